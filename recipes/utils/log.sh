@@ -1,0 +1,43 @@
+# shellcheck shell=bash
+# Logging and stages for recipes. Source it after `set -euo pipefail`.
+
+# log MESSAGE… prints the time, the place in the recipe and the message, on stderr: stdout is for results.
+log() {
+  local frame=1
+  # A stage's messages name the line that asked for the stage.
+  while [[ ${BASH_SOURCE[frame]:-} == "${BASH_SOURCE[0]}" ]]; do frame=$((frame + 1)); done
+  printf '%s (%s:%s) %s\n' \
+    "$(date '+%Y-%m-%d %H:%M:%S')" "${BASH_SOURCE[frame]##*/}" "${BASH_LINENO[frame - 1]}" "$*" >&2
+}
+
+# run_stage NUMBER TITLE DIR FUNCTION [ARGUMENT…] runs FUNCTION if NUMBER lies between $stage and $stop_stage and the
+# stage was not finished before. DIR is the folder that the stage fills. The mark DIR/.FUNCTION.done depends on nothing
+# but FUNCTION's success; it lies beside the output so that removing the one removes the other.
+#
+# Call it on a line of its own: in `run_stage … || …` or `if run_stage …` bash ignores `set -e` inside FUNCTION.
+run_stage() {
+  local number=$1 title=$2 dir=$3 mark=$3/.${4##*/}.done
+  shift 3
+  local first=${stage?} last=${stop_stage?} whole='(0|-?[1-9][0-9]*)'
+  if [[ ! $first,$last =~ ^$whole,$whole$ ]]; then
+    printf "%s: --stage and --stop-stage take whole numbers, not '%s' and '%s'\n" "${0##*/}" "$first" "$last" >&2
+    exit 2
+  fi
+  if ((number < first || number > last)); then return 0; fi
+  # An empty mark is no mark: a full disk or a crash left it.
+  if [[ -s $mark ]]; then
+    log "stage $number: done already (rm $mark to redo)"
+    return 0
+  fi
+
+  log "stage $number: $title"
+  local start=$SECONDS status
+  "$@" # by itself, so that `set -e` holds inside
+  status=$?
+  if ((status)); then return "$status"; fi # reached where the recipe runs without `set -e`
+
+  mkdir -p "$dir"
+  date '+%Y-%m-%d %H:%M:%S' >"$mark.new"
+  mv "$mark.new" "$mark"
+  log "stage $number: done in $((SECONDS - start)) s"
+}

@@ -1,0 +1,116 @@
+# shellcheck shell=bash
+# Command-line options for a recipe's script, after Kaldi's contract. Source it below the script's variables:
+#
+#   stage=1         # first stage to run
+#   train_cuts=     # manifest to train on
+#   . ../utils/parse_options.sh
+#
+# Every variable assigned above that line, at the left margin and in lower case, is an option: `--train-cuts FILE` or
+# `--train-cuts=FILE` sets train_cuts. (`readonly name=…` and indented lines make no option.) One whose default is true
+# or false takes only these. `--help` prints the script's first comment block and the options with their defaults and
+# the comments beside them. Parsing stops at `--` or at the first word that is no option; what is left stays in "$@".
+# A wrong option ends the script with exit code 2 and a line that says what to write instead.
+
+_po_name=${0##*/}
+# The line of the calling script that sources this file, which is also the last line that can define an option.
+_po_line=${BASH_LINENO[0]}
+
+_po_die() {
+  printf '%s: %s\n' "$_po_name" "$1" >&2
+  exit 2
+}
+
+# Finds the text of the calling script: its path may be relative to a directory it has left with `cd`.
+_po_find_script() {
+  local path
+  for path in "$1" "${OLDPWD:-.}/$1" "./${1##*/}"; do
+    if [[ -r $path && $(sed -n "${_po_line}p" "$path") == *parse_options.sh* ]]; then
+      _po_script=$path
+      return
+    fi
+  done
+  _po_die "cannot find the script's own text ($1) to read its options from; call it by its absolute path"
+}
+
+# Fills _po_options with one option's variable per line, and _po_table with the lines that --help prints.
+_po_scan() {
+  local text name comment number=0
+  _po_options='' _po_table=''
+  while IFS= read -r text && ((++number < _po_line)); do
+    [[ $text =~ ^([a-z][a-z0-9_]*)=[^\(] || $text =~ ^([a-z][a-z0-9_]*)=$ ]] || continue
+    name=${BASH_REMATCH[1]}
+    # Not set: a line that only looks like an assignment. Seen: assigned twice.
+    if [[ -z ${!name+set} || $'\n'$_po_options == *$'\n'"$name"$'\n'* ]]; then continue; fi
+    comment=
+    if [[ $text =~ [[:space:]]#[[:space:]]+([^#]*)$ ]]; then comment=${BASH_REMATCH[1]}; fi
+    _po_options+=$name$'\n'
+    printf -v text '  --%-28s %s' "${name//_/-} ${!name:-\"\"}" "$comment"
+    _po_table+=${text%"${text##*[! ]}"}$'\n' # without blanks at the end
+  done <"$_po_script"
+}
+
+_po_help() {
+  # The first comment block, less the #! line and notes to shellcheck.
+  awk '
+    NR == 1 && /^#!/ || /^# shellcheck / { next }
+    /^#/ { sub(/^# ?/, ""); print; seen = 1; next }
+    seen || NF { exit }
+  ' "$_po_script"
+  printf '\nOptions and their defaults:\n%s' "$_po_table"
+}
+
+_po_is_option() { [[ $'\n'$_po_options == *$'\n'"$1"$'\n'* ]]; }
+
+# Turns --foo-bar or --foo-bar=x into foo_bar.
+_po_variable() {
+  local word=${1#--}
+  word=${word%%=*}
+  printf '%s' "${word//-/_}"
+}
+
+# Sets the variable of one option to one value.
+_po_set() {
+  local option=$1 variable=$2 value=$3
+  case ${!variable} in
+    true | false)
+      [[ $value == true || $value == false ]] || _po_die "$option takes true or false, not '$value'"
+      ;;
+  esac
+  printf -v "$variable" '%s' "$value"
+}
+
+_po_find_script "${BASH_SOURCE[1]}"
+_po_scan
+
+while (($#)); do
+  case $1 in
+    --)
+      shift
+      break
+      ;;
+    --help | -h)
+      _po_help
+      exit 0
+      ;;
+    --*)
+      _po_key=$(_po_variable "$1")
+      _po_is_option "$_po_key" ||
+        _po_die "unknown option ${1%%=*} (valid:$(printf '%s' "$_po_options" | sed -e 's/_/-/g' -e 's/^/ --/' | tr -d '\n'))"
+      if [[ $1 == *=* ]]; then
+        _po_set "${1%%=*}" "$_po_key" "${1#*=}"
+        shift
+      elif (($# == 1)); then
+        _po_die "$1 needs a value"
+      elif [[ $2 == --* ]] && _po_is_option "$(_po_variable "$2")"; then
+        _po_die "$1 needs a value; the next word is the option $2 (write $1=$2 if it is meant)"
+      else
+        _po_set "$1" "$_po_key" "$2"
+        shift 2
+      fi
+      ;;
+    *) break ;;
+  esac
+done
+
+unset -f _po_die _po_find_script _po_scan _po_help _po_is_option _po_variable _po_set
+unset _po_name _po_line _po_script _po_options _po_table _po_key

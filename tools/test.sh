@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# All checks: the linters, then pytest with the given arguments. Everything runs, whatever fails before it.
+#
+#   bash tools/test.sh              all of it
+#   bash tools/test.sh -k plan      all linters, and of the tests those about the plan
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash tools/setup.sh
+PATH=$(cd "${W2VSCALE_VENV:-.venv}" && pwd)/bin:$PATH
+export PATH
+
+failed=()
+joined() { local IFS=,; echo "$*"; }
+
+# check NAME COMMAND… runs one step under a heading, times it and remembers a failure.
+check() {
+  local name=$1 start=$SECONDS verdict=ok
+  shift
+  printf '\n== %s\n' "$name"
+  "$@" || { verdict=FAILED; failed+=("$name"); }
+  printf '== %s: %s in %d s\n' "$name" "$verdict" $((SECONDS - start))
+}
+
+scripts=()
+while IFS= read -r script; do scripts+=("$script"); done < <(
+  find . \( -name .git -o -name .venv -o -name exp \) -prune -o -type f \( -name '*.sh' -o -path ./.ci/run \) -print | sort
+)
+
+check "ruff check" ruff check
+check "ruff format" ruff format --check
+check "mypy" mypy
+check "lint-imports" lint-imports --no-logo
+check "shellcheck" shellcheck --external-sources --source-path=SCRIPTDIR "${scripts[@]}"
+
+# pytest's own closing line ends the log, with the time; one more line follows only when something failed.
+if ((${#failed[@]})); then printf '\nfailed so far: %s\n' "$(joined "${failed[@]}")"; fi
+printf '\n== pytest\n'
+python -m pytest "$@" || failed+=("pytest")
+
+if ((${#failed[@]})); then
+  printf 'failed: %s\n' "$(joined "${failed[@]}")" >&2
+  exit 1
+fi

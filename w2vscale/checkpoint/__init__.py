@@ -1,0 +1,1 @@
+"""The canonical checkpoint: write, commit, find, read. No engine code."""

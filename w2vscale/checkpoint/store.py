@@ -1,0 +1,239 @@
+"""Checkpoint folders: written under a temporary name, made durable, renamed; found newest first.
+
+A checkpoint holds `*.safetensors` (torch Distributed Checkpoint), `config.yaml` and `train_state.json`, which
+lists the tensor files with their sizes. Nothing in it is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from w2vscale.distributed.process_group import Ranks, broadcast_from_main
+from w2vscale.errors import UserError
+
+FORMAT = 1
+FOLDER = re.compile(r"update_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run is besides its tensors and settings."""
+
+    update: int = 0
+    audio_seconds: float = 0.0
+    skipped_updates: int = 0
+    skipped_utterances: int = 0
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    state: TrainState
+
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Collective. Fill `tensors`, which may be sharded in any way, in place.
+
+        Raises:
+            UserError: a tensor is missing or has another shape.
+        """
+        stored = tensor_shapes(self.path)
+        for name, tensor in tensors.items():
+            if name not in stored:
+                raise UserError(f"{self.path}: holds no tensor {name}: it belongs to another model")
+            if stored[name] != tuple(tensor.shape):
+                raise UserError(f"{self.path}: {name} is {list(stored[name])}, the model wants {list(tensor.shape)}")
+        with _quiet():
+            dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(self.path)))
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Methods are collective unless they say otherwise."""
+
+    def __init__(self, folder: Path, ranks: Ranks, *, keep_last: int = 1, keep_every: int = 0) -> None:
+        self.folder = folder
+        self.ranks = ranks
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+
+    def save(self, tensors: Mapping[str, Tensor], state: TrainState, config_yaml: str) -> Path:
+        """Write a checkpoint, commit it, point `latest` at it and delete what need not be kept."""
+        final = self.folder / f"update_{state.update:08d}"
+        partial = self.folder / f".{final.name}.partial"
+        self._on_main(lambda: _fresh_folder(partial))
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        try:
+            with _quiet():
+                dcp.save(dict(tensors), storage_writer=writer)
+        except dcp.api.CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise UserError(f"{partial}: a checkpoint cannot be written: {cause}") from None
+        self._on_main(lambda: self._commit(partial, final, state, config_yaml))
+        return final
+
+    def find(self, log: Callable[[str], None]) -> Checkpoint | None:
+        """The newest usable checkpoint; says which newer ones were passed over and why."""
+        found: Checkpoint | None = None
+        if self.ranks.is_main:
+            for path in sorted(committed(self.folder), reverse=True):
+                try:
+                    found = open_checkpoint(path)
+                    break
+                except UserError as error:
+                    log(f"passed over: {error}")
+        return broadcast_from_main(found)
+
+    def _commit(self, partial: Path, final: Path, state: TrainState, config_yaml: str) -> None:
+        _write_durably(partial / "config.yaml", config_yaml)
+        files = {file.name: file.stat().st_size for file in sorted(partial.glob("*.safetensors"))}
+        document = {"format": FORMAT, **asdict(state), "files": files}
+        _write_durably(partial / "train_state.json", json.dumps(document, indent=2) + "\n")
+        _sync_folder(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_folder(self.folder)
+        _replace_link(self.folder / "latest", final.name)
+        self._prune()
+
+    def _prune(self) -> None:
+        paths = sorted(committed(self.folder))
+        for path in paths[: -self.keep_last]:
+            if not (self.keep_every and _update_of(path) % self.keep_every == 0):
+                shutil.rmtree(path)
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Run on rank 0; its error is raised on all ranks."""
+        error: str | None = None
+        if self.ranks.is_main:
+            try:
+                action()
+            except OSError as failure:
+                error = f"{self.folder}: a checkpoint cannot be written: {failure}"
+        error = broadcast_from_main(error)
+        if error is not None:
+            raise UserError(error)
+
+
+def committed(folder: Path) -> list[Path]:
+    """Committed checkpoint folders in `folder`, in any order."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open one checkpoint folder (or a link to one), or the newest usable one in a folder of checkpoints.
+
+    Not collective.
+
+    Raises:
+        UserError: it is missing, incomplete or damaged; the message says how.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint")
+    document_path = path / "train_state.json"
+    if not document_path.is_file():
+        for folder in (path, path / "checkpoints"):
+            for candidate in sorted(committed(folder), reverse=True):
+                try:
+                    return open_checkpoint(candidate)
+                except UserError:
+                    continue
+        raise UserError(f"{path}: not a checkpoint: no train_state.json in it")
+    try:
+        document: dict[str, Any] = json.loads(document_path.read_text())
+        state = TrainState(**{field.name: document[field.name] for field in fields(TrainState)})
+        files: dict[str, int] = document["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{document_path}: damaged ({type(error).__name__}: {error})") from None
+    if document.get("format") != FORMAT:
+        raise UserError(f"{document_path}: format {document.get('format')}, this version reads {FORMAT}")
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{file}: missing")
+        if file.stat().st_size != size:
+            raise UserError(f"{file}: holds {file.stat().st_size} bytes, {size} were written")
+    tensor_shapes(path)
+    return Checkpoint(path.resolve(), state)
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Whole shape of every tensor in a checkpoint, from the headers of its shards."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                info = json.loads((tensors.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    shape = tensors.get_slice(name).get_shape()
+                    offsets = info.get(name, {}).get("saved_offsets", [0] * len(shape))
+                    ends = tuple(size + offset for size, offset in zip(shape, offsets, strict=True))
+                    known = shapes.get(name, ends)
+                    shapes[name] = tuple(max(a, b) for a, b in zip(known, ends, strict=True))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{file}: damaged ({error})") from None
+    return shapes
+
+
+def _fresh_folder(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+
+
+def _update_of(path: Path) -> int:
+    match = FOLDER.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_link(link: Path, target: str) -> None:
+    partial = link.with_name(f".{link.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target)
+    partial.replace(link)
+
+
+class _quiet(warnings.catch_warnings):
+    """Without torch's warning that one process is one process."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def load_model_weights(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
+    """Fill a model, without any optimizer, from a checkpoint."""
+    checkpoint.read_into({f"model.{name}": p.detach() for name, p in model.named_parameters()})

@@ -1,0 +1,66 @@
+"""`w2vscale config`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Show settings and presets.")
+
+Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a preset.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace CONFIG's.")
+]
+
+
+@app.command()
+def show(source: Source, overrides: Overrides = None) -> None:
+    """Print the resolved settings as YAML."""
+    from w2vscale.config import dump_config, load_config
+
+    typer.echo(dump_config(load_config(source, overrides or [])), nl=False)
+
+
+@app.command()
+def presets() -> None:
+    """List the presets with their sizes (shape: layers x dim x ffn x heads)."""
+    import torch
+    from rich.table import Table
+
+    from w2vscale.cli.progress import console
+    from w2vscale.config import load_config, preset_names
+    from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+
+    table = Table("preset", box=None, header_style="bold")
+    for column in ("parameters", "shape", "audio/update", "updates", "peak lr"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name in preset_names():
+        config = load_config(name)
+        with torch.device("meta"):
+            model = Wav2Vec2ForPretraining(config.model)
+        shape = f"{config.model.layers} x {config.model.dim} x {config.model.ffn_dim} x {config.model.heads}"
+        seconds = config.batch.max_seconds * config.batch.micro_batches
+        table.add_row(
+            name,
+            f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+            shape,
+            f"{seconds:.0f} s" if seconds < 3600 else f"{seconds / 3600:.2f} h",
+            f"{config.trainer.updates:,}",
+            f"{config.optim.lr:g}",
+        )
+    console.print(table)
+
+
+@app.command()
+def keys() -> None:
+    """List every setting with its type, default and meaning."""
+    from rich.table import Table
+
+    from w2vscale.cli.progress import console
+    from w2vscale.config.load import settings
+
+    table = Table("setting", "type", "default", "meaning", box=None, header_style="bold")
+    for row in settings():
+        table.add_row(*row)
+    console.print(table, markup=False)

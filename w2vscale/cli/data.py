@@ -1,0 +1,155 @@
+"""`w2vscale data`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from w2vscale.cli.progress import console, progress_bar
+
+if TYPE_CHECKING:
+    from w2vscale.data.prepare import PreparedManifest
+
+app = typer.Typer(no_args_is_help=True, help="From audio to indexed manifests.")
+prepare_app = typer.Typer(no_args_is_help=True, help="Write Lhotse cut manifests of a corpus.")
+app.add_typer(prepare_app, name="prepare")
+
+Manifests = Annotated[list[Path], typer.Argument(metavar="CUTS.jsonl...", help="Lhotse cut manifests.")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Parallel jobs.")]
+Corpus = Annotated[Path, typer.Argument(metavar="CORPUS", help="The corpus' folder.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Where the manifests go.")]
+Parts = Annotated[list[str] | None, typer.Option("--part", help="E.g. train-clean-100; repeatable; default: all.")]
+
+
+@prepare_app.command()
+def librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs = 1) -> None:
+    """LibriSpeech: OUT/cuts_PART.jsonl for each part."""
+    _prepare_librispeech(corpus, output, part, jobs, mini=False)
+
+
+@prepare_app.command()
+def mini_librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs = 1) -> None:
+    """Mini LibriSpeech: train-clean-5 and dev-clean-2."""
+    _prepare_librispeech(corpus, output, part, jobs, mini=True)
+
+
+@prepare_app.command()
+def folder(
+    audio: Annotated[Path, typer.Argument(metavar="AUDIO", help="Any tree of wav, flac, ogg, opus and mp3.")],
+    output: Output,
+    window: Annotated[
+        float | None, typer.Option(help="Cut longer recordings into windows of this many seconds.")
+    ] = None,
+    validation_share: Annotated[
+        float, typer.Option(help="Share of the recordings that go into cuts_validation.jsonl.")
+    ] = 0.0,
+    skip_unreadable: Annotated[
+        bool, typer.Option("--skip-unreadable", help="Leave out files that are not audio.")
+    ] = False,
+    jobs: Jobs = 1,
+) -> None:
+    """Any folder of audio; a .txt beside a file is its transcript."""
+    from w2vscale.data.prepare import prepare_folder
+
+    with progress_bar("reading headers") as progress:
+        written = prepare_folder(
+            audio,
+            output,
+            jobs=jobs,
+            window_seconds=window,
+            validation_share=validation_share,
+            skip_unreadable=skip_unreadable,
+            progress=progress,
+        )
+    _print_written(written)
+
+
+def _prepare_librispeech(corpus: Path, output: Path, parts: list[str] | None, jobs: int, *, mini: bool) -> None:
+    from w2vscale.data.prepare import prepare_librispeech
+
+    _print_written(prepare_librispeech(corpus, output, parts=parts, mini=mini, jobs=jobs))
+
+
+def _print_written(written: list[PreparedManifest]) -> None:
+    for manifest in written:
+        left_out = f", {manifest.left_out} unreadable files left out" if manifest.left_out else ""
+        console.print(
+            f"{manifest.path}: {manifest.utterances} utterances, {manifest.hours:.2f} hours{left_out}",
+            markup=False,
+        )
+
+
+@app.command()
+def index(manifests: Manifests) -> None:
+    """Write the index that gives training O(1) access to a manifest."""
+    from w2vscale.data.manifest import build_index, index_path
+
+    for manifest in manifests:
+        with progress_bar(f"indexing {manifest.name}") as progress:
+            count = build_index(manifest, progress)
+        console.print(f"{index_path(manifest)}: {count} utterances", markup=False)
+
+
+@app.command()
+def validate(manifests: Manifests, jobs: Jobs = 4) -> None:
+    """Compare manifests with the headers of their audio files; exit code 2 if they disagree."""
+    from w2vscale.data.validate import validate_manifest
+    from w2vscale.errors import UserError
+
+    for manifest in manifests:
+        with progress_bar(f"validating {manifest.name}") as progress:
+            found = validate_manifest(manifest, jobs=jobs, progress=progress)
+        for problem in found.problems[1:20]:
+            console.print(f"{problem.utterance} ({problem.file}): {problem.reason}", markup=False)
+        if found.problems:
+            first = found.problems[0]
+            raise UserError(
+                f"{manifest}: {len(found.problems)} of {found.utterances} utterances are wrong; "
+                f"the first: {first.utterance} ({first.file}): {first.reason}"
+            )
+        console.print(f"{manifest}: {found.utterances} utterances agree with their files", markup=False)
+
+
+@app.command()
+def stats(
+    manifests: Manifests,
+    config: Annotated[str, typer.Option(help="YAML file or preset whose crop and budget to plan with.")] = "base",
+    override: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")] = None,
+) -> None:
+    """Hours, speakers and durations of a corpus, and how it would be bucketed."""
+    from w2vscale.cli.data_tables import print_stats
+    from w2vscale.config import load_config
+    from w2vscale.data.stats import corpus_stats
+
+    settings = load_config(config, override or [])
+    print_stats(corpus_stats(manifests, settings), settings)
+
+
+@app.command()
+def synth(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="OUT/LibriSpeech is made.")],
+    train_minutes: Annotated[float, typer.Option(help="Speech in train-clean-5.")] = 12.0,
+    validation_minutes: Annotated[float, typer.Option(help="Speech in dev-clean-2, of other speakers.")] = 2.0,
+    speakers: Annotated[int | None, typer.Option(min=1, help="Per part.", show_default="one a minute, 4 to 64")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    jobs: Jobs = 1,
+) -> None:
+    """Synthesise a small corpus of English speech, in mini LibriSpeech's layout."""
+    from w2vscale.data.synth import synthesise_corpus
+
+    with progress_bar("synthesising") as progress:
+        made = synthesise_corpus(
+            output,
+            parts={"train-clean-5": train_minutes, "dev-clean-2": validation_minutes},
+            speakers_per_part=speakers,
+            seed=seed,
+            jobs=jobs,
+            progress=progress,
+        )
+    console.print(
+        f"{made.corpus}: {made.speakers} speakers, {made.utterances} utterances, {made.seconds / 60:.1f} minutes"
+        f"{'' if made.created else ' (was there already)'}",
+        markup=False,
+    )

@@ -1,0 +1,78 @@
+"""`w2vscale train`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from w2vscale.cli.config import Overrides, Source
+
+if TYPE_CHECKING:
+    from w2vscale.training.dry_run import DryRun
+
+
+def train(
+    source: Source,
+    overrides: Overrides = None,
+    exp: Annotated[
+        Path | None, typer.Option(help="The run's folder.", show_default="exp/CONFIG", metavar="DIR")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: continue from DIR's newest checkpoint; never; or a checkpoint's PATH.")
+    ] = "auto",
+    nproc_per_node: Annotated[
+        int, typer.Option(help="Processes to start on this machine; under torchrun or srun leave it out.")
+    ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run the largest micro-batch forward and backward, and stop.")
+    ] = False,
+) -> None:
+    """Pretrain a model: the same command starts a run and continues it.
+
+    Example: w2vscale train base data.train=cuts_train.jsonl batch.micro_batches=32 --exp exp/base
+    """
+    from w2vscale.config import load_config
+    from w2vscale.distributed.launch import launch, launched
+
+    config = load_config(source, overrides or [])
+    if nproc_per_node != 1 and not launched():
+        sys.exit(launch(["train", *_arguments()], nproc_per_node))
+    if dry_run:
+        from w2vscale.training.dry_run import dry_run as run_dry
+
+        _print_dry_run(run_dry(config))
+        return
+    from w2vscale.training.loop import train as run_training
+
+    sys.exit(run_training(config, exp or Path("exp") / Path(source).stem, resume=resume))
+
+
+def _print_dry_run(found: DryRun) -> None:
+    from rich.table import Table
+
+    from w2vscale.cli.progress import console
+
+    table = Table(title="dry run: the largest micro-batch, forward and backward", box=None, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, count in found.parameters.items():
+        table.add_row(f"parameters in {name}", f"{count:,}")
+    table.add_row("parameters", f"{sum(found.parameters.values()):,}")
+    for name, shape in found.shapes.items():
+        table.add_row(escape(name), " x ".join(f"{size:,}" for size in shape))
+    table.add_row("masked frames", f"{found.masked_frames:,}")
+    table.add_row("loss per masked frame", f"{found.loss_per_frame:.3f} nats")
+    table.add_row("gradient norm", f"{found.grad_norm:.3f}")
+    table.add_row("first forward, backward and step", f"{found.seconds:.2f} s")
+    table.add_row("peak memory", f"{found.peak_memory_bytes / 2**30:.2f} GiB")
+    table.add_row("micro-batches an epoch", f"{found.micro_batches_an_epoch:,}")
+    console.print(table)
+
+
+def _arguments() -> list[str]:
+    """What followed `train` on the command line."""
+    return sys.argv[sys.argv.index("train") + 1 :]

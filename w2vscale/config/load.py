@@ -1,0 +1,187 @@
+"""From a preset's name or a YAML file, and overrides, to a `Config`; and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from w2vscale.config.tree import Config
+from w2vscale.errors import UserError
+
+PRESETS = resources.files("w2vscale.config") / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package, smallest model first."""
+    order = ["tiny", "base", "base_prenorm", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b"]
+    found = {entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml")}
+    return [name for name in order if name in found] + sorted(found - set(order))
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Resolve a preset or a YAML file, then `section.key=value` overrides, into a checked `Config`.
+
+    A YAML file may start from a preset with a top-level line `preset: NAME`.
+
+    Raises:
+        UserError: the source does not exist, or a key or value is not valid; one line.
+    """
+    tree = _read_source(str(source))
+    for override in overrides:
+        tree = _merge(tree, _parse_override(override))
+    _refuse_unknown_keys(tree, where=str(source))
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_one_line(error, where=str(source))) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved settings as YAML; `load_config` of it gives the same `Config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+
+
+def _read_source(source: str) -> dict[str, Any]:
+    if source in preset_names():
+        return _parse_yaml((PRESETS / f"{source}.yaml").read_text(), where=f"preset {source}")
+    path = Path(source)
+    try:
+        tree = _parse_yaml(path.read_text(), where=source)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        hint = _nearest(source, preset_names())
+        raise UserError(f"{source}: neither a file nor a preset{hint} (presets: {', '.join(preset_names())})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: cannot be read as a configuration: {error}") from None
+    preset = tree.pop("preset", None)
+    if preset is None:
+        return tree
+    if preset not in preset_names():
+        raise UserError(f"{source}: preset: {preset}: unknown{_nearest(str(preset), preset_names())}")
+    return _merge(_read_source(preset), tree)
+
+
+def _parse_yaml(text: str, *, where: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: expected sections with settings, got a {type(tree).__name__}")
+    return tree
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise UserError(f"{override}: an override has the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    tree: Any = value
+    for key in reversed(keys):
+        tree = {key: tree}
+    return dict(tree)
+
+
+def _merge(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _refuse_unknown_keys(tree: Mapping[str, Any], *, where: str) -> None:
+    """Name the nearest valid setting, which pydantic's own message does not."""
+    sections = Config.model_fields
+    valid = [f"{name}.{key}" for name in sections for key in _keys_of(name)]
+    for name, section in tree.items():
+        if name not in sections:
+            given = f"{name}.{next(iter(section))}" if isinstance(section, Mapping) and section else name
+            raise UserError(
+                f"{where}: {given}: no section named {name}{_nearest(name, list(sections))} "
+                f"(sections: {', '.join(sections)})"
+            )
+        if not isinstance(section, Mapping):
+            raise UserError(f"{where}: {name}: expected settings of the form {name}.key=value, got {section!r}")
+        for key in section:
+            if key not in _keys_of(name):
+                hint = _nearest(f"{name}.{key}", [f"{name}.{other}" for other in _keys_of(name)], among=valid)
+                raise UserError(f"{where}: {name}.{key}: unknown setting{hint}")
+
+
+def _keys_of(section: str) -> list[str]:
+    annotation = Config.model_fields[section].annotation
+    assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return list(annotation.model_fields)
+
+
+def _nearest(name: str, candidates: Sequence[str], *, among: Sequence[str] = ()) -> str:
+    """`; did you mean X?` for the closest candidate, or nothing."""
+    leaf = name.rsplit(".", 1)[-1]
+    by_leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed([*candidates, *among])}
+    matches = (
+        difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)
+        or [by_leaf[match] for match in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)]
+        or difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    )
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _one_line(error: ValidationError, *, where: str) -> str:
+    first = error.errors()[0]
+    message = str(first["msg"]).removeprefix("Value error, ")
+    key = ".".join(str(part) for part in first["loc"])
+    if not key or first["type"] == "value_error":
+        return f"{where}: {key + ': ' if key else ''}{message}"
+    message = message[0].lower() + message[1:]
+    return f"{where}: {key}={first['input']!r}: {message}"
+
+
+def settings() -> list[tuple[str, str, str, str]]:
+    """(key, type, default, description) of every setting, in the tree's order, for the documentation."""
+    rows = []
+    default = Config()
+    for name in Config.model_fields:
+        section = getattr(default, name)
+        for key, field in type(section).model_fields.items():
+            value = getattr(section, key)
+            shown = yaml.safe_dump(section.model_dump(mode="json")[key], default_flow_style=True, width=1000)
+            rows.append(
+                (
+                    f"{name}.{key}",
+                    _type_name(field.annotation),
+                    shown.removesuffix("...\n").strip() if value is not None else "null",
+                    field.description or "",
+                )
+            )
+    return rows
+
+
+def _type_name(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is None:
+        return str(getattr(annotation, "__name__", annotation))
+    if str(origin) == "typing.Literal":
+        return " or ".join(str(value) for value in get_args(annotation))
+    if origin in (types.UnionType,) or str(origin) == "typing.Union":
+        return " or ".join(
+            "null" if part is type(None) else _type_name(get_args(part)[0] if get_args(part) else part)
+            for part in get_args(annotation)
+        )
+    if origin in (list, tuple):
+        return "list"
+    return _type_name(get_args(annotation)[0])

@@ -1,0 +1,235 @@
+"""The settings of a run, each with its type, default, unit and limits.
+
+Defaults are those of wav2vec 2.0 BASE (Baevski et al. 2020, arXiv:2006.11477) with this project's own
+optimisation (AdamW, cosine, clipping, BF16). Presets state only what differs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+BASE_CONV_LAYERS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str | Path) else value
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Architecture and pretext task of one wav2vec 2.0 model."""
+
+    sampling_rate: Count = Field(16_000, description="Hz; audio at other rates is resampled to it")
+    normalize_waveform: bool = Field(False, description="zero mean, unit variance per utterance")
+
+    conv_layers: tuple[tuple[Count, Count, Count], ...] = Field(
+        BASE_CONV_LAYERS, min_length=1, description="(channels, kernel, stride) of each layer"
+    )
+    conv_norm: Literal["group", "layer"] = Field("group", description="group: on layer 0 only; layer: every layer")
+    conv_norm_groups: Count = Field(512, description="groups of layer 0's GroupNorm")
+    conv_bias: bool = False
+    conv_padding: bool = Field(False, description="pad each convolution by (kernel - 1) // 2")
+    feature_grad_mult: Fraction = Field(0.1, description="scale of the gradient into the feature encoder")
+
+    layers: Count = 12
+    dim: Count = 768
+    ffn_dim: Count = 3072
+    heads: Count = 12
+    norm_first: bool = Field(False, description="pre-LN blocks and a final LayerNorm; otherwise post-LN blocks")
+    embedding_norm: bool = Field(True, description="LayerNorm after the positional convolution")
+    positional_kernel: Count = 128
+    positional_groups: Count = 16
+    max_frames: Count | None = Field(None, description="longest input, in frames")
+
+    dropout: Probability = Field(0.1, description="after attention, feed-forward and the embeddings")
+    attention_dropout: Probability = 0.1
+    activation_dropout: Probability = Field(0.0, description="inside the feed-forward")
+    input_dropout: Probability = Field(0.1, description="on the projected features")
+    feature_dropout: Probability = Field(0.1, description="on the quantizer's input")
+    layerdrop: Probability = 0.05
+
+    codebooks: Count = 2
+    codebook_entries: Annotated[int, Field(ge=2)] = Field(320, description="per codebook")
+    codevector_dim: Count = Field(256, description="of all codebooks together")
+    quantizer_input: Literal["features", "projected"] = "features"
+    target_projection: bool = Field(True, description="project quantized vectors before comparing them")
+    projection_dim: Count = Field(256, description="of the space in which context and targets are compared")
+    gumbel_start: Positive = 2.0
+    gumbel_end: Positive = 0.5
+    gumbel_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.999995, description="per update")
+
+    mask_probability: Annotated[float, Field(gt=0.0, le=1.0)] = 0.65
+    mask_length: Count = Field(10, description="frames of one span")
+    mask_min_spans: Count = 2
+    negatives: Count = 100
+    logit_temperature: Positive = 0.1
+    diversity_weight: Annotated[float, Field(ge=0.0)] = 0.1
+    feature_penalty_weight: Annotated[float, Field(ge=0.0)] = 10.0
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        channels = self.conv_layers[0][0]
+        if self.conv_norm == "group" and channels % self.conv_norm_groups:
+            raise ValueError(f"conv_norm_groups={self.conv_norm_groups} does not divide {channels} channels")
+        if self.dim % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+        if self.dim % self.positional_groups:
+            raise ValueError(f"positional_groups={self.positional_groups} does not divide dim={self.dim}")
+        if self.codevector_dim % self.codebooks:
+            raise ValueError(f"codebooks={self.codebooks} does not divide codevector_dim={self.codevector_dim}")
+        if not self.target_projection and self.codevector_dim != self.projection_dim:
+            raise ValueError(
+                f"without target_projection, codevector_dim={self.codevector_dim} "
+                f"must equal projection_dim={self.projection_dim}"
+            )
+        if self.gumbel_end > self.gumbel_start:
+            raise ValueError(f"gumbel_end={self.gumbel_end} is above gumbel_start={self.gumbel_start}")
+        return self
+
+
+class DataConfig(Section):
+    """Which audio is read, and how."""
+
+    train: Annotated[list[Path], BeforeValidator(_as_list)] = Field([], description="indexed Lhotse cut manifests")
+    validation: Annotated[list[Path], BeforeValidator(_as_list)] = Field([], description="likewise; may be empty")
+    max_seconds: Positive = Field(15.625, description="longer utterances are cropped to this at a random offset")
+    min_seconds: Positive = Field(2.0, description="shorter utterances are left out")
+    max_bad_fraction: Fraction = Field(0.05, description="of unreadable utterances, above which the run stops")
+    workers: Annotated[int, Field(ge=0)] = Field(4, description="loader processes per rank; 0: in the main process")
+    prefetch: Count = Field(4, description="micro-batches that each loader process prepares ahead")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(f"min_seconds={self.min_seconds} is above max_seconds={self.max_seconds}")
+        return self
+
+
+class BatchConfig(Section):
+    """What one update consists of."""
+
+    max_seconds: Positive = Field(87.5, description="padded audio of one micro-batch, at most")
+    micro_batches: Count = Field(64, description="per update, over all ranks")
+    concat: Count = Field(1, description="micro-batches that share one forward; does not change the result")
+    buckets: Count = Field(64, description="duration buckets, at most")
+
+
+class ParameterGroupConfig(Section):
+    """Settings of the parameters whose name a regular expression finds."""
+
+    pattern: str
+    lr_scale: Annotated[float, Field(ge=0.0)] = 1.0
+    weight_decay: Annotated[float, Field(ge=0.0)] | None = Field(None, description="null: optim.weight_decay")
+
+
+class OptimConfig(Section):
+    """AdamW."""
+
+    lr: Positive = Field(5e-4, description="peak learning rate")
+    betas: tuple[Probability, Probability] = (0.9, 0.98)
+    eps: Positive = 1e-6
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.01, description="on matrices only")
+    max_norm: Positive | None = Field(1.0, description="gradients are clipped to this L2 norm; null: never")
+    groups: list[ParameterGroupConfig] = []
+
+
+class ScheduleConfig(Section):
+    """The learning rate over the updates, as a share of `optim.lr`."""
+
+    kind: Literal["cosine", "linear", "tri_stage"] = "cosine"
+    warmup_updates: Annotated[int, Field(ge=0)] = Field(32_000, description="cosine and linear")
+    final_ratio: Fraction = Field(0.1, description="at the last update")
+    initial_ratio: Fraction = Field(0.01, description="tri_stage: at the first update")
+    stages: tuple[Fraction, Fraction, Fraction] = Field(
+        (0.1, 0.4, 0.5), description="tri_stage: shares of warm-up, constant and decay"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleConfig:
+        if abs(sum(self.stages) - 1.0) > 1e-6:
+            raise ValueError(f"stages={self.stages} must add up to 1")
+        if self.kind == "tri_stage" and self.final_ratio == 0.0:
+            raise ValueError("final_ratio=0 cannot be reached by tri_stage's exponential decay")
+        return self
+
+
+class EngineConfig(Section):
+    """What runs the updates."""
+
+    name: Literal["ddp"] = "ddp"
+
+
+class PrecisionConfig(Section):
+    """Weights, optimizer state and reductions are always fp32."""
+
+    compute: Literal["bf16", "fp32"] = "bf16"
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every: Count = Field(1000, description="updates")
+    keep_last: Count = Field(2, description="newest checkpoints")
+    keep_every: Annotated[int, Field(ge=0)] = Field(0, description="also keep every multiple of this; 0: none")
+
+
+class LoggingConfig(Section):
+    """Where and how often metrics go."""
+
+    every: Count = Field(100, description="updates")
+    tensorboard: bool = True
+
+
+class TrainerConfig(Section):
+    """The run as a whole."""
+
+    updates: Count = 400_000
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    validate_every: Count = Field(5000, description="updates")
+    max_skipped_in_a_row: Count = Field(20, description="non-finite updates, after which the run stops")
+
+
+class Config(Section):
+    """All settings of one run."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    batch: BatchConfig = BatchConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.data.max_seconds > self.batch.max_seconds:
+            raise ValueError(
+                f"data.max_seconds={self.data.max_seconds} does not fit "
+                f"into a micro-batch of batch.max_seconds={self.batch.max_seconds}"
+            )
+        if self.batch.concat > self.batch.micro_batches:
+            raise ValueError(
+                f"batch.concat={self.batch.concat} is above batch.micro_batches={self.batch.micro_batches}"
+            )
+        if self.schedule.kind != "tri_stage" and self.schedule.warmup_updates > self.trainer.updates:
+            raise ValueError(
+                f"schedule.warmup_updates={self.schedule.warmup_updates} is above "
+                f"trainer.updates={self.trainer.updates}"
+            )
+        return self

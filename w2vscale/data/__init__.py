@@ -1,0 +1,1 @@
+"""Manifests become a planned stream of duration-bucketed micro-batches."""

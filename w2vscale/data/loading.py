@@ -1,0 +1,202 @@
+"""The audio of planned micro-batches: read, check, normalise, crop, pad, mask; and the DataLoader around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from w2vscale.config import Config
+from w2vscale.data.manifest import Corpus, audio_path
+from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
+from w2vscale.data.plan import Plan, window_numbers
+from w2vscale.errors import UserError
+
+VALIDATION_SEED = 20
+"""Validation draws its order, crops, masks and negatives from this, so that all runs validate on the same."""
+
+LENGTH_TOLERANCE = 0.02
+"""Seconds by which decoded audio may differ from its manifest: resampling and MP3 frames round."""
+
+
+class AudioError(ValueError):
+    """An utterance's audio cannot be used; the message is the reason."""
+
+
+def read_audio(cut: Cut, *, sampling_rate: int, offset: int, length: int, normalize: bool) -> NDArray[np.float32]:
+    """`length` samples of an utterance from sample `offset`, resampled to `sampling_rate` (Hz), channels averaged.
+
+    With `normalize`, mean and variance are those of the whole utterance, before cropping.
+
+    Raises:
+        AudioError: the file cannot be decoded, disagrees with its manifest, or holds no usable signal.
+    """
+    if cut.sampling_rate != sampling_rate:
+        cut = cut.resample(sampling_rate)
+    whole = round(cut.duration * sampling_rate)
+    if normalize or length >= whole:
+        audio = _whole_audio(cut, whole)
+        if normalize:
+            audio = (audio - audio.mean()) / np.sqrt(audio.var() + 1e-7)
+        return audio[offset : offset + length]
+    part = cut.truncate(offset=offset / sampling_rate, duration=length / sampling_rate, preserve_id=True)
+    return _whole_audio(part, length)
+
+
+def _whole_audio(cut: Cut, samples: int) -> NDArray[np.float32]:
+    try:
+        audio = cut.load_audio()
+    except Exception as error:
+        raise AudioError(f"cannot be decoded: {_first_line(error)}") from None
+    if audio is None or audio.size == 0:
+        raise AudioError("holds no audio")
+    mono = audio.mean(axis=0, dtype=np.float32)
+    if abs(mono.size - samples) > LENGTH_TOLERANCE * cut.sampling_rate:
+        raise AudioError(f"lasts {mono.size} samples, not {samples} as its manifest says")
+    if not np.isfinite(mono).all():
+        raise AudioError("holds samples that are not finite")
+    if mono.min() == mono.max():
+        raise AudioError("is silent: all samples are equal")
+    return np.pad(mono[:samples], (0, max(samples - mono.size, 0)))
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+class MicroBatches(Dataset[MicroBatch]):
+    """Loads micro-batches by (update, number). A pure function of the corpus, the plan and the seed."""
+
+    def __init__(self, corpus: Corpus, plan: Plan, config: Config, *, seed: int) -> None:
+        self.corpus = corpus
+        self.plan = plan
+        self.model = config.model
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> MicroBatch:
+        update, number = key
+        planned = self.plan.micro_batch(number)
+        waveforms: list[NDArray[np.float32]] = []
+        places: list[int] = []
+        bad: list[BadAudio] = []
+        for place, utterance in enumerate(planned.utterances):
+            cut = self.corpus.cut(int(utterance))
+            try:
+                audio = read_audio(
+                    cut,
+                    sampling_rate=self.model.sampling_rate,
+                    offset=int(planned.offsets[place]),
+                    length=int(planned.lengths[place]),
+                    normalize=self.model.normalize_waveform,
+                )
+            except AudioError as error:
+                bad.append(BadAudio(cut.id, audio_path(cut), str(error)))
+                continue
+            waveforms.append(audio)
+            places.append(place)
+        inputs = make_inputs(waveforms, places, number=number, seed=self.seed, config=self.model)
+        samples = sum(waveform.size for waveform in waveforms)
+        return MicroBatch(update, number, inputs, samples, tuple(bad))
+
+
+class _Sequence(Sampler[tuple[int, int]]):
+    """Hands the DataLoader the keys of one rank, in order."""
+
+    def __init__(self, keys: Iterator[tuple[int, int]]) -> None:
+        self.keys = keys
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return self.keys
+
+
+def make_plan(corpus: Corpus, config: Config, *, seed: int) -> Plan:
+    """The plan of a corpus under a run's settings."""
+    rate = config.model.sampling_rate
+    return Plan(
+        corpus.samples(rate),
+        max_samples=int(config.data.max_seconds * rate),
+        min_samples=max(int(config.data.min_seconds * rate), shortest_samples(config.model)),
+        budget_samples=int(config.batch.max_seconds * rate),
+        buckets=config.batch.buckets,
+        seed=seed,
+    )
+
+
+def windows(
+    dataset: MicroBatches, config: Config, *, updates: range, rank: int = 0, world_size: int = 1
+) -> Iterator[list[MicroBatch]]:
+    """For each update its window: the micro-batches that this rank runs, loaded ahead by worker processes."""
+    per_rank = config.batch.micro_batches // world_size
+    keys = window_numbers(
+        dataset.plan,
+        updates=updates,
+        micro_batches=config.batch.micro_batches,
+        rank=rank,
+        world_size=world_size,
+    )
+    loader = iter(_loader(dataset, keys, config))
+    for _ in updates:
+        yield [next(loader) for _ in range(per_rank)]
+
+
+def validation_batches(
+    dataset: MicroBatches, config: Config, *, rank: int = 0, world_size: int = 1
+) -> Iterator[MicroBatch]:
+    """One pass over a corpus, dealt to the ranks; all have equally many, the last may be empty ones."""
+    total = dataset.plan.per_epoch
+    rounds = -(-total // world_size)
+    numbers = [rank + world_size * i for i in range(rounds)]
+    yield from _loader(dataset, iter([(0, number) for number in numbers if number < total]), config)
+    for number in numbers:
+        if number >= total:
+            inputs = make_inputs([], [], number=number, seed=dataset.seed, config=config.model)
+            yield MicroBatch(0, number, inputs, 0)
+
+
+def _loader(dataset: MicroBatches, keys: Iterator[tuple[int, int]], config: Config) -> DataLoader[MicroBatch]:
+    workers = config.data.workers
+    return DataLoader(
+        dataset,
+        sampler=_Sequence(keys),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=config.data.prefetch if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def check_sample(corpus: Corpus, *, sampling_rate: int, count: int = 8) -> None:
+    """Read a few utterances spread over the corpus, so that a wrong manifest fails before the run starts.
+
+    Raises:
+        UserError: none of them can be read.
+    """
+    bounds = np.linspace(0, len(corpus), min(count, len(corpus)) + 1).astype(int)
+    reasons = []
+    for start, _ in pairwise(bounds):
+        cut = corpus.cut(int(start))
+        try:
+            samples = round(cut.duration * sampling_rate)
+            read_audio(cut, sampling_rate=sampling_rate, offset=0, length=samples, normalize=False)
+            return
+        except AudioError as error:
+            reasons.append(f"{cut.id} ({audio_path(cut)}) {error}")
+    raise UserError(
+        f"{corpus.manifests[0].path}: none of {len(reasons)} utterances tried can be read; the first: {reasons[0]}; "
+        f"look at the manifest with: w2vscale data validate {corpus.manifests[0].path}"
+    )
+
+
+def bad_audio_error(bad: int, seen: int, last: Sequence[BadAudio], limit: float) -> UserError:
+    """What a run says when too much of its audio is unusable."""
+    example = f"; the last: {last[-1].utterance} ({last[-1].file}) {last[-1].reason}" if last else ""
+    return UserError(
+        f"{bad} of {seen} utterances are unusable, above data.max_bad_fraction={limit:g}{example}; "
+        "all are listed in the run's logs/bad_audio.jsonl"
+    )

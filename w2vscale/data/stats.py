@@ -1,0 +1,85 @@
+"""What a corpus holds, and how its utterances would be bucketed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from w2vscale.config import Config
+from w2vscale.data.loading import make_plan
+from w2vscale.data.manifest import Corpus
+
+
+@dataclass(frozen=True)
+class BucketStats:
+    """One bucket of the plan."""
+
+    utterances: int
+    longest_seconds: float
+    per_micro_batch: int
+
+
+@dataclass(frozen=True)
+class CorpusStats:
+    """Totals of a corpus; durations in seconds."""
+
+    utterances: int
+    hours: float
+    speakers: int
+    transcribed: int
+    sampling_rates: dict[int, int]
+    shortest: float
+    median: float
+    mean: float
+    longest: float
+    histogram: list[tuple[float, float, int, float]]  # (from, to, utterances, hours)
+    left_out: int
+    buckets: list[BucketStats]
+    micro_batches: int
+    padding: float
+
+
+def corpus_stats(paths: Sequence[Path], config: Config, *, bins: int = 16) -> CorpusStats:
+    """Read whole manifests for speakers and transcripts; plan one epoch under `config` for buckets and padding."""
+    corpus = Corpus(paths, setting="MANIFEST")
+    durations = np.concatenate([manifest.durations for manifest in corpus.manifests])
+    speakers: set[str] = set()
+    rates: Counter[int] = Counter()
+    transcribed = 0
+    for path in paths:
+        with Path(path).open(encoding="utf-8") as lines:
+            for line in lines:
+                if not line.strip():
+                    continue
+                cut = json.loads(line)
+                found = cut.get("supervisions") or []
+                speakers.update(s["speaker"] for s in found if s.get("speaker"))
+                transcribed += any(s.get("text") for s in found)
+                rates[int(cut["recording"]["sampling_rate"])] += 1
+    counts, edges = np.histogram(durations, bins=bins)
+    seconds, _ = np.histogram(durations, bins=edges, weights=durations)
+    plan = make_plan(corpus, config, seed=config.trainer.seed)
+    rate = config.model.sampling_rate
+    return CorpusStats(
+        utterances=len(corpus),
+        hours=float(durations.sum()) / 3600,
+        speakers=len(speakers),
+        transcribed=transcribed,
+        sampling_rates=dict(rates),
+        shortest=float(durations.min()),
+        median=float(np.median(durations)),
+        mean=float(durations.mean()),
+        longest=float(durations.max()),
+        histogram=[
+            (float(edges[i]), float(edges[i + 1]), int(counts[i]), float(seconds[i]) / 3600) for i in range(bins)
+        ],
+        left_out=plan.left_out,
+        buckets=[BucketStats(b.count, b.longest / rate, b.per_micro_batch) for b in plan.buckets],
+        micro_batches=plan.per_epoch,
+        padding=plan.padding(),
+    )

@@ -1,0 +1,79 @@
+"""The contract between the training loop and whatever runs its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.models.wav2vec2 import LossSums
+
+CanonicalState = dict[str, Tensor]
+"""`model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`: fp32, sharded or not, keyed by parameter name."""
+
+
+class StateReader(Protocol):
+    """Fills the tensors of a canonical state in place from a checkpoint."""
+
+    def read_into(self, state: Mapping[str, Tensor]) -> None:
+        """Collective. Every tensor of `state` gets its stored value, or an error names it."""
+
+
+class Criterion(Protocol):
+    """Runs a module on micro-batches that share one forward, with everything drawn for them."""
+
+    def __call__(
+        self, module: nn.Module, chunk: Sequence[MicroBatch], *, device: torch.device, training: bool
+    ) -> LossSums:
+        """Loss sums on this rank."""
+
+
+@dataclass(frozen=True)
+class EngineCaps:
+    """Facts about an engine that others may ask for."""
+
+    name: str
+    sharded_parameters: bool
+    sharded_optimizer: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: the global L2 norm before clipping, and whether the update was skipped."""
+
+    grad_norm: float
+    skipped: bool
+
+
+class Engine(Protocol):
+    """Owns the model, the optimizer, accumulation and sharding. All ranks make the same calls."""
+
+    caps: EngineCaps
+
+    def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> LossSums:
+        """Accumulate the gradient of this rank's micro-batches; returns this rank's sums.
+
+        The gradient of an update is the sum over ranks and micro-batches of grad(total) / denominator.
+        """
+
+    def step(self, *, lr: float, max_norm: float | None) -> StepResult:
+        """Clip, step and clear gradients. A non-finite norm skips the step on every rank."""
+
+    def evaluate(self, batch: MicroBatch) -> LossSums:
+        """This rank's sums, without gradients, dropout, LayerDrop or noise."""
+
+    def export_state(self) -> CanonicalState:
+        """Collective. The live tensors, to be written before the next step."""
+
+    def import_state(self, reader: StateReader) -> None:
+        """Collective. Replace parameters and optimizer state."""
+
+    def named_full_parameters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Whole parameters, one at a time; all ranks iterate."""
+
+    def close(self) -> None:
+        """Release what the engine holds."""

@@ -1,0 +1,1 @@
+"""Validation metrics and reports of a run."""

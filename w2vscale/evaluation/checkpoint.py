@@ -1,0 +1,82 @@
+"""How well a checkpoint solves the pretext task on a set of utterances, and how it uses its codebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from w2vscale.checkpoint.store import load_model_weights, open_checkpoint
+from w2vscale.config import load_config
+from w2vscale.data.loading import VALIDATION_SEED, MicroBatches, check_sample, make_plan, validation_batches
+from w2vscale.data.manifest import Corpus
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.distributed.process_group import process_group
+from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.errors import UserError
+from w2vscale.evaluation.pretraining import validate
+from w2vscale.models.layers import compute_dtype
+from w2vscale.models.wav2vec2 import LossSums, Wav2Vec2ForPretraining
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found; `used_entries` of each codebook were chosen at least once."""
+
+    checkpoint: Path
+    update: int
+    metrics: dict[str, float]
+    used_entries: list[int]
+    codebook_entries: int
+
+
+def evaluate_checkpoint(
+    path: Path,
+    cuts: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluate with the checkpoint's own settings, on fixed crops, masks and negatives.
+
+    Runs on all ranks where a launcher started several.
+
+    Raises:
+        UserError: the checkpoint or a manifest cannot be used, or no utterance could be read.
+    """
+    checkpoint = open_checkpoint(path)
+    config = load_config(checkpoint.path / "config.yaml", overrides)
+    corpus = Corpus(cuts, setting="--cuts")
+    check_sample(corpus, sampling_rate=config.model.sampling_rate)
+    plan = make_plan(corpus, config, seed=VALIDATION_SEED)
+    dataset = MicroBatches(corpus, plan, config, seed=VALIDATION_SEED)
+    with process_group() as (ranks, device), torch.no_grad():
+        model = Wav2Vec2ForPretraining(config.model, compute_dtype(config.precision)).to(device)
+        load_model_weights(checkpoint, model)
+        model.eval()
+        criterion = PretrainingCriterion(config.model, seed=VALIDATION_SEED)
+        batches = validation_batches(dataset, config, rank=ranks.rank, world_size=ranks.world_size)
+        run = partial(_evaluate, model, criterion, device)
+        metrics, sums = validate(run, _counted(batches, -(-plan.per_epoch // ranks.world_size), progress))
+    if metrics["masked_frames"] == 0:
+        raise UserError(f"{cuts[0]}: no utterance could be evaluated")
+    used = (sums.code_counts_GV > 0).sum(dim=1).tolist()
+    return Evaluation(checkpoint.path, checkpoint.state.update, metrics, used, config.model.codebook_entries)
+
+
+def _evaluate(
+    model: Wav2Vec2ForPretraining, criterion: PretrainingCriterion, device: torch.device, batch: MicroBatch
+) -> LossSums:
+    return criterion(model, [batch], device=device, training=False)
+
+
+def _counted(
+    batches: Iterator[MicroBatch], total: int, progress: Callable[[int, int], None] | None
+) -> Iterator[MicroBatch]:
+    for done, batch in enumerate(batches, start=1):
+        yield batch
+        if progress is not None:
+            progress(done, total)

@@ -1,0 +1,103 @@
+"""A run's curves as a picture, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from w2vscale.errors import UserError
+
+Record = dict[str, Any]
+
+
+def read_metrics(path: Path, split: str) -> list[Record]:
+    """The records of one split (train, validation) of a metrics.jsonl.
+
+    Raises:
+        UserError: there is no such file, or a line is not JSON.
+    """
+    try:
+        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not a metrics file ({error})") from None
+    return [record for record in records if record.get("split") == split]
+
+
+def draw_curves(exps: Sequence[Path], output: Path) -> Path:
+    """Draw loss, accuracy, codebook use and gradient norm of one or several runs into one PNG.
+
+    Raises:
+        UserError: a run has no metrics yet, or the picture cannot be written.
+    """
+    # Imported here: it takes a second, and most commands draw nothing.
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, ((loss, accuracy), (codes, norm)) = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True)
+    for index, exp in enumerate(exps):
+        train = read_metrics(exp / "metrics.jsonl", "train")
+        validation = read_metrics(exp / "metrics.jsonl", "validation")
+        if not train:
+            raise UserError(f"{exp}: no metrics in it yet")
+        model = _model_of(exp)
+        color = f"C{index}"
+        name = exp.name
+        _draw(loss, train, "contrastive_bits", color=color, alpha=0.5, label=f"{name}, training")
+        _draw(loss, validation, "contrastive_bits", color=color, marker="o", label=f"{name}, validation")
+        _draw(accuracy, train, "accuracy", color=color, alpha=0.5)
+        _draw(accuracy, validation, "accuracy", color=color, marker="o")
+        for codebook in range(model["codebooks"]):
+            style = ("-", "--", ":", "-.")[codebook % 4]
+            label = f"{name}, codebook {codebook}"
+            _draw(codes, train, f"code_perplexity_{codebook}", color=color, linestyle=style, label=label)
+        _draw(norm, train, "grad_norm", color=color)
+        chance = 1.0 / (1 + model["negatives"])
+    loss.axhline(-math.log2(chance), color="grey", linewidth=0.8, linestyle=":", label="chance")
+    accuracy.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
+    loss.set_ylabel("contrastive loss (bits)")
+    accuracy.set_ylabel("contrastive accuracy")
+    codes.set_ylabel(f"code perplexity (of {model['codebook_entries']})")
+    codes.set_ylim(bottom=0)
+    norm.set_ylabel("gradient norm, before clipping")
+    norm.set_yscale("log")
+    for axes in (codes, norm):
+        axes.set_xlabel("update")
+    for axes in (loss, codes):
+        axes.legend(fontsize="small", frameon=False)
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    if len(exps) == 1:
+        figure.suptitle(f"{exps[0].name}: {train[-1]['hours_seen']:.2f} hours seen in {train[-1]['update']} updates")
+    figure.tight_layout()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=110)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+    finally:
+        pyplot.close(figure)
+    return output
+
+
+def _draw(axes: Any, records: Sequence[Record], key: str, **style: Any) -> None:
+    points = [(record["update"], record[key]) for record in records if record.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), **{"linewidth": 1.3, "markersize": 3.5, **style})
+
+
+def _model_of(exp: Path) -> Record:
+    try:
+        model: Record = yaml.safe_load((exp / "config.yaml").read_text())["model"]
+        return model
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        raise UserError(f"{exp}: not a run's folder: no readable config.yaml in it") from None

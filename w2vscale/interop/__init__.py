@@ -1,0 +1,1 @@
+"""State-dict maps to and from other libraries."""

@@ -1,0 +1,70 @@
+"""The tensors of one pretraining forward, and how micro-batches are joined into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class PretrainingInputs(NamedTuple):
+    """B utterances of at most S samples and T frames, with M masked frames in all.
+
+    Masked frames are listed utterance by utterance: `utterance_M` and `frame_M` say which frame each is, `slot_M`
+    its number among its utterance's masked frames, `negatives_MK` the slots of its K negatives.
+    """
+
+    waveforms_BS: Tensor
+    lengths_B: Tensor  # samples
+    frames_B: Tensor
+    mask_BT: Tensor
+    utterance_M: Tensor
+    frame_M: Tensor
+    slot_M: Tensor
+    negatives_MK: Tensor
+    utterances: tuple[int, ...]  # of each micro-batch that shares this forward
+    masked: tuple[int, ...]  # masked frames of each
+    slots: int  # most masked frames in an utterance
+    padded: bool  # whether utterances differ in length
+
+    def to(self, device: torch.device) -> PretrainingInputs:
+        """A copy on `device`; asynchronous from pinned memory."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PretrainingInputs:
+        """A copy in pinned memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> PretrainingInputs:
+        return PretrainingInputs(*(change(field) if isinstance(field, Tensor) else field for field in self))
+
+
+def concatenate(inputs: Sequence[PretrainingInputs]) -> PretrainingInputs:
+    """Join micro-batches into one forward; their losses stay apart through `utterances` and `masked`."""
+    if len(inputs) == 1:
+        return inputs[0]
+    samples = max(part.waveforms_BS.shape[1] for part in inputs)
+    frames = max(part.mask_BT.shape[1] for part in inputs)
+    widths = {(part.waveforms_BS.shape[1], part.padded) for part in inputs}
+    first = [sum(part.waveforms_BS.shape[0] for part in inputs[:i]) for i in range(len(inputs))]
+    return PretrainingInputs(
+        waveforms_BS=torch.cat([_pad(part.waveforms_BS, samples) for part in inputs]),
+        lengths_B=torch.cat([part.lengths_B for part in inputs]),
+        frames_B=torch.cat([part.frames_B for part in inputs]),
+        mask_BT=torch.cat([_pad(part.mask_BT, frames) for part in inputs]),
+        utterance_M=torch.cat([part.utterance_M + start for part, start in zip(inputs, first, strict=True)]),
+        frame_M=torch.cat([part.frame_M for part in inputs]),
+        slot_M=torch.cat([part.slot_M for part in inputs]),
+        negatives_MK=torch.cat([part.negatives_MK for part in inputs]),
+        utterances=tuple(count for part in inputs for count in part.utterances),
+        masked=tuple(count for part in inputs for count in part.masked),
+        slots=max(part.slots for part in inputs),
+        padded=len(widths) > 1 or any(part.padded for part in inputs),
+    )
+
+
+def _pad(x: Tensor, length: int) -> Tensor:
+    return F.pad(x, (0, length - x.shape[1]))

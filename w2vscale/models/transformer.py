@@ -1,0 +1,145 @@
+"""The context network: mask embedding, convolutional positions and transformer blocks, pre- or post-LN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from w2vscale.config.tree import ModelConfig
+from w2vscale.models.feature_encoder import valid_mask
+from w2vscale.models.layers import LayerNorm, Linear
+
+
+class TransformerEncoder(nn.Module):
+    """Contextualises projected features [B, T, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.positional = PositionalConvolution(config)
+        self.embedding_norm = LayerNorm(config.dim) if config.embedding_norm else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = LayerNorm(config.dim) if config.norm_first else None
+
+    def forward(
+        self, x_BTD: Tensor, frames_B: Tensor | None, active: Sequence[bool] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Context [B, T, D] and the hidden states: the blocks' input, then each block's output.
+
+        `frames_B` are the valid frames, or None where no utterance is padded. `active[i]` says whether block i is
+        computed (LayerDrop, Fan et al. 2019): a block that is not costs nothing.
+        """
+        attend = None
+        if frames_B is not None:
+            valid_BT = valid_mask(frames_B, x_BTD.shape[1])
+            x_BTD = x_BTD * valid_BT.unsqueeze(2)
+            attend = valid_BT.view(valid_BT.shape[0], 1, 1, -1)
+        x_BTD = x_BTD + self.positional(x_BTD)
+        if self.embedding_norm is not None:
+            x_BTD = self.embedding_norm(x_BTD)
+        x_BTD = F.dropout(x_BTD, self.dropout, self.training)
+        hidden = [x_BTD]
+        for index, block in enumerate(self.blocks):
+            if active is None or active[index]:
+                x_BTD = block(x_BTD, attend)
+            hidden.append(x_BTD)
+        if self.final_norm is not None:
+            x_BTD = self.final_norm(x_BTD)
+        return x_BTD, hidden
+
+
+class PositionalConvolution(nn.Module):
+    """A grouped, weight-normalised convolution as relative positional embedding.
+
+    Weight norm is over all but the kernel's steps (Salimans & Kingma 2016; dim=2 as in fairseq), in fp32.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kernel = config.positional_kernel
+        self.groups = config.positional_groups
+        direction = torch.empty(config.dim, config.dim // self.groups, self.kernel)
+        nn.init.normal_(direction, std=math.sqrt(4.0 / (self.kernel * config.dim)))
+        self.direction = nn.Parameter(direction)
+        self.magnitude = nn.Parameter(direction.norm(dim=(0, 1), keepdim=True))
+        self.bias = nn.Parameter(torch.zeros(config.dim))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        direction = self.direction.float()
+        weight = direction * (self.magnitude.float() / direction.norm(dim=(0, 1), keepdim=True))
+        y_BDT = F.conv1d(
+            x_BTD.transpose(1, 2),
+            weight.to(x_BTD.dtype),
+            self.bias.to(x_BTD.dtype),
+            padding=self.kernel // 2,
+            groups=self.groups,
+        )
+        return F.gelu(y_BDT[:, :, : x_BTD.shape[1]]).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Self-attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_first = config.norm_first
+        self.dropout = config.dropout
+        self.attention = SelfAttention(config)
+        self.attention_norm = LayerNorm(config.dim)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = LayerNorm(config.dim)
+
+    def forward(self, x_BTD: Tensor, attend: Tensor | None) -> Tensor:
+        if self.norm_first:
+            x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), attend))
+            return x_BTD + self._drop(self.feed_forward(self.feed_forward_norm(x_BTD)))
+        x_BTD = self.attention_norm(x_BTD + self._drop(self.attention(x_BTD, attend)))
+        return self.feed_forward_norm(x_BTD + self._drop(self.feed_forward(x_BTD)))
+
+    def _drop(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout, self.training)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head scaled dot-product attention; padded frames are never attended to."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.attention_dropout
+        self.qkv = transformer_linear(config.dim, 3 * config.dim)
+        self.out = transformer_linear(config.dim, config.dim)
+
+    def forward(self, x_BTD: Tensor, attend: Tensor | None) -> Tensor:
+        batch, frames, dim = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(batch, frames, 3, self.heads, dim // self.heads)
+        q_BHTE, k_BHTE, v_BHTE = qkv.permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=attend, dropout_p=dropout)
+        return self.out(y_BHTE.transpose(1, 2).reshape(batch, frames, dim))
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation_dropout = config.activation_dropout
+        self.intermediate = transformer_linear(config.dim, config.ffn_dim)
+        self.output = transformer_linear(config.ffn_dim, config.dim)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        hidden = F.dropout(F.gelu(self.intermediate(x_BTD)), self.activation_dropout, self.training)
+        return self.output(hidden)
+
+
+def transformer_linear(inputs: int, outputs: int) -> Linear:
+    """A Linear with BERT's initialisation: N(0, 0.02), bias 0."""
+    linear = Linear(inputs, outputs)
+    nn.init.normal_(linear.weight, std=0.02)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,1 @@
+"""The loop, its state, metrics, display and signals."""

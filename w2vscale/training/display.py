@@ -1,0 +1,89 @@
+"""What a person sees of a run: a progress bar with rates on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class Display:
+    """Prints on rank 0; silent elsewhere."""
+
+    def __init__(self, *, total: int, start: int, enabled: bool) -> None:
+        self.console = Console(stderr=False, soft_wrap=True, highlight=False)
+        self.enabled = enabled
+        self.total = total
+        self._began = (start, time.monotonic())
+        self._progress = Progress(
+            TextColumn("[bold]update"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[rates]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not (enabled and self.console.is_terminal),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=total, completed=start, rates="")
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def message(self, text: str, style: str = "") -> None:
+        """One line."""
+        if self.enabled:
+            self.console.print(text, style=style, markup=False)
+
+    def advance(self, update: int) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=update)
+
+    def training(self, update: int, values: Mapping[str, float], *, codebooks: int) -> None:
+        """One line of figures."""
+        rate = f"{values['audio_seconds_per_second']:.0f} s/s"
+        self._progress.update(self._task, completed=update, rates=rate)
+        self.message(
+            f"update {update}/{self.total}  loss {values['loss']:.3f}"
+            f"  contrastive {values['contrastive_bits']:.3f} bits  accuracy {values['accuracy']:.3f}"
+            f"  codes {_codes(values, codebooks)}"
+            f"  lr {values['lr']:.2e}  norm {values['grad_norm']:.2f}  {rate}"
+            f"  {values['hours_seen']:.2f} h seen  {self._left(update)} left"
+        )
+
+    def validation(self, update: int, values: Mapping[str, float], *, codebooks: int) -> None:
+        """One line of figures."""
+        self.message(
+            f"update {update}/{self.total}  validation: loss {values['loss']:.3f}"
+            f"  contrastive {values['contrastive_bits']:.3f} bits  accuracy {values['accuracy']:.3f}"
+            f"  codes {_codes(values, codebooks)}",
+            style="bold",
+        )
+
+    def _left(self, update: int) -> str:
+        start, began = self._began
+        seconds = (time.monotonic() - began) / max(update - start, 1) * (self.total - update)
+        hours, rest = divmod(round(seconds), 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _codes(values: Mapping[str, float], codebooks: int) -> str:
+    return "/".join(f"{values[f'code_perplexity_{codebook}']:.0f}" for codebook in range(codebooks))

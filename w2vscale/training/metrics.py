@@ -1,0 +1,113 @@
+"""From windows to figures: accumulates between two log lines, writes metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.distributed.process_group import sum_over_ranks
+from w2vscale.engine.base import StepResult
+from w2vscale.evaluation.pretraining import pretraining_metrics, reduce_sums
+from w2vscale.models.wav2vec2 import LossSums
+
+
+class Meter:
+    """Sums and counts of the updates since the last reading, on this rank."""
+
+    def __init__(self, sampling_rate: int) -> None:
+        self.sampling_rate = sampling_rate
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: LossSums | None = None
+        self.audio = self.padded = self.frames = self.updates = self.skipped = 0
+        self.norms: list[float] = []
+        self.data_seconds = 0.0
+        self.started = time.perf_counter()
+
+    def add(self, window: Sequence[MicroBatch], sums: LossSums, step: StepResult, *, data_seconds: float) -> None:
+        """One update; `data_seconds` is how long its window was waited for."""
+        self.sums = sums if self.sums is None else self.sums.plus(sums)
+        self.audio += sum(batch.audio_samples for batch in window)
+        self.padded += sum(batch.padded_samples for batch in window)
+        self.frames += sum(batch.frames for batch in window)
+        self.updates += 1
+        self.skipped += step.skipped
+        if not step.skipped:
+            self.norms.append(step.grad_norm)
+        self.data_seconds += data_seconds
+
+    def read(self) -> dict[str, float]:
+        """Figures over all ranks since the last reading, and start anew. Collective."""
+        assert self.sums is not None
+        elapsed = time.perf_counter() - self.started
+        reduced = reduce_sums(self.sums)
+        values = pretraining_metrics(reduced)
+        audio, padded, frames = sum_over_ranks([self.audio, self.padded, self.frames])
+        values |= {
+            "masked_fraction": float(reduced.masked) / max(frames, 1.0),
+            "padding": 1.0 - audio / max(padded, 1.0),
+            "grad_norm": sum(self.norms) / len(self.norms) if self.norms else math.nan,
+            "grad_norm_max": max(self.norms, default=math.nan),
+            "audio_seconds_per_second": audio / self.sampling_rate / elapsed,
+            "updates_per_second": self.updates / elapsed,
+            "data_wait_fraction": self.data_seconds / elapsed,
+        }
+        if torch.cuda.is_available():
+            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._reset()
+        return values
+
+
+class MetricsWriter:
+    """`metrics.jsonl` and TensorBoard of a run; on resuming, what was written after the checkpoint is dropped."""
+
+    def __init__(self, exp: Path, *, resumed_at: int, tensorboard: bool) -> None:
+        self.path = exp / "metrics.jsonl"
+        self._drop_after(resumed_at)
+        self._lines = self.path.open("a")
+        self._tensorboard = None
+        if tensorboard:
+            # Imported here: it takes seconds, and most commands need none of it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(exp / "tb"), purge_step=resumed_at + 1 if resumed_at else None)
+
+    def write(self, split: str, update: int, values: Mapping[str, float]) -> None:
+        """One line and one point of each curve. Values that are not finite are null in the line."""
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._lines.write(json.dumps({"split": split, "update": update, **finite}) + "\n")
+        self._lines.flush()
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(f"{split}/{key}", value, update)
+            if "hours_seen" in values:
+                self._tensorboard.add_scalar(f"{split}_by_hours/loss", values["loss"], int(values["hours_seen"] * 3600))
+            self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._lines.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _drop_after(self, update: int) -> None:
+        if not self.path.is_file():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if _update_of(line) <= update]
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        partial.replace(self.path)
+
+
+def _update_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["update"])
+    except (ValueError, KeyError, TypeError):  # a line that a kill cut short
+        return math.inf

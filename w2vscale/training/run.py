@@ -1,0 +1,199 @@
+"""A run's folder and its parts: data, model, engine, checkpoints, built from the resolved settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from w2vscale.checkpoint.store import Checkpoint, CheckpointStore, TrainState, committed, open_checkpoint
+from w2vscale.config import Config, dump_config
+from w2vscale.data.loading import (
+    VALIDATION_SEED,
+    MicroBatches,
+    check_sample,
+    make_plan,
+    validation_batches,
+    windows,
+)
+from w2vscale.data.manifest import Corpus
+from w2vscale.data.micro_batch import BadAudio, MicroBatch
+from w2vscale.data.randomness import Stream, derived_seed
+from w2vscale.distributed.process_group import Ranks, broadcast_from_main
+from w2vscale.engine import Engine, build_engine
+from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.errors import UserError
+from w2vscale.models.layers import compute_dtype
+from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: Config
+    exp: Path
+    ranks: Ranks
+    device: torch.device
+    training_set: MicroBatches
+    validation_set: MicroBatches | None
+    engine: Engine
+    store: CheckpointStore
+    state: TrainState
+
+    def windows(self) -> Iterator[list[MicroBatch]]:
+        """The windows of this rank from the run's next update to its last."""
+        updates = range(self.state.update, self.config.trainer.updates)
+        return windows(
+            self.training_set,
+            self.config,
+            updates=updates,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+
+    def validation(self) -> Iterator[MicroBatch]:
+        """The validation set, dealt to the ranks."""
+        assert self.validation_set is not None
+        return validation_batches(
+            self.validation_set, self.config, rank=self.ranks.rank, world_size=self.ranks.world_size
+        )
+
+    def save(self, state: TrainState) -> Path:
+        """Write a checkpoint. Collective."""
+        return self.store.save(self.engine.export_state(), state, dump_config(self.config))
+
+
+def build_run(
+    config: Config, exp: Path, *, ranks: Ranks, device: torch.device, resume: str, log: Callable[[str], None]
+) -> Run:
+    """Open the data, build model and engine, and take up the newest checkpoint if there is one.
+
+    `resume`: auto (the newest usable checkpoint, or a new run), never (a new run in a folder without
+    checkpoints), or the path of a checkpoint.
+    """
+    if config.batch.micro_batches % ranks.world_size:
+        raise UserError(
+            f"batch.micro_batches={config.batch.micro_batches} cannot be dealt to {ranks.world_size} processes: "
+            "choose a multiple"
+        )
+    corpus = Corpus(config.data.train)
+    plan = make_plan(corpus, config, seed=config.trainer.seed)
+    check_sample(corpus, sampling_rate=config.model.sampling_rate)
+    validation_set = None
+    if config.data.validation:
+        held_out = Corpus(config.data.validation, setting="data.validation")
+        validation_plan = make_plan(held_out, config, seed=VALIDATION_SEED)
+        validation_set = MicroBatches(held_out, validation_plan, config, seed=VALIDATION_SEED)
+    store = CheckpointStore(
+        exp / "checkpoints",
+        ranks,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+    )
+    checkpoint = _resume_point(resume, store, log)
+    if checkpoint is not None:
+        _compare_settings(config, checkpoint, log)
+    torch.manual_seed(derived_seed(config.trainer.seed, Stream.INITIALISATION))
+    model = Wav2Vec2ForPretraining(config.model, compute_dtype(config.precision))
+    engine = build_engine(model, PretrainingCriterion(config.model, seed=config.trainer.seed), config, device)
+    if checkpoint is not None:
+        engine.import_state(checkpoint)
+        log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
+    if plan.left_out:
+        log(f"{plan.left_out} of {len(corpus)} utterances are shorter than data.min_seconds and left out")
+    return Run(
+        config=config,
+        exp=exp,
+        ranks=ranks,
+        device=device,
+        training_set=MicroBatches(corpus, plan, config, seed=config.trainer.seed),
+        validation_set=validation_set,
+        engine=engine,
+        store=store,
+        state=checkpoint.state if checkpoint is not None else TrainState(),
+    )
+
+
+def make_folder(exp: Path, config: Config, ranks: Ranks) -> None:
+    """Make `exp/` with config.yaml and run.sh, which repeats the command. Collective.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    error = None
+    if ranks.is_main:
+        try:
+            (exp / "logs").mkdir(parents=True, exist_ok=True)
+            (exp / "checkpoints").mkdir(exist_ok=True)
+            (exp / "config.yaml").write_text(dump_config(config))
+            script = exp / "run.sh"
+            script.write_text(_run_script(exp))
+            script.chmod(0o755)
+        except OSError as failure:
+            error = f"{exp}: the run's folder cannot be written: {failure.strerror}"
+    error = broadcast_from_main(error)
+    if error is not None:
+        raise UserError(error)
+
+
+def _run_script(exp: Path) -> str:
+    processes = os.environ.get("WORLD_SIZE", "1")
+    count = f" --nproc-per-node {processes}" if int(processes) > 1 else ""
+    command = f"{shlex.quote(sys.executable)} -m w2vscale train {shlex.quote(str((exp / 'config.yaml').resolve()))}"
+    return (
+        "#!/usr/bin/env bash\n# Repeats or continues this run.\nset -euo pipefail\n"
+        f'cd {shlex.quote(os.getcwd())}\n{command} --exp {shlex.quote(str(exp.resolve()))}{count} "$@"\n'
+    )
+
+
+def log_bad_audio(exp: Path, bad: Sequence[BadAudio], reported: set[str]) -> None:
+    """Append utterances that were not yet reported by this process to logs/bad_audio.jsonl."""
+    new = [audio for audio in bad if audio.utterance not in reported]
+    if not new:
+        return
+    reported.update(audio.utterance for audio in new)
+    with (exp / "logs" / "bad_audio.jsonl").open("a") as lines:
+        for audio in new:
+            lines.write(json.dumps(audio.__dict__) + "\n")
+
+
+def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None]) -> Checkpoint | None:
+    if resume == "auto":
+        return store.find(log)
+    if resume == "never":
+        if committed(store.folder):
+            raise UserError(
+                f"{store.folder}: holds checkpoints of an earlier run; continue it with --resume auto, "
+                "or choose another --exp"
+            )
+        return None
+    return open_checkpoint(Path(resume))
+
+
+def _compare_settings(config: Config, checkpoint: Checkpoint, log: Callable[[str], None]) -> None:
+    """Another model is an error; other settings are said, since the curve may change."""
+    stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text())
+    for section, now in config.model_dump(mode="json").items():
+        then: dict[str, Any] = stored.get(section, {})
+        for key, value in now.items():
+            if key in then and then[key] != value:
+                if section == "model" and key in _SHAPES:
+                    raise UserError(f"model.{key}={value}: the checkpoint {checkpoint.path} was made with {then[key]}")
+                log(f"{section}.{key} was {then[key]} in the checkpoint, is now {value}")
+
+
+_SHAPES = {
+    "conv_layers", "conv_norm", "conv_bias", "layers", "dim", "ffn_dim", "norm_first", "embedding_norm",
+    "positional_kernel", "positional_groups", "codebooks", "codebook_entries", "codevector_dim", "quantizer_input",
+    "target_projection", "projection_dim",
+}  # fmt: skip
+"""Settings of the model without which its tensors cannot be taken up."""
