@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Logging and stages for recipes. Source it after `set -euo pipefail`.
+# Logging, stages and paths for recipes. Source it after `set -euo pipefail`.
 
 # log MESSAGE… prints the time, the place in the recipe and the message, on stderr: stdout is for results.
 log() {
@@ -41,3 +41,6 @@ run_stage() {
   mv "$mark.new" "$mark"
   log "stage $number: done in $((SECONDS - start)) s"
 }
+
+# absolute PATH prints it as seen from anywhere; nothing for nothing.
+absolute() { if [[ -z $1 || $1 == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }

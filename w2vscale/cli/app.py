@@ -47,7 +47,7 @@ def main() -> None:
     except UserError as error:
         if len(arguments) < len(sys.argv) - 1:
             raise
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
         # Without clean-up that could wait for other ranks.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -29,7 +29,7 @@ def librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs =
     _prepare_librispeech(corpus, output, part, jobs, mini=False)
 
 
-@prepare_app.command()
+@prepare_app.command("mini_librispeech")
 def mini_librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs = 1) -> None:
     """Mini LibriSpeech: train-clean-5 and dev-clean-2."""
     _prepare_librispeech(corpus, output, part, jobs, mini=True)

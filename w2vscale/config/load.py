@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from w2vscale.config.tree import Config
+from w2vscale.config.tree import Config, ParameterGroupConfig
 from w2vscale.errors import UserError
 
 PRESETS = resources.files("w2vscale.config") / "presets"
@@ -34,13 +34,15 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: the source does not exist, or a key or value is not valid; one line.
     """
     tree = _read_source(str(source))
-    for override in overrides:
-        tree = _merge(tree, _parse_override(override))
     _refuse_unknown_keys(tree, where=str(source))
+    for override in overrides:
+        change = _parse_override(override)
+        _refuse_unknown_keys(change, where="override")
+        tree = _merge(tree, change)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_one_line(error, where=str(source))) from None
+        raise UserError(_one_line(error, source=str(source), overrides=overrides)) from None
 
 
 def dump_config(config: BaseModel) -> str:
@@ -55,7 +57,7 @@ def _read_source(source: str) -> dict[str, Any]:
     try:
         tree = _parse_yaml(path.read_text(), where=source)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        hint = _nearest(source, preset_names())
+        hint = _nearest(path.stem, preset_names())
         raise UserError(f"{source}: neither a file nor a preset{hint} (presets: {', '.join(preset_names())})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read as a configuration: {error}") from None
@@ -76,7 +78,8 @@ def _parse_yaml(text: str, *, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"{where}: expected sections with settings, got a {type(tree).__name__}")
-    return tree
+    # A section whose settings are all commented out is None.
+    return {str(name): section for name, section in tree.items() if section is not None}
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -111,15 +114,15 @@ def _refuse_unknown_keys(tree: Mapping[str, Any], *, where: str) -> None:
     for name, section in tree.items():
         if name not in sections:
             given = f"{name}.{next(iter(section))}" if isinstance(section, Mapping) and section else name
-            raise UserError(
-                f"{where}: {given}: no section named {name}{_nearest(name, list(sections))} "
-                f"(sections: {', '.join(sections)})"
-            )
+            bare = [key for key in valid if given == name and key.endswith(f".{name}")]
+            hint = f"; did you mean {bare[0]}?" if bare else _nearest(name, list(sections))
+            raise UserError(f"{where}: {given}: no section named {name}{hint} (sections: {', '.join(sections)})")
         if not isinstance(section, Mapping):
             raise UserError(f"{where}: {name}: expected settings of the form {name}.key=value, got {section!r}")
         for key in section:
             if key not in _keys_of(name):
                 hint = _nearest(f"{name}.{key}", [f"{name}.{other}" for other in _keys_of(name)], among=valid)
+                hint = hint or f" ({name} has: {', '.join(_keys_of(name))})"
                 raise UserError(f"{where}: {name}.{key}: unknown setting{hint}")
 
 
@@ -132,21 +135,24 @@ def _keys_of(section: str) -> list[str]:
 def _nearest(name: str, candidates: Sequence[str], *, among: Sequence[str] = ()) -> str:
     """`; did you mean X?` for the closest candidate, or nothing."""
     leaf = name.rsplit(".", 1)[-1]
-    by_leaf = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed([*candidates, *among])}
-    matches = (
-        difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)
-        or [by_leaf[match] for match in difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=0.7)]
-        or difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    )
-    return f"; did you mean {matches[0]}?" if matches else ""
+    here = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
+    anywhere = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed([*candidates, *among])}
+    for by_leaf, cutoff in ((here, 0.75), (anywhere, 0.75), (here, 0.5)):
+        if matches := difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=cutoff):
+            return f"; did you mean {by_leaf[matches[0]]}?"
+    return ""
 
 
-def _one_line(error: ValidationError, *, where: str) -> str:
+def _one_line(error: ValidationError, *, source: str, overrides: Sequence[str]) -> str:
     first = error.errors()[0]
-    message = str(first["msg"]).removeprefix("Value error, ")
     key = ".".join(str(part) for part in first["loc"])
+    replaced = [override.partition("=")[0].strip() + "." for override in overrides]
+    where = "override" if any(f"{key}.".startswith(path) for path in replaced) else source
+    message = str(first["msg"]).removeprefix("Value error, ")
     if not key or first["type"] == "value_error":
         return f"{where}: {key + ': ' if key else ''}{message}"
+    if first["type"] == "extra_forbidden":  # of a section's own keys, these are all that can get here
+        return f"{where}: {key}: unknown setting{_nearest(key, list(ParameterGroupConfig.model_fields))}"
     message = message[0].lower() + message[1:]
     return f"{where}: {key}={first['input']!r}: {message}"
 

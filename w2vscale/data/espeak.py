@@ -30,7 +30,7 @@ _SYNCHRONOUS_OUTPUT = 2
 _DO_NOT_EXIT_ON_ERROR = 0x8000
 _POSITION_IN_CHARACTERS = 1
 _TEXT_IS_UTF8 = 1
-_PARAMETER_RATE, _PARAMETER_PITCH, _PARAMETER_PITCH_RANGE = 1, 3, 4
+_PARAMETER_RATE, _PARAMETER_PITCH, _PARAMETER_PITCH_RANGE, _PARAMETER_WORD_GAP = 1, 3, 4, 7
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Voice:
 
     name: str
     words_per_minute: int
+    word_gap: int  # pause between words, in units of about 10 ms
     pitch: int  # 0 to 99, 50 is the voice's own
     pitch_range: int  # 0 (monotone) to 99, 50 is the voice's own
     noise_seed: int  # of the generator behind fricatives, a non-negative 31-bit integer
@@ -133,7 +134,7 @@ def locate_espeak() -> tuple[Path, Path]:
 
 
 def _to_arguments(voice: Voice) -> list[str]:
-    numbers = (voice.words_per_minute, voice.pitch, voice.pitch_range, voice.noise_seed)
+    numbers = (voice.words_per_minute, voice.word_gap, voice.pitch, voice.pitch_range, voice.noise_seed)
     return [voice.name, *map(str, numbers)]
 
 
@@ -157,8 +158,9 @@ def _serve(library_path: str, data_path: str, name: str, *numbers: str) -> None:
     library.espeak_SetSynthCallback(callback)
     if library.espeak_SetVoiceByName(name.encode()) != 0:
         sys.exit(f"there is no voice '{name}'")
-    words_per_minute, pitch, pitch_range, noise_seed = map(int, numbers)
+    words_per_minute, word_gap, pitch, pitch_range, noise_seed = map(int, numbers)
     library.espeak_SetParameter(_PARAMETER_RATE, words_per_minute, 0)
+    library.espeak_SetParameter(_PARAMETER_WORD_GAP, word_gap, 0)
     library.espeak_SetParameter(_PARAMETER_PITCH, pitch, 0)
     library.espeak_SetParameter(_PARAMETER_PITCH_RANGE, pitch_range, 0)
     library.espeak_ng_SetRandSeed(ctypes.c_long(noise_seed))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
+import soundfile
 import torch
 from lhotse.cut import Cut
 from numpy.typing import NDArray
@@ -15,7 +17,9 @@ from w2vscale.config import Config
 from w2vscale.data.manifest import Corpus, audio_path
 from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
 from w2vscale.data.plan import Plan, window_numbers
+from w2vscale.data.validate import libsndfile_reason, problem_of
 from w2vscale.errors import UserError
+from w2vscale.models.feature_encoder import output_frames
 
 VALIDATION_SEED = 20
 """Validation draws its order, crops, masks and negatives from this, so that all runs validate on the same."""
@@ -36,23 +40,22 @@ def read_audio(cut: Cut, *, sampling_rate: int, offset: int, length: int, normal
     Raises:
         AudioError: the file cannot be decoded, disagrees with its manifest, or holds no usable signal.
     """
-    if cut.sampling_rate != sampling_rate:
-        cut = cut.resample(sampling_rate)
+    wanted = cut if cut.sampling_rate == sampling_rate else cut.resample(sampling_rate)
     whole = round(cut.duration * sampling_rate)
     if normalize or length >= whole:
-        audio = _whole_audio(cut, whole)
+        audio = _whole_audio(wanted, whole, source=cut)
         if normalize:
             audio = (audio - audio.mean()) / np.sqrt(audio.var() + 1e-7)
         return audio[offset : offset + length]
-    part = cut.truncate(offset=offset / sampling_rate, duration=length / sampling_rate, preserve_id=True)
-    return _whole_audio(part, length)
+    part = wanted.truncate(offset=offset / sampling_rate, duration=length / sampling_rate, preserve_id=True)
+    return _whole_audio(part, length, source=cut)
 
 
-def _whole_audio(cut: Cut, samples: int) -> NDArray[np.float32]:
+def _whole_audio(cut: Cut, samples: int, *, source: Cut) -> NDArray[np.float32]:
     try:
         audio = cut.load_audio()
     except Exception as error:
-        raise AudioError(f"cannot be decoded: {_first_line(error)}") from None
+        raise AudioError(problem_of(source) or _decoding_problem(source, error)) from None
     if audio is None or audio.size == 0:
         raise AudioError("holds no audio")
     mono = audio.mean(axis=0, dtype=np.float32)
@@ -65,9 +68,18 @@ def _whole_audio(cut: Cut, samples: int) -> NDArray[np.float32]:
     return np.pad(mono[:samples], (0, max(samples - mono.size, 0)))
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def _decoding_problem(cut: Cut, error: Exception) -> str:
+    """Why a file whose header is right cannot be decoded.
+
+    Asks libsndfile: Lhotse goes on to other libraries, and may report no more than that they are missing.
+    """
+    try:
+        frames = len(soundfile.read(audio_path(cut))[0])
+    except Exception as first:
+        return f"cannot be decoded: {libsndfile_reason(first)}"
+    if frames != cut.recording.num_samples:
+        return f"cannot be decoded: ends after {frames} of {cut.recording.num_samples} samples"
+    return f"cannot be decoded: {libsndfile_reason(error)}"
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -86,7 +98,11 @@ class MicroBatches(Dataset[MicroBatch]):
         places: list[int] = []
         bad: list[BadAudio] = []
         for place, utterance in enumerate(planned.utterances):
-            cut = self.corpus.cut(int(utterance))
+            try:
+                cut = self.corpus.cut(int(utterance))
+            except UserError as error:  # the manifest was changed under the run
+                bad.append(BadAudio(f"number {utterance}", "", str(error)))
+                continue
             try:
                 audio = read_audio(
                     cut,
@@ -116,16 +132,35 @@ class _Sequence(Sampler[tuple[int, int]]):
 
 
 def make_plan(corpus: Corpus, config: Config, *, seed: int) -> Plan:
-    """The plan of a corpus under a run's settings."""
+    """The plan of a corpus under a run's settings.
+
+    Raises:
+        UserError: crops are too short to be masked or too long for the model, or no utterance is long enough.
+    """
     rate = config.model.sampling_rate
-    return Plan(
-        corpus.samples(rate),
-        max_samples=int(config.data.max_seconds * rate),
-        min_samples=max(int(config.data.min_seconds * rate), shortest_samples(config.model)),
-        budget_samples=int(config.batch.max_seconds * rate),
-        buckets=config.batch.buckets,
-        seed=seed,
-    )
+    max_samples, shortest = int(config.data.max_seconds * rate), shortest_samples(config.model)
+    if max_samples < shortest:
+        raise UserError(
+            f"data.max_seconds={config.data.max_seconds:g}: too short to be masked; "
+            f"set at least {math.ceil(1000 * shortest / rate) / 1000:g}"
+        )
+    frames, limit = output_frames(max_samples, config.model), config.model.max_frames
+    if limit is not None and frames > limit:
+        raise UserError(
+            f"data.max_seconds={config.data.max_seconds:g}: gives {frames} frames, "
+            f"and the model takes at most model.max_frames={limit}"
+        )
+    try:
+        return Plan(
+            corpus.samples(rate),
+            max_samples=max_samples,
+            min_samples=max(int(config.data.min_seconds * rate), shortest),
+            budget_samples=int(config.batch.max_seconds * rate),
+            buckets=config.batch.buckets,
+            seed=seed,
+        )
+    except UserError as error:
+        raise UserError(f"{', '.join(str(manifest.path) for manifest in corpus.manifests)}: {error}") from None
 
 
 def windows(
@@ -186,7 +221,7 @@ def check_sample(corpus: Corpus, *, sampling_rate: int, count: int = 8) -> None:
             read_audio(cut, sampling_rate=sampling_rate, offset=0, length=samples, normalize=False)
             return
         except AudioError as error:
-            reasons.append(f"{cut.id} ({audio_path(cut)}) {error}")
+            reasons.append(f"{cut.id} ({audio_path(cut)}): {error}")
     raise UserError(
         f"{corpus.manifests[0].path}: none of {len(reasons)} utterances tried can be read; the first: {reasons[0]}; "
         f"look at the manifest with: w2vscale data validate {corpus.manifests[0].path}"
@@ -195,7 +230,7 @@ def check_sample(corpus: Corpus, *, sampling_rate: int, count: int = 8) -> None:
 
 def bad_audio_error(bad: int, seen: int, last: Sequence[BadAudio], limit: float) -> UserError:
     """What a run says when too much of its audio is unusable."""
-    example = f"; the last: {last[-1].utterance} ({last[-1].file}) {last[-1].reason}" if last else ""
+    example = f"; the last: {last[-1].utterance} ({last[-1].file}): {last[-1].reason}" if last else ""
     return UserError(
         f"{bad} of {seen} utterances are unusable, above data.max_bad_fraction={limit:g}{example}; "
         "all are listed in the run's logs/bad_audio.jsonl"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -68,14 +70,19 @@ class Manifest:
         self.path = path
         size = _check_manifest(path)
         try:
-            self._index = np.load(index_path(path), mmap_mode="r")
+            self._index = np.lib.format.open_memmap(index_path(path), mode="r")
         except FileNotFoundError:
             raise UserError(f"{path}: no index beside it; make one with: w2vscale data index {path}") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{index_path(path)}: not an index ({error}); remake it") from None
+            raise UserError(
+                f"{index_path(path)}: not an index ({error}); remake with: w2vscale data index {path}"
+            ) from None
         if self._index.dtype != INDEX_DTYPE or int(self._index["offset"][-1]) != size:
             raise UserError(f"{path}: changed since it was indexed; remake with: w2vscale data index {path}")
-        self._file: tuple[int, object] | None = None
+        # Held open: it stays the file that was indexed, whatever takes its name. Reads have no shared position,
+        # so that forked loader processes can share it.
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
 
     def __len__(self) -> int:
         return int(self._index.size) - 1
@@ -86,13 +93,18 @@ class Manifest:
         return self._index["duration"][:-1]
 
     def cut(self, number: int) -> Cut:
-        """Utterance `number`, read from its line alone."""
+        """Utterance `number`, read from its line alone.
+
+        Raises:
+            UserError: the line does not hold a cut.
+        """
         start, end = (int(offset) for offset in self._index["offset"][number : number + 2])
-        # One descriptor per process and no shared file position: loader processes are forked.
-        if self._file is None or self._file[0] != os.getpid():
-            self._file = (os.getpid(), self.path.open("rb", buffering=0))
-        line = os.pread(self._file[1].fileno(), end - start, start)  # type: ignore[attr-defined]
-        return deserialize_item(json.loads(line))
+        line = os.pread(self._descriptor, end - start, start)
+        try:
+            return deserialize_item(json.loads(line))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{self.path}: utterance {number} is not a Lhotse cut ({reason})") from None
 
     def __getstate__(self) -> dict[str, object]:
         return {"path": self.path}
@@ -134,6 +146,8 @@ def _check_manifest(path: Path) -> int:
     """The manifest's size in bytes."""
     if not path.is_file():
         raise UserError(f"{path}: no such manifest")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: cannot be read: permission denied")
     if path.suffix != ".jsonl":
         raise UserError(f"{path}: an indexed manifest is uncompressed JSONL (*.jsonl); convert: lhotse copy {path} …")
     size = path.stat().st_size
@@ -146,8 +160,10 @@ def _duration_of(line: bytes, manifest: Path, number: int) -> float:
     try:
         cut = json.loads(line)
         duration = float(cut["duration"])
-        if "Cut" not in cut["type"] or not duration > 0.0:
+        if "Cut" not in cut["type"] or not 0.0 < duration < math.inf or not cut["recording"]["sources"]:
             raise ValueError
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{manifest}: line {number} is not a Lhotse cut with a duration above zero") from None
+        raise UserError(
+            f"{manifest}: line {number} is not a Lhotse cut of a recording with a duration above zero"
+        ) from None
     return duration

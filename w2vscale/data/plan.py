@@ -84,8 +84,8 @@ class Plan:
         kept = np.flatnonzero(samples >= max(min_samples, 1))
         if kept.size == 0:
             raise UserError(
-                f"no utterance to train on: none of the {samples.size} lasts at least {min_samples} samples "
-                "(data.min_seconds)"
+                f"no utterance is long enough: none of the {samples.size} lasts {min_samples} samples "
+                f"(data.min_seconds); the longest lasts {samples.max(initial=0)}"
             )
         cropped = np.minimum(samples[kept], max_samples)
         order = np.argsort(-cropped, kind="stable")
@@ -130,22 +130,21 @@ class Plan:
 
     def largest(self) -> int:
         """The number of the epoch-0 micro-batch with the most padded samples: the one that needs most memory."""
-        padded = [bucket.longest * min(bucket.per_micro_batch, bucket.count) for bucket in self.buckets]
-        wanted = self.buckets[int(np.argmax(padded))].first_micro_batch
-        return int(np.flatnonzero(self._epoch_order(0) == wanted)[0])
+        return int(np.argmax(self._padded_samples()[self._epoch_order(0)]))
 
     def padding(self) -> float:
         """Share of padded samples in epoch 0 that hold no audio."""
-        padded = 0
+        return 1.0 - int(self._lengths.sum()) / int(self._padded_samples().sum())
+
+    def _padded_samples(self) -> NDArray[np.int64]:
+        """Padded samples of each micro-batch of epoch 0, before the epoch's micro-batches are shuffled."""
+        padded = []
         for which, bucket in enumerate(self.buckets):
             lengths = self._lengths[bucket.start + self._bucket_order(0, which)]
-            whole = bucket.count // bucket.per_micro_batch * bucket.per_micro_batch
-            padded += int(lengths[:whole].reshape(-1, bucket.per_micro_batch).max(axis=1, initial=0).sum()) * (
-                bucket.per_micro_batch
-            )
-            if whole < bucket.count:
-                padded += int(lengths[whole:].max()) * (bucket.count - whole)
-        return 1.0 - int(self._lengths.sum()) / padded
+            starts = np.arange(0, bucket.count, bucket.per_micro_batch)
+            sizes = np.diff(starts, append=bucket.count)
+            padded.append(np.maximum.reduceat(lengths, starts) * sizes)
+        return np.concatenate(padded)
 
     def _shuffle_epoch(self, epoch: int) -> NDArray[np.int64]:
         return generator(self.seed, Stream.EPOCH_ORDER, epoch).permutation(self.per_epoch)

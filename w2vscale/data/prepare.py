@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import soundfile
 from lhotse import CutSet, Recording, RecordingSet, SupervisionSegment, SupervisionSet
 from lhotse.cut import Cut
 
+from w2vscale.data.validate import libsndfile_reason
 from w2vscale.errors import UserError
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
@@ -58,13 +60,16 @@ def prepare_librispeech(
             sets = prepare_librispeech(corpus, dataset_parts=[part], num_jobs=jobs)[part]
         except Exception as error:
             unreadable = _first_unreadable(_audio_files(corpus / part))
-            raise UserError(unreadable or f"{corpus / part}: {' '.join(str(error).split())[:300]}") from None
+            reason = f"no utterance with a transcript could be taken: {libsndfile_reason(error)}"
+            raise UserError(unreadable or f"{corpus / part}: {reason}") from None
         recordings, supervisions = sets["recordings"], sets["supervisions"]
         assert isinstance(recordings, RecordingSet) and isinstance(supervisions, SupervisionSet)
         if len(recordings) == 0:
             raise UserError(f"{corpus / part}: no utterance with a transcript in it")
+        # A recording is one utterance, and its id is the corpus' own; Lhotse would append a number.
         cuts = CutSet.from_manifests(recordings=recordings, supervisions=supervisions)
-        written.append(write_cuts(sorted(cuts, key=lambda cut: cut.id), output / f"cuts_{part}.jsonl"))
+        named = [cut.with_id(cut.recording.id) for cut in cuts]
+        written.append(write_cuts(sorted(named, key=lambda cut: cut.id), output / f"cuts_{part}.jsonl"))
     return written
 
 
@@ -91,7 +96,7 @@ def prepare_folder(
     audio = _existing_folder(audio)
     if not 0.0 <= validation_share < 1.0:
         raise UserError(f"--validation-share {validation_share}: must be at least 0 and below 1")
-    if window_seconds is not None and window_seconds <= 0:
+    if window_seconds is not None and not window_seconds > 0:
         raise UserError(f"--window {window_seconds}: must be above 0 seconds")
     files = _audio_files(audio)
     if not files:
@@ -109,7 +114,8 @@ def prepare_folder(
                 progress(done, len(files))
     if unreadable and not (skip_unreadable and cuts):
         more = f" and {len(unreadable) - 1} more of {len(files)} files" if len(unreadable) > 1 else ""
-        raise UserError(f"{unreadable[0]}{more}; leave such files out with --skip-unreadable")
+        advice = "no other file is left" if skip_unreadable else "leave such files out with --skip-unreadable"
+        raise UserError(f"{unreadable[0]}{more}; {advice}")
     held_out = {cut.id for cut in cuts if zlib.crc32(cut.id.encode()) < validation_share * 2**32}
     sets = {
         "train": [cut for cut in cuts if cut.id not in held_out],
@@ -166,11 +172,12 @@ def _refuse_duplicates(files: list[Path], root: Path) -> None:
 def _cut_of(file: Path, root: Path) -> Cut | str:
     """The cut of a whole file, or why there is none."""
     try:
+        soundfile.info(file)  # Lhotse's own error would name the last library that it tried
         recording = Recording.from_file(file, recording_id=_identifier(file, root))
         if recording.num_samples <= 0:
             return f"{file}: holds no audio"
     except Exception as error:
-        return f"{file}: not readable as audio ({' '.join(str(error).split())[:120]})"
+        return f"{file}: not readable as audio: {libsndfile_reason(error)}"
     cut = recording.to_cut()
     transcript = file.with_suffix(".txt")
     text = transcript.read_text(encoding="utf-8", errors="replace").strip() if transcript.is_file() else None

@@ -160,7 +160,8 @@ def draw_speakers(parts: Mapping[str, float], *, speakers_per_part: int | None =
             name = names[len(speakers) % len(names)]
             voice = Voice(
                 name=name,
-                words_per_minute=generator.randint(135, 185),
+                words_per_minute=generator.randint(110, 160),
+                word_gap=generator.randint(20, 45),
                 pitch=generator.randint(35, 65),
                 pitch_range=generator.randint(35, 75),
                 noise_seed=generator.getrandbits(31),
@@ -195,8 +196,8 @@ def speakers_table(totals: Sequence[SpeakerTotal]) -> str:
 def finish_audio(
     speech: NDArray[np.float32], *, gain_decibels: float, generator: np.random.Generator
 ) -> NDArray[np.int16]:
-    """Speech in [-1, 1] with white noise 25 to 40 dB below it, scaled by the gain, as 16-bit samples."""
-    signal_to_noise = generator.uniform(25.0, 40.0)
+    """Speech in [-1, 1] with white noise 40 to 60 dB below it, scaled by the gain, as 16-bit samples."""
+    signal_to_noise = generator.uniform(30.0, 45.0)
     noise_level = math.sqrt(float(np.mean(np.square(speech)))) * 10.0 ** (-signal_to_noise / 20.0)
     noise = generator.standard_normal(len(speech), dtype=np.float32) * np.float32(noise_level)
     scaled = (speech + noise) * np.float32(32767.0 * 10.0 ** (gain_decibels / 20.0))

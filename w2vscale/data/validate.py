@@ -68,6 +68,11 @@ def problem_of(cut: Cut) -> str | None:
     return next(_problems(cut), None)
 
 
+def libsndfile_reason(error: Exception) -> str:
+    """An error in one line, without the file's path, which may be long."""
+    return " ".join(str(getattr(error, "error_string", error)).split())[:200].removesuffix(".")
+
+
 def _problems(cut: Cut) -> Iterator[str]:
     recording = cut.recording
     if cut.start < 0 or cut.end > recording.duration + 1e-3:
@@ -79,7 +84,7 @@ def _problems(cut: Cut) -> Iterator[str]:
         header = soundfile.info(str(source.source))
     except Exception as error:
         exists = Path(str(source.source)).is_file()
-        yield f"not readable as audio ({' '.join(str(error).split())[:120]})" if exists else "no such file"
+        yield f"not readable as audio: {libsndfile_reason(error)}" if exists else "no such file"
         return
     rate = int((recording.transforms and header.samplerate) or recording.sampling_rate)
     if header.samplerate != rate:

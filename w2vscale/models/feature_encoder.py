@@ -43,6 +43,8 @@ class ConvLayer(nn.Module):
         channels, kernel, self.stride = config.conv_layers[index]
         self.padding = _padding(kernel, config)
         self.kernel = kernel
+        next_layer = config.conv_layers[index + 1 : index + 2]
+        self.next_is_padded = any(_padding(kernel, config) for _, kernel, _ in next_layer)
         self.weight = nn.Parameter(torch.empty(channels, inputs, kernel))
         nn.init.kaiming_normal_(self.weight)
         self.bias = nn.Parameter(torch.zeros(channels)) if config.conv_bias else None
@@ -62,7 +64,7 @@ class ConvLayer(nn.Module):
         elif self.norm is not None:
             x_BCT = self.norm(x_BCT)
         x_BCT = F.gelu(x_BCT)
-        if lengths_B is not None and self.padding:
+        if lengths_B is not None and self.next_is_padded:
             # The next layer's padding must meet silence where the utterance ends, as it does alone.
             x_BCT = x_BCT * valid_mask(lengths_B, x_BCT.shape[2]).unsqueeze(1)
         return x_BCT, lengths_B

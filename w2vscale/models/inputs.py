@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class PretrainingInputs(NamedTuple):
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PretrainingInputs:
-        return PretrainingInputs(*(change(field) if isinstance(field, Tensor) else field for field in self))
+        changed: Any = [change(field) if isinstance(field, Tensor) else field for field in self]
+        return PretrainingInputs(*changed)
 
 
 def concatenate(inputs: Sequence[PretrainingInputs]) -> PretrainingInputs:

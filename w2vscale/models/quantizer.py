@@ -45,7 +45,7 @@ class Quantizer(nn.Module):
             codes_MG = soft_MGV.argmax(dim=2)
             choice_MGV = F.one_hot(codes_MG, self.entries) - soft_MGV.detach() + soft_MGV
         vectors_GME = torch.bmm(choice_MGV.transpose(0, 1).to(x_MC.dtype), self.codevectors.to(x_MC.dtype))
-        return Quantized(vectors_GME.transpose(0, 1).reshape(frames, -1), codes_MG, logits_MGV)
+        return Quantized(vectors_GME.transpose(0, 1).flatten(1), codes_MG, logits_MGV)
 
 
 def code_ids(codes_MG: Tensor, entries: int) -> Tensor:

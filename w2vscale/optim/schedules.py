@@ -12,7 +12,8 @@ def learning_rate(update: int, *, optim: OptimConfig, schedule: ScheduleConfig, 
 
     cosine, linear: rises linearly over `warmup_updates`, whose last update has the peak, then falls to
     `final_ratio` of it at the last update (cosine: Loshchilov & Hutter 2017; a floor of 10 % as in GPT-3).
-    tri_stage: rises linearly from `initial_ratio`, stays, falls exponentially to `final_ratio` (Park et al. 2019).
+    tri_stage: rises linearly from `initial_ratio`, stays, falls exponentially to `final_ratio` at the last update
+    (Park et al. 2019).
     """
     if schedule.kind == "tri_stage":
         return optim.lr * _tri_stage(update, schedule, updates)
@@ -30,7 +31,7 @@ def _tri_stage(update: int, schedule: ScheduleConfig, updates: int) -> float:
         return schedule.initial_ratio + (1.0 - schedule.initial_ratio) * update / warmup
     if update < warmup + constant or decay == 0.0:
         return 1.0
-    progress = min((update - warmup - constant) / decay, 1.0)
+    progress = min((update - warmup - constant + 1) / decay, 1.0)
     return math.exp(progress * math.log(schedule.final_ratio))
 
 

@@ -1,0 +1,59 @@
+"""What several test files share: a small corpus, a folder of every kind of audio, and real speech where it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+# Before torch is imported: the tests' tensors are small, and the machine is shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest
+
+# No deadlines: the first example pays for imports, and the machine is shared.
+settings.register_profile("w2vscale", max_examples=50, deadline=None)
+settings.load_profile("w2vscale")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real speech beside the checkout; tests that want it are skipped where it is not."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not (folder / "LibriSpeech").is_dir():
+        pytest.skip(f"no real speech: {folder / 'LibriSpeech'} does not exist")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> SmallCorpus:
+    """24 utterances of noise to train on and 6 to validate on, of 1 to 6 seconds."""
+    folder = tmp_path_factory.mktemp("small-corpus")
+    manifests = []
+    for name, count in (("train", 24), ("validation", 6)):
+        cuts = []
+        for number in range(count):
+            audio = noise(1.0 + 5.0 * ((7 * number) % count) / (count - 1), seed=number)
+            cuts.append(cut_of(write_audio(folder / name / f"{name}-{number:02d}.flac", audio)))
+        manifests.append(write_manifest(folder / f"cuts_{name}.jsonl", cuts))
+    return SmallCorpus(*manifests)
+
+
+@pytest.fixture(scope="session")
+def mixed_audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of audio in every format, at several rates, mono and stereo, some with transcripts. Do not change it."""
+    folder = tmp_path_factory.mktemp("mixed") / "audio"
+    write_audio(folder / "alice" / "one.flac", noise(3.0, seed=1))
+    write_audio(folder / "alice" / "two.wav", noise(2.5, rate=8_000, seed=2), rate=8_000)
+    write_audio(folder / "alice" / "three.mp3", noise(3.5, rate=44_100, seed=3), rate=44_100)
+    write_audio(folder / "bob" / "four.ogg", noise(4.0, seed=4))
+    write_audio(folder / "bob" / "session" / "five.opus", noise(2.0, rate=48_000, seed=5), rate=48_000)
+    stereo = np.stack([tone(6.0, 440.0, rate=44_100), tone(6.0, 880.0, rate=44_100)], axis=1)
+    write_audio(folder / "six.WAV", stereo, rate=44_100)
+    (folder / "alice" / "one.txt").write_text("HELLO THERE\n", encoding="utf-8")
+    (folder / "six.txt").write_text("zwei Töne\n", encoding="utf-8")
+    (folder / "notes.md").write_text("not audio, and not meant to be\n")
+    return folder

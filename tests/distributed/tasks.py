@@ -1,0 +1,34 @@
+"""What the ranks of a pool run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.micro import MICRO_RUN
+from w2vscale.config import load_config
+from w2vscale.distributed.process_group import Ranks
+from w2vscale.training.loop import Trainer
+from w2vscale.training.run import build_run, make_folder
+from w2vscale.training.signals import StopRequest
+
+
+def train_micro(corpus: str, exp: str, overrides: tuple[str, ...] = ()) -> list[float]:
+    """Train the micro model on this process group, or alone; the loss of every update, and of validation."""
+    ranks = Ranks()
+    if dist.is_initialized():
+        ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    folder = Path(exp)
+    make_folder(folder, config, ranks)
+    run = build_run(config, folder, ranks=ranks, device=torch.device("cpu"), resume="auto", log=lambda text: None)
+    with StopRequest() as stop:
+        Trainer(run, stop).train()
+    run.engine.close()
+    if not ranks.is_main:
+        return []
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records]

@@ -1,0 +1,90 @@
+"""Who a process is, as torchrun or SLURM says."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from w2vscale.distributed.launch import launch, launched
+from w2vscale.distributed.process_group import launch_environment
+from w2vscale.errors import UserError
+
+TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+SLURM = {
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_NODELIST": "node7",
+}
+
+
+class TestLaunchEnvironment:
+    def test_is_empty_for_a_process_that_nobody_launched(self) -> None:
+        assert launch_environment({}) == {}
+        assert launch_environment({"PATH": "/bin", "WORLD_SIZE": "2"}) == {}
+
+    def test_what_torchrun_sets_stays_even_inside_a_slurm_job(self) -> None:
+        assert launch_environment(TORCHRUN) == {}
+        assert launch_environment({**SLURM, **TORCHRUN}) == {}
+
+    def test_slurms_tasks_become_ranks(self) -> None:
+        assert launch_environment(SLURM) == {
+            "RANK": "5",
+            "LOCAL_RANK": "1",
+            "WORLD_SIZE": "8",
+            "MASTER_ADDR": "node7",
+            "MASTER_PORT": str(20_000 + 123456 % 20_000),
+        }
+
+    def test_a_slurm_job_of_one_task_is_alone(self) -> None:
+        assert launch_environment({**SLURM, "SLURM_NTASKS": "1"}) == {}
+        assert launch_environment({"SLURM_NTASKS": "8"}) == {}
+
+    def test_address_and_port_that_the_user_set_are_kept(self) -> None:
+        found = launch_environment({**SLURM, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
+        assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "4000")
+
+    def test_jobs_on_one_node_have_different_ports_that_a_user_may_open(self) -> None:
+        ports = {int(launch_environment({**SLURM, "SLURM_JOB_ID": str(job)})["MASTER_PORT"]) for job in range(1, 999)}
+        assert len(ports) == 998
+        assert all(1024 < port < 65_536 for port in ports)
+
+    def test_all_ranks_of_a_job_agree_on_where_to_meet(self) -> None:
+        found = [launch_environment({**SLURM, "SLURM_PROCID": str(rank)}) for rank in range(8)]
+        assert len({(each["MASTER_ADDR"], each["MASTER_PORT"]) for each in found}) == 1
+        assert [each["RANK"] for each in found] == [str(rank) for rank in range(8)]
+
+    def test_a_list_of_nodes_is_expanded_by_slurm(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        scontrol = tmp_path / "scontrol"  # SLURM's own command, which this machine does not have
+        scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[3-4]" ] && printf "node3\\nnode4\\n"\n')
+        scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        assert launch_environment({**SLURM, "SLURM_STEP_NODELIST": "node[3-4]"})["MASTER_ADDR"] == "node3"
+
+    def test_the_jobs_nodes_do_where_the_step_names_none(self) -> None:
+        environment = {key: value for key, value in SLURM.items() if key != "SLURM_STEP_NODELIST"}
+        assert launch_environment({**environment, "SLURM_JOB_NODELIST": "node9"})["MASTER_ADDR"] == "node9"
+
+
+class TestLaunching:
+    @pytest.mark.parametrize(
+        ("environment", "expected"),
+        [({}, False), ({"SLURM_NTASKS": "1"}, False), ({"SLURM_NTASKS": "2"}, True), (TORCHRUN, True)],
+    )
+    def test_launched_says_whether_a_launcher_is_at_work(
+        self, environment: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("RANK", "SLURM_NTASKS"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert launched() is expected
+
+    @pytest.mark.parametrize("processes", [0, -1])
+    def test_fewer_than_one_process_is_an_error(self, processes: int) -> None:
+        with pytest.raises(UserError, match=f"--nproc-per-node {processes}: must be at least 1"):
+            launch(["--help"], processes)

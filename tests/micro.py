@@ -1,0 +1,32 @@
+"""Settings of a model that trains in seconds: overrides of the preset `base`."""
+
+MICRO_MODEL = (
+    "model.conv_layers=[[16,10,5],[16,3,2],[16,3,2],[16,3,2],[16,3,2],[16,2,2],[16,2,2]]",
+    "model.conv_norm_groups=16",
+    "model.layers=3",
+    "model.dim=32",
+    "model.ffn_dim=64",
+    "model.heads=4",
+    "model.positional_groups=4",
+    "model.codebook_entries=16",
+    "model.codevector_dim=16",
+    "model.projection_dim=16",
+    "model.negatives=20",
+)
+"""A model of about 40,000 parameters, with BASE's dropouts and a LayerDrop that strikes often."""
+
+MICRO_RUN = (
+    *MICRO_MODEL,
+    "model.layerdrop=0.3",
+    "data.max_seconds=2.0",
+    "data.min_seconds=0.5",
+    "data.workers=0",
+    "batch.max_seconds=8.0",
+    "batch.micro_batches=4",
+    "optim.lr=1e-3",
+    "schedule.warmup_updates=4",
+    "precision.compute=fp32",
+    "logging.every=1",
+    "logging.tensorboard=false",
+    "trainer.updates=12",
+)

@@ -1,0 +1,348 @@
+"""The model against Transformers': with the same weights, masks and negatives, everything is equal."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from w2vscale.config import ModelConfig, load_config, preset_names
+from w2vscale.data.micro_batch import make_inputs
+from w2vscale.errors import UserError
+from w2vscale.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
+from w2vscale.interop.torchaudio import import_torchaudio
+from w2vscale.models.inputs import PretrainingInputs
+from w2vscale.models.wav2vec2 import LossSums, Wav2Vec2ForPretraining
+
+with contextlib.suppress(UserError):  # not installed
+    import_torchaudio()  # before Transformers imports it
+transformers = pytest.importorskip("transformers")
+
+CONVERTIBLE = [name for name in preset_names() if name != "base_prenorm"]
+SMALL = (
+    "model.conv_layers=[[32,10,5],[32,3,2],[32,3,2],[32,2,2]]",
+    "model.conv_norm_groups=32",
+    "model.layers=3",
+    "model.dim=48",
+    "model.ffn_dim=96",
+    "model.heads=4",
+    "model.positional_kernel=16",
+    "model.positional_groups=4",
+    "model.codebook_entries=20",
+    "model.codevector_dim=24",
+    "model.projection_dim=24",
+    "model.negatives=30",
+)
+OTHER = (
+    "model.conv_layers=[[24,8,4],[36,3,2],[30,4,3],[20,2,2]]",
+    "model.conv_norm_groups=24",
+    "model.layers=2",
+    "model.dim=60",
+    "model.ffn_dim=70",
+    "model.heads=5",
+    "model.positional_kernel=9",
+    "model.positional_groups=6",
+    "model.codebooks=3",
+    "model.codevector_dim=33",
+    "model.projection_dim=17",
+    "model.mask_length=4",
+    "model.logit_temperature=0.2",
+)
+# name: (preset, overrides, samples of each utterance)
+MODELS = {
+    "base": ("base", SMALL, (5000, 5000, 5000)),
+    "base with other dimensions": ("base", (*SMALL, *OTHER), (5000, 5000)),
+    "base at full size": ("base", (), (20_000, 20_000)),
+    "large_lv60": ("large_lv60", SMALL, (5000, 5000, 5000)),
+    "large_lv60, padded": ("large_lv60", SMALL, (3100, 5000, 4444)),
+    "large_lv60 with other dimensions, padded": ("large_lv60", (*SMALL, *OTHER), (5000, 3777)),
+}
+
+
+class Pair(NamedTuple):
+    """One batch through our model and through Transformers'."""
+
+    config: ModelConfig
+    inputs: PretrainingInputs
+    ours: LossSums
+    hidden: list[Tensor]  # each [B, T, D], as everything of Transformers' below
+    context_BTD: Tensor
+    projected_MD: Tensor
+    vectors_MD: Tensor
+    projected_vectors_MD: Tensor
+    theirs: Any
+    their_vectors_BTD: Tensor
+    their_context_BTD: Tensor
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
+def pair(request: pytest.FixtureRequest) -> Pair:
+    preset, overrides, samples = request.param
+    config = load_config(preset, overrides).model
+    torch.manual_seed(7)
+    model = Wav2Vec2ForPretraining(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # no bias zero, no scale one: each has to arrive in its place
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    draws = np.random.default_rng(3)
+    waveforms = [draws.standard_normal(size, dtype=np.float32) for size in samples]
+    inputs = make_inputs(waveforms, range(len(samples)), number=0, seed=1, config=config)
+    with torch.device("meta"):
+        other = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config)))
+    other.load_state_dict(to_huggingface(model.state_dict(), config), assign=True)
+    return run_both(config, model, other.eval(), inputs)
+
+
+@torch.no_grad()
+def run_both(config: ModelConfig, model: Wav2Vec2ForPretraining, other: Any, inputs: PretrainingInputs) -> Pair:
+    seen: dict[str, Any] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: seen.update({name: output})
+
+    model.encoder.register_forward_hook(keep("encoded"))
+    model.quantizer.register_forward_hook(keep("quantized"))
+    model.context_projection.register_forward_hook(keep("projected"))
+    model.target_projection.register_forward_hook(keep("projected_vectors"))
+    other.quantizer.register_forward_hook(keep("their_quantized"))
+    other.wav2vec2.register_forward_hook(keep("their_encoded"))
+    ours = model(inputs)
+    attention_mask_BS = torch.arange(inputs.waveforms_BS.shape[1]) < inputs.lengths_B.unsqueeze(1)
+    theirs = other(
+        inputs.waveforms_BS,
+        attention_mask=attention_mask_BS.long() if inputs.padded else None,
+        mask_time_indices=inputs.mask_BT,
+        sampled_negative_indices=flat_negatives(inputs),
+        output_hidden_states=True,
+    )
+    return Pair(
+        config=config,
+        inputs=inputs,
+        ours=ours,
+        hidden=seen["encoded"].hidden,
+        context_BTD=seen["encoded"].context_BTD,
+        projected_MD=seen["projected"],
+        vectors_MD=seen["quantized"].vectors_MD,
+        projected_vectors_MD=seen["projected_vectors"],
+        theirs=theirs,
+        their_vectors_BTD=seen["their_quantized"][0],
+        their_context_BTD=seen["their_encoded"].last_hidden_state,
+    )
+
+
+def flat_negatives(inputs: PretrainingInputs) -> Tensor:
+    """Our negatives (numbers among an utterance's masked frames) as Transformers' (frames of the flattened batch)."""
+    batch, frames = inputs.mask_BT.shape
+    flat_BTK = torch.zeros(batch, frames, inputs.negatives_MK.shape[1], dtype=torch.long)
+    for row, mask_T in enumerate(inputs.mask_BT):
+        frame_N = mask_T.nonzero().squeeze(1)
+        slots_NK = inputs.negatives_MK[inputs.utterance_M == row].long()
+        flat_BTK[row, frame_N] = row * frames + frame_N[slots_NK]
+    return flat_BTK
+
+
+def assert_equal(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal within `tolerance` of the largest value."""
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
+
+
+def test_every_hidden_state_is_equal(pair: Pair) -> None:
+    valid_BT = torch.arange(pair.inputs.mask_BT.shape[1]) < pair.inputs.frames_B.unsqueeze(1)
+    assert len(pair.hidden) == pair.config.layers + 1
+    for ours, theirs in zip(pair.hidden, pair.theirs.hidden_states, strict=True):
+        assert_equal(ours[valid_BT], theirs[valid_BT])
+    assert_equal(pair.context_BTD[valid_BT], pair.their_context_BTD[valid_BT])
+
+
+def test_projected_states_are_equal(pair: Pair) -> None:
+    assert_equal(pair.projected_MD, pair.theirs.projected_states[pair.inputs.mask_BT])
+
+
+def test_quantized_vectors_are_equal(pair: Pair) -> None:
+    assert_equal(pair.vectors_MD, pair.their_vectors_BTD[pair.inputs.mask_BT])
+    assert_equal(pair.projected_vectors_MD, pair.theirs.projected_quantized_states[pair.inputs.mask_BT])
+
+
+def test_the_contrastive_loss_is_equal(pair: Pair) -> None:
+    assert pair.inputs.masked[0] > 20
+    assert pair.ours.contrastive > 0
+    assert_equal(pair.ours.contrastive, pair.theirs.contrastive_loss)
+
+
+def test_the_perplexity_of_the_codes_is_equal(pair: Pair) -> None:
+    usage_GV = pair.ours.code_counts_GV / pair.ours.masked
+    entropy_G = -torch.xlogy(usage_GV, usage_GV).sum(dim=1)
+    assert_equal(entropy_G.exp().sum(), pair.theirs.codevector_perplexity)
+
+
+def test_attention_masks_of_a_padded_batch_are_equal() -> None:
+    """Transformers' number of valid frames is ours, for any length."""
+    config = load_config("large_lv60", SMALL).model
+    with torch.device("meta"):
+        other = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config)))
+    waveforms = [np.zeros(size, dtype=np.float32) for size in range(1500, 1580, 3)]
+    inputs = make_inputs(waveforms, range(len(waveforms)), number=0, seed=0, config=config)
+    assert torch.equal(other._get_feat_extract_output_lengths(inputs.lengths_B), inputs.frames_B)
+
+
+@pytest.mark.parametrize("preset", CONVERTIBLE)
+def test_a_preset_has_as_many_parameters_as_theirs(preset: str) -> None:
+    config = load_config(preset).model
+    with torch.device("meta"):
+        model = Wav2Vec2ForPretraining(config)
+        other = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config)))
+    assert count(model) == other.num_parameters()
+    converted = to_huggingface(model.state_dict(), config)
+    assert {name: tensor.shape for name, tensor in converted.items()} == {
+        name: tensor.shape for name, tensor in other.state_dict().items()
+    }
+
+
+def test_base_has_the_published_number_of_parameters() -> None:
+    with torch.device("meta"):
+        assert count(Wav2Vec2ForPretraining(load_config("base").model)) == 95_044_608
+
+
+def test_base_prenorm_has_as_many_parameters_as_its_description_adds_up_to() -> None:
+    """12 × 768 × 3072, convolutions of 512 channels without bias, 2 × 320 codes of 384, output Linear(768 → 768)."""
+
+    def linear(inputs: int, outputs: int) -> int:
+        return inputs * outputs + outputs
+
+    def norm(channels: int) -> int:
+        return 2 * channels
+
+    convolutions = 512 * 10 + 4 * 512 * 512 * 3 + 2 * 512 * 512 * 2 + norm(512)
+    projection = norm(512) + linear(512, 768) + 768  # and the mask embedding
+    positions = 768 * (768 // 16) * 128 + 128 + 768 + norm(768)  # direction, magnitude, bias, LayerNorm
+    block = 4 * linear(768, 768) + linear(768, 3072) + linear(3072, 768) + 2 * norm(768)
+    quantizer = linear(768, 640) + 2 * 320 * 384
+    expected = convolutions + projection + positions + 12 * block + norm(768) + quantizer + linear(768, 768)
+    with torch.device("meta"):
+        assert count(Wav2Vec2ForPretraining(load_config("base_prenorm").model)) == expected
+    assert math.isclose(expected, 95e6, rel_tol=0.01)
+
+
+def count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def small_state(preset: str, overrides: Sequence[str] = SMALL) -> tuple[dict[str, Tensor], ModelConfig]:
+    config = load_config(preset, overrides).model
+    torch.manual_seed(0)
+    return Wav2Vec2ForPretraining(config).state_dict(), config
+
+
+@pytest.mark.parametrize("preset", ["base", "large_lv60"])
+def test_there_and_back_is_bit_identical(preset: str) -> None:
+    state, config = small_state(preset, (*SMALL, *OTHER))
+    back = from_huggingface(to_huggingface(state, config), config)
+    assert back.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(back[name], tensor), name
+
+
+def test_back_and_there_is_bit_identical() -> None:
+    config = load_config("base", SMALL).model
+    theirs = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config)))
+    again = to_huggingface(from_huggingface(theirs.state_dict(), config), config)
+    assert again.keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+
+
+def test_names_of_the_older_weight_norm_are_understood() -> None:
+    state, config = small_state("base")
+    theirs = to_huggingface(state, config)
+    for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+        prefix = "wav2vec2.encoder.pos_conv_embed.conv"
+        theirs[f"{prefix}.{old}"] = theirs.pop(f"{prefix}.parametrizations.weight.{new}")
+    back = from_huggingface(theirs, config)
+    for leaf in ("magnitude", "direction"):
+        name = f"encoder.transformer.positional.{leaf}"
+        assert torch.equal(back[name], state[name])
+
+
+def test_converted_tensors_share_no_memory_and_keep_their_type() -> None:
+    """safetensors refuses tensors that overlap."""
+    state, config = small_state("base")
+    theirs = to_huggingface({name: tensor.bfloat16() for name, tensor in state.items()}, config)
+    assert {tensor.dtype for tensor in theirs.values()} == {torch.bfloat16}
+    assert len({tensor.untyped_storage().data_ptr() for tensor in theirs.values()}) == len(theirs)
+    assert all(tensor.is_contiguous() for tensor in theirs.values())
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "setting"),
+    [
+        ("base_prenorm", (), "model.quantizer_input=projected"),
+        ("base", ("model.target_projection=false",), "model.target_projection=false"),
+        ("base", ("model.conv_padding=true",), "model.conv_padding=true"),
+        ("base", ("model.conv_norm_groups=32",), "model.conv_norm_groups=32"),
+        ("base", ("model.embedding_norm=false",), "model.embedding_norm=false with model.norm_first=false"),
+        ("large_lv60", ("model.embedding_norm=true",), "model.embedding_norm=true with model.norm_first=true"),
+        ("base", ("model.max_frames=1024",), "model.max_frames=1024"),
+    ],
+)
+def test_what_transformers_cannot_represent_is_refused_by_name(
+    preset: str, overrides: Sequence[str], setting: str
+) -> None:
+    config = load_config(preset, overrides).model
+    with torch.device("meta"):
+        state = Wav2Vec2ForPretraining(config).state_dict()
+    for convert in (
+        lambda: huggingface_config(config),
+        lambda: to_huggingface(state, config),
+        lambda: from_huggingface({}, config),
+    ):
+        with pytest.raises(UserError) as error:
+            convert()
+        assert str(error.value).startswith(setting)
+        assert "\n" not in str(error.value)
+
+
+def test_groups_do_not_matter_where_there_is_no_group_norm() -> None:
+    config = load_config("large_lv60", ["model.conv_norm_groups=32"]).model
+    assert huggingface_config(config)["feat_extract_norm"] == "layer"
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    state, config = small_state("base")
+    theirs = to_huggingface(state, config)
+    fewer = {name: tensor for name, tensor in theirs.items() if name != "project_q.bias"}
+    with pytest.raises(UserError, match=r"project_q\.bias is missing \(1 missing"):
+        from_huggingface(fewer, config)
+    with pytest.raises(UserError, match=r"lm_head\.bias is unknown"):
+        from_huggingface({**theirs, "lm_head.bias": torch.zeros(32)}, config)
+    with pytest.raises(UserError, match=r"model\.codebook_entries=21"):
+        from_huggingface(theirs, config.model_copy(update={"codebook_entries": 21}))
+    with pytest.raises(UserError, match=r"mask_embedding is missing"):
+        to_huggingface({name: tensor for name, tensor in state.items() if "mask_embedding" not in name}, config)
+
+
+@pytest.mark.parametrize("preset", CONVERTIBLE)
+def test_the_config_writes_known_keys_and_the_settings_of_pretraining(preset: str) -> None:
+    config = load_config(preset).model
+    written = huggingface_config(config)
+    known = {field.name for field in fields(transformers.Wav2Vec2Config)}
+    assert written.keys() - known <= {"model_type", "architectures"}
+    read = transformers.Wav2Vec2Config(**written)
+    assert {key: getattr(read, key) for key in written} == written
+    assert (read.mask_time_prob, read.mask_time_length, read.mask_time_min_masks) == (0.65, 10, 2)
+    assert read.activation_dropout == 0.0
+    assert read.do_stable_layer_norm == (preset not in ("tiny", "base", "large"))
+    assert read.feat_extract_norm == ("group" if preset in ("tiny", "base", "large") else "layer")
+    assert read.conv_bias == (read.feat_extract_norm == "layer")
+    if preset == "base":
+        assert (read.feat_proj_dropout, read.feat_quantizer_dropout, read.layerdrop) == (0.1, 0.1, 0.05)
+        assert (read.codevector_dim, read.proj_codevector_dim) == (256, 256)

@@ -1,0 +1,122 @@
+"""Kills and signals: what a run does afterwards is what it would have done without them. Real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.audio import SmallCorpus
+from tests.micro import MICRO_RUN
+
+DEADLINE = 120.0
+LEARNED = ("loss", "contrastive", "diversity", "feature_penalty", "accuracy", "grad_norm", "hours_seen", "lr")
+
+
+def start(corpus: Path, exp: Path, *overrides: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    settings = [*MICRO_RUN, f"data.train={corpus}", "checkpoint.every=3", *overrides]
+    command = [sys.executable, "-m", "w2vscale", "train", "base", *settings, "--exp", str(exp), *options]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
+    out, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == code, f"{out}\n{err}"
+    return out + err
+
+
+def curve(exp: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (exp / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in ("update", *LEARNED)} for line in lines if line["split"] == "train"]
+
+
+def weights(exp: Path) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    for file in sorted((exp / "checkpoints" / "latest").glob("*.safetensors")):
+        found |= {name: tensor.numpy().tobytes() for name, tensor in load_file(file).items()}
+    return found
+
+
+def wait_for_update(exp: Path, update: int) -> None:
+    deadline = time.monotonic() + DEADLINE
+    metrics = exp / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if metrics.is_file() and metrics.read_text().count("\n") >= update:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"update {update} was not reached")
+
+
+@pytest.fixture(scope="module")
+def corpus(small_corpus: SmallCorpus) -> Path:
+    return small_corpus.train
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exp = tmp_path_factory.mktemp("uninterrupted")
+    finish(start(corpus, exp))
+    return exp
+
+
+def test_a_killed_run_continues_bit_for_bit(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    exp = tmp_path / "killed"
+    process = start(corpus, exp)
+    wait_for_update(exp, 7)
+    process.kill()
+    process.communicate(timeout=DEADLINE)
+    assert process.returncode == -signal.SIGKILL
+    reached = len(curve(exp))
+    assert 7 <= reached < 12, "the run ended before it could be killed"
+
+    said = finish(start(corpus, exp, options=("--resume", "auto")))
+
+    assert "resumed from" in said
+    assert curve(exp) == curve(uninterrupted)
+    assert [point["update"] for point in curve(exp)] == list(range(1, 13))
+    assert weights(exp) == weights(uninterrupted)
+
+
+def test_sigterm_saves_and_the_same_command_continues(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    exp = tmp_path / "stopped"
+    process = start(corpus, exp)
+    wait_for_update(exp, 4)
+    process.terminate()
+    said = finish(process, code=128 + signal.SIGTERM)
+    assert "stopped by SIGTERM" in said
+    stopped_at = len(curve(exp))
+    state = json.loads((exp / "checkpoints" / "latest" / "train_state.json").read_text())
+    assert state["update"] == stopped_at < 12
+
+    finish(start(corpus, exp))
+
+    assert curve(exp) == curve(uninterrupted)
+    assert weights(exp) == weights(uninterrupted)
+
+
+def test_run_script_repeats_the_run_and_finds_it_finished(uninterrupted: Path) -> None:
+    before = weights(uninterrupted)
+    done = subprocess.run([uninterrupted / "run.sh"], capture_output=True, text=True, timeout=DEADLINE, check=True)
+    assert "nothing to do" in done.stdout
+    assert weights(uninterrupted) == before
+
+
+def test_never_refuses_a_folder_with_checkpoints(corpus: Path, uninterrupted: Path) -> None:
+    said = finish(start(corpus, uninterrupted, options=("--resume", "never")), code=2)
+    assert "holds checkpoints of an earlier run" in said
+    assert said.count("\n") == 1
+
+
+def test_another_model_is_refused(corpus: Path, uninterrupted: Path) -> None:
+    said = finish(start(corpus, uninterrupted, "model.layers=2"), code=2)
+    assert "model.layers=2" in said
+    assert "was made with 3" in said
