@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest
 
 # No deadlines: the first example pays for imports, and the machine is shared.
-settings.register_profile("w2vscale", max_examples=50, deadline=None)
+settings.register_profile("w2vscale", max_examples=30, deadline=None)
 settings.load_profile("w2vscale")
 
 

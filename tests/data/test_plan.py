@@ -108,9 +108,19 @@ class TestEpochs:
         partly = [n for n, batch in zip(room, epoch(case.plan, 1), strict=True) if batch.utterances.size < n]
         assert len(partly) <= 1
 
-    def test_order_changes_from_one_to_the_next(self) -> None:
-        plan = make_plan(varied())
-        orders = [[int(batch.utterances.min()) for batch in epoch(plan, number)] for number in range(3)]
+    @pytest.mark.parametrize("buckets", [2, 3, 5])
+    @pytest.mark.parametrize("budget", [350, 999, 1234])
+    def test_buckets_end_on_whole_micro_batches(self, buckets: int, budget: int) -> None:
+        lengths = np.random.default_rng(0).integers(MIN_SAMPLES, MAX_SAMPLES, size=311)
+        plan = make_plan(lengths, budget_samples=budget, buckets=buckets)
+        assert len(plan.buckets) > 1
+        assert all(bucket.count % bucket.per_micro_batch == 0 for bucket in plan.buckets[:-1])
+
+    def test_the_order_of_buckets_changes_from_one_to_the_next(self) -> None:
+        samples = varied()
+        case = Case(samples, 400, 8, make_plan(samples))
+        bucket_of = case.bucket_of()
+        orders = [[bucket_of[int(batch.utterances[0])] for batch in epoch(case.plan, number)] for number in range(3)]
         assert orders[0] != orders[1] != orders[2] != orders[0]
 
     def test_a_micro_batch_has_other_companions_in_another_epoch(self) -> None:
@@ -151,6 +161,10 @@ class TestMicroBatches:
         offsets = Counter(int(o) for n in range(500) for batch in epoch(plan, n) for o in batch.offsets)
         assert set(offsets) == {0, 1, 2, 3}
         assert min(offsets.values()) > 400
+
+    def test_micro_batches_of_one_epoch_draw_their_own_crops(self) -> None:
+        plan = make_plan(np.full(40, 50 * MAX_SAMPLES, dtype=np.int64))
+        assert len({batch.offsets.tobytes() for batch in epoch(plan, 0)}) == plan.per_epoch
 
     @given(cases())
     def test_there_are_no_more_buckets_than_asked_for_and_they_hold_everything(self, case: Case) -> None:

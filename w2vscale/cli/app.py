@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -47,6 +48,9 @@ def main() -> None:
     except UserError as error:
         if len(arguments) < len(sys.argv) - 1:
             raise
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+            # Mostly all ranks meet the same error: once rank 0 has said it, the launcher ends the others.
+            time.sleep(3.0)
         typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
         # Without clean-up that could wait for other ranks.
         sys.stdout.flush()

@@ -24,7 +24,7 @@ def show(source: Source, overrides: Overrides = None) -> None:
 
 @app.command()
 def presets() -> None:
-    """List the presets with their sizes (shape: layers x dim x ffn x heads)."""
+    """List the presets with their sizes (shape: layers x dim x ffn_dim x heads)."""
     import torch
     from rich.table import Table
 
@@ -32,14 +32,15 @@ def presets() -> None:
     from w2vscale.config import load_config, preset_names
     from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
-    table = Table("preset", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("preset", no_wrap=True)
     for column in ("parameters", "shape", "audio/update", "updates", "peak lr"):
         table.add_column(column, justify="right", no_wrap=True)
     for name in preset_names():
         config = load_config(name)
         with torch.device("meta"):
             model = Wav2Vec2ForPretraining(config.model)
-        shape = f"{config.model.layers} x {config.model.dim} x {config.model.ffn_dim} x {config.model.heads}"
+        shape = f"{config.model.layers}x{config.model.dim}x{config.model.ffn_dim}x{config.model.heads}"
         seconds = config.batch.max_seconds * config.batch.micro_batches
         table.add_row(
             name,
@@ -60,7 +61,10 @@ def keys() -> None:
     from w2vscale.cli.progress import console
     from w2vscale.config.load import settings
 
-    table = Table("setting", "type", "default", "meaning", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("setting", no_wrap=True)
+    for column in ("type", "default", "meaning"):
+        table.add_column(column, overflow="fold")
     for row in settings():
         table.add_row(*row)
     console.print(table, markup=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(soft_wrap=True, highlight=False)
+# Tables in a file or a pipe are not cut to 80 columns.
+console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 @contextmanager
