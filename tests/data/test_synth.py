@@ -112,7 +112,7 @@ class TestSpeakers:
 
 def test_finished_audio_has_the_gain_and_a_noise_floor() -> None:
     tone = (0.5 * np.sin(np.arange(48_000, dtype=np.float32))).astype(np.float32)
-    audio = finish_audio(tone, gain_decibels=-6.0, generator=np.random.default_rng(0))
+    audio = finish_audio(tone, gain_decibels=-6.0, mains_hertz=50.0, generator=np.random.default_rng(0))
     expected = tone * 10.0 ** (-6.0 / 20.0)
     noise = audio / 32767.0 - expected
     signal_to_noise = 20.0 * np.log10(np.std(expected) / np.std(noise))
@@ -122,7 +122,7 @@ def test_finished_audio_has_the_gain_and_a_noise_floor() -> None:
 
 @needs_espeak
 class TestEspeak:
-    VOICES = (Voice("en-us+f2", 160, 50, 50, 7), Voice("en-gb-scotland+f5", 170, 40, 60, 8))
+    VOICES = (Voice("en-us+f2", 160, 10, 50, 50, 7), Voice("en-gb-scotland+f5", 170, 20, 40, 60, 8))
 
     def test_a_speaker_sounds_the_same_whoever_spoke_before(self) -> None:
         def speak(voice: Voice) -> list[bytes]:
@@ -135,7 +135,7 @@ class TestEspeak:
 
     @pytest.mark.parametrize("accent", synth.ACCENTS)
     def test_every_accent_exists(self, accent: str) -> None:
-        with EspeakProcess(Voice(f"{accent}+m1", 160, 50, 50, 0)) as espeak:
+        with EspeakProcess(Voice(f"{accent}+m1", 160, 10, 50, 50, 0)) as espeak:
             assert len(espeak.speak("hello there.")) > 10_000
 
     def test_every_variant_exists(self) -> None:
@@ -146,7 +146,7 @@ class TestEspeak:
 
     def test_an_unknown_voice_is_one_line(self) -> None:
         with pytest.raises(UserError, match=r"^espeak-ng failed with voice 'xx': there is no voice 'xx'; .*$"):
-            EspeakProcess(Voice("xx", 160, 50, 50, 0))
+            EspeakProcess(Voice("xx", 160, 10, 50, 50, 0))
 
 
 @needs_espeak

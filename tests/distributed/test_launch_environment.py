@@ -14,7 +14,7 @@ from w2vscale.errors import UserError
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM = {
-    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
     "SLURM_JOB_ID": "123456",
@@ -41,8 +41,8 @@ class TestLaunchEnvironment:
         }
 
     def test_a_slurm_job_of_one_task_is_alone(self) -> None:
-        assert launch_environment({**SLURM, "SLURM_NTASKS": "1"}) == {}
-        assert launch_environment({"SLURM_NTASKS": "8"}) == {}
+        assert launch_environment({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) == {}
+        assert launch_environment({"SLURM_STEP_NUM_TASKS": "8"}) == {}
 
     def test_address_and_port_that_the_user_set_are_kept(self) -> None:
         found = launch_environment({**SLURM, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"})
@@ -73,12 +73,12 @@ class TestLaunchEnvironment:
 class TestLaunching:
     @pytest.mark.parametrize(
         ("environment", "expected"),
-        [({}, False), ({"SLURM_NTASKS": "1"}, False), ({"SLURM_NTASKS": "2"}, True), (TORCHRUN, True)],
+        [({}, False), ({"SLURM_STEP_NUM_TASKS": "1"}, False), ({"SLURM_STEP_NUM_TASKS": "2"}, True), (TORCHRUN, True)],
     )
     def test_launched_says_whether_a_launcher_is_at_work(
         self, environment: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for name in ("RANK", "SLURM_NTASKS"):
+        for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)

@@ -41,12 +41,14 @@ def _root(
 def main() -> None:
     """Run the command line. An error that the user can mend is one line and exit code 2."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if len(arguments) < len(sys.argv) - 1:
+        os.environ["W2VSCALE_DEBUG"] = "1"  # for the processes that this one may start, too
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app(args=arguments, prog_name="w2vscale")
     except UserError as error:
-        if len(arguments) < len(sys.argv) - 1:
+        if "W2VSCALE_DEBUG" in os.environ:
             raise
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
             # Mostly all ranks meet the same error: once rank 0 has said it, the launcher ends the others.

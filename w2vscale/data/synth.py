@@ -59,6 +59,7 @@ class Speaker:
     sex: str  # F or M
     voice: Voice
     gain_decibels: float
+    mains_hertz: float
     seconds: float  # at least; the last utterance may pass it
 
 
@@ -161,7 +162,7 @@ def draw_speakers(parts: Mapping[str, float], *, speakers_per_part: int | None =
             voice = Voice(
                 name=name,
                 words_per_minute=generator.randint(110, 160),
-                word_gap=generator.randint(20, 45),
+                word_gap=generator.randint(8, 25),
                 pitch=generator.randint(35, 65),
                 pitch_range=generator.randint(35, 75),
                 noise_seed=generator.getrandbits(31),
@@ -173,6 +174,7 @@ def draw_speakers(parts: Mapping[str, float], *, speakers_per_part: int | None =
                     sex=name.rpartition("+")[2][0].upper(),
                     voice=voice,
                     gain_decibels=generator.uniform(-14.0, -3.0),
+                    mains_hertz=generator.choice((50.0, 60.0)),
                     seconds=parts[part] * 60.0 / count,
                 )
             )
@@ -194,14 +196,29 @@ def speakers_table(totals: Sequence[SpeakerTotal]) -> str:
 
 
 def finish_audio(
-    speech: NDArray[np.float32], *, gain_decibels: float, generator: np.random.Generator
+    speech: NDArray[np.float32], *, gain_decibels: float, mains_hertz: float, generator: np.random.Generator
 ) -> NDArray[np.int16]:
-    """Speech in [-1, 1] with white noise 40 to 60 dB below it, scaled by the gain, as 16-bit samples."""
-    signal_to_noise = generator.uniform(30.0, 45.0)
-    noise_level = math.sqrt(float(np.mean(np.square(speech)))) * 10.0 ** (-signal_to_noise / 20.0)
-    noise = generator.standard_normal(len(speech), dtype=np.float32) * np.float32(noise_level)
-    scaled = (speech + noise) * np.float32(32767.0 * 10.0 ** (gain_decibels / 20.0))
+    """Speech in [-1, 1] with mains hum and room noise 30 to 40 dB below it, scaled by the gain, as 16-bit samples."""
+    loudness = math.sqrt(float(np.mean(np.square(speech))))
+    background = mains_hum(len(speech), mains_hertz, generator) + 0.3 * room_noise(len(speech), generator)
+    level = loudness * 10.0 ** (-generator.uniform(30.0, 40.0) / 20.0)
+    scaled = (speech + level * background) * (32767.0 * 10.0 ** (gain_decibels / 20.0))
     return np.clip(np.rint(scaled), -32768, 32767).astype(np.int16)
+
+
+def mains_hum(samples: int, hertz: float, generator: np.random.Generator) -> NDArray[np.float64]:
+    """Hum of about unit power at the mains' frequency and its overtones, as amateur recordings have it."""
+    harmonics = np.arange(1, 6)
+    phases = 2.0 * np.pi * (np.outer(harmonics, np.arange(samples) * hertz / SAMPLING_RATE) + generator.random((5, 1)))
+    return np.sqrt(2.0) * (np.sin(phases) / harmonics[:, None]).sum(axis=0) / math.sqrt(sum(1.0 / harmonics**2))
+
+
+def room_noise(samples: int, generator: np.random.Generator) -> NDArray[np.float64]:
+    """Noise of unit power that falls by 6 dB an octave above 40 Hz, as that of rooms does."""
+    spectrum = np.fft.rfft(generator.standard_normal(samples))
+    hertz = np.arange(spectrum.size) * (SAMPLING_RATE / samples)
+    noise = np.fft.irfft(spectrum / np.maximum(hertz, 40.0), samples)
+    return noise / noise.std()
 
 
 def _check_arguments(parts: Mapping[str, float], speakers_per_part: int | None, seed: int) -> None:
@@ -284,7 +301,9 @@ def _synthesise_speaker(speaker: Speaker, corpus: Path, seed: int, stop: threadi
                 continue
             spawn_key = (speaker.identifier, utterances)
             noise = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=spawn_key))
-            audio = finish_audio(speech, gain_decibels=speaker.gain_decibels, generator=noise)
+            audio = finish_audio(
+                speech, gain_decibels=speaker.gain_decibels, mains_hertz=speaker.mains_hertz, generator=noise
+            )
             folder, name = _place(corpus, speaker, utterances)
             if folder not in lines:
                 folder.mkdir(parents=True)

@@ -13,7 +13,7 @@ from w2vscale.errors import UserError
 
 def launched() -> bool:
     """Whether a launcher (torchrun, SLURM, or this module) already started this process."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:

@@ -39,15 +39,17 @@ def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return {}
-    if int(environment.get("SLURM_NTASKS", "1")) <= 1 or "SLURM_PROCID" not in environment:
+    # Set by srun alone: a batch script has SLURM_NTASKS and SLURM_PROCID too, but is one process.
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) <= 1 or "SLURM_PROCID" not in environment:
         return {}
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
-        "WORLD_SIZE": environment["SLURM_NTASKS"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment),
         # Jobs that share a node must not share a port.
-        "MASTER_PORT": environment.get("MASTER_PORT") or str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+        "MASTER_PORT": environment.get("MASTER_PORT")
+        or str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000),
     }
 
 
@@ -55,9 +57,12 @@ def _first_host(environment: Mapping[str, str]) -> str:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
     if not any(character in nodes for character in "[,"):
         return nodes
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60
-    )
+    try:
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"SLURM's nodes {nodes}: cannot be listed ({error}); set MASTER_ADDR to one of them") from None
     return hosts.stdout.split()[0]
 
 

@@ -29,12 +29,15 @@ def span_mask(frames: int, config: ModelConfig, generator: np.random.Generator) 
     return mask
 
 
-def negative_indices(masked: int, negatives: int, generator: np.random.Generator) -> NDArray[np.int16]:
+def negative_indices(masked: int, negatives: int, generator: np.random.Generator) -> NDArray[np.integer]:
     """For each masked frame of one utterance, which of the others are its negatives: [masked, negatives].
 
     Uniform with replacement over the other masked frames: drawn in [0, masked - 1), one more from the own index on.
     """
     if masked < 2:
         return np.zeros((masked, negatives), dtype=np.int16)
-    drawn = generator.integers(0, masked - 1, size=(masked, negatives), dtype=np.int16)
-    return drawn + (drawn >= np.arange(masked, dtype=np.int16)[:, None])
+    # Small, since they travel from the loader's processes.
+    dtype = np.int16 if masked <= np.iinfo(np.int16).max else np.int32
+    drawn = generator.integers(0, masked - 1, size=(masked, negatives), dtype=dtype)
+    own: NDArray[np.int32] = np.arange(masked, dtype=np.int32)[:, None]
+    return drawn + (drawn >= own)

@@ -34,9 +34,9 @@ def train(config: Config, exp: Path, *, resume: str = "auto") -> int:
         UserError: something outside the program is wrong; the run's checkpoints are as they were.
     """
     with process_group() as (ranks, device), StopRequest() as stop:
-        make_folder(exp, config, ranks)
         display = Display(total=config.trainer.updates, start=0, enabled=ranks.is_main)
         run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
+        make_folder(exp, config, ranks)
         try:
             Trainer(run, stop).train()
         finally:

@@ -1,0 +1,65 @@
+"""Evaluation of a checkpoint agrees with the run's own validation; metrics agree with their definitions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.audio import SmallCorpus
+from tests.micro import MICRO_RUN
+from w2vscale.config import load_config
+from w2vscale.errors import UserError
+from w2vscale.evaluation.checkpoint import evaluate_checkpoint
+from w2vscale.evaluation.pretraining import pretraining_metrics
+from w2vscale.evaluation.report import read_metrics
+from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.training.loop import train
+
+
+def test_evaluate_repeats_the_runs_validation(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    config = load_config(
+        "base",
+        [*MICRO_RUN, f"data.train={small_corpus.train}", f"data.validation={small_corpus.validation}",
+         "trainer.updates=6", "logging.every=3"],
+    )  # fmt: skip
+    train(config, tmp_path)
+    (validated,) = read_metrics(tmp_path / "metrics.jsonl", "validation")
+    found = evaluate_checkpoint(tmp_path, [small_corpus.validation])
+    assert found.update == 6
+    for key in ("loss", "contrastive", "accuracy", "code_perplexity_0", "diversity"):
+        assert found.metrics[key] == pytest.approx(validated[key], rel=1e-6), key
+    assert all(1 <= used <= 16 for used in found.used_entries)
+
+    other = evaluate_checkpoint(tmp_path, [small_corpus.validation], ["batch.max_seconds=4"])
+    assert other.metrics["masked_frames"] > 0
+
+    with pytest.raises(UserError, match="no such manifest"):
+        evaluate_checkpoint(tmp_path, [tmp_path / "absent.jsonl"])
+    with pytest.raises(UserError, match="no such checkpoint"):
+        evaluate_checkpoint(tmp_path / "absent", [small_corpus.validation])
+
+
+def test_metrics_are_sums_over_counts() -> None:
+    counts = torch.tensor([[6.0, 2.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
+    sums = LossSums(
+        total=torch.tensor(40.0),
+        contrastive=torch.tensor(24.0),
+        diversity=torch.tensor(4.0),
+        feature_penalty=torch.tensor(1.0),
+        correct=torch.tensor(2.0),
+        masked=torch.tensor(8.0),
+        code_counts_GV=counts,
+        probability_sums_GV=torch.full((2, 4), 2.0),
+    )
+    values = pretraining_metrics(sums)
+    assert values["loss"] == 5.0
+    assert values["contrastive_bits"] == pytest.approx(3.0 / math.log(2))
+    assert values["accuracy"] == 0.25
+    assert values["code_perplexity_0"] == pytest.approx(
+        math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))), rel=1e-5
+    )
+    assert values["code_perplexity_1"] == pytest.approx(4.0, rel=1e-5)
+    assert values["probability_perplexity_0"] == pytest.approx(4.0, rel=1e-5)

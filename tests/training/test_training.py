@@ -1,0 +1,145 @@
+"""What a run leaves behind, and what it does when something goes wrong. In this process, on a micro model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from tests.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
+from tests.micro import MICRO_RUN
+from w2vscale.config import Config, load_config
+from w2vscale.errors import UserError
+from w2vscale.evaluation.report import draw_curves, read_metrics
+from w2vscale.training.dry_run import dry_run
+from w2vscale.training.loop import train
+from w2vscale.training.watchdog import diagnose
+
+
+def settings(manifest: Path, *overrides: str) -> Config:
+    return load_config("base", [*MICRO_RUN, f"data.train={manifest}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exp = tmp_path_factory.mktemp("runs") / "finished"
+    validation = (f"data.validation={small_corpus.validation}", "trainer.validate_every=6")
+    assert train(settings(small_corpus.train, *validation, "logging.tensorboard=true"), exp) == 0
+    return exp
+
+
+def test_the_run_folder_holds_what_the_design_names(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"config.yaml", "run.sh", "checkpoints", "metrics.jsonl", "tb", "logs"}
+    assert load_config(finished / "config.yaml").trainer.updates == 12
+
+
+def test_metrics_are_all_there_and_sane(finished: Path) -> None:
+    records = read_metrics(finished / "metrics.jsonl", "train")
+    assert [record["update"] for record in records] == list(range(1, 13))
+    last = records[-1]
+    for key in (
+        "loss", "loss_bits", "contrastive", "contrastive_bits", "diversity", "feature_penalty", "accuracy",
+        "code_perplexity_0", "code_perplexity_1", "probability_perplexity_0", "probability_perplexity_1",
+        "masked_fraction", "temperature", "lr", "grad_norm", "audio_seconds_per_second", "padding", "hours_seen",
+        "skipped_updates", "skipped_utterances",
+    ):  # fmt: skip
+        assert isinstance(last[key], (int, float)), key
+    assert last["contrastive_bits"] == pytest.approx(last["contrastive"] / 0.693147, rel=1e-5)
+    assert 0.35 < last["masked_fraction"] < 0.75
+    assert 1.0 <= last["code_perplexity_0"] <= 16.0
+    assert last["temperature"] == pytest.approx(2.0 * 0.999995**11)
+    assert last["loss"] < records[0]["loss"]
+    validation = read_metrics(finished / "metrics.jsonl", "validation")
+    assert [record["update"] for record in validation] == [6, 12]
+    assert validation[0]["masked_frames"] == validation[1]["masked_frames"], "validation's masks are fixed"
+
+
+def test_tensorboard_has_the_same_curve(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tb"))
+    events.Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    records = read_metrics(finished / "metrics.jsonl", "train")
+    assert curve == [(record["update"], pytest.approx(record["loss"], rel=1e-6)) for record in records]
+
+
+def test_curves_are_drawn(finished: Path, tmp_path: Path) -> None:
+    picture = draw_curves([finished, finished], tmp_path / "out" / "curves.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="cannot be read"):
+        draw_curves([tmp_path], tmp_path / "none.png")
+
+
+def test_dry_run_runs_the_largest_micro_batch(small_corpus: SmallCorpus) -> None:
+    found = dry_run(settings(small_corpus.train))
+    utterances, samples = found.shapes["waveforms [utterances, samples]"]
+    assert samples == 32_000
+    assert utterances * samples <= 8 * 16_000
+    assert sum(found.parameters.values()) > 10_000
+    assert found.loss_per_frame > 0.0
+    assert found.grad_norm > 0.0
+    assert found.peak_memory_bytes > 0
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 utterances of which one is text, one is cut short and one is gone."""
+    folder = tmp_path_factory.mktemp("damaged")
+    cuts = [cut_of(write_audio(folder / f"u{number:02d}.flac", noise(2.0, seed=number))) for number in range(20)]
+    write_text(folder / "u03.flac")
+    soundfile.write(folder / "u07.flac", noise(1.0, seed=7), 16_000)
+    (folder / "u11.flac").unlink()
+    return write_manifest(folder / "cuts.jsonl", cuts)
+
+
+def test_damaged_audio_is_skipped_counted_and_named_once(damaged: Path, tmp_path: Path) -> None:
+    assert train(settings(damaged, "data.max_bad_fraction=0.2", "trainer.updates=8"), tmp_path) == 0
+    named = [json.loads(line) for line in (tmp_path / "logs" / "bad_audio.jsonl").read_text().splitlines()]
+    assert sorted(entry["utterance"] for entry in named) == ["u03", "u07", "u11"]
+    assert all(entry["reason"] and entry["file"].endswith(".flac") for entry in named)
+    assert read_metrics(tmp_path / "metrics.jsonl", "train")[-1]["skipped_utterances"] > 3
+
+
+def test_too_much_damaged_audio_stops_the_run(damaged: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="utterances are unusable, above data.max_bad_fraction") as caught:
+        train(settings(damaged), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_diverging_run_stops_and_says_so(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    wild = ("optim.lr=1e30", "optim.max_norm=null", "trainer.max_skipped_in_a_row=3", "trainer.updates=100")
+    with pytest.raises(UserError, match="3 updates in a row had gradients that are not finite"):
+        train(settings(small_corpus.train, *wild), tmp_path)
+    records = read_metrics(tmp_path / "metrics.jsonl", "train")
+    assert records[-1]["skipped_updates"] >= 2
+
+
+def test_an_unwritable_folder_is_one_line(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        train(settings(small_corpus.train), tmp_path / "file" / "exp")
+
+
+def test_a_start_that_fails_leaves_an_earlier_run_alone(finished: Path, small_corpus: SmallCorpus) -> None:
+    before = (finished / "config.yaml").read_text()
+    with pytest.raises(UserError, match="was made with 3"):
+        train(settings(small_corpus.train, "model.layers=2"), finished)
+    assert (finished / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        ({}, None),
+        ({"code_perplexity_1": 1.2}, "codebook 1 has collapsed"),
+        ({"accuracy": 0.995, "contrastive": 0.01}, "the contrastive task is solved"),
+    ],
+)
+def test_the_watchdog_names_collapse(change: dict[str, float], warning: str | None) -> None:
+    healthy = {"code_perplexity_0": 100.0, "code_perplexity_1": 90.0, "accuracy": 0.4, "contrastive": 2.5}
+    found = diagnose(healthy | change, codebooks=2)
+    assert found == [] if warning is None else warning in found[0]
