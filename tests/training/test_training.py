@@ -105,7 +105,7 @@ def test_damaged_audio_is_skipped_counted_and_named_once(damaged: Path, tmp_path
 
 
 def test_too_much_damaged_audio_stops_the_run(damaged: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="utterances are unusable, above data.max_bad_fraction") as caught:
+    with pytest.raises(UserError, match="utterances are unusable") as caught:
         train(settings(damaged), tmp_path)
     assert "\n" not in str(caught.value)
 

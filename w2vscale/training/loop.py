@@ -13,7 +13,7 @@ import torch
 from w2vscale.checkpoint.store import TrainState
 from w2vscale.config import Config
 from w2vscale.data.loading import bad_audio_error
-from w2vscale.data.micro_batch import BadAudio
+from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
 from w2vscale.errors import UserError
 from w2vscale.evaluation.pretraining import validate
@@ -38,95 +38,104 @@ def train(config: Config, exp: Path, *, resume: str = "auto") -> int:
         run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
         make_folder(exp, config, ranks)
         try:
-            Trainer(run, stop).train()
+            state = Trainer(run, stop).train()
         finally:
             run.engine.close()
-        return 0 if stop.received is None else 128 + stop.received
+        finished = state.update >= config.trainer.updates
+        return 0 if finished or stop.received is None else 128 + stop.received
 
 
 class Trainer:
     """One run's loop, with what it has seen since it started."""
 
     def __init__(self, run: Run, stop: StopRequest) -> None:
-        self.run = run
-        self.config = run.config
-        self.stop = stop
+        config = run.config
+        self.run, self.config, self.stop = run, config, stop
         self.state = run.state
-        self.meter = Meter(run.config.model.sampling_rate)
-        self.metrics: MetricsWriter | None = None
-        self.utterances = self.bad = 0
+        self.total = config.trainer.updates
+        self.meter = Meter(config.model.sampling_rate)
+        self.metrics = MetricsWriter(
+            run.exp,
+            resumed_at=self.state.update,
+            tensorboard=config.logging.tensorboard,
+            enabled=run.ranks.is_main,
+        )
+        self.display = Display(total=self.total, start=self.state.update, enabled=run.ranks.is_main)
+        self.lr = 0.0
+        self.utterances = self.bad = self.skipped_in_a_row = 0
         self.reported: set[str] = set()
         self.last_bad: list[BadAudio] = []
-        self.skipped_in_a_row = 0
 
     def train(self) -> TrainState:
-        """Run all remaining updates."""
-        config, run = self.config, self.run
-        total = config.trainer.updates
-        if run.ranks.is_main:
-            self.metrics = MetricsWriter(run.exp, resumed_at=self.state.update, tensorboard=config.logging.tensorboard)
-        with Display(total=total, start=self.state.update, enabled=run.ranks.is_main) as self.display:
-            if self.state.update >= total:
-                self.display.message(f"nothing to do: the run has its {total} updates (trainer.updates)")
-            for window, waited in _timed(run.windows()):
-                audio = sum(batch.audio_samples for batch in window) / config.model.sampling_rate
-                bad = [audio for batch in window for audio in batch.bad]
-                masked, audio, utterances, unusable, stopping = sum_over_ranks(
-                    [
-                        sum(batch.masked for batch in window),
-                        audio,
-                        sum(batch.utterances for batch in window),
-                        len(bad),
-                        self.stop.received is not None,
-                    ]
-                )
-                denominator = torch.tensor(max(masked, 1.0))
-
-                sums = run.engine.run_window(window, denominator)
-                lr = learning_rate(self.state.update, optim=config.optim, schedule=config.schedule, updates=total)
-                step = run.engine.step(lr=lr, max_norm=config.optim.max_norm)
-
-                self.state = replace(
-                    self.state,
-                    update=self.state.update + 1,
-                    audio_seconds=self.state.audio_seconds + audio,
-                    skipped_updates=self.state.skipped_updates + step.skipped,
-                    skipped_utterances=self.state.skipped_utterances + int(unusable),
-                )
-                self.meter.add(window, sums, step, data_seconds=waited)
-                self._check_audio(bad, utterances + unusable, unusable)
-                self._check_step(step.skipped, [batch.number for batch in window])
-                last = self.state.update == total or stopping > 0
-                saving = last or self.state.update % config.checkpoint.every == 0
-                if saving or self.state.update % config.logging.every == 0:
-                    self._log(lr)
-                if run.validation_set and (
-                    self.state.update == total or self.state.update % config.trainer.validate_every == 0
-                ):
-                    self._validate()
-                if saving:
-                    path = run.save(self.state)
-                    self.display.message(f"update {self.state.update}/{total}  saved {path}")
-                self.display.advance(self.state.update)
+        """Run all remaining updates, or until a signal asks to stop."""
+        with self.metrics, self.display:
+            if self.state.update >= self.total:
+                self.display.message(f"nothing to do: the run has its {self.total} updates (trainer.updates)")
+            for window, waited in _timed(self.run.windows()):
+                stopping = self._update(window, waited)
+                self._log_validate_save(stopping)
                 if stopping:
                     name = self.stop.received.name if self.stop.received else "a signal to another rank"
                     self.display.message(f"stopped by {name}; the same command continues from here", "yellow")
                     break
-        if self.metrics is not None:
-            self.metrics.close()
         return self.state
 
-    def _log(self, lr: float) -> None:
+    def _update(self, window: list[MicroBatch], waited: float) -> bool:
+        """One update. Returns whether any rank was asked to stop."""
+        config, engine = self.config, self.run.engine
+        bad = [audio for batch in window for audio in batch.bad]
+        masked, samples, utterances, unusable, stopping = sum_over_ranks(
+            [
+                sum(batch.masked for batch in window),
+                sum(batch.audio_samples for batch in window),
+                sum(batch.utterances for batch in window),
+                len(bad),
+                self.stop.received is not None,
+            ]
+        )
+
+        sums = engine.run_window(window, torch.tensor(max(masked, 1.0)))
+        self.lr = learning_rate(self.state.update, optim=config.optim, schedule=config.schedule, updates=self.total)
+        step = engine.step(lr=self.lr, max_norm=config.optim.max_norm)
+
+        self.state = replace(
+            self.state,
+            update=self.state.update + 1,
+            audio_seconds=self.state.audio_seconds + samples / config.model.sampling_rate,
+            skipped_updates=self.state.skipped_updates + step.skipped,
+            skipped_utterances=self.state.skipped_utterances + int(unusable),
+        )
+        self.meter.add(window, sums, step, data_seconds=waited)
+        self._check_audio(bad, utterances + unusable, unusable)
+        self._check_step(step.skipped, [batch.number for batch in window])
+        return stopping > 0
+
+    def _log_validate_save(self, stopping: bool) -> None:
+        update, config = self.state.update, self.config
+        ended = update == self.total
+        saving = ended or stopping or update % config.checkpoint.every == 0
+        # Before each save, so that the figures of a resumed run start where the checkpoint does.
+        if saving or update % config.logging.every == 0:
+            self._log()
+        began = time.perf_counter()
+        if self.run.validation_set and (ended or update % config.trainer.validate_every == 0):
+            self._validate()
+        if saving:
+            path = self.run.save(self.state)
+            self.display.message(f"update {update}/{self.total}  saved {path}")
+        self.meter.exclude(time.perf_counter() - began)
+        self.display.advance(update)
+
+    def _log(self) -> None:
         values = self.meter.read()
         values |= {
-            "lr": lr,
+            "lr": self.lr,
             "temperature": gumbel_temperature(self.state.update - 1, self.config.model),
             "hours_seen": self.state.audio_seconds / 3600,
             "skipped_updates": self.state.skipped_updates,
             "skipped_utterances": self.state.skipped_utterances,
         }
-        if self.metrics is not None:
-            self.metrics.write("train", self.state.update, values)
+        self.metrics.write("train", self.state.update, values)
         self.display.training(self.state.update, values, codebooks=self.config.model.codebooks)
         for warning in diagnose(values, codebooks=self.config.model.codebooks):
             self.display.message(f"warning: {warning}", "yellow")
@@ -134,8 +143,7 @@ class Trainer:
     def _validate(self) -> None:
         values, _ = validate(self.run.engine.evaluate, self.run.validation())
         values["hours_seen"] = self.state.audio_seconds / 3600
-        if self.metrics is not None:
-            self.metrics.write("validation", self.state.update, values)
+        self.metrics.write("validation", self.state.update, values)
         self.display.validation(self.state.update, values, codebooks=self.config.model.codebooks)
 
     def _check_audio(self, bad: list[BadAudio], seen: float, unusable: float) -> None:

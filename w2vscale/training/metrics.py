@@ -7,6 +7,8 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TextIO
 
 import torch
 
@@ -15,6 +17,9 @@ from w2vscale.distributed.process_group import sum_over_ranks
 from w2vscale.engine.base import StepResult
 from w2vscale.evaluation.pretraining import pretraining_metrics, reduce_sums
 from w2vscale.models.wav2vec2 import LossSums
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Meter:
@@ -43,6 +48,10 @@ class Meter:
             self.norms.append(step.grad_norm)
         self.data_seconds += data_seconds
 
+    def exclude(self, seconds: float) -> None:
+        """Leave time that was not spent on updates out of the rates."""
+        self.started += seconds
+
     def read(self) -> dict[str, float]:
         """Figures over all ranks since the last reading, and start anew. Collective."""
         assert self.sums is not None
@@ -66,21 +75,37 @@ class Meter:
 
 
 class MetricsWriter:
-    """`metrics.jsonl` and TensorBoard of a run; on resuming, what was written after the checkpoint is dropped."""
+    """`metrics.jsonl` and TensorBoard, on rank 0; resuming drops what was written after the checkpoint."""
 
-    def __init__(self, exp: Path, *, resumed_at: int, tensorboard: bool) -> None:
+    def __init__(self, exp: Path, *, resumed_at: int, tensorboard: bool, enabled: bool) -> None:
         self.path = exp / "metrics.jsonl"
+        self._lines: TextIO | None = None
+        self._tensorboard: SummaryWriter | None = None
+        if not enabled:
+            return
         self._drop_after(resumed_at)
         self._lines = self.path.open("a")
-        self._tensorboard = None
         if tensorboard:
             # Imported here: it takes seconds, and most commands need none of it.
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(exp / "tb"), purge_step=resumed_at + 1 if resumed_at else None)
 
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lines is not None:
+            self._lines.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
     def write(self, split: str, update: int, values: Mapping[str, float]) -> None:
         """One line and one point of each curve. Values that are not finite are null in the line."""
+        if self._lines is None:
+            return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._lines.write(json.dumps({"split": split, "update": update, **finite}) + "\n")
         self._lines.flush()
@@ -90,12 +115,6 @@ class MetricsWriter:
             if "hours_seen" in values:
                 self._tensorboard.add_scalar(f"{split}_by_hours/loss", values["loss"], int(values["hours_seen"] * 3600))
             self._tensorboard.flush()
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._lines.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
 
     def _drop_after(self, update: int) -> None:
         if not self.path.is_file():
