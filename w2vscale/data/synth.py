@@ -198,10 +198,10 @@ def speakers_table(totals: Sequence[SpeakerTotal]) -> str:
 def finish_audio(
     speech: NDArray[np.float32], *, gain_decibels: float, mains_hertz: float, generator: np.random.Generator
 ) -> NDArray[np.int16]:
-    """Speech in [-1, 1] with mains hum and room noise 30 to 40 dB below it, scaled by the gain, as 16-bit samples."""
+    """Speech in [-1, 1] with mains hum and room noise 25 to 35 dB below it, scaled by the gain, as 16-bit samples."""
     loudness = math.sqrt(float(np.mean(np.square(speech))))
     background = mains_hum(len(speech), mains_hertz, generator) + 0.3 * room_noise(len(speech), generator)
-    level = loudness * 10.0 ** (-generator.uniform(30.0, 40.0) / 20.0)
+    level = loudness * 10.0 ** (-generator.uniform(25.0, 35.0) / 20.0)
     scaled = (speech + level * background) * (32767.0 * 10.0 ** (gain_decibels / 20.0))
     return np.clip(np.rint(scaled), -32768, 32767).astype(np.int16)
 
