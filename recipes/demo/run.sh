@@ -45,4 +45,6 @@ run_stage 2 "index them for O(1) access" "$data/manifests" index
 # 3 is for corpora that are streamed.
 run_stage 4 "pretrain" "$exp" pretrain "$@"
 run_stage 5 "evaluate on other speakers and draw the curves" "$exp" evaluate
-log "audio and manifests: $data; the run: $exp"
+made "speech" "$data/LibriSpeech" "training manifest" "$train" "validation manifest" "$validation" \
+  "settings" "$exp/config.yaml" "newest checkpoint" "$exp/checkpoints/latest" "metrics" "$exp/metrics.jsonl" \
+  "TensorBoard" "$exp/tb" "evaluation" "$exp/evaluation.json" "curves" "$exp/curves.png"

@@ -68,4 +68,6 @@ run_stage 2 "index them for O(1) access" "$manifests" index
 # 3 is for corpora that are streamed.
 run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain "$@"
 run_stage 5 "evaluate on held-out speech and draw the curves" "$exp" evaluate
-log "manifests: $manifests; the run: $exp"
+made "manifests" "$manifests" \
+  "settings" "$exp/config.yaml" "newest checkpoint" "$exp/checkpoints/latest" "metrics" "$exp/metrics.jsonl" \
+  "TensorBoard" "$exp/tb" "evaluation" "$exp/evaluation.json" "curves" "$exp/curves.png"

@@ -53,4 +53,6 @@ run_stage 2 "index them for O(1) access" "$data/manifests" index
 # 3 is for corpora that are streamed.
 run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain "$@"
 run_stage 5 "evaluate on dev-clean-2 and draw the curves" "$exp" evaluate
-log "manifests: $data/manifests; the run: $exp"
+made "training manifest" "$train" "validation manifest" "$validation" \
+  "settings" "$exp/config.yaml" "newest checkpoint" "$exp/checkpoints/latest" "metrics" "$exp/metrics.jsonl" \
+  "TensorBoard" "$exp/tb" "evaluation" "$exp/evaluation.json" "curves" "$exp/curves.png"

@@ -44,3 +44,12 @@ run_stage() {
 
 # absolute PATH prints it as seen from anywhere; nothing for nothing.
 absolute() { if [[ -z $1 || $1 == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
+
+# made NAME PATH [NAME PATH …] ends a recipe: a table of what is there, and where. What is missing is left out.
+made() {
+  printf '\n'
+  while (($# >= 2)); do
+    if [[ -e $2 ]]; then printf '%-22s %s\n' "$1" "$2"; fi
+    shift 2
+  done
+}

@@ -15,7 +15,30 @@ def report(
         typer.Option("--output", "-o", metavar="FILE", help="PNG.", show_default="EXP/curves.png"),
     ] = None,
 ) -> None:
-    """Draw the curves of one or several runs."""
-    from w2vscale.evaluation.report import draw_curves
+    """Draw the curves of one or several runs, and print where they ended."""
+    from rich.table import Table
 
-    typer.echo(draw_curves(exps, output or exps[0] / "curves.png"))
+    from w2vscale.cli.progress import console
+    from w2vscale.evaluation.report import draw_curves, summarise
+
+    picture = draw_curves(exps, output or exps[0] / "curves.png")
+    table = Table(box=None, header_style="bold")
+    for column in ("run", "updates", "hours seen", "training bits", "accuracy", "validation bits", "accuracy", "codes"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for exp in exps:
+        found = summarise(exp)
+        table.add_row(
+            exp.name,
+            f"{found.update:,}",
+            f"{found.hours_seen:,.2f}",
+            f"{found.training['contrastive_bits']:.3f}",
+            f"{found.training['accuracy']:.3f}",
+            *(
+                (f"{found.validation['contrastive_bits']:.3f}", f"{found.validation['accuracy']:.3f}")
+                if found.validation
+                else ("-", "-")
+            ),
+            "/".join(f"{used:.0f}" for used in found.code_perplexities),
+        )
+    console.print(table)
+    console.print(f"curves: {picture}", markup=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,37 @@ def read_metrics(path: Path, split: str) -> list[Record]:
     except ValueError as error:
         raise UserError(f"{path}: not a metrics file ({error})") from None
     return [record for record in records if record.get("split") == split]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """Where a run stands: its last records."""
+
+    update: int
+    hours_seen: float
+    training: Record
+    validation: Record | None
+    code_perplexities: list[float]
+
+
+def summarise(exp: Path) -> RunSummary:
+    """The last training and validation figures of a run.
+
+    Raises:
+        UserError: the folder holds no run, or no metrics yet.
+    """
+    training = read_metrics(exp / "metrics.jsonl", "train")
+    if not training:
+        raise UserError(f"{exp}: no metrics in it yet")
+    validation = read_metrics(exp / "metrics.jsonl", "validation")
+    last = validation[-1] if validation else training[-1]
+    return RunSummary(
+        update=int(training[-1]["update"]),
+        hours_seen=training[-1]["hours_seen"],
+        training=training[-1],
+        validation=validation[-1] if validation else None,
+        code_perplexities=[last[f"code_perplexity_{codebook}"] for codebook in range(_model_of(exp)["codebooks"])],
+    )
 
 
 def draw_curves(exps: Sequence[Path], output: Path) -> Path:

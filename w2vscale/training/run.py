@@ -108,6 +108,12 @@ def build_run(
     if checkpoint is not None:
         engine.import_state(checkpoint)
         log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
+    if (
+        config.precision.compute == "bf16"
+        and device.type == "cpu"
+        and "512" not in torch.backends.cpu.get_cpu_capability()
+    ):
+        log("warning: this CPU emulates bf16, slowly; precision.compute=fp32 is faster here")
     if plan.left_out:
         log(f"{plan.left_out} of {len(corpus)} utterances are shorter than data.min_seconds and left out")
     return Run(
