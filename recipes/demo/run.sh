@@ -3,7 +3,7 @@
 # prepares and indexes it, pretrains `tiny` on it and evaluates the result on other speakers.
 #
 #   bash recipes/demo/run.sh
-#   bash recipes/demo/run.sh --stage 4 trainer.updates=1000     words after the options change settings of conf/tiny.yaml
+#   bash recipes/demo/run.sh --exp exp/longer trainer.updates=1000     words after the options change settings
 set -euo pipefail
 
 stage=0                 # first stage to run

@@ -3,7 +3,9 @@
 #
 #   bash recipes/librispeech/run.sh --corpus /corpora/LibriSpeech --nproc 8
 #   bash recipes/librispeech/run.sh --conf large --launcher slurm
-#   bash recipes/librispeech/run.sh --stage 4 batch.micro_batches=16      words after the options change settings
+#   bash recipes/librispeech/run.sh --exp exp/small batch.micro_batches=16      words after the options change settings
+#
+# What is done stays done: another corpus or other settings want another --data or --exp.
 set -euo pipefail
 
 stage=0           # first stage to run

@@ -3,7 +3,9 @@
 #
 #   bash recipes/mini_librispeech/run.sh                                  downloads the corpus
 #   bash recipes/mini_librispeech/run.sh --corpus DIR --quick true        at most 8 minutes on two cores
-#   bash recipes/mini_librispeech/run.sh --stage 4 optim.lr=1e-3          words after the options change settings
+#   bash recipes/mini_librispeech/run.sh --exp exp/other optim.lr=1e-3    words after the options change settings
+#
+# What is done stays done: another corpus or other settings want another --data or --exp.
 set -euo pipefail
 
 stage=0           # first stage to run

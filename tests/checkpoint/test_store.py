@@ -98,7 +98,13 @@ def damage_empty(path: Path) -> None:
     path.mkdir()
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_header, damage_missing, damage_state, damage_empty])
+def damage_settings(path: Path) -> None:
+    (path / "config.yaml").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_settings, damage_truncate, damage_header, damage_missing, damage_state, damage_empty]
+)
 def test_falls_back_to_the_newest_that_is_whole(tmp_path: Path, damage) -> None:
     save(tmp_path, 1, keep_last=5)
     save(tmp_path, 2, keep_last=5)
@@ -165,3 +171,32 @@ def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written") as caught:
         save(tmp_path / "file" / "checkpoints", 1)
     assert "\n" not in str(caught.value)
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: Path) -> None:
+    for update in (100, 200, 300):
+        save(tmp_path, update, keep_last=5)
+    save(tmp_path, 150, keep_last=2)
+    assert (tmp_path / "latest").resolve().name == "update_00000150"
+    found = store(tmp_path).find(print)
+    assert found is not None
+    assert found.state.update == 150
+    assert (tmp_path / "abandoned_update_00000300").is_dir()
+
+
+def test_a_damaged_newest_never_costs_the_one_that_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 200, keep_last=5)
+    damage_truncate(save(tmp_path, 300, keep_last=5))
+    save(tmp_path, 250, keep_last=1)
+    found = store(tmp_path).find(print)
+    assert found is not None
+    assert found.state.update == 250
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_in_silence(tmp_path: Path) -> None:
+    damage_truncate(save(tmp_path, 1, keep_last=5))
+    damage_missing(save(tmp_path, 2, keep_last=5))
+    with pytest.raises(UserError, match="none of its 2 checkpoints can be used"):
+        store(tmp_path).find(lambda text: None)
+    with pytest.raises(UserError, match="none of its 2 checkpoints can be used"):
+        open_checkpoint(tmp_path)

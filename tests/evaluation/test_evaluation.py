@@ -28,12 +28,14 @@ def test_evaluate_repeats_the_runs_validation(small_corpus: SmallCorpus, tmp_pat
     train(config, tmp_path)
     (validated,) = read_metrics(tmp_path / "metrics.jsonl", "validation")
     found = evaluate_checkpoint(tmp_path, [small_corpus.validation])
+    assert found is not None
     assert found.update == 6
     for key in ("loss", "contrastive", "accuracy", "code_perplexity_0", "diversity"):
         assert found.metrics[key] == pytest.approx(validated[key], rel=1e-6), key
     assert all(1 <= used <= 16 for used in found.used_entries)
 
     other = evaluate_checkpoint(tmp_path, [small_corpus.validation], ["batch.max_seconds=4"])
+    assert other is not None
     assert other.metrics["masked_frames"] > 0
 
     with pytest.raises(UserError, match="no such manifest"):

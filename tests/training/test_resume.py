@@ -70,7 +70,7 @@ def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def test_a_killed_run_continues_bit_for_bit(corpus: Path, uninterrupted: Path, tmp_path: Path) -> None:
     exp = tmp_path / "killed"
-    process = start(corpus, exp)
+    process = start(corpus, exp, "data.workers=1")
     wait_for_update(exp, 7)
     process.kill()
     process.communicate(timeout=DEADLINE)
@@ -120,3 +120,18 @@ def test_another_model_is_refused(corpus: Path, uninterrupted: Path) -> None:
     said = finish(start(corpus, uninterrupted, "model.layers=2"), code=2)
     assert "model.layers=2" in said
     assert "was made with 3" in said
+
+
+@pytest.mark.distributed
+def test_sigterm_to_the_launcher_stops_all_ranks_with_their_loaders(
+    corpus: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    exp = tmp_path / "two"
+    process = start(corpus, exp, "data.workers=1", "trainer.updates=400", options=("--nproc-per-node", "2"))
+    wait_for_update(exp, 2)
+    process.terminate()
+    said = finish(process, code=128 + signal.SIGTERM)
+    assert "stopped by" in said
+    assert "Traceback" not in said
+    state = json.loads((exp / "checkpoints" / "latest" / "train_state.json").read_text())
+    assert state["update"] == len(curve(exp)) < 400

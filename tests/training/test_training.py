@@ -12,7 +12,7 @@ from tests.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest,
 from tests.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
 from w2vscale.errors import UserError
-from w2vscale.evaluation.report import draw_curves, read_metrics
+from w2vscale.evaluation.report import draw_curves, read_metrics, summarise
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train
 from w2vscale.training.watchdog import diagnose
@@ -76,6 +76,7 @@ def test_curves_are_drawn(finished: Path, tmp_path: Path) -> None:
 
 def test_dry_run_runs_the_largest_micro_batch(small_corpus: SmallCorpus) -> None:
     found = dry_run(settings(small_corpus.train))
+    assert found is not None
     utterances, samples = found.shapes["waveforms [utterances, samples]"]
     assert samples == 32_000
     assert utterances * samples <= 8 * 16_000
@@ -143,3 +144,38 @@ def test_the_watchdog_names_collapse(change: dict[str, float], warning: str | No
     healthy = {"code_perplexity_0": 100.0, "code_perplexity_1": 90.0, "accuracy": 0.4, "contrastive": 2.5}
     found = diagnose(healthy | change, codebooks=2)
     assert found == [] if warning is None else warning in found[0]
+
+
+def test_a_manifest_that_lies_about_the_rate_is_refused(tmp_path: Path) -> None:
+    """The same number of samples at half the rate: decoding alone would not notice."""
+    cuts = [cut_of(write_audio(tmp_path / f"u{number}.flac", noise(2.0, seed=number))) for number in range(4)]
+    for number in range(4):
+        soundfile.write(tmp_path / f"u{number}.flac", noise(2.0, seed=number), 8_000)
+    manifest = write_manifest(tmp_path / "cuts.jsonl", cuts)
+    with pytest.raises(UserError, match="sampling rate is 8000 Hz, the manifest says 16000 Hz"):
+        train(settings(manifest), tmp_path / "exp")
+
+
+def test_an_unreadable_validation_set_is_refused(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    cuts = [cut_of(write_audio(tmp_path / f"u{number}.flac", noise(2.0, seed=number))) for number in range(3)]
+    manifest = write_manifest(tmp_path / "cuts.jsonl", cuts)
+    for number in range(3):
+        (tmp_path / f"u{number}.flac").unlink()
+    with pytest.raises(UserError, match="none of 3 utterances tried can be read"):
+        train(settings(small_corpus.train, f"data.validation={manifest}"), tmp_path / "exp")
+
+
+def test_a_skipped_update_does_not_hide_the_others_figures(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    wild = ("optim.lr=1e30", "optim.max_norm=null", "trainer.max_skipped_in_a_row=9", "logging.every=4")
+    train(settings(small_corpus.train, *wild, "trainer.updates=8"), tmp_path)
+    first, second = read_metrics(tmp_path / "metrics.jsonl", "train")
+    assert first["skipped_updates"] >= 2
+    assert first["loss"] > 0.0
+    assert second["loss"] is None, "all four were skipped"
+    assert summarise(tmp_path).training["loss"] is None
+
+
+def test_a_line_that_is_being_written_is_no_error(finished: Path, tmp_path: Path) -> None:
+    text = (finished / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text + '{"split": "train", "upd')
+    assert len(read_metrics(tmp_path / "metrics.jsonl", "train")) == 12

@@ -87,35 +87,40 @@ class CheckpointStore:
         return final
 
     def find(self, log: Callable[[str], None]) -> Checkpoint | None:
-        """The newest usable checkpoint; says which newer ones were passed over and why."""
-        found: Checkpoint | None = None
+        """The newest usable checkpoint; says which newer ones were passed over and why.
+
+        Raises:
+            UserError: there are checkpoints, and none can be used.
+        """
+        found: Checkpoint | str | None = None
         if self.ranks.is_main:
-            for path in sorted(committed(self.folder), reverse=True):
-                try:
-                    found = open_checkpoint(path)
-                    break
-                except UserError as error:
-                    log(f"passed over: {error}")
-        return broadcast_from_main(found)
+            try:
+                found = newest(self.folder, log)
+            except UserError as error:
+                found = str(error)
+        found = broadcast_from_main(found)
+        if isinstance(found, str):
+            raise UserError(found)
+        return found
 
     def _commit(self, partial: Path, final: Path, state: TrainState, config_yaml: str) -> None:
         _write_durably(partial / "config.yaml", config_yaml)
-        files = {file.name: file.stat().st_size for file in sorted(partial.glob("*.safetensors"))}
+        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         document = {"format": FORMAT, **asdict(state), "files": files}
         _write_durably(partial / "train_state.json", json.dumps(document, indent=2) + "\n")
         _sync_folder(partial)
-        if final.exists():
-            shutil.rmtree(final)
+        for path in committed(self.folder):
+            # The same update saved again, or later ones that this run did not continue from.
+            if _update_of(path) >= state.update:
+                _set_aside(path)
         partial.rename(final)
         _sync_folder(self.folder)
         _replace_link(self.folder / "latest", final.name)
-        self._prune()
-
-    def _prune(self) -> None:
-        paths = sorted(committed(self.folder))
-        for path in paths[: -self.keep_last]:
+        for path in sorted(committed(self.folder))[: -self.keep_last]:
             if not (self.keep_every and _update_of(path) % self.keep_every == 0):
                 shutil.rmtree(path)
+        for path in self.folder.glob(".update_*.partial"):
+            shutil.rmtree(path)
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Run on rank 0; its error is raised on all ranks."""
@@ -137,7 +142,24 @@ def committed(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def newest(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
+    """The newest usable checkpoint in a folder of them, or None where there is none at all. Not collective.
+
+    Raises:
+        UserError: there are some, and none can be used.
+    """
+    paths = sorted(committed(folder), reverse=True)
+    for path in paths:
+        try:
+            return open_checkpoint(path)
+        except UserError as error:
+            log(f"passed over: {error}")
+    if paths:
+        raise UserError(f"{folder}: none of its {len(paths)} checkpoints can be used; move them away to start anew")
+    return None
+
+
+def open_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) -> Checkpoint:
     """Open one checkpoint folder (or a link to one), or the newest usable one in a folder of checkpoints.
 
     Not collective.
@@ -150,22 +172,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
     document_path = path / "train_state.json"
     if not document_path.is_file():
         for folder in (path, path / "checkpoints"):
-            for candidate in sorted(committed(folder), reverse=True):
-                try:
-                    return open_checkpoint(candidate)
-                except UserError:
-                    continue
+            if found := newest(folder, log):
+                return found
         raise UserError(f"{path}: not a checkpoint: no train_state.json in it")
     try:
         document: dict[str, Any] = json.loads(document_path.read_text())
         state = TrainState(**{field.name: document[field.name] for field in fields(TrainState)})
         files: dict[str, int] = document["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        sizes = {path / name: size for name, size in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{document_path}: damaged ({type(error).__name__}: {error})") from None
     if document.get("format") != FORMAT:
         raise UserError(f"{document_path}: format {document.get('format')}, this version reads {FORMAT}")
-    for name, size in files.items():
-        file = path / name
+    for file, size in sizes.items():
         if not file.is_file():
             raise UserError(f"{file}: missing")
         if file.stat().st_size != size:
@@ -196,6 +215,13 @@ def _fresh_folder(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"abandoned_{path.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
 
 
 def _update_of(path: Path) -> int:

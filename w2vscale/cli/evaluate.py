@@ -33,7 +33,9 @@ def evaluate(
     from w2vscale.evaluation.checkpoint import evaluate_checkpoint
 
     with progress_bar("evaluating") as progress:
-        found = evaluate_checkpoint(checkpoint, cuts or [], overrides or [], progress=progress)
+        found = evaluate_checkpoint(checkpoint, cuts or [], overrides or [], progress=progress, log=console.print)
+    if found is None:
+        return
     values = found.metrics
     table = Table(title=f"{found.checkpoint.name} on {int(values['utterances'])} utterances", box=None)
     table.add_column("figure")

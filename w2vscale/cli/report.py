@@ -27,18 +27,17 @@ def report(
         table.add_column(column, justify="left" if column == "run" else "right")
     for exp in exps:
         found = summarise(exp)
+        figures = [found.training, found.validation or {}]
         table.add_row(
             exp.name,
             f"{found.update:,}",
             f"{found.hours_seen:,.2f}",
-            f"{found.training['contrastive_bits']:.3f}",
-            f"{found.training['accuracy']:.3f}",
-            *(
-                (f"{found.validation['contrastive_bits']:.3f}", f"{found.validation['accuracy']:.3f}")
-                if found.validation
-                else ("-", "-")
-            ),
-            "/".join(f"{used:.0f}" for used in found.code_perplexities),
+            *(_figure(record.get(key), 3) for record in figures for key in ("contrastive_bits", "accuracy")),
+            "/".join(_figure(used, 0) for used in found.code_perplexities),
         )
     console.print(table)
     console.print(f"curves: {picture}", markup=False)
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

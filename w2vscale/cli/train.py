@@ -44,7 +44,8 @@ def train(
     if dry_run:
         from w2vscale.training.dry_run import dry_run as run_dry
 
-        _print_dry_run(run_dry(config))
+        if found := run_dry(config):
+            _print_dry_run(found)
         return
     from w2vscale.training.loop import train as run_training
 
@@ -67,7 +68,7 @@ def _print_dry_run(found: DryRun) -> None:
     table.add_row("masked frames", f"{found.masked_frames:,}")
     table.add_row("loss per masked frame", f"{found.loss_per_frame:.3f} nats")
     table.add_row("gradient norm", f"{found.grad_norm:.3f}")
-    table.add_row("first forward, backward and step", f"{found.seconds:.2f} s")
+    table.add_row("two forwards and backwards, and a step", f"{found.seconds:.2f} s")
     table.add_row("peak memory", f"{found.peak_memory_bytes / 2**30:.2f} GiB")
     table.add_row("micro-batches an epoch", f"{found.micro_batches_an_epoch:,}")
     console.print(table)

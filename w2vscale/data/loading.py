@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -24,6 +25,9 @@ from w2vscale.models.feature_encoder import output_frames
 VALIDATION_SEED = 20
 """Validation draws its order, crops, masks and negatives from this, so that all runs validate on the same."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""What asks a run to stop."""
+
 LENGTH_TOLERANCE = 0.02
 """Seconds by which decoded audio may differ from its manifest: resampling and MP3 frames round."""
 
@@ -40,22 +44,33 @@ def read_audio(cut: Cut, *, sampling_rate: int, offset: int, length: int, normal
     Raises:
         AudioError: the file cannot be decoded, disagrees with its manifest, or holds no usable signal.
     """
+    if reason := problem_of(cut):
+        raise AudioError(reason)
     wanted = cut if cut.sampling_rate == sampling_rate else cut.resample(sampling_rate)
     whole = round(cut.duration * sampling_rate)
     if normalize or length >= whole:
-        audio = _whole_audio(wanted, whole, source=cut)
+        audio = _decode(wanted, whole, source=cut)
+        _refuse_silence(audio)
         if normalize:
             audio = (audio - audio.mean()) / np.sqrt(audio.var() + 1e-7)
         return audio[offset : offset + length]
     part = wanted.truncate(offset=offset / sampling_rate, duration=length / sampling_rate, preserve_id=True)
-    return _whole_audio(part, length, source=cut)
+    audio = _decode(part, length, source=cut)
+    if audio.min() == audio.max():  # a pause in a good utterance, or an utterance without signal
+        _refuse_silence(_decode(wanted, whole, source=cut))
+    return audio
 
 
-def _whole_audio(cut: Cut, samples: int, *, source: Cut) -> NDArray[np.float32]:
+def _refuse_silence(audio: NDArray[np.float32]) -> None:
+    if audio.min() == audio.max():
+        raise AudioError("is silent: all samples are equal")
+
+
+def _decode(cut: Cut, samples: int, *, source: Cut) -> NDArray[np.float32]:
     try:
         audio = cut.load_audio()
     except Exception as error:
-        raise AudioError(problem_of(source) or _decoding_problem(source, error)) from None
+        raise AudioError(_decoding_problem(source, error)) from None
     if audio is None or audio.size == 0:
         raise AudioError("holds no audio")
     mono = audio.mean(axis=0, dtype=np.float32)
@@ -63,8 +78,6 @@ def _whole_audio(cut: Cut, samples: int, *, source: Cut) -> NDArray[np.float32]:
         raise AudioError(f"lasts {mono.size} samples, not {samples} as its manifest says")
     if not np.isfinite(mono).all():
         raise AudioError("holds samples that are not finite")
-    if mono.min() == mono.max():
-        raise AudioError("is silent: all samples are equal")
     return np.pad(mono[:samples], (0, max(samples - mono.size, 0)))
 
 
@@ -201,9 +214,16 @@ def _loader(dataset: MicroBatches, keys: Iterator[tuple[int, int]], config: Conf
         sampler=_Sequence(keys),
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_trainer,
         prefetch_factor=config.data.prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A launcher signals the whole process group; the trainer still needs its loaders to finish the update."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def check_sample(corpus: Corpus, *, sampling_rate: int, count: int = 8) -> None:

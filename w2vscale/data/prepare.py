@@ -116,7 +116,10 @@ def prepare_folder(
         more = f" and {len(unreadable) - 1} more of {len(files)} files" if len(unreadable) > 1 else ""
         advice = "no other file is left" if skip_unreadable else "leave such files out with --skip-unreadable"
         raise UserError(f"{unreadable[0]}{more}; {advice}")
-    held_out = {cut.id for cut in cuts if zlib.crc32(cut.id.encode()) < validation_share * 2**32}
+    # By a threshold, so that a file added later moves no other; small corpora hold out at least one recording.
+    hashes = {cut.id: zlib.crc32(cut.id.encode()) for cut in cuts}
+    limit = max(validation_share * 2**32, min(hashes.values()) + 1) if validation_share else 0
+    held_out = {identifier for identifier, value in hashes.items() if value < limit}
     sets = {
         "train": [cut for cut in cuts if cut.id not in held_out],
         "validation": [cut for cut in cuts if cut.id in held_out],

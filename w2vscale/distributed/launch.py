@@ -32,6 +32,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP's advice on LayerDrop's unused parameters, per rank
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
     config = LaunchConfig(
         min_nodes=1,
@@ -43,6 +44,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.5,
+        # Those that ask a run to stop, and the one that asks for a dump.
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     try:
         elastic_launch(config, sys.executable)("-m", "w2vscale", *arguments)

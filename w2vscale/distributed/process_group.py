@@ -113,9 +113,3 @@ def broadcast_from_main(value: Any) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder, src=0, device=torch.device("cpu"))
     return holder[0]
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if dist.is_initialized():
-        sum_over_ranks([0.0])

@@ -39,15 +39,16 @@ def evaluate_checkpoint(
     overrides: Sequence[str] = (),
     *,
     progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
+    log: Callable[[str], None] = lambda text: None,
+) -> Evaluation | None:
     """Evaluate with the checkpoint's own settings, on fixed crops, masks and negatives.
 
-    Runs on all ranks where a launcher started several.
+    Runs on all ranks where a launcher started several, and returns None on all but the first.
 
     Raises:
         UserError: the checkpoint or a manifest cannot be used, or no utterance could be read.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, log)
     config = load_config(checkpoint.path / "config.yaml", overrides)
     corpus = Corpus(cuts, setting="--cuts")
     check_sample(corpus, sampling_rate=config.model.sampling_rate)
@@ -61,6 +62,8 @@ def evaluate_checkpoint(
         batches = validation_batches(dataset, config, rank=ranks.rank, world_size=ranks.world_size)
         run = partial(_evaluate, model, criterion, device)
         metrics, sums = validate(run, _counted(batches, -(-plan.per_epoch // ranks.world_size), progress))
+    if not ranks.is_main:
+        return None
     if metrics["masked_frames"] == 0:
         raise UserError(f"{cuts[0]}: no utterance could be evaluated")
     used = (sums.code_counts_GV > 0).sum(dim=1).tolist()

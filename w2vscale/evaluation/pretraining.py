@@ -17,10 +17,9 @@ def pretraining_metrics(sums: LossSums) -> dict[str, float]:
     """Figures per masked frame from sums over any number of micro-batches (and ranks).
 
     Losses in nats, `*_bits` in bits; `code_perplexity_g` counts the entries of codebook g in use by the chosen
-    codes, `probability_perplexity_g` by the mean of the softmax.
+    codes, `probability_perplexity_g` by the mean of the softmax. All are NaN where there is no masked frame.
     """
-    masked = float(sums.masked)
-    frames = max(masked, 1.0)
+    frames = float(sums.masked) or math.nan
     values = {
         "loss": float(sums.total) / frames,
         "contrastive": float(sums.contrastive) / frames,

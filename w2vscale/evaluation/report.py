@@ -23,7 +23,9 @@ def read_metrics(path: Path, split: str) -> list[Record]:
         UserError: there is no such file, or a line is not JSON.
     """
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        # What follows the last line's end is a line that is being written, or that a kill cut short.
+        whole = path.read_text().rpartition("\n")[0]
+        records = [json.loads(line) for line in whole.splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -39,7 +41,7 @@ class RunSummary:
     hours_seen: float
     training: Record
     validation: Record | None
-    code_perplexities: list[float]
+    code_perplexities: list[float | None]
 
 
 def summarise(exp: Path) -> RunSummary:

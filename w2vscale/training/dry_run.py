@@ -1,4 +1,4 @@
-"""Everything short of training: builds a run and takes its largest micro-batches forward and backward."""
+"""Everything short of training: builds a run and takes its largest micro-batch forward and backward."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from w2vscale.config import Config
-from w2vscale.data.loading import MicroBatches, check_sample, make_plan
-from w2vscale.data.manifest import Corpus
 from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
-from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.training.run import open_data
 
 
 @dataclass(frozen=True)
@@ -34,16 +32,14 @@ class DryRun:
     micro_batches_an_epoch: int
 
 
-def dry_run(config: Config) -> DryRun:
-    """Build data, model and engine; run `batch.concat` copies of the largest planned micro-batch and one step."""
+def dry_run(config: Config) -> DryRun | None:
+    """Build data, model and engine; accumulate the largest planned micro-batch twice, and step.
+
+    Twice, and with every layer: what needs most memory is a forward beside the gradients of an earlier one.
+    Returns None on all ranks but the first.
+    """
     with process_group() as (ranks, device):
-        if config.batch.micro_batches % ranks.world_size:
-            raise UserError(
-                f"batch.micro_batches={config.batch.micro_batches} cannot be dealt to {ranks.world_size} processes"
-            )
-        corpus = Corpus(config.data.train)
-        check_sample(corpus, sampling_rate=config.model.sampling_rate)
-        plan = make_plan(corpus, config, seed=config.trainer.seed)
+        training_set, _ = open_data(config, ranks)
         torch.manual_seed(derived_seed(config.trainer.seed, Stream.INITIALISATION))
         model = Wav2Vec2ForPretraining(config.model, compute_dtype(config.precision))
         parameters = {
@@ -51,10 +47,11 @@ def dry_run(config: Config) -> DryRun:
             for name, child in [*model.encoder.named_children(), *model.named_children()]
             if name != "encoder"
         }
-        criterion = PretrainingCriterion(config.model, seed=config.trainer.seed)
-        engine = build_engine(model, criterion, config, device)
-        batch = MicroBatches(corpus, plan, config, seed=config.trainer.seed)[(0, plan.largest())]
-        window = [batch] * config.batch.concat
+        parameters["mask_embedding"] = model.encoder.mask_embedding.numel()
+        every_layer = config.model.model_copy(update={"layerdrop": 0.0})
+        engine = build_engine(model, PretrainingCriterion(every_layer, seed=config.trainer.seed), config, device)
+        batch = training_set[(0, training_set.plan.largest())]
+        window = [batch] * (2 * config.batch.concat)
         masked = max(batch.masked * len(window) * ranks.world_size, 1)
         began = time.perf_counter()
         sums = engine.run_window(window, torch.tensor(float(masked)))
@@ -62,6 +59,8 @@ def dry_run(config: Config) -> DryRun:
         seconds = time.perf_counter() - began
         inputs = batch.inputs
         engine.close()
+    if not ranks.is_main:
+        return None
     return DryRun(
         parameters=parameters,
         shapes={
@@ -74,7 +73,7 @@ def dry_run(config: Config) -> DryRun:
         grad_norm=step.grad_norm,
         seconds=seconds,
         peak_memory_bytes=_peak_memory(device),
-        micro_batches_an_epoch=plan.per_epoch,
+        micro_batches_an_epoch=training_set.plan.per_epoch,
     )
 
 

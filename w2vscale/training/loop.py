@@ -56,7 +56,7 @@ class Trainer:
         self.meter = Meter(config.model.sampling_rate)
         self.metrics = MetricsWriter(
             run.exp,
-            resumed_at=self.state.update,
+            resumed_at=self.state,
             tensorboard=config.logging.tensorboard,
             enabled=run.ranks.is_main,
         )
@@ -141,10 +141,17 @@ class Trainer:
             self.display.message(f"warning: {warning}", "yellow")
 
     def _validate(self) -> None:
-        values, _ = validate(self.run.engine.evaluate, self.run.validation())
+        values, _ = validate(self.run.engine.evaluate, self._reporting_bad_audio(self.run.validation()))
+        if values["masked_frames"] == 0:
+            raise UserError("data.validation: no utterance could be read; see the run's logs/bad_audio.jsonl")
         values["hours_seen"] = self.state.audio_seconds / 3600
         self.metrics.write("validation", self.state.update, values)
         self.display.validation(self.state.update, values, codebooks=self.config.model.codebooks)
+
+    def _reporting_bad_audio(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        for batch in batches:
+            log_bad_audio(self.run.exp, batch.bad, self.reported)
+            yield batch
 
     def _check_audio(self, bad: list[BadAudio], seen: float, unusable: float) -> None:
         """Log unusable utterances; stop once they are too many of those seen."""

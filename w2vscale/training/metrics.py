@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import torch
 
+from w2vscale.checkpoint.store import TrainState
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import sum_over_ranks
 from w2vscale.engine.base import StepResult
@@ -31,19 +32,20 @@ class Meter:
 
     def _reset(self) -> None:
         self.sums: LossSums | None = None
-        self.audio = self.padded = self.frames = self.updates = self.skipped = 0
+        self.audio = self.padded = self.frames = self.updates = 0
         self.norms: list[float] = []
         self.data_seconds = 0.0
         self.started = time.perf_counter()
 
     def add(self, window: Sequence[MicroBatch], sums: LossSums, step: StepResult, *, data_seconds: float) -> None:
         """One update; `data_seconds` is how long its window was waited for."""
+        if step.skipped:  # what is not finite must not hide the other updates' figures
+            sums = LossSums(*(torch.zeros_like(field) for field in sums))
         self.sums = sums if self.sums is None else self.sums.plus(sums)
         self.audio += sum(batch.audio_samples for batch in window)
         self.padded += sum(batch.padded_samples for batch in window)
         self.frames += sum(batch.frames for batch in window)
         self.updates += 1
-        self.skipped += step.skipped
         if not step.skipped:
             self.norms.append(step.grad_norm)
         self.data_seconds += data_seconds
@@ -77,19 +79,23 @@ class Meter:
 class MetricsWriter:
     """`metrics.jsonl` and TensorBoard, on rank 0; resuming drops what was written after the checkpoint."""
 
-    def __init__(self, exp: Path, *, resumed_at: int, tensorboard: bool, enabled: bool) -> None:
+    def __init__(self, exp: Path, *, resumed_at: TrainState, tensorboard: bool, enabled: bool) -> None:
         self.path = exp / "metrics.jsonl"
         self._lines: TextIO | None = None
         self._tensorboard: SummaryWriter | None = None
+        self._by_hours: SummaryWriter | None = None
         if not enabled:
             return
-        self._drop_after(resumed_at)
+        self._drop_after(resumed_at.update)
         self._lines = self.path.open("a")
         if tensorboard:
             # Imported here: it takes seconds, and most commands need none of it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(exp / "tb"), purge_step=resumed_at + 1 if resumed_at else None)
+            self._tensorboard = SummaryWriter(str(exp / "tb"), purge_step=resumed_at.update + 1)
+            self._by_hours = SummaryWriter(
+                str(exp / "tb" / "by_seconds_seen"), purge_step=int(resumed_at.audio_seconds) + 1
+            )
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -99,8 +105,9 @@ class MetricsWriter:
     ) -> None:
         if self._lines is not None:
             self._lines.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for writer in (self._tensorboard, self._by_hours):
+            if writer is not None:
+                writer.close()
 
     def write(self, split: str, update: int, values: Mapping[str, float]) -> None:
         """One line and one point of each curve. Values that are not finite are null in the line."""
@@ -112,9 +119,11 @@ class MetricsWriter:
         if self._tensorboard is not None:
             for key, value in values.items():
                 self._tensorboard.add_scalar(f"{split}/{key}", value, update)
-            if "hours_seen" in values:
-                self._tensorboard.add_scalar(f"{split}_by_hours/loss", values["loss"], int(values["hours_seen"] * 3600))
             self._tensorboard.flush()
+        if self._by_hours is not None:
+            for key in ("loss", "accuracy"):
+                self._by_hours.add_scalar(f"{split}/{key}", values[key], round(values["hours_seen"] * 3600))
+            self._by_hours.flush()
 
     def _drop_after(self, update: int) -> None:
         if not self.path.is_file():

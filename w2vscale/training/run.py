@@ -80,19 +80,7 @@ def build_run(
     `resume`: auto (the newest usable checkpoint, or a new run), never (a new run in a folder without
     checkpoints), or the path of a checkpoint.
     """
-    if config.batch.micro_batches % ranks.world_size:
-        raise UserError(
-            f"batch.micro_batches={config.batch.micro_batches} cannot be dealt to {ranks.world_size} processes: "
-            "choose a multiple"
-        )
-    corpus = Corpus(config.data.train)
-    plan = make_plan(corpus, config, seed=config.trainer.seed)
-    check_sample(corpus, sampling_rate=config.model.sampling_rate)
-    validation_set = None
-    if config.data.validation:
-        held_out = Corpus(config.data.validation, setting="data.validation")
-        validation_plan = make_plan(held_out, config, seed=VALIDATION_SEED)
-        validation_set = MicroBatches(held_out, validation_plan, config, seed=VALIDATION_SEED)
+    training_set, validation_set = open_data(config, ranks)
     store = CheckpointStore(
         exp / "checkpoints",
         ranks,
@@ -114,19 +102,43 @@ def build_run(
         and "512" not in torch.backends.cpu.get_cpu_capability()
     ):
         log("warning: this CPU emulates bf16, slowly; precision.compute=fp32 is faster here")
-    if plan.left_out:
-        log(f"{plan.left_out} of {len(corpus)} utterances are shorter than data.min_seconds and left out")
+    if left_out := training_set.plan.left_out:
+        log(f"{left_out} of {len(training_set.corpus)} utterances are shorter than data.min_seconds and left out")
     return Run(
         config=config,
         exp=exp,
         ranks=ranks,
         device=device,
-        training_set=MicroBatches(corpus, plan, config, seed=config.trainer.seed),
+        training_set=training_set,
         validation_set=validation_set,
         engine=engine,
         store=store,
         state=checkpoint.state if checkpoint is not None else TrainState(),
     )
+
+
+def open_data(config: Config, ranks: Ranks) -> tuple[MicroBatches, MicroBatches | None]:
+    """The training set, and the validation set if the settings name one.
+
+    Raises:
+        UserError: a manifest is missing or wrong, or the updates cannot be dealt to the ranks.
+    """
+    if config.batch.micro_batches % ranks.world_size:
+        raise UserError(
+            f"batch.micro_batches={config.batch.micro_batches} cannot be dealt to {ranks.world_size} processes: "
+            "choose a multiple"
+        )
+    training_set = _open_set(config.data.train, config, setting="data.train", seed=config.trainer.seed)
+    if not config.data.validation:
+        return training_set, None
+    return training_set, _open_set(config.data.validation, config, setting="data.validation", seed=VALIDATION_SEED)
+
+
+def _open_set(paths: Sequence[Path], config: Config, *, setting: str, seed: int) -> MicroBatches:
+    corpus = Corpus(paths, setting=setting)
+    plan = make_plan(corpus, config, seed=seed)
+    check_sample(corpus, sampling_rate=config.model.sampling_rate)
+    return MicroBatches(corpus, plan, config, seed=seed)
 
 
 def make_folder(exp: Path, config: Config, ranks: Ranks) -> None:
@@ -152,7 +164,7 @@ def make_folder(exp: Path, config: Config, ranks: Ranks) -> None:
 
 
 def _run_script(exp: Path) -> str:
-    processes = os.environ.get("WORLD_SIZE", "1")
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
     count = f" --nproc-per-node {processes}" if int(processes) > 1 else ""
     command = f"{shlex.quote(sys.executable)} -m w2vscale train {shlex.quote(str((exp / 'config.yaml').resolve()))}"
     return (

@@ -1,4 +1,4 @@
-"""Stopping cleanly: SIGTERM, SIGINT and SIGUSR1 ask the loop to finish its update, save and leave."""
+"""Stopping cleanly: SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask the loop to finish its update, save and leave."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from w2vscale.data.loading import STOP_SIGNALS
 
 
 class StopRequest:
@@ -18,7 +18,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
