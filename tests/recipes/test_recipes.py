@@ -83,6 +83,8 @@ def test_recipes_work_on_real_speech(shared_data: Path, recipe: str, tmp_path: P
     assert "stage 2: done in" in said
     assert "stage 1" not in said
     assert (tmp_path / "data" / "manifests" / "cuts_train-clean-5.jsonl.index.npy").is_file()
+    if recipe == "librispeech":  # its other stages are mini LibriSpeech's
+        return
     short = (*SHORT, "data.max_seconds=2.0", "batch.max_seconds=8.0", "batch.micro_batches=2", "precision.compute=fp32")
     said = run(recipe, *options, "--exp", str(tmp_path / "exp"), "--stage", "4", *short)
     assert "stage 5: done in" in said
