@@ -16,8 +16,16 @@ from w2vscale.training.run import build_run, make_folder
 from w2vscale.training.signals import StopRequest
 
 
-def train_micro(corpus: str, exp: str, overrides: tuple[str, ...] = ()) -> list[float]:
-    """Train the micro model on this process group, or alone; the loss of every update, and of validation."""
+def train_and_save_first(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
+    """`train_micro` with a checkpoint before the first update."""
+    return train_micro(corpus, exp, overrides, save_first=True)
+
+
+def train_micro(corpus: str, exp: str, overrides: tuple[str, ...] = (), *, save_first: bool = False) -> list[float]:
+    """Train the micro model on this process group, or alone; the loss of every update, and of validation.
+
+    With `save_first`, there is a checkpoint before the first update, too.
+    """
     ranks = Ranks()
     if dist.is_initialized():
         ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
@@ -25,6 +33,8 @@ def train_micro(corpus: str, exp: str, overrides: tuple[str, ...] = ()) -> list[
     folder = Path(exp)
     make_folder(folder, config, ranks)
     run = build_run(config, folder, ranks=ranks, device=torch.device("cpu"), resume="auto", log=lambda text: None)
+    if save_first:
+        run.save(run.state)
     with StopRequest() as stop:
         Trainer(run, stop).train()
     run.engine.close()

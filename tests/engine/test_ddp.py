@@ -17,7 +17,8 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.engine.criterion import PretrainingCriterion, active_layers
 from w2vscale.engine.ddp import DDPEngine
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.models.initialisation import initial_parameters
+from w2vscale.training.run import empty_model
 
 CPU = torch.device("cpu")
 
@@ -27,8 +28,9 @@ def settings(corpus: SmallCorpus, *overrides: str) -> Config:
 
 
 def engine(config: Config, *, seed: int = 0) -> DDPEngine:
-    torch.manual_seed(seed)
-    return DDPEngine(Wav2Vec2ForPretraining(config.model), PretrainingCriterion(config.model, seed=0), config, CPU)
+    running = DDPEngine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, CPU)
+    running.import_parameters(initial_parameters(empty_model(config), lambda index: 1000 * seed + index))
+    return running
 
 
 def window(config: Config, count: int = 2) -> list[MicroBatch]:

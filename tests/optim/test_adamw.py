@@ -10,7 +10,7 @@ from torch import nn
 from w2vscale.config import OptimConfig, load_config
 from w2vscale.errors import UserError
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
-from w2vscale.optim.adamw import make_adamw, parameter_groups, set_learning_rate
+from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
 
 SHAPES = [
     ("encoder.layer.weight", torch.Size([4, 3])),
@@ -80,6 +80,14 @@ class TestGroups:
             settings_of(config_with(groups=[{"pattern": "encoder"}, {"pattern": r"encoder\.norm"}]))
 
 
+def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    parameters = dict(model.named_parameters())
+    groups = parameter_groups([(name, parameter.shape) for name, parameter in parameters.items()], config)
+    optimizer = make_adamw(parameters, groups, config)
+    allocate_state(optimizer, parameters.values())
+    return optimizer
+
+
 class TestOptimizer:
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -87,7 +95,7 @@ class TestOptimizer:
 
     def test_it_is_fused_and_its_state_is_there_before_the_first_step(self) -> None:
         model = self.model()
-        optimizer = make_adamw(model.named_parameters(), OptimConfig())
+        optimizer = adamw(model, OptimConfig())
         assert all(group["fused"] for group in optimizer.param_groups)
         for parameter in model.parameters():
             state = optimizer.state[parameter]
@@ -103,7 +111,7 @@ class TestOptimizer:
             torch.optim.AdamW(
                 plain.parameters(), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
             ),
-            make_adamw(ours.named_parameters(), config),
+            adamw(ours, config),
         ]
         for model, optimizer in zip((plain, ours), optimizers, strict=True):
             for step in range(3):
@@ -114,7 +122,7 @@ class TestOptimizer:
 
     def test_the_schedules_rate_is_multiplied_by_each_groups_scale(self) -> None:
         config = config_with(groups=[{"pattern": "^0", "lr_scale": 0.25}])
-        optimizer = make_adamw(self.model().named_parameters(), config)
+        optimizer = adamw(self.model(), config)
         set_learning_rate(optimizer, 0.01)
         assert {(group["lr_scale"], group["lr"]) for group in optimizer.param_groups} == {(1.0, 0.01), (0.25, 0.0025)}
         set_learning_rate(optimizer, 0.02)
@@ -126,7 +134,7 @@ class TestOptimizer:
         config = config_with(
             lr=0.01, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, groups=[{"pattern": "^2", "lr_scale": 0.5}]
         )
-        optimizer = make_adamw(model.named_parameters(), config)
+        optimizer = adamw(model, config)
         named = dict(model.named_parameters())
         expected = {name: p.detach().double().numpy().copy() for name, p in named.items()}
         first = {name: np.zeros_like(value) for name, value in expected.items()}

@@ -1,32 +1,44 @@
 """Checkpoint folders: written under a temporary name, made durable, renamed; found newest first.
 
 A checkpoint holds `*.safetensors` (torch Distributed Checkpoint), `config.yaml` and `train_state.json`, which
-lists the tensor files with their sizes. Nothing in it is ever unpickled.
+lists the other files with their sizes and checksums. Nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = re.compile(r"update_(\d{8,})")
+
+
+class FileFacts(TypedDict):
+    """What a checkpoint remembers of each of its files."""
+
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Checkpoint:
 
     path: Path
     state: TrainState
+    files: Mapping[str, FileFacts]
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Collective. Fill `tensors`, which may be sharded in any way, in place.
@@ -65,26 +78,59 @@ class Checkpoint:
 class CheckpointStore:
     """The checkpoints of one run. Methods are collective unless they say otherwise."""
 
-    def __init__(self, folder: Path, ranks: Ranks, *, keep_last: int = 1, keep_every: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        *,
+        keep_last: int = 1,
+        keep_every: int = 0,
+        asynchronous: bool = False,
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.folder = folder
         self.ranks = ranks
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.log = log
+        self._thread: ThreadPoolExecutor | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._writing: Future[str | None] | None = None
+        if asynchronous:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            if dist.is_initialized():
+                # Its collectives must not meet the training's.
+                self._group = dist.new_group(backend="gloo")
 
     def save(self, tensors: Mapping[str, Tensor], state: TrainState, config_yaml: str) -> Path:
-        """Write a checkpoint, commit it, point `latest` at it and delete what need not be kept."""
+        """Write a checkpoint, commit it, point `latest` at it and delete what need not be kept.
+
+        Asynchronously: a copy of `tensors`, after the checkpoint before it; returns once the copy is made.
+        """
+        began = time.perf_counter()
+        self.wait()
         final = self.folder / f"update_{state.update:08d}"
         partial = self.folder / f".{final.name}.partial"
         self._on_main(lambda: _fresh_folder(partial))
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        try:
-            with _quiet():
-                dcp.save(dict(tensors), storage_writer=writer)
-        except dcp.api.CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise UserError(f"{partial}: a checkpoint cannot be written: {cause}") from None
-        self._on_main(lambda: self._commit(partial, final, state, config_yaml))
+        if self._thread is None:
+            error = self._write(tensors, partial, final, state, config_yaml, began)
+            self._raise_anywhere(error)
+        else:
+            copies = {name: _copy(tensor) for name, tensor in tensors.items()}
+            stall = time.perf_counter() - began
+            self._writing = self._thread.submit(self._write, copies, partial, final, state, config_yaml, began, stall)
         return final
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises what went wrong."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            self._raise_anywhere(writing.result())
+
+    @property
+    def failed(self) -> bool:
+        """Whether writing in the background has failed on this rank: `wait` will raise. Not collective."""
+        return self._writing is not None and self._writing.done() and self._writing.result() is not None
 
     def find(self, log: Callable[[str], None]) -> Checkpoint | None:
         """The newest usable checkpoint; says which newer ones were passed over and why.
@@ -103,9 +149,50 @@ class CheckpointStore:
             raise UserError(found)
         return found
 
-    def _commit(self, partial: Path, final: Path, state: TrainState, config_yaml: str) -> None:
+    def _write(
+        self,
+        tensors: Mapping[str, Tensor],
+        partial: Path,
+        final: Path,
+        state: TrainState,
+        config_yaml: str,
+        began: float,
+        stall: float | None = None,
+    ) -> str | None:
+        """Write and commit; returns what went wrong. Collective in the store's own group, if it has one."""
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        try:
+            with _quiet():
+                dcp.save(dict(tensors), storage_writer=writer, process_group=self._group)
+        except dcp.api.CheckpointException as failure:
+            cause = next(iter(failure.failures.values()))[0]
+            return f"{partial}: a checkpoint cannot be written: {cause}"
+        try:
+            files = self._files(partial)
+            if self.ranks.is_main:
+                self._commit(partial, final, state, config_yaml, files)
+                seconds = time.perf_counter() - began
+                waited = "" if stall is None else f", training waited {stall:.2f} s"
+                self.log(f"saved {final} in {seconds:.2f} s{waited}")
+        except OSError as failure:
+            return f"{self.folder}: a checkpoint cannot be written: {failure}"
+        return None
+
+    def _files(self, partial: Path) -> dict[str, FileFacts]:
+        """Size and checksum of every tensor file; each rank reads some of them."""
+        paths = sorted(partial.glob("*.safetensors"))
+        own = {path.name: file_facts(path) for path in paths[self.ranks.rank :: self.ranks.world_size]}
+        if self.ranks.world_size == 1:
+            return own
+        gathered: list[dict[str, FileFacts]] = [{}] * self.ranks.world_size
+        dist.all_gather_object(gathered, own, group=self._group)
+        return {name: facts for part in gathered for name, facts in part.items()}
+
+    def _commit(
+        self, partial: Path, final: Path, state: TrainState, config_yaml: str, files: dict[str, FileFacts]
+    ) -> None:
         _write_durably(partial / "config.yaml", config_yaml)
-        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        files = {**files, "config.yaml": file_facts(partial / "config.yaml")}
         document = {"format": FORMAT, **asdict(state), "files": files}
         _write_durably(partial / "train_state.json", json.dumps(document, indent=2) + "\n")
         _sync_folder(partial)
@@ -130,9 +217,17 @@ class CheckpointStore:
                 action()
             except OSError as failure:
                 error = f"{self.folder}: a checkpoint cannot be written: {failure}"
-        error = broadcast_from_main(error)
-        if error is not None:
-            raise UserError(error)
+        self._raise_anywhere(error)
+
+    def _raise_anywhere(self, error: str | None) -> None:
+        """Raise the error of the lowest rank that has one, on all ranks."""
+        errors = [error]
+        if self.ranks.world_size > 1:
+            errors = [None] * self.ranks.world_size
+            dist.all_gather_object(errors, error)
+        for found in errors:
+            if found is not None:
+                raise UserError(found)
 
 
 def committed(folder: Path) -> list[Path]:
@@ -178,19 +273,27 @@ def open_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) 
     try:
         document: dict[str, Any] = json.loads(document_path.read_text())
         state = TrainState(**{field.name: document[field.name] for field in fields(TrainState)})
-        files: dict[str, int] = document["files"]
-        sizes = {path / name: size for name, size in files.items()}
+        files = {
+            path / name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"])
+            for name, facts in document["files"].items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{document_path}: damaged ({type(error).__name__}: {error})") from None
     if document.get("format") != FORMAT:
         raise UserError(f"{document_path}: format {document.get('format')}, this version reads {FORMAT}")
-    for file, size in sizes.items():
+    for file, facts in files.items():
         if not file.is_file():
             raise UserError(f"{file}: missing")
-        if file.stat().st_size != size:
-            raise UserError(f"{file}: holds {file.stat().st_size} bytes, {size} were written")
+        if file.stat().st_size != facts["bytes"]:
+            raise UserError(f"{file}: holds {file.stat().st_size} bytes, {facts['bytes']} were written")
     tensor_shapes(path)
-    return Checkpoint(path.resolve(), state)
+    return Checkpoint(path.resolve(), state, {file.name: facts for file, facts in files.items()})
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Size and checksum of a file."""
+    with path.open("rb") as file:
+        return FileFacts(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -209,6 +312,15 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{file}: damaged ({error})") from None
     return shapes
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True)
+    local = tensor.to_local().to("cpu", copy=True)
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def _fresh_folder(path: Path) -> None:

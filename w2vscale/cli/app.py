@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import textwrap
 import time
-from typing import Annotated
+import traceback
+from typing import Annotated, NoReturn
 
 import typer
 
 from w2vscale import __version__
 from w2vscale.cli import config, data, evaluate, report, train
+from w2vscale.distributed.launch import LostRanks, launched
 from w2vscale.errors import UserError
 
 app = typer.Typer(
@@ -47,16 +51,35 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app(args=arguments, prog_name="w2vscale")
-    except UserError as error:
-        if "W2VSCALE_DEBUG" in os.environ:
-            raise
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-            # Mostly all ranks meet the same error: once rank 0 has said it, the launcher ends the others.
-            time.sleep(3.0)
-        typer.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
-        # Without clean-up that could wait for other ranks.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        debug = "W2VSCALE_DEBUG" in os.environ
+        if not launched() and (debug or not isinstance(error, UserError)):
+            raise
+        _leave(error, rank=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), debug=debug)
+
+
+def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
+    """Say the error and end this process, without clean-up that could wait for other ranks."""
+    user = isinstance(error, UserError)
+    if user and not debug:
+        text = f"error: {' '.join(str(error).splitlines())}\n"
+    elif isinstance(error, LostRanks) and not debug:
+        text = f"rank {rank}: lost the other processes ({_reason(error)})\n"
+    else:
+        text = textwrap.indent("".join(traceback.format_exception(error)), f"[rank {rank}] ", lambda line: True)
+    try:
+        if isinstance(error, LostRanks) or (user and rank != "0"):
+            # Mostly another rank has the cause to say, or the same: once it has, the launcher ends this one.
+            time.sleep(3.0)
+        sys.stdout.flush()
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    finally:
+        os._exit(2 if user else 1)
+
+
+def _reason(error: LostRanks) -> str:
+    """What gloo or NCCL says, without the place in its source and its advice."""
+    return re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]

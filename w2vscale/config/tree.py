@@ -185,13 +185,38 @@ class ScheduleConfig(Section):
 
 
 class EngineConfig(Section):
-    """What runs the updates."""
+    """What runs the updates. The engine does not change the result."""
 
-    name: Literal["ddp"] = "ddp"
+    name: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    reshard_after_forward: bool = Field(
+        True, description="fsdp: free gathered parameters after the forward, and shard gradients after each backward"
+    )
+    shard_size: Count | None = Field(
+        None, description="fsdp: ranks that share one copy of the model (hybrid sharding); null: all"
+    )
+    offload: bool = Field(False, description="fsdp: keep parameters, gradients and optimizer state in host memory")
+    deepspeed_config: str = Field("zero2", description="deepspeed: the name of a file in ds_configs/, or a path")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="recompute activations in the backward. full: of every block and the feature encoder; "
+        "selective: of every n-th block and the feature encoder",
+    )
+    activation_checkpointing_every: Count = Field(2, description="selective: n")
+    compare_ranks_every: Count = Field(
+        50, description="updates, between checks that all ranks are about to compute the same"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> EngineConfig:
+        if self.name != "fsdp" and (self.offload or self.shard_size is not None):
+            setting = "offload=true" if self.offload else f"shard_size={self.shard_size}"
+            hint = "; choose deepspeed_config=zero2_offload" if self.name == "deepspeed" and self.offload else ""
+            raise ValueError(f"{setting} is for name=fsdp, not name={self.name}{hint}")
+        return self
 
 
 class PrecisionConfig(Section):
-    """Weights, optimizer state and reductions are always fp32."""
+    """Master weights, optimizer state and reductions are always fp32."""
 
     compute: Literal["bf16", "fp32"] = "bf16"
 
@@ -200,6 +225,7 @@ class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
     every: Count = Field(1000, description="updates")
+    asynchronous: bool = Field(True, description="training goes on while a copy in host memory is written")
     keep_last: Count = Field(2, description="newest checkpoints")
     keep_every: Annotated[int, Field(ge=0)] = Field(0, description="also keep every multiple of this; 0: none")
 

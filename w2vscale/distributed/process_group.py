@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from w2vscale.distributed.launch import LostRanks
 from w2vscale.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
@@ -67,11 +68,24 @@ def _first_host(environment: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def process_group() -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the process group that the launcher describes, for the time of the block; alone without one."""
+def process_group(*, needed: bool = False) -> Iterator[tuple[Ranks, torch.device]]:
+    """Join the process group that the launcher describes, for the time of the block.
+
+    A process that is alone has no group, or a group of its own where one is `needed`.
+
+    Raises:
+        LostRanks: the other ranks cannot be reached, or no longer.
+    """
     os.environ.update(launch_environment(os.environ))
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks(), _device(0)
+        device = _device(0)
+        if needed:
+            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield Ranks(), device
+        finally:
+            if needed:
+                dist.destroy_process_group()
         return
     ranks = Ranks(
         rank=int(os.environ["RANK"]),
@@ -79,12 +93,20 @@ def process_group() -> Iterator[tuple[Ranks, torch.device]]:
         world_size=int(os.environ["WORLD_SIZE"]),
     )
     device = _device(ranks.local_rank)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
     try:
+        dist.init_process_group(_backend(device), rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
         yield ranks, device
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        # gloo's errors have no type of their own, but name the place in its source.
+        if isinstance(error, dist.DistError) or "gloo/" in str(error):
+            raise LostRanks(str(error)) from error
+        raise
+    # Not after an error: it may wait for ranks that no longer come.
+    dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _device(local_rank: int) -> torch.device:

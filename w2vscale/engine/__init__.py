@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from w2vscale.config import Config
+from w2vscale.engine.activation_checkpointing import recompute_activations
 from w2vscale.engine.base import CanonicalState, Criterion, Engine, EngineCaps, StateReader, StepResult
-from w2vscale.engine.ddp import DDPEngine
+from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
 __all__ = ["CanonicalState", "Criterion", "Engine", "EngineCaps", "StateReader", "StepResult", "build_engine"]
 
 
-def build_engine(model: nn.Module, criterion: Criterion, config: Config, device: torch.device) -> Engine:
-    """The engine that `engine.name` asks for."""
+def build_engine(model: Wav2Vec2ForPretraining, criterion: Criterion, config: Config, device: torch.device) -> Engine:
+    """The engine that `engine.name` asks for. Collective.
+
+    `model` is on the meta device. The engine's parameters hold nothing until one of its imports.
+
+    Raises:
+        UserError: the engine's settings are wrong, or what it needs is not installed.
+    """
+    recompute_activations(model, config.engine)
+    # Imported here: each backend takes its time, and only one is needed.
+    if config.engine.name == "fsdp":
+        from w2vscale.engine.fsdp import FSDPEngine
+
+        return FSDPEngine(model, criterion, config, device)
+    if config.engine.name == "deepspeed":
+        from w2vscale.engine.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, criterion, config, device)
+    from w2vscale.engine.ddp import DDPEngine
+
     return DDPEngine(model, criterion, config, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,10 +67,14 @@ class Engine(Protocol):
         """This rank's sums, without gradients, dropout, LayerDrop or noise."""
 
     def export_state(self) -> CanonicalState:
-        """Collective. The live tensors, to be written before the next step."""
+        """Collective. This rank's share of parameters and optimizer state, to be written or copied before the next
+        step: DTensors whose shards together are everything, or live tensors where there is one process."""
 
     def import_state(self, reader: StateReader) -> None:
         """Collective. Replace parameters and optimizer state."""
+
+    def import_parameters(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """Collective. Replace parameters by whole tensors, taken one at a time; the same on all ranks."""
 
     def named_full_parameters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Whole parameters, one at a time; all ranks iterate."""

@@ -46,13 +46,18 @@ class ConvLayer(nn.Module):
         next_layer = config.conv_layers[index + 1 : index + 2]
         self.next_is_padded = any(_padding(kernel, config) for _, kernel, _ in next_layer)
         self.weight = nn.Parameter(torch.empty(channels, inputs, kernel))
-        nn.init.kaiming_normal_(self.weight)
-        self.bias = nn.Parameter(torch.zeros(channels)) if config.conv_bias else None
+        self.bias = nn.Parameter(torch.empty(channels)) if config.conv_bias else None
+        self.reset_parameters()
         self.norm: nn.Module | None = None
         if config.conv_norm == "layer":
             self.norm = ChannelLayerNorm(channels)
         elif index == 0:
             self.norm = MaskedGroupNorm(config.conv_norm_groups, channels)
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x_BCT: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor | None]:
         bias = None if self.bias is None else self.bias.to(x_BCT.dtype)
@@ -84,8 +89,13 @@ class MaskedGroupNorm(nn.Module):
         super().__init__()
         self.groups = groups
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x_BCT: Tensor, lengths_B: Tensor | None) -> Tensor:
         if lengths_B is None:
@@ -99,8 +109,10 @@ class MaskedGroupNorm(nn.Module):
         centred = (x - mean) * valid
         variance = centred.square().sum(dim=(2, 3), keepdim=True) / count
         normalised = (centred * torch.rsqrt(variance + self.eps)).view(batch, channels, steps)
-        out = normalised * self.weight.float().unsqueeze(1) + self.bias.float().unsqueeze(1)
-        return out.to(x_BCT.dtype)
+        # In this order, gradients arrive as they do from group_norm: ZeRO-2 adds up what arrives together on the ranks.
+        bias_C1 = self.bias.float().unsqueeze(1)
+        weight_C1 = self.weight.float().unsqueeze(1)
+        return torch.addcmul(bias_C1, normalised, weight_C1).to(x_BCT.dtype)
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -26,12 +26,14 @@ class Quantizer(nn.Module):
     def __init__(self, config: ModelConfig, inputs: int) -> None:
         super().__init__()
         self.codebooks, self.entries = config.codebooks, config.codebook_entries
-        self.projection = Linear(inputs, self.codebooks * self.entries)
-        nn.init.normal_(self.projection.weight, std=1.0)
-        nn.init.zeros_(self.projection.bias)
+        self.projection = Linear(inputs, self.codebooks * self.entries, std=1.0)
         self.codevectors = nn.Parameter(
-            torch.rand(self.codebooks, self.entries, config.codevector_dim // self.codebooks)
+            torch.empty(self.codebooks, self.entries, config.codevector_dim // self.codebooks)
         )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.codevectors)
 
     def forward(self, x_MC: Tensor, noise_MGV: Tensor | None, temperature: float) -> Quantized:
         """Hard choice with straight-through gradients where there is Gumbel noise, the plain argmax without."""

@@ -13,6 +13,9 @@ from w2vscale.config.tree import ModelConfig
 from w2vscale.models.feature_encoder import valid_mask
 from w2vscale.models.layers import LayerNorm, Linear
 
+BERT_STD = 0.02
+"""Of the initial weights of attention and feed-forward (Devlin et al. 2019)."""
+
 
 class TransformerEncoder(nn.Module):
     """Contextualises projected features [B, T, D]."""
@@ -62,11 +65,16 @@ class PositionalConvolution(nn.Module):
         super().__init__()
         self.kernel = config.positional_kernel
         self.groups = config.positional_groups
-        direction = torch.empty(config.dim, config.dim // self.groups, self.kernel)
-        nn.init.normal_(direction, std=math.sqrt(4.0 / (self.kernel * config.dim)))
-        self.direction = nn.Parameter(direction)
-        self.magnitude = nn.Parameter(direction.norm(dim=(0, 1), keepdim=True))
-        self.bias = nn.Parameter(torch.zeros(config.dim))
+        self.direction = nn.Parameter(torch.empty(config.dim, config.dim // self.groups, self.kernel))
+        self.magnitude = nn.Parameter(torch.empty(1, 1, self.kernel))
+        self.bias = nn.Parameter(torch.empty(config.dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.direction, std=math.sqrt(4.0 / (self.kernel * self.direction.shape[0])))
+        with torch.no_grad():
+            self.magnitude.copy_(self.direction.norm(dim=(0, 1), keepdim=True))
+        nn.init.zeros_(self.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         direction = self.direction.float()
@@ -111,8 +119,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.dropout = config.attention_dropout
-        self.qkv = transformer_linear(config.dim, 3 * config.dim)
-        self.out = transformer_linear(config.dim, config.dim)
+        self.qkv = Linear(config.dim, 3 * config.dim, std=BERT_STD)
+        self.out = Linear(config.dim, config.dim, std=BERT_STD)
 
     def forward(self, x_BTD: Tensor, attend: Tensor | None) -> Tensor:
         batch, frames, dim = x_BTD.shape
@@ -129,17 +137,9 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation_dropout = config.activation_dropout
-        self.intermediate = transformer_linear(config.dim, config.ffn_dim)
-        self.output = transformer_linear(config.ffn_dim, config.dim)
+        self.intermediate = Linear(config.dim, config.ffn_dim, std=BERT_STD)
+        self.output = Linear(config.ffn_dim, config.dim, std=BERT_STD)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         hidden = F.dropout(F.gelu(self.intermediate(x_BTD)), self.activation_dropout, self.training)
         return self.output(hidden)
-
-
-def transformer_linear(inputs: int, outputs: int) -> Linear:
-    """A Linear with BERT's initialisation: N(0, 0.02), bias 0."""
-    linear = Linear(inputs, outputs)
-    nn.init.normal_(linear.weight, std=0.02)
-    nn.init.zeros_(linear.bias)
-    return linear

@@ -57,8 +57,12 @@ class Wav2Vec2Encoder(nn.Module):
         self.feature_encoder = FeatureEncoder(config)
         self.feature_norm = LayerNorm(channels)
         self.feature_projection = Linear(channels, config.dim)
-        self.mask_embedding = nn.Parameter(torch.rand(config.dim))
+        self.mask_embedding = nn.Parameter(torch.empty(config.dim))
         self.transformer = TransformerEncoder(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.mask_embedding)
 
     def forward(
         self,

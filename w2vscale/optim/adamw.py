@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from w2vscale.config.tree import OptimConfig
 from w2vscale.errors import UserError
@@ -53,15 +53,14 @@ def parameter_groups(shapes: Sequence[tuple[str, torch.Size]], config: OptimConf
     return [ParameterGroup(names, *key) for key, names in settings.items()]
 
 
-def make_adamw(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019) with its state allocated, so that saving and loading never depend
-    on which parameters have had a gradient."""
-    named = dict(parameters)
-    groups = parameter_groups([(name, p.shape) for name, p in named.items()], config)
-    optimizer = torch.optim.AdamW(
+def make_adamw(
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig
+) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov & Hutter 2019), without state yet."""
+    return torch.optim.AdamW(
         [
             {
-                "params": [named[name] for name in group.names],
+                "params": [parameters[name] for name in group.names],
                 "lr_scale": group.lr_scale,
                 "weight_decay": group.weight_decay,
             }
@@ -72,13 +71,17 @@ def make_adamw(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConf
         eps=config.eps,
         fused=True,
     )
-    for parameter in named.values():
+
+
+def allocate_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """AdamW's state of `parameters` before its first step, so that saving and loading never depend on which of them
+    have had a gradient."""
+    for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
-    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from w2vscale.config import Config
-from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
-from w2vscale.models.layers import compute_dtype
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
-from w2vscale.training.run import open_data
+from w2vscale.training.run import empty_model, initial_values, open_data
 
 
 @dataclass(frozen=True)
@@ -38,10 +35,9 @@ def dry_run(config: Config) -> DryRun | None:
     Twice, and with every layer: what needs most memory is a forward beside the gradients of an earlier one.
     Returns None on all ranks but the first.
     """
-    with process_group() as (ranks, device):
+    with process_group(needed=config.engine.name != "ddp") as (ranks, device):
         training_set, _ = open_data(config, ranks)
-        torch.manual_seed(derived_seed(config.trainer.seed, Stream.INITIALISATION))
-        model = Wav2Vec2ForPretraining(config.model, compute_dtype(config.precision))
+        model = empty_model(config)
         parameters = {
             name: sum(parameter.numel() for parameter in child.parameters())
             for name, child in [*model.encoder.named_children(), *model.named_children()]
@@ -50,6 +46,7 @@ def dry_run(config: Config) -> DryRun | None:
         parameters["mask_embedding"] = model.encoder.mask_embedding.numel()
         every_layer = config.model.model_copy(update={"layerdrop": 0.0})
         engine = build_engine(model, PretrainingCriterion(every_layer, seed=config.trainer.seed), config, device)
+        engine.import_parameters(initial_values(config))
         batch = training_set[(0, training_set.plan.largest())]
         window = [batch] * (2 * config.batch.concat)
         masked = max(batch.masked * len(window) * ranks.world_size, 1)

@@ -18,6 +18,7 @@ from w2vscale.distributed.process_group import process_group, sum_over_ranks
 from w2vscale.errors import UserError
 from w2vscale.evaluation.pretraining import validate
 from w2vscale.optim.schedules import gumbel_temperature, learning_rate
+from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.display import Display
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.run import Run, build_run, log_bad_audio, make_folder
@@ -33,7 +34,7 @@ def train(config: Config, exp: Path, *, resume: str = "auto") -> int:
     Raises:
         UserError: something outside the program is wrong; the run's checkpoints are as they were.
     """
-    with process_group() as (ranks, device), StopRequest() as stop:
+    with process_group(needed=config.engine.name != "ddp") as (ranks, device), StopRequest() as stop:
         display = Display(total=config.trainer.updates, start=0, enabled=ranks.is_main)
         run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
         make_folder(exp, config, ranks)
@@ -62,7 +63,7 @@ class Trainer:
         )
         self.display = Display(total=self.total, start=self.state.update, enabled=run.ranks.is_main)
         self.lr = 0.0
-        self.utterances = self.bad = self.skipped_in_a_row = 0
+        self.updates_here = self.utterances = self.bad = self.skipped_in_a_row = 0
         self.reported: set[str] = set()
         self.last_bad: list[BadAudio] = []
 
@@ -78,21 +79,28 @@ class Trainer:
                     name = self.stop.received.name if self.stop.received else "a signal to another rank"
                     self.display.message(f"stopped by {name}; the same command continues from here", "yellow")
                     break
+            self.run.store.wait()
         return self.state
 
     def _update(self, window: list[MicroBatch], waited: float) -> bool:
         """One update. Returns whether any rank was asked to stop."""
         config, engine = self.config, self.run.engine
         bad = [audio for batch in window for audio in batch.bad]
-        masked, samples, utterances, unusable, stopping = sum_over_ranks(
+        if self.updates_here % config.engine.compare_ranks_every == 0:
+            compare_ranks(planned_work(config, self.run.training_set.plan, self.state.update))
+        self.updates_here += 1
+        masked, samples, utterances, unusable, stopping, unsaved = sum_over_ranks(
             [
                 sum(batch.masked for batch in window),
                 sum(batch.audio_samples for batch in window),
                 sum(batch.utterances for batch in window),
                 len(bad),
                 self.stop.received is not None,
+                self.run.store.failed,
             ]
         )
+        if unsaved:
+            self.run.store.wait()
 
         sums = engine.run_window(window, torch.tensor(max(masked, 1.0)))
         self.lr = learning_rate(self.state.update, optim=config.optim, schedule=config.schedule, updates=self.total)
@@ -121,8 +129,7 @@ class Trainer:
         if self.run.validation_set and (ended or update % config.trainer.validate_every == 0):
             self._validate()
         if saving:
-            path = self.run.save(self.state)
-            self.display.message(f"update {update}/{self.total}  saved {path}")
+            self.run.save(self.state)
         self.meter.exclude(time.perf_counter() - began)
         self.display.advance(update)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from w2vscale.checkpoint.store import Checkpoint, CheckpointStore, TrainState, committed, open_checkpoint
 from w2vscale.config import Config, dump_config
@@ -31,6 +32,7 @@ from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.errors import UserError
+from w2vscale.models.initialisation import initial_parameters
 from w2vscale.models.layers import compute_dtype
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
@@ -68,7 +70,7 @@ class Run:
         )
 
     def save(self, state: TrainState) -> Path:
-        """Write a checkpoint. Collective."""
+        """Write a checkpoint, or start to. Collective."""
         return self.store.save(self.engine.export_state(), state, dump_config(self.config))
 
 
@@ -86,14 +88,17 @@ def build_run(
         ranks,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
+        asynchronous=config.checkpoint.asynchronous,
+        log=log,
     )
     checkpoint = _resume_point(resume, store, log)
     if checkpoint is not None:
         _compare_settings(config, checkpoint, log)
-    torch.manual_seed(derived_seed(config.trainer.seed, Stream.INITIALISATION))
-    model = Wav2Vec2ForPretraining(config.model, compute_dtype(config.precision))
-    engine = build_engine(model, PretrainingCriterion(config.model, seed=config.trainer.seed), config, device)
-    if checkpoint is not None:
+    criterion = PretrainingCriterion(config.model, seed=config.trainer.seed)
+    engine = build_engine(empty_model(config), criterion, config, device)
+    if checkpoint is None:
+        engine.import_parameters(initial_values(config))
+    else:
         engine.import_state(checkpoint)
         log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
     if (
@@ -114,6 +119,19 @@ def build_run(
         engine=engine,
         store=store,
         state=checkpoint.state if checkpoint is not None else TrainState(),
+    )
+
+
+def empty_model(config: Config) -> Wav2Vec2ForPretraining:
+    """The model without memory for its parameters."""
+    with torch.device("meta"):
+        return Wav2Vec2ForPretraining(config.model, compute_dtype(config.precision))
+
+
+def initial_values(config: Config) -> Iterator[tuple[str, Tensor]]:
+    """What a new run's parameters start from, on any engine and number of processes."""
+    return initial_parameters(
+        empty_model(config), lambda index: derived_seed(config.trainer.seed, Stream.INITIALISATION, index)
     )
 
 

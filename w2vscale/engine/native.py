@@ -1,0 +1,90 @@
+"""What PyTorch's own engines share: a module whose parameters an ordinary optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from w2vscale.config import Config
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StepResult
+from w2vscale.engine.window import accumulate
+from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
+
+
+class NativeEngine:
+    """Forward, backward and step over `module`, which wraps or is `model`. Subclasses say how gradients meet."""
+
+    caps: EngineCaps
+    gradient_scale = 1.0
+    """Factor of the loss: what the gradients' reduction divides by."""
+
+    def __init__(
+        self, model: nn.Module, module: nn.Module, criterion: Criterion, config: Config, device: torch.device
+    ) -> None:
+        self.model, self.module, self.criterion, self.device = model, module, criterion, device
+        self.concat = config.batch.concat
+        parameters = dict(model.named_parameters())
+        groups = parameter_groups([(name, parameter.shape) for name, parameter in parameters.items()], config.optim)
+        self.optimizer = make_adamw(parameters, groups, config.optim)
+        allocate_state(self.optimizer, parameters.values())
+
+    def reducing(self, last: bool) -> AbstractContextManager[None]:
+        """Around one forward and backward, of which `last` is the window's last: when gradients are reduced."""
+        raise NotImplementedError
+
+    def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> LossSums:
+        """See `Engine.run_window`."""
+        self.module.train()
+        scale = self.gradient_scale / denominator
+
+        def run(chunk: Sequence[MicroBatch], last: bool) -> LossSums:
+            with self.reducing(last):
+                sums = self.criterion(self.module, chunk, device=self.device, training=True)
+                (sums.total * scale).backward()
+            return sums
+
+        return accumulate(window, concat=self.concat, run=run)
+
+    def step(self, *, lr: float, max_norm: float | None) -> StepResult:
+        """See `Engine.step`."""
+        parameters = list(self.model.parameters())
+        for parameter in parameters:
+            if parameter.grad is None:  # a skipped layer: its gradient is zero on every engine
+                parameter.grad = torch.zeros_like(parameter)
+        total = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm, foreach=True)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        if finite := math.isfinite(norm):
+            set_learning_rate(self.optimizer, lr)
+            self.optimizer.step()
+        self.clear_gradients()
+        return StepResult(norm, skipped=not finite)
+
+    def clear_gradients(self) -> None:
+        """Make ready for the next window."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> LossSums:
+        """See `Engine.evaluate`."""
+        self.model.eval()
+        return self.criterion(self.model, [batch], device=self.device, training=False)
+
+    def live_state(self) -> CanonicalState:
+        """The parameters and the optimizer's state, under their canonical names."""
+        state: CanonicalState = {}
+        for name, parameter in self.model.named_parameters():
+            state[f"model.{name}"] = parameter.detach()
+            for key, value in self.optimizer.state[parameter].items():
+                state[f"optim.{name}.{key}"] = value
+        return state
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self.module = self.model

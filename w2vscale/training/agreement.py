@@ -1,0 +1,55 @@
+"""Whether all ranks are about to compute the same: ranks that disagree would hang, or compute nonsense in silence."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from w2vscale import __version__
+from w2vscale.config import Config, dump_config
+from w2vscale.data.plan import Plan
+from w2vscale.engine.criterion import active_layers
+from w2vscale.errors import UserError
+
+
+def planned_work(config: Config, plan: Plan, update: int) -> dict[str, str]:
+    """What must be equal on all ranks before update `update`: the layers that LayerDrop leaves, and what they follow
+    from. The paths of the data may differ."""
+    anywhere = config.model_copy(update={"data": config.data.model_copy(update={"train": [], "validation": []})})
+    layers = active_layers(update, config.model, seed=config.trainer.seed)
+    return {
+        "the update": str(update),
+        "the layers to compute": "all" if layers is None else "".join(str(int(active)) for active in layers),
+        "the settings": hashlib.sha256(dump_config(anywhere).encode()).hexdigest()[:16],
+        "the data": f"{len(plan)} utterances, {plan.per_epoch} micro-batches an epoch",
+        "the version of w2vscale": __version__,
+        "the version of torch": torch.__version__,
+        "the version of numpy": numpy.__version__,
+        "the version of Python": platform.python_version(),
+    }
+
+
+def compare_ranks(work: Mapping[str, str]) -> None:
+    """Compare on all ranks. Collective.
+
+    Raises:
+        UserError: on every rank, names the first difference and the ranks that differ from rank 0.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    of_ranks: list[Mapping[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, dict(work))
+    for fact, here in of_ranks[0].items():
+        others = {rank: of_rank.get(fact) for rank, of_rank in enumerate(of_ranks) if of_rank.get(fact) != here}
+        if others:
+            rank, there = next(iter(others.items()))
+            also = f", as do {len(others) - 1} more" if len(others) > 1 else ""
+            raise UserError(
+                f"the ranks disagree on {fact}: rank 0 has {here}, rank {rank} has {there}{also}; start all of them "
+                "with the same settings and versions"
+            )
