@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -18,7 +19,8 @@ from tests.distributed.tasks import train_and_save_first, train_micro
 from w2vscale.checkpoint.store import open_checkpoint, tensor_shapes
 
 pytestmark = pytest.mark.distributed
-pytest.importorskip("deepspeed")
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
 
 ODD_MODEL = (
     "model.conv_layers=[[17,10,5],[17,3,2],[17,3,2],[17,3,2],[17,3,2],[17,2,2],[17,2,2]]",

@@ -99,7 +99,7 @@ class MaskedGroupNorm(nn.Module):
 
     def forward(self, x_BCT: Tensor, lengths_B: Tensor | None) -> Tensor:
         if lengths_B is None:
-            weight, bias = self.weight.to(x_BCT.dtype), self.bias.to(x_BCT.dtype)
+            bias, weight = self.bias.to(x_BCT.dtype), self.weight.to(x_BCT.dtype)
             return F.group_norm(x_BCT, self.groups, weight, bias, self.eps)
         batch, channels, steps = x_BCT.shape
         x = x_BCT.float().view(batch, self.groups, channels // self.groups, steps)
@@ -109,7 +109,7 @@ class MaskedGroupNorm(nn.Module):
         centred = (x - mean) * valid
         variance = centred.square().sum(dim=(2, 3), keepdim=True) / count
         normalised = (centred * torch.rsqrt(variance + self.eps)).view(batch, channels, steps)
-        # In this order, gradients arrive as they do from group_norm: ZeRO-2 adds up what arrives together on the ranks.
+        # Bias before weight, as above, so that gradients arrive in one order: ZeRO-2 adds up what arrives together.
         bias_C1 = self.bias.float().unsqueeze(1)
         weight_C1 = self.weight.float().unsqueeze(1)
         return torch.addcmul(bias_C1, normalised, weight_C1).to(x_BCT.dtype)

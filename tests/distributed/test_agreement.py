@@ -1,0 +1,66 @@
+"""Ranks that are about to compute different things stop, all of them, and say what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.audio import SmallCorpus
+from tests.distributed.pool import Pool
+from tests.distributed.tasks import train_micro
+from tests.micro import MICRO_RUN
+from w2vscale.config import load_config
+from w2vscale.engine.criterion import active_layers
+from w2vscale.errors import UserError
+from w2vscale.training.agreement import compare_ranks
+
+pytestmark = pytest.mark.distributed
+
+
+def compare(*of_ranks: dict[str, str]) -> str | None:
+    try:
+        compare_ranks(of_ranks[dist.get_rank()])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def train_with(corpus: str, exp: str, *of_ranks: str) -> str | None:
+    """Train; every rank has an override of its own."""
+    try:
+        train_micro(corpus, f"{exp}/{dist.get_rank()}", (of_ranks[dist.get_rank()],))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_ranks_that_agree_go_on(pool: Callable[[int], Pool]) -> None:
+    work = {"the update": "3", "the layers to compute": "110"}
+    assert pool(2).run(compare, work, work) == [None, None]
+
+
+def test_the_difference_is_named_on_every_rank(pool: Callable[[int], Pool]) -> None:
+    errors = pool(2).run(
+        compare, {"a": "1", "the layers to compute": "111"}, {"a": "1", "the layers to compute": "101"}
+    )
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("the ranks disagree on the layers to compute: rank 0 has 111, rank 1 has 101; ")
+
+
+def test_another_seed_on_one_rank_stops_the_run_before_its_first_update(
+    pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path
+) -> None:
+    config = load_config("base", list(MICRO_RUN))
+    seed = next(
+        seed for seed in range(1, 99)
+        if active_layers(0, config.model, seed=seed) != active_layers(0, config.model, seed=0)
+    )  # fmt: skip
+    errors = pool(2).run(
+        train_with, str(small_corpus.train), str(tmp_path), "trainer.seed=0", f"trainer.seed={seed}", timeout=60
+    )
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("the ranks disagree on the layers to compute")
+    assert not list(tmp_path.glob("*/checkpoints/update_*"))
