@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from typing import Annotated
 
 import typer
@@ -15,11 +17,29 @@ Overrides = Annotated[
 
 
 @app.command()
-def show(source: Source, overrides: Overrides = None) -> None:
+def show(
+    source: Source,
+    overrides: Overrides = None,
+    deepspeed: Annotated[
+        bool, typer.Option("--deepspeed", help="Instead, the JSON that DeepSpeed is given, merged with the settings.")
+    ] = False,
+) -> None:
     """Print the resolved settings as YAML."""
     from w2vscale.config import dump_config, load_config
 
-    typer.echo(dump_config(load_config(source, overrides or [])), nl=False)
+    config = load_config(source, overrides or [])
+    if not deepspeed:
+        typer.echo(dump_config(config), nl=False)
+        return
+    from w2vscale.engine.deepspeed_config import deepspeed_config, import_deepspeed, validate_zero
+
+    document = deepspeed_config(config)
+    if importlib.util.find_spec("deepspeed") is not None:
+        import torch
+
+        import_deepspeed("cuda" if torch.cuda.is_available() else "cpu")
+        validate_zero(document, config.engine.deepspeed_config)
+    typer.echo(json.dumps(document, indent=2))
 
 
 @app.command()

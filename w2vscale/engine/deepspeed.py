@@ -5,9 +5,6 @@ Moving state in and out uses names that DeepSpeed keeps to itself; pyproject.tom
 
 from __future__ import annotations
 
-import importlib
-import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,10 +16,9 @@ from torch.nn import functional as F
 from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StateReader, StepResult
-from w2vscale.engine.deepspeed_config import deepspeed_config, validate_zero
+from w2vscale.engine.deepspeed_config import deepspeed_config, import_deepspeed, validate_zero
 from w2vscale.engine.rows import Rows
 from w2vscale.engine.window import accumulate
-from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.models.wav2vec2 import LossSums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
@@ -37,7 +33,7 @@ class DeepSpeedEngine:
 
     def __init__(self, model: nn.Module, criterion: Criterion, config: Config, device: torch.device) -> None:
         document = deepspeed_config(config)
-        deepspeed = import_deepspeed(device)
+        deepspeed = import_deepspeed(device.type)
         validate_zero(document, config.engine.deepspeed_config)
         self.stage = int(document["zero_optimization"]["stage"])
         self.caps = EngineCaps(f"zero{self.stage}", sharded_parameters=self.stage == 3, sharded_optimizer=True)
@@ -183,30 +179,6 @@ class DeepSpeedEngine:
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         self.zero.checkpoint_event_epilogue()
-
-
-def import_deepspeed(device: torch.device) -> Any:
-    """The package, told about this process.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    os.environ.setdefault("LOCAL_RANK", "0")
-    # It announces itself at import, on every rank.
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    try:
-        deepspeed = importlib.import_module("deepspeed")
-    except ImportError as error:
-        raise UserError(
-            f"engine.name=deepspeed: DeepSpeed cannot be imported ({error}); pip install 'w2vscale[deepspeed]'"
-        ) from None
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # An operator for inference, which it would compile on CPUs here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def _partition(

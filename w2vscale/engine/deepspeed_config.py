@@ -1,9 +1,12 @@
-"""DeepSpeed's JSON: a file of ds_configs/ merged with what the run's own settings fix."""
+"""DeepSpeed itself, and its JSON: a file of ds_configs/ merged with what the run's own settings fix."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
+import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,8 +74,32 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     return merged
 
 
+def import_deepspeed(device_type: str) -> Any:
+    """The package, told about this process.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    # It announces itself at import, on every rank.
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise UserError(
+            f"engine.name=deepspeed: DeepSpeed cannot be imported ({error}); pip install 'w2vscale[deepspeed]'"
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # An operator for inference, which it would compile on CPUs here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 def validate_zero(tree: Mapping[str, Any], path: str) -> None:
-    """Have DeepSpeed check the section zero_optimization.
+    """Have DeepSpeed, imported before, check the section zero_optimization.
 
     Raises:
         UserError: a key is unknown or a value is not valid; names it.
