@@ -19,6 +19,13 @@ settings.register_profile("w2vscale", max_examples=30, deadline=None)
 settings.load_profile("w2vscale")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist, which deals out whole files, those with slow tests go first, lest one of them end alone."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "distributed")))}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real speech beside the checkout; tests that want it are skipped where it is not."""

@@ -3,12 +3,15 @@
 #
 #   bash tools/test.sh              all of it
 #   bash tools/test.sh -k plan      all linters, and of the tests those about the plan
+#   bash tools/test.sh -n 0         the tests one after another instead of two at a time
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
 PATH=$(cd "${W2VSCALE_VENV:-.venv}" && pwd)/bin:$PATH
 export PATH
+# Tests start many processes; without written byte code each would compile torch and lhotse anew, in some ten seconds.
+unset PYTHONDONTWRITEBYTECODE
 
 failed=()
 joined() { local IFS=,; echo "$*"; }
@@ -36,7 +39,9 @@ check "shellcheck" shellcheck --external-sources --source-path=SCRIPTDIR "${scri
 # pytest's own closing line ends the log, with the time; one more line follows only when something failed.
 if ((${#failed[@]})); then printf '\nfailed so far: %s\n' "$(joined "${failed[@]}")"; fi
 printf '\n== pytest\n'
-python -m pytest "$@" || failed+=("pytest")
+# Two files at a time. Within a file the order stays, so that its fixtures are made once; tests/conftest.py orders the
+# files. (`--dist loadgroup`, which could keep more together, does nothing with pytest 9.2: pytest-xdist issue 1386.)
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || failed+=("pytest")
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "$(joined "${failed[@]}")" >&2

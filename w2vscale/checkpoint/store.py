@@ -17,21 +17,23 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
+from w2vscale.checkpoint.shards import tensor_shapes
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.errors import UserError
 
 FORMAT = 2
 FOLDER = re.compile(r"update_(\d{8,})")
+
+T = TypeVar("T")
 
 
 class FileFacts(TypedDict):
@@ -58,6 +60,13 @@ class Checkpoint:
     path: Path
     state: TrainState
     files: Mapping[str, FileFacts]
+    ranks: int
+    """How many processes wrote it."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files but train_state.json."""
+        return sum(facts["bytes"] for facts in self.files.values())
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Collective. Fill `tensors`, which may be sharded in any way, in place.
@@ -71,8 +80,8 @@ class Checkpoint:
                 raise UserError(f"{self.path}: holds no tensor {name}: it belongs to another model")
             if stored[name] != tuple(tensor.shape):
                 raise UserError(f"{self.path}: {name} is {list(stored[name])}, the model wants {list(tensor.shape)}")
-        with _quiet():
-            dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(self.path)))
+        _accept_one_process()
+        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(self.path)))
 
 
 class CheckpointStore:
@@ -109,20 +118,29 @@ class CheckpointStore:
         """
         began = time.perf_counter()
         self.wait()
+        _accept_one_process()
         final = self.folder / f"update_{state.update:08d}"
         partial = self.folder / f".{final.name}.partial"
-        self._on_main(lambda: _fresh_folder(partial))
+        self._raise_anywhere(self._on_main(lambda: _fresh_folder(partial)))
+        if self._thread is not None:
+            tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
+        stall = time.perf_counter() - began
+
+        def write() -> str | None:
+            error = self._write(tensors, partial, final, state, config_yaml)
+            if error is None and self.ranks.is_main:
+                waited = f", training waited {stall:.2f} s" if self._thread is not None else ""
+                self.log(f"saved {final} in {time.perf_counter() - began:.2f} s{waited}")
+            return error
+
         if self._thread is None:
-            error = self._write(tensors, partial, final, state, config_yaml, began)
-            self._raise_anywhere(error)
+            self._raise_anywhere(write())
         else:
-            copies = {name: _copy(tensor) for name, tensor in tensors.items()}
-            stall = time.perf_counter() - began
-            self._writing = self._thread.submit(self._write, copies, partial, final, state, config_yaml, began, stall)
+            self._writing = self._thread.submit(write)
         return final
 
     def wait(self) -> None:
-        """Until nothing is being written; raises what went wrong."""
+        """Until nothing is being written; raises what went wrong, on any rank."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             self._raise_anywhere(writing.result())
@@ -130,7 +148,8 @@ class CheckpointStore:
     @property
     def failed(self) -> bool:
         """Whether writing in the background has failed on this rank: `wait` will raise. Not collective."""
-        return self._writing is not None and self._writing.done() and self._writing.result() is not None
+        writing = self._writing
+        return writing is not None and writing.done() and (writing.exception() or writing.result()) is not None
 
     def find(self, log: Callable[[str], None]) -> Checkpoint | None:
         """The newest usable checkpoint; says which newer ones were passed over and why.
@@ -150,50 +169,31 @@ class CheckpointStore:
         return found
 
     def _write(
-        self,
-        tensors: Mapping[str, Tensor],
-        partial: Path,
-        final: Path,
-        state: TrainState,
-        config_yaml: str,
-        began: float,
-        stall: float | None = None,
+        self, tensors: Mapping[str, Tensor], partial: Path, final: Path, state: TrainState, config_yaml: str
     ) -> str | None:
-        """Write and commit; returns what went wrong. Collective in the store's own group, if it has one."""
+        """Write and commit; returns what went wrong. Collective in the store's own group, if it has one.
+
+        Every rank reaches every collective, whatever fails on it.
+        """
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         try:
-            with _quiet():
-                dcp.save(dict(tensors), storage_writer=writer, process_group=self._group)
+            dcp.save(dict(tensors), storage_writer=writer, process_group=self._group)
         except dcp.api.CheckpointException as failure:
             cause = next(iter(failure.failures.values()))[0]
             return f"{partial}: a checkpoint cannot be written: {cause}"
-        try:
-            files = self._files(partial)
-            if self.ranks.is_main:
-                self._commit(partial, final, state, config_yaml, files)
-                seconds = time.perf_counter() - began
-                waited = "" if stall is None else f", training waited {stall:.2f} s"
-                self.log(f"saved {final} in {seconds:.2f} s{waited}")
-        except OSError as failure:
-            return f"{self.folder}: a checkpoint cannot be written: {failure}"
-        return None
-
-    def _files(self, partial: Path) -> dict[str, FileFacts]:
-        """Size and checksum of every tensor file; each rank reads some of them."""
-        paths = sorted(partial.glob("*.safetensors"))
-        own = {path.name: file_facts(path) for path in paths[self.ranks.rank :: self.ranks.world_size]}
-        if self.ranks.world_size == 1:
-            return own
-        gathered: list[dict[str, FileFacts]] = [{}] * self.ranks.world_size
-        dist.all_gather_object(gathered, own, group=self._group)
-        return {name: facts for part in gathered for name, facts in part.items()}
+        files: dict[str, FileFacts] = {}
+        for written in self._from_all(_facts_written_by(self.ranks.rank, partial), self._group):
+            if isinstance(written, OSError):
+                return f"{partial}: a checkpoint cannot be written: {written}"
+            files |= written
+        return self._on_main(lambda: self._commit(partial, final, state, config_yaml, files))
 
     def _commit(
         self, partial: Path, final: Path, state: TrainState, config_yaml: str, files: dict[str, FileFacts]
     ) -> None:
         _write_durably(partial / "config.yaml", config_yaml)
         files = {**files, "config.yaml": file_facts(partial / "config.yaml")}
-        document = {"format": FORMAT, **asdict(state), "files": files}
+        document = {"format": FORMAT, **asdict(state), "ranks": self.ranks.world_size, "files": files}
         _write_durably(partial / "train_state.json", json.dumps(document, indent=2) + "\n")
         _sync_folder(partial)
         for path in committed(self.folder):
@@ -205,29 +205,38 @@ class CheckpointStore:
         _replace_link(self.folder / "latest", final.name)
         for path in sorted(committed(self.folder))[: -self.keep_last]:
             if not (self.keep_every and _update_of(path) % self.keep_every == 0):
-                shutil.rmtree(path)
+                self._delete(path)
         for path in self.folder.glob(".update_*.partial"):
-            shutil.rmtree(path)
+            self._delete(path)
 
-    def _on_main(self, action: Callable[[], None]) -> None:
-        """Run on rank 0; its error is raised on all ranks."""
-        error: str | None = None
+    def _delete(self, path: Path) -> None:
+        """Delete a folder; what cannot be deleted is no reason to stop: the next checkpoint tries again."""
+        try:
+            shutil.rmtree(path)
+        except OSError as failure:
+            self.log(f"{path}: cannot be deleted: {failure}")
+
+    def _on_main(self, action: Callable[[], None]) -> str | None:
+        """Run on rank 0; returns what went wrong there. Not collective."""
         if self.ranks.is_main:
             try:
                 action()
             except OSError as failure:
-                error = f"{self.folder}: a checkpoint cannot be written: {failure}"
-        self._raise_anywhere(error)
+                return f"{self.folder}: a checkpoint cannot be written: {failure}"
+        return None
 
     def _raise_anywhere(self, error: str | None) -> None:
         """Raise the error of the lowest rank that has one, on all ranks."""
-        errors = [error]
-        if self.ranks.world_size > 1:
-            errors = [None] * self.ranks.world_size
-            dist.all_gather_object(errors, error)
-        for found in errors:
+        for found in self._from_all(error):
             if found is not None:
                 raise UserError(found)
+
+    def _from_all(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """Every rank's value, on every rank."""
+        values = [value] * self.ranks.world_size
+        if self.ranks.world_size > 1:
+            dist.all_gather_object(values, value, group=group)
+        return values
 
 
 def committed(folder: Path) -> list[Path]:
@@ -262,32 +271,55 @@ def open_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) 
     Raises:
         UserError: it is missing, incomplete or damaged; the message says how.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint")
-    document_path = path / "train_state.json"
-    if not document_path.is_file():
+    if not (path / "train_state.json").is_file():
         for folder in (path, path / "checkpoints"):
             if found := newest(folder, log):
                 return found
+    checkpoint = read_train_state(path)
+    for name, facts in checkpoint.files.items():
+        if problem := wrong_size(path / name, facts):
+            raise UserError(f"{path / name}: {problem}")
+    tensor_shapes(path)
+    return checkpoint
+
+
+def read_train_state(path: Path) -> Checkpoint:
+    """A checkpoint as its train_state.json describes it; its other files are not looked at. Not collective.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint")
+    file = path / "train_state.json"
+    if not file.is_file():
         raise UserError(f"{path}: not a checkpoint: no train_state.json in it")
     try:
-        document: dict[str, Any] = json.loads(document_path.read_text())
-        state = TrainState(**{field.name: document[field.name] for field in fields(TrainState)})
-        files = {
-            path / name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"])
-            for name, facts in document["files"].items()
-        }
+        document: dict[str, Any] = json.loads(file.read_text())
+        if document["format"] != FORMAT:
+            raise UserError(f"{file}: format {document['format']}, this version reads {FORMAT}")
+        return Checkpoint(
+            path=path.resolve(),
+            state=TrainState(**{field.name: document[field.name] for field in fields(TrainState)}),
+            files={
+                name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"])
+                for name, facts in document["files"].items()
+            },
+            ranks=document["ranks"],
+        )
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{document_path}: damaged ({type(error).__name__}: {error})") from None
-    if document.get("format") != FORMAT:
-        raise UserError(f"{document_path}: format {document.get('format')}, this version reads {FORMAT}")
-    for file, facts in files.items():
-        if not file.is_file():
-            raise UserError(f"{file}: missing")
-        if file.stat().st_size != facts["bytes"]:
-            raise UserError(f"{file}: holds {file.stat().st_size} bytes, {facts['bytes']} were written")
-    tensor_shapes(path)
-    return Checkpoint(path.resolve(), state, {file.name: facts for file, facts in files.items()})
+        raise UserError(f"{file}: damaged ({type(error).__name__}: {error})") from None
+
+
+def wrong_size(file: Path, facts: FileFacts) -> str | None:
+    """Why a file cannot be the one that was written, or None."""
+    if not file.is_file():
+        return "missing"
+    if (size := file.stat().st_size) != facts["bytes"]:
+        return f"holds {size} bytes, {facts['bytes']} were written"
+    return None
 
 
 def file_facts(path: Path) -> FileFacts:
@@ -296,22 +328,12 @@ def file_facts(path: Path) -> FileFacts:
         return FileFacts(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Whole shape of every tensor in a checkpoint, from the headers of its shards."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                info = json.loads((tensors.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
-                for name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    shape = tensors.get_slice(name).get_shape()
-                    offsets = info.get(name, {}).get("saved_offsets", [0] * len(shape))
-                    ends = tuple(size + offset for size, offset in zip(shape, offsets, strict=True))
-                    known = shapes.get(name, ends)
-                    shapes[name] = tuple(max(a, b) for a, b in zip(known, ends, strict=True))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{file}: damaged ({error})") from None
-    return shapes
+def _facts_written_by(rank: int, folder: Path) -> dict[str, FileFacts] | OSError:
+    """Of the rank's own files: another machine's may not be in sight yet."""
+    try:
+        return {path.name: file_facts(path) for path in folder.glob(f"shard-{rank + 1:05d}-*.safetensors")}
+    except OSError as failure:
+        return failure
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -364,12 +386,9 @@ def _replace_link(link: Path, target: str) -> None:
     partial.replace(link)
 
 
-class _quiet(warnings.catch_warnings):
-    """Without torch's warning that one process is one process."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+def _accept_one_process() -> None:
+    """Without torch's warning that one process is one process. Not for a time: filters belong to all threads."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def load_model_weights(checkpoint: Checkpoint, model: torch.nn.Module) -> None:

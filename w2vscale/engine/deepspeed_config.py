@@ -7,6 +7,7 @@ import importlib
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def import_deepspeed(device_type: str) -> Any:
             f"engine.name=deepspeed: DeepSpeed cannot be imported ({error}); pip install 'w2vscale[deepspeed]'"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Of collectives that it calls by their former names, on every rank.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     # An operator for inference, which it would compile on CPUs here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -1,0 +1,120 @@
+"""What the tensor files of a checkpoint hold, from their headers: which part of which tensor is in which file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from w2vscale.errors import UserError
+
+BYTES_PER_VALUE = 4
+"""Everything in a checkpoint is fp32."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A block of a tensor, in one file."""
+
+    file: Path
+    dtype: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Where the block ends in the whole tensor."""
+        return tuple(offset + size for offset, size in zip(self.offsets, self.shape, strict=True))
+
+    def overlaps(self, other: Shard) -> bool:
+        """Whether some value of the tensor is in both."""
+        return all(
+            max(start, other_start) < min(end, other_end)
+            for start, other_start, end, other_end in zip(
+                self.offsets, other.offsets, self.ends, other.ends, strict=True
+            )
+        )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As far as the shards reach."""
+        return tuple(max(ends) for ends in zip(*(shard.ends for shard in self.shards), strict=True))
+
+    @property
+    def numel(self) -> int:
+        """Number of values of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the whole tensor."""
+        return BYTES_PER_VALUE * self.numel
+
+    def fault(self) -> str | None:
+        """Why the shards are not one whole tensor, or None."""
+        if wrong := {shard.dtype for shard in self.shards} - {"F32"}:
+            return f"has the type {min(wrong)}, not F32"
+        if any(one.overlaps(other) for one, other in combinations(self.shards, 2)):
+            return "its shards overlap"
+        if sum(math.prod(shard.shape) for shard in self.shards) != self.numel:
+            return "its shards leave out a part of it"
+        return None
+
+
+def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint's tensor files, by name.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    shards: dict[str, list[Shard]] = {}
+    for file in files:
+        for name, shard in _shards_in(file).items():
+            parts = shards.setdefault(name, [])
+            parts.append(shard)
+            if len(shard.shape) != len(parts[0].shape):
+                raise UserError(f"{file}: damaged ({name} has other dimensions than in {parts[0].file.name})")
+    return {name: StoredTensor(tuple(parts)) for name, parts in shards.items()}
+
+
+def tensor_files(path: Path) -> list[Path]:
+    """The tensor files of a checkpoint."""
+    return sorted(path.glob("*.safetensors"))
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Whole shape of every tensor in a checkpoint.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    return {name: tensor.shape for name, tensor in stored_tensors(tensor_files(path)).items()}
+
+
+def _shards_in(file: Path) -> dict[str, Shard]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            places = json.loads((tensors.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            found = {}
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                stored = tensors.get_slice(name)
+                shape = tuple(stored.get_shape())
+                offsets = tuple(places[name]["saved_offsets"]) if name in places else (0,) * len(shape)
+                if len(offsets) != len(shape):
+                    raise ValueError(f"{name} has {len(shape)} dimensions and {len(offsets)} offsets")
+                found[name] = Shard(file, stored.get_dtype(), offsets, shape)
+            return found
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: damaged ({error})") from None
