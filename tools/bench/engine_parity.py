@@ -201,7 +201,22 @@ def print_curves(curves: dict[str, Curve], losses: dict[str, float], norms: dict
 
 
 def print_memory(measured: dict[str, dict[str, Any]]) -> None:
-    raise NotImplementedError
+    """Bytes per parameter on rank 0: what the engine holds, and the peak of its process, beside the prediction."""
+    kinds = ("parameters", "masters", "gradients", "moments")
+    table = Table(
+        title=f"BASE, fp32, {PROCESSES} processes: bytes per parameter on a rank, measured / predicted",
+        box=None,
+        header_style="bold",
+        title_justify="left",
+    )
+    table.add_column("engine")
+    for heading in (*kinds, "peak"):
+        table.add_column(heading, justify="right")
+    for name, figures in measured.items():
+        found = {**figures["held"], "peak": figures["peak"]}
+        cells = [f"{found[key]:.2f} / {figures['predicted'][key]:.2f}" for key in (*kinds, "peak")]
+        table.add_row(name, *cells)
+    console.print(table)
 
 
 if __name__ == "__main__":
