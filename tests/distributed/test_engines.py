@@ -32,7 +32,14 @@ ODD_MODEL = (
 )
 """Sizes that two and three processes do not divide; LayerDrop, dropout and clipping are on (tests/micro.py)."""
 
-TEN = (*ODD_MODEL, "trainer.updates=10", "checkpoint.every=5", "checkpoint.keep_last=3", "optim.max_norm=2.0")
+TEN = (
+    *ODD_MODEL,
+    "batch.max_seconds=5",
+    "trainer.updates=10",
+    "checkpoint.every=5",
+    "checkpoint.keep_last=3",
+    "optim.max_norm=2.0",
+)
 
 ENGINES = {
     "ddp": ("engine.name=ddp",),
@@ -54,7 +61,8 @@ VARIANTS = {
     "zero3_recomputing": ("engine={name: deepspeed, deepspeed_config: zero3, activation_checkpointing: full}",),
 }
 VARIANTS |= {
-    f"{name}_bf16": (*overrides, "precision.compute=bf16", "optim.lr=1e-4") for name, overrides in ENGINES.items()
+    f"{name}_bf16": (*overrides, "precision.compute=bf16", "optim.lr=1e-4", "batch.max_seconds=8")
+    for name, overrides in ENGINES.items()
 }
 
 Train = Callable[[str, int, int], Path]
@@ -111,10 +119,13 @@ def test_one_micro_batch_per_process(ten_updates: Train, variant: str) -> None:
     assert_same(ten_updates(variant, 2, 2), ten_updates("ddp", 2, 2))
 
 
-@pytest.mark.parametrize("variant", ["fsdp", "fsdp_keeping_parameters", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize(
+    ("processes", "variant"),
+    [(2, name) for name in ("fsdp", "fsdp_keeping_parameters", "zero1", "zero2", "zero3")]
+    + [(3, name) for name in ("fsdp", "zero2", "zero3")],
+)
 def test_accumulation(ten_updates: Train, variant: str, processes: int) -> None:
-    """Three and two micro-batches per process."""
+    """Three and two micro-batches per process. (ZeRO-1 in three processes: among the resumed runs.)"""
     assert_same(ten_updates(variant, processes, 6), ten_updates("ddp", processes, 6))
 
 
@@ -161,7 +172,7 @@ def test_resuming_before_every_layer_was_used(
     """With LayerDrop so high that a layer has had no gradient yet; at update 0 none has."""
     overrides = (
         *ODD_MODEL, *ENGINES[engine], "model.layerdrop=0.9", "trainer.updates=4", "batch.micro_batches=2",
-        "schedule.warmup_updates=2", "checkpoint.every=2", "checkpoint.keep_last=9",
+        "batch.max_seconds=5", "schedule.warmup_updates=2", "checkpoint.every=2", "checkpoint.keep_last=9",
     )  # fmt: skip
     whole = pool(2).run(train_and_save_first, str(small_corpus.train), str(tmp_path), overrides)[0]
     for later in range(update + 2, 6, 2):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -37,8 +39,9 @@ def show(
     if importlib.util.find_spec("deepspeed") is not None:
         import torch
 
-        import_deepspeed("cuda" if torch.cuda.is_available() else "cpu")
-        validate_zero(document, config.engine.deepspeed_config)
+        with redirect_stdout(sys.stderr):  # DeepSpeed logs to what it finds as sys.stdout
+            import_deepspeed("cuda" if torch.cuda.is_available() else "cpu")
+            validate_zero(document, config.engine.deepspeed_config)
     typer.echo(json.dumps(document, indent=2))
 
 
