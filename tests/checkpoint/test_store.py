@@ -199,6 +199,13 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: P
     assert (tmp_path / "abandoned_update_00000300").is_dir()
 
 
+def test_checkpoints_that_were_all_set_aside_do_not_start_a_run_anew_in_silence(tmp_path: Path) -> None:
+    save(tmp_path, 300).rename(tmp_path / "abandoned_update_00000300")
+    with pytest.raises(UserError, match=r"all checkpoints were set aside; continue with --resume .*_00000300, or"):
+        store(tmp_path).find(print)
+    assert open_checkpoint(tmp_path / "abandoned_update_00000300").state.update == 300
+
+
 def test_a_damaged_newest_never_costs_the_one_that_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 200, keep_last=5)
     damage_truncate(save(tmp_path, 300, keep_last=5))

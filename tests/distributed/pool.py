@@ -30,7 +30,7 @@ class Pool:
             self.connections.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
         """`function(*arguments)` on every rank; their results. A rank that fails or is late ends the pool."""
         for connection in self.connections:
             connection.send((function, arguments))

@@ -191,8 +191,10 @@ def test_bf16(ten_updates: Train, engine: str) -> None:
     if engine == "fsdp":
         assert_same(found, expected)
         return
-    for ours, theirs in zip(figures(found), figures(expected), strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-2)
+    for (loss, norm), (expected_loss, expected_norm) in zip(figures(found), figures(expected), strict=True):
+        assert loss == pytest.approx(expected_loss, rel=2e-2)
+        # With so few masked frames one code weighs much; with micro-batches of 20 seconds norms differ by 1.2e-2.
+        assert norm == pytest.approx(expected_norm, rel=4e-2)
     ours, theirs = state(found), state(expected)
     for kind in (r"^model\.", r"\.exp_avg$", r"\.exp_avg_sq$"):
         names = [name for name in theirs if re.search(kind, name)]

@@ -30,7 +30,7 @@ from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
 UPDATES = 2
-"""DDP makes its buckets anew in the second."""
+"""From the second on, DDP has its final buckets and ZeRO-3 knows what to gather ahead."""
 
 SECONDS = 2.5
 """Audio of one micro-batch: activations of about two bytes per parameter."""
@@ -48,11 +48,6 @@ class Prediction:
     moments: float
     peak: float
 
-    @property
-    def held(self) -> float:
-        """Everything that lasts."""
-        return self.parameters + self.masters + self.gradients + self.moments
-
 
 @dataclass(frozen=True)
 class Buffers:
@@ -63,27 +58,31 @@ class Buffers:
     bucket: float = 0.0  # zero: gradients that are reduced together
     buckets: int = 1  # zero: two where reduction overlaps with the backward
     live: float = 0.0  # zero3: parameters that may stay gathered
+    prefetch: float = 0.0  # zero3: parameters that are gathered ahead of their use
+    largest: float = 0.0  # zero3: the largest parameter
 
 
 def predict(engine: str, world_size: int, buffers: Buffers) -> Prediction:
     """Memory of an fp32 model with AdamW (Rajbhandari et al. 2020, arXiv:1910.02054, section 3), as the engines do it.
 
     A parameter, its gradient and its two moments take four bytes each; a sharded kind takes 1 / world_size of that.
-    DeepSpeed steps a copy of the parameters, the masters, even where the model is in fp32 itself. Beyond that:
+    DeepSpeed steps a copy of the parameters, the masters, even where the model is in fp32 itself. At the peak there
+    are all activations and all gradients, and beyond that:
 
-    ddp: gradients are the buckets of the reduction; in the second update new buckets stand beside the old ones.
-    fsdp: two gathered units, since the next is on its way, a unit's gradient, and what of it is being reduced.
+    ddp: nothing, since gradients are the buckets of the reduction.
+    fsdp: two gathered units, since the next is on its way, a unit's whole gradient, and what of it is being reduced.
     zero1: whole gradients until the step. It reduces them bucket by bucket into this rank's share of them and then
         flattens that share: two copies of it, which with two ranks and more are no more than what was whole.
-    zero2: the backward reduces into the share: a bucket, one that fills meanwhile, and what is being reduced.
+    zero2: the backward reduces into the share: a bucket, one that fills meanwhile, and a copy that is being reduced.
         Then the step flattens the share: a second copy, but activations are gone.
-    zero3: as zero2, with the share in a buffer of its own and the parameters that stay gathered.
+    zero3: a bucket; parameters that stay gathered, and those gathered ahead, which are copied out of a buffer; one
+        parameter beyond that limit, and one whole gradient. The step flattens as with zero2.
     """
     share = FP32 / world_size
     activations = FP32 * buffers.activations
     bucket = FP32 * buffers.bucket
     if engine == "ddp":
-        return Prediction(FP32, 0.0, FP32, 2 * FP32, peak=4 * FP32 + FP32 + activations)
+        return Prediction(FP32, 0.0, FP32, 2 * FP32, peak=4 * FP32 + activations)
     if engine == "fsdp":
         return Prediction(share, 0.0, share, 2 * share, peak=4 * share + 4 * FP32 * buffers.unit + activations)
     if engine == "zero1":
@@ -96,7 +95,8 @@ def predict(engine: str, world_size: int, buffers: Buffers) -> Prediction:
         return Prediction(FP32, share, share, 2 * share, peak)
     if engine == "zero3":
         lasting = 5 * share + bucket
-        peak = lasting + max(FP32 * min(buffers.live, 1.0) + bucket + activations, share)
+        gathered = FP32 * (min(buffers.live, 1.0) + 2 * buffers.prefetch + 2 * buffers.largest)
+        peak = lasting + max(gathered + activations, share)
         return Prediction(share, share, share, 2 * share, peak)
     raise ValueError(f"no prediction for engine {engine}")
 
@@ -106,9 +106,9 @@ def main(result: Path, settings: Annotated[list[str], typer.Argument(metavar="SE
     config = load_config("base", ["precision.compute=fp32", "model.layerdrop=0", "batch.micro_batches=2", *settings])
     with process_group(needed=True) as (ranks, device):
         if config.engine.name == "deepspeed":
-            from w2vscale.engine.deepspeed import import_deepspeed
+            from w2vscale.engine.deepspeed_config import import_deepspeed
 
-            import_deepspeed(device)
+            import_deepspeed(device.type)
         batches = [
             micro_batch(config, update=update, number=update * ranks.world_size + ranks.rank)
             for update in range(UPDATES)
@@ -179,8 +179,9 @@ def plain_forward(config: Config, batch: MicroBatch) -> int:
 
 def working_space(config: Config, activations: float, count: int) -> Buffers:
     """What the settings allow."""
-    blocks = empty_model(config).encoder.transformer.blocks
-    unit = sum(parameter.numel() for parameter in next(iter(blocks)).parameters()) / count
+    model = empty_model(config)
+    block = next(iter(model.encoder.transformer.blocks))
+    unit = sum(parameter.numel() for parameter in block.parameters()) / count
     if config.engine.name != "deepspeed":
         return Buffers(activations, unit)
     from w2vscale.engine.deepspeed_config import deepspeed_config
@@ -192,6 +193,8 @@ def working_space(config: Config, activations: float, count: int) -> Buffers:
         bucket=zero["reduce_bucket_size"] / count,
         buckets=1 + bool(zero["overlap_comm"]),
         live=zero.get("stage3_max_live_parameters", 0) / count,
+        prefetch=zero.get("stage3_prefetch_bucket_size", 0) / count,
+        largest=max(parameter.numel() for parameter in model.parameters()) / count,
     )
 
 

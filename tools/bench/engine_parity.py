@@ -2,9 +2,8 @@
 
     python tools/bench/engine_parity.py
 
-First `tiny` trains on mini LibriSpeech, from the command line, in two processes, once per engine. Then a model of
-BASE's size, against which a Python process is small, takes three updates under every engine, and the peak of each
-rank's memory stands beside what the theory says (tools/bench/engine_memory.py).
+`tiny` trains on mini LibriSpeech, from the command line, in two processes, once per engine. Since a Python process is
+large against `tiny`, memory is that of a model of BASE's size under the same engines (tools/bench/engine_memory.py).
 """
 
 from __future__ import annotations
@@ -39,12 +38,24 @@ ENGINES = {
 PROCESSES = 2
 SETTINGS = (
     "batch.micro_batches=4",  # two per process, so that gradients accumulate
-    "batch.max_seconds=20",
+    "batch.max_seconds=10",
     "schedule.warmup_updates=10",
     "logging.every=1",
     "logging.tensorboard=false",
 )
 """What all runs change of the preset `tiny`."""
+
+BUFFERS = {
+    "reduce_bucket_size": 5_000_000,
+    "allgather_bucket_size": 5_000_000,
+    "stage3_prefetch_bucket_size": 5_000_000,
+    "stage3_max_live_parameters": 20_000_000,
+    "stage3_max_reuse_distance": 0,
+}
+"""Elements, where memory is measured. Those of ds_configs/ are for larger models: of BASE they would hide what is
+sharded, since 50 million elements are half of it and ZeRO-3 would keep all of it gathered."""
+
+GIB = 2**30
 
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
@@ -64,7 +75,6 @@ def main(
         Path, typer.Option(help="Mini LibriSpeech; where it is missing, synthetic speech takes its place.")
     ] = ROOT.parent / "shared" / "data" / "LibriSpeech",
     updates: Annotated[int, typer.Option(min=10, help="Of each training run.")] = 30,
-    memory: Annotated[bool, typer.Option(help="Measure memory too.")] = True,
     folder: Annotated[Path, typer.Option(help="Emptied first; for manifests, runs and logs.")] = ROOT
     / "exp"
     / "bench"
@@ -75,33 +85,25 @@ def main(
     folder.mkdir(parents=True)
     manifest, source = prepare(corpus, folder)
     curves = {name: train(name, manifest, updates, folder) for name in ENGINES}
-    losses = {name: relative_difference(curve.losses, curves["ddp"].losses) for name, curve in curves.items()}
-    norms = {name: relative_difference(curve.norms, curves["ddp"].norms) for name, curve in curves.items()}
-    print_curves(curves, losses, norms, title=f"tiny, {source}, {updates} updates, {PROCESSES} processes")
+    memory = {name: measure_memory(name, folder) for name in ENGINES}
     engines: dict[str, dict[str, Any]] = {
         name: {
-            "max_relative_loss_difference": losses[name],
-            "max_relative_norm_difference": norms[name],
+            "max_relative_loss_difference": relative_difference(curve.losses, curves["ddp"].losses),
+            "max_relative_norm_difference": relative_difference(curve.norms, curves["ddp"].norms),
             "checkpoint_bytes": curve.checkpoint_bytes,
+            "peak_bytes": memory[name]["peak"] * memory[name]["parameters"],
+            "predicted_peak_bytes": memory[name]["predicted"]["peak"] * memory[name]["parameters"],
+            "bytes_per_parameter": memory[name],
         }
         for name, curve in curves.items()
     }
-    if memory:
-        measured = {name: measure_memory(name, folder) for name in ENGINES}
-        print_memory(measured)
-        for name, figures in measured.items():
-            engines[name]["memory"] = figures
-    print(
-        json.dumps(
-            {
-                "max_relative_loss_difference": max(losses.values()),
-                "max_relative_norm_difference": max(norms.values()),
-                "data": source,
-                "updates": updates,
-                "engines": engines,
-            }
-        )
-    )
+    print_engines(curves, engines, title=f"tiny, {source}, {updates} updates, {PROCESSES} processes")
+    print_memory(memory)
+    worst = {
+        f"max_relative_{kind}_difference": max(one[f"max_relative_{kind}_difference"] for one in engines.values())
+        for kind in ("loss", "norm")
+    }
+    print(json.dumps({**worst, "data": source, "updates": updates, "engines": engines}))
 
 
 def prepare(corpus: Path, folder: Path) -> tuple[Path, str]:
@@ -144,14 +146,22 @@ def train(name: str, manifest: Path, updates: int, folder: Path) -> Curve:
 
 def measure_memory(name: str, folder: Path) -> dict[str, Any]:
     """What tools/bench/engine_memory.py finds under engine `name`."""
-    result = folder / f"{name}_memory.json"
+    setting, result = ENGINES[name], folder / f"{name}_memory.json"
+    if name.startswith("zero"):
+        tree = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+        zero = tree["zero_optimization"]
+        zero |= {key: elements for key, elements in BUFFERS.items() if key in zero}
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(tree))
+        setting = f"engine={{name: deepspeed, deepspeed_config: {path}}}"
+    script = Path(__file__).with_name("engine_memory.py")
+    torchrun = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
     run(
-        [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES),
-         str(Path(__file__).with_name("engine_memory.py")), str(result), ENGINES[name]],
+        [*torchrun, str(script), str(result), setting],
         folder / f"{name}_memory.log",
         # What is freed goes back to the system, so that resident memory is what is in use.
         {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-    )  # fmt: skip
+    )
     figures: dict[str, Any] = json.loads(result.read_text())
     return figures
 
@@ -172,50 +182,52 @@ def relative_difference(found: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
 
 
-def print_curves(curves: dict[str, Curve], losses: dict[str, float], norms: dict[str, float], *, title: str) -> None:
-    """First and last figures of each run, the largest differences from DDP's over all updates, and checkpoints."""
-    updates = len(curves["ddp"].losses)
+def print_engines(curves: dict[str, Curve], engines: dict[str, dict[str, Any]], *, title: str) -> None:
+    """First and last figures of each run, the largest differences from DDP's over all updates, and sizes."""
+    last = len(curves["ddp"].losses)
     table = Table(title=title, box=None, header_style="bold", title_justify="left")
     table.add_column("engine")
-    shown = sorted({1, updates // 2, updates})
     for heading in (
-        *(f"loss {update}" for update in shown),
-        *(f"norm {update}" for update in shown),
-        "loss: max rel. diff.",
-        "norm: max rel. diff.",
-        "checkpoint bytes",
-        "seconds",
-    ):
+        f"loss 1 … {last}", "max rel. diff.", f"norm 1 … {last}", "max rel. diff.", "checkpoint bytes", "seconds",
+        "peak GiB*", "predicted*",
+    ):  # fmt: skip
         table.add_column(heading, justify="right")
     for name, curve in curves.items():
+        figures = engines[name]
         table.add_row(
             name,
-            *(f"{curve.losses[update - 1]:.6f}" for update in shown),
-            *(f"{curve.norms[update - 1]:.6f}" for update in shown),
-            f"{losses[name]:.1e}",
-            f"{norms[name]:.1e}",
+            f"{curve.losses[0]:.6f} … {curve.losses[-1]:.6f}",
+            f"{figures['max_relative_loss_difference']:.1e}",
+            f"{curve.norms[0]:.5f} … {curve.norms[-1]:.6f}",
+            f"{figures['max_relative_norm_difference']:.1e}",
             f"{curve.checkpoint_bytes:,}",
             f"{curve.seconds:.0f}",
+            f"{figures['peak_bytes'] / GIB:.2f}",
+            f"{figures['predicted_peak_bytes'] / GIB:.2f}",
         )
     console.print(table)
+    console.print("* of a model of BASE's size, per rank")
 
 
-def print_memory(measured: dict[str, dict[str, Any]]) -> None:
-    """Bytes per parameter on rank 0: what the engine holds, and the peak of its process, beside the prediction."""
-    kinds = ("parameters", "masters", "gradients", "moments")
-    table = Table(
-        title=f"BASE, fp32, {PROCESSES} processes: bytes per parameter on a rank, measured / predicted",
-        box=None,
-        header_style="bold",
-        title_justify="left",
-    )
+def print_memory(memory: dict[str, dict[str, Any]]) -> None:
+    """Each kind's bytes per parameter on a rank, between the last backward and the step, and what was predicted."""
+    parameters = memory["ddp"]["parameters"]
+    title = f"\nBytes per parameter and rank (predicted): BASE, {parameters:,} parameters, fp32, {PROCESSES} processes"
+    table = Table(title=title, box=None, header_style="bold", title_justify="left")
     table.add_column("engine")
-    for heading in (*kinds, "peak"):
+    kinds = ("parameters", "masters", "gradients", "moments")
+    for heading in (*kinds, "these together", "resident", "after the step", "peak"):
         table.add_column(heading, justify="right")
-    for name, figures in measured.items():
-        found = {**figures["held"], "peak": figures["peak"]}
-        cells = [f"{found[key]:.2f} / {figures['predicted'][key]:.2f}" for key in (*kinds, "peak")]
-        table.add_row(name, *cells)
+    for name, figures in memory.items():
+        held, predicted = figures["held"], figures["predicted"]
+        table.add_row(
+            name,
+            *(f"{held[kind]:.2f} ({predicted[kind]:.0f})" for kind in kinds),
+            f"{sum(held[kind] for kind in kinds):.2f} ({sum(predicted[kind] for kind in kinds):.0f})",
+            f"{figures['resident']:.2f}",
+            f"{figures['resident_after_step']:.2f}",
+            f"{figures['peak']:.2f} ({predicted['peak']:.2f})",
+        )
     console.print(table)
 
 

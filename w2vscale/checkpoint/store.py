@@ -173,7 +173,7 @@ class CheckpointStore:
     ) -> str | None:
         """Write and commit; returns what went wrong. Collective in the store's own group, if it has one.
 
-        Every rank reaches every collective, whatever fails on it.
+        Every rank reaches every collective, whatever file fails on it.
         """
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         try:
@@ -250,7 +250,7 @@ def newest(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
     """The newest usable checkpoint in a folder of them, or None where there is none at all. Not collective.
 
     Raises:
-        UserError: there are some, and none can be used.
+        UserError: there are some, and none can be used, or all were set aside.
     """
     paths = sorted(committed(folder), reverse=True)
     for path in paths:
@@ -260,6 +260,11 @@ def newest(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
             log(f"passed over: {error}")
     if paths:
         raise UserError(f"{folder}: none of its {len(paths)} checkpoints can be used; move them away to start anew")
+    if aside := sorted(folder.glob("abandoned_update_*")):
+        # A kill just before the checkpoint that replaces them got its name.
+        raise UserError(
+            f"{folder}: all checkpoints were set aside; continue with --resume {aside[-1]}, or move them away"
+        )
     return None
 
 

@@ -1,0 +1,59 @@
+"""The benches' own arithmetic, and that they start."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools.bench.engine_memory import Buffers, predict, storages
+from tools.bench.engine_parity import relative_difference
+
+BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
+
+
+@pytest.mark.parametrize("script", ["engine_overhead.py", "engine_parity.py"])
+def test_help(script: str) -> None:
+    finished = subprocess.run([sys.executable, BENCH / script, "--help"], capture_output=True, text=True, check=True)
+    assert "--updates" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size", "held", "peak"),
+    [
+        ("ddp", 2, (4, 0, 4, 8), 18),
+        ("fsdp", 2, (2, 0, 2, 4), 8 + 4 * 4 * 0.1 + 2),
+        ("fsdp", 4, (1, 0, 1, 2), 4 + 4 * 4 * 0.1 + 2),
+        ("zero1", 2, (4, 2, 4, 4), 14 + 2),  # the buckets of the step, 1.6, are less than activations
+        ("zero1", 4, (4, 1, 4, 2), 11 + 2),
+        ("zero2", 2, (4, 2, 2, 4), 12 + 3 * 0.8 + 2),
+        ("zero2", 8, (4, 0.5, 0.5, 1), 6 + 3 * 0.8 + 2),
+        ("zero3", 2, (2, 2, 2, 4), 10 + 0.8 + 4 * (0.3 + 2 * 0.05 + 2 * 0.02) + 2),
+    ],
+)
+def test_predicted_bytes_per_parameter(
+    engine: str, world_size: int, held: tuple[float, float, float, float], peak: float
+) -> None:
+    buffers = Buffers(
+        activations=0.5, unit=0.1, bucket=0.2, buckets=2, live=0.3, prefetch=0.05, largest=0.02
+    )  # elements per parameter, four bytes each
+    found = predict(engine, world_size, buffers)
+    assert (found.parameters, found.masters, found.gradients, found.moments) == pytest.approx(held)
+    assert found.peak == pytest.approx(peak)
+
+
+def test_without_activations_the_peak_of_zero2_is_its_steps_second_copy_of_the_gradients() -> None:
+    assert predict("zero2", 2, Buffers(activations=0.0, unit=0.1)).peak == pytest.approx(14)
+
+
+def test_views_of_one_storage_count_once() -> None:
+    import torch
+
+    whole = torch.zeros(10)
+    assert sum(storages([whole, whole[2:], None, torch.zeros(3), torch.empty(5, device="meta")]).values()) == 52
+
+
+def test_relative_difference() -> None:
+    assert relative_difference([1.0, 2.2, 3.0], [1.0, 2.0, 4.0]) == pytest.approx(0.25)
