@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from tools.bench import engine_overhead, engine_parity
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
 
-BENCH = Path(__file__).resolve().parents[2] / "tools" / "bench"
 
-
-@pytest.mark.parametrize("script", ["engine_overhead.py", "engine_parity.py"])
-def test_help(script: str) -> None:
-    finished = subprocess.run([sys.executable, BENCH / script, "--help"], capture_output=True, text=True, check=True)
-    assert "--updates" in finished.stdout
+@pytest.mark.parametrize("main", [engine_overhead.main, engine_parity.main])
+def test_help(main: Callable[..., None]) -> None:
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, ["--help"], env={"TERM": "dumb", "COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert "--updates" in result.stdout
 
 
 @pytest.mark.parametrize(
