@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping
 
@@ -14,24 +15,36 @@ from w2vscale import __version__
 from w2vscale.config import Config, dump_config
 from w2vscale.data.plan import Plan
 from w2vscale.engine.criterion import active_layers
+from w2vscale.engine.deepspeed_config import deepspeed_config
 from w2vscale.errors import UserError
 
 
-def planned_work(config: Config, plan: Plan, update: int) -> dict[str, str]:
-    """What must be equal on all ranks before update `update`: the layers that LayerDrop leaves, and what they follow
-    from. The paths of the data may differ."""
-    anywhere = config.model_copy(update={"data": config.data.model_copy(update={"train": [], "validation": []})})
+def planned_work(config: Config, update: int) -> dict[str, str]:
+    """Update `update` and the layers that LayerDrop leaves it."""
     layers = active_layers(update, config.model, seed=config.trainer.seed)
     return {
         "the update": str(update),
         "the layers to compute": "all" if layers is None else "".join(str(int(active)) for active in layers),
-        "the settings": hashlib.sha256(dump_config(anywhere).encode()).hexdigest()[:16],
+    }
+
+
+def common_ground(config: Config, plan: Plan) -> dict[str, str]:
+    """What all of a run's work follows from. The paths of the data may differ."""
+    anywhere = config.model_copy(update={"data": config.data.model_copy(update={"train": [], "validation": []})})
+    document = deepspeed_config(config) if config.engine.name == "deepspeed" else None
+    return {
+        "the settings": _digest(dump_config(anywhere)),
+        "DeepSpeed's JSON": _digest(json.dumps(document)),
         "the data": f"{len(plan)} utterances, {plan.per_epoch} micro-batches an epoch",
         "the version of w2vscale": __version__,
         "the version of torch": torch.__version__,
         "the version of numpy": numpy.__version__,
         "the version of Python": platform.python_version(),
     }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def compare_ranks(work: Mapping[str, str]) -> None:

@@ -63,7 +63,7 @@ class Trainer:
         )
         self.display = Display(total=self.total, start=self.state.update, enabled=run.ranks.is_main)
         self.lr = 0.0
-        self.updates_here = self.utterances = self.bad = self.skipped_in_a_row = 0
+        self.utterances = self.bad = self.skipped_in_a_row = 0
         self.reported: set[str] = set()
         self.last_bad: list[BadAudio] = []
 
@@ -86,9 +86,8 @@ class Trainer:
         """One update. Returns whether any rank was asked to stop."""
         config, engine = self.config, self.run.engine
         bad = [audio for batch in window for audio in batch.bad]
-        if self.updates_here % config.engine.compare_ranks_every == 0:
-            compare_ranks(planned_work(config, self.run.training_set.plan, self.state.update))
-        self.updates_here += 1
+        if self.state.update % config.engine.compare_ranks_every == 0:
+            compare_ranks(planned_work(config, self.state.update))
         masked, samples, utterances, unusable, stopping, unsaved = sum_over_ranks(
             [
                 sum(batch.masked for batch in window),

@@ -35,6 +35,7 @@ from w2vscale.errors import UserError
 from w2vscale.models.initialisation import initial_parameters
 from w2vscale.models.layers import compute_dtype
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 
 
 @dataclass
@@ -94,6 +95,9 @@ def build_run(
     checkpoint = _resume_point(resume, store, log)
     if checkpoint is not None:
         _compare_settings(config, checkpoint, log)
+    state = checkpoint.state if checkpoint is not None else TrainState()
+    # Before the engine is built: ranks that build different ones would wait for each other.
+    compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.plan))
     criterion = PretrainingCriterion(config.model, seed=config.trainer.seed)
     engine = build_engine(empty_model(config), criterion, config, device)
     if checkpoint is None:
@@ -118,7 +122,7 @@ def build_run(
         validation_set=validation_set,
         engine=engine,
         store=store,
-        state=checkpoint.state if checkpoint is not None else TrainState(),
+        state=state,
     )
 
 
