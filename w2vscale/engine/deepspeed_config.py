@@ -119,8 +119,8 @@ def validate_zero(tree: Mapping[str, Any], path: str) -> None:
         section = {"DeepSpeedZeroConfig": "zero_optimization", "CommsLoggerConfig": "comms_logger"}.get(error.title)
         raise UserError(f"{path}: {_first_problem(error, DeepSpeedZeroConfig, section)}") from None
     except Exception as error:
-        # Assertions, type errors and exceptions of its own.
-        raise UserError(f"{path}: refused by DeepSpeed: {(str(error) or repr(error)).splitlines()[0]}") from None
+        # Its checks are assertions, type errors and exceptions of its own; --debug shows which.
+        raise UserError(f"{path}: refused by DeepSpeed: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
 def _first_problem(error: ValidationError, zero: type[BaseModel], section: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -18,7 +19,7 @@ from w2vscale.models.wav2vec2 import LossSums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
 
 
-class NativeEngine:
+class NativeEngine(ABC):
     """Forward, backward and step over `module`, which wraps or is `model`. Subclasses say how gradients meet."""
 
     caps: EngineCaps
@@ -35,9 +36,9 @@ class NativeEngine:
         self.optimizer = make_adamw(parameters, groups, config.optim)
         allocate_state(self.optimizer, parameters.values())
 
+    @abstractmethod
     def reducing(self, last: bool) -> AbstractContextManager[None]:
         """Around one forward and backward, of which `last` is the window's last: when gradients are reduced."""
-        raise NotImplementedError
 
     def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> LossSums:
         """See `Engine.run_window`."""
