@@ -16,7 +16,8 @@ from torch import Tensor
 from tests.micro import MICRO_MODEL
 from w2vscale.checkpoint.consolidation import consolidate
 from w2vscale.checkpoint.inspection import canonical_shapes, describe, verify
-from w2vscale.checkpoint.store import CheckpointStore, TrainState, file_facts, open_checkpoint, read_train_state
+from w2vscale.checkpoint.reading import TrainState, file_facts, open_checkpoint, read_train_state
+from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import dump_config, load_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from w2vscale.checkpoint import store as store_module
+from w2vscale.checkpoint.reading import TrainState, file_facts, open_checkpoint
 from w2vscale.checkpoint.shards import tensor_shapes
-from w2vscale.checkpoint.store import CheckpointStore, TrainState, file_facts, open_checkpoint
+from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
 

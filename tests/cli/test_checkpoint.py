@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tests.audio import SmallCorpus
 from tests.distributed.tasks import train_micro
-from w2vscale.checkpoint.store import load_model_weights, open_checkpoint
+from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError

@@ -16,7 +16,8 @@ import torch
 from tests.audio import SmallCorpus
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import train_and_save_first, train_micro
-from w2vscale.checkpoint.store import open_checkpoint, tensor_shapes
+from w2vscale.checkpoint.reading import open_checkpoint
+from w2vscale.checkpoint.shards import tensor_shapes
 
 pytestmark = pytest.mark.distributed
 if importlib.util.find_spec("deepspeed") is None:

@@ -9,7 +9,8 @@ import torch
 
 from tests.audio import SmallCorpus
 from tests.micro import MICRO_RUN
-from w2vscale.checkpoint.store import CheckpointStore, TrainState
+from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, load_config
 from w2vscale.data.loading import MicroBatches, make_plan
 from w2vscale.data.manifest import Corpus

@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from w2vscale.checkpoint.reading import open_checkpoint
 from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files
-from w2vscale.checkpoint.store import open_checkpoint
 from w2vscale.errors import UserError
 
 

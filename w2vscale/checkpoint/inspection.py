@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files
-from w2vscale.checkpoint.store import (
+from w2vscale.checkpoint.reading import (
     Checkpoint,
     FileFacts,
     committed,
@@ -19,6 +18,7 @@ from w2vscale.checkpoint.store import (
     read_train_state,
     wrong_size,
 )
+from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files
 from w2vscale.config import Config, load_config
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 

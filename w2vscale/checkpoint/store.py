@@ -1,87 +1,38 @@
-"""Checkpoint folders: written under a temporary name, made durable, renamed; found newest first.
-
-A checkpoint holds `*.safetensors` (torch Distributed Checkpoint), `config.yaml` and `train_state.json`, which
-lists the other files with their sizes and checksums. Nothing in it is ever unpickled.
-"""
+"""The checkpoints of a run: written under a temporary name, made durable, renamed; the older ones deleted."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from w2vscale.checkpoint.shards import tensor_shapes
+from w2vscale.checkpoint.reading import (
+    FORMAT,
+    Checkpoint,
+    FileFacts,
+    TrainState,
+    accept_one_process,
+    committed,
+    file_facts,
+    newest,
+    update_of,
+)
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.errors import UserError
 
-FORMAT = 2
-FOLDER = re.compile(r"update_(\d{8,})")
-
 T = TypeVar("T")
-
-
-class FileFacts(TypedDict):
-    """What a checkpoint remembers of each of its files."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """All that a run is besides its tensors and settings."""
-
-    update: int = 0
-    audio_seconds: float = 0.0
-    skipped_updates: int = 0
-    skipped_utterances: int = 0
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk."""
-
-    path: Path
-    state: TrainState
-    files: Mapping[str, FileFacts]
-    ranks: int
-    """How many processes wrote it."""
-
-    @property
-    def bytes(self) -> int:
-        """Size of all files but train_state.json."""
-        return sum(facts["bytes"] for facts in self.files.values())
-
-    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Collective. Fill `tensors`, which may be sharded in any way, in place.
-
-        Raises:
-            UserError: a tensor is missing or has another shape.
-        """
-        stored = tensor_shapes(self.path)
-        for name, tensor in tensors.items():
-            if name not in stored:
-                raise UserError(f"{self.path}: holds no tensor {name}: it belongs to another model")
-            if stored[name] != tuple(tensor.shape):
-                raise UserError(f"{self.path}: {name} is {list(stored[name])}, the model wants {list(tensor.shape)}")
-        _accept_one_process()
-        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(self.path)))
 
 
 class CheckpointStore:
@@ -118,7 +69,7 @@ class CheckpointStore:
         """
         began = time.perf_counter()
         self.wait()
-        _accept_one_process()
+        accept_one_process()
         final = self.folder / f"update_{state.update:08d}"
         partial = self.folder / f".{final.name}.partial"
         self._raise_anywhere(self._on_main(lambda: _fresh_folder(partial)))
@@ -198,13 +149,13 @@ class CheckpointStore:
         _sync_folder(partial)
         for path in committed(self.folder):
             # The same update saved again, or later ones that this run did not continue from.
-            if _update_of(path) >= state.update:
+            if update_of(path) >= state.update:
                 _set_aside(path)
         partial.rename(final)
         _sync_folder(self.folder)
         _replace_link(self.folder / "latest", final.name)
         for path in sorted(committed(self.folder))[: -self.keep_last]:
-            if not (self.keep_every and _update_of(path) % self.keep_every == 0):
+            if not (self.keep_every and update_of(path) % self.keep_every == 0):
                 self._delete(path)
         for path in self.folder.glob(".update_*.partial"):
             self._delete(path)
@@ -239,100 +190,6 @@ class CheckpointStore:
         return values
 
 
-def committed(folder: Path) -> list[Path]:
-    """Committed checkpoint folders in `folder`, in any order."""
-    if not folder.is_dir():
-        return []
-    return [path for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
-
-
-def newest(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
-    """The newest usable checkpoint in a folder of them, or None where there is none at all. Not collective.
-
-    Raises:
-        UserError: there are some, and none can be used, or all were set aside.
-    """
-    paths = sorted(committed(folder), reverse=True)
-    for path in paths:
-        try:
-            return open_checkpoint(path)
-        except UserError as error:
-            log(f"passed over: {error}")
-    if paths:
-        raise UserError(f"{folder}: none of its {len(paths)} checkpoints can be used; move them away to start anew")
-    if aside := sorted(folder.glob("abandoned_update_*")):
-        # A kill just before the checkpoint that replaces them got its name.
-        raise UserError(
-            f"{folder}: all checkpoints were set aside; continue with --resume {aside[-1]}, or move them away"
-        )
-    return None
-
-
-def open_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) -> Checkpoint:
-    """Open one checkpoint folder (or a link to one), or the newest usable one in a folder of checkpoints.
-
-    Not collective.
-
-    Raises:
-        UserError: it is missing, incomplete or damaged; the message says how.
-    """
-    if not (path / "train_state.json").is_file():
-        for folder in (path, path / "checkpoints"):
-            if found := newest(folder, log):
-                return found
-    checkpoint = read_train_state(path)
-    for name, facts in checkpoint.files.items():
-        if problem := wrong_size(path / name, facts):
-            raise UserError(f"{path / name}: {problem}")
-    tensor_shapes(path)
-    return checkpoint
-
-
-def read_train_state(path: Path) -> Checkpoint:
-    """A checkpoint as its train_state.json describes it; its other files are not looked at. Not collective.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint")
-    file = path / "train_state.json"
-    if not file.is_file():
-        raise UserError(f"{path}: not a checkpoint: no train_state.json in it")
-    try:
-        document: dict[str, Any] = json.loads(file.read_text())
-        if document["format"] != FORMAT:
-            raise UserError(f"{file}: format {document['format']}, this version reads {FORMAT}")
-        return Checkpoint(
-            path=path.resolve(),
-            state=TrainState(**{field.name: document[field.name] for field in fields(TrainState)}),
-            files={
-                name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"])
-                for name, facts in document["files"].items()
-            },
-            ranks=document["ranks"],
-        )
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UserError(f"{file}: damaged ({type(error).__name__}: {error})") from None
-
-
-def wrong_size(file: Path, facts: FileFacts) -> str | None:
-    """Why a file cannot be the one that was written, or None."""
-    if not file.is_file():
-        return "missing"
-    if (size := file.stat().st_size) != facts["bytes"]:
-        return f"holds {size} bytes, {facts['bytes']} were written"
-    return None
-
-
-def file_facts(path: Path) -> FileFacts:
-    """Size and checksum of a file."""
-    with path.open("rb") as file:
-        return FileFacts(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-
-
 def _facts_written_by(rank: int, folder: Path) -> dict[str, FileFacts] | OSError:
     """Of the rank's own files: another machine's may not be in sight yet."""
     try:
@@ -363,12 +220,6 @@ def _set_aside(path: Path) -> None:
     path.rename(aside)
 
 
-def _update_of(path: Path) -> int:
-    match = FOLDER.fullmatch(path.name)
-    assert match is not None
-    return int(match.group(1))
-
-
 def _write_durably(path: Path, text: str) -> None:
     with path.open("w") as file:
         file.write(text)
@@ -389,13 +240,3 @@ def _replace_link(link: Path, target: str) -> None:
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
     partial.replace(link)
-
-
-def _accept_one_process() -> None:
-    """Without torch's warning that one process is one process. Not for a time: filters belong to all threads."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-def load_model_weights(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
-    """Fill a model, without any optimizer, from a checkpoint."""
-    checkpoint.read_into({f"model.{name}": p.detach() for name, p in model.named_parameters()})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from w2vscale.checkpoint.store import load_model_weights, open_checkpoint
+from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
 from w2vscale.config import load_config
 from w2vscale.data.loading import VALIDATION_SEED, MicroBatches, check_sample, make_plan, validation_batches
 from w2vscale.data.manifest import Corpus

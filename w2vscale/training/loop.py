@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from w2vscale.checkpoint.store import TrainState
+from w2vscale.checkpoint.reading import TrainState
 from w2vscale.config import Config
 from w2vscale.data.loading import bad_audio_error
 from w2vscale.data.micro_batch import BadAudio, MicroBatch

@@ -15,7 +15,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from w2vscale.checkpoint.store import Checkpoint, CheckpointStore, TrainState, committed, open_checkpoint
+from w2vscale.checkpoint.reading import Checkpoint, TrainState, committed, open_checkpoint
+from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config
 from w2vscale.data.loading import (
     VALIDATION_SEED,
