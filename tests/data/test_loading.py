@@ -15,16 +15,8 @@ from numpy.typing import NDArray
 
 from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest, write_text
 from w2vscale.config import Config, load_config
-from w2vscale.data.loading import (
-    AudioError,
-    MicroBatches,
-    bad_audio_error,
-    check_sample,
-    make_plan,
-    read_audio,
-    validation_batches,
-    windows,
-)
+from w2vscale.data.audio import AudioError, read_audio
+from w2vscale.data.loading import MicroBatches, check_sample, make_plan, validation_batches
 from w2vscale.data.manifest import Corpus, build_index
 from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
 from w2vscale.data.plan import rank_window
@@ -227,13 +219,6 @@ class TestBadAudio:
         longer = _says(cut, num_samples=48_010, duration=48_010 / RATE)
         assert read(longer).shape == (48_010,)
 
-    def test_the_run_stops_with_the_last_one_and_where_all_are_listed(self) -> None:
-        error = bad_audio_error(3, 20, [BadAudio("u1", "/a/b.flac", "no such file")], 0.05)
-        assert str(error) == (
-            "3 of 20 utterances are unusable, above data.max_bad_fraction=0.05; "
-            "the last: u1 (/a/b.flac): no such file; all are listed in the run's logs/bad_audio.jsonl"
-        )
-
 
 class TestMicroBatches:
     def write(self, folder: Path, count: int = 9) -> tuple[Path, list[Path]]:
@@ -284,7 +269,9 @@ class TestMicroBatches:
         gone = int(whole.plan.micro_batch(number).utterances[1])
         write_text(paths[gone])
         after = whole[0, number]
-        assert after.bad == (BadAudio(f"u{gone}", str(paths[gone]), "not readable as audio: Format not recognised"),)
+        assert after.bad == (
+            BadAudio(f"u{gone}", str(paths[gone]), "undecodable", "not readable as audio: Format not recognised"),
+        )
         assert after.utterances == before.utterances - 1
         rows = [row for row in range(before.utterances) if row != 1]
         for new, old in enumerate(rows):
@@ -360,7 +347,7 @@ class TestWindows:
         for workers in (0, 2):
             config = config_with(f"data.workers={workers}", "data.prefetch=1")
             dataset = dataset_of(small_corpus.train, config)
-            found.append([batch for window in windows(dataset, config, updates=range(2, 6)) for batch in window])
+            found.append([batch for window in dataset.windows(range(2, 6)) for batch in window])
         assert len(found[0]) == 8
         assert all(same(one, other) for one, other in zip(*found, strict=True))
 
@@ -368,7 +355,7 @@ class TestWindows:
         config = config_with("batch.micro_batches=4")
         dataset = dataset_of(small_corpus.train, config)
         for rank in (0, 1):
-            found = list(windows(dataset, config, updates=range(3, 5), rank=rank, world_size=2))
+            found = list(dataset.windows(range(3, 5), rank=rank, world_size=2))
             assert [[(b.update, b.number) for b in window] for window in found] == [
                 [(u, n) for n in rank_window(dataset.plan, u, micro_batches=4, rank=rank, world_size=2)] for u in (3, 4)
             ]
@@ -376,14 +363,14 @@ class TestWindows:
     def test_a_run_that_starts_later_gets_what_a_longer_one_gets_there(self, small_corpus: SmallCorpus) -> None:
         config = config_with()
         dataset = dataset_of(small_corpus.train, config)
-        whole = list(windows(dataset, config, updates=range(6)))
-        late = list(windows(dataset_of(small_corpus.train, config), config, updates=range(4, 6)))
+        whole = list(dataset.windows(range(6)))
+        late = list(dataset_of(small_corpus.train, config).windows(range(4, 6)))
         pairs = [pair for now, then in zip(late, whole[4:], strict=True) for pair in zip(now, then, strict=True)]
         assert all(same(one, other) for one, other in pairs)
 
     def test_no_update_loads_nothing(self, small_corpus: SmallCorpus) -> None:
         config = config_with()
-        assert list(windows(dataset_of(small_corpus.train, config), config, updates=range(0))) == []
+        assert list(dataset_of(small_corpus.train, config).windows(range(0))) == []
 
 
 class TestValidationBatches:

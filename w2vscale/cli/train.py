@@ -70,7 +70,8 @@ def _print_dry_run(found: DryRun) -> None:
     table.add_row("gradient norm", f"{found.grad_norm:.3f}")
     table.add_row("two forwards and backwards, and a step", f"{found.seconds:.2f} s")
     table.add_row("peak memory", f"{found.peak_memory_bytes / 2**30:.2f} GiB")
-    table.add_row("micro-batches an epoch", f"{found.micro_batches_an_epoch:,}")
+    if found.micro_batches_an_epoch is not None:
+        table.add_row("micro-batches an epoch", f"{found.micro_batches_an_epoch:,}")
     console.print(table)
 
 

@@ -112,18 +112,67 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Which audio is read, and how."""
 
-    train: Annotated[list[Path], BeforeValidator(_as_list)] = Field([], description="indexed Lhotse cut manifests")
+    mode: Literal["index", "stream"] = Field(
+        "index", description="index: planned, with exact resumes. stream: Lhotse Shar, read in sequence"
+    )
+    train: Annotated[list[Path], BeforeValidator(_as_list)] = Field(
+        [], description="indexed Lhotse cut manifests; of mode=stream, folders of shards"
+    )
     validation: Annotated[list[Path], BeforeValidator(_as_list)] = Field([], description="likewise; may be empty")
     max_seconds: Positive = Field(15.625, description="longer utterances are cropped to this at a random offset")
     min_seconds: Positive = Field(2.0, description="shorter utterances are left out")
     max_bad_fraction: Fraction = Field(0.05, description="of unreadable utterances, above which the run stops")
     workers: Annotated[int, Field(ge=0)] = Field(4, description="loader processes per rank; 0: in the main process")
     prefetch: Count = Field(4, description="micro-batches that each loader process prepares ahead")
+    stream_buffer: Count = Field(
+        1000, description="mode=stream: utterances that each loader process holds, to batch those of similar length"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         if self.min_seconds > self.max_seconds:
             raise ValueError(f"min_seconds={self.min_seconds} is above max_seconds={self.max_seconds}")
+        return self
+
+
+class MixConfig(Section):
+    """How much of each corpus or language an epoch of `data.train` holds; it lasts as long as all of them together."""
+
+    by: Literal["nothing", "corpus", "language", "corpus/language"] = Field(
+        "nothing", description="what is balanced; a corpus is one manifest. nothing: an epoch has each utterance once"
+    )
+    temperature: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.5, description="a group's share is proportional to hours^temperature; 1: as it is, 0: all equal"
+    )
+    weights: dict[str, Positive] = Field(
+        {}, description="shares instead of a temperature, for every manifest's path, language, or path/language"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> MixConfig:
+        if self.weights and self.by == "nothing":
+            raise ValueError("weights need mix.by: corpus, language or corpus/language")
+        return self
+
+
+class AugmentConfig(Section):
+    """Lhotse's augmentations of `data.train`; off by default."""
+
+    speed: list[Annotated[float, Field(ge=0.5, le=2.0)]] = Field(
+        [], description="factors, of which each utterance draws one; with 1.0 some stay as they are"
+    )
+    reverb: Annotated[list[Path], BeforeValidator(_as_list)] = Field(
+        [], description="indexed cut manifests of room impulse responses"
+    )
+    reverb_probability: Fraction = Field(0.5, description="of an utterance to be reverberated")
+    noise: Annotated[list[Path], BeforeValidator(_as_list)] = Field([], description="indexed cut manifests of noises")
+    noise_probability: Fraction = Field(0.5, description="of an utterance to get a noise added")
+    noise_snr: tuple[float, float] = Field((10.0, 20.0), description="signal-to-noise ratio in dB: from, to")
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentConfig:
+        if self.noise_snr[0] > self.noise_snr[1]:
+            raise ValueError(f"noise_snr={list(self.noise_snr)}: the first is above the second")
         return self
 
 
@@ -134,6 +183,11 @@ class BatchConfig(Section):
     micro_batches: Count = Field(64, description="per update, over all ranks")
     concat: Count = Field(1, description="micro-batches that share one forward; does not change the result")
     buckets: Count = Field(64, description="duration buckets, at most")
+    pad_to: Literal["longest", "bucket"] = Field(
+        "longest",
+        description="pad to a micro-batch's longest utterance, or to its bucket's: more padding, few shapes; "
+        "does not change the result",
+    )
 
 
 class ParameterGroupConfig(Section):
@@ -251,6 +305,8 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    mix: MixConfig = MixConfig()
+    augment: AugmentConfig = AugmentConfig()
     batch: BatchConfig = BatchConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -262,6 +318,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.data.mode == "stream" and self.mix.by != "nothing":
+            raise ValueError(f"mix.by={self.mix.by} is for data.mode=index, not data.mode=stream")
+        if self.data.mode == "stream" and self.batch.pad_to == "bucket":
+            raise ValueError("batch.pad_to=bucket is for data.mode=index, not data.mode=stream")
         if self.data.max_seconds > self.batch.max_seconds:
             raise ValueError(
                 f"data.max_seconds={self.data.max_seconds} does not fit "

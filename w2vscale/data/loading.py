@@ -1,24 +1,29 @@
-"""The audio of planned micro-batches: read, check, normalise, crop, pad, mask; and the DataLoader around it."""
+"""Planned micro-batches with their audio, and the DataLoader around them."""
 
 from __future__ import annotations
 
 import math
+import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import soundfile
 import torch
 from lhotse.cut import Cut
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from w2vscale.config import Config
+from w2vscale.config.tree import MixConfig
+from w2vscale.data.audio import AudioError, read_audio, standardize
+from w2vscale.data.augmentation import Augmentation
 from w2vscale.data.manifest import Corpus, audio_path
 from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
-from w2vscale.data.plan import Plan, window_numbers
-from w2vscale.data.validate import libsndfile_reason, problem_of
+from w2vscale.data.mixing import draw_rates, groups
+from w2vscale.data.plan import Mix, Plan, window_numbers
 from w2vscale.errors import UserError
 from w2vscale.models.feature_encoder import output_frames
 
@@ -28,110 +33,130 @@ VALIDATION_SEED = 20
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """What asks a run to stop."""
 
-LENGTH_TOLERANCE = 0.02
-"""Seconds by which decoded audio may differ from its manifest: resampling and MP3 frames round."""
+
+class Crop(NamedTuple):
+    """A part of an utterance: `length` samples from sample `offset`."""
+
+    cut: Cut
+    offset: int
+    length: int
 
 
-class AudioError(ValueError):
-    """An utterance's audio cannot be used; the message is the reason."""
+class Assembler:
+    """Reads the audio of a micro-batch, and draws all that is drawn for it. A pure function of its arguments."""
+
+    def __init__(self, config: Config, *, seed: int, augmentation: Augmentation | None = None) -> None:
+        self.model = config.model
+        self.seed = seed
+        self.augmentation = augmentation
+
+    def __call__(self, update: int, number: int, crops: Sequence[Crop | BadAudio], *, width: int = 0) -> MicroBatch:
+        """Micro-batch `number` of `crops`, at least `width` samples wide; those that are unusable are left out."""
+        waveforms: list[NDArray[np.float32]] = []
+        places: list[int] = []
+        bad: list[BadAudio] = []
+        for place, crop in enumerate(crops):
+            if isinstance(crop, BadAudio):
+                bad.append(crop)
+                continue
+            try:
+                audio = read_audio(
+                    crop.cut,
+                    sampling_rate=self.model.sampling_rate,
+                    offset=crop.offset,
+                    length=crop.length,
+                    normalize=self.model.normalize_waveform,
+                )
+            except AudioError as error:
+                bad.append(BadAudio(crop.cut.id, audio_path(crop.cut), error.kind, str(error)))
+                continue
+            if self.augmentation is not None:
+                audio, unusable = self.augmentation(audio, number=number, place=place)
+                bad += unusable
+                audio = standardize(audio) if self.model.normalize_waveform else audio
+            waveforms.append(audio)
+            places.append(place)
+        inputs = make_inputs(waveforms, places, number=number, seed=self.seed, config=self.model, width=width)
+        samples = sum(waveform.size for waveform in waveforms)
+        return MicroBatch(update, number, inputs, samples, tuple(bad))
 
 
-def read_audio(cut: Cut, *, sampling_rate: int, offset: int, length: int, normalize: bool) -> NDArray[np.float32]:
-    """`length` samples of an utterance from sample `offset`, resampled to `sampling_rate` (Hz), channels averaged.
+class TrainingData(Protocol):
+    """What a run trains on."""
 
-    With `normalize`, mean and variance are those of the whole utterance, before cropping.
+    @property
+    def utterances(self) -> int | None:
+        """In one epoch; None if that is not known."""
 
-    Raises:
-        AudioError: the file cannot be decoded, disagrees with its manifest, or holds no usable signal.
-    """
-    if reason := problem_of(cut):
-        raise AudioError(reason)
-    wanted = cut if cut.sampling_rate == sampling_rate else cut.resample(sampling_rate)
-    whole = round(cut.duration * sampling_rate)
-    if normalize or length >= whole:
-        audio = _decode(wanted, whole, source=cut)
-        _refuse_silence(audio)
-        if normalize:
-            audio = (audio - audio.mean()) / np.sqrt(audio.var() + 1e-7)
-        return audio[offset : offset + length]
-    part = wanted.truncate(offset=offset / sampling_rate, duration=length / sampling_rate, preserve_id=True)
-    audio = _decode(part, length, source=cut)
-    if audio.min() == audio.max():  # a pause in a good utterance, or an utterance without signal
-        _refuse_silence(_decode(wanted, whole, source=cut))
-    return audio
+    @property
+    def micro_batches(self) -> int | None:
+        """In one epoch; None if that is not known."""
 
+    def describe(self) -> str:
+        """What all ranks must agree on."""
 
-def _refuse_silence(audio: NDArray[np.float32]) -> None:
-    if audio.min() == audio.max():
-        raise AudioError("is silent: all samples are equal")
+    def largest(self) -> MicroBatch:
+        """One that needs as much memory as any."""
 
-
-def _decode(cut: Cut, samples: int, *, source: Cut) -> NDArray[np.float32]:
-    try:
-        audio = cut.load_audio()
-    except Exception as error:
-        raise AudioError(_decoding_problem(source, error)) from None
-    if audio is None or audio.size == 0:
-        raise AudioError("holds no audio")
-    mono = audio.mean(axis=0, dtype=np.float32)
-    if abs(mono.size - samples) > LENGTH_TOLERANCE * cut.sampling_rate:
-        raise AudioError(f"lasts {mono.size} samples, not {samples} as its manifest says")
-    if not np.isfinite(mono).all():
-        raise AudioError("holds samples that are not finite")
-    return np.pad(mono[:samples], (0, max(samples - mono.size, 0)))
-
-
-def _decoding_problem(cut: Cut, error: Exception) -> str:
-    """Why a file whose header is right cannot be decoded.
-
-    Asks libsndfile: Lhotse goes on to other libraries, and may report no more than that they are missing.
-    """
-    try:
-        frames = len(soundfile.read(audio_path(cut))[0])
-    except Exception as first:
-        return f"cannot be decoded: {libsndfile_reason(first)}"
-    if frames != cut.recording.num_samples:
-        return f"cannot be decoded: ends after {frames} of {cut.recording.num_samples} samples"
-    return f"cannot be decoded: {libsndfile_reason(error)}"
+    def windows(self, updates: range, *, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
+        """For each update its window: the micro-batches that this rank runs, loaded ahead by worker processes."""
 
 
 class MicroBatches(Dataset[MicroBatch]):
-    """Loads micro-batches by (update, number). A pure function of the corpus, the plan and the seed."""
+    """Micro-batches of an indexed corpus by (update, number), in the order of its plan."""
 
-    def __init__(self, corpus: Corpus, plan: Plan, config: Config, *, seed: int) -> None:
+    def __init__(
+        self, corpus: Corpus, plan: Plan, config: Config, *, seed: int, augmentation: Augmentation | None = None
+    ) -> None:
         self.corpus = corpus
         self.plan = plan
-        self.model = config.model
+        self.config = config
         self.seed = seed
+        self.assemble = Assembler(config, seed=seed, augmentation=augmentation)
 
     def __getitem__(self, key: tuple[int, int]) -> MicroBatch:
         update, number = key
         planned = self.plan.micro_batch(number)
-        waveforms: list[NDArray[np.float32]] = []
-        places: list[int] = []
-        bad: list[BadAudio] = []
-        for place, utterance in enumerate(planned.utterances):
-            try:
-                cut = self.corpus.cut(int(utterance))
-            except UserError as error:  # the manifest was changed under the run
-                bad.append(BadAudio(f"number {utterance}", "", str(error)))
-                continue
-            try:
-                audio = read_audio(
-                    cut,
-                    sampling_rate=self.model.sampling_rate,
-                    offset=int(planned.offsets[place]),
-                    length=int(planned.lengths[place]),
-                    normalize=self.model.normalize_waveform,
-                )
-            except AudioError as error:
-                bad.append(BadAudio(cut.id, audio_path(cut), str(error)))
-                continue
-            waveforms.append(audio)
-            places.append(place)
-        inputs = make_inputs(waveforms, places, number=number, seed=self.seed, config=self.model)
-        samples = sum(waveform.size for waveform in waveforms)
-        return MicroBatch(update, number, inputs, samples, tuple(bad))
+        spans = zip(planned.utterances.tolist(), planned.offsets.tolist(), planned.lengths.tolist(), strict=True)
+        crops = [self._crop(*span) for span in spans]
+        return self.assemble(update, number, crops, width=planned.width)
+
+    def _crop(self, utterance: int, offset: int, length: int) -> Crop | BadAudio:
+        try:
+            return Crop(self.corpus.cut(utterance), offset, length)
+        except UserError as error:  # the manifest was changed under the run
+            return BadAudio(f"number {utterance}", "", "mismatched", str(error))
+
+    @property
+    def utterances(self) -> int:
+        """In one epoch."""
+        return len(self.plan)
+
+    @property
+    def micro_batches(self) -> int:
+        """In one epoch."""
+        return self.plan.per_epoch
+
+    def describe(self) -> str:
+        """What all ranks must agree on."""
+        return f"{self.utterances} utterances, {self.micro_batches} micro-batches an epoch"
+
+    def largest(self) -> MicroBatch:
+        """The first of epoch 0 with the most padded samples."""
+        return self[0, self.plan.largest()]
+
+    def windows(self, updates: range, *, rank: int = 0, world_size: int = 1) -> Iterator[list[MicroBatch]]:
+        """For each update its window: the micro-batches that this rank runs, loaded ahead by worker processes."""
+        total = self.config.batch.micro_batches
+        keys = window_numbers(self.plan, updates=updates, micro_batches=total, rank=rank, world_size=world_size)
+        return gather_windows(_loader(self, keys, self.config), updates, per_rank=total // world_size)
+
+
+def gather_windows(loader: Iterable[MicroBatch], updates: range, *, per_rank: int) -> Iterator[list[MicroBatch]]:
+    """A rank's stream of micro-batches, update by update."""
+    stream = iter(loader)
+    for _ in updates:
+        yield [next(stream) for _ in range(per_rank)]
 
 
 class _Sequence(Sampler[tuple[int, int]]):
@@ -144,8 +169,8 @@ class _Sequence(Sampler[tuple[int, int]]):
         return self.keys
 
 
-def make_plan(corpus: Corpus, config: Config, *, seed: int) -> Plan:
-    """The plan of a corpus under a run's settings.
+def make_plan(corpus: Corpus, config: Config, *, seed: int, mix: MixConfig | None = None) -> Plan:
+    """The plan of a corpus under a run's settings; with `mix`, balanced by it.
 
     Raises:
         UserError: crops are too short to be masked or too long for the model, or no utterance is long enough.
@@ -163,34 +188,26 @@ def make_plan(corpus: Corpus, config: Config, *, seed: int) -> Plan:
             f"data.max_seconds={config.data.max_seconds:g}: gives {frames} frames, "
             f"and the model takes at most model.max_frames={limit}"
         )
+    samples = corpus.samples(rate)
+    min_samples = max(int(config.data.min_seconds * rate), shortest)
+    mixed = None
+    if mix is not None and mix.by != "nothing":
+        group, names = groups(corpus, mix.by)
+        trained_on = np.where(samples >= min_samples, np.minimum(samples, max_samples), 0)
+        mixed = Mix(group, draw_rates(group, names, trained_on, mix))
     try:
         return Plan(
-            corpus.samples(rate),
+            samples,
             max_samples=max_samples,
-            min_samples=max(int(config.data.min_seconds * rate), shortest),
+            min_samples=min_samples,
             budget_samples=int(config.batch.max_seconds * rate),
             buckets=config.batch.buckets,
             seed=seed,
+            pad_to_bucket=config.batch.pad_to == "bucket",
+            mix=mixed,
         )
     except UserError as error:
         raise UserError(f"{', '.join(str(manifest.path) for manifest in corpus.manifests)}: {error}") from None
-
-
-def windows(
-    dataset: MicroBatches, config: Config, *, updates: range, rank: int = 0, world_size: int = 1
-) -> Iterator[list[MicroBatch]]:
-    """For each update its window: the micro-batches that this rank runs, loaded ahead by worker processes."""
-    per_rank = config.batch.micro_batches // world_size
-    keys = window_numbers(
-        dataset.plan,
-        updates=updates,
-        micro_batches=config.batch.micro_batches,
-        rank=rank,
-        world_size=world_size,
-    )
-    loader = iter(_loader(dataset, keys, config))
-    for _ in updates:
-        yield [next(loader) for _ in range(per_rank)]
 
 
 def validation_batches(
@@ -208,16 +225,44 @@ def validation_batches(
 
 
 def _loader(dataset: MicroBatches, keys: Iterator[tuple[int, int]], config: Config) -> DataLoader[MicroBatch]:
+    return DataLoader(dataset, sampler=_Sequence(keys), **loader_settings(config))
+
+
+def loader_settings(config: Config) -> dict[str, Any]:
+    """How a DataLoader runs its processes, whatever the dataset."""
     workers = config.data.workers
-    return DataLoader(
-        dataset,
-        sampler=_Sequence(keys),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_trainer,
-        prefetch_factor=config.data.prefetch if workers else None,
-        pin_memory=torch.cuda.is_available(),
-    )
+    return {
+        "batch_size": None,
+        "num_workers": workers,
+        "worker_init_fn": _leave_signals_to_the_trainer,
+        "prefetch_factor": config.data.prefetch if workers else None,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
+@contextmanager
+def loader_failures() -> Iterator[None]:
+    """Turns what PyTorch raises for its loader processes, at any moment, into one line.
+
+    Raises:
+        UserError: a process died, or failed for a reason outside the program.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        dead = re.search(r"worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?", str(error))
+        if dead is None:
+            raise
+        how = f"was killed ({dead[2].strip()})" if dead[2] else "died"
+        raise UserError(
+            f"a loader process (pid {dead[1]}) {how}: often for want of memory, of which each of data.workers "
+            "processes fills data.prefetch micro-batches; the same command continues from the newest checkpoint"
+        ) from error
+    except UserError as error:
+        if "Original Traceback" not in str(error):
+            raise
+        # Raised in a loader process: its own message is the last line.
+        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2]) from error
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -245,13 +290,4 @@ def check_sample(corpus: Corpus, *, sampling_rate: int, count: int = 8) -> None:
     raise UserError(
         f"{corpus.manifests[0].path}: none of {len(reasons)} utterances tried can be read; the first: {reasons[0]}; "
         f"look at the manifest with: w2vscale data validate {corpus.manifests[0].path}"
-    )
-
-
-def bad_audio_error(bad: int, seen: int, last: Sequence[BadAudio], limit: float) -> UserError:
-    """What a run says when too much of its audio is unusable."""
-    example = f"; the last: {last[-1].utterance} ({last[-1].file}): {last[-1].reason}" if last else ""
-    return UserError(
-        f"{bad} of {seen} utterances are unusable, above data.max_bad_fraction={limit:g}{example}; "
-        "all are listed in the run's logs/bad_audio.jsonl"
     )

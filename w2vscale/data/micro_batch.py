@@ -19,10 +19,11 @@ from w2vscale.models.masking import negative_indices, span_mask
 
 @dataclass(frozen=True)
 class BadAudio:
-    """An utterance that was left out, and why."""
+    """An utterance that was left out, and why: `kind` is one of a few words, `reason` says all."""
 
     utterance: str
     file: str
+    kind: str
     reason: str
 
 
@@ -68,8 +69,9 @@ def make_inputs(
     number: int,
     seed: int,
     config: ModelConfig,
+    width: int = 0,
 ) -> PretrainingInputs:
-    """Pad utterances and draw their masks and negatives.
+    """Pad utterances to the longest, and no less than `width` samples; draw their masks and negatives.
 
     `slots` are the utterances' places in the planned micro-batch: an utterance's draws depend on (seed, number,
     place) alone, so one that is left out changes no other. Without any utterance the result is one of silence that
@@ -81,8 +83,9 @@ def make_inputs(
         slots = [0]
     lengths = np.array([waveform.size for waveform in waveforms])
     frames = np.array([output_frames(int(length), config) for length in lengths])
-    masks = np.zeros((len(waveforms), int(frames.max())), dtype=np.bool_)
-    padded = torch.zeros(len(waveforms), int(lengths.max()))
+    width = max(width, int(lengths.max()))
+    masks = np.zeros((len(waveforms), output_frames(width, config)), dtype=np.bool_)
+    padded = torch.zeros(len(waveforms), width)
     negatives = []
     for row, (waveform, place) in enumerate(zip(waveforms, slots, strict=True)):
         padded[row, : waveform.size] = torch.from_numpy(waveform)
@@ -105,7 +108,7 @@ def make_inputs(
         utterances=(len(waveforms),),
         masked=(int(utterance.size),),
         slots=int(counts.max()),
-        padded=bool((lengths != lengths[0]).any()),
+        padded=bool((lengths != width).any()),
     )
 
 

@@ -4,12 +4,15 @@ Utterances are sorted by length and cut into buckets. A bucket's number of utter
 its longest utterance, and buckets end on whole micro-batches, so that one micro-batch an epoch at most is partly
 filled. Every epoch shuffles inside the buckets and then shuffles the micro-batches; neither changes their number,
 so `epoch, i = divmod(k, plan.per_epoch)` and any position is reached without replay.
+
+In a mixed corpus an epoch draws each group's utterances more or less often than once: in every bucket the same number
+of them, which continue where the epoch before stopped in an endless shuffled stream of that group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -31,26 +34,53 @@ class Bucket:
     longest: int
     per_micro_batch: int
     first_micro_batch: int
+    drawn: int
+    """Utterances in one epoch: `count`, unless the corpus is mixed."""
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches in one epoch; only the plan's last bucket may fill its last one partly."""
-        return -(-self.count // self.per_micro_batch)
+        return -(-self.drawn // self.per_micro_batch)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How often an epoch draws each utterance, by the group that it belongs to.
+
+    `group` has each utterance's group, `rate` each group's mean number of draws per utterance and epoch.
+    """
+
+    group: NDArray[np.integer]
+    rate: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One group's utterances in a bucket: `count` from `start` (in the bucket), of which an epoch draws `drawn`."""
+
+    group: int
+    start: int
+    count: int
+    drawn: int
 
 
 @dataclass(frozen=True)
 class PlannedMicroBatch:
-    """Micro-batch `number`: utterances (numbers in the corpus), crop offsets and lengths in samples."""
+    """Micro-batch `number`: utterances (numbers in the corpus), crop offsets and lengths in samples.
+
+    They are padded to the longest, and to no less than `width` samples.
+    """
 
     number: int
     epoch: int
     utterances: NDArray[np.int64]
     offsets: NDArray[np.int64]
     lengths: NDArray[np.int64]
+    width: int
 
     @property
     def longest(self) -> int:
-        """Samples of the longest utterance: what the others are padded to."""
+        """Samples of the longest utterance."""
         return int(self.lengths.max())
 
 
@@ -64,6 +94,9 @@ class Plan:
         budget_samples: padded samples of one micro-batch, at most.
         buckets: duration buckets, at most.
         seed: of order and crops.
+        pad_to_bucket: pad every micro-batch to its bucket's longest utterance, so that there are few shapes, instead
+            of to its own longest.
+        mix: draws some utterances more often than others; without it, an epoch has each once.
 
     Raises:
         UserError: no utterance is long enough.
@@ -78,40 +111,44 @@ class Plan:
         budget_samples: int,
         buckets: int,
         seed: int,
+        pad_to_bucket: bool = False,
+        mix: Mix | None = None,
     ) -> None:
-        assert 0 < max_samples <= budget_samples
-        samples = np.asarray(samples, dtype=np.int64)
+        assert 0 < max_samples <= budget_samples < 2**31
         kept = np.flatnonzero(samples >= max(min_samples, 1))
         if kept.size == 0:
             raise UserError(
                 f"no utterance is long enough: none of the {samples.size} lasts {min_samples} samples "
                 f"(data.min_seconds); the longest lasts {samples.max(initial=0)}"
             )
-        cropped = np.minimum(samples[kept], max_samples)
+        # Four bytes each: ten million utterances take 120 MB.
+        cropped = np.minimum(samples[kept], max_samples).astype(np.int32)
         order = np.argsort(-cropped, kind="stable")
         self.seed = seed
         self.left_out = int(samples.size - kept.size)
-        self._utterances = kept[order]
+        self._utterances = kept[order].astype(np.int32)
         self._lengths = cropped[order]
-        self._samples = samples
+        self._rooms = np.maximum(samples[self._utterances] - self._lengths, 0).astype(np.uint32)
+        self._pad_to_bucket = pad_to_bucket
         self.buckets = make_buckets(self._lengths, budget_samples=budget_samples, buckets=buckets)
+        self._shares = self._mix_buckets(mix) if mix is not None else None
         last = self.buckets[-1]
         self.per_epoch = last.first_micro_batch + last.micro_batches
         self._firsts = np.array([bucket.first_micro_batch for bucket in self.buckets])
-        self._epoch_order = lru_cache(maxsize=2)(self._shuffle_epoch)
-        self._bucket_order = lru_cache(maxsize=2 * len(self.buckets))(self._shuffle_bucket)
+        self._make_caches()
 
     def __len__(self) -> int:
         """Utterances in one epoch."""
-        return int(self._utterances.size)
+        return sum(bucket.drawn for bucket in self.buckets)
 
     def __getstate__(self) -> dict[str, object]:
-        state = dict(self.__dict__)
-        del state["_epoch_order"], state["_bucket_order"]
-        return state
+        return {name: value for name, value in self.__dict__.items() if name not in ("_epoch_order", "_bucket_order")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
+        self._make_caches()
+
+    def _make_caches(self) -> None:
         self._epoch_order = lru_cache(maxsize=2)(self._shuffle_epoch)
         self._bucket_order = lru_cache(maxsize=2 * len(self.buckets))(self._shuffle_bucket)
 
@@ -123,10 +160,18 @@ class Plan:
         bucket = self.buckets[which]
         first = (index - bucket.first_micro_batch) * bucket.per_micro_batch
         members = bucket.start + self._bucket_order(epoch, which)[first : first + bucket.per_micro_batch]
-        utterances, lengths = self._utterances[members], self._lengths[members]
-        room = self._samples[utterances] - lengths
+        utterances, lengths, room = (
+            part[members].astype(np.int64) for part in (self._utterances, self._lengths, self._rooms)
+        )
         offsets = np.floor(generator(self.seed, Stream.CROP, number).random(room.size) * (room + 1))
-        return PlannedMicroBatch(number, epoch, utterances, np.minimum(offsets.astype(np.int64), room), lengths)
+        return PlannedMicroBatch(
+            number,
+            epoch,
+            utterances,
+            np.minimum(offsets.astype(np.int64), room),
+            lengths,
+            width=bucket.longest if self._pad_to_bucket else 0,
+        )
 
     def largest(self) -> int:
         """The number of the epoch-0 micro-batch with the most padded samples: the one that needs most memory."""
@@ -134,26 +179,75 @@ class Plan:
 
     def padding(self) -> float:
         """Share of padded samples in epoch 0 that hold no audio."""
-        return 1.0 - int(self._lengths.sum()) / int(self._padded_samples().sum())
+        audio = sum(
+            int(self._lengths[self._members(0, which)].sum(dtype=np.int64)) for which in range(len(self.buckets))
+        )
+        return 1.0 - audio / int(self._padded_samples().sum())
+
+    def epoch_draws(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Utterances (numbers in the corpus) of epoch 0 and their lengths in samples, in no particular order."""
+        members = np.concatenate([self._members(0, which) for which in range(len(self.buckets))])
+        return self._utterances[members].astype(np.int64), self._lengths[members].astype(np.int64)
+
+    def _members(self, epoch: int, which: int) -> NDArray[np.int32]:
+        """A bucket's utterances of one epoch in order, as places in the plan's sorted order."""
+        return self.buckets[which].start + self._bucket_order(epoch, which)
 
     def _padded_samples(self) -> NDArray[np.int64]:
         """Padded samples of each micro-batch of epoch 0, before the epoch's micro-batches are shuffled."""
         padded = []
         for which, bucket in enumerate(self.buckets):
-            lengths = self._lengths[bucket.start + self._bucket_order(0, which)]
-            starts = np.arange(0, bucket.count, bucket.per_micro_batch)
-            sizes = np.diff(starts, append=bucket.count)
-            padded.append(np.maximum.reduceat(lengths, starts) * sizes)
+            starts = np.arange(0, bucket.drawn, bucket.per_micro_batch)
+            sizes = np.diff(starts, append=bucket.drawn)
+            if self._pad_to_bucket:
+                padded.append(bucket.longest * sizes)
+            else:
+                lengths = self._lengths[self._members(0, which)]
+                padded.append(np.maximum.reduceat(lengths, starts).astype(np.int64) * sizes)
         return np.concatenate(padded)
 
-    def _shuffle_epoch(self, epoch: int) -> NDArray[np.int64]:
-        return generator(self.seed, Stream.EPOCH_ORDER, epoch).permutation(self.per_epoch)
+    def _mix_buckets(self, mix: Mix) -> list[list[_Share]]:
+        """Sort each bucket by group, and settle how many of each group an epoch draws."""
+        shares = []
+        first = 0
+        for which, bucket in enumerate(self.buckets):
+            span = slice(bucket.start, bucket.start + bucket.count)
+            group = mix.group[self._utterances[span]]
+            order = np.argsort(group, kind="stable")
+            for part in (self._utterances, self._lengths, self._rooms):
+                part[span] = part[span][order]
+            found, starts, counts = np.unique(group[order], return_index=True, return_counts=True)
+            drawn = np.maximum(np.rint(mix.rate[found] * counts).astype(int), 1)
+            # Whole micro-batches: the group that is drawn most fills the last one.
+            drawn[drawn.argmax()] += -drawn.sum() % bucket.per_micro_batch
+            shares.append([_Share(*(int(x) for x in of)) for of in zip(found, starts, counts, drawn, strict=True)])
+            self.buckets[which] = replace(bucket, drawn=int(drawn.sum()), first_micro_batch=first)
+            first += self.buckets[which].micro_batches
+        return shares
 
-    def _shuffle_bucket(self, epoch: int, which: int) -> NDArray[np.int64]:
-        return generator(self.seed, Stream.BUCKET_ORDER, epoch, which).permutation(self.buckets[which].count)
+    def _shuffle_epoch(self, epoch: int) -> NDArray[np.int32]:
+        order = np.arange(self.per_epoch, dtype=np.int32)
+        return generator(self.seed, Stream.EPOCH_ORDER, epoch).permutation(order)
+
+    def _shuffle_bucket(self, epoch: int, which: int) -> NDArray[np.int32]:
+        """What an epoch draws from a bucket, in order, as places in the bucket."""
+        shuffle = generator(self.seed, Stream.BUCKET_ORDER, epoch, which)
+        if self._shares is None:
+            return shuffle.permutation(np.arange(self.buckets[which].count, dtype=np.int32))
+        return shuffle.permutation(np.concatenate([self._draw(epoch, which, share) for share in self._shares[which]]))
+
+    def _draw(self, epoch: int, which: int, share: _Share) -> NDArray[np.int32]:
+        """An epoch's part of the endless stream of a group's utterances, which is one permutation after another."""
+        first, last = epoch * share.drawn, (epoch + 1) * share.drawn
+        rounds = range(first // share.count, -(-last // share.count))
+        members = np.arange(share.start, share.start + share.count, dtype=np.int32)
+        stream = np.concatenate(
+            [generator(self.seed, Stream.MIX_ORDER, turn, which, share.group).permutation(members) for turn in rounds]
+        )
+        return stream[first - rounds.start * share.count :][: share.drawn]
 
 
-def make_buckets(lengths: NDArray[np.int64], *, budget_samples: int, buckets: int) -> list[Bucket]:
+def make_buckets(lengths: NDArray[np.integer], *, budget_samples: int, buckets: int) -> list[Bucket]:
     """Cut lengths, longest first, into at most `buckets` runs that end on whole micro-batches.
 
     Utterances as long as a bucket's longest all belong to it: cropped corpora have many, and must mix.
@@ -170,7 +264,7 @@ def make_buckets(lengths: NDArray[np.int64], *, budget_samples: int, buckets: in
         count = -(-wanted // per_micro_batch) * per_micro_batch
         if total - start - count < count // 2:
             count = total - start
-        bucket = Bucket(start, count, longest, per_micro_batch, first)
+        bucket = Bucket(start, count, longest, per_micro_batch, first, drawn=count)
         found.append(bucket)
         start += count
         first += bucket.micro_batches

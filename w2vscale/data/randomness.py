@@ -18,6 +18,9 @@ class Stream(IntEnum):
     DROPOUT = 5
     LAYERDROP = 6
     INITIALISATION = 7
+    MIX_ORDER = 8
+    AUGMENTATION = 9
+    SHARDS = 10
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from w2vscale.distributed.launch import LostRanks
 from w2vscale.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,15 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return [float(value) for value in tensor]
+
+
+def gather_from_ranks(value: T) -> list[T]:
+    """Every rank's value, by rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast_from_main(value: Any) -> Any:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from w2vscale import __version__
 from w2vscale.config import Config, dump_config
-from w2vscale.data.plan import Plan
 from w2vscale.engine.criterion import active_layers
 from w2vscale.engine.deepspeed_config import deepspeed_config
 from w2vscale.errors import UserError
@@ -28,14 +27,14 @@ def planned_work(config: Config, update: int) -> dict[str, str]:
     }
 
 
-def common_ground(config: Config, plan: Plan) -> dict[str, str]:
-    """What all of a run's work follows from. The paths of the data may differ."""
+def common_ground(config: Config, data: str) -> dict[str, str]:
+    """What all of a run's work follows from, `data` being a description of the training set. Its paths may differ."""
     anywhere = config.model_copy(update={"data": config.data.model_copy(update={"train": [], "validation": []})})
     document = deepspeed_config(config) if config.engine.name == "deepspeed" else None
     return {
         "the settings": _digest(dump_config(anywhere)),
         "DeepSpeed's JSON": _digest(json.dumps(document)),
-        "the data": f"{len(plan)} utterances, {plan.per_epoch} micro-batches an epoch",
+        "the data": data,
         "the version of w2vscale": __version__,
         "the version of torch": torch.__version__,
         "the version of numpy": numpy.__version__,

@@ -26,7 +26,7 @@ class DryRun:
     grad_norm: float
     seconds: float
     peak_memory_bytes: int
-    micro_batches_an_epoch: int
+    micro_batches_an_epoch: int | None
 
 
 def dry_run(config: Config) -> DryRun | None:
@@ -47,7 +47,7 @@ def dry_run(config: Config) -> DryRun | None:
         every_layer = config.model.model_copy(update={"layerdrop": 0.0})
         engine = build_engine(model, PretrainingCriterion(every_layer, seed=config.trainer.seed), config, device)
         engine.import_parameters(initial_values(config))
-        batch = training_set[(0, training_set.plan.largest())]
+        batch = training_set.largest()
         window = [batch] * (2 * config.batch.concat)
         masked = max(batch.masked * len(window) * ranks.world_size, 1)
         began = time.perf_counter()
@@ -70,7 +70,7 @@ def dry_run(config: Config) -> DryRun | None:
         grad_norm=step.grad_norm,
         seconds=seconds,
         peak_memory_bytes=_peak_memory(device),
-        micro_batches_an_epoch=training_set.plan.per_epoch,
+        micro_batches_an_epoch=training_set.micro_batches,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.config import Config
-from w2vscale.data.loading import bad_audio_error
+from w2vscale.data.loading import loader_failures
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
 from w2vscale.errors import UserError
@@ -21,7 +21,7 @@ from w2vscale.optim.schedules import gumbel_temperature, learning_rate
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.display import Display
 from w2vscale.training.metrics import Meter, MetricsWriter
-from w2vscale.training.run import Run, build_run, log_bad_audio, make_folder
+from w2vscale.training.run import Run, build_run, make_folder
 from w2vscale.training.signals import StopRequest
 from w2vscale.training.watchdog import diagnose
 
@@ -63,13 +63,11 @@ class Trainer:
         )
         self.display = Display(total=self.total, start=self.state.update, enabled=run.ranks.is_main)
         self.lr = 0.0
-        self.utterances = self.bad = self.skipped_in_a_row = 0
-        self.reported: set[str] = set()
-        self.last_bad: list[BadAudio] = []
+        self.skipped_in_a_row = 0
 
     def train(self) -> TrainState:
         """Run all remaining updates, or until a signal asks to stop."""
-        with self.metrics, self.display:
+        with self.metrics, self.display, loader_failures():
             if self.state.update >= self.total:
                 self.display.message(f"nothing to do: the run has its {self.total} updates (trainer.updates)")
             for window, waited in _timed(self.run.windows()):
@@ -80,6 +78,8 @@ class Trainer:
                     self.display.message(f"stopped by {name}; the same command continues from here", "yellow")
                     break
             self.run.store.wait()
+            if unusable := self.run.bad_audio.summary():
+                self.display.message(unusable, "yellow")
         return self.state
 
     def _update(self, window: list[MicroBatch], waited: float) -> bool:
@@ -113,7 +113,9 @@ class Trainer:
             skipped_utterances=self.state.skipped_utterances + int(unusable),
         )
         self.meter.add(window, sums, step, data_seconds=waited)
-        self._check_audio(bad, utterances + unusable, unusable)
+        if unusable:
+            self.run.bad_audio.report(bad)
+        self.run.bad_audio.count(seen=int(utterances + unusable), unusable=int(unusable))
         self._check_step(step.skipped, [batch.number for batch in window])
         return stopping > 0
 
@@ -147,28 +149,15 @@ class Trainer:
             self.display.message(f"warning: {warning}", "yellow")
 
     def _validate(self) -> None:
-        values, _ = validate(self.run.engine.evaluate, self._reporting_bad_audio(self.run.validation()))
+        bad: list[BadAudio] = []
+        values, _ = validate(self.run.engine.evaluate, _noting_bad_audio(self.run.validation(), bad))
+        if values["unusable_utterances"]:
+            self.run.bad_audio.report(bad)
         if values["masked_frames"] == 0:
-            raise UserError("data.validation: no utterance could be read; see the run's logs/bad_audio.jsonl")
+            raise UserError(f"data.validation: no utterance could be read; see {self.run.bad_audio.path}")
         values["hours_seen"] = self.state.audio_seconds / 3600
         self.metrics.write("validation", self.state.update, values)
         self.display.validation(self.state.update, values, codebooks=self.config.model.codebooks)
-
-    def _reporting_bad_audio(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        for batch in batches:
-            log_bad_audio(self.run.exp, batch.bad, self.reported)
-            yield batch
-
-    def _check_audio(self, bad: list[BadAudio], seen: float, unusable: float) -> None:
-        """Log unusable utterances; stop once they are too many of those seen."""
-        log_bad_audio(self.run.exp, bad, self.reported)
-        self.last_bad = bad or self.last_bad
-        self.utterances += int(seen)
-        self.bad += int(unusable)
-        limit = self.config.data.max_bad_fraction
-        enough = min(1000, len(self.run.training_set.plan))
-        if self.utterances >= enough and self.bad > limit * self.utterances:
-            raise bad_audio_error(self.bad, self.utterances, self.last_bad, limit)
 
     def _check_step(self, skipped: bool, numbers: list[int]) -> None:
         """Report a skipped update; stop after too many in a row."""
@@ -186,6 +175,12 @@ class Trainer:
                 f"{self.skipped_in_a_row} updates in a row had gradients that are not finite, the last is update "
                 f"{self.state.update}: lower optim.lr ({self.config.optim.lr:g}), continue from the newest checkpoint"
             )
+
+
+def _noting_bad_audio(batches: Iterator[MicroBatch], bad: list[BadAudio]) -> Iterator[MicroBatch]:
+    for batch in batches:
+        bad += batch.bad
+        yield batch
 
 
 def _timed(items: Iterator[T]) -> Iterator[tuple[T, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -18,16 +17,17 @@ from torch import Tensor
 from w2vscale.checkpoint.reading import Checkpoint, TrainState, committed, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config
+from w2vscale.data.augmentation import Augmentation
 from w2vscale.data.loading import (
     VALIDATION_SEED,
     MicroBatches,
+    TrainingData,
     check_sample,
     make_plan,
     validation_batches,
-    windows,
 )
 from w2vscale.data.manifest import Corpus
-from w2vscale.data.micro_batch import BadAudio, MicroBatch
+from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.engine import Engine, build_engine
@@ -37,6 +37,7 @@ from w2vscale.models.initialisation import initial_parameters
 from w2vscale.models.layers import compute_dtype
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
+from w2vscale.training.bad_audio import BadAudioLog
 
 
 @dataclass
@@ -47,22 +48,17 @@ class Run:
     exp: Path
     ranks: Ranks
     device: torch.device
-    training_set: MicroBatches
+    training_set: TrainingData
     validation_set: MicroBatches | None
     engine: Engine
     store: CheckpointStore
+    bad_audio: BadAudioLog
     state: TrainState
 
     def windows(self) -> Iterator[list[MicroBatch]]:
         """The windows of this rank from the run's next update to its last."""
         updates = range(self.state.update, self.config.trainer.updates)
-        return windows(
-            self.training_set,
-            self.config,
-            updates=updates,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-        )
+        return self.training_set.windows(updates, rank=self.ranks.rank, world_size=self.ranks.world_size)
 
     def validation(self) -> Iterator[MicroBatch]:
         """The validation set, dealt to the ranks."""
@@ -98,7 +94,7 @@ def build_run(
         _compare_settings(config, checkpoint, log)
     state = checkpoint.state if checkpoint is not None else TrainState()
     # Before the engine is built: ranks that build different ones would wait for each other.
-    compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.plan))
+    compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
     criterion = PretrainingCriterion(config.model, seed=config.trainer.seed)
     engine = build_engine(empty_model(config), criterion, config, device)
     if checkpoint is None:
@@ -112,7 +108,7 @@ def build_run(
         and "512" not in torch.backends.cpu.get_cpu_capability()
     ):
         log("warning: this CPU emulates bf16, slowly; precision.compute=fp32 is faster here")
-    if left_out := training_set.plan.left_out:
+    if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
         log(f"{left_out} of {len(training_set.corpus)} utterances are shorter than data.min_seconds and left out")
     return Run(
         config=config,
@@ -123,6 +119,12 @@ def build_run(
         validation_set=validation_set,
         engine=engine,
         store=store,
+        bad_audio=BadAudioLog(
+            exp,
+            ranks,
+            limit=config.data.max_bad_fraction,
+            enough=min(1000, training_set.utterances or 1000),
+        ),
         state=state,
     )
 
@@ -140,7 +142,7 @@ def initial_values(config: Config) -> Iterator[tuple[str, Tensor]]:
     )
 
 
-def open_data(config: Config, ranks: Ranks) -> tuple[MicroBatches, MicroBatches | None]:
+def open_data(config: Config, ranks: Ranks) -> tuple[TrainingData, MicroBatches | None]:
     """The training set, and the validation set if the settings name one.
 
     Raises:
@@ -151,17 +153,32 @@ def open_data(config: Config, ranks: Ranks) -> tuple[MicroBatches, MicroBatches 
             f"batch.micro_batches={config.batch.micro_batches} cannot be dealt to {ranks.world_size} processes: "
             "choose a multiple"
         )
-    training_set = _open_set(config.data.train, config, setting="data.train", seed=config.trainer.seed)
+    training_set = open_training_set(config)
     if not config.data.validation:
         return training_set, None
-    return training_set, _open_set(config.data.validation, config, setting="data.validation", seed=VALIDATION_SEED)
+    corpus = _open_corpus(config.data.validation, config, setting="data.validation")
+    plan = make_plan(corpus, config, seed=VALIDATION_SEED)
+    return training_set, MicroBatches(corpus, plan, config, seed=VALIDATION_SEED)
 
 
-def _open_set(paths: Sequence[Path], config: Config, *, setting: str, seed: int) -> MicroBatches:
+def open_training_set(config: Config) -> TrainingData:
+    """What `data.train` names, read as `data.mode` says."""
+    augment = config.augment
+    augmentation = Augmentation(config) if augment.speed or augment.reverb or augment.noise else None
+    if config.data.mode == "stream":
+        # Imported here: Lhotse's samplers take a second, and most runs need none.
+        from w2vscale.data.stream import StreamedMicroBatches
+
+        return StreamedMicroBatches(config.data.train, config, augmentation=augmentation)
+    corpus = _open_corpus(config.data.train, config, setting="data.train")
+    plan = make_plan(corpus, config, seed=config.trainer.seed, mix=config.mix)
+    return MicroBatches(corpus, plan, config, seed=config.trainer.seed, augmentation=augmentation)
+
+
+def _open_corpus(paths: Sequence[Path], config: Config, *, setting: str) -> Corpus:
     corpus = Corpus(paths, setting=setting)
-    plan = make_plan(corpus, config, seed=seed)
     check_sample(corpus, sampling_rate=config.model.sampling_rate)
-    return MicroBatches(corpus, plan, config, seed=seed)
+    return corpus
 
 
 def make_folder(exp: Path, config: Config, ranks: Ranks) -> None:
@@ -194,17 +211,6 @@ def _run_script(exp: Path) -> str:
         "#!/usr/bin/env bash\n# Repeats or continues this run.\nset -euo pipefail\n"
         f'cd {shlex.quote(os.getcwd())}\n{command} --exp {shlex.quote(str(exp.resolve()))}{count} "$@"\n'
     )
-
-
-def log_bad_audio(exp: Path, bad: Sequence[BadAudio], reported: set[str]) -> None:
-    """Append utterances that were not yet reported by this process to logs/bad_audio.jsonl."""
-    new = [audio for audio in bad if audio.utterance not in reported]
-    if not new:
-        return
-    reported.update(audio.utterance for audio in new)
-    with (exp / "logs" / "bad_audio.jsonl").open("a") as lines:
-        for audio in new:
-            lines.write(json.dumps(audio.__dict__) + "\n")
 
 
 def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None]) -> Checkpoint | None:

@@ -1,0 +1,238 @@
+"""Shar shards: what is written, and the endless stream of micro-batches that is read from them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.shar import SharWriter
+from numpy.typing import NDArray
+
+from tests.audio import cut_of, noise, write_audio, write_manifest, write_text
+from w2vscale.config import Config, load_config
+from w2vscale.data.audio import read_audio
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.data.shar import write_shards
+from w2vscale.data.stream import Reader, StreamedMicroBatches
+from w2vscale.errors import UserError
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 utterances of 0.5 to 4.4 seconds."""
+    folder = tmp_path_factory.mktemp("stream")
+    cuts = [cut_of(write_audio(folder / f"u{n:02d}.flac", noise(0.5 + 0.1 * n, seed=n))) for n in range(40)]
+    return write_manifest(folder / "cuts.jsonl", cuts)
+
+
+@pytest.fixture(scope="module")
+def shards(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """They as four shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(manifest, folder, shard_size=10)
+    return folder
+
+
+def config_with(*overrides: str) -> Config:
+    settings = ["data.mode=stream", "data.max_seconds=3", "data.min_seconds=1", "data.workers=0"]
+    return load_config("tiny", [*settings, "batch.max_seconds=10", "batch.micro_batches=6", *overrides])
+
+
+def cuts_of(folder: Path) -> list[Cut]:
+    fields = {name: sorted(folder.glob(f"{name}.*")) for name in ("cuts", "recording")}
+    return list(CutSet.from_shar(fields=fields))
+
+
+def audio_of(cut: Cut) -> NDArray[np.float32]:
+    samples = round(cut.duration * RATE)
+    return read_audio(cut, sampling_rate=RATE, offset=0, length=samples, normalize=False)
+
+
+def passes(source: StreamedMicroBatches, *, place: int, readers: int, count: int, start: int = 0) -> list[Cut]:
+    return list(islice(Reader(source, start, place=place, readers=readers).utterances(), count))
+
+
+class TestShards:
+    def test_every_utterance_is_in_one_with_its_audio(self, manifest: Path, shards: Path) -> None:
+        found = {cut.id: cut for cut in cuts_of(shards)}
+        assert len(cuts_of(shards)) == len(found) == 40
+        assert len(list(shards.glob("cuts.*.jsonl.gz"))) == len(list(shards.glob("recording.*.tar"))) == 4
+        for cut in CutSet.from_jsonl(manifest):
+            assert np.array_equal(audio_of(found[cut.id]), audio_of(cut))
+
+    def test_utterances_are_shuffled(self, shards: Path) -> None:
+        order = [cut.id for cut in cuts_of(shards)]
+        assert order != sorted(order)
+
+    def test_jobs_change_nothing(self, manifest: Path, shards: Path, tmp_path: Path) -> None:
+        write_shards(manifest, tmp_path, shard_size=10, jobs=2)
+        for shard in shards.glob("recording.*.tar"):
+            assert [cut.id for cut in cuts_of(tmp_path)] == [cut.id for cut in cuts_of(shards)]
+            assert (tmp_path / shard.name).stat().st_size == shard.stat().st_size
+
+    def test_bad_audio_is_left_out_and_named_and_a_repeat_says_the_same(self, tmp_path: Path) -> None:
+        paths = [write_audio(tmp_path / f"u{n}.flac", noise(2.0, seed=n)) for n in range(6)]
+        manifest = write_manifest(tmp_path / "cuts.jsonl", [cut_of(path) for path in paths])
+        write_text(paths[2])
+        paths[4].unlink()
+        for _ in range(2):
+            written = write_shards(manifest, tmp_path / "shards", shard_size=4)
+            assert (written.shards, written.utterances) == (2, 4)
+            assert {(bad.utterance, bad.kind) for bad in written.bad} == {("u2", "undecodable"), ("u4", "missing")}
+        assert sorted(cut.id for cut in cuts_of(tmp_path / "shards")) == ["u0", "u1", "u3", "u5"]
+
+    def test_one_that_was_cut_short_is_written_anew_and_others_are_kept(self, manifest: Path, tmp_path: Path) -> None:
+        write_shards(manifest, tmp_path, shard_size=10)
+        (tmp_path / "cuts.000001.jsonl.gz").unlink()
+        (tmp_path / "partial.000001").mkdir()
+        kept = (tmp_path / "recording.000002.tar").stat()
+        write_shards(manifest, tmp_path, shard_size=10)
+        assert len(cuts_of(tmp_path)) == 40
+        assert (tmp_path / "recording.000002.tar").stat().st_mtime_ns == kept.st_mtime_ns
+
+    def test_a_cut_of_a_long_recording_brings_its_own_part_alone(self, tmp_path: Path) -> None:
+        whole = cut_of(write_audio(tmp_path / "long.flac", noise(12.0, seed=1)))
+        parts = list(whole.cut_into_windows(4.0))
+        manifest = write_manifest(tmp_path / "cuts.jsonl", parts)
+        write_shards(manifest, tmp_path / "shards", shard_size=2)
+        found = {cut.id: cut for cut in cuts_of(tmp_path / "shards")}
+        for part in parts:
+            assert np.array_equal(audio_of(found[part.id]), audio_of(part))
+
+    def test_an_unknown_format_is_one_line(self, manifest: Path, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="--format aiff: choose one of flac, wav, opus, mp3"):
+            write_shards(manifest, tmp_path, form="aiff")
+
+
+class TestReaders:
+    @pytest.mark.parametrize("readers", [1, 2, 3, 4, 6, 9])
+    def test_together_they_read_everything_once_a_pass(self, shards: Path, readers: int) -> None:
+        source = StreamedMicroBatches([shards], config_with())
+        long_enough = {cut.id for cut in cuts_of(shards) if cut.duration >= 1.0}
+        found: Counter[str] = Counter()
+        for place in range(readers):
+            first_pass = Reader(source, 0, place=place, readers=readers).utterances(passes=1)
+            found.update(cut.id for cut in first_pass)
+        assert set(found) == long_enough and set(found.values()) == {1}
+
+    def test_passes_have_other_orders_and_so_has_a_resumed_run(self, shards: Path) -> None:
+        source = StreamedMicroBatches([shards], config_with())
+        count = sum(cut.duration >= 1.0 for cut in cuts_of(shards))
+        names = [cut.id for cut in passes(source, place=0, readers=1, count=2 * count)]
+        resumed = [cut.id for cut in passes(source, place=0, readers=1, count=count, start=7)]
+        assert sorted(names[:count]) == sorted(names[count:]) == sorted(resumed)
+        assert names[:count] != names[count:] != resumed != names[:count]
+
+    def test_long_ones_are_cropped_somewhere_else_each_time(self, shards: Path) -> None:
+        source = StreamedMicroBatches([shards], config_with())
+        starts: dict[str, set[float]] = {}
+        for cut in passes(source, place=0, readers=1, count=150):
+            assert 1.0 <= cut.duration <= 3.0
+            starts.setdefault(cut.id, set()).add(cut.start)
+        assert len(starts["u39"]) == 4
+
+    def test_too_few_utterances_for_the_readers_is_an_error(self, shards: Path) -> None:
+        source = StreamedMicroBatches([shards], config_with())
+        with pytest.raises(UserError, match=r"loader process 99 of 100 finds no utterance .* set data.workers lower"):
+            passes(source, place=99, readers=100, count=1)
+
+
+class TestMicroBatches:
+    def windows(self, source: StreamedMicroBatches, *, updates: range, world_size: int = 1) -> list[MicroBatch]:
+        return [
+            batch
+            for rank in range(world_size)
+            for window in source.windows(updates, rank=rank, world_size=world_size)
+            for batch in window
+        ]
+
+    def test_they_are_numbered_as_planned_ones_and_fit_the_budget(self, shards: Path) -> None:
+        source = StreamedMicroBatches([shards], config_with())
+        for world_size in (1, 2, 3):
+            found = self.windows(source, updates=range(5, 12), world_size=world_size)
+            assert sorted((batch.update, batch.number) for batch in found) == [(n // 6, n) for n in range(30, 72)]
+            assert all(0 < batch.padded_samples <= 10 * RATE for batch in found)
+            assert all(batch.masked > 0 and not batch.bad for batch in found)
+
+    def test_utterances_of_similar_length_come_together(self, shards: Path) -> None:
+        source = StreamedMicroBatches([shards], config_with("data.stream_buffer=300"))
+        found = self.windows(source, updates=range(10))
+        audio, padded = sum(b.audio_samples for b in found), sum(b.padded_samples for b in found)
+        assert 1 - audio / padded < 0.1
+
+    def test_the_same_start_gives_the_same_whatever_the_workers(self, shards: Path) -> None:
+        again = [self.windows(StreamedMicroBatches([shards], config_with()), updates=range(3)) for _ in range(2)]
+        assert all(
+            torch.equal(one.inputs.waveforms_BS, other.inputs.waveforms_BS) for one, other in zip(*again, strict=True)
+        )
+
+    def test_bad_audio_is_named_with_its_shard(self, shards: Path, tmp_path: Path) -> None:
+        silent = [cut_of(write_audio(tmp_path / f"s{n}.flac", np.zeros(2 * RATE, np.float32))) for n in range(2)]
+        good = cut_of(write_audio(tmp_path / "good.flac", noise(2.0)))
+        (tmp_path / "shards").mkdir()
+        with SharWriter(str(tmp_path / "shards"), {"recording": "flac"}, shard_size=10) as writer:
+            for cut in [*silent, good]:
+                writer.write(cut)
+        source = StreamedMicroBatches([tmp_path / "shards"], config_with())
+        found = self.windows(source, updates=range(1))
+        bad = {(one.utterance, one.kind, Path(one.file).name) for batch in found for one in batch.bad}
+        assert bad == {(f"s{n}", "silent", "cuts.000000.jsonl.gz") for n in range(2)}
+
+    def test_the_largest_fills_the_budget(self, shards: Path) -> None:
+        batch = StreamedMicroBatches([shards], config_with()).largest()
+        assert batch.inputs.waveforms_BS.shape == (3, 3 * RATE)
+        assert batch.masked > 0
+
+
+class TestBadInput:
+    def test_no_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"no: no such folder of shards; make one with: w2vscale data shar"):
+            StreamedMicroBatches([tmp_path / "no"], config_with())
+        with pytest.raises(UserError, match=r"data.train names no folder"):
+            StreamedMicroBatches([], config_with())
+
+    def test_no_shards(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="holds no shards"):
+            StreamedMicroBatches([tmp_path], config_with())
+
+    def test_audio_missing(self, manifest: Path, tmp_path: Path) -> None:
+        write_shards(manifest, tmp_path, shard_size=20)
+        (tmp_path / "recording.000001.tar").unlink()
+        with pytest.raises(UserError, match=r"cuts.000001.jsonl.gz: its audio is missing: no recording.000001.tar"):
+            StreamedMicroBatches([tmp_path], config_with())
+
+    def test_an_archive_cut_short(self, manifest: Path, tmp_path: Path) -> None:
+        write_shards(manifest, tmp_path, shard_size=20)
+        for archive in tmp_path.glob("*.tar"):
+            archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+        source = StreamedMicroBatches([tmp_path], config_with())
+        with pytest.raises(UserError, match=r"recording.00000\d.tar: cannot be read") as caught:
+            passes(source, place=0, readers=1, count=100)
+        assert "\n" not in str(caught.value)
+
+    def test_nothing_long_enough(self, shards: Path) -> None:
+        with pytest.raises(UserError, match=r"no utterance lasts 5 seconds \(data.min_seconds\)"):
+            StreamedMicroBatches([shards], config_with("data.min_seconds=5", "data.max_seconds=6"))
+
+    def test_settings_of_the_other_mode(self) -> None:
+        for setting in ("mix.by=corpus", "batch.pad_to=bucket"):
+            with pytest.raises(UserError, match=f"{setting} is for data.mode=index"):
+                config_with(setting)
+
+
+def test_a_log_line_is_json(tmp_path: Path) -> None:
+    paths = [write_audio(tmp_path / f"u{n}.flac", noise(2.0, seed=n)) for n in range(3)]
+    manifest = write_manifest(tmp_path / "cuts.jsonl", [cut_of(path) for path in paths])
+    paths[0].unlink()
+    write_shards(manifest, tmp_path / "shards")
+    (line,) = (tmp_path / "shards" / "bad_audio.000000.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"utterance": "u0", "file": str(paths[0]), "kind": "missing", "reason": "no such file"}

@@ -1,0 +1,69 @@
+"""Lhotse's augmentations of training audio: speed, reverberation, noise. Drawn from (seed, micro-batch, place)."""
+
+from __future__ import annotations
+
+import numpy as np
+from lhotse.audio.mixer import AudioMixer
+from lhotse.augmentation import ReverbWithImpulseResponse, Speed
+from numpy.typing import NDArray
+
+from w2vscale.config import Config
+from w2vscale.data.audio import AudioError, read_audio
+from w2vscale.data.manifest import Corpus, audio_path
+from w2vscale.data.micro_batch import BadAudio, shortest_samples
+from w2vscale.data.randomness import Stream, generator
+
+
+class Augmentation:
+    """Changes the utterances of a training set.
+
+    Raises:
+        UserError: a manifest of noises or impulse responses cannot be used.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config.augment
+        self.seed = config.trainer.seed
+        self.rate = config.model.sampling_rate
+        self.shortest = shortest_samples(config.model)
+        self.noises = Corpus(self.config.noise, setting="augment.noise") if self.config.noise else None
+        self.responses = Corpus(self.config.reverb, setting="augment.reverb") if self.config.reverb else None
+
+    def __call__(
+        self, audio: NDArray[np.float32], *, number: int, place: int
+    ) -> tuple[NDArray[np.float32], list[BadAudio]]:
+        """Utterance `place` of micro-batch `number`, of at most as many samples, and what could not be used for it."""
+        draws = generator(self.seed, Stream.AUGMENTATION, number, place)
+        bad: list[BadAudio] = []
+        samples = audio[None]
+        # All is drawn at each utterance, so that one setting does not change what another draws.
+        factor = draws.choice(self.config.speed or [1.0])
+        reverberate, add_noise = draws.random(2) < [self.config.reverb_probability, self.config.noise_probability]
+        snr = draws.uniform(*self.config.noise_snr)
+        if factor != 1.0 and audio.size / factor >= self.shortest:
+            samples = Speed(float(factor))(samples, self.rate)[:, : audio.size]
+        if self.responses is not None and reverberate:
+            response = self.responses.cut(int(draws.integers(len(self.responses))))
+            try:
+                samples = ReverbWithImpulseResponse(rir=response.resample(self.rate))(samples, self.rate)
+            except Exception as error:
+                bad.append(BadAudio(response.id, audio_path(response), "undecodable", f"as impulse response: {error}"))
+        if self.noises is not None and add_noise:
+            noise = self.noises.cut(int(draws.integers(len(self.noises))))
+            length = round(noise.duration * self.rate)
+            wanted = min(samples.shape[1], length)
+            try:
+                part = read_audio(
+                    noise,
+                    sampling_rate=self.rate,
+                    offset=int(draws.integers(length - wanted + 1)),
+                    length=wanted,
+                    normalize=False,
+                )
+            except AudioError as error:
+                bad.append(BadAudio(noise.id, audio_path(noise), error.kind, str(error)))
+            else:
+                mixer = AudioMixer(samples, self.rate)
+                mixer.add_to_mix(np.resize(part, samples.shape), snr=float(snr))
+                samples = mixer.mixed_mono_audio
+        return samples[0].astype(np.float32, copy=False), bad

@@ -1,0 +1,242 @@
+"""Micro-batches from Lhotse Shar, for corpora that are too large to be indexed, or are not on a file system.
+
+Shards are dealt to the loader processes of all ranks, anew in every pass; within each of them Lhotse's
+DynamicBucketingSampler forms micro-batches. The stream never ends, so every rank makes as many updates as any other.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse import CutSet
+from lhotse.cut import Cut
+from lhotse.dataset import DynamicBucketingSampler
+from lhotse.dataset.sampling.dynamic_bucketing import FixedBucketBatchSizeConstraint
+from lhotse.lazy import LazyManifestIterator
+from lhotse.shar.readers.lazy import LazySharIterator
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from w2vscale.config import Config
+from w2vscale.data.augmentation import Augmentation
+from w2vscale.data.loading import Assembler, Crop, gather_windows, loader_settings
+from w2vscale.data.micro_batch import MicroBatch, make_inputs, shortest_samples
+from w2vscale.data.randomness import Stream, derived_seed, generator
+from w2vscale.errors import UserError
+
+UTTERANCES_PER_BUCKET = 50
+"""Of those that a loader process holds: in smaller buckets few would have company of their length."""
+
+EMPTY_PASSES = 10
+"""A reader that found nothing in so many passes never will."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Shar shard: a manifest of cuts, and a tar archive of their audio."""
+
+    cuts: Path
+    recording: Path
+
+
+class StreamedMicroBatches:
+    """An endless stream of micro-batches of the shards in some folders.
+
+    Raises:
+        UserError: a folder holds no shards, or the first holds no cut that is long enough.
+    """
+
+    def __init__(self, folders: Sequence[Path], config: Config, *, augmentation: Augmentation | None = None) -> None:
+        self.config = config
+        self.shards = [shard for folder in folders for shard in find_shards(folder)]
+        if not self.shards:
+            raise UserError("data.train names no folder of shards: set data.train=DIR (made by: w2vscale data shar)")
+        self.assemble = Assembler(config, seed=config.trainer.seed, augmentation=augmentation)
+        self.bounds = _duration_bounds(self.shards[0], config)
+
+    @property
+    def utterances(self) -> None:
+        """Not known without reading all shards."""
+
+    @property
+    def micro_batches(self) -> None:
+        """Not known without reading all shards."""
+
+    def describe(self) -> str:
+        """What all ranks must agree on."""
+        return f"{len(self.shards)} shards"
+
+    def largest(self) -> MicroBatch:
+        """One of noise, with as many of the longest utterances as a micro-batch can have."""
+        config, rate = self.config, self.config.model.sampling_rate
+        samples = int(config.data.max_seconds * rate)
+        rows = int(config.batch.max_seconds / config.data.max_seconds)
+        noise = np.random.default_rng(0).standard_normal((rows, samples), dtype=np.float32)
+        inputs = make_inputs(list(noise), range(rows), number=0, seed=0, config=config.model)
+        return MicroBatch(0, 0, inputs, noise.size)
+
+    def windows(self, updates: range, *, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
+        """For each update its window. What it holds depends on the rank, their number, and where the run resumed."""
+        dataset = _Readers(self, start=updates.start, rank=rank, world_size=world_size)
+        loader = DataLoader(dataset, **loader_settings(self.config))
+        return gather_windows(loader, updates, per_rank=self.config.batch.micro_batches // world_size)
+
+
+class _Readers(IterableDataset[MicroBatch]):
+    """One rank's part of the stream; each loader process reads shards of its own."""
+
+    def __init__(self, source: StreamedMicroBatches, *, start: int, rank: int, world_size: int) -> None:
+        self.source = source
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Every n-th micro-batch of this rank, of n loader processes: the DataLoader asks them in turn."""
+        worker = get_worker_info()
+        here, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        reader = Reader(self.source, self.start, place=self.rank * workers + here, readers=self.world_size * workers)
+        per_rank = self.source.config.batch.micro_batches // self.world_size
+        for position, crops in zip(count(here, workers), reader, strict=False):
+            update, step = self.start + position // per_rank, position % per_rank
+            number = update * self.source.config.batch.micro_batches + step * self.world_size + self.rank
+            yield self.source.assemble(update, number, crops)
+
+
+class Reader:
+    """Reader `place` of all `readers`: endless lists of crops that fit into a micro-batch.
+
+    Its randomness follows from (seed, the update that the run started or resumed at, place).
+    """
+
+    def __init__(self, source: StreamedMicroBatches, start: int, *, place: int, readers: int) -> None:
+        self.source = source
+        self.start = start
+        self.place = place
+        self.readers = readers
+
+    def __iter__(self) -> Iterator[list[Crop]]:
+        config = self.source.config
+        seed = config.trainer.seed
+        rate = config.model.sampling_rate
+        # Of a fixed size in each bucket, since by their duration Lhotse would let some exceed the budget.
+        sizes = FixedBucketBatchSizeConstraint(
+            max_seq_len_buckets=[*self.source.bounds, config.data.max_seconds + 1e-3],
+            batch_sizes=[
+                int(config.batch.max_seconds / longest) for longest in [*self.source.bounds, config.data.max_seconds]
+            ],
+        )
+        sampler = DynamicBucketingSampler(
+            CutSet(_Endless(self)),
+            constraint=sizes,
+            duration_bins=self.source.bounds,
+            buffer_size=config.data.stream_buffer,
+            shuffle=True,
+            seed=derived_seed(seed, Stream.SHARDS, self.start, self.place) % 2**32,
+            rank=0,
+            world_size=1,
+        )
+        for cuts in sampler:
+            yield [Crop(cut, 0, round(cut.duration * rate)) for cut in cuts]
+
+    def utterances(self, *, passes: int | None = None) -> Iterator[Cut]:
+        """This reader's utterances that are long enough, cropped, pass after pass (or `passes`) over all shards.
+
+        Raises:
+            UserError: it has none.
+        """
+        config, shards = self.source.config, self.source.shards
+        seed = config.trainer.seed
+        crops = generator(seed, Stream.CROP, self.start, self.place)
+        # Where there are fewer shards than readers, some read the same one, and take its utterances in turn.
+        sharing = max(1, len(range(self.place % len(shards), self.readers, len(shards))))
+        turn = self.place // len(shards)
+        empty = 0
+        for number in count() if passes is None else range(passes):
+            order = generator(seed, Stream.SHARDS, self.start, number).permutation(len(shards))
+            mine = order[self.place % len(shards) :: self.readers]
+            found = False
+            for position, cut in enumerate(_read([shards[shard] for shard in mine])):
+                if position % sharing == turn and (cropped := _crop(cut, config, crops)) is not None:
+                    found = True
+                    yield cropped
+            empty = 0 if found else empty + 1
+            if empty == EMPTY_PASSES:
+                raise UserError(
+                    f"loader process {self.place} of {self.readers} finds no utterance of data.min_seconds="
+                    f"{config.data.min_seconds:g} in its part of {len(shards)} shards: make more shards, or set "
+                    "data.workers lower"
+                )
+
+
+class _Endless:
+    """A reader's utterances in the form that Lhotse takes."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __iter__(self) -> Iterator[Cut]:
+        return self.reader.utterances()
+
+
+def find_shards(folder: Path) -> list[Shard]:
+    """The shards of a folder, by number.
+
+    Raises:
+        UserError: the folder does not exist, holds none, or misses a part of one.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of shards; make one with: w2vscale data shar CUTS.jsonl {folder}")
+    manifests = sorted(folder.glob("cuts.*.jsonl*"))
+    if not manifests:
+        raise UserError(f"{folder}: holds no shards (cuts.*.jsonl.gz); make some with: w2vscale data shar")
+    shards = []
+    for cuts in manifests:
+        recording = folder / f"recording.{cuts.name.split('.')[1]}.tar"
+        if not recording.is_file():
+            raise UserError(f"{cuts}: its audio is missing: no {recording.name} beside it")
+        shards.append(Shard(cuts, recording))
+    return shards
+
+
+def _read(shards: Iterable[Shard]) -> Iterator[Cut]:
+    """Cuts with their audio, as it is encoded."""
+    for shard in shards:
+        fields: dict[str, Any] = {"cuts": [shard.cuts], "recording": [shard.recording]}
+        try:
+            yield from LazySharIterator(fields)
+        except (OSError, EOFError, ValueError, AssertionError, tarfile.TarError) as error:
+            raise UserError(f"{shard.recording}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _crop(cut: Cut, config: Config, crops: np.random.Generator) -> Cut | None:
+    """At most `data.max_seconds` at a random offset; None if it is too short."""
+    place = crops.random()
+    if cut.duration < _shortest_seconds(config):
+        return None
+    if cut.duration <= config.data.max_seconds:
+        return cut
+    offset = place * (cut.duration - config.data.max_seconds)
+    return cut.truncate(offset=offset, duration=config.data.max_seconds, preserve_id=True)
+
+
+def _shortest_seconds(config: Config) -> float:
+    return max(config.data.min_seconds, shortest_samples(config.model) / config.model.sampling_rate)
+
+
+def _duration_bounds(shard: Shard, config: Config) -> list[float]:
+    """Where buckets begin (in seconds): each holds as much audio of the first shard as any other."""
+    durations = np.array([cut.duration for cut in LazyManifestIterator(shard.cuts)])
+    kept = np.sort(np.minimum(durations[durations >= _shortest_seconds(config)], config.data.max_seconds))
+    if kept.size == 0:
+        raise UserError(f"{shard.cuts}: no utterance lasts {_shortest_seconds(config):g} seconds (data.min_seconds)")
+    buckets = max(1, min(config.batch.buckets, config.data.stream_buffer // UTTERANCES_PER_BUCKET, kept.size))
+    shares = np.arange(1, buckets) / buckets
+    bounds: NDArray[np.float64] = np.unique(kept[np.searchsorted(np.cumsum(kept), shares * kept.sum())])
+    return bounds.tolist()
