@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import pickle
+import re
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,13 +20,15 @@ from numpy.typing import NDArray
 from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest, write_text
 from w2vscale.config import Config, load_config
 from w2vscale.data.audio import AudioError, read_audio
-from w2vscale.data.loading import MicroBatches, check_sample, make_plan, validation_batches
+from w2vscale.data.loading import MicroBatches, check_sample, loader_processes, make_plan, validation_batches
 from w2vscale.data.manifest import Corpus, build_index
 from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
 from w2vscale.data.plan import rank_window
 from w2vscale.data.prepare import prepare_folder
+from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.errors import UserError
 from w2vscale.models.inputs import PretrainingInputs
+from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
 RATE = 16_000
 
@@ -371,6 +377,81 @@ class TestWindows:
     def test_no_update_loads_nothing(self, small_corpus: SmallCorpus) -> None:
         config = config_with()
         assert list(dataset_of(small_corpus.train, config).windows(range(0))) == []
+
+
+class TestLoaderProcesses:
+    def test_one_that_is_killed_is_one_line_that_says_what_to_do_and_ends_the_others(
+        self, small_corpus: SmallCorpus
+    ) -> None:
+        config = config_with("data.workers=2", "data.prefetch=1")
+
+        def read_until_one_dies() -> None:
+            with loader_processes():
+                for update, _ in enumerate(dataset_of(small_corpus.train, config).windows(range(100_000))):
+                    if update == 2:
+                        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+        with pytest.raises(UserError) as caught:
+            read_until_one_dies()
+        message = str(caught.value)
+        assert re.match(r"a loader process \(pid [\d, ]+\) (was killed \(Killed\)|died): .*data\.workers", message), (
+            message
+        )
+        assert "\n" not in message
+        assert not multiprocessing.active_children()
+
+    def test_an_error_of_the_users_in_one_is_its_own_line(self, small_corpus: SmallCorpus) -> None:
+        class Failing(MicroBatches):
+            def __getitem__(self, key: tuple[int, int]) -> MicroBatch:
+                raise UserError("shard 7 is gone")
+
+        corpus, config = Corpus([small_corpus.train]), config_with("data.workers=1")
+        failing = Failing(corpus, make_plan(corpus, config, seed=0), config, seed=0)
+        with pytest.raises(UserError, match=r"^shard 7 is gone$"), loader_processes():
+            next(failing.windows(range(3)))
+
+    def test_an_error_of_the_program_keeps_its_traceback(self) -> None:
+        with pytest.raises(RuntimeError, match=r"^a bug$"), loader_processes():
+            raise RuntimeError("a bug")
+
+    def test_their_memory_does_not_grow_over_two_thousand_micro_batches(self, small_corpus: SmallCorpus) -> None:
+        config = config_with("data.workers=1", "data.max_seconds=1", "batch.max_seconds=1", "batch.micro_batches=1")
+        stream = dataset_of(small_corpus.train, config).windows(range(2_500))
+        resident = {}
+        for update, _ in enumerate(stream, start=1):
+            if update in (500, 2_500):
+                (worker,) = multiprocessing.active_children()
+                pids = (os.getpid(), worker.pid)
+                resident[update] = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+        assert resident[2_500] < 1.02 * resident[500]
+
+
+class TestPadding:
+    def test_to_a_buckets_bound_gives_few_shapes(self, small_corpus: SmallCorpus) -> None:
+        config = config_with("batch.pad_to=bucket", "batch.buckets=3")
+        dataset = dataset_of(small_corpus.train, config)
+        bounds = {bucket.longest for bucket in dataset.plan.buckets}
+        widths = {dataset[0, number].inputs.waveforms_BS.shape[1] for number in range(3 * dataset.plan.per_epoch)}
+        assert len(bounds) == len(dataset.plan.buckets) > 1
+        assert widths == bounds
+        batch = dataset[0, 0]
+        assert batch.inputs.padded == bool((batch.inputs.lengths_B < batch.inputs.waveforms_BS.shape[1]).any())
+        padded = sum(dataset[0, number].padded_samples for number in range(dataset.plan.per_epoch))
+        audio = sum(dataset[0, number].audio_samples for number in range(dataset.plan.per_epoch))
+        assert dataset.plan.padding() == pytest.approx(1 - audio / padded)
+
+    def test_it_changes_no_loss(self, small_corpus: SmallCorpus) -> None:
+        losses = []
+        for pad_to in ("longest", "bucket"):
+            config = config_with(f"batch.pad_to={pad_to}", "batch.buckets=2", "precision.compute=fp32")
+            dataset = dataset_of(small_corpus.train, config)
+            torch.manual_seed(0)
+            model = Wav2Vec2ForPretraining(config.model, torch.float32).eval()
+            criterion = PretrainingCriterion(config.model, seed=0)
+            batches = [dataset[0, number] for number in range(4)]
+            sums = [criterion(model, [batch], device=torch.device("cpu"), training=False) for batch in batches]
+            losses.append([float(one.total) / float(one.masked) for one in sums])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 class TestValidationBatches:

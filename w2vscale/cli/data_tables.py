@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.bar import Bar
+from rich.markup import escape
 from rich.table import Table
 
 from w2vscale.cli.progress import console
@@ -17,6 +18,9 @@ def print_stats(stats: CorpusStats, config: Config) -> None:
     console.print(_histogram(stats))
     console.print()
     console.print(_buckets(stats))
+    if stats.mix:
+        console.print()
+        console.print(_mix(stats, config))
     console.print(
         f"plan: {len(stats.buckets)} buckets, {stats.micro_batches} micro-batches an epoch of at most "
         f"{config.batch.max_seconds:g} s, {stats.padding:.2%} padding; utterances cropped to "
@@ -66,5 +70,18 @@ def _buckets(stats: CorpusStats) -> Table:
             f"{bucket.longest_seconds:.2f}",
             f"{bucket.utterances:,}",
             str(bucket.per_micro_batch),
+        )
+    return table
+
+
+def _mix(stats: CorpusStats, config: Config) -> Table:
+    table = Table(box=None, header_style="bold")
+    table.add_column(config.mix.by)
+    for column in ("hours", "share", "share of an epoch", "times an epoch"):
+        table.add_column(column, justify="right")
+    for group in stats.mix:
+        name = escape(group.name)
+        table.add_row(
+            name, f"{group.hours:,.2f}", f"{group.share:.1%}", f"{group.epoch_share:.1%}", f"{group.draws:.2f}"
         )
     return table

@@ -85,11 +85,11 @@ def check_header(cut: Cut) -> None:
     rate = int((recording.transforms and header.samplerate) or recording.sampling_rate)
     if header.samplerate != rate:
         raise AudioError("mismatched", f"sampling rate is {header.samplerate} Hz, the manifest says {rate} Hz")
+    if len(source.channels) != header.channels:
+        raise AudioError("mismatched", f"has {header.channels} channels, the manifest says {len(source.channels)}")
     seconds = header.frames / header.samplerate
     if not recording.transforms and abs(seconds - recording.duration) > HEADER_TOLERANCE:
         raise AudioError("mismatched", f"duration is {seconds:.3f} s, the manifest says {recording.duration:.3f} s")
-    if len(source.channels) != header.channels:
-        raise AudioError("mismatched", f"has {header.channels} channels, the manifest says {len(source.channels)}")
 
 
 def libsndfile_reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ from lhotse.augmentation import ReverbWithImpulseResponse, Speed
 from numpy.typing import NDArray
 
 from w2vscale.config import Config
-from w2vscale.data.audio import AudioError, read_audio
+from w2vscale.data.audio import AudioError, check_header, libsndfile_reason, read_audio
 from w2vscale.data.manifest import Corpus, audio_path
 from w2vscale.data.micro_batch import BadAudio, shortest_samples
 from w2vscale.data.randomness import Stream, generator
@@ -45,9 +45,11 @@ class Augmentation:
         if self.responses is not None and reverberate:
             response = self.responses.cut(int(draws.integers(len(self.responses))))
             try:
+                check_header(response)
                 samples = ReverbWithImpulseResponse(rir=response.resample(self.rate))(samples, self.rate)
             except Exception as error:
-                bad.append(BadAudio(response.id, audio_path(response), "undecodable", f"as impulse response: {error}"))
+                kind = error.kind if isinstance(error, AudioError) else "undecodable"
+                bad.append(BadAudio(response.id, audio_path(response), kind, libsndfile_reason(error)))
         if self.noises is not None and add_noise:
             noise = self.noises.cut(int(draws.integers(len(self.noises))))
             length = round(noise.duration * self.rate)

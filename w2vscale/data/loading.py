@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import multiprocessing.process
 import re
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -241,12 +243,13 @@ def loader_settings(config: Config) -> dict[str, Any]:
 
 
 @contextmanager
-def loader_failures() -> Iterator[None]:
-    """Turns what PyTorch raises for its loader processes, at any moment, into one line.
+def loader_processes() -> Iterator[None]:
+    """Ends the loader processes that were started inside, and turns what PyTorch raises for them into one line.
 
     Raises:
         UserError: a process died, or failed for a reason outside the program.
     """
+    before = set(multiprocessing.active_children())
     try:
         yield
     except RuntimeError as error:
@@ -263,6 +266,17 @@ def loader_failures() -> Iterator[None]:
             raise
         # Raised in a loader process: its own message is the last line.
         raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2]) from error
+    finally:
+        _kill(set(multiprocessing.active_children()) - before)
+
+
+def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
+    """End processes that only read. PyTorch would wait for those that another's death blocks: they ignore SIGTERM."""
+    on_death = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error for each
+    for process in processes:
+        process.kill()
+        process.join()
+    signal.signal(signal.SIGCHLD, on_death)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +57,12 @@ class MicroBatch:
     def frames(self) -> int:
         """Valid frames."""
         return int(self.inputs.frames_B.sum())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "inputs": self.inputs.packed()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, inputs=PretrainingInputs.unpacked(*state["inputs"]))
 
     def pin_memory(self) -> MicroBatch:
         """A copy in pinned memory (called by the DataLoader)."""

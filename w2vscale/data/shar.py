@@ -69,7 +69,7 @@ def write_shards(
         for number, start in enumerate(range(0, total, shard_size))
     ]
     bad: list[BadAudio] = []
-    for done, found in enumerate(parallel_map(_write_shard, jobs_of_shards, jobs=jobs), start=1):
+    for done, found in enumerate(parallel_map(_write_shard, jobs_of_shards, jobs=jobs, source=manifest), start=1):
         bad += found
         if progress is not None:
             progress(done, len(jobs_of_shards))

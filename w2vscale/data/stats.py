@@ -13,6 +13,8 @@ import numpy as np
 from w2vscale.config import Config
 from w2vscale.data.loading import make_plan
 from w2vscale.data.manifest import Corpus
+from w2vscale.data.mixing import groups
+from w2vscale.data.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,17 @@ class BucketStats:
     utterances: int
     longest_seconds: float
     per_micro_batch: int
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """A corpus or language of a mix: its share of the audio, and of an epoch, which draws each of it `draws` times."""
+
+    name: str
+    hours: float
+    share: float
+    epoch_share: float
+    draws: float
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class CorpusStats:
     buckets: list[BucketStats]
     micro_batches: int
     padding: float
+    mix: list[GroupStats]
 
 
 def corpus_stats(paths: Sequence[Path], config: Config, *, bins: int = 16) -> CorpusStats:
@@ -63,7 +77,7 @@ def corpus_stats(paths: Sequence[Path], config: Config, *, bins: int = 16) -> Co
                 rates[int(cut["recording"]["sampling_rate"])] += 1
     counts, edges = np.histogram(durations, bins=bins)
     seconds, _ = np.histogram(durations, bins=edges, weights=durations)
-    plan = make_plan(corpus, config, seed=config.trainer.seed)
+    plan = make_plan(corpus, config, seed=config.trainer.seed, mix=config.mix)
     rate = config.model.sampling_rate
     return CorpusStats(
         utterances=len(corpus),
@@ -82,4 +96,19 @@ def corpus_stats(paths: Sequence[Path], config: Config, *, bins: int = 16) -> Co
         buckets=[BucketStats(b.count, b.longest / rate, b.per_micro_batch) for b in plan.buckets],
         micro_batches=plan.per_epoch,
         padding=plan.padding(),
+        mix=_mix(corpus, plan, config) if config.mix.by != "nothing" else [],
     )
+
+
+def _mix(corpus: Corpus, plan: Plan, config: Config) -> list[GroupStats]:
+    """What is in the corpus, and what one epoch draws."""
+    group, names = groups(corpus, config.mix.by)
+    seconds = np.bincount(group, weights=corpus.samples(config.model.sampling_rate)) / config.model.sampling_rate
+    counts = np.bincount(group, minlength=len(names))
+    utterances, lengths = plan.epoch_draws()
+    drawn = np.bincount(group[utterances], weights=lengths, minlength=len(names))
+    times = np.bincount(group[utterances], minlength=len(names)) / counts
+    return [
+        GroupStats(name, seconds[i] / 3600, seconds[i] / seconds.sum(), drawn[i] / drawn.sum(), times[i])
+        for i, name in enumerate(names)
+    ]

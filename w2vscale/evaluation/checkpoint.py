@@ -11,7 +11,14 @@ import torch
 
 from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
 from w2vscale.config import load_config
-from w2vscale.data.loading import VALIDATION_SEED, MicroBatches, check_sample, make_plan, validation_batches
+from w2vscale.data.loading import (
+    VALIDATION_SEED,
+    MicroBatches,
+    check_sample,
+    loader_processes,
+    make_plan,
+    validation_batches,
+)
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group
@@ -54,7 +61,7 @@ def evaluate_checkpoint(
     check_sample(corpus, sampling_rate=config.model.sampling_rate)
     plan = make_plan(corpus, config, seed=VALIDATION_SEED)
     dataset = MicroBatches(corpus, plan, config, seed=VALIDATION_SEED)
-    with process_group() as (ranks, device), torch.no_grad():
+    with process_group() as (ranks, device), torch.no_grad(), loader_processes():
         model = Wav2Vec2ForPretraining(config.model, compute_dtype(config.precision)).to(device)
         load_model_weights(checkpoint, model)
         model.eval()

@@ -9,6 +9,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ALIGNMENT = 64
+"""Bytes, in a buffer of several tensors."""
+
+
+class _Place(NamedTuple):
+    """One tensor in a buffer."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    @property
+    def room(self) -> int:
+        """Bytes up to the next tensor."""
+        return self.size + -self.size % ALIGNMENT
+
 
 class PretrainingInputs(NamedTuple):
     """B utterances of at most S samples and T frames, with M masked frames in all.
@@ -34,9 +54,37 @@ class PretrainingInputs(NamedTuple):
         """A copy on `device`; asynchronous from pinned memory."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def packed(self) -> tuple[Tensor, list[Any]]:
+        """All tensors in one buffer of bytes, and what `unpacked` needs beside it.
+
+        Between processes and into pinned memory, one piece of memory goes in a fraction of the time of eight.
+        """
+        layout = [_Place(field.dtype, field.shape) if isinstance(field, Tensor) else field for field in self]
+        buffer = torch.empty(sum(place.room for place in layout if isinstance(place, _Place)), dtype=torch.uint8)
+        start = 0
+        for field, place in zip(self, layout, strict=True):
+            if isinstance(field, Tensor):
+                buffer[start : start + place.size].view(place.dtype).view(place.shape).copy_(field)
+                start += place.room
+        return buffer, layout
+
+    @classmethod
+    def unpacked(cls, buffer: Tensor, layout: list[Any]) -> PretrainingInputs:
+        """The inverse of `packed`: tensors that share `buffer`."""
+        fields: list[Any] = []
+        start = 0
+        for place in layout:
+            if not isinstance(place, _Place):
+                fields.append(place)
+                continue
+            fields.append(buffer[start : start + place.size].view(place.dtype).view(place.shape))
+            start += place.room
+        return cls(*fields)
+
     def pin_memory(self) -> PretrainingInputs:
         """A copy in pinned memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        buffer, layout = self.packed()
+        return self.unpacked(buffer.pin_memory(), layout)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> PretrainingInputs:
         changed: Any = [change(field) if isinstance(field, Tensor) else field for field in self]

@@ -12,7 +12,7 @@ import torch
 
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.config import Config
-from w2vscale.data.loading import loader_failures
+from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
 from w2vscale.errors import UserError
@@ -67,7 +67,7 @@ class Trainer:
 
     def train(self) -> TrainState:
         """Run all remaining updates, or until a signal asks to stop."""
-        with self.metrics, self.display, loader_failures():
+        with self.metrics, self.display, loader_processes():
             if self.state.update >= self.total:
                 self.display.message(f"nothing to do: the run has its {self.total} updates (trainer.updates)")
             for window, waited in _timed(self.run.windows()):

@@ -1,0 +1,168 @@
+"""What speed, reverberation and noise do to training audio, and that they follow from the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest, write_text
+from w2vscale.config import Config, load_config
+from w2vscale.data.augmentation import Augmentation
+from w2vscale.data.micro_batch import shortest_samples
+from w2vscale.distributed.process_group import Ranks
+from w2vscale.errors import UserError
+from w2vscale.training.run import open_data, open_training_set
+
+RATE = 16_000
+
+
+def config_with(*overrides: str) -> Config:
+    settings = ["data.max_seconds=3", "data.min_seconds=1", "data.workers=0", "batch.max_seconds=10"]
+    return load_config("tiny", [*settings, "batch.micro_batches=2", *overrides])
+
+
+@pytest.fixture(scope="module")
+def hum(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second of 4 kHz, as a noise."""
+    folder = tmp_path_factory.mktemp("hum")
+    return write_manifest(folder / "cuts.jsonl", [cut_of(write_audio(folder / "hum.flac", tone(1.0, 4000.0)))])
+
+
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An impulse response: the sound itself, and half as loud after 0.1 seconds."""
+    folder = tmp_path_factory.mktemp("echo")
+    response = np.zeros(RATE // 5, np.float32)
+    response[0], response[1600] = 0.9, 0.45
+    return write_manifest(folder / "cuts.jsonl", [cut_of(write_audio(folder / "echo.wav", response))])
+
+
+def power_at(audio: NDArray[np.float32], hertz: float) -> float:
+    """Share of the power within 30 Hz of a frequency."""
+    spectrum = np.abs(np.fft.rfft(audio)) ** 2
+    near = np.abs(np.fft.rfftfreq(audio.size, 1 / RATE) - hertz) < 30
+    return float(spectrum[near].sum() / spectrum.sum())
+
+
+class TestSpeed:
+    def test_a_faster_utterance_is_shorter_and_higher(self) -> None:
+        augment = Augmentation(config_with("augment.speed=[1.25]"))
+        audio, bad = augment(tone(2.0, 1000.0), number=0, place=0)
+        assert (audio.size, bad) == (25_600, [])
+        assert power_at(audio, 1250.0) > 0.9
+
+    def test_a_slower_one_is_cropped_to_its_planned_length(self) -> None:
+        augment = Augmentation(config_with("augment.speed=[0.8]"))
+        audio, _ = augment(tone(2.0, 1000.0), number=0, place=0)
+        assert audio.size == 32_000
+        assert power_at(audio, 800.0) > 0.9
+
+    def test_one_that_would_be_too_short_to_be_masked_stays(self) -> None:
+        config = config_with("augment.speed=[2.0]")
+        audio = tone(1.0, 500.0)[: shortest_samples(config.model) + 10]
+        assert np.array_equal(Augmentation(config)(audio, number=0, place=0)[0], audio)
+
+    def test_each_factor_is_drawn(self) -> None:
+        augment = Augmentation(config_with("augment.speed=[0.9,1.0,1.1]"))
+        sizes = [augment(tone(2.0, 300.0), number=number, place=1)[0].size for number in range(60)]
+        whole = [size == 32_000 for size in sizes]
+        assert 25 < sum(whole) < 55  # of 0.9 and 1.0
+
+
+class TestNoise:
+    def test_its_level_is_the_ratio_that_was_asked_for(self, hum: Path) -> None:
+        speech = noise(2.5)
+        for ratio in (0.0, 10.0, 20.0):
+            settings = (f"augment.noise={hum}", "augment.noise_probability=1", f"augment.noise_snr=[{ratio},{ratio}]")
+            audio, _ = Augmentation(config_with(*settings))(speech, number=0, place=0)
+            added = audio - speech
+            measured = 10 * np.log10(np.square(speech).mean() / np.square(added).mean())
+            assert measured == pytest.approx(ratio, abs=0.2)
+            assert power_at(added, 4000.0) > 0.9
+
+    def test_it_is_added_as_often_as_asked(self, hum: Path) -> None:
+        augment = Augmentation(config_with(f"augment.noise={hum}", "augment.noise_probability=0.25"))
+        speech = noise(1.0)
+        changed = [not np.array_equal(augment(speech, number=n, place=0)[0], speech) for n in range(200)]
+        assert 30 < sum(changed) < 70
+
+    def test_a_noise_that_cannot_be_read_is_named_and_the_utterance_stays(self, tmp_path: Path) -> None:
+        path = write_audio(tmp_path / "n.flac", noise(1.0))
+        manifest = write_manifest(tmp_path / "cuts.jsonl", [cut_of(path)])
+        write_text(path)
+        augment = Augmentation(config_with(f"augment.noise={manifest}", "augment.noise_probability=1"))
+        audio, bad = augment(noise(1.5), number=0, place=0)
+        assert np.array_equal(audio, noise(1.5))
+        assert [(one.utterance, one.file, one.kind) for one in bad] == [("n", str(path), "undecodable")]
+
+
+class TestReverberation:
+    def test_the_echo_is_there(self, echo: Path) -> None:
+        augment = Augmentation(config_with(f"augment.reverb={echo}", "augment.reverb_probability=1"))
+        click = np.zeros(RATE, np.float32)
+        click[2000] = 0.5
+        audio, _ = augment(click, number=0, place=0)
+        assert audio.size == RATE
+        loud = np.flatnonzero(np.abs(audio) > 0.3 * np.abs(audio).max())
+        assert loud[-1] - loud[0] == pytest.approx(1600, abs=2)
+
+    def test_a_response_that_cannot_be_read_is_named_and_the_utterance_stays(self, tmp_path: Path) -> None:
+        path = write_audio(tmp_path / "r.wav", noise(0.2))
+        manifest = write_manifest(tmp_path / "cuts.jsonl", [cut_of(path)])
+        path.unlink()
+        augment = Augmentation(config_with(f"augment.reverb={manifest}", "augment.reverb_probability=1"))
+        audio, bad = augment(noise(1.5), number=0, place=0)
+        assert np.array_equal(audio, noise(1.5))
+        (one,) = bad
+        assert (one.utterance, one.file) == ("r", str(path)) and "\n" not in one.reason
+
+
+def test_draws_follow_from_seed_micro_batch_and_place(hum: Path, echo: Path) -> None:
+    settings = ("augment.speed=[0.9,1.1]", f"augment.noise={hum}", f"augment.reverb={echo}")
+    one, other = Augmentation(config_with(*settings)), Augmentation(config_with(*settings))
+    speech = noise(2.0)
+    again = [augment(speech, number=4, place=2)[0] for augment in (one, other)]
+    assert np.array_equal(*again)
+    variants = [one(speech, number=number, place=place)[0] for number in range(3) for place in range(3)]
+    assert len({variant.tobytes() for variant in variants}) > 5
+    seeded = Augmentation(config_with(*settings, "trainer.seed=1"))
+    assert any(
+        not np.array_equal(seeded(speech, number=n, place=0)[0], one(speech, number=n, place=0)[0]) for n in range(5)
+    )
+
+
+def test_training_is_augmented_and_validation_is_not(small_corpus: SmallCorpus, hum: Path) -> None:
+    paths = (f"data.train={small_corpus.train}", f"data.validation={small_corpus.train}")
+    noisy = ("augment.speed=[1.1]", f"augment.noise={hum}", "augment.noise_probability=1")
+    training, validation = open_data(config_with(*paths, *noisy), Ranks())
+    _, plain = open_data(config_with(*paths), Ranks())
+    assert validation is not None and plain is not None
+    assert torch.equal(validation[0, 0].inputs.waveforms_BS, plain[0, 0].inputs.waveforms_BS)
+    (window,) = training.windows(range(1), rank=0, world_size=1)
+    (clean,) = open_training_set(config_with(*paths)).windows(range(1), rank=0, world_size=1)
+    assert [batch.number for batch in window] == [batch.number for batch in clean]
+    assert all(dirty.audio_samples < was.audio_samples for dirty, was in zip(window, clean, strict=True))
+
+
+def test_normalised_audio_is_normalised_after_augmentation(small_corpus: SmallCorpus, hum: Path) -> None:
+    settings = (f"augment.noise={hum}", "augment.noise_probability=1", "augment.noise_snr=[0,0]")
+    config = config_with(f"data.train={small_corpus.train}", *settings, "model.normalize_waveform=true")
+    ((batch, *_),) = open_training_set(config).windows(range(1), rank=0, world_size=1)
+    for row, length in zip(batch.inputs.waveforms_BS, batch.inputs.lengths_B, strict=True):
+        assert row[:length].mean().abs() < 1e-4
+        assert row[:length].std() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_manifests_that_do_not_exist_are_named(tmp_path: Path) -> None:
+    for setting in ("augment.noise", "augment.reverb"):
+        with pytest.raises(UserError, match=r"none\.jsonl: no such manifest"):
+            Augmentation(config_with(f"{setting}={tmp_path / 'none.jsonl'}"))
+
+
+def test_levels_in_the_wrong_order_are_an_error() -> None:
+    with pytest.raises(UserError, match=r"noise_snr=\[20.0, 10.0\]: the first is above the second"):
+        config_with("augment.noise_snr=[20,10]")
