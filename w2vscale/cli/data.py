@@ -113,6 +113,28 @@ def validate(manifests: Manifests, jobs: Jobs = 4) -> None:
 
 
 @app.command()
+def shar(
+    manifest: Annotated[Path, typer.Argument(metavar="CUTS.jsonl", help="An indexed Lhotse cut manifest.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where the shards go.")],
+    shard_size: Annotated[int, typer.Option(min=1, help="Utterances per shard.")] = 1000,
+    form: Annotated[str, typer.Option("--format", help="flac, wav, opus or mp3.")] = "flac",
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of utterances.")] = 0,
+    jobs: Jobs = 1,
+) -> None:
+    """Write Lhotse Shar for data.mode=stream; a repeat goes on where it was stopped."""
+    from w2vscale.data.shar import write_shards
+
+    with progress_bar(f"writing shards of {manifest.name}") as progress:
+        written = write_shards(
+            manifest, output, shard_size=shard_size, form=form, seed=seed, jobs=jobs, progress=progress
+        )
+    for bad in written.bad[:20]:
+        console.print(f"{bad.utterance} ({bad.file}): {bad.reason}", markup=False)
+    left_out = f", {len(written.bad)} unusable ones left out ({output}/bad_audio.*.jsonl)" if written.bad else ""
+    console.print(f"{output}: {written.shards} shards, {written.utterances} utterances{left_out}", markup=False)
+
+
+@app.command()
 def stats(
     manifests: Manifests,
     config: Annotated[str, typer.Option(help="YAML file or preset whose crop and budget to plan with.")] = "base",

@@ -163,12 +163,15 @@ class Plan:
         utterances, lengths, room = (
             part[members].astype(np.int64) for part in (self._utterances, self._lengths, self._rooms)
         )
-        offsets = np.floor(generator(self.seed, Stream.CROP, number).random(room.size) * (room + 1))
+        offsets = np.zeros_like(room)
+        if room.any():
+            draws = generator(self.seed, Stream.CROP, number).random(room.size)
+            offsets = np.minimum(np.floor(draws * (room + 1)).astype(np.int64), room)
         return PlannedMicroBatch(
             number,
             epoch,
             utterances,
-            np.minimum(offsets.astype(np.int64), room),
+            offsets,
             lengths,
             width=bucket.longest if self._pad_to_bucket else 0,
         )

@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
+import numpy as np
 import soundfile
 from lhotse import CutSet, Recording, RecordingSet, SupervisionSegment, SupervisionSet
 from lhotse.cut import Cut
+from lhotse.serialization import deserialize_item
 
-from w2vscale.data.validate import libsndfile_reason
+from w2vscale.data.audio import AudioError, check_header, libsndfile_reason
+from w2vscale.data.journal import HeaderJournal, describes, journal_line, writing
+from w2vscale.data.parallel import WorkerDied, parallel_map
 from w2vscale.errors import UserError
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
+CHUNK = 256
+"""Files that one process treats at a time."""
 
 
 @dataclass(frozen=True)
 class PreparedManifest:
-    """A manifest that was written."""
+    """A manifest that was written; what is said of audio files is said of the whole folder."""
 
     path: Path
     utterances: int
     hours: float
     left_out: int = 0
+    """Audio files that are unreadable."""
+    read: int = 0
+    """Audio files whose headers were read."""
+    known: int = 0
+    """Audio files that an earlier call has read, unchanged since."""
 
 
 def prepare_librispeech(
@@ -59,7 +73,7 @@ def prepare_librispeech(
         try:
             sets = prepare_librispeech(corpus, dataset_parts=[part], num_jobs=jobs)[part]
         except Exception as error:
-            unreadable = _first_unreadable(_audio_files(corpus / part))
+            unreadable = _first_unreadable(corpus / part)
             reason = f"no utterance with a transcript could be taken: {libsndfile_reason(error)}"
             raise UserError(unreadable or f"{corpus / part}: {reason}") from None
         recordings, supervisions = sets["recordings"], sets["supervisions"]
@@ -89,6 +103,10 @@ def prepare_folder(
     longer than `window_seconds` are cut into windows. `validation_share` of the recordings, chosen by a hash of
     their names, go into the validation manifest.
 
+    What the headers say is kept in `headers.jsonl`: a later call, or one after a kill, reads those of files that are
+    new or have another size or time of change, and of files that were unreadable. The manifests are the same either
+    way, and for any number of `jobs`. `progress` is called with (files done, files in all), headers and cuts apart.
+
     Raises:
         UserError: no audio, a file that is no audio (unless `skip_unreadable`), two files with one id, or the
             output cannot be written.
@@ -98,118 +116,36 @@ def prepare_folder(
         raise UserError(f"--validation-share {validation_share}: must be at least 0 and below 1")
     if window_seconds is not None and not window_seconds > 0:
         raise UserError(f"--window {window_seconds}: must be above 0 seconds")
-    files = _audio_files(audio)
+    files = list(_audio_files(str(audio)))
     if not files:
         raise UserError(f"{audio}: no audio in it (looked for {', '.join(sorted(AUDIO_SUFFIXES))})")
     _refuse_duplicates(files, audio)
-    cuts: list[Cut] = []
-    unreadable: list[str] = []
-    with ThreadPoolExecutor(jobs) as pool:
-        for done, found in enumerate(pool.map(lambda file: _cut_of(file, audio), files), start=1):
-            if isinstance(found, str):
-                unreadable.append(found)
-            else:
-                cuts.append(found)
-            if progress is not None:
-                progress(done, len(files))
-    if unreadable and not (skip_unreadable and cuts):
-        more = f" and {len(unreadable) - 1} more of {len(files)} files" if len(unreadable) > 1 else ""
-        advice = "no other file is left" if skip_unreadable else "leave such files out with --skip-unreadable"
-        raise UserError(f"{unreadable[0]}{more}; {advice}")
-    # By a threshold, so that a file added later moves no other; small corpora hold out at least one recording.
-    hashes = {cut.id: zlib.crc32(cut.id.encode()) for cut in cuts}
-    limit = max(validation_share * 2**32, min(hashes.values()) + 1) if validation_share else 0
-    held_out = {identifier for identifier, value in hashes.items() if value < limit}
-    sets = {
-        "train": [cut for cut in cuts if cut.id not in held_out],
-        "validation": [cut for cut in cuts if cut.id in held_out],
-    }
-    if validation_share and not all(sets.values()):
-        raise UserError(f"--validation-share {validation_share}: leaves a set of {len(cuts)} recordings empty")
-    return [
-        write_cuts(_windows(chosen, window_seconds), output / f"cuts_{name}.jsonl", left_out=len(unreadable))
-        for name, chosen in sets.items()
-        if chosen
-    ]
+    with writing(output / "cuts_train.jsonl"):
+        output.mkdir(parents=True, exist_ok=True)
+    try:
+        with closing(HeaderJournal(output / "headers.jsonl", audio)) as journal:
+            steps = _Steps(2 * len(files), progress)
+            read, unreadable = _read_headers(files, audio, journal, jobs, steps)
+            readable = [file for file in files if file not in unreadable] if unreadable else files
+            journal.keep_only(readable)
+            if unreadable and not (skip_unreadable and readable):
+                more = f" and {len(unreadable) - 1} more of {len(files)} files" if len(unreadable) > 1 else ""
+                advice = "no other file is left" if skip_unreadable else "leave such files out with --skip-unreadable"
+                raise UserError(f"{next(iter(unreadable.values()))}{more}; {advice}")
+            limit = _held_out_below(readable, validation_share)
+            found = _write_manifests(readable, audio, journal, output, limit, window_seconds, jobs, steps)
+    except WorkerDied as error:
+        raise UserError(f"{audio}: {error}") from None
+    known = len(files) - read
+    return [PreparedManifest(*manifest, left_out=len(unreadable), read=read, known=known) for manifest in found]
 
 
-def write_cuts(cuts: Iterable[Cut], path: Path, *, left_out: int = 0) -> PreparedManifest:
+def write_cuts(cuts: Iterable[Cut], path: Path) -> PreparedManifest:
     """Write a JSONL manifest, one cut a line; it appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
     count, seconds = 0, 0.0
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as lines:
-            for cut in cuts:
-                lines.write(json.dumps(cut.to_dict(), ensure_ascii=False) + "\n")
-                count += 1
-                seconds += cut.duration
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
-    return PreparedManifest(path, count, seconds / 3600, left_out)
-
-
-def _existing_folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder")
-    return path.resolve()
-
-
-def _audio_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file())
-
-
-def _identifier(file: Path, root: Path) -> str:
-    return str(file.relative_to(root).with_suffix("")).replace("/", "-")
-
-
-def _refuse_duplicates(files: list[Path], root: Path) -> None:
-    seen: dict[str, Path] = {}
-    for file in files:
-        other = seen.setdefault(_identifier(file, root), file)
-        if other is not file:
-            raise UserError(f"{file}: would have the same id as {other}: rename one")
-
-
-def _cut_of(file: Path, root: Path) -> Cut | str:
-    """The cut of a whole file, or why there is none."""
-    try:
-        soundfile.info(file)  # Lhotse's own error would name the last library that it tried
-        recording = Recording.from_file(file, recording_id=_identifier(file, root))
-        if recording.num_samples <= 0:
-            return f"{file}: holds no audio"
-    except Exception as error:
-        return f"{file}: not readable as audio: {libsndfile_reason(error)}"
-    cut = recording.to_cut()
-    transcript = file.with_suffix(".txt")
-    text = transcript.read_text(encoding="utf-8", errors="replace").strip() if transcript.is_file() else None
-    speaker = str(file.parent.relative_to(root))
-    cut.supervisions = [
-        SupervisionSegment(
-            id=recording.id,
-            recording_id=recording.id,
-            start=0.0,
-            duration=recording.duration,
-            channel=recording.channel_ids if recording.num_channels > 1 else recording.channel_ids[0],
-            text=text,
-            speaker=speaker if speaker != "." else None,
-        )
-    ]
-    return cut
-
-
-def _windows(cuts: list[Cut], seconds: float | None) -> Iterator[Cut]:
-    for cut in cuts:
-        if seconds is None or cut.duration <= seconds:
-            yield cut
-        else:
-            yield from cut.cut_into_windows(seconds, keep_excessive_supervisions=True)
-
-
-def _first_unreadable(files: list[Path]) -> str | None:
-    for file in files:
-        found = _cut_of(file, file.parent)
-        if isinstance(found, str):
-            return found
-    return None
+    with _whole(path) as lines:
+        for cut in cuts:
+            lines.write(_line(cut.to_dict()))
+            count += 1
+            seconds += cut.duration
+    return PreparedManifest(path, count, seconds / 3600)

@@ -59,7 +59,7 @@ class PretrainingInputs(NamedTuple):
 
         Between processes and into pinned memory, one piece of memory goes in a fraction of the time of eight.
         """
-        layout = [_Place(field.dtype, field.shape) if isinstance(field, Tensor) else field for field in self]
+        layout: list[Any] = [_Place(field.dtype, field.shape) if isinstance(field, Tensor) else field for field in self]
         buffer = torch.empty(sum(place.room for place in layout if isinstance(place, _Place)), dtype=torch.uint8)
         start = 0
         for field, place in zip(self, layout, strict=True):

@@ -1,0 +1,158 @@
+"""The loader against a bare decoding loop over the same files: seconds of audio per second, scaling, bytes copied.
+
+    python tools/bench/loader.py
+
+FLAC of mini LibriSpeech (synthetic speech where it is missing), again and again. The loader crops, checks, pads, masks
+and draws negatives for BASE, and hands micro-batches from its processes to this one; the bare loop is
+`soundfile.read`. Both sides alternate; figures are medians.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+# Before torch is imported: loader processes have one thread each, and so has the bare loop.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import soundfile
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from w2vscale.config import load_config
+from w2vscale.data.loading import MicroBatches, loader_processes, make_plan
+from w2vscale.data.manifest import Corpus, audio_path
+
+ROOT = Path(__file__).resolve().parents[2]
+console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def main(
+    corpus: Annotated[
+        Path, typer.Option(help="Mini LibriSpeech; where it is missing, synthetic speech takes its place.")
+    ] = ROOT.parent / "shared" / "data" / "LibriSpeech",
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each side runs.")] = 5,
+    micro_batches: Annotated[int, typer.Option(min=10, help="That the loader makes in one round.")] = 60,
+    workers: Annotated[list[int] | None, typer.Option(help="Loader processes; repeatable.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")] = None,
+    folder: Annotated[Path, typer.Option(help="For the manifest.")] = ROOT / "exp" / "bench" / "loader",
+) -> None:
+    """Compare, print a table, and JSON as the last line."""
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # on a machine of two cores
+    manifest, source = prepare(corpus, folder)
+    cuts = Corpus([manifest])
+    files = sorted({audio_path(cuts.cut(number)) for number in range(len(cuts))})
+    counts = workers or [0, 1, 2, 4]
+    decode(files)  # so that the files are in the page cache for all
+    bare: list[float] = []
+    rates: dict[int, list[float]] = {count: [] for count in counts}
+    copied = growth = 0.0
+    for _ in range(rounds):
+        bare.append(decode(files))
+        for count in counts:
+            rate, copied, growth = load(manifest, count, micro_batches, setting or [])
+            rates[count].append(rate)
+    decoding = statistics.median(bare)
+    medians = {count: statistics.median(found) for count, found in rates.items()}
+    table = Table(title=f"{source}, {rounds} rounds", box=None, header_style="bold", title_justify="left")
+    for heading in ("", "audio seconds per second", "per process", "to the bare loop"):
+        table.add_column(heading, justify="right")
+    table.add_row("bare loop", f"{decoding:,.0f}", f"{decoding:,.0f}", "1")
+    for count, rate in medians.items():
+        each = rate / max(count, 1)
+        name = f"{count} processes" if count else "no other process"
+        table.add_row(name, f"{rate:,.0f}", f"{each:,.0f}", f"{each / decoding:.2f}")
+    console.print(table)
+    console.print(f"{copied:,.0f} bytes copied per second of audio ({4 * 16_000:,} of it are samples)")
+    reference = 1 if 1 in medians else counts[-1]
+    each = medians[reference] / max(reference, 1)
+    print(
+        json.dumps(
+            {
+                "audio_seconds_per_second": each,
+                "ratio_to_bare_decode": each / decoding,
+                "bare_decode": decoding,
+                "by_workers": medians,
+                "bytes_per_audio_second": copied,
+                "memory_growth": growth,
+                "cores": os.cpu_count(),
+                "data": source,
+            }
+        )
+    )
+
+
+def prepare(corpus: Path, folder: Path) -> tuple[Path, str]:
+    """An indexed manifest, and what it is of."""
+    source = "mini LibriSpeech"
+    command = [sys.executable, "-m", "w2vscale", "data"]
+    if not (corpus / "train-clean-5").is_dir():
+        source = "synthetic speech"
+        subprocess.run([*command, "synth", str(folder)], check=True, stdout=sys.stderr)
+        corpus = folder / "LibriSpeech"
+    subprocess.run(
+        [*command, "prepare", "mini_librispeech", str(corpus), str(folder), "--part", "train-clean-5"],
+        check=True,
+        stdout=sys.stderr,
+    )
+    manifest = folder / "cuts_train-clean-5.jsonl"
+    subprocess.run([*command, "index", str(manifest)], check=True, stdout=sys.stderr)
+    return manifest, source
+
+
+def decode(files: list[str]) -> float:
+    """Seconds of audio per second of a loop that does nothing but decode."""
+    began = time.perf_counter()
+    seconds = 0.0
+    for path in files:
+        audio, rate = soundfile.read(path, dtype="float32")
+        seconds += len(audio) / rate
+    return seconds / (time.perf_counter() - began)
+
+
+def load(manifest: Path, workers: int, micro_batches: int, settings: list[str]) -> tuple[float, float, float]:
+    """Seconds of audio per second from the loader, bytes per second of audio, and how far its processes' memory grew.
+
+    The clock starts with the first micro-batch, when the processes run; memory counts from a tenth of the way.
+    """
+    config = load_config("base", [f"data.workers={workers}", "batch.micro_batches=1", *settings])
+    corpus = Corpus([manifest])
+    dataset = MicroBatches(corpus, make_plan(corpus, config, seed=0), config, seed=0)
+    samples = 0
+    memory: list[int] = []
+    began = time.perf_counter()
+    with loader_processes():
+        # Without end, so that the processes never run out of work before the clock stops.
+        for done, (batch,) in enumerate(dataset.windows(range(10**9))):
+            if done == 0:
+                began = time.perf_counter()
+                continue
+            samples += batch.audio_samples
+            if done in (micro_batches // 10, micro_batches):
+                memory.append(resident())
+            if done == micro_batches:
+                break
+        elapsed = time.perf_counter() - began
+    rate = config.model.sampling_rate
+    bytes_per_second = batch.inputs.packed()[0].numel() / (batch.audio_samples / rate)
+    return samples / rate / elapsed, bytes_per_second, memory[-1] / memory[0] - 1
+
+
+def resident() -> int:
+    """Pages of this process and the loader's."""
+    pids = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+    return int(np.sum([int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
