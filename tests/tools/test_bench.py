@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from tools.bench import engine_overhead, engine_parity
+from tests.audio import SmallCorpus
+from tools.bench import engine_overhead, engine_parity, loader, sampler
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
 
@@ -59,3 +62,31 @@ def test_views_of_one_storage_count_once() -> None:
 
 def test_relative_difference() -> None:
     assert relative_difference([1.0, 2.2, 3.0], [1.0, 2.0, 4.0]) == pytest.approx(0.25)
+
+
+def test_the_sampler_bench_compares_both_on_the_same_durations() -> None:
+    result = CliRunner().invoke(sampler.app, ["--utterances", "3000"])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert 0 < figures["padding"] < figures["padding_lhotse"] < 0.1
+    assert figures["partly_filled"] < 0.05
+    for key in ("plan_seconds", "plan_seconds_lhotse", "restore_seconds", "restore_seconds_lhotse"):
+        assert figures[key] > 0
+    assert {"memory_mb", "memory_mb_lhotse", "ratio", "ratio_walked", "walk_seconds"} <= set(figures)
+
+
+def test_the_sampler_bench_opens_a_corpus_on_disk(tmp_path: Path) -> None:
+    options = ["--utterances", "2000", "--no-lhotse", "--folder", str(tmp_path)]
+    result = CliRunner().invoke(sampler.app, options)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures["utterances"] == 2000 and figures["restore_seconds"] > 0
+    assert "padding_lhotse" not in figures
+
+
+def test_the_loader_bench_counts_audio_and_bytes(small_corpus: SmallCorpus) -> None:
+    rate, copied, _ = loader.load(small_corpus.train, 1, 20, ["batch.max_seconds=16"])
+    assert rate > 0
+    # Samples of four bytes and their padding, negatives, masks.
+    assert 64_000 < copied < 200_000
+    assert loader.decode([str(next(small_corpus.train.parent.rglob("*.flac")))]) > 0

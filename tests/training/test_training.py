@@ -138,10 +138,12 @@ def test_a_start_that_fails_leaves_an_earlier_run_alone(finished: Path, small_co
         ({}, None),
         ({"code_perplexity_1": 1.2}, "codebook 1 has collapsed"),
         ({"accuracy": 0.995, "contrastive": 0.01}, "the contrastive task is solved"),
+        ({"data_wait_fraction": 0.45}, "45% of the time went into waiting for data"),
     ],
 )
-def test_the_watchdog_names_collapse(change: dict[str, float], warning: str | None) -> None:
+def test_the_watchdog_names_what_is_wrong(change: dict[str, float], warning: str | None) -> None:
     healthy = {"code_perplexity_0": 100.0, "code_perplexity_1": 90.0, "accuracy": 0.4, "contrastive": 2.5}
+    healthy["data_wait_fraction"] = 0.05
     found = diagnose(healthy | change, codebooks=2)
     assert found == [] if warning is None else warning in found[0]
 

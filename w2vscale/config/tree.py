@@ -123,7 +123,9 @@ class DataConfig(Section):
     min_seconds: Positive = Field(2.0, description="shorter utterances are left out")
     max_bad_fraction: Fraction = Field(0.05, description="of unreadable utterances, above which the run stops")
     workers: Annotated[int, Field(ge=0)] = Field(4, description="loader processes per rank; 0: in the main process")
-    prefetch: Count = Field(4, description="micro-batches that each loader process prepares ahead")
+    prefetch: Count = Field(
+        4, description="micro-batches that each loader process prepares ahead; more where an update needs more"
+    )
     stream_buffer: Count = Field(
         1000, description="mode=stream: utterances that each loader process holds, to batch those of similar length"
     )

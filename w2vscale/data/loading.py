@@ -151,7 +151,8 @@ class MicroBatches(Dataset[MicroBatch]):
         """For each update its window: the micro-batches that this rank runs, loaded ahead by worker processes."""
         total = self.config.batch.micro_batches
         keys = window_numbers(self.plan, updates=updates, micro_batches=total, rank=rank, world_size=world_size)
-        return gather_windows(_loader(self, keys, self.config), updates, per_rank=total // world_size)
+        per_rank = total // world_size
+        return gather_windows(_loader(self, keys, self.config, per_rank=per_rank), updates, per_rank=per_rank)
 
 
 def gather_windows(loader: Iterable[MicroBatch], updates: range, *, per_rank: int) -> Iterator[list[MicroBatch]]:
@@ -226,18 +227,20 @@ def validation_batches(
             yield MicroBatch(0, number, inputs, 0)
 
 
-def _loader(dataset: MicroBatches, keys: Iterator[tuple[int, int]], config: Config) -> DataLoader[MicroBatch]:
-    return DataLoader(dataset, sampler=_Sequence(keys), **loader_settings(config))
+def _loader(
+    dataset: MicroBatches, keys: Iterator[tuple[int, int]], config: Config, *, per_rank: int = 1
+) -> DataLoader[MicroBatch]:
+    return DataLoader(dataset, sampler=_Sequence(keys), **loader_settings(config, per_rank=per_rank))
 
 
-def loader_settings(config: Config) -> dict[str, Any]:
-    """How a DataLoader runs its processes, whatever the dataset."""
+def loader_settings(config: Config, *, per_rank: int = 1) -> dict[str, Any]:
+    """How a DataLoader runs its processes, whatever the dataset; a whole window of `per_rank` is loaded ahead."""
     workers = config.data.workers
     return {
         "batch_size": None,
         "num_workers": workers,
         "worker_init_fn": _leave_signals_to_the_trainer,
-        "prefetch_factor": config.data.prefetch if workers else None,
+        "prefetch_factor": max(config.data.prefetch, -(-per_rank // workers)) if workers else None,
         "pin_memory": torch.cuda.is_available(),
     }
 

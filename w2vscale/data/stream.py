@@ -84,8 +84,9 @@ class StreamedMicroBatches:
     def windows(self, updates: range, *, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """For each update its window. What it holds depends on the rank, their number, and where the run resumed."""
         dataset = _Readers(self, start=updates.start, rank=rank, world_size=world_size)
-        loader = DataLoader(dataset, **loader_settings(self.config))
-        return gather_windows(loader, updates, per_rank=self.config.batch.micro_batches // world_size)
+        per_rank = self.config.batch.micro_batches // world_size
+        loader = DataLoader(dataset, **loader_settings(self.config, per_rank=per_rank))
+        return gather_windows(loader, updates, per_rank=per_rank)
 
 
 class _Readers(IterableDataset[MicroBatch]):

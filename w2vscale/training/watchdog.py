@@ -1,4 +1,4 @@
-"""What a person would notice in the figures: collapsed codebooks and a solved pretext task."""
+"""What a person would notice in the figures: collapsed codebooks, a solved pretext task, a loader that is too slow."""
 
 from __future__ import annotations
 
@@ -19,5 +19,10 @@ def diagnose(values: Mapping[str, float], *, codebooks: int) -> list[str]:
         warnings.append(
             "the contrastive task is solved (accuracy above 0.99, loss near 0): features have collapsed; "
             "the model is not learning speech"
+        )
+    if values["data_wait_fraction"] > 0.3:
+        warnings.append(
+            f"{values['data_wait_fraction']:.0%} of the time went into waiting for data. Raise data.workers, or use "
+            "faster storage"
         )
     return warnings
