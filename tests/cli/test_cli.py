@@ -158,7 +158,7 @@ class TestTheProcess:
         done = command("data", "validate", manifest)
         assert done.returncode == 2
         assert done.stderr == (
-            f"error: {manifest}: 1 of 1 utterances are wrong; "
+            f"error: {manifest}: 1 of 1 utterances are wrong, all in {manifest}.bad_audio; "
             f"the first: a ({path}): not readable as audio: Format not recognised\n"
         )
 
@@ -270,7 +270,8 @@ class TestManifests:
         for number in range(30):
             (tmp_path / f"u{number}.wav").unlink()
         assert error_of("data", "validate", manifest) == (
-            f"{manifest}: 30 of 40 utterances are wrong; the first: u0 ({tmp_path / 'u0.wav'}): no such file"
+            f"{manifest}: 30 of 40 utterances are wrong, all in {manifest}.bad_audio; "
+            f"the first: u0 ({tmp_path / 'u0.wav'}): no such file"
         )
         printed = capsys.readouterr().out.splitlines()
         assert printed == [f"u{n} ({tmp_path / f'u{n}.wav'}): no such file" for n in range(1, 20)]

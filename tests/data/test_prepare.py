@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,7 +65,7 @@ class TestLibriSpeech:
             assert manifest.hours == pytest.approx(8.0 / 3600)
             cuts = cuts_of(manifest)
             assert list(cuts) == sorted(cuts)
-            assert validate_manifest(manifest.path).problems == []
+            assert validate_manifest(manifest.path).bad == 0
 
     def test_transcripts_and_speakers_are_kept(self, corpus: Path, tmp_path: Path) -> None:
         (written,) = prepare_librispeech(corpus, tmp_path, parts=["dev-clean-2"])
@@ -134,7 +140,7 @@ class TestFolder:
         assert written.utterances == 6
         assert written.hours == pytest.approx(21.0 / 3600, abs=1e-4)
         assert written.left_out == 0
-        assert validate_manifest(written.path).problems == []
+        assert validate_manifest(written.path).bad == 0
 
     def test_folders_are_speakers_and_texts_beside_files_transcripts(self, mixed_audio: Path, tmp_path: Path) -> None:
         (written,) = prepare_folder(mixed_audio, tmp_path)
@@ -156,10 +162,23 @@ class TestFolder:
         found = [prepare_folder(mixed_audio, tmp_path / str(jobs), jobs=jobs)[0] for jobs in (1, 3)]
         assert found[0].path.read_bytes() == found[1].path.read_bytes()
 
-    def test_progress_counts_files(self, mixed_audio: Path, tmp_path: Path) -> None:
+    def test_lines_are_as_lhotse_writes_them(self, mixed_audio: Path, tmp_path: Path) -> None:
+        (written,) = prepare_folder(mixed_audio, tmp_path)
+        lines = [json.loads(line) for line in written.path.read_text(encoding="utf-8").splitlines()]
+        assert lines == [cut.to_dict() for cut in CutSet.from_file(written.path)]
+        assert [line["id"] for line in lines] == [
+            "alice-one",
+            "alice-three",
+            "alice-two",
+            "bob-four",
+            "bob-session-five",
+            "six",
+        ]
+
+    def test_progress_counts_each_files_header_and_cut(self, mixed_audio: Path, tmp_path: Path) -> None:
         seen: list[tuple[int, int]] = []
         prepare_folder(mixed_audio, tmp_path, progress=lambda done, total: seen.append((done, total)))
-        assert seen == [(done, 6) for done in range(1, 7)]
+        assert seen == [(6, 12), (12, 12)]
 
     def test_windows_cut_long_recordings_and_lose_nothing(self, mixed_audio: Path, tmp_path: Path) -> None:
         (written,) = prepare_folder(mixed_audio, tmp_path, window_seconds=2.5)
@@ -170,7 +189,7 @@ class TestFolder:
         six = sorted((cut for cut in cuts if cut.recording.id == "six"), key=lambda cut: cut.start)
         assert [cut.start for cut in six] == [0.0, 2.5, 5.0]
         build_index(written.path)
-        assert validate_manifest(written.path).problems == []
+        assert validate_manifest(written.path).bad == 0
 
     def test_validation_share_holds_out_whole_recordings_by_name(self, tmp_path: Path) -> None:
         for number in range(40):
@@ -193,6 +212,154 @@ class TestFolder:
         write_audio(tmp_path / "audio" / "another.wav", noise(0.5, seed=99))
         after = prepare_folder(tmp_path / "audio", tmp_path / "out", validation_share=0.3)
         assert held_out - {"another"} == set(cuts_of(after[1])) - {"another"}
+
+
+class TestCalledAgain:
+    @pytest.fixture
+    def audio(self, tmp_path: Path) -> Path:
+        """Twenty files, in four folders; every second one has a transcript."""
+        folder = tmp_path / "audio"
+        for number in range(20):
+            file = write_audio(folder / f"s{number % 4}" / f"{number}.wav", noise(0.3 + number / 100, seed=number))
+            if number % 2:
+                file.with_suffix(".txt").write_text(f"TEXT {number}\n")
+        return folder
+
+    @pytest.fixture(autouse=True)
+    def _in_small_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("w2vscale.data.prepare.CHUNK", 4)
+
+    def again(self, audio: Path, out: Path, **options: Any) -> tuple[int, int]:
+        """How many files were read and known; what is written is what another call writes from nothing."""
+        written = prepare_folder(audio, out, **options)
+        fresh = prepare_folder(audio, out.with_name(f"{out.name}-fresh"), **options)
+        assert [one.path.read_bytes() for one in written] == [one.path.read_bytes() for one in fresh]
+        assert [(one.utterances, one.hours) for one in written] == [(one.utterances, one.hours) for one in fresh]
+        shutil.rmtree(fresh[0].path.parent)
+        assert len({(one.read, one.known) for one in written}) == 1
+        return written[0].read, written[0].known
+
+    def test_nothing_is_read_where_nothing_changed(self, audio: Path, tmp_path: Path) -> None:
+        assert self.again(audio, tmp_path / "out") == (20, 0)
+        journal = (tmp_path / "out" / "headers.jsonl").read_bytes()
+        file = audio / "s3" / "7.wav"
+        before, content = file.stat(), file.read_bytes()
+        file.write_bytes(bytes(len(content)))  # not even opened: it would be found unreadable
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        (written,) = prepare_folder(audio, tmp_path / "out")
+        assert (written.read, written.known, written.left_out, written.utterances) == (0, 20, 0, 20)
+        assert (tmp_path / "out" / "headers.jsonl").read_bytes() == journal
+
+    @pytest.mark.parametrize("jobs", [1, 3])
+    def test_new_changed_and_deleted_files(self, jobs: int, audio: Path, tmp_path: Path) -> None:
+        options = {"jobs": jobs, "validation_share": 0.3, "window_seconds": 0.25}
+        self.again(audio, tmp_path / "out", **options)
+        write_audio(audio / "s1" / "new.flac", noise(1.0))
+        write_audio(audio / "s2" / "10.wav", noise(2.0))
+        os.utime(audio / "s3" / "11.wav", ns=(0, 0))  # no longer, but changed
+        (audio / "s0" / "4.wav").unlink()
+        assert self.again(audio, tmp_path / "out", **options) == (3, 17)
+        assert self.again(audio, tmp_path / "out", **options) == (0, 20)
+        lines = (tmp_path / "out" / "headers.jsonl").read_text().splitlines()
+        assert len(lines) == 21 and not any("s0/4.wav" in line for line in lines)
+
+    def test_transcripts_that_changed_came_or_went(self, audio: Path, tmp_path: Path) -> None:
+        self.again(audio, tmp_path / "out")
+        (audio / "s1" / "5.txt").write_text("OTHER WORDS")
+        (audio / "s2" / "6.txt").write_text("NEW WORDS")
+        (audio / "s3" / "7.txt").unlink()
+        assert self.again(audio, tmp_path / "out") == (0, 20)
+        texts = {
+            cut.id: cut.supervisions[0].text
+            for cut in CutSet.from_file(tmp_path / "out" / "cuts_train.jsonl")  # type: ignore[union-attr]
+        }
+        assert [texts[f"s{n % 4}-{n}"] for n in (3, 5, 6, 7)] == ["TEXT 3", "OTHER WORDS", "NEW WORDS", None]
+
+    def test_other_options_use_the_same_headers(self, audio: Path, tmp_path: Path) -> None:
+        self.again(audio, tmp_path / "out")
+        assert self.again(audio, tmp_path / "out", window_seconds=0.2, validation_share=0.2) == (0, 20)
+
+    @pytest.mark.parametrize("jobs", [1, 3])
+    def test_a_killed_call_is_continued(self, jobs: int, audio: Path, tmp_path: Path) -> None:
+        def killed() -> None:
+            def kill(done: int, total: int) -> None:
+                if done == 8:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            prepare_folder(audio, tmp_path / "out", jobs=jobs, progress=kill)
+
+        process = multiprocessing.get_context("fork").Process(target=killed)
+        process.start()
+        process.join(timeout=60)
+        assert process.exitcode == -signal.SIGKILL
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["headers.jsonl"]
+        assert self.again(audio, tmp_path / "out", jobs=jobs) == (12, 8)
+
+    @pytest.mark.parametrize("jobs", [1, 3])
+    def test_a_call_killed_while_it_writes_leaves_the_manifest_as_it_was(
+        self, jobs: int, audio: Path, tmp_path: Path
+    ) -> None:
+        (written,) = prepare_folder(audio, tmp_path / "out")
+        before = written.path.read_bytes()
+
+        def killed() -> None:
+            def kill(done: int, total: int) -> None:
+                if done == 32:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            prepare_folder(audio, tmp_path / "out", jobs=jobs, window_seconds=0.2, progress=kill)
+
+        process = multiprocessing.get_context("fork").Process(target=killed)
+        process.start()
+        process.join(timeout=60)
+        assert process.exitcode == -signal.SIGKILL
+        assert written.path.read_bytes() == before
+        assert self.again(audio, tmp_path / "out", jobs=jobs, window_seconds=0.2) == (0, 20)
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"headers.jsonl", "cuts_train.jsonl"}
+
+    @pytest.mark.parametrize("cut_off", [1, 30, 10_000])
+    def test_a_journal_that_was_cut_off(self, cut_off: int, audio: Path, tmp_path: Path) -> None:
+        self.again(audio, tmp_path / "out")
+        journal = tmp_path / "out" / "headers.jsonl"
+        content = journal.read_bytes()
+        journal.write_bytes(content[:-cut_off])
+        kept = journal.read_bytes().count(b"\n") - 1
+        assert self.again(audio, tmp_path / "out") == (20 - kept, kept)
+        assert sorted(journal.read_bytes().splitlines()) == sorted(content.splitlines())
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"\x00" * 500, b"text\n", b'{"folder": "/elsewhere"}\n{"file": "s0/0.wav"']
+    )
+    def test_a_journal_of_something_else_is_begun_anew(self, content: bytes, audio: Path, tmp_path: Path) -> None:
+        self.again(audio, tmp_path / "out")
+        (tmp_path / "out" / "headers.jsonl").write_bytes(content)
+        assert self.again(audio, tmp_path / "out") == (20, 0)
+        assert self.again(audio, tmp_path / "out") == (0, 20)
+
+    def test_a_damaged_line_costs_one_header(self, audio: Path, tmp_path: Path) -> None:
+        self.again(audio, tmp_path / "out")
+        journal = tmp_path / "out" / "headers.jsonl"
+        lines = journal.read_bytes().splitlines(keepends=True)
+        lines[5] = b"\x00" * (len(lines[5]) - 1) + b"\n"
+        journal.write_bytes(b"".join(lines))
+        assert self.again(audio, tmp_path / "out") == (1, 19)
+        assert b"\x00" not in journal.read_bytes()
+
+    def test_another_folder_of_audio_is_read_whole(self, audio: Path, tmp_path: Path) -> None:
+        self.again(audio, tmp_path / "out")
+        other = Path(shutil.copytree(audio, tmp_path / "other"))
+        assert self.again(other, tmp_path / "out") == (20, 0)
+
+    def test_unreadable_files_are_tried_again(self, audio: Path, tmp_path: Path) -> None:
+        bad = write_text(audio / "s2" / "bad.flac")
+        message = error_of(prepare_folder, audio, tmp_path / "out", jobs=2)
+        assert message.startswith(f"{bad}: not readable as audio: ")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["headers.jsonl"]
+        assert self.again(audio, tmp_path / "out", skip_unreadable=True) == (1, 20)
+        (written,) = prepare_folder(audio, tmp_path / "out", skip_unreadable=True)
+        assert (written.utterances, written.left_out) == (20, 1)
+        write_audio(bad, noise(1.0))
+        assert self.again(audio, tmp_path / "out") == (1, 20)
 
 
 class TestFoldersThatAreRefused:
@@ -227,6 +394,13 @@ class TestFoldersThatAreRefused:
         message = error_of(prepare_folder, tmp_path / "audio", tmp_path, skip_unreadable=True)
         assert message.endswith("no other file is left")
 
+    def test_a_name_that_is_no_text(self, tmp_path: Path) -> None:
+        file = write_audio(tmp_path / "audio" / "good.wav", noise(1.0))
+        shutil.copy(file, os.fsencode(file.parent) + b"/b\xffd.wav")
+        assert "its name is not UTF-8: rename it" in error_of(prepare_folder, tmp_path / "audio", tmp_path)
+        (written,) = prepare_folder(tmp_path / "audio", tmp_path, skip_unreadable=True)
+        assert (written.utterances, written.left_out) == (1, 1)
+
     def test_audio_of_no_samples(self, tmp_path: Path) -> None:
         empty = write_audio(tmp_path / "audio" / "a.wav", np.zeros(0, np.float32))
         assert error_of(prepare_folder, tmp_path / "audio", tmp_path).startswith(f"{empty}: holds no audio")
@@ -258,4 +432,11 @@ class TestFoldersThatAreRefused:
         assert error_of(prepare_folder, mixed_audio, blocked).startswith(f"{blocked / 'cuts_train.jsonl'}: cannot be")
         assert error_of(prepare_folder, mixed_audio, blocked / "deeper").startswith(str(blocked / "deeper"))
         (tmp_path / "out" / "cuts_train.jsonl").mkdir(parents=True)
-        error_of(prepare_folder, mixed_audio, tmp_path / "out")
+        message = error_of(prepare_folder, mixed_audio, tmp_path / "out")
+        assert message.startswith(f"{tmp_path / 'out' / 'cuts_train.jsonl'}: cannot be written: ")
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"headers.jsonl", "cuts_train.jsonl"}
+
+    def test_a_journal_that_cannot_be_written(self, mixed_audio: Path, tmp_path: Path) -> None:
+        (tmp_path / "headers.jsonl").mkdir()
+        message = error_of(prepare_folder, mixed_audio, tmp_path)
+        assert message.startswith(f"{tmp_path / 'headers.jsonl'}: cannot be written: ")

@@ -13,7 +13,6 @@ Restoring is opening the corpus and reaching micro-batch 0.9 of the epoch; Lhots
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -116,7 +115,7 @@ def measure_plan(utterances: int, source: str) -> dict[str, float]:
     from w2vscale.data.plan import Plan
 
     given = durations(utterances) if source == "-" else None
-    before = peak_memory()
+    before = start_counting_memory()
 
     def open_plan() -> Plan:
         seconds = given if given is not None else Manifest(Path(source)).durations
@@ -164,7 +163,7 @@ def measure_lhotse(utterances: int) -> dict[str, float]:
     from lhotse.dataset import DynamicBucketingSampler
 
     seconds = durations(utterances)
-    before = peak_memory()
+    before = start_counting_memory()
 
     class Cuts:
         """Made one by one, as from a JSONL file that is read lazily, but without reading one."""
@@ -236,9 +235,16 @@ LINE = (
 )
 
 
+def start_counting_memory() -> float:
+    """MB of this process now; its peak starts anew from here (proc(5))."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
 def peak_memory() -> float:
     """MB of this process, at most so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def print_figures(figures: dict[str, dict[str, float]], utterances: int) -> None:

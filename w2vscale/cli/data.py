@@ -79,34 +79,45 @@ def _print_written(written: list[PreparedManifest]) -> None:
             f"{manifest.path}: {manifest.utterances} utterances, {manifest.hours:.2f} hours{left_out}",
             markup=False,
         )
+    if written[0].known:
+        console.print(
+            f"{written[0].read} audio files were read, {written[0].known} are as an earlier call read them",
+            markup=False,
+        )
 
 
 @app.command()
-def index(manifests: Manifests) -> None:
-    """Write the index that gives training O(1) access to a manifest."""
+def index(manifests: Manifests, jobs: Jobs = 1) -> None:
+    """Write the index that gives training O(1) access to a manifest; of one that grew, only new lines are parsed."""
     from w2vscale.data.manifest import build_index, index_path
 
     for manifest in manifests:
         with progress_bar(f"indexing {manifest.name}") as progress:
-            count = build_index(manifest, progress)
+            count = build_index(manifest, progress, jobs=jobs)
         console.print(f"{index_path(manifest)}: {count} utterances", markup=False)
 
 
 @app.command()
-def validate(manifests: Manifests, jobs: Jobs = 4) -> None:
-    """Compare manifests with the headers of their audio files; exit code 2 if they disagree."""
+def validate(
+    manifests: Manifests,
+    audio: Annotated[bool, typer.Option("--audio", help="Decode every utterance, as training will.")] = False,
+    jobs: Jobs = 4,
+) -> None:
+    """Compare manifests with their audio files' headers, or with --audio all of the audio; exit code 2 if they
+    disagree, with all bad utterances in CUTS.jsonl.bad_audio.
+    """
     from w2vscale.data.validate import validate_manifest
     from w2vscale.errors import UserError
 
     for manifest in manifests:
         with progress_bar(f"validating {manifest.name}") as progress:
-            found = validate_manifest(manifest, jobs=jobs, progress=progress)
-        for problem in found.problems[1:20]:
-            console.print(f"{problem.utterance} ({problem.file}): {problem.reason}", markup=False)
-        if found.problems:
-            first = found.problems[0]
+            found = validate_manifest(manifest, jobs=jobs, audio=audio, progress=progress)
+        for bad in found.first[1:]:
+            console.print(f"{bad.utterance} ({bad.file}): {bad.reason}", markup=False)
+        if found.bad:
+            first = found.first[0]
             raise UserError(
-                f"{manifest}: {len(found.problems)} of {found.utterances} utterances are wrong; "
+                f"{manifest}: {found.bad} of {found.utterances} utterances are wrong, all in {found.listing}; "
                 f"the first: {first.utterance} ({first.file}): {first.reason}"
             )
         console.print(f"{manifest}: {found.utterances} utterances agree with their files", markup=False)

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from lhotse.audio.backend import get_current_audio_backend, set_current_audio_backend
-from lhotse.cut import Cut
+from lhotse.cut import Cut, MonoCut
+from lhotse.utils import compute_num_samples
 from numpy.typing import NDArray
 
 from w2vscale.data.manifest import audio_path
@@ -20,6 +21,9 @@ LENGTH_TOLERANCE = 0.02
 
 HEADER_TOLERANCE = 0.025
 """Likewise, between a file's header and its manifest."""
+
+PLAIN_SUFFIXES = {".flac", ".wav"}
+"""Formats in which a position is a sample, whatever reads them."""
 
 BLOCK_SECONDS = 60
 """What is read of a long utterance at a time."""
@@ -130,18 +134,46 @@ def _refuse_silence(blocks: Iterable[NDArray[np.float32]]) -> None:
 
 def _decode(cut: Cut, samples: int, *, source: Cut) -> NDArray[np.float32]:
     try:
-        with _audio_backend(cut):
-            audio = cut.load_audio()
+        audio = _read_file(cut) if _is_plain(cut) else _read_by_lhotse(cut)
     except Exception as error:
         raise AudioError("undecodable", _decoding_problem(source, error)) from None
-    if audio is None or audio.size == 0:
+    if audio.size == 0:
         raise AudioError("empty", "holds no audio")
-    mono = audio[0] if len(audio) == 1 else audio.mean(axis=0, dtype=np.float32)
-    if abs(mono.size - samples) > LENGTH_TOLERANCE * cut.sampling_rate:
-        raise AudioError("mismatched", f"lasts {mono.size} samples, not {samples} as its manifest says")
-    if not np.isfinite(mono).all():
+    if abs(audio.size - samples) > LENGTH_TOLERANCE * cut.sampling_rate:
+        raise AudioError("mismatched", f"lasts {audio.size} samples, not {samples} as its manifest says")
+    if not np.isfinite(audio.sum()) and not np.isfinite(audio).all():
         raise AudioError("not finite", "holds samples that are not finite")
-    return mono[:samples] if mono.size >= samples else np.pad(mono, (0, samples - mono.size))
+    return audio[:samples] if audio.size >= samples else np.pad(audio, (0, samples - audio.size))
+
+
+def _is_plain(cut: Cut) -> bool:
+    """Whether it is a part of one mono file, as it is there."""
+    recording = cut.recording
+    source = recording.sources[0]
+    return (
+        isinstance(cut, MonoCut)
+        and len(recording.sources) == len(source.channels) == 1
+        and source.type == "file"
+        and not recording.transforms
+        and Path(source.source).suffix.lower() in PLAIN_SUFFIXES
+    )
+
+
+def _read_file(cut: Cut) -> NDArray[np.float32]:
+    """What `_read_by_lhotse` gives, without its copies."""
+    rate = cut.sampling_rate
+    with soundfile.SoundFile(cut.recording.sources[0].source) as file:
+        file.seek(compute_num_samples(cut.start, rate))
+        audio: NDArray[np.float32] = file.read(compute_num_samples(cut.duration, rate), dtype="float32")
+    return audio
+
+
+def _read_by_lhotse(cut: Cut) -> NDArray[np.float32]:
+    with _audio_backend(cut):
+        audio = cut.load_audio()
+    if audio is None:
+        return np.empty(0, np.float32)
+    return audio[0] if len(audio) == 1 else audio.mean(axis=0, dtype=np.float32)
 
 
 @contextmanager

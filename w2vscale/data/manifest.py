@@ -17,7 +17,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 from numpy.typing import NDArray
 
-from w2vscale.data.parallel import WorkerDied, parallel_map
+from w2vscale.data.parallel import parallel_map
 from w2vscale.errors import UserError
 
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("language", "<u2")])
@@ -61,7 +61,7 @@ def build_index(manifest: Path, progress: Callable[[int, int], None] | None = No
     step = min(RANGE_BYTES, -(-(size - done) // jobs))
     ranges = [(start, min(start + step, size)) for start in range(done, size, step)]
     try:
-        parsed = parallel_map(partial(_parse, manifest), ranges, jobs=min(jobs, len(ranges)))
+        parsed = parallel_map(partial(_parse, manifest), ranges, jobs=min(jobs, len(ranges)), source=manifest)
         for (_, end), (records, found) in zip(ranges, parsed, strict=True):
             codes = np.array([numbers.setdefault(name, len(numbers)) for name in found], np.int64)
             if len(numbers) > MAX_LANGUAGES:
@@ -79,8 +79,6 @@ def build_index(manifest: Path, progress: Callable[[int, int], None] | None = No
         raise UserError(
             f"{manifest}: line {number} is not a Lhotse cut of a recording with a duration above zero"
         ) from None
-    except WorkerDied as error:
-        raise UserError(f"{manifest}: {error}") from None
     count = sum(piece.size for piece in pieces)
     if not count:
         raise UserError(f"{manifest}: the manifest is empty")

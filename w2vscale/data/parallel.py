@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 from w2vscale.errors import UserError
@@ -26,7 +27,7 @@ class WorkerDied(UserError):
 
 
 def parallel_map(
-    function: Callable[[Chunk], Result], chunks: Iterable[Chunk], *, jobs: int, isolate: bool = False
+    function: Callable[[Chunk], Result], chunks: Iterable[Chunk], *, jobs: int, source: Path, isolate: bool = False
 ) -> Iterator[Result]:
     """`function` of each chunk, in the chunks' order, by `jobs` processes; at most 2 × `jobs` chunks are under way.
 
@@ -34,7 +35,7 @@ def parallel_map(
     this process, unless it is to be isolated from what could crash it. No process outlives its parent.
 
     Raises:
-        WorkerDied: a process was killed or crashed.
+        WorkerDied: a process was killed or crashed; names `source`, what the work is on.
     """
     if jobs == 1 and not isolate:
         yield from map(function, chunks)
@@ -52,7 +53,7 @@ def parallel_map(
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise WorkerDied(
-            "a worker process died: killed, for memory perhaps (use fewer --jobs), or crashed in a library"
+            f"{source}: a worker process died: killed, for memory perhaps (use fewer --jobs), or crashed in a library"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -128,7 +128,7 @@ class Plan:
         self.left_out = int(samples.size - kept.size)
         self._utterances = kept[order].astype(np.int32)
         self._lengths = cropped[order]
-        self._rooms = np.maximum(samples[self._utterances] - self._lengths, 0).astype(np.uint32)
+        self._rooms = (samples[self._utterances] - self._lengths).clip(0, 2**32 - 1).astype(np.uint32)
         self._pad_to_bucket = pad_to_bucket
         self.buckets = make_buckets(self._lengths, budget_samples=budget_samples, buckets=buckets)
         self._shares = self._mix_buckets(mix) if mix is not None else None

@@ -6,12 +6,12 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import soundfile
@@ -21,7 +21,7 @@ from lhotse.serialization import deserialize_item
 
 from w2vscale.data.audio import AudioError, check_header, libsndfile_reason
 from w2vscale.data.journal import HeaderJournal, describes, journal_line, writing
-from w2vscale.data.parallel import WorkerDied, parallel_map
+from w2vscale.data.parallel import parallel_map
 from w2vscale.errors import UserError
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
@@ -105,7 +105,8 @@ def prepare_folder(
 
     What the headers say is kept in `headers.jsonl`: a later call, or one after a kill, reads those of files that are
     new or have another size or time of change, and of files that were unreadable. The manifests are the same either
-    way, and for any number of `jobs`. `progress` is called with (files done, files in all), headers and cuts apart.
+    way, and for any number of `jobs`. `progress` is called with (steps done, steps in all): two for each file, its
+    header and its cut.
 
     Raises:
         UserError: no audio, a file that is no audio (unless `skip_unreadable`), two files with one id, or the
@@ -116,28 +117,31 @@ def prepare_folder(
         raise UserError(f"--validation-share {validation_share}: must be at least 0 and below 1")
     if window_seconds is not None and not window_seconds > 0:
         raise UserError(f"--window {window_seconds}: must be above 0 seconds")
-    files = list(_audio_files(str(audio)))
+    files = list(_audio_files(audio))
     if not files:
         raise UserError(f"{audio}: no audio in it (looked for {', '.join(sorted(AUDIO_SUFFIXES))})")
     _refuse_duplicates(files, audio)
     with writing(output / "cuts_train.jsonl"):
         output.mkdir(parents=True, exist_ok=True)
-    try:
-        with closing(HeaderJournal(output / "headers.jsonl", audio)) as journal:
-            steps = _Steps(2 * len(files), progress)
-            read, unreadable = _read_headers(files, audio, journal, jobs, steps)
-            readable = [file for file in files if file not in unreadable] if unreadable else files
-            journal.keep_only(readable)
-            if unreadable and not (skip_unreadable and readable):
-                more = f" and {len(unreadable) - 1} more of {len(files)} files" if len(unreadable) > 1 else ""
-                advice = "no other file is left" if skip_unreadable else "leave such files out with --skip-unreadable"
-                raise UserError(f"{next(iter(unreadable.values()))}{more}; {advice}")
-            limit = _held_out_below(readable, validation_share)
-            found = _write_manifests(readable, audio, journal, output, limit, window_seconds, jobs, steps)
-    except WorkerDied as error:
-        raise UserError(f"{audio}: {error}") from None
-    known = len(files) - read
-    return [PreparedManifest(*manifest, left_out=len(unreadable), read=read, known=known) for manifest in found]
+    with closing(HeaderJournal(output / "headers.jsonl", audio)) as journal:
+        read, unreadable = _read_headers(files, audio, journal, jobs=jobs, progress=progress)
+        readable = [file for file in files if file not in unreadable] if unreadable else files
+        journal.keep_only(readable)
+        if unreadable and not (skip_unreadable and readable):
+            more = f" and {len(unreadable) - 1} more of {len(files)} files" if len(unreadable) > 1 else ""
+            advice = "no other file is left" if skip_unreadable else "leave such files out with --skip-unreadable"
+            raise UserError(f"{next(iter(unreadable.values()))}{more}; {advice}")
+        limit = _hash_limit(readable, validation_share)
+        known = ([line for file in chunk if (line := journal.line(file))] for chunk in _chunks(readable))
+        found = parallel_map(partial(_cut_lines, audio, limit, window_seconds), known, jobs=jobs, source=audio)
+        names = ("train", "validation") if validation_share else ("train",)
+
+        def report(chunks: int) -> None:
+            if progress is not None:
+                progress(2 * len(files) - max(len(readable) - chunks * CHUNK, 0), 2 * len(files))
+
+        written = _write_sets([output / f"cuts_{name}.jsonl" for name in names], found, report)
+    return [replace(one, left_out=len(unreadable), read=read, known=len(files) - read) for one in written]
 
 
 def write_cuts(cuts: Iterable[Cut], path: Path) -> PreparedManifest:
@@ -149,3 +153,221 @@ def write_cuts(cuts: Iterable[Cut], path: Path) -> PreparedManifest:
             count += 1
             seconds += cut.duration
     return PreparedManifest(path, count, seconds / 3600)
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Some lines of a manifest."""
+
+    text: str
+    cuts: int
+    hours: float
+
+
+def _existing_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder")
+    return path.resolve()
+
+
+def _audio_files(folder: Path, below: str = "") -> Iterator[str]:
+    """Paths of the audio files below a folder, relative to it, in the order of their parts."""
+    try:
+        with os.scandir(folder / below) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder / below}: cannot be read: {error.strerror}") from None
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _audio_files(folder, f"{below}{entry.name}/")
+        elif os.path.splitext(entry.name)[1].lower() in AUDIO_SUFFIXES and entry.is_file():
+            yield below + entry.name
+
+
+def _identifier(file: str) -> str:
+    return os.path.splitext(file)[0].replace("/", "-")
+
+
+def _refuse_duplicates(files: Sequence[str], folder: Path) -> None:
+    seen: dict[str, str] = {}
+    for file in files:
+        other = seen.setdefault(_identifier(file), file)
+        if other is not file:
+            raise UserError(f"{folder / file}: would have the same id as {folder / other}: rename one")
+
+
+def _chunks(files: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (files[start : start + CHUNK] for start in range(0, len(files), CHUNK))
+
+
+def _read_headers(
+    files: Sequence[str],
+    folder: Path,
+    journal: HeaderJournal,
+    *,
+    jobs: int,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[int, dict[str, str]]:
+    """Bring the journal up to date; returns how many headers were read, and why files are unreadable."""
+    questions = ([(file, journal.line(file)) for file in chunk] for chunk in _chunks(files))
+    read, done = 0, 0
+    unreadable: dict[str, str] = {}
+    for lines, reasons in parallel_map(partial(_headers, folder), questions, jobs=jobs, source=folder):
+        journal.append(lines)
+        unreadable |= reasons
+        read += len(lines) + len(reasons)
+        done = min(done + CHUNK, len(files))
+        if progress is not None:
+            progress(done, 2 * len(files))
+    return read, unreadable
+
+
+def _headers(
+    folder: Path, questions: Sequence[tuple[str, bytes | None]]
+) -> tuple[list[tuple[str, bytes]], dict[str, str]]:
+    """The journal's lines of the files that the lines given do not describe, and why files are unreadable."""
+    lines: list[tuple[str, bytes]] = []
+    unreadable: dict[str, str] = {}
+    for file, known in questions:
+        try:
+            status = (folder / file).stat()
+            if known is None or not describes(known, file, status):
+                lines.append((file, journal_line(file, status, _cut_of(file, folder))))
+        except (AudioError, OSError) as error:
+            unreadable[file] = f"{folder / file}: {getattr(error, 'strerror', None) or error}"
+    return lines, unreadable
+
+
+def _cut_of(file: str, folder: Path) -> Cut:
+    """The cut of a whole file, without its transcript.
+
+    Raises:
+        AudioError: there is none, or it would not agree with the file.
+    """
+    path = folder / file
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise AudioError("undecodable", "its name is not UTF-8: rename it") from None
+    try:
+        soundfile.info(path)  # Lhotse's own error would name the last library that it tried
+        recording = Recording.from_file(path, recording_id=_identifier(file))
+    except Exception as error:
+        raise AudioError("undecodable", f"not readable as audio: {libsndfile_reason(error)}") from None
+    if recording.num_samples <= 0:
+        raise AudioError("empty", "holds no audio")
+    cut = recording.to_cut()
+    cut.supervisions = [
+        SupervisionSegment(
+            id=recording.id,
+            recording_id=recording.id,
+            start=0.0,
+            duration=recording.duration,
+            channel=recording.channel_ids if recording.num_channels > 1 else recording.channel_ids[0],
+            speaker=os.path.dirname(file) or None,
+        )
+    ]
+    check_header(cut)
+    return cut
+
+
+def _hash(identifier: str) -> int:
+    return zlib.crc32(identifier.encode())
+
+
+def _hash_limit(files: Sequence[str], share: float) -> float:
+    """Recordings with a hash below this are for validation.
+
+    A threshold, so that a file added later moves no other; small corpora hold out at least one recording.
+    """
+    if not share:
+        return 0
+    hashes = np.fromiter((_hash(_identifier(file)) for file in files), np.int64, len(files))
+    limit = max(share * 2**32, int(hashes.min()) + 1)
+    if (hashes < limit).all():
+        raise UserError(f"--validation-share {share}: leaves a set of {len(files)} recordings empty")
+    return limit
+
+
+def _write_sets(
+    paths: Sequence[Path], found: Iterable[Sequence[_Lines]], report: Callable[[int], None]
+) -> list[PreparedManifest]:
+    """Write several manifests side by side, and report how many chunks of them are written."""
+    written = [PreparedManifest(path, 0, 0.0) for path in paths]
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(_whole(path)) for path in paths]
+        for done, sets in enumerate(found, start=1):
+            for number, (output, lines) in enumerate(zip(outputs, sets, strict=False)):
+                output.write(lines.text)
+                so_far = written[number]
+                written[number] = replace(
+                    so_far, utterances=so_far.utterances + lines.cuts, hours=so_far.hours + lines.hours
+                )
+            report(done)
+    return written
+
+
+def _cut_lines(
+    folder: Path, limit: float, window_seconds: float | None, lines: Sequence[bytes]
+) -> tuple[_Lines, _Lines]:
+    """What the journal's lines of some files give for training, and for validation."""
+    texts: tuple[list[str], list[str]] = ([], [])
+    seconds = [0.0, 0.0]
+    for line in lines:
+        entry = json.loads(line)
+        cut = entry["cut"]
+        transcript = _transcript(folder / f"{os.path.splitext(entry['file'])[0]}.txt")
+        if transcript is not None:
+            cut["supervisions"][0]["text"] = transcript
+        which = int(_hash(cut["id"]) < limit)
+        for part in _windows(cut, window_seconds):
+            texts[which].append(_line(part))
+            seconds[which] += part["duration"]
+    train, validation = (
+        _Lines("".join(text), len(text), total / 3600) for text, total in zip(texts, seconds, strict=True)
+    )
+    return train, validation
+
+
+def _transcript(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _windows(cut: dict[str, Any], seconds: float | None) -> list[dict[str, Any]]:
+    if seconds is None or cut["duration"] <= seconds:
+        return [cut]
+    windows = deserialize_item(cut).cut_into_windows(seconds, keep_excessive_supervisions=True)
+    return [window.to_dict() for window in windows]
+
+
+def _line(cut: dict[str, Any]) -> str:
+    return json.dumps(cut, ensure_ascii=False) + "\n"
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[TextIO]:
+    """A text file that appears whole or not at all."""
+    partial_path = path.with_name(path.name + ".partial")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial_path.open("w", encoding="utf-8") as lines:
+                yield lines
+            partial_path.replace(path)
+    finally:
+        with suppress(OSError):
+            partial_path.unlink()
+
+
+def _first_unreadable(folder: Path) -> str | None:
+    for file in _audio_files(folder):
+        try:
+            _cut_of(file, folder)
+        except AudioError as error:
+            return f"{folder / file}: {error}"
+    return None
