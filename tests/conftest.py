@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest
+from tests.processes import Started
 
 # No deadlines: the first example pays for imports, and the machine is shared.
 settings.register_profile("w2vscale", max_examples=30, deadline=None)
@@ -24,6 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "distributed")))}
         items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture
+def started() -> Started:
+    """The processes that the test itself has started and that still run; those of pools are not among them."""
+    before = set(multiprocessing.active_children())
+    return lambda: [process for process in multiprocessing.active_children() if process not in before]
 
 
 @pytest.fixture(scope="session")

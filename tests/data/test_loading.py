@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import os
 import pickle
 import re
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from lhotse.cut import Cut
 from numpy.typing import NDArray
 
 from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest, write_text
+from tests.processes import Started
 from w2vscale.config import Config, load_config
 from w2vscale.data.audio import AudioError, read_audio
 from w2vscale.data.loading import MicroBatches, check_sample, loader_processes, make_plan, validation_batches
@@ -381,7 +380,7 @@ class TestWindows:
 
 class TestLoaderProcesses:
     def test_one_that_is_killed_is_one_line_that_says_what_to_do_and_ends_the_others(
-        self, small_corpus: SmallCorpus
+        self, small_corpus: SmallCorpus, started: Started
     ) -> None:
         config = config_with("data.workers=2", "data.prefetch=1")
 
@@ -389,7 +388,7 @@ class TestLoaderProcesses:
             with loader_processes():
                 for update, _ in enumerate(dataset_of(small_corpus.train, config).windows(range(100_000))):
                     if update == 2:
-                        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+                        started()[0].kill()
 
         with pytest.raises(UserError) as caught:
             read_until_one_dies()
@@ -398,7 +397,7 @@ class TestLoaderProcesses:
             message
         )
         assert "\n" not in message
-        assert not multiprocessing.active_children()
+        assert not started()
 
     def test_an_error_of_the_users_in_one_is_its_own_line(self, small_corpus: SmallCorpus) -> None:
         class Failing(MicroBatches):
@@ -414,13 +413,15 @@ class TestLoaderProcesses:
         with pytest.raises(RuntimeError, match=r"^a bug$"), loader_processes():
             raise RuntimeError("a bug")
 
-    def test_their_memory_does_not_grow_over_two_thousand_micro_batches(self, small_corpus: SmallCorpus) -> None:
+    def test_their_memory_does_not_grow_over_two_thousand_micro_batches(
+        self, small_corpus: SmallCorpus, started: Started
+    ) -> None:
         config = config_with("data.workers=1", "data.max_seconds=1", "batch.max_seconds=1", "batch.micro_batches=1")
         stream = dataset_of(small_corpus.train, config).windows(range(2_500))
         resident = {}
         for update, _ in enumerate(stream, start=1):
             if update in (500, 2_500):
-                (worker,) = multiprocessing.active_children()
+                (worker,) = started()
                 pids = (os.getpid(), worker.pid)
                 resident[update] = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
         assert resident[2_500] < 1.02 * resident[500]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import Started
 from w2vscale.data.parallel import WorkerDied, parallel_map
 from w2vscale.errors import UserError
 
@@ -59,7 +60,7 @@ class TestResults:
         for done, _ in enumerate(parallel_map(abs, chunks(), jobs=jobs, source=HERE)):
             assert taken <= done + 2 * jobs + 1
 
-    def test_an_error_is_that_of_the_first_chunk_that_has_one(self, jobs: int) -> None:
+    def test_an_error_is_that_of_the_first_chunk_that_has_one(self, jobs: int, started: Started) -> None:
         def refuse(number: int) -> int:
             if number in (5, 8):
                 raise UserError(f"number {number}")
@@ -69,18 +70,18 @@ class TestResults:
         assert [next(results) for _ in range(5)] == [0, 1, 2, 3, 4]
         with pytest.raises(UserError, match=r"^number 5$"):
             next(results)
-        assert multiprocessing.active_children() == []
+        assert started() == []
 
-    def test_processes_end_when_the_caller_stops_early(self, jobs: int) -> None:
+    def test_processes_end_when_the_caller_stops_early(self, jobs: int, started: Started) -> None:
         results = parallel_map(abs, range(1000), jobs=jobs, source=HERE)
         assert next(results) == 0
         results.close()  # type: ignore[attr-defined]
-        assert multiprocessing.active_children() == []
+        assert started() == []
 
 
 class TestProcesses:
     @pytest.mark.parametrize("jobs", [1, 2])
-    def test_one_that_dies_is_one_line(self, jobs: int) -> None:
+    def test_one_that_dies_is_one_line(self, jobs: int, started: Started) -> None:
         def crash(number: int) -> int:
             if number == 7:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -89,7 +90,7 @@ class TestProcesses:
         with pytest.raises(WorkerDied, match=r"^corpus: a worker process died: .*--jobs") as caught:
             list(parallel_map(crash, range(20), jobs=jobs, source=HERE, isolate=True))
         assert "\n" not in str(caught.value)
-        assert multiprocessing.active_children() == []
+        assert started() == []
 
     def sleeping(self, folder: Path) -> multiprocessing.process.BaseProcess:
         """A process, leader of its group, with two workers that have been asleep for a moment."""

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
-import os
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import pytest
 from lhotse.cut import Cut
 
 from tests.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
+from tests.processes import Started
 from w2vscale.data.audio import AudioError, check_header
 from w2vscale.data.manifest import index_path
 from w2vscale.data.micro_batch import BadAudio
@@ -210,15 +208,15 @@ class TestDecoding:
         assert (bad.kind, bad.reason) == ("mismatched", "duration is 3.000 s, the manifest says 4.000 s")
 
     @pytest.mark.parametrize("jobs", [1, 2])
-    def test_a_process_that_dies_is_one_line_that_says_where(self, jobs: int, tmp_path: Path) -> None:
+    def test_a_process_that_dies_is_one_line_that_says_where(self, jobs: int, tmp_path: Path, started: Started) -> None:
         path = write_audio(tmp_path / "a.wav", noise(0.2))
         manifest = write_manifest(
             tmp_path / "cuts.jsonl", [cut_of(path, identifier=f"u{number}") for number in range(400)]
         )
 
         def kill(done: int, total: int) -> None:
-            for process in multiprocessing.active_children():
-                os.kill(process.pid or 0, signal.SIGKILL)
+            for process in started():
+                process.kill()
 
         with pytest.raises(UserError) as caught:
             validate_manifest(manifest, audio=True, jobs=jobs, progress=kill)
@@ -228,4 +226,4 @@ class TestDecoding:
             r"library; while it read one of u\d+ to u\d+",
             message,
         ), message
-        assert multiprocessing.active_children() == []
+        assert started() == []
