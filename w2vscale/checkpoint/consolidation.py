@@ -64,7 +64,7 @@ def consolidate(
         with _new_file(settings) as text, _new_file(weights) as data:
             text.write(config)
             data.write(_header(named, {"format": "pt", "update": str(checkpoint.state.update)}))
-            for done, whole in enumerate(_whole_tensors(tensors), start=1):
+            for done, whole in enumerate(whole_tensors(tensors), start=1):
                 data.write(whole.numpy().data)
                 if progress is not None:
                     progress(done, len(tensors))
@@ -85,7 +85,7 @@ def _header(tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) ->
     return struct.pack("<Q", len(text)) + text
 
 
-def _whole_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[Tensor]:
+def whole_tensors(tensors: Mapping[str, StoredTensor]) -> Iterator[Tensor]:
     """Each tensor, put together from its shards."""
     with ExitStack() as stack:
         files: dict[Path, Any] = {}

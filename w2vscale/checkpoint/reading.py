@@ -66,6 +66,11 @@ class Checkpoint:
             UserError: a tensor is missing or has another shape.
         """
         stored = tensor_shapes(self.path)
+        wanted_state = any(name.startswith("optim.") for name in tensors)
+        if wanted_state and not any(name.startswith("optim.") for name in stored):
+            raise UserError(
+                f"{self.path}: holds no optimizer state; start a run from it with trainer.init_from, in another --exp"
+            )
         for name, tensor in tensors.items():
             if name not in stored:
                 raise UserError(f"{self.path}: holds no tensor {name}: it belongs to another model")
@@ -73,6 +78,15 @@ class Checkpoint:
                 raise UserError(f"{self.path}: {name} is {list(stored[name])}, the model wants {list(tensor.shape)}")
         accept_one_process()
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(self.path)))
+
+
+def read_model_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's model, whole, fp32, by the model's own names."""
+    tensors = {
+        name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint.path).items() if name.startswith("model.")
+    }
+    checkpoint.read_into(tensors)
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
 
 
 def load_model_weights(checkpoint: Checkpoint, model: torch.nn.Module) -> None:

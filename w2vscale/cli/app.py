@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from w2vscale import __version__
-from w2vscale.cli import checkpoint, config, data, evaluate, report, train
+from w2vscale.cli import checkpoint, config, convert, data, evaluate, features, report, train
 from w2vscale.distributed.launch import LostRanks, launched
 from w2vscale.errors import UserError
 
@@ -28,7 +28,10 @@ app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("features")(features.features)
 app.command("report")(report.report)
+app.command("export")(convert.export)
+app.command("import")(convert.import_)
 app.add_typer(checkpoint.app, name="checkpoint")
 
 

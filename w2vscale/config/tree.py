@@ -10,7 +10,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -18,6 +27,17 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 
 BASE_CONV_LAYERS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
 def _as_list(value: object) -> object:
@@ -195,18 +215,9 @@ class BatchConfig(Section):
 class ParameterGroupConfig(Section):
     """Settings of the parameters whose name a regular expression finds."""
 
-    pattern: str
+    pattern: Pattern
     lr_scale: Annotated[float, Field(ge=0.0)] = 1.0
     weight_decay: Annotated[float, Field(ge=0.0)] | None = Field(None, description="null: optim.weight_decay")
-
-    @field_validator("pattern")
-    @classmethod
-    def _check_pattern(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-        return pattern
 
 
 class OptimConfig(Section):
@@ -299,6 +310,13 @@ class TrainerConfig(Section):
     updates: Count = 400_000
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     validate_every: Count = Field(5000, description="updates")
+    init_from: Path | None = Field(
+        None,
+        description="a checkpoint whose weights a new run starts from (w2vscale import makes one of others' models)",
+    )
+    init_allow: Annotated[list[Pattern], BeforeValidator(_as_list)] = Field(
+        [], description="regular expressions: tensors and model settings that may be missing there or differ"
+    )
     max_skipped_in_a_row: Count = Field(20, description="non-finite updates, after which the run stops")
 
 

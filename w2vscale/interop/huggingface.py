@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from w2vscale.config.tree import ModelConfig
@@ -113,6 +114,116 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
         "contrastive_logits_temperature": config.logit_temperature,
         "diversity_loss_weight": config.diversity_weight,
     }
+
+
+def preprocessor_config(config: ModelConfig) -> dict[str, Any]:
+    """The contents of `preprocessor_config.json`: how audio was treated in training."""
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "processor_class": "Wav2Vec2FeatureExtractor",
+        "do_normalize": config.normalize_waveform,
+        "feature_size": 1,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        # Transformers' GroupNorm counts padding; models that have it were trained, and are used, without a mask.
+        "return_attention_mask": config.conv_norm == "layer",
+        "sampling_rate": config.sampling_rate,
+    }
+
+
+def model_config(document: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> ModelConfig:
+    """The settings of a model from its `config.json` and `preprocessor_config.json`; the inverse of the above.
+
+    What Transformers' files do not say (the Gumbel softmax' schedule, gradient scale and feature penalty) is as in the
+    published recipe for such a model.
+
+    Raises:
+        UserError: it is not a wav2vec 2.0 that w2vscale has.
+    """
+    if document.get("model_type") != "wav2vec2":
+        raise UserError(f"config.json: model_type={document.get('model_type')!r}: only wav2vec2 can be imported")
+    values = {**HUGGINGFACE_DEFAULTS, **document}
+    for key, wanted in (("feat_extract_activation", "gelu"), ("hidden_act", "gelu"), ("layer_norm_eps", 1e-5)):
+        if values[key] != wanted:
+            raise UserError(f"config.json: {key}={values[key]!r}: w2vscale has {wanted!r} only")
+    if values["add_adapter"]:
+        raise UserError("config.json: add_adapter=true: w2vscale has no adapters")
+    norm_first = values["do_stable_layer_norm"]
+    channels = values["conv_dim"][0]
+    is_base = values["hidden_size"] <= 768 and not norm_first
+    try:
+        return ModelConfig.model_validate(
+            {
+                "sampling_rate": preprocessor.get("sampling_rate", 16_000),
+                "normalize_waveform": preprocessor.get("do_normalize", True),
+                "conv_layers": list(zip(values["conv_dim"], values["conv_kernel"], values["conv_stride"], strict=True)),
+                "conv_bias": values["conv_bias"],
+                "conv_norm": values["feat_extract_norm"],
+                "conv_norm_groups": channels,
+                "dim": values["hidden_size"],
+                "layers": values["num_hidden_layers"],
+                "heads": values["num_attention_heads"],
+                "ffn_dim": values["intermediate_size"],
+                "norm_first": norm_first,
+                "embedding_norm": not norm_first,
+                "positional_kernel": values["num_conv_pos_embeddings"],
+                "positional_groups": values["num_conv_pos_embedding_groups"],
+                "dropout": values["hidden_dropout"],
+                "attention_dropout": values["attention_dropout"],
+                "activation_dropout": values["activation_dropout"],
+                "input_dropout": values["feat_proj_dropout"],
+                "feature_dropout": values["feat_quantizer_dropout"],
+                "layerdrop": values["layerdrop"],
+                "codebooks": values["num_codevector_groups"],
+                "codebook_entries": values["num_codevectors_per_group"],
+                "codevector_dim": values["codevector_dim"],
+                "projection_dim": values["proj_codevector_dim"],
+                "negatives": values["num_negatives"],
+                "logit_temperature": values["contrastive_logits_temperature"],
+                "diversity_weight": values["diversity_loss_weight"],
+                "gumbel_end": 0.5 if is_base else 0.1,
+                "feature_grad_mult": 1.0 if norm_first else 0.1 if is_base else 0.03,
+                "feature_penalty_weight": 0.0 if norm_first else 10.0,
+            }
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"config.json: {key}: {first['msg']}") from None
+
+
+HUGGINGFACE_DEFAULTS: dict[str, Any] = {
+    "conv_dim": [512] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "conv_bias": False,
+    "feat_extract_norm": "group",
+    "feat_extract_activation": "gelu",
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "do_stable_layer_norm": False,
+    "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "activation_dropout": 0.1,
+    "feat_proj_dropout": 0.0,
+    "feat_quantizer_dropout": 0.0,
+    "layerdrop": 0.1,
+    "num_codevector_groups": 2,
+    "num_codevectors_per_group": 320,
+    "codevector_dim": 256,
+    "proj_codevector_dim": 256,
+    "num_negatives": 100,
+    "contrastive_logits_temperature": 0.1,
+    "diversity_loss_weight": 0.1,
+    "add_adapter": False,
+}
+"""What a config.json leaves out (transformers 5.23, `Wav2Vec2Config`)."""
 
 
 def _refuse_unrepresentable(config: ModelConfig) -> None:

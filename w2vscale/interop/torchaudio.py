@@ -1,14 +1,18 @@
-"""The one gateway to torchaudio, which also works where its compiled extension cannot be loaded."""
+"""torchaudio: the one gateway to it, which also works without its compiled extension; its wav2vec 2.0's state."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NoReturn
 
+from torch import Tensor
+
+from w2vscale.config.tree import ModelConfig
 from w2vscale.errors import UserError
+from w2vscale.interop.huggingface import to_huggingface
 
 EXTENSION = "torchaudio._extension"
 
@@ -38,6 +42,51 @@ def import_torchaudio() -> ModuleType:
         raise
     vars(torchaudio)["_extension"] = extension
     return torchaudio
+
+
+PARTS = {
+    "wav2vec2.feature_extractor.": "feature_extractor.",
+    "wav2vec2.feature_projection.": "encoder.feature_projection.",
+    "wav2vec2.encoder.": "encoder.transformer.",
+}
+"""torchaudio's modules are named as Transformers', under other parents."""
+
+
+def to_torchaudio(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The `state_dict` of our model as that of `torchaudio.models.Wav2Vec2Model`, which is the encoder alone.
+
+    Raises:
+        UserError: torchaudio has no such model, or `state` is not one of `config`.
+    """
+    theirs = to_huggingface(state, config)
+    return {
+        new + name.removeprefix(old): tensor
+        for name, tensor in theirs.items()
+        for old, new in PARTS.items()
+        if name.startswith(old)
+    }
+
+
+def torchaudio_arguments(config: ModelConfig) -> dict[str, Any]:
+    """The arguments of `torchaudio.models.wav2vec2_model`."""
+    return {
+        "extractor_mode": f"{config.conv_norm}_norm",
+        "extractor_conv_layer_config": [list(layer) for layer in config.conv_layers],
+        "extractor_conv_bias": config.conv_bias,
+        "encoder_embed_dim": config.dim,
+        "encoder_projection_dropout": config.input_dropout,
+        "encoder_pos_conv_kernel": config.positional_kernel,
+        "encoder_pos_conv_groups": config.positional_groups,
+        "encoder_num_layers": config.layers,
+        "encoder_num_heads": config.heads,
+        "encoder_attention_dropout": config.attention_dropout,
+        "encoder_ff_interm_features": config.ffn_dim,
+        "encoder_ff_interm_dropout": config.activation_dropout,
+        "encoder_dropout": config.dropout,
+        "encoder_layer_norm_first": config.norm_first,
+        "encoder_layer_drop": config.layerdrop,
+        "aux_num_out": None,
+    }
 
 
 def _absent_extension() -> ModuleType:

@@ -19,6 +19,14 @@ def output_frames(samples: int, config: ModelConfig) -> int:
     return samples
 
 
+def input_samples(frames: int, config: ModelConfig) -> int:
+    """Samples of the shortest utterance that gives `frames` frames, at least one."""
+    samples = frames
+    for _, kernel, stride in reversed(config.conv_layers):
+        samples = max((samples - 1) * stride + kernel - 2 * _padding(kernel, config), 1)
+    return samples
+
+
 class FeatureEncoder(nn.Module):
     """A stack of strided convolutions. An utterance gives the same frames alone and padded."""
 
@@ -27,11 +35,16 @@ class FeatureEncoder(nn.Module):
         inputs = (1, *(channels for channels, _, _ in config.conv_layers))
         self.layers = nn.ModuleList(ConvLayer(config, index, inputs[index]) for index in range(len(config.conv_layers)))
 
-    def forward(self, waveforms_BS: Tensor, lengths_B: Tensor | None) -> Tensor:
-        """Features [B, T, C]. `lengths_B` in samples, or None where no utterance is padded."""
+    def forward(
+        self, waveforms_BS: Tensor, lengths_B: Tensor | None, statistics: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Features [B, T, C]. `lengths_B` in samples, or None where no utterance is padded.
+
+        `statistics`: GroupNorm's mean and variance [B, groups], where they are not those of these waveforms.
+        """
         x_BCT = waveforms_BS.unsqueeze(1)
         for layer in self.layers:
-            x_BCT, lengths_B = layer(x_BCT, lengths_B)
+            x_BCT, lengths_B = layer(x_BCT, lengths_B, statistics)
         return x_BCT.transpose(1, 2)
 
 
@@ -59,13 +72,14 @@ class ConvLayer(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, x_BCT: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        bias = None if self.bias is None else self.bias.to(x_BCT.dtype)
-        x_BCT = F.conv1d(x_BCT, self.weight.to(x_BCT.dtype), bias, stride=self.stride, padding=self.padding)
+    def forward(
+        self, x_BCT: Tensor, lengths_B: Tensor | None, statistics: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        x_BCT = self.convolve(x_BCT, self.padding)
         if lengths_B is not None:
             lengths_B = (lengths_B + (2 * self.padding - self.kernel)).div(self.stride, rounding_mode="floor") + 1
         if isinstance(self.norm, MaskedGroupNorm):
-            x_BCT = self.norm(x_BCT, lengths_B)
+            x_BCT = self.norm(x_BCT, lengths_B, statistics)
         elif self.norm is not None:
             x_BCT = self.norm(x_BCT)
         x_BCT = F.gelu(x_BCT)
@@ -73,6 +87,11 @@ class ConvLayer(nn.Module):
             # The next layer's padding must meet silence where the utterance ends, as it does alone.
             x_BCT = x_BCT * valid_mask(lengths_B, x_BCT.shape[2]).unsqueeze(1)
         return x_BCT, lengths_B
+
+    def convolve(self, x_BCT: Tensor, padding: int) -> Tensor:
+        """The convolution alone."""
+        bias = None if self.bias is None else self.bias.to(x_BCT.dtype)
+        return F.conv1d(x_BCT, self.weight.to(x_BCT.dtype), bias, stride=self.stride, padding=padding)
 
 
 class ChannelLayerNorm(LayerNorm):
@@ -97,7 +116,11 @@ class MaskedGroupNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x_BCT: Tensor, lengths_B: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BCT: Tensor, lengths_B: Tensor | None, statistics: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        if statistics is not None:
+            return self._normalised_with(x_BCT, *statistics)
         if lengths_B is None:
             bias, weight = self.bias.to(x_BCT.dtype), self.weight.to(x_BCT.dtype)
             return F.group_norm(x_BCT, self.groups, weight, bias, self.eps)
@@ -113,6 +136,12 @@ class MaskedGroupNorm(nn.Module):
         bias_C1 = self.bias.float().unsqueeze(1)
         weight_C1 = self.weight.float().unsqueeze(1)
         return torch.addcmul(bias_C1, normalised, weight_C1).to(x_BCT.dtype)
+
+    def _normalised_with(self, x_BCT: Tensor, mean_BG: Tensor, variance_BG: Tensor) -> Tensor:
+        repeats = x_BCT.shape[1] // self.groups
+        mean_BC1, variance_BC1 = (x.repeat_interleave(repeats, dim=1).unsqueeze(2) for x in (mean_BG, variance_BG))
+        scale_BC1 = torch.rsqrt(variance_BC1 + self.eps) * self.weight.float().unsqueeze(1)
+        return ((x_BCT.float() - mean_BC1) * scale_BC1 + self.bias.float().unsqueeze(1)).to(x_BCT.dtype)
 
 
 class _ScaleGradient(torch.autograd.Function):

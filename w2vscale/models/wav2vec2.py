@@ -71,10 +71,14 @@ class Wav2Vec2Encoder(nn.Module):
         frames_B: Tensor | None = None,
         mask_BT: Tensor | None = None,
         active: Sequence[bool] | None = None,
+        statistics: tuple[Tensor, Tensor] | None = None,
     ) -> EncoderOutput:
-        """Encode waveforms; `lengths_B` (samples) and `frames_B` are None where no utterance is padded."""
+        """Encode waveforms; `lengths_B` (samples) and `frames_B` are None where no utterance is padded.
+
+        `statistics`: GroupNorm's mean and variance [B, groups], where the waveforms are parts of longer ones.
+        """
         config = self.config
-        features_BTC = self.feature_encoder(waveforms_BS, lengths_B)
+        features_BTC = self.feature_encoder(waveforms_BS, lengths_B, statistics)
         if config.max_frames is not None and features_BTC.shape[1] > config.max_frames:
             raise ValueError(f"{features_BTC.shape[1]} frames: the model takes at most {config.max_frames}")
         features_BTC = scale_gradient(features_BTC, config.feature_grad_mult)

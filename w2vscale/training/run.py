@@ -38,6 +38,7 @@ from w2vscale.models.layers import compute_dtype
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 from w2vscale.training.bad_audio import BadAudioLog
+from w2vscale.training.initialisation import starting_values
 
 
 @dataclass
@@ -98,7 +99,7 @@ def build_run(
     criterion = PretrainingCriterion(config.model, seed=config.trainer.seed)
     engine = build_engine(empty_model(config), criterion, config, device)
     if checkpoint is None:
-        engine.import_parameters(initial_values(config))
+        engine.import_parameters(starting_values(config, initial_values(config), log))
     else:
         engine.import_state(checkpoint)
         log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")

@@ -1,0 +1,376 @@
+"""Models out to Transformers and torchaudio, and in again: every tensor, every hidden state, and the loss."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.audio import SmallCorpus
+from tests.interop.continued import flat_negatives, transformers_loss
+from tests.micro import MICRO_RUN
+from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
+from w2vscale.checkpoint.store import CheckpointStore
+from w2vscale.cli.app import app
+from w2vscale.config import Config, dump_config, load_config
+from w2vscale.data.micro_batch import make_inputs
+from w2vscale.distributed.process_group import Ranks
+from w2vscale.errors import UserError
+from w2vscale.evaluation.report import read_metrics
+from w2vscale.interop.exporting import export_checkpoint
+from w2vscale.interop.importing import import_checkpoint
+from w2vscale.interop.torchaudio import import_torchaudio
+from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.training.loop import train
+from w2vscale.training.run import open_training_set
+
+with contextlib.suppress(UserError):  # not installed
+    import_torchaudio()  # before Transformers imports it
+transformers = pytest.importorskip("transformers")
+
+SMALL = (
+    "model.conv_layers=[[32,10,5],[32,3,2],[32,3,2],[32,2,2]]",
+    "model.conv_norm_groups=32",
+    "model.layers=3",
+    "model.dim=48",
+    "model.ffn_dim=96",
+    "model.heads=4",
+    "model.positional_kernel=16",
+    "model.positional_groups=4",
+    "model.codebook_entries=20",
+    "model.codevector_dim=24",
+    "model.projection_dim=24",
+    "model.negatives=30",
+)
+FAMILIES = ("base", "large", "large_lv60", "xlsr_300m")
+
+
+def saved(folder: Path, config: Config, state: dict[str, Tensor]) -> Path:
+    """A checkpoint of these weights."""
+    store = CheckpointStore(
+        folder / "checkpoints", Ranks(), keep_last=1, keep_every=0, asynchronous=False, log=lambda text: None
+    )
+    tensors = {f"model.{name}": tensor for name, tensor in state.items()}
+    return store.save(tensors, TrainState(update=700, audio_seconds=90_000.0), dump_config(config))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Path]:
+    """A preset's small sibling with random weights: its settings, its checkpoint, and its export to Transformers."""
+    folder = tmp_path_factory.mktemp(request.param)
+    config = load_config(request.param, [*SMALL, "data.train=cuts_train.jsonl"])
+    torch.manual_seed(11)
+    model = Wav2Vec2ForPretraining(config.model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # no bias zero, no scale one: each has to arrive in its place
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    checkpoint = saved(folder, config, model.state_dict())
+    export_checkpoint(checkpoint, folder / "export", form="huggingface")
+    return config, checkpoint, folder / "export"
+
+
+def waveforms(config: Config, sizes: tuple[int, ...]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+    draws = np.random.default_rng(5)
+    audio = [draws.standard_normal(size, dtype=np.float32) for size in sizes]
+    if config.model.normalize_waveform:
+        audio = [(one - one.mean()) / np.sqrt(one.var() + 1e-7) for one in audio]
+    return audio
+
+
+def ours(config: Config, checkpoint: Path) -> Wav2Vec2ForPretraining:
+    model = Wav2Vec2ForPretraining(config.model, torch.float32)
+    model.load_state_dict(read_model_tensors(open_checkpoint(checkpoint)))
+    return model.eval()
+
+
+def assert_equal(found: Tensor, expected: Tensor) -> None:
+    """Within 1e-5 of the largest value."""
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def encode(model: Wav2Vec2ForPretraining, inputs: Any) -> Any:
+    seen: dict[str, Any] = {}
+    handle = model.encoder.register_forward_hook(lambda module, args, output: seen.update(encoded=output))
+    with torch.no_grad():
+        seen["sums"] = model(inputs)
+    handle.remove()
+    return seen
+
+
+class TestTransformers:
+    def test_no_key_is_missing_or_unexpected(self, family: tuple[Config, Path, Path]) -> None:
+        _, _, export = family
+        for kind in ("Wav2Vec2ForPreTraining", "Wav2Vec2Model"):
+            _, report = getattr(transformers, kind).from_pretrained(export, output_loading_info=True)
+            assert not report["missing_keys"] and not report["mismatched_keys"], kind
+            # The encoder alone has no place for the quantizer and the projections.
+            assert bool(report["unexpected_keys"]) == (kind == "Wav2Vec2Model")
+        _, report = transformers.Wav2Vec2ForCTC.from_pretrained(export, vocab_size=12, output_loading_info=True)
+        assert set(report["missing_keys"]) == {"lm_head.weight", "lm_head.bias"}
+
+    def test_hidden_states_codes_and_loss_are_equal(self, family: tuple[Config, Path, Path]) -> None:
+        config, checkpoint, export = family
+        # Transformers' GroupNorm counts padding; ours does not.
+        sizes = (5000, 5000) if config.model.conv_norm == "group" else (5000, 3777)
+        inputs = make_inputs(waveforms(config, sizes), range(2), number=0, seed=1, config=config.model)
+        seen = encode(ours(config, checkpoint), inputs)
+        other = transformers.Wav2Vec2ForPreTraining.from_pretrained(export).eval()
+        attention_mask = (torch.arange(inputs.waveforms_BS.shape[1]) < inputs.lengths_B.unsqueeze(1)).long()
+        with torch.no_grad():
+            theirs = other(
+                inputs.waveforms_BS,
+                attention_mask=attention_mask if inputs.padded else None,
+                mask_time_indices=inputs.mask_BT,
+                sampled_negative_indices=flat_negatives(inputs),
+                output_hidden_states=True,
+            )
+        valid_BT = torch.arange(inputs.mask_BT.shape[1]) < inputs.frames_B.unsqueeze(1)
+        for mine, hidden in zip(seen["encoded"].hidden, theirs.hidden_states, strict=True):
+            assert_equal(mine[valid_BT], hidden[valid_BT])
+        assert_equal(seen["sums"].contrastive, theirs.contrastive_loss)
+        # Ours adds the diversity of the mean softmax, theirs of the mean choice.
+        assert seen["sums"].masked == inputs.mask_BT.sum()
+
+    def test_a_processor_loads_and_treats_audio_as_training_did(self, family: tuple[Config, Path, Path]) -> None:
+        config, _, export = family
+        audio = np.random.default_rng(0).standard_normal(4000).astype(np.float32) * 3 + 1
+        for kind in (transformers.AutoProcessor, transformers.AutoFeatureExtractor):
+            processor = kind.from_pretrained(export)
+            (found,) = processor(audio, sampling_rate=16_000, return_tensors="np")["input_values"]
+            wanted = (audio - audio.mean()) / np.sqrt(audio.var() + 1e-7) if config.model.normalize_waveform else audio
+            assert found == pytest.approx(wanted, abs=1e-5)
+
+    def test_the_card_says_what_the_run_was(self, family: tuple[Config, Path, Path]) -> None:
+        _, _, export = family
+        card = (export / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: transformers\n")
+        for row in ("| updates | 700 |", "| hours seen | 25.0 |", "| data | cuts_train.jsonl |"):
+            assert row in card
+
+    def test_in_again_and_out_again_is_bit_identical(self, family: tuple[Config, Path, Path], tmp_path: Path) -> None:
+        config, checkpoint, export = family
+        imported = import_checkpoint(export, tmp_path / "in", form="huggingface")
+        before, after = (read_model_tensors(open_checkpoint(path)) for path in (checkpoint, imported.checkpoint))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        model = load_config(imported.checkpoint / "config.yaml").model
+        for key in ("conv_layers", "norm_first", "heads", "normalize_waveform", "codebook_entries", "layerdrop"):
+            assert getattr(model, key) == getattr(config.model, key), key
+        export_checkpoint(tmp_path / "in", tmp_path / "out", form="huggingface")
+        one, other = (load_file(folder / "model.safetensors") for folder in (export, tmp_path / "out"))
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+    def test_what_transformers_saved_comes_in_and_goes_out_bit_identical(
+        self, family: tuple[Config, Path, Path], tmp_path: Path
+    ) -> None:
+        _, _, export = family
+        torch.manual_seed(3)
+        model = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config.from_pretrained(export))
+        model.save_pretrained(tmp_path / "theirs")
+        import_checkpoint(tmp_path / "theirs", tmp_path / "in", form="huggingface")
+        export_checkpoint(tmp_path / "in", tmp_path / "out", form="huggingface")
+        found = load_file(tmp_path / "out" / "model.safetensors")
+        assert found.keys() == model.state_dict().keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+    def test_files_of_torch_save_and_names_of_the_older_weight_norm_come_in(
+        self, family: tuple[Config, Path, Path], tmp_path: Path
+    ) -> None:
+        _, checkpoint, export = family
+        state = load_file(export / "model.safetensors")
+        prefix = "wav2vec2.encoder.pos_conv_embed.conv"
+        for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+            state[f"{prefix}.{old}"] = state.pop(f"{prefix}.parametrizations.weight.{new}")
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        (tmp_path / "config.json").write_text((export / "config.json").read_text())
+        imported = import_checkpoint(tmp_path, tmp_path / "in", form="huggingface")
+        before, after = (read_model_tensors(open_checkpoint(path)) for path in (checkpoint, imported.checkpoint))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_torchaudios_features_are_equal_with_lengths(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
+    torchaudio = import_torchaudio()
+    config, checkpoint, _ = family
+    export_checkpoint(checkpoint, tmp_path, form="torchaudio")
+    arguments = json.loads((tmp_path / "model.json").read_text())
+    model = torchaudio.models.wav2vec2_model(**arguments).eval()
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    sizes = (5000, 5000) if config.model.conv_norm == "group" else (5000, 3777)
+    inputs = make_inputs(waveforms(config, sizes), range(2), number=0, seed=1, config=config.model)
+    lengths = (inputs.lengths_B, inputs.frames_B) if inputs.padded else (None, None)
+    with torch.no_grad():
+        mine = ours(config, checkpoint).encoder(inputs.waveforms_BS, *lengths)
+        theirs, lengths = model.extract_features(inputs.waveforms_BS, inputs.lengths_B)
+    assert lengths.tolist() == inputs.frames_B.tolist()
+    valid_BT = torch.arange(inputs.mask_BT.shape[1]) < inputs.frames_B.unsqueeze(1)
+    assert len(theirs) == config.model.layers
+    # torchaudio's list has the outputs of the blocks, without pre-LN models' final LayerNorm.
+    for number, hidden in enumerate(theirs[:-1], start=1):
+        assert_equal(mine.hidden[number][valid_BT], hidden[valid_BT])
+
+
+class TestRefused:
+    def source(self, family: tuple[Config, Path, Path], folder: Path, **changes: object) -> Path:
+        _, _, export = family
+        folder.mkdir()
+        document = {**json.loads((export / "config.json").read_text()), **changes}
+        (folder / "config.json").write_text(json.dumps(document))
+        (folder / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes())
+        return folder
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"model_type": "hubert"}, r"model_type='hubert': only wav2vec2 can be imported"),
+            ({"hidden_act": "relu"}, r"hidden_act='relu': w2vscale has 'gelu' only"),
+            ({"add_adapter": True}, r"add_adapter=true: w2vscale has no adapters"),
+            ({"num_codevectors_per_group": 21}, r"model\.codebook_entries=21"),
+            ({"num_hidden_layers": 4}, r"layers\.3\.\S+ is missing"),
+            ({"num_attention_heads": 7}, r"heads=7 does not divide dim=48"),
+        ],
+    )
+    def test_what_w2vscale_does_not_have(
+        self, family: tuple[Config, Path, Path], tmp_path: Path, change: dict[str, object], message: str
+    ) -> None:
+        if family[0].model.dim != 48:
+            pytest.skip("one family is enough")
+        with pytest.raises(UserError, match=message) as caught:
+            import_checkpoint(self.source(family, tmp_path / "s", **change), tmp_path / "in", form="huggingface")
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "in").exists()
+
+    def test_a_malicious_pickle_does_not_run(self, family: tuple[Config, Path, Path], tmp_path: Path) -> None:
+        source = self.source(family, tmp_path / "s")
+        (source / "model.safetensors").unlink()
+        marker = tmp_path / "ran"
+        with (source / "pytorch_model.bin").open("wb") as file:
+            pickle.dump(_Touch(str(marker)), file)
+        with pytest.raises(UserError, match="is refused") as caught:
+            import_checkpoint(source, tmp_path / "in", form="huggingface")
+        assert "\n" not in str(caught.value)
+        torch.save({"weight": _Touch(str(marker))}, source / "pytorch_model.bin")
+        with pytest.raises(UserError, match="is refused"):
+            import_checkpoint(source, tmp_path / "in", form="huggingface")
+        assert not marker.exists()
+
+    def test_missing_and_existing_files(self, family: tuple[Config, Path, Path], tmp_path: Path) -> None:
+        _, checkpoint, export = family
+        with pytest.raises(UserError, match="no such folder"):
+            import_checkpoint(tmp_path / "none", tmp_path / "in", form="huggingface")
+        with pytest.raises(UserError, match=r"no config\.json in it"):
+            import_checkpoint(tmp_path, tmp_path / "in", form="huggingface")
+        with pytest.raises(UserError, match=r"model\.safetensors: exists; choose another folder"):
+            export_checkpoint(checkpoint, export, form="huggingface")
+        with pytest.raises(UserError, match="--format onnx: choose one of huggingface, torchaudio"):
+            export_checkpoint(checkpoint, tmp_path / "x", form="onnx")
+        with pytest.raises(UserError, match="--format espnet: choose one of huggingface, fairseq"):
+            import_checkpoint(export, tmp_path / "x", form="espnet")
+
+
+class _Touch:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
+
+
+class TestStartingFromACheckpoint:
+    """Continued pretraining: trainer.init_from."""
+
+    @pytest.fixture(scope="class")
+    def source(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("source")
+        config = load_config("base", MICRO_RUN)
+        torch.manual_seed(2)
+        saved(folder, config, Wav2Vec2ForPretraining(config.model).state_dict())
+        return folder
+
+    def settings(self, corpus: SmallCorpus, source: Path, *overrides: str) -> Config:
+        return load_config(
+            "base", [*MICRO_RUN, f"data.train={corpus.train}", f"trainer.init_from={source}", *overrides]
+        )
+
+    @pytest.mark.parametrize("engine", ["engine.name=ddp", "engine={name: deepspeed, deepspeed_config: zero2}"])
+    def test_the_first_loss_is_transformers_loss_of_the_same_batch(
+        self, small_corpus: SmallCorpus, source: Path, tmp_path: Path, engine: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        if "deepspeed" in engine:
+            pytest.importorskip("deepspeed")
+        config = self.settings(
+            small_corpus, source, "trainer.updates=1", "schedule.warmup_updates=1", "model.layerdrop=0",
+            "model.dropout=0", "model.attention_dropout=0", "model.input_dropout=0", "model.feature_dropout=0",
+            "data.min_seconds=2.0", engine,
+        )  # fmt: skip
+        assert train(config, tmp_path / "exp") == 0
+        (record,) = read_metrics(tmp_path / "exp" / "metrics.jsonl", "train")
+        export_checkpoint(source, tmp_path / "hf", form="huggingface")
+        (window,) = open_training_set(config).windows(range(1), rank=0, world_size=1)
+        theirs = transformers_loss(tmp_path / "hf", window, config)
+        mine = record["contrastive"] + config.model.diversity_weight * record["diversity"]
+        assert mine == pytest.approx(theirs, rel=1e-5)
+        assert "tensors taken" in " ".join(capsys.readouterr().out.split())
+
+    def test_other_shapes_and_settings_are_errors_unless_named(
+        self, small_corpus: SmallCorpus, source: Path, tmp_path: Path
+    ) -> None:
+        for override, name in (
+            ("model.ffn_dim=32", "model.ffn_dim is 64 there and 32 here"),
+            ("model.heads=2", "model.heads is 4 there and 2 here"),
+            ("model.normalize_waveform=true", "model.normalize_waveform is False there and True here"),
+        ):
+            with pytest.raises(UserError, match=f"{name}; if that is meant, name it in trainer.init_allow"):
+                train(self.settings(small_corpus, source, override), tmp_path / "no")
+        allowed = self.settings(
+            small_corpus, source, "model.codebook_entries=12", "trainer.updates=1", "schedule.warmup_updates=1",
+            "trainer.init_allow=[codebook_entries,quantizer]",
+        )  # fmt: skip
+        assert train(allowed, tmp_path / "exp") == 0
+        with pytest.raises(UserError, match=r"quantizer\.\S+ is \[.*\] there and \[.*\] here"):
+            train(
+                self.settings(
+                    small_corpus, source, "model.codebook_entries=12", "trainer.init_allow=[codebook_entries]"
+                ),
+                tmp_path / "other",
+            )
+
+    def test_a_run_that_was_begun_continues_instead(
+        self, small_corpus: SmallCorpus, source: Path, tmp_path: Path
+    ) -> None:
+        first = ("trainer.updates=2", "schedule.warmup_updates=1")
+        train(self.settings(small_corpus, source, *first), tmp_path)
+        before = read_model_tensors(open_checkpoint(tmp_path))
+        train(self.settings(small_corpus, tmp_path / "gone", *first), tmp_path)
+        assert all(torch.equal(before[n], t) for n, t in read_model_tensors(open_checkpoint(tmp_path)).items())
+
+    def test_an_import_is_no_run_to_continue(self, small_corpus: SmallCorpus, source: Path) -> None:
+        config = load_config("base", [*MICRO_RUN, f"data.train={small_corpus.train}"])
+        with pytest.raises(UserError, match=r"holds no optimizer state; start a run from it with trainer\.init_from"):
+            train(config, source)
+
+
+def test_the_command_line(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    _, checkpoint, _ = family
+    run = CliRunner()
+    for arguments in (
+        ["export", str(checkpoint), str(tmp_path / "hf")],
+        ["import", str(tmp_path / "hf"), str(tmp_path / "in"), "--format", "huggingface"],
+        ["export", str(tmp_path / "in"), str(tmp_path / "ta"), "--format", "torchaudio"],
+    ):
+        result = run.invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    assert "update_00000000" in run.invoke(app, ["checkpoint", "show", str(tmp_path / "in")]).output

@@ -1,0 +1,377 @@
+"""A trained model to use from Python: the hidden states of any waveform, of any length, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from lhotse.augmentation import get_or_create_resampler
+from numpy.typing import NDArray
+from torch import Tensor
+
+from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
+from w2vscale.config import Config, ModelConfig, load_config
+from w2vscale.data.audio import EPSILON, AudioError
+from w2vscale.errors import UserError
+from w2vscale.models.feature_encoder import ConvLayer, MaskedGroupNorm, input_samples, output_frames
+from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+
+CHUNK_SECONDS = 30.0
+"""Longer audio is computed in chunks of at most this."""
+
+OVERLAP_SECONDS = 2.5
+"""What is computed before and after a chunk as its context, and dropped."""
+
+BATCH_SECONDS = 80.0
+"""Padded audio of one forward: two chunks with their context."""
+
+BLOCK_SECONDS = 10
+"""What is read of audio at a time."""
+
+Samples = NDArray[np.float32]
+Statistics = tuple[Tensor, Tensor]
+"""Mean and variance of each group of GroupNorm [groups]."""
+
+
+def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
+    """Open a checkpoint (its folder, or the newest usable one of a run's or a checkpoints folder) for inference.
+
+    The model is in evaluation mode, on `device` (default: CUDA where there is a GPU), and computes in fp32 whatever
+    `precision.compute` it was trained with, so that features are the same everywhere. Its weights are always fp32.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged or of another model; there is no such device.
+    """
+    checkpoint = open_checkpoint(Path(path))
+    config = load_config(checkpoint.path / "config.yaml")
+    model = Wav2Vec2ForPretraining(config.model)
+    load_model_weights(checkpoint, model)
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return Pretrained(model.to(chosen).eval(), config)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {chosen}: {str(error).splitlines()[0]}") from None
+
+
+@dataclass(frozen=True)
+class Audio:
+    """Audio that can be read more than once, from its beginning, a block at a time.
+
+    `samples` is the length at `sampling_rate` (Hz). Blocks are mono, of any length, and add up to `samples`; reading
+    them may raise AudioError.
+    """
+
+    sampling_rate: int
+    samples: int
+    blocks: Callable[[], Iterator[Samples]]
+
+
+class Window(NamedTuple):
+    """Frames [begin, end) of an utterance are computed; [first, last) of them are kept."""
+
+    begin: int
+    first: int
+    last: int
+    end: int
+
+
+class Part(NamedTuple):
+    """The samples of a window, and the statistics of the utterance where they are not the window's own."""
+
+    window: Window
+    samples: Samples
+    statistics: Statistics | None
+
+
+class Piece(NamedTuple):
+    """The hidden states of some frames of an utterance, the first of them frame `first`."""
+
+    first: int
+    hidden: list[Tensor]  # of each wanted layer [frames, dim], fp32, on the CPU
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained model in evaluation mode, and the settings of the run that trained it."""
+
+    model: Wav2Vec2ForPretraining
+    config: Config
+
+    def features(
+        self,
+        waveform: NDArray[np.floating] | Tensor,
+        sampling_rate: int,
+        *,
+        layers: Iterable[int] | None = None,
+        chunk_seconds: float = CHUNK_SECONDS,
+        overlap_seconds: float = OVERLAP_SECONDS,
+    ) -> dict[int, Tensor]:
+        """Hidden states of a waveform [samples] or [channels, samples] (averaged) in floating point.
+
+        The waveform is resampled from `sampling_rate` (Hz) to the model's and, where the model was trained so
+        (`model.normalize_waveform`), brought to zero mean and unit variance as a whole.
+
+        Returns, of each layer in `layers` (default: all), a tensor [frames, dim], fp32, on the CPU. Layer 0 is the
+        input of the first block (with positions, and normalised in post-LN models); layer n is the output of block n.
+        These are Transformers' `hidden_states` (5.x). Of pre-LN models the last one is what enters the final
+        LayerNorm: `model.encoder.transformer.final_norm` makes it Transformers' `last_hidden_state`.
+
+        A waveform above `chunk_seconds` (or `model.max_frames`) is computed in chunks, each with up to
+        `overlap_seconds` of context on either side that is then dropped. The number of frames, their times, and all
+        that is taken over the waveform as a whole (normalisation, GroupNorm's statistics) stay as without chunks.
+        Layer 0 is equal, if the context covers the positional convolution (1.3 s in the published models); above it,
+        attention sees the chunk and its context in place of the whole.
+
+        Raises:
+            UserError: the waveform is no such array, not finite, or too short for one frame; there is no such layer;
+                a length is not positive; the context is above what the model takes (`model.max_frames`).
+        """
+        wanted = self.checked_layers(layers)
+        samples = _mono(waveform)
+        block = BLOCK_SECONDS * sampling_rate
+        audio = Audio(
+            sampling_rate=sampling_rate,
+            samples=samples.size,
+            blocks=lambda: (samples[start : start + block] for start in range(0, samples.size, block)),
+        )
+        frames = self.frames(audio)
+        found = {layer: torch.empty(frames, self.config.model.dim) for layer in wanted}
+        pieces = self.stream([audio], layers=wanted, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
+        for _, piece in pieces:
+            if isinstance(piece, AudioError):
+                raise UserError(f"waveform: {piece}")
+            for whole, part in zip(found.values(), piece.hidden, strict=True):
+                whole[piece.first : piece.first + part.shape[0]] = part
+        return found
+
+    def checked_layers(self, layers: Iterable[int] | None) -> list[int]:
+        """The layers wanted, ascending, each once; None means all.
+
+        Raises:
+            UserError: the model has no such layer, or none is wanted.
+        """
+        last = self.config.model.layers
+        wanted = sorted(set(range(last + 1) if layers is None else layers))
+        if not wanted:
+            raise UserError("layers: none chosen")
+        for layer in wanted:
+            if not 0 <= layer <= last:
+                raise UserError(f"layer {layer}: the model has layers 0 to {last}")
+        return wanted
+
+    def frames(self, audio: Audio) -> int:
+        """Frames that audio gives; 0 if it is too short."""
+        return output_frames(self._samples(audio), self.config.model)
+
+    def stream(
+        self,
+        audios: Iterable[Audio],
+        *,
+        layers: Sequence[int],
+        chunk_seconds: float = CHUNK_SECONDS,
+        overlap_seconds: float = OVERLAP_SECONDS,
+        batch_seconds: float = BATCH_SECONDS,
+    ) -> Iterator[tuple[int, Piece | AudioError]]:
+        """The hidden states of several audios, as pairs of an audio's number and a piece of it or what is wrong.
+
+        Pieces come in order and without gaps, audio by audio; nothing follows an error of the same audio. Chunks that
+        follow each other share a forward of at most `batch_seconds` (at least one chunk); neighbours should be of
+        about the same length.
+
+        Raises:
+            UserError: a length is not positive; the context is above what the model takes (`model.max_frames`).
+        """
+        for name, value in (("chunk_seconds", chunk_seconds), ("batch_seconds", batch_seconds)):
+            if not 0 < value < math.inf:
+                raise UserError(f"{name}={value}: must be above 0 seconds")
+        if not 0 <= overlap_seconds < math.inf:
+            raise UserError(f"overlap_seconds={overlap_seconds}: must be at least 0 seconds")
+        config = self.config.model
+        frame_rate = config.sampling_rate / hop(config)
+        chunk, overlap = max(round(chunk_seconds * frame_rate), 1), round(overlap_seconds * frame_rate)
+        most = round(batch_seconds * config.sampling_rate)
+        batch: list[tuple[int, Part]] = []
+
+        def run() -> Iterator[tuple[int, Piece]]:
+            hidden = self._hidden_states([part for _, part in batch], layers)
+            for (number, (window, _, _)), states in zip(batch, hidden, strict=True):
+                kept = slice(window.first - window.begin, window.last - window.begin)
+                yield number, Piece(window.first, [state_TD[kept] for state_TD in states])
+            batch.clear()
+
+        for number, audio in enumerate(audios):
+            try:
+                for part in self._parts(audio, chunk, overlap):
+                    longest = max([part.samples.size, *(other.samples.size for _, other in batch)])
+                    mixed = batch and (batch[0][1].statistics is None) != (part.statistics is None)
+                    if batch and (mixed or (len(batch) + 1) * longest > most):
+                        yield from run()
+                    batch.append((number, part))
+            except AudioError as error:
+                if batch:
+                    yield from run()
+                yield number, error
+        if batch:
+            yield from run()
+
+    def _parts(self, audio: Audio, chunk: int, overlap: int) -> Iterator[Part]:
+        """The windows of an utterance, read one after the other."""
+        config = self.config.model
+        whole = self._samples(audio)
+        frames = output_frames(whole, config)
+        if frames == 0:
+            needed = input_samples(1, config)
+            raise AudioError("too short", f"lasts {whole} samples, the model needs {needed} for a frame")
+        most = config.max_frames
+        if most is not None and frames > min(chunk, most):
+            chunk = min(chunk, most - 2 * overlap)
+            if chunk < 1:
+                raise UserError(
+                    f"overlap_seconds: {overlap} frames on either side leave nothing of the {most} frames that the "
+                    "model takes at once (model.max_frames)"
+                )
+        windows = windows_of(frames, chunk=chunk, overlap=overlap)
+        mean, deviation = _moments(self._blocks(audio)) if config.normalize_waveform else (0.0, 1.0)
+
+        def normalised() -> Iterator[Samples]:
+            return (((block - mean) / deviation).astype(np.float32) for block in self._blocks(audio))
+
+        blocks = normalised()
+        statistics = self._statistics(normalised()) if len(windows) > 1 and config.conv_norm == "group" else None
+        held, position = np.empty(0, np.float32), 0
+        for window in windows:
+            start = window.begin * hop(config)
+            stop = whole if window.end == frames else start + input_samples(window.end - window.begin, config)
+            while position + held.size < stop:
+                held = np.concatenate([held, next(blocks)])
+            held, position = held[start - position :], start
+            yield Part(window, held[: stop - start], statistics)
+
+    def _samples(self, audio: Audio) -> int:
+        """Length at the model's sampling rate."""
+        return -(-audio.samples * self.config.model.sampling_rate // audio.sampling_rate)
+
+    def _blocks(self, audio: Audio) -> Iterator[Samples]:
+        """All of an utterance at the model's sampling rate.
+
+        Raises:
+            AudioError: it cannot be read, or is not finite.
+        """
+        for block in _resampled(audio.blocks(), audio.sampling_rate, self.config.model.sampling_rate):
+            if not np.isfinite(block).all():
+                raise AudioError("not finite", "holds samples that are not finite")
+            yield block
+
+    @torch.no_grad()
+    def _statistics(self, blocks: Iterator[Samples]) -> Statistics:
+        """What GroupNorm's statistics are over all of an utterance."""
+        layer = self.model.encoder.feature_encoder.layers[0]
+        assert isinstance(layer, ConvLayer) and isinstance(layer.norm, MaskedGroupNorm)
+        silence = np.zeros(layer.padding, np.float32)
+        total_G, squares_G = torch.zeros(2, layer.norm.groups, dtype=torch.float64, device=layer.weight.device)
+        held, count = silence, 0
+        for block in chain(blocks, [silence]):
+            held = np.concatenate([held, block])
+            steps = max((held.size - layer.kernel) // layer.stride + 1, 0)
+            if steps:
+                x_11S = torch.from_numpy(held).view(1, 1, -1).to(layer.weight.device)
+                x_GN = layer.convolve(x_11S, padding=0).view(layer.norm.groups, -1)
+                total_G += x_GN.sum(dim=1, dtype=torch.float64)
+                squares_G += x_GN.square().sum(dim=1, dtype=torch.float64)
+                count += x_GN.shape[1]
+                held = held[steps * layer.stride :]
+        mean_G = total_G / count
+        return mean_G.float(), (squares_G / count - mean_G.square()).clamp(min=0.0).float()
+
+    @torch.no_grad()
+    def _hidden_states(self, parts: Sequence[Part], layers: Sequence[int]) -> list[list[Tensor]]:
+        """Of each part, of each layer, the hidden states [frames, dim] on the CPU; blocks above are not run."""
+        device = self.model.encoder.mask_embedding.device
+        lengths_B = torch.tensor([part.samples.size for part in parts])
+        frames = [output_frames(part.samples.size, self.config.model) for part in parts]
+        waveforms_BS = torch.zeros(len(parts), int(lengths_B.max()))
+        for row_S, part in zip(waveforms_BS, parts, strict=True):
+            row_S[: part.samples.size] = torch.from_numpy(part.samples)
+        padded = len({part.samples.size for part in parts}) > 1
+        given = [part.statistics for part in parts if part.statistics is not None]
+        mean_BG, variance_BG = (torch.stack(each) for each in zip(*given, strict=True)) if given else (None, None)
+        encoded = self.model.encoder(
+            waveforms_BS.to(device, self.model.compute_dtype),
+            lengths_B.to(device) if padded else None,
+            torch.tensor(frames, device=device) if padded else None,
+            active=[block < max(layers) for block in range(self.config.model.layers)],
+            statistics=(mean_BG, variance_BG) if given else None,
+        )
+        hidden = [encoded.hidden[layer].float().cpu() for layer in layers]
+        return [[layer_BTD[row, :count] for layer_BTD in hidden] for row, count in enumerate(frames)]
+
+
+def windows_of(frames: int, *, chunk: int, overlap: int) -> list[Window]:
+    """Windows whose kept parts are of about equal length, at most `chunk` frames, and make up the whole."""
+    count = -(-frames // chunk)
+    edges = [frames * number // count for number in range(count + 1)]
+    return [
+        Window(max(first - overlap, 0), first, last, min(last + overlap, frames)) for first, last in pairwise(edges)
+    ]
+
+
+def hop(config: ModelConfig) -> int:
+    """Samples from one frame to the next."""
+    return math.prod(stride for _, _, stride in config.conv_layers)
+
+
+def _mono(waveform: NDArray[np.floating] | Tensor) -> Samples:
+    tensor = torch.as_tensor(waveform).detach().cpu()
+    shape = list(tensor.shape)
+    if not tensor.is_floating_point():
+        raise UserError(f"waveform: {tensor.dtype}: wanted floating point, from -1 to 1")
+    if tensor.dim() not in (1, 2) or (tensor.dim() == 2 and shape[0] > shape[1]):
+        raise UserError(f"waveform: shape {shape}: wanted [samples] or [channels, samples]")
+    mono = tensor.float() if tensor.dim() == 1 else tensor.float().mean(dim=0)
+    samples: Samples = mono.numpy()
+    return samples
+
+
+def _resampled(blocks: Iterator[Samples], rate: int, wanted: int) -> Iterator[Samples]:
+    """The blocks of a signal at another rate: what resampling all of it at once gives, whatever the blocks."""
+    if rate == wanted:
+        yield from blocks
+        return
+    resample = get_or_create_resampler(rate, wanted)
+    steps, wanted_steps = rate // resample.gcd, wanted // resample.gcd
+    # The filter reaches `width` samples to either side; whole steps keep its phases.
+    context = steps * -(-resample.width // steps)
+
+    def convert(signal: Samples, samples: int) -> Samples:
+        """`samples` samples, resampled, that are between one context and another."""
+        start = context // steps * wanted_steps
+        count = -(-samples * wanted_steps // steps)
+        resampled: Samples = resample(torch.from_numpy(signal)).numpy()[start : start + count]
+        return resampled
+
+    silence = np.zeros(context, np.float32)
+    held = silence
+    for block in blocks:
+        held = np.concatenate([held, block])
+        ready = (held.size - 2 * context) // steps * steps
+        if ready > 0:
+            yield convert(held[: ready + 2 * context], ready)
+            held = held[ready:]
+    yield convert(np.concatenate([held, silence]), held.size - context)
+
+
+def _moments(blocks: Iterable[Samples]) -> tuple[float, float]:
+    """Mean and standard deviation of all samples."""
+    count, total, squares = 0, 0.0, 0.0
+    for block in blocks:
+        count += block.size
+        total += float(block.sum(dtype=np.float64))
+        squares += float(np.square(block, dtype=np.float64).sum())
+    mean = total / count
+    return mean, math.sqrt(max(squares / count - mean**2, 0.0) + EPSILON)

@@ -1,0 +1,87 @@
+"""`w2vscale export`: a checkpoint as files that other libraries load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from w2vscale.checkpoint.reading import Checkpoint, open_checkpoint, read_model_tensors
+from w2vscale.config import Config, load_config
+from w2vscale.errors import UserError
+from w2vscale.interop.huggingface import huggingface_config, preprocessor_config, to_huggingface
+from w2vscale.interop.model_card import model_card
+from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
+
+FORMATS = ("huggingface", "torchaudio")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and from which update."""
+
+    files: list[Path]
+    update: int
+
+
+def export_checkpoint(
+    path: Path, output: Path, *, form: str, log: Callable[[str], None] = lambda text: None
+) -> Exported:
+    """Write a checkpoint, or the newest usable one of a run, to the folder `output`.
+
+    huggingface: `model.safetensors`, `config.json`, `preprocessor_config.json`, and the model card `README.md`.
+    torchaudio: `model.safetensors` with the state of `torchaudio.models.wav2vec2_model`, and its arguments in
+    `model.json`; the quantizer and the projections have no place in it.
+
+    Raises:
+        UserError: the checkpoint cannot be used, the format has no such model, or a file exists or cannot be written.
+    """
+    if form not in FORMATS:
+        raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
+    checkpoint = open_checkpoint(path, log)
+    config = load_config(checkpoint.path / "config.yaml")
+    state = read_model_tensors(checkpoint)
+    texts: dict[str, str]
+    if form == "huggingface":
+        weights = to_huggingface(state, config.model)
+        texts = {
+            "config.json": _json(huggingface_config(config.model)),
+            "preprocessor_config.json": _json(preprocessor_config(config.model)),
+            "README.md": model_card(checkpoint, config, _run_folder(checkpoint)),
+        }
+    else:
+        weights = to_torchaudio(state, config.model)
+        texts = {"model.json": _json(torchaudio_arguments(config.model))}
+    files = _write(output, weights, texts, checkpoint, config)
+    return Exported(files, checkpoint.state.update)
+
+
+def _write(
+    output: Path, weights: dict[str, Tensor], texts: dict[str, str], checkpoint: Checkpoint, config: Config
+) -> list[Path]:
+    files = [output / name for name in ("model.safetensors", *texts)]
+    if existing := [file for file in files if file.exists()]:
+        raise UserError(f"{existing[0]}: exists; choose another folder")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, files[0], {"format": "pt"})
+        for file, text in zip(files[1:], texts.values(), strict=True):
+            file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror or error}") from None
+    return files
+
+
+def _run_folder(checkpoint: Checkpoint) -> Path | None:
+    """The folder of the run that wrote it, if it still lies there."""
+    folder = checkpoint.path.parent.parent
+    return folder if (folder / "metrics.jsonl").is_file() else None
+
+
+def _json(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, indent=2) + "\n"
