@@ -88,6 +88,9 @@ class TestHelp:
             ("train",),
             ("evaluate",),
             ("report",),
+            ("export",),
+            ("import",),
+            ("features",),
         ],
         ids=" ".join,
     )
