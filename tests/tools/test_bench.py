@@ -65,7 +65,7 @@ def test_relative_difference() -> None:
 
 
 def test_the_sampler_bench_compares_both_on_the_same_durations() -> None:
-    result = CliRunner().invoke(sampler.app, ["--utterances", "3000"])
+    result = CliRunner().invoke(sampler.app, ["--utterances", "1500"])
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout.splitlines()[-1])
     assert 0 < figures["padding"] < figures["padding_lhotse"] < 0.1
@@ -76,11 +76,11 @@ def test_the_sampler_bench_compares_both_on_the_same_durations() -> None:
 
 
 def test_the_sampler_bench_opens_a_corpus_on_disk(tmp_path: Path) -> None:
-    options = ["--utterances", "2000", "--no-lhotse", "--folder", str(tmp_path)]
+    options = ["--utterances", "1000", "--no-lhotse", "--folder", str(tmp_path)]
     result = CliRunner().invoke(sampler.app, options)
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout.splitlines()[-1])
-    assert figures["utterances"] == 2000 and figures["restore_seconds"] > 0
+    assert figures["utterances"] == 1000 and figures["restore_seconds"] > 0
     assert "padding_lhotse" not in figures
 
 
