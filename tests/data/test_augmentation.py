@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from numpy.typing import NDArray
 
@@ -119,6 +120,27 @@ class TestReverberation:
         assert np.array_equal(audio, noise(1.5))
         (one,) = bad
         assert (one.utterance, one.file) == ("r", str(path)) and "\n" not in one.reason
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_a_response_that_is_silent_or_not_finite_is_named_and_the_utterance_stays(tmp_path: Path, value: float) -> None:
+    path = tmp_path / "r.wav"
+    soundfile.write(path, np.full(2000, value, np.float32), RATE, subtype="FLOAT")
+    manifest = write_manifest(tmp_path / "cuts.jsonl", [cut_of(path)])
+    augment = Augmentation(config_with(f"augment.reverb={manifest}", "augment.reverb_probability=1"))
+    audio, bad = augment(noise(1.5), number=0, place=0)
+    assert np.array_equal(audio, noise(1.5))
+    assert [(one.utterance, one.left_out) for one in bad] == [("r", False)]
+
+
+def test_what_one_setting_draws_does_not_depend_on_another(hum: Path, echo: Path) -> None:
+    level = ("augment.noise_probability=0.5", "augment.noise_snr=[0,0]", f"augment.noise={hum}")
+    with_echo = Augmentation(config_with(*level, f"augment.reverb={echo}", "augment.reverb_probability=0"))
+    without = Augmentation(config_with(*level))
+    speech = noise(1.5)
+    for number in range(6):
+        audio = [augment(speech, number=number, place=0)[0] for augment in (with_echo, without)]
+        assert np.array_equal(*audio)
 
 
 def test_draws_follow_from_seed_micro_batch_and_place(hum: Path, echo: Path) -> None:

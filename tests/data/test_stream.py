@@ -108,6 +108,12 @@ class TestShards:
         for part in parts:
             assert np.array_equal(audio_of(found[part.id]), audio_of(part))
 
+    def test_a_folder_with_shards_of_other_contents_is_refused(self, manifest: Path, shards: Path) -> None:
+        for changes in ({"shard_size": 9}, {"seed": 1}, {"form": "wav"}):
+            with pytest.raises(UserError, match=r"holds shards of other contents \(.*; choose another folder"):
+                write_shards(manifest, shards, **{"shard_size": 10, **changes})
+        assert len(cuts_of(shards)) == 40
+
     def test_an_unknown_format_is_one_line(self, manifest: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="--format aiff: choose one of flac, wav, opus, mp3"):
             write_shards(manifest, tmp_path, form="aiff")
@@ -169,7 +175,7 @@ class TestMicroBatches:
         audio, padded = sum(b.audio_samples for b in found), sum(b.padded_samples for b in found)
         assert 1 - audio / padded < 0.1
 
-    def test_the_same_start_gives_the_same_whatever_the_workers(self, shards: Path) -> None:
+    def test_the_same_start_gives_the_same(self, shards: Path) -> None:
         again = [self.windows(StreamedMicroBatches([shards], config_with()), updates=range(3)) for _ in range(2)]
         assert all(
             torch.equal(one.inputs.waveforms_BS, other.inputs.waveforms_BS) for one, other in zip(*again, strict=True)
@@ -235,4 +241,5 @@ def test_a_log_line_is_json(tmp_path: Path) -> None:
     paths[0].unlink()
     write_shards(manifest, tmp_path / "shards")
     (line,) = (tmp_path / "shards" / "bad_audio.000000.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"utterance": "u0", "file": str(paths[0]), "kind": "missing", "reason": "no such file"}
+    expected = {"utterance": "u0", "file": str(paths[0]), "kind": "missing", "reason": "no such file", "left_out": True}
+    assert json.loads(line) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import torch
@@ -19,6 +20,16 @@ from w2vscale.training.signals import StopRequest
 def train_and_save_first(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
     """`train_micro` with a checkpoint before the first update."""
     return train_micro(corpus, exp, overrides, save_first=True)
+
+
+def train_with_loader_processes(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
+    """`train_micro` in a process that may have children, as those of a pool may not."""
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    settings["daemon"] = False
+    try:
+        return train_micro(corpus, exp, overrides)
+    finally:
+        settings["daemon"] = True
 
 
 def train_micro(corpus: str, exp: str, overrides: tuple[str, ...] = (), *, save_first: bool = False) -> list[float]:

@@ -187,12 +187,9 @@ def test_resuming_before_every_layer_was_used(
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero2", "zero3"])
 def test_bf16(ten_updates: Train, engine: str) -> None:
-    """Two micro-batches per process, large enough that one code weighs little: FSDP2 rounds what DDP rounds, but ZeRO's
-    working weights are rounded where DDP's are not, which can flip a code."""
-    found, expected = ten_updates(f"{engine}_bf16", 2, 4), ten_updates("ddp_bf16", 2, 4)
-    if engine == "fsdp":
-        assert_same(found, expected)
-        return
+    """One micro-batch per process, large enough that one code weighs little: what is rounded at another place (ZeRO's
+    working weights) or added up in another order can flip one."""
+    found, expected = ten_updates(f"{engine}_bf16", 2, 2), ten_updates("ddp_bf16", 2, 2)
     for (loss, norm), (expected_loss, expected_norm) in zip(figures(found), figures(expected), strict=True):
         assert loss == pytest.approx(expected_loss, rel=2e-2)
         assert norm == pytest.approx(expected_norm, rel=2e-2)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +11,7 @@ import pytest
 
 from tests.audio import cut_of, noise, write_audio, write_manifest, write_text
 from tests.distributed.pool import Pool
-from tests.distributed.tasks import train_micro
-from tests.micro import MICRO_RUN
+from tests.distributed.tasks import train_micro, train_with_loader_processes
 from w2vscale.data.shar import write_shards
 
 pytestmark = pytest.mark.distributed
@@ -33,12 +30,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_three_ranks_with_two_processes_each_share_four_shards_and_make_every_update(
-    shards: Path, tmp_path: Path
+    shards: Path, tmp_path: Path, pool: Callable[[int], Pool]
 ) -> None:
-    settings = [*MICRO_RUN, *STREAM, "data.workers=2", f"data.train={shards}"]
-    command = [sys.executable, "-m", "w2vscale", "train", "base", *settings, "--exp", str(tmp_path)]
-    finished = subprocess.run([*command, "--nproc-per-node", "3"], capture_output=True, text=True, timeout=180)
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    pool(3).run(train_with_loader_processes, str(shards), str(tmp_path), (*STREAM, "data.workers=2"), timeout=120)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["update"] for record in records] == list(range(1, 9))
     assert all(record["loss"] and record["masked_fraction"] > 0.3 for record in records)

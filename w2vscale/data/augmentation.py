@@ -8,7 +8,7 @@ from lhotse.augmentation import ReverbWithImpulseResponse, Speed
 from numpy.typing import NDArray
 
 from w2vscale.config import Config
-from w2vscale.data.audio import AudioError, check_header, libsndfile_reason, read_audio
+from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio
 from w2vscale.data.manifest import Corpus, audio_path
 from w2vscale.data.micro_batch import BadAudio, shortest_samples
 from w2vscale.data.randomness import Stream, generator
@@ -40,30 +40,32 @@ class Augmentation:
         factor = draws.choice(self.config.speed or [1.0])
         reverberate, add_noise = draws.random(2) < [self.config.reverb_probability, self.config.noise_probability]
         snr = draws.uniform(*self.config.noise_snr)
+        which_response, which_noise, where = draws.random(3)
         if factor != 1.0 and audio.size / factor >= self.shortest:
             samples = Speed(float(factor))(samples, self.rate)[:, : audio.size]
         if self.responses is not None and reverberate:
-            response = self.responses.cut(int(draws.integers(len(self.responses))))
+            response = self.responses.cut(int(which_response * len(self.responses)))
             try:
-                check_header(response)
+                whole = round(response.duration * self.rate)
+                read_audio(response, sampling_rate=self.rate, offset=0, length=whole, normalize=False)
                 samples = ReverbWithImpulseResponse(rir=response.resample(self.rate))(samples, self.rate)
             except Exception as error:
                 kind = error.kind if isinstance(error, AudioError) else "undecodable"
-                bad.append(BadAudio(response.id, audio_path(response), kind, libsndfile_reason(error)))
+                bad.append(BadAudio(response.id, audio_path(response), kind, libsndfile_reason(error), left_out=False))
         if self.noises is not None and add_noise:
-            noise = self.noises.cut(int(draws.integers(len(self.noises))))
+            noise = self.noises.cut(int(which_noise * len(self.noises)))
             length = round(noise.duration * self.rate)
             wanted = min(samples.shape[1], length)
             try:
                 part = read_audio(
                     noise,
                     sampling_rate=self.rate,
-                    offset=int(draws.integers(length - wanted + 1)),
+                    offset=int(where * (length - wanted + 1)),
                     length=wanted,
                     normalize=False,
                 )
             except AudioError as error:
-                bad.append(BadAudio(noise.id, audio_path(noise), error.kind, str(error)))
+                bad.append(BadAudio(noise.id, audio_path(noise), error.kind, str(error), left_out=False))
             else:
                 mixer = AudioMixer(samples, self.rate)
                 mixer.add_to_mix(np.resize(part, samples.shape), snr=float(snr))

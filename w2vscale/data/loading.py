@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from w2vscale.config import Config
 from w2vscale.config.tree import MixConfig
-from w2vscale.data.audio import AudioError, read_audio, standardize
+from w2vscale.data.audio import BLOCK_SECONDS, AudioError, read_audio, standardize
 from w2vscale.data.augmentation import Augmentation
 from w2vscale.data.manifest import Corpus, audio_path
 from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
@@ -259,6 +259,11 @@ def loader_processes() -> Iterator[None]:
         dead = re.search(r"worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?", str(error))
         if dead is None:
             raise
+        if "Bus error" in str(error):
+            raise UserError(
+                f"a loader process (pid {dead[1]}) found no room in /dev/shm, where micro-batches are handed over: "
+                "enlarge it (docker: --shm-size), or lower data.prefetch or data.workers"
+            ) from error
         how = f"was killed ({dead[2].strip()})" if dead[2] else "died"
         raise UserError(
             f"a loader process (pid {dead[1]}) {how}: often for want of memory, of which each of data.workers "
@@ -299,7 +304,7 @@ def check_sample(corpus: Corpus, *, sampling_rate: int, count: int = 8) -> None:
     for start, _ in pairwise(bounds):
         cut = corpus.cut(int(start))
         try:
-            samples = round(cut.duration * sampling_rate)
+            samples = round(min(cut.duration, BLOCK_SECONDS) * sampling_rate)
             read_audio(cut, sampling_rate=sampling_rate, offset=0, length=samples, normalize=False)
             return
         except AudioError as error:

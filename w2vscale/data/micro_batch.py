@@ -20,12 +20,13 @@ from w2vscale.models.masking import negative_indices, span_mask
 
 @dataclass(frozen=True)
 class BadAudio:
-    """An utterance that was left out, and why: `kind` is one of a few words, `reason` says all."""
+    """An utterance that was left out, or a noise that was not added, and why: `kind` is a word, `reason` says all."""
 
     utterance: str
     file: str
     kind: str
     reason: str
+    left_out: bool = True
 
 
 @dataclass(frozen=True)

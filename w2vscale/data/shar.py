@@ -62,6 +62,7 @@ def write_shards(
     order = generator(seed, Stream.SHARDS).permutation(total)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _claim(folder, f"{manifest.resolve()}, {total} utterances, {shard_size} a shard, {form}, seed {seed}")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     jobs_of_shards = [
@@ -74,6 +75,17 @@ def write_shards(
         if progress is not None:
             progress(done, len(jobs_of_shards))
     return Written(len(jobs_of_shards), total - len(bad), bad)
+
+
+def _claim(folder: Path, contents: str) -> None:
+    """Note what the folder's shards are of, so that those of another corpus are not taken for them."""
+    note = folder / "contents.txt"
+    if not note.is_file():
+        if any(folder.glob("cuts.*.jsonl*")):
+            raise UserError(f"{folder}: holds shards already; choose another folder")
+        note.write_text(contents + "\n", encoding="utf-8")
+    elif (there := note.read_text(encoding="utf-8").strip()) != contents:
+        raise UserError(f"{folder}: holds shards of other contents ({there}); choose another folder")
 
 
 def _write_shard(job: _Job) -> list[BadAudio]:

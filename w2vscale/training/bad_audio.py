@@ -34,12 +34,13 @@ class BadAudioLog:
     def report(self, bad: Sequence[BadAudio]) -> None:
         """Log what all ranks met. Collective."""
         everything = [audio for of_rank in gather_from_ranks(list(bad)) for audio in of_rank]
-        new = {audio.utterance: audio for audio in everything if audio.utterance not in self._reasons}
+        new = {(audio.utterance, audio.file): audio for audio in everything}
+        new = {key: audio for key, audio in new.items() if key not in self._reasons}
         if new and self.ranks.is_main:
             with self.path.open("a", encoding="utf-8") as lines:
                 for audio in new.values():
                     lines.write(json.dumps(asdict(audio)) + "\n")
-        self._reasons |= {audio.utterance: audio.kind for audio in new.values()}
+        self._reasons |= {key: audio.kind for key, audio in new.items()}
         self._last = everything[-1] if everything else self._last
 
     def count(self, *, seen: int, unusable: int) -> None:
@@ -66,7 +67,7 @@ class BadAudioLog:
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
         return f"{len(self._reasons)} utterances could not be used ({listed}): {self.path}"
 
-    def _read(self) -> dict[str, str]:
+    def _read(self) -> dict[tuple[str, str], str]:
         """Utterances that an earlier part of the run has named."""
         if not self.path.is_file():
             return {}
@@ -77,7 +78,7 @@ class BadAudioLog:
         for line in text.splitlines():
             try:
                 found = json.loads(line)
-                reasons[str(found["utterance"])] = str(found["kind"])
+                reasons[str(found["utterance"]), str(found["file"])] = str(found["kind"])
             except (ValueError, KeyError, TypeError):  # a line that a kill cut short
                 continue
         return reasons

@@ -88,11 +88,12 @@ class Trainer:
         bad = [audio for batch in window for audio in batch.bad]
         if self.state.update % config.engine.compare_ranks_every == 0:
             compare_ranks(planned_work(config, self.state.update))
-        masked, samples, utterances, unusable, stopping, unsaved = sum_over_ranks(
+        masked, samples, utterances, unusable, to_report, stopping, unsaved = sum_over_ranks(
             [
                 sum(batch.masked for batch in window),
                 sum(batch.audio_samples for batch in window),
                 sum(batch.utterances for batch in window),
+                sum(audio.left_out for audio in bad),
                 len(bad),
                 self.stop.received is not None,
                 self.run.store.failed,
@@ -113,7 +114,7 @@ class Trainer:
             skipped_utterances=self.state.skipped_utterances + int(unusable),
         )
         self.meter.add(window, sums, step, data_seconds=waited)
-        if unusable:
+        if to_report:
             self.run.bad_audio.report(bad)
         self.run.bad_audio.count(seen=int(utterances + unusable), unusable=int(unusable))
         self._check_step(step.skipped, [batch.number for batch in window])

@@ -14,7 +14,7 @@ import torch
 
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.distributed.process_group import sum_over_ranks
+from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
 from w2vscale.engine.base import StepResult
 from w2vscale.evaluation.pretraining import pretraining_metrics, reduce_sums
 from w2vscale.models.wav2vec2 import LossSums
@@ -44,9 +44,9 @@ class Meter:
         self.sums = sums if self.sums is None else self.sums.plus(sums)
         self.audio += sum(batch.audio_samples for batch in window)
         self.padded += sum(batch.padded_samples for batch in window)
-        self.frames += sum(batch.frames for batch in window)
         self.updates += 1
         if not step.skipped:
+            self.frames += sum(batch.frames for batch in window)
             self.norms.append(step.grad_norm)
         self.data_seconds += data_seconds
 
@@ -68,7 +68,8 @@ class Meter:
             "grad_norm_max": max(self.norms, default=math.nan),
             "audio_seconds_per_second": audio / self.sampling_rate / elapsed,
             "updates_per_second": self.updates / elapsed,
-            "data_wait_fraction": self.data_seconds / elapsed,
+            # Of the rank that waited longest: the others wait for it.
+            "data_wait_fraction": max(gather_from_ranks(self.data_seconds)) / elapsed,
         }
         if torch.cuda.is_available():
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
