@@ -378,6 +378,16 @@ class TestWindows:
         assert list(dataset_of(small_corpus.train, config).windows(range(0))) == []
 
 
+def test_manifests_of_equal_size_and_other_content_are_told_apart(tmp_path: Path) -> None:
+    described = []
+    for folder, name in (("one", "a"), ("copy", "a"), ("other", "b")):
+        cuts = [cut_of(write_audio(tmp_path / f"{n}.wav", noise(2.0, seed=n)), identifier=f"{name}{n}") for n in (1, 2)]
+        (tmp_path / folder).mkdir()
+        manifest = write_manifest(tmp_path / folder / "cuts.jsonl", cuts)
+        described.append(dataset_of(manifest, config_with()).describe())
+    assert described[0] == described[1] != described[2]
+
+
 class TestLoaderProcesses:
     def test_one_that_is_killed_is_one_line_that_says_what_to_do_and_ends_the_others(
         self, small_corpus: SmallCorpus, started: Started

@@ -207,7 +207,7 @@ class BatchConfig(Section):
     buckets: Count = Field(64, description="duration buckets, at most")
     pad_to: Literal["longest", "bucket"] = Field(
         "longest",
-        description="pad to a micro-batch's longest utterance, or to its bucket's: more padding, few shapes; "
+        description="pad to a micro-batch's longest utterance, or to its bucket's: more padding, few widths; "
         "does not change the result",
     )
 

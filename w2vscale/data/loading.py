@@ -141,7 +141,8 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def describe(self) -> str:
         """What all ranks must agree on."""
-        return f"{self.utterances} utterances, {self.micro_batches} micro-batches an epoch"
+        counts = f"{self.utterances} utterances, {self.micro_batches} micro-batches an epoch"
+        return f"{counts}, of manifests {self.corpus.fingerprint}"
 
     def largest(self) -> MicroBatch:
         """The first of epoch 0 with the most padded samples."""

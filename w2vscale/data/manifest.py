@@ -120,6 +120,11 @@ class Manifest:
         """Seconds of each utterance."""
         return self._index["duration"][:-1]
 
+    @property
+    def checksum(self) -> int:
+        """CRC-32 of the file."""
+        return int(self._index["duration"][-1])
+
     def languages(self) -> tuple[NDArray[np.uint16], list[str]]:
         """The language of each utterance as a number, and the languages by number; "" where a cut has none.
 
@@ -165,6 +170,11 @@ class Corpus:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these manifests from others, wherever they lie."""
+        return "-".join(f"{manifest.checksum:08x}" for manifest in self.manifests)
 
     def samples(self, sampling_rate: int) -> NDArray[np.int64]:
         """Length of each utterance in samples at `sampling_rate` (Hz)."""
