@@ -189,6 +189,7 @@ def file_facts(path: Path) -> FileFacts:
 
 
 def update_of(path: Path) -> int:
+    """The update that a checkpoint folder's name says."""
     match = FOLDER.fullmatch(path.name)
     assert match is not None
     return int(match.group(1))
