@@ -144,7 +144,7 @@ def measure_plan(utterances: int, source: str) -> dict[str, float]:
     for number in range(taken):
         plan.micro_batch(number)
     walked = time.perf_counter() - began
-    partly = sum(bool(bucket.drawn % bucket.per_micro_batch) for bucket in plan.buckets)
+    partly = sum(bool(bucket.count % bucket.per_micro_batch) for bucket in plan.buckets)
     return {
         "padding": padding,
         "budget_filled": filled(plan.per_epoch, padding, float(plan.epoch_draws()[1].sum()) / RATE),

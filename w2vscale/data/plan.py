@@ -5,14 +5,14 @@ its longest utterance, and buckets end on whole micro-batches, so that one micro
 filled. Every epoch shuffles inside the buckets and then shuffles the micro-batches; neither changes their number,
 so `epoch, i = divmod(k, plan.per_epoch)` and any position is reached without replay.
 
-In a mixed corpus an epoch draws each group's utterances more or less often than once: in every bucket the same number
-of them, which continue where the epoch before stopped in an endless shuffled stream of that group.
+In a mixed corpus an epoch draws each group's utterances more or less often than once. Its draws, not its utterances,
+are what is sorted and cut into buckets; which utterance a draw takes changes from epoch to epoch, its length hardly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -27,20 +27,18 @@ MICRO_BATCHES_PER_BUCKET = 4
 
 @dataclass(frozen=True)
 class Bucket:
-    """A run of utterances of similar length, in the plan's sorted order."""
+    """A run of draws of similar length, in the plan's sorted order."""
 
     start: int
     count: int
     longest: int
     per_micro_batch: int
     first_micro_batch: int
-    drawn: int
-    """Utterances in one epoch: `count`, unless the corpus is mixed."""
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches in one epoch; only the plan's last bucket may fill its last one partly."""
-        return -(-self.drawn // self.per_micro_batch)
+        return -(-self.count // self.per_micro_batch)
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,43 @@ class Mix:
     rate: NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class _Share:
-    """One group's utterances in a bucket: `count` from `start` (in the bucket), of which an epoch draws `drawn`."""
+class _MixedDraws:
+    """Which utterances the draws of an epoch take: systematic sampling of each group in order of length (Madow 1949).
 
-    group: int
-    start: int
-    count: int
-    drawn: int
+    A group of n utterances with D draws an epoch is one line of n * D points, D to an utterance. An epoch takes every
+    n-th point, and the next epoch starts D points further on: after E epochs every utterance has been drawn E * D / n
+    times, rounded down or up, and a draw takes utterances of similar length in all epochs. A group has one draw at
+    least.
+
+    Args:
+        group: each utterance's group, ascending.
+        lengths: in samples, descending within a group.
+        rate: draws of an utterance in an epoch on average, by group.
+        seed: of where a group's line is entered.
+    """
+
+    def __init__(
+        self, group: NDArray[np.integer], lengths: NDArray[np.int32], rate: NDArray[np.float64], seed: int
+    ) -> None:
+        groups, self._first, self._utterances = np.unique(group, return_index=True, return_counts=True)
+        self._draws = np.maximum(np.rint(rate[groups] * self._utterances).astype(np.int64), 1)
+        self._enter = np.array([generator(seed, Stream.MIX, int(of)).integers(2**31) for of in groups])
+        of = np.repeat(np.arange(groups.size, dtype=np.int32), self._draws)
+        turn = np.arange(of.size) - np.repeat(np.cumsum(self._draws) - self._draws, self._draws)
+        longest = lengths[self._first[of] + turn * self._utterances[of] // self._draws[of]]
+        order = np.argsort(-longest, kind="stable")
+        self.longest = longest[order]
+        """Samples of the longest utterance that each draw ever takes, descending."""
+        self._of = of[order]
+        self._turn = turn[order].astype(np.int32)
+
+    def places(self, draws: NDArray[np.integer], epoch: int) -> NDArray[np.int64]:
+        """The utterances that these draws take in an epoch."""
+        of = self._of[draws]
+        utterances, per_epoch = self._utterances[of], self._draws[of]
+        point = self._turn[draws] * utterances + (self._enter[of] + epoch * per_epoch) % utterances
+        places: NDArray[np.int64] = self._first[of] + point // per_epoch
+        return places
 
 
 @dataclass(frozen=True)
@@ -123,15 +150,17 @@ class Plan:
             )
         # Four bytes each: ten million utterances take 120 MB.
         cropped = np.minimum(samples[kept], max_samples).astype(np.int32)
-        order = np.argsort(-cropped, kind="stable")
+        group = mix.group[kept] if mix else None
+        order = np.argsort(-cropped, kind="stable") if group is None else np.lexsort((-cropped, group))
         self.seed = seed
         self.left_out = int(samples.size - kept.size)
         self._utterances = kept[order].astype(np.int32)
         self._lengths = cropped[order]
         self._rooms = (samples[self._utterances] - self._lengths).clip(0, 2**32 - 1).astype(np.uint32)
         self._pad_to_bucket = pad_to_bucket
-        self.buckets = make_buckets(self._lengths, budget_samples=budget_samples, buckets=buckets)
-        self._shares = self._mix_buckets(mix) if mix is not None else None
+        self._mixed = _MixedDraws(group[order], self._lengths, mix.rate, seed) if mix and group is not None else None
+        longest = self._mixed.longest if self._mixed else self._lengths
+        self.buckets = make_buckets(longest, budget_samples=budget_samples, buckets=buckets)
         last = self.buckets[-1]
         self.per_epoch = last.first_micro_batch + last.micro_batches
         self._firsts = np.array([bucket.first_micro_batch for bucket in self.buckets])
@@ -139,7 +168,7 @@ class Plan:
 
     def __len__(self) -> int:
         """Utterances in one epoch."""
-        return sum(bucket.drawn for bucket in self.buckets)
+        return sum(bucket.count for bucket in self.buckets)
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_epoch_order", "_bucket_order")}
@@ -159,7 +188,8 @@ class Plan:
         which = int(np.searchsorted(self._firsts, index, side="right")) - 1
         bucket = self.buckets[which]
         first = (index - bucket.first_micro_batch) * bucket.per_micro_batch
-        members = bucket.start + self._bucket_order(epoch, which)[first : first + bucket.per_micro_batch]
+        draws = bucket.start + self._bucket_order(epoch, which)[first : first + bucket.per_micro_batch]
+        members = self._taken(draws, epoch)
         utterances, lengths, room = (
             part[members].astype(np.int64) for part in (self._utterances, self._lengths, self._rooms)
         )
@@ -192,16 +222,20 @@ class Plan:
         members = np.concatenate([self._members(0, which) for which in range(len(self.buckets))])
         return self._utterances[members].astype(np.int64), self._lengths[members].astype(np.int64)
 
-    def _members(self, epoch: int, which: int) -> NDArray[np.int32]:
-        """A bucket's utterances of one epoch in order, as places in the plan's sorted order."""
-        return self.buckets[which].start + self._bucket_order(epoch, which)
+    def _members(self, epoch: int, which: int) -> NDArray[np.integer]:
+        """A bucket's utterances of one epoch in order, as places in the plan's arrays."""
+        return self._taken(self.buckets[which].start + self._bucket_order(epoch, which), epoch)
+
+    def _taken(self, draws: NDArray[np.integer], epoch: int) -> NDArray[np.integer]:
+        """The utterances that an epoch's draws take, as places in the plan's arrays."""
+        return self._mixed.places(draws, epoch) if self._mixed else draws
 
     def _padded_samples(self) -> NDArray[np.int64]:
         """Padded samples of each micro-batch of epoch 0, before the epoch's micro-batches are shuffled."""
         padded = []
         for which, bucket in enumerate(self.buckets):
-            starts = np.arange(0, bucket.drawn, bucket.per_micro_batch)
-            sizes = np.diff(starts, append=bucket.drawn)
+            starts = np.arange(0, bucket.count, bucket.per_micro_batch)
+            sizes = np.diff(starts, append=bucket.count)
             if self._pad_to_bucket:
                 padded.append(bucket.longest * sizes)
             else:
@@ -209,45 +243,13 @@ class Plan:
                 padded.append(np.maximum.reduceat(lengths, starts).astype(np.int64) * sizes)
         return np.concatenate(padded)
 
-    def _mix_buckets(self, mix: Mix) -> list[list[_Share]]:
-        """Sort each bucket by group, and settle how many of each group an epoch draws."""
-        shares = []
-        first = 0
-        for which, bucket in enumerate(self.buckets):
-            span = slice(bucket.start, bucket.start + bucket.count)
-            group = mix.group[self._utterances[span]]
-            order = np.argsort(group, kind="stable")
-            for part in (self._utterances, self._lengths, self._rooms):
-                part[span] = part[span][order]
-            found, starts, counts = np.unique(group[order], return_index=True, return_counts=True)
-            drawn = np.maximum(np.rint(mix.rate[found] * counts).astype(int), 1)
-            # Whole micro-batches: the group that is drawn most fills the last one.
-            drawn[drawn.argmax()] += -drawn.sum() % bucket.per_micro_batch
-            shares.append([_Share(*(int(x) for x in of)) for of in zip(found, starts, counts, drawn, strict=True)])
-            self.buckets[which] = replace(bucket, drawn=int(drawn.sum()), first_micro_batch=first)
-            first += self.buckets[which].micro_batches
-        return shares
-
     def _shuffle_epoch(self, epoch: int) -> NDArray[np.int32]:
         order = np.arange(self.per_epoch, dtype=np.int32)
         return generator(self.seed, Stream.EPOCH_ORDER, epoch).permutation(order)
 
     def _shuffle_bucket(self, epoch: int, which: int) -> NDArray[np.int32]:
-        """What an epoch draws from a bucket, in order, as places in the bucket."""
-        shuffle = generator(self.seed, Stream.BUCKET_ORDER, epoch, which)
-        if self._shares is None:
-            return shuffle.permutation(np.arange(self.buckets[which].count, dtype=np.int32))
-        return shuffle.permutation(np.concatenate([self._draw(epoch, which, share) for share in self._shares[which]]))
-
-    def _draw(self, epoch: int, which: int, share: _Share) -> NDArray[np.int32]:
-        """An epoch's part of the endless stream of a group's utterances, which is one permutation after another."""
-        first, last = epoch * share.drawn, (epoch + 1) * share.drawn
-        rounds = range(first // share.count, -(-last // share.count))
-        members = np.arange(share.start, share.start + share.count, dtype=np.int32)
-        stream = np.concatenate(
-            [generator(self.seed, Stream.MIX_ORDER, turn, which, share.group).permutation(members) for turn in rounds]
-        )
-        return stream[first - rounds.start * share.count :][: share.drawn]
+        order = np.arange(self.buckets[which].count, dtype=np.int32)
+        return generator(self.seed, Stream.BUCKET_ORDER, epoch, which).permutation(order)
 
 
 def make_buckets(lengths: NDArray[np.integer], *, budget_samples: int, buckets: int) -> list[Bucket]:
@@ -267,7 +269,7 @@ def make_buckets(lengths: NDArray[np.integer], *, budget_samples: int, buckets: 
         count = -(-wanted // per_micro_batch) * per_micro_batch
         if total - start - count < count // 2:
             count = total - start
-        bucket = Bucket(start, count, longest, per_micro_batch, first, drawn=count)
+        bucket = Bucket(start, count, longest, per_micro_batch, first)
         found.append(bucket)
         start += count
         first += bucket.micro_batches

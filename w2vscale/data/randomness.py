@@ -18,7 +18,7 @@ class Stream(IntEnum):
     DROPOUT = 5
     LAYERDROP = 6
     INITIALISATION = 7
-    MIX_ORDER = 8
+    MIX = 8
     AUGMENTATION = 9
     SHARDS = 10
 
