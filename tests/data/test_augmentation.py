@@ -179,6 +179,15 @@ def test_normalised_audio_is_normalised_after_augmentation(small_corpus: SmallCo
         assert row[:length].std() == pytest.approx(1.0, abs=1e-3)
 
 
+def test_what_was_not_augmented_is_normalised_as_ever(small_corpus: SmallCorpus, hum: Path) -> None:
+    cropped = (f"data.train={small_corpus.train}", "data.max_seconds=2", "model.normalize_waveform=true")
+    never = (f"augment.noise={hum}", "augment.noise_probability=0", "augment.speed=[1.0]")
+    ((batch, *_),), ((plain, *_),) = (
+        open_training_set(config_with(*cropped, *more)).windows(range(1), rank=0, world_size=1) for more in ((), never)
+    )
+    assert torch.equal(batch.inputs.waveforms_BS, plain.inputs.waveforms_BS)
+
+
 def test_manifests_that_do_not_exist_are_named(tmp_path: Path) -> None:
     for setting in ("augment.noise", "augment.reverb"):
         with pytest.raises(UserError, match=r"none\.jsonl: no such manifest"):

@@ -67,6 +67,17 @@ def test_another_seed_on_one_rank_stops_the_run_before_its_first_update(
     assert not list(tmp_path.glob("*/checkpoints/update_*"))
 
 
+def test_nodes_may_have_their_data_in_different_places() -> None:
+    def ground(place: str, noises: int = 1) -> dict[str, str]:
+        noise = [f"{place}/noise{n}.jsonl" for n in range(noises)]
+        mixed = ["mix.by=corpus", f"mix.weights={json.dumps({f'{place}/cuts.jsonl': 2.0})}"]
+        data = f"data.train={place}/cuts.jsonl"
+        return common_ground(load_config("base", [*MICRO_RUN, data, f"augment.noise={json.dumps(noise)}", *mixed]), "")
+
+    assert ground("/here") == ground("/there")
+    assert ground("/here") != ground("/here", noises=2)
+
+
 def test_deepspeeds_json_of_one_name_and_another_content_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "zero.json"
     config = load_config("base", [*MICRO_RUN, "engine.name=deepspeed", f"engine.deepspeed_config={path}"])

@@ -67,6 +67,16 @@ def test_tensorboard_has_the_same_curve(finished: Path) -> None:
     assert curve == [(record["update"], pytest.approx(record["loss"], rel=1e-6)) for record in records]
 
 
+def test_a_run_that_goes_on_with_other_data_says_so(
+    small_corpus: SmallCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for manifest, updates in ((small_corpus.train, 4), (small_corpus.train, 5), (small_corpus.validation, 6)):
+        assert "data.train has changed" not in capsys.readouterr().out
+        train(settings(manifest, f"trainer.updates={updates}"), tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "data.train has changed: it was 24 utterances" in said and "; it is 6 utterances" in said
+
+
 def test_curves_are_drawn(finished: Path, tmp_path: Path) -> None:
     picture = draw_curves([finished, finished], tmp_path / "out" / "curves.png")
     assert picture.read_bytes().startswith(b"\x89PNG")

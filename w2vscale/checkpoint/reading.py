@@ -42,6 +42,8 @@ class TrainState:
     audio_seconds: float = 0.0
     skipped_updates: int = 0
     skipped_utterances: int = 0
+    data: str = ""
+    """The training set, in words and checksums."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,10 @@ def read_train_state(path: Path) -> Checkpoint:
         document: dict[str, Any] = json.loads(file.read_text())
         if document["format"] != FORMAT:
             raise UserError(f"{file}: format {document['format']}, this version reads {FORMAT}")
+        facts = {"data": ""} | document
         return Checkpoint(
             path=path.resolve(),
-            state=TrainState(**{field.name: document[field.name] for field in fields(TrainState)}),
+            state=TrainState(**{field.name: facts[field.name] for field in fields(TrainState)}),
             files={
                 name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"])
                 for name, facts in document["files"].items()

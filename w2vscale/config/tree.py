@@ -347,6 +347,10 @@ class Config(Section):
                 f"data.max_seconds={self.data.max_seconds} does not fit "
                 f"into a micro-batch of batch.max_seconds={self.batch.max_seconds}"
             )
+        if self.batch.max_seconds * self.model.sampling_rate >= 2**31:
+            raise ValueError(
+                f"batch.max_seconds={self.batch.max_seconds:g}: a micro-batch has at most 2^31 - 1 samples"
+            )
         if self.batch.concat > self.batch.micro_batches:
             raise ValueError(
                 f"batch.concat={self.batch.concat} is above batch.micro_batches={self.batch.micro_batches}"

@@ -32,10 +32,13 @@ class Augmentation:
     def __call__(
         self, audio: NDArray[np.float32], *, number: int, place: int
     ) -> tuple[NDArray[np.float32], list[BadAudio]]:
-        """Utterance `place` of micro-batch `number`, of at most as many samples, and what could not be used for it."""
+        """Utterance `place` of micro-batch `number`, of at most as many samples, and what could not be used for it.
+
+        It is `audio` itself where nothing was changed.
+        """
         draws = generator(self.seed, Stream.AUGMENTATION, number, place)
         bad: list[BadAudio] = []
-        samples = audio[None]
+        samples = unchanged = audio[None]
         # All is drawn at each utterance, so that one setting does not change what another draws.
         factor = draws.choice(self.config.speed or [1.0])
         reverberate, add_noise = draws.random(2) < [self.config.reverb_probability, self.config.noise_probability]
@@ -70,4 +73,4 @@ class Augmentation:
                 mixer = AudioMixer(samples, self.rate)
                 mixer.add_to_mix(np.resize(part, samples.shape), snr=float(snr))
                 samples = mixer.mixed_mono_audio
-        return samples[0].astype(np.float32, copy=False), bad
+        return audio if samples is unchanged else samples[0].astype(np.float32, copy=False), bad

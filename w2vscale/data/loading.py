@@ -73,9 +73,9 @@ class Assembler:
                 bad.append(BadAudio(crop.cut.id, audio_path(crop.cut), error.kind, str(error)))
                 continue
             if self.augmentation is not None:
-                audio, unusable = self.augmentation(audio, number=number, place=place)
+                changed, unusable = self.augmentation(audio, number=number, place=place)
                 bad += unusable
-                audio = standardize(audio) if self.model.normalize_waveform else audio
+                audio = standardize(changed) if self.model.normalize_waveform and changed is not audio else changed
             waveforms.append(audio)
             places.append(place)
         inputs = make_inputs(waveforms, places, number=number, seed=self.seed, config=self.model, width=width)

@@ -38,6 +38,8 @@ def draw_rates(
         UserError: the weights do not name the groups.
     """
     total = np.bincount(group, weights=samples, minlength=len(names))
+    if not total.any():  # the plan says why
+        return np.zeros(len(names))
     if mix.weights:
         if unknown := sorted(set(mix.weights) - set(names)):
             raise UserError(f"mix.weights: {unknown[0]}: no such {mix.by} in data.train (has: {', '.join(names)})")

@@ -54,7 +54,7 @@ def write_shards(
     are left out. Shards that are there already, of an earlier call that was stopped, are kept.
 
     Raises:
-        UserError: the manifest has no index, or the folder cannot be written.
+        UserError: the manifest has no index, none of its audio can be used, or the folder cannot be written.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
@@ -74,7 +74,12 @@ def write_shards(
         bad += found
         if progress is not None:
             progress(done, len(jobs_of_shards))
-    return Written(len(jobs_of_shards), total - len(bad), bad)
+    if len(bad) == total:
+        raise UserError(
+            f"{manifest}: none of its {total} utterances can be used; the first: {bad[0].utterance} ({bad[0].file}): "
+            f"{bad[0].reason}; no shards were written"
+        )
+    return Written(sum(1 for _ in folder.glob("cuts.*.jsonl.gz")), total - len(bad), bad)
 
 
 def _claim(folder: Path, contents: str) -> None:

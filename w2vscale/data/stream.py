@@ -6,10 +6,9 @@ DynamicBucketingSampler forms micro-batches. The stream never ends, so every ran
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from w2vscale.config import Config
 from w2vscale.data.augmentation import Augmentation
 from w2vscale.data.loading import Assembler, Crop, gather_windows, loader_settings
-from w2vscale.data.micro_batch import MicroBatch, make_inputs, shortest_samples
+from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
 from w2vscale.data.randomness import Stream, derived_seed, generator
 from w2vscale.errors import UserError
 
@@ -49,7 +48,7 @@ class StreamedMicroBatches:
     """An endless stream of micro-batches of the shards in some folders.
 
     Raises:
-        UserError: a folder holds no shards, or the first holds no cut that is long enough.
+        UserError: a folder holds no shards, or no shard holds a cut that is long enough.
     """
 
     def __init__(self, folders: Sequence[Path], config: Config, *, augmentation: Augmentation | None = None) -> None:
@@ -58,7 +57,7 @@ class StreamedMicroBatches:
         if not self.shards:
             raise UserError("data.train names no folder of shards: set data.train=DIR (made by: w2vscale data shar)")
         self.assemble = Assembler(config, seed=config.trainer.seed, augmentation=augmentation)
-        self.bounds = _duration_bounds(self.shards[0], config)
+        self.bounds = _duration_bounds(self.shards, config)
 
     @property
     def utterances(self) -> None:
@@ -111,7 +110,7 @@ class _Readers(IterableDataset[MicroBatch]):
 
 
 class Reader:
-    """Reader `place` of all `readers`: endless lists of crops that fit into a micro-batch.
+    """Reader `place` of all `readers`: endless lists of crops that fit into a micro-batch, and of what shards lost.
 
     Its randomness follows from (seed, the update that the run started or resumed at, place).
     """
@@ -121,8 +120,10 @@ class Reader:
         self.start = start
         self.place = place
         self.readers = readers
+        self.lost: list[BadAudio] = []
+        """Utterances that could not be read from their shards since the last micro-batch."""
 
-    def __iter__(self) -> Iterator[list[Crop]]:
+    def __iter__(self) -> Iterator[list[Crop | BadAudio]]:
         config = self.source.config
         seed = config.trainer.seed
         rate = config.model.sampling_rate
@@ -144,7 +145,8 @@ class Reader:
             world_size=1,
         )
         for cuts in sampler:
-            yield [Crop(cut, 0, round(cut.duration * rate)) for cut in cuts]
+            yield [*(Crop(cut, 0, round(cut.duration * rate)) for cut in cuts), *self.lost]
+            self.lost.clear()
 
     def utterances(self, *, passes: int | None = None) -> Iterator[Cut]:
         """This reader's utterances that are long enough, cropped, pass after pass (or `passes`) over all shards.
@@ -164,10 +166,16 @@ class Reader:
             mine = order[self.place % len(shards) :: self.readers]
             found = False
             for position, cut in enumerate(_read([shards[shard] for shard in mine])):
-                if position % sharing == turn and (cropped := _crop(cut, config, crops)) is not None:
+                if position % sharing != turn:
+                    continue
+                if isinstance(cut, BadAudio):
+                    self.lost.append(cut)
+                elif (cropped := _crop(cut, config, crops)) is not None:
                     found = True
                     yield cropped
             empty = 0 if found else empty + 1
+            if empty == EMPTY_PASSES and self.lost:
+                raise UserError(f"{self.lost[-1].file}: {self.lost[-1].reason}; nor can the other shards of its reader")
             if empty == EMPTY_PASSES:
                 raise UserError(
                     f"loader process {self.place} of {self.readers} finds no utterance of data.min_seconds="
@@ -206,14 +214,27 @@ def find_shards(folder: Path) -> list[Shard]:
     return shards
 
 
-def _read(shards: Iterable[Shard]) -> Iterator[Cut]:
-    """Cuts with their audio, as it is encoded."""
+def _read(shards: Iterable[Shard]) -> Iterator[Cut | BadAudio]:
+    """Cuts with their audio, as it is encoded; where a shard is damaged, the utterances that are lost."""
     for shard in shards:
         fields: dict[str, Any] = {"cuts": [shard.cuts], "recording": [shard.recording]}
+        read = 0
         try:
-            yield from LazySharIterator(fields)
-        except (OSError, EOFError, ValueError, AssertionError, tarfile.TarError) as error:
-            raise UserError(f"{shard.recording}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+            for cut in LazySharIterator(fields):
+                read += 1
+                yield cut
+        except Exception as error:  # whatever damaged gzip, JSON, tar or audio makes their libraries raise
+            yield from _lost(shard, read, error)
+
+
+def _lost(shard: Shard, read: int, error: Exception) -> list[BadAudio]:
+    """The utterances of a damaged shard after the first `read`, or the shard itself if they cannot be listed."""
+    reason = "its shard cannot be read: " + (" ".join(str(error).split())[:200] or type(error).__name__)
+    try:
+        names = [cut.id for cut in islice(LazyManifestIterator(shard.cuts), read, None)]
+    except Exception:
+        return [BadAudio(shard.cuts.name, str(shard.cuts), "undecodable", reason)]
+    return [BadAudio(name, str(shard.recording), "undecodable", reason) for name in names]
 
 
 def _crop(cut: Cut, config: Config, crops: np.random.Generator) -> Cut | None:
@@ -231,12 +252,23 @@ def _shortest_seconds(config: Config) -> float:
     return max(config.data.min_seconds, shortest_samples(config.model) / config.model.sampling_rate)
 
 
-def _duration_bounds(shard: Shard, config: Config) -> list[float]:
-    """Where buckets begin (in seconds): each holds as much audio of the first shard as any other."""
-    durations = np.array([cut.duration for cut in LazyManifestIterator(shard.cuts)])
-    kept = np.sort(np.minimum(durations[durations >= _shortest_seconds(config)], config.data.max_seconds))
-    if kept.size == 0:
-        raise UserError(f"{shard.cuts}: no utterance lasts {_shortest_seconds(config):g} seconds (data.min_seconds)")
+def _duration_bounds(shards: Sequence[Shard], config: Config) -> list[float]:
+    """Where buckets begin (in seconds): each holds as much audio of the first usable shard as any other."""
+    problem = ""
+    for shard in shards:
+        try:
+            durations = np.array([cut.duration for cut in LazyManifestIterator(shard.cuts)])
+        except Exception as error:  # as in _read
+            problem = problem or f"{shard.cuts}: cannot be read: {' '.join(str(error).split())[:200]}"
+            continue
+        kept = np.sort(np.minimum(durations[durations >= _shortest_seconds(config)], config.data.max_seconds))
+        if kept.size:
+            break
+        problem = (
+            problem or f"{shard.cuts}: no utterance lasts {_shortest_seconds(config):g} seconds (data.min_seconds)"
+        )
+    else:
+        raise UserError(f"{problem}; nor is there one in any other of {len(shards)} shards")
     buckets = max(1, min(config.batch.buckets, config.data.stream_buffer // UTTERANCES_PER_BUCKET, kept.size))
     shares = np.arange(1, buckets) / buckets
     bounds: NDArray[np.float64] = np.unique(kept[np.searchsorted(np.cumsum(kept), shares * kept.sum())])

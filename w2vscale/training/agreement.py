@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy
 import torch
@@ -29,7 +30,14 @@ def planned_work(config: Config, update: int) -> dict[str, str]:
 
 def common_ground(config: Config, data: str) -> dict[str, str]:
     """What all of a run's work follows from, `data` being a description of the training set. Its paths may differ."""
-    anywhere = config.model_copy(update={"data": config.data.model_copy(update={"train": [], "validation": []})})
+    without_paths: dict[str, dict[str, object]] = {
+        "data": {"train": [], "validation": []},
+        "augment": {"noise": [Path()] * len(config.augment.noise), "reverb": [Path()] * len(config.augment.reverb)},
+        "mix": {"weights": dict(enumerate(config.mix.weights.values()))},
+    }
+    anywhere = config.model_copy(
+        update={section: getattr(config, section).model_copy(update=blank) for section, blank in without_paths.items()}
+    )
     document = deepspeed_config(config) if config.engine.name == "deepspeed" else None
     return {
         "the settings": _digest(dump_config(anywhere)),

@@ -71,6 +71,9 @@ class Trainer:
             if self.state.update >= self.total:
                 self.display.message(f"nothing to do: the run has its {self.total} updates (trainer.updates)")
             for window, waited in _timed(self.run.windows()):
+                if self.state.update == self.run.state.update:  # the loader processes were starting
+                    self.meter.exclude(waited)
+                    waited = 0.0
                 stopping = self._update(window, waited)
                 self._log_validate_save(stopping)
                 if stopping:

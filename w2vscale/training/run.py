@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,9 @@ def build_run(
     checkpoint = _resume_point(resume, store, log)
     if checkpoint is not None:
         _compare_settings(config, checkpoint, log)
-    state = checkpoint.state if checkpoint is not None else TrainState()
+        if checkpoint.state.data not in ("", training_set.describe()):
+            log(f"data.train has changed: it was {checkpoint.state.data}; it is {training_set.describe()}")
+    state = replace(checkpoint.state if checkpoint is not None else TrainState(), data=training_set.describe())
     # Before the engine is built: ranks that build different ones would wait for each other.
     compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
     criterion = PretrainingCriterion(config.model, seed=config.trainer.seed)
