@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import time
 import traceback
@@ -14,17 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.processes import FORKS
+
 
 class Pool:
-    """`size` ranks that live until `close`. Importing torch is their cost, so they are shared between tests."""
+    """`size` ranks that live until `close`. They are forked from one process that has made the slow imports."""
 
     def __init__(self, size: int, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, str(folder / "store")), daemon=True)
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=_serve, args=(theirs, rank, size, str(folder / "store")), daemon=True)
             process.start()
             theirs.close()
             self.connections.append(ours)

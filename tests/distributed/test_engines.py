@@ -35,7 +35,8 @@ ODD_MODEL = (
 
 TEN = (
     *ODD_MODEL,
-    "batch.max_seconds=5",
+    "data.max_seconds=1",
+    "batch.max_seconds=2.5",
     "trainer.updates=10",
     "checkpoint.every=5",
     "checkpoint.keep_last=3",
@@ -62,7 +63,13 @@ VARIANTS = {
     "zero3_recomputing": ("engine={name: deepspeed, deepspeed_config: zero3, activation_checkpointing: full}",),
 }
 VARIANTS |= {
-    f"{name}_bf16": (*overrides, "precision.compute=bf16", "optim.lr=3e-4", "batch.max_seconds=20")
+    f"{name}_bf16": (
+        *overrides,
+        "precision.compute=bf16",
+        "optim.lr=3e-4",
+        "data.max_seconds=2",
+        "batch.max_seconds=20",
+    )
     for name, overrides in ENGINES.items()
 }
 

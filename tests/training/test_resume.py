@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,23 +13,19 @@ from safetensors.torch import load_file
 
 from tests.audio import SmallCorpus
 from tests.micro import MICRO_RUN
+from tests.processes import Command
 
 DEADLINE = 120.0
 LEARNED = ("loss", "contrastive", "diversity", "feature_penalty", "accuracy", "grad_norm", "hours_seen", "lr")
 
 
-def start(corpus: Path, exp: Path, *overrides: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(corpus: Path, exp: Path, *overrides: str, options: tuple[str, ...] = ()) -> Command:
     settings = [*MICRO_RUN, f"data.train={corpus}", "checkpoint.every=3", *overrides]
-    command = [sys.executable, "-m", "w2vscale", "train", "base", *settings, "--exp", str(exp), *options]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    return Command(exp.with_suffix(".log"), "train", "base", *settings, "--exp", str(exp), *options)
 
 
-def finish(process: subprocess.Popen[str], *, code: int = 0) -> str:
-    out, err = process.communicate(timeout=DEADLINE)
-    assert process.returncode == code, f"{out}\n{err}"
-    return out + err
+def finish(command: Command, *, code: int = 0) -> str:
+    return command.finish(code=code, timeout=DEADLINE)
 
 
 def curve(exp: Path) -> list[dict[str, float]]:
@@ -73,8 +67,7 @@ def test_a_killed_run_continues_bit_for_bit(corpus: Path, uninterrupted: Path, t
     process = start(corpus, exp, "data.workers=1")
     wait_for_update(exp, 7)
     process.kill()
-    process.communicate(timeout=DEADLINE)
-    assert process.returncode == -signal.SIGKILL
+    finish(process, code=-signal.SIGKILL)
     reached = len(curve(exp))
     assert 7 <= reached < 12, "the run ended before it could be killed"
 
