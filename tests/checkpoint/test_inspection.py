@@ -162,6 +162,19 @@ class TestVerify:
         store = CheckpointStore(tmp_path, Ranks())
         assert verify(store.save(content(), TrainState(update=1), dump_config(CONFIG))).problems == []
 
+    def test_an_imported_model_has_no_optimizer_state(self, tmp_path: Path) -> None:
+        model = {name: tensor for name, tensor in content().items() if name.startswith("model.")}
+        saved = CheckpointStore(tmp_path, Ranks()).save(model, TrainState(), dump_config(CONFIG))
+        assert verify(saved).problems == []
+
+    def test_a_pickle_in_place_of_tensors(self, spoiled: Path) -> None:
+        torch.save({"a": torch.zeros(3)}, shard(spoiled, 2))
+        state = json.loads((spoiled / "train_state.json").read_text())
+        state["files"][shard(spoiled, 2).name] = file_facts(shard(spoiled, 2))
+        (spoiled / "train_state.json").write_text(json.dumps(state))
+        (problem,) = verify(spoiled).problems
+        assert problem.startswith(f"{shard(spoiled, 2).name}: cannot be read (")
+
 
 def test_a_description_counts_whole_tensors(whole: Path) -> None:
     found = describe(whole)

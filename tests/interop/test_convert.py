@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import pickle
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def saved(folder: Path, config: Config, state: dict[str, Tensor]) -> Path:
         folder / "checkpoints", Ranks(), keep_last=1, keep_every=0, asynchronous=False, log=lambda text: None
     )
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
-    return store.save(tensors, TrainState(update=700, audio_seconds=90_000.0), dump_config(config))
+    return store.save(tensors, TrainState(update=700, audio_seconds=90_000.0, data="960.0 hours"), dump_config(config))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -154,8 +156,53 @@ class TestTransformers:
         _, _, export = family
         card = (export / "README.md").read_text()
         assert card.startswith("---\nlibrary_name: transformers\n")
-        for row in ("| updates | 700 |", "| hours seen | 25.0 |", "| data | cuts_train.jsonl |"):
+        for row in ("| updates | 700 |", "| hours seen | 25.0 |", "| training data | cuts_train.jsonl (960.0 hours) |"):
             assert row in card
+        assert "| started from | random weights |" in card
+
+    def test_the_card_has_the_last_validation_before_the_checkpoint(
+        self, family: tuple[Config, Path, Path], tmp_path: Path
+    ) -> None:
+        config, checkpoint, _ = family
+        named = config.model_copy(update={"data": config.data.model_copy(update={"train": [Path("a|b.jsonl")]})})
+        run = tmp_path / "run"
+        saved(run, named, read_model_tensors(open_checkpoint(checkpoint)))
+        lines = [
+            json.dumps({"split": "validation", "update": update, "accuracy": update / 1000, "contrastive_bits": 5.0})
+            for update in (600, 700, 800)
+        ]
+        (run / "metrics.jsonl").write_text("\n".join([*lines, '{"update": 900, "spl']))
+        export_checkpoint(run, tmp_path / "out", form="huggingface")
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "| validation accuracy | 0.7 |" in card and "| validation contrastive bits | 5 |" in card
+        assert "| training data | a&#124;b.jsonl (960.0 hours) |" in card
+
+    def test_an_imported_models_card_claims_no_training(
+        self, family: tuple[Config, Path, Path], tmp_path: Path
+    ) -> None:
+        _, _, export = family
+        import_checkpoint(export, tmp_path / "in", form="huggingface")
+        export_checkpoint(tmp_path / "in", tmp_path / "out", form="huggingface")
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert f"| origin | imported from {export.name} (huggingface) |" in card
+        assert "converted with w2vscale" in card
+        assert "updates" not in card and "learning rate" not in card
+
+    def test_a_full_disk_is_one_line_and_leaves_nothing(
+        self, family: tuple[Config, Path, Path], tmp_path: Path
+    ) -> None:
+        _, checkpoint, _ = family
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        try:
+            with pytest.raises(UserError, match=r"out: cannot be written: ") as caught:
+                export_checkpoint(checkpoint, tmp_path / "out", form="huggingface")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert "\n" not in str(caught.value)
+        assert not list((tmp_path / "out").iterdir())
 
     def test_in_again_and_out_again_is_bit_identical(self, family: tuple[Config, Path, Path], tmp_path: Path) -> None:
         config, checkpoint, export = family
@@ -214,8 +261,7 @@ def test_torchaudios_features_are_equal_with_lengths(family: tuple[Config, Path,
     assert lengths.tolist() == inputs.frames_B.tolist()
     valid_BT = torch.arange(inputs.mask_BT.shape[1]) < inputs.frames_B.unsqueeze(1)
     assert len(theirs) == config.model.layers
-    # torchaudio's list has the outputs of the blocks, without pre-LN models' final LayerNorm.
-    for number, hidden in enumerate(theirs[:-1], start=1):
+    for number, hidden in enumerate(theirs, start=1):
         assert_equal(mine.hidden[number][valid_BT], hidden[valid_BT])
 
 
@@ -319,23 +365,30 @@ class TestStartingFromACheckpoint:
         theirs = transformers_loss(tmp_path / "hf", window, config)
         mine = record["contrastive"] + config.model.diversity_weight * record["diversity"]
         assert mine == pytest.approx(theirs, rel=1e-5)
-        assert "tensors taken" in " ".join(capsys.readouterr().out.split())
+        said = " ".join(capsys.readouterr().out.split())
+        assert "tensors of taken missing other shape not used" in said
+        assert "encoder.feature_encoder 9 0 0 0" in said and "quantizer 3 0 0 0" in said
 
     def test_other_shapes_and_settings_are_errors_unless_named(
-        self, small_corpus: SmallCorpus, source: Path, tmp_path: Path
+        self, small_corpus: SmallCorpus, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         for override, name in (
             ("model.ffn_dim=32", "model.ffn_dim is 64 there and 32 here"),
             ("model.heads=2", "model.heads is 4 there and 2 here"),
             ("model.normalize_waveform=true", "model.normalize_waveform is False there and True here"),
         ):
-            with pytest.raises(UserError, match=f"{name}; if that is meant, name it in trainer.init_allow"):
+            with pytest.raises(UserError, match=f"{name};.* if that is meant, name it in trainer.init_allow"):
                 train(self.settings(small_corpus, source, override), tmp_path / "no")
         allowed = self.settings(
             small_corpus, source, "model.codebook_entries=12", "trainer.updates=1", "schedule.warmup_updates=1",
-            "trainer.init_allow=[codebook_entries,quantizer]",
+            "trainer.init_allow=[codebook_entries,quantizer,nosuch]",
         )  # fmt: skip
+        capsys.readouterr()
         assert train(allowed, tmp_path / "exp") == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "quantizer 0 0 3 0" in said
+        assert "warning: trainer.init_allow: nosuch matches nothing" in said
+        assert "drawn anew: quantizer.codevectors is [2, 16, 8] there and [2, 12, 8] here" in said
         with pytest.raises(UserError, match=r"quantizer\.\S+ is \[.*\] there and \[.*\] here"):
             train(
                 self.settings(

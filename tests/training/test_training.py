@@ -74,7 +74,8 @@ def test_a_run_that_goes_on_with_other_data_says_so(
         assert "data.train has changed" not in capsys.readouterr().out
         train(settings(manifest, f"trainer.updates={updates}"), tmp_path)
     said = " ".join(capsys.readouterr().out.split())
-    assert "data.train has changed: it was 24 utterances" in said and "; it is 6 utterances" in said
+    assert "data.train has changed: it was 0.0 hours, 24 utterances" in said
+    assert "; it is 0.0 hours, 6 utterances" in said
 
 
 def test_curves_are_drawn(finished: Path, tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
     python tools/bench/sampler.py --utterances 1000000
 
 Durations are drawn as LibriSpeech's are distributed. Both form the micro-batches of a whole epoch, of at most 87.5
-padded seconds of utterances cropped to 15.625 s (BASE), with 64 buckets at most. Each side runs in a process of its own,
-and they alternate. Planning is all that an epoch needs to be decided; Lhotse decides while it iterates, so that the time of taking each
-micro-batch from the plan, one by one, is given too (of 100,000, for the whole epoch in proportion).
-Restoring is opening the corpus and reaching micro-batch 0.9 of the epoch; Lhotse replays what came before. With
-`--no-lhotse`, which is for tens of millions, the corpus is a manifest on disk that is indexed first.
+padded seconds of utterances cropped to 15.625 s (BASE), with 64 buckets at most. Each side runs in a process of its
+own, and they alternate. Planning is all that an epoch needs to be decided; Lhotse decides while it iterates, so that
+the time of taking each micro-batch from the plan, one by one, is given too (of 100,000, for the whole epoch in
+proportion). Restoring is opening the corpus and reaching micro-batch 0.9 of the epoch; Lhotse replays what came before.
+With `--no-lhotse`, which is for tens of millions, the corpus is a manifest on disk that is indexed first.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from w2vscale.checkpoint.reading import (
     Checkpoint,
@@ -64,7 +64,8 @@ def verify(path: Path, *, progress: Callable[[int, int], None] | None = None) ->
     """Read all of a checkpoint, or of the newest one of a run, and look for what is wrong.
 
     Files are compared with their recorded sizes and checksums, and values must be finite. If all files are as they
-    were written, their shards must cover every tensor of the model and its optimizer. Holds one tensor at a time.
+    were written, their shards must cover every tensor of the model and, unless it is an imported one without optimizer
+    state, of its optimizer. Holds one tensor at a time.
 
     Raises:
         UserError: there is no checkpoint, or its train_state.json or config.yaml cannot be read.
@@ -82,8 +83,11 @@ def verify(path: Path, *, progress: Callable[[int, int], None] | None = None) ->
         if damage := _damage(file, facts):
             problems.append(f"{name}: {damage}")
         else:
-            intact.append(file)
-            problems.extend(f"{name}: {problem}" for problem in _not_finite(file))
+            try:
+                problems.extend(f"{name}: {problem}" for problem in _not_finite(file))
+                intact.append(file)
+            except SafetensorError as error:
+                problems.append(f"{name}: cannot be read ({error})")
         done += facts["bytes"]
         if progress is not None:
             progress(done, checkpoint.bytes)
@@ -94,7 +98,7 @@ def verify(path: Path, *, progress: Callable[[int, int], None] | None = None) ->
 
 
 def canonical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this model must hold."""
+    """Name and shape of every tensor that a run's checkpoint of this model must hold."""
     with torch.device("meta"):
         model = Wav2Vec2ForPretraining(config.model)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -135,7 +139,10 @@ def _not_finite(file: Path) -> Iterator[str]:
 
 
 def _incomplete(tensors: Mapping[str, StoredTensor], config: Config) -> Iterator[str]:
+    has_optimizer = any(name.startswith("optim.") for name in tensors)
     for name, shape in canonical_shapes(config).items():
+        if name.startswith("optim.") and not has_optimizer:
+            continue
         if name not in tensors:
             yield f"{name}: missing"
         elif tensors[name].shape != shape:

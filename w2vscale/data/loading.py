@@ -141,8 +141,10 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def describe(self) -> str:
         """What all ranks must agree on."""
-        counts = f"{self.utterances} utterances, {self.micro_batches} micro-batches an epoch"
-        return f"{counts}, of manifests {self.corpus.fingerprint}"
+        return (
+            f"{self.corpus.hours:.1f} hours, {self.utterances} utterances and {self.micro_batches} micro-batches an "
+            f"epoch, of manifests {self.corpus.fingerprint}"
+        )
 
     def largest(self) -> MicroBatch:
         """The first of epoch 0 with the most padded samples."""

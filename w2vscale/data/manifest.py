@@ -172,6 +172,11 @@ class Corpus:
         return int(self._starts[-1])
 
     @property
+    def hours(self) -> float:
+        """Of all utterances, whole."""
+        return float(sum(manifest.durations.sum() for manifest in self.manifests)) / 3600
+
+    @property
     def fingerprint(self) -> str:
         """What tells these manifests from others, wherever they lie."""
         return "-".join(f"{manifest.checksum:08x}" for manifest in self.manifests)

@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def export_checkpoint(
 
     huggingface: `model.safetensors`, `config.json`, `preprocessor_config.json`, and the model card `README.md`.
     torchaudio: `model.safetensors` with the state of `torchaudio.models.wav2vec2_model`, and its arguments in
-    `model.json`; the quantizer and the projections have no place in it.
+    `model.json`, beside the same `preprocessor_config.json`; the quantizer and the projections have no place in it.
 
     Raises:
         UserError: the checkpoint cannot be used, the format has no such model, or a file exists or cannot be written.
@@ -56,7 +58,10 @@ def export_checkpoint(
         }
     else:
         weights = to_torchaudio(state, config.model)
-        texts = {"model.json": _json(torchaudio_arguments(config.model))}
+        texts = {
+            "model.json": _json(torchaudio_arguments(config.model)),
+            "preprocessor_config.json": _json(preprocessor_config(config.model)),
+        }
     files = _write(output, weights, texts, checkpoint, config)
     return Exported(files, checkpoint.state.update)
 
@@ -69,11 +74,15 @@ def _write(
         raise UserError(f"{existing[0]}: exists; choose another folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, files[0], {"format": "pt"})
-        for file, text in zip(files[1:], texts.values(), strict=True):
-            file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror or error}") from None
+        with TemporaryDirectory(prefix=".export-", dir=output) as folder:
+            written = [Path(folder) / file.name for file in files]
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, written[0], {"format": "pt"})
+            for path, text in zip(written[1:], texts.values(), strict=True):
+                path.write_text(text, encoding="utf-8")
+            for path, file in zip(written, files, strict=True):
+                path.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{output}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     return files
 
 

@@ -61,7 +61,8 @@ def import_checkpoint(
             raise UserError(f"{source}: {name} is {list(state[name].shape)}, its settings say {list(shape)}")
     store = CheckpointStore(output / "checkpoints", Ranks(), keep_last=1, keep_every=0, asynchronous=False, log=log)
     tensors = {f"model.{name}": state[name].float() for name in wanted}
-    path = store.save(tensors, TrainState(), dump_config(Config(model=model)))
+    origin = TrainState(data=f"imported from {source.name} ({form})")
+    path = store.save(tensors, origin, dump_config(Config(model=model)))
     return Imported(path, sum(tensor.numel() for tensor in tensors.values()))
 
 

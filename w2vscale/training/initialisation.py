@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -22,49 +22,75 @@ ARCHITECTURE = {
 
 
 def starting_values(
-    config: Config, drawn: Iterator[tuple[str, Tensor]], log: Callable[[str], None]
+    config: Config,
+    shapes: Mapping[str, tuple[int, ...]],
+    drawn: Iterator[tuple[str, Tensor]],
+    log: Callable[[str], None],
 ) -> Iterator[tuple[str, Tensor]]:
     """Each of `drawn`, or in its place that of `trainer.init_from`, one whole tensor at a time.
 
+    `shapes` are those of `drawn`. The log gets a table of what is taken, missing, of another shape, and not used.
+
     Raises:
-        UserError: a tensor is missing there, has another shape, or the model is another, and `trainer.init_allow`
-            does not name it.
+        UserError: tensors are missing there or have other shapes, or the model is another, and `trainer.init_allow`
+            does not name them.
     """
     if config.trainer.init_from is None:
         yield from drawn
         return
     checkpoint = open_checkpoint(config.trainer.init_from, log)
-    allowed = [re.compile(pattern) for pattern in config.trainer.init_allow]
-
-    def refuse(name: str, problem: str) -> None:
-        if not any(pattern.search(name) for pattern in allowed):
-            raise UserError(
-                f"trainer.init_from={config.trainer.init_from}: {name} {problem}; if that is meant, name it in "
-                "trainer.init_allow"
-            )
-
+    stored = {
+        name.removeprefix("model."): tensor
+        for name, tensor in stored_tensors(tensor_files(checkpoint.path)).items()
+        if name.startswith("model.")
+    }
+    missing = {name: "is missing" for name in shapes if name not in stored}
+    reshaped = {
+        name: f"is {list(stored[name].shape)} there and {list(shape)} here"
+        for name, shape in shapes.items()
+        if name in stored and stored[name].shape != shape
+    }
     theirs = load_config(checkpoint.path / "config.yaml").model.model_dump(mode="json")
-    for key, value in config.model.model_dump(mode="json").items():
-        if key in ARCHITECTURE and theirs[key] != value:
-            refuse(f"model.{key}", f"is {theirs[key]} there and {value} here")
-    stored = stored_tensors(tensor_files(checkpoint.path))
-    unused = {name.removeprefix("model.") for name in stored if name.startswith("model.")}
-    anew: list[str] = []
-    taken = 0
+    settings = {
+        f"model.{key}": f"is {theirs[key]} there and {value} here"
+        for key, value in config.model.model_dump(mode="json").items()
+        if key in ARCHITECTURE and theirs[key] != value
+    }
+    _refuse_unless_allowed(settings | reshaped | missing, config, log)
+    unused = {name for name in stored if name not in shapes}
+    log(f"starting from {checkpoint.path}")
+    for line in _table(shapes, missing=set(missing), reshaped=set(reshaped), unused=unused):
+        log(line)
+    for name, problem in (reshaped | missing).items():
+        log(f"drawn anew: {name} {problem}")
     for name, value in drawn:
-        unused.discard(name)
-        found = stored.get(f"model.{name}")
-        if found is None:
-            refuse(name, "is missing")
-        elif tuple(found.shape) != tuple(value.shape):
-            refuse(name, f"is {list(found.shape)} there and {list(value.shape)} here")
-        else:
-            taken += 1
-            yield name, next(whole_tensors({f"model.{name}": found}))
-            continue
-        anew.append(name)
-        yield name, value
-    log(f"starting from {checkpoint.path}: {taken} tensors taken")
-    for what, names in (("drawn anew", anew), ("not used", sorted(unused))):
-        if names:
-            log(f"  {len(names)} {what}: {', '.join(names)}")
+        taken = name not in missing and name not in reshaped
+        yield name, next(whole_tensors({f"model.{name}": stored[name]})) if taken else value
+
+
+def _refuse_unless_allowed(problems: Mapping[str, str], config: Config, log: Callable[[str], None]) -> None:
+    allowed = [re.compile(pattern) for pattern in config.trainer.init_allow]
+    refused = [name for name in problems if not any(pattern.search(name) for pattern in allowed)]
+    if refused:
+        told = "; ".join(f"{name} {problems[name]}" for name in refused[:3])
+        more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise UserError(
+            f"trainer.init_from={config.trainer.init_from}: {told}{more}; if that is meant, name it in "
+            "trainer.init_allow"
+        )
+    for pattern in allowed:
+        if not any(map(pattern.search, problems)):
+            log(f"warning: trainer.init_allow: {pattern.pattern} matches nothing that is missing or differs")
+
+
+def _table(names: Iterable[str], *, missing: set[str], reshaped: set[str], unused: set[str]) -> Iterator[str]:
+    """How many tensors of each module are taken, missing, of another shape, and not used."""
+    counts: dict[str, list[int]] = {}
+    for name in (*names, *sorted(unused)):
+        parts = name.split(".")
+        row = counts.setdefault(".".join(parts[: 1 + (parts[0] == "encoder")]), [0] * 4)
+        row[1 if name in missing else 2 if name in reshaped else 3 if name in unused else 0] += 1
+    width = max(map(len, counts))
+    yield f"{'tensors of':{width}}  taken  missing  other shape  not used"
+    for module, (taken, absent, other, left) in counts.items():
+        yield f"{module:{width}}  {taken:5}  {absent:7}  {other:11}  {left:8}"

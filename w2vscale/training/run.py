@@ -99,9 +99,11 @@ def build_run(
     # Before the engine is built: ranks that build different ones would wait for each other.
     compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
     criterion = PretrainingCriterion(config.model, seed=config.trainer.seed)
-    engine = build_engine(empty_model(config), criterion, config, device)
+    model = empty_model(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    engine = build_engine(model, criterion, config, device)
     if checkpoint is None:
-        engine.import_parameters(starting_values(config, initial_values(config), log))
+        engine.import_parameters(starting_values(config, shapes, initial_values(config), log))
     else:
         engine.import_state(checkpoint)
         log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")

@@ -1,0 +1,59 @@
+"""Continued pretraining of a model of Transformers', in two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.audio import SmallCorpus
+from tests.distributed.pool import Pool
+from tests.distributed.tasks import train_micro
+from tests.interop.continued import transformers_loss
+from tests.micro import MICRO_RUN
+from w2vscale.config import load_config
+from w2vscale.evaluation.report import read_metrics
+from w2vscale.interop.huggingface import huggingface_config, preprocessor_config
+from w2vscale.interop.importing import import_checkpoint
+from w2vscale.training.run import open_training_set
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.distributed
+
+SETTINGS = (
+    "trainer.updates=20", "model.layerdrop=0", "model.dropout=0", "model.attention_dropout=0", "model.input_dropout=0",
+    "model.feature_dropout=0", "data.min_seconds=2",
+)  # fmt: skip
+"""All utterances are equally long: Transformers' GroupNorm counts padding."""
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of Transformers' with random weights, saved by it."""
+    folder = tmp_path_factory.mktemp("theirs")
+    model = load_config("base", [*MICRO_RUN, *SETTINGS]).model
+    torch.manual_seed(4)
+    transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(model))).save_pretrained(
+        folder
+    )
+    transformers.Wav2Vec2FeatureExtractor(**preprocessor_config(model)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["engine.name=ddp", "engine={name: deepspeed, deepspeed_config: zero2}"])
+def test_the_first_loss_is_transformers_and_the_run_learns(
+    pool: Callable[[int], Pool], small_corpus: SmallCorpus, theirs: Path, tmp_path: Path, engine: str
+) -> None:
+    if "deepspeed" in engine:
+        pytest.importorskip("deepspeed")
+    import_checkpoint(theirs, tmp_path / "in", form="huggingface")
+    overrides = (*SETTINGS, f"trainer.init_from={tmp_path / 'in'}", engine)
+    pool(2).run(train_micro, str(small_corpus.train), str(tmp_path / "exp"), overrides)
+    records = read_metrics(tmp_path / "exp" / "metrics.jsonl", "train")
+    assert len(records) == 20 and records[-1]["loss"] < records[0]["loss"]
+    config = load_config("base", [*MICRO_RUN, f"data.train={small_corpus.train}", *overrides])
+    (window,) = open_training_set(config).windows(range(1), rank=0, world_size=1)
+    mine = records[0]["contrastive"] + config.model.diversity_weight * records[0]["diversity"]
+    assert mine == pytest.approx(transformers_loss(theirs, window, config), rel=1e-5)
