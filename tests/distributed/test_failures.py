@@ -109,7 +109,7 @@ def running(process: int) -> bool:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("rank", [0])
+    @pytest.mark.parametrize("rank", [0, 1])
     def test_a_killed_rank_ends_all(self, rank: int, small_corpus: SmallCorpus, tmp_path: Path) -> None:
         with Launched(small_corpus.train, tmp_path) as run:
             run.wait_for_update(2)
