@@ -256,13 +256,13 @@ class TestMicroBatches:
         batch = dataset_of(small_corpus.train, config)[0, 1]
         inputs = batch.inputs
         assert inputs.mask_BT.nonzero().tolist() == torch.stack([inputs.utterance_M, inputs.frame_M], dim=1).tolist()
-        assert batch.masked == int(inputs.mask_BT.sum()) == inputs.masked[0]
+        assert batch.weight == int(inputs.mask_BT.sum()) == inputs.masked[0]
         for row in range(batch.utterances):
             mine = inputs.utterance_M == row
             assert inputs.slot_M[mine].tolist() == list(range(int(mine.sum())))
             assert (inputs.negatives_MK[mine] < mine.sum()).all()
         assert (inputs.negatives_MK != inputs.slot_M[:, None]).all()
-        assert inputs.negatives_MK.shape == (batch.masked, config.model.negatives)
+        assert inputs.negatives_MK.shape == (batch.weight, config.model.negatives)
         assert inputs.slots == max(int((inputs.utterance_M == row).sum()) for row in range(batch.utterances))
 
     def test_a_bad_utterance_is_named_and_changes_no_other(self, tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ class TestMicroBatches:
             path.unlink()
         batch = dataset[0, 0]
         assert len(batch.bad) == dataset.plan.micro_batch(0).utterances.size
-        assert (batch.masked, batch.audio_samples, batch.utterances) == (0, 0, 0)
+        assert (batch.weight, batch.audio_samples, batch.utterances) == (0, 0, 0)
         assert batch.inputs.waveforms_BS.shape == (1, shortest_samples(config.model))
         assert not batch.inputs.waveforms_BS.any() and not batch.inputs.mask_BT.any()
         assert batch.inputs.negatives_MK.shape == (0, config.model.negatives)
@@ -479,7 +479,7 @@ class TestValidationBatches:
         assert sorted(batch.number for batch in with_audio) == list(range(total))
         assert sum(batch.utterances for batch in with_audio) == len(dataset.plan)
         empty = [batch for batches in ranks for batch in batches if not batch.utterances]
-        assert all(batch.masked == 0 for batch in empty)
+        assert all(batch.weight == 0 for batch in empty)
 
     def test_two_passes_are_the_same(self, small_corpus: SmallCorpus) -> None:
         config = config_with()

@@ -179,7 +179,7 @@ class TestMicroBatches:
             found = self.windows(source, updates=range(5, 12), world_size=world_size)
             assert sorted((batch.update, batch.number) for batch in found) == [(n // 6, n) for n in range(30, 72)]
             assert all(0 < batch.padded_samples <= 10 * RATE for batch in found)
-            assert all(batch.masked > 0 and not batch.bad for batch in found)
+            assert all(batch.weight > 0 and not batch.bad for batch in found)
 
     def test_utterances_of_similar_length_come_together(self, shards: Path) -> None:
         source = StreamedMicroBatches([shards], config_with("data.stream_buffer=300"))
@@ -209,7 +209,7 @@ class TestMicroBatches:
     def test_the_largest_fills_the_budget(self, shards: Path) -> None:
         batch = StreamedMicroBatches([shards], config_with()).largest()
         assert batch.inputs.waveforms_BS.shape == (3, 3 * RATE)
-        assert batch.masked > 0
+        assert batch.weight > 0
 
 
 class TestDamagedShards:

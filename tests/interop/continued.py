@@ -35,7 +35,7 @@ def transformers_loss(folder: Path, batches: Sequence[MicroBatch], config: Confi
                 sampled_negative_indices=flat_negatives(batch.inputs),
             )
         total += float(output.loss)
-        masked += batch.masked
+        masked += batch.weight
     return total / masked
 
 

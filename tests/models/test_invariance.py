@@ -188,7 +188,7 @@ def test_diversity_is_taken_per_micro_batch() -> None:
     quantized = []
     model.quantizer.register_forward_hook(lambda module, args, output: quantized.append(output))
     joined = PretrainingCriterion(config, seed=4)(model, parts, device=CPU, training=False)
-    first_MGV, second_MGV = quantized[0].logits_MGV.softmax(dim=2).split([part.masked for part in parts])
+    first_MGV, second_MGV = quantized[0].logits_MGV.softmax(dim=2).split([part.weight for part in parts])
     expected = sum(diversity_loss(part_MGV.mean(dim=0)) * part_MGV.shape[0] for part_MGV in (first_MGV, second_MGV))
     of_all = diversity_loss(torch.cat([first_MGV, second_MGV]).mean(dim=0)) * joined.masked
     torch.testing.assert_close(joined.diversity, expected)
@@ -220,7 +220,7 @@ def test_a_micro_batch_without_utterances_weighs_nothing(name: str, precision: t
     config = family(name, "model.feature_penalty_weight=3")
     model = build(config, precision).train()
     empty = silent(config)
-    assert (empty.masked, empty.utterances, sum(empty.inputs.masked)) == (0, 0, 0)
+    assert (empty.weight, empty.utterances, sum(empty.inputs.masked)) == (0, 0, 0)
     sums = PretrainingCriterion(config, seed=4)(model, [empty], device=CPU, training=True)
     for field, value in zip(LossSums._fields, sums, strict=True):
         assert not value.any() and value.isfinite().all(), field

@@ -16,7 +16,7 @@ from w2vscale.data.micro_batch import make_inputs
 from w2vscale.models.contrastive import contrastive_logits, contrastive_loss
 from w2vscale.models.feature_encoder import output_frames
 from w2vscale.models.inputs import PretrainingInputs
-from w2vscale.models.masking import negative_indices, span_mask
+from w2vscale.models.masking import frame_mask, negative_indices
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
 BASE = load_config("base").model
@@ -48,7 +48,7 @@ def test_about_49_percent_of_the_frames_are_masked() -> None:
     draws = np.random.default_rng(0)
     seconds = 2.0 + 14.0 * draws.beta(3.0, 1.2, size=10_000)
     frames = [output_frames(int(length * 16_000), BASE) for length in seconds]
-    masked = [int(span_mask(count, BASE, draws).sum()) for count in frames]
+    masked = [int(frame_mask(count, BASE, draws).sum()) for count in frames]
     assert sum(masked) / sum(frames) == pytest.approx(0.49, abs=0.01)
 
 
@@ -64,7 +64,7 @@ def test_a_mask_consists_of_spans_inside_the_utterance(
     frames: int, length: int, probability: float, least: int, seed: int
 ) -> None:
     config = with_masking(mask_length=length, mask_probability=probability, mask_min_spans=least)
-    mask = span_mask(frames, config, np.random.default_rng(seed))
+    mask = frame_mask(frames, config, np.random.default_rng(seed))
     assert mask.shape == (frames,) and mask.dtype == np.bool_
     if frames - length < least:
         assert not mask.any()
@@ -79,7 +79,7 @@ def test_a_mask_consists_of_spans_inside_the_utterance(
 
 @pytest.mark.parametrize("frames", range(14))
 def test_an_utterance_too_short_for_two_spans_is_not_masked(frames: int) -> None:
-    mask = span_mask(frames, BASE, np.random.default_rng(0))
+    mask = frame_mask(frames, BASE, np.random.default_rng(0))
     assert mask.sum() == 0 if frames < 12 else mask.sum() >= 11
 
 
@@ -88,7 +88,7 @@ def test_starts_are_uniform_over_the_whole_range() -> None:
     draws = np.random.default_rng(1)
     counts = np.zeros(50, dtype=np.int64)
     for _ in range(20_000):
-        ((start, end),) = spans_of(span_mask(60, config, draws))
+        ((start, end),) = spans_of(frame_mask(60, config, draws))
         assert end - start == 10
         counts[start] += 1
     assert counts.min() > 0
@@ -99,7 +99,7 @@ def test_starts_are_drawn_without_replacement_and_their_number_is_rounded_at_ran
     """Spans of one frame make the number of spans visible: 0.33 × 50 = 16.5 is 16 or 17."""
     config = with_masking(mask_length=1, mask_probability=0.33)
     draws = np.random.default_rng(2)
-    spans = np.array([int(span_mask(50, config, draws).sum()) for _ in range(4000)])
+    spans = np.array([int(frame_mask(50, config, draws).sum()) for _ in range(4000)])
     assert set(spans.tolist()) == {16, 17}
     assert spans.mean() == pytest.approx(16.5, abs=0.04)  # five standard deviations
 
@@ -107,11 +107,11 @@ def test_starts_are_drawn_without_replacement_and_their_number_is_rounded_at_ran
 def test_there_are_at_least_two_spans() -> None:
     config = with_masking(mask_length=1, mask_probability=1e-6)
     draws = np.random.default_rng(3)
-    assert {int(span_mask(40, config, draws).sum()) for _ in range(200)} == {2}
+    assert {int(frame_mask(40, config, draws).sum()) for _ in range(200)} == {2}
 
 
 def test_equal_generators_give_equal_masks() -> None:
-    first, second = (span_mask(500, BASE, np.random.default_rng(9)) for _ in range(2))
+    first, second = (frame_mask(500, BASE, np.random.default_rng(9)) for _ in range(2))
     assert np.array_equal(first, second)
 
 

@@ -125,7 +125,7 @@ def main(result: Path, settings: Annotated[list[str], typer.Argument(metavar="SE
         peaks = {"build": resident("VmHWM") - before}
         for batch in batches:
             reset_peak()
-            engine.run_window([batch], torch.tensor(float(batch.masked * ranks.world_size)))
+            engine.run_window([batch], torch.tensor(float(batch.weight * ranks.world_size)))
             peaks[f"backward {batch.update + 1}"] = resident("VmHWM") - before
             now = resident("VmRSS") - before
             kinds = held(engine)

@@ -32,7 +32,7 @@ from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.models.build import Wav2Vec2
 from w2vscale.optim.schedules import gumbel_temperature
 from w2vscale.training.run import empty_model, initial_values
 
@@ -121,16 +121,16 @@ def bare_loop(config: Config) -> Update:
             noise_MGV=gumbel_noise([batch], seed=config.trainer.seed, config=config.model, device=torch.device("cpu")),
             temperature=gumbel_temperature(batch.update, config.model),
         )
-        (sums.total * (1.0 / batch.masked)).backward()
+        (sums.total * (1.0 / batch.weight)).backward()
         norm = float(nn.utils.clip_grad_norm_(parameters, config.optim.max_norm or math.inf, foreach=True))
         optimizer.step()
         optimizer.zero_grad()
-        return float(sums.total.detach()) / batch.masked, norm
+        return float(sums.total.detach()) / batch.weight, norm
 
     return update
 
 
-def bare_adamw(model: Wav2Vec2ForPretraining, config: OptimConfig) -> torch.optim.AdamW:
+def bare_adamw(model: Wav2Vec2, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with the preset's settings: vectors do not decay, feature encoder and quantizer learn at a tenth."""
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -159,9 +159,9 @@ def engine_loop(config: Config, device: torch.device) -> Update:
     engine.import_parameters(initial_values(config))
 
     def update(batch: MicroBatch) -> tuple[float, float]:
-        sums = engine.run_window([batch], torch.tensor(float(batch.masked)))
+        sums = engine.run_window([batch], torch.tensor(float(batch.weight)))
         step = engine.step(lr=LR, max_norm=config.optim.max_norm)
-        return float(sums.total) / batch.masked, step.grad_norm
+        return float(sums.total) / batch.weight, step.grad_norm
 
     return update
 

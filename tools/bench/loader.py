@@ -31,6 +31,7 @@ from rich.table import Table
 from w2vscale.config import load_config
 from w2vscale.data.loading import MicroBatches, loader_processes, make_plan
 from w2vscale.data.manifest import Corpus, audio_path
+from w2vscale.models.inputs import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
@@ -148,7 +149,7 @@ def load(manifest: Path, workers: int, micro_batches: int, settings: list[str]) 
                 break
         elapsed = time.perf_counter() - began
     rate = config.model.sampling_rate
-    bytes_per_second = batch.inputs.packed()[0].numel() / (batch.audio_samples / rate)
+    bytes_per_second = pack(batch.inputs)[0].numel() / (batch.audio_samples / rate)
     return samples / rate / elapsed, bytes_per_second
 
 

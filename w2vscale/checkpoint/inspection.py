@@ -20,7 +20,7 @@ from w2vscale.checkpoint.reading import (
 )
 from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files
 from w2vscale.config import Config, load_config
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.models.build import build_model
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def verify(path: Path, *, progress: Callable[[int, int], None] | None = None) ->
 def canonical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a run's checkpoint of this model must hold."""
     with torch.device("meta"):
-        model = Wav2Vec2ForPretraining(config.model)
+        model = build_model(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         shapes[f"model.{name}"] = tuple(parameter.shape)

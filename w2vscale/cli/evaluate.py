@@ -25,7 +25,7 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the figures as JSON.")
     ] = None,
 ) -> None:
-    """Contrastive loss and accuracy of a checkpoint, and how it uses its codebooks."""
+    """Loss, accuracy and use of codebooks of a pretrained checkpoint; loss and errors of a fine-tuned one."""
     from rich.table import Table
 
     from w2vscale.cli.progress import console, progress_bar
@@ -40,16 +40,21 @@ def evaluate(
     table = Table(title=f"{found.checkpoint.name} on {int(values['utterances'])} utterances", box=None)
     table.add_column("figure")
     table.add_column("value", justify="right")
-    table.add_row("contrastive loss", f"{values['contrastive']:.4f} nats = {values['contrastive_bits']:.4f} bits")
-    table.add_row("contrastive accuracy", f"{values['accuracy']:.4f}")
-    table.add_row("diversity loss", f"{values['diversity']:.4f}")
+    if "labels" in values:
+        table.add_row("loss of a label", f"{values['loss']:.4f} nats")
+        table.add_row("label error rate, greedy", f"{values['label_error_rate']:.2%}")
+        table.add_row("labels", f"{int(values['labels']):,}")
+    else:
+        table.add_row("contrastive loss", f"{values['contrastive']:.4f} nats = {values['contrastive_bits']:.4f} bits")
+        table.add_row("contrastive accuracy", f"{values['accuracy']:.4f}")
+        table.add_row("diversity loss", f"{values['diversity']:.4f}")
+        table.add_row("masked frames", f"{int(values['masked_frames']):,}")
     for codebook, used in enumerate(found.used_entries):
         table.add_row(
             f"codebook {codebook}",
             f"{used} of {found.codebook_entries} entries used, "
             f"code perplexity {values[f'code_perplexity_{codebook}']:.1f}",
         )
-    table.add_row("masked frames", f"{int(values['masked_frames']):,}")
     if values["unusable_utterances"]:
         table.add_row("unusable utterances", f"{int(values['unusable_utterances'])}")
     console.print(table)

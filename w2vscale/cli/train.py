@@ -65,8 +65,8 @@ def _print_dry_run(found: DryRun) -> None:
     table.add_row("parameters", f"{sum(found.parameters.values()):,}")
     for name, shape in found.shapes.items():
         table.add_row(escape(name), " x ".join(f"{size:,}" for size in shape))
-    table.add_row("masked frames", f"{found.masked_frames:,}")
-    table.add_row("loss per masked frame", f"{found.loss_per_frame:.3f} nats")
+    table.add_row("masked frames, or labels", f"{found.weight:,}")
+    table.add_row("loss of each", f"{found.loss:.3f} nats")
     table.add_row("gradient norm", f"{found.grad_norm:.3f}")
     table.add_row("two forwards and backwards, and a step", f"{found.seconds:.2f} s")
     table.add_row("peak memory", f"{found.peak_memory_bytes / 2**30:.2f} GiB")

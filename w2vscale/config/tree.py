@@ -129,6 +129,46 @@ class ModelConfig(Section):
         return self
 
 
+LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
+"""The vocabulary of the published English models, in their order; `|` is the space."""
+
+
+def _read_vocabulary(value: object) -> object:
+    if value == "letters":
+        return LETTERS
+    if not isinstance(value, str | Path):
+        return value
+    try:
+        return [line.split()[0] for line in Path(value).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{value}: neither `letters` nor a file of symbols ({error})") from None
+
+
+class CtcConfig(Section):
+    """Fine-tuning: an output layer for text in place of the pretext task."""
+
+    vocabulary: Annotated[list[str], BeforeValidator(_read_vocabulary)] = Field(
+        [],
+        description="symbols of the output layer, the first CTC's blank: a list, a file with one a line, or `letters` "
+        "(English capitals, as in the published models). Empty: a run pretrains",
+    )
+    final_dropout: Probability = Field(0.0, description="before the output layer")
+    channel_mask_probability: Fraction = Field(0.0, description="of a channel to be masked; model.mask_* mask frames")
+    channel_mask_length: Count = Field(64, description="channels of one span")
+    freeze_encoder_updates: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="updates in which the output layer alone learns; model.feature_grad_mult=0 freezes the CNN always",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CtcConfig:
+        if repeated := [symbol for symbol in self.vocabulary if self.vocabulary.count(symbol) > 1]:
+            raise ValueError(f"vocabulary: {repeated[0]!r} is in it twice")
+        if len(self.vocabulary) == 1:
+            raise ValueError("vocabulary: a blank alone")
+        return self
+
+
 class DataConfig(Section):
     """Which audio is read, and how."""
 
@@ -324,6 +364,7 @@ class Config(Section):
     """All settings of one run."""
 
     model: ModelConfig = ModelConfig()
+    ctc: CtcConfig = CtcConfig()
     data: DataConfig = DataConfig()
     mix: MixConfig = MixConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -351,6 +392,8 @@ class Config(Section):
             raise ValueError(
                 f"batch.max_seconds={self.batch.max_seconds:g}: a micro-batch has at most 2^31 - 1 samples"
             )
+        if self.ctc.vocabulary:
+            self._check_fine_tuning()
         if self.batch.concat > self.batch.micro_batches:
             raise ValueError(
                 f"batch.concat={self.batch.concat} is above batch.micro_batches={self.batch.micro_batches}"
@@ -361,3 +404,17 @@ class Config(Section):
                 f"trainer.updates={self.trainer.updates}"
             )
         return self
+
+    def _check_fine_tuning(self) -> None:
+        if self.data.mode == "stream":
+            raise ValueError("ctc.vocabulary: fine-tuning needs data.mode=index")
+        if min(self.augment.speed, default=1.0) < 1.0:
+            raise ValueError(
+                f"augment.speed={self.augment.speed}: slowed utterances would be cropped, and their text not"
+            )
+        frozen = self.ctc.freeze_encoder_updates > 0 or self.model.feature_grad_mult == 0.0
+        if frozen and self.optim.weight_decay > 0.0:
+            raise ValueError(
+                f"optim.weight_decay={self.optim.weight_decay:g} would shrink what is frozen "
+                "(ctc.freeze_encoder_updates, model.feature_grad_mult=0): set it to 0"
+            )

@@ -26,8 +26,10 @@ from w2vscale.data.manifest import Corpus, audio_path
 from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
 from w2vscale.data.mixing import draw_rates, groups
 from w2vscale.data.plan import Mix, Plan, window_numbers
+from w2vscale.data.transcripts import UNKNOWN, Transcripts, make_ctc_inputs, refuse_too_many, transcript
 from w2vscale.errors import UserError
 from w2vscale.models.feature_encoder import output_frames
+from w2vscale.models.inputs import CtcInputs, PretrainingInputs
 
 VALIDATION_SEED = 20
 """Validation draws its order, crops, masks and negatives from this, so that all runs validate on the same."""
@@ -48,13 +50,16 @@ class Assembler:
     """Reads the audio of a micro-batch, and draws all that is drawn for it. A pure function of its arguments."""
 
     def __init__(self, config: Config, *, seed: int, augmentation: Augmentation | None = None) -> None:
+        self.config = config
         self.model = config.model
         self.seed = seed
         self.augmentation = augmentation
+        self.transcripts = Transcripts(config.ctc.vocabulary) if config.ctc.vocabulary else None
 
     def __call__(self, update: int, number: int, crops: Sequence[Crop | BadAudio], *, width: int = 0) -> MicroBatch:
         """Micro-batch `number` of `crops`, at least `width` samples wide; those that are unusable are left out."""
         waveforms: list[NDArray[np.float32]] = []
+        labels: list[list[int]] = []
         places: list[int] = []
         bad: list[BadAudio] = []
         for place, crop in enumerate(crops):
@@ -62,6 +67,10 @@ class Assembler:
                 bad.append(crop)
                 continue
             try:
+                if self.transcripts is not None:
+                    spelled, unknown = self._spell(crop)
+                    labels.append(spelled)
+                    bad += unknown
                 audio = read_audio(
                     crop.cut,
                     sampling_rate=self.model.sampling_rate,
@@ -70,6 +79,7 @@ class Assembler:
                     normalize=self.model.normalize_waveform,
                 )
             except AudioError as error:
+                del labels[len(waveforms) :]
                 bad.append(BadAudio(crop.cut.id, audio_path(crop.cut), error.kind, str(error)))
                 continue
             if self.augmentation is not None:
@@ -78,9 +88,24 @@ class Assembler:
                 audio = standardize(changed) if self.model.normalize_waveform and changed is not audio else changed
             waveforms.append(audio)
             places.append(place)
-        inputs = make_inputs(waveforms, places, number=number, seed=self.seed, config=self.model, width=width)
+        draws: Any = {"number": number, "seed": self.seed, "width": width}
+        inputs: PretrainingInputs | CtcInputs
+        if self.transcripts is not None:
+            inputs = make_ctc_inputs(waveforms, labels, places, config=self.config, **draws)
+        else:
+            inputs = make_inputs(waveforms, places, config=self.model, **draws)
         samples = sum(waveform.size for waveform in waveforms)
         return MicroBatch(update, number, inputs, samples, tuple(bad))
+
+    def _spell(self, crop: Crop) -> tuple[list[int], list[BadAudio]]:
+        """An utterance's labels, and a note of what the vocabulary does not have."""
+        assert self.transcripts is not None
+        labels, unknown = self.transcripts.labels(transcript(crop.cut))
+        refuse_too_many(labels, output_frames(crop.length, self.model))
+        if not unknown:
+            return labels, []
+        reason = f"its transcript has {unknown!r}, not in ctc.vocabulary, taken for {UNKNOWN}"
+        return labels, [BadAudio(crop.cut.id, audio_path(crop.cut), "unknown symbols", reason, left_out=False)]
 
 
 class TrainingData(Protocol):
@@ -195,6 +220,8 @@ def make_plan(corpus: Corpus, config: Config, *, seed: int, mix: MixConfig | Non
             f"and the model takes at most model.max_frames={limit}"
         )
     samples = corpus.samples(rate)
+    if config.ctc.vocabulary:  # a crop of an utterance would not be what its transcript says
+        samples = np.where(samples > max_samples, 0, samples)
     min_samples = max(int(config.data.min_seconds * rate), shortest)
     mixed = None
     if mix is not None and mix.by != "nothing":
@@ -226,8 +253,7 @@ def validation_batches(
     yield from _loader(dataset, iter([(0, number) for number in numbers if number < total]), config)
     for number in numbers:
         if number >= total:
-            inputs = make_inputs([], [], number=number, seed=dataset.seed, config=config.model)
-            yield MicroBatch(0, number, inputs, 0)
+            yield dataset.assemble(0, number, [])
 
 
 def _loader(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 from w2vscale.config.tree import ModelConfig
 from w2vscale.data.randomness import Stream, derived_seed, generator
 from w2vscale.models.feature_encoder import output_frames
-from w2vscale.models.inputs import PretrainingInputs
-from w2vscale.models.masking import negative_indices, span_mask
+from w2vscale.models.inputs import Inputs, PretrainingInputs, pack, pin, unpack
+from w2vscale.models.masking import frame_mask, negative_indices
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class BadAudio:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatch(Generic[Inputs]):
     """Micro-batch `number` of the plan, run in update `update`."""
 
     update: int
     number: int
-    inputs: PretrainingInputs
+    inputs: Inputs
     audio_samples: int
     bad: tuple[BadAudio, ...] = ()
 
     @property
-    def masked(self) -> int:
-        """Masked frames: this micro-batch's share of the update's loss denominator."""
-        return sum(self.inputs.masked)
+    def weight(self) -> int:
+        """Its share of the update's loss denominator: masked frames, or labels in fine-tuning."""
+        return sum(self.inputs.weights)
 
     @property
     def padded_samples(self) -> int:
@@ -60,14 +60,14 @@ class MicroBatch:
         return int(self.inputs.frames_B.sum())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "inputs": self.inputs.packed()}
+        return {**self.__dict__, "inputs": (type(self.inputs), *pack(self.inputs))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, inputs=PretrainingInputs.unpacked(*state["inputs"]))
+        self.__dict__.update(state, inputs=unpack(*state["inputs"]))
 
-    def pin_memory(self) -> MicroBatch:
+    def pin_memory(self) -> MicroBatch[Inputs]:
         """A copy in pinned memory (called by the DataLoader)."""
-        return replace(self, inputs=self.inputs.pin_memory())
+        return replace(self, inputs=pin(self.inputs))
 
 
 def make_inputs(
@@ -89,17 +89,14 @@ def make_inputs(
     if silent:
         waveforms = [np.zeros(shortest_samples(config), dtype=np.float32)]
         slots = [0]
-    lengths = np.array([waveform.size for waveform in waveforms])
+    padded, lengths = pad_waveforms(waveforms, width)
     frames = np.array([output_frames(int(length), config) for length in lengths])
-    width = max(width, int(lengths.max()))
-    masks = np.zeros((len(waveforms), output_frames(width, config)), dtype=np.bool_)
-    padded = torch.zeros(len(waveforms), width)
+    masks = np.zeros((len(waveforms), output_frames(padded.shape[1], config)), dtype=np.bool_)
     negatives = []
-    for row, (waveform, place) in enumerate(zip(waveforms, slots, strict=True)):
-        padded[row, : waveform.size] = torch.from_numpy(waveform)
+    for row, place in enumerate(slots):
         draws = generator(seed, Stream.MASK, number, place)
         if not silent:
-            masks[row, : frames[row]] = span_mask(int(frames[row]), config, draws)
+            masks[row, : frames[row]] = frame_mask(int(frames[row]), config, draws)
         negatives.append(negative_indices(int(masks[row].sum()), config.negatives, draws))
     utterance, frame = masks.nonzero()
     counts = masks.sum(axis=1)
@@ -116,8 +113,17 @@ def make_inputs(
         utterances=(len(waveforms),),
         masked=(int(utterance.size),),
         slots=int(counts.max()),
-        padded=bool((lengths != width).any()),
+        padded=bool((lengths != padded.shape[1]).any()),
     )
+
+
+def pad_waveforms(waveforms: Sequence[NDArray[np.float32]], width: int) -> tuple[Tensor, NDArray[np.int64]]:
+    """Waveforms padded to the longest, and no less than `width` samples, [B, S]; and their lengths."""
+    lengths = np.array([waveform.size for waveform in waveforms])
+    padded = torch.zeros(len(waveforms), max(width, int(lengths.max())))
+    for row_S, waveform in zip(padded, waveforms, strict=True):
+        row_S[: waveform.size] = torch.from_numpy(waveform)
+    return padded, lengths
 
 
 def shortest_samples(config: ModelConfig) -> int:
@@ -134,6 +140,6 @@ def gumbel_noise(batches: Sequence[MicroBatch], *, seed: int, config: ModelConfi
     noise = [torch.empty(0, config.codebooks, config.codebook_entries, device=device)]
     for batch in batches:
         draws.manual_seed(derived_seed(seed, Stream.GUMBEL, batch.number))
-        shape = (batch.masked, config.codebooks, config.codebook_entries)
+        shape = (batch.weight, config.codebooks, config.codebook_entries)
         noise.append(-torch.empty(shape, device=device).exponential_(generator=draws).log())
     return torch.cat(noise)

@@ -7,12 +7,12 @@ import torch
 from w2vscale.config import Config
 from w2vscale.engine.activation_checkpointing import recompute_activations
 from w2vscale.engine.base import CanonicalState, Criterion, Engine, EngineCaps, StateReader, StepResult
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.models.build import Wav2Vec2
 
 __all__ = ["CanonicalState", "Criterion", "Engine", "EngineCaps", "StateReader", "StepResult", "build_engine"]
 
 
-def build_engine(model: Wav2Vec2ForPretraining, criterion: Criterion, config: Config, device: torch.device) -> Engine:
+def build_engine(model: Wav2Vec2, criterion: Criterion, config: Config, device: torch.device) -> Engine:
     """The engine that `engine.name` asks for. Collective.
 
     `model` is on the meta device. The engine's parameters hold nothing until one of its imports.

@@ -7,10 +7,10 @@ from functools import partial
 from torch.utils.checkpoint import checkpoint
 
 from w2vscale.config.tree import EngineConfig
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.models.build import Wav2Vec2
 
 
-def recompute_activations(model: Wav2Vec2ForPretraining, config: EngineConfig) -> None:
+def recompute_activations(model: Wav2Vec2, config: EngineConfig) -> None:
     """Have the chosen modules keep their inputs alone, and run again in the backward with the same dropout.
 
     Inside whatever an engine wraps around a module: gathered parameters are there when it runs again.

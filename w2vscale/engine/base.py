@@ -10,7 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.models.ctc import CtcSums
 from w2vscale.models.wav2vec2 import LossSums
+
+Sums = LossSums | CtcSums
+"""An objective's sums: `total` is what is differentiated, and `plus` adds them up."""
 
 CanonicalState = dict[str, Tensor]
 """`model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`: fp32, sharded or not, keyed by parameter name."""
@@ -26,9 +30,7 @@ class StateReader(Protocol):
 class Criterion(Protocol):
     """Runs a module on micro-batches that share one forward, with everything drawn for them."""
 
-    def __call__(
-        self, module: nn.Module, chunk: Sequence[MicroBatch], *, device: torch.device, training: bool
-    ) -> LossSums:
+    def __call__(self, module: nn.Module, chunk: Sequence[MicroBatch], *, device: torch.device, training: bool) -> Sums:
         """Loss sums on this rank."""
 
 
@@ -54,7 +56,7 @@ class Engine(Protocol):
 
     caps: EngineCaps
 
-    def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> LossSums:
+    def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> Sums:
         """Accumulate the gradient of this rank's micro-batches; returns this rank's sums.
 
         The gradient of an update is the sum over ranks and micro-batches of grad(total) / denominator.
@@ -63,7 +65,7 @@ class Engine(Protocol):
     def step(self, *, lr: float, max_norm: float | None) -> StepResult:
         """Clip, step and clear gradients. A non-finite norm skips the step on every rank."""
 
-    def evaluate(self, batch: MicroBatch) -> LossSums:
+    def evaluate(self, batch: MicroBatch) -> Sums:
         """This rank's sums, without gradients, dropout, LayerDrop or noise."""
 
     def export_state(self) -> CanonicalState:

@@ -1,4 +1,4 @@
-"""Pretraining's forward: joins micro-batches and gives the model every random draw, from the one integer."""
+"""An objective's forward: joins micro-batches and gives the model every random draw, from the one integer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from w2vscale.config import ModelConfig
+from w2vscale.config import Config, ModelConfig
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise
 from w2vscale.data.randomness import Stream, derived_seed, generator
-from w2vscale.models.inputs import concatenate
+from w2vscale.models.ctc import CtcSums
+from w2vscale.models.inputs import concatenate, concatenate_ctc, to_device
 from w2vscale.models.wav2vec2 import LossSums
 from w2vscale.optim.schedules import gumbel_temperature
 
@@ -26,7 +27,7 @@ class PretrainingCriterion:
         self, module: nn.Module, chunk: Sequence[MicroBatch], *, device: torch.device, training: bool
     ) -> LossSums:
         """Loss sums of `chunk` on `device`; without `training`, codes are the argmax and every layer runs."""
-        inputs = concatenate([batch.inputs for batch in chunk]).to(device)
+        inputs = to_device(concatenate([batch.inputs for batch in chunk]), device)
         if not training:
             return module(inputs)
         first = chunk[0]
@@ -36,6 +37,30 @@ class PretrainingCriterion:
             noise_MGV=gumbel_noise(chunk, seed=self.seed, config=self.config, device=device),
             temperature=gumbel_temperature(first.update, self.config),
             active=active_layers(first.update, self.config, seed=self.seed),
+        )
+
+
+class CtcCriterion:
+    """Fine-tuning by connectionist temporal classification."""
+
+    def __init__(self, config: Config) -> None:
+        self.model = config.model
+        self.ctc = config.ctc
+        self.seed = config.trainer.seed
+
+    def __call__(
+        self, module: nn.Module, chunk: Sequence[MicroBatch], *, device: torch.device, training: bool
+    ) -> CtcSums:
+        """Loss sums of `chunk` on `device`; without `training`, nothing is masked, and errors are counted."""
+        inputs = to_device(concatenate_ctc([batch.inputs for batch in chunk]), device)
+        if not training:
+            return module(inputs)
+        first = chunk[0]
+        torch.manual_seed(derived_seed(self.seed, Stream.DROPOUT, first.number))
+        return module(
+            inputs,
+            active=active_layers(first.update, self.model, seed=self.seed),
+            frozen=first.update < self.ctc.freeze_encoder_updates,
         )
 
 

@@ -27,17 +27,21 @@ class DDPEngine(NativeEngine):
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.gradient_scale = dist.get_world_size()
             forwards = config.batch.micro_batches / (config.batch.concat * dist.get_world_size())
-            layerdrop = config.model.layerdrop > 0
+            # LayerDrop leaves the parameters of skipped layers without gradients, freezing those of what is frozen.
+            unused = (
+                config.model.layerdrop > 0
+                or config.model.feature_grad_mult == 0
+                or config.ctc.freeze_encoder_updates > 0
+            )
             self.parallel = DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 # Parameters are the same on all ranks by construction.
                 init_sync=False,
-                # LayerDrop leaves the parameters of skipped layers without gradients.
-                find_unused_parameters=layerdrop,
+                find_unused_parameters=unused,
                 # It does not go with accumulation.
-                static_graph=not layerdrop and forwards <= 1,
+                static_graph=not unused and forwards <= 1,
             )
         super().__init__(model, self.parallel or model, criterion, config, device)
         self.rows = Rows(device)

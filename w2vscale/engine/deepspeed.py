@@ -15,12 +15,11 @@ from torch.nn import functional as F
 
 from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StateReader, StepResult
+from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StateReader, StepResult, Sums
 from w2vscale.engine.deepspeed_config import deepspeed_config, import_deepspeed, validate_zero
 from w2vscale.engine.rows import Rows
 from w2vscale.engine.window import accumulate
 from w2vscale.models.layers import compute_dtype
-from w2vscale.models.wav2vec2 import LossSums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -58,13 +57,13 @@ class DeepSpeedEngine:
             self.zero._lazy_init_hp_params_optimizer_state()
         self.rows = Rows(device)
 
-    def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> LossSums:
+    def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> Sums:
         """See `Engine.run_window`. DeepSpeed averages gradients, hence the factor of the world size."""
         self.engine.train()
         self._forget_gradients()
         scale = self.world_size / denominator
 
-        def run(chunk: Sequence[MicroBatch], last: bool) -> LossSums:
+        def run(chunk: Sequence[MicroBatch], last: bool) -> Sums:
             sums = self.criterion(self.engine, chunk, device=self.device, training=True)
             self.engine.backward(sums.total * scale, scale_wrt_gas=False)
             return sums
@@ -79,7 +78,7 @@ class DeepSpeedEngine:
         return StepResult(float(self.engine.get_global_grad_norm()), skipped=bool(self.zero.overflow))
 
     @torch.no_grad()
-    def evaluate(self, batch: MicroBatch) -> LossSums:
+    def evaluate(self, batch: MicroBatch) -> Sums:
         """See `Engine.evaluate`."""
         self.engine.eval()
         return self.criterion(self.engine, [batch], device=self.device, training=False)

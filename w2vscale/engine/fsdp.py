@@ -19,8 +19,8 @@ from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StateRea
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.rows import block_of_rows
 from w2vscale.errors import UserError
+from w2vscale.models.build import Wav2Vec2
 from w2vscale.models.layers import compute_dtype
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
 
 class FSDPEngine(NativeEngine):
@@ -28,9 +28,7 @@ class FSDPEngine(NativeEngine):
 
     caps = EngineCaps(name="fsdp", sharded_parameters=True, sharded_optimizer=True)
 
-    def __init__(
-        self, model: Wav2Vec2ForPretraining, criterion: Criterion, config: Config, device: torch.device
-    ) -> None:
+    def __init__(self, model: Wav2Vec2, criterion: Criterion, config: Config, device: torch.device) -> None:
         self.mesh = _mesh(device.type, config.engine.shard_size)
         self.host_mesh = _mesh("cpu", config.engine.shard_size)
         # The model changes no tensor in place, a view or not.
@@ -86,7 +84,7 @@ class FSDPEngine(NativeEngine):
         )
 
 
-def shard(model: Wav2Vec2ForPretraining, mesh: DeviceMesh, config: Config) -> None:
+def shard(model: Wav2Vec2, mesh: DeviceMesh, config: Config) -> None:
     """Shard each block, then what is left; gradients are summed over the ranks, in fp32.
 
     Activations have the model's own types. Feature encoder and positional convolution keep their parameters in fp32:

@@ -13,9 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StepResult
+from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StepResult, Sums
 from w2vscale.engine.window import accumulate
-from w2vscale.models.wav2vec2 import LossSums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
 
 
@@ -40,12 +39,12 @@ class NativeEngine(ABC):
     def reducing(self, last: bool) -> AbstractContextManager[None]:
         """Around one forward and backward, of which `last` is the window's last: when gradients are reduced."""
 
-    def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> LossSums:
+    def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> Sums:
         """See `Engine.run_window`."""
         self.module.train()
         scale = self.gradient_scale / denominator
 
-        def run(chunk: Sequence[MicroBatch], last: bool) -> LossSums:
+        def run(chunk: Sequence[MicroBatch], last: bool) -> Sums:
             with self.reducing(last):
                 sums = self.criterion(self.module, chunk, device=self.device, training=True)
                 (sums.total * scale).backward()
@@ -72,7 +71,7 @@ class NativeEngine(ABC):
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def evaluate(self, batch: MicroBatch) -> LossSums:
+    def evaluate(self, batch: MicroBatch) -> Sums:
         """See `Engine.evaluate`."""
         self.model.eval()
         return self.criterion(self.model, [batch], device=self.device, training=False)

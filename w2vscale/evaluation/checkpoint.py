@@ -1,11 +1,13 @@
-"""How well a checkpoint solves the pretext task on a set of utterances, and how it uses its codebooks."""
+"""How well a checkpoint does what it learned on a set of utterances, and how it uses its codebooks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,16 +24,20 @@ from w2vscale.data.loading import (
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group
-from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.engine.base import Criterion, Sums
+from w2vscale.engine.criterion import CtcCriterion, PretrainingCriterion
 from w2vscale.errors import UserError
-from w2vscale.evaluation.pretraining import validate
+from w2vscale.evaluation.finetuning import ctc_metrics
+from w2vscale.evaluation.pretraining import pretraining_metrics
+from w2vscale.evaluation.validation import validate
+from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.layers import compute_dtype
-from w2vscale.models.wav2vec2 import LossSums, Wav2Vec2ForPretraining
+from w2vscale.models.wav2vec2 import LossSums
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found; `used_entries` of each codebook were chosen at least once."""
+    """What an evaluation found; `used_entries` of each codebook were chosen at least once (none in fine-tuning)."""
 
     checkpoint: Path
     update: int
@@ -62,24 +68,27 @@ def evaluate_checkpoint(
     plan = make_plan(corpus, config, seed=VALIDATION_SEED)
     dataset = MicroBatches(corpus, plan, config, seed=VALIDATION_SEED)
     with process_group() as (ranks, device), torch.no_grad(), loader_processes():
-        model = Wav2Vec2ForPretraining(config.model, compute_dtype(config.precision)).to(device)
+        model = build_model(config, compute_dtype(config.precision)).to(device)
         load_model_weights(checkpoint, model)
         model.eval()
-        criterion = PretrainingCriterion(config.model, seed=VALIDATION_SEED)
+        criterion: Criterion
+        metrics_of: Callable[[Any], dict[str, float]]
+        if config.ctc.vocabulary:
+            criterion, metrics_of = CtcCriterion(config), ctc_metrics
+        else:
+            criterion, metrics_of = PretrainingCriterion(config.model, seed=VALIDATION_SEED), pretraining_metrics
         batches = validation_batches(dataset, config, rank=ranks.rank, world_size=ranks.world_size)
         run = partial(_evaluate, model, criterion, device)
-        metrics, sums = validate(run, _counted(batches, -(-plan.per_epoch // ranks.world_size), progress))
+        metrics, sums = validate(run, _counted(batches, -(-plan.per_epoch // ranks.world_size), progress), metrics_of)
     if not ranks.is_main:
         return None
-    if metrics["masked_frames"] == 0:
+    if math.isnan(metrics["loss"]):
         raise UserError(f"{cuts[0]}: no utterance could be evaluated")
-    used = (sums.code_counts_GV > 0).sum(dim=1).tolist()
+    used = (sums.code_counts_GV > 0).sum(dim=1).tolist() if isinstance(sums, LossSums) else []
     return Evaluation(checkpoint.path, checkpoint.state.update, metrics, used, config.model.codebook_entries)
 
 
-def _evaluate(
-    model: Wav2Vec2ForPretraining, criterion: PretrainingCriterion, device: torch.device, batch: MicroBatch
-) -> LossSums:
+def _evaluate(model: Wav2Vec2, criterion: Criterion, device: torch.device, batch: MicroBatch) -> Sums:
     return criterion(model, [batch], device=device, training=False)
 
 

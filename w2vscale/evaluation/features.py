@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -139,11 +140,18 @@ def _sources(path: Path) -> Iterator[Source]:
         manifest = Manifest(path)
         for number in range(len(manifest)):
             cut = manifest.cut(number)
-            if Path(cut.id).is_absolute() or ".." in Path(cut.id).parts:
-                raise UserError(f"{path}: the id {cut.id} is no name for a file below the output folder")
-            yield Source(cut.id, audio_path(cut), partial(_cut_audio, cut))
+            if not _is_name(cut.id):
+                raise UserError(f"{path}: the id {cut.id!r} is no name for a file below the output folder")
+            yield Source(os.path.normpath(cut.id), audio_path(cut), partial(_cut_audio, cut))
     else:
         yield Source(path.stem, str(path), partial(_file_audio, path))
+
+
+def _is_name(identifier: object) -> bool:
+    if not isinstance(identifier, str) or "\0" in identifier:
+        return False
+    parts = identifier.split("/")
+    return not identifier.startswith("/") and ".." not in parts and parts[-1] not in ("", ".")
 
 
 def _refuse_clashes(sources: Sequence[Source], output: Path) -> None:
@@ -178,9 +186,12 @@ def _file_audio(path: Path) -> Audio:
     def blocks() -> Iterator[Samples]:
         done = 0
         try:
-            with soundfile.SoundFile(path) as file:
+            with path.open("rb") as stored, soundfile.SoundFile(stored) as file:
                 while (block := file.read(BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True)).size:
                     done += len(block)
+                    # The length of an MP3 without a header is a guess; its frames begin with eleven ones.
+                    if header.format == "MP3" and done == header.frames and stored.read(2) >= b"\xff\xe0":
+                        raise AudioError("undecodable", f"goes on after the {done} samples that it seems to have")
                     yield block.mean(axis=1)
         except (soundfile.SoundFileError, OSError) as error:
             raise AudioError("undecodable", f"cannot be decoded: {libsndfile_reason(error)}") from None

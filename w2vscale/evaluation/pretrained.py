@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from lhotse.augmentation import get_or_create_resampler
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,8 +22,8 @@ from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
 from w2vscale.config import Config, ModelConfig, load_config
 from w2vscale.data.audio import EPSILON, AudioError
 from w2vscale.errors import UserError
+from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.feature_encoder import ConvLayer, MaskedGroupNorm, input_samples, output_frames
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
 CHUNK_SECONDS = 30.0
 """Longer audio is computed in chunks of at most this."""
@@ -33,6 +36,12 @@ BATCH_SECONDS = 80.0
 
 BLOCK_SECONDS = 10
 """What is read of audio at a time."""
+
+SAMPLING_RATES = range(1000, 500_001)
+"""Hz that audio may have; a header that says anything else is damaged."""
+
+DENSE_STEPS = 1000
+"""Above so many samples to a period of both rates, Lhotse's filters are too large: they grow with its square."""
 
 Samples = NDArray[np.float32]
 Statistics = tuple[Tensor, Tensor]
@@ -48,9 +57,12 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
     Raises:
         UserError: the checkpoint is missing, damaged or of another model; there is no such device.
     """
-    checkpoint = open_checkpoint(Path(path))
+    try:
+        checkpoint = open_checkpoint(Path(path))
+    except UserError as error:
+        raise UserError(f"{error}{_import_hint(Path(path))}") from None
     config = load_config(checkpoint.path / "config.yaml")
-    model = Wav2Vec2ForPretraining(config.model)
+    model = build_model(config)
     load_model_weights(checkpoint, model)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -59,17 +71,35 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
         raise UserError(f"device {chosen}: {str(error).splitlines()[0]}") from None
 
 
+def _import_hint(path: Path) -> str:
+    if (path / "config.json").is_file():
+        form = "huggingface"
+    elif path.suffix == ".pt" and path.is_file():
+        form = "fairseq"
+    else:
+        return ""
+    return f"; another library's model is made a checkpoint by: w2vscale import {path} DIR --format {form}"
+
+
 @dataclass(frozen=True)
 class Audio:
     """Audio that can be read more than once, from its beginning, a block at a time.
 
     `samples` is the length at `sampling_rate` (Hz). Blocks are mono, of any length, and add up to `samples`; reading
     them may raise AudioError.
+
+    Raises:
+        AudioError: no audio has such a sampling rate.
     """
 
     sampling_rate: int
     samples: int
     blocks: Callable[[], Iterator[Samples]]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampling_rate, int) or self.sampling_rate not in SAMPLING_RATES:
+            wanted = f"a whole number from {SAMPLING_RATES[0]:,} to {SAMPLING_RATES[-1]:,}"
+            raise AudioError("sampling rate", f"sampling rate is {self.sampling_rate} Hz, not {wanted}")
 
 
 class Window(NamedTuple):
@@ -100,7 +130,7 @@ class Piece(NamedTuple):
 class Pretrained:
     """A pretrained model in evaluation mode, and the settings of the run that trained it."""
 
-    model: Wav2Vec2ForPretraining
+    model: Wav2Vec2
     config: Config
 
     def features(
@@ -108,18 +138,18 @@ class Pretrained:
         waveform: NDArray[np.floating] | Tensor,
         sampling_rate: int,
         *,
-        layers: Iterable[int] | None = None,
+        layers: int | Iterable[int] | None = None,
         chunk_seconds: float = CHUNK_SECONDS,
         overlap_seconds: float = OVERLAP_SECONDS,
     ) -> dict[int, Tensor]:
-        """Hidden states of a waveform [samples] or [channels, samples] (averaged) in floating point.
+        """Hidden states of a waveform [samples] or [channels, samples] (averaged) in floating point, from -1 to 1.
 
         The waveform is resampled from `sampling_rate` (Hz) to the model's and, where the model was trained so
         (`model.normalize_waveform`), brought to zero mean and unit variance as a whole.
 
-        Returns, of each layer in `layers` (default: all), a tensor [frames, dim], fp32, on the CPU. Layer 0 is the
-        input of the first block (with positions, and normalised in post-LN models); layer n is the output of block n.
-        These are Transformers' `hidden_states` (5.x). Of pre-LN models the last one is what enters the final
+        Returns, of each layer in `layers` (or of one; default: all), a tensor [frames, dim], fp32, on the CPU. Layer 0
+        is the input of the first block (with positions, and normalised in post-LN models); layer n is the output of
+        block n. These are Transformers' `hidden_states` (5.x). Of pre-LN models the last one is what enters the final
         LayerNorm: `model.encoder.transformer.final_norm` makes it Transformers' `last_hidden_state`.
 
         A waveform above `chunk_seconds` (or `model.max_frames`) is computed in chunks, each with up to
@@ -129,17 +159,23 @@ class Pretrained:
         attention sees the chunk and its context in place of the whole.
 
         Raises:
-            UserError: the waveform is no such array, not finite, or too short for one frame; there is no such layer;
-                a length is not positive; the context is above what the model takes (`model.max_frames`).
+            UserError: the waveform is no such array, not finite, or too short for one frame; the sampling rate is not
+                one; there is no such layer; a length is not positive; the context is above what the model takes
+                (`model.max_frames`).
         """
         wanted = self.checked_layers(layers)
         samples = _mono(waveform)
-        block = BLOCK_SECONDS * sampling_rate
-        audio = Audio(
-            sampling_rate=sampling_rate,
-            samples=samples.size,
-            blocks=lambda: (samples[start : start + block] for start in range(0, samples.size, block)),
-        )
+        try:
+            block = BLOCK_SECONDS * operator.index(sampling_rate)
+            audio = Audio(
+                sampling_rate=operator.index(sampling_rate),
+                samples=samples.size,
+                blocks=lambda: (samples[start : start + block] for start in range(0, samples.size, block)),
+            )
+        except TypeError:
+            raise UserError(f"sampling_rate={sampling_rate!r}: wanted a whole number of Hz") from None
+        except AudioError as error:
+            raise UserError(f"waveform: {error}") from None
         frames = self.frames(audio)
         found = {layer: torch.empty(frames, self.config.model.dim) for layer in wanted}
         pieces = self.stream([audio], layers=wanted, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
@@ -150,14 +186,18 @@ class Pretrained:
                 whole[piece.first : piece.first + part.shape[0]] = part
         return found
 
-    def checked_layers(self, layers: Iterable[int] | None) -> list[int]:
+    def checked_layers(self, layers: int | Iterable[int] | None) -> list[int]:
         """The layers wanted, ascending, each once; None means all.
 
         Raises:
             UserError: the model has no such layer, or none is wanted.
         """
         last = self.config.model.layers
-        wanted = sorted(set(range(last + 1) if layers is None else layers))
+        try:
+            chosen = [layers] if isinstance(layers, int | np.integer) else range(last + 1) if layers is None else layers
+            wanted = sorted({operator.index(layer) for layer in chosen})
+        except TypeError:
+            raise UserError(f"layers={layers!r}: wanted whole numbers from 0 to {last}") from None
         if not wanted:
             raise UserError("layers: none chosen")
         for layer in wanted:
@@ -327,15 +367,20 @@ def hop(config: ModelConfig) -> int:
 
 
 def _mono(waveform: NDArray[np.floating] | Tensor) -> Samples:
-    tensor = torch.as_tensor(waveform).detach().cpu()
-    shape = list(tensor.shape)
-    if not tensor.is_floating_point():
-        raise UserError(f"waveform: {tensor.dtype}: wanted floating point, from -1 to 1")
-    if tensor.dim() not in (1, 2) or (tensor.dim() == 2 and shape[0] > shape[1]):
+    if isinstance(waveform, Tensor):
+        # NumPy has no bfloat16.
+        waveform = (waveform.float() if waveform.is_floating_point() else waveform).detach().cpu().numpy()
+    try:
+        array = np.asarray(waveform)
+    except ValueError:
+        raise UserError("waveform: not an array: its parts differ in length") from None
+    if array.dtype.kind != "f":
+        raise UserError(f"waveform: {array.dtype}: wanted floating point, from -1 to 1: divide int16 by 32768")
+    shape = list(array.shape)
+    if array.ndim not in (1, 2) or (array.ndim == 2 and not 0 < shape[0] <= shape[1]):
         raise UserError(f"waveform: shape {shape}: wanted [samples] or [channels, samples]")
-    mono = tensor.float() if tensor.dim() == 1 else tensor.float().mean(dim=0)
-    samples: Samples = mono.numpy()
-    return samples
+    samples: Samples = array.astype(np.float32, copy=False)
+    return samples if array.ndim == 1 else samples.mean(axis=0)
 
 
 def _resampled(blocks: Iterator[Samples], rate: int, wanted: int) -> Iterator[Samples]:
@@ -343,17 +388,17 @@ def _resampled(blocks: Iterator[Samples], rate: int, wanted: int) -> Iterator[Sa
     if rate == wanted:
         yield from blocks
         return
-    resample = get_or_create_resampler(rate, wanted)
-    steps, wanted_steps = rate // resample.gcd, wanted // resample.gcd
+    divisor = math.gcd(rate, wanted)
+    steps, wanted_steps = rate // divisor, wanted // divisor
+    resample, width = _resampler(steps, wanted_steps)
     # The filter reaches `width` samples to either side; whole steps keep its phases.
-    context = steps * -(-resample.width // steps)
+    context = steps * -(-width // steps)
 
     def convert(signal: Samples, samples: int) -> Samples:
         """`samples` samples, resampled, that are between one context and another."""
         start = context // steps * wanted_steps
         count = -(-samples * wanted_steps // steps)
-        resampled: Samples = resample(torch.from_numpy(signal)).numpy()[start : start + count]
-        return resampled
+        return resample(signal)[start : start + count]
 
     silence = np.zeros(context, np.float32)
     held = silence
@@ -364,6 +409,44 @@ def _resampled(blocks: Iterator[Samples], rate: int, wanted: int) -> Iterator[Sa
             yield convert(held[: ready + 2 * context], ready)
             held = held[ready:]
     yield convert(np.concatenate([held, silence]), held.size - context)
+
+
+def _resampler(steps: int, wanted_steps: int) -> tuple[Callable[[Samples], Samples], int]:
+    """What resamples a signal, `steps` samples to `wanted_steps`, and how many samples it reaches to either side."""
+    if steps <= DENSE_STEPS:
+        dense = get_or_create_resampler(steps, wanted_steps)
+        return lambda signal: dense(torch.from_numpy(signal)).numpy(), dense.width
+    filters = _filters(steps, wanted_steps)
+    return lambda signal: _interpolated(signal, filters, steps), filters.shape[1] // 2
+
+
+def _interpolated(signal: Samples, filters: Samples, steps: int) -> Samples:
+    """A signal resampled from `steps` samples to one of each of the filters [wanted_steps, taps]."""
+    wanted_steps, taps = filters.shape
+    windows = sliding_window_view(np.pad(signal, taps // 2), taps)
+    resampled = np.empty(-(-signal.size * wanted_steps // steps), np.float32)
+    some = 2**18 // taps
+    for start in range(0, resampled.size, some):
+        positions = np.arange(start, min(start + some, resampled.size))
+        found = windows[positions * steps // wanted_steps + 1]
+        np.einsum("nt,nt->n", found, filters[positions % wanted_steps], out=resampled[start : start + some])
+    return resampled
+
+
+@lru_cache(maxsize=4)
+def _filters(steps: int, wanted_steps: int) -> Samples:
+    """Of each of `wanted_steps` samples, the weights of those around it [wanted_steps, taps].
+
+    The windowed sinc of torchaudio and Lhotse, whose own table has a column for each of `steps` samples.
+    """
+    zero_crossings, rolloff = 6, 0.99
+    cutoff = rolloff * min(steps, wanted_steps) / steps
+    width = math.ceil(zero_crossings / cutoff)
+    fraction = np.arange(wanted_steps) * steps % wanted_steps / wanted_steps
+    times = cutoff * (np.arange(1 - width, width + 1) - fraction[:, None])
+    window = np.cos(np.pi / 2 * np.clip(times / zero_crossings, -1, 1)) ** 2
+    filters: Samples = (cutoff * window * np.sinc(times)).astype(np.float32)
+    return filters
 
 
 def _moments(blocks: Iterable[Samples]) -> tuple[float, float]:

@@ -11,22 +11,35 @@ from numpy.typing import NDArray
 from w2vscale.config.tree import ModelConfig
 
 
-def span_mask(frames: int, config: ModelConfig, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Masked frames of one utterance, [frames] bool.
+def span_mask(
+    size: int, *, probability: float, length: int, min_spans: int, generator: np.random.Generator
+) -> NDArray[np.bool_]:
+    """Which of an utterance's frames (or channels) are masked, [size] bool.
 
-    The number of spans is `mask_probability * frames / mask_length`, rounded up with the probability of its
-    fraction, and at least `mask_min_spans`. Starts are drawn without replacement from [0, frames - mask_length);
-    spans may overlap. An utterance too short for that has no masked frame, and so no weight in the loss.
+    The number of spans is `probability * size / length`, rounded up with the probability of its fraction, and at least
+    `min_spans`. Starts are drawn without replacement from [0, size - length); spans may overlap. Where there is no room
+    for that nothing is masked.
     """
-    mask = np.zeros(frames, dtype=np.bool_)
-    starts = frames - config.mask_length
-    if starts < config.mask_min_spans:
+    mask = np.zeros(size, dtype=np.bool_)
+    starts = size - length
+    if starts < max(min_spans, 1):
         return mask
-    spans = int(config.mask_probability * frames / config.mask_length + generator.random())
-    spans = min(max(spans, config.mask_min_spans), starts)
+    spans = int(probability * size / length + generator.random())
+    spans = min(max(spans, min_spans), starts)
     first = generator.permutation(starts)[:spans]
-    mask[(first[:, None] + np.arange(config.mask_length)).reshape(-1)] = True
+    mask[(first[:, None] + np.arange(length)).reshape(-1)] = True
     return mask
+
+
+def frame_mask(frames: int, config: ModelConfig, generator: np.random.Generator) -> NDArray[np.bool_]:
+    """Masked frames of one utterance; one that is too short has none, and so no weight in pretraining's loss."""
+    return span_mask(
+        frames,
+        probability=config.mask_probability,
+        length=config.mask_length,
+        min_spans=config.mask_min_spans,
+        generator=generator,
+    )
 
 
 def negative_indices(masked: int, negatives: int, generator: np.random.Generator) -> NDArray[np.integer]:

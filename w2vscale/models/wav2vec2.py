@@ -70,6 +70,7 @@ class Wav2Vec2Encoder(nn.Module):
         lengths_B: Tensor | None = None,
         frames_B: Tensor | None = None,
         mask_BT: Tensor | None = None,
+        channel_mask_BD: Tensor | None = None,
         active: Sequence[bool] | None = None,
         statistics: tuple[Tensor, Tensor] | None = None,
     ) -> EncoderOutput:
@@ -78,15 +79,19 @@ class Wav2Vec2Encoder(nn.Module):
         `statistics`: GroupNorm's mean and variance [B, groups], where the waveforms are parts of longer ones.
         """
         config = self.config
-        features_BTC = self.feature_encoder(waveforms_BS, lengths_B, statistics)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.feature_grad_mult > 0.0):
+            features_BTC = self.feature_encoder(waveforms_BS, lengths_B, statistics)
         if config.max_frames is not None and features_BTC.shape[1] > config.max_frames:
             raise ValueError(f"{features_BTC.shape[1]} frames: the model takes at most {config.max_frames}")
-        features_BTC = scale_gradient(features_BTC, config.feature_grad_mult)
+        if features_BTC.requires_grad:
+            features_BTC = scale_gradient(features_BTC, config.feature_grad_mult)
         normalised_BTC = self.feature_norm(features_BTC)
         projected_BTD = self.feature_projection(normalised_BTC)
         x_BTD = F.dropout(projected_BTD, config.input_dropout, self.training)
         if mask_BT is not None:
             x_BTD = torch.where(mask_BT.unsqueeze(2), self.mask_embedding.to(x_BTD.dtype), x_BTD)
+        if channel_mask_BD is not None:
+            x_BTD = x_BTD.masked_fill(channel_mask_BD.unsqueeze(1), 0.0)
         context_BTD, hidden = self.transformer(x_BTD, frames_B, active)
         targets_BTC = projected_BTD if config.quantizer_input == "projected" else normalised_BTC
         return EncoderOutput(features_BTC, targets_BTC, context_BTD, hidden)
@@ -123,7 +128,7 @@ class Wav2Vec2ForPretraining(nn.Module):
         config = self.config
         lengths_B, frames_B = (inputs.lengths_B, inputs.frames_B) if inputs.padded else (None, None)
         waveforms_BS = inputs.waveforms_BS.to(self.compute_dtype)
-        encoded = self.encoder(waveforms_BS, lengths_B, frames_B, inputs.mask_BT, active)
+        encoded = self.encoder(waveforms_BS, lengths_B, frames_B, inputs.mask_BT, active=active)
 
         targets_MC = encoded.targets_BTC[inputs.utterance_M, inputs.frame_M]
         targets_MC = F.dropout(targets_MC, config.feature_dropout, self.training)

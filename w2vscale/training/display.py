@@ -57,33 +57,22 @@ class Display:
         """Move the bar."""
         self._progress.update(self._task, completed=update)
 
-    def training(self, update: int, values: Mapping[str, float], *, codebooks: int) -> None:
-        """One line of figures."""
+    def training(self, update: int, line: str, values: Mapping[str, float]) -> None:
+        """One line of figures: the objective's `line`, then those that all have."""
         rate = f"{values['audio_seconds_per_second']:.0f} s/s"
         self._progress.update(self._task, completed=update, rates=rate)
         self.message(
-            f"update {update}/{self.total}  loss {values['loss']:.3f}"
-            f"  contrastive {values['contrastive_bits']:.3f} bits  accuracy {values['accuracy']:.3f}"
-            f"  codes {_codes(values, codebooks)}"
+            f"update {update}/{self.total}  {line}"
             f"  lr {values['lr']:.2e}  norm {values['grad_norm']:.2f}  {rate}"
             f"  {values['hours_seen']:.2f} h seen  {self._left(update)} left"
         )
 
-    def validation(self, update: int, values: Mapping[str, float], *, codebooks: int) -> None:
+    def validation(self, update: int, line: str) -> None:
         """One line of figures."""
-        self.message(
-            f"update {update}/{self.total}  validation: loss {values['loss']:.3f}"
-            f"  contrastive {values['contrastive_bits']:.3f} bits  accuracy {values['accuracy']:.3f}"
-            f"  codes {_codes(values, codebooks)}",
-            style="bold",
-        )
+        self.message(f"update {update}/{self.total}  validation: {line}", style="bold")
 
     def _left(self, update: int) -> str:
         start, began = self._began
         seconds = (time.monotonic() - began) / max(update - start, 1) * (self.total - update)
         hours, rest = divmod(round(seconds), 3600)
         return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-
-
-def _codes(values: Mapping[str, float], codebooks: int) -> str:
-    return "/".join(f"{values[f'code_perplexity_{codebook}']:.0f}" for codebook in range(codebooks))

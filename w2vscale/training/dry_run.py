@@ -11,7 +11,8 @@ import torch
 from w2vscale.config import Config
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
-from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.models.inputs import CtcInputs, PretrainingInputs
+from w2vscale.training.objective import build_objective
 from w2vscale.training.run import empty_model, initial_values, open_data
 
 
@@ -21,8 +22,9 @@ class DryRun:
 
     parameters: dict[str, int]  # by module
     shapes: dict[str, tuple[int, ...]]
-    masked_frames: int
-    loss_per_frame: float
+    weight: int
+    """Masked frames, or labels in fine-tuning."""
+    loss: float
     grad_norm: float
     seconds: float
     peak_memory_bytes: int
@@ -44,12 +46,17 @@ def dry_run(config: Config) -> DryRun | None:
             if name != "encoder"
         }
         parameters["mask_embedding"] = model.encoder.mask_embedding.numel()
-        every_layer = config.model.model_copy(update={"layerdrop": 0.0})
-        engine = build_engine(model, PretrainingCriterion(every_layer, seed=config.trainer.seed), config, device)
+        everything = config.model_copy(
+            update={
+                "model": config.model.model_copy(update={"layerdrop": 0.0}),
+                "ctc": config.ctc.model_copy(update={"freeze_encoder_updates": 0}),
+            }
+        )
+        engine = build_engine(model, build_objective(everything).criterion, config, device)
         engine.import_parameters(initial_values(config))
         batch = training_set.largest()
         window = [batch] * (2 * config.batch.concat)
-        masked = max(batch.masked * len(window) * ranks.world_size, 1)
+        masked = max(batch.weight * len(window) * ranks.world_size, 1)
         began = time.perf_counter()
         sums = engine.run_window(window, torch.tensor(float(masked)))
         step = engine.step(lr=0.0, max_norm=config.optim.max_norm)
@@ -63,15 +70,21 @@ def dry_run(config: Config) -> DryRun | None:
         shapes={
             "waveforms [utterances, samples]": tuple(inputs.waveforms_BS.shape),
             "frames [utterances, frames]": tuple(inputs.mask_BT.shape),
-            "negatives [masked frames, negatives]": tuple(inputs.negatives_MK.shape),
+            **_targets(inputs),
         },
-        masked_frames=batch.masked,
-        loss_per_frame=float(sums.total) / max(float(sums.masked), 1.0),
+        weight=batch.weight,
+        loss=float(sums.total) / max(batch.weight * len(window), 1),
         grad_norm=step.grad_norm,
         seconds=seconds,
         peak_memory_bytes=_peak_memory(device),
         micro_batches_an_epoch=training_set.micro_batches,
     )
+
+
+def _targets(inputs: PretrainingInputs | CtcInputs) -> dict[str, tuple[int, ...]]:
+    if isinstance(inputs, CtcInputs):
+        return {"labels": tuple(inputs.labels_L.shape)}
+    return {"negatives [masked frames, negatives]": tuple(inputs.negatives_MK.shape)}
 
 
 def _peak_memory(device: torch.device) -> int:

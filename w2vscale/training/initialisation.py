@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from w2vscale.checkpoint.consolidation import whole_tensors
@@ -19,6 +20,23 @@ ARCHITECTURE = {
     "codebooks", "codebook_entries", "codevector_dim", "quantizer_input", "target_projection", "projection_dim",
 }  # fmt: skip
 """Settings of the model that its weights were trained with, whether their shapes show it or not."""
+
+
+def with_architecture_of_source(config: Config) -> Config:
+    """Settings of fine-tuning whose model is, in all that its weights depend on, that of `trainer.init_from`.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or the settings do not fit its model.
+    """
+    if config.trainer.init_from is None:
+        return config
+    theirs = load_config(open_checkpoint(config.trainer.init_from).path / "config.yaml").model.model_dump(mode="json")
+    document = config.model_dump(mode="json")
+    document["model"] |= {key: theirs[key] for key in ARCHITECTURE}
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"trainer.init_from={config.trainer.init_from}: {error.errors()[0]['msg']}") from None
 
 
 def starting_values(
@@ -56,7 +74,10 @@ def starting_values(
         for key, value in config.model.model_dump(mode="json").items()
         if key in ARCHITECTURE and theirs[key] != value
     }
-    _refuse_unless_allowed(settings | reshaped | missing, config, log)
+    new_head = {name for name in missing if name.startswith("head.")}  # of a model that was only pretrained
+    _refuse_unless_allowed(
+        settings | reshaped | {name: what for name, what in missing.items() if name not in new_head}, config, log
+    )
     unused = {name for name in stored if name not in shapes}
     log(f"starting from {checkpoint.path}")
     for line in _table(shapes, missing=set(missing), reshaped=set(reshaped), unused=unused):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,14 +17,14 @@ from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
 from w2vscale.errors import UserError
-from w2vscale.evaluation.pretraining import validate
-from w2vscale.optim.schedules import gumbel_temperature, learning_rate
+from w2vscale.evaluation.validation import validate
+from w2vscale.optim.schedules import learning_rate
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.display import Display
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.run import Run, build_run, make_folder
 from w2vscale.training.signals import StopRequest
-from w2vscale.training.watchdog import diagnose
+from w2vscale.training.watchdog import slow_loading
 
 T = TypeVar("T")
 
@@ -93,7 +94,7 @@ class Trainer:
             compare_ranks(planned_work(config, self.state.update))
         masked, samples, utterances, unusable, to_report, stopping, unsaved = sum_over_ranks(
             [
-                sum(batch.masked for batch in window),
+                sum(batch.weight for batch in window),
                 sum(batch.audio_samples for batch in window),
                 sum(batch.utterances for batch in window),
                 sum(audio.left_out for audio in bad),
@@ -139,29 +140,30 @@ class Trainer:
         self.display.advance(update)
 
     def _log(self) -> None:
-        values = self.meter.read()
+        values = self.meter.read(self.run.objective.metrics)
         values |= {
             "lr": self.lr,
-            "temperature": gumbel_temperature(self.state.update - 1, self.config.model),
+            **self.run.objective.scheduled(self.state.update - 1),
             "hours_seen": self.state.audio_seconds / 3600,
             "skipped_updates": self.state.skipped_updates,
             "skipped_utterances": self.state.skipped_utterances,
         }
         self.metrics.write("train", self.state.update, values)
-        self.display.training(self.state.update, values, codebooks=self.config.model.codebooks)
-        for warning in diagnose(values, codebooks=self.config.model.codebooks):
+        self.display.training(self.state.update, self.run.objective.line(values), values)
+        for warning in (*self.run.objective.diagnose(values), *slow_loading(values)):
             self.display.message(f"warning: {warning}", "yellow")
 
     def _validate(self) -> None:
         bad: list[BadAudio] = []
-        values, _ = validate(self.run.engine.evaluate, _noting_bad_audio(self.run.validation(), bad))
+        batches = _noting_bad_audio(self.run.validation(), bad)
+        values, _ = validate(self.run.engine.evaluate, batches, self.run.objective.metrics)
         if values["unusable_utterances"]:
             self.run.bad_audio.report(bad)
-        if values["masked_frames"] == 0:
+        if math.isnan(values["loss"]):
             raise UserError(f"data.validation: no utterance could be read; see {self.run.bad_audio.path}")
         values["hours_seen"] = self.state.audio_seconds / 3600
         self.metrics.write("validation", self.state.update, values)
-        self.display.validation(self.state.update, values, codebooks=self.config.model.codebooks)
+        self.display.validation(self.state.update, self.run.objective.line(values))
 
     def _check_step(self, skipped: bool, numbers: list[int]) -> None:
         """Report a skipped update; stop after too many in a row."""

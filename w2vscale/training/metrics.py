@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
-from w2vscale.engine.base import StepResult
-from w2vscale.evaluation.pretraining import pretraining_metrics, reduce_sums
-from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.engine.base import StepResult, Sums
+from w2vscale.evaluation.validation import reduce_sums
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -31,22 +30,23 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self.sums: LossSums | None = None
-        self.audio = self.padded = self.frames = self.updates = 0
+        self.sums: Any = None
+        self.audio = self.padded = self.frames = self.masked = self.updates = 0
         self.norms: list[float] = []
         self.data_seconds = 0.0
         self.started = time.perf_counter()
 
-    def add(self, window: Sequence[MicroBatch], sums: LossSums, step: StepResult, *, data_seconds: float) -> None:
+    def add(self, window: Sequence[MicroBatch], sums: Sums, step: StepResult, *, data_seconds: float) -> None:
         """One update; `data_seconds` is how long its window was waited for."""
         if step.skipped:  # what is not finite must not hide the other updates' figures
-            sums = LossSums(*(torch.zeros_like(field) for field in sums))
+            sums = type(sums)(*(torch.zeros_like(field) for field in sums))
         self.sums = sums if self.sums is None else self.sums.plus(sums)
         self.audio += sum(batch.audio_samples for batch in window)
         self.padded += sum(batch.padded_samples for batch in window)
         self.updates += 1
         if not step.skipped:
             self.frames += sum(batch.frames for batch in window)
+            self.masked += sum(int(batch.inputs.mask_BT.sum()) for batch in window)
             self.norms.append(step.grad_norm)
         self.data_seconds += data_seconds
 
@@ -54,15 +54,14 @@ class Meter:
         """Leave time that was not spent on updates out of the rates."""
         self.started += seconds
 
-    def read(self) -> dict[str, float]:
+    def read(self, metrics: Callable[[Any], dict[str, float]]) -> dict[str, float]:
         """Figures over all ranks since the last reading, and start anew. Collective."""
         assert self.sums is not None
         elapsed = time.perf_counter() - self.started
-        reduced = reduce_sums(self.sums)
-        values = pretraining_metrics(reduced)
-        audio, padded, frames = sum_over_ranks([self.audio, self.padded, self.frames])
+        values = metrics(reduce_sums(self.sums))
+        audio, padded, frames, masked = sum_over_ranks([self.audio, self.padded, self.frames, self.masked])
         values |= {
-            "masked_fraction": float(reduced.masked) / max(frames, 1.0),
+            "masked_fraction": masked / max(frames, 1.0),
             "padding": 1.0 - audio / max(padded, 1.0),
             "grad_norm": sum(self.norms) / len(self.norms) if self.norms else math.nan,
             "grad_norm_max": max(self.norms, default=math.nan),
@@ -122,7 +121,7 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(f"{split}/{key}", value, update)
             self._tensorboard.flush()
         if self._by_hours is not None:
-            for key in ("loss", "accuracy"):
+            for key in {"loss", "accuracy", "label_error_rate"} & values.keys():
                 self._by_hours.add_scalar(f"{split}/{key}", values[key], round(values["hours_seen"] * 3600))
             self._by_hours.flush()
 

@@ -31,14 +31,14 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.engine import Engine, build_engine
-from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.errors import UserError
+from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.initialisation import initial_parameters
 from w2vscale.models.layers import compute_dtype
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 from w2vscale.training.bad_audio import BadAudioLog
 from w2vscale.training.initialisation import starting_values
+from w2vscale.training.objective import Objective, build_objective
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Run:
     device: torch.device
     training_set: TrainingData
     validation_set: MicroBatches | None
+    objective: Objective
     engine: Engine
     store: CheckpointStore
     bad_audio: BadAudioLog
@@ -98,10 +99,10 @@ def build_run(
     state = replace(checkpoint.state if checkpoint is not None else TrainState(), data=training_set.describe())
     # Before the engine is built: ranks that build different ones would wait for each other.
     compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
-    criterion = PretrainingCriterion(config.model, seed=config.trainer.seed)
+    objective = build_objective(config)
     model = empty_model(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    engine = build_engine(model, criterion, config, device)
+    engine = build_engine(model, objective.criterion, config, device)
     if checkpoint is None:
         engine.import_parameters(starting_values(config, shapes, initial_values(config), log))
     else:
@@ -114,7 +115,8 @@ def build_run(
     ):
         log("warning: this CPU emulates bf16, slowly; precision.compute=fp32 is faster here")
     if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
-        log(f"{left_out} of {len(training_set.corpus)} utterances are shorter than data.min_seconds and left out")
+        longer = " or longer than data.max_seconds" * bool(config.ctc.vocabulary)
+        log(f"{left_out} of {len(training_set.corpus)} utterances are shorter than data.min_seconds{longer}: left out")
     return Run(
         config=config,
         exp=exp,
@@ -122,6 +124,7 @@ def build_run(
         device=device,
         training_set=training_set,
         validation_set=validation_set,
+        objective=objective,
         engine=engine,
         store=store,
         bad_audio=BadAudioLog(
@@ -134,10 +137,10 @@ def build_run(
     )
 
 
-def empty_model(config: Config) -> Wav2Vec2ForPretraining:
+def empty_model(config: Config) -> Wav2Vec2:
     """The model without memory for its parameters."""
     with torch.device("meta"):
-        return Wav2Vec2ForPretraining(config.model, compute_dtype(config.precision))
+        return build_model(config, compute_dtype(config.precision))
 
 
 def initial_values(config: Config) -> Iterator[tuple[str, Tensor]]:
@@ -238,8 +241,10 @@ def _compare_settings(config: Config, checkpoint: Checkpoint, log: Callable[[str
         then: dict[str, Any] = stored.get(section, {})
         for key, value in now.items():
             if key in then and then[key] != value:
-                if section == "model" and key in _SHAPES:
-                    raise UserError(f"model.{key}={value}: the checkpoint {checkpoint.path} was made with {then[key]}")
+                if (section == "model" and key in _SHAPES) or (section == "ctc" and key == "vocabulary"):
+                    raise UserError(
+                        f"{section}.{key}={value}: the checkpoint {checkpoint.path} was made with {then[key]}"
+                    )
                 log(f"{section}.{key} was {then[key]} in the checkpoint, is now {value}")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-def diagnose(values: Mapping[str, float], *, codebooks: int) -> list[str]:
-    """Warnings about one log line's figures; empty where all is well."""
+def collapse(values: Mapping[str, float], *, codebooks: int) -> list[str]:
+    """Warnings about one log line's figures of pretraining; empty where all is well."""
     warnings = []
     for codebook in range(codebooks):
         used = values[f"code_perplexity_{codebook}"]
@@ -20,9 +20,14 @@ def diagnose(values: Mapping[str, float], *, codebooks: int) -> list[str]:
             "the contrastive task is solved (accuracy above 0.99, loss near 0): features have collapsed; "
             "the model is not learning speech"
         )
-    if values["data_wait_fraction"] > 0.3:
-        warnings.append(
-            f"{values['data_wait_fraction']:.0%} of the time went into waiting for data. Raise data.workers, or use "
-            "faster storage"
-        )
     return warnings
+
+
+def slow_loading(values: Mapping[str, float]) -> list[str]:
+    """A warning where updates wait for data."""
+    if values["data_wait_fraction"] <= 0.3:
+        return []
+    return [
+        f"{values['data_wait_fraction']:.0%} of the time went into waiting for data. Raise data.workers, or use "
+        "faster storage"
+    ]

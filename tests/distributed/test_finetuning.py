@@ -1,0 +1,73 @@
+"""Fine-tuning on every engine is one curve, frozen and not, and goes on on another number of processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.pool import Pool
+from tests.distributed.tasks import train_micro
+from tests.spelled import SPELLING, some_texts, write_spelled
+from tests.training.test_finetuning import settings
+from w2vscale.training.loop import train
+
+pytestmark = pytest.mark.distributed
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+
+TUNING = (
+    *SPELLING, "trainer.updates=6", "checkpoint.every=3", "checkpoint.keep_last=3", "data.max_seconds=2", "batch.max_seconds=3",
+    "ctc.freeze_encoder_updates=2", "ctc.channel_mask_probability=0.5", "ctc.channel_mask_length=4",
+    "model.feature_grad_mult=0",
+)  # fmt: skip
+ENGINES = {
+    "fsdp": "engine.name=fsdp",
+    "zero2": "engine={name: deepspeed, deepspeed_config: zero2}",
+    "zero3": "engine={name: deepspeed, deepspeed_config: zero3}",
+}
+
+
+def figures(exp: Path) -> list[tuple[float, float]]:
+    records = [json.loads(line) for line in (exp / "metrics.jsonl").read_text().splitlines()]
+    return [(record["loss"], record["grad_norm"]) for record in records]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_spelled(tmp_path_factory.mktemp("spelled"), some_texts(12))
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process."""
+    exp = tmp_path_factory.mktemp("alone") / "exp"
+    train(settings(corpus, *TUNING), exp)
+    return exp
+
+
+@pytest.mark.parametrize("engine", ["engine.name=ddp", *ENGINES.values()])
+def test_two_processes_learn_what_one_does(
+    pool: Callable[[int], Pool], corpus: Path, alone: Path, tmp_path: Path, engine: str
+) -> None:
+    pool(2).run(train_micro, str(corpus), str(tmp_path), (*TUNING, engine))
+    found, expected = figures(tmp_path), figures(alone)
+    assert len(found) == 6
+    for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+def test_a_run_of_one_process_goes_on_in_two(
+    pool: Callable[[int], Pool], corpus: Path, alone: Path, tmp_path: Path
+) -> None:
+    exp = tmp_path / "exp"
+    shutil.copytree(alone, exp, symlinks=True)
+    shutil.rmtree(exp / "checkpoints" / "update_00000006")
+    pool(2).run(train_micro, str(corpus), str(exp), (*TUNING, ENGINES["fsdp"]))
+    for (loss, norm), (expected_loss, expected_norm) in zip(figures(exp), figures(alone), strict=True):
+        assert (loss, norm) == (pytest.approx(expected_loss, rel=1e-5), pytest.approx(expected_norm, rel=1e-5))

@@ -1,0 +1,171 @@
+"""Fine-tuning by CTC: it learns, resumes, freezes what it should, and names transcripts that it cannot use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.spelled import SPELLING, some_texts, write_spelled
+from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
+from w2vscale.cli.app import app
+from w2vscale.config import Config, load_config
+from w2vscale.data.manifest import build_index
+from w2vscale.errors import UserError
+from w2vscale.evaluation.checkpoint import evaluate_checkpoint
+from w2vscale.evaluation.report import read_metrics
+from w2vscale.training.dry_run import dry_run
+from w2vscale.training.initialisation import with_architecture_of_source
+from w2vscale.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def spelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_spelled(tmp_path_factory.mktemp("spelled"), some_texts(10))
+
+
+def settings(manifest: Path, *overrides: str) -> Config:
+    return load_config("base", [*SPELLING, f"data.train={manifest}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def pretrained(spelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of pretraining of a few updates."""
+    exp = tmp_path_factory.mktemp("pretrained")
+    assert train(settings(spelled, "ctc.vocabulary=[]", "trainer.updates=4"), exp) == 0
+    return exp
+
+
+def test_ten_utterances_are_learned_by_heart(spelled: Path, tmp_path: Path) -> None:
+    config = settings(
+        spelled, f"data.validation={spelled}", "trainer.updates=200", "trainer.validate_every=100",
+        "optim.lr=6e-3", "schedule.warmup_updates=20", "batch.max_seconds=30", "batch.micro_batches=1",
+        "logging.every=50", "model.feature_grad_mult=1", "model.norm_first=true", "model.embedding_norm=false",
+        "model.layerdrop=0", "model.dropout=0", "model.attention_dropout=0", "model.input_dropout=0",
+        "model.mask_probability=0.001",
+    )  # fmt: skip
+    assert train(config, tmp_path) == 0
+    curve = read_metrics(tmp_path / "metrics.jsonl", "validation")
+    assert curve[-1]["label_error_rate"] == 0.0
+    assert curve[-1]["loss"] < 0.05
+    found = evaluate_checkpoint(tmp_path, [spelled])
+    assert found is not None
+    assert (found.metrics["label_error_rate"], found.metrics["utterances"]) == (0.0, 10)
+    assert found.metrics["loss"] == pytest.approx(curve[-1]["loss"])
+
+
+def test_resuming_is_bit_identical(spelled: Path, pretrained: Path, tmp_path: Path) -> None:
+    whole = ("trainer.updates=8", "checkpoint.every=4", f"trainer.init_from={pretrained}")
+    freezing = ("ctc.freeze_encoder_updates=3", "ctc.channel_mask_probability=0.5", "ctc.channel_mask_length=4")
+    config = with_architecture_of_source(settings(spelled, *whole, *freezing))
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "cut")
+    newest = tmp_path / "cut" / "checkpoints" / "update_00000008"
+    newest.rename(tmp_path / "away")
+    train(config, tmp_path / "cut")
+    one, other = (read_model_tensors(open_checkpoint(tmp_path / name)) for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    curves = [read_metrics(tmp_path / name / "metrics.jsonl", "train") for name in ("whole", "cut")]
+    assert [record["loss"] for record in curves[0]] == [record["loss"] for record in curves[1]]
+    assert [record["encoder_frozen"] for record in curves[0]] == [1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_what_is_frozen_stays_bit_for_bit(spelled: Path, pretrained: Path, tmp_path: Path) -> None:
+    before = read_model_tensors(open_checkpoint(pretrained))
+    source = (f"trainer.init_from={pretrained}", "checkpoint.every=4", "checkpoint.keep_last=2", "trainer.updates=8")
+    config = settings(spelled, *source, "ctc.freeze_encoder_updates=4", "model.feature_grad_mult=0")
+    train(with_architecture_of_source(config), tmp_path)
+    frozen, after = (
+        read_model_tensors(open_checkpoint(tmp_path / "checkpoints" / f"update_0000000{n}")) for n in (4, 8)
+    )
+    shared = [name for name in after if name in before]
+    assert set(after) - set(shared) == {"head.weight", "head.bias"}
+    assert all(torch.equal(before[name], frozen[name]) for name in shared)
+    changed = {name for name in shared if not torch.equal(before[name], after[name])}
+    assert not any(name.startswith("encoder.feature_encoder.") for name in changed)
+    assert sum(name.startswith("encoder.transformer.blocks.") for name in changed) > 10
+
+
+def test_transcripts_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    texts = some_texts(8)
+    manifest = write_spelled(tmp_path, [*texts, "", "AB?D ABCD", "ABCDABCD" * 20])
+    cuts = [json.loads(line) for line in manifest.read_text().splitlines()]
+    cuts[10]["supervisions"][0]["text"] = "AA" * 2000
+    manifest.write_text("".join(json.dumps(cut) + "\n" for cut in cuts))
+    build_index(manifest)
+    unused = ("data.max_bad_fraction=0.5", "trainer.updates=6", "data.max_seconds=40", "batch.max_seconds=80")
+    train(settings(manifest, *unused), tmp_path / "exp")
+    lines = (tmp_path / "exp" / "logs" / "bad_audio.jsonl").read_text().splitlines()
+    named = {bad["utterance"]: (bad["kind"], bad["reason"]) for bad in map(json.loads, lines)}
+    assert named.keys() == {"u08", "u09", "u10"}
+    assert named["u08"] == ("no transcript", "has no transcript")
+    assert named["u09"][1] == "its transcript has '?', which is not in ctc.vocabulary"
+    assert named["u10"][0] == "too short" and "frames are too few for the 4000 labels" in named["u10"][1]
+
+
+def test_long_utterances_are_left_out_and_not_cropped(
+    spelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(settings(spelled, "data.max_seconds=0.95", "trainer.updates=4"), tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of 10 utterances are shorter than data.min_seconds or longer than data.max_seconds: left out" in said
+
+
+def test_a_dry_run(spelled: Path) -> None:
+    found = dry_run(settings(spelled))
+    assert found is not None
+    assert found.shapes["labels"][0] == found.weight > 0
+    assert found.grad_norm > 0
+
+
+class TestCommandLine:
+    def test_it_takes_the_architecture_of_its_source(self, spelled: Path, pretrained: Path, tmp_path: Path) -> None:
+        command = [
+            "finetune", "finetune_1h", f"trainer.init_from={pretrained}", f"data.train={spelled}", "trainer.updates=2",
+            "ctc.freeze_encoder_updates=1", "batch.micro_batches=1", "data.workers=0", "precision.compute=fp32",
+            "--exp", str(tmp_path),
+        ]  # fmt: skip
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        assert "label errors" not in result.output and "a label" in result.output
+        assert load_config(tmp_path / "config.yaml").model.dim == 32
+        shown = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--cuts", str(spelled)])
+        assert "label error rate, greedy" in shown.output
+
+    def test_what_it_needs_is_named(self, spelled: Path, pretrained: Path) -> None:
+        for arguments, message in (
+            (["tiny"], "no ctc.vocabulary to write in"),
+            (["finetune_1h"], "would freeze random weights"),
+        ):
+            result = CliRunner().invoke(app, ["finetune", *arguments, f"data.train={spelled}"])
+            assert isinstance(result.exception, UserError) and message in str(result.exception)
+
+    def test_another_vocabulary_does_not_resume(self, spelled: Path, tmp_path: Path) -> None:
+        train(settings(spelled, "trainer.updates=4"), tmp_path)
+        with pytest.raises(UserError, match=r"ctc\.vocabulary=.* was made with"):
+            train(settings(spelled, "ctc.vocabulary=['<pad>', '|', A, B]"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ctc.vocabulary=[a, b, a]"], "'a' is in it twice"),
+        (["ctc.vocabulary=[a]"], "a blank alone"),
+        (["ctc.vocabulary=none.txt"], "none.txt: neither `letters` nor a file of symbols"),
+        (["ctc.vocabulary=letters", "data.mode=stream"], "fine-tuning needs data.mode=index"),
+        (["ctc.vocabulary=letters", "augment.speed=[0.9]"], "slowed utterances would be cropped"),
+        (["ctc.vocabulary=letters", "ctc.freeze_encoder_updates=5"], "optim.weight_decay=0.01 would shrink"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config("base", overrides)
+
+
+def test_a_vocabulary_comes_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_text("<pad> 0\n| 12\nÄ 3\n")
+    assert load_config("base", [f"ctc.vocabulary={path}"]).ctc.vocabulary == ["<pad>", "|", "Ä"]

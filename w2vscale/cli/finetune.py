@@ -1,0 +1,50 @@
+"""`w2vscale finetune`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from w2vscale.cli.config import Overrides, Source
+
+
+def finetune(
+    source: Source,
+    overrides: Overrides = None,
+    exp: Annotated[
+        Path | None, typer.Option(help="The run's folder.", show_default="exp/CONFIG", metavar="DIR")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: continue from DIR's newest checkpoint; never; or a checkpoint's PATH.")
+    ] = "auto",
+    nproc_per_node: Annotated[
+        int, typer.Option(help="Processes to start on this machine; under torchrun or srun leave it out.")
+    ] = 1,
+) -> None:
+    """Teach a pretrained model to write what is said (CTC): the same command starts a run and continues it.
+
+    The model's architecture is that of trainer.init_from; without it, training is from scratch.
+
+    Example: w2vscale finetune finetune_1h trainer.init_from=exp/base data.train=cuts_1h.jsonl --exp exp/base_1h
+    """
+    from w2vscale.config import load_config
+    from w2vscale.distributed.launch import launch, launched
+    from w2vscale.errors import UserError
+
+    config = load_config(source, overrides or [])
+    if not config.ctc.vocabulary:
+        raise UserError(f"{source}: no ctc.vocabulary to write in; start from a preset such as finetune_1h")
+    if config.trainer.init_from is None and (config.ctc.freeze_encoder_updates or config.model.feature_grad_mult == 0):
+        raise UserError(
+            f"{source}: would freeze random weights: name a checkpoint (trainer.init_from), or train from scratch with "
+            "ctc.freeze_encoder_updates=0 model.feature_grad_mult=1"
+        )
+    if nproc_per_node != 1 and not launched():
+        sys.exit(launch(["finetune", *sys.argv[sys.argv.index("finetune") + 1 :]], nproc_per_node))
+    from w2vscale.training.initialisation import with_architecture_of_source
+    from w2vscale.training.loop import train
+
+    sys.exit(train(with_architecture_of_source(config), exp or Path("exp") / Path(source).stem, resume=resume))

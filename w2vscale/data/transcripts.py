@@ -1,0 +1,109 @@
+"""From transcripts to labels: what fine-tuning's micro-batches hold beside audio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from lhotse.cut import Cut
+from numpy.typing import NDArray
+
+from w2vscale.config.tree import Config
+from w2vscale.data.audio import AudioError
+from w2vscale.data.micro_batch import pad_waveforms, shortest_samples
+from w2vscale.data.randomness import Stream, generator
+from w2vscale.models.feature_encoder import output_frames
+from w2vscale.models.inputs import CtcInputs
+from w2vscale.models.masking import frame_mask, span_mask
+
+SPACE = "|"
+UNKNOWN = "<unk>"
+
+
+class Transcripts:
+    """Spells transcripts by a vocabulary of characters; `|` is the space.
+
+    Where the vocabulary has letters of one case only, transcripts are brought to it.
+    """
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        self._numbers = {symbol: number for number, symbol in enumerate(vocabulary)}
+        letters = "".join(symbol for symbol in vocabulary if len(symbol) == 1)
+        self._upper, self._lower = letters == letters.upper(), letters == letters.lower()
+
+    def labels(self, text: str) -> tuple[list[int], str]:
+        """The labels of a text, and its characters that are outside the vocabulary and became `<unk>`.
+
+        Raises:
+            AudioError: there is no text, or such a character and no `<unk>`.
+        """
+        words = text.split()
+        if not words:
+            raise AudioError("no transcript", "has no transcript")
+        spelled = SPACE.join(words)
+        spelled = spelled.upper() if self._upper else spelled.lower() if self._lower else spelled
+        unknown = "".join(sorted({character for character in spelled if character not in self._numbers}))
+        if unknown and UNKNOWN not in self._numbers:
+            raise AudioError("unknown symbols", f"its transcript has {unknown!r}, which is not in ctc.vocabulary")
+        return [self._numbers.get(character, self._numbers.get(UNKNOWN, 0)) for character in spelled], unknown
+
+
+def transcript(cut: Cut) -> str:
+    """What is said in an utterance."""
+    return " ".join(supervision.text or "" for supervision in cut.supervisions)
+
+
+def refuse_too_many(labels: Sequence[int], frames: int) -> None:
+    """Raise AudioError where an utterance has too few frames for its labels and the blanks between equal ones."""
+    needed = len(labels) + sum(one == other for one, other in pairwise(labels))
+    if needed > frames:
+        raise AudioError("too short", f"its {frames} frames are too few for the {len(labels)} labels of its transcript")
+
+
+def make_ctc_inputs(
+    waveforms: Sequence[NDArray[np.float32]],
+    labels: Sequence[Sequence[int]],
+    places: Sequence[int],
+    *,
+    number: int,
+    seed: int,
+    config: Config,
+    width: int = 0,
+) -> CtcInputs:
+    """Pad utterances to the longest, and no less than `width` samples; draw the masks of their frames and channels.
+
+    An utterance's draws depend on (seed, number, place) alone. Without any utterance the result is one of silence
+    without labels: it can be computed, and weighs nothing.
+    """
+    if not waveforms:
+        waveforms, labels, places = [np.zeros(shortest_samples(config.model), dtype=np.float32)], [[]], [0]
+    padded, lengths = pad_waveforms(waveforms, width)
+    frames = np.array([output_frames(int(length), config.model) for length in lengths])
+    masks = np.zeros((len(waveforms), output_frames(padded.shape[1], config.model)), dtype=np.bool_)
+    channel_masks = np.zeros((len(waveforms), config.model.dim), dtype=np.bool_)
+    for row, place in enumerate(places):
+        draws = generator(seed, Stream.MASK, number, place)
+        masks[row, : frames[row]] = frame_mask(int(frames[row]), config.model, draws)
+        if config.ctc.channel_mask_probability > 0.0:
+            channel_masks[row] = span_mask(
+                config.model.dim,
+                probability=config.ctc.channel_mask_probability,
+                length=config.ctc.channel_mask_length,
+                min_spans=0,
+                generator=draws,
+            )
+    counts = [len(each) for each in labels]
+    return CtcInputs(
+        waveforms_BS=padded,
+        lengths_B=torch.from_numpy(lengths),
+        frames_B=torch.from_numpy(frames),
+        mask_BT=torch.from_numpy(masks),
+        channel_mask_BD=torch.from_numpy(channel_masks),
+        labels_L=torch.tensor([label for each in labels for label in each], dtype=torch.long),
+        label_lengths_B=torch.tensor(counts),
+        utterances=(len(waveforms),),
+        labels=(sum(counts),),
+        padded=bool((lengths != padded.shape[1]).any()),
+    )
