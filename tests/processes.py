@@ -41,7 +41,13 @@ class Command:
         return said
 
 
+def fork_children() -> None:
+    """Have this process start its own as a trainer does: forked from itself, so that they end when it is killed."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
 def _run(output: str, arguments: tuple[str, ...]) -> None:
+    fork_children()
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)

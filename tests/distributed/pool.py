@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.processes import FORKS
+from tests.processes import FORKS, fork_children
 
 
 class Pool:
@@ -56,6 +56,7 @@ class Pool:
 
 
 def _serve(connection: Connection, rank: int, size: int, store: str) -> None:
+    fork_children()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
