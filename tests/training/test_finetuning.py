@@ -39,7 +39,10 @@ def pretrained(spelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exp
 
 
-def test_ten_utterances_are_learned_by_heart(spelled: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def by_heart(spelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned its ten utterances."""
+    exp = tmp_path_factory.mktemp("by_heart")
     config = settings(
         spelled, f"data.validation={spelled}", "trainer.updates=200", "trainer.validate_every=100",
         "optim.lr=6e-3", "schedule.warmup_updates=20", "batch.max_seconds=30", "batch.micro_batches=1",
@@ -47,14 +50,35 @@ def test_ten_utterances_are_learned_by_heart(spelled: Path, tmp_path: Path) -> N
         "model.layerdrop=0", "model.dropout=0", "model.attention_dropout=0", "model.input_dropout=0",
         "model.mask_probability=0.001",
     )  # fmt: skip
-    assert train(config, tmp_path) == 0
-    curve = read_metrics(tmp_path / "metrics.jsonl", "validation")
+    assert train(config, exp) == 0
+    return exp
+
+
+def test_ten_utterances_are_learned_by_heart(spelled: Path, by_heart: Path) -> None:
+    curve = read_metrics(by_heart / "metrics.jsonl", "validation")
     assert curve[-1]["label_error_rate"] == 0.0
     assert curve[-1]["loss"] < 0.05
-    found = evaluate_checkpoint(tmp_path, [spelled])
+    found = evaluate_checkpoint(by_heart, [spelled])
     assert found is not None
     assert (found.metrics["label_error_rate"], found.metrics["utterances"]) == (0.0, 10)
     assert found.metrics["loss"] == pytest.approx(curve[-1]["loss"])
+
+
+def test_they_are_transcribed(spelled: Path, by_heart: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.flac").write_text("not audio")
+    command = ["transcribe", str(by_heart), str(spelled), str(tmp_path)]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, UserError)
+    assert "not readable as audio" in str(result.exception) and "1 of 11 utterances" in str(result.exception)
+    found = dict(line.split("\t") for line in result.stdout.splitlines())
+    assert found == {f"u{number:02d}": text for number, text in enumerate(some_texts(10))}
+    as_json = CliRunner().invoke(app, ["transcribe", str(by_heart), str(spelled.parent / "u03.flac"), "--json"])
+    assert json.loads(as_json.stdout)["text"] == some_texts(10)[3]
+
+
+def test_a_pretrained_model_writes_nothing(pretrained: Path, spelled: Path) -> None:
+    result = CliRunner().invoke(app, ["transcribe", str(pretrained), str(spelled)])
+    assert isinstance(result.exception, UserError) and "w2vscale finetune gives it one" in str(result.exception)
 
 
 def test_resuming_is_bit_identical(spelled: Path, pretrained: Path, tmp_path: Path) -> None:

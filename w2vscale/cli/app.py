@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from w2vscale import __version__
-from w2vscale.cli import checkpoint, config, convert, data, evaluate, features, finetune, report, train
+from w2vscale.cli import checkpoint, config, convert, data, evaluate, features, finetune, report, train, transcribe
 from w2vscale.distributed.launch import LostRanks, launched
 from w2vscale.errors import UserError
 
@@ -29,6 +29,7 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
+app.command("transcribe")(transcribe.transcribe)
 app.command("features")(features.features)
 app.command("report")(report.report)
 app.command("export")(convert.export)
