@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from w2vscale.config import ModelConfig, load_config
 from w2vscale.errors import UserError
-from w2vscale.interop.fairseq import FairseqCheckpoint, from_fairseq, load_fairseq
+from w2vscale.interop.fairseq import from_fairseq
+from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
 from w2vscale.interop.torchaudio import import_torchaudio
 from w2vscale.models.feature_encoder import output_frames
@@ -300,8 +301,7 @@ def assert_equal(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def build(path: Path) -> tuple[Wav2Vec2ForPretraining, ModelConfig]:
-    state, overrides = from_fairseq(load_fairseq(path))
-    config = ModelConfig.model_validate(overrides)
+    config, state = from_fairseq(load_fairseq(path))
     model = Wav2Vec2ForPretraining(config).eval()
     model.load_state_dict(state)
     return model, config
@@ -372,13 +372,13 @@ def test_quantizer_and_projections_are_those_of_fairseq_also_in_transformers(sha
 def test_names_of_the_newer_weight_norm_and_half_precision_are_understood(tmp_path: Path) -> None:
     shape = SMALL["base"]
     state = fairseq_state(shape)
-    expected, _ = from_fairseq(FairseqCheckpoint(tmp_path, state, model_settings(shape)))
+    _, expected = from_fairseq(FairseqCheckpoint(tmp_path, state, model_settings(shape)))
     prefix = "encoder.pos_conv.0"
     for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
         state[f"{prefix}.parametrizations.weight.{new}"] = state.pop(f"{prefix}.{old}")
-    again, _ = from_fairseq(FairseqCheckpoint(tmp_path, state, model_settings(shape)))
+    _, again = from_fairseq(FairseqCheckpoint(tmp_path, state, model_settings(shape)))
     half = {name: tensor.half() for name, tensor in state.items()}
-    halved, _ = from_fairseq(FairseqCheckpoint(tmp_path, half, model_settings(shape)))
+    _, halved = from_fairseq(FairseqCheckpoint(tmp_path, half, model_settings(shape)))
     assert again.keys() == expected.keys() == halved.keys()
     for name, tensor in expected.items():
         assert torch.equal(again[name], tensor)
@@ -409,14 +409,12 @@ PUBLISHED = {
 def test_settings_of_the_published_models_are_those_of_our_presets(preset: str) -> None:
     shape, changes = PUBLISHED[preset]
     checkpoint = published(shape, **changes)
-    state, overrides = from_fairseq(checkpoint)
-    config = ModelConfig.model_validate(overrides)
+    config, state = from_fairseq(checkpoint)
     assert config == load_config(preset).model
-    bare, overrides = from_fairseq(FairseqCheckpoint(checkpoint.path, checkpoint.state, {}))
-    assert bare.keys() == state.keys()
-    assert overrides == {name: getattr(config, name) for name in overrides} | {
-        "conv_layers": [tuple(layer) for layer in config.conv_layers]
-    }
+    bare, bare_state = from_fairseq(FairseqCheckpoint(checkpoint.path, checkpoint.state, {}))
+    assert bare_state.keys() == state.keys()
+    assert {"heads", "conv_layers", "normalize_waveform"} <= bare.model_fields_set
+    assert all(getattr(bare, name) == getattr(config, name) for name in bare.model_fields_set)
 
 
 def test_settings_of_training_are_taken_over(tmp_path: Path) -> None:
@@ -548,9 +546,9 @@ def test_settings_are_read_from_every_form_of_checkpoint(form: str, name: str, t
     assert checkpoint.settings["normalize"] == (name == "large_lv60")
     assert checkpoint.settings["mask_selection"] == "static"
     again = from_fairseq(checkpoint)
-    assert again[1] == expected[1]
-    for tensor_name, tensor in expected[0].items():
-        assert torch.equal(again[0][tensor_name], tensor)
+    assert again[0] == expected[0]
+    for tensor_name, tensor in expected[1].items():
+        assert torch.equal(again[1][tensor_name], tensor)
     assert not {"fairseq", "omegaconf"} & sys.modules.keys()
     assert set(torch.serialization.get_safe_globals()) == allowed_before
 
@@ -623,6 +621,14 @@ def test_what_our_model_cannot_be_is_refused_by_name(changes: dict[str, Any], na
         (lambda state: state.clear(), "is missing"),
         (lambda state: state.update({"target_glu.0.bias": torch.ones(3)}), "target_glu.0.bias is unknown (1 unknown"),
         (lambda state: state.update({"layer_norm.bias": torch.ones(3)}), "layer_norm.bias has shape [3]"),
+        (
+            lambda state: state.update({"mask_emb": torch.ones(48).int()}),
+            "mask_emb is torch.int32 (torch.strided), not dense",
+        ),
+        (
+            lambda state: state.update({"mask_emb": torch.ones(48).to_sparse()}),
+            "mask_emb is torch.float32 (torch.sparse_coo), not",
+        ),
         (lambda state: state.update({"quantizer.vars": torch.ones(3)}), "quantizer.vars has 1 dimensions"),
         (lambda state: state.update({"quantizer.vars": torch.ones(1, 0, 0)}), "codebook_entries=0"),
         (lambda state: state.update({"w2v_encoder.proj.weight": torch.ones(3)}), "fine-tuned model"),
@@ -655,6 +661,23 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
         for share in (0.01, 0.5, 0.9, 0.999):
             path.write_bytes(contents[: int(share * len(contents))])
             assert "cut short or damaged" in refusal(lambda: load_fairseq(path))
+
+
+def test_pytorchs_advice_to_execute_a_file_is_not_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.jit.script(torch.nn.ReLU()).save(path)
+    assert refusal(lambda: load_fairseq(path)) == f"{path} is refused: it is a TorchScript program, not a checkpoint"
+    for zipped in (True, False):
+        torch.save({"model": {}}, path, pickle_protocol=4, _use_new_zipfile_serialization=zipped)
+        assert "was saved with pickle_protocol=4 or above" in refusal(lambda: load_fairseq(path))
+    for contents in (
+        b"no checkpoint\n",
+        pickle.dumps(torch.ones(1), protocol=2),
+        pickle.dumps(Call(print), protocol=2),
+    ):
+        path.write_bytes(contents)
+        message = refusal(lambda: load_fairseq(path))
+        assert "weights_only" not in message and "Re-running" not in message
 
 
 class Call:
@@ -769,4 +792,4 @@ def test_settings_that_contain_themselves_are_refused(tmp_path: Path) -> None:
     cfg: dict[str, Any] = {"model": {}}
     cfg["model"]["again"] = cfg
     torch.save({"model": {"mask_emb": torch.ones(1)}, "cfg": cfg}, tmp_path / "model.pt")
-    assert "recursion" in refusal(lambda: load_fairseq(tmp_path / "model.pt"))
+    assert "settings are nested too deeply" in refusal(lambda: load_fairseq(tmp_path / "model.pt"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import fields
@@ -25,7 +26,7 @@ with contextlib.suppress(UserError):  # not installed
     import_torchaudio()  # before Transformers imports it
 transformers = pytest.importorskip("transformers")
 
-CONVERTIBLE = [name for name in preset_names() if name != "base_prenorm"]
+CONVERTIBLE = [name for name in preset_names() if name != "base_prenorm" and not name.startswith("finetune_")]
 SMALL = (
     "model.conv_layers=[[32,10,5],[32,3,2],[32,3,2],[32,2,2]]",
     "model.conv_norm_groups=32",
@@ -326,6 +327,15 @@ def test_weights_of_another_model_are_refused() -> None:
         from_huggingface({**theirs, "lm_head.bias": torch.zeros(32)}, config)
     with pytest.raises(UserError, match=r"model\.codebook_entries=21"):
         from_huggingface(theirs, config.model_copy(update={"codebook_entries": 21}))
+    narrow = {"wav2vec2.encoder.layers.1.attention.k_proj.weight": torch.zeros(48, 47)}
+    with pytest.raises(
+        UserError, match=r"k_proj\.weight has shape \[48, 47\], but the model's settings want \[48, 48\]"
+    ):
+        from_huggingface({**theirs, **narrow}, config)
+    with pytest.raises(
+        UserError, match=r"project_q\.bias is torch\.int64 \(torch\.strided\), not dense floating point"
+    ):
+        from_huggingface({**theirs, "project_q.bias": torch.zeros(24, dtype=torch.int64)}, config)
     with pytest.raises(UserError, match=r"mask_embedding is missing"):
         to_huggingface({name: tensor for name, tensor in state.items() if "mask_embedding" not in name}, config)
 
@@ -335,7 +345,8 @@ def test_the_config_writes_known_keys_and_the_settings_of_pretraining(preset: st
     config = load_config(preset).model
     written = huggingface_config(config)
     known = {field.name for field in fields(transformers.Wav2Vec2Config)}
-    assert written.keys() - known <= {"model_type", "architectures"}
+    assert written.keys() - known <= {"model_type", "architectures", "w2vscale"}
+    assert json.loads(json.dumps(written)) == written
     read = transformers.Wav2Vec2Config(**written)
     assert {key: getattr(read, key) for key in written} == written
     assert (read.mask_time_prob, read.mask_time_length, read.mask_time_min_masks) == (0.65, 10, 2)

@@ -38,5 +38,5 @@ def import_(
     """
     from w2vscale.interop.importing import import_checkpoint
 
-    imported = import_checkpoint(source, output, form=form)
+    imported = import_checkpoint(source, output, form=form, log=partial(console.print, markup=False))
     console.print(f"{imported.checkpoint}: {imported.parameters:,} parameters", markup=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 from w2vscale.checkpoint.reading import Checkpoint, open_checkpoint, read_model_tensors
 from w2vscale.config import Config, load_config
 from w2vscale.errors import UserError
-from w2vscale.interop.huggingface import huggingface_config, preprocessor_config, to_huggingface
+from w2vscale.interop.huggingface import huggingface_config, preprocessor_config, to_huggingface, tokenizer_files
 from w2vscale.interop.model_card import model_card
 from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
 
@@ -36,7 +36,8 @@ def export_checkpoint(
 ) -> Exported:
     """Write a checkpoint, or the newest usable one of a run, to the folder `output`.
 
-    huggingface: `model.safetensors`, `config.json`, `preprocessor_config.json`, and the model card `README.md`.
+    huggingface: `model.safetensors`, `config.json`, `preprocessor_config.json`, the model card `README.md`, and of a
+    fine-tuned model the tokenizer's `vocab.json` and `tokenizer_config.json`.
     torchaudio: `model.safetensors` with the state of `torchaudio.models.wav2vec2_model`, and its arguments in
     `model.json`, beside the same `preprocessor_config.json`; the quantizer and the projections have no place in it.
 
@@ -50,16 +51,18 @@ def export_checkpoint(
     state = read_model_tensors(checkpoint)
     texts: dict[str, str]
     if form == "huggingface":
-        weights = to_huggingface(state, config.model)
+        weights = to_huggingface(state, config.model, config.ctc)
+        tokenizer = tokenizer_files(config.ctc) if config.ctc.vocabulary else {}
         texts = {
-            "config.json": _json(huggingface_config(config.model)),
-            "preprocessor_config.json": _json(preprocessor_config(config.model)),
+            "config.json": _json(huggingface_config(config.model, config.ctc)),
+            "preprocessor_config.json": _json(preprocessor_config(config.model, config.ctc)),
+            **{name: _json(document) for name, document in tokenizer.items()},
             "README.md": model_card(checkpoint, config, _run_folder(checkpoint)),
         }
     else:
-        weights = to_torchaudio(state, config.model)
+        weights = to_torchaudio(state, config.model, config.ctc)
         texts = {
-            "model.json": _json(torchaudio_arguments(config.model)),
+            "model.json": _json(torchaudio_arguments(config.model, config.ctc)),
             "preprocessor_config.json": _json(preprocessor_config(config.model)),
         }
     files = _write(output, weights, texts, checkpoint, config)

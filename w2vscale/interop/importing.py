@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint.reading import TrainState, committed
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, ModelConfig, dump_config
+from w2vscale.config.tree import CtcConfig
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
-from w2vscale.interop.fairseq import from_fairseq, load_fairseq
-from w2vscale.interop.huggingface import from_huggingface, model_config
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.interop.fairseq import from_fairseq
+from w2vscale.interop.fairseq_file import load_fairseq, read_pickle
+from w2vscale.interop.huggingface import ctc_config, from_huggingface, model_config
 
 FORMATS = ("huggingface", "fairseq")
 
@@ -39,7 +38,7 @@ def import_checkpoint(
 ) -> Imported:
     """Write `output`/checkpoints/update_00000000 with the weights and settings of `source`, without optimizer state.
 
-    huggingface: a folder with `config.json` and `model.safetensors` (or shards of it, or `pytorch_model.bin`).
+    huggingface: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, or shards of either.
     fairseq: a `.pt` file. Nothing in either is ever executed.
 
     Raises:
@@ -47,75 +46,110 @@ def import_checkpoint(
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
-    if (output / "checkpoints").exists():
+    if committed(output / "checkpoints"):
         raise UserError(f"{output / 'checkpoints'}: exists; choose another folder")
+    ctc = CtcConfig()
     if form == "huggingface":
-        model, state = read_huggingface(source)
+        model, ctc, state = read_huggingface(source, log)
     else:
-        state, settings = from_fairseq(load_fairseq(source))
-        model = ModelConfig.model_validate(settings)
-    with torch.device("meta"):
-        wanted = {name: p.shape for name, p in Wav2Vec2ForPretraining(model, torch.float32).named_parameters()}
-    for name, shape in wanted.items():
-        if state[name].shape != shape:
-            raise UserError(f"{source}: {name} is {list(state[name].shape)}, its settings say {list(shape)}")
+        model, state = from_fairseq(load_fairseq(source))
+    for name, tensor in state.items():
+        if tensor.is_meta or not tensor.isfinite().all():
+            raise UserError(f"{source}: {name} has no values, or values that are not finite")
     store = CheckpointStore(output / "checkpoints", Ranks(), keep_last=1, keep_every=0, asynchronous=False, log=log)
-    tensors = {f"model.{name}": state[name].float() for name in wanted}
+    tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     origin = TrainState(data=f"imported from {source.name} ({form})")
-    path = store.save(tensors, origin, dump_config(Config(model=model)))
+    path = store.save(tensors, origin, dump_config(Config(model=model, ctc=ctc)))
     return Imported(path, sum(tensor.numel() for tensor in tensors.values()))
 
 
-def read_huggingface(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def read_huggingface(
+    folder: Path, log: Callable[[str], None] = lambda text: None
+) -> tuple[ModelConfig, CtcConfig, dict[str, Tensor]]:
     """Settings and weights, by our names, of a folder that `save_pretrained` wrote."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; download the model first, e.g. with: hf download")
-    document = _read_json(folder / "config.json")
-    preprocessor = folder / "preprocessor_config.json"
     try:
-        model = model_config(document, _read_json(preprocessor) if preprocessor.is_file() else {})
-        return model, from_huggingface(_read_weights(folder), model)
+        preprocessor = _feature_extractor(folder)
+        document = _read_json(folder / "config.json")
+        model, ctc = model_config(document, preprocessor), CtcConfig()
+        state = _read_weights(folder)
+        if "lm_head.weight" in state:
+            ctc = ctc_config(document, _read_json(folder / "vocab.json"))
+        else:
+            _refuse_other_kinds(state)
+        ours = from_huggingface(state, model, ctc)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+        raise UserError(" ".join(f"{folder}: {error}".split())) from None
+    if preprocessor is None:
+        log(
+            f"{folder}: no preprocessor_config.json or processor_config.json in it: "
+            f"taking model.normalize_waveform={str(model.normalize_waveform).lower()}"
+        )
+    return model, ctc, ours
+
+
+def _feature_extractor(folder: Path) -> dict[str, Any] | None:
+    """How audio was treated in training, in the newer or the older file of Transformers."""
+    newer, older = folder / "processor_config.json", folder / "preprocessor_config.json"
+    nested = _read_json(newer).get("feature_extractor") if newer.is_file() else None
+    if isinstance(nested, dict):
+        return nested
+    return _read_json(older) if older.is_file() else None
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    state: dict[str, Tensor] = {}
-    try:
-        for name in names:
-            if (folder / name).is_file():
-                state |= load_file(folder / name)
-            elif (folder / "pytorch_model.bin").is_file():
-                return read_pickle(folder / "pytorch_model.bin")
-            else:
-                raise UserError(f"no {name} in it")
-    except SafetensorError as error:
-        raise UserError(f"{name} cannot be read: {error}") from None
-    return state
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return _read_file(folder / name)
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            state: dict[str, Tensor] = {}
+            for shard in _shards(index):
+                state |= _read_file(folder / shard)
+            return state
+    raise UserError("no model.safetensors and no pytorch_model.bin in it")
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file that `torch.save` wrote; anything else in it is refused, not executed."""
+def _shards(index: Path) -> list[str]:
+    files = _read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{index.name}: weight_map does not name a file for each tensor")
+    for tensor, name in files.items():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise UserError(f"{index.name}: weight_map: {tensor!r}: {name!r} is no name of a file")
+    return sorted(set(files.values()))
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".bin":
+        return read_pickle(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        refused = re.search(r"GLOBAL (\S+) w(?:as not|hose)", str(error))
-        reason = f"it names {refused[1]}, which could run code" if refused else "it is damaged, or no file of PyTorch's"
-        raise UserError(f"{path.name} is refused: {reason}") from None
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise UserError(f"{path.name} does not hold tensors by name")
-    return found
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path.name} cannot be read: {error}") from None
+
+
+def _refuse_other_kinds(names: Iterable[str]) -> None:
+    """Say what the weights are, where they are another of Transformers' models than the one for pretraining."""
+    modules = {name.partition(".")[0] for name in names}
+    if "quantizer" in modules:
+        return
+    for module, kind in (
+        ("feature_extractor", "an encoder alone (Wav2Vec2Model)"),
+        ("wav2vec2", "an encoder with an output layer of another task"),
+    ):
+        if module in modules:
+            raise UserError(f"{kind}: only Wav2Vec2ForPreTraining and Wav2Vec2ForCTC can be imported")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path.parent}: no {path.name} in it") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise UserError(f"no {path.name} in it") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path.name} cannot be read: {error}") from None
     if not isinstance(document, dict):
-        raise UserError(f"{path}: not an object")
+        raise UserError(f"{path.name} is not an object")
     return document

@@ -16,7 +16,7 @@ def model_card(checkpoint: Checkpoint, config: Config, run: Path | None) -> str:
     """Markdown with the metadata that the Hugging Face hub reads; `run` has the metrics, if it is there."""
     state, model = checkpoint.state, config.model
     header = yaml.safe_dump(
-        {"library_name": "transformers", "tags": ["speech", "audio", "wav2vec2", "pretraining", "w2vscale"]},
+        {"library_name": "transformers", "tags": ["speech", "audio", "wav2vec2", "w2vscale"]},
         sort_keys=False,
     )
     trained = state.update > 0
@@ -27,30 +27,53 @@ def model_card(checkpoint: Checkpoint, config: Config, run: Path | None) -> str:
         *(_training_rows(state, config, run) if trained else [("origin", state.data or "not recorded")]),
     ]
     table = "\n".join(f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows)
+    fine_tuned = bool(config.ctc.vocabulary)
+    made = ("fine-tuned" if fine_tuned else "pretrained") if trained else "converted"
     return f"""---
 {header}---
 
-# wav2vec 2.0, {"pretrained" if trained else "converted"} with w2vscale {__version__}
+# wav2vec 2.0, {made} with w2vscale {__version__}
 
-A model that learned from audio without transcripts, by contrastive prediction of masked speech ([Baevski et al.
-2020](https://arxiv.org/abs/2006.11477)). It has no output layer for text: fine-tune it, or use its hidden states.
+{WRITES if fine_tuned else LISTENS}
 
 | | |
 | --- | --- |
 {table}
 
 ```python
-import torch
+{(CTC_EXAMPLE if fine_tuned else ENCODER_EXAMPLE).format(rate=model.sampling_rate, dim=model.dim)}
+```
+{"" if fine_tuned else MORE}"""
+
+
+LISTENS = """A model that learned from audio without transcripts, by contrastive prediction of masked speech
+([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)). It has no output layer for text: fine-tune it, or use its hidden states."""
+
+WRITES = """A model that writes what is said: pretrained on audio by contrastive prediction of masked speech
+([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)), then fine-tuned on transcripts by connectionist temporal classification."""
+
+ENCODER_EXAMPLE = """import torch
 from transformers import AutoFeatureExtractor, Wav2Vec2Model
 
 extractor = AutoFeatureExtractor.from_pretrained("PATH")
 model = Wav2Vec2Model.from_pretrained("PATH").eval()
-waveform = torch.zeros({model.sampling_rate}).numpy()
-inputs = extractor(waveform, sampling_rate={model.sampling_rate}, return_tensors="pt")
+waveform = torch.zeros({rate}).numpy()
+inputs = extractor(waveform, sampling_rate={rate}, return_tensors="pt")
 with torch.no_grad():
-    hidden = model(**inputs).last_hidden_state  # [1, frames, {model.dim}]
-```
+    hidden = model(**inputs).last_hidden_state  # [1, frames, {dim}]"""
 
+CTC_EXAMPLE = """import torch
+from transformers import AutoProcessor, Wav2Vec2ForCTC
+
+processor = AutoProcessor.from_pretrained("PATH")
+model = Wav2Vec2ForCTC.from_pretrained("PATH").eval()
+waveform = torch.zeros({rate}).numpy()
+inputs = processor(waveform, sampling_rate={rate}, return_tensors="pt")
+with torch.no_grad():
+    labels = model(**inputs).logits.argmax(dim=-1)
+print(processor.batch_decode(labels))"""
+
+MORE = """
 `Wav2Vec2ForPreTraining` has the quantizer and the projections, too.
 """
 
@@ -78,7 +101,12 @@ def _validation_rows(run: Path | None, update: int) -> list[tuple[str, str]]:
     """Loss, accuracy and code perplexities of the last validation up to `update`."""
     records = read_metrics(run / "metrics.jsonl", "validation") if run is not None else []
     found = next((record for record in reversed(records) if record["update"] <= update), {})
-    wanted = ["contrastive_bits", "accuracy", *(key for key in found if key.startswith("code_perplexity_"))]
+    wanted = [
+        "label_error_rate",
+        "contrastive_bits",
+        "accuracy",
+        *(key for key in found if key.startswith("code_perplexity_")),
+    ]
     return [
         (f"validation {key.replace('_', ' ')}", f"{found[key]:.4g}") for key in wanted if found.get(key) is not None
     ]

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from w2vscale.config.tree import ModelConfig
+from w2vscale.config.tree import CtcConfig, ModelConfig
 from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import to_huggingface
 
@@ -48,17 +48,18 @@ PARTS = {
     "wav2vec2.feature_extractor.": "feature_extractor.",
     "wav2vec2.feature_projection.": "encoder.feature_projection.",
     "wav2vec2.encoder.": "encoder.transformer.",
+    "lm_head.": "aux.",
 }
 """torchaudio's modules are named as Transformers', under other parents."""
 
 
-def to_torchaudio(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The `state_dict` of our model as that of `torchaudio.models.Wav2Vec2Model`, which is the encoder alone.
+def to_torchaudio(state: Mapping[str, Tensor], config: ModelConfig, ctc: CtcConfig) -> dict[str, Tensor]:
+    """The `state_dict` of our model as that of `torchaudio.models.Wav2Vec2Model`: the encoder, and the output layer.
 
     Raises:
         UserError: torchaudio has no such model, or `state` is not one of `config`.
     """
-    theirs = to_huggingface(state, config)
+    theirs = to_huggingface(state, config, ctc)
     return {
         new + name.removeprefix(old): tensor
         for name, tensor in theirs.items()
@@ -67,7 +68,7 @@ def to_torchaudio(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
     }
 
 
-def torchaudio_arguments(config: ModelConfig) -> dict[str, Any]:
+def torchaudio_arguments(config: ModelConfig, ctc: CtcConfig) -> dict[str, Any]:
     """The arguments of `torchaudio.models.wav2vec2_model`."""
     return {
         "extractor_mode": f"{config.conv_norm}_norm",
@@ -85,7 +86,7 @@ def torchaudio_arguments(config: ModelConfig) -> dict[str, Any]:
         "encoder_dropout": config.dropout,
         "encoder_layer_norm_first": config.norm_first,
         "encoder_layer_drop": config.layerdrop,
-        "aux_num_out": None,
+        "aux_num_out": len(ctc.vocabulary) or None,
     }
 
 

@@ -1,0 +1,164 @@
+"""Fine-tuned models out to Transformers and torchaudio, and in again: equal logits, loss and text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.audio import write_audio
+from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
+from w2vscale.checkpoint.store import CheckpointStore
+from w2vscale.config import Config, dump_config, load_config
+from w2vscale.data.transcripts import make_ctc_inputs
+from w2vscale.distributed.process_group import Ranks
+from w2vscale.errors import UserError
+from w2vscale.evaluation.pretrained import load
+from w2vscale.evaluation.transcription import Transcript, transcribe
+from w2vscale.interop.exporting import export_checkpoint
+from w2vscale.interop.importing import import_checkpoint
+from w2vscale.interop.torchaudio import import_torchaudio
+from w2vscale.models.ctc import Wav2Vec2ForCTC
+
+with contextlib.suppress(UserError):  # not installed
+    import_torchaudio()  # before Transformers imports it
+transformers = pytest.importorskip("transformers")
+
+SMALL = (
+    "model.conv_layers=[[32,10,5],[32,3,2],[32,2,2]]", "model.layers=2", "model.dim=48", "model.ffn_dim=96",
+    "model.heads=4", "model.positional_kernel=16", "model.positional_groups=4", "ctc.vocabulary=letters",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["base", "large", "large_lv60", "xlsr_300m"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Path]:
+    """A preset's small sibling with random weights: its settings, its checkpoint, and its export to Transformers."""
+    folder = tmp_path_factory.mktemp(request.param)
+    groups = ["model.conv_norm_groups=32"] if request.param in ("base", "large") else []
+    config = load_config(request.param, [*SMALL, *groups])
+    torch.manual_seed(3)
+    model = Wav2Vec2ForCTC(config.model, config.ctc)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    store = CheckpointStore(folder / "checkpoints", Ranks(), keep_last=1)
+    checkpoint = store.save(tensors, TrainState(update=7), dump_config(config))
+    export_checkpoint(checkpoint, folder / "export", form="huggingface")
+    return config, checkpoint, folder / "export"
+
+
+def ours(config: Config, checkpoint: Path) -> Wav2Vec2ForCTC:
+    model = Wav2Vec2ForCTC(config.model, config.ctc)
+    model.load_state_dict(read_model_tensors(open_checkpoint(checkpoint)))
+    return model.eval()
+
+
+def speech(sizes: tuple[int, ...], *, normalised: bool) -> list[np.ndarray[tuple[int], np.dtype[np.float32]]]:
+    audio = [np.random.default_rng(size).standard_normal(size).astype(np.float32) for size in sizes]
+    return [(one - one.mean()) / np.sqrt(one.var() + 1e-7) for one in audio] if normalised else audio
+
+
+def test_logits_and_loss_are_transformers(family: tuple[Config, Path, Path]) -> None:
+    config, checkpoint, export = family
+    other, report = transformers.Wav2Vec2ForCTC.from_pretrained(export, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    # Transformers' GroupNorm counts padding; ours does not.
+    sizes = (8000, 8000) if config.model.conv_norm == "group" else (8000, 6100)
+    audio, labels = speech(sizes, normalised=config.model.normalize_waveform), [[5, 6, 6, 4, 7], [8, 9]]
+    inputs = make_ctc_inputs(audio, labels, [0, 1], number=0, seed=0, config=config)
+    attention = (torch.arange(8000) < inputs.lengths_B.unsqueeze(1)).long() if inputs.padded else None
+    padded_labels = torch.tensor([labels[0], [*labels[1], -100, -100, -100]])
+    with torch.no_grad():
+        theirs = other.eval()(inputs.waveforms_BS, attention_mask=attention, labels=padded_labels)
+        model = ours(config, checkpoint)
+        given = (inputs.lengths_B, inputs.frames_B) if inputs.padded else (None, None)
+        logits, sums = model.logits(inputs.waveforms_BS, *given), model(inputs)
+    valid_BT = torch.arange(logits.shape[1]) < inputs.frames_B.unsqueeze(1)
+    difference = (logits - theirs.logits)[valid_BT].abs().max()
+    assert difference <= 1e-5 * theirs.logits[valid_BT].abs().max()
+    assert float(sums.total) == pytest.approx(float(theirs.loss), rel=1e-5)
+
+
+def test_the_processor_loads_and_writes_the_same_text(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
+    config, checkpoint, export = family
+    (audio,) = speech((16_000,), normalised=False)
+    path = write_audio(tmp_path / "speech.wav", 0.1 * audio, subtype="FLOAT")
+    processor = transformers.AutoProcessor.from_pretrained(export)
+    other = transformers.Wav2Vec2ForCTC.from_pretrained(export).eval()
+    inputs = processor(0.1 * audio, sampling_rate=16_000, return_tensors="pt")
+    with torch.no_grad():
+        labels = other(inputs.input_values).logits.argmax(dim=-1)
+    (found,) = transcribe(load(checkpoint), [path])
+    assert isinstance(found, Transcript) and len(found.text) > 5
+    theirs = processor.batch_decode(labels)[0].replace("<s>", "").replace("</s>", "")
+    assert found.text == theirs.strip()
+    assert processor.tokenizer("IT'S").input_ids == [config.ctc.vocabulary.index(letter) for letter in "IT'S"]
+
+
+def test_in_again_is_bit_identical(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
+    config, checkpoint, export = family
+    imported = import_checkpoint(export, tmp_path / "in", form="huggingface")
+    before, after = (read_model_tensors(open_checkpoint(path)) for path in (checkpoint, imported.checkpoint))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    again = load_config(imported.checkpoint / "config.yaml")
+    assert (again.model, again.ctc) == (config.model, config.ctc)
+
+
+def test_a_model_that_transformers_saved_comes_in(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
+    _, _, export = family
+    model = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config.from_pretrained(export))
+    model.save_pretrained(tmp_path / "theirs")
+    transformers.AutoProcessor.from_pretrained(export).save_pretrained(tmp_path / "theirs")
+    import_checkpoint(tmp_path / "theirs", tmp_path / "in", form="huggingface")
+    export_checkpoint(tmp_path / "in", tmp_path / "out", form="huggingface")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_torchaudios_logits_are_equal(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
+    torchaudio = import_torchaudio()
+    config, checkpoint, _ = family
+    export_checkpoint(checkpoint, tmp_path, form="torchaudio")
+    model = torchaudio.models.wav2vec2_model(**json.loads((tmp_path / "model.json").read_text())).eval()
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    (audio,) = speech((9000,), normalised=config.model.normalize_waveform)
+    waveform_1S = torch.from_numpy(audio).unsqueeze(0)
+    with torch.no_grad():
+        theirs, _ = model(waveform_1S)
+        mine = ours(config, checkpoint).logits(waveform_1S)
+    assert float((mine - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+
+
+def test_the_card_says_how_to_write_with_it(family: tuple[Config, Path, Path]) -> None:
+    _, _, export = family
+    card = (export / "README.md").read_text()
+    assert "# wav2vec 2.0, fine-tuned with w2vscale" in card and "Wav2Vec2ForCTC.from_pretrained" in card
+    assert "no output layer" not in card
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"),
+    [
+        ({"<pad>": 0, "a": 1}, "vocab.json: does not name the 32 symbols"),
+        ({f"{n}": n + 1 for n in range(32)}, "vocab.json: does not name the 32 symbols"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_is_named(
+    family: tuple[Config, Path, Path], tmp_path: Path, vocabulary: dict[str, int], message: str
+) -> None:
+    _, _, export = family
+    for file in export.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(UserError, match=message):
+        import_checkpoint(tmp_path, tmp_path / "in", form="huggingface")
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises(UserError, match=r"no vocab\.json in it"):
+        import_checkpoint(tmp_path, tmp_path / "in", form="huggingface")
