@@ -47,10 +47,12 @@ def model_card(checkpoint: Checkpoint, config: Config, run: Path | None) -> str:
 
 
 LISTENS = """A model that learned from audio without transcripts, by contrastive prediction of masked speech
-([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)). It has no output layer for text: fine-tune it, or use its hidden states."""
+([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)). It has no output layer for text: fine-tune it, or use its
+hidden states."""
 
 WRITES = """A model that writes what is said: pretrained on audio by contrastive prediction of masked speech
-([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)), then fine-tuned on transcripts by connectionist temporal classification."""
+([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)), then fine-tuned on transcripts by connectionist temporal
+classification."""
 
 ENCODER_EXAMPLE = """import torch
 from transformers import AutoFeatureExtractor, Wav2Vec2Model
