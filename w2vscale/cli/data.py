@@ -146,6 +146,35 @@ def shar(
 
 
 @app.command()
+def subset(
+    manifest: Annotated[Path, typer.Argument(metavar="CUTS.jsonl", help="An indexed Lhotse cut manifest.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The part of it; it is indexed, too.")],
+    hours: Annotated[float | None, typer.Option(help="Take so much, drawn from --seed.")] = None,
+    balanced_speakers: Annotated[
+        bool, typer.Option("--balanced-speakers", help="Give speakers about equal time.")
+    ] = False,
+    identifiers: Annotated[
+        Path | None, typer.Option("--ids", metavar="FILE", help="Take these alone: an utterance a line.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write a part of a manifest, as for fine-tuning with few transcripts."""
+    from w2vscale.data.manifest import build_index
+    from w2vscale.data.subset import write_subset
+    from w2vscale.errors import UserError
+
+    if hours is None and identifiers is None:
+        raise UserError("data subset: say which part: --hours, --ids or both")
+    if output.resolve() == manifest.resolve():
+        raise UserError(f"{output}: is the manifest itself; choose another name")
+    written = write_subset(
+        manifest, output, hours=hours, balanced=balanced_speakers, identifiers=identifiers, seed=seed
+    )
+    build_index(output)
+    console.print(f"{output}: {written.utterances} utterances, {written.hours:.2f} hours", markup=False)
+
+
+@app.command()
 def stats(
     manifests: Manifests,
     config: Annotated[str, typer.Option(help="YAML file or preset whose crop and budget to plan with.")] = "base",

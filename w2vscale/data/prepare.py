@@ -147,7 +147,7 @@ def prepare_folder(
 def write_cuts(cuts: Iterable[Cut], path: Path) -> PreparedManifest:
     """Write a JSONL manifest, one cut a line; it appears whole or not at all."""
     count, seconds = 0, 0.0
-    with _whole(path) as lines:
+    with whole_file(path) as lines:
         for cut in cuts:
             lines.write(_line(cut.to_dict()))
             count += 1
@@ -295,7 +295,7 @@ def _write_sets(
     """Write several manifests side by side, and report how many chunks of them are written."""
     written = [PreparedManifest(path, 0, 0.0) for path in paths]
     with ExitStack() as stack:
-        outputs = [stack.enter_context(_whole(path)) for path in paths]
+        outputs = [stack.enter_context(whole_file(path)) for path in paths]
         for done, sets in enumerate(found, start=1):
             for number, (output, lines) in enumerate(zip(outputs, sets, strict=False)):
                 output.write(lines.text)
@@ -350,7 +350,7 @@ def _line(cut: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[TextIO]:
+def whole_file(path: Path) -> Iterator[TextIO]:
     """A text file that appears whole or not at all."""
     partial_path = path.with_name(path.name + ".partial")
     try:

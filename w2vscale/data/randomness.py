@@ -21,6 +21,7 @@ class Stream(IntEnum):
     MIX = 8
     AUGMENTATION = 9
     SHARDS = 10
+    SUBSET = 11
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:
