@@ -76,6 +76,18 @@ def test_they_are_transcribed(spelled: Path, by_heart: Path, tmp_path: Path) -> 
     assert json.loads(as_json.stdout)["text"] == some_texts(10)[3]
 
 
+def test_word_errors_of_what_was_learned_by_heart(spelled: Path, by_heart: Path, tmp_path: Path) -> None:
+    manifest = write_spelled(tmp_path / "other", [*some_texts(9), "ABCD ABCD", ""])
+    command = ["evaluate", str(by_heart), "--cuts", str(manifest), "--wer", "-o", str(tmp_path / "wer.json")]
+    result = CliRunner().invoke(app, [*command, "--html", str(tmp_path / "wer.html")])
+    assert result.exit_code == 0, result.output
+    document = json.loads((tmp_path / "wer.json").read_text())
+    assert document["words"]["reference"] == 20 and document["wer"] <= 0.1
+    assert [bad["kind"] for bad in document["bad"]] == ["no transcript"]
+    assert "WER" in result.output and "left out: 1" in result.output
+    assert "<h2>Speakers</h2>" in (tmp_path / "wer.html").read_text()
+
+
 def test_a_pretrained_model_writes_nothing(pretrained: Path, spelled: Path) -> None:
     result = CliRunner().invoke(app, ["transcribe", str(pretrained), str(spelled)])
     assert isinstance(result.exception, UserError) and "w2vscale finetune gives it one" in str(result.exception)

@@ -24,12 +24,21 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the figures as JSON.")
     ] = None,
+    wer: Annotated[
+        bool, typer.Option("--wer", help="Of a fine-tuned model: word and character error rates, greedy.")
+    ] = False,
+    worst: Annotated[int, typer.Option(min=0, help="With --wer: utterances to show, those with most errors.")] = 5,
+    page: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="With --wer: also write all of it as a page.")
+    ] = None,
 ) -> None:
     """Loss, accuracy and use of codebooks of a pretrained checkpoint; loss and errors of a fine-tuned one."""
+    if wer:
+        _word_errors(checkpoint, cuts or [], output, page, worst=worst)
+        return
     from rich.table import Table
 
     from w2vscale.cli.progress import console, progress_bar
-    from w2vscale.errors import UserError
     from w2vscale.evaluation.checkpoint import evaluate_checkpoint
 
     with progress_bar("evaluating") as progress:
@@ -61,8 +70,47 @@ def evaluate(
     if output is not None:
         document = {"checkpoint": str(found.checkpoint), "update": found.update, **values}
         document |= {f"used_entries_{codebook}": used for codebook, used in enumerate(found.used_entries)}
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(document, indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+        _write(output, json.dumps(document, indent=2) + "\n")
+
+
+def _word_errors(checkpoint: Path, cuts: list[Path], output: Path | None, page: Path | None, *, worst: int) -> None:
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    from w2vscale.cli.progress import console, progress_bar
+    from w2vscale.errors import UserError
+    from w2vscale.evaluation import wer
+    from w2vscale.evaluation.pretrained import load
+
+    if not cuts:
+        raise UserError("--cuts names no manifest: set --cuts CUTS.jsonl")
+    with progress_bar("transcribing") as progress:
+        found = wer.score_checkpoint(load(checkpoint), cuts, progress=progress)
+    for one in reversed(found.worst(worst)):
+        console.print(f"{one.utterance} ({one.speaker}): {one.words.rate:.1%}\n{one.alignment}\n", markup=False)
+    table = Table(box=None, header_style="bold")
+    for column in ("speaker", "words", "WER"):
+        table.add_column(column, justify="left" if column == "speaker" else "right")
+    for speaker, errors in found.speakers.items():
+        table.add_row(speaker, f"{errors.reference:,}", f"{errors.rate:.2%}")
+    console.print(table, markup=False)
+    console.print(f"{len(found.utterances):,} utterances; left out: {len(found.bad)}", markup=False)
+    console.print(f"WER {wer.told(found.words, found.word_interval, 'words')}", markup=False)
+    console.print(f"CER {wer.told(found.characters, found.character_interval, 'characters')}", markup=False)
+    if output is not None:
+        document = {"checkpoint": str(checkpoint), "wer": found.words.rate, "cer": found.characters.rate}
+        document |= {name: value for name, value in asdict(found).items() if name != "utterances"}
+        _write(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    if page is not None:
+        _write(page, wer.page(found, f"{checkpoint} on {', '.join(path.name for path in cuts)}"))
+
+
+def _write(path: Path, text: str) -> None:
+    from w2vscale.errors import UserError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None

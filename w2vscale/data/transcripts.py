@@ -33,17 +33,20 @@ class Transcripts:
         letters = "".join(symbol for symbol in vocabulary if len(symbol) == 1)
         self._upper, self._lower = letters == letters.upper(), letters == letters.lower()
 
+    def normalised(self, text: str) -> str:
+        """A text in the vocabulary's case, with single spaces."""
+        text = " ".join(text.split())
+        return text.upper() if self._upper else text.lower() if self._lower else text
+
     def labels(self, text: str) -> tuple[list[int], str]:
         """The labels of a text, and its characters that are outside the vocabulary and became `<unk>`.
 
         Raises:
             AudioError: there is no text, or such a character and no `<unk>`.
         """
-        words = text.split()
-        if not words:
+        spelled = self.normalised(text).replace(" ", SPACE)
+        if not spelled:
             raise AudioError("no transcript", "has no transcript")
-        spelled = SPACE.join(words)
-        spelled = spelled.upper() if self._upper else spelled.lower() if self._lower else spelled
         unknown = "".join(sorted({character for character in spelled if character not in self._numbers}))
         if unknown and UNKNOWN not in self._numbers:
             raise AudioError("unknown symbols", f"its transcript has {unknown!r}, which is not in ctc.vocabulary")

@@ -1,0 +1,194 @@
+"""Word and character error rates of a fine-tuned checkpoint, by jiwer, with what a person wants to know of them."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse.cut import Cut
+
+from w2vscale.data.manifest import Manifest, build_index
+from w2vscale.data.micro_batch import BadAudio
+from w2vscale.data.transcripts import Transcripts, transcript
+from w2vscale.errors import UserError
+from w2vscale.evaluation.pretrained import Pretrained
+from w2vscale.evaluation.transcription import transcribe
+
+RESAMPLES = 1000
+"""Bootstrap samples of the utterances."""
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Edits that make the hypothesis of the reference, in words or characters."""
+
+    reference: int
+    substitutions: int
+    deletions: int
+    insertions: int
+
+    @property
+    def total(self) -> int:
+        """All edits."""
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def rate(self) -> float:
+        """Edits per word or character of the reference."""
+        return self.total / self.reference if self.reference else float(self.total > 0)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One utterance: what was said, what was written."""
+
+    utterance: str
+    speaker: str
+    reference: str
+    hypothesis: str
+    words: Errors
+    characters: Errors
+    alignment: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a test set; intervals are of 95 %, by bootstrap over utterances."""
+
+    utterances: list[Scored]
+    words: Errors
+    characters: Errors
+    word_interval: tuple[float, float]
+    character_interval: tuple[float, float]
+    speakers: dict[str, Errors]
+    """In words."""
+    bad: list[BadAudio]
+
+    def worst(self, count: int) -> list[Scored]:
+        """The utterances with most words wrong, relative to their length."""
+        wrong = [one for one in self.utterances if one.words.total]
+        return sorted(wrong, key=lambda one: (-one.words.rate, -one.words.total, one.utterance))[:count]
+
+
+def score_checkpoint(
+    pretrained: Pretrained,
+    cuts: Sequence[Path],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Score:
+    """Transcribe the utterances of manifests greedily, and compare with their transcripts.
+
+    Both sides are in the vocabulary's case. Utterances without transcript or usable audio are left out and named.
+
+    Raises:
+        UserError: the checkpoint is only pretrained, jiwer is not installed, a manifest cannot be used, or nothing
+            could be compared.
+    """
+    spelling = Transcripts(pretrained.config.ctc.vocabulary)
+    said: dict[str, Cut] = {}
+    bad = []
+    for path in cuts:
+        build_index(path)
+        manifest = Manifest(path)
+        for cut in map(manifest.cut, range(len(manifest))):
+            if transcript(cut).strip():
+                said[os.path.normpath(cut.id)] = cut
+            else:
+                bad.append(BadAudio(cut.id, str(path), "no transcript", "has no transcript"))
+    scored = []
+    for found in transcribe(pretrained, cuts, progress=progress):
+        if isinstance(found, BadAudio):
+            bad.append(found)
+        elif found.utterance in said:
+            cut = said[found.utterance]
+            speaker = next((str(part.speaker) for part in cut.supervisions if part.speaker), "unknown")
+            scored.append(score(cut.id, spelling.normalised(transcript(cut)), found.text, speaker=speaker))
+    if not scored:
+        raise UserError(f"{cuts[0]}: no utterance has both a transcript and usable audio")
+    return summarise(sorted(scored, key=lambda one: one.utterance), bad)
+
+
+def score(utterance: str, reference: str, hypothesis: str, *, speaker: str = "unknown") -> Scored:
+    """Compare two texts."""
+    jiwer = _jiwer()
+    words = jiwer.process_words([reference], [hypothesis])
+    characters = jiwer.process_characters([reference], [hypothesis])
+    alignment = jiwer.visualize_alignment(words, show_measures=False, skip_correct=False)
+    rows = [line for line in alignment.splitlines() if line.strip() and not line.startswith("===")]
+    return Scored(utterance, speaker, reference, hypothesis, _errors(words), _errors(characters), "\n".join(rows))
+
+
+def summarise(utterances: list[Scored], bad: list[BadAudio]) -> Score:
+    """Add up; intervals from 1000 draws of as many utterances with replacement."""
+    words, characters = ([getattr(one, unit) for one in utterances] for unit in ("words", "characters"))
+    speakers = {one.speaker: _sum([w.words for w in utterances if w.speaker == one.speaker]) for one in utterances}
+    return Score(
+        utterances=utterances,
+        words=_sum(words),
+        characters=_sum(characters),
+        word_interval=_interval(words),
+        character_interval=_interval(characters),
+        speakers=dict(sorted(speakers.items())),
+        bad=bad,
+    )
+
+
+def page(found: Score, title: str, *, worst: int = 100) -> str:
+    """The score as one page of HTML: rates, speakers, and the worst utterances with their alignments."""
+    rows = "".join(
+        f"<tr><td>{html.escape(speaker)}<td>{errors.reference}<td>{errors.rate:.2%}"
+        for speaker, errors in found.speakers.items()
+    )
+    utterances = "".join(
+        f"<h3>{html.escape(one.utterance)} ({html.escape(one.speaker)}): {one.words.rate:.1%}</h3>"
+        f"<pre>{html.escape(one.alignment)}</pre>"
+        for one in found.worst(worst)
+    )
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"
+        "<style>body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto}pre{overflow-x:auto}"
+        "td,th{padding:0 1em 0 0;text-align:left}</style>"
+        f"<h1>{html.escape(title)}</h1><p>{told(found.words, found.word_interval, 'words')}"
+        f"<p>{told(found.characters, found.character_interval, 'characters')}"
+        f"<h2>Speakers</h2><table><tr><th>speaker<th>words<th>WER{rows}</table>"
+        f"<h2>The worst utterances</h2>{utterances or '<p>None is wrong.'}"
+    )
+
+
+def told(errors: Errors, interval: tuple[float, float], unit: str) -> str:
+    """A rate in words."""
+    return (
+        f"{errors.rate:.2%} (95 %: {interval[0]:.2%} to {interval[1]:.2%}) of {errors.reference:,} {unit}: "
+        f"{errors.substitutions:,} substitutions, {errors.deletions:,} deletions, {errors.insertions:,} insertions"
+    )
+
+
+def _errors(output: Any) -> Errors:
+    reference = output.hits + output.substitutions + output.deletions
+    return Errors(reference, output.substitutions, output.deletions, output.insertions)
+
+
+def _sum(errors: Sequence[Errors]) -> Errors:
+    fields = zip(*((e.reference, e.substitutions, e.deletions, e.insertions) for e in errors), strict=True)
+    return Errors(*map(sum, fields))
+
+
+def _interval(errors: Sequence[Errors]) -> tuple[float, float]:
+    totals, references = (np.array([getattr(one, name) for one in errors]) for name in ("total", "reference"))
+    drawn = np.random.default_rng(0).integers(0, len(errors), (RESAMPLES, len(errors)))
+    rates = totals[drawn].sum(axis=1) / np.maximum(references[drawn].sum(axis=1), 1)
+    low, high = np.percentile(rates, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _jiwer() -> Any:
+    try:
+        import jiwer
+    except ImportError:
+        raise UserError("jiwer is not installed: pip install 'w2vscale[decode]'") from None
+    return jiwer
