@@ -67,10 +67,7 @@ class Assembler:
                 bad.append(crop)
                 continue
             try:
-                if self.transcripts is not None:
-                    spelled, unknown = self._spell(crop)
-                    labels.append(spelled)
-                    bad += unknown
+                spelled, unknown = self._labels(crop)
                 audio = read_audio(
                     crop.cut,
                     sampling_rate=self.model.sampling_rate,
@@ -79,14 +76,15 @@ class Assembler:
                     normalize=self.model.normalize_waveform,
                 )
             except AudioError as error:
-                del labels[len(waveforms) :]
                 bad.append(BadAudio(crop.cut.id, audio_path(crop.cut), error.kind, str(error)))
                 continue
+            bad += unknown
             if self.augmentation is not None:
                 changed, unusable = self.augmentation(audio, number=number, place=place)
                 bad += unusable
                 audio = standardize(changed) if self.model.normalize_waveform and changed is not audio else changed
             waveforms.append(audio)
+            labels.append(spelled)
             places.append(place)
         draws: Any = {"number": number, "seed": self.seed, "width": width}
         inputs: PretrainingInputs | CtcInputs
@@ -97,9 +95,10 @@ class Assembler:
         samples = sum(waveform.size for waveform in waveforms)
         return MicroBatch(update, number, inputs, samples, tuple(bad))
 
-    def _spell(self, crop: Crop) -> tuple[list[int], list[BadAudio]]:
-        """An utterance's labels, and a note of what the vocabulary does not have."""
-        assert self.transcripts is not None
+    def _labels(self, crop: Crop) -> tuple[list[int], list[BadAudio]]:
+        """An utterance's labels, none in pretraining, and a note of what the vocabulary does not have."""
+        if self.transcripts is None:
+            return [], []
         labels, unknown = self.transcripts.labels(transcript(crop.cut))
         refuse_too_many(labels, output_frames(crop.length, self.model))
         if not unknown:
