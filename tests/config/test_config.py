@@ -12,7 +12,10 @@ from w2vscale.config import Config, ModelConfig, OptimConfig, dump_config, load_
 from w2vscale.config.load import settings
 from w2vscale.errors import UserError
 
-PRESETS = ("tiny", "base", "base_prenorm", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b")
+PRESETS = (
+    "tiny", "base", "base_prenorm", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b",
+    "ctc_10min", "ctc_1h", "ctc_10h", "ctc_100h", "ctc_960h",
+)  # fmt: skip
 PUBLISHED = ("base", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b")
 CONV_LAYERS = ((512, 10, 5), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 2, 2), (512, 2, 2))
 
@@ -56,6 +59,15 @@ MODEL_NUMBERS = {
     "mask_probability": (0.65,) * 6,
     "mask_length": (10,) * 6,
     "mask_min_spans": (2,) * 6,
+}
+
+# Peak learning rate, updates, of which the encoder is frozen; frames and channels masked; LayerDrop.
+FINE_TUNING_NUMBERS = {
+    "ctc_10min": (5e-5, 13_000, 10_000, 0.65, 0.25, 0.1),
+    "ctc_1h": (5e-5, 13_000, 10_000, 0.65, 0.25, 0.1),
+    "ctc_10h": (5e-5, 20_000, 10_000, 0.65, 0.5, 0.05),
+    "ctc_100h": (3e-5, 80_000, 0, 0.65, 0.5, 0.1),
+    "ctc_960h": (1e-4, 320_000, 0, 0.5, 0.1, 0.1),
 }
 
 # Peak learning rate, updates, samples of a crop, samples per GPU, GPUs.
@@ -114,6 +126,17 @@ class TestPresets:
         model = load_config(PUBLISHED[column]).model
         expected = {key: values[column] for key, values in MODEL_NUMBERS.items()}
         assert {key: getattr(model, key) for key in expected} == expected
+
+    @pytest.mark.parametrize("name", FINE_TUNING_NUMBERS)
+    def test_fine_tuning_has_the_published_numbers(self, name: str) -> None:
+        config = load_config(name)
+        masks = (config.model.mask_probability, config.ctc.channel_mask_probability)
+        updates = (config.trainer.updates, config.ctc.freeze_encoder_updates)
+        assert (config.optim.lr, *updates, *masks, config.model.layerdrop) == FINE_TUNING_NUMBERS[name]
+        assert (config.schedule.kind, config.schedule.stages) == ("tri_stage", (0.1, 0.4, 0.5))
+        assert (config.model.mask_length, config.ctc.channel_mask_length) == (10, 64)
+        assert config.batch.max_seconds * config.batch.micro_batches == 1600
+        assert config.model.feature_grad_mult == config.optim.weight_decay == 0
 
     def test_every_setting_of_the_model_is_in_the_table(self) -> None:
         assert set(ModelConfig.model_fields) - set(MODEL_NUMBERS) == {"embedding_norm"}

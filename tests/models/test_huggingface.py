@@ -26,7 +26,7 @@ with contextlib.suppress(UserError):  # not installed
     import_torchaudio()  # before Transformers imports it
 transformers = pytest.importorskip("transformers")
 
-CONVERTIBLE = [name for name in preset_names() if name != "base_prenorm" and not name.startswith("finetune_")]
+CONVERTIBLE = [name for name in preset_names() if name != "base_prenorm" and not name.startswith("ctc_")]
 SMALL = (
     "model.conv_layers=[[32,10,5],[32,3,2],[32,3,2],[32,2,2]]",
     "model.conv_norm_groups=32",

@@ -160,7 +160,7 @@ def test_a_dry_run(spelled: Path) -> None:
 class TestCommandLine:
     def test_it_takes_the_architecture_of_its_source(self, spelled: Path, pretrained: Path, tmp_path: Path) -> None:
         command = [
-            "finetune", "finetune_1h", f"trainer.init_from={pretrained}", f"data.train={spelled}", "trainer.updates=2",
+            "finetune", "ctc_1h", f"trainer.init_from={pretrained}", f"data.train={spelled}", "trainer.updates=2",
             "ctc.freeze_encoder_updates=1", "batch.micro_batches=1", "data.workers=0", "precision.compute=fp32",
             "--exp", str(tmp_path),
         ]  # fmt: skip
@@ -174,7 +174,7 @@ class TestCommandLine:
     def test_what_it_needs_is_named(self, spelled: Path, pretrained: Path) -> None:
         for arguments, message in (
             (["tiny"], "no ctc.vocabulary to write in"),
-            (["finetune_1h"], "would freeze random weights"),
+            (["ctc_1h"], "would freeze random weights"),
         ):
             result = CliRunner().invoke(app, ["finetune", *arguments, f"data.train={spelled}"])
             assert isinstance(result.exception, UserError) and message in str(result.exception)

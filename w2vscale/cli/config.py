@@ -53,7 +53,7 @@ def presets() -> None:
 
     from w2vscale.cli.progress import console
     from w2vscale.config import load_config, preset_names
-    from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+    from w2vscale.models.build import build_model
 
     table = Table(box=None, header_style="bold")
     table.add_column("preset", no_wrap=True)
@@ -62,7 +62,7 @@ def presets() -> None:
     for name in preset_names():
         config = load_config(name)
         with torch.device("meta"):
-            model = Wav2Vec2ForPretraining(config.model)
+            model = build_model(config)
         shape = f"{config.model.layers}x{config.model.dim}x{config.model.ffn_dim}x{config.model.heads}"
         seconds = config.batch.max_seconds * config.batch.micro_batches
         table.add_row(

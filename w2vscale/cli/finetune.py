@@ -28,7 +28,7 @@ def finetune(
 
     The model's architecture is that of trainer.init_from; without it, training is from scratch.
 
-    Example: w2vscale finetune finetune_1h trainer.init_from=exp/base data.train=cuts_1h.jsonl --exp exp/base_1h
+    Example: w2vscale finetune ctc_1h trainer.init_from=exp/base data.train=cuts_1h.jsonl --exp exp/base_1h
     """
     from w2vscale.config import load_config
     from w2vscale.distributed.launch import launch, launched
@@ -36,7 +36,7 @@ def finetune(
 
     config = load_config(source, overrides or [])
     if not config.ctc.vocabulary:
-        raise UserError(f"{source}: no ctc.vocabulary to write in; start from a preset such as finetune_1h")
+        raise UserError(f"{source}: no ctc.vocabulary to write in; start from a preset such as ctc_1h")
     if config.trainer.init_from is None and (config.ctc.freeze_encoder_updates or config.model.feature_grad_mult == 0):
         raise UserError(
             f"{source}: would freeze random weights: name a checkpoint (trainer.init_from), or train from scratch with "

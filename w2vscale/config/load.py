@@ -21,7 +21,7 @@ PRESETS = resources.files("w2vscale.config") / "presets"
 def preset_names() -> list[str]:
     """Names of the presets that come with the package, smallest model first."""
     order = ["tiny", "base", "base_prenorm", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b"]
-    order += [f"finetune_{labels}" for labels in ("10min", "1h", "10h", "100h", "960h")]
+    order += [f"ctc_{labels}" for labels in ("10min", "1h", "10h", "100h", "960h")]
     found = {entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml")}
     return [name for name in order if name in found] + sorted(found - set(order))
 

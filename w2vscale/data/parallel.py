@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -52,6 +53,7 @@ def parallel_map(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
+        time.sleep(0.2)  # Ctrl-C ends workers, too: it is about to be raised here
         raise WorkerDied(
             f"{source}: a worker process died: killed, for memory perhaps (use fewer --jobs), or crashed in a library"
         ) from None

@@ -33,7 +33,7 @@ def common_ground(config: Config, data: str) -> dict[str, str]:
     without_paths: dict[str, dict[str, object]] = {
         "data": {"train": [], "validation": []},
         "augment": {"noise": [Path()] * len(config.augment.noise), "reverb": [Path()] * len(config.augment.reverb)},
-        "mix": {"weights": dict(enumerate(config.mix.weights.values()))},
+        "mix": {"weights": {str(place): weight for place, weight in enumerate(config.mix.weights.values())}},
     }
     anywhere = config.model_copy(
         update={section: getattr(config, section).model_copy(update=blank) for section, blank in without_paths.items()}
