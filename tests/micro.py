@@ -30,3 +30,19 @@ MICRO_RUN = (
     "logging.tensorboard=false",
     "trainer.updates=12",
 )
+
+SMALL = (
+    "model.conv_layers=[[32,10,5],[32,3,2],[32,3,2],[32,2,2]]",
+    "model.conv_norm_groups=32",
+    "model.layers=3",
+    "model.dim=48",
+    "model.ffn_dim=96",
+    "model.heads=4",
+    "model.positional_kernel=16",
+    "model.positional_groups=4",
+    "model.codebook_entries=20",
+    "model.codevector_dim=24",
+    "model.projection_dim=24",
+    "model.negatives=30",
+)
+"""Of any preset a model that other libraries have too, in milliseconds."""

@@ -26,9 +26,9 @@ from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_man
 from tests.micro import MICRO_MODEL, MICRO_RUN
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
-from w2vscale.data.audio import standardize
+from w2vscale.data.audio import AudioError, standardize
 from w2vscale.errors import UserError
-from w2vscale.evaluation import pretrained as module
+from w2vscale.evaluation import resampling
 from w2vscale.evaluation.features import write_features
 from w2vscale.evaluation.pretrained import Audio, Pretrained, load, windows_of
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
@@ -144,13 +144,13 @@ class TestModel:
     @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
     def test_resampling_in_blocks_is_resampling_at_once(self, rate: int) -> None:
         waveform = noise(3.0, rate=rate)
-        expected = module.get_or_create_resampler(rate, 16_000)(torch.from_numpy(waveform)).numpy()
+        expected = resampling.get_or_create_resampler(rate, 16_000)(torch.from_numpy(waveform)).numpy()
         for size in (7, 1000, 1_000_000):
             if size == 7:
                 blocks = iter([waveform[:7], waveform[7:14], waveform[14:]])
             else:
                 blocks = (waveform[start : start + size] for start in range(0, waveform.size, size))
-            found = np.concatenate(list(module._resampled(blocks, rate, 16_000)))
+            found = np.concatenate(list(resampling.resampled(blocks, rate, 16_000)))
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
@@ -158,7 +158,7 @@ class TestModel:
         waveform = noise(3.0, rate=rate)
         divisor = math.gcd(rate, 16_000)
         steps, wanted_steps = rate // divisor, 16_000 // divisor
-        found = module._interpolated(waveform, module._filters(steps, wanted_steps), steps)
+        found = resampling._interpolated(waveform, resampling._filters(steps, wanted_steps), steps)
         # In double precision; in single, Lhotse's filters for 11,025 and its multiples are wrong by up to 1e-5.
         expected = resample(torch.from_numpy(waveform).double(), rate, 16_000).numpy()
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7)
@@ -169,10 +169,10 @@ class TestModel:
         expected = tone(3.0, 1000.0)
         for size in (7777, 1_000_000):
             blocks = (waveform[start : start + size] for start in range(0, waveform.size, size))
-            found = np.concatenate(list(module._resampled(blocks, rate, 16_000)))
+            found = np.concatenate(list(resampling.resampled(blocks, rate, 16_000)))
             assert found.size == expected.size
             np.testing.assert_allclose(found[100:-100], expected[100:-100], rtol=0, atol=1e-3)
-        assert module._filters(rate // math.gcd(rate, 16_000), 16_000 // math.gcd(rate, 16_000)).nbytes < 10e6
+        assert resampling._filters(rate // math.gcd(rate, 16_000), 16_000 // math.gcd(rate, 16_000)).nbytes < 10e6
 
     @pytest.mark.parametrize("rate", [0, -16_000, 999, 500_001])
     def test_no_audio_has_such_a_rate(self, rate: int) -> None:
@@ -339,7 +339,7 @@ def _collect(model: Pretrained, audios: list[Audio], *, batch_seconds: float) ->
     stream = model.stream(audios, layers=[0, 3], chunk_seconds=2.0, overlap_seconds=0.5, batch_seconds=batch_seconds)
     found = {}
     for number, piece in stream:
-        assert not isinstance(piece, module.AudioError)
+        assert not isinstance(piece, AudioError)
         found[number, piece.first] = piece.hidden
     return found
 

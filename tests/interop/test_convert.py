@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.audio import SmallCorpus
 from tests.interop.continued import flat_negatives, transformers_loss
-from tests.micro import MICRO_RUN
+from tests.micro import MICRO_RUN, SMALL
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.cli.app import app
@@ -38,20 +38,6 @@ with contextlib.suppress(UserError):  # not installed
     import_torchaudio()  # before Transformers imports it
 transformers = pytest.importorskip("transformers")
 
-SMALL = (
-    "model.conv_layers=[[32,10,5],[32,3,2],[32,3,2],[32,2,2]]",
-    "model.conv_norm_groups=32",
-    "model.layers=3",
-    "model.dim=48",
-    "model.ffn_dim=96",
-    "model.heads=4",
-    "model.positional_kernel=16",
-    "model.positional_groups=4",
-    "model.codebook_entries=20",
-    "model.codevector_dim=24",
-    "model.projection_dim=24",
-    "model.negatives=30",
-)
 FAMILIES = ("base", "large", "large_lv60", "xlsr_300m")
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.audio import write_audio
+from tests.micro import SMALL
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config, load_config
@@ -29,18 +30,12 @@ with contextlib.suppress(UserError):  # not installed
     import_torchaudio()  # before Transformers imports it
 transformers = pytest.importorskip("transformers")
 
-SMALL = (
-    "model.conv_layers=[[32,10,5],[32,3,2],[32,2,2]]", "model.layers=2", "model.dim=48", "model.ffn_dim=96",
-    "model.heads=4", "model.positional_kernel=16", "model.positional_groups=4", "ctc.vocabulary=letters",
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module", params=["base", "large", "large_lv60", "xlsr_300m"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Path]:
     """A preset's small sibling with random weights: its settings, its checkpoint, and its export to Transformers."""
     folder = tmp_path_factory.mktemp(request.param)
-    groups = ["model.conv_norm_groups=32"] if request.param in ("base", "large") else []
-    config = load_config(request.param, [*SMALL, *groups])
+    config = load_config(request.param, [*SMALL, "ctc.vocabulary=letters"])
     torch.manual_seed(3)
     model = Wav2Vec2ForCTC(config.model, config.ctc)
     with torch.no_grad():

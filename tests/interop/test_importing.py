@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from tests.interop.test_fairseq import SMALL as FAIRSEQ
 from tests.interop.test_fairseq import all_settings, fairseq_state, save_new
+from tests.micro import SMALL
 from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
 from w2vscale.cli.app import app
 from w2vscale.config import ModelConfig, load_config
@@ -37,20 +38,6 @@ from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 with contextlib.suppress(UserError):  # not installed
     import_torchaudio()  # before Transformers imports it
 transformers = pytest.importorskip("transformers")
-
-SMALL = (
-    "model.conv_layers=[[32,10,5],[32,3,2],[32,2,2]]",
-    "model.conv_norm_groups=32",
-    "model.layers=2",
-    "model.dim=48",
-    "model.ffn_dim=96",
-    "model.heads=4",
-    "model.positional_kernel=16",
-    "model.positional_groups=4",
-    "model.codebook_entries=20",
-    "model.codevector_dim=24",
-    "model.projection_dim=24",
-)
 
 
 def small(preset: str = "base", *overrides: str) -> ModelConfig:
@@ -255,12 +242,12 @@ def test_an_import_that_failed_can_be_repeated(source: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"conv_kernel": [10, 3]}, "config.json: conv_kernel is of 2 layers, conv_dim of 3"),
+        ({"conv_kernel": [10, 3]}, "config.json: conv_kernel is of 2 layers, conv_dim of 4"),
         ({"conv_dim": 512}, "config.json: conv_dim=512: not a list of numbers"),
         ({"conv_dim": []}, "config.json: conv_dim=[]: not a list of numbers"),
         ({"conv_stride": None}, "config.json: conv_stride=None: not a list of numbers"),
-        ({"conv_stride": [5, "2", 2]}, "config.json: conv_stride='2': Input should be a valid integer"),
-        ({"conv_dim": [None, 32, 32]}, "config.json: conv_dim=None: Input should be a valid integer"),
+        ({"conv_stride": [5, "2", 2, 2]}, "config.json: conv_stride='2': Input should be a valid integer"),
+        ({"conv_dim": [None, 32, 32, 32]}, "config.json: conv_dim=None: Input should be a valid integer"),
         ({"hidden_size": "48"}, "config.json: hidden_size='48': Input should be a valid integer"),
         ({"hidden_size": None}, "config.json: hidden_size=None: Input should be a valid integer"),
         ({"hidden_size": [48]}, "config.json: hidden_size=[48]: Input should be a valid integer"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.micro import SMALL
 from w2vscale.config import ModelConfig, load_config, preset_names
 from w2vscale.data.micro_batch import make_inputs
 from w2vscale.errors import UserError
@@ -27,20 +28,6 @@ with contextlib.suppress(UserError):  # not installed
 transformers = pytest.importorskip("transformers")
 
 CONVERTIBLE = [name for name in preset_names() if name != "base_prenorm" and not name.startswith("ctc_")]
-SMALL = (
-    "model.conv_layers=[[32,10,5],[32,3,2],[32,3,2],[32,2,2]]",
-    "model.conv_norm_groups=32",
-    "model.layers=3",
-    "model.dim=48",
-    "model.ffn_dim=96",
-    "model.heads=4",
-    "model.positional_kernel=16",
-    "model.positional_groups=4",
-    "model.codebook_entries=20",
-    "model.codevector_dim=24",
-    "model.projection_dim=24",
-    "model.negatives=30",
-)
 OTHER = (
     "model.conv_layers=[[24,8,4],[36,3,2],[30,4,3],[20,2,2]]",
     "model.conv_norm_groups=24",

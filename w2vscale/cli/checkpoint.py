@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Look at, check and convert checkpoints.")
+from w2vscale.cli.arguments import Checkpoint
 
-Source = Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, or a run's folder: its newest.")]
+app = typer.Typer(no_args_is_help=True, help="Look at, check and convert checkpoints.")
 
 
 @app.command()
 def show(
-    path: Source,
+    path: Checkpoint,
     tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor.")] = False,
 ) -> None:
     """What a checkpoint is and holds."""
@@ -58,7 +58,7 @@ def show(
 
 
 @app.command()
-def verify(path: Source) -> None:
+def verify(path: Checkpoint) -> None:
     """Read all of a checkpoint: checksums, finite values, nothing missing; exit code 2 if something is wrong.
 
     Of a run's folder, the newest checkpoint is read, usable or not.
@@ -86,7 +86,7 @@ def verify(path: Source) -> None:
 
 @app.command()
 def consolidate(
-    path: Source,
+    path: Checkpoint,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="A folder; model.safetensors and config.yaml.")],
     optimizer: Annotated[
         bool, typer.Option("--optimizer", help="Also the optimizer's state; names then are the checkpoint's own.")

@@ -10,12 +10,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Show settings and presets.")
+from w2vscale.cli.arguments import Overrides, Source
 
-Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a preset.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace CONFIG's.")
-]
+app = typer.Typer(no_args_is_help=True, help="Show settings and presets.")
 
 
 @app.command()

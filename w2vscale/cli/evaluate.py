@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from w2vscale.cli.arguments import Checkpoint
+
 
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run's folder: its newest.")
-    ],
+    checkpoint: Checkpoint,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the checkpoint's."),

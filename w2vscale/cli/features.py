@@ -7,15 +7,12 @@ from typing import Annotated
 
 import typer
 
+from w2vscale.cli.arguments import Audio, BatchSeconds, Checkpoint
+
 
 def features(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run's folder: its newest.")
-    ],
-    audio: Annotated[
-        list[Path],
-        typer.Argument(metavar="AUDIO...", help="Audio files, folders of them, or Lhotse cut manifests (*.jsonl)."),
-    ],
+    checkpoint: Checkpoint,
+    audio: Audio,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the files go.")],
     layer: Annotated[
         list[int] | None,
@@ -29,7 +26,7 @@ def features(
             help="npy: layers x frames x dim, of one layer frames x dim; safetensors: layer_N, frames x dim.",
         ),
     ] = "npy",
-    batch_seconds: Annotated[float, typer.Option(help="Padded audio that is computed at once.")] = 80.0,
+    batch_seconds: BatchSeconds = 80.0,
     chunk_seconds: Annotated[float, typer.Option(help="Longer audio is computed in chunks.")] = 30.0,
     overlap_seconds: Annotated[float, typer.Option(help="Context on either side of a chunk.")] = 2.5,
 ) -> None:

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from w2vscale.cli.config import Overrides, Source
+from w2vscale.cli.arguments import Exp, Overrides, Processes, Resume, Source
 
 
 def finetune(
     source: Source,
     overrides: Overrides = None,
-    exp: Annotated[
-        Path | None, typer.Option(help="The run's folder.", show_default="exp/CONFIG", metavar="DIR")
-    ] = None,
-    resume: Annotated[
-        str, typer.Option(help="auto: continue from DIR's newest checkpoint; never; or a checkpoint's PATH.")
-    ] = "auto",
-    nproc_per_node: Annotated[
-        int, typer.Option(help="Processes to start on this machine; under torchrun or srun leave it out.")
-    ] = 1,
+    exp: Exp = None,
+    resume: Resume = "auto",
+    nproc_per_node: Processes = 1,
 ) -> None:
     """Teach a pretrained model to write what is said (CTC): the same command starts a run and continues it.
 

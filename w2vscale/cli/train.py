@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from w2vscale.cli.config import Overrides, Source
+from w2vscale.cli.arguments import Exp, Overrides, Processes, Resume, Source
 
 if TYPE_CHECKING:
     from w2vscale.training.dry_run import DryRun
@@ -18,15 +18,9 @@ if TYPE_CHECKING:
 def train(
     source: Source,
     overrides: Overrides = None,
-    exp: Annotated[
-        Path | None, typer.Option(help="The run's folder.", show_default="exp/CONFIG", metavar="DIR")
-    ] = None,
-    resume: Annotated[
-        str, typer.Option(help="auto: continue from DIR's newest checkpoint; never; or a checkpoint's PATH.")
-    ] = "auto",
-    nproc_per_node: Annotated[
-        int, typer.Option(help="Processes to start on this machine; under torchrun or srun leave it out.")
-    ] = 1,
+    exp: Exp = None,
+    resume: Resume = "auto",
+    nproc_per_node: Processes = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Run the largest micro-batch forward and backward, and stop.")
     ] = False,

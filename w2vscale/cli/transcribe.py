@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from w2vscale.cli.arguments import Audio, BatchSeconds, Checkpoint
+
 
 def transcribe(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A fine-tuned checkpoint, or a run's folder: its newest.")
-    ],
-    audio: Annotated[
-        list[Path],
-        typer.Argument(metavar="AUDIO...", help="Audio files, folders of them, or Lhotse cut manifests (*.jsonl)."),
-    ],
+    checkpoint: Checkpoint,
+    audio: Audio,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line: utterance, file, text.")] = False,
-    batch_seconds: Annotated[float, typer.Option(help="Padded audio that is computed at once.")] = 80.0,
+    batch_seconds: BatchSeconds = 80.0,
 ) -> None:
     """Write what is said: a line for each utterance, shortest first; exit code 2 if some audio could not be used."""
     from w2vscale.cli.progress import progress_bar

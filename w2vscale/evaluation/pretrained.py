@@ -6,15 +6,12 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from lhotse.augmentation import get_or_create_resampler
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,6 +19,7 @@ from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
 from w2vscale.config import Config, ModelConfig, load_config
 from w2vscale.data.audio import EPSILON, AudioError
 from w2vscale.errors import UserError
+from w2vscale.evaluation.resampling import Samples, resampled
 from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.feature_encoder import ConvLayer, MaskedGroupNorm, input_samples, output_frames
 
@@ -40,10 +38,6 @@ BLOCK_SECONDS = 10
 SAMPLING_RATES = range(1000, 500_001)
 """Hz that audio may have; a header that says anything else is damaged."""
 
-DENSE_STEPS = 1000
-"""Above so many samples to a period of both rates, Lhotse's filters are too large: they grow with its square."""
-
-Samples = NDArray[np.float32]
 Statistics = tuple[Tensor, Tensor]
 """Mean and variance of each group of GroupNorm [groups]."""
 
@@ -303,7 +297,7 @@ class Pretrained:
         Raises:
             AudioError: it cannot be read, or is not finite.
         """
-        for block in _resampled(audio.blocks(), audio.sampling_rate, self.config.model.sampling_rate):
+        for block in resampled(audio.blocks(), audio.sampling_rate, self.config.model.sampling_rate):
             if not np.isfinite(block).all():
                 raise AudioError("not finite", "holds samples that are not finite")
             yield block
@@ -381,72 +375,6 @@ def _mono(waveform: NDArray[np.floating] | Tensor) -> Samples:
         raise UserError(f"waveform: shape {shape}: wanted [samples] or [channels, samples]")
     samples: Samples = array.astype(np.float32, copy=False)
     return samples if array.ndim == 1 else samples.mean(axis=0)
-
-
-def _resampled(blocks: Iterator[Samples], rate: int, wanted: int) -> Iterator[Samples]:
-    """The blocks of a signal at another rate: what resampling all of it at once gives, whatever the blocks."""
-    if rate == wanted:
-        yield from blocks
-        return
-    divisor = math.gcd(rate, wanted)
-    steps, wanted_steps = rate // divisor, wanted // divisor
-    resample, width = _resampler(steps, wanted_steps)
-    # The filter reaches `width` samples to either side; whole steps keep its phases.
-    context = steps * -(-width // steps)
-
-    def convert(signal: Samples, samples: int) -> Samples:
-        """`samples` samples, resampled, that are between one context and another."""
-        start = context // steps * wanted_steps
-        count = -(-samples * wanted_steps // steps)
-        return resample(signal)[start : start + count]
-
-    silence = np.zeros(context, np.float32)
-    held = silence
-    for block in blocks:
-        held = np.concatenate([held, block])
-        ready = (held.size - 2 * context) // steps * steps
-        if ready > 0:
-            yield convert(held[: ready + 2 * context], ready)
-            held = held[ready:]
-    yield convert(np.concatenate([held, silence]), held.size - context)
-
-
-def _resampler(steps: int, wanted_steps: int) -> tuple[Callable[[Samples], Samples], int]:
-    """What resamples a signal, `steps` samples to `wanted_steps`, and how many samples it reaches to either side."""
-    if steps <= DENSE_STEPS:
-        dense = get_or_create_resampler(steps, wanted_steps)
-        return lambda signal: dense(torch.from_numpy(signal)).numpy(), dense.width
-    filters = _filters(steps, wanted_steps)
-    return lambda signal: _interpolated(signal, filters, steps), filters.shape[1] // 2
-
-
-def _interpolated(signal: Samples, filters: Samples, steps: int) -> Samples:
-    """A signal resampled from `steps` samples to one of each of the filters [wanted_steps, taps]."""
-    wanted_steps, taps = filters.shape
-    windows = sliding_window_view(np.pad(signal, taps // 2), taps)
-    resampled = np.empty(-(-signal.size * wanted_steps // steps), np.float32)
-    some = 2**18 // taps
-    for start in range(0, resampled.size, some):
-        positions = np.arange(start, min(start + some, resampled.size))
-        found = windows[positions * steps // wanted_steps + 1]
-        np.einsum("nt,nt->n", found, filters[positions % wanted_steps], out=resampled[start : start + some])
-    return resampled
-
-
-@lru_cache(maxsize=4)
-def _filters(steps: int, wanted_steps: int) -> Samples:
-    """Of each of `wanted_steps` samples, the weights of those around it [wanted_steps, taps].
-
-    The windowed sinc of torchaudio and Lhotse, whose own table has a column for each of `steps` samples.
-    """
-    zero_crossings, rolloff = 6, 0.99
-    cutoff = rolloff * min(steps, wanted_steps) / steps
-    width = math.ceil(zero_crossings / cutoff)
-    fraction = np.arange(wanted_steps) * steps % wanted_steps / wanted_steps
-    times = cutoff * (np.arange(1 - width, width + 1) - fraction[:, None])
-    window = np.cos(np.pi / 2 * np.clip(times / zero_crossings, -1, 1)) ** 2
-    filters: Samples = (cutoff * window * np.sinc(times)).astype(np.float32)
-    return filters
 
 
 def _moments(blocks: Iterable[Samples]) -> tuple[float, float]:

@@ -17,7 +17,8 @@ from w2vscale.data.manifest import Manifest, audio_path, build_index
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.prepare import AUDIO_SUFFIXES
 from w2vscale.errors import UserError
-from w2vscale.evaluation.pretrained import BLOCK_SECONDS, Audio, Samples
+from w2vscale.evaluation.pretrained import BLOCK_SECONDS, Audio
+from w2vscale.evaluation.resampling import Samples
 
 
 @dataclass(frozen=True)
