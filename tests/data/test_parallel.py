@@ -101,6 +101,7 @@ class TestProcesses:
 
         def work() -> None:
             os.setpgid(0, 0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests are a background job
             try:
                 list(parallel_map(sleep, range(10), jobs=2, source=HERE))
             except KeyboardInterrupt:

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -53,7 +52,6 @@ def parallel_map(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        time.sleep(0.2)  # Ctrl-C ends workers, too: it is about to be raised here
         raise WorkerDied(
             f"{source}: a worker process died: killed, for memory perhaps (use fewer --jobs), or crashed in a library"
         ) from None
@@ -64,7 +62,8 @@ def parallel_map(
 def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes; its traceback is the parent's
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in a shell's background jobs
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes; its traceback is the parent's
     # A progress bar's thread may have held the streams' locks when this process was forked.
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     threading.Thread(target=_end_with_parent, daemon=True).start()
