@@ -100,7 +100,7 @@ def verify(path: Path, *, progress: Callable[[int, int], None] | None = None) ->
 def canonical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a run's checkpoint of this model must hold."""
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_model(config.model, config.ctc)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in model.named_parameters():
         shapes[f"model.{name}"] = tuple(parameter.shape)

@@ -59,7 +59,7 @@ def presets() -> None:
     for name in preset_names():
         config = load_config(name)
         with torch.device("meta"):
-            model = build_model(config)
+            model = build_model(config.model, config.ctc)
         shape = f"{config.model.layers}x{config.model.dim}x{config.model.ffn_dim}x{config.model.heads}"
         seconds = config.batch.max_seconds * config.batch.micro_batches
         table.add_row(

@@ -68,7 +68,7 @@ def evaluate_checkpoint(
     plan = make_plan(corpus, config, seed=VALIDATION_SEED)
     dataset = MicroBatches(corpus, plan, config, seed=VALIDATION_SEED)
     with process_group() as (ranks, device), torch.no_grad(), loader_processes():
-        model = build_model(config, compute_dtype(config.precision)).to(device)
+        model = build_model(config.model, config.ctc, compute_dtype(config.precision)).to(device)
         load_model_weights(checkpoint, model)
         model.eval()
         criterion: Criterion

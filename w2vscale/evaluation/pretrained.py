@@ -56,7 +56,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
     except UserError as error:
         raise UserError(f"{error}{_import_hint(Path(path))}") from None
     config = load_config(checkpoint.path / "config.yaml")
-    model = build_model(config)
+    model = build_model(config.model, config.ctc)
     load_model_weights(checkpoint, model)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

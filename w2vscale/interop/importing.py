@@ -15,7 +15,7 @@ from torch import Tensor
 from w2vscale.checkpoint.reading import TrainState, committed
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, ModelConfig, dump_config
-from w2vscale.config.tree import CtcConfig
+from w2vscale.config.tree import CtcConfig, OptimConfig
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
 from w2vscale.interop.fairseq import from_fairseq
@@ -59,7 +59,8 @@ def import_checkpoint(
     store = CheckpointStore(output / "checkpoints", Ranks(), keep_last=1, keep_every=0, asynchronous=False, log=log)
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     origin = TrainState(data=f"imported from {source.name} ({form})")
-    path = store.save(tensors, origin, dump_config(Config(model=model, ctc=ctc)))
+    optim = OptimConfig(weight_decay=0.0) if ctc.vocabulary else OptimConfig()  # what is frozen must not shrink
+    path = store.save(tensors, origin, dump_config(Config(model=model, ctc=ctc, optim=optim)))
     return Imported(path, sum(tensor.numel() for tensor in tensors.values()))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from w2vscale.config.tree import Config, CtcConfig, ModelConfig
+from w2vscale.config.tree import CtcConfig, ModelConfig
 from w2vscale.errors import UserError
 from w2vscale.models.build import build_model
 
@@ -74,7 +74,7 @@ def to_ours(
 
 def _shapes(config: ModelConfig, ctc: CtcConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        model = build_model(Config(model=config, ctc=ctc))
+        model = build_model(config, ctc)
     return {name: tensor.shape for name, tensor in model.named_parameters()}
 
 

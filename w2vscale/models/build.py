@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from w2vscale.config.tree import Config
+from w2vscale.config.tree import CtcConfig, ModelConfig
 from w2vscale.models.ctc import Wav2Vec2ForCTC
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
 Wav2Vec2 = Wav2Vec2ForPretraining | Wav2Vec2ForCTC
 
 
-def build_model(config: Config, compute_dtype: torch.dtype = torch.float32) -> Wav2Vec2:
+def build_model(config: ModelConfig, ctc: CtcConfig, compute_dtype: torch.dtype = torch.float32) -> Wav2Vec2:
     """A fine-tuning model where there is a vocabulary, otherwise a pretraining model."""
-    if config.ctc.vocabulary:
-        return Wav2Vec2ForCTC(config.model, config.ctc, compute_dtype)
-    return Wav2Vec2ForPretraining(config.model, compute_dtype)
+    if ctc.vocabulary:
+        return Wav2Vec2ForCTC(config, ctc, compute_dtype)
+    return Wav2Vec2ForPretraining(config, compute_dtype)

@@ -140,7 +140,7 @@ def build_run(
 def empty_model(config: Config) -> Wav2Vec2:
     """The model without memory for its parameters."""
     with torch.device("meta"):
-        return build_model(config, compute_dtype(config.precision))
+        return build_model(config.model, config.ctc, compute_dtype(config.precision))
 
 
 def initial_values(config: Config) -> Iterator[tuple[str, Tensor]]:
