@@ -46,6 +46,11 @@ class TestTranscripts:
         with pytest.raises(AudioError, match=reason):
             Transcripts(["-", "|", "a"]).labels(text)
 
+    def test_the_blank_is_never_a_label(self) -> None:
+        assert Transcripts(["-", "|", "a", "<unk>"]).labels("a-a") == ([2, 3, 2], "-")
+        with pytest.raises(AudioError, match="has '-', which is not"):
+            Transcripts(["-", "|", "a"]).labels("a-a")
+
     def test_labels_need_a_frame_each_and_a_blank_between_equal_ones(self) -> None:
         refuse_too_many([1, 2, 2, 3], 5)
         with pytest.raises(AudioError, match="its 4 frames are too few for the 4 labels"):

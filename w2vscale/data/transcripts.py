@@ -14,6 +14,7 @@ from w2vscale.config.tree import Config
 from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import pad_waveforms, shortest_samples
 from w2vscale.data.randomness import Stream, generator
+from w2vscale.models.ctc import BLANK
 from w2vscale.models.feature_encoder import output_frames
 from w2vscale.models.inputs import CtcInputs
 from w2vscale.models.masking import frame_mask, span_mask
@@ -29,7 +30,8 @@ class Transcripts:
     """
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
-        self._numbers = {symbol: number for number, symbol in enumerate(vocabulary)}
+        # The blank is no label, even where a transcript has a character that is called like it.
+        self._numbers = {symbol: number for number, symbol in enumerate(vocabulary) if number != BLANK}
         letters = "".join(symbol for symbol in vocabulary if len(symbol) == 1)
         self._upper, self._lower = letters == letters.upper(), letters == letters.lower()
 
@@ -50,7 +52,7 @@ class Transcripts:
         unknown = "".join(sorted({character for character in spelled if character not in self._numbers}))
         if unknown and UNKNOWN not in self._numbers:
             raise AudioError("unknown symbols", f"its transcript has {unknown!r}, which is not in ctc.vocabulary")
-        return [self._numbers.get(character, self._numbers.get(UNKNOWN, 0)) for character in spelled], unknown
+        return [self._numbers.get(character, self._numbers.get(UNKNOWN, BLANK)) for character in spelled], unknown
 
 
 def transcript(cut: Cut) -> str:
