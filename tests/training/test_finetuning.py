@@ -64,6 +64,13 @@ def test_ten_utterances_are_learned_by_heart(spelled: Path, by_heart: Path) -> N
     assert found.metrics["loss"] == pytest.approx(curve[-1]["loss"])
 
 
+def test_a_report_draws_it(by_heart: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["report", str(by_heart), "-o", str(tmp_path / "curves.png")])
+    assert result.exit_code == 0, result.output
+    assert "label errors" in result.output and "0.000" in result.output
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_they_are_transcribed(spelled: Path, by_heart: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.flac").write_text("not audio")
     command = ["transcribe", str(by_heart), str(spelled), str(tmp_path)]

@@ -19,21 +19,26 @@ def report(
     from rich.table import Table
 
     from w2vscale.cli.progress import console
-    from w2vscale.evaluation.report import draw_curves, summarise
+    from w2vscale.evaluation.report import draw_curves, is_fine_tuning, summarise
 
     picture = draw_curves(exps, output or exps[0] / "curves.png")
+    found = [summarise(exp) for exp in exps]
+    fine_tuning = is_fine_tuning(found[0].training)
+    loss, share = ("loss", "label errors") if fine_tuning else ("bits", "accuracy")
+    keys = ("loss", "label_error_rate") if fine_tuning else ("contrastive_bits", "accuracy")
     table = Table(box=None, header_style="bold")
-    for column in ("run", "updates", "hours seen", "training bits", "accuracy", "validation bits", "accuracy", "codes"):
+    for column in (
+        "run", "updates", "hours seen", f"training {loss}", share, f"validation {loss}", share, "codes"
+    ):  # fmt: skip
         table.add_column(column, justify="left" if column == "run" else "right")
-    for exp in exps:
-        found = summarise(exp)
-        figures = [found.training, found.validation or {}]
+    for exp, run in zip(exps, found, strict=True):
+        figures = [run.training, run.validation or {}]
         table.add_row(
             exp.name,
-            f"{found.update:,}",
-            f"{found.hours_seen:,.2f}",
-            *(_figure(record.get(key), 3) for record in figures for key in ("contrastive_bits", "accuracy")),
-            "/".join(_figure(used, 0) for used in found.code_perplexities),
+            f"{run.update:,}",
+            f"{run.hours_seen:,.2f}",
+            *(_figure(record.get(key), 3) for record in figures for key in keys),
+            "/".join(_figure(used, 0) for used in run.code_perplexities) or "-",
         )
     console.print(table)
     console.print(f"curves: {picture}", markup=False)

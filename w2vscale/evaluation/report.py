@@ -60,12 +60,23 @@ def summarise(exp: Path) -> RunSummary:
         hours_seen=training[-1]["hours_seen"],
         training=training[-1],
         validation=validation[-1] if validation else None,
-        code_perplexities=[last[f"code_perplexity_{codebook}"] for codebook in range(_model_of(exp)["codebooks"])],
+        code_perplexities=[
+            last[key]
+            for codebook in range(_model_of(exp)["codebooks"])
+            if (key := f"code_perplexity_{codebook}") in last
+        ],
     )
+
+
+def is_fine_tuning(record: Record) -> bool:
+    """Whether a record is of a run that learns transcripts."""
+    return "label_error_rate" in record
 
 
 def draw_curves(exps: Sequence[Path], output: Path) -> Path:
     """Draw loss, accuracy, codebook use and gradient norm of one or several runs into one PNG.
+
+    Of fine-tuning runs: loss of a label, and label errors in validation.
 
     Raises:
         UserError: a run has no metrics yet, or the picture cannot be written.
@@ -85,20 +96,24 @@ def draw_curves(exps: Sequence[Path], output: Path) -> Path:
         model = _model_of(exp)
         color = f"C{index}"
         name = exp.name
-        _draw(loss, train, "contrastive_bits", color=color, alpha=0.5, label=f"{name}, training")
-        _draw(loss, validation, "contrastive_bits", color=color, marker="o", label=f"{name}, validation")
-        _draw(accuracy, train, "accuracy", color=color, alpha=0.5)
-        _draw(accuracy, validation, "accuracy", color=color, marker="o")
+        fine_tuning = is_fine_tuning(train[-1])
+        losses, shares = ("loss", "label_error_rate") if fine_tuning else ("contrastive_bits", "accuracy")
+        _draw(loss, train, losses, color=color, alpha=0.5, label=f"{name}, training")
+        _draw(loss, validation, losses, color=color, marker="o", label=f"{name}, validation")
+        if not fine_tuning:
+            _draw(accuracy, train, shares, color=color, alpha=0.5)
+        _draw(accuracy, validation, shares, color=color, marker="o")
         for codebook in range(model["codebooks"]):
             style = ("-", "--", ":", "-.")[codebook % 4]
             label = f"{name}, codebook {codebook}"
             _draw(codes, train, f"code_perplexity_{codebook}", color=color, linestyle=style, label=label)
         _draw(norm, train, "grad_norm", color=color)
         chance = 1.0 / (1 + model["negatives"])
-    loss.axhline(-math.log2(chance), color="grey", linewidth=0.8, linestyle=":", label="chance")
-    accuracy.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
-    loss.set_ylabel("contrastive loss (bits)")
-    accuracy.set_ylabel("contrastive accuracy")
+    if not fine_tuning:
+        loss.axhline(-math.log2(chance), color="grey", linewidth=0.8, linestyle=":", label="chance")
+        accuracy.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
+    loss.set_ylabel("loss of a label (nats)" if fine_tuning else "contrastive loss (bits)")
+    accuracy.set_ylabel("label error rate, validation" if fine_tuning else "contrastive accuracy")
     codes.set_ylabel(f"code perplexity (of {model['codebook_entries']})")
     codes.set_ylim(bottom=0)
     norm.set_ylabel("gradient norm, before clipping")
@@ -106,7 +121,8 @@ def draw_curves(exps: Sequence[Path], output: Path) -> Path:
     for axes in (codes, norm):
         axes.set_xlabel("update")
     for axes in (loss, codes):
-        axes.legend(fontsize="small", frameon=False)
+        if axes.has_data():
+            axes.legend(fontsize="small", frameon=False)
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
