@@ -32,7 +32,8 @@ def report(
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == "run" else "right")
     for exp, run in zip(exps, found, strict=True):
-        figures = [run.training, run.validation or {}]
+        # Nothing is decoded in training.
+        figures = [{**run.training, "label_error_rate": None}, run.validation or {}]
         table.add_row(
             exp.name,
             f"{run.update:,}",
