@@ -44,6 +44,8 @@ class TrainState:
     skipped_utterances: int = 0
     data: str = ""
     """The training set, in words and checksums."""
+    validation_loss: float | None = None
+    """At this very update; None where it was not validated, or the loss is not finite."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def read_train_state(path: Path) -> Checkpoint:
         document: dict[str, Any] = json.loads(file.read_text())
         if document["format"] != FORMAT:
             raise UserError(f"{file}: format {document['format']}, this version reads {FORMAT}")
-        facts = {"data": ""} | document
+        facts = {"data": "", "validation_loss": None} | document
         return Checkpoint(
             path=path.resolve(),
             state=TrainState(**{field.name: facts[field.name] for field in fields(TrainState)}),

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +28,7 @@ from w2vscale.checkpoint.reading import (
     committed,
     file_facts,
     newest,
+    read_train_state,
     update_of,
 )
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main
@@ -45,6 +47,7 @@ class CheckpointStore:
         *,
         keep_last: int = 1,
         keep_every: int = 0,
+        keep_best: int = 0,
         asynchronous: bool = False,
         log: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -52,6 +55,7 @@ class CheckpointStore:
         self.ranks = ranks
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.keep_best = keep_best
         self.log = log
         self._thread: ThreadPoolExecutor | None = None
         self._group: dist.ProcessGroup | None = None
@@ -154,8 +158,10 @@ class CheckpointStore:
         partial.rename(final)
         _sync_folder(self.folder)
         _replace_link(self.folder / "latest", final.name)
-        for path in sorted(committed(self.folder))[: -self.keep_last]:
-            if not (self.keep_every and update_of(path) % self.keep_every == 0):
+        paths = sorted(committed(self.folder))
+        best = _by_validation_loss(paths)[: self.keep_best] if self.keep_best else []
+        for path in paths[: -self.keep_last]:
+            if path not in best and not (self.keep_every and update_of(path) % self.keep_every == 0):
                 self._delete(path)
         for path in self.folder.glob(".update_*.partial"):
             self._delete(path)
@@ -188,6 +194,28 @@ class CheckpointStore:
         if self.ranks.world_size > 1:
             dist.all_gather_object(values, value, group=group)
         return values
+
+
+def folder_for_one(output: Path) -> Path:
+    """The folder in `output` for a checkpoint that no run made.
+
+    Raises:
+        UserError: there are checkpoints in it.
+    """
+    folder = output / "checkpoints"
+    if committed(folder):
+        raise UserError(f"{folder}: exists; choose another folder")
+    return folder
+
+
+def _by_validation_loss(paths: Sequence[Path]) -> list[Path]:
+    """Those that were validated, the best first; of equal ones the first."""
+    losses: dict[Path, float] = {}
+    for path in paths:
+        with suppress(UserError):  # damaged: nobody could use it
+            if (loss := read_train_state(path).state.validation_loss) is not None:
+                losses[path] = loss
+    return sorted(losses, key=losses.__getitem__)
 
 
 def _facts_written_by(rank: int, folder: Path) -> dict[str, FileFacts] | OSError:

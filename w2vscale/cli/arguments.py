@@ -24,4 +24,21 @@ Audio = Annotated[
     list[Path],
     typer.Argument(metavar="AUDIO...", help="Audio files, folders of them, or Lhotse cut manifests (*.jsonl)."),
 ]
+Beam = Annotated[
+    int | None,
+    typer.Option(
+        "--beam", min=1, help="Hypotheses kept in a beam search.", show_default="greedy; 50 with --lm or --lexicon"
+    ),
+]
+LanguageModel = Annotated[
+    Path | None, typer.Option("--lm", metavar="FILE", help="A word n-gram model: ARPA, .arpa.gz, or KenLM's binary.")
+]
+Lexicon = Annotated[
+    Path | None,
+    typer.Option(
+        "--lexicon", metavar="FILE", help="One word a line; nothing else is written.", show_default="the ARPA's words"
+    ),
+]
+LmWeight = Annotated[float, typer.Option("--lm-weight", help="Of the language model's log10 probabilities.")]
+WordScore = Annotated[float, typer.Option("--word-score", help="Added for each word; with --lm or --lexicon.")]
 BatchSeconds = Annotated[float, typer.Option(help="Padded audio that is computed at once.")]

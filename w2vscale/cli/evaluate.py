@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from w2vscale.cli.arguments import Checkpoint
+from w2vscale.cli.arguments import Beam, Checkpoint, LanguageModel, Lexicon, LmWeight, Processes, WordScore
+
+if TYPE_CHECKING:
+    from w2vscale.evaluation.decoding import BeamSearch
 
 
 def evaluate(
@@ -24,17 +29,32 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the figures as JSON.")
     ] = None,
-    wer: Annotated[
-        bool, typer.Option("--wer", help="Of a fine-tuned model: word and character error rates, greedy.")
-    ] = False,
+    wer: Annotated[bool, typer.Option("--wer", help="Of a fine-tuned model: word and character error rates.")] = False,
+    beam: Beam = None,
+    lm: LanguageModel = None,
+    lexicon: Lexicon = None,
+    lm_weight: LmWeight = 2.0,
+    word_score: WordScore = -1.0,
     worst: Annotated[int, typer.Option(min=0, help="With --wer: utterances to show, those with most errors.")] = 5,
     page: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="With --wer: also write all of it as a page.")
     ] = None,
+    nproc_per_node: Processes = 1,
 ) -> None:
-    """Loss, accuracy and use of codebooks of a pretrained checkpoint; loss and errors of a fine-tuned one."""
+    """Loss, accuracy and use of codebooks of a pretrained checkpoint; loss and errors of a fine-tuned one.
+
+    With --wer, text is written greedily or by a beam search (--beam, --lm, --lexicon), and compared with the
+    manifests' transcripts.
+    """
+    from w2vscale.distributed.launch import launch, launched
+
+    if nproc_per_node != 1 and not launched():
+        sys.exit(launch(["evaluate", *sys.argv[sys.argv.index("evaluate") + 1 :]], nproc_per_node))
     if wer:
-        _word_errors(checkpoint, cuts or [], output, page, worst=worst)
+        from w2vscale.evaluation.decoding import beam_search
+
+        search = beam_search(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score)
+        _word_errors(checkpoint, cuts or [], search, output, page, worst=worst)
         return
     from rich.table import Table
 
@@ -73,20 +93,38 @@ def evaluate(
         _write(output, json.dumps(document, indent=2) + "\n")
 
 
-def _word_errors(checkpoint: Path, cuts: list[Path], output: Path | None, page: Path | None, *, worst: int) -> None:
+def _word_errors(
+    checkpoint: Path,
+    cuts: list[Path],
+    search: BeamSearch | None,
+    output: Path | None,
+    page: Path | None,
+    *,
+    worst: int,
+) -> None:
     from dataclasses import asdict
 
     from rich.table import Table
 
     from w2vscale.cli.progress import console, progress_bar
+    from w2vscale.distributed.process_group import process_group
     from w2vscale.errors import UserError
     from w2vscale.evaluation import wer
     from w2vscale.evaluation.pretrained import load
 
     if not cuts:
         raise UserError("--cuts names no manifest: set --cuts CUTS.jsonl")
-    with progress_bar("transcribing") as progress:
-        found = wer.score_checkpoint(load(checkpoint), cuts, progress=progress)
+    with process_group() as (ranks, device), progress_bar("transcribing") as progress:
+        found = wer.score_checkpoint(
+            load(checkpoint, device=device),
+            cuts,
+            search=search,
+            ranks=ranks,
+            progress=progress,
+            log=partial(console.print, markup=False),
+        )
+    if not ranks.is_main:
+        return
     for one in reversed(found.worst(worst)):
         console.print(f"{one.utterance} ({one.speaker}): {one.words.rate:.1%}\n{one.alignment}\n", markup=False)
     table = Table(box=None, header_style="bold")
@@ -99,8 +137,9 @@ def _word_errors(checkpoint: Path, cuts: list[Path], output: Path | None, page: 
     console.print(f"WER {wer.told(found.words, found.word_interval, 'words')}", markup=False)
     console.print(f"CER {wer.told(found.characters, found.character_interval, 'characters')}", markup=False)
     if output is not None:
-        document = {"checkpoint": str(checkpoint), "wer": found.words.rate, "cer": found.characters.rate}
-        document |= {name: value for name, value in asdict(found).items() if name != "utterances"}
+        decoding = search.told() if search is not None else "greedy"
+        rates = {"wer": found.words.rate, "cer": found.characters.rate}
+        document = {"checkpoint": str(checkpoint), "decoding": decoding, **rates, **asdict(found)}
         _write(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     if page is not None:
         _write(page, wer.page(found, f"{checkpoint} on {', '.join(path.name for path in cuts)}"))

@@ -4,30 +4,66 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
+from itertools import chain
 from typing import Annotated
 
 import typer
 
-from w2vscale.cli.arguments import Audio, BatchSeconds, Checkpoint
+from w2vscale.cli.arguments import (
+    Audio,
+    BatchSeconds,
+    Beam,
+    Checkpoint,
+    LanguageModel,
+    Lexicon,
+    LmWeight,
+    Processes,
+    WordScore,
+)
 
 
 def transcribe(
     checkpoint: Checkpoint,
     audio: Audio,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line: utterance, file, text.")] = False,
+    beam: Beam = None,
+    lm: LanguageModel = None,
+    lexicon: Lexicon = None,
+    lm_weight: LmWeight = 2.0,
+    word_score: WordScore = -1.0,
     batch_seconds: BatchSeconds = 80.0,
+    nproc_per_node: Processes = 1,
 ) -> None:
     """Write what is said: a line for each utterance, shortest first; exit code 2 if some audio could not be used."""
-    from w2vscale.cli.progress import progress_bar
+    from w2vscale.cli.progress import console, progress_bar
     from w2vscale.data.micro_batch import BadAudio
+    from w2vscale.distributed.launch import launch, launched
+    from w2vscale.distributed.process_group import gather_from_ranks, process_group
     from w2vscale.errors import UserError
+    from w2vscale.evaluation.decoding import beam_search
     from w2vscale.evaluation.pretrained import load
     from w2vscale.evaluation.transcription import transcribe as transcripts
 
+    if nproc_per_node != 1 and not launched():
+        sys.exit(launch(["transcribe", *sys.argv[sys.argv.index("transcribe") + 1 :]], nproc_per_node))
     bad: list[BadAudio] = []
     done = 0
-    with progress_bar("utterances") as progress:
-        for found in transcripts(load(checkpoint), audio, batch_seconds=batch_seconds, progress=progress):
+    with process_group() as (ranks, device), progress_bar("utterances") as progress:
+        stream = transcripts(
+            load(checkpoint, device=device),
+            audio,
+            search=beam_search(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score),
+            ranks=ranks,
+            batch_seconds=batch_seconds,
+            progress=progress,
+            log=partial(console.print, markup=False),
+        )
+        if ranks.world_size > 1:
+            stream = chain.from_iterable(gather_from_ranks(list(stream)))
+            if not ranks.is_main:
+                return
+        for found in stream:
             if isinstance(found, BadAudio):
                 bad.append(found)
                 continue

@@ -133,6 +133,14 @@ LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 """The vocabulary of the published English models, in their order; `|` is the space."""
 
 
+ARCHITECTURE = {
+    "sampling_rate", "normalize_waveform", "conv_layers", "conv_norm", "conv_norm_groups", "conv_bias", "conv_padding",
+    "layers", "dim", "ffn_dim", "heads", "norm_first", "embedding_norm", "positional_kernel", "positional_groups",
+    "codebooks", "codebook_entries", "codevector_dim", "quantizer_input", "target_projection", "projection_dim",
+}  # fmt: skip
+"""Settings of the model that its weights were trained with, whether their shapes show it or not."""
+
+
 def _read_vocabulary(value: object) -> object:
     if value == "letters":
         return LETTERS
@@ -335,6 +343,9 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(True, description="training goes on while a copy in host memory is written")
     keep_last: Count = Field(2, description="newest checkpoints")
     keep_every: Annotated[int, Field(ge=0)] = Field(0, description="also keep every multiple of this; 0: none")
+    keep_best: Annotated[int, Field(ge=0)] = Field(
+        0, description="also keep as many with the lowest validation loss, of those validated at their update"
+    )
 
 
 class LoggingConfig(Section):
@@ -392,6 +403,8 @@ class Config(Section):
             raise ValueError(
                 f"batch.max_seconds={self.batch.max_seconds:g}: a micro-batch has at most 2^31 - 1 samples"
             )
+        if self.checkpoint.keep_best and not self.data.validation:
+            raise ValueError(f"checkpoint.keep_best={self.checkpoint.keep_best} needs data.validation")
         if self.ctc.vocabulary:
             self._check_fine_tuning()
         if self.batch.concat > self.batch.micro_batches:

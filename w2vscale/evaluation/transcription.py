@@ -1,4 +1,4 @@
-"""What a fine-tuned model writes: greedy transcripts of audio of any length."""
+"""What a fine-tuned model writes: transcripts of audio of any length."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import BadAudio
-from w2vscale.data.transcripts import SPACE
+from w2vscale.distributed.process_group import ALONE, Ranks
 from w2vscale.errors import UserError
+from w2vscale.evaluation.decoding import BeamSearch, build_decoder
 from w2vscale.evaluation.pretrained import BATCH_SECONDS, CHUNK_SECONDS, OVERLAP_SECONDS, Pretrained
 from w2vscale.evaluation.sources import open_by_duration, sources_of
-from w2vscale.models.ctc import BLANK, Wav2Vec2ForCTC
-
-MARKS = {"<s>", "</s>", "<pad>"}
+from w2vscale.models.ctc import Wav2Vec2ForCTC
 
 
 @dataclass(frozen=True)
@@ -29,30 +28,31 @@ class Transcript:
     text: str
 
 
-def text_of(labels: Sequence[int], vocabulary: Sequence[str]) -> str:
-    """Labels as text: spaces for `|`, without sentence marks."""
-    symbols = [vocabulary[label] for label in labels]
-    return "".join(" " if symbol == SPACE else symbol for symbol in symbols if symbol not in MARKS).strip()
-
-
 def transcribe(
     pretrained: Pretrained,
     audio: Sequence[Path],
     *,
+    search: BeamSearch | None = None,
+    ranks: Ranks = ALONE,
     batch_seconds: float = BATCH_SECONDS,
     progress: Callable[[int, int], None] | None = None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Transcript | BadAudio]:
-    """Greedy transcripts of files, folders and Lhotse cut manifests, shortest first, and what could not be used.
+    """Transcripts of files, folders and Lhotse cut manifests, shortest first, and what could not be used.
 
-    Audio above `CHUNK_SECONDS` is computed in chunks with context on either side, as in `Pretrained.features`.
+    Greedy, or by the beam `search`. Audio above `CHUNK_SECONDS` is computed in chunks with context on either side, as
+    in `Pretrained.features`. Of several `ranks` each takes every n-th utterance.
 
     Raises:
-        UserError: the model writes nothing; a folder without audio, or a bad manifest.
+        UserError: the model writes nothing; a folder without audio, or a bad manifest; a lexicon or language model
+            cannot be used.
     """
-    model, vocabulary = pretrained.model, pretrained.config.ctc.vocabulary
+    model = pretrained.model
     if not isinstance(model, Wav2Vec2ForCTC):
         raise UserError("the checkpoint is only pretrained and has no output layer: w2vscale finetune gives it one")
-    opened, bad = open_by_duration([source for path in audio for source in sources_of(path)])
+    decoder = build_decoder(pretrained.config.ctc.vocabulary, search, log)
+    sources = [source for path in audio for source in sources_of(path)]
+    opened, bad = open_by_duration(sources[ranks.rank :: ranks.world_size])
     yield from bad
     stream = pretrained.stream(
         [one for _, one in opened],
@@ -61,27 +61,26 @@ def transcribe(
         overlap_seconds=OVERLAP_SECONDS,
         batch_seconds=batch_seconds,
     )
-    best: list[Tensor] = []
+    kept: list[Tensor] = []
     for number, piece in stream:
         source, one = opened[number]
         if isinstance(piece, AudioError):
-            best.clear()
+            kept.clear()
             yield BadAudio(source.name, source.file, piece.kind, str(piece))
         else:
-            best.append(_best_symbols(model, piece.hidden[0]))
-            if sum(map(len, best)) == pretrained.frames(one):
-                path = torch.unique_consecutive(torch.cat(best)).tolist()
-                best.clear()
-                labels = [symbol for symbol in path if symbol != BLANK]
-                yield Transcript(source.name, source.file, text_of(labels, vocabulary))
+            kept.append(decoder.reduce(_logits(model, piece.hidden[0])))
+            if sum(map(len, kept)) == pretrained.frames(one):
+                whole = torch.cat(kept)
+                kept.clear()
+                yield Transcript(source.name, source.file, decoder.text(whole))
         if progress is not None:
             progress(number + 1, len(opened))
 
 
 @torch.no_grad()
-def _best_symbols(model: Wav2Vec2ForCTC, hidden_TD: Tensor) -> Tensor:
-    """The most probable symbol of each frame, from the last block's output."""
+def _logits(model: Wav2Vec2ForCTC, hidden_TD: Tensor) -> Tensor:
+    """Logits [T, V] from the last block's output."""
     x_TD = hidden_TD.to(model.head.weight.device)
     norm = model.encoder.transformer.final_norm
     logits_TV: Tensor = model.head(x_TD if norm is None else norm(x_TD))
-    return logits_TV.argmax(dim=1).cpu()
+    return logits_TV

@@ -6,6 +6,7 @@ import html
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from lhotse.cut import Cut
 from w2vscale.data.manifest import Manifest, build_index
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.transcripts import Transcripts, transcript
+from w2vscale.distributed.process_group import ALONE, Ranks, gather_from_ranks
 from w2vscale.errors import UserError
+from w2vscale.evaluation.decoding import BeamSearch
 from w2vscale.evaluation.pretrained import Pretrained
 from w2vscale.evaluation.transcription import transcribe
 
@@ -79,11 +82,15 @@ def score_checkpoint(
     pretrained: Pretrained,
     cuts: Sequence[Path],
     *,
+    search: BeamSearch | None = None,
+    ranks: Ranks = ALONE,
     progress: Callable[[int, int], None] | None = None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Score:
-    """Transcribe the utterances of manifests greedily, and compare with their transcripts.
+    """Transcribe the utterances of manifests, greedily or by a beam search, and compare with their transcripts.
 
     Both sides are in the vocabulary's case. Utterances without transcript or usable audio are left out and named.
+    Several `ranks` share the work, and each returns the whole score. Collective.
 
     Raises:
         UserError: the checkpoint is only pretrained, jiwer is not installed, a manifest cannot be used, or nothing
@@ -101,7 +108,8 @@ def score_checkpoint(
             else:
                 bad.append(BadAudio(cut.id, str(path), "no transcript", "has no transcript"))
     scored = []
-    for found in transcribe(pretrained, cuts, progress=progress):
+    mine = list(transcribe(pretrained, cuts, search=search, ranks=ranks, progress=progress, log=log))
+    for found in chain.from_iterable(gather_from_ranks(mine)):
         if isinstance(found, BadAudio):
             bad.append(found)
         elif found.utterance in said:

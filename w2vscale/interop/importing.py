@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from w2vscale.checkpoint.reading import TrainState, committed
-from w2vscale.checkpoint.store import CheckpointStore
+from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import Config, ModelConfig, dump_config
 from w2vscale.config.tree import CtcConfig, OptimConfig
 from w2vscale.distributed.process_group import Ranks
@@ -46,8 +46,7 @@ def import_checkpoint(
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
-    if committed(output / "checkpoints"):
-        raise UserError(f"{output / 'checkpoints'}: exists; choose another folder")
+    folder = folder_for_one(output)
     ctc = CtcConfig()
     if form == "huggingface":
         model, ctc, state = read_huggingface(source, log)
@@ -56,11 +55,11 @@ def import_checkpoint(
     for name, tensor in state.items():
         if tensor.is_meta or not tensor.isfinite().all():
             raise UserError(f"{source}: {name} has no values, or values that are not finite")
-    store = CheckpointStore(output / "checkpoints", Ranks(), keep_last=1, keep_every=0, asynchronous=False, log=log)
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     origin = TrainState(data=f"imported from {source.name} ({form})")
     optim = OptimConfig(weight_decay=0.0) if ctc.vocabulary else OptimConfig()  # what is frozen must not shrink
-    path = store.save(tensors, origin, dump_config(Config(model=model, ctc=ctc, optim=optim)))
+    settings = dump_config(Config(model=model, ctc=ctc, optim=optim))
+    path = CheckpointStore(folder, Ranks(), log=log).save(tensors, origin, settings)
     return Imported(path, sum(tensor.numel() for tensor in tensors.values()))
 
 

@@ -12,15 +12,8 @@ from w2vscale.checkpoint.consolidation import whole_tensors
 from w2vscale.checkpoint.reading import open_checkpoint
 from w2vscale.checkpoint.shards import stored_tensors, tensor_files
 from w2vscale.config import Config, load_config
+from w2vscale.config.tree import ARCHITECTURE
 from w2vscale.errors import UserError
-
-ARCHITECTURE = {
-    "sampling_rate", "normalize_waveform", "conv_layers", "conv_norm", "conv_norm_groups", "conv_bias", "conv_padding",
-    "layers", "dim", "ffn_dim", "heads", "norm_first", "embedding_norm", "positional_kernel", "positional_groups",
-    "codebooks", "codebook_entries", "codevector_dim", "quantizer_input", "target_projection", "projection_dim",
-}  # fmt: skip
-"""Settings of the model that its weights were trained with, whether their shapes show it or not."""
-
 
 def with_architecture_of_source(config: Config) -> Config:
     """Settings of fine-tuning whose model is, in all that its weights depend on, that of `trainer.init_from`.

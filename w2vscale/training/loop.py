@@ -116,6 +116,7 @@ class Trainer:
             audio_seconds=self.state.audio_seconds + samples / config.model.sampling_rate,
             skipped_updates=self.state.skipped_updates + step.skipped,
             skipped_utterances=self.state.skipped_utterances + int(unusable),
+            validation_loss=None,
         )
         self.meter.add(window, sums, step, data_seconds=waited)
         if to_report:
@@ -132,6 +133,7 @@ class Trainer:
         if saving or update % config.logging.every == 0:
             self._log()
         began = time.perf_counter()
+        # Before the save: the checkpoint remembers its loss.
         if self.run.validation_set and (ended or update % config.trainer.validate_every == 0):
             self._validate()
         if saving:
@@ -161,6 +163,7 @@ class Trainer:
             self.run.bad_audio.report(bad)
         if math.isnan(values["loss"]):
             raise UserError(f"data.validation: no utterance could be read; see {self.run.bad_audio.path}")
+        self.state = replace(self.state, validation_loss=values["loss"] if math.isfinite(values["loss"]) else None)
         values["hours_seen"] = self.state.audio_seconds / 3600
         self.metrics.write("validation", self.state.update, values)
         self.display.validation(self.state.update, self.run.objective.line(values))

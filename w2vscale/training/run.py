@@ -88,6 +88,7 @@ def build_run(
         ranks,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
+        keep_best=config.checkpoint.keep_best,
         asynchronous=config.checkpoint.asynchronous,
         log=log,
     )
