@@ -1,50 +1,60 @@
 #!/usr/bin/env bash
-# From nothing to a wav2vec 2.0 that learns, in minutes on two cores and without a download: synthesises English speech,
-# prepares and indexes it, pretrains `tiny` on it and evaluates the result on other speakers.
+# From nothing to a wav2vec 2.0 that writes what it hears, in minutes on two cores and without a download: synthesises
+# spoken digits, prepares and indexes them, pretrains a small model on all of them, fine-tunes it on the transcripts of
+# a part, trains the same model on this part from scratch, and compares what both write for other speakers.
 #
 #   bash recipes/demo/run.sh
-#   bash recipes/demo/run.sh --exp exp/longer trainer.updates=1000     words after the options change settings
+#   bash recipes/demo/run.sh --exp exp/longer trainer.updates=1000     settings of pretraining follow the options
 set -euo pipefail
 
 stage=0                 # first stage to run
-stop_stage=5            # last stage to run
+stop_stage=10           # last stage to run
 data=                   # where audio and manifests go (default: data/ beside this script)
-exp=                    # the run's folder (default: exp/tiny beside this script)
-train_minutes=16        # synthetic speech to train on
-validation_minutes=2    # and to validate on, of other speakers
-nproc=1                 # processes to train with
+exp=                    # the run's folder (default: exp/demo beside this script)
+train_minutes=20        # synthetic speech to train on
+validation_minutes=4    # and to validate on, of other speakers
+speakers=8              # of each
+label_minutes=5         # transcribed speech to fine-tune on
+finetune_updates=300    # of fine-tuning
+lm=                     # an n-gram model to decode with, too
+nproc=1                 # processes to train and decode with
 launcher=local          # local, torchrun or slurm: see cmd.sh
 
+. "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-. "$here/../utils/parse_options.sh"
 . "$here/../utils/log.sh"
 data=$(absolute "${data:-$here/data}")
-exp=$(absolute "${exp:-$here/exp/tiny}")
+exp=$(absolute "${exp:-$here/exp/demo}")
+lm=$(absolute "$lm")
 . "$here/path.sh"
 . "$here/cmd.sh"
+. "$here/../utils/stages.sh"
 
-train=$data/manifests/cuts_train-clean-5.jsonl
-validation=$data/manifests/cuts_dev-clean-2.jsonl
+manifests=$data/manifests
+train_cuts=("$manifests/cuts_train-clean-5.jsonl")
+held_out=$manifests/cuts_dev-clean-2.jsonl
+test_cuts=("$held_out")
+amount=${label_minutes}min
+labels=$manifests/cuts_$amount.jsonl
 
 synthesise() {
-  w2vscale data synth "$data" --train-minutes "$train_minutes" --validation-minutes "$validation_minutes" --jobs 2
+  w2vscale data synth "$data" --text digits --train-minutes "$train_minutes" --validation-minutes "$validation_minutes" \
+    --speakers "$speakers" --jobs 2
 }
-prepare() { w2vscale data prepare mini_librispeech "$data/LibriSpeech" "$data/manifests"; }
-index() { w2vscale data index "$train" "$validation"; }
-pretrain() {
-  "${train_cmd[@]}" "$here/conf/tiny.yaml" data.train="$train" data.validation="$validation" --exp "$exp" "$@"
-}
-evaluate() {
-  w2vscale evaluate "$exp" --cuts "$validation" --output "$exp/evaluation.json"
-  w2vscale report "$exp"
-}
+prepare() { w2vscale data prepare mini_librispeech "$data/LibriSpeech" "$manifests"; }
+index() { w2vscale data index "${train_cuts[@]}" "$held_out"; }
 
 run_stage 0 "synthesise $train_minutes + $validation_minutes minutes of speech" "$data" synthesise
-run_stage 1 "write Lhotse manifests" "$data/manifests" prepare
-run_stage 2 "index them for O(1) access" "$data/manifests" index
+run_stage 1 "write Lhotse manifests" "$manifests" prepare
+run_stage 2 "index them for O(1) access" "$manifests" index
 # 3 is for corpora that are streamed.
-run_stage 4 "pretrain" "$exp" pretrain "$@"
-run_stage 5 "evaluate on other speakers and draw the curves" "$exp" evaluate
-made "speech" "$data/LibriSpeech" "training manifest" "$train" "validation manifest" "$validation" \
-  "settings" "$exp/config.yaml" "newest checkpoint" "$exp/checkpoints/latest" "metrics" "$exp/metrics.jsonl" \
-  "TensorBoard" "$exp/tb" "evaluation" "$exp/evaluation.json" "curves" "$exp/curves.png"
+run_stage 4 "pretrain" "$exp" pretrain "$here/conf/pretrain.yaml" "$@"
+run_stage 5 "evaluate on other speakers and draw the curves" "$exp" evaluate_pretraining
+run_stage 6 "choose $label_minutes minutes to have transcripts" "${exp}_$amount" subset "$label_minutes" "$labels"
+run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" \
+  fine_tune "$here/conf/finetune.yaml" "$labels" trainer.updates="$finetune_updates"
+run_stage 8 "decode" "${exp}_$amount" decode
+run_stage 9 "compare" "${exp}_$amount" results "Demo: spoken digits"
+run_stage 10 "export for Transformers" "${exp}_$amount" export_models
+made "speech" "$data/LibriSpeech" "manifests" "$manifests"
+made_all

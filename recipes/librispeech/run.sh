@@ -1,75 +1,114 @@
 #!/usr/bin/env bash
-# Pretrains wav2vec 2.0 BASE or LARGE on the 960 hours of LibriSpeech (or on whatever of it is there).
+# From the 960 hours of LibriSpeech (or whatever of it is there) to word error rates: pretrains wav2vec 2.0 BASE or LARGE,
+# fine-tunes it on a published amount of transcripts, decodes, and compares with training from scratch.
 #
 #   bash recipes/librispeech/run.sh --corpus /corpora/LibriSpeech --nproc 8
-#   bash recipes/librispeech/run.sh --conf large --launcher slurm
-#   bash recipes/librispeech/run.sh --exp exp/small batch.micro_batches=16      words after the options change settings
+#   bash recipes/librispeech/run.sh --conf large --launcher slurm --amount 10h
+#   bash recipes/librispeech/run.sh --stage 6 --amount 100h                     another amount for the same model
+#   bash recipes/librispeech/run.sh --exp exp/small batch.micro_batches=16      settings of pretraining follow the options
 #
 # What is done stays done: another corpus or other settings want another --data or --exp.
 set -euo pipefail
 
 stage=0           # first stage to run
-stop_stage=5      # last stage to run
+stop_stage=10     # last stage to run
 corpus=           # folder with train-clean-100, …; empty: download all of it (60 GB)
-data=             # where downloads and manifests go (default: data/ beside this script)
-conf=base         # settings: conf/$conf.yaml
+data=             # where downloads, manifests and shards go (default: data/ beside this script)
+conf=base         # settings of pretraining: conf/$conf.yaml
 exp=              # the run's folder (default: exp/$conf beside this script)
+shar=false        # stage 3: also write Lhotse Shar, and pretrain from it (storage that wants sequential reads)
+amount=1h         # of transcripts: 10min, 1h, 10h, 100h (train-clean-100) or 960h; settings are the preset ctc_$amount
+librilight=       # folder of Libri-light's librispeech_finetuning, for its lists of 10min, 1h and 10h; empty: drawn
+fetch_lm=false    # stage 0: also fetch the 4-gram of OpenSLR 11 (1.3 GB)
+lm=               # n-gram model to decode with, too (default: the 4-gram, if it was fetched)
 jobs=8            # parallel jobs that prepare data
-nproc=1           # processes (GPUs) to train with
+nproc=1           # processes (GPUs) to train and decode with
 launcher=local    # local, torchrun or slurm: see cmd.sh
 
+. "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-. "$here/../utils/parse_options.sh"
 . "$here/../utils/log.sh"
+case $amount in
+  10min | 1h | 10h | 100h | 960h) ;;
+  *) echo "run.sh: --amount takes 10min, 1h, 10h, 100h or 960h, not $amount" >&2 && exit 2 ;;
+esac
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/$conf}")
 corpus=$(absolute "$corpus")
+librilight=$(absolute "$librilight")
+lm=$(absolute "${lm:-$data/lm/4-gram.arpa.gz}")
 . "$here/path.sh"
 . "$here/cmd.sh"
+. "$here/../utils/stages.sh"
 
 manifests=$data/manifests
+labels=$manifests/cuts_$amount.jsonl
 
-download() { lhotse download librispeech --full "$data"; }
+# Of parts of the corpus, the manifests that are there; mini LibriSpeech's names count, too.
+manifests_of() {
+  local part
+  for part in "$@"; do
+    if [[ -e $manifests/cuts_$part.jsonl ]]; then echo "$manifests/cuts_$part.jsonl"; fi
+  done
+}
+find_manifests() {
+  mapfile -t train_cuts < <(manifests_of train-clean-100 train-clean-360 train-other-500 train-clean-5)
+  mapfile -t test_cuts < <(manifests_of dev-clean dev-other test-clean test-other dev-clean-2)
+  held_out=${test_cuts[0]:-}
+}
+
+download() {
+  if [[ -z $corpus ]]; then lhotse download librispeech --full "$data"; fi
+  if $fetch_lm; then bash "$here/local/fetch_lm.sh" "$data/lm"; fi
+}
 prepare() {
   w2vscale data prepare librispeech "${corpus:-$data/LibriSpeech}" "$manifests" --jobs "$jobs"
-  w2vscale data validate "$manifests"/cuts_*.jsonl --jobs "$jobs"
+  find_manifests
+  w2vscale data validate "${train_cuts[@]}" "${test_cuts[@]}" --jobs "$jobs"
 }
 index() {
-  w2vscale data index "$manifests"/cuts_*.jsonl
-  w2vscale data stats "$manifests"/cuts_train-*.jsonl --config "$here/conf/$conf.yaml"
+  w2vscale data index "${train_cuts[@]}" "${test_cuts[@]}"
+  w2vscale data stats "${train_cuts[@]}" --config "$here/conf/$conf.yaml"
 }
-# The held-out part: dev-clean, or mini LibriSpeech's.
-validation() {
-  local part
-  for part in dev-clean dev-clean-2; do
-    if [[ -e $manifests/cuts_$part.jsonl ]]; then echo "$manifests/cuts_$part.jsonl" && return; fi
-  done
-  log "no cuts_dev-clean.jsonl or cuts_dev-clean-2.jsonl in $manifests: run stages 1 and 2"
-  return 1
+write_shards() { w2vscale data shar "${train_cuts[@]}" --output "$data/shar" --jobs "$jobs"; }
+pretrain_librispeech() {
+  if $shar; then set -- "$@" data.mode=stream data.train="$data/shar"; fi
+  pretrain "$here/conf/$conf.yaml" "$@"
 }
-# [a,b,c] of all training manifests.
-training() {
-  local cuts=("$manifests"/cuts_train-*.jsonl) IFS=,
-  echo "[${cuts[*]}]"
-}
-pretrain() {
-  local held_out
-  held_out=$(validation)
-  "${train_cmd[@]}" "$here/conf/$conf.yaml" data.train="$(training)" data.validation="$held_out" --exp "$exp" "$@"
-}
-evaluate() {
-  local held_out
-  held_out=$(validation)
-  w2vscale evaluate "$exp" --cuts "$held_out" --output "$exp/evaluation.json"
-  w2vscale report "$exp"
+# The transcripts of stage 7.
+choose_labels() {
+  case $amount in
+    100h) cp "$manifests/cuts_train-clean-100.jsonl" "$labels" ;;
+    960h) cat "${train_cuts[@]}" >"$labels" ;;
+    *)
+      if [[ -n $librilight ]]; then
+        bash "$here/local/librilight_ids.sh" "$librilight" "$amount" >"$manifests/$amount.ids"
+        subset_ids "$manifests/$amount.ids" "$labels"
+      else
+        local -A minutes=([10min]=10 [1h]=60 [10h]=600)
+        subset "${minutes[$amount]}" "$labels"
+      fi
+      ;;
+  esac
+  w2vscale data index "$labels"
 }
 
-if [[ -z $corpus ]]; then run_stage 0 "download LibriSpeech" "$data" download; fi
+find_manifests
+if [[ -z $corpus ]] || $fetch_lm; then run_stage 0 "download" "$data" download; fi
 run_stage 1 "write and validate Lhotse manifests" "$manifests" prepare
+find_manifests
+if ((stop_stage >= 2)) && [[ -z $held_out || -z ${train_cuts[*]} ]]; then
+  log "no cuts_train-*.jsonl, or no cuts_dev-clean.jsonl or cuts_dev-clean-2.jsonl in $manifests: run stage 1"
+  exit 1
+fi
 run_stage 2 "index them for O(1) access" "$manifests" index
-# 3 is for corpora that are streamed.
-run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain "$@"
-run_stage 5 "evaluate on held-out speech and draw the curves" "$exp" evaluate
-made "manifests" "$manifests" \
-  "settings" "$exp/config.yaml" "newest checkpoint" "$exp/checkpoints/latest" "metrics" "$exp/metrics.jsonl" \
-  "TensorBoard" "$exp/tb" "evaluation" "$exp/evaluation.json" "curves" "$exp/curves.png"
+if $shar; then run_stage 3 "write Lhotse Shar" "$data/shar" write_shards; fi
+run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain_librispeech "$@"
+run_stage 5 "evaluate on held-out speech and draw the curves" "$exp" evaluate_pretraining
+run_stage 6 "choose $amount of transcripts" "${exp}_$amount" choose_labels
+run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" fine_tune "ctc_$amount" "$labels"
+run_stage 8 "decode" "${exp}_$amount" decode
+run_stage 9 "compare" "${exp}_$amount" results "LibriSpeech, $conf, $amount"
+run_stage 10 "export for Transformers" "${exp}_$amount" export_models
+made "manifests" "$manifests"
+made_all

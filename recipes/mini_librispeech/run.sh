@@ -1,60 +1,67 @@
 #!/usr/bin/env bash
-# Pretrains `tiny` on mini LibriSpeech (train-clean-5) and evaluates it on dev-clean-2.
+# Pretrains `tiny` on mini LibriSpeech (train-clean-5), fine-tunes it on its transcripts, and compares it on dev-clean-2
+# with the same model trained from scratch.
 #
 #   bash recipes/mini_librispeech/run.sh                                  downloads the corpus
 #   bash recipes/mini_librispeech/run.sh --corpus DIR --quick true        at most 8 minutes on two cores
-#   bash recipes/mini_librispeech/run.sh --exp exp/other optim.lr=1e-3    words after the options change settings
+#   bash recipes/mini_librispeech/run.sh --exp exp/other optim.lr=1e-3    settings of pretraining follow the options
 #
 # What is done stays done: another corpus or other settings want another --data or --exp.
 set -euo pipefail
 
 stage=0           # first stage to run
-stop_stage=5      # last stage to run
+stop_stage=10     # last stage to run
 corpus=           # folder with train-clean-5 and dev-clean-2; empty: download it
 data=             # where downloads and manifests go (default: data/ beside this script)
 exp=              # the run's folder (default: exp/tiny or exp/quick beside this script)
-quick=false       # few updates: conf/quick.yaml
+quick=false       # few updates: conf/quick.yaml, conf/finetune_quick.yaml
+minutes=20        # of transcripts to fine-tune on
+lm=               # an n-gram model to decode with, too
 jobs=2            # parallel jobs that prepare data
-nproc=1           # processes to train with
+nproc=1           # processes to train and decode with
 launcher=local    # local, torchrun or slurm: see cmd.sh
 
+. "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-. "$here/../utils/parse_options.sh"
 . "$here/../utils/log.sh"
-conf=tiny
-if $quick; then conf=quick; fi
+conf=tiny finetune_conf=finetune
+if $quick; then conf=quick finetune_conf=finetune_quick; fi
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/$conf}")
 corpus=$(absolute "$corpus")
+lm=$(absolute "$lm")
 . "$here/path.sh"
 . "$here/cmd.sh"
+. "$here/../utils/stages.sh"
 
-train=$data/manifests/cuts_train-clean-5.jsonl
-validation=$data/manifests/cuts_dev-clean-2.jsonl
+manifests=$data/manifests
+train_cuts=("$manifests/cuts_train-clean-5.jsonl")
+held_out=$manifests/cuts_dev-clean-2.jsonl
+test_cuts=("$held_out")
+amount=${minutes}min
+labels=$manifests/cuts_$amount.jsonl
 
 download() { lhotse download librispeech --mini "$data"; }
 prepare() {
-  w2vscale data prepare mini_librispeech "${corpus:-$data/LibriSpeech}" "$data/manifests" --jobs "$jobs"
-  w2vscale data validate "$train" "$validation"
+  w2vscale data prepare mini_librispeech "${corpus:-$data/LibriSpeech}" "$manifests" --jobs "$jobs"
+  w2vscale data validate "${train_cuts[@]}" "$held_out"
 }
 index() {
-  w2vscale data index "$train" "$validation"
-  w2vscale data stats "$train" --config "$here/conf/$conf.yaml"
-}
-pretrain() {
-  "${train_cmd[@]}" "$here/conf/$conf.yaml" data.train="$train" data.validation="$validation" --exp "$exp" "$@"
-}
-evaluate() {
-  w2vscale evaluate "$exp" --cuts "$validation" --output "$exp/evaluation.json"
-  w2vscale report "$exp"
+  w2vscale data index "${train_cuts[@]}" "$held_out"
+  w2vscale data stats "${train_cuts[@]}" --config "$here/conf/$conf.yaml"
 }
 
 if [[ -z $corpus ]]; then run_stage 0 "download mini LibriSpeech" "$data" download; fi
-run_stage 1 "write and validate Lhotse manifests" "$data/manifests" prepare
-run_stage 2 "index them for O(1) access" "$data/manifests" index
+run_stage 1 "write and validate Lhotse manifests" "$manifests" prepare
+run_stage 2 "index them for O(1) access" "$manifests" index
 # 3 is for corpora that are streamed.
-run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain "$@"
-run_stage 5 "evaluate on dev-clean-2 and draw the curves" "$exp" evaluate
-made "training manifest" "$train" "validation manifest" "$validation" \
-  "settings" "$exp/config.yaml" "newest checkpoint" "$exp/checkpoints/latest" "metrics" "$exp/metrics.jsonl" \
-  "TensorBoard" "$exp/tb" "evaluation" "$exp/evaluation.json" "curves" "$exp/curves.png"
+run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain "$here/conf/$conf.yaml" "$@"
+run_stage 5 "evaluate on dev-clean-2 and draw the curves" "$exp" evaluate_pretraining
+run_stage 6 "choose $minutes minutes to have transcripts" "${exp}_$amount" subset "$minutes" "$labels"
+run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" \
+  fine_tune "$here/conf/$finetune_conf.yaml" "$labels"
+run_stage 8 "decode dev-clean-2" "${exp}_$amount" decode
+run_stage 9 "compare" "${exp}_$amount" results "Mini LibriSpeech"
+run_stage 10 "export for Transformers" "${exp}_$amount" export_models
+made "manifests" "$manifests"
+made_all

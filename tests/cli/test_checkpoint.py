@@ -62,7 +62,7 @@ def fields(printed: str) -> dict[str, str]:
     return dict(re.split(r"  +", line.strip(), maxsplit=1) for line in printed.splitlines()[1:])
 
 
-@pytest.mark.parametrize("arguments", [[], ["show"], ["verify"], ["consolidate"]])
+@pytest.mark.parametrize("arguments", [[], ["show"], ["verify"], ["consolidate"], ["average"]])
 def test_every_command_explains_itself(arguments: list[str]) -> None:
     result = CliRunner().invoke(app, ["checkpoint", *arguments, "--help"])
     assert result.exit_code == 0

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.pool import Pool
-from tests.distributed.tasks import train_micro
+from tests.distributed.tasks import train_micro, word_errors
 from tests.spelled import SPELLING, some_texts, write_spelled
 from tests.training.test_finetuning import settings
+from w2vscale.evaluation.pretrained import load
+from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.training.loop import train
 
 pytestmark = pytest.mark.distributed
@@ -71,3 +73,9 @@ def test_a_run_of_one_process_goes_on_in_two(
     pool(2).run(train_micro, str(corpus), str(exp), (*TUNING, ENGINES["fsdp"]))
     for (loss, norm), (expected_loss, expected_norm) in zip(figures(exp), figures(alone), strict=True):
         assert (loss, norm) == (pytest.approx(expected_loss, rel=1e-5), pytest.approx(expected_norm, rel=1e-5))
+
+
+def test_ranks_share_the_decoding(pool: Callable[[int], Pool], corpus: Path, alone: Path) -> None:
+    expected = score_checkpoint(load(alone), [corpus])
+    written = [(one.utterance, one.hypothesis) for one in expected.utterances]
+    assert pool(2).run(word_errors, str(alone), str(corpus)) == [(6, written), (6, written)]

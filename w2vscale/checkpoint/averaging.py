@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from w2vscale.checkpoint.consolidation import whole_tensors
@@ -52,10 +51,11 @@ def average(
     that is averaged. Sums are float64. Holds the result, and beside it one tensor.
 
     Raises:
-        UserError: not one of `last` and `best` is given, there are fewer checkpoints, no run has such a metric, the
-            checkpoints are of different models, or `output` has checkpoints already.
+        UserError: not one of `last` and `best` is given, there are fewer checkpoints, no validation has the metric,
+            the checkpoints are of different models, or `output` has checkpoints already.
     """
-    if (last is None) == (best is None) or (last is not None and metric is not None):
+    count = last if best is None else best
+    if not count or (last is not None and (best is not None or metric is not None)):
         raise UserError("choose either --last N or --best N, the latter with --metric FIGURE if it is not the loss")
     folder = folder_for_one(output)
     metric = None if best is None else metric or "loss"
@@ -66,12 +66,12 @@ def average(
     else:
         figures = _validations(run, metric)
         paths = _best_first(paths, figures, run, metric)
-    chosen = _first_usable(paths, last or best or 0, run, log, validated=metric is not None)
+    chosen = _first_usable(paths, count, run, log, validated=metric is not None)
     chosen.sort(key=lambda found: found.checkpoint.state.update)
     tensors = _weights(chosen)
     means: dict[str, Tensor] = {}
     for name, parts in tensors.items():
-        means[name] = _mean(name, parts)
+        means[name] = mean(name, parts)
         if progress is not None:
             progress(len(means), len(tensors))
     newest, updates = chosen[-1], [found.checkpoint.state.update for found in chosen]
@@ -134,7 +134,7 @@ def _weights(checkpoints: Sequence[Description]) -> dict[str, list[StoredTensor]
     ours = _architecture(first)
     for other in others:
         theirs = _architecture(other)
-        for key in sorted(ours.keys() | theirs.keys()):
+        for key in ours | theirs:
             if ours.get(key) != theirs.get(key):
                 raise UserError(
                     f"{other.checkpoint.path}: {key} is {theirs.get(key)}, in {first.checkpoint.path.name} "
@@ -152,13 +152,14 @@ def _architecture(found: Description) -> dict[str, object]:
     """All in which checkpoints of one model agree: settings that its weights depend on, and shapes."""
     settings = found.config.model.model_dump()
     return {
-        **{f"model.{key}": settings[key] for key in ARCHITECTURE},
+        **{f"model.{key}": settings[key] for key in sorted(ARCHITECTURE)},
         "ctc.vocabulary": found.config.ctc.vocabulary,
         **{name: tensor.shape for name, tensor in found.tensors.items() if name.startswith("model.")},
     }
 
 
-def _mean(name: str, parts: Sequence[StoredTensor]) -> Tensor:
+def mean(name: str, parts: Sequence[StoredTensor]) -> Tensor:
+    """The mean of one tensor over several checkpoints: summed in float64, returned in fp32."""
     wholes = (next(whole_tensors({name: part})).double() for part in parts)
     total = next(wholes)  # not zeros: 0 + -0 is not -0
     for whole in wholes:

@@ -13,7 +13,19 @@ from typing import Annotated, NoReturn
 import typer
 
 from w2vscale import __version__
-from w2vscale.cli import checkpoint, config, convert, data, evaluate, features, finetune, report, train, transcribe
+from w2vscale.cli import (
+    checkpoint,
+    config,
+    convert,
+    data,
+    evaluate,
+    features,
+    finetune,
+    report,
+    results,
+    train,
+    transcribe,
+)
 from w2vscale.distributed.launch import LostRanks, launched
 from w2vscale.errors import UserError
 
@@ -32,6 +44,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("transcribe")(transcribe.transcribe)
 app.command("features")(features.features)
 app.command("report")(report.report)
+app.command("results")(results.results)
 app.command("export")(convert.export)
 app.command("import")(convert.import_)
 app.add_typer(checkpoint.app, name="checkpoint")

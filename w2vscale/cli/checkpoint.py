@@ -107,3 +107,44 @@ def consolidate(
             path, output, optimizer=optimizer, progress=progress, log=partial(console.print, markup=False)
         )
     console.print(f"{found.file}: update {found.update}, {found.tensors} tensors, {decimal(found.bytes)}", markup=False)
+
+
+@app.command()
+def average(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder for the mean: a checkpoint without optimizer.")
+    ],
+    last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Average the newest.")] = None,
+    best: Annotated[int | None, typer.Option(min=1, metavar="N", help="Average the best in validation.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="With --best: a figure of validations; the lowest are best, of accuracy the highest.",
+            show_default="loss",
+            metavar="FIGURE",
+        ),
+    ] = None,
+) -> None:
+    """Write the mean of the weights of a run's last or best checkpoints.
+
+    checkpoint.keep_last, keep_every and keep_best say which checkpoints a run keeps.
+    """
+    from w2vscale.checkpoint.averaging import average as average_checkpoints
+    from w2vscale.cli.progress import console, progress_bar
+
+    with progress_bar("averaging") as progress:
+        found = average_checkpoints(
+            run,
+            output,
+            last=last,
+            best=best,
+            metric=metric,
+            progress=progress,
+            log=partial(console.print, markup=False),
+        )
+    for update in found.updates:
+        figure = f": {found.metric} {found.figures[update]:.6g}" if found.metric else ""
+        console.print(f"update {update}{figure}", markup=False)
+    count = len(found.updates)
+    console.print(f"{found.checkpoint}: the mean of {count} checkpoint{'s' * (count > 1)}", markup=False)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from w2vscale.cli.progress import console, progress_bar
+from w2vscale.data.sentences import Text
 
 if TYPE_CHECKING:
     from w2vscale.data.prepare import PreparedManifest
@@ -175,6 +176,19 @@ def subset(
 
 
 @app.command()
+def pieces(
+    manifests: Manifests,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.model", help="The SentencePiece model.")],
+    size: Annotated[int, typer.Option(min=1, help="Pieces, with <unk>, <s> and </s>.")] = 500,
+) -> None:
+    """Train sentence pieces from transcripts, as they are, for ctc.sentencepiece."""
+    from w2vscale.data.pieces import train_pieces
+
+    trained = train_pieces(manifests, output, size=size)
+    console.print(f"{output}: {trained.pieces} pieces from {trained.transcripts} transcripts", markup=False)
+
+
+@app.command()
 def stats(
     manifests: Manifests,
     config: Annotated[str, typer.Option(help="YAML file or preset whose crop and budget to plan with.")] = "base",
@@ -195,6 +209,7 @@ def synth(
     train_minutes: Annotated[float, typer.Option(help="Speech in train-clean-5.")] = 12.0,
     validation_minutes: Annotated[float, typer.Option(help="Speech in dev-clean-2, of other speakers.")] = 2.0,
     speakers: Annotated[int | None, typer.Option(min=1, help="Per part.", show_default="one a minute, 4 to 64")] = None,
+    text: Annotated[Text, typer.Option(help="What is said; strings of digits are learned soonest.")] = "sentences",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     jobs: Jobs = 1,
 ) -> None:
@@ -206,6 +221,7 @@ def synth(
             output,
             parts={"train-clean-5": train_minutes, "dev-clean-2": validation_minutes},
             speakers_per_part=speakers,
+            text=text,
             seed=seed,
             jobs=jobs,
             progress=progress,

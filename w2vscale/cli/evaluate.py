@@ -58,6 +58,7 @@ def evaluate(
         return
     from rich.table import Table
 
+    from w2vscale.cli.files import write_text
     from w2vscale.cli.progress import console, progress_bar
     from w2vscale.evaluation.checkpoint import evaluate_checkpoint
 
@@ -90,7 +91,7 @@ def evaluate(
     if output is not None:
         document = {"checkpoint": str(found.checkpoint), "update": found.update, **values}
         document |= {f"used_entries_{codebook}": used for codebook, used in enumerate(found.used_entries)}
-        _write(output, json.dumps(document, indent=2) + "\n")
+        write_text(output, json.dumps(document, indent=2) + "\n")
 
 
 def _word_errors(
@@ -106,6 +107,7 @@ def _word_errors(
 
     from rich.table import Table
 
+    from w2vscale.cli.files import write_text
     from w2vscale.cli.progress import console, progress_bar
     from w2vscale.distributed.process_group import process_group
     from w2vscale.errors import UserError
@@ -139,17 +141,8 @@ def _word_errors(
     if output is not None:
         decoding = search.told() if search is not None else "greedy"
         rates = {"wer": found.words.rate, "cer": found.characters.rate}
-        document = {"checkpoint": str(checkpoint), "decoding": decoding, **rates, **asdict(found)}
-        _write(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+        names = [path.name.removesuffix(".jsonl").removeprefix("cuts_") for path in cuts]
+        document = {"checkpoint": str(checkpoint), "cuts": names, "decoding": decoding, **rates, **asdict(found)}
+        write_text(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     if page is not None:
-        _write(page, wer.page(found, f"{checkpoint} on {', '.join(path.name for path in cuts)}"))
-
-
-def _write(path: Path, text: str) -> None:
-    from w2vscale.errors import UserError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        write_text(page, wer.page(found, f"{checkpoint} on {', '.join(path.name for path in cuts)}"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +20,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from w2vscale.config.pieces import open_pieces, vocabulary_of
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -129,16 +131,15 @@ class ModelConfig(Section):
         return self
 
 
-LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
-"""The vocabulary of the published English models, in their order; `|` is the space."""
-
-
 ARCHITECTURE = {
     "sampling_rate", "normalize_waveform", "conv_layers", "conv_norm", "conv_norm_groups", "conv_bias", "conv_padding",
     "layers", "dim", "ffn_dim", "heads", "norm_first", "embedding_norm", "positional_kernel", "positional_groups",
     "codebooks", "codebook_entries", "codevector_dim", "quantizer_input", "target_projection", "projection_dim",
 }  # fmt: skip
 """Settings of the model that its weights were trained with, whether their shapes show it or not."""
+
+LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
+"""The vocabulary of the published English models, in their order; `|` is the space."""
 
 
 def _read_vocabulary(value: object) -> object:
@@ -160,6 +161,11 @@ class CtcConfig(Section):
         description="symbols of the output layer, the first CTC's blank: a list, a file with one a line, or `letters` "
         "(English capitals, as in the published models). Empty: a run pretrains",
     )
+    sentencepiece: Path | None = Field(
+        None,
+        description="SentencePiece model that cuts transcripts into labels; an empty ctc.vocabulary becomes the blank "
+        "and its pieces",
+    )
     final_dropout: Probability = Field(0.0, description="before the output layer")
     channel_mask_probability: Fraction = Field(0.0, description="of a channel to be masked; model.mask_* mask frames")
     channel_mask_length: Count = Field(64, description="channels of one span")
@@ -167,6 +173,15 @@ class CtcConfig(Section):
         0,
         description="updates in which the output layer alone learns; model.feature_grad_mult=0 freezes the CNN always",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_pieces(cls, settings: Any) -> Any:
+        if isinstance(settings, dict) and not settings.get("vocabulary"):
+            path = settings.get("sentencepiece")
+            if isinstance(path, str | Path):
+                return {**settings, "vocabulary": vocabulary_of(open_pieces(Path(path)))}
+        return settings
 
     @model_validator(mode="after")
     def _check(self) -> CtcConfig:
@@ -344,7 +359,7 @@ class CheckpointConfig(Section):
     keep_last: Count = Field(2, description="newest checkpoints")
     keep_every: Annotated[int, Field(ge=0)] = Field(0, description="also keep every multiple of this; 0: none")
     keep_best: Annotated[int, Field(ge=0)] = Field(
-        0, description="also keep as many with the lowest validation loss, of those validated at their update"
+        0, description="also keep this many with the lowest validation loss at their update; 0: none"
     )
 
 

@@ -54,7 +54,9 @@ class Assembler:
         self.model = config.model
         self.seed = seed
         self.augmentation = augmentation
-        self.transcripts = Transcripts(config.ctc.vocabulary) if config.ctc.vocabulary else None
+        self.transcripts = (
+            Transcripts(config.ctc.vocabulary, config.ctc.sentencepiece) if config.ctc.vocabulary else None
+        )
 
     def __call__(self, update: int, number: int, crops: Sequence[Crop | BadAudio], *, width: int = 0) -> MicroBatch:
         """Micro-batch `number` of `crops`, at least `width` samples wide; those that are unusable are left out."""

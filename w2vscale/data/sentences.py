@@ -9,6 +9,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping
+from typing import Literal
+
+Text = Literal["sentences", "digits"]
 
 PHRASES: Mapping[str, tuple[str, ...]] = {
     "sentence": ("<short>", "<medium>", "<medium>", "<medium>", "<long>", "<long>"),
@@ -73,6 +76,7 @@ PHRASES: Mapping[str, tuple[str, ...]] = {
         "before <hour> o'clock",
         "in <month>",
     ),
+    "digits": tuple(" ".join(["<digit>"] * count) + "." for count in (4, 5, 6, 7, 8)),
     "person_verb": ("<verb>",),
     "person_verb_past": ("<verb_past>", "<verb_past>", "never <verb_past>", "always <verb_past>"),
 }
@@ -118,6 +122,7 @@ WORDS: Mapping[str, str] = {
     ),
     "colour": "red yellow blue green orange purple brown white black grey golden silver violet",
     "number": "two three four five six seven eight nine ten eleven twelve thirteen twenty forty",
+    "digit": "zero one two three four five six seven eight nine",
     "hour": "one two three four five six seven eight nine ten eleven twelve",
     "verb": (
         "carry measure borrow paint watch choose follow polish examine wash admire sharpen repair describe "
@@ -159,8 +164,8 @@ _REFERENCE = re.compile(r"<(\w+)>")
 _ARTICLE_BEFORE_VOWEL = re.compile(r"\ba (?=[aeiou])(?!one\b|us(?:eful|ual)\b)")
 
 
-def draw_sentence(generator: random.Random) -> str:
-    """One sentence of 5 to about 45 words in lower case, with the commas and the end mark that guide a voice.
+def draw_sentence(generator: random.Random, text: Text = "sentences") -> str:
+    """A sentence of 5 to about 45 words, or 4 to 8 digits, in lower case, with the marks that guide a voice.
 
     A pure function of the generator's state.
     """
@@ -168,7 +173,7 @@ def draw_sentence(generator: random.Random) -> str:
     def expand(rule: str) -> str:
         return _REFERENCE.sub(lambda reference: expand(reference[1]), generator.choice(RULES[rule]))
 
-    return _ARTICLE_BEFORE_VOWEL.sub("an ", expand("sentence"))
+    return _ARTICLE_BEFORE_VOWEL.sub("an ", expand("digits" if text == "digits" else "sentence"))
 
 
 def transcript(sentence: str) -> str:

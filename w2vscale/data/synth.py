@@ -27,7 +27,7 @@ from lhotse.augmentation import get_or_create_resampler
 from numpy.typing import NDArray
 
 from w2vscale.data.espeak import EspeakProcess, Voice, locate_espeak
-from w2vscale.data.sentences import draw_sentence, transcript
+from w2vscale.data.sentences import Text, draw_sentence, transcript
 from w2vscale.errors import UserError
 
 SAMPLING_RATE = 16_000
@@ -88,6 +88,7 @@ def synthesise_corpus(
     *,
     parts: Mapping[str, float],
     speakers_per_part: int | None = None,
+    text: Text = "sentences",
     seed: int = 0,
     jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -111,6 +112,7 @@ def synthesise_corpus(
         "recipe": RECIPE,
         "parts": {part: float(minutes) for part, minutes in parts.items()},
         "speakers": {part: sum(speaker.part == part for speaker in speakers) for part in parts},
+        "text": text,
         "seed": seed,
     }
     corpus = output / "LibriSpeech"
@@ -123,7 +125,7 @@ def synthesise_corpus(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:
-            totals = _synthesise_speakers(speakers, unfinished, seed=seed, jobs=jobs, progress=progress)
+            totals = _synthesise_speakers(speakers, unfinished, text=text, seed=seed, jobs=jobs, progress=progress)
             (unfinished / "SPEAKERS.TXT").write_text(speakers_table(totals), encoding="utf-8")
             summary = SynthesisSummary(
                 corpus=corpus,
@@ -266,13 +268,14 @@ def _synthesise_speakers(
     speakers: Sequence[Speaker],
     corpus: Path,
     *,
+    text: Text,
     seed: int,
     jobs: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[SpeakerTotal]:
     stop = threading.Event()
     with _one_torch_thread(), ThreadPoolExecutor(jobs) as pool:
-        work = [pool.submit(_synthesise_speaker, speaker, corpus, seed, stop) for speaker in speakers]
+        work = [pool.submit(_synthesise_speaker, speaker, corpus, text, seed, stop) for speaker in speakers]
         try:
             for finished, future in enumerate(as_completed(work), start=1):
                 future.result()
@@ -285,7 +288,7 @@ def _synthesise_speakers(
     return [future.result() for future in work]
 
 
-def _synthesise_speaker(speaker: Speaker, corpus: Path, seed: int, stop: threading.Event) -> SpeakerTotal:
+def _synthesise_speaker(speaker: Speaker, corpus: Path, text: Text, seed: int, stop: threading.Event) -> SpeakerTotal:
     """Speak sentences until the speaker's seconds are reached or `stop` is set, and write its files."""
     sentences = random.Random(f"sentences {seed} {speaker.identifier}")
     lines: dict[Path, list[str]] = {}
@@ -293,7 +296,7 @@ def _synthesise_speaker(speaker: Speaker, corpus: Path, seed: int, stop: threadi
     with EspeakProcess(speaker.voice) as espeak:
         resample = get_or_create_resampler(espeak.sampling_rate, SAMPLING_RATE)
         while seconds < speaker.seconds and not stop.is_set():
-            sentence = draw_sentence(sentences)
+            sentence = draw_sentence(sentences, text)
             pcm = np.frombuffer(espeak.speak(sentence), dtype="<i2").astype(np.float32) / np.float32(32768.0)
             speech = resample(torch.from_numpy(pcm)).numpy()
             duration = len(speech) / SAMPLING_RATE

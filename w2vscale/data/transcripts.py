@@ -4,35 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from lhotse.cut import Cut
 from numpy.typing import NDArray
 
+from w2vscale.config.pieces import open_pieces, vocabulary_of
 from w2vscale.config.tree import Config
 from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import pad_waveforms, shortest_samples
 from w2vscale.data.randomness import Stream, generator
+from w2vscale.errors import UserError
 from w2vscale.models.ctc import BLANK
 from w2vscale.models.feature_encoder import output_frames
 from w2vscale.models.inputs import CtcInputs
 from w2vscale.models.masking import frame_mask, span_mask
 
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
 SPACE = "|"
+PIECE_SPACE = "▁"
+"""The space in sentence pieces."""
 UNKNOWN = "<unk>"
 
 
 class Transcripts:
-    """Spells transcripts by a vocabulary of characters; `|` is the space.
+    """Spells transcripts by a vocabulary of characters, where `|` is the space, or cuts them into sentence pieces.
 
-    Where the vocabulary has letters of one case only, transcripts are brought to it.
+    Where the vocabulary has letters of one case only, transcripts are brought to it. The labels of pieces need their
+    SentencePiece model, the case does not.
+
+    Raises:
+        UserError: sentencepiece is not installed, or the model cannot be read or is of another vocabulary.
     """
 
-    def __init__(self, vocabulary: Sequence[str]) -> None:
+    def __init__(self, vocabulary: Sequence[str], sentencepiece: Path | None = None) -> None:
+        self._pieces = None
+        if sentencepiece is not None:
+            self._pieces = open_pieces(sentencepiece)
+            if (wanted := vocabulary_of(self._pieces)) != list(vocabulary):
+                raise UserError(
+                    f"ctc.sentencepiece={sentencepiece}: its {len(wanted) - 1} pieces after a blank are not the "
+                    f"{len(vocabulary)} symbols of ctc.vocabulary; a new run takes them with ctc.vocabulary=[]"
+                )
         # The blank is no label, even where a transcript has a character that is called like it.
         self._numbers = {symbol: number for number, symbol in enumerate(vocabulary) if number != BLANK}
-        letters = "".join(symbol for symbol in vocabulary if len(symbol) == 1)
+        letters = "".join(symbol for symbol in vocabulary if len(symbol) == 1 or PIECE_SPACE in symbol)
         self._upper, self._lower = letters == letters.upper(), letters == letters.lower()
 
     def normalised(self, text: str) -> str:
@@ -43,16 +64,32 @@ class Transcripts:
     def labels(self, text: str) -> tuple[list[int], str]:
         """The labels of a text, and its characters that are outside the vocabulary and became `<unk>`.
 
+        Neighbouring characters that no sentence piece has are one `<unk>`.
+
         Raises:
             AudioError: there is no text, or such a character and no `<unk>`.
         """
-        spelled = self.normalised(text).replace(" ", SPACE)
-        if not spelled:
+        text = self.normalised(text)
+        if not text:
             raise AudioError("no transcript", "has no transcript")
+        if self._pieces is not None:
+            return _piece_labels(text, self._pieces)
+        spelled = text.replace(" ", SPACE)
         unknown = "".join(sorted({character for character in spelled if character not in self._numbers}))
         if unknown and UNKNOWN not in self._numbers:
             raise AudioError("unknown symbols", f"its transcript has {unknown!r}, which is not in ctc.vocabulary")
         return [self._numbers.get(character, self._numbers.get(UNKNOWN, BLANK)) for character in spelled], unknown
+
+
+def _piece_labels(text: str, pieces: SentencePieceProcessor) -> tuple[list[int], str]:
+    numbers = pieces.encode(text)
+    unknown = {
+        character
+        for number, piece in zip(numbers, pieces.encode(text, out_type=str), strict=True)
+        if number == pieces.unk_id()
+        for character in piece
+    }
+    return [BLANK + 1 + number for number in numbers], "".join(sorted(unknown))
 
 
 def transcript(cut: Cut) -> str:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from w2vscale.config.tree import BASE_CONV_LAYERS, CtcConfig, ModelConfig
+from w2vscale.data.transcripts import PIECE_SPACE, SPACE
 from w2vscale.errors import UserError
 from w2vscale.interop.names import to_ours, to_theirs
 from w2vscale.models.ctc import BLANK
@@ -153,13 +154,16 @@ def _head_config(ctc: CtcConfig) -> dict[str, Any]:
 
 
 def tokenizer_files(ctc: CtcConfig) -> dict[str, dict[str, Any]]:
-    """The contents of `vocab.json` and `tokenizer_config.json`."""
+    """The contents of `vocab.json` and `tokenizer_config.json`.
+
+    Transformers' tokenizer joins symbols as they are, so sentence pieces have real spaces there.
+    """
 
     def present(symbol: str) -> str | None:
         return symbol if symbol in ctc.vocabulary else None
 
     return {
-        "vocab.json": {symbol: number for number, symbol in enumerate(ctc.vocabulary)},
+        "vocab.json": {symbol.replace(PIECE_SPACE, " "): number for number, symbol in enumerate(ctc.vocabulary)},
         "tokenizer_config.json": {
             "tokenizer_class": "Wav2Vec2CTCTokenizer",
             "processor_class": "Wav2Vec2Processor",
@@ -167,7 +171,7 @@ def tokenizer_files(ctc: CtcConfig) -> dict[str, dict[str, Any]]:
             "unk_token": present("<unk>"),
             "bos_token": present("<s>"),
             "eos_token": present("</s>"),
-            "word_delimiter_token": "|",
+            "word_delimiter_token": SPACE if SPACE in ctc.vocabulary else " ",
             "replace_word_delimiter_char": " ",
             "do_lower_case": False,
         },
@@ -191,7 +195,7 @@ def ctc_config(document: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> Ct
         raise UserError(f"config.json: pad_token_id={document['pad_token_id']!r}: CTC's blank must be symbol {BLANK}")
     try:
         return CtcConfig(
-            vocabulary=[symbol for _, symbol in numbers],
+            vocabulary=[symbol.replace(" ", PIECE_SPACE) for _, symbol in numbers],
             final_dropout=document.get("final_dropout", 0.1),
             channel_mask_probability=document.get("mask_feature_prob", 0.0),
             channel_mask_length=document.get("mask_feature_length", 10),

@@ -9,6 +9,7 @@ import yaml
 from w2vscale import __version__
 from w2vscale.checkpoint.reading import Checkpoint, TrainState
 from w2vscale.config import Config
+from w2vscale.data.transcripts import PIECE_SPACE
 from w2vscale.evaluation.report import read_metrics
 
 
@@ -28,6 +29,7 @@ def model_card(checkpoint: Checkpoint, config: Config, run: Path | None) -> str:
     ]
     table = "\n".join(f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows)
     fine_tuned = bool(config.ctc.vocabulary)
+    of_pieces = any(PIECE_SPACE in symbol for symbol in config.ctc.vocabulary)
     made = ("fine-tuned" if fine_tuned else "pretrained") if trained else "converted"
     return f"""---
 {header}---
@@ -43,7 +45,7 @@ def model_card(checkpoint: Checkpoint, config: Config, run: Path | None) -> str:
 ```python
 {(CTC_EXAMPLE if fine_tuned else ENCODER_EXAMPLE).format(rate=model.sampling_rate, dim=model.dim)}
 ```
-{"" if fine_tuned else MORE}"""
+{PIECES if of_pieces else "" if fine_tuned else MORE}"""
 
 
 LISTENS = """A model that learned from audio without transcripts, by contrastive prediction of masked speech
@@ -77,6 +79,10 @@ print(processor.batch_decode(labels))"""
 
 MORE = """
 `Wav2Vec2ForPreTraining` has the quantizer and the projections, too.
+"""
+
+PIECES = """
+The tokenizer makes text of labels, and no labels of text: those are the ids of the run's SentencePiece model + 1.
 """
 
 

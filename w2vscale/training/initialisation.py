@@ -15,6 +15,7 @@ from w2vscale.config import Config, load_config
 from w2vscale.config.tree import ARCHITECTURE
 from w2vscale.errors import UserError
 
+
 def with_architecture_of_source(config: Config) -> Config:
     """Settings of fine-tuning whose model is, in all that its weights depend on, that of `trainer.init_from`.
 
@@ -30,6 +31,15 @@ def with_architecture_of_source(config: Config) -> Config:
         return Config.model_validate(document)
     except ValidationError as error:
         raise UserError(f"trainer.init_from={config.trainer.init_from}: {error.errors()[0]['msg']}") from None
+
+
+def as_baseline(config: Config) -> Config:
+    """The same fine-tuning of weights that were never pretrained, so that nothing is frozen."""
+    document = config.model_dump(mode="json")
+    document["trainer"]["init_from"] = None
+    document["ctc"]["freeze_encoder_updates"] = 0
+    document["model"]["feature_grad_mult"] = 1.0
+    return Config.model_validate(document)
 
 
 def starting_values(

@@ -1,0 +1,85 @@
+# shellcheck shell=bash disable=SC2154
+# Stages that recipes share, from indexed manifests on. Source it below cmd.sh. A recipe sets
+#   exp          the pretraining run's folder; runs that are fine-tuned go to ${exp}_$amount and ${exp}_${amount}_scratch
+#   amount       a name for the transcripts that are fine-tuned on
+#   train_cuts   array: manifests to pretrain on
+#   held_out     manifest to validate on
+#   test_cuts    array: manifests to decode
+#   lm           an n-gram model to decode with, too, if the file is there; may be empty
+
+# pretrain CONF [SETTING…]
+pretrain() {
+  local conf=$1 cuts
+  shift
+  printf -v cuts '%s,' "${train_cuts[@]}"
+  on_ranks train "$conf" data.train="[${cuts%,}]" data.validation="$held_out" --exp "$exp" "$@"
+}
+
+evaluate_pretraining() {
+  w2vscale evaluate "$exp" --cuts "$held_out" --output "$exp/evaluation.json"
+  w2vscale report "$exp"
+}
+
+# subset MINUTES OUT: so much of all training data, speakers alike.
+subset() {
+  all_training "$2.all.jsonl"
+  w2vscale data subset "$2.all.jsonl" "$2" --hours "$(awk "BEGIN {print $1 / 60}")" --balanced-speakers
+  w2vscale data index "$2"
+}
+
+# subset_ids IDS OUT: the utterances of a list.
+subset_ids() {
+  all_training "$2.all.jsonl"
+  w2vscale data subset "$2.all.jsonl" "$2" --ids "$1"
+  w2vscale data index "$2"
+}
+
+all_training() {
+  cat "${train_cuts[@]}" >"$1"
+  w2vscale data index "$1"
+}
+
+# fine_tune CONF LABELS [SETTING…]: from the pretrained model and, as the baseline, from scratch.
+fine_tune() {
+  local conf=$1 labels=$2
+  shift 2
+  local common=("$conf" trainer.init_from="$exp" data.train="$labels" data.validation="$held_out" "$@")
+  on_ranks finetune "${common[@]}" --exp "${exp}_$amount"
+  on_ranks finetune "${common[@]}" --scratch --exp "${exp}_${amount}_scratch"
+  w2vscale report "${exp}_$amount" "${exp}_${amount}_scratch" --output "${exp}_$amount/curves.png"
+}
+
+# Greedily and, if there is a language model, with it.
+decode() {
+  local run name cuts
+  for run in "${exp}_$amount" "${exp}_${amount}_scratch"; do
+    for cuts in "${test_cuts[@]}"; do
+      name=${cuts##*/cuts_}
+      name=${name%.jsonl}
+      on_ranks evaluate "$run" --cuts "$cuts" --wer --output "$run/wer_$name.json" --html "$run/wer_$name.html"
+      if [[ -n $lm && -e $lm ]]; then
+        on_ranks evaluate "$run" --cuts "$cuts" --wer --lm "$lm" --output "$run/wer_${name}_lm.json"
+      fi
+    done
+  done
+}
+
+# results TITLE
+results() {
+  w2vscale results "$exp/evaluation.json" "${exp}_$amount"/wer_*.json "${exp}_${amount}_scratch"/wer_*.json \
+    --output "${exp}_$amount/RESULTS.md" --title "$1"
+}
+
+export_models() {
+  local run
+  for run in "$exp" "${exp}_$amount"; do
+    if [[ ! -e $run/huggingface ]]; then w2vscale export "$run" "$run/huggingface"; fi
+  done
+}
+
+made_all() {
+  made "settings" "$exp/config.yaml" "pretrained" "$exp/checkpoints/latest" "its evaluation" "$exp/evaluation.json" \
+    "its curves" "$exp/curves.png" "TensorBoard" "$exp/tb" "fine-tuned" "${exp}_$amount/checkpoints/latest" \
+    "its curves" "${exp}_$amount/curves.png" "from scratch" "${exp}_${amount}_scratch/checkpoints/latest" \
+    "for Transformers" "${exp}_$amount/huggingface" "results" "${exp}_$amount/RESULTS.md"
+}

@@ -1,0 +1,68 @@
+"""Tables of results: what is compared, and how much better it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from w2vscale.cli.app import app
+from w2vscale.errors import UserError
+from w2vscale.evaluation.results import relative_reduction
+from w2vscale.evaluation.wer import score, summarise
+
+
+def write_score(folder: Path, hypotheses: list[str], *, decoding: str = "greedy") -> Path:
+    found = summarise([score(f"u{n}", "one two three four", said) for n, said in enumerate(hypotheses)], [])
+    rates = {"wer": found.words.rate, "cer": found.characters.rate}
+    document = {"checkpoint": str(folder), "cuts": ["dev"], "decoding": decoding, **rates, **asdict(found)}
+    folder.mkdir(exist_ok=True)
+    path = folder / f"wer_{decoding}.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_a_reduction_is_relative_and_paired() -> None:
+    baseline = {f"u{n}": (4 + n % 3, 10) for n in range(60)}
+    # Every utterance has half its errors: so has every draw of utterances.
+    assert relative_reduction({name: (errors / 2, 10) for name, (errors, _) in baseline.items()}, baseline) == (
+        pytest.approx((0.5, 0.5, 0.5))
+    )
+    generator = np.random.default_rng(0)
+    ours = {name: (int(generator.integers(0, 6)), 10) for name in baseline}
+    value, low, high = relative_reduction(ours, baseline)
+    total = sum(errors for errors, _ in ours.values()) / sum(errors for errors, _ in baseline.values())
+    assert value == pytest.approx(1 - total)
+    assert low < value < high and 0.05 < high - low < 0.5
+    with pytest.raises(UserError, match="not written the same utterances"):
+        relative_reduction(ours, {"other": (1, 10)})
+
+
+def test_a_page_of_results(tmp_path: Path) -> None:
+    pretraining = tmp_path / "tiny" / "evaluation.json"
+    pretraining.parent.mkdir()
+    pretraining.write_text(json.dumps({"accuracy": 0.25, "contrastive_bits": 5.5, "update": 1200, "utterances": 58.0}))
+    ours = write_score(tmp_path / "tiny_1h", ["one two three four", "one two three"])
+    baseline = write_score(tmp_path / "tiny_1h_scratch", ["one two", "one two"])
+    beam = write_score(tmp_path / "tiny_1h", ["one two three four"] * 2, decoding="beam")
+    command = ["results", *map(str, (pretraining, ours, baseline, beam)), "-o", str(tmp_path / "RESULTS.md")]
+    result = CliRunner().invoke(app, [*command, "--title", "Trial"])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert page.startswith("# Trial\n")
+    assert "| tiny | 1,200 | 58 | 5.500 bits | 0.250 |" in page
+    assert "| tiny_1h | dev | greedy | 12.5% (0.0% to 25.0%) |" in page
+    assert "| tiny_1h_scratch | dev | greedy | 50.0% (50.0% to 50.0%) |" in page
+    assert "`tiny_1h` against `tiny_1h_scratch` on dev, greedy: WER lower by 75.0% (95 %: 50.0% to 100.0%)" in page
+    assert page.count("against") == 1
+
+
+def test_what_holds_no_figures_is_named(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text("{}")
+    for name, message in (("missing.json", "cannot be read: No such file"), ("other.json", "no figures of")):
+        result = CliRunner().invoke(app, ["results", str(tmp_path / name)])
+        assert isinstance(result.exception, UserError) and message in str(result.exception)

@@ -1,0 +1,78 @@
+"""`checkpoint.keep_best`: the checkpoints that a run keeps for their validation, and that can be averaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.spelled import SPELLING, some_texts, write_spelled
+from w2vscale.checkpoint.averaging import average
+from w2vscale.checkpoint.reading import committed, open_checkpoint, update_of
+from w2vscale.config import load_config
+from w2vscale.errors import UserError
+from w2vscale.evaluation.checkpoint import evaluate_checkpoint
+from w2vscale.evaluation.report import read_metrics
+from w2vscale.training import loop
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """What the validations to come will find, in place of what they do."""
+    to_come: list[float] = []
+    validate = loop.validate
+
+    def scripted(*arguments: Any) -> Any:
+        values, sums = validate(*arguments)
+        return values | {"loss": to_come.pop(0)}, sums
+
+    monkeypatch.setattr(loop, "validate", scripted)
+    yield to_come
+    assert not to_come
+
+
+def kept(exp: Path) -> dict[int, float | None]:
+    """Update and validation loss of each checkpoint."""
+    states = {update_of(path): open_checkpoint(path).state for path in sorted(committed(exp / "checkpoints"))}
+    return {update: state.validation_loss for update, state in states.items()}
+
+
+@pytest.mark.parametrize("objective", [(), ("ctc.vocabulary=[]",)], ids=["fine-tuning", "pretraining"])
+def test_the_best_are_kept_over_a_resume_and_averaged(
+    objective: tuple[str, ...], losses: list[float], tmp_path: Path
+) -> None:
+    """Saved after every update, validated after every second."""
+    corpus = write_spelled(tmp_path / "corpus", some_texts(4))
+    settings = [
+        *SPELLING, f"data.train={corpus}", f"data.validation={corpus}", "checkpoint.every=1", "checkpoint.keep_last=1",
+        "checkpoint.keep_best=2", "trainer.validate_every=2", "batch.micro_batches=1", "model.layers=1", *objective,
+    ]  # fmt: skip
+    exp = tmp_path / "exp"
+    losses += [1.0, math.inf, 3.0, 4.0]
+    assert loop.train(load_config("base", [*settings, "trainer.updates=7"]), exp) == 0
+    assert kept(exp) == {2: 1.0, 6: 3.0, 7: 4.0}
+
+    losses += [2.0, 5.0, 6.0]
+    assert loop.train(load_config("base", [*settings, "trainer.updates=11"]), exp) == 0
+    assert kept(exp) == {2: 1.0, 8: 2.0, 11: 6.0}
+    validated = {record["update"]: record["loss"] for record in read_metrics(exp / "metrics.jsonl", "validation")}
+    assert validated == {2: 1.0, 4: None, 6: 3.0, 7: 4.0, 8: 2.0, 10: 5.0, 11: 6.0}
+
+    assert average(exp, tmp_path / "mean", best=2).figures == {2: 1.0, 8: 2.0}
+    average(exp, tmp_path / "one", best=1)
+    mean, one, same = (
+        evaluate_checkpoint(path, [corpus])
+        for path in (tmp_path / "mean", tmp_path / "one", exp / "checkpoints" / "update_00000002")
+    )
+    assert mean is not None and one is not None and same is not None
+    assert one.metrics == same.metrics
+    assert (mean.update, math.isfinite(mean.metrics["loss"])) == (8, True)
+    assert mean.metrics["loss"] != one.metrics["loss"]
+
+
+def test_without_validation_there_is_no_best() -> None:
+    with pytest.raises(UserError, match=r"checkpoint\.keep_best=3 needs data\.validation"):
+        load_config("base", ["checkpoint.keep_best=3"])

@@ -1,0 +1,125 @@
+"""A table of results from the figures that `w2vscale evaluate --output` wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from w2vscale.errors import UserError
+from w2vscale.evaluation.wer import RESAMPLES
+
+BASELINE = "_scratch"
+"""A run NAME is compared with the run NAME_scratch."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One file of figures; `run` is the name of its folder."""
+
+    run: str
+    file: Path
+    figures: dict[str, Any]
+
+
+def read_results(paths: Sequence[Path]) -> list[Result]:
+    """The files' figures.
+
+    Raises:
+        UserError: a file cannot be read, or holds no figures of an evaluation.
+    """
+    found = []
+    for path in paths:
+        try:
+            figures = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        if not isinstance(figures, dict) or not ({"accuracy", "wer"} & figures.keys()):
+            raise UserError(f"{path}: no figures of pretraining or --wer, as w2vscale evaluate --output writes them")
+        found.append(Result(path.resolve().parent.name, path, figures))
+    return found
+
+
+def results_page(results: Sequence[Result], title: str) -> str:
+    """Markdown: pretraining's figures, error rates with their intervals, and each run against its baseline.
+
+    Runs are compared where both wrote the same utterances by the same decoding.
+    """
+    lines = [f"# {title}", ""]
+    if pretraining := [one for one in results if "accuracy" in one.figures]:
+        lines += ["| pretraining | update | utterances | contrastive loss | accuracy |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {one.run} | {one.figures['update']:,} | {one.figures['utterances']:,.0f} "
+            f"| {one.figures['contrastive_bits']:.3f} bits | {one.figures['accuracy']:.3f} |"
+            for one in pretraining
+        ]
+        lines.append("")
+    if scores := [one for one in results if "wer" in one.figures]:
+        lines += ["| fine-tuned | test set | decoding | WER (95 %) | CER (95 %) |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {one.run} | {', '.join(one.figures['cuts'])} | {one.figures['decoding']} "
+            f"| {_rate(one, 'wer', 'word_interval')} | {_rate(one, 'cer', 'character_interval')} |"
+            for one in scores
+        ]
+        lines.append("")
+    for one in scores:
+        for other in scores:
+            same = all(one.figures[key] == other.figures[key] for key in ("cuts", "decoding"))
+            if same and other.run == one.run + BASELINE:
+                lines.append(_compared(one, other))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def relative_reduction(
+    errors: Mapping[str, tuple[float, int]], baseline: Mapping[str, tuple[float, int]]
+) -> tuple[float, float, float]:
+    """How much lower an error rate is, relative to the baseline's, and its interval of 95 %.
+
+    Both give each utterance's errors and length of reference. The interval is by paired bootstrap: the same 1000 draws
+    of utterances for both (Bisani & Ney 2004).
+
+    Raises:
+        UserError: they are of different utterances.
+    """
+    if errors.keys() != baseline.keys():
+        raise UserError("the runs that are compared have not written the same utterances: evaluate both again")
+    ours, theirs = (np.array([side[name] for name in errors], dtype=np.float64) for side in (errors, baseline))
+    drawn = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
+
+    def reduction(rows: Any) -> Any:
+        rates = [side[rows][..., 0].sum(axis=-1) / side[rows][..., 1].sum(axis=-1) for side in (ours, theirs)]
+        return 1.0 - rates[0] / rates[1]
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        low, high = np.nanpercentile(reduction(drawn), [2.5, 97.5])
+        return float(reduction(slice(None))), float(low), float(high)
+
+
+def _rate(result: Result, rate: str, interval: str) -> str:
+    low, high = result.figures[interval]
+    return f"{result.figures[rate]:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _compared(one: Result, baseline: Result) -> str:
+    told = []
+    for unit, name in (("words", "WER"), ("characters", "CER")):
+        sides = (
+            {
+                said["utterance"]: (sum(said[unit][kind] for kind in KINDS), said[unit]["reference"])
+                for said in result.figures["utterances"]
+            }
+            for result in (one, baseline)
+        )
+        value, low, high = relative_reduction(*sides)
+        told.append(f"{name} lower by {value:.1%} (95 %: {low:.1%} to {high:.1%})")
+    return (
+        f"- `{one.run}` against `{baseline.run}` on {', '.join(one.figures['cuts'])}, {one.figures['decoding']}: "
+        f"{', '.join(told)}, relative."
+    )
+
+
+KINDS = ("substitutions", "deletions", "insertions")
