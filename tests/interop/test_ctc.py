@@ -19,6 +19,7 @@ from w2vscale.config import Config, dump_config, load_config
 from w2vscale.data.transcripts import make_ctc_inputs
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
+from w2vscale.evaluation.decoding import text_of
 from w2vscale.evaluation.pretrained import load
 from w2vscale.evaluation.transcription import Transcript, transcribe
 from w2vscale.interop.exporting import export_checkpoint
@@ -99,6 +100,24 @@ def test_the_processor_loads_and_writes_the_same_text(family: tuple[Config, Path
     assert processor.tokenizer("IT'S").input_ids == [config.ctc.vocabulary.index(letter) for letter in "IT'S"]
 
 
+def test_sentence_pieces_are_written_with_spaces_and_come_in_again(tmp_path: Path) -> None:
+    symbols = ["<pad>", "<unk>", "<s>", "</s>", "▁", "▁THE", "▁C", "AT", "A", "'"]
+    config = load_config("base", [*SMALL, f"ctc.vocabulary={json.dumps(symbols)}"])
+    model = Wav2Vec2ForCTC(config.model, config.ctc)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    store = CheckpointStore(tmp_path / "checkpoints", Ranks(), keep_last=1)
+    export_checkpoint(
+        store.save(tensors, TrainState(update=1), dump_config(config)), tmp_path / "out", form="huggingface"
+    )
+    tokenizer = transformers.AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
+    labels = [5, 6, 7, 4, 9, 8, 8, 5, 1]
+    frames = [frame for label in labels for frame in (label, label, 0)]
+    assert tokenizer.decode(frames) == text_of(labels, symbols) == "THE CAT 'AA THE<unk>"
+    assert "no labels of text" in (tmp_path / "out" / "README.md").read_text()
+    imported = import_checkpoint(tmp_path / "out", tmp_path / "in", form="huggingface")
+    assert load_config(imported.checkpoint / "config.yaml").ctc.vocabulary == symbols
+
+
 def test_in_again_is_bit_identical(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
     config, checkpoint, export = family
     imported = import_checkpoint(export, tmp_path / "in", form="huggingface")
@@ -139,7 +158,7 @@ def test_the_card_says_how_to_write_with_it(family: tuple[Config, Path, Path]) -
     _, _, export = family
     card = (export / "README.md").read_text()
     assert "# wav2vec 2.0, fine-tuned with w2vscale" in card and "Wav2Vec2ForCTC.from_pretrained" in card
-    assert "no output layer" not in card
+    assert "no output layer" not in card and "no labels of text" not in card
 
 
 @pytest.mark.parametrize(

@@ -58,16 +58,19 @@ def own_environment() -> None:
 def test_the_demo_goes_through_all_stages_and_repeats_nothing(tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader", reason="synthetic speech needs the extra w2vscale[synth]")
     options = ("--data", str(tmp_path / "data"), "--exp", str(tmp_path / "exp"))
-    small = ("--train-minutes", "0.6", "--validation-minutes", "0.4")
-    said = run("demo", *options, *small, *SHORT)
-    for number in (0, 1, 2, 4, 5):
+    small = ("--train-minutes", "0.6", "--validation-minutes", "0.4", "--speakers", "2", "--label-minutes", "0.2")
+    said = run("demo", *options, *small, "--finetune-updates", "2", *SHORT)
+    for number in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10):
         assert f"stage {number}: done in" in said
+    page = (tmp_path / "exp_0.2min" / "RESULTS.md").read_text()
+    assert "| exp | 3 |" in page and "`exp_0.2min` against `exp_0.2min_scratch`" in page
+    assert (tmp_path / "exp_0.2min" / "huggingface" / "tokenizer_config.json").is_file()
     figures = json.loads((tmp_path / "exp" / "evaluation.json").read_text())
     assert figures["update"] == 3
     assert (tmp_path / "exp" / "curves.png").is_file()
 
     again = run("demo", *options, *small, *SHORT)
-    assert again.count("done already") == 5
+    assert again.count("done already") == 10
     assert "done in" not in again
 
 
@@ -86,6 +89,6 @@ def test_recipes_work_on_real_speech(shared_data: Path, recipe: str, tmp_path: P
     if recipe == "librispeech":  # its other stages are mini LibriSpeech's
         return
     short = (*SHORT, "data.max_seconds=2.0", "batch.max_seconds=8.0", "batch.micro_batches=2", "precision.compute=fp32")
-    said = run(recipe, *options, "--exp", str(tmp_path / "exp"), "--stage", "4", *short)
+    said = run(recipe, *options, "--exp", str(tmp_path / "exp"), "--stage", "4", "--stop-stage", "5", *short)
     assert "stage 5: done in" in said
     assert json.loads((tmp_path / "exp" / "evaluation.json").read_text())["utterances"] == 58

@@ -14,8 +14,10 @@ from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
 from w2vscale.cli.app import app
 from w2vscale.config import Config, load_config
 from w2vscale.data.manifest import build_index
+from w2vscale.data.pieces import train_pieces
 from w2vscale.errors import UserError
 from w2vscale.evaluation.checkpoint import evaluate_checkpoint
+from w2vscale.evaluation.pretrained import load
 from w2vscale.evaluation.report import read_metrics
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.initialisation import with_architecture_of_source
@@ -116,6 +118,30 @@ def test_resuming_is_bit_identical(spelled: Path, pretrained: Path, tmp_path: Pa
     assert [record["encoder_frozen"] for record in curves[0]] == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
+def test_sentence_pieces_train_and_resume_and_only_labels_need_their_file(spelled: Path, tmp_path: Path) -> None:
+    pieces = tmp_path / "pieces.model"
+    train_pieces([spelled], pieces, size=14)
+    own = ("ctc.vocabulary=[]", f"ctc.sentencepiece={pieces}", "trainer.updates=4", "checkpoint.every=2")
+    config = settings(spelled, *own, "batch.micro_batches=1", "data.workers=1")
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "cut")
+    (tmp_path / "cut" / "checkpoints" / "update_00000004").rename(tmp_path / "away")
+    train(config, tmp_path / "cut")
+    one, other = (read_model_tensors(open_checkpoint(tmp_path / name)) for name in ("whole", "cut"))
+    assert one["head.weight"].shape[0] == 15
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    evaluate = ["evaluate", str(tmp_path / "whole"), "--cuts", str(spelled)]
+    assert "label error rate, greedy" in CliRunner().invoke(app, evaluate).output
+    pieces.unlink()
+    assert len(load(tmp_path / "whole").config.ctc.vocabulary) == 15
+    for command in (["transcribe", str(tmp_path / "whole"), str(spelled)], [*evaluate, "--wer"]):
+        found = CliRunner().invoke(app, command)
+        assert found.exit_code == 0, found.output
+    result = CliRunner().invoke(app, evaluate)
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == f"ctc.sentencepiece={pieces}: cannot be read: No such file or directory"
+
+
 def test_what_is_frozen_stays_bit_for_bit(spelled: Path, pretrained: Path, tmp_path: Path) -> None:
     before = read_model_tensors(open_checkpoint(pretrained))
     source = (f"trainer.init_from={pretrained}", "checkpoint.every=4", "checkpoint.keep_last=2", "trainer.updates=8")
@@ -178,10 +204,25 @@ class TestCommandLine:
         shown = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--cuts", str(spelled)])
         assert "label error rate, greedy" in shown.output
 
+    def test_the_baseline_has_the_architecture_and_nothing_else(
+        self, spelled: Path, pretrained: Path, tmp_path: Path
+    ) -> None:
+        source = (f"trainer.init_from={pretrained}", "ctc.freeze_encoder_updates=1", "model.feature_grad_mult=0")
+        command = ["finetune", "base", *SPELLING, f"data.train={spelled}", *source, "trainer.updates=4", "--scratch"]
+        result = CliRunner().invoke(app, [*command, "--exp", str(tmp_path)])
+        assert result.exit_code == 0, result.output
+        config = load_config(tmp_path / "config.yaml")
+        assert config.model.dim == 32 and config.trainer.init_from is None
+        assert (config.ctc.freeze_encoder_updates, config.model.feature_grad_mult) == (0, 1.0)
+        one, other = (read_model_tensors(open_checkpoint(path)) for path in (pretrained, tmp_path))
+        name = "encoder.transformer.blocks.0.attention.qkv.weight"
+        assert one[name].shape == other[name].shape and not torch.allclose(one[name], other[name], atol=1e-2)
+
     def test_what_it_needs_is_named(self, spelled: Path, pretrained: Path) -> None:
         for arguments, message in (
             (["tiny"], "no ctc.vocabulary to write in"),
             (["ctc_1h"], "would freeze random weights"),
+            (["ctc_1h", "--scratch"], "--scratch: name the checkpoint whose architecture is meant"),
         ):
             result = CliRunner().invoke(app, ["finetune", *arguments, f"data.train={spelled}"])
             assert isinstance(result.exception, UserError) and message in str(result.exception)

@@ -53,6 +53,7 @@ class Transcripts:
                 )
         # The blank is no label, even where a transcript has a character that is called like it.
         self._numbers = {symbol: number for number, symbol in enumerate(vocabulary) if number != BLANK}
+        # Longer symbols without a space are marks such as <unk>, or pieces whose letters others have, too.
         letters = "".join(symbol for symbol in vocabulary if len(symbol) == 1 or PIECE_SPACE in symbol)
         self._upper, self._lower = letters == letters.upper(), letters == letters.lower()
 

@@ -13,14 +13,11 @@ from typing import IO, Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from w2vscale.data.transcripts import SPACE, Transcripts
+from w2vscale.data.transcripts import PIECE_SPACE, SPACE, Transcripts
 from w2vscale.errors import UserError
 from w2vscale.models.ctc import BLANK
 
 MARKS = {"<s>", "</s>", "<pad>"}
-
-PIECE_SPACE = "▁"
-"""The space in sentence pieces."""
 
 IMPOSSIBLE = -1e4
 """A log probability."""
