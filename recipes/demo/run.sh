@@ -38,7 +38,7 @@ amount=${label_minutes}min
 labels=$manifests/cuts_$amount.jsonl
 
 synthesise() {
-  w2vscale data synth "$data" --text digits --train-minutes "$train_minutes" --validation-minutes "$validation_minutes" \
+  w2vscale data synth "$data" --text digits --no-hum --train-minutes "$train_minutes" --validation-minutes "$validation_minutes" \
     --speakers "$speakers" --jobs 2
 }
 prepare() { w2vscale data prepare mini_librispeech "$data/LibriSpeech" "$manifests"; }

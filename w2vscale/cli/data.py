@@ -210,6 +210,7 @@ def synth(
     validation_minutes: Annotated[float, typer.Option(help="Speech in dev-clean-2, of other speakers.")] = 2.0,
     speakers: Annotated[int | None, typer.Option(min=1, help="Per part.", show_default="one a minute, 4 to 64")] = None,
     text: Annotated[Text, typer.Option(help="What is said; strings of digits are learned soonest.")] = "sentences",
+    hum: Annotated[bool, typer.Option(help="Of the mains, under all speech, as in amateur recordings.")] = True,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     jobs: Jobs = 1,
 ) -> None:
@@ -222,6 +223,7 @@ def synth(
             parts={"train-clean-5": train_minutes, "dev-clean-2": validation_minutes},
             speakers_per_part=speakers,
             text=text,
+            hum=hum,
             seed=seed,
             jobs=jobs,
             progress=progress,

@@ -89,6 +89,7 @@ def synthesise_corpus(
     parts: Mapping[str, float],
     speakers_per_part: int | None = None,
     text: Text = "sentences",
+    hum: bool = True,
     seed: int = 0,
     jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
@@ -102,8 +103,10 @@ def synthesise_corpus(
     with the numbers of finished and of all speakers.
 
     A complete corpus of the same arguments is left as it is. A corpus appears under its name only when it is
-    complete. Raises UserError for arguments out of range, for a folder that holds something else or cannot be
-    written, and for a missing espeak-ng.
+    complete. With `hum`, that of the mains lies under all speech.
+
+    Raises:
+        UserError: arguments out of range, a folder that holds something else or cannot be written, no espeak-ng.
     """
     speakers = draw_speakers(parts, speakers_per_part=speakers_per_part, seed=seed)
     if jobs < 1:
@@ -113,6 +116,7 @@ def synthesise_corpus(
         "parts": {part: float(minutes) for part, minutes in parts.items()},
         "speakers": {part: sum(speaker.part == part for speaker in speakers) for part in parts},
         "text": text,
+        "hum": hum,
         "seed": seed,
     }
     corpus = output / "LibriSpeech"
@@ -125,7 +129,9 @@ def synthesise_corpus(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         try:
-            totals = _synthesise_speakers(speakers, unfinished, text=text, seed=seed, jobs=jobs, progress=progress)
+            totals = _synthesise_speakers(
+                speakers, unfinished, text=text, hum=hum, seed=seed, jobs=jobs, progress=progress
+            )
             (unfinished / "SPEAKERS.TXT").write_text(speakers_table(totals), encoding="utf-8")
             summary = SynthesisSummary(
                 corpus=corpus,
@@ -198,11 +204,12 @@ def speakers_table(totals: Sequence[SpeakerTotal]) -> str:
 
 
 def finish_audio(
-    speech: NDArray[np.float32], *, gain_decibels: float, mains_hertz: float, generator: np.random.Generator
+    speech: NDArray[np.float32], *, gain_decibels: float, mains_hertz: float | None, generator: np.random.Generator
 ) -> NDArray[np.int16]:
-    """Speech in [-1, 1] with mains hum and room noise 25 to 35 dB below it, scaled by the gain, as 16-bit samples."""
+    """Speech in [-1, 1] with noise and hum (if any) 25 to 35 dB below it, scaled by the gain, as 16-bit samples."""
     loudness = math.sqrt(float(np.mean(np.square(speech))))
-    background = mains_hum(len(speech), mains_hertz, generator) + 0.3 * room_noise(len(speech), generator)
+    hum = mains_hum(len(speech), mains_hertz, generator) if mains_hertz is not None else 0.0
+    background = hum + 0.3 * room_noise(len(speech), generator)
     level = loudness * 10.0 ** (-generator.uniform(25.0, 35.0) / 20.0)
     scaled = (speech + level * background) * (32767.0 * 10.0 ** (gain_decibels / 20.0))
     return np.clip(np.rint(scaled), -32768, 32767).astype(np.int16)
@@ -269,13 +276,14 @@ def _synthesise_speakers(
     corpus: Path,
     *,
     text: Text,
+    hum: bool,
     seed: int,
     jobs: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[SpeakerTotal]:
     stop = threading.Event()
     with _one_torch_thread(), ThreadPoolExecutor(jobs) as pool:
-        work = [pool.submit(_synthesise_speaker, speaker, corpus, text, seed, stop) for speaker in speakers]
+        work = [pool.submit(_synthesise_speaker, speaker, corpus, text, hum, seed, stop) for speaker in speakers]
         try:
             for finished, future in enumerate(as_completed(work), start=1):
                 future.result()
@@ -288,7 +296,9 @@ def _synthesise_speakers(
     return [future.result() for future in work]
 
 
-def _synthesise_speaker(speaker: Speaker, corpus: Path, text: Text, seed: int, stop: threading.Event) -> SpeakerTotal:
+def _synthesise_speaker(
+    speaker: Speaker, corpus: Path, text: Text, hum: bool, seed: int, stop: threading.Event
+) -> SpeakerTotal:
     """Speak sentences until the speaker's seconds are reached or `stop` is set, and write its files."""
     sentences = random.Random(f"sentences {seed} {speaker.identifier}")
     lines: dict[Path, list[str]] = {}
@@ -305,7 +315,10 @@ def _synthesise_speaker(speaker: Speaker, corpus: Path, text: Text, seed: int, s
             spawn_key = (speaker.identifier, utterances)
             noise = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=spawn_key))
             audio = finish_audio(
-                speech, gain_decibels=speaker.gain_decibels, mains_hertz=speaker.mains_hertz, generator=noise
+                speech,
+                gain_decibels=speaker.gain_decibels,
+                mains_hertz=speaker.mains_hertz if hum else None,
+                generator=noise,
             )
             folder, name = _place(corpus, speaker, utterances)
             if folder not in lines:
