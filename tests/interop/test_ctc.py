@@ -26,6 +26,7 @@ from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
 from w2vscale.interop.torchaudio import import_torchaudio
 from w2vscale.models.ctc import Wav2Vec2ForCTC
+from w2vscale.training.initialisation import open_source, with_architecture_of_source
 
 with contextlib.suppress(UserError):  # not installed
     import_torchaudio()  # before Transformers imports it
@@ -126,6 +127,15 @@ def test_in_again_is_bit_identical(family: tuple[Config, Path, Path], tmp_path: 
     again = load_config(imported.checkpoint / "config.yaml")
     assert again.model == config.model
     assert again.ctc == config.ctc.model_copy(update={"freeze_encoder_updates": 0})
+
+
+def test_a_run_starts_from_the_folder_as_from_the_checkpoint(family: tuple[Config, Path, Path]) -> None:
+    config, checkpoint, export = family
+    one, other = open_source(checkpoint), open_source(export)
+    assert one.model == other.model == config.model and one.shapes == other.shapes
+    assert all(torch.equal(one.tensor(name), other.tensor(name)) for name in one.shapes)
+    settings = load_config("ctc_1h", [f"trainer.init_from={export}"])
+    assert with_architecture_of_source(settings).model.conv_layers == config.model.conv_layers
 
 
 def test_a_model_that_transformers_saved_comes_in(family: tuple[Config, Path, Path], tmp_path: Path) -> None:

@@ -378,7 +378,7 @@ class TrainerConfig(Section):
     validate_every: Count = Field(5000, description="updates")
     init_from: Path | None = Field(
         None,
-        description="a checkpoint whose weights a new run starts from (w2vscale import makes one of others' models)",
+        description="whose weights a new run starts from: a checkpoint, a folder of Transformers, or fairseq's .pt",
     )
     init_allow: Annotated[list[Pattern], BeforeValidator(_as_list)] = Field(
         [], description="regular expressions: tensors and model settings that may be missing there or differ"

@@ -20,6 +20,7 @@ from w2vscale.config import Config, ModelConfig, load_config
 from w2vscale.data.audio import EPSILON, AudioError
 from w2vscale.errors import UserError
 from w2vscale.evaluation.resampling import Samples, resampled
+from w2vscale.interop.importing import form_of
 from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.feature_encoder import ConvLayer, MaskedGroupNorm, input_samples, output_frames
 
@@ -66,11 +67,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
 
 
 def _import_hint(path: Path) -> str:
-    if (path / "config.json").is_file():
-        form = "huggingface"
-    elif path.suffix == ".pt" and path.is_file():
-        form = "fairseq"
-    else:
+    form = form_of(path)
+    if form is None:
         return ""
     return f"; another library's model is made a checkpoint by: w2vscale import {path} DIR --format {form}"
 

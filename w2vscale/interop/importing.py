@@ -47,6 +47,26 @@ def import_checkpoint(
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
     folder = folder_for_one(output)
+    model, ctc, state = read_model(source, form, log)
+    tensors = {f"model.{name}": tensor for name, tensor in state.items()}
+    origin = TrainState(data=f"imported from {source.name} ({form})")
+    optim = OptimConfig(weight_decay=0.0) if ctc.vocabulary else OptimConfig()  # what is frozen must not shrink
+    settings = dump_config(Config(model=model, ctc=ctc, optim=optim))
+    path = CheckpointStore(folder, Ranks(), log=log).save(tensors, origin, settings)
+    return Imported(path, sum(tensor.numel() for tensor in tensors.values()))
+
+
+def form_of(path: Path) -> str | None:
+    """Which library's model a path looks like, if it is one."""
+    if (path / "config.json").is_file():
+        return "huggingface"
+    return "fairseq" if path.suffix == ".pt" and path.is_file() else None
+
+
+def read_model(
+    source: Path, form: str, log: Callable[[str], None] = lambda text: None
+) -> tuple[ModelConfig, CtcConfig, dict[str, Tensor]]:
+    """Settings and weights, by our names, of another library's model: see `import_checkpoint`."""
     ctc = CtcConfig()
     if form == "huggingface":
         model, ctc, state = read_huggingface(source, log)
@@ -55,12 +75,7 @@ def import_checkpoint(
     for name, tensor in state.items():
         if tensor.is_meta or not tensor.isfinite().all():
             raise UserError(f"{source}: {name} has no values, or values that are not finite")
-    tensors = {f"model.{name}": tensor for name, tensor in state.items()}
-    origin = TrainState(data=f"imported from {source.name} ({form})")
-    optim = OptimConfig(weight_decay=0.0) if ctc.vocabulary else OptimConfig()  # what is frozen must not shrink
-    settings = dump_config(Config(model=model, ctc=ctc, optim=optim))
-    path = CheckpointStore(folder, Ranks(), log=log).save(tensors, origin, settings)
-    return Imported(path, sum(tensor.numel() for tensor in tensors.values()))
+    return model, ctc, state
 
 
 def read_huggingface(

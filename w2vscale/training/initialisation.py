@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -11,9 +13,44 @@ from torch import Tensor
 from w2vscale.checkpoint.consolidation import whole_tensors
 from w2vscale.checkpoint.reading import open_checkpoint
 from w2vscale.checkpoint.shards import stored_tensors, tensor_files
-from w2vscale.config import Config, load_config
+from w2vscale.config import Config, ModelConfig, load_config
 from w2vscale.config.tree import ARCHITECTURE
 from w2vscale.errors import UserError
+from w2vscale.interop.importing import form_of, read_model
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to start from: its settings, the shapes of its tensors, and each of them whole, fp32, by our names."""
+
+    model: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    tensor: Callable[[str], Tensor]
+
+
+def open_source(path: Path, log: Callable[[str], None] = lambda text: None) -> Source:
+    """A checkpoint, a folder that Transformers' `save_pretrained` wrote, or fairseq's `.pt` file.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    form = form_of(path)
+    if form is not None:
+        model, _, state = read_model(path, form, log)
+        log(f"starting from {path} ({form})")
+        return Source(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
+    checkpoint = open_checkpoint(path, log)
+    stored = {
+        name.removeprefix("model."): tensor
+        for name, tensor in stored_tensors(tensor_files(checkpoint.path)).items()
+        if name.startswith("model.")
+    }
+    log(f"starting from {checkpoint.path}")
+    return Source(
+        load_config(checkpoint.path / "config.yaml").model,
+        {name: tuple(tensor.shape) for name, tensor in stored.items()},
+        lambda name: next(whole_tensors({f"model.{name}": stored[name]})),
+    )
 
 
 def with_architecture_of_source(config: Config) -> Config:
@@ -24,7 +61,7 @@ def with_architecture_of_source(config: Config) -> Config:
     """
     if config.trainer.init_from is None:
         return config
-    theirs = load_config(open_checkpoint(config.trainer.init_from).path / "config.yaml").model.model_dump(mode="json")
+    theirs = open_source(config.trainer.init_from).model.model_dump(mode="json")
     document = config.model_dump(mode="json")
     document["model"] |= {key: theirs[key] for key in ARCHITECTURE}
     try:
@@ -59,19 +96,14 @@ def starting_values(
     if config.trainer.init_from is None:
         yield from drawn
         return
-    checkpoint = open_checkpoint(config.trainer.init_from, log)
-    stored = {
-        name.removeprefix("model."): tensor
-        for name, tensor in stored_tensors(tensor_files(checkpoint.path)).items()
-        if name.startswith("model.")
-    }
-    missing = {name: "is missing" for name in shapes if name not in stored}
+    source = open_source(config.trainer.init_from, log)
+    missing = {name: "is missing" for name in shapes if name not in source.shapes}
     reshaped = {
-        name: f"is {list(stored[name].shape)} there and {list(shape)} here"
+        name: f"is {list(source.shapes[name])} there and {list(shape)} here"
         for name, shape in shapes.items()
-        if name in stored and stored[name].shape != shape
+        if name in source.shapes and source.shapes[name] != shape
     }
-    theirs = load_config(checkpoint.path / "config.yaml").model.model_dump(mode="json")
+    theirs = source.model.model_dump(mode="json")
     settings = {
         f"model.{key}": f"is {theirs[key]} there and {value} here"
         for key, value in config.model.model_dump(mode="json").items()
@@ -81,15 +113,14 @@ def starting_values(
     _refuse_unless_allowed(
         settings | reshaped | {name: what for name, what in missing.items() if name not in new_head}, config, log
     )
-    unused = {name for name in stored if name not in shapes}
-    log(f"starting from {checkpoint.path}")
+    unused = {name for name in source.shapes if name not in shapes}
     for line in _table(shapes, missing=set(missing), reshaped=set(reshaped), unused=unused):
         log(line)
     for name, problem in (reshaped | missing).items():
         log(f"drawn anew: {name} {problem}")
     for name, value in drawn:
         taken = name not in missing and name not in reshaped
-        yield name, next(whole_tensors({f"model.{name}": stored[name]})) if taken else value
+        yield name, source.tensor(name) if taken else value
 
 
 def _refuse_unless_allowed(problems: Mapping[str, str], config: Config, log: Callable[[str], None]) -> None:
