@@ -76,7 +76,7 @@ def is_fine_tuning(record: Record) -> bool:
 def draw_curves(exps: Sequence[Path], output: Path) -> Path:
     """Draw loss, accuracy, codebook use and gradient norm of one or several runs into one PNG.
 
-    Of fine-tuning runs: loss of a label, and label errors in validation.
+    Of fine-tuning runs: loss of a label, label errors in validation, and the learning rate in place of codebooks.
 
     Raises:
         UserError: a run has no metrics yet, or the picture cannot be written.
@@ -107,6 +107,8 @@ def draw_curves(exps: Sequence[Path], output: Path) -> Path:
             style = ("-", "--", ":", "-.")[codebook % 4]
             label = f"{name}, codebook {codebook}"
             _draw(codes, train, f"code_perplexity_{codebook}", color=color, linestyle=style, label=label)
+        if fine_tuning:
+            _draw(codes, train, "lr", color=color)
         _draw(norm, train, "grad_norm", color=color)
         chance = 1.0 / (1 + model["negatives"])
     if not fine_tuning:
@@ -114,14 +116,14 @@ def draw_curves(exps: Sequence[Path], output: Path) -> Path:
         accuracy.axhline(chance, color="grey", linewidth=0.8, linestyle=":")
     loss.set_ylabel("loss of a label (nats)" if fine_tuning else "contrastive loss (bits)")
     accuracy.set_ylabel("label error rate, validation" if fine_tuning else "contrastive accuracy")
-    codes.set_ylabel(f"code perplexity (of {model['codebook_entries']})")
+    codes.set_ylabel("learning rate" if fine_tuning else f"code perplexity (of {model['codebook_entries']})")
     codes.set_ylim(bottom=0)
     norm.set_ylabel("gradient norm, before clipping")
     norm.set_yscale("log")
     for axes in (codes, norm):
         axes.set_xlabel("update")
     for axes in (loss, codes):
-        if axes.has_data():
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small", frameon=False)
     for axes in figure.axes:
         axes.grid(alpha=0.25)
