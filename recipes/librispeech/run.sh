@@ -70,9 +70,21 @@ index() {
   w2vscale data index "${train_cuts[@]}" "${test_cuts[@]}"
   w2vscale data stats "${train_cuts[@]}" --config "$here/conf/$conf.yaml"
 }
-write_shards() { w2vscale data shar "${train_cuts[@]}" --output "$data/shar" --jobs "$jobs"; }
+# The folder of a manifest's shards.
+shards_of() {
+  local name=${1##*/cuts_}
+  echo "$data/shar/${name%.jsonl}"
+}
+write_shards() {
+  local cuts
+  for cuts in "${train_cuts[@]}"; do w2vscale data shar "$cuts" "$(shards_of "$cuts")" --jobs "$jobs"; done
+}
 pretrain_librispeech() {
-  if $shar; then set -- "$@" data.mode=stream data.train="$data/shar"; fi
+  if $shar; then
+    local cuts folders=
+    for cuts in "${train_cuts[@]}"; do folders+=$(shards_of "$cuts"),; done
+    set -- data.mode=stream data.train="[${folders%,}]" "$@"
+  fi
   pretrain "$here/conf/$conf.yaml" "$@"
 }
 # The transcripts of stage 7.
