@@ -50,7 +50,8 @@ run_stage 2 "index them for O(1) access" "$manifests" index
 # 3 is for corpora that are streamed.
 run_stage 4 "pretrain" "$exp" pretrain "$here/conf/pretrain.yaml" "$@"
 run_stage 5 "evaluate on other speakers and draw the curves" "$exp" evaluate_pretraining
-run_stage 6 "choose $label_minutes minutes to have transcripts" "${exp}_$amount" subset "$label_minutes" "$labels"
+run_stage 6 "choose $label_minutes minutes to have transcripts" "${exp}_$amount" \
+  subset "$labels" --hours "$(hours "$label_minutes")" --balanced-speakers
 run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" \
   fine_tune "$here/conf/finetune.yaml" "$labels" trainer.updates="$finetune_updates"
 run_stage 8 "decode" "${exp}_$amount" decode

@@ -90,19 +90,18 @@ pretrain_librispeech() {
 # The transcripts of stage 7.
 choose_labels() {
   case $amount in
-    100h) cp "$manifests/cuts_train-clean-100.jsonl" "$labels" ;;
-    960h) cat "${train_cuts[@]}" >"$labels" ;;
+    100h) cp "$manifests/cuts_train-clean-100.jsonl" "$labels" && w2vscale data index "$labels" ;;
+    960h) cat "${train_cuts[@]}" >"$labels" && w2vscale data index "$labels" ;;
     *)
       if [[ -n $librilight ]]; then
         bash "$here/local/librilight_ids.sh" "$librilight" "$amount" >"$manifests/$amount.ids"
-        subset_ids "$manifests/$amount.ids" "$labels"
+        subset "$labels" --ids "$manifests/$amount.ids"
       else
         local -A minutes=([10min]=10 [1h]=60 [10h]=600)
-        subset "${minutes[$amount]}" "$labels"
+        subset "$labels" --hours "$(hours "${minutes[$amount]}")" --balanced-speakers
       fi
       ;;
   esac
-  w2vscale data index "$labels"
 }
 
 find_manifests

@@ -57,7 +57,8 @@ run_stage 2 "index them for O(1) access" "$manifests" index
 # 3 is for corpora that are streamed.
 run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain "$here/conf/$conf.yaml" "$@"
 run_stage 5 "evaluate on dev-clean-2 and draw the curves" "$exp" evaluate_pretraining
-run_stage 6 "choose $minutes minutes to have transcripts" "${exp}_$amount" subset "$minutes" "$labels"
+run_stage 6 "choose $minutes minutes to have transcripts" "${exp}_$amount" \
+  subset "$labels" --hours "$(hours "$minutes")" --balanced-speakers
 run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" \
   fine_tune "$here/conf/$finetune_conf.yaml" "$labels"
 run_stage 8 "decode dev-clean-2" "${exp}_$amount" decode

@@ -20,24 +20,21 @@ evaluate_pretraining() {
   w2vscale report "$exp"
 }
 
-# subset MINUTES OUT: so much of all training data, speakers alike.
+# subset OUT OPTION…: a part of all training data, by the options of `w2vscale data subset`.
 subset() {
-  all_training "$2.all.jsonl"
-  w2vscale data subset "$2.all.jsonl" "$2" --hours "$(awk "BEGIN {print $1 / 60}")" --balanced-speakers
-  w2vscale data index "$2"
+  local out=$1 all=${train_cuts[0]}
+  shift
+  if ((${#train_cuts[@]} > 1)); then
+    all=$out.all.jsonl
+    cat "${train_cuts[@]}" >"$all"
+    w2vscale data index "$all"
+  fi
+  w2vscale data subset "$all" "$out" "$@"
+  w2vscale data index "$out"
 }
 
-# subset_ids IDS OUT: the utterances of a list.
-subset_ids() {
-  all_training "$2.all.jsonl"
-  w2vscale data subset "$2.all.jsonl" "$2" --ids "$1"
-  w2vscale data index "$2"
-}
-
-all_training() {
-  cat "${train_cuts[@]}" >"$1"
-  w2vscale data index "$1"
-}
+# hours MINUTES
+hours() { awk -v minutes="$1" 'BEGIN { print minutes / 60 }'; }
 
 # fine_tune CONF LABELS [SETTING…]: from the pretrained model and, as the baseline, from scratch.
 fine_tune() {

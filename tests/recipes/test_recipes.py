@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +94,43 @@ def test_recipes_work_on_real_speech(shared_data: Path, recipe: str, tmp_path: P
     said = run(recipe, *options, "--exp", str(tmp_path / "exp"), "--stage", "4", "--stop-stage", "5", *short)
     assert "stage 5: done in" in said
     assert json.loads((tmp_path / "exp" / "evaluation.json").read_text())["utterances"] == 58
+
+
+def local(script: str, *arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        ["bash", str(RECIPES / "librispeech" / "local" / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_libri_lights_lists_are_read_from_its_folders(tmp_path: Path) -> None:
+    for part, name in (("1h/0/clean", "3-3-0001"), ("1h/5/other", "1-1-0000"), ("9h/clean", "2-2-0002")):
+        folder = tmp_path / part / name.split("-")[0] / name.split("-")[1]
+        folder.mkdir(parents=True)
+        (folder / f"{name}.flac").touch()
+        (folder / f"{name.rpartition('-')[0]}.trans.txt").touch()
+    for amount, names in (
+        ("10min", ["3-3-0001"]),
+        ("1h", ["1-1-0000", "3-3-0001"]),
+        ("10h", ["1-1-0000", "2-2-0002", "3-3-0001"]),
+    ):
+        assert local("librilight_ids.sh", str(tmp_path), amount).stdout.split() == names
+    assert "no folder" in local("librilight_ids.sh", str(tmp_path / "none"), "1h", code=2).stderr
+    assert "choose 10min, 1h or 10h" in local("librilight_ids.sh", str(tmp_path), "100h", code=2).stderr
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_language_model_is_fetched_whole_and_once(tmp_path: Path) -> None:
+    (tmp_path / "4-gram.arpa.gz").write_bytes(gzip.compress(b"\\data\\\n"))
+    there = tmp_path.as_uri()
+    local("fetch_lm.sh", str(tmp_path / "lm"), OPENSLR=there)
+    assert gzip.decompress((tmp_path / "lm" / "4-gram.arpa.gz").read_bytes()) == b"\\data\\\n"
+    local("fetch_lm.sh", str(tmp_path / "lm"), OPENSLR="file:///nowhere")
+    (tmp_path / "4-gram.arpa.gz").write_bytes(b"<html>not found</html>")
+    assert local("fetch_lm.sh", str(tmp_path / "other"), OPENSLR=there, code=1)
+    assert not (tmp_path / "other" / "4-gram.arpa.gz").exists()

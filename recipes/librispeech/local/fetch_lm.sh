@@ -7,5 +7,8 @@ if [[ -s $model ]]; then exit; fi
 mkdir -p "$dir"
 curl --fail --location --retry 5 --continue-at - --output "$model.part" \
   "${OPENSLR:-https://www.openslr.org/resources/11}/4-gram.arpa.gz"
-gzip --test "$model.part"
+if ! gzip --test "$model.part"; then
+  rm "$model.part" # what is damaged is not continued
+  exit 1
+fi
 mv "$model.part" "$model"
