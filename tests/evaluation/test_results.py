@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from w2vscale.cli.app import app
 from w2vscale.errors import UserError
-from w2vscale.evaluation.results import relative_reduction
+from w2vscale.evaluation.bootstrap import relative_reduction
 from w2vscale.evaluation.wer import score, summarise
 
 

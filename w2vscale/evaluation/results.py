@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from w2vscale.errors import UserError
-from w2vscale.evaluation.wer import RESAMPLES
+from w2vscale.evaluation.bootstrap import relative_reduction
 
 BASELINE = "_scratch"
 """A run NAME is compared with the run NAME_scratch."""
@@ -72,31 +70,6 @@ def results_page(results: Sequence[Result], title: str) -> str:
             if same and other.run == one.run + BASELINE:
                 lines.append(_compared(one, other))
     return "\n".join(lines).rstrip() + "\n"
-
-
-def relative_reduction(
-    errors: Mapping[str, tuple[float, int]], baseline: Mapping[str, tuple[float, int]]
-) -> tuple[float, float, float]:
-    """How much lower an error rate is, relative to the baseline's, and its interval of 95 %.
-
-    Both give each utterance's errors and length of reference. The interval is by paired bootstrap: the same 1000 draws
-    of utterances for both (Bisani & Ney 2004).
-
-    Raises:
-        UserError: they are of different utterances.
-    """
-    if errors.keys() != baseline.keys():
-        raise UserError("the runs that are compared have not written the same utterances: evaluate both again")
-    ours, theirs = (np.array([side[name] for name in errors], dtype=np.float64) for side in (errors, baseline))
-    drawn = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
-
-    def reduction(rows: Any) -> Any:
-        rates = [side[rows][..., 0].sum(axis=-1) / side[rows][..., 1].sum(axis=-1) for side in (ours, theirs)]
-        return 1.0 - rates[0] / rates[1]
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = np.nanpercentile(reduction(drawn), [2.5, 97.5])
-        return float(reduction(slice(None))), float(low), float(high)
 
 
 def _rate(result: Result, rate: str, interval: str) -> str:

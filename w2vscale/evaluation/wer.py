@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lhotse.cut import Cut
 
 from w2vscale.data.manifest import Manifest, build_index
@@ -18,12 +17,10 @@ from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.transcripts import Transcripts, transcript
 from w2vscale.distributed.process_group import ALONE, Ranks, gather_from_ranks
 from w2vscale.errors import UserError
+from w2vscale.evaluation.bootstrap import interval
 from w2vscale.evaluation.decoding import BeamSearch
 from w2vscale.evaluation.pretrained import Pretrained
 from w2vscale.evaluation.transcription import transcribe
-
-RESAMPLES = 1000
-"""Bootstrap samples of the utterances."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +136,8 @@ def summarise(utterances: list[Scored], bad: list[BadAudio]) -> Score:
         utterances=utterances,
         words=_sum(words),
         characters=_sum(characters),
-        word_interval=_interval(words),
-        character_interval=_interval(characters),
+        word_interval=_interval_of(words),
+        character_interval=_interval_of(characters),
         speakers=dict(sorted(speakers.items())),
         bad=bad,
     )
@@ -186,12 +183,8 @@ def _sum(errors: Sequence[Errors]) -> Errors:
     return Errors(*map(sum, fields))
 
 
-def _interval(errors: Sequence[Errors]) -> tuple[float, float]:
-    totals, references = (np.array([getattr(one, name) for one in errors]) for name in ("total", "reference"))
-    drawn = np.random.default_rng(0).integers(0, len(errors), (RESAMPLES, len(errors)))
-    rates = totals[drawn].sum(axis=1) / np.maximum(references[drawn].sum(axis=1), 1)
-    low, high = np.percentile(rates, [2.5, 97.5])
-    return float(low), float(high)
+def _interval_of(errors: Sequence[Errors]) -> tuple[float, float]:
+    return interval([one.total for one in errors], [one.reference for one in errors])
 
 
 def _jiwer() -> Any:
