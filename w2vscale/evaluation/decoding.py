@@ -256,7 +256,7 @@ def _language_model(path: Path, words: Sequence[str]) -> Any:
         raise UserError(f"--lm {path}: no such file")
     try:
         return library.KenLM(str(path), library.Dictionary([*words, "<unk>"]))
-    except Exception as error:
+    except RuntimeError as error:
         raise UserError(f"--lm {path}: KenLM cannot load it: {str(error).splitlines()[-1]}") from None
 
 
