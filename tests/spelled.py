@@ -26,12 +26,13 @@ def spoken(text: str, *, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float3
     return audio + 0.05 * noise(audio.size / RATE, seed=seed)
 
 
-def write_spelled(folder: Path, texts: list[str]) -> Path:
-    """A manifest of utterances of these texts."""
+def write_spelled(folder: Path, texts: list[str], *, speakers: int = 0) -> Path:
+    """A manifest of utterances of these texts, by so many speakers in turn."""
     cuts = []
     for number, text in enumerate(texts):
         cut = cut_of(write_audio(folder / f"u{number:02d}.flac", spoken(text or "ABCDABCD", seed=number)))
         said = SupervisionSegment(id=cut.id, recording_id=cut.recording_id, start=0.0, duration=cut.duration, text=text)
+        said.speaker = f"speaker{number % speakers}" if speakers else None
         cut.supervisions = [said]
         cuts.append(cut)
     return write_manifest(folder / "cuts.jsonl", cuts)

@@ -61,6 +61,13 @@ def test_a_page_of_results(tmp_path: Path) -> None:
     assert page.count("against") == 1
 
 
+def test_a_baseline_without_errors_is_no_measure(tmp_path: Path) -> None:
+    ours = write_score(tmp_path / "tiny_1h", ["one two three"])
+    baseline = write_score(tmp_path / "tiny_1h_scratch", ["one two three four"])
+    result = CliRunner().invoke(app, ["results", str(ours), str(baseline)])
+    assert "WER not comparable (the baseline makes no errors), CER not comparable" in result.output
+
+
 def test_what_holds_no_figures_is_named(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     for name, message in (("missing.json", "cannot be read: No such file"), ("other.json", "no figures of")):

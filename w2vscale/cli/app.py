@@ -21,6 +21,7 @@ from w2vscale.cli import (
     evaluate,
     features,
     finetune,
+    probe,
     report,
     results,
     train,
@@ -42,6 +43,7 @@ app.command("train")(train.train)
 app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("transcribe")(transcribe.transcribe)
+app.command("probe")(probe.probe)
 app.command("features")(features.features)
 app.command("report")(report.report)
 app.command("results")(results.results)

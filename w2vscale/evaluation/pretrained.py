@@ -23,6 +23,8 @@ from w2vscale.evaluation.resampling import Samples, resampled
 from w2vscale.interop.importing import form_of
 from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.feature_encoder import ConvLayer, MaskedGroupNorm, input_samples, output_frames
+from w2vscale.models.quantizer import Quantized
+from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2ForPretraining
 
 CHUNK_SECONDS = 30.0
 """Longer audio is computed in chunks of at most this."""
@@ -116,6 +118,7 @@ class Piece(NamedTuple):
 
     first: int
     hidden: list[Tensor]  # of each wanted layer [frames, dim], fp32, on the CPU
+    codes_TG: Tensor | None = None  # the entry of each codebook that the quantizer chooses, where wanted
 
 
 @dataclass(frozen=True)
@@ -209,8 +212,11 @@ class Pretrained:
         chunk_seconds: float = CHUNK_SECONDS,
         overlap_seconds: float = OVERLAP_SECONDS,
         batch_seconds: float = BATCH_SECONDS,
+        codes: bool = False,
     ) -> Iterator[tuple[int, Piece | AudioError]]:
         """The hidden states of several audios, as pairs of an audio's number and a piece of it or what is wrong.
+
+        With `codes`, the quantizer's choices too; a fine-tuned model has none.
 
         Pieces come in order and without gaps, audio by audio; nothing follows an error of the same audio. Chunks that
         follow each other share a forward of at most `batch_seconds` (at least one chunk); neighbours should be of
@@ -231,10 +237,13 @@ class Pretrained:
         batch: list[tuple[int, Part]] = []
 
         def run() -> Iterator[tuple[int, Piece]]:
-            hidden = self._hidden_states([part for _, part in batch], layers)
-            for (number, (window, _, _)), states in zip(batch, hidden, strict=True):
-                kept = slice(window.first - window.begin, window.last - window.begin)
-                yield number, Piece(window.first, [state_TD[kept] for state_TD in states])
+            encoded = self._encode([part for _, part in batch], layers)
+            chosen_BTG = self._codes(encoded) if codes else None
+            hidden = [encoded.hidden[layer].float().cpu() for layer in layers]
+            for row, (number, (window, _, _)) in enumerate(batch):
+                kept = (row, slice(window.first - window.begin, window.last - window.begin))
+                states = [state_BTD[kept] for state_BTD in hidden]
+                yield number, Piece(window.first, states, None if chosen_BTG is None else chosen_BTG[kept])
             batch.clear()
 
         for number, audio in enumerate(audios):
@@ -322,26 +331,33 @@ class Pretrained:
         return mean_G.float(), (squares_G / count - mean_G.square()).clamp(min=0.0).float()
 
     @torch.no_grad()
-    def _hidden_states(self, parts: Sequence[Part], layers: Sequence[int]) -> list[list[Tensor]]:
-        """Of each part, of each layer, the hidden states [frames, dim] on the CPU; blocks above are not run."""
+    def _encode(self, parts: Sequence[Part], layers: Sequence[int]) -> EncoderOutput:
+        """What the encoder computes of some parts; blocks above the highest layer are not run."""
         device = self.model.encoder.mask_embedding.device
         lengths_B = torch.tensor([part.samples.size for part in parts])
-        frames = [output_frames(part.samples.size, self.config.model) for part in parts]
+        frames_B = torch.tensor([output_frames(part.samples.size, self.config.model) for part in parts])
         waveforms_BS = torch.zeros(len(parts), int(lengths_B.max()))
         for row_S, part in zip(waveforms_BS, parts, strict=True):
             row_S[: part.samples.size] = torch.from_numpy(part.samples)
         padded = len({part.samples.size for part in parts}) > 1
         given = [part.statistics for part in parts if part.statistics is not None]
         mean_BG, variance_BG = (torch.stack(each) for each in zip(*given, strict=True)) if given else (None, None)
-        encoded = self.model.encoder(
+        encoded: EncoderOutput = self.model.encoder(
             waveforms_BS.to(device, self.model.compute_dtype),
             lengths_B.to(device) if padded else None,
-            torch.tensor(frames, device=device) if padded else None,
+            frames_B.to(device) if padded else None,
             active=[block < max(layers) for block in range(self.config.model.layers)],
             statistics=(mean_BG, variance_BG) if given else None,
         )
-        hidden = [encoded.hidden[layer].float().cpu() for layer in layers]
-        return [[layer_BTD[row, :count] for layer_BTD in hidden] for row, count in enumerate(frames)]
+        return encoded
+
+    @torch.no_grad()
+    def _codes(self, encoded: EncoderOutput) -> Tensor:
+        """The quantizer's choices [B, T, G], on the CPU."""
+        assert isinstance(self.model, Wav2Vec2ForPretraining)
+        batch, frames = encoded.targets_BTC.shape[:2]
+        quantized: Quantized = self.model.quantizer(encoded.targets_BTC.flatten(0, 1), None, 1.0)
+        return quantized.codes_MG.view(batch, frames, -1).cpu()
 
 
 def windows_of(frames: int, *, chunk: int, overlap: int) -> list[Window]:

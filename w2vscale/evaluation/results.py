@@ -80,14 +80,17 @@ def _rate(result: Result, rate: str, interval: str) -> str:
 def _compared(one: Result, baseline: Result) -> str:
     told = []
     for unit, name in (("words", "WER"), ("characters", "CER")):
-        sides = (
+        ours, theirs = (
             {
                 said["utterance"]: (sum(said[unit][kind] for kind in KINDS), said[unit]["reference"])
                 for said in result.figures["utterances"]
             }
             for result in (one, baseline)
         )
-        value, low, high = relative_reduction(*sides)
+        if not any(errors for errors, _ in theirs.values()):
+            told.append(f"{name} not comparable (the baseline makes no errors)")
+            continue
+        value, low, high = relative_reduction(ours, theirs)
         told.append(f"{name} lower by {value:.1%} (95 %: {low:.1%} to {high:.1%})")
     return (
         f"- `{one.run}` against `{baseline.run}` on {', '.join(one.figures['cuts'])}, {one.figures['decoding']}: "

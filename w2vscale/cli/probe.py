@@ -1,0 +1,85 @@
+"""`w2vscale probe`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from w2vscale.cli.arguments import Checkpoint
+
+
+def probe(
+    checkpoint: Checkpoint,
+    train: Annotated[
+        list[Path], typer.Option("--train", metavar="CUTS.jsonl", help="Transcribed utterances; repeatable.")
+    ],
+    test: Annotated[
+        list[Path], typer.Option("--test", metavar="CUTS.jsonl", help="Others, to measure on; repeatable.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For probe.json and the pictures.")],
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(help="0: the first block's input; N: block N's output; repeatable; default: all."),
+    ] = None,
+    updates: Annotated[int, typer.Option(min=1, help="Of the probes.")] = 500,
+    vocabulary: Annotated[str, typer.Option(help="`letters` (English capitals), or a file of symbols.")] = "letters",
+) -> None:
+    """What a pretrained model knows: a linear CTC probe of each layer, and what letters and speakers its codes tell."""
+    from rich.table import Table
+
+    from w2vscale.cli.files import write_text
+    from w2vscale.cli.progress import console, progress_bar
+    from w2vscale.config.load import load_config
+    from w2vscale.evaluation import probing
+    from w2vscale.evaluation.pretrained import load
+    from w2vscale.evaluation.probe_pictures import draw_codes, draw_layers
+
+    symbols = load_config("base", [f"ctc.vocabulary={vocabulary}"]).ctc.vocabulary
+    with progress_bar("updates of the probes") as progress:
+        found = probing.probe(
+            load(checkpoint), train, test, layers=layer, vocabulary=symbols, updates=updates, progress=progress
+        )
+    table = Table(box=None)
+    table.add_column("layer")
+    table.add_column("label error rate", justify="right")
+    for number, rate in found.error_rates.items():
+        table.add_row(f"{number}", f"{rate:.2%}{' best' if number == found.best_layer else '     '}")
+    console.print(table)
+    for number, codebook in enumerate(found.codebooks):
+        console.print(
+            f"codebook {number}: its codes tell {codebook.letters.information:.1%} of the letters' information "
+            f"(by chance {codebook.letters_by_chance:.1%}), {codebook.speakers.information:.1%} of the speakers' "
+            f"(by chance {codebook.speakers_by_chance:.1%})"
+        )
+    document = {
+        "checkpoint": str(checkpoint),
+        "label_error_rate": found.error_rates,
+        "best_layer": found.best_layer,
+        "codebooks": [
+            {
+                "letters": codebook.letters.information,
+                "letters_by_chance": codebook.letters_by_chance,
+                "speakers": codebook.speakers.information,
+                "speakers_by_chance": codebook.speakers_by_chance,
+            }
+            for codebook in found.codebooks
+        ],
+        "train_utterances": found.train_utterances,
+        "test_utterances": found.test_utterances,
+        "frames": found.frames,
+        "left_out": len(found.bad),
+    }
+    write_text(output / "probe.json", json.dumps(document, indent=2) + "\n")
+    draw_layers(found.error_rates, output / "layers.png")
+    draw_codes([codebook.letters for codebook in found.codebooks], output / "codes_letters.png", title="letter")
+    draw_codes([codebook.speakers for codebook in found.codebooks], output / "codes_speakers.png", title="speaker")
+    for bad in found.bad[:5]:
+        console.print(f"left out: {bad.utterance}: {bad.reason}", markup=False)
+    console.print(
+        f"{found.train_utterances:,} utterances learned from, {found.test_utterances:,} measured; left out: "
+        f"{len(found.bad):,}; pictures: {output}",
+        markup=False,
+    )

@@ -1,0 +1,79 @@
+"""Pictures of what probes find."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from w2vscale.errors import UserError
+from w2vscale.evaluation.probing import Cooccurrence
+
+MOST_CLASSES = 40
+"""Rows of a picture: those with most frames."""
+
+
+def draw_layers(error_rates: Mapping[int, float], output: Path) -> None:
+    """The label error rate of each layer's probe.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    axes.plot(list(error_rates), list(error_rates.values()), marker="o", linewidth=1.3, markersize=4)
+    axes.set_xticks(list(error_rates))
+    axes.set_xlabel("layer (0: the first block's input)")
+    axes.set_ylabel("label error rate of a linear probe")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, output)
+
+
+def draw_codes(codebooks: Sequence[Cooccurrence], output: Path, *, title: str) -> None:
+    """Of each codebook a map of P(class | code): a row per class, a column per entry in use.
+
+    Columns are sorted by the class that they tell most of, so that codes which stand for classes make a diagonal.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    pyplot = _pyplot()
+    rows = min(len(codebooks[0].classes), MOST_CLASSES)
+    figure, all_axes = pyplot.subplots(
+        len(codebooks), 1, figsize=(11, len(codebooks) * (1.0 + 0.16 * rows)), squeeze=False
+    )
+    for number, (found, axes) in enumerate(zip(codebooks, all_axes[:, 0], strict=True)):
+        shown = np.sort(np.argsort(-found.frames_CV.sum(axis=1), kind="stable")[:rows])
+        frames_CV = found.frames_CV[shown][:, found.frames_CV[shown].sum(axis=0) > 0]
+        shares_CV = frames_CV / frames_CV.sum(axis=0)
+        order = np.lexsort((-shares_CV.max(axis=0), shares_CV.argmax(axis=0)))
+        image = axes.imshow(shares_CV[:, order], aspect="auto", interpolation="nearest", cmap="magma_r", vmin=0.0)
+        axes.set_yticks(range(rows), [found.classes[row] for row in shown], fontsize="x-small")
+        axes.set_xticks([])
+        axes.set_xlabel(f"{shares_CV.shape[1]} of {found.frames_CV.shape[1]} entries of codebook {number}")
+        figure.colorbar(image, ax=axes, label=f"P({title} | code)", pad=0.01)
+    _save(figure, output)
+
+
+def _pyplot() -> Any:
+    # Imported here: it takes a second, and most commands draw nothing.
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, output: Path) -> None:
+    figure.tight_layout()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(output, dpi=110)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
+    finally:
+        _pyplot().close(figure)
