@@ -15,7 +15,7 @@ train_minutes=20        # synthetic speech to train on
 validation_minutes=4    # and to validate on, of other speakers
 speakers=8              # of each
 label_minutes=10        # transcribed speech to fine-tune on
-finetune_updates=300    # of fine-tuning
+finetune_settings=      # SECTION.KEY=VALUE…, between spaces, that replace conf/finetune.yaml's
 lm=                     # an n-gram model to decode with, too
 nproc=1                 # processes to train and decode with
 launcher=local          # local, torchrun or slurm: see cmd.sh
@@ -53,7 +53,7 @@ run_stage 5 "evaluate on other speakers and draw the curves" "$exp" evaluate_pre
 run_stage 6 "choose $label_minutes minutes to have transcripts" "${exp}_$amount" \
   subset "$labels" --hours "$(hours "$label_minutes")" --balanced-speakers
 run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" \
-  fine_tune "$here/conf/finetune.yaml" "$labels" trainer.updates="$finetune_updates"
+  fine_tune "$here/conf/finetune.yaml" "$labels"
 run_stage 8 "decode" "${exp}_$amount" decode
 run_stage 9 "compare" "${exp}_$amount" results "Demo: spoken digits"
 run_stage 10 "export for Transformers" "${exp}_$amount" export_models

@@ -16,6 +16,7 @@ transcribed=            # folder of utterances with a .txt of the same name besi
 data=                   # where manifests go (default: data/ beside this script)
 conf=base               # settings of pretraining: a preset or a YAML file
 finetune_conf=ctc_1h    # and of fine-tuning
+finetune_settings=      # SECTION.KEY=VALUE…, between spaces, that replace finetune_conf's
 exp=                    # the run's folder (default: exp/ and conf's name beside this script)
 window=30               # longer recordings are cut into windows of so many seconds
 validation_share=0.02   # of the recordings, to validate on

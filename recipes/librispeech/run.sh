@@ -3,7 +3,7 @@
 # fine-tunes it on a published amount of transcripts, decodes, and compares with training from scratch.
 #
 #   bash recipes/librispeech/run.sh --corpus /corpora/LibriSpeech --nproc 8
-#   bash recipes/librispeech/run.sh --conf large --launcher slurm --amount 10h
+#   bash recipes/librispeech/run.sh --conf large --launcher slurm --amount 10h --finetune-settings optim.lr=1e-4
 #   bash recipes/librispeech/run.sh --stage 6 --amount 100h                     another amount for the same model
 #   bash recipes/librispeech/run.sh --exp exp/small batch.micro_batches=16      settings of pretraining follow the options
 #
@@ -19,6 +19,7 @@ exp=              # the run's folder (default: exp/$conf beside this script)
 shar=false        # stage 3: also write Lhotse Shar, and pretrain from it (storage that wants sequential reads)
 amount=1h         # of transcripts: 10min, 1h, 10h, 100h (train-clean-100) or 960h; settings are the preset ctc_$amount
 librilight=       # folder of Libri-light's librispeech_finetuning, for its lists of 10min, 1h and 10h; empty: drawn
+finetune_settings= # SECTION.KEY=VALUE…, between spaces, that replace the preset's
 fetch_lm=false    # stage 0: also fetch the 4-gram of OpenSLR 11 (1.3 GB)
 lm=               # n-gram model to decode with, too (default: the 4-gram, if it was fetched)
 jobs=8            # parallel jobs that prepare data

@@ -16,6 +16,7 @@ data=             # where downloads and manifests go (default: data/ beside this
 exp=              # the run's folder (default: exp/tiny or exp/quick beside this script)
 quick=false       # few updates: conf/quick.yaml, conf/finetune_quick.yaml
 minutes=20        # of transcripts to fine-tune on
+finetune_settings= # SECTION.KEY=VALUE…, between spaces, that replace conf/finetune.yaml's
 lm=               # an n-gram model to decode with, too
 jobs=2            # parallel jobs that prepare data
 nproc=1           # processes to train and decode with

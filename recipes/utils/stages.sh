@@ -5,6 +5,7 @@
 #   train_cuts   array: manifests to pretrain on
 #   held_out     manifest to validate on
 #   test_cuts    array: manifests to decode
+#   finetune_settings   SECTION.KEY=VALUE…, between spaces, that replace those of fine-tuning
 #   lm           an n-gram model to decode with, too, if the file is there; may be empty
 
 # pretrain CONF [SETTING…]
@@ -36,11 +37,11 @@ subset() {
 # hours MINUTES
 hours() { awk -v minutes="$1" 'BEGIN { print minutes / 60 }'; }
 
-# fine_tune CONF LABELS [SETTING…]: from the pretrained model and, as the baseline, from scratch.
+# fine_tune CONF LABELS: from the pretrained model and, as the baseline, from scratch.
 fine_tune() {
-  local conf=$1 labels=$2
-  shift 2
-  local common=("$conf" trainer.init_from="$exp" data.train="$labels" data.validation="$held_out" "$@")
+  local conf=$1 labels=$2 settings
+  read -ra settings <<<"$finetune_settings"
+  local common=("$conf" trainer.init_from="$exp" data.train="$labels" data.validation="$held_out" "${settings[@]}")
   on_ranks finetune "${common[@]}" --exp "${exp}_$amount"
   on_ranks finetune "${common[@]}" --scratch --exp "${exp}_${amount}_scratch"
   w2vscale report "${exp}_$amount" "${exp}_${amount}_scratch" --output "${exp}_$amount/curves.png"

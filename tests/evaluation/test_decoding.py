@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
+import zlib
 from itertools import product
 from pathlib import Path
 
@@ -34,6 +36,14 @@ ngram 2=3
 
 \\end\\
 """
+BINARY_TOY = zlib.decompress(
+    base64.b64decode(
+        "eNrLzU0sUMjJVcgoKSmw0tfPzkhNTMtMzUnRS87P1U/OT0lVSMsvyk0sUShLLSrOzM9TMOViQIAGeyCxnxFI/AcCkAgjVIYJTB6w"
+        "Z4KKgTArVI4ZyQQWKF1Qp7jXsq2UYd30FZ0/vx4x/XnsLdvx77O8uHK+f6wtfpCNpOUAyGIE99ihWTNn7kOS3o/KZwDzYe4yNjbe"
+        "D9KP7AZ0NyGDy2fO/Fk6c+bJ7Wlpz+SQJWxK87LtGGyK7RgcnRkcnRhs9IFMAPlIRt8="
+    )
+)
+"""TOY as KenLM's `build_binary trie` writes it."""
 AC_RATHER_THAN_AB = torch.tensor(
     [
         [0.05, 0.05, 0.80, 0.05, 0.05],
@@ -114,6 +124,14 @@ def test_a_zipped_model_and_a_lexicon_of_spellings(lm: Path, tmp_path: Path) -> 
     assert "1 words are left out" in said[0] and "XY" in said[0]
 
 
+def test_kenlms_binary_needs_a_lexicon(tmp_path: Path) -> None:
+    (tmp_path / "toy.binary").write_bytes(BINARY_TOY)
+    (tmp_path / "words.txt").write_text("AB\nAC\n")
+    assert written(BeamSearch(lm=tmp_path / "toy.binary", lexicon=tmp_path / "words.txt")) == "AB AB"
+    with pytest.raises(UserError, match="its words cannot be listed: name them with --lexicon"):
+        build_decoder(VOCABULARY, BeamSearch(lm=tmp_path / "toy.binary"))
+
+
 def test_words_are_written_in_the_vocabularys_case(tmp_path: Path) -> None:
     lower = tmp_path / "lower.arpa"
     lower.write_text(TOY.replace("AB", "ab").replace("AC", "ac"))
@@ -129,7 +147,6 @@ def test_what_cannot_be_used_is_named(lm: Path, tmp_path: Path) -> None:
     for search, message in (
         (BeamSearch(lm=tmp_path / "missing.arpa"), r"--lm .*missing\.arpa: cannot be read: No such file"),
         (BeamSearch(lm=tmp_path / "missing", lexicon=tmp_path / "words.txt"), r"--lm .*missing: no such file"),
-        (BeamSearch(lm=tmp_path / "binary"), "its words cannot be listed: name them with --lexicon"),
         (BeamSearch(lm=tmp_path / "binary", lexicon=tmp_path / "words.txt"), "KenLM cannot load it"),
         (BeamSearch(lm=tmp_path / "text"), "neither an ARPA file nor KenLM's binary"),
         (BeamSearch(lm=tmp_path / "broken.arpa"), "KenLM cannot load it"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.audio import noise, write_audio
 from tests.micro import MICRO_MODEL
 from w2vscale.config import load_config
 
@@ -61,7 +62,7 @@ def test_the_demo_goes_through_all_stages_and_repeats_nothing(tmp_path: Path) ->
     pytest.importorskip("espeakng_loader", reason="synthetic speech needs the extra w2vscale[synth]")
     options = ("--data", str(tmp_path / "data"), "--exp", str(tmp_path / "exp"))
     small = ("--train-minutes", "0.6", "--validation-minutes", "0.4", "--speakers", "2", "--label-minutes", "0.2")
-    said = run("demo", *options, *small, "--finetune-updates", "2", *SHORT)
+    said = run("demo", *options, *small, "--finetune-settings", "trainer.updates=2 data.workers=0", *SHORT)
     for number in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10):
         assert f"stage {number}: done in" in said
     page = (tmp_path / "exp_0.2min" / "RESULTS.md").read_text()
@@ -94,6 +95,19 @@ def test_recipes_work_on_real_speech(shared_data: Path, recipe: str, tmp_path: P
     said = run(recipe, *options, "--exp", str(tmp_path / "exp"), "--stage", "4", "--stop-stage", "5", *short)
     assert "stage 5: done in" in said
     assert json.loads((tmp_path / "exp" / "evaluation.json").read_text())["utterances"] == 58
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("own_environment")
+def test_a_folder_of_any_audio(tmp_path: Path) -> None:
+    for number in range(6):
+        write_audio(tmp_path / "audio" / f"{number}.wav", noise(2.0, seed=number))
+    options = ("--audio", str(tmp_path / "audio"), "--data", str(tmp_path / "data"), "--validation-share", "0.3")
+    said = run("folder", *options, "--conf", "tiny", "--stop-stage", "2")
+    assert "stage 2: done in" in said and "an epoch" in said
+    assert (tmp_path / "data" / "manifests" / "cuts_validation.jsonl.index.npy").is_file()
+    assert "--audio 'nowhere': no such folder" in run("folder", "--audio", "nowhere", code=2)
+    assert "--transcribed 'nowhere': no such folder" in run("folder", *options, "--transcribed", "nowhere", code=2)
 
 
 def local(script: str, *arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
