@@ -26,6 +26,14 @@ def test_the_path_is_the_most_probable_that_reads_as_the_labels(labels: list[int
         assert [place for place, _ in groupby(places.tolist()) if place >= 0] == list(range(len(labels)))
 
 
+def test_a_long_utterance() -> None:
+    labels = [1 + place % 2 for place in range(300)]
+    scores_TV = np.full((1000, 3), -9.0)
+    scores_TV[range(1000), [labels[frame // 3] if frame % 3 == 0 and frame < 900 else 0 for frame in range(1000)]] = 0.0
+    places = align(scores_TV, labels)
+    assert np.flatnonzero(places >= 0).tolist() == list(range(0, 900, 3))
+
+
 def test_too_few_frames_for_the_labels() -> None:
     with pytest.raises(ValueError, match="2 frames are too few for 2 labels"):
         align(np.zeros((2, 3)), [1, 1])

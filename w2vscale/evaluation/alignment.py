@@ -40,7 +40,7 @@ def align(log_probabilities_TV: NDArray[np.floating], labels: Sequence[int]) -> 
     path = np.empty(frames, dtype=np.int64)
     for frame in range(frames - 1, -1, -1):
         path[frame] = state // 2 if state % 2 else -1
-        state -= steps[frame, state]
+        state -= int(steps[frame, state])
     return path
 
 

@@ -91,7 +91,10 @@ def _compared(one: Result, baseline: Result) -> str:
             told.append(f"{name} not comparable (the baseline makes no errors)")
             continue
         value, low, high = relative_reduction(ours, theirs)
-        told.append(f"{name} lower by {value:.1%} (95 %: {low:.1%} to {high:.1%})")
+        if value >= 0.0:
+            told.append(f"{name} lower by {value:.1%} (95 %: {low:.1%} to {high:.1%})")
+        else:
+            told.append(f"{name} higher by {-value:.1%} (95 %: {0.0 - high:.1%} to {0.0 - low:.1%})")
     return (
         f"- `{one.run}` against `{baseline.run}` on {', '.join(one.figures['cuts'])}, {one.figures['decoding']}: "
         f"{', '.join(told)}, relative."
