@@ -130,15 +130,18 @@ def test_one_micro_batch_per_process(ten_updates: Train, variant: str) -> None:
 @pytest.mark.parametrize(
     ("processes", "variant"),
     [(2, name) for name in ("fsdp", "fsdp_keeping_parameters", "zero1", "zero2", "zero3")]
-    + [(3, name) for name in ("fsdp", "zero2", "zero3")],
+    + [(3, name) for name in ("fsdp", "zero3")],
 )
 def test_accumulation(ten_updates: Train, variant: str, processes: int) -> None:
     """Three and two micro-batches per process."""
     assert_same(ten_updates(variant, processes, 6), ten_updates("ddp", processes, 6))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("before", "after", "engine"),
+    [(*processes, engine) for processes in ((2, 2), (2, 1), (2, 3)) for engine in ENGINES]
+    + [(1, 2, engine) for engine in ("ddp", "fsdp", "zero3")],
+)
 def test_resuming(
     pool: Callable[[int], Pool],
     ten_updates: Train,
@@ -173,9 +176,8 @@ def test_each_engine_continues_the_one_before(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("update", [0, 2])
 def test_resuming_before_every_layer_was_used(
-    pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path, engine: str, update: int
+    pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path, engine: str
 ) -> None:
     """With LayerDrop so high that a layer has had no gradient yet; at update 0 none has."""
     overrides = (
@@ -183,13 +185,14 @@ def test_resuming_before_every_layer_was_used(
         "batch.max_seconds=5", "schedule.warmup_updates=2", "checkpoint.every=2", "checkpoint.keep_last=9",
     )  # fmt: skip
     whole = pool(2).run(train_and_save_first, str(small_corpus.train), str(tmp_path), overrides)[0]
-    for later in range(update + 2, 6, 2):
-        shutil.rmtree(tmp_path / "checkpoints" / f"update_{later:08d}")
-    moments = state(tmp_path)
-    unused = [name for name, tensor in moments.items() if name.endswith("out.weight.exp_avg") and not tensor.any()]
-    assert unused
-    continued = pool(2).run(train_micro, str(small_corpus.train), str(tmp_path), overrides)[0]
-    assert continued == pytest.approx(whole, rel=1e-6)
+    for update in (2, 0):
+        for later in range(update + 2, 6, 2):
+            shutil.rmtree(tmp_path / "checkpoints" / f"update_{later:08d}")
+        moments = state(tmp_path)
+        unused = [name for name, tensor in moments.items() if name.endswith("out.weight.exp_avg") and not tensor.any()]
+        assert unused
+        continued = pool(2).run(train_micro, str(small_corpus.train), str(tmp_path), overrides)[0]
+        assert continued == pytest.approx(whole, rel=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero2", "zero3"])

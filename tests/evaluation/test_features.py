@@ -282,13 +282,13 @@ class TestChunks:
     def test_forwards_are_as_large_as_allowed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = micro("base")
         shapes: list[tuple[int, int]] = []
-        forward = Pretrained._hidden_states
+        forward = Pretrained._encode
 
         def spy(self: Pretrained, parts: Sequence[Any], layers: Sequence[int]) -> Any:
             shapes.append((len(parts), max(part.samples.size for part in parts)))
             return forward(self, parts, layers)
 
-        monkeypatch.setattr(Pretrained, "_hidden_states", spy)
+        monkeypatch.setattr(Pretrained, "_encode", spy)
         _collect(model, [_audio(noise(1.0, seed=n)) for n in range(5)], batch_seconds=2.0)
         assert shapes == [(2, 16_000), (2, 16_000), (1, 16_000)]
 

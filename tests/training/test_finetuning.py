@@ -95,6 +95,8 @@ def test_word_errors_of_what_was_learned_by_heart(spelled: Path, by_heart: Path,
     assert [bad["kind"] for bad in document["bad"]] == ["no transcript"]
     assert "WER" in result.output and "left out: 1" in result.output
     assert "<h2>Speakers</h2>" in (tmp_path / "wer.html").read_text()
+    twice = CliRunner().invoke(app, [*command, "--cuts", str(manifest)])
+    assert isinstance(twice.exception, UserError) and "'u00' is another utterance's, too" in str(twice.exception)
 
 
 def test_a_pretrained_model_writes_nothing(pretrained: Path, spelled: Path) -> None:

@@ -13,20 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lhotse.cut import Cut
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from torch.nn import functional as F
 
 from w2vscale.data.audio import AudioError
-from w2vscale.data.manifest import Manifest, audio_path, build_index
+from w2vscale.data.manifest import audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.transcripts import SPACE, Transcripts, refuse_too_many, transcript
 from w2vscale.errors import UserError
 from w2vscale.evaluation.alignment import align, spread
 from w2vscale.evaluation.pretrained import Pretrained
-from w2vscale.evaluation.sources import Source, open_by_duration, sources_of
+from w2vscale.evaluation.sources import cuts_by_name, open_by_duration, sources_of
 from w2vscale.models.ctc import ctc_loss, greedy_labels
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
@@ -155,19 +154,14 @@ def _utterances(
     pretrained: Pretrained, manifests: Sequence[Path], layers: Sequence[int], spelling: Transcripts, bad: list[BadAudio]
 ) -> Iterator[Utterance]:
     """What the model computes of utterances with transcripts; the rest goes to `bad`."""
-    cuts: dict[str, Cut] = {}
+    cuts = cuts_by_name(manifests)
     labels: dict[str, list[int]] = {}
-    sources: list[Source] = []
-    for path in manifests:
-        build_index(path)
-        manifest = Manifest(path)
-        for number, source in enumerate(sources_of(path)):
-            cut = cuts[source.name] = manifest.cut(number)
-            try:
-                labels[source.name] = spelling.labels(transcript(cut))[0]
-                sources.append(source)
-            except AudioError as error:
-                bad.append(BadAudio(cut.id, audio_path(cut), error.kind, str(error)))
+    for name, cut in cuts.items():
+        try:
+            labels[name] = spelling.labels(transcript(cut))[0]
+        except AudioError as error:
+            bad.append(BadAudio(cut.id, audio_path(cut), error.kind, str(error)))
+    sources = [source for path in manifests for source in sources_of(path) if source.name in labels]
     opened, unreadable = open_by_duration(sources)
     bad.extend(unreadable)
     stream = pretrained.stream([audio for _, audio in opened], layers=layers, codes=True)

@@ -55,6 +55,24 @@ def sources_of(path: Path) -> Iterator[Source]:
         yield Source(path.stem, str(path), partial(_file_audio, path))
 
 
+def cuts_by_name(manifests: Sequence[Path]) -> dict[str, Cut]:
+    """The utterances of manifests, by the names of their `sources_of`.
+
+    Raises:
+        UserError: a bad manifest, or a name that two utterances have.
+    """
+    found: dict[str, Cut] = {}
+    for path in manifests:
+        build_index(path)
+        manifest = Manifest(path)
+        for cut in map(manifest.cut, range(len(manifest))):
+            name = os.path.normpath(cut.id)
+            if name in found:
+                raise UserError(f"{path}: the id {cut.id!r} is another utterance's, too; take the manifests one by one")
+            found[name] = cut
+    return found
+
+
 def _is_name(identifier: object) -> bool:
     if not isinstance(identifier, str) or "\0" in identifier:
         return False

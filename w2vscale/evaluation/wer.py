@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -12,7 +11,7 @@ from typing import Any
 
 from lhotse.cut import Cut
 
-from w2vscale.data.manifest import Manifest, build_index
+from w2vscale.data.manifest import audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.transcripts import Transcripts, transcript
 from w2vscale.distributed.process_group import ALONE, Ranks, gather_from_ranks
@@ -20,6 +19,7 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import interval
 from w2vscale.evaluation.decoding import BeamSearch
 from w2vscale.evaluation.pretrained import Pretrained
+from w2vscale.evaluation.sources import cuts_by_name
 from w2vscale.evaluation.transcription import transcribe
 
 
@@ -96,14 +96,11 @@ def score_checkpoint(
     spelling = Transcripts(pretrained.config.ctc.vocabulary)
     said: dict[str, Cut] = {}
     bad = []
-    for path in cuts:
-        build_index(path)
-        manifest = Manifest(path)
-        for cut in map(manifest.cut, range(len(manifest))):
-            if transcript(cut).strip():
-                said[os.path.normpath(cut.id)] = cut
-            else:
-                bad.append(BadAudio(cut.id, str(path), "no transcript", "has no transcript"))
+    for name, cut in cuts_by_name(cuts).items():
+        if transcript(cut).strip():
+            said[name] = cut
+        else:
+            bad.append(BadAudio(cut.id, audio_path(cut), "no transcript", "has no transcript"))
     scored = []
     mine = list(transcribe(pretrained, cuts, search=search, ranks=ranks, progress=progress, log=log))
     for found in chain.from_iterable(gather_from_ranks(mine)):
