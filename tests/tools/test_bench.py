@@ -11,7 +11,8 @@ import typer
 from typer.testing import CliRunner
 
 from tests.audio import SmallCorpus
-from tools.bench import engine_overhead, engine_parity, loader, sampler
+from tests.micro import MICRO_MODEL
+from tools.bench import engine_overhead, engine_parity, loader, sampler, step
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
 
@@ -62,6 +63,25 @@ def test_views_of_one_storage_count_once() -> None:
 
 def test_relative_difference() -> None:
     assert relative_difference([1.0, 2.2, 3.0], [1.0, 2.0, 4.0]) == pytest.approx(0.25)
+
+
+def test_the_step_bench_trains_both_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(step, "matrix_rate", lambda compute, device: 1e9)
+    app = typer.Typer()
+    app.command()(step.main)
+    quiet = ("model.dropout=0", "model.attention_dropout=0", "model.input_dropout=0", "model.feature_dropout=0")
+    options = ["--utterances", "6", "--seconds", "4", "--lengths", "--rounds", "1", *MICRO_MODEL, *quiet]
+    result = CliRunner().invoke(app, [*options, "model.feature_penalty_weight=0"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout.splitlines()[-1])["rows"]
+    ours, theirs = row["w2vscale"], row["transformers"]
+    # What is left to chance is the quantizer's noise.
+    assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=0.04)
+    assert ours["step_seconds"] > 0 and row["ratio"] > 0
+    assert 16.0 < row["audio_seconds"] < 24.0
+    # Forward and backward of a linear layer cost about three times its forward.
+    assert row["flops"] > 3 * 2 * 3 * 32 * 64 * 800
 
 
 def test_the_sampler_bench_compares_both_on_the_same_durations() -> None:
