@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from w2vscale.errors import UserError
+from w2vscale.evaluation.figures import import_pyplot, save_figure
 from w2vscale.evaluation.probing import Cooccurrence
 
 MOST_CLASSES = 40
@@ -24,7 +23,7 @@ def draw_layers(error_rates: Mapping[int, float], output: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    pyplot = _pyplot()
+    pyplot = import_pyplot()
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
     axes.plot(list(error_rates), list(error_rates.values()), marker="o", linewidth=1.3, markersize=4)
     axes.set_xticks(list(error_rates))
@@ -32,7 +31,7 @@ def draw_layers(error_rates: Mapping[int, float], output: Path) -> None:
     axes.set_ylabel("label error rate of a linear probe")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, output)
+    save_figure(figure, output)
 
 
 def draw_codes(codebooks: Sequence[Cooccurrence], output: Path, *, title: str) -> None:
@@ -43,7 +42,7 @@ def draw_codes(codebooks: Sequence[Cooccurrence], output: Path, *, title: str) -
     Raises:
         UserError: the file cannot be written.
     """
-    pyplot = _pyplot()
+    pyplot = import_pyplot()
     rows = min(len(codebooks[0].classes), MOST_CLASSES)
     figure, all_axes = pyplot.subplots(
         len(codebooks), 1, figsize=(11, len(codebooks) * (1.0 + 0.16 * rows)), squeeze=False
@@ -63,25 +62,4 @@ def draw_codes(codebooks: Sequence[Cooccurrence], output: Path, *, title: str) -
         axes.set_xticks([])
         axes.set_xlabel(f"{shares_CV.shape[1]} of {found.frames_CV.shape[1]} entries of codebook {number}")
         figure.colorbar(image, ax=axes, label=f"log2 P({title} | code) / P({title})", pad=0.01)
-    _save(figure, output)
-
-
-def _pyplot() -> Any:
-    # Imported here: it takes a second, and most commands draw nothing.
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, output: Path) -> None:
-    figure.tight_layout()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=110)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
-    finally:
-        _pyplot().close(figure)
+    save_figure(figure, output)

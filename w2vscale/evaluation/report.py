@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from w2vscale.errors import UserError
+from w2vscale.evaluation.figures import import_pyplot, save_figure
 
 Record = dict[str, Any]
 
@@ -81,12 +82,7 @@ def draw_curves(exps: Sequence[Path], output: Path) -> Path:
     Raises:
         UserError: a run has no metrics yet, or the picture cannot be written.
     """
-    # Imported here: it takes a second, and most commands draw nothing.
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
+    pyplot = import_pyplot()
     figure, ((loss, accuracy), (codes, norm)) = pyplot.subplots(2, 2, figsize=(11, 7), sharex=True)
     for index, exp in enumerate(exps):
         train = read_metrics(exp / "metrics.jsonl", "train")
@@ -130,14 +126,7 @@ def draw_curves(exps: Sequence[Path], output: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     if len(exps) == 1:
         figure.suptitle(f"{exps[0].name}: {train[-1]['hours_seen']:.2f} hours seen in {train[-1]['update']} updates")
-    figure.tight_layout()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=110)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, output)
     return output
 
 
