@@ -26,6 +26,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/demo}")
 lm=$(absolute "$lm")
+if [[ -n $lm && ! -e $lm ]]; then echo "run.sh: --lm $lm: no such file" >&2 && exit 2; fi
 . "$here/path.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"

@@ -40,6 +40,7 @@ exp=$(absolute "${exp:-$here/exp/${name%.yaml}}")
 audio=$(absolute "$audio")
 transcribed=$(absolute "$transcribed")
 lm=$(absolute "$lm")
+if [[ -n $lm && ! -e $lm ]]; then echo "run.sh: --lm $lm: no such file" >&2 && exit 2; fi
 . "$here/path.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"

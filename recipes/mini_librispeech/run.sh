@@ -31,6 +31,7 @@ data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/$conf}")
 corpus=$(absolute "$corpus")
 lm=$(absolute "$lm")
+if [[ -n $lm && ! -e $lm ]]; then echo "run.sh: --lm $lm: no such file" >&2 && exit 2; fi
 . "$here/path.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"

@@ -36,7 +36,7 @@ def transcribe(
     nproc_per_node: Processes = 1,
 ) -> None:
     """Write what is said: a line for each utterance, shortest first; exit code 2 if some audio could not be used."""
-    from w2vscale.cli.progress import console, progress_bar
+    from w2vscale.cli.progress import progress_bar
     from w2vscale.data.micro_batch import BadAudio
     from w2vscale.distributed.launch import launch, launched
     from w2vscale.distributed.process_group import gather_from_ranks, process_group
@@ -57,7 +57,7 @@ def transcribe(
             ranks=ranks,
             batch_seconds=batch_seconds,
             progress=progress,
-            log=partial(console.print, markup=False),
+            log=partial(typer.echo, err=True) if ranks.is_main else lambda text: None,
         )
         if ranks.world_size > 1:
             stream = chain.from_iterable(gather_from_ranks(list(stream)))

@@ -42,7 +42,8 @@ def write_subset(
             written.
     """
     Manifest(manifest)  # it is whole and unchanged
-    lines = [line for line in manifest.read_text(encoding="utf-8").splitlines(keepends=True) if line.strip()]
+    # Not splitlines: a transcript may hold what Unicode counts as the end of a line.
+    lines = [f"{line}\n" for line in manifest.read_text(encoding="utf-8").split("\n") if line.strip()]
     utterances = [_read(place, line) for place, line in enumerate(lines)]
     if identifiers is not None:
         utterances = _named(utterances, identifiers, manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -241,7 +242,7 @@ def _arpa_words(path: Path) -> Iterator[tuple[str, list[str]]]:
                     unigrams = line.strip() == b"\\1-grams:"
                 elif unigrams and len(fields := line.decode().split()) >= 2 and not fields[1].startswith("<"):
                     yield fields[1], []
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise UserError(f"--lm {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     raise UserError(f"--lm {path}: neither an ARPA file nor KenLM's binary")
 

@@ -128,14 +128,16 @@ def score(utterance: str, reference: str, hypothesis: str, *, speaker: str = "un
 def summarise(utterances: list[Scored], bad: list[BadAudio]) -> Score:
     """Add up; intervals from 1000 draws of as many utterances with replacement."""
     words, characters = ([getattr(one, unit) for one in utterances] for unit in ("words", "characters"))
-    speakers = {one.speaker: _sum([w.words for w in utterances if w.speaker == one.speaker]) for one in utterances}
+    by_speaker: dict[str, list[Errors]] = {}
+    for one in utterances:
+        by_speaker.setdefault(one.speaker, []).append(one.words)
     return Score(
         utterances=utterances,
         words=_sum(words),
         characters=_sum(characters),
         word_interval=_interval_of(words),
         character_interval=_interval_of(characters),
-        speakers=dict(sorted(speakers.items())),
+        speakers={speaker: _sum(errors) for speaker, errors in sorted(by_speaker.items())},
         bad=bad,
     )
 
