@@ -60,14 +60,14 @@ def test_a_page_of_results(tmp_path: Path) -> None:
     assert "`tiny_1h` against `tiny_1h_scratch` on dev, greedy: WER lower by 75.0% (95 %: 50.0% to 100.0%)" in page
     assert page.count("against") == 1
     write_score(tmp_path / "tiny_1h", ["one", "one two"])
-    said = CliRunner().invoke(app, ["results", str(ours), str(baseline)]).output
+    said = CliRunner().invoke(app, ["results", str(ours), str(baseline), "-o", str(tmp_path / "again.md")]).output
     assert "WER higher by 25.0% (95 %: 0.0% to 50.0%)" in said
 
 
 def test_a_baseline_without_errors_is_no_measure(tmp_path: Path) -> None:
     ours = write_score(tmp_path / "tiny_1h", ["one two three"])
     baseline = write_score(tmp_path / "tiny_1h_scratch", ["one two three four"])
-    result = CliRunner().invoke(app, ["results", str(ours), str(baseline)])
+    result = CliRunner().invoke(app, ["results", str(ours), str(baseline), "-o", str(tmp_path / "RESULTS.md")])
     assert "WER not comparable (the baseline makes no errors), CER not comparable" in result.output
 
 

@@ -66,7 +66,7 @@ def test_relative_difference() -> None:
 
 
 def test_the_step_bench_trains_both_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="Transformers is not installed")
     monkeypatch.setattr(step, "matrix_rate", lambda compute, device: 1e9)
     app = typer.Typer()
     app.command()(step.main)

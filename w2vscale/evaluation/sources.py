@@ -48,9 +48,7 @@ def sources_of(path: Path) -> Iterator[Source]:
         manifest = Manifest(path)
         for number in range(len(manifest)):
             cut = manifest.cut(number)
-            if not _is_name(cut.id):
-                raise UserError(f"{path}: the id {cut.id!r} is no name for a file below the output folder")
-            yield Source(os.path.normpath(cut.id), audio_path(cut), partial(_cut_audio, cut))
+            yield Source(_name_of(cut, path), audio_path(cut), partial(_cut_audio, cut))
     else:
         yield Source(path.stem, str(path), partial(_file_audio, path))
 
@@ -59,18 +57,24 @@ def cuts_by_name(manifests: Sequence[Path]) -> dict[str, Cut]:
     """The utterances of manifests, by the names of their `sources_of`.
 
     Raises:
-        UserError: a bad manifest, or a name that two utterances have.
+        UserError: a bad manifest, an id that is no name for a file, or a name that two utterances have.
     """
     found: dict[str, Cut] = {}
     for path in manifests:
         build_index(path)
         manifest = Manifest(path)
         for cut in map(manifest.cut, range(len(manifest))):
-            name = os.path.normpath(cut.id)
+            name = _name_of(cut, path)
             if name in found:
                 raise UserError(f"{path}: the id {cut.id!r} is another utterance's, too; take the manifests one by one")
             found[name] = cut
     return found
+
+
+def _name_of(cut: Cut, manifest: Path) -> str:
+    if not _is_name(cut.id):
+        raise UserError(f"{manifest}: the id {cut.id!r} is no name for a file below the output folder")
+    return os.path.normpath(cut.id)
 
 
 def _is_name(identifier: object) -> bool:
