@@ -25,8 +25,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../utils/log.sh"
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/demo}")
-lm=$(absolute "$lm")
-if [[ -n $lm && ! -e $lm ]]; then echo "run.sh: --lm $lm: no such file" >&2 && exit 2; fi
+lm=$(given --lm "$lm")
 . "$here/path.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"
@@ -56,6 +55,7 @@ run_stage 6 "choose $label_minutes minutes to have transcripts" "${exp}_$amount"
 run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" \
   fine_tune "$here/conf/finetune.yaml" "$labels"
 run_stage 8 "decode" "${exp}_$amount" decode
+if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi
 run_stage 9 "compare" "${exp}_$amount" results "Demo: spoken digits"
 run_stage 10 "export for Transformers" "${exp}_$amount" export_models
 made "speech" "$data/LibriSpeech" "manifests" "$manifests"

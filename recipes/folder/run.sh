@@ -30,17 +30,13 @@ launcher=local          # local, torchrun or slurm: see cmd.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../utils/log.sh"
-if [[ ! -d $audio ]]; then echo "run.sh: --audio '$audio': no such folder" >&2 && exit 2; fi
-if [[ -n $transcribed && ! -d $transcribed ]]; then
-  echo "run.sh: --transcribed '$transcribed': no such folder" >&2 && exit 2
-fi
+if [[ -z $audio ]]; then echo "run.sh: --audio names no folder of recordings" >&2 && exit 2; fi
 name=${conf##*/}
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/${name%.yaml}}")
-audio=$(absolute "$audio")
-transcribed=$(absolute "$transcribed")
-lm=$(absolute "$lm")
-if [[ -n $lm && ! -e $lm ]]; then echo "run.sh: --lm $lm: no such file" >&2 && exit 2; fi
+audio=$(given --audio "$audio")
+transcribed=$(given --transcribed "$transcribed")
+lm=$(given --lm "$lm")
 . "$here/path.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"
@@ -82,6 +78,7 @@ if [[ -n $transcribed ]]; then
   run_stage 6 "write manifests of the transcribed utterances" "$data/transcribed" prepare_transcribed
   run_stage 7 "fine-tune on them with $finetune_conf, and train from scratch" "${exp}_$amount" fine_tune_transcribed
   run_stage 8 "decode" "${exp}_$amount" decode
+  if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi
   run_stage 9 "compare" "${exp}_$amount" results "${audio##*/}"
   run_stage 10 "export for Transformers" "${exp}_$amount" export_models
 else

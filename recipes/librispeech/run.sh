@@ -3,7 +3,7 @@
 # fine-tunes it on a published amount of transcripts, decodes, and compares with training from scratch.
 #
 #   bash recipes/librispeech/run.sh --corpus /corpora/LibriSpeech --nproc 8
-#   bash recipes/librispeech/run.sh --conf large --launcher slurm --amount 10h --finetune-settings optim.lr=1e-4
+#   bash recipes/librispeech/run.sh --conf large --launcher slurm --amount 10h
 #   bash recipes/librispeech/run.sh --stage 6 --amount 100h                     another amount for the same model
 #   bash recipes/librispeech/run.sh --exp exp/small batch.micro_batches=16      settings of pretraining follow the options
 #
@@ -35,13 +35,18 @@ case $amount in
 esac
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/$conf}")
-corpus=$(absolute "$corpus")
-librilight=$(absolute "$librilight")
-lm=$(absolute "${lm:-$data/lm/4-gram.arpa.gz}")
+corpus=$(given --corpus "$corpus")
+librilight=$(given --librilight "$librilight")
+lm=$(given --lm "$lm")
 . "$here/path.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"
 
+# The presets have BASE's rates; these are published for LARGE.
+if [[ $conf == large* ]]; then
+  declare -A rates=([10min]=1e-4 [1h]=3e-4 [10h]=1e-4 [100h]=3e-5 [960h]=3e-5)
+  finetune_settings="optim.lr=${rates[$amount]} $finetune_settings"
+fi
 manifests=$data/manifests
 labels=$manifests/cuts_$amount.jsonl
 
@@ -55,13 +60,11 @@ manifests_of() {
 find_manifests() {
   mapfile -t train_cuts < <(manifests_of train-clean-100 train-clean-360 train-other-500 train-clean-5)
   mapfile -t test_cuts < <(manifests_of dev-clean dev-other test-clean test-other dev-clean-2)
-  held_out=${test_cuts[0]:-}
+  held_out=$(manifests_of dev-clean dev-clean-2 | head -n 1)
 }
 
-download() {
-  if [[ -z $corpus ]]; then lhotse download librispeech --full "$data"; fi
-  if $fetch_lm; then bash "$here/local/fetch_lm.sh" "$data/lm"; fi
-}
+download() { lhotse download librispeech --full "$data"; }
+fetch_4gram() { bash "$here/local/fetch_lm.sh" "$data/lm"; }
 prepare() {
   w2vscale data prepare librispeech "${corpus:-$data/LibriSpeech}" "$manifests" --jobs "$jobs"
   find_manifests
@@ -106,7 +109,10 @@ choose_labels() {
 }
 
 find_manifests
-if [[ -z $corpus ]] || $fetch_lm; then run_stage 0 "download" "$data" download; fi
+if [[ -z $corpus ]]; then run_stage 0 "download LibriSpeech" "$data" download; fi
+if $fetch_lm; then run_stage 0 "fetch the 4-gram" "$data/lm" fetch_4gram; fi
+fetched=$data/lm/4-gram.arpa.gz
+if [[ -z $lm && -e $fetched ]]; then lm=$fetched; fi
 run_stage 1 "write and validate Lhotse manifests" "$manifests" prepare
 find_manifests
 if ((stop_stage >= 2)) && [[ -z $held_out || -z ${train_cuts[*]} ]]; then
@@ -120,6 +126,7 @@ run_stage 5 "evaluate on held-out speech and draw the curves" "$exp" evaluate_pr
 run_stage 6 "choose $amount of transcripts" "${exp}_$amount" choose_labels
 run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" fine_tune "ctc_$amount" "$labels"
 run_stage 8 "decode" "${exp}_$amount" decode
+if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi
 run_stage 9 "compare" "${exp}_$amount" results "LibriSpeech, $conf, $amount"
 run_stage 10 "export for Transformers" "${exp}_$amount" export_models
 made "manifests" "$manifests"

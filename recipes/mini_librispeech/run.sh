@@ -29,9 +29,8 @@ conf=tiny finetune_conf=finetune
 if $quick; then conf=quick finetune_conf=finetune_quick; fi
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/$conf}")
-corpus=$(absolute "$corpus")
-lm=$(absolute "$lm")
-if [[ -n $lm && ! -e $lm ]]; then echo "run.sh: --lm $lm: no such file" >&2 && exit 2; fi
+corpus=$(given --corpus "$corpus")
+lm=$(given --lm "$lm")
 . "$here/path.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"
@@ -64,6 +63,7 @@ run_stage 6 "choose $minutes minutes to have transcripts" "${exp}_$amount" \
 run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" \
   fine_tune "$here/conf/$finetune_conf.yaml" "$labels"
 run_stage 8 "decode dev-clean-2" "${exp}_$amount" decode
+if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi
 run_stage 9 "compare" "${exp}_$amount" results "Mini LibriSpeech"
 run_stage 10 "export for Transformers" "${exp}_$amount" export_models
 made "manifests" "$manifests"

@@ -45,6 +45,15 @@ run_stage() {
 # absolute PATH prints it as seen from anywhere; nothing for nothing.
 absolute() { if [[ -z $1 || $1 == /* ]]; then echo "$1"; else echo "$PWD/$1"; fi; }
 
+# given OPTION PATH prints the path as seen from anywhere, nothing for nothing; a recipe ends where nothing is there.
+given() {
+  if [[ -n $2 && ! -e $2 ]]; then
+    printf '%s: %s %s: no such file or folder\n' "${0##*/}" "$1" "$2" >&2
+    return 2
+  fi
+  absolute "$2"
+}
+
 # made NAME PATH [NAME PATH …] ends a recipe: a table of what is there, and where. What is missing is left out.
 made() {
   printf '\n'

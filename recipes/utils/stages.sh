@@ -6,7 +6,7 @@
 #   held_out     manifest to validate on
 #   test_cuts    array: manifests to decode
 #   finetune_settings   SECTION.KEY=VALUE…, between spaces, that replace those of fine-tuning
-#   lm           an n-gram model to decode with, too, if the file is there; may be empty
+#   lm           an n-gram model for decode_with_lm
 
 # pretrain CONF [SETTING…]
 pretrain() {
@@ -47,19 +47,22 @@ fine_tune() {
   w2vscale report "${exp}_$amount" "${exp}_${amount}_scratch" --output "${exp}_$amount/curves.png"
 }
 
-# Greedily and, if there is a language model, with it.
+# decode [SUFFIX OPTION…]: what both runs write, greedily, or by the options of `w2vscale evaluate --wer`.
 decode() {
-  local run name cuts
+  local suffix=${1:-} run name cuts
   for run in "${exp}_$amount" "${exp}_${amount}_scratch"; do
     for cuts in "${test_cuts[@]}"; do
       name=${cuts##*/cuts_}
-      name=${name%.jsonl}
-      on_ranks evaluate "$run" --cuts "$cuts" --wer --output "$run/wer_$name.json" --html "$run/wer_$name.html"
-      if [[ -n $lm && -e $lm ]]; then
-        on_ranks evaluate "$run" --cuts "$cuts" --wer --lm "$lm" --output "$run/wer_${name}_lm.json"
-      fi
+      name=${name%.jsonl}$suffix
+      on_ranks evaluate "$run" --cuts "$cuts" --wer --output "$run/wer_$name.json" --html "$run/wer_$name.html" "${@:2}"
     done
   done
+}
+
+# A stage of its own, so that it can follow later; the table is then made again.
+decode_with_lm() {
+  decode _lm --lm "$lm"
+  rm -f "${exp}_$amount/.results.done"
 }
 
 # results TITLE

@@ -13,6 +13,7 @@ from tests.micro import MICRO_RUN
 from w2vscale.config import load_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.evaluation.pretrained import load
+from w2vscale.evaluation.sources import sources_of
 from w2vscale.evaluation.transcription import transcribe
 from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.training.loop import Trainer
@@ -62,6 +63,6 @@ def word_errors(exp: str, cuts: str) -> tuple[int, list[tuple[str, str]]]:
     """How many utterances this rank transcribed, and what the score says of all."""
     pretrained = load(exp)
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
-    mine = sum(1 for _ in transcribe(pretrained, [Path(cuts)], ranks=ranks))
+    mine = sum(1 for _ in transcribe(pretrained, [*sources_of(Path(cuts))], ranks=ranks))
     found = score_checkpoint(pretrained, [Path(cuts)], ranks=ranks)
     return mine, [(one.utterance, one.hypothesis) for one in found.utterances]

@@ -21,6 +21,7 @@ from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
 from w2vscale.evaluation.decoding import text_of
 from w2vscale.evaluation.pretrained import load
+from w2vscale.evaluation.sources import sources_of
 from w2vscale.evaluation.transcription import Transcript, transcribe
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
@@ -94,7 +95,7 @@ def test_the_processor_loads_and_writes_the_same_text(family: tuple[Config, Path
     inputs = processor(0.1 * audio, sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         labels = other(inputs.input_values).logits.argmax(dim=-1)
-    (found,) = transcribe(load(checkpoint), [path])
+    (found,) = transcribe(load(checkpoint), [*sources_of(path)])
     assert isinstance(found, Transcript) and len(found.text) > 5
     theirs = processor.batch_decode(labels)[0].replace("<s>", "").replace("</s>", "")
     assert found.text == theirs.strip()

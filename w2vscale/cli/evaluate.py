@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
+    context: typer.Context,
     checkpoint: Checkpoint,
     overrides: Annotated[
         list[str] | None,
@@ -47,7 +48,15 @@ def evaluate(
     manifests' transcripts.
     """
     from w2vscale.distributed.launch import launch, launched
+    from w2vscale.errors import UserError
 
+    if wer and overrides:
+        raise UserError(f"{overrides[0]}: --wer takes no settings")
+    for option in ("beam", "lm", "lexicon", "lm_weight", "word_score", "worst", "page"):
+        given = context.get_parameter_source(option)
+        if not wer and given is not None and given.name == "COMMANDLINE":
+            name = "html" if option == "page" else option.replace("_", "-")
+            raise UserError(f"--{name}: is for error rates: add --wer")
     if nproc_per_node != 1 and not launched():
         sys.exit(launch(["evaluate", *sys.argv[sys.argv.index("evaluate") + 1 :]], nproc_per_node))
     if wer:
@@ -55,7 +64,11 @@ def evaluate(
 
         search = beam_search(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score)
         _word_errors(checkpoint, cuts or [], search, output, page, worst=worst)
-        return
+    else:
+        _losses(checkpoint, cuts or [], overrides or [], output)
+
+
+def _losses(checkpoint: Path, cuts: list[Path], overrides: list[str], output: Path | None) -> None:
     from rich.table import Table
 
     from w2vscale.cli.files import write_text
@@ -63,7 +76,7 @@ def evaluate(
     from w2vscale.evaluation.checkpoint import evaluate_checkpoint
 
     with progress_bar("evaluating") as progress:
-        found = evaluate_checkpoint(checkpoint, cuts or [], overrides or [], progress=progress, log=console.print)
+        found = evaluate_checkpoint(checkpoint, cuts, overrides, progress=progress, log=console.print)
     if found is None:
         return
     values = found.metrics
@@ -109,14 +122,14 @@ def _word_errors(
 
     from w2vscale.cli.files import write_text
     from w2vscale.cli.progress import console, progress_bar
-    from w2vscale.distributed.process_group import process_group
+    from w2vscale.distributed.process_group import LONG_TIMEOUT, process_group
     from w2vscale.errors import UserError
     from w2vscale.evaluation import wer
     from w2vscale.evaluation.pretrained import load
 
     if not cuts:
         raise UserError("--cuts names no manifest: set --cuts CUTS.jsonl")
-    with process_group() as (ranks, device), progress_bar("transcribing") as progress:
+    with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("transcribing") as progress:
         found = wer.score_checkpoint(
             load(checkpoint, device=device),
             cuts,

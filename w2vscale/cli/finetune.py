@@ -47,8 +47,10 @@ def finetune(
         sys.exit(launch(["finetune", *sys.argv[sys.argv.index("finetune") + 1 :]], nproc_per_node))
     from w2vscale.training.initialisation import as_baseline, with_architecture_of_source
     from w2vscale.training.loop import train
+    from w2vscale.training.run import stored_settings
 
-    config = with_architecture_of_source(config)
+    exp = exp or Path("exp") / Path(source).stem
+    config = with_architecture_of_source(config, stored_settings(exp, resume))
     if scratch:
         config = as_baseline(config)
-    sys.exit(train(config, exp or Path("exp") / Path(source).stem, resume=resume))
+    sys.exit(train(config, exp, resume=resume))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from functools import partial
-from itertools import chain
 from typing import Annotated
 
 import typer
@@ -35,35 +34,37 @@ def transcribe(
     batch_seconds: BatchSeconds = 80.0,
     nproc_per_node: Processes = 1,
 ) -> None:
-    """Write what is said: a line for each utterance, shortest first; exit code 2 if some audio could not be used."""
+    """Write what is said: a line for each utterance, shortest first; exit code 2 if some audio could not be used.
+
+    Several processes take about equal shares, and write each utterance soon after it is found.
+    """
     from w2vscale.cli.progress import progress_bar
     from w2vscale.data.micro_batch import BadAudio
     from w2vscale.distributed.launch import launch, launched
-    from w2vscale.distributed.process_group import gather_from_ranks, process_group
+    from w2vscale.distributed.process_group import LONG_TIMEOUT, gather_as_found, process_group
     from w2vscale.errors import UserError
     from w2vscale.evaluation.decoding import beam_search
     from w2vscale.evaluation.pretrained import load
+    from w2vscale.evaluation.sources import sources_of
     from w2vscale.evaluation.transcription import transcribe as transcripts
 
     if nproc_per_node != 1 and not launched():
         sys.exit(launch(["transcribe", *sys.argv[sys.argv.index("transcribe") + 1 :]], nproc_per_node))
     bad: list[BadAudio] = []
     done = 0
-    with process_group() as (ranks, device), progress_bar("utterances") as progress:
+    with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("utterances") as progress:
         stream = transcripts(
             load(checkpoint, device=device),
-            audio,
+            [source for path in audio for source in sources_of(path)],
             search=beam_search(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score),
             ranks=ranks,
             batch_seconds=batch_seconds,
             progress=progress,
             log=partial(typer.echo, err=True) if ranks.is_main else lambda text: None,
         )
-        if ranks.world_size > 1:
-            stream = chain.from_iterable(gather_from_ranks(list(stream)))
+        for found in gather_as_found(stream):
             if not ranks.is_main:
-                return
-        for found in stream:
+                continue
             if isinstance(found, BadAudio):
                 bad.append(found)
                 continue

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,10 @@ from w2vscale.distributed.launch import LostRanks
 from w2vscale.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
+"""How long ranks wait for each other."""
+
+LONG_TIMEOUT = timedelta(days=1)
+"""The same where one of them may have an utterance of hours."""
 
 T = TypeVar("T")
 
@@ -73,10 +78,11 @@ def _first_host(environment: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def process_group(*, needed: bool = False) -> Iterator[tuple[Ranks, torch.device]]:
+def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iterator[tuple[Ranks, torch.device]]:
     """Join the process group that the launcher describes, for the time of the block.
 
-    A process that is alone has no group, or a group of its own where one is `needed`.
+    A process that is alone has no group, or a group of its own where one is `needed`. A collective in which a rank
+    waits longer than `timeout` for another fails.
 
     Raises:
         LostRanks: the other ranks cannot be reached, or no longer.
@@ -99,7 +105,7 @@ def process_group(*, needed: bool = False) -> Iterator[tuple[Ranks, torch.device
     )
     device = _device(ranks.local_rank)
     try:
-        dist.init_process_group(_backend(device), rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
+        dist.init_process_group(_backend(device), rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
         yield ranks, device
     except RuntimeError as error:
         # gloo's errors have no type of their own, but name the place in its source.
@@ -140,6 +146,29 @@ def gather_from_ranks(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_as_found(stream: Iterable[T], *, every_seconds: float = 20.0) -> Iterator[T]:
+    """What the streams of all ranks yield, on every rank and soon after it was found. Collective.
+
+    No rank may wait longer for another's next item than the time-out of the process group.
+    """
+    if not dist.is_initialized():
+        yield from stream
+        return
+    own = iter(stream)
+    while True:
+        found, ended, until = [], False, time.monotonic() + every_seconds
+        while not ended and time.monotonic() < until:
+            try:
+                found.append(next(own))
+            except StopIteration:
+                ended = True
+        parts = gather_from_ranks((found, ended))
+        for part, _ in parts:
+            yield from part
+        if all(ended for _, ended in parts):
+            return
 
 
 def broadcast_from_main(value: Any) -> Any:

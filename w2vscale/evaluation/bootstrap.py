@@ -27,20 +27,22 @@ def relative_reduction(
     """How much lower an error rate is, relative to the baseline's, and its interval of 95 %.
 
     Both give each utterance's errors and length of reference. The interval is by paired bootstrap: the same draws of
-    utterances for both.
+    utterances for both. Where a baseline has hardly any errors, draws without one leave it without a lower bound: it is
+    -inf.
 
     Raises:
-        UserError: they are of different utterances.
+        UserError: they are of different utterances, or of different references.
     """
-    if errors.keys() != baseline.keys():
+    lengths = [{name: length for name, (_, length) in side.items()} for side in (errors, baseline)]
+    if lengths[0] != lengths[1]:
         raise UserError("the runs that are compared have not written the same utterances: evaluate both again")
     ours, theirs = (np.array([side[name] for name in errors], dtype=np.float64) for side in (errors, baseline))
     drawn = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
 
     def reduction(rows: Any) -> Any:
-        rates = [side[rows][..., 0].sum(axis=-1) / side[rows][..., 1].sum(axis=-1) for side in (ours, theirs)]
-        return 1.0 - rates[0] / rates[1]
+        made, baseline_made = (side[rows][..., 0].sum(axis=-1) for side in (ours, theirs))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(made == baseline_made, 0.0, 1.0 - made / baseline_made)
 
-    with np.errstate(divide="ignore", invalid="ignore"):
-        low, high = np.nanpercentile(reduction(drawn), [2.5, 97.5])
-        return float(reduction(slice(None))), float(low), float(high)
+    low, high = np.percentile(reduction(drawn), [2.5, 97.5], method="nearest")
+    return float(reduction(slice(None))), float(low), float(high)

@@ -49,7 +49,8 @@ class BeamSearch:
     lm: Path | None = None
     """A word n-gram model, ARPA or KenLM's binary; needs `lexicon` unless it is ARPA, whose words then are one."""
     lexicon: Path | None = None
-    """One word a line: nothing else is written. What follows a word, if anything, is its spelling in symbols."""
+    """One word a line, marks such as `<unk>` apart: nothing else is written. What follows a word, if anything, is its
+    spelling in symbols."""
     lm_weight: float = 2.0
     word_score: float = -1.0
     threshold: float = 25.0
@@ -57,9 +58,12 @@ class BeamSearch:
 
     def told(self) -> str:
         """The search in words."""
+        parts = [f"beam {self.beam}"]
         if self.lm is not None:
-            return f"beam {self.beam}, {self.lm.name} (weight {self.lm_weight:g}, word score {self.word_score:g})"
-        return f"beam {self.beam}" + (f", words of {self.lexicon.name}" if self.lexicon is not None else "")
+            parts.append(f"{self.lm.name} (weight {self.lm_weight:g}, word score {self.word_score:g})")
+        if self.lexicon is not None:
+            parts.append(f"words of {self.lexicon.name}")
+        return ", ".join(parts)
 
 
 def beam_search(
@@ -200,29 +204,31 @@ def _lexicon(
     spelling = Transcripts(vocabulary)
     labels_of = {symbol: label for label, symbol in enumerate(vocabulary) if label != BLANK}
     numbers: dict[str, int] = {}
-    spellings, unspelled = [], []
+    spellings: dict[tuple[int, tuple[int, ...]], None] = {}  # in order, each once
+    unspelled = []
     for word, given in entries:
         symbols = given or list(spelling.normalised(word))
         if symbols[-1] != SPACE:
             symbols.append(SPACE)
         if all(symbol in labels_of for symbol in symbols):
             number = numbers.setdefault(word, len(numbers))
-            spellings.append((number, [labels_of[symbol] for symbol in symbols]))
+            spellings[number, tuple(labels_of[symbol] for symbol in symbols)] = None
         else:
             unspelled.append(word)
     if not numbers:
         raise UserError(f"{source}: the vocabulary spells none of its {len(unspelled)} words")
     if unspelled:
         log(f"{source}: {len(unspelled)} words are left out: the vocabulary does not spell them ({unspelled[0]} …)")
-    return list(numbers), spellings
+    return list(numbers), [(number, list(labels)) for number, labels in spellings]
 
 
 def _lexicon_entries(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Words and their spellings, if any, without marks such as `<unk>`."""
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
                 word, *symbols = line.split() or [""]
-                if word:
+                if word and not word.startswith("<"):
                     yield word, symbols
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--lexicon {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None

@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from w2vscale.data.audio import AudioError
-from w2vscale.data.manifest import audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.transcripts import SPACE, Transcripts, refuse_too_many, transcript
 from w2vscale.errors import UserError
 from w2vscale.evaluation.alignment import align, spread
 from w2vscale.evaluation.pretrained import Pretrained
-from w2vscale.evaluation.sources import cuts_by_name, open_by_duration, sources_of
+from w2vscale.evaluation.sources import open_by_duration, sources_by_name
 from w2vscale.models.ctc import ctc_loss, greedy_labels
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
@@ -154,23 +153,22 @@ def _utterances(
     pretrained: Pretrained, manifests: Sequence[Path], layers: Sequence[int], spelling: Transcripts, bad: list[BadAudio]
 ) -> Iterator[Utterance]:
     """What the model computes of utterances with transcripts; the rest goes to `bad`."""
-    cuts = cuts_by_name(manifests)
+    sources = sources_by_name(manifests)
     labels: dict[str, list[int]] = {}
-    for name, cut in cuts.items():
+    for name, source in sources.items():
         try:
-            labels[name] = spelling.labels(transcript(cut))[0]
+            labels[name] = spelling.labels(transcript(source.cut))[0]
         except AudioError as error:
-            bad.append(BadAudio(cut.id, audio_path(cut), error.kind, str(error)))
-    sources = [source for path in manifests for source in sources_of(path) if source.name in labels]
-    opened, unreadable = open_by_duration(sources)
+            bad.append(BadAudio(name, source.file, error.kind, str(error)))
+    opened, unreadable = open_by_duration([sources[name] for name in labels])
     bad.extend(unreadable)
     stream = pretrained.stream([audio for _, audio in opened], layers=layers, codes=True)
     hidden: list[Tensor] = []
     codes: list[Tensor] = []
     for number, piece in stream:
-        source, audio = opened[number]
+        read, audio = opened[number]
         if isinstance(piece, AudioError):
-            bad.append(BadAudio(source.name, source.file, piece.kind, str(piece)))
+            bad.append(BadAudio(read.name, read.file, piece.kind, str(piece)))
             hidden, codes = [], []
             continue
         assert piece.codes_TG is not None
@@ -181,12 +179,12 @@ def _utterances(
         hidden_LTD, codes_TG = torch.cat(hidden, dim=1), torch.cat(codes).numpy()
         hidden, codes = [], []
         try:
-            refuse_too_many(labels[source.name], len(codes_TG))
+            refuse_too_many(labels[read.name], len(codes_TG))
         except AudioError as error:
-            bad.append(BadAudio(source.name, source.file, error.kind, str(error)))
+            bad.append(BadAudio(read.name, read.file, error.kind, str(error)))
             continue
-        speakers = (str(part.speaker) for part in cuts[source.name].supervisions if part.speaker)
-        yield Utterance(next(speakers, "unknown"), labels[source.name], hidden_LTD, codes_TG)
+        speakers = (str(part.speaker) for part in read.cut.supervisions if part.speaker)
+        yield Utterance(next(speakers, "unknown"), labels[read.name], hidden_LTD, codes_TG)
 
 
 def _standardise(utterances: Sequence[Utterance], reference: Sequence[Utterance]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,10 @@ from w2vscale.evaluation.bootstrap import relative_reduction
 
 BASELINE = "_scratch"
 """A run NAME is compared with the run NAME_scratch."""
+
+EDITS = ("substitutions", "deletions", "insertions")
+OF_PRETRAINING = {"accuracy", "update", "utterances", "contrastive_bits"}
+OF_WRITING = {"wer", "cer", "word_interval", "character_interval", "cuts", "decoding", "utterances"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
             figures = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        if not isinstance(figures, dict) or not ({"accuracy", "wer"} & figures.keys()):
+        if not isinstance(figures, dict) or not (figures.keys() >= OF_PRETRAINING or figures.keys() >= OF_WRITING):
             raise UserError(f"{path}: no figures of pretraining or --wer, as w2vscale evaluate --output writes them")
         found.append(Result(path.resolve().parent.name, path, figures))
     return found
@@ -82,7 +87,7 @@ def _compared(one: Result, baseline: Result) -> str:
     for unit, name in (("words", "WER"), ("characters", "CER")):
         ours, theirs = (
             {
-                said["utterance"]: (sum(said[unit][kind] for kind in KINDS), said[unit]["reference"])
+                said["utterance"]: (sum(said[unit][kind] for kind in EDITS), said[unit]["reference"])
                 for said in result.figures["utterances"]
             }
             for result in (one, baseline)
@@ -92,13 +97,14 @@ def _compared(one: Result, baseline: Result) -> str:
             continue
         value, low, high = relative_reduction(ours, theirs)
         if value >= 0.0:
-            told.append(f"{name} lower by {value:.1%} (95 %: {low:.1%} to {high:.1%})")
+            told.append(f"{name} lower by {value:.1%} (95 %: {_bound(low)} to {_bound(high)})")
         else:
-            told.append(f"{name} higher by {-value:.1%} (95 %: {0.0 - high:.1%} to {0.0 - low:.1%})")
+            told.append(f"{name} higher by {-value:.1%} (95 %: {_bound(0.0 - high)} to {_bound(0.0 - low)})")
     return (
         f"- `{one.run}` against `{baseline.run}` on {', '.join(one.figures['cuts'])}, {one.figures['decoding']}: "
         f"{', '.join(told)}, relative."
     )
 
 
-KINDS = ("substitutions", "deletions", "insertions")
+def _bound(share: float) -> str:
+    return f"{share:.1%}" if math.isfinite(share) else "no bound"

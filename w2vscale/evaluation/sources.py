@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import soundfile
 from lhotse.cut import Cut
@@ -31,6 +32,16 @@ class Source:
     """May raise AudioError."""
 
 
+@dataclass(frozen=True)
+class CutSource(Source):
+    """An utterance of a manifest."""
+
+    cut: Cut
+
+
+S = TypeVar("S", bound=Source)
+
+
 def sources_of(path: Path) -> Iterator[Source]:
     """The utterances of a file, a folder or a manifest.
 
@@ -44,31 +55,32 @@ def sources_of(path: Path) -> Iterator[Source]:
         for file in files:
             yield Source(str(file.relative_to(path).with_suffix("")), str(file), partial(_file_audio, file))
     elif ".jsonl" in path.suffixes:
-        build_index(path)
-        manifest = Manifest(path)
-        for number in range(len(manifest)):
-            cut = manifest.cut(number)
-            yield Source(_name_of(cut, path), audio_path(cut), partial(_cut_audio, cut))
+        yield from _cut_sources(path)
     else:
         yield Source(path.stem, str(path), partial(_file_audio, path))
 
 
-def cuts_by_name(manifests: Sequence[Path]) -> dict[str, Cut]:
-    """The utterances of manifests, by the names of their `sources_of`.
+def sources_by_name(manifests: Sequence[Path]) -> dict[str, CutSource]:
+    """The utterances of manifests, by their names.
 
     Raises:
         UserError: a bad manifest, an id that is no name for a file, or a name that two utterances have.
     """
-    found: dict[str, Cut] = {}
+    found: dict[str, CutSource] = {}
     for path in manifests:
-        build_index(path)
-        manifest = Manifest(path)
-        for cut in map(manifest.cut, range(len(manifest))):
-            name = _name_of(cut, path)
-            if name in found:
-                raise UserError(f"{path}: the id {cut.id!r} is another utterance's, too; take the manifests one by one")
-            found[name] = cut
+        for source in _cut_sources(path):
+            if found.setdefault(source.name, source) is not source:
+                raise UserError(
+                    f"{path}: the id {source.cut.id!r} is another utterance's, too; take the manifests one by one"
+                )
     return found
+
+
+def _cut_sources(path: Path) -> Iterator[CutSource]:
+    build_index(path)
+    manifest = Manifest(path)
+    for cut in map(manifest.cut, range(len(manifest))):
+        yield CutSource(_name_of(cut, path), audio_path(cut), partial(_cut_audio, cut), cut)
 
 
 def _name_of(cut: Cut, manifest: Path) -> str:
@@ -84,9 +96,9 @@ def _is_name(identifier: object) -> bool:
     return not identifier.startswith("/") and ".." not in parts and parts[-1] not in ("", ".")
 
 
-def open_by_duration(sources: Sequence[Source]) -> tuple[list[tuple[Source, Audio]], list[BadAudio]]:
+def open_by_duration(sources: Sequence[S]) -> tuple[list[tuple[S, Audio]], list[BadAudio]]:
     """Sources that can be opened, by duration, so that neighbours share a forward; and those that cannot."""
-    opened: list[tuple[Source, Audio]] = []
+    opened: list[tuple[S, Audio]] = []
     bad = []
     for source in sources:
         try:

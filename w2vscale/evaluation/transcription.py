@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from w2vscale.distributed.process_group import ALONE, Ranks
 from w2vscale.errors import UserError
 from w2vscale.evaluation.decoding import BeamSearch, build_decoder
 from w2vscale.evaluation.pretrained import BATCH_SECONDS, CHUNK_SECONDS, OVERLAP_SECONDS, Pretrained
-from w2vscale.evaluation.sources import open_by_duration, sources_of
+from w2vscale.evaluation.sources import Source, open_by_duration
 from w2vscale.models.ctc import Wav2Vec2ForCTC
 
 
@@ -30,7 +29,7 @@ class Transcript:
 
 def transcribe(
     pretrained: Pretrained,
-    audio: Sequence[Path],
+    sources: Sequence[Source],
     *,
     search: BeamSearch | None = None,
     ranks: Ranks = ALONE,
@@ -38,22 +37,22 @@ def transcribe(
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Transcript | BadAudio]:
-    """Transcripts of files, folders and Lhotse cut manifests, shortest first, and what could not be used.
+    """Transcripts of utterances, shortest first, and what could not be used.
 
     Greedy, or by the beam `search`. Audio above `CHUNK_SECONDS` is computed in chunks with context on either side, as
-    in `Pretrained.features`. Of several `ranks` each takes every n-th utterance.
+    in `Pretrained.features`. Of several `ranks` each takes every n-th utterance by duration.
 
     Raises:
-        UserError: the model writes nothing; a folder without audio, or a bad manifest; a lexicon or language model
-            cannot be used.
+        UserError: the model writes nothing; a lexicon or language model cannot be used.
     """
     model = pretrained.model
     if not isinstance(model, Wav2Vec2ForCTC):
         raise UserError("the checkpoint is only pretrained and has no output layer: w2vscale finetune gives it one")
     decoder = build_decoder(pretrained.config.ctc.vocabulary, search, log)
-    sources = [source for path in audio for source in sources_of(path)]
-    opened, bad = open_by_duration(sources[ranks.rank :: ranks.world_size])
-    yield from bad
+    opened, bad = open_by_duration(sources)
+    if ranks.is_main:
+        yield from bad
+    opened = opened[ranks.rank :: ranks.world_size]
     stream = pretrained.stream(
         [one for _, one in opened],
         layers=[pretrained.config.model.layers],

@@ -5,21 +5,17 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lhotse.cut import Cut
-
-from w2vscale.data.manifest import audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.transcripts import Transcripts, transcript
-from w2vscale.distributed.process_group import ALONE, Ranks, gather_from_ranks
+from w2vscale.distributed.process_group import ALONE, Ranks, gather_as_found
 from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import interval
 from w2vscale.evaluation.decoding import BeamSearch
 from w2vscale.evaluation.pretrained import Pretrained
-from w2vscale.evaluation.sources import cuts_by_name
+from w2vscale.evaluation.sources import sources_by_name
 from w2vscale.evaluation.transcription import transcribe
 
 
@@ -94,20 +90,19 @@ def score_checkpoint(
             could be compared.
     """
     spelling = Transcripts(pretrained.config.ctc.vocabulary)
-    said: dict[str, Cut] = {}
-    bad = []
-    for name, cut in cuts_by_name(cuts).items():
-        if transcript(cut).strip():
-            said[name] = cut
+    said, bad = {}, []
+    for name, source in sources_by_name(cuts).items():
+        if transcript(source.cut).strip():
+            said[name] = source
         else:
-            bad.append(BadAudio(cut.id, audio_path(cut), "no transcript", "has no transcript"))
+            bad.append(BadAudio(name, source.file, "no transcript", "has no transcript"))
     scored = []
-    mine = list(transcribe(pretrained, cuts, search=search, ranks=ranks, progress=progress, log=log))
-    for found in chain.from_iterable(gather_from_ranks(mine)):
+    written = transcribe(pretrained, [*said.values()], search=search, ranks=ranks, progress=progress, log=log)
+    for found in gather_as_found(written):
         if isinstance(found, BadAudio):
             bad.append(found)
-        elif found.utterance in said:
-            cut = said[found.utterance]
+        else:
+            cut = said[found.utterance].cut
             speaker = next((str(part.speaker) for part in cut.supervisions if part.speaker), "unknown")
             scored.append(score(cut.id, spelling.normalised(transcript(cut)), found.text, speaker=speaker))
     if not scored:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ class Source:
     """A model to start from: its settings, the shapes of its tensors, and each of them whole, fp32, by our names."""
 
     model: ModelConfig
+    vocabulary: Sequence[str]
     shapes: Mapping[str, tuple[int, ...]]
     tensor: Callable[[str], Tensor]
 
@@ -36,9 +37,10 @@ def open_source(path: Path, log: Callable[[str], None] = lambda text: None) -> S
     """
     form = form_of(path)
     if form is not None:
-        model, _, state = read_model(path, form, log)
+        model, ctc, state = read_model(path, form, log)
         log(f"starting from {path} ({form})")
-        return Source(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return Source(model, ctc.vocabulary, shapes, state.__getitem__)
     checkpoint = open_checkpoint(path, log)
     stored = {
         name.removeprefix("model."): tensor
@@ -46,22 +48,27 @@ def open_source(path: Path, log: Callable[[str], None] = lambda text: None) -> S
         if name.startswith("model.")
     }
     log(f"starting from {checkpoint.path}")
+    config = load_config(checkpoint.path / "config.yaml")
     return Source(
-        load_config(checkpoint.path / "config.yaml").model,
+        config.model,
+        config.ctc.vocabulary,
         {name: tuple(tensor.shape) for name, tensor in stored.items()},
         lambda name: next(whole_tensors({f"model.{name}": stored[name]})),
     )
 
 
-def with_architecture_of_source(config: Config) -> Config:
+def with_architecture_of_source(config: Config, stored: Path | None = None) -> Config:
     """Settings of fine-tuning whose model is, in all that its weights depend on, that of `trainer.init_from`.
+
+    Of a run that is continued, `stored` is the settings file: `trainer.init_from` need not be there any more.
 
     Raises:
         UserError: the checkpoint cannot be used, or the settings do not fit its model.
     """
     if config.trainer.init_from is None:
         return config
-    theirs = open_source(config.trainer.init_from).model.model_dump(mode="json")
+    model = load_config(stored).model if stored is not None else open_source(config.trainer.init_from).model
+    theirs = model.model_dump(mode="json")
     document = config.model_dump(mode="json")
     document["model"] |= {key: theirs[key] for key in ARCHITECTURE}
     try:
@@ -104,6 +111,9 @@ def starting_values(
         if name in source.shapes and source.shapes[name] != shape
     }
     theirs = source.model.model_dump(mode="json")
+    if config.ctc.vocabulary != source.vocabulary:
+        spelled_otherwise = (name for name in shapes if name.startswith("head.") and name not in reshaped | missing)
+        reshaped |= dict.fromkeys(spelled_otherwise, "is for another ctc.vocabulary there")
     settings = {
         f"model.{key}": f"is {theirs[key]} there and {value} here"
         for key, value in config.model.model_dump(mode="json").items()

@@ -235,6 +235,13 @@ def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None
     return open_checkpoint(Path(resume))
 
 
+def stored_settings(exp: Path, resume: str) -> Path | None:
+    """The settings file of the run that would be continued; None for a new run."""
+    if resume == "auto":
+        return exp / "config.yaml" if committed(exp / "checkpoints") else None
+    return None if resume == "never" else Path(resume) / "config.yaml"
+
+
 def _compare_settings(config: Config, checkpoint: Checkpoint, log: Callable[[str], None]) -> None:
     """Another model is an error; other settings are said, since the curve may change."""
     stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text())
