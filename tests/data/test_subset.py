@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 from tests.audio import cut_of, noise, write_audio, write_manifest
 from w2vscale.cli.app import app
-from w2vscale.data.manifest import Manifest
+from w2vscale.data.manifest import Manifest, build_index
 from w2vscale.data.subset import write_subset
 from w2vscale.errors import UserError
 
@@ -46,6 +47,17 @@ def test_so_many_hours_in_the_manifests_order(manifest: Path, tmp_path: Path) ->
     assert written.hours == pytest.approx(20 / 3600)
     assert found == sorted(found)
     assert speakers(tmp_path / "a.jsonl")["ann"] > 6
+
+
+def test_a_transcript_may_hold_any_ends_of_lines(manifest: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "odd.jsonl"
+    cuts = [*CutSet.from_jsonl(manifest)][:4]
+    cuts[1].supervisions[0].text = "one\u2028two\x85three"
+    lines = [json.dumps(cut.to_dict(), ensure_ascii=False) for cut in cuts]
+    odd.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    build_index(odd)
+    assert write_subset(odd, tmp_path / "all.jsonl", hours=4 / 3600).utterances == 4
+    assert (tmp_path / "all.jsonl").read_bytes() == odd.read_bytes()
 
 
 def test_speakers_get_equal_time_as_long_as_they_have_it(manifest: Path, tmp_path: Path) -> None:

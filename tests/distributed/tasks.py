@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 
 from tests.micro import MICRO_RUN
 from w2vscale.config import load_config
-from w2vscale.distributed.process_group import Ranks
+from w2vscale.distributed.process_group import Ranks, gather_as_found
 from w2vscale.evaluation.pretrained import load
 from w2vscale.evaluation.sources import sources_of
 from w2vscale.evaluation.transcription import transcribe
@@ -57,6 +59,18 @@ def train_micro(corpus: str, exp: str, overrides: tuple[str, ...] = (), *, save_
         return []
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record["loss"] for record in records]
+
+
+def gather_unevenly(counts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Each rank finds so many items, the more the slower."""
+    rank = dist.get_rank()
+
+    def found() -> Iterator[tuple[int, int]]:
+        for number in range(counts[rank]):
+            time.sleep(0.02 * counts[rank])
+            yield rank, number
+
+    return list(gather_as_found(found(), every_seconds=0.1))
 
 
 def word_errors(exp: str, cuts: str) -> tuple[int, list[tuple[str, str]]]:

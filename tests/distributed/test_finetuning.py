@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.pool import Pool
-from tests.distributed.tasks import train_micro, word_errors
+from tests.distributed.tasks import gather_unevenly, train_micro, word_errors
 from tests.spelled import SPELLING, some_texts, write_spelled
 from tests.training.test_finetuning import settings
 from w2vscale.evaluation.pretrained import load
@@ -73,6 +73,13 @@ def test_a_run_of_one_process_goes_on_in_two(
     pool(2).run(train_micro, str(corpus), str(exp), (*TUNING, ENGINES["fsdp"]))
     for (loss, norm), (expected_loss, expected_norm) in zip(figures(exp), figures(alone), strict=True):
         assert (loss, norm) == (pytest.approx(expected_loss, rel=1e-5), pytest.approx(expected_norm, rel=1e-5))
+
+
+def test_what_ranks_find_reaches_all_of_them_soon(pool: Callable[[int], Pool]) -> None:
+    of_ranks = pool(3).run(gather_unevenly, (8, 0, 2))
+    assert of_ranks[0] == of_ranks[1] == of_ranks[2]
+    assert sorted(of_ranks[0]) == [(0, number) for number in range(8)] + [(2, 0), (2, 1)]
+    assert of_ranks[0][-1] == (0, 7) and (2, 1) in of_ranks[0][:4]
 
 
 def test_ranks_share_the_decoding(pool: Callable[[int], Pool], corpus: Path, alone: Path) -> None:

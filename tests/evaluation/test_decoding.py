@@ -124,6 +124,19 @@ def test_a_zipped_model_and_a_lexicon_of_spellings(lm: Path, tmp_path: Path) -> 
     assert "1 words are left out" in said[0] and "XY" in said[0]
 
 
+def test_a_word_counts_once_and_marks_are_no_words(lm: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    (tmp_path / "once.txt").write_text("AB\nAC\n")
+    (tmp_path / "twice.txt").write_text("<unk>\n<s>\nAB\nAC\nAC\nAC A C |\nAC\n")
+    for _ in range(20):
+        logits = 2.0 * torch.randn(12, 5, generator=generator)
+        once, twice = (
+            written(BeamSearch(lm=lm, lexicon=tmp_path / f"{name}.txt", lm_weight=0.5), logits)
+            for name in ("once", "twice")
+        )
+        assert once == twice
+
+
 def test_kenlms_binary_needs_a_lexicon(tmp_path: Path) -> None:
     (tmp_path / "toy.binary").write_bytes(BINARY_TOY)
     (tmp_path / "words.txt").write_text("AB\nAC\n")
@@ -142,6 +155,9 @@ def test_what_cannot_be_used_is_named(lm: Path, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\0" + bytes(99))
     (tmp_path / "text").write_text("AB AC\n")
     (tmp_path / "broken.arpa").write_text(TOY.replace("-0.5\tAB", "minus\tAB"))
+    zipped = bytearray(gzip.compress(lm.read_bytes()))
+    zipped[20:40] = bytes(20)
+    (tmp_path / "damaged.arpa.gz").write_bytes(zipped)
     (tmp_path / "none.txt").write_text("XY\n")
     (tmp_path / "words.txt").write_text("AB\n")
     for search, message in (
@@ -149,6 +165,7 @@ def test_what_cannot_be_used_is_named(lm: Path, tmp_path: Path) -> None:
         (BeamSearch(lm=tmp_path / "missing", lexicon=tmp_path / "words.txt"), r"--lm .*missing: no such file"),
         (BeamSearch(lm=tmp_path / "binary", lexicon=tmp_path / "words.txt"), "KenLM cannot load it"),
         (BeamSearch(lm=tmp_path / "text"), "neither an ARPA file nor KenLM's binary"),
+        (BeamSearch(lm=tmp_path / "damaged.arpa.gz"), r"--lm .*damaged\.arpa\.gz: cannot be read"),
         (BeamSearch(lm=tmp_path / "broken.arpa"), "KenLM cannot load it"),
         (BeamSearch(lexicon=tmp_path / "missing.txt"), r"--lexicon .*missing\.txt: cannot be read: No such file"),
         (BeamSearch(lexicon=tmp_path / "none.txt"), "the vocabulary spells none of its 1 words"),
@@ -163,6 +180,11 @@ def test_options() -> None:
     assert beam_search(None, None, None, lm_weight=2.0, word_score=-1.0) is None
     found = beam_search(None, Path("a/4-gram.arpa"), None, lm_weight=1.5, word_score=0.0)
     assert found is not None and found.told() == "beam 50, 4-gram.arpa (weight 1.5, word score 0)"
+    assert (
+        BeamSearch(9, Path("4.bin"), Path("a/words"))
+        .told()
+        .endswith(", 4.bin (weight 2, word score -1), words of words")
+    )
 
 
 def test_text_is_without_marks() -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from w2vscale.cli.app import app
 from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import relative_reduction
+from w2vscale.evaluation.results import read_results, results_page
 from w2vscale.evaluation.wer import score, summarise
 
 
@@ -40,6 +41,31 @@ def test_a_reduction_is_relative_and_paired() -> None:
     assert low < value < high and 0.05 < high - low < 0.5
     with pytest.raises(UserError, match="not written the same utterances"):
         relative_reduction(ours, {"other": (1, 10)})
+
+
+def test_a_baseline_that_hardly_errs_leaves_no_lower_bound() -> None:
+    baseline = {f"u{n}": (int(n == 0), 10) for n in range(30)}
+    value, low, high = relative_reduction({f"u{n}": (int(n == 1), 10) for n in range(30)}, baseline)
+    assert (value, low) == (0.0, -np.inf) and high == 1.0
+    # Where both err alike, they do so in every draw.
+    assert relative_reduction(baseline, baseline) == (0.0, 0.0, 0.0)
+
+
+def test_a_bound_that_there_is_not_is_told(tmp_path: Path) -> None:
+    right, wrong = "one two three four", "one two three"
+    paths = [write_score(tmp_path / "a", [right, wrong] + [right] * 20)]
+    paths.append(write_score(tmp_path / "a_scratch", [wrong, right] + [right] * 20))
+    page = results_page(read_results(paths), "Trial")
+    assert "WER lower by 0.0% (95 %: no bound to 100.0%)" in page
+
+
+def test_figures_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+    path = write_score(tmp_path / "a", ["one"])
+    document = json.loads(path.read_text())
+    for missing in ("cer", "cuts", "word_interval"):
+        path.write_text(json.dumps({key: value for key, value in document.items() if key != missing}))
+        with pytest.raises(UserError, match="no figures of pretraining or --wer"):
+            read_results([path])
 
 
 def test_a_page_of_results(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,8 +96,49 @@ def test_word_errors_of_what_was_learned_by_heart(spelled: Path, by_heart: Path,
     assert [bad["kind"] for bad in document["bad"]] == ["no transcript"]
     assert "WER" in result.output and "left out: 1" in result.output
     assert "<h2>Speakers</h2>" in (tmp_path / "wer.html").read_text()
+    (tmp_path / "other" / "u10.flac").unlink()  # what has no transcript is not decoded
+    assert "left out: 1" in CliRunner().invoke(app, command).output
     twice = CliRunner().invoke(app, [*command, "--cuts", str(manifest)])
     assert isinstance(twice.exception, UserError) and "'u00' is another utterance's, too" in str(twice.exception)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--wer", "data.workers=1"], "data.workers=1: --wer takes no settings"),
+        (["--beam", "5"], "--beam: is for error rates: add --wer"),
+        (["--word-score", "0"], "--word-score: is for error rates"),
+        (["--html", "page.html"], "--html: is for error rates"),
+    ],
+)
+def test_options_of_evaluate_that_would_do_nothing_are_refused(
+    spelled: Path, by_heart: Path, arguments: list[str], message: str
+) -> None:
+    result = CliRunner().invoke(app, ["evaluate", str(by_heart), "--cuts", str(spelled), *arguments])
+    assert isinstance(result.exception, UserError) and message in str(result.exception)
+
+
+def test_only_transcripts_go_to_stdout(spelled: Path, by_heart: Path, tmp_path: Path) -> None:
+    pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
+    words = {word for text in some_texts(10) for word in text.split()}
+    (tmp_path / "words.txt").write_text("\n".join([*sorted(words), "XYZ"]))
+    command = ["transcribe", str(by_heart), str(spelled), "--lexicon", str(tmp_path / "words.txt")]
+    result = CliRunner().invoke(app, command)
+    assert len(result.stdout.splitlines()) == 10
+    assert "1 words are left out" in result.stderr
+
+
+def test_a_head_for_another_vocabulary_is_not_taken_silently(spelled: Path, by_heart: Path, tmp_path: Path) -> None:
+    other = ("ctc.vocabulary=['<pad>', '|', D, C, B, A]", f"trainer.init_from={by_heart}", "trainer.updates=4")
+    config = with_architecture_of_source(settings(spelled, *other))
+    with pytest.raises(UserError, match=r"head.weight is for another ctc.vocabulary there.* trainer.init_allow"):
+        train(config, tmp_path / "refused")
+    allowed = with_architecture_of_source(settings(spelled, *other, "trainer.init_allow=['head']", "optim.lr=1e-9"))
+    assert train(allowed, tmp_path / "allowed") == 0
+    theirs, ours = (read_model_tensors(open_checkpoint(path)) for path in (by_heart, tmp_path / "allowed"))
+    assert not torch.allclose(theirs["head.weight"], ours["head.weight"], atol=1e-2)
+    name = "encoder.transformer.blocks.0.attention.qkv.weight"
+    assert torch.allclose(theirs[name], ours[name], atol=1e-4)
 
 
 def test_a_pretrained_model_writes_nothing(pretrained: Path, spelled: Path) -> None:
@@ -193,18 +235,26 @@ def test_a_dry_run(spelled: Path) -> None:
 
 
 class TestCommandLine:
-    def test_it_takes_the_architecture_of_its_source(self, spelled: Path, pretrained: Path, tmp_path: Path) -> None:
+    def test_it_takes_the_architecture_of_its_source_and_goes_on_without_it(
+        self, spelled: Path, pretrained: Path, tmp_path: Path
+    ) -> None:
+        source, exp = tmp_path / "source", tmp_path / "exp"
+        shutil.copytree(pretrained, source, symlinks=True)
         command = [
-            "finetune", "ctc_1h", f"trainer.init_from={pretrained}", f"data.train={spelled}", "trainer.updates=2",
+            "finetune", "ctc_1h", f"trainer.init_from={source}", f"data.train={spelled}", "trainer.updates=2",
             "ctc.freeze_encoder_updates=1", "batch.micro_batches=1", "data.workers=0", "precision.compute=fp32",
-            "--exp", str(tmp_path),
+            "--exp", str(exp),
         ]  # fmt: skip
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 0, result.output
         assert "label errors" not in result.output and "a label" in result.output
-        assert load_config(tmp_path / "config.yaml").model.dim == 32
-        shown = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--cuts", str(spelled)])
+        assert load_config(exp / "config.yaml").model.dim == 32
+        shown = CliRunner().invoke(app, ["evaluate", str(exp), "--cuts", str(spelled)])
         assert "label error rate, greedy" in shown.output
+        shutil.rmtree(source)
+        assert "nothing to do" in CliRunner().invoke(app, command).output
+        anew = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "other")])
+        assert isinstance(anew.exception, UserError) and "no such" in str(anew.exception)
 
     def test_the_baseline_has_the_architecture_and_nothing_else(
         self, spelled: Path, pretrained: Path, tmp_path: Path
