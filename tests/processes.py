@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 Started = Callable[[], list[BaseProcess]]
@@ -47,11 +50,73 @@ def fork_children() -> None:
 
 
 def _run(output: str, arguments: tuple[str, ...]) -> None:
-    fork_children()
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    _command(arguments, [0, file, file])
+
+
+def _command(arguments: Sequence[str], files: Sequence[int]) -> None:
+    fork_children()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
     sys.argv = ["w2vscale", *arguments]
     from w2vscale.cli.app import main
 
     main()
+
+
+CLIENT = """#!{python} -IS
+import os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+socket.send_fds(server, [repr((sys.argv[1:], os.getcwd(), dict(os.environ))).encode()], [0, 1, 2])
+sys.exit(int(server.recv(9)))
+"""
+
+
+def served_environment(folder: Path) -> BaseProcess:
+    """Make `folder` a copy of this environment whose `w2vscale` runs in forks of a process that has made the imports.
+
+    Returns that process, which serves until it is killed.
+    """
+    here, address = Path(sys.prefix), str(folder / "socket")
+    (folder / "bin").mkdir(parents=True)
+    (folder / ".w2vscale-setup").symlink_to(here / ".w2vscale-setup")
+    for program in (here / "bin").iterdir():
+        if program.name != "w2vscale":
+            (folder / "bin" / program.name).symlink_to(program)
+    client = folder / "bin" / "w2vscale"
+    client.write_text(CLIENT.format(python=here / "bin" / "python", address=address))
+    client.chmod(0o755)
+    listening = FORKS.Event()
+    server = FORKS.Process(target=_serve_commands, args=(address, listening))
+    server.start()
+    assert listening.wait(60)
+    return server
+
+
+def _serve_commands(address: str, listening: Event) -> None:
+    """One command after the other."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        listening.set()
+        while True:
+            client, _ = server.accept()
+            with client:
+                asked, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
+                arguments, folder, environment = ast.literal_eval(asked.decode())
+                child = multiprocessing.get_context("fork").Process(
+                    target=_asked, args=(folder, environment, arguments, files)
+                )
+                child.start()
+                for file in files:
+                    os.close(file)
+                child.join()
+                client.send(str(child.exitcode).encode())
+
+
+def _asked(folder: str, environment: dict[str, str], arguments: list[str], files: list[int]) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    _command(arguments, files)

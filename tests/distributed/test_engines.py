@@ -139,8 +139,8 @@ def test_accumulation(six_updates: Train, variant: str, processes: int) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "engine"),
-    [(*processes, engine) for processes in ((2, 2), (2, 1), (2, 3)) for engine in ENGINES]
-    + [(1, 2, engine) for engine in ("ddp", "fsdp", "zero3")],
+    [(*processes, engine) for processes in ((2, 1), (2, 3)) for engine in ENGINES]
+    + [(1, 2, engine) for engine in ("fsdp", "zero3")],
 )
 def test_resuming(
     pool: Callable[[int], Pool],
@@ -175,7 +175,7 @@ def test_each_engine_continues_the_one_before(
     assert_same(tmp_path, six_updates("ddp", 2, 6))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3"])
 def test_resuming_before_every_layer_was_used(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path, engine: str
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.interop.continued import flat_negatives
 from tests.micro import SMALL
 from w2vscale.config import ModelConfig, load_config, preset_names
 from w2vscale.data.micro_batch import make_inputs
@@ -124,17 +125,6 @@ def run_both(config: ModelConfig, model: Wav2Vec2ForPretraining, other: Any, inp
         their_vectors_BTD=seen["their_quantized"][0],
         their_context_BTD=seen["their_encoded"].last_hidden_state,
     )
-
-
-def flat_negatives(inputs: PretrainingInputs) -> Tensor:
-    """Our negatives (numbers among an utterance's masked frames) as Transformers' (frames of the flattened batch)."""
-    batch, frames = inputs.mask_BT.shape
-    flat_BTK = torch.zeros(batch, frames, inputs.negatives_MK.shape[1], dtype=torch.long)
-    for row, mask_T in enumerate(inputs.mask_BT):
-        frame_N = mask_T.nonzero().squeeze(1)
-        slots_NK = inputs.negatives_MK[inputs.utterance_M == row].long()
-        flat_BTK[row, frame_N] = row * frames + frame_N[slots_NK]
-    return flat_BTK
 
 
 def assert_equal(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:

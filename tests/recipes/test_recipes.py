@@ -8,27 +8,46 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.audio import noise, write_audio
 from tests.micro import MICRO_MODEL
+from tests.processes import served_environment
 from w2vscale.config import load_config
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 NAMES = sorted(path.parent.name for path in RECIPES.glob("*/run.sh"))
-SHORT = (*MICRO_MODEL, "trainer.updates=3", "schedule.warmup_updates=1", "data.workers=0", "logging.tensorboard=false")
+SHORT = (
+    *MICRO_MODEL,
+    "trainer.updates=3",
+    "schedule.warmup_updates=1",
+    "data.workers=0",
+    "logging.tensorboard=false",
+    "precision.compute=fp32",
+)
 
 
-def run(recipe: str, *arguments: str, code: int = 0) -> str:
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """In place of .venv/ of the checkout, which path.sh sets up: the tests' own, without waiting for imports."""
+    if not (Path(sys.prefix) / ".w2vscale-setup").is_file():
+        pytest.skip("recipes run in the environment that tools/setup.sh makes, and this is another")
+    folder = tmp_path_factory.mktemp("environment")
+    server = served_environment(folder)
+    yield str(folder)
+    server.kill()
+
+
+def run(recipe: str, *arguments: str, code: int = 0, environment: str = "none") -> str:
     done = subprocess.run(
         ["bash", str(RECIPES / recipe / "run.sh"), *arguments],
         capture_output=True,
         text=True,
         timeout=240,
-        # path.sh sets up .venv/ of the checkout; here the tests' own environment stands in for it.
-        env=os.environ | {"W2VSCALE_VENV": str(Path(sys.prefix))},
+        env=os.environ | {"W2VSCALE_VENV": environment},
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -62,56 +81,134 @@ def test_a_path_where_nothing_is_ends_a_recipe(recipe: str, option: str, tmp_pat
     )
 
 
-@pytest.fixture
-def own_environment() -> None:
-    if not (Path(sys.prefix) / ".w2vscale-setup").is_file():
-        pytest.skip("recipes run in the environment that tools/setup.sh makes, and this is another")
+SMALL_BATCH = ("batch.micro_batches=1", "batch.max_seconds=8", "data.max_seconds=3")
+TUNING = (
+    "trainer.updates=2 ctc.freeze_encoder_updates=0 data.max_seconds=8 batch.max_seconds=8 batch.micro_batches=1 "
+    "data.workers=0 precision.compute=fp32 logging.tensorboard=false"
+)
+LM = """\\data\\
+ngram 1=4
+ngram 2=1
+
+\\1-grams:
+-2\t<unk>
+-99\t<s>\t-0.3
+-1\t</s>
+-1\tONE\t-0.3
+
+\\2-grams:
+-0.2\t<s> ONE
+
+\\end\\
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("own_environment")
-def test_the_demo_goes_through_all_stages_and_repeats_nothing(tmp_path: Path) -> None:
+def test_the_demo_goes_through_all_stages_and_repeats_nothing(environment: str, tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader", reason="synthetic speech needs the extra w2vscale[synth]")
-    options = ("--data", str(tmp_path / "data"), "--exp", str(tmp_path / "exp"))
-    small = ("--train-minutes", "0.6", "--validation-minutes", "0.4", "--speakers", "2", "--label-minutes", "0.2")
-    said = run("demo", *options, *small, "--finetune-settings", "trainer.updates=2 data.workers=0", *SHORT)
+    options = ("--data", str(tmp_path / "data"), "--exp", str(tmp_path / "exp"), "--label-minutes", "0.2")
+    small = ("--train-minutes", "0.6", "--validation-minutes", "0.4", "--speakers", "2")
+    said = run("demo", *options, *small, "--finetune-settings", TUNING, *SHORT, environment=environment)
     for number in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10):
         assert f"stage {number}: done in" in said
-    page = (tmp_path / "exp_0.2min" / "RESULTS.md").read_text()
-    assert "| exp | 3 |" in page and "`exp_0.2min` against `exp_0.2min_scratch`" in page
+    results = tmp_path / "exp_0.2min" / "RESULTS.md"
+    assert "| exp | 3 |" in results.read_text() and "`exp_0.2min` against `exp_0.2min_scratch`" in results.read_text()
     assert (tmp_path / "exp_0.2min" / "huggingface" / "tokenizer_config.json").is_file()
     figures = json.loads((tmp_path / "exp" / "evaluation.json").read_text())
     assert figures["update"] == 3
     assert (tmp_path / "exp" / "curves.png").is_file()
 
-    again = run("demo", *options, *small, *SHORT)
+    again = run("demo", *options, environment=environment)
     assert again.count("done already") == 10
     assert "done in" not in again
 
+    pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
+    (tmp_path / "toy.arpa").write_text(LM)
+    assert "toy.arpa" not in results.read_text()
+    later = run("demo", *options, "--lm", str(tmp_path / "toy.arpa"), environment=environment)
+    assert "stage 8: decode with toy.arpa" in later and later.count("done in") == 2
+    assert "beam 50, toy.arpa" in results.read_text()
+
+
+def write_librispeech(corpus: Path) -> None:
+    """Noise by two speakers to learn from and another to decode, as LibriSpeech lies in folders."""
+    for part, speakers in (("train-clean-5", (1, 2)), ("dev-clean-2", (3,))):
+        for speaker in speakers:
+            folder = corpus / part / str(speaker) / "7"
+            names = [f"{speaker}-7-{number:04d}" for number in range(4)]
+            for number, name in enumerate(names):
+                write_audio(folder / f"{name}.flac", noise(2.0 + 0.3 * number, seed=10 * speaker + number))
+            (folder / f"{speaker}-7.trans.txt").write_text("".join(f"{name} ONE TWO\n" for name in names))
+
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("own_environment")
-@pytest.mark.parametrize("recipe", ["mini_librispeech", "librispeech"])
-def test_recipes_work_on_real_speech(shared_data: Path, recipe: str, tmp_path: Path) -> None:
+def test_librispeech_goes_through_all_stages_with_shards_and_official_lists(environment: str, tmp_path: Path) -> None:
+    pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
+    write_librispeech(tmp_path / "corpus")
+    listed = tmp_path / "librilight" / "1h" / "0" / "clean" / "1" / "7"
+    listed.mkdir(parents=True)
+    for number in (0, 2):
+        (listed / f"1-7-{number:04d}.flac").touch()
+    (tmp_path / "toy.arpa").write_text(LM)
+    options = (
+        "--corpus", str(tmp_path / "corpus"), "--data", str(tmp_path / "data"), "--exp", str(tmp_path / "exp"),
+        "--librilight", str(tmp_path / "librilight"), "--amount", "10min", "--shar", "true", "--jobs", "1",
+        "--conf", "large", "--lm", str(tmp_path / "toy.arpa"), "--finetune-settings", TUNING,
+    )  # fmt: skip
+    said = run("librispeech", *options, *SHORT, *SMALL_BATCH, environment=environment)
+    for number in range(1, 11):
+        assert f"stage {number}: done in" in said
+    manifests = tmp_path / "data" / "manifests"
+    assert [json.loads(line)["id"] for line in (manifests / "cuts_10min.jsonl").read_text().splitlines()] == [
+        "1-7-0000", "1-7-0002",
+    ]  # fmt: skip
+    settings = load_config(tmp_path / "exp" / "config.yaml")
+    assert (settings.data.mode, settings.data.validation) == ("stream", [manifests / "cuts_dev-clean-2.jsonl"])
+    assert load_config(tmp_path / "exp_10min" / "config.yaml").optim.lr == 1e-4
+    page = (tmp_path / "exp_10min" / "RESULTS.md").read_text()
+    assert page.count("beam 50, toy.arpa") == 3 and "`exp_10min` against `exp_10min_scratch`" in page
+
+
+@pytest.mark.slow
+def test_librispeech_does_not_validate_on_test_sets(environment: str, tmp_path: Path) -> None:
+    write_librispeech(tmp_path / "corpus")
+    (tmp_path / "corpus" / "dev-clean-2").rename(tmp_path / "corpus" / "test-clean")
+    options = ("--corpus", str(tmp_path / "corpus"), "--data", str(tmp_path / "data"), "--jobs", "1")
+    assert "no cuts_dev-clean.jsonl" in run(
+        "librispeech", *options, "--stop-stage", "2", environment=environment, code=1
+    )
+
+
+@pytest.mark.slow
+def test_real_speech_is_prepared_and_indexed(environment: str, shared_data: Path, tmp_path: Path) -> None:
     options = ("--corpus", os.path.relpath(shared_data / "LibriSpeech"), "--data", str(tmp_path / "data"))
-    said = run(recipe, *options, "--stop-stage", "1")
+    said = run("mini_librispeech", *options, "--stop-stage", "1", environment=environment)
     assert "stage 1: done in" in said
     assert "stage 2" not in said
-    said = run(recipe, *options, "--stage", "2", "--stop-stage", "2")
+    said = run("mini_librispeech", *options, "--stage", "2", "--stop-stage", "2", environment=environment)
     assert "stage 2: done in" in said
     assert "stage 1" not in said
     assert (tmp_path / "data" / "manifests" / "cuts_train-clean-5.jsonl.index.npy").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("own_environment")
-def test_a_folder_of_any_audio(tmp_path: Path) -> None:
+def test_a_folder_of_any_audio_and_another_with_transcripts(environment: str, tmp_path: Path) -> None:
     for number in range(6):
         write_audio(tmp_path / "audio" / f"{number}.wav", noise(2.0, seed=number))
-    options = ("--audio", str(tmp_path / "audio"), "--data", str(tmp_path / "data"), "--validation-share", "0.3")
-    said = run("folder", *options, "--conf", "tiny", "--stop-stage", "2")
-    assert "stage 2: done in" in said and "an epoch" in said
-    assert (tmp_path / "data" / "manifests" / "cuts_validation.jsonl.index.npy").is_file()
+        write_audio(tmp_path / "said" / f"{number}.ogg", noise(2.0, seed=9 + number))
+        (tmp_path / "said" / f"{number}.txt").write_text("one two")
+    options = (
+        "--audio", str(tmp_path / "audio"), "--transcribed", str(tmp_path / "said"), "--data", str(tmp_path / "data"),
+        "--exp", str(tmp_path / "exp"), "--validation-share", "0.3", "--test-share", "0.3",
+        "--finetune-settings", TUNING,
+    )  # fmt: skip
+    said = run("folder", *options, *SHORT, *SMALL_BATCH, environment=environment)
+    for number in (1, 2, 4, 5, 6, 7, 8, 9, 10):
+        assert f"stage {number}: done in" in said
+    assert "an epoch" in said
+    page = (tmp_path / "exp_transcribed" / "RESULTS.md").read_text()
+    assert page.startswith("# audio\n") and "`exp_transcribed` against `exp_transcribed_scratch`" in page
+    assert (tmp_path / "exp_transcribed" / "huggingface" / "tokenizer_config.json").is_file()
 
 
 def local(script: str, *arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:

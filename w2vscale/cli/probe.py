@@ -40,7 +40,14 @@ def probe(
     symbols = load_config("base", [f"ctc.vocabulary={vocabulary}"]).ctc.vocabulary
     with progress_bar("updates of the probes") as progress:
         found = probing.probe(
-            load(checkpoint), train, test, layers=layer, vocabulary=symbols, updates=updates, progress=progress
+            load(checkpoint),
+            train,
+            test,
+            layers=layer,
+            vocabulary=symbols,
+            updates=updates,
+            progress=progress,
+            log=console.print,
         )
     table = Table(box=None)
     table.add_column("layer")
@@ -54,24 +61,7 @@ def probe(
             f"(by chance {codebook.letters_by_chance:.1%}), {codebook.speakers.information:.1%} of the speakers' "
             f"(by chance {codebook.speakers_by_chance:.1%})"
         )
-    document = {
-        "checkpoint": str(checkpoint),
-        "label_error_rate": found.error_rates,
-        "best_layer": found.best_layer,
-        "codebooks": [
-            {
-                "letters": codebook.letters.information,
-                "letters_by_chance": codebook.letters_by_chance,
-                "speakers": codebook.speakers.information,
-                "speakers_by_chance": codebook.speakers_by_chance,
-            }
-            for codebook in found.codebooks
-        ],
-        "train_utterances": found.train_utterances,
-        "test_utterances": found.test_utterances,
-        "frames": found.frames,
-        "left_out": len(found.bad),
-    }
+    document = {"checkpoint": str(checkpoint), **found.document()}
     write_text(output / "probe.json", json.dumps(document, indent=2) + "\n")
     draw_layers(found.error_rates, output / "layers.png")
     draw_codes([codebook.letters for codebook in found.codebooks], output / "codes_letters.png", title="letter")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +88,26 @@ class Probed:
     test_utterances: int
     bad: list[BadAudio]
 
+    def document(self) -> dict[str, Any]:
+        """The figures, for JSON."""
+        return {
+            "label_error_rate": self.error_rates,
+            "best_layer": self.best_layer,
+            "codebooks": [
+                {
+                    "letters": codebook.letters.information,
+                    "letters_by_chance": codebook.letters_by_chance,
+                    "speakers": codebook.speakers.information,
+                    "speakers_by_chance": codebook.speakers_by_chance,
+                }
+                for codebook in self.codebooks
+            ],
+            "train_utterances": self.train_utterances,
+            "test_utterances": self.test_utterances,
+            "frames": self.frames,
+            "left_out": len(self.bad),
+        }
+
     @property
     def best_layer(self) -> int:
         """The layer whose probe spells best."""
@@ -103,6 +124,7 @@ def probe(
     updates: int,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Probed:
     """Probe a pretrained model with the transcripts of some manifests; it is computed once, and not changed.
 
@@ -117,6 +139,7 @@ def probe(
     wanted = pretrained.checked_layers(layers)
     spelling = Transcripts(vocabulary)
     bad: list[BadAudio] = []
+    log(f"computing layers {', '.join(map(str, wanted))} of all utterances")
     learned, tested = ([*_utterances(pretrained, paths, wanted, spelling, bad)] for paths in (train, test))
     for paths, found in ((train, learned), (test, tested)):
         if not found:
@@ -125,6 +148,7 @@ def probe(
     everyone = [*learned, *tested]
     _standardise(everyone, learned)
     device = pretrained.model.encoder.mask_embedding.device
+    log(f"training a probe of each on {len(learned):,} utterances")
     weight_LDV, bias_LV = _train(learned, len(vocabulary), device=device, updates=updates, seed=seed, progress=progress)
 
     def log_probabilities_LTV(one: Utterance) -> Tensor:
