@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from tests.micro import MICRO_RUN
-from w2vscale.config import load_config
+from w2vscale.config import Config, load_config
 from w2vscale.distributed.process_group import Ranks, gather_as_found
 from w2vscale.evaluation.pretrained import load
 from w2vscale.evaluation.sources import sources_of
@@ -43,11 +43,21 @@ def train_micro(corpus: str, exp: str, overrides: tuple[str, ...] = (), *, save_
 
     With `save_first`, there is a checkpoint before the first update, too.
     """
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    return [record["loss"] for record in _train(config, Path(exp), save_first=save_first)]
+
+
+def train_tiny(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[tuple[float, float]]:
+    """Train the preset `tiny`; loss and gradient norm of every update."""
+    config = load_config("tiny", [f"data.train={corpus}", "logging.every=1", "logging.tensorboard=false", *overrides])
+    return [(record["loss"], record["grad_norm"]) for record in _train(config, Path(exp))]
+
+
+def _train(config: Config, folder: Path, *, save_first: bool = False) -> list[dict[str, float]]:
+    """What is logged, on rank 0."""
     ranks = Ranks()
     if dist.is_initialized():
         ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
-    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
-    folder = Path(exp)
     make_folder(folder, config, ranks)
     run = build_run(config, folder, ranks=ranks, device=torch.device("cpu"), resume="auto", log=lambda text: None)
     if save_first:
@@ -57,8 +67,7 @@ def train_micro(corpus: str, exp: str, overrides: tuple[str, ...] = (), *, save_
     run.engine.close()
     if not ranks.is_main:
         return []
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def gather_unevenly(counts: tuple[int, ...]) -> list[tuple[int, int]]:

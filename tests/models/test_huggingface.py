@@ -75,7 +75,7 @@ class Pair(NamedTuple):
 def pair(request: pytest.FixtureRequest) -> Pair:
     preset, overrides, samples = request.param
     config = load_config(preset, overrides).model
-    torch.manual_seed(7)
+    torch.manual_seed(8)  # of these weights no two codes are nearly as probable: rounding chooses none
     model = Wav2Vec2ForPretraining(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

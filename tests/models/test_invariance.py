@@ -11,12 +11,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from w2vscale.config import Config, ModelConfig, load_config
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
 from w2vscale.engine.criterion import PretrainingCriterion, active_layers
 from w2vscale.models.contrastive import contrastive_logits, contrastive_loss
-from w2vscale.models.feature_encoder import MaskedGroupNorm, output_frames
+from w2vscale.models.feature_encoder import GroupNorm, WaveformLayer, output_frames
 from w2vscale.models.layers import LayerNorm, compute_dtype
 from w2vscale.models.quantizer import Quantizer, diversity_loss, perplexity
 from w2vscale.models.transformer import PositionalConvolution
@@ -369,20 +370,57 @@ def test_similarities_and_losses_of_bf16_vectors_are_computed_in_fp32() -> None:
     torch.testing.assert_close(logits(context_MD, targets_MD)[4, 2], expected)
 
 
-@pytest.mark.parametrize("padded", [True, False])
-def test_group_norm_takes_its_statistics_in_fp32(padded: bool) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("padded", [False, True])
+def test_group_norm_is_that_of_the_convolution(padded: bool, groups: int, bias: bool) -> None:
+    """Around a mean of 8 and of 30 samples in a second, values and gradients are PyTorch's."""
+    torch.manual_seed(0)
+    layers = "model.conv_layers=[[4,10,5],[4,2,2]]"
+    config = load_config("base", [layers, f"model.conv_norm_groups={groups}", f"model.conv_bias={str(bias).lower()}"])
+    layer = WaveformLayer(config.model)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    waveforms_BS = 8.0 + torch.randn(2, 3000)
+    lengths_B = torch.tensor([3000, 2001]) if padded else None
+    found_BTC, frames_B = layer(waveforms_BS, lengths_B)
+    assert isinstance(layer.norm, GroupNorm)
+    rows = []
+    for waveform_S, length in zip(waveforms_BS, (3000, 2001) if padded else (3000, 3000), strict=True):
+        x_1CT = F.conv1d(
+            waveform_S[None, None, :length].double(),
+            layer.weight.double(),
+            layer.bias if layer.bias is None else layer.bias.double(),
+            stride=5,
+        )
+        x_1CT = F.group_norm(x_1CT, groups, layer.norm.weight.double(), layer.norm.bias.double(), 1e-5)
+        rows.append(F.gelu(x_1CT)[0].T)
+    found = [row_TC[: len(expected)] for row_TC, expected in zip(found_BTC, rows, strict=True)]
+    assert frames_B is None or frames_B.tolist() == [len(row_TC) for row_TC in rows]
+    torch.testing.assert_close(torch.cat(found).double(), torch.cat(rows), rtol=1e-4, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(torch.cat(side).square().sum().float(), list(layer.parameters())) for side in (found, rows)
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()) + 1e-9)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_group_norm_takes_its_statistics_in_fp64(padded: bool) -> None:
     """The mean of many bf16 numbers around 8 would be wrong by far more than the rounding of the result."""
     torch.manual_seed(0)
-    x_BCT = (8.0 + torch.randn(2, 4, 6000)).bfloat16()
-    norm = MaskedGroupNorm(4, 4)
-    lengths_B = torch.tensor([6000, 4000]) if padded else None
-    y_BCT = norm(x_BCT, lengths_B)
-    assert y_BCT.dtype == torch.bfloat16
-    for row, length in enumerate((6000, 4000) if padded else (6000, 6000)):
-        x_CT = x_BCT[row, :, :length].double()
-        mean, variance = x_CT.mean(dim=1, keepdim=True), x_CT.var(dim=1, keepdim=True, correction=0)
-        expected = (x_CT - mean) / torch.sqrt(variance + norm.eps)
-        torch.testing.assert_close(y_BCT[row, :, :length].double(), expected, rtol=2**-8, atol=1e-5)
+    layer = WaveformLayer(
+        load_config("base", ["model.conv_layers=[[4,10,5],[4,2,2]]", "model.conv_norm_groups=4"]).model
+    )
+    waveforms_BS = (8.0 + torch.randn(2, 30_000)).bfloat16()
+    lengths_B = torch.tensor([30_000, 20_000]) if padded else None
+    x_BTC, _ = layer(waveforms_BS, lengths_B)
+    assert x_BTC.dtype == torch.bfloat16
+    for row, length in enumerate((30_000, 20_000) if padded else (30_000, 30_000)):
+        y_1CT = F.conv1d(waveforms_BS[row, None, None, :length].double(), layer.weight.double(), stride=5)
+        expected_TC = F.gelu(F.group_norm(y_1CT, 4)).squeeze(0).T
+        error = (x_BTC[row, : len(expected_TC)].double() - expected_TC).square().mean().sqrt()
+        assert float(error) < 0.05
 
 
 def test_layer_norm_takes_its_statistics_in_fp32() -> None:

@@ -5,7 +5,8 @@
     python tools/bench/step.py --lengths                           a real length distribution, where padding counts
 
 A step is forward, backward, clipping and AdamW, with dropout, masking, the quantizer and 100 negatives on. All audio is
-noise. Who goes first alternates; medians are reported. MFU is the share of the matrix-product rate that the same
+noise. Each has a process of its own, as it has in use, and waits while the other is at work. Who goes first alternates;
+medians are reported. MFU is the share of the matrix-product rate that the same
 machine reaches in the same run. The losses are reported, too: they differ by the
 quantizer's noise, dropout, and the feature penalty, which Transformers does not have.
 """
@@ -16,10 +17,13 @@ import contextlib
 import gc
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Annotated, Any
 
 import numpy as np
@@ -71,48 +75,100 @@ def main(
     console.print(f"matrix products: {peak / 1e9:,.0f} GFLOP/s in {compute} on {device}")
     rows = []
     for length in seconds or [10.0]:
-        batch = micro_batch(config, utterances, length, lengths=lengths)
-        rows.append(measure(config, batch, device, peak=peak, rounds=rounds, alone=alone) | {"seconds": length})
+        work = Work(config, utterances, length, lengths)
+        rows.append(measure(work, peak=peak, rounds=rounds, alone=alone) | {"seconds": length})
     print_table(rows, title=f"{preset}, {compute}, {utterances} utterances")
     document = {"preset": preset, "compute": compute, "utterances": utterances, "device": str(device)}
     print(json.dumps({**document, "matrix_flops": peak, "rows": rows, "ratio": rows[0].get("ratio")}))
 
 
-def measure(
-    config: Config, batch: MicroBatch, device: torch.device, *, peak: float, rounds: int, alone: bool
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Work:
+    """A model, and the micro-batch that it is trained on."""
+
+    config: Config
+    utterances: int
+    seconds: float
+    lengths: bool
+
+    def batch(self) -> MicroBatch:
+        """The micro-batch, the same in every process."""
+        return micro_batch(self.config, self.utterances, self.seconds, lengths=self.lengths)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a step took."""
+
+    seconds: float
+    loss: float
+    memory: int
+    """The most that was allocated on the GPU, in bytes; 0 without one."""
+
+
+class Racer:
+    """Steps in a process of its own."""
+
+    def __init__(self, name: str, work: Work) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_race, args=(theirs, name, work), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def step(self) -> Taken:
+        """Take a step, and wait for its end."""
+        self.connection.send(True)
+        taken: Taken = self.connection.recv()
+        return taken
+
+    def end(self) -> None:
+        """Give its memory back."""
+        self.process.kill()
+        self.process.join()
+
+
+def _race(connection: Connection, name: str, work: Work) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    step = {"w2vscale": our_step, "transformers": their_step}[name](work.config, device)
+    batch = work.batch()
+    while connection.recv():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        loss = step(batch)
+        seconds = time.perf_counter() - began
+        connection.send(Taken(seconds, loss, torch.cuda.max_memory_allocated() if device.type == "cuda" else 0))
+
+
+def measure(work: Work, *, peak: float, rounds: int, alone: bool) -> dict[str, Any]:
     """Times, rates and memory of steps on one micro-batch."""
-    steps: dict[str, Step] = {"w2vscale": our_step(config, device)}
-    if not alone:
-        steps["transformers"] = their_step(config, device)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    losses: dict[str, list[float]] = {name: [] for name in steps}
-    memory: dict[str, int] = {}
+    batch = work.batch()
+    flops = step_flops(work.config, batch)
+    racers = {name: Racer(name, work) for name in ("w2vscale", "transformers")[: 1 if alone else 2]}
+    taken: dict[str, list[Taken]] = {name: [] for name in racers}
     for index in range(WARM_UP + rounds):
-        for name in sorted(steps, reverse=bool(index % 2)):
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            losses[name].append(steps[name](batch))
-            times[name].append(time.perf_counter() - began)
-            if device.type == "cuda":
-                memory[name] = torch.cuda.max_memory_allocated()
-    audio = batch.audio_samples / config.model.sampling_rate
-    flops = step_flops(config, batch)
-    found: dict[str, Any] = {"audio_seconds": audio, "flops": flops, "memory": memory}
-    for name, taken in times.items():
-        median = statistics.median(taken[WARM_UP:])
+        for name in sorted(racers, reverse=bool(index % 2)):
+            taken[name].append(racers[name].step())
+    for racer in racers.values():
+        racer.end()
+    audio = batch.audio_samples / work.config.model.sampling_rate
+    found: dict[str, Any] = {"audio_seconds": audio, "flops": flops}
+    for name, steps in taken.items():
+        times = [step.seconds for step in steps[WARM_UP:]]
+        median = statistics.median(times)
         found[name] = {
             "step_seconds": median,
-            "fastest": min(taken[WARM_UP:]),
+            "fastest": min(times),
             "audio_per_second": audio / median,
             "mfu": flops / median / peak,
-            "losses": losses[name],
+            "memory": max(step.memory for step in steps),
+            "losses": [step.loss for step in steps],
         }
     if not alone:
-        pairs = zip(times["transformers"][WARM_UP:], times["w2vscale"][WARM_UP:], strict=True)
-        found["ratio"] = statistics.median(theirs / ours for theirs, ours in pairs)
+        pairs = zip(taken["transformers"][WARM_UP:], taken["w2vscale"][WARM_UP:], strict=True)
+        found["ratio"] = statistics.median(theirs.seconds / ours.seconds for theirs, ours in pairs)
     return found
 
 
@@ -234,7 +290,7 @@ def print_table(rows: Sequence[dict[str, Any]], *, title: str) -> None:
                 f"{one['audio_per_second']:.1f}",
                 f"{one['mfu']:.1%}",
                 f"{row['ratio']:.2f}" if name == "w2vscale" and "ratio" in row else "",
-                f"{row['memory'][name] / 2**30:.2f}" if name in row["memory"] else "",
+                f"{one['memory'] / 2**30:.2f}" if one["memory"] else "",
             )
     console.print(table)
 

@@ -7,6 +7,7 @@ import torch
 from w2vscale.config import Config
 from w2vscale.engine.activation_checkpointing import recompute_activations
 from w2vscale.engine.base import CanonicalState, Criterion, Engine, EngineCaps, StateReader, StepResult
+from w2vscale.engine.host_memory import keep_freed_memory
 from w2vscale.models.build import Wav2Vec2
 
 __all__ = ["CanonicalState", "Criterion", "Engine", "EngineCaps", "StateReader", "StepResult", "build_engine"]
@@ -20,6 +21,8 @@ def build_engine(model: Wav2Vec2, criterion: Criterion, config: Config, device: 
     Raises:
         UserError: the engine's settings are wrong, or what it needs is not installed.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     recompute_activations(model, config.engine)
     # Imported here: each backend takes its time, and only one is needed.
     if config.engine.name == "fsdp":

@@ -22,7 +22,7 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.resampling import Samples, resampled
 from w2vscale.interop.importing import form_of
 from w2vscale.models.build import Wav2Vec2, build_model
-from w2vscale.models.feature_encoder import ConvLayer, MaskedGroupNorm, input_samples, output_frames
+from w2vscale.models.feature_encoder import WaveformLayer, input_samples, moments_of, output_frames
 from w2vscale.models.quantizer import Quantized
 from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2ForPretraining
 
@@ -41,7 +41,6 @@ BLOCK_SECONDS = 10
 SAMPLING_RATES = range(1000, 500_001)
 """Hz that audio may have; a header that says anything else is damaged."""
 
-Statistics = tuple[Tensor, Tensor]
 """Mean and variance of each group of GroupNorm [groups]."""
 
 
@@ -106,11 +105,11 @@ class Window(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The samples of a window, and the statistics of the utterance where they are not the window's own."""
+    """The samples of a window, and its utterance's moments of taps where they are not the window's own."""
 
     window: Window
     samples: Samples
-    statistics: Statistics | None
+    moments_JJ: Tensor | None
 
 
 class Piece(NamedTuple):
@@ -250,7 +249,7 @@ class Pretrained:
             try:
                 for part in self._parts(audio, chunk, overlap):
                     longest = max([part.samples.size, *(other.samples.size for _, other in batch)])
-                    mixed = batch and (batch[0][1].statistics is None) != (part.statistics is None)
+                    mixed = batch and (batch[0][1].moments_JJ is None) != (part.moments_JJ is None)
                     if batch and (mixed or (len(batch) + 1) * longest > most):
                         yield from run()
                     batch.append((number, part))
@@ -284,7 +283,7 @@ class Pretrained:
             return (((block - mean) / deviation).astype(np.float32) for block in self._blocks(audio))
 
         blocks = normalised()
-        statistics = self._statistics(normalised()) if len(windows) > 1 and config.conv_norm == "group" else None
+        moments_JJ = self._moments(normalised()) if len(windows) > 1 and config.conv_norm == "group" else None
         held, position = np.empty(0, np.float32), 0
         for window in windows:
             start = window.begin * hop(config)
@@ -292,7 +291,7 @@ class Pretrained:
             while position + held.size < stop:
                 held = np.concatenate([held, next(blocks)])
             held, position = held[start - position :], start
-            yield Part(window, held[: stop - start], statistics)
+            yield Part(window, held[: stop - start], moments_JJ)
 
     def _samples(self, audio: Audio) -> int:
         """Length at the model's sampling rate."""
@@ -310,25 +309,21 @@ class Pretrained:
             yield block
 
     @torch.no_grad()
-    def _statistics(self, blocks: Iterator[Samples]) -> Statistics:
-        """What GroupNorm's statistics are over all of an utterance."""
+    def _moments(self, blocks: Iterator[Samples]) -> Tensor:
+        """What `moments_of` would be of all of an utterance: [J, J]."""
         layer = self.model.encoder.feature_encoder.layers[0]
-        assert isinstance(layer, ConvLayer) and isinstance(layer.norm, MaskedGroupNorm)
+        assert isinstance(layer, WaveformLayer)
         silence = np.zeros(layer.padding, np.float32)
-        total_G, squares_G = torch.zeros(2, layer.norm.groups, dtype=torch.float64, device=layer.weight.device)
-        held, count = silence, 0
+        sums_JJ, held, count = torch.zeros(()), silence, 0
         for block in chain(blocks, [silence]):
             held = np.concatenate([held, block])
             steps = max((held.size - layer.kernel) // layer.stride + 1, 0)
             if steps:
-                x_11S = torch.from_numpy(held).view(1, 1, -1).to(layer.weight.device)
-                x_GN = layer.convolve(x_11S, padding=0).view(layer.norm.groups, -1)
-                total_G += x_GN.sum(dim=1, dtype=torch.float64)
-                squares_G += x_GN.square().sum(dim=1, dtype=torch.float64)
-                count += x_GN.shape[1]
+                taps_1TJ = layer.taps(torch.from_numpy(held).unsqueeze(0).to(layer.weight.device))
+                sums_JJ = sums_JJ.to(layer.weight.device) + moments_of(taps_1TJ, None)[0] * steps
+                count += steps
                 held = held[steps * layer.stride :]
-        mean_G = total_G / count
-        return mean_G.float(), (squares_G / count - mean_G.square()).clamp(min=0.0).float()
+        return sums_JJ / count
 
     @torch.no_grad()
     def _encode(self, parts: Sequence[Part], layers: Sequence[int]) -> EncoderOutput:
@@ -340,14 +335,13 @@ class Pretrained:
         for row_S, part in zip(waveforms_BS, parts, strict=True):
             row_S[: part.samples.size] = torch.from_numpy(part.samples)
         padded = len({part.samples.size for part in parts}) > 1
-        given = [part.statistics for part in parts if part.statistics is not None]
-        mean_BG, variance_BG = (torch.stack(each) for each in zip(*given, strict=True)) if given else (None, None)
+        given = [part.moments_JJ for part in parts if part.moments_JJ is not None]
         encoded: EncoderOutput = self.model.encoder(
             waveforms_BS.to(device, self.model.compute_dtype),
             lengths_B.to(device) if padded else None,
             frames_B.to(device) if padded else None,
             active=[block < max(layers) for block in range(self.config.model.layers)],
-            statistics=(mean_BG, variance_BG) if given else None,
+            moments_BJJ=torch.stack(given) if given else None,
         )
         return encoded
 

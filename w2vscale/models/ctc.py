@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from w2vscale.config.tree import CtcConfig, ModelConfig
 from w2vscale.models.inputs import CtcInputs
-from w2vscale.models.layers import Linear
+from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.transformer import BERT_STD
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 
@@ -50,7 +50,7 @@ class Wav2Vec2ForCTC(nn.Module):
             encoded = self.encoder(
                 inputs.waveforms_BS.to(self.compute_dtype), lengths_B, frames_B, *masks, active=active
             )
-        logits_BTV = self.head(F.dropout(encoded.context_BTD, self.final_dropout, self.training))
+        logits_BTV = self.head(dropout(encoded.context_BTD, self.final_dropout, self.training))
         total = ctc_loss(logits_BTV, inputs.frames_B, inputs.labels_L, inputs.label_lengths_B)
         errors = 0 if self.training else label_errors(logits_BTV, inputs)
         return CtcSums(

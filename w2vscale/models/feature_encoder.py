@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2vscale.config.tree import ModelConfig
+from w2vscale.models.convolution import strided_convolution
 from w2vscale.models.layers import LayerNorm
 
 
@@ -28,81 +29,124 @@ def input_samples(frames: int, config: ModelConfig) -> int:
 
 
 class FeatureEncoder(nn.Module):
-    """A stack of strided convolutions. An utterance gives the same frames alone and padded."""
+    """A stack of strided convolutions, channels last. An utterance gives the same frames alone and padded."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        inputs = (1, *(channels for channels, _, _ in config.conv_layers))
-        self.layers = nn.ModuleList(ConvLayer(config, index, inputs[index]) for index in range(len(config.conv_layers)))
+        layers: list[nn.Module] = [WaveformLayer(config)]
+        layers += [ConvLayer(config, index) for index in range(1, len(config.conv_layers))]
+        self.layers = nn.ModuleList(layers)
 
-    def forward(
-        self, waveforms_BS: Tensor, lengths_B: Tensor | None, statistics: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, waveforms_BS: Tensor, lengths_B: Tensor | None, moments_BJJ: Tensor | None = None) -> Tensor:
         """Features [B, T, C]. `lengths_B` in samples, or None where no utterance is padded.
 
-        `statistics`: GroupNorm's mean and variance [B, groups], where they are not those of these waveforms.
+        `moments_BJJ`: of the first layer's taps (`moments_of`), where GroupNorm's statistics are not those of these
+        waveforms.
         """
-        x_BCT = waveforms_BS.unsqueeze(1)
-        for layer in self.layers:
-            x_BCT, lengths_B = layer(x_BCT, lengths_B, statistics)
-        return x_BCT.transpose(1, 2)
+        first, *others = self.layers
+        x_BTC, lengths_B = first(waveforms_BS, lengths_B, moments_BJJ)
+        for layer in others:
+            x_BTC, lengths_B = layer(x_BTC, lengths_B)
+        return x_BTC
 
 
 class ConvLayer(nn.Module):
-    """Convolution, normalisation, GELU."""
+    """Convolution, LayerNorm where the model has one, GELU."""
 
-    def __init__(self, config: ModelConfig, index: int, inputs: int) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        channels, kernel, self.stride = config.conv_layers[index]
-        self.padding = _padding(kernel, config)
-        self.kernel = kernel
+        channels, self.kernel, self.stride = config.conv_layers[index]
+        inputs = config.conv_layers[index - 1][0] if index else 1
+        self.padding = _padding(self.kernel, config)
         next_layer = config.conv_layers[index + 1 : index + 2]
         self.next_is_padded = any(_padding(kernel, config) for _, kernel, _ in next_layer)
-        self.weight = nn.Parameter(torch.empty(channels, inputs, kernel))
+        self.weight = nn.Parameter(torch.empty(channels, inputs, self.kernel))
         self.bias = nn.Parameter(torch.empty(channels)) if config.conv_bias else None
         self.reset_parameters()
-        self.norm: nn.Module | None = None
-        if config.conv_norm == "layer":
-            self.norm = ChannelLayerNorm(channels)
-        elif index == 0:
-            self.norm = MaskedGroupNorm(config.conv_norm_groups, channels)
+        self.norm: nn.Module | None = LayerNorm(channels) if config.conv_norm == "layer" else None
 
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def forward(self, x_BTC: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.padding:
+            x_BTC = F.pad(x_BTC, (0, 0, self.padding, self.padding))
+        x_BTC = strided_convolution(x_BTC, self.weight.to(x_BTC.dtype), self.stride)
+        if self.bias is not None:
+            x_BTC = x_BTC + self.bias.to(x_BTC.dtype)
+        lengths_B = self.output_lengths(lengths_B)
+        if self.norm is not None:
+            x_BTC = self.norm(x_BTC)
+        return self.silenced(F.gelu(x_BTC), lengths_B), lengths_B
+
+    def output_lengths(self, lengths_B: Tensor | None) -> Tensor | None:
+        """Frames of each utterance, from those of the layer's input."""
+        if lengths_B is None:
+            return None
+        return (lengths_B + (2 * self.padding - self.kernel)).div(self.stride, rounding_mode="floor") + 1
+
+    def silenced(self, x_BTC: Tensor, lengths_B: Tensor | None) -> Tensor:
+        """The next layer's padding must meet silence where the utterance ends, as it does alone."""
+        if lengths_B is None or not self.next_is_padded:
+            return x_BTC
+        return x_BTC * valid_mask(lengths_B, x_BTC.shape[1]).unsqueeze(2)
+
+
+class WaveformLayer(ConvLayer):
+    """The first layer: a matrix product of the waveform's taps. GroupNorm costs next to nothing, see `GroupNorm`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config, 0)
+        if config.conv_norm == "group":
+            self.norm = GroupNorm(config.conv_norm_groups, config.conv_layers[0][0])
+
     def forward(
-        self, x_BCT: Tensor, lengths_B: Tensor | None, statistics: tuple[Tensor, Tensor] | None = None
+        self, waveforms_BS: Tensor, lengths_B: Tensor | None, moments_BJJ: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        x_BCT = self.convolve(x_BCT, self.padding)
+        taps_BTJ = self.taps(F.pad(waveforms_BS, (self.padding, self.padding)))
+        lengths_B = self.output_lengths(lengths_B)
         if lengths_B is not None:
-            lengths_B = (lengths_B + (2 * self.padding - self.kernel)).div(self.stride, rounding_mode="floor") + 1
-        if isinstance(self.norm, MaskedGroupNorm):
-            x_BCT = self.norm(x_BCT, lengths_B, statistics)
-        elif self.norm is not None:
-            x_BCT = self.norm(x_BCT)
-        x_BCT = F.gelu(x_BCT)
-        if lengths_B is not None and self.next_is_padded:
-            # The next layer's padding must meet silence where the utterance ends, as it does alone.
-            x_BCT = x_BCT * valid_mask(lengths_B, x_BCT.shape[2]).unsqueeze(1)
-        return x_BCT, lengths_B
+            taps_BTJ = taps_BTJ * valid_mask(lengths_B, taps_BTJ.shape[1]).unsqueeze(2)
+        weight_CJ = (
+            self.weight.squeeze(1)
+            if self.bias is None
+            else torch.cat([self.weight.squeeze(1), self.bias.unsqueeze(1)], dim=1)
+        )
+        weight_CJ = F.pad(weight_CJ, (0, taps_BTJ.shape[2] - weight_CJ.shape[1]))
+        if isinstance(self.norm, GroupNorm):
+            if moments_BJJ is None:
+                moments_BJJ = moments_of(taps_BTJ, lengths_B)
+            weight_BCJ = self.norm(weight_CJ, moments_BJJ, one=self.kernel)
+            x_BTC = torch.bmm(taps_BTJ, weight_BCJ.to(taps_BTJ.dtype).transpose(1, 2))
+        else:
+            x_BTC = F.linear(taps_BTJ, weight_CJ.to(taps_BTJ.dtype))
+            if self.norm is not None:
+                x_BTC = self.norm(x_BTC)
+        return self.silenced(F.gelu(x_BTC), lengths_B), lengths_B
 
-    def convolve(self, x_BCT: Tensor, padding: int) -> Tensor:
-        """The convolution alone."""
-        bias = None if self.bias is None else self.bias.to(x_BCT.dtype)
-        return F.conv1d(x_BCT, self.weight.to(x_BCT.dtype), bias, stride=self.stride, padding=padding)
+    def taps(self, waveforms_BS: Tensor) -> Tensor:
+        """Each frame's `kernel` samples, a one for the bias, and zeros up to a multiple of eight: [B, T, J]."""
+        windows_BTK = waveforms_BS.unfold(1, self.kernel, self.stride)
+        taps_BTJ = F.pad(windows_BTK, (0, 8 - self.kernel % 8))
+        taps_BTJ[:, :, self.kernel] = 1.0
+        return taps_BTJ
 
 
-class ChannelLayerNorm(LayerNorm):
-    """LayerNorm over the channels of [B, C, T]."""
+def moments_of(taps_BTJ: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """Mean products [B, J, J] of taps over an utterance's frames, in fp64. Taps behind its end are zeros."""
+    exact_BTJ = taps_BTJ.double()
+    sums_BJJ = exact_BTJ.transpose(1, 2) @ exact_BTJ
+    return sums_BJJ / (taps_BTJ.shape[1] if lengths_B is None else lengths_B.view(-1, 1, 1))
 
-    def forward(self, x_BCT: Tensor) -> Tensor:
-        return super().forward(x_BCT.transpose(1, 2)).transpose(1, 2)
 
+class GroupNorm(nn.Module):
+    """GroupNorm (Wu & He 2018) over the frames of an utterance, of a convolution that has not been computed yet.
 
-class MaskedGroupNorm(nn.Module):
-    """GroupNorm whose statistics are taken over the valid steps of each utterance, in fp32."""
+    Means and variances of w·x over all frames follow from the products of the few taps x: wᵀE[x] and wᵀE[xxᵀ]w. So the
+    norm becomes part of the convolution's weights, and nothing of the length of the audio is normalised.
+    """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -116,32 +160,18 @@ class MaskedGroupNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(
-        self, x_BCT: Tensor, lengths_B: Tensor | None, statistics: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        if statistics is not None:
-            return self._normalised_with(x_BCT, *statistics)
-        if lengths_B is None:
-            bias, weight = self.bias.to(x_BCT.dtype), self.weight.to(x_BCT.dtype)
-            return F.group_norm(x_BCT, self.groups, weight, bias, self.eps)
-        batch, channels, steps = x_BCT.shape
-        x = x_BCT.float().view(batch, self.groups, channels // self.groups, steps)
-        valid = valid_mask(lengths_B, steps).view(batch, 1, 1, steps)
-        count = (lengths_B * (channels // self.groups)).view(batch, 1, 1, 1)
-        mean = (x * valid).sum(dim=(2, 3), keepdim=True) / count
-        centred = (x - mean) * valid
-        variance = centred.square().sum(dim=(2, 3), keepdim=True) / count
-        normalised = (centred * torch.rsqrt(variance + self.eps)).view(batch, channels, steps)
-        # Bias before weight, as above, so that gradients arrive in one order: ZeRO-2 adds up what arrives together.
-        bias_C1 = self.bias.float().unsqueeze(1)
-        weight_C1 = self.weight.float().unsqueeze(1)
-        return torch.addcmul(bias_C1, normalised, weight_C1).to(x_BCT.dtype)
-
-    def _normalised_with(self, x_BCT: Tensor, mean_BG: Tensor, variance_BG: Tensor) -> Tensor:
-        repeats = x_BCT.shape[1] // self.groups
-        mean_BC1, variance_BC1 = (x.repeat_interleave(repeats, dim=1).unsqueeze(2) for x in (mean_BG, variance_BG))
-        scale_BC1 = torch.rsqrt(variance_BC1 + self.eps) * self.weight.float().unsqueeze(1)
-        return ((x_BCT.float() - mean_BC1) * scale_BC1 + self.bias.float().unsqueeze(1)).to(x_BCT.dtype)
+    def forward(self, weight_CJ: Tensor, moments_BJJ: Tensor, *, one: int) -> Tensor:
+        """Weights [B, C, J] of the normalised convolution, in fp64. Tap number `one` is 1 in all frames."""
+        weight_CJ = weight_CJ.double()
+        products_BCJ = weight_CJ @ moments_BJJ
+        batch, channels, taps = products_BCJ.shape
+        grouped = (batch, self.groups, channels // self.groups)
+        mean_BG1 = products_BCJ[:, :, one].view(grouped).mean(dim=2, keepdim=True)
+        square_BG1 = (products_BCJ * weight_CJ).sum(dim=2).view(grouped).mean(dim=2, keepdim=True)
+        deviation_BG1 = ((square_BG1 - mean_BG1.square()).clamp(min=0.0) + self.eps).sqrt()
+        scale_BGN = self.weight.double().view(1, *grouped[1:]) / deviation_BG1
+        shift_BC = self.bias.double() - (mean_BG1 * scale_BGN).view(batch, channels)
+        return weight_CJ * scale_BGN.reshape(batch, channels, 1) + F.pad(shift_BC.unsqueeze(2), (one, taps - one - 1))
 
 
 class _ScaleGradient(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Linear and LayerNorm that compute in their input's type, whatever type their weights are kept in.
+"""Linear and LayerNorm that compute in their input's type, whatever type their weights are kept in; dropout.
 
 Here and in the other modules `reset_parameters` draws the initial values of a module's own parameters (not those of
 its children), so that a model can be built without memory and filled module by module.
@@ -6,6 +6,9 @@ its children), so that a model can be built without memory and filled module by 
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -48,3 +51,30 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
+        dropped = round(probability * 2**16)
+        ctx.scale = 2**16 / (2**16 - dropped)
+        # The seed comes from PyTorch's generator, so that what repeats there repeats here.
+        draws = np.random.Generator(np.random.SFC64(int(torch.randint(2**63 - 1, ()))))
+        bits = draws.integers(2**64, size=-(-x.numel() // 4), dtype=np.uint64).view(np.int16)
+        kept = torch.from_numpy(bits)[: x.numel()].view(x.shape) >= dropped - 2**15
+        ctx.save_for_backward(kept)
+        return torch.where(kept, x, 0.0).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return torch.where(kept, gradients[0], 0.0).mul_(ctx.scale), None
+
+
+def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
+    """`F.dropout`, on CPUs with 16 random bits for each element: PyTorch draws a double for it, in one thread."""
+    if not training or probability == 0.0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, probability)
+    return _Dropout.apply(x, probability)

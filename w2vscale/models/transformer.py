@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from w2vscale.config.tree import ModelConfig
 from w2vscale.models.feature_encoder import valid_mask
-from w2vscale.models.layers import LayerNorm, Linear
+from w2vscale.models.layers import LayerNorm, Linear, dropout
 
 BERT_STD = 0.02
 """Of the initial weights of attention and feed-forward (Devlin et al. 2019)."""
@@ -44,7 +44,7 @@ class TransformerEncoder(nn.Module):
         x_BTD = x_BTD + self.positional(x_BTD)
         if self.embedding_norm is not None:
             x_BTD = self.embedding_norm(x_BTD)
-        x_BTD = F.dropout(x_BTD, self.dropout, self.training)
+        x_BTD = dropout(x_BTD, self.dropout, self.training)
         hidden = [x_BTD]
         for index, block in enumerate(self.blocks):
             if active is None or active[index]:
@@ -109,7 +109,7 @@ class Block(nn.Module):
         return self.feed_forward_norm(x_BTD + self._drop(self.feed_forward(x_BTD)))
 
     def _drop(self, x_BTD: Tensor) -> Tensor:
-        return F.dropout(x_BTD, self.dropout, self.training)
+        return dropout(x_BTD, self.dropout, self.training)
 
 
 class SelfAttention(nn.Module):
@@ -126,9 +126,19 @@ class SelfAttention(nn.Module):
         batch, frames, dim = x_BTD.shape
         qkv = self.qkv(x_BTD).view(batch, frames, 3, self.heads, dim // self.heads)
         q_BHTE, k_BHTE, v_BHTE = qkv.permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=attend, dropout_p=dropout)
+        y_BHTE = attention(q_BHTE, k_BHTE, v_BHTE, attend, self.dropout if self.training else 0.0)
         return self.out(y_BHTE.transpose(1, 2).reshape(batch, frames, dim))
+
+
+def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, attend: Tensor | None, probability: float) -> Tensor:
+    """Scaled dot-product attention to what `attend` is True for, with dropout of its weights."""
+    if probability == 0.0 or q_BHTE.device.type != "cpu":
+        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=attend, dropout_p=probability)
+    # On CPUs PyTorch has no fused kernel with dropout; its fallback is this with its own dropout.
+    scores_BHTT = (q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHTE.transpose(2, 3)
+    if attend is not None:
+        scores_BHTT = scores_BHTT.masked_fill(~attend, -math.inf)
+    return dropout(scores_BHTT.softmax(dim=3), probability, True) @ v_BHTE
 
 
 class FeedForward(nn.Module):
@@ -141,5 +151,5 @@ class FeedForward(nn.Module):
         self.output = Linear(config.ffn_dim, config.dim, std=BERT_STD)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        hidden = F.dropout(F.gelu(self.intermediate(x_BTD)), self.activation_dropout, self.training)
+        hidden = dropout(F.gelu(self.intermediate(x_BTD)), self.activation_dropout, self.training)
         return self.output(hidden)

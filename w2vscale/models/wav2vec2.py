@@ -13,7 +13,7 @@ from w2vscale.config.tree import ModelConfig
 from w2vscale.models.contrastive import contrastive_logits, contrastive_loss
 from w2vscale.models.feature_encoder import FeatureEncoder, scale_gradient, valid_mask
 from w2vscale.models.inputs import PretrainingInputs
-from w2vscale.models.layers import LayerNorm, Linear
+from w2vscale.models.layers import LayerNorm, Linear, dropout
 from w2vscale.models.quantizer import Quantizer, code_ids, diversity_loss
 from w2vscale.models.transformer import TransformerEncoder
 
@@ -72,22 +72,22 @@ class Wav2Vec2Encoder(nn.Module):
         mask_BT: Tensor | None = None,
         channel_mask_BD: Tensor | None = None,
         active: Sequence[bool] | None = None,
-        statistics: tuple[Tensor, Tensor] | None = None,
+        moments_BJJ: Tensor | None = None,
     ) -> EncoderOutput:
         """Encode waveforms; `lengths_B` (samples) and `frames_B` are None where no utterance is padded.
 
-        `statistics`: GroupNorm's mean and variance [B, groups], where the waveforms are parts of longer ones.
+        `moments_BJJ`: of the first layer's taps, where the waveforms are parts of longer ones.
         """
         config = self.config
         with torch.set_grad_enabled(torch.is_grad_enabled() and config.feature_grad_mult > 0.0):
-            features_BTC = self.feature_encoder(waveforms_BS, lengths_B, statistics)
+            features_BTC = self.feature_encoder(waveforms_BS, lengths_B, moments_BJJ)
         if config.max_frames is not None and features_BTC.shape[1] > config.max_frames:
             raise ValueError(f"{features_BTC.shape[1]} frames: the model takes at most {config.max_frames}")
         if features_BTC.requires_grad:
             features_BTC = scale_gradient(features_BTC, config.feature_grad_mult)
         normalised_BTC = self.feature_norm(features_BTC)
         projected_BTD = self.feature_projection(normalised_BTC)
-        x_BTD = F.dropout(projected_BTD, config.input_dropout, self.training)
+        x_BTD = dropout(projected_BTD, config.input_dropout, self.training)
         if mask_BT is not None:
             x_BTD = torch.where(mask_BT.unsqueeze(2), self.mask_embedding.to(x_BTD.dtype), x_BTD)
         if channel_mask_BD is not None:
@@ -131,7 +131,7 @@ class Wav2Vec2ForPretraining(nn.Module):
         encoded = self.encoder(waveforms_BS, lengths_B, frames_B, inputs.mask_BT, active=active)
 
         targets_MC = encoded.targets_BTC[inputs.utterance_M, inputs.frame_M]
-        targets_MC = F.dropout(targets_MC, config.feature_dropout, self.training)
+        targets_MC = dropout(targets_MC, config.feature_dropout, self.training)
         quantized = self.quantizer(targets_MC, noise_MGV, temperature)
         logits_MK = contrastive_logits(
             self.context_projection(encoded.context_BTD[inputs.utterance_M, inputs.frame_M]),

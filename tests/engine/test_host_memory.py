@@ -1,0 +1,37 @@
+"""Memory that a tensor left is there for the next one, unless the user has settings of the C library's own."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, torch
+from w2vscale.engine.host_memory import keep_freed_memory
+keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 25)  # 128 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(faults() for _ in range(7)))
+"""
+
+
+def faults(**environment: str) -> list[int]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    own |= {"THP_MEM_ALLOC_ENABLE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=own | environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    return [int(number) for number in done.stdout.split()]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_large_tensors_use_again_what_others_have_left() -> None:
+    first, *later = faults()
+    assert first > 50 and sorted(later)[3] < first / 10
+    assert min(faults(MALLOC_ARENA_MAX="2")) > 50

@@ -1,0 +1,42 @@
+"""The convolution of the feature encoder against PyTorch's, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from w2vscale.models.convolution import strided_convolution
+
+
+@pytest.mark.parametrize("frames", [10, 11, 12, 37])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (2, 2), (10, 5), (8, 4), (4, 3), (5, 1), (2, 3), (1, 1)])
+def test_it_is_pytorchs(kernel: int, stride: int, frames: int) -> None:
+    torch.manual_seed(0)
+    x_BTI = torch.randn(3, frames, 5, dtype=torch.float64, requires_grad=True)
+    weight_OIK = torch.randn(4, 5, kernel, dtype=torch.float64, requires_grad=True)
+    expected_BOT = F.conv1d(x_BTI.transpose(1, 2), weight_OIK, stride=stride)
+    found_BTO = strided_convolution(x_BTI, weight_OIK, stride)
+    torch.testing.assert_close(found_BTO, expected_BOT.transpose(1, 2))
+    given_BTO = torch.randn_like(found_BTO)
+    found = torch.autograd.grad(found_BTO, (x_BTI, weight_OIK), given_BTO)
+    expected = torch.autograd.grad(expected_BOT, (x_BTI, weight_OIK), given_BTO.transpose(1, 2))
+    torch.testing.assert_close(found, expected)
+
+
+def test_it_takes_views_and_leaves_out_the_gradient_of_what_needs_none() -> None:
+    torch.manual_seed(0)
+    x_BTI = torch.randn(2, 6, 20).transpose(1, 2)[:, 3:]
+    weight_OIK = torch.randn(4, 6, 3, requires_grad=True)
+    found_BTO = strided_convolution(x_BTI, weight_OIK, 2)
+    torch.testing.assert_close(found_BTO, F.conv1d(x_BTI.transpose(1, 2), weight_OIK, stride=2).transpose(1, 2))
+    found_BTO.square().sum().backward()
+    assert weight_OIK.grad is not None and weight_OIK.grad.shape == weight_OIK.shape
+
+
+def test_in_bf16_it_is_as_exact_as_a_matrix_product() -> None:
+    torch.manual_seed(0)
+    x_BTI, weight_OIK = torch.randn(2, 50, 64).bfloat16(), torch.randn(32, 64, 3).bfloat16()
+    expected = F.conv1d(x_BTI.double().transpose(1, 2), weight_OIK.double(), stride=2).transpose(1, 2)
+    found = strided_convolution(x_BTI, weight_OIK, 2).double()
+    assert float((found - expected).norm() / expected.norm()) < 2**-7

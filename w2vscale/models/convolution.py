@@ -1,0 +1,77 @@
+"""Strided convolution over time with the channels last, as matrix products on views of its input.
+
+A window of `stride` frames begins at every stride-th frame, so that windows lie behind each other in memory: of kernel
+3 and stride 2 the first two taps are one matrix product on [T / 2, 2 I], the third is another on every second frame.
+Nothing is copied, and all arithmetic runs at the rate of matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _StridedConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTI: Tensor, weight_OIK: Tensor, stride: int) -> Tensor:
+        ctx.save_for_backward(x_BTI, weight_OIK)
+        ctx.stride = stride
+        frames = (x_BTI.shape[1] - weight_OIK.shape[2]) // stride + 1
+        y_BTO = x_BTI.new_empty(())
+        for offset, taps in _parts(weight_OIK, stride):
+            windows_BTJ = _windows(x_BTI, offset, taps, stride, frames)
+            weight_BJO = _matrix(weight_OIK, offset, taps).expand(x_BTI.shape[0], -1, -1)
+            y_BTO = y_BTO.baddbmm_(windows_BTJ, weight_BJO) if offset else torch.bmm(windows_BTJ, weight_BJO)
+        return y_BTO
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_BTI, weight_OIK = ctx.saved_tensors
+        gradient_BTO = gradients[0].contiguous()
+        frames = gradient_BTO.shape[1]
+        of_x_BTI = torch.empty_like(x_BTI) if ctx.needs_input_grad[0] else None
+        if of_x_BTI is not None:
+            # If the first taps are as many as the stride, their windows lie side by side: written, not added to.
+            side_by_side = weight_OIK.shape[2] >= ctx.stride
+            of_x_BTI[:, frames * ctx.stride if side_by_side else 0 :].zero_()
+        of_weight: list[Tensor] = []
+        for offset, taps in _parts(weight_OIK, ctx.stride):
+            windows_BTJ = _windows(x_BTI, offset, taps, ctx.stride, frames)
+            of_matrix_JO = torch.bmm(windows_BTJ.transpose(1, 2), gradient_BTO).sum(dim=0)
+            of_weight.append(of_matrix_JO.view(taps, -1, of_matrix_JO.shape[1]))
+            if of_x_BTI is not None:
+                weight_BJO = _matrix(weight_OIK, offset, taps).expand(x_BTI.shape[0], -1, -1)
+                of_windows_BTJ = _windows(of_x_BTI, offset, taps, ctx.stride, frames)
+                written = side_by_side and offset == 0
+                of_windows_BTJ.baddbmm_(gradient_BTO, weight_BJO.transpose(1, 2), beta=0.0 if written else 1.0)
+        return of_x_BTI, torch.cat(of_weight).permute(2, 1, 0), None
+
+
+def strided_convolution(x_BTI: Tensor, weight_OIK: Tensor, stride: int) -> Tensor:
+    """`F.conv1d` of [B, T, I] with weights [O, I, K] and no padding: [B, (T - K) // stride + 1, O]."""
+    return _StridedConvolution.apply(x_BTI.contiguous(), weight_OIK, stride)
+
+
+def _parts(weight_OIK: Tensor, stride: int) -> Iterator[tuple[int, int]]:
+    """Offset and number of the taps that are computed together: at most `stride`, so that windows do not overlap."""
+    kernel = weight_OIK.shape[2]
+    for offset in range(0, kernel, stride):
+        yield offset, min(stride, kernel - offset)
+
+
+def _windows(x_BTI: Tensor, offset: int, taps: int, stride: int, frames: int) -> Tensor:
+    """A view [B, frames, taps x I]."""
+    batch, steps, inputs = x_BTI.shape
+    return x_BTI.as_strided(
+        (batch, frames, taps * inputs),
+        (steps * inputs, stride * inputs, 1),
+        x_BTI.storage_offset() + offset * inputs,
+    )
+
+
+def _matrix(weight_OIK: Tensor, offset: int, taps: int) -> Tensor:
+    """Some taps' weights as [taps x I, O]."""
+    return weight_OIK[:, :, offset : offset + taps].permute(2, 1, 0).flatten(0, 1)
