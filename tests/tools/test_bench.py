@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from tests.audio import SmallCorpus
 from tests.micro import MICRO_MODEL
-from tools.bench import engine_overhead, engine_parity, loader, sampler, step
+from tools.bench import end_to_end, engine_overhead, engine_parity, loader, sampler, step
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
 
@@ -112,3 +112,15 @@ def test_the_loader_bench_counts_audio_and_bytes(small_corpus: SmallCorpus) -> N
     files = [str(path) for path in small_corpus.train.parent.rglob("*.flac")]
     assert loader.decode_in_processes(files, 0) > 0
     assert loader.decode_in_processes(files, 2) > 0
+
+
+def test_the_end_to_end_bench_compares_a_run_with_its_steps(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(end_to_end.main)
+    options = ["--updates", "6", "--every", "2", "--rounds", "1", "--folder", str(tmp_path / "bench")]
+    settings = [*MICRO_MODEL, "data.max_seconds=2", "batch.max_seconds=8", "logging.tensorboard=false"]
+    result = CliRunner().invoke(app, [str(small_corpus.train), *options, *settings])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert 0 < figures["ratio"] < 2 and 0 <= figures["waited"][0] < 1
+    assert (tmp_path / "bench" / "run0" / "checkpoints" / "update_00000006").is_dir()
