@@ -253,6 +253,9 @@ class TestCommandLine:
         assert "label error rate, greedy" in shown.output
         shutil.rmtree(source)
         assert "nothing to do" in CliRunner().invoke(app, command).output
+        (exp / "config.yaml").unlink()
+        for place in (exp / "checkpoints", exp / "checkpoints" / "latest"):
+            assert "nothing to do" in CliRunner().invoke(app, [*command, "--resume", str(place)]).output
         anew = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "other")])
         assert isinstance(anew.exception, UserError) and "no such" in str(anew.exception)
 

@@ -237,9 +237,9 @@ def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None
 
 def stored_settings(exp: Path, resume: str) -> Path | None:
     """The settings file of the run that would be continued; None for a new run."""
-    if resume == "auto":
-        return exp / "config.yaml" if committed(exp / "checkpoints") else None
-    return None if resume == "never" else Path(resume) / "config.yaml"
+    if resume == "never" or (resume == "auto" and not committed(exp / "checkpoints")):
+        return None
+    return open_checkpoint(exp if resume == "auto" else Path(resume)).path / "config.yaml"
 
 
 def _compare_settings(config: Config, checkpoint: Checkpoint, log: Callable[[str], None]) -> None:
