@@ -13,24 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from w2vscale.models.products import widened
+
 
 class _StridedConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTI: Tensor, weight_OIK: Tensor, stride: int) -> Tensor:
         ctx.save_for_backward(x_BTI, weight_OIK)
         ctx.stride = stride
+        dtype = x_BTI.dtype
+        x_BTI, weight_OIK = widened(x_BTI), widened(weight_OIK)
         frames = (x_BTI.shape[1] - weight_OIK.shape[2]) // stride + 1
         y_BTO = x_BTI.new_empty(())
         for offset, taps in _parts(weight_OIK, stride):
             windows_BTJ = _windows(x_BTI, offset, taps, stride, frames)
             weight_BJO = _matrix(weight_OIK, offset, taps).expand(x_BTI.shape[0], -1, -1)
             y_BTO = y_BTO.baddbmm_(windows_BTJ, weight_BJO) if offset else torch.bmm(windows_BTJ, weight_BJO)
-        return y_BTO
+        return y_BTO.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_BTI, weight_OIK = ctx.saved_tensors
-        gradient_BTO = gradients[0].contiguous()
+        dtype = gradients[0].dtype
+        x_BTI, weight_OIK, gradient_BTO = (widened(x) for x in (*ctx.saved_tensors, gradients[0].contiguous()))
         frames = gradient_BTO.shape[1]
         of_x_BTI = torch.empty_like(x_BTI) if ctx.needs_input_grad[0] else None
         if of_x_BTI is not None:
@@ -47,7 +51,8 @@ class _StridedConvolution(torch.autograd.Function):
                 of_windows_BTJ = _windows(of_x_BTI, offset, taps, ctx.stride, frames)
                 written = side_by_side and offset == 0
                 of_windows_BTJ.baddbmm_(gradient_BTO, weight_BJO.transpose(1, 2), beta=0.0 if written else 1.0)
-        return of_x_BTI, torch.cat(of_weight).permute(2, 1, 0), None
+        of_weight_OIK = torch.cat(of_weight).permute(2, 1, 0).to(dtype)
+        return None if of_x_BTI is None else of_x_BTI.to(dtype), of_weight_OIK, None
 
 
 def strided_convolution(x_BTI: Tensor, weight_OIK: Tensor, stride: int) -> Tensor:

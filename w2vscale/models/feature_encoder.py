@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from w2vscale.config.tree import ModelConfig
 from w2vscale.models.convolution import strided_convolution
 from w2vscale.models.layers import LayerNorm
+from w2vscale.models.products import linear, matmul
 
 
 def output_frames(samples: int, config: ModelConfig) -> int:
@@ -119,9 +120,9 @@ class WaveformLayer(ConvLayer):
             if moments_BJJ is None:
                 moments_BJJ = moments_of(taps_BTJ, lengths_B)
             weight_BCJ = self.norm(weight_CJ, moments_BJJ, one=self.kernel)
-            x_BTC = torch.bmm(taps_BTJ, weight_BCJ.to(taps_BTJ.dtype).transpose(1, 2))
+            x_BTC = matmul(taps_BTJ, weight_BCJ.to(taps_BTJ.dtype).transpose(1, 2))
         else:
-            x_BTC = F.linear(taps_BTJ, weight_CJ.to(taps_BTJ.dtype))
+            x_BTC = linear(taps_BTJ, weight_CJ.to(taps_BTJ.dtype))
             if self.norm is not None:
                 x_BTC = self.norm(x_BTC)
         return self.silenced(F.gelu(x_BTC), lengths_B), lengths_B

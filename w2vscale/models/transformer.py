@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from w2vscale.config.tree import ModelConfig
 from w2vscale.models.feature_encoder import valid_mask
 from w2vscale.models.layers import LayerNorm, Linear, dropout
+from w2vscale.models.products import matmul, widened
 
 BERT_STD = 0.02
 """Of the initial weights of attention and feed-forward (Devlin et al. 2019)."""
@@ -80,13 +81,13 @@ class PositionalConvolution(nn.Module):
         direction = self.direction.float()
         weight = direction * (self.magnitude.float() / direction.norm(dim=(0, 1), keepdim=True))
         y_BDT = F.conv1d(
-            x_BTD.transpose(1, 2),
-            weight.to(x_BTD.dtype),
-            self.bias.to(x_BTD.dtype),
+            widened(x_BTD.transpose(1, 2)),
+            widened(weight.to(x_BTD.dtype)),
+            widened(self.bias.to(x_BTD.dtype)),
             padding=self.kernel // 2,
             groups=self.groups,
         )
-        return F.gelu(y_BDT[:, :, : x_BTD.shape[1]]).transpose(1, 2)
+        return F.gelu(y_BDT[:, :, : x_BTD.shape[1]].to(x_BTD.dtype)).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -135,10 +136,10 @@ def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, attend: Tensor | N
     if probability == 0.0 or q_BHTE.device.type != "cpu":
         return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=attend, dropout_p=probability)
     # On CPUs PyTorch has no fused kernel with dropout; its fallback is this with its own dropout.
-    scores_BHTT = (q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHTE.transpose(2, 3)
+    scores_BHTT = matmul(q_BHTE * q_BHTE.shape[-1] ** -0.5, k_BHTE.transpose(2, 3))
     if attend is not None:
         scores_BHTT = scores_BHTT.masked_fill(~attend, -math.inf)
-    return dropout(scores_BHTT.softmax(dim=3), probability, True) @ v_BHTE
+    return matmul(dropout(scores_BHTT.softmax(dim=3), probability, True), v_BHTE)
 
 
 class FeedForward(nn.Module):
