@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
 from tests.audio import SmallCorpus
 from tests.micro import MICRO_MODEL
 from tools.bench import end_to_end, engine_overhead, engine_parity, loader, sampler, step
+from tools.bench.contenders import Work, torchaudio_step
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
+from tools.bench.loss_head import LiveMemory
+from w2vscale.config import load_config
 
 
 @pytest.mark.parametrize("main", [engine_overhead.main, engine_parity.main])
@@ -55,8 +60,6 @@ def test_without_activations_the_peak_of_zero2_is_its_steps_second_copy_of_the_g
 
 
 def test_views_of_one_storage_count_once() -> None:
-    import torch
-
     whole = torch.zeros(10)
     assert sum(storages([whole, whole[2:], None, torch.zeros(3), torch.empty(5, device="meta")]).values()) == 52
 
@@ -65,23 +68,51 @@ def test_relative_difference() -> None:
     assert relative_difference([1.0, 2.2, 3.0], [1.0, 2.0, 4.0]) == pytest.approx(0.25)
 
 
-def test_the_step_bench_trains_both_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_bench_trains_all_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="Transformers is not installed")
     monkeypatch.setattr(step, "matrix_rate", lambda compute, device: 1e9)
     app = typer.Typer()
     app.command()(step.main)
     quiet = ("model.dropout=0", "model.attention_dropout=0", "model.input_dropout=0", "model.feature_dropout=0")
-    options = ["--utterances", "6", "--seconds", "4", "--lengths", "--rounds", "1", *MICRO_MODEL, *quiet]
-    result = CliRunner().invoke(app, [*options, "model.feature_penalty_weight=0"])
+    options = ["--compute", "fp32", "--utterances", "6", "--seconds", "4", "--lengths", "--rounds", "1"]
+    result = CliRunner().invoke(app, [*options, *MICRO_MODEL, *quiet, "model.feature_penalty_weight=0"])
     assert result.exit_code == 0, result.output
-    (row,) = json.loads(result.stdout.splitlines()[-1])["rows"]
-    ours, theirs = row["w2vscale"], row["transformers"]
+    figures = json.loads(result.stdout.splitlines()[-1])
+    (row,) = figures["rows"]
+    ours, theirs = row["steps"]["w2vscale"], row["steps"]["transformers"]
     # What is left to chance is the quantizer's noise.
     assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=0.04)
-    assert ours["step_seconds"] > 0 and row["ratio"] > 0
-    assert 16.0 < row["audio_seconds"] < 24.0
+    assert 16.0 < row["audio_seconds"] < 24.0 and ours["memory"] > 2**27
     # Forward and backward of a linear layer cost about three times its forward.
     assert row["flops"] > 3 * 2 * 3 * 32 * 64 * 800
+    assert figures["fp32"]["ratio"] == row["ratio"] > 0 and figures["fp32"]["mfu"] == ours["mfu"] > 0
+    assert figures["audio_seconds_per_second"] == ours["audio_per_second"] > 0
+    assert 0 < figures["loss_head_memory_ratio"] < 1
+    wrong = CliRunner().invoke(app, ["--with", "fairseq"])
+    assert wrong.exit_code == 2 and "fairseq: none of w2vscale" in wrong.output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchaudio") is None, reason="torchaudio is not installed")
+def test_torchaudios_encoder_takes_steps() -> None:
+    work = Work(load_config("base", [*MICRO_MODEL, "precision.compute=fp32"]), utterances=2, seconds=1.0)
+    step = torchaudio_step(work.config, torch.device("cpu"))
+    first, second = step(work.batch()), step(work.batch())
+    assert first > 0 and first != second
+
+
+def test_live_memory_counts_what_is_there_at_once() -> None:
+    kept = torch.ones(100)
+    with LiveMemory() as memory:
+        first = kept + 1  # 400 bytes
+        view = first[10:]
+        assert memory.live == 400
+        del first
+        assert memory.live == 400
+        del view
+        assert memory.live == 0
+        kept.mul_(2)
+        torch.ones(10)
+    assert memory.peak == 400
 
 
 def test_the_sampler_bench_compares_both_on_the_same_durations() -> None:

@@ -332,6 +332,7 @@ class EngineConfig(Section):
         "selective: of every n-th block and the feature encoder",
     )
     activation_checkpointing_every: Count = Field(2, description="selective: n")
+    compile: bool = Field(False, description="compile the transformer's blocks (torch.compile)")
     compare_ranks_every: Count = Field(
         50, description="updates, between checks that all ranks are about to compute the same"
     )

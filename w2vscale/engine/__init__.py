@@ -7,6 +7,7 @@ import torch
 from w2vscale.config import Config
 from w2vscale.engine.activation_checkpointing import recompute_activations
 from w2vscale.engine.base import CanonicalState, Criterion, Engine, EngineCaps, StateReader, StepResult
+from w2vscale.engine.compilation import compile_blocks
 from w2vscale.engine.host_memory import keep_freed_memory
 from w2vscale.models.build import Wav2Vec2
 
@@ -24,6 +25,7 @@ def build_engine(model: Wav2Vec2, criterion: Criterion, config: Config, device: 
     if device.type == "cpu":
         keep_freed_memory()
     recompute_activations(model, config.engine)
+    compile_blocks(model, config.engine)
     # Imported here: each backend takes its time, and only one is needed.
     if config.engine.name == "fsdp":
         from w2vscale.engine.fsdp import FSDPEngine

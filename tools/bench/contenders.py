@@ -1,0 +1,196 @@
+"""A training step by several projects on the same work: same weights, same audio, same masks and negatives."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from w2vscale.config import Config
+from w2vscale.data.micro_batch import MicroBatch, make_inputs
+from w2vscale.engine import build_engine
+from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.errors import UserError
+from w2vscale.interop.huggingface import huggingface_config, to_huggingface
+from w2vscale.interop.torchaudio import import_torchaudio, to_torchaudio, torchaudio_arguments
+from w2vscale.models.build import Wav2Vec2
+from w2vscale.models.inputs import PretrainingInputs, to_device
+from w2vscale.training.run import empty_model, initial_values
+
+LR = 1e-5
+
+Step = Callable[[MicroBatch], float]
+"""Trains on one micro-batch; its loss per masked frame."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model, and the micro-batch that it is trained on."""
+
+    config: Config
+    utterances: int
+    seconds: float
+    lengths: bool = False
+    """Whether utterances differ in length."""
+
+    def batch(self) -> MicroBatch:
+        """The micro-batch, the same in every process: noise."""
+        draws = np.random.default_rng(0)
+        longest = int(self.seconds * self.config.model.sampling_rate)
+        # Lengths spread like LibriSpeech's: most are near 14 s of 16.
+        shares = 1.0 - draws.beta(1.0, 3.5, size=self.utterances) if self.lengths else np.ones(self.utterances)
+        shares[0] = 1.0
+        waveforms = [draws.standard_normal(int(share * longest), dtype=np.float32) for share in shares]
+        inputs = make_inputs(waveforms, range(self.utterances), number=0, seed=0, config=self.config.model)
+        return MicroBatch(update=0, number=0, inputs=inputs, audio_samples=sum(map(len, waveforms)))
+
+    def in_fp32(self) -> Config:
+        """The settings, with fp32 throughout."""
+        return Config.model_validate(self.config.model_dump(mode="json") | {"precision": {"compute": "fp32"}})
+
+    def flops(self) -> int:
+        """Floating-point operations of forward and backward, as PyTorch counts them."""
+        plain = self.in_fp32()
+        criterion = PretrainingCriterion(plain.model, seed=0)
+        with FlopCounterMode(display=False) as counter:
+            criterion(filled_model(plain), [self.batch()], device=torch.device("cpu"), training=True).total.backward()
+        gc.collect()
+        return int(counter.get_total_flops())
+
+
+def filled_model(config: Config) -> Wav2Vec2:
+    """Our model with its initial values, on the CPU."""
+    model = empty_model(config).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter, (_, value) in zip(model.parameters(), initial_values(config), strict=True):
+            parameter.copy_(value)
+    return model
+
+
+def our_step(config: Config, device: torch.device, *, compiled: bool = False) -> Step:
+    """As the training loop has the engine do it."""
+    document = config.model_dump(mode="json")
+    config = Config.model_validate(document | {"engine": document["engine"] | {"compile": compiled}})
+    engine = build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, device)
+    engine.import_parameters(initial_values(config))
+
+    def step(batch: MicroBatch) -> float:
+        sums = engine.run_window([batch], torch.tensor(float(batch.weight), device=device))
+        engine.step(lr=LR, max_norm=config.optim.max_norm)
+        return float(sums.total) / batch.weight
+
+    return step
+
+
+def transformers_model(config: Config) -> Any:
+    """Transformers' model with our initial values, on the CPU."""
+    with contextlib.suppress(UserError):  # not installed
+        import_torchaudio()  # before Transformers imports it
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config.model)))
+    model.load_state_dict(to_huggingface(dict(initial_values(config)), config.model), assign=True)
+    return model
+
+
+def their_step(config: Config, device: torch.device, *, compiled: bool = False) -> Step:
+    """Transformers' model in the plainest loop."""
+    model = transformers_model(config)
+    torch.nn.Module.to(model, device).train()
+    if compiled:
+        model.compile()
+    update = _plain_update(model, config, device)
+
+    def step(batch: MicroBatch) -> float:
+        inputs = to_device(batch.inputs, device)
+        attend_BS = torch.arange(inputs.waveforms_BS.shape[1], device=device) < inputs.lengths_B.unsqueeze(1)
+        negatives_BTK = flat_negatives(inputs)
+
+        def loss() -> Tensor:
+            found: Tensor = model(
+                inputs.waveforms_BS,
+                attention_mask=attend_BS.long() if inputs.padded else None,
+                mask_time_indices=inputs.mask_BT,
+                sampled_negative_indices=negatives_BTK,
+            ).loss
+            return found / batch.weight
+
+        return update(loss)
+
+    return step
+
+
+def torchaudio_step(config: Config, device: torch.device) -> Step:
+    """torchaudio's encoder in the plainest loop: without masks, quantizer and contrastive loss, which it lacks."""
+    torchaudio = import_torchaudio()
+    model = torchaudio.models.wav2vec2_model(**torchaudio_arguments(config.model, config.ctc))
+    model.load_state_dict(to_torchaudio(dict(initial_values(config)), config.model, config.ctc))
+    model.to(device).train()
+    update = _plain_update(model, config, device)
+
+    def step(batch: MicroBatch) -> float:
+        inputs = to_device(batch.inputs, device)
+        return update(
+            lambda: model(inputs.waveforms_BS, inputs.lengths_B if inputs.padded else None)[0].float().square().mean()
+        )
+
+    return step
+
+
+def _plain_update(model: nn.Module, config: Config, device: torch.device) -> Callable[[Callable[[], Tensor]], float]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=config.optim.weight_decay, fused=True)
+    bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.precision.compute == "bf16")
+
+    def update(loss: Callable[[], Tensor]) -> float:
+        with bf16:
+            found = loss()
+        found.backward()
+        nn.utils.clip_grad_norm_(parameters, config.optim.max_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(found.detach())
+
+    return update
+
+
+def flat_negatives(inputs: PretrainingInputs) -> Tensor:
+    """Our negatives (numbers among an utterance's masked frames) as Transformers' (frames of the flattened batch)."""
+    batch, frames = inputs.mask_BT.shape
+    negatives = inputs.negatives_MK
+    flat_BTK = torch.zeros(batch, frames, negatives.shape[1], dtype=torch.long, device=negatives.device)
+    for row, mask_T in enumerate(inputs.mask_BT):
+        frame_N = mask_T.nonzero().squeeze(1)
+        flat_BTK[row, frame_N] = row * frames + frame_N[negatives[inputs.utterance_M == row].long()]
+    return flat_BTK
+
+
+def matrix_rate(compute: str, device: torch.device) -> float:
+    """The best rate of a large matrix product here and now, FLOP/s."""
+    dtype = torch.bfloat16 if compute == "bf16" else torch.float32
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(10):
+        synchronize(device)
+        began = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()

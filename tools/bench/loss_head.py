@@ -1,0 +1,145 @@
+"""Memory of the loss head: everything between the encoder and the loss, forward and backward.
+
+    python tools/bench/loss_head.py                                `base`, 4 utterances of 10 s, fp32
+
+The encoder of each model is replaced by tensors of the sizes that it would give; the rest is each project's own code:
+quantizer, negatives, similarities, losses. Counted is what is allocated at once, at most, beside the parameters and
+what the encoder gave, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tools.bench.contenders import Work, filled_model, flat_negatives, transformers_model
+from w2vscale.config import Config, load_config
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.models.inputs import PretrainingInputs
+from w2vscale.models.wav2vec2 import EncoderOutput
+
+
+def main(
+    preset: Annotated[str, typer.Option(help="Whose model.")] = "base",
+    utterances: Annotated[int, typer.Option(min=1, help="Of a micro-batch.")] = 4,
+    seconds: Annotated[float, typer.Option(help="Of an utterance.")] = 10.0,
+) -> None:
+    """Compare the memory of the loss heads."""
+    found = loss_head_memory(Work(load_config(preset), utterances, seconds))
+    print(
+        f"loss head: w2vscale {found['w2vscale'] / 2**20:.1f} MiB, Transformers {found['transformers'] / 2**20:.1f} MiB"
+    )
+    print(json.dumps(found))
+
+
+def loss_head_memory(work: Work) -> dict[str, float]:
+    """The most that each head has allocated in fp32, in bytes, and the ratio of ours to theirs."""
+    config, batch = work.in_fp32(), work.batch()
+    inputs = batch.inputs
+    torch.manual_seed(0)
+    features_BTC = torch.randn(*inputs.mask_BT.shape, config.model.conv_layers[-1][0])
+    context_BTD = torch.randn(*inputs.mask_BT.shape, config.model.dim)
+    ours = peak_memory(our_head(config, batch), features_BTC, context_BTD)
+    theirs = peak_memory(their_head(config, inputs), features_BTC, context_BTD)
+    return {"w2vscale": ours, "transformers": theirs, "ratio": ours / theirs}
+
+
+Head = Callable[[Tensor, Tensor], Tensor]
+"""From features [B, T, C] and context [B, T, D] to the loss."""
+
+
+def our_head(config: Config, batch: MicroBatch) -> Head:
+    """Without the encoder, as the engines run it."""
+    model = filled_model(config)
+    criterion = PretrainingCriterion(config.model, seed=0)
+    given = _Given()
+    model.encoder = given  # type: ignore[assignment]
+
+    def loss(features_BTC: Tensor, context_BTD: Tensor) -> Tensor:
+        given.output = EncoderOutput(features_BTC, features_BTC, context_BTD, [])
+        total: Tensor = criterion(model.train(), [batch], device=torch.device("cpu"), training=True).total
+        return total
+
+    return loss
+
+
+def their_head(config: Config, inputs: PretrainingInputs) -> Head:
+    """Without the encoder, as `Wav2Vec2ForPreTraining.forward` is."""
+    model = transformers_model(config).train()
+    from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2BaseModelOutput
+
+    given = _Given()
+    model.wav2vec2 = given
+    negatives_BTK = flat_negatives(inputs)
+
+    def loss(features_BTC: Tensor, context_BTD: Tensor) -> Tensor:
+        given.output = Wav2Vec2BaseModelOutput(last_hidden_state=context_BTD, extract_features=features_BTC)
+        found: Tensor = model(
+            inputs.waveforms_BS, mask_time_indices=inputs.mask_BT, sampled_negative_indices=negatives_BTK
+        ).loss
+        return found
+
+    return loss
+
+
+class _Given(nn.Module):
+    """Stands where an encoder would."""
+
+    output: Any
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        return self.output
+
+
+def peak_memory(head: Head, *given: Tensor) -> float:
+    """Bytes that are allocated at once, at most, by a forward and backward."""
+    leaves = [x.clone().requires_grad_() for x in given]
+    with LiveMemory() as memory:
+        head(*leaves).backward()
+    return float(memory.peak)
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made while it is on, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor) and given.untyped_storage()._cdata not in self.known:
+                self._watch(given, counts=False)
+        result = function(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self.known:
+                self._watch(made, counts=True)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _watch(self, tensor: Tensor, *, counts: bool) -> None:
+        storage = tensor.untyped_storage()
+        size = storage.nbytes() if counts else 0
+        self.known.add(storage._cdata)
+        self.live += size
+        weakref.finalize(storage, self._forget, storage._cdata, size)
+
+    def _forget(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.live -= size
+
+
+if __name__ == "__main__":
+    typer.run(main)
