@@ -18,7 +18,7 @@ from tools.bench import end_to_end, engine_overhead, engine_parity, loader, samp
 from tools.bench.contenders import Work, torchaudio_step
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
-from tools.bench.loss_head import LiveMemory
+from tools.bench.live_memory import LiveMemory
 from w2vscale.config import load_config
 
 

@@ -10,17 +10,15 @@ what the encoder gave, tensor by tensor.
 from __future__ import annotations
 
 import json
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tools.bench.contenders import Work, filled_model, flat_negatives, transformers_model
+from tools.bench.live_memory import LiveMemory
 from w2vscale.config import Config, load_config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.criterion import PretrainingCriterion
@@ -106,39 +104,6 @@ def peak_memory(head: Head, *given: Tensor) -> float:
     with LiveMemory() as memory:
         head(*leaves).backward()
     return float(memory.peak)
-
-
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made while it is on, for as long as they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        for given in tree_leaves((args, kwargs)):
-            if isinstance(given, Tensor) and given.untyped_storage()._cdata not in self.known:
-                self._watch(given, counts=False)
-        result = function(*args, **(kwargs or {}))
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self.known:
-                self._watch(made, counts=True)
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _watch(self, tensor: Tensor, *, counts: bool) -> None:
-        storage = tensor.untyped_storage()
-        size = storage.nbytes() if counts else 0
-        self.known.add(storage._cdata)
-        self.live += size
-        weakref.finalize(storage, self._forget, storage._cdata, size)
-
-    def _forget(self, address: int, size: int) -> None:
-        self.known.discard(address)
-        self.live -= size
 
 
 if __name__ == "__main__":

@@ -326,10 +326,10 @@ class EngineConfig(Section):
     )
     offload: bool = Field(False, description="fsdp: keep parameters, gradients and optimizer state in host memory")
     deepspeed_config: str = Field("zero2", description="deepspeed: the name of a file in ds_configs/, or a path")
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+    activation_checkpointing: Literal["none", "features", "selective", "full"] = Field(
         "none",
-        description="recompute activations in the backward. full: of every block and the feature encoder; "
-        "selective: of every n-th block and the feature encoder",
+        description="recompute activations in the backward. features: of the feature encoder; selective: and of every "
+        "n-th block; full: and of every block",
     )
     activation_checkpointing_every: Count = Field(2, description="selective: n")
     compile: bool = Field(False, description="compile the transformer's blocks (torch.compile)")

@@ -17,6 +17,8 @@ def recompute_activations(model: Wav2Vec2, config: EngineConfig) -> None:
     """
     if config.activation_checkpointing == "none":
         return
-    every = 1 if config.activation_checkpointing == "full" else config.activation_checkpointing_every
-    for module in (model.encoder.feature_encoder, *list(model.encoder.transformer.blocks)[::every]):
+    every = {"features": None, "selective": config.activation_checkpointing_every, "full": 1}
+    chosen = every[config.activation_checkpointing]
+    blocks = [] if chosen is None else list(model.encoder.transformer.blocks)[::chosen]
+    for module in (model.encoder.feature_encoder, *blocks):
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)

@@ -27,7 +27,8 @@ class PretrainingCriterion:
         self, module: nn.Module, chunk: Sequence[MicroBatch], *, device: torch.device, training: bool
     ) -> LossSums:
         """Loss sums of `chunk` on `device`; without `training`, codes are the argmax and every layer runs."""
-        inputs = to_device(concatenate([batch.inputs for batch in chunk]), device)
+        # Joined there: a joined copy here would no longer be in pinned memory.
+        inputs = concatenate([to_device(batch.inputs, device) for batch in chunk])
         if not training:
             return module(inputs)
         first = chunk[0]
@@ -52,7 +53,7 @@ class CtcCriterion:
         self, module: nn.Module, chunk: Sequence[MicroBatch], *, device: torch.device, training: bool
     ) -> CtcSums:
         """Loss sums of `chunk` on `device`; without `training`, nothing is masked, and errors are counted."""
-        inputs = to_device(concatenate_ctc([batch.inputs for batch in chunk]), device)
+        inputs = concatenate_ctc([to_device(batch.inputs, device) for batch in chunk])
         if not training:
             return module(inputs)
         first = chunk[0]

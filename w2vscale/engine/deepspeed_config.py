@@ -48,6 +48,11 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     path = _find(config.engine.deepspeed_config)
     tree = _read(path)
     _check_zero(tree.get("zero_optimization"), path)
+    if config.engine.compile and tree["zero_optimization"]["stage"] == 3:
+        raise UserError(
+            f"{path}: engine.compile=true: ZeRO-3 gathers parameters inside of blocks, which cannot be compiled then; "
+            "choose engine.name=fsdp, or zero2"
+        )
     fixed, implied, decided = _fixed(config), _implied(tree["zero_optimization"]["stage"]), _decided(config)
     for key, value in _leaves(tree):
         told = f"{path}: {key}={json.dumps(value)}"

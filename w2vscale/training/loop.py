@@ -16,11 +16,13 @@ from w2vscale.config import Config
 from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
+from w2vscale.engine.compilation import compiled_graphs
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import validate
 from w2vscale.optim.schedules import learning_rate
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.display import Display
+from w2vscale.training.garbage import collect, collected_between_steps
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.run import Run, build_run, make_folder
 from w2vscale.training.signals import StopRequest
@@ -68,7 +70,7 @@ class Trainer:
 
     def train(self) -> TrainState:
         """Run all remaining updates, or until a signal asks to stop."""
-        with self.metrics, self.display, loader_processes():
+        with self.metrics, self.display, loader_processes(), collected_between_steps():
             if self.state.update >= self.total:
                 self.display.message(f"nothing to do: the run has its {self.total} updates (trainer.updates)")
             for window, waited in _timed(self.run.windows()):
@@ -132,6 +134,7 @@ class Trainer:
         # Before each save, so that the figures of a resumed run start where the checkpoint does.
         if saving or update % config.logging.every == 0:
             self._log()
+            collect(thoroughly=saving)
         began = time.perf_counter()
         # Before the save: the checkpoint remembers its loss.
         if self.run.validation_set and (ended or update % config.trainer.validate_every == 0):
@@ -147,6 +150,7 @@ class Trainer:
             "lr": self.lr,
             **self.run.objective.scheduled(self.state.update - 1),
             "hours_seen": self.state.audio_seconds / 3600,
+            **({"compiled_graphs": compiled_graphs()} if self.config.engine.compile else {}),
             "skipped_updates": self.state.skipped_updates,
             "skipped_utterances": self.state.skipped_utterances,
         }
