@@ -168,17 +168,15 @@ def _race(connection: Connection, name: str, work: Work) -> None:
 def measure(work: Work, names: Sequence[str], *, device: torch.device, rounds: int, limit: float) -> dict[str, Any]:
     """Times, rates and memory of steps on one micro-batch."""
     began = time.perf_counter()
+    racers = {name: Racer(name, work) for name in names}
     audio = work.batch().audio_samples / work.config.model.sampling_rate
     flops = work.flops()
-    racers = {}
     taken: dict[str, list[Taken]] = {name: [] for name in names}
     peak = 0.0
     for index in range(WARM_UP + rounds):
         if index > WARM_UP and time.perf_counter() - began > limit:
             break
         for name in names if index % 2 else reversed(names):
-            if name not in racers:
-                racers[name] = Racer(name, work)
             taken[name].append(racers[name].step())
         peak = max(peak, matrix_rate(work.config.precision.compute, device))
     for racer in racers.values():

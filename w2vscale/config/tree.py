@@ -266,7 +266,11 @@ class BatchConfig(Section):
 
     max_seconds: Positive = Field(87.5, description="padded audio of one micro-batch, at most")
     micro_batches: Count = Field(64, description="per update, over all ranks")
-    concat: Count = Field(1, description="micro-batches that share one forward; does not change the result")
+    concat: Count | Literal["auto"] = Field(
+        1,
+        description="micro-batches that share one forward; does not change the result. auto: as many of similar length "
+        "as fit into memory, measured before the first update",
+    )
     buckets: Count = Field(64, description="duration buckets, at most")
     pad_to: Literal["longest", "bucket"] = Field(
         "longest",
@@ -423,7 +427,7 @@ class Config(Section):
             raise ValueError(f"checkpoint.keep_best={self.checkpoint.keep_best} needs data.validation")
         if self.ctc.vocabulary:
             self._check_fine_tuning()
-        if self.batch.concat > self.batch.micro_batches:
+        if self.batch.concat != "auto" and self.batch.concat > self.batch.micro_batches:
             raise ValueError(
                 f"batch.concat={self.batch.concat} is above batch.micro_batches={self.batch.micro_batches}"
             )

@@ -109,6 +109,10 @@ class Assembler:
         return labels, [BadAudio(crop.cut.id, audio_path(crop.cut), "unknown symbols", reason, left_out=False)]
 
 
+FALLING = 0.8
+"""Between two examples, the share of the length."""
+
+
 class TrainingData(Protocol):
     """What a run trains on."""
 
@@ -125,6 +129,9 @@ class TrainingData(Protocol):
 
     def largest(self) -> MicroBatch:
         """One that needs as much memory as any."""
+
+    def examples(self) -> Iterator[MicroBatch]:
+        """Micro-batches of falling length, each as large as those of its length are."""
 
     def windows(self, updates: range, *, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """For each update its window: the micro-batches that this rank runs, loaded ahead by worker processes."""
@@ -175,6 +182,10 @@ class MicroBatches(Dataset[MicroBatch]):
     def largest(self) -> MicroBatch:
         """The first of epoch 0 with the most padded samples."""
         return self[0, self.plan.largest()]
+
+    def examples(self) -> Iterator[MicroBatch]:
+        """See `TrainingData.examples`: of epoch 0."""
+        return (self[0, number] for number in self.plan.largest_of_buckets(FALLING))
 
     def windows(self, updates: range, *, rank: int = 0, world_size: int = 1) -> Iterator[list[MicroBatch]]:
         """For each update its window: the micro-batches that this rank runs, loaded ahead by worker processes."""

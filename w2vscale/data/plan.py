@@ -210,6 +210,17 @@ class Plan:
         """The number of the epoch-0 micro-batch with the most padded samples: the one that needs most memory."""
         return int(np.argmax(self._padded_samples()[self._epoch_order(0)]))
 
+    def largest_of_buckets(self, falling: float) -> list[int]:
+        """The numbers of the micro-batches of epoch 0 with the most padded samples in their bucket, the longest first;
+        of buckets that are each shorter than `falling` times the one before."""
+        padded, place = self._padded_samples(), np.argsort(self._epoch_order(0))
+        found, last = [], float("inf")
+        for bucket in self.buckets:
+            if bucket.longest < falling * last:
+                first, last = bucket.first_micro_batch, bucket.longest
+                found.append(int(place[first + np.argmax(padded[first : first + bucket.micro_batches])]))
+        return found
+
     def padding(self) -> float:
         """Share of padded samples in epoch 0 that hold no audio."""
         audio = sum(

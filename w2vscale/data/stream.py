@@ -80,6 +80,10 @@ class StreamedMicroBatches:
         inputs = make_inputs(list(noise), range(rows), number=0, seed=0, config=config.model)
         return MicroBatch(0, 0, inputs, noise.size)
 
+    def examples(self) -> Iterator[MicroBatch]:
+        """See `TrainingData.examples`: the largest alone, since the others are not known."""
+        yield self.largest()
+
     def windows(self, updates: range, *, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """For each update its window. What it holds depends on the rank, their number, and where the run resumed."""
         dataset = _Readers(self, start=updates.start, rank=rank, world_size=world_size)

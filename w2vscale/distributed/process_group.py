@@ -139,6 +139,14 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
     return [float(value) for value in tensor]
 
 
+def largest_over_ranks(values: Sequence[float]) -> list[float]:
+    """The largest of each of some host numbers over all ranks, over the CPU."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return [float(value) for value in tensor]
+
+
 def gather_from_ranks(value: T) -> list[T]:
     """Every rank's value, by rank."""
     if not dist.is_initialized():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.engine.joining import Joining
 from w2vscale.models.ctc import CtcSums
 from w2vscale.models.wav2vec2 import LossSums
 
@@ -55,6 +56,9 @@ class Engine(Protocol):
     """Owns the model, the optimizer, accumulation and sharding. All ranks make the same calls."""
 
     caps: EngineCaps
+    criterion: Criterion
+    joining: Joining
+    """Which micro-batches share a forward."""
 
     def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> Sums:
         """Accumulate the gradient of this rank's micro-batches; returns this rank's sums.

@@ -26,7 +26,8 @@ class DDPEngine(NativeEngine):
         self.parallel: DistributedDataParallel | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.gradient_scale = dist.get_world_size()
-            forwards = config.batch.micro_batches / (config.batch.concat * dist.get_world_size())
+            joined = 1 if config.batch.concat == "auto" else config.batch.concat
+            forwards = config.batch.micro_batches / (joined * dist.get_world_size())
             # LayerDrop leaves the parameters of skipped layers without gradients, freezing those of what is frozen.
             unused = (
                 config.model.layerdrop > 0

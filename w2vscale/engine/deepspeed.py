@@ -17,6 +17,7 @@ from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StateReader, StepResult, Sums
 from w2vscale.engine.deepspeed_config import deepspeed_config, import_deepspeed, validate_zero
+from w2vscale.engine.joining import joining
 from w2vscale.engine.rows import Rows
 from w2vscale.engine.window import accumulate
 from w2vscale.models.layers import compute_dtype
@@ -36,7 +37,7 @@ class DeepSpeedEngine:
         validate_zero(document, config.engine.deepspeed_config)
         self.stage = int(document["zero_optimization"]["stage"])
         self.caps = EngineCaps(f"zero{self.stage}", sharded_parameters=self.stage == 3, sharded_optimizer=True)
-        self.criterion, self.device, self.concat = criterion, device, config.batch.concat
+        self.criterion, self.device, self.joining = criterion, device, joining(config.batch.concat)
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         if self.stage == 3:
@@ -68,7 +69,7 @@ class DeepSpeedEngine:
             self.engine.backward(sums.total * scale, scale_wrt_gas=False)
             return sums
 
-        return accumulate(window, concat=self.concat, run=run)
+        return accumulate(self.joining.chunks(window), run)
 
     def step(self, *, lr: float, max_norm: float | None) -> StepResult:
         """See `Engine.step`."""

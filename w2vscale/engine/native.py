@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StepResult, Sums
+from w2vscale.engine.joining import joining
 from w2vscale.engine.window import accumulate
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
 
@@ -29,7 +30,7 @@ class NativeEngine(ABC):
         self, model: nn.Module, module: nn.Module, criterion: Criterion, config: Config, device: torch.device
     ) -> None:
         self.model, self.module, self.criterion, self.device = model, module, criterion, device
-        self.concat = config.batch.concat
+        self.joining = joining(config.batch.concat)
         parameters = dict(model.named_parameters())
         groups = parameter_groups([(name, parameter.shape) for name, parameter in parameters.items()], config.optim)
         self.optimizer = make_adamw(parameters, groups, config.optim)
@@ -50,7 +51,7 @@ class NativeEngine(ABC):
                 (sums.total * scale).backward()
             return sums
 
-        return accumulate(window, concat=self.concat, run=run)
+        return accumulate(self.joining.chunks(window), run)
 
     def step(self, *, lr: float, max_norm: float | None) -> StepResult:
         """See `Engine.step`."""

@@ -9,12 +9,11 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import Sums
 
 
-def accumulate(window: Sequence[MicroBatch], *, concat: int, run: Callable[[Sequence[MicroBatch], bool], Sums]) -> Sums:
-    """Sums over a window of which `concat` micro-batches share one forward.
+def accumulate(chunks: Sequence[Sequence[MicroBatch]], run: Callable[[Sequence[MicroBatch], bool], Sums]) -> Sums:
+    """Sums over a window, cut into what shares a forward.
 
     `run(chunk, last)` takes one forward and backward; `last` says whether it is the window's last.
     """
-    chunks = [window[start : start + concat] for start in range(0, len(window), concat)]
     total: Any = None
     for chunk in chunks:
         sums = run(chunk, chunk is chunks[-1])

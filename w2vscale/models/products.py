@@ -6,12 +6,14 @@ rounded: what processors with bf16 compute, too.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+"""Whether products in bf16 have instructions of their own on this processor."""
 
 
 class _WideProduct(torch.autograd.Function):
@@ -49,10 +51,4 @@ def widened(x: Tensor) -> Tensor:
 
 def is_emulated(x: Tensor) -> bool:
     """Whether products of `x` are bf16 on a processor without it."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not cpu_has_bf16()
-
-
-@cache
-def cpu_has_bf16() -> bool:
-    """Whether products in bf16 have instructions of their own here."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not CPU_HAS_BF16

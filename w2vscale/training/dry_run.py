@@ -12,7 +12,7 @@ from w2vscale.config import Config
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
 from w2vscale.models.inputs import CtcInputs, PretrainingInputs
-from w2vscale.training.objective import build_objective
+from w2vscale.training.objective import build_objective, with_every_layer
 from w2vscale.training.run import empty_model, initial_values, open_data
 
 
@@ -46,16 +46,10 @@ def dry_run(config: Config) -> DryRun | None:
             if name != "encoder"
         }
         parameters["mask_embedding"] = model.encoder.mask_embedding.numel()
-        everything = config.model_copy(
-            update={
-                "model": config.model.model_copy(update={"layerdrop": 0.0}),
-                "ctc": config.ctc.model_copy(update={"freeze_encoder_updates": 0}),
-            }
-        )
-        engine = build_engine(model, build_objective(everything).criterion, config, device)
+        engine = build_engine(model, build_objective(with_every_layer(config)).criterion, config, device)
         engine.import_parameters(initial_values(config))
         batch = training_set.largest()
-        window = [batch] * (2 * config.batch.concat)
+        window = [batch] * (2 if config.batch.concat == "auto" else 2 * config.batch.concat)
         masked = max(batch.weight * len(window) * ranks.world_size, 1)
         began = time.perf_counter()
         sums = engine.run_window(window, torch.tensor(float(masked)))

@@ -21,6 +21,7 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import validate
 from w2vscale.optim.schedules import learning_rate
 from w2vscale.training.agreement import compare_ranks, planned_work
+from w2vscale.training.calibration import calibrate
 from w2vscale.training.display import Display
 from w2vscale.training.garbage import collect, collected_between_steps
 from w2vscale.training.metrics import Meter, MetricsWriter
@@ -73,6 +74,8 @@ class Trainer:
         with self.metrics, self.display, loader_processes(), collected_between_steps():
             if self.state.update >= self.total:
                 self.display.message(f"nothing to do: the run has its {self.total} updates (trainer.updates)")
+            if self.config.batch.concat == "auto":
+                calibrate(self.run, self.display.message)
             for window, waited in _timed(self.run.windows()):
                 if self.state.update == self.run.state.update:  # the loader processes were starting
                     self.meter.exclude(waited)

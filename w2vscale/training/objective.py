@@ -90,3 +90,11 @@ class FineTuning:
 def build_objective(config: Config) -> Objective:
     """Fine-tuning where there is a vocabulary, otherwise pretraining."""
     return FineTuning(config) if config.ctc.vocabulary else Pretraining(config)
+
+
+def with_every_layer(config: Config) -> Config:
+    """The settings, but every layer is computed and learns from the first update on: what needs most memory."""
+    model = config.model.model_copy(update={"layerdrop": 0.0})
+    return config.model_copy(
+        update={"model": model, "ctc": config.ctc.model_copy(update={"freeze_encoder_updates": 0})}
+    )

@@ -35,7 +35,7 @@ from w2vscale.errors import UserError
 from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.initialisation import initial_parameters
 from w2vscale.models.layers import compute_dtype
-from w2vscale.models.products import cpu_has_bf16
+from w2vscale.models.products import CPU_HAS_BF16
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 from w2vscale.training.bad_audio import BadAudioLog
 from w2vscale.training.initialisation import starting_values
@@ -110,7 +110,7 @@ def build_run(
     else:
         engine.import_state(checkpoint)
         log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
-    if config.precision.compute == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+    if config.precision.compute == "bf16" and device.type == "cpu" and not CPU_HAS_BF16:
         log("warning: this CPU has no bf16; precision.compute=fp32 is faster here")
     if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
         longer = " or longer than data.max_seconds" * bool(config.ctc.vocabulary)

@@ -1,0 +1,76 @@
+"""Which micro-batches share a forward, and how much memory is measured to be in use."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.micro import MICRO_MODEL
+from w2vscale.config import load_config
+from w2vscale.data.micro_batch import MicroBatch, make_inputs
+from w2vscale.engine.joining import Capacity, FittingJoining, FixedJoining, joining
+from w2vscale.engine.memory import memory_limit, peak_memory
+
+MODEL = load_config("base", list(MICRO_MODEL)).model
+
+
+def micro_batches(*shapes: tuple[int, int]) -> list[MicroBatch]:
+    found = []
+    for number, (rows, width) in enumerate(shapes):
+        silence = [np.zeros(width, dtype=np.float32)] * rows
+        inputs = make_inputs(silence, range(rows), number=number, seed=0, config=MODEL)
+        found.append(MicroBatch(0, number, inputs, rows * width))
+    return found
+
+
+def numbers(chunks: list) -> list[list[int]]:
+    return [[batch.number for batch in chunk] for chunk in chunks]
+
+
+def test_a_fixed_number() -> None:
+    window = micro_batches(*[(1, 8000)] * 5)
+    assert numbers(FixedJoining(2).chunks(window)) == [[0, 1], [2, 3], [4]]
+    assert joining(3) == FixedJoining(3) and joining("auto") == FixedJoining(1)
+
+
+class TestFitting:
+    def test_as_many_as_fit(self) -> None:
+        window = micro_batches(*[(2, 8000)] * 7)
+        assert numbers(FittingJoining((Capacity(8000, 50_000),)).chunks(window)) == [[0, 1, 2], [3, 4, 5], [6]]
+
+    def test_what_is_larger_than_that_runs_alone(self) -> None:
+        window = micro_batches((2, 8000), (1, 8000), (1, 8000))
+        assert numbers(FittingJoining((Capacity(8000, 9000),)).chunks(window)) == [[0], [1], [2]]
+
+    def test_what_would_add_padding_is_left_apart(self) -> None:
+        window = micro_batches((2, 12_000), (2, 11_900), (4, 6000), (4, 5990))
+        assert numbers(FittingJoining((Capacity(12_000, 10**6),)).chunks(window)) == [[0, 1], [2, 3]]
+
+    def test_the_capacity_is_that_of_the_next_longer_utterances(self) -> None:
+        rule = FittingJoining((Capacity(12_000, 24_000), Capacity(8000, 32_000), Capacity(6000, 36_000)))
+        assert numbers(rule.chunks(micro_batches(*[(1, 12_000)] * 3))) == [[0, 1], [2]]
+        assert numbers(rule.chunks(micro_batches(*[(1, 8000)] * 5))) == [[0, 1, 2, 3], [4]]
+        assert numbers(rule.chunks(micro_batches(*[(1, 7000)] * 5))) == [[0, 1, 2, 3], [4]]
+        assert numbers(rule.chunks(micro_batches(*[(1, 5900)] * 8))) == [[0, 1, 2, 3, 4, 5], [6, 7]]
+        # Longer than any that was measured.
+        assert numbers(rule.chunks(micro_batches(*[(1, 13_000)] * 2))) == [[0], [1]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells how much memory is used")
+class TestMemory:
+    def test_the_peak_is_that_of_the_work_alone(self) -> None:
+        device = torch.device("cpu")
+        small, large, again = (
+            peak_memory(device, lambda count=count: torch.ones(count << 18).sum()) for count in (64, 512, 64)
+        )
+        assert large - small == pytest.approx(448 << 20, rel=0.2)
+        assert abs(again - small) < 64 << 20
+
+    def test_the_limit_is_shared(self) -> None:
+        alone, shared = (memory_limit(torch.device("cpu"), processes=count) for count in (1, 4))
+        total = int(ctypes.CDLL(None).sysconf(85)) * 4096  # _SC_PHYS_PAGES
+        assert shared < alone < 2 * total
