@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from tests.audio import SmallCorpus
 from tests.micro import MICRO_MODEL
-from tools.bench import end_to_end, engine_overhead, engine_parity, loader, sampler, step
+from tools.bench import end_to_end, engine_overhead, engine_parity, loader, sampler, step, step_profile
 from tools.bench.contenders import Work, torchaudio_step
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
@@ -98,6 +98,25 @@ def test_torchaudios_encoder_takes_steps() -> None:
     step = torchaudio_step(work.config, torch.device("cpu"))
     first, second = step(work.batch()), step(work.batch())
     assert first > 0 and first != second
+
+
+def test_the_profile_gives_the_backwards_time_to_the_module_whose_forward_made_it(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(step_profile.main)
+    options = ["--utterances", "2", "--seconds", "2", "--folder", str(tmp_path), *MICRO_MODEL]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    modules = json.loads(result.stdout.splitlines()[-1])["modules"]
+    expected = {f"feature encoder, layer {layer}" for layer in range(7)}
+    expected |= {"blocks: attention", "blocks: feed-forward", "positional convolution", "quantizer"}
+    for name in expected | {step_profile.LOSS}:
+        assert modules[name]["forward"] > 0 and modules[name]["backward"] > 0, name
+    assert modules[step_profile.OPTIMIZER]["backward"] == 0
+    # Far more is computed in seven convolutions of 16 channels than in linear layers on masked frames.
+    assert sum(modules[f"feature encoder, layer {layer}"]["backward"] for layer in range(7)) > (
+        modules["projections of the loss"]["backward"]
+    )
+    assert (tmp_path / "step.png").stat().st_size > 10_000 and (tmp_path / "trace.json.gz").is_file()
 
 
 def test_live_memory_counts_what_is_there_at_once() -> None:
