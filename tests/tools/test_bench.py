@@ -113,8 +113,9 @@ def test_the_profile_gives_the_backwards_time_to_the_module_whose_forward_made_i
         assert modules[name]["forward"] > 0 and modules[name]["backward"] > 0, name
     assert modules[step_profile.OPTIMIZER]["backward"] == 0
     # Far more is computed in seven convolutions of 16 channels than in linear layers on masked frames.
-    assert sum(modules[f"feature encoder, layer {layer}"]["backward"] for layer in range(7)) > (
-        modules["projections of the loss"]["backward"]
+    assert (
+        sum(modules[f"feature encoder, layer {layer}"]["backward"] for layer in range(7))
+        > (modules["projections of the loss"]["backward"])
     )
     assert (tmp_path / "step.png").stat().st_size > 10_000 and (tmp_path / "trace.json.gz").is_file()
 

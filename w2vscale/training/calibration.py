@@ -41,7 +41,10 @@ def calibrate(run: Run, log: Callable[[str], None]) -> None:
         engine.criterion = criterion
         if run.ranks.is_main:
             document = {"conditions": conditions, "capacities": [capacity._asdict() for capacity in found]}
-            path.write_text(json.dumps(document, indent=2) + "\n")
+            try:
+                path.write_text(json.dumps(document, indent=2) + "\n")
+            except OSError as error:
+                log(f"warning: {path}: cannot be written ({error.strerror}); a continued run will measure again")
     engine.joining = FittingJoining(found)
     rate = config.model.sampling_rate
     told = ", ".join(f"{one.samples / rate:.0f} s (utterances of {one.width / rate:.1f} s)" for one in found)
