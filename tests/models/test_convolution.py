@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from w2vscale.models.convolution import strided_convolution
+from w2vscale.models.convolution import long_convolution, strided_convolution
 
 
 @pytest.mark.parametrize("frames", [10, 11, 12, 37])
@@ -40,3 +40,28 @@ def test_in_bf16_it_is_as_exact_as_a_matrix_product() -> None:
     expected = F.conv1d(x_BTI.double().transpose(1, 2), weight_OIK.double(), stride=2).transpose(1, 2)
     found = strided_convolution(x_BTI, weight_OIK, 2).double()
     assert float((found - expected).norm() / expected.norm()) < 2**-7
+
+
+@pytest.mark.parametrize("frames", [1, 7, 16, 33, 50])
+@pytest.mark.parametrize("kernel", [16, 5, 1, 2])
+def test_the_long_one_is_pytorchs(kernel: int, frames: int) -> None:
+    torch.manual_seed(0)
+    groups, channels = 3, 12
+    leaves = (
+        torch.randn(2, frames, channels, dtype=torch.float64, requires_grad=True),
+        torch.randn(channels, channels // groups, kernel, dtype=torch.float64, requires_grad=True),
+        torch.randn(channels, dtype=torch.float64, requires_grad=True),
+    )
+    x_BTD, weight_DIK, bias_D = leaves
+    y_BDT = F.conv1d(x_BTD.transpose(1, 2), weight_DIK, bias_D, padding=kernel // 2, groups=groups)
+    expected_BTD = y_BDT[:, :, :frames].transpose(1, 2)
+    found_BTD = long_convolution(*leaves, groups)
+    torch.testing.assert_close(found_BTD, expected_BTD)
+    given_BTD = torch.randn_like(found_BTD)
+    found = torch.autograd.grad(found_BTD, leaves, given_BTD)
+    torch.testing.assert_close(found, torch.autograd.grad(expected_BTD, leaves, given_BTD))
+    # In bf16 it is rounded once.
+    x_BTD, weight_DIK, bias_D = (leaf.detach().bfloat16() for leaf in leaves)
+    found_BTD = long_convolution(x_BTD, weight_DIK, torch.zeros_like(bias_D), groups).double()
+    y_BDT = F.conv1d(x_BTD.double().transpose(1, 2), weight_DIK.double(), padding=kernel // 2, groups=groups)
+    torch.testing.assert_close(found_BTD, y_BDT[:, :, :frames].transpose(1, 2), rtol=2**-8, atol=1e-4)

@@ -37,7 +37,7 @@ from tools.bench.loss_head import loss_head_memory
 from w2vscale.config import Config, load_config
 
 WARM_UP = 2
-"""Steps that are not counted."""
+"""Steps that are not counted, unless there are no others."""
 
 CONTENDERS: dict[str, Callable[[Config, torch.device], Step]] = {
     "w2vscale": our_step,
@@ -174,7 +174,7 @@ def measure(work: Work, names: Sequence[str], *, device: torch.device, rounds: i
     taken: dict[str, list[Taken]] = {name: [] for name in names}
     peak = 0.0
     for index in range(WARM_UP + rounds):
-        if index > WARM_UP and time.perf_counter() - began > limit:
+        if index and time.perf_counter() - began > limit:
             break
         for name in names if index % 2 else reversed(names):
             taken[name].append(racers[name].step())
@@ -183,7 +183,7 @@ def measure(work: Work, names: Sequence[str], *, device: torch.device, rounds: i
         racer.end()
     found: dict[str, Any] = {"audio_seconds": audio, "flops": flops, "matrix_flops": peak, "steps": {}}
     for name, steps in taken.items():
-        times = [step.seconds for step in steps[WARM_UP:]]
+        times = [step.seconds for step in steps[WARM_UP:] or steps[-1:]]  # where the limit ended the warm-up
         median = statistics.median(times)
         found["steps"][name] = {
             "times": times,

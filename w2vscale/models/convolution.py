@@ -1,8 +1,10 @@
-"""Strided convolution over time with the channels last, as matrix products on views of its input.
+"""Convolutions over time with the channels last, as matrix products.
 
-A window of `stride` frames begins at every stride-th frame, so that windows lie behind each other in memory: of kernel
-3 and stride 2 the first two taps are one matrix product on [T / 2, 2 I], the third is another on every second frame.
-Nothing is copied, and all arithmetic runs at the rate of matrix products.
+A strided one is products on views of its input: a window of `stride` frames begins at every stride-th frame, so that
+windows lie behind each other in memory. Of kernel 3 and stride 2 the first two taps are one product on [T / 2, 2 I],
+the third is another on every second frame. Nothing is copied, and all arithmetic runs at the rate of matrix products.
+
+One with a long kernel is, on CPUs, a product for each frequency: a fraction of the arithmetic.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from w2vscale.models.products import widened
 
@@ -80,3 +83,32 @@ def _windows(x_BTI: Tensor, offset: int, taps: int, stride: int, frames: int) ->
 def _matrix(weight_OIK: Tensor, offset: int, taps: int) -> Tensor:
     """Some taps' weights as [taps x I, O]."""
     return weight_OIK[:, :, offset : offset + taps].permute(2, 1, 0).flatten(0, 1)
+
+
+def long_convolution(x_BTD: Tensor, weight_DIK: Tensor, bias_D: Tensor, groups: int) -> Tensor:
+    """`F.conv1d` of [B, T, D] with `K // 2` frames of padding and weights [D, D / groups, K]: the first T frames."""
+    steps, kernel = x_BTD.shape[1], weight_DIK.shape[2]
+    if x_BTD.device.type == "cpu":
+        return _by_frequency(x_BTD, weight_DIK, groups) + bias_D
+    y_BDT = F.conv1d(x_BTD.transpose(1, 2), weight_DIK, bias_D, padding=kernel // 2, groups=groups)
+    return y_BDT[:, :, :steps].transpose(1, 2)
+
+
+def _by_frequency(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
+    """In windows of twice the kernel, of whose outputs the first half is whole (overlap-save), in fp32."""
+    dtype = x_BTD.dtype
+    if dtype == torch.bfloat16:
+        x_BTD, weight_DIK = x_BTD.float(), weight_DIK.float()
+    batch, steps, channels = x_BTD.shape
+    kernel, inputs = weight_DIK.shape[2], channels // groups
+    windows = -(-steps // kernel)
+    padded_BTD = F.pad(x_BTD, (0, 0, kernel // 2, (windows + 1) * kernel - kernel // 2 - steps))
+    x_BWDF = torch.fft.rfft(padded_BTD.unfold(1, 2 * kernel, kernel))
+    x_FGNI = x_BWDF.view(batch, windows, groups, inputs, -1).permute(4, 2, 0, 1, 3).flatten(2, 3)
+    weight_DIF = torch.fft.rfft(weight_DIK, n=2 * kernel).conj()
+    weight_FGIO = weight_DIF.view(groups, inputs, inputs, -1).permute(3, 0, 2, 1)
+    y_FGNO = x_FGNI @ weight_FGIO
+    y_BWGOF = y_FGNO.view(-1, groups, batch, windows, inputs).permute(2, 3, 1, 4, 0)
+    y_BWGOK = torch.fft.irfft(y_BWGOF, n=2 * kernel)[..., :kernel]
+    y_BTD = y_BWGOK.flatten(2, 3).transpose(2, 3).reshape(batch, windows * kernel, channels)
+    return y_BTD[:, :steps].to(dtype)

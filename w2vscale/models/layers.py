@@ -56,20 +56,24 @@ class LayerNorm(nn.LayerNorm):
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, probability: float) -> Tensor:
-        dropped = round(probability * 2**16)
-        ctx.scale = 2**16 / (2**16 - dropped)
+    def forward(ctx: Any, x: Tensor, dropped: int, factor: float) -> Tensor:
+        """Zeros for `dropped` of 2^16 elements; the others are multiplied by `factor`."""
+        ctx.factor = factor
         # The seed comes from PyTorch's generator, so that what repeats there repeats here.
         draws = np.random.Generator(np.random.SFC64(int(torch.randint(2**63 - 1, ()))))
         bits = draws.integers(2**64, size=-(-x.numel() // 4), dtype=np.uint64).view(np.int16)
         kept = torch.from_numpy(bits)[: x.numel()].view(x.shape) >= dropped - 2**15
         ctx.save_for_backward(kept)
-        return torch.where(kept, x, 0.0).mul_(ctx.scale)
+        return _scaled(torch.where(kept, x, 0.0), factor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (kept,) = ctx.saved_tensors
-        return torch.where(kept, gradients[0], 0.0).mul_(ctx.scale), None
+        return _scaled(torch.where(kept, gradients[0], 0.0), ctx.factor), None, None
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x.mul_(factor)
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
@@ -78,4 +82,19 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, probability)
-    return _Dropout.apply(x, probability)
+    dropped, factor = _sixteen_bits(probability)
+    return _Dropout.apply(x, dropped, factor)
+
+
+def unscaled_dropout(x: Tensor, probability: float) -> tuple[Tensor, float]:
+    """Dropout in training without the factor of what is kept, and that factor: it costs less elsewhere."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, probability), 1.0
+    dropped, factor = _sixteen_bits(probability)
+    return _Dropout.apply(x, dropped, 1.0), factor
+
+
+def _sixteen_bits(probability: float) -> tuple[int, float]:
+    """How many of 2^16 are dropped, and the factor of what is kept."""
+    dropped = round(probability * 2**16)
+    return dropped, 2**16 / (2**16 - dropped)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2vscale.config.tree import ModelConfig
+from w2vscale.models.convolution import long_convolution
 from w2vscale.models.feature_encoder import valid_mask
-from w2vscale.models.layers import LayerNorm, Linear, dropout
-from w2vscale.models.products import matmul, widened
+from w2vscale.models.layers import LayerNorm, Linear, dropout, unscaled_dropout
+from w2vscale.models.products import matmul
 
 BERT_STD = 0.02
 """Of the initial weights of attention and feed-forward (Devlin et al. 2019)."""
@@ -80,14 +81,7 @@ class PositionalConvolution(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         direction = self.direction.float()
         weight = direction * (self.magnitude.float() / direction.norm(dim=(0, 1), keepdim=True))
-        y_BDT = F.conv1d(
-            widened(x_BTD.transpose(1, 2)),
-            widened(weight.to(x_BTD.dtype)),
-            widened(self.bias.to(x_BTD.dtype)),
-            padding=self.kernel // 2,
-            groups=self.groups,
-        )
-        return F.gelu(y_BDT[:, :, : x_BTD.shape[1]].to(x_BTD.dtype)).transpose(1, 2)
+        return F.gelu(long_convolution(x_BTD, weight.to(x_BTD.dtype), self.bias.to(x_BTD.dtype), self.groups))
 
 
 class Block(nn.Module):
@@ -138,8 +132,9 @@ def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, attend: Tensor | N
     # On CPUs PyTorch has no fused kernel with dropout; its fallback is this with its own dropout.
     scores_BHTT = matmul(q_BHTE * q_BHTE.shape[-1] ** -0.5, k_BHTE.transpose(2, 3))
     if attend is not None:
-        scores_BHTT = scores_BHTT.masked_fill(~attend, -math.inf)
-    return matmul(dropout(scores_BHTT.softmax(dim=3), probability, True), v_BHTE)
+        scores_BHTT = scores_BHTT + torch.zeros_like(attend, dtype=scores_BHTT.dtype).masked_fill(~attend, -math.inf)
+    weights_BHTT, factor = unscaled_dropout(scores_BHTT.softmax(dim=3), probability)
+    return matmul(weights_BHTT, v_BHTE * factor)
 
 
 class FeedForward(nn.Module):
