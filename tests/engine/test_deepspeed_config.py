@@ -240,3 +240,12 @@ def test_an_installed_package_finds_its_files(tmp_path: Path, monkeypatch: pytes
     assert FOLDERS == (ROOT / "ds_configs", ROOT / "w2vscale" / "ds_configs")
     monkeypatch.setattr(module, "FOLDERS", (tmp_path / "nowhere", FOLDERS[0]))
     assert deepspeed_config(config_for("zero3"))["zero_optimization"]["stage"] == 3
+
+
+def test_compiled_blocks_are_not_for_zero3(tmp_path: Path) -> None:
+    compiled = ("engine={name: deepspeed, compile: true}",)
+    assert merged(tmp_path, {"zero_optimization": {"stage": 2}})
+    path = write(tmp_path, {"zero_optimization": {"stage": 3}})
+    config = load_config("base", [*compiled, f"engine.deepspeed_config={path}"])
+    with pytest.raises(UserError, match=r"engine\.compile=true: ZeRO-3 gathers parameters inside of blocks"):
+        deepspeed_config(config)

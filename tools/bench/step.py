@@ -73,7 +73,9 @@ def main(
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each.")] = 5,
-    limit: Annotated[float, typer.Option(help="Seconds of a row, after which no further round begins.")] = 300.0,
+    limit: Annotated[
+        float, typer.Option(help="Seconds of a row, after which no round begins, and of a step, after which it ends.")
+    ] = 240.0,
     settings: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...")] = None,
 ) -> None:
     """Time training steps."""
@@ -133,9 +135,12 @@ class Racer:
         self.process.start()
         theirs.close()
 
-    def step(self) -> Taken:
-        """Take a step, and wait for its end."""
+    def step(self, limit: float) -> Taken | None:
+        """Take a step, and wait for its end; None if it takes longer than `limit` seconds, and is the last then."""
         self.connection.send(True)
+        if not self.connection.poll(limit):
+            self.end()
+            return None
         taken: Taken = self.connection.recv()
         return taken
 
@@ -172,22 +177,34 @@ def measure(work: Work, names: Sequence[str], *, device: torch.device, rounds: i
     audio = work.batch().audio_samples / work.config.model.sampling_rate
     flops = work.flops()
     taken: dict[str, list[Taken]] = {name: [] for name in names}
+    too_slow: set[str] = set()
     peak = 0.0
     for index in range(WARM_UP + rounds):
         if index and time.perf_counter() - began > limit:
             break
         for name in names if index % 2 else reversed(names):
-            taken[name].append(racers[name].step())
+            if name in too_slow:
+                continue
+            if (step := racers[name].step(limit)) is None:
+                too_slow.add(name)
+                began = time.perf_counter()
+            else:
+                taken[name].append(step)
         peak = max(peak, matrix_rate(work.config.precision.compute, device))
     for racer in racers.values():
         racer.end()
     found: dict[str, Any] = {"audio_seconds": audio, "flops": flops, "matrix_flops": peak, "steps": {}}
     for name, steps in taken.items():
+        if name in too_slow:
+            unknown = dict.fromkeys(("audio_per_second", "mfu", "memory"))
+            found["steps"][name] = {"times": [limit], "median": limit, "longer": True, **unknown}
+            continue
         times = [step.seconds for step in steps[WARM_UP:] or steps[-1:]]  # where the limit ended the warm-up
         median = statistics.median(times)
         found["steps"][name] = {
             "times": times,
             "median": median,
+            "longer": False,
             "audio_per_second": audio / median,
             # torchaudio's encoder has less to compute.
             "mfu": None if name == "torchaudio" else flops / median / peak,
@@ -195,9 +212,11 @@ def measure(work: Work, names: Sequence[str], *, device: torch.device, rounds: i
             "losses": [step.loss for step in steps],
         }
     ours, theirs = best(found, "w2vscale"), best(found, "transformers")
-    found["ratio"] = None
-    if ours is not None and theirs is not None:
-        found["ratio"] = statistics.median(b / a for a, b in zip(ours["times"], theirs["times"], strict=True))
+    found |= {"ratio": None, "ratio_is_a_bound": False}
+    if ours is not None and theirs is not None and not ours["longer"]:
+        theirs_in_turn = theirs["times"] * (len(ours["times"]) if theirs["longer"] else 1)
+        found["ratio"] = statistics.median(b / a for a, b in zip(ours["times"], theirs_in_turn, strict=True))
+        found["ratio_is_a_bound"] = theirs["longer"]
     return found
 
 
@@ -209,7 +228,10 @@ def best(row: dict[str, Any], project: str) -> dict[str, Any] | None:
 
 def print_table(row: dict[str, Any]) -> None:
     """Seconds, rates, memory."""
-    ratio = f", w2vscale {row['ratio']:.2f} times as fast as Transformers" if row["ratio"] is not None else ""
+    ratio = ""
+    if row["ratio"] is not None:
+        at_least = "at least " * row["ratio_is_a_bound"]
+        ratio = f", w2vscale {at_least}{row['ratio']:.2f} times as fast as Transformers"
     table = Table(
         title=f"{row['preset']}, {row['compute']}, {row['utterances']} utterances of {row['seconds']:g} s; matrix "
         f"products {row['matrix_flops'] / 1e9:,.0f} GFLOP/s{ratio}",
@@ -220,6 +242,9 @@ def print_table(row: dict[str, Any]) -> None:
     for heading in ("", "step, s: median", "fastest", "audio, s/s", "MFU", "peak memory, GiB"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, one in row["steps"].items():
+        if one["longer"]:
+            table.add_row(name, f"> {one['median']:g}")
+            continue
         table.add_row(
             name,
             f"{one['median']:.3f}",

@@ -278,6 +278,13 @@ class BatchConfig(Section):
         "does not change the result",
     )
 
+    @field_validator("concat", mode="before")
+    @classmethod
+    def _check_concat(cls, value: object) -> object:
+        if value != "auto" and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{value} is neither auto nor a whole number from 1 on")
+        return value
+
 
 class ParameterGroupConfig(Section):
     """Settings of the parameters whose name a regular expression finds."""
