@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import multiprocessing.process
@@ -36,6 +37,9 @@ VALIDATION_SEED = 20
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """What asks a run to stop."""
+
+THRESHOLDS = gc.get_threshold()
+"""When Python collects garbage, before anything changes that."""
 
 
 class Crop(NamedTuple):
@@ -280,7 +284,7 @@ def loader_settings(config: Config, *, per_rank: int = 1) -> dict[str, Any]:
     return {
         "batch_size": None,
         "num_workers": workers,
-        "worker_init_fn": _leave_signals_to_the_trainer,
+        "worker_init_fn": _prepare_loader_process,
         "prefetch_factor": max(config.data.prefetch, -(-per_rank // workers)) if workers else None,
         "pin_memory": torch.cuda.is_available(),
     }
@@ -328,8 +332,10 @@ def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
     signal.signal(signal.SIGCHLD, on_death)
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A launcher signals the whole process group; the trainer still needs its loaders to finish the update."""
+def _prepare_loader_process(worker: int) -> None:
+    """A launcher signals the whole process group; the trainer still needs its loaders to finish the update. It also has
+    no garbage collected that has grown old, until it is asked to; a loader has nobody to ask."""
+    gc.set_threshold(*THRESHOLDS)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

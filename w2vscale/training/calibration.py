@@ -36,6 +36,7 @@ def calibrate(run: Run, log: Callable[[str], None]) -> None:
     path, conditions = run.exp / FILE, _conditions(run)
     found: tuple[Capacity, ...] | None = broadcast_from_main(_read(path, conditions) if run.ranks.is_main else None)
     if found is None:
+        log("batch.concat=auto: measuring how much fits into one forward")
         criterion, engine.criterion = engine.criterion, build_objective(with_every_layer(config)).criterion
         found = tuple(_capacity(run, example) for example in run.training_set.examples())
         engine.criterion = criterion

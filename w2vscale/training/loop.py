@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from w2vscale.optim.schedules import learning_rate
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import calibrate
 from w2vscale.training.display import Display
-from w2vscale.training.garbage import collect, collected_between_steps
+from w2vscale.training.garbage import collected_between_steps
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.run import Run, build_run, make_folder
 from w2vscale.training.signals import StopRequest
@@ -137,7 +138,7 @@ class Trainer:
         # Before each save, so that the figures of a resumed run start where the checkpoint does.
         if saving or update % config.logging.every == 0:
             self._log()
-            collect(thoroughly=saving)
+            gc.collect()
         began = time.perf_counter()
         # Before the save: the checkpoint remembers its loss.
         if self.run.validation_set and (ended or update % config.trainer.validate_every == 0):
