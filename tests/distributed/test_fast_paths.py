@@ -60,9 +60,7 @@ def test_the_curve_is_the_same(
         pytest.skip("DeepSpeed is not installed")
     found = train(tmp_path, *settings)
     assert len(plain) == 20
-    # 1e-5 but for what Adam makes of a gradient's last digit.
-    assert found[:10] == pytest.approx(plain[:10], rel=1e-5)
-    assert found == pytest.approx(plain, rel=5e-5)
+    assert found == pytest.approx(plain, rel=1e-5)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     if graphs := [record["compiled_graphs"] for record in records if "compiled_graphs" in record]:
         # After the first pass over the buckets, nothing is compiled.
