@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -10,16 +11,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from tests.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
 from w2vscale.distributed.process_group import Ranks, gather_as_found
+from w2vscale.engine import build_engine
 from w2vscale.evaluation.pretrained import load
 from w2vscale.evaluation.sources import sources_of
 from w2vscale.evaluation.transcription import transcribe
 from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.training.loop import Trainer
-from w2vscale.training.run import build_run, make_folder
+from w2vscale.training.objective import build_objective
+from w2vscale.training.run import build_run, empty_model, initial_values, make_folder, open_training_set
 from w2vscale.training.signals import StopRequest
 
 
@@ -68,6 +72,29 @@ def _train(config: Config, folder: Path, *, save_first: bool = False) -> list[di
     if not ranks.is_main:
         return []
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, ...]) -> tuple[bool, bool, list[float]]:
+    """Whether such a step is skipped and leaves this rank's state as it was, and the norms of the next two steps."""
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    engine = build_engine(empty_model(config), build_objective(config).criterion, config, torch.device("cpu"))
+    engine.import_parameters(initial_values(config))
+    batch = open_training_set(config).largest()
+
+    def state() -> list[torch.Tensor]:
+        exported = engine.export_state().values()
+        return [(x.to_local() if isinstance(x, DTensor) else x).clone() for x in exported]
+
+    before = state()
+    engine.run_window([batch, batch], torch.tensor(math.nan))
+    skipped = engine.step(lr=1e-3, max_norm=1.0).skipped
+    unchanged = all(map(torch.equal, before, state()))
+    norms = []
+    for _ in range(2):
+        engine.run_window([batch, batch], torch.tensor(100.0))
+        norms.append(engine.step(lr=0.0, max_norm=1.0).grad_norm)
+    engine.close()
+    return skipped, unchanged, norms
 
 
 def gather_unevenly(counts: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ import torch
 
 from tests.audio import SmallCorpus
 from tests.distributed.pool import Pool
-from tests.distributed.tasks import train_and_save_first, train_micro
+from tests.distributed.tasks import step_after_a_gradient_that_is_not_finite, train_and_save_first, train_micro
 from w2vscale.checkpoint.reading import open_checkpoint
 from w2vscale.checkpoint.shards import tensor_shapes
 
@@ -208,3 +208,16 @@ def test_bf16(six_updates: Train, engine: str) -> None:
         names = [name for name in theirs if re.search(kind, name)]
         whole, expected_whole = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (ours, theirs))
         assert float((whole - expected_whole).norm()) <= 2e-2 * float(expected_whole.norm()), kind
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", [*ENGINES, "fsdp_offload", "zero2_offload", "zero3_offload"])
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    pool: Callable[[int], Pool], small_corpus: SmallCorpus, name: str, precision: str
+) -> None:
+    settings = (*VARIANTS[name], "model.layerdrop=0", f"precision.compute={precision}")
+    (skipped, unchanged, norms), _ = pool(2).run(
+        step_after_a_gradient_that_is_not_finite, str(small_corpus.train), settings
+    )
+    assert skipped and unchanged
+    assert 0 < norms[0] < math.inf and norms[1] == pytest.approx(norms[0], rel=1e-5)

@@ -92,9 +92,10 @@ def test_a_window_on_a_gpu_waits_for_nothing() -> None:
     engine = build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, device)
     engine.import_parameters(initial_values(config))
     window = [micro_batch(config, (16_000, 12_000), number).pin_memory() for number in range(2)]
-    engine.run_window(window, torch.tensor(1.0))
+    first = engine.run_window(window, torch.tensor(1.0))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        engine.run_window(window, torch.tensor(1.0))
+        second = engine.run_window(window, torch.tensor(1.0))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert float(second.total) == pytest.approx(float(first.total), rel=1e-3)

@@ -69,7 +69,7 @@ class DeepSpeedEngine:
             self.engine.backward(sums.total * scale, scale_wrt_gas=False)
             return sums
 
-        return accumulate(self.joining.chunks(window), run)
+        return accumulate(self.joining.chunks(window), run, self.device)
 
     def step(self, *, lr: float, max_norm: float | None) -> StepResult:
         """See `Engine.step`."""
@@ -162,13 +162,14 @@ class DeepSpeedEngine:
 
     def _forget_gradients(self) -> None:
         """ZeRO-3, and any stage that offloads, would step the parameters of skipped layers by gradients of an earlier
-        update."""
+        update; ZeRO-2 that offloads in bf16 would add to a gradient that is not finite for ever."""
         if self.stage == 3:
             self.zero.grad_partitions_flat_buffer.zero_()
         for partition in self._partitions():
             if partition.grad is not None:
                 partition.grad.zero_()
-        getattr(self.zero, "norm_for_param_grads", {}).clear()
+        for kept in ("norm_for_param_grads", "averaged_gradients"):
+            getattr(self.zero, kept, {}).clear()
 
     def _refresh_working_weights(self) -> None:
         """Give forward and backward what the masters now hold."""

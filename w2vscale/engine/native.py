@@ -51,7 +51,7 @@ class NativeEngine(ABC):
                 (sums.total * scale).backward()
             return sums
 
-        return accumulate(self.joining.chunks(window), run)
+        return accumulate(self.joining.chunks(window), run, self.device)
 
     def step(self, *, lr: float, max_norm: float | None) -> StepResult:
         """See `Engine.step`."""

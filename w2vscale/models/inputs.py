@@ -85,6 +85,13 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     return type(inputs)(*moved)
 
 
+def on_stream(inputs: PretrainingInputs | CtcInputs, stream: torch.cuda.Stream) -> None:
+    """Tell the allocator that `stream` reads them, not only the stream that they were copied on."""
+    for field in inputs:
+        if isinstance(field, Tensor):
+            field.record_stream(stream)
+
+
 def pack(inputs: PretrainingInputs | CtcInputs) -> tuple[Tensor, list[Any]]:
     """All tensors in one buffer of bytes, and what `unpack` needs beside it.
 
