@@ -39,7 +39,7 @@ def test_what_has_no_labels_or_too_many_weighs_nothing_and_moves_nothing() -> No
     found.backward()
     assert logits.grad is not None
     assert not logits.grad[:2].any() and logits.grad[2].any()
-    assert float(found) == pytest.approx(by_alignments(logits[2].detach(), [2]), rel=1e-5)
+    assert float(found.detach()) == pytest.approx(by_alignments(logits[2].detach(), [2]), rel=1e-5)
 
 
 def test_greedy_labels_join_repetitions_and_drop_blanks() -> None:

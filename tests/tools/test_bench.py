@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 
 from tests.audio import SmallCorpus
 from tests.micro import MICRO_MODEL
-from tools.bench import end_to_end, engine_overhead, engine_parity, loader, sampler, step, step_profile
+from tools.bench import end_to_end, engine_overhead, engine_parity, loader, loss_head, sampler, step, step_profile
 from tools.bench.contenders import Work, torchaudio_step
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
 from tools.bench.live_memory import LiveMemory
+from tools.bench.script import run_script
 from w2vscale.config import load_config
+from w2vscale.errors import UserError
 
 
 @pytest.mark.parametrize("main", [engine_overhead.main, engine_parity.main])
@@ -175,3 +177,15 @@ def test_the_end_to_end_bench_compares_a_run_with_its_steps(small_corpus: SmallC
     figures = json.loads(result.stdout.splitlines()[-1])
     assert 0 < figures["ratio"] < 2 and 0 <= figures["waited"][0] < 1
     assert (tmp_path / "bench" / "run0" / "checkpoints" / "update_00000006").is_dir()
+
+
+def test_a_contender_that_has_ended_is_named() -> None:
+    racer = step.Racer("nobody", Work(load_config("base", MICRO_MODEL), 1, 1.0))
+    with pytest.raises(UserError, match="--with nobody: its process has ended"):
+        racer.step(limit=60.0)
+
+
+def test_what_is_wrong_outside_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["loss_head.py", "--preset", "nobody"])
+    with pytest.raises(SystemExit, match=r"^error: .*nobody"):
+        run_script(loss_head.main)

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from typing import Annotated, get_args
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from tools.bench.contenders import Work
 from tools.bench.live_memory import LiveMemory
+from tools.bench.script import console, run_script
 from w2vscale.config import load_config
 from w2vscale.config.tree import EngineConfig
 from w2vscale.engine import build_engine
@@ -28,8 +27,6 @@ from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
 CHOICES: tuple[str, ...] = get_args(EngineConfig.model_fields["activation_checkpointing"].annotation)
-
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def main(
@@ -85,4 +82,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

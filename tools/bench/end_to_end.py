@@ -21,8 +21,8 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
+from tools.bench.script import console, run_script
 from w2vscale.config import Config, load_config
 from w2vscale.engine import build_engine
 from w2vscale.optim.schedules import learning_rate
@@ -32,8 +32,6 @@ from w2vscale.training.run import empty_model, initial_values, open_training_set
 ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.005
 """Seconds between two looks at a run's log."""
-
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def main(
@@ -111,4 +109,4 @@ def measure_loop(config: Config, *, first: int) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -22,6 +22,7 @@ import typer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tools.bench.script import run_script
 from w2vscale.config import Config, load_config
 from w2vscale.data.micro_batch import MicroBatch, make_inputs
 from w2vscale.distributed.process_group import process_group
@@ -257,4 +258,4 @@ def reset_peak() -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from tools.bench.script import console, run_script
 from w2vscale.config import Config, load_config
 from w2vscale.config.tree import OptimConfig
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
@@ -49,8 +48,6 @@ WARM_UP = 3
 
 Update = Callable[[MicroBatch], tuple[float, float]]
 """Trains on one micro-batch; returns its loss per masked frame and the gradient's norm."""
-
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 @dataclass(frozen=True)
@@ -228,4 +225,4 @@ def print_table(races: dict[str, Race], *, title: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from tools.bench.script import console, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
@@ -56,8 +57,6 @@ BUFFERS = {
 sharded, since 50 million elements are half of it and ZeRO-3 would keep all of it gathered."""
 
 GIB = 2**30
-
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 @dataclass(frozen=True)
@@ -232,4 +231,4 @@ def print_memory(memory: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -25,16 +25,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import soundfile
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from tools.bench.script import console, run_script
 from w2vscale.config import load_config
 from w2vscale.data.loading import MicroBatches, loader_processes, make_plan
 from w2vscale.data.manifest import Corpus, audio_path
 from w2vscale.models.inputs import pack
 
 ROOT = Path(__file__).resolve().parents[2]
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def main(
@@ -154,4 +153,4 @@ def load(manifest: Path, workers: int, micro_batches: int, settings: list[str]) 
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

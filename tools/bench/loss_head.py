@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tools.bench.contenders import Work, filled_model, flat_negatives, transformers_model
 from tools.bench.live_memory import LiveMemory
+from tools.bench.script import run_script
 from w2vscale.config import Config, load_config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.criterion import PretrainingCriterion
@@ -107,4 +108,4 @@ def peak_memory(head: Head, *given: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -23,8 +23,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
+
+from tools.bench.script import console
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = 16_000
@@ -32,7 +33,6 @@ BUDGET, LONGEST, SHORTEST = 87.5, 15.625, 2.0
 BUCKETS = 64
 
 app = typer.Typer(add_completion=False)
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def durations(utterances: int) -> NDArray[np.float64]:

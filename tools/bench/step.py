@@ -18,9 +18,9 @@ import json
 import multiprocessing
 import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -29,12 +29,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from tools.bench.contenders import Step, Work, matrix_rate, our_step, synchronize, their_step, torchaudio_step
 from tools.bench.loss_head import loss_head_memory
+from tools.bench.script import console, one_line_errors, run_script
 from w2vscale.config import Config, load_config
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.errors import UserError
 
 WARM_UP = 2
 """Steps that are not counted, unless there are no others."""
@@ -46,8 +48,6 @@ CONTENDERS: dict[str, Callable[[Config, torch.device], Step]] = {
     "transformers-compiled": partial(their_step, compiled=True),
     "torchaudio": torchaudio_step,
 }
-
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def main(
@@ -129,6 +129,7 @@ class Racer:
     """Steps in a process of its own."""
 
     def __init__(self, name: str, work: Work) -> None:
+        self.name = name
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_race, args=(theirs, name, work), daemon=True)
@@ -136,12 +137,19 @@ class Racer:
         theirs.close()
 
     def step(self, limit: float) -> Taken | None:
-        """Take a step, and wait for its end; None if it takes longer than `limit` seconds, and is the last then."""
-        self.connection.send(True)
-        if not self.connection.poll(limit):
-            self.end()
-            return None
-        taken: Taken = self.connection.recv()
+        """Take a step, and wait for its end; None if it takes longer than `limit` seconds, and is the last then.
+
+        Raises:
+            UserError: the process has ended; it said why.
+        """
+        try:
+            self.connection.send(True)
+            if not self.connection.poll(limit):
+                self.end()
+                return None
+            taken: Taken = self.connection.recv()
+        except (EOFError, OSError):
+            raise UserError(f"--with {self.name}: its process has ended, see above") from None
         return taken
 
     def end(self) -> None:
@@ -152,22 +160,24 @@ class Racer:
 
 def _race(connection: Connection, name: str, work: Work) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    step = CONTENDERS[name](work.config, device)
-    batch = work.batch()
-    while connection.recv():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        synchronize(device)
-        began = time.perf_counter()
-        loss = step(batch)
-        synchronize(device)
-        seconds = time.perf_counter() - began
-        memory = (
-            torch.cuda.max_memory_allocated()
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
-        connection.send(Taken(seconds, loss, memory))
+    with one_line_errors(), suppress(EOFError):  # the bench has ended
+        step = CONTENDERS[name](work.config, device)
+        batch = work.batch()
+        while connection.recv():
+            connection.send(_take(step, batch, device))
+
+
+def _take(step: Step, batch: MicroBatch, device: torch.device) -> Taken:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    synchronize(device)
+    began = time.perf_counter()
+    loss = step(batch)
+    synchronize(device)
+    seconds = time.perf_counter() - began
+    if device.type == "cuda":
+        return Taken(seconds, loss, torch.cuda.max_memory_allocated())
+    return Taken(seconds, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def measure(work: Work, names: Sequence[str], *, device: torch.device, rounds: int, limit: float) -> dict[str, Any]:
@@ -257,4 +267,4 @@ def print_table(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,12 +20,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tools.bench.contenders import LR, Work
+from tools.bench.script import console, run_script
 from w2vscale.config import load_config
 from w2vscale.engine import build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
@@ -42,8 +41,6 @@ KERNELS = 12
 
 Seconds = dict[str, dict[str, float]]
 """Of each module's forward and backward."""
-
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def main(
@@ -209,4 +206,4 @@ def draw(modules: Seconds, kernels: dict[str, float], path: Path, *, title: str)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

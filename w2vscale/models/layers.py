@@ -96,5 +96,5 @@ def unscaled_dropout(x: Tensor, probability: float) -> tuple[Tensor, float]:
 
 def _sixteen_bits(probability: float) -> tuple[int, float]:
     """How many of 2^16 are dropped, and the factor of what is kept."""
-    dropped = round(probability * 2**16)
+    dropped = min(round(probability * 2**16), 2**16 - 1)
     return dropped, 2**16 / (2**16 - dropped)
