@@ -13,6 +13,8 @@ import pytest
 from tests.audio import SmallCorpus
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import train_micro
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.engine import Engine
 from w2vscale.training import calibration
 
 pytestmark = pytest.mark.distributed
@@ -88,6 +90,15 @@ class TestCalibration:
         train_micro(str(small_corpus.train), str(tmp_path / "auto"), settings)
         assert kept.stat().st_mtime_ns == measured
         shutil.rmtree(tmp_path / "auto" / "checkpoints")
+        counts: list[int] = []
+        take = calibration._take
+
+        def counted(engine: Engine, example: MicroBatch, *, joined: int) -> None:
+            counts.append(joined)
+            take(engine, example, joined=joined)
+
+        monkeypatch.setattr(calibration, "_take", counted)
         monkeypatch.setattr(calibration, "memory_limit", lambda device, processes: 0)
         train_micro(str(small_corpus.train), str(tmp_path / "auto"), (*settings, "batch.micro_batches=5"))
         assert json.loads(kept.read_text())["capacities"][0]["samples"] == 48_000
+        assert set(counts) == {1}  # where there is no room for two, two are not tried

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 
 from tests.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
 from tests.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
+from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.errors import UserError
 from w2vscale.evaluation.report import draw_curves, read_metrics, summarise
 from w2vscale.training.dry_run import dry_run
@@ -55,6 +57,20 @@ def test_metrics_are_all_there_and_sane(finished: Path) -> None:
     validation = read_metrics(finished / "metrics.jsonl", "validation")
     assert [record["update"] for record in validation] == [6, 12]
     assert validation[0]["masked_frames"] == validation[1]["masked_frames"], "validation's masks are fixed"
+
+
+def test_too_little_memory_on_a_gpu_is_said_in_a_line(
+    small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
+
+    monkeypatch.setattr(PretrainingCriterion, "__call__", fail)
+    said = r"^CUDA out of memory: lower batch.max_seconds \(.+\) or batch.concat \(1\)"
+    with pytest.raises(UserError, match=said):
+        train(settings(small_corpus.train), tmp_path / "exp")
+    with pytest.raises(UserError, match=said):
+        dry_run(settings(small_corpus.train))
 
 
 def test_tensorboard_has_the_same_curve(finished: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from w2vscale.config import Config
 from w2vscale.errors import UserError
 
 PROCESS = Path("/proc/self")
@@ -52,6 +54,22 @@ def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
         raise _untold(error) from None
     work()
     return _kilobytes(PROCESS / "status", "VmHWM")
+
+
+@contextmanager
+def lack_of_memory_told(config: Config) -> Iterator[None]:
+    """Names the settings that a GPU's memory depends on, where it does not suffice.
+
+    Raises:
+        UserError: it did not.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{str(error).partition('. ')[0]}: lower batch.max_seconds ({config.batch.max_seconds:g}) or "
+            f"batch.concat ({config.batch.concat}), or recompute activations (engine.activation_checkpointing)"
+        ) from error
 
 
 def _kilobytes(path: Path, name: str) -> int:

@@ -53,15 +53,19 @@ def calibrate(run: Run, log: Callable[[str], None]) -> None:
 
 
 def _capacity(run: Run, example: MicroBatch) -> Capacity:
-    """From the memory that one and two of `example` take; every further one takes as much as the second."""
+    """From the memory that one and two of `example` take; every further one takes as much as the second, and that no
+    more than the first."""
     limit = SHARE * memory_limit(run.device, processes=int(os.environ.get("LOCAL_WORLD_SIZE", run.ranks.world_size)))
     most = run.config.batch.micro_batches // run.ranks.world_size
     _take(run.engine, example, joined=1)  # what is allocated once
+    none = peak_memory(run.device, lambda: None)
     one = peak_memory(run.device, partial(_take, run.engine, example, joined=1))
-    two = peak_memory(run.device, partial(_take, run.engine, example, joined=2))
-    fitting = min(1 + max(int(limit) - one, 0) // max(two - one, 1), most)
-    fewest = -largest_over_ranks([-fitting])[0]
-    return Capacity(example.inputs.waveforms_BS.shape[1], int(fewest) * example.padded_samples)
+    fewest = 1
+    if largest_over_ranks([2 * one - none - limit])[0] <= 0:  # there is room for two, on every rank
+        two = peak_memory(run.device, partial(_take, run.engine, example, joined=2))
+        fitting = min(1 + max(int(limit) - one, 0) // max(two - one, 1), most)
+        fewest = -int(largest_over_ranks([-fitting])[0])
+    return Capacity(example.inputs.waveforms_BS.shape[1], fewest * example.padded_samples)
 
 
 def _take(engine: Engine, example: MicroBatch, *, joined: int) -> None:

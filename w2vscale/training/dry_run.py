@@ -11,6 +11,7 @@ import torch
 from w2vscale.config import Config
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
+from w2vscale.engine.memory import lack_of_memory_told
 from w2vscale.models.inputs import CtcInputs, PretrainingInputs
 from w2vscale.training.objective import build_objective, with_every_layer
 from w2vscale.training.run import empty_model, initial_values, open_data
@@ -52,8 +53,9 @@ def dry_run(config: Config) -> DryRun | None:
         window = [batch] * (2 if config.batch.concat == "auto" else 2 * config.batch.concat)
         masked = max(batch.weight * len(window) * ranks.world_size, 1)
         began = time.perf_counter()
-        sums = engine.run_window(window, torch.tensor(float(masked)))
-        step = engine.step(lr=0.0, max_norm=config.optim.max_norm)
+        with lack_of_memory_told(config):
+            sums = engine.run_window(window, torch.tensor(float(masked)))
+            step = engine.step(lr=0.0, max_norm=config.optim.max_norm)
         seconds = time.perf_counter() - began
         inputs = batch.inputs
         engine.close()

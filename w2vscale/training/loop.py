@@ -18,6 +18,7 @@ from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
 from w2vscale.engine.compilation import compiled_graphs
+from w2vscale.engine.memory import lack_of_memory_told
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import validate
 from w2vscale.optim.schedules import learning_rate
@@ -44,7 +45,8 @@ def train(config: Config, exp: Path, *, resume: str = "auto") -> int:
         run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
         make_folder(exp, config, ranks)
         try:
-            state = Trainer(run, stop).train()
+            with lack_of_memory_told(config):
+                state = Trainer(run, stop).train()
         finally:
             run.engine.close()
         finished = state.update >= config.trainer.updates
