@@ -16,6 +16,7 @@ import torch
 from tests.audio import SmallCorpus
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import step_after_a_gradient_that_is_not_finite, train_and_save_first, train_micro
+from tools.bench.engine_parity import ENGINES
 from w2vscale.checkpoint.reading import open_checkpoint
 from w2vscale.checkpoint.shards import tensor_shapes
 
@@ -43,15 +44,8 @@ SIX = (
     "optim.max_norm=2.0",
 )
 
-ENGINES = {
-    "ddp": ("engine.name=ddp",),
-    "fsdp": ("engine.name=fsdp",),
-    "zero1": ("engine={name: deepspeed, deepspeed_config: zero1}",),
-    "zero2": ("engine={name: deepspeed, deepspeed_config: zero2}",),
-    "zero3": ("engine={name: deepspeed, deepspeed_config: zero3}",),
-}
 VARIANTS = {
-    **ENGINES,
+    **{name: (setting,) for name, setting in ENGINES.items()},
     "fsdp_keeping_parameters": ("engine={name: fsdp, reshard_after_forward: false}",),
     "fsdp_hybrid": ("engine={name: fsdp, shard_size: 1}",),
     "fsdp_offload": ("engine={name: fsdp, offload: true}",),
@@ -64,13 +58,13 @@ VARIANTS = {
 }
 VARIANTS |= {
     f"{name}_bf16": (
-        *overrides,
+        setting,
         "precision.compute=bf16",
         "optim.lr=3e-4",
         "data.max_seconds=2",
         "batch.max_seconds=20",
     )
-    for name, overrides in ENGINES.items()
+    for name, setting in ENGINES.items()
 }
 
 Train = Callable[[str, int, int], Path]
@@ -156,7 +150,7 @@ def test_resuming(
     exp = tmp_path / "exp"
     shutil.copytree(whole, exp, symlinks=True)
     shutil.rmtree(exp / "checkpoints" / "update_00000006")
-    overrides = (*SIX, "batch.micro_batches=6", *ENGINES[engine])
+    overrides = (*SIX, "batch.micro_batches=6", ENGINES[engine])
     pool(after).run(train_micro, str(small_corpus.train), str(exp), overrides)
     assert_same(exp, whole)
 
@@ -168,7 +162,7 @@ def test_each_engine_continues_the_one_before(
     order = [("zero3", 2), ("ddp", 1), ("zero2", 3), ("fsdp", 2), ("zero1", 1)]
     for number, (engine, processes) in enumerate(order, start=1):
         # The learning rate must fall as in the run of six, so the run is stopped by what is left to save.
-        overrides = (*SIX, "batch.micro_batches=6", "checkpoint.every=1", "checkpoint.keep_last=6", *ENGINES[engine])
+        overrides = (*SIX, "batch.micro_batches=6", "checkpoint.every=1", "checkpoint.keep_last=6", ENGINES[engine])
         pool(processes).run(train_micro, str(small_corpus.train), str(tmp_path), overrides)
         for later in range(number + 1, 7 if number < len(order) else 0):
             shutil.rmtree(tmp_path / "checkpoints" / f"update_{later:08d}")
@@ -181,7 +175,7 @@ def test_resuming_before_every_layer_was_used(
 ) -> None:
     """With LayerDrop so high that a layer has had no gradient yet; at update 0 none has."""
     overrides = (
-        *ODD_MODEL, *ENGINES[engine], "model.layerdrop=0.9", "trainer.updates=4", "batch.micro_batches=2",
+        *ODD_MODEL, ENGINES[engine], "model.layerdrop=0.9", "trainer.updates=4", "batch.micro_batches=2",
         "batch.max_seconds=5", "schedule.warmup_updates=2", "checkpoint.every=2", "checkpoint.keep_last=9",
     )  # fmt: skip
     whole = pool(2).run(train_and_save_first, str(small_corpus.train), str(tmp_path), overrides)[0]

@@ -16,6 +16,7 @@ import pytest
 from tests.audio import cut_of, noise, write_audio, write_manifest
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import train_tiny
+from tools.bench.engine_parity import ENGINES
 
 pytestmark = pytest.mark.distributed
 
@@ -25,13 +26,6 @@ SETTINGS = (
     f"trainer.updates={UPDATES}", "data.max_seconds=2", "data.workers=0", "batch.max_seconds=4",
     "batch.micro_batches=1", "schedule.warmup_updates=10", "checkpoint.every=1000",
 )  # fmt: skip
-ENGINES = {
-    "ddp": "engine.name=ddp",
-    "fsdp": "engine.name=fsdp",
-    "zero1": "engine={name: deepspeed, deepspeed_config: zero1}",
-    "zero2": "engine={name: deepspeed, deepspeed_config: zero2}",
-    "zero3": "engine={name: deepspeed, deepspeed_config: zero3}",
-}
 
 
 def write_corpus(folder: Path) -> Path:

@@ -24,6 +24,7 @@ import typer
 from rich.table import Table
 from torch import Tensor, nn
 
+from tools.bench.engine_parity import ENGINES
 from tools.bench.script import console, run_script
 from w2vscale.config import Config, load_config
 from w2vscale.config.tree import OptimConfig
@@ -35,13 +36,6 @@ from w2vscale.models.build import Wav2Vec2
 from w2vscale.optim.schedules import gumbel_temperature
 from w2vscale.training.run import empty_model, initial_values
 
-ENGINES = {
-    "ddp": "engine.name=ddp",
-    "fsdp": "engine.name=fsdp",
-    "zero1": "engine={name: deepspeed, deepspeed_config: zero1}",
-    "zero2": "engine={name: deepspeed, deepspeed_config: zero2}",
-    "zero3": "engine={name: deepspeed, deepspeed_config: zero3}",
-}
 LR = 1e-4
 WARM_UP = 3
 """Updates that are not counted."""
