@@ -15,15 +15,16 @@ from w2vscale.engine.host_memory import keep_freed_memory
 keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 25)  # 128 MB
+    torch.ones(10 << 20)  # 40 MB: from 32 on glibc gives back what is freed
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(*(faults() for _ in range(7)))
+print(*(faults() for _ in range(30)))
 """
 OF_OTHERS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
 def faults(**environment: str) -> list[int]:
-    """Page faults of seven tensors, one after another."""
+    """Page faults of thirty tensors, one after another. Some small thing behind a freed tensor may spoil the place for
+    the next few, which need a little more for their alignment."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(OF_OTHERS)}
     own |= {"THP_MEM_ALLOC_ENABLE": "0"}
     done = subprocess.run(
