@@ -65,3 +65,19 @@ def test_the_long_one_is_pytorchs(kernel: int, frames: int) -> None:
     found_BTD = long_convolution(x_BTD, weight_DIK, torch.zeros_like(bias_D), groups).double()
     y_BDT = F.conv1d(x_BTD.double().transpose(1, 2), weight_DIK.double(), padding=kernel // 2, groups=groups)
     torch.testing.assert_close(found_BTD, y_BDT[:, :, :frames].transpose(1, 2), rtol=2**-8, atol=1e-4)
+
+
+def test_taps_that_see_padding_alone_have_no_gradient() -> None:
+    torch.manual_seed(0)
+    x_BTD, weight_DIK = torch.randn(2, 7, 12), torch.randn(12, 4, 16, requires_grad=True)
+    long_convolution(x_BTD, weight_DIK, torch.zeros(12), 3).square().sum().backward()
+    assert weight_DIK.grad is not None
+    assert (weight_DIK.grad[:, :, :2] == 0).all() and (weight_DIK.grad[:, :, 2:15] != 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_needs_no_gradient_gets_none(frozen: int) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 20, 6, requires_grad=frozen != 0), torch.randn(4, 6, 3, requires_grad=frozen != 1)]
+    strided_convolution(leaves[0], leaves[1], 2).square().sum().backward()
+    assert [leaf.grad is None for leaf in leaves] == [frozen == 0, frozen == 1]

@@ -27,13 +27,16 @@ def order_of_arrival(lengths: list[int], *overrides: str, compute: torch.dtype, 
     return arrived
 
 
+@pytest.mark.parametrize("kernel", [128, 16], ids=["direct", "by frequency"])
 @pytest.mark.parametrize("norm", ["group", "layer"])
 @pytest.mark.parametrize(
     ("compute", "weights"),
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
 )
-def test_padded_unpadded_single_and_silent_micro_batches(norm: str, compute: torch.dtype, weights: torch.dtype) -> None:
-    overrides = (f"model.conv_norm={norm}", "model.conv_bias=true")
+def test_padded_unpadded_single_and_silent_micro_batches(
+    norm: str, kernel: int, compute: torch.dtype, weights: torch.dtype
+) -> None:
+    overrides = (f"model.conv_norm={norm}", "model.conv_bias=true", f"model.positional_kernel={kernel}")
     unpadded = order_of_arrival([16_000, 16_000], *overrides, compute=compute, weights=weights)
     assert len(unpadded) == len(set(unpadded)) > 50
     for lengths in ([16_000, 12_000], [16_000], []):

@@ -41,8 +41,6 @@ BLOCK_SECONDS = 10
 SAMPLING_RATES = range(1000, 500_001)
 """Hz that audio may have; a header that says anything else is damaged."""
 
-"""Mean and variance of each group of GroupNorm [groups]."""
-
 
 def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
     """Open a checkpoint (its folder, or the newest usable one of a run's or a checkpoints folder) for inference.

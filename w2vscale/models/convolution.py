@@ -2,7 +2,7 @@
 
 A strided one is products on views of its input: a window of `stride` frames begins at every stride-th frame, so that
 windows lie behind each other in memory. Of kernel 3 and stride 2 the first two taps are one product on [T / 2, 2 I],
-the third is another on every second frame. Nothing is copied, and all arithmetic runs at the rate of matrix products.
+the third is another on every second frame. No window is copied, and all arithmetic runs at the rate of matrix products.
 
 One with a long kernel is, on CPUs, a product for each frequency: a fraction of the arithmetic.
 """
@@ -10,6 +10,7 @@ One with a long kernel is, on CPUs, a product for each frequency: a fraction of 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -47,20 +48,25 @@ class _StridedConvolution(torch.autograd.Function):
         of_weight: list[Tensor] = []
         for offset, taps in _parts(weight_OIK, ctx.stride):
             windows_BTJ = _windows(x_BTI, offset, taps, ctx.stride, frames)
-            of_matrix_JO = torch.bmm(windows_BTJ.transpose(1, 2), gradient_BTO).sum(dim=0)
-            of_weight.append(of_matrix_JO.view(taps, -1, of_matrix_JO.shape[1]))
+            if ctx.needs_input_grad[1]:
+                of_matrix_JO = torch.bmm(windows_BTJ.transpose(1, 2), gradient_BTO).sum(dim=0)
+                of_weight.append(of_matrix_JO.view(taps, -1, of_matrix_JO.shape[1]))
             if of_x_BTI is not None:
                 weight_BJO = _matrix(weight_OIK, offset, taps).expand(x_BTI.shape[0], -1, -1)
                 of_windows_BTJ = _windows(of_x_BTI, offset, taps, ctx.stride, frames)
                 written = side_by_side and offset == 0
                 of_windows_BTJ.baddbmm_(gradient_BTO, weight_BJO.transpose(1, 2), beta=0.0 if written else 1.0)
-        of_weight_OIK = torch.cat(of_weight).permute(2, 1, 0).to(dtype)
+        of_weight_OIK = torch.cat(of_weight).permute(2, 1, 0).to(dtype) if of_weight else None
         return None if of_x_BTI is None else of_x_BTI.to(dtype), of_weight_OIK, None
 
 
 def strided_convolution(x_BTI: Tensor, weight_OIK: Tensor, stride: int) -> Tensor:
     """`F.conv1d` of [B, T, I] with weights [O, I, K] and no padding: [B, (T - K) // stride + 1, O]."""
-    return _StridedConvolution.apply(x_BTI.contiguous(), weight_OIK, stride)
+    device = x_BTI.device.type
+    # What `baddbmm_` is given must be of one type; autocast would change that of some.
+    autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with autocast:
+        return _StridedConvolution.apply(x_BTI.contiguous(), weight_OIK, stride)
 
 
 def _parts(weight_OIK: Tensor, stride: int) -> Iterator[tuple[int, int]]:

@@ -120,7 +120,8 @@ class WaveformLayer(ConvLayer):
             if moments_BJJ is None:
                 moments_BJJ = moments_of(taps_BTJ, lengths_B)
             weight_BCJ = self.norm(weight_CJ, moments_BJJ, one=self.kernel)
-            x_BTC = matmul(taps_BTJ, weight_BCJ.to(taps_BTJ.dtype).transpose(1, 2))
+            weight_BCJ = rounded(weight_BCJ, taps_BTJ.dtype, moments_BJJ[:, self.kernel], spare=self.kernel + 1)
+            x_BTC = matmul(taps_BTJ, weight_BCJ.transpose(1, 2))
         else:
             x_BTC = linear(taps_BTJ, weight_CJ.to(taps_BTJ.dtype))
             if self.norm is not None:
@@ -128,10 +129,10 @@ class WaveformLayer(ConvLayer):
         return self.silenced(F.gelu(x_BTC), lengths_B), lengths_B
 
     def taps(self, waveforms_BS: Tensor) -> Tensor:
-        """Each frame's `kernel` samples, a one for the bias, and zeros up to a multiple of eight: [B, T, J]."""
+        """Each frame's `kernel` samples, two ones for the bias, and zeros up to a multiple of eight: [B, T, J]."""
         windows_BTK = waveforms_BS.unfold(1, self.kernel, self.stride)
-        taps_BTJ = F.pad(windows_BTK, (0, 8 - self.kernel % 8))
-        taps_BTJ[:, :, self.kernel] = 1.0
+        taps_BTJ = F.pad(windows_BTK, (0, 2 + -(self.kernel + 2) % 8))
+        taps_BTJ[:, :, self.kernel : self.kernel + 2] = 1.0
         return taps_BTJ
 
 
@@ -140,6 +141,13 @@ def moments_of(taps_BTJ: Tensor, lengths_B: Tensor | None) -> Tensor:
     exact_BTJ = taps_BTJ.double()
     sums_BJJ = exact_BTJ.transpose(1, 2) @ exact_BTJ
     return sums_BJJ / (taps_BTJ.shape[1] if lengths_B is None else lengths_B.view(-1, 1, 1))
+
+
+def rounded(weight_BCJ: Tensor, dtype: torch.dtype, means_BJ: Tensor, *, spare: int) -> Tensor:
+    """Weights in `dtype`. What rounding them changes of the mean over all frames is mended by those of tap `spare`."""
+    rounded_BCJ = weight_BCJ.to(dtype)
+    missing_BC1 = ((weight_BCJ - rounded_BCJ).detach() @ means_BJ.unsqueeze(2)).to(dtype)
+    return rounded_BCJ + F.pad(missing_BC1, (spare, weight_BCJ.shape[2] - spare - 1))
 
 
 class GroupNorm(nn.Module):

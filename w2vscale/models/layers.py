@@ -44,13 +44,37 @@ class Linear(nn.Linear):
         return linear(x, self.weight.to(x.dtype), bias)
 
 
+class _Bf16LayerNorm(torch.autograd.Function):
+    """For CPUs: there PyTorch adds up the gradients of weight and bias in bf16, and such a sum over frames soon stands
+    still."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, reciprocal = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, mean, reciprocal)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, bias, mean, reciprocal = ctx.saved_tensors
+        of_x = torch.ops.aten.native_layer_norm_backward(
+            gradients[0], x, x.shape[-1:], mean, reciprocal, weight, bias, [True, False, False]
+        )[0]
+        gradient = gradients[0].float()
+        of_weight = (gradient * ((x.float() - mean) * reciprocal)).view(-1, x.shape[-1]).sum(dim=0)
+        of_bias = gradient.view(-1, x.shape[-1]).sum(dim=0)
+        return of_x, of_weight.to(weight.dtype), of_bias.to(bias.dtype), None
+
+
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm, with weights cast to the input's type; PyTorch takes the statistics in fp32."""
+    """nn.LayerNorm, with weights cast to the input's type; statistics and sums over frames are fp32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _Bf16LayerNorm.apply(x, self.weight, self.bias, self.eps)
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 

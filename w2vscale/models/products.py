@@ -1,18 +1,28 @@
 """Matrix products in bf16, also where the processor has none.
 
 There PyTorch's own are 9 to 70 times slower than its products in fp32. Here they are fp32 products of bf16 values,
-rounded: what processors with bf16 compute, too.
+rounded: what processors with bf16 compute, too (but for a bias, which they add before they round).
 """
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+def _cpu_has_bf16() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine() in ("x86_64", "AMD64"):  # where oneDNN calls whatever has AVX-512 able, and emulates
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+CPU_HAS_BF16 = _cpu_has_bf16()
 """Whether products in bf16 have instructions of their own on this processor."""
 
 

@@ -13,7 +13,7 @@ from w2vscale.config.tree import ModelConfig
 from w2vscale.models.convolution import long_convolution
 from w2vscale.models.feature_encoder import valid_mask
 from w2vscale.models.layers import LayerNorm, Linear, dropout, unscaled_dropout
-from w2vscale.models.products import matmul
+from w2vscale.models.products import widened
 
 BERT_STD = 0.02
 """Of the initial weights of attention and feed-forward (Devlin et al. 2019)."""
@@ -130,11 +130,14 @@ def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, attend: Tensor | N
     if probability == 0.0 or q_BHTE.device.type != "cpu":
         return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=attend, dropout_p=probability)
     # On CPUs PyTorch has no fused kernel with dropout; its fallback is this with its own dropout.
-    scores_BHTT = matmul(q_BHTE * q_BHTE.shape[-1] ** -0.5, k_BHTE.transpose(2, 3))
+    dtype = q_BHTE.dtype
+    q_BHTE, k_BHTE, v_BHTE = widened(q_BHTE), widened(k_BHTE), widened(v_BHTE)
+    scores_BHTT = (q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHTE.transpose(2, 3)
     if attend is not None:
-        scores_BHTT = scores_BHTT + torch.zeros_like(attend, dtype=scores_BHTT.dtype).masked_fill(~attend, -math.inf)
+        never = torch.finfo(scores_BHTT.dtype).min
+        scores_BHTT = scores_BHTT + torch.zeros_like(attend, dtype=scores_BHTT.dtype).masked_fill(~attend, never)
     weights_BHTT, factor = unscaled_dropout(scores_BHTT.softmax(dim=3), probability)
-    return matmul(weights_BHTT, v_BHTE * factor)
+    return (weights_BHTT @ (v_BHTE * factor)).to(dtype)
 
 
 class FeedForward(nn.Module):
