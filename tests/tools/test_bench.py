@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tests.audio import SmallCorpus
 from tests.micro import MICRO_MODEL
 from tools.bench import end_to_end, engine_overhead, engine_parity, loader, loss_head, sampler, step, step_profile
-from tools.bench.contenders import Work, torchaudio_step
+from tools.bench.contenders import Work, torchaudio_step, work_settings
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
 from tools.bench.live_memory import LiveMemory
@@ -179,13 +179,40 @@ def test_the_end_to_end_bench_compares_a_run_with_its_steps(small_corpus: SmallC
     assert (tmp_path / "bench" / "run0" / "checkpoints" / "update_00000006").is_dir()
 
 
-def test_a_contender_that_has_ended_is_named() -> None:
-    racer = step.Racer("nobody", Work(load_config("base", MICRO_MODEL), 1, 1.0))
-    with pytest.raises(UserError, match="--with nobody: its process has ended"):
-        racer.step(limit=60.0)
+def test_a_contender_that_fails_leaves_the_others(capfd: pytest.CaptureFixture[str]) -> None:
+    work = Work(load_config("base", [*MICRO_MODEL, "precision.compute=fp32"]), 1, 1.0)
+    row = step.measure(work, ["w2vscale", "nobody"], device=torch.device("cpu"), rounds=1, limit=60.0)
+    step.print_table(row | {"preset": "micro", "compute": "fp32", "utterances": 1, "seconds": 1.0})
+    assert row["steps"]["nobody"] is None and row["steps"]["w2vscale"]["median"] > 0 and row["ratio"] is None
+    assert "nobody: its process has ended" in capfd.readouterr().out
 
 
-def test_what_is_wrong_outside_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_are_counted_as_the_model_is_defined() -> None:
+    config = load_config("base")
+    work, model = Work(config, utterances=1, seconds=5.0), config.model
+    steps, inputs, total = 80_000, 1, 0
+    for number, (channels, kernel, stride) in enumerate(model.conv_layers):
+        steps = (steps - kernel) // stride + 1
+        ways = 2 if number == 0 else 3  # forward, gradient of the weights; the waveform has none
+        total += ways * 2 * steps * kernel * inputs * channels
+        inputs = channels
+    linear = 4 * model.dim**2 + 2 * model.dim * model.ffn_dim
+    attention = 2 * steps * model.dim
+    positional = model.dim // model.positional_groups * model.dim * model.positional_kernel
+    total += 6 * steps * (model.layers * (linear + attention) + positional + inputs * model.dim)
+    assert work.flops() == pytest.approx(total, rel=0.01)
+
+
+def test_a_step_here_is_of_pretraining_alone() -> None:
+    for preset, settings, said in (("ctc_1h", (), "fine-tunes"), ("base", ("engine.name=fsdp",), "one process")):
+        with pytest.raises(UserError, match=said):
+            work_settings(preset, settings)
+
+
+def test_what_is_wrong_outside_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.argv", ["loss_head.py", "--preset", "nobody"])
-    with pytest.raises(SystemExit, match=r"^error: .*nobody"):
+    with pytest.raises(SystemExit, match="2"):
         run_script(loss_head.main)
+    assert capsys.readouterr().err.startswith("error: nobody: ")

@@ -17,10 +17,9 @@ import torch
 import typer
 from rich.table import Table
 
-from tools.bench.contenders import Work
+from tools.bench.contenders import Work, synchronize, work_settings
 from tools.bench.live_memory import LiveMemory
 from tools.bench.script import console, run_script
-from w2vscale.config import load_config
 from w2vscale.config.tree import EngineConfig
 from w2vscale.engine import build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
@@ -32,7 +31,7 @@ CHOICES: tuple[str, ...] = get_args(EngineConfig.model_fields["activation_checkp
 def main(
     preset: Annotated[str, typer.Option(help="Whose model.")] = "base",
     utterances: Annotated[int, typer.Option(min=1, help="Of a micro-batch.")] = 2,
-    seconds: Annotated[float, typer.Option(help="Of an utterance.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of an utterance.")] = 10.0,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each that are timed.")] = 3,
     settings: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...")] = None,
 ) -> None:
@@ -40,8 +39,8 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engines, memory = {}, {}
     for choice in CHOICES:
-        fixed = ["model.layerdrop=0", f"engine.activation_checkpointing={choice}"]
-        config = load_config(preset, ["precision.compute=fp32", *(settings or []), *fixed])
+        fixed = f"engine.activation_checkpointing={choice}"
+        config = work_settings(preset, ["precision.compute=fp32", *(settings or []), fixed])
         batch = Work(config, utterances, seconds).batch()
         engine = build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, device)
         engine.import_parameters(initial_values(config))
@@ -55,6 +54,7 @@ def main(
             began = time.perf_counter()
             engine.run_window([batch], torch.tensor(float(batch.weight)))
             engine.step(lr=1e-5, max_norm=1.0)
+            synchronize(device)
             times[choice].append(time.perf_counter() - began)
     audio = utterances * seconds
     figures = {

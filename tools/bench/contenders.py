@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from w2vscale.config import Config
+from w2vscale.config import Config, load_config
 from w2vscale.data.micro_batch import MicroBatch, make_inputs
 from w2vscale.engine import build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
@@ -28,6 +28,24 @@ from w2vscale.training.run import empty_model, initial_values
 
 LR = 1e-5
 MATRIX_SECONDS = 5.0
+
+
+def _baddbmm_flops(_: Any, a_shape: Sequence[int], b_shape: Sequence[int], **__: Any) -> int:
+    return 2 * math.prod(a_shape) * b_shape[2]
+
+
+def _convolution_backward_flops(
+    gradient_shape: Sequence[int], _: Any, weight_shape: Sequence[int], *others: Any, **__: Any
+) -> int:
+    wanted = others[-1]
+    return 2 * math.prod(gradient_shape) * math.prod(weight_shape[1:]) * sum(wanted[:2])
+
+
+MISCOUNTED = {
+    torch.ops.aten.baddbmm_: _baddbmm_flops,
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
+}
+"""What PyTorch's counter leaves out, and what it counts as if a convolution had one group."""
 
 Step = Callable[[MicroBatch], float]
 """Trains on one micro-batch; its loss per masked frame."""
@@ -62,6 +80,7 @@ class Work:
         """Floating-point operations of forward and backward as the model is defined, by PyTorch's counter.
 
         On the meta device, where nothing is computed: what a device saves, by fast Fourier transforms, is not left out.
+        Padding is computed, and counts.
         """
         meta = torch.device("meta")
         model = empty_model(self.in_fp32()).train()
@@ -69,9 +88,23 @@ class Work:
         noise_MGV = torch.empty(
             sum(inputs.masked), self.config.model.codebooks, self.config.model.codebook_entries, device=meta
         )
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=MISCOUNTED) as counter:
             model(inputs, noise_MGV=noise_MGV).total.backward()
         return int(counter.get_total_flops())
+
+
+def work_settings(preset: str, settings: Sequence[str]) -> Config:
+    """The settings of a contest: of pretraining, in one process, with every layer.
+
+    Raises:
+        UserError: they are of something else.
+    """
+    config = load_config(preset, [*settings, "model.layerdrop=0"])
+    if config.ctc.vocabulary:
+        raise UserError(f"{preset}: fine-tunes (ctc.vocabulary={config.ctc.vocabulary}); a step here is of pretraining")
+    if config.engine.name != "ddp":
+        raise UserError(f"engine.name={config.engine.name}: a step here is of one process, that is ddp")
+    return config
 
 
 def filled_model(config: Config) -> Wav2Vec2:
@@ -102,7 +135,10 @@ def transformers_model(config: Config) -> Any:
     """Transformers' model with our initial values, on the CPU."""
     with contextlib.suppress(UserError):  # not installed
         import_torchaudio()  # before Transformers imports it
-    import transformers
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("Transformers is not installed: pip install transformers") from None
 
     with torch.device("meta"):
         model = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config.model)))
@@ -156,7 +192,10 @@ def torchaudio_step(config: Config, device: torch.device) -> Step:
 
 def _plain_update(model: nn.Module, config: Config, device: torch.device) -> Callable[[Callable[[], Tensor]], float]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=config.optim.weight_decay, fused=True)
+    optim = config.optim
+    optimizer = torch.optim.AdamW(
+        parameters, lr=LR, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+    )
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=config.precision.compute == "bf16")
 
     def update(loss: Callable[[], Tensor]) -> float:

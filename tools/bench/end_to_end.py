@@ -25,6 +25,7 @@ import typer
 from tools.bench.script import console, run_script
 from w2vscale.config import Config, load_config
 from w2vscale.engine import build_engine
+from w2vscale.errors import UserError
 from w2vscale.optim.schedules import learning_rate
 from w2vscale.training.objective import build_objective
 from w2vscale.training.run import empty_model, initial_values, open_training_set
@@ -53,6 +54,8 @@ def main(
         "schedule.warmup_updates=1",
         *(settings or []),
     ]
+    if updates <= every:
+        raise UserError(f"--updates {updates}: no more than --every {every}, of which the first are not counted")
     config = load_config(preset, overrides)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -76,10 +79,14 @@ def measure_run(arguments: list[str], exp: Path) -> tuple[float, float]:
     metrics = exp / "metrics.jsonl"
     with exp.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
-            time.sleep(POLL)
-        began = time.time()
-    if process.wait():
+        try:
+            while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+                time.sleep(POLL)
+            began = time.time()
+            process.wait()
+        finally:
+            process.kill()
+    if process.returncode:
         sys.exit(f"{exp.with_suffix('.log').read_text()[-2000:]}\nthe run failed; all of it: {exp.with_suffix('.log')}")
     seconds = (exp / "checkpoints" / "latest" / "train_state.json").stat().st_mtime - began
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]

@@ -17,10 +17,10 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from tools.bench.contenders import Work, filled_model, flat_negatives, transformers_model
+from tools.bench.contenders import Work, filled_model, flat_negatives, transformers_model, work_settings
 from tools.bench.live_memory import LiveMemory
 from tools.bench.script import run_script
-from w2vscale.config import Config, load_config
+from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.models.inputs import PretrainingInputs
@@ -30,10 +30,10 @@ from w2vscale.models.wav2vec2 import EncoderOutput
 def main(
     preset: Annotated[str, typer.Option(help="Whose model.")] = "base",
     utterances: Annotated[int, typer.Option(min=1, help="Of a micro-batch.")] = 4,
-    seconds: Annotated[float, typer.Option(help="Of an utterance.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of an utterance.")] = 10.0,
 ) -> None:
     """Compare the memory of the loss heads."""
-    found = loss_head_memory(Work(load_config(preset), utterances, seconds))
+    found = loss_head_memory(Work(work_settings(preset, []), utterances, seconds))
     print(
         f"loss head: w2vscale {found['w2vscale'] / 2**20:.1f} MiB, Transformers {found['transformers'] / 2**20:.1f} MiB"
     )

@@ -7,8 +7,9 @@
 
 A step is forward, backward, clipping and AdamW, with dropout, masking, the quantizer and 100 negatives on. All audio is
 noise. Each contender has a process of its own, as it has in use, and waits while another is at work. Who goes first
-alternates; medians are reported. MFU is the share of the best rate of matrix products that the same machine reached
-between the steps. The losses are reported, too: they differ by the quantizer's noise, dropout, and the feature penalty,
+alternates; medians are reported, of the ratio that of pairs. MFU is the share that the model's products have of the
+best rate of matrix products that the same machine reached between the steps; on a GPU there is their share of 800
+TFLOP/s, too. The losses are reported, too: they differ by the quantizer's noise, dropout, and the feature penalty,
 which Transformers does not have. torchaudio has an encoder alone: its step has no masks and no contrastive loss.
 """
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,12 +31,23 @@ import torch
 import typer
 from rich.table import Table
 
-from tools.bench.contenders import Step, Work, matrix_rate, our_step, synchronize, their_step, torchaudio_step
+from tools.bench.contenders import (
+    Step,
+    Work,
+    matrix_rate,
+    our_step,
+    synchronize,
+    their_step,
+    torchaudio_step,
+    work_settings,
+)
+from tools.bench.engine_memory import resident
 from tools.bench.loss_head import loss_head_memory
-from tools.bench.script import console, one_line_errors, run_script
-from w2vscale.config import Config, load_config
+from tools.bench.script import console, end_with_parent, one_line_errors, run_script
+from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.errors import UserError
+from w2vscale.models.products import CPU_HAS_BF16
 
 WARM_UP = 2
 """Steps that are not counted, unless there are no others."""
@@ -59,7 +70,9 @@ def main(
     utterances: Annotated[
         list[int] | None, typer.Option(min=1, help="Of a step; repeatable.", show_default="4")
     ] = None,
-    seconds: Annotated[list[float] | None, typer.Option(help="Of an utterance; repeatable.", show_default="10")] = None,
+    seconds: Annotated[
+        list[float] | None, typer.Option(min=0.5, help="Of an utterance; repeatable.", show_default="10")
+    ] = None,
     lengths: Annotated[
         bool, typer.Option("--lengths", help="Utterances of lengths like LibriSpeech's, none longer than --seconds.")
     ] = False,
@@ -74,13 +87,14 @@ def main(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each.")] = 5,
     limit: Annotated[
-        float, typer.Option(help="Seconds of a row, after which no round begins, and of a step, after which it ends.")
+        float,
+        typer.Option(min=1, help="Seconds of a row, after which no round begins, and of a step, after which it ends."),
     ] = 240.0,
     settings: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...")] = None,
 ) -> None:
     """Time training steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = contenders or ["w2vscale", "transformers"]
+    names = list(dict.fromkeys(contenders or ["w2vscale", "transformers"]))
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise typer.BadParameter(f"{unknown[0]}: none of {', '.join(CONTENDERS)}", param_hint="--with")
     if contenders is None and device.type == "cuda":
@@ -90,16 +104,20 @@ def main(
     for model, computing, count, length in product(
         preset or ["base"], compute or ["fp32", "bf16"], utterances or [4], seconds or [10.0]
     ):
-        config = load_config(model, [f"precision.compute={computing}", "model.layerdrop=0", *(settings or [])])
+        config = work_settings(model, [*(settings or []), f"precision.compute={computing}"])
         row: dict[str, Any] = {"preset": model, "compute": computing, "utterances": count, "seconds": length}
         work = Work(config, count, length, lengths)
         row |= measure(work, names, device=device, rounds=rounds, limit=limit)
         print_table(row)
         rows.append(row)
     assert work is not None
-    head = loss_head_memory(work)
-    console.print(f"loss head: {head['ratio']:.3f} of Transformers' memory")
-    document = summary(rows, device) | {"loss_head_memory_ratio": head["ratio"], "loss_head": head}
+    head = None
+    try:
+        head = loss_head_memory(work)
+        console.print(f"loss head: {head['ratio']:.3f} of Transformers' memory")
+    except UserError as error:
+        console.print(f"loss head: {error}")
+    document = summary(rows, device) | {"loss_head_memory_ratio": head and head["ratio"], "loss_head": head}
     print(json.dumps({**document, "device": str(device), "rows": rows}))
 
 
@@ -110,7 +128,7 @@ def summary(rows: Sequence[dict[str, Any]], device: torch.device) -> dict[str, A
         ours = best(row, "w2vscale")
         if ours is not None and row["compute"] not in found:
             figures = {"ratio": row["ratio"], "mfu": ours["mfu"], "audio_seconds_per_second": ours["audio_per_second"]}
-            found[row["compute"]] = figures
+            found[row["compute"]] = figures | {"emulated": row["emulated"]}
     first = found.get("bf16" if device.type == "cuda" else "fp32", {})
     return found | {"audio_seconds_per_second": first.get("audio_seconds_per_second")}
 
@@ -129,7 +147,6 @@ class Racer:
     """Steps in a process of its own."""
 
     def __init__(self, name: str, work: Work) -> None:
-        self.name = name
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_race, args=(theirs, name, work), daemon=True)
@@ -140,16 +157,13 @@ class Racer:
         """Take a step, and wait for its end; None if it takes longer than `limit` seconds, and is the last then.
 
         Raises:
-            UserError: the process has ended; it said why.
+            EOFError, OSError: the process has ended; it said why.
         """
-        try:
-            self.connection.send(True)
-            if not self.connection.poll(limit):
-                self.end()
-                return None
-            taken: Taken = self.connection.recv()
-        except (EOFError, OSError):
-            raise UserError(f"--with {self.name}: its process has ended, see above") from None
+        self.connection.send(True)
+        if not self.connection.poll(limit):
+            self.end()
+            return None
+        taken: Taken = self.connection.recv()
         return taken
 
     def end(self) -> None:
@@ -160,7 +174,8 @@ class Racer:
 
 def _race(connection: Connection, name: str, work: Work) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with one_line_errors(), suppress(EOFError):  # the bench has ended
+    end_with_parent()
+    with one_line_errors(), suppress(EOFError, OSError):  # the bench has ended
         step = CONTENDERS[name](work.config, device)
         batch = work.batch()
         while connection.recv():
@@ -177,7 +192,7 @@ def _take(step: Step, batch: MicroBatch, device: torch.device) -> Taken:
     seconds = time.perf_counter() - began
     if device.type == "cuda":
         return Taken(seconds, loss, torch.cuda.max_memory_allocated())
-    return Taken(seconds, loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return Taken(seconds, loss, resident("VmHWM"))
 
 
 def measure(work: Work, names: Sequence[str], *, device: torch.device, rounds: int, limit: float) -> dict[str, Any]:
@@ -188,23 +203,39 @@ def measure(work: Work, names: Sequence[str], *, device: torch.device, rounds: i
     flops = work.flops()
     taken: dict[str, list[Taken]] = {name: [] for name in names}
     too_slow: set[str] = set()
+    failed: set[str] = set()
+    computing = work.config.precision.compute
+    # Products of bf16 values are computed in fp32 where the processor has no bf16.
+    emulated = computing == "bf16" and device.type == "cpu" and not CPU_HAS_BF16
+    counted = ["fp32", "bf16"] if emulated else [computing]
     peak = 0.0
     for index in range(WARM_UP + rounds):
         if index and time.perf_counter() - began > limit:
             break
         for name in names if index % 2 else reversed(names):
-            if name in too_slow:
+            if name in too_slow or name in failed:
                 continue
-            if (step := racers[name].step(limit)) is None:
+            try:
+                step = racers[name].step(limit)
+            except (EOFError, OSError):
+                failed.add(name)
+                console.print(f"{name}: its process has ended, see above")
+                continue
+            if step is None:
                 too_slow.add(name)
                 began = time.perf_counter()
             else:
                 taken[name].append(step)
-        peak = max(peak, matrix_rate(work.config.precision.compute, device))
+        peak = max(peak, *(matrix_rate(precision, device) for precision in counted))
     for racer in racers.values():
         racer.end()
-    found: dict[str, Any] = {"audio_seconds": audio, "flops": flops, "matrix_flops": peak, "steps": {}}
+    found: dict[str, Any] = {
+        "audio_seconds": audio, "flops": flops, "matrix_flops": peak, "emulated": emulated, "steps": {}
+    }  # fmt: skip
     for name, steps in taken.items():
+        if name in failed:
+            found["steps"][name] = None
+            continue
         if name in too_slow:
             unknown = dict.fromkeys(("audio_per_second", "mfu", "memory"))
             found["steps"][name] = {"times": [limit], "median": limit, "longer": True, **unknown}
@@ -218,6 +249,7 @@ def measure(work: Work, names: Sequence[str], *, device: torch.device, rounds: i
             "audio_per_second": audio / median,
             # torchaudio's encoder has less to compute.
             "mfu": None if name == "torchaudio" else flops / median / peak,
+            "of_800_tflops": flops / median / 8e14 if device.type == "cuda" and name != "torchaudio" else None,
             "memory": max(step.memory for step in steps),
             "losses": [step.loss for step in steps],
         }
@@ -232,7 +264,7 @@ def measure(work: Work, names: Sequence[str], *, device: torch.device, rounds: i
 
 def best(row: dict[str, Any], project: str) -> dict[str, Any] | None:
     """The figures of a project's faster variant."""
-    found = [figures for name, figures in row["steps"].items() if name.startswith(project)]
+    found = [figures for name, figures in row["steps"].items() if figures and name.startswith(project)]
     return min(found, key=lambda figures: figures["median"], default=None)
 
 
@@ -252,6 +284,9 @@ def print_table(row: dict[str, Any]) -> None:
     for heading in ("", "step, s: median", "fastest", "audio, s/s", "MFU", "peak memory, GiB"):
         table.add_column(heading, justify="right" if heading else "left")
     for name, one in row["steps"].items():
+        if one is None:
+            table.add_row(name, "failed")
+            continue
         if one["longer"]:
             table.add_row(name, f"> {one['median']:g}")
             continue

@@ -22,11 +22,11 @@ import torch
 import typer
 from rich.table import Table
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from tools.bench.contenders import LR, Work
+from tools.bench.contenders import LR, Work, work_settings
 from tools.bench.script import console, run_script
-from w2vscale.config import load_config
 from w2vscale.engine import build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.evaluation.figures import import_pyplot, save_figure
@@ -47,12 +47,15 @@ def main(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...")] = None,
     preset: Annotated[str, typer.Option(help="Whose model.")] = "base",
     utterances: Annotated[int, typer.Option(min=1, help="Of a step.")] = 4,
-    seconds: Annotated[float, typer.Option(help="Of an utterance.")] = 10.0,
-    folder: Annotated[Path, typer.Option(help="For trace.json.gz and step.png.")] = ROOT / "exp" / "bench" / "profile",
+    seconds: Annotated[float, typer.Option(min=0.5, help="Of an utterance.")] = 10.0,
+    folder: Annotated[Path, typer.Option(file_okay=False, help="For trace.json.gz and step.png.")] = ROOT
+    / "exp"
+    / "bench"
+    / "profile",
 ) -> None:
     """Profile a training step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = load_config(preset, ["precision.compute=fp32", "model.layerdrop=0", *(settings or [])])
+    config = work_settings(preset, ["precision.compute=fp32", *(settings or [])])
     batch = Work(config, utterances, seconds).batch()
     model = empty_model(config)
     mark_modules(model)
@@ -117,7 +120,8 @@ def _mark(module: nn.Module, label: str) -> None:
 
 def by_module(events: Iterable[Any]) -> Seconds:
     """Seconds of each module. An operation of the backward has the number of that of the forward which made it."""
-    events = list(events)
+    # Without those of a GPU itself: the operations that launched them have their time.
+    events = [event for event in events if event.device_type == DeviceType.CPU]
     inside = {id(event): _module_around(event) for event in events}
     made: dict[int, str] = {}
     for event in events:
@@ -136,8 +140,9 @@ def by_module(events: Iterable[Any]) -> Seconds:
 def by_kernel(events: Iterable[Any]) -> dict[str, float]:
     """Seconds of each kind of operation, the longest first."""
     found: dict[str, float] = defaultdict(float)
+    computing = DeviceType.CUDA if torch.cuda.is_available() else DeviceType.CPU
     for event in events:
-        if not event.name.startswith(MARK):
+        if event.device_type == computing and not event.name.startswith(MARK) and not event.is_user_annotation:
             found[event.name] += _own_seconds(event)
     return dict(sorted(((name, time) for name, time in found.items() if time > 0), key=lambda item: -item[1]))
 
