@@ -8,19 +8,27 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from lhotse.cut import Cut
 from torch.distributed.tensor import DTensor
 
 from tests.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
+from w2vscale.data import loading
+from w2vscale.data.audio import AudioError, read_audio
 from w2vscale.distributed.process_group import Ranks, gather_as_found
 from w2vscale.engine import build_engine
+from w2vscale.engine.fsdp import FSDPEngine
+from w2vscale.engine.joining import Joining
 from w2vscale.evaluation.pretrained import load
 from w2vscale.evaluation.sources import sources_of
 from w2vscale.evaluation.transcription import transcribe
 from w2vscale.evaluation.wer import score_checkpoint
+from w2vscale.training.calibration import calibrate
 from w2vscale.training.loop import Trainer
 from w2vscale.training.objective import build_objective
 from w2vscale.training.run import build_run, empty_model, initial_values, make_folder, open_training_set
@@ -66,12 +74,32 @@ def _train(config: Config, folder: Path, *, save_first: bool = False) -> list[di
     run = build_run(config, folder, ranks=ranks, device=torch.device("cpu"), resume="auto", log=lambda text: None)
     if save_first:
         run.save(run.state)
+    if config.batch.concat == "auto":
+        calibrate(run, lambda text: None)
     with StopRequest() as stop:
         Trainer(run, stop).train()
     run.engine.close()
     if not ranks.is_main:
         return []
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_where_one_rank_cannot_read(
+    utterance: str, corpus: str, exp: str, overrides: tuple[str, ...]
+) -> tuple[list[float], Joining]:
+    """`train_micro`, where the last rank has no file of one utterance; losses, and how micro-batches were joined."""
+    joinings = []
+
+    def read(cut: Cut, **settings: Any) -> Any:
+        if cut.id == utterance and dist.get_rank() == dist.get_world_size() - 1:
+            raise AudioError("missing", "no such file")
+        return read_audio(cut, **settings)
+
+    def close(engine: FSDPEngine) -> None:
+        joinings.append(engine.joining)
+
+    with patch.object(loading, "read_audio", read), patch.object(FSDPEngine, "close", close):
+        return train_micro(corpus, exp, overrides), joinings[0]
 
 
 def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, ...]) -> tuple[bool, bool, list[float]]:

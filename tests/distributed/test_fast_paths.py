@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lhotse import CutSet
 
 from tests.audio import SmallCorpus
 from tests.distributed.pool import Pool
-from tests.distributed.tasks import train_micro
+from tests.distributed.tasks import train_micro, train_where_one_rank_cannot_read
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine import Engine
 from w2vscale.training import calibration
@@ -76,6 +77,18 @@ def test_in_bf16(train: Callable[..., Curve], tmp_path: Path) -> None:
 
 
 class TestCalibration:
+    def test_ranks_agree_where_one_cannot_read_what_the_others_can(
+        self, pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path
+    ) -> None:
+        """FSDP2 has collectives in every forward: ranks that took another number of them would wait for ever."""
+        longest = max(CutSet.from_file(small_corpus.train), key=lambda cut: cut.duration).id
+        settings = (*TWENTY, "trainer.updates=3", "schedule.warmup_updates=1", "batch.concat=auto", "engine.name=fsdp")
+        settings += ("batch.micro_batches=8", "data.max_bad_fraction=1", "model.layerdrop=0")
+        (_, first), (_, second) = pool(2).run(
+            train_where_one_rank_cannot_read, longest, str(small_corpus.train), str(tmp_path), settings, timeout=60.0
+        )
+        assert first == second
+
     def test_it_is_kept_with_the_run_and_holds_under_the_same_conditions(
         self, small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -93,9 +106,9 @@ class TestCalibration:
         counts: list[int] = []
         take = calibration._take
 
-        def counted(engine: Engine, example: MicroBatch, *, joined: int) -> None:
+        def counted(engine: Engine, example: MicroBatch, *, joined: int, most: int) -> None:
             counts.append(joined)
-            take(engine, example, joined=joined)
+            take(engine, example, joined=joined, most=most)
 
         monkeypatch.setattr(calibration, "_take", counted)
         monkeypatch.setattr(calibration, "memory_limit", lambda device, processes: 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import torch
@@ -24,8 +25,9 @@ def compile_blocks(model: Wav2Vec2, config: EngineConfig) -> None:
     """
     if not config.compile:
         return
-    if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
-        raise UserError("engine.compile=true: torch.compile needs a C++ compiler (g++), and there is none")
+    compiler = os.environ.get("CXX", "g++")  # as torch.compile does
+    if shutil.which(compiler) is None:
+        raise UserError(f"engine.compile=true: torch.compile needs a C++ compiler, and there is no {compiler} (CXX)")
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = VARIANTS
     # Of use where a whole model is compiled: it splits graphs where DDP's buckets end.

@@ -37,6 +37,13 @@ class FSDPEngine(NativeEngine):
         shard(model, self.mesh, config)
         model.to_empty(device="cpu" if config.engine.offload else device)
         super().__init__(model, model, criterion, config, device)
+        if not self.reduce_each:
+            # What follows a backward without reduction expects every unit to have been gathered once; LayerDrop may
+            # have left one out so far.
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+                    module.reshard()
 
     def reducing(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are sharded after each backward where memory is what counts, otherwise after the last."""

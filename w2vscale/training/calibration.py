@@ -16,7 +16,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import broadcast_from_main, largest_over_ranks
 from w2vscale.engine import Engine
 from w2vscale.engine.joining import Capacity, FittingJoining, FixedJoining
-from w2vscale.engine.memory import memory_limit, peak_memory
+from w2vscale.engine.memory import memory_limit, peak_memory, total_memory
 from w2vscale.training.objective import build_objective, with_every_layer
 from w2vscale.training.run import Run
 
@@ -36,7 +36,7 @@ def calibrate(run: Run, log: Callable[[str], None]) -> None:
     path, conditions = run.exp / FILE, _conditions(run)
     found: tuple[Capacity, ...] | None = broadcast_from_main(_read(path, conditions) if run.ranks.is_main else None)
     if found is None:
-        log("batch.concat=auto: measuring how much fits into one forward")
+        log("batch.concat=auto: measuring how much fits into one forward (in steps that are skipped on purpose)")
         criterion, engine.criterion = engine.criterion, build_objective(with_every_layer(config)).criterion
         found = tuple(_capacity(run, example) for example in run.training_set.examples())
         engine.criterion = criterion
@@ -54,34 +54,38 @@ def calibrate(run: Run, log: Callable[[str], None]) -> None:
 
 def _capacity(run: Run, example: MicroBatch) -> Capacity:
     """From the memory that one and two of `example` take; every further one takes as much as the second, and that no
-    more than the first."""
+    more than the first. The same on all ranks, also where one of them could not read an utterance."""
     limit = SHARE * memory_limit(run.device, processes=int(os.environ.get("LOCAL_WORLD_SIZE", run.ranks.world_size)))
     most = run.config.batch.micro_batches // run.ranks.world_size
-    _take(run.engine, example, joined=1)  # what is allocated once
-    none = peak_memory(run.device, lambda: None)
-    one = peak_memory(run.device, partial(_take, run.engine, example, joined=1))
-    fewest = 1
-    if largest_over_ranks([2 * one - none - limit])[0] <= 0:  # there is room for two, on every rank
-        two = peak_memory(run.device, partial(_take, run.engine, example, joined=2))
-        fitting = min(1 + max(int(limit) - one, 0) // max(two - one, 1), most)
-        fewest = -int(largest_over_ranks([-fitting])[0])
-    return Capacity(example.inputs.waveforms_BS.shape[1], fewest * example.padded_samples)
+    take = partial(_take, run.engine, example, most=most)
+    fitting = 1
+    if most > 1:
+        take(joined=1)  # what is allocated once
+        none = peak_memory(run.device, lambda: None)
+        one = peak_memory(run.device, partial(take, joined=1))
+        if largest_over_ranks([2 * one - none - limit])[0] <= 0:  # there is room for two, on every rank
+            two = peak_memory(run.device, partial(take, joined=2))
+            fitting = min(1 + max(int(limit) - one, 0) // max(two - one, 1), most)
+    fewest, samples, width = largest_over_ranks(
+        [-fitting, example.padded_samples, example.inputs.waveforms_BS.shape[1]]
+    )
+    return Capacity(int(width), int(-fewest * samples))
 
 
-def _take(engine: Engine, example: MicroBatch, *, joined: int) -> None:
-    """A forward and backward. The denominator makes the gradient no number: the step is skipped, on any engine."""
+def _take(engine: Engine, example: MicroBatch, *, joined: int, most: int) -> None:
+    """A forward and backward, and another beside the gradients of the first where a window has as `most` so many. The
+    denominator makes the gradient no number: the step is skipped, on any engine."""
     engine.joining = FixedJoining(joined)
-    engine.run_window([example] * joined, torch.tensor(math.nan))
+    engine.run_window([example] * min(2 * joined, most), torch.tensor(math.nan))
     engine.step(lr=0.0, max_norm=1.0)
 
 
 def _conditions(run: Run) -> dict[str, Any]:
-    name = "cpu"
+    name, memory = "cpu", total_memory(run.device)
     if run.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(run.device).total_memory
-        name = f"{torch.cuda.get_device_name(run.device)}, {memory} bytes"
+        name = torch.cuda.get_device_name(run.device)
     settings = run.config.model_dump(mode="json", include={"model", "ctc", "data", "batch", "engine", "precision"})
-    return {"device": name, "processes": run.ranks.world_size, "settings": settings}
+    return {"device": name, "memory": memory, "processes": run.ranks.world_size, "settings": settings}
 
 
 def _read(path: Path, conditions: dict[str, Any]) -> tuple[Capacity, ...] | None:
@@ -90,6 +94,6 @@ def _read(path: Path, conditions: dict[str, Any]) -> tuple[Capacity, ...] | None
         document = json.loads(path.read_text())
         if document["conditions"] != conditions:
             return None
-        return tuple(Capacity(one["width"], one["samples"]) for one in document["capacities"])
+        return tuple(Capacity(one["width"], one["samples"]) for one in document["capacities"]) or None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -46,6 +46,8 @@ def train(config: Config, exp: Path, *, resume: str = "auto") -> int:
         make_folder(exp, config, ranks)
         try:
             with lack_of_memory_told(config):
+                if config.batch.concat == "auto":
+                    calibrate(run, display.message)
                 state = Trainer(run, stop).train()
         finally:
             run.engine.close()
@@ -77,8 +79,6 @@ class Trainer:
         with self.metrics, self.display, loader_processes(), collected_between_steps():
             if self.state.update >= self.total:
                 self.display.message(f"nothing to do: the run has its {self.total} updates (trainer.updates)")
-            if self.config.batch.concat == "auto":
-                calibrate(self.run, self.display.message)
             for window, waited in _timed(self.run.windows()):
                 if self.state.update == self.run.state.update:  # the loader processes were starting
                     self.meter.exclude(waited)
