@@ -20,10 +20,11 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float(((found.double() - expected.double()).norm() / expected.double().norm()).detach())
 
 
-def test_layer_norms_gradients_are_sums_in_fp32() -> None:
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_layer_norms_gradients_are_sums_in_fp32(weights: torch.dtype) -> None:
     torch.manual_seed(0)
     x_BTC, given_BTC = (0.5 + torch.randn(4, 2000, 64).bfloat16() for _ in range(2))
-    found, exact = LayerNorm(64), LayerNorm(64).double()
+    found, exact = LayerNorm(64).to(weights), LayerNorm(64).double()
     leaves = [x_BTC.clone().requires_grad_(), x_BTC.double().requires_grad_()]
     found(leaves[0]).backward(given_BTC)
     F.layer_norm(leaves[1], (64,), exact.weight, exact.bias).backward(given_BTC.double())

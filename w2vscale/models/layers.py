@@ -50,7 +50,8 @@ class _Bf16LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, mean, reciprocal = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+        # With weights in bf16, mean and deviation would be given in bf16, too.
+        y, mean, reciprocal = torch.native_layer_norm(x, x.shape[-1:], weight.float(), bias.float(), eps)
         ctx.save_for_backward(x, weight, bias, mean, reciprocal)
         return y
 
@@ -58,7 +59,7 @@ class _Bf16LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, bias, mean, reciprocal = ctx.saved_tensors
         of_x = torch.ops.aten.native_layer_norm_backward(
-            gradients[0], x, x.shape[-1:], mean, reciprocal, weight, bias, [True, False, False]
+            gradients[0], x, x.shape[-1:], mean, reciprocal, weight.float(), bias.float(), [True, False, False]
         )[0]
         gradient = gradients[0].float()
         of_weight = (gradient * ((x.float() - mean) * reciprocal)).view(-1, x.shape[-1]).sum(dim=0)
