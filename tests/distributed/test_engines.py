@@ -196,7 +196,7 @@ def test_bf16(six_updates: Train, engine: str) -> None:
     found, expected = six_updates(f"{engine}_bf16", 2, 2), six_updates("ddp_bf16", 2, 2)
     for (loss, norm), (expected_loss, expected_norm) in zip(figures(found), figures(expected), strict=True):
         assert loss == pytest.approx(expected_loss, rel=2e-2)
-        assert norm == pytest.approx(expected_norm, rel=2e-2)
+        assert norm == pytest.approx(expected_norm, rel=3e-2)
     ours, theirs = state(found), state(expected)
     for kind in (r"^model\.", r"\.exp_avg$", r"\.exp_avg_sq$"):
         names = [name for name in theirs if re.search(kind, name)]

@@ -74,9 +74,10 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _Bf16LayerNorm.apply(x, self.weight, self.bias, self.eps)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            return _Bf16LayerNorm.apply(x, weight, bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class _Dropout(torch.autograd.Function):
