@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,19 +58,22 @@ class Work:
     config: Config
     utterances: int
     seconds: float
-    lengths: bool = False
-    """Whether utterances differ in length."""
+    lengths: Literal["equal", "bucket", "corpus"] = "equal"
+    """bucket: within 3 % of the longest, as in a duration bucket. corpus: spread like LibriSpeech's, unsorted."""
 
-    def batch(self) -> MicroBatch:
-        """The micro-batch, the same in every process: noise."""
-        draws = np.random.default_rng(0)
+    def batch(self, number: int = 0) -> MicroBatch:
+        """Micro-batch `number`, the same in every process: noise."""
+        draws = np.random.default_rng(number)
         longest = int(self.seconds * self.config.model.sampling_rate)
-        # Lengths spread like LibriSpeech's: most are near 14 s of 16.
-        shares = 1.0 - draws.beta(1.0, 3.5, size=self.utterances) if self.lengths else np.ones(self.utterances)
+        shares = np.ones(self.utterances)
+        if self.lengths == "bucket":
+            shares -= 0.03 * draws.random(self.utterances)
+        elif self.lengths == "corpus":
+            shares -= draws.beta(1.0, 3.5, size=self.utterances)  # most are near 14 s of 16
         shares[0] = 1.0
         waveforms = [draws.standard_normal(int(share * longest), dtype=np.float32) for share in shares]
-        inputs = make_inputs(waveforms, range(self.utterances), number=0, seed=0, config=self.config.model)
-        return MicroBatch(update=0, number=0, inputs=inputs, audio_samples=sum(map(len, waveforms)))
+        inputs = make_inputs(waveforms, range(self.utterances), number=number, seed=0, config=self.config.model)
+        return MicroBatch(update=0, number=number, inputs=inputs, audio_samples=sum(map(len, waveforms)))
 
     def in_fp32(self) -> Config:
         """The settings, with fp32 throughout."""

@@ -106,7 +106,7 @@ def main(
     ):
         config = work_settings(model, [*(settings or []), f"precision.compute={computing}"])
         row: dict[str, Any] = {"preset": model, "compute": computing, "utterances": count, "seconds": length}
-        work = Work(config, count, length, lengths)
+        work = Work(config, count, length, "corpus" if lengths else "equal")
         row |= measure(work, names, device=device, rounds=rounds, limit=limit)
         print_table(row)
         rows.append(row)

@@ -24,6 +24,9 @@ def build_engine(model: Wav2Vec2, criterion: Criterion, config: Config, device: 
     """
     if device.type == "cpu":
         keep_freed_memory()
+    elif device.type == "cuda":
+        # From torch 2.11 on it is preferred on Hopper GPUs, and builds a plan for each new shape of a batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     recompute_activations(model, config.engine)
     compile_blocks(model, config.engine)
     # Imported here: each backend takes its time, and only one is needed.

@@ -1,0 +1,195 @@
+"""Measure a GPU: correctness, speed and what to choose there, in one call of at most 9 minutes.
+
+    python tools/bench/gpu.py --out DIR
+    python tools/bench/gpu.py --out DIR --only rates_base --only rates_large
+    python tools/bench/gpu.py --out DIR --device cpu --tiny         what the tests run
+
+Each phase has a process and a time limit of its own. DIR/gpu.json is written again after each row, and DIR/PHASE.log
+holds what the phase printed: a phase that fails or runs out of time loses only the rows that it had not measured yet.
+A table of the main figures, and what they say about the choices on this GPU, ends the output.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from tools.bench.phases.measuring import Machine
+from tools.bench.phases.report import choices, headline, main_figures
+from tools.bench.script import console, end_with_parent, run_script
+
+MODULE = "tools.bench.phases"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the measurement: the generator of its rows, as module:function, and its time limit."""
+
+    name: str
+    target: str
+    seconds: float
+
+
+PHASES = (
+    Phase("environment", f"{MODULE}.environment:environment", 40),
+    Phase("correctness", f"{MODULE}.engines:correctness", 110),
+    Phase("synchronisations", f"{MODULE}.engines:synchronisations", 40),
+    Phase("rates_base", f"{MODULE}.rates:rates_base", 90),
+    Phase("rates_large", f"{MODULE}.rates:rates_large", 100),
+    Phase("transformers", f"{MODULE}.rates:transformers", 90),
+    Phase("operations", f"{MODULE}.operations:operations", 70),
+    Phase("new_shapes", f"{MODULE}.operations:new_shapes", 50),
+    Phase("profile", f"{MODULE}.rates:profile", 50),
+    Phase("recompilations", f"{MODULE}.rates:recompilations", 60),
+    Phase("loader", f"{MODULE}.loading:loader", 40),
+)
+
+
+def main(
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for gpu.json and the logs.")],
+    device: Annotated[str, typer.Option(metavar="cuda|cpu", help="Device to measure.")] = "cuda",
+    tiny: Annotated[bool, typer.Option("--tiny", help="Measure small models only, in a minute on a CPU.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PHASE", help="Run only this phase; repeatable.", show_default="all"),
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Time limit of all phases together.")] = 9.0,
+) -> None:
+    """Measure a GPU and write DIR/gpu.json."""
+    names = [phase.name for phase in PHASES]
+    if unknown := [name for name in only or [] if name not in names]:
+        raise typer.BadParameter(f"{unknown[0]}: not one of {', '.join(names)}", param_hint="--only")
+    chosen = [phase for phase in PHASES if not only or phase.name in only]
+    document = run_phases(chosen, Machine(device, tiny), out, seconds=60 * minutes)
+    print_report(document)
+    print(json.dumps(headline(document)))
+    if document["failed"]:
+        sys.exit(1)
+
+
+def run_phases(phases: Sequence[Phase], machine: Machine, out: Path, *, seconds: float) -> dict[str, Any]:
+    """Run phases one after the other for at most `seconds`; the document that is also in `out`/gpu.json.
+
+    `document["phases"]` has the rows of each phase, `document["failed"]` the reasons of those that did not finish.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = {
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": machine.device_name, "tiny": machine.tiny,
+        "phases": {phase.name: {} for phase in phases}, "seconds": {}, "failed": {},
+    }  # fmt: skip
+    deadline = time.monotonic() + seconds
+    for phase in phases:
+        began = time.monotonic()
+        limit = min(phase.seconds, deadline - began)
+        reason = _run_phase(phase, machine, out, limit, document) if limit > 0 else "no time was left"
+        document["seconds"][phase.name] = round(time.monotonic() - began, 1)
+        if reason is not None:
+            document["failed"][phase.name] = reason
+        _write(out, document)
+        outcome = "done" if reason is None else f"FAILED: {reason}"
+        console.print(f"{phase.name}: {outcome} ({document['seconds'][phase.name]:.0f} s)", markup=False)
+    return document
+
+
+def _run_phase(phase: Phase, machine: Machine, out: Path, limit: float, document: dict[str, Any]) -> str | None:
+    """Run one phase in a process of its own; why it did not finish, or None."""
+    deadline = time.monotonic() + limit
+    # A fork has all imports; but CUDA does not work in a fork of a process that has used it.
+    context = multiprocessing.get_context("spawn" if machine.on_gpu else "fork")
+    rows: multiprocessing.Queue[tuple[str, Any]] = context.Queue()
+    log = out / f"{phase.name}.log"
+    process = context.Process(target=_measure, args=(phase.target, machine, log, rows))
+    process.start()
+    try:
+        while True:
+            try:
+                key, value = rows.get(timeout=min(0.5, max(deadline - time.monotonic(), 0.01)))
+            except queue.Empty:
+                if time.monotonic() >= deadline:
+                    return f"ran out of time after {limit:.0f} s"
+                if not process.is_alive() and rows.empty():
+                    return f"its process ended with code {process.exitcode}, see {log.name}"
+                continue
+            if key == FINISHED:
+                return value
+            document["phases"][phase.name][key] = value
+            _write(out, document)
+    finally:
+        _end(process)
+
+
+FINISHED = "finished"
+"""The key of a phase's last row: the error that ended it, or None."""
+
+
+def _measure(target: str, machine: Machine, log: Path, rows: Any) -> None:
+    """In the phase's process: run it and send its rows."""
+    end_with_parent()
+    os.setsid()  # so that what it starts can be ended with it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    module, _, function = target.partition(":")
+    try:
+        if machine.tiny:
+            torch.set_num_threads(1)
+        for row in getattr(importlib.import_module(module), function)(machine):
+            rows.put(row)
+    except BaseException as error:
+        traceback.print_exc()
+        rows.put((FINISHED, f"{type(error).__name__}: {error}".splitlines()[0][:300]))
+    else:
+        rows.put((FINISHED, None))
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _end(process: Any) -> None:
+    """End a phase's process and all that it started."""
+    process.join(1)  # it may be about to end by itself
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+    process.join()
+
+
+def _write(out: Path, document: Mapping[str, Any]) -> None:
+    """Replace gpu.json; a reader never sees half of it."""
+    document = {**document, **headline(document), "choices": choices(document)}
+    partial = out / ".gpu.json.partial"
+    partial.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    partial.replace(out / "gpu.json")
+
+
+def print_report(document: Mapping[str, Any]) -> None:
+    """Print the main figures, and what to choose on this device."""
+    table = Table(title=f"{document['device']}, {document['started']}", box=None, title_justify="left")
+    for heading in ("phase", "figure", "value"):
+        table.add_column(heading)
+    for phase, figure, value in main_figures(document):
+        table.add_row(phase, figure, value)
+    console.print(table)
+    for choice, why in choices(document).items():
+        console.print(f"{choice}: {why}", markup=False)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,250 @@
+"""Whether all engines compute the same on this device, and what of an update the host waits for."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tools.bench.contenders import Work
+from tools.bench.engine_parity import ENGINES, relative_difference
+from tools.bench.phases.measuring import Machine, Rows
+from tools.bench.script import end_with_parent
+from w2vscale.checkpoint.reading import TrainState, open_checkpoint
+from w2vscale.checkpoint.store import CheckpointStore
+from w2vscale.config import Config, dump_config, load_config
+from w2vscale.data.micro_batch import MicroBatch, gumbel_noise
+from w2vscale.distributed.process_group import Ranks, process_group
+from w2vscale.engine import Engine, build_engine
+from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.models.inputs import concatenate, to_device
+from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.optim.schedules import gumbel_temperature
+from w2vscale.training.run import empty_model, initial_values
+
+UPDATES, SAVED = 6, 3
+"""Updates of each run, and the one after which it saves what another engine continues."""
+
+QUIET = tuple(f"model.{name}=0" for name in ("dropout", "attention_dropout", "input_dropout", "feature_dropout"))
+"""Without noise that the CPU and a GPU draw differently."""
+
+PRECISIONS = ("fp32", "bf16")
+
+AGREE, AGREE_WITH_CPU, AGREE_BF16 = 1e-5, 1e-3, 3e-2
+"""Largest relative differences of a loss or a norm that count as agreement."""
+
+WAIT = 80.0
+"""Seconds that an engine waits for the checkpoint of the one before it."""
+
+
+def correctness(machine: Machine) -> Rows:
+    """Losses and norms of every engine, in fp32 and bf16, against DDP's and against DDP on the CPU in fp32.
+
+    All start alike. After `SAVED` updates each saves a checkpoint, and each continues that of the engine before it.
+    """
+    # With a GPU all runs are processes side by side. A CPU's forks come one after the other, for their memory.
+    context = multiprocessing.get_context("spawn" if machine.on_gpu else "fork")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        names = list(ENGINES)
+        runs = {
+            (engine, precision): (machine.device_name, engine, names[index - 1], precision)
+            for precision in PRECISIONS
+            for index, engine in enumerate(names)
+        }
+        if machine.on_gpu:
+            runs["ddp", "cpu"] = ("cpu", "ddp", "", "fp32")
+        processes = []
+        for (engine, precision), arguments in runs.items():
+            result = folder / f"{engine}-{precision}.json"
+            process = context.Process(target=_train, args=(*arguments, machine.tiny, folder, result))
+            process.start()
+            processes.append(process)
+        for process in processes:
+            process.join()
+        curves = {
+            run: json.loads(path.read_text()) for run in runs if (path := folder / f"{run[0]}-{run[1]}.json").is_file()
+        }
+    for (engine, precision), curve in curves.items():
+        yield f"{engine}_{precision}", curve
+    differences: dict[str, float] = {}
+    for precision in PRECISIONS:
+        reference = curves.get(("ddp", precision))
+        of_engines = [curve for (_, other), curve in curves.items() if other == precision]
+        if reference and len(of_engines) == len(names):
+            differences[precision] = max(_difference(curve, reference, "losses") for curve in of_engines)
+            differences[f"{precision}_continued"] = max(_difference(one, reference, "continued") for one in of_engines)
+    if ("ddp", "cpu") in curves and ("ddp", "fp32") in curves:
+        differences["cpu"] = _difference(curves["ddp", "fp32"], curves["ddp", "cpu"], "losses")
+    yield "max_relative_difference", differences
+    yield (
+        "engines_agree",
+        {"fp32", "bf16"} <= differences.keys()
+        and all(
+            value <= (AGREE_WITH_CPU if name == "cpu" else AGREE_BF16 if name.startswith("bf16") else AGREE)
+            for name, value in differences.items()
+        ),
+    )
+    missing = [f"{engine} in {precision}" for engine, precision in runs if (engine, precision) not in curves]
+    if missing:
+        raise RuntimeError(f"no result of {', '.join(missing)}; see this phase's log")
+
+
+def _difference(curve: dict[str, list[float]], reference: dict[str, list[float]], key: str) -> float:
+    """Largest relative difference of losses and norms; a continued run's from the update at which it continues."""
+    losses, norms = ("continued", "continued_norms") if key == "continued" else ("losses", "norms")
+    start = SAVED if key == "continued" else 0
+    return max(
+        relative_difference(curve[losses], reference["losses"][start:]),
+        relative_difference(curve[norms], reference["norms"][start:]),
+    )
+
+
+def _train(device_name: str, engine: str, before: str, precision: str, tiny: bool, folder: Path, result: Path) -> None:
+    """In a process of its own: `UPDATES` updates, then those after `SAVED` again from the checkpoint of `before`."""
+    end_with_parent()
+    try:
+        if device_name == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU also where there is a GPU
+            torch.set_num_threads(1 if tiny else 4)
+        shape = ("model.layers=1",) if tiny else ("model.layers=2",)
+        config = load_config(
+            "tiny" if tiny else "base",
+            [*QUIET, *shape, "model.layerdrop=0", f"precision.compute={precision}", ENGINES[engine]],
+        )
+        with process_group(needed=True) as (ranks, device):
+            found = _curves(config, device, ranks, folder, (engine, before, precision), tiny=tiny)
+        result.with_suffix(".partial").write_text(json.dumps(found))
+        result.with_suffix(".partial").rename(result)
+    except BaseException:
+        print(f"{engine} in {precision} on {device_name}:")
+        traceback.print_exc()
+
+
+def _curves(
+    config: Config, device: torch.device, ranks: Ranks, folder: Path, run: tuple[str, str, str], *, tiny: bool
+) -> dict[str, list[float]]:
+    engine_name, before, precision = run
+    batches = [_padded_batch(config, number, tiny=tiny) for number in range(2 * UPDATES)]
+    engine = _build(config, device)
+    engine.import_parameters(initial_values(config))
+    saved = folder / f"{engine_name}-{precision}-{device.type}"
+    losses, norms = _updates(engine, batches, device, range(SAVED))
+    store = CheckpointStore(saved, ranks)
+    store.save(engine.export_state(), TrainState(update=SAVED), dump_config(config))
+    more_losses, more_norms = _updates(engine, batches, device, range(SAVED, UPDATES))
+    engine.close()
+    curves = {"losses": losses + more_losses, "norms": norms + more_norms}
+    if before:
+        other = folder / f"{before}-{precision}-{device.type}" / f"update_{SAVED:08d}"
+        deadline = time.monotonic() + WAIT
+        while not other.is_dir():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{before} saved no checkpoint in {WAIT:.0f} s")
+            time.sleep(0.05)
+        engine = _build(config, device)
+        engine.import_state(open_checkpoint(other))
+        curves["continued"], curves["continued_norms"] = _updates(engine, batches, device, range(SAVED, UPDATES))
+        engine.close()
+    return curves
+
+
+def _build(config: Config, device: torch.device) -> Engine:
+    return build_engine(empty_model(config), _HostNoise(config.model, seed=0), config, device)
+
+
+class _HostNoise(PretrainingCriterion):
+    """The objective with Gumbel noise drawn on the CPU, so that it is the same on every device."""
+
+    def __call__(
+        self, module: nn.Module, chunk: Sequence[MicroBatch], *, device: torch.device, training: bool
+    ) -> LossSums:
+        sums: LossSums = module(
+            concatenate([to_device(batch.inputs, device) for batch in chunk]),
+            noise_MGV=gumbel_noise(chunk, seed=0, config=self.config, device=torch.device("cpu")).to(device),
+            temperature=gumbel_temperature(chunk[0].update, self.config),
+        )
+        return sums
+
+
+def _updates(
+    engine: Engine, batches: Sequence[MicroBatch], device: torch.device, numbers: range
+) -> tuple[list[float], list[float]]:
+    """Losses per masked frame, and norms, of updates of two micro-batches each."""
+    losses, norms = [], []
+    for number in numbers:
+        window = batches[2 * number : 2 * number + 2]
+        weight = sum(batch.weight for batch in window)
+        sums = engine.run_window(window, torch.tensor(float(weight), device=device))
+        norms.append(engine.step(lr=1e-4, max_norm=1.0).grad_norm)
+        losses.append(float(sums.total) / weight)
+    assert all(map(math.isfinite, losses + norms))
+    return losses, norms
+
+
+def _padded_batch(config: Config, number: int, *, tiny: bool) -> MicroBatch:
+    """Utterances of different lengths, so that padding counts."""
+    work = Work(config, 2, 1.0 if tiny else 5.0, "corpus")
+    return work.batch(number)
+
+
+def synchronisations(machine: Machine) -> Rows:
+    """Operations of one update that the host waits for, with the places that ask for them."""
+    config = load_config(machine.preset("base"), ["model.layerdrop=0", "precision.compute=bf16"])
+    device = machine.device
+    engine = build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, device)
+    engine.import_parameters(initial_values(config))
+    work = Work(config, 2, 2.0 if machine.tiny else 15.0, "bucket")
+    window = [work.batch(number) for number in range(2)]
+    if machine.on_gpu:
+        window = [batch.pin_memory() for batch in window]
+    denominator = torch.tensor(float(sum(batch.weight for batch in window)))
+    for _ in range(2):
+        engine.run_window(window, denominator)
+        engine.step(lr=1e-4, max_norm=1.0)
+    if not machine.on_gpu:
+        yield "syncs_per_update", None  # a CPU waits for nothing
+        return
+    found = {}
+    with _waits() as places:
+        engine.run_window(window, denominator)
+    found["window"] = list(places)
+    with _waits() as places:
+        engine.step(lr=1e-4, max_norm=1.0)
+    found["step"] = list(places)
+    yield "places", found
+    yield "syncs_per_update", sum(map(len, found.values()))
+
+
+@contextmanager
+def _waits() -> Iterator[list[str]]:
+    """Collects the places in our code that make the host wait for the GPU, as CUDA's check reports them."""
+    places: list[str] = []
+
+    def note(message: Warning | str, *_: Any, **__: Any) -> None:
+        if "synchronizing" in str(message):
+            stack = [frame for frame in traceback.extract_stack() if "w2vscale/" in frame.filename]
+            at = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in stack[-3:]]
+            places.append(" > ".join(at) or "in the backward")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield places
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

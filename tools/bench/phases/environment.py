@@ -1,0 +1,108 @@
+"""What the machine is, and its two ceilings: the rate of matrix products and that of copies."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from tools.bench.phases.measuring import Machine, Rows, attempt, median_ms, release_memory
+from w2vscale.config import load_config
+
+LONG_SECONDS = 300
+"""Audio of the forward whose matrix products are measured."""
+
+
+def environment(machine: Machine) -> Rows:
+    """Versions, the attention back-ends in order of preference, copy bandwidth, rates of matrix products."""
+    device = machine.device
+    yield "versions", versions()
+    yield "processor", {"name": _processor(), "cores": os.cpu_count()}
+    if machine.on_gpu:
+        properties = torch.cuda.get_device_properties(device)
+        yield "gpu", {"name": properties.name, "memory_bytes": properties.total_memory}
+    yield "attention_order", attention_order()
+    yield "attention_chosen", attempt(lambda: attention_chosen(device))
+    size = 2**20 if machine.tiny else 2**31
+    yield "copy_bytes_per_second", copy_bandwidth(device, size)
+    yield "matrix_flops", matrix_flops(device, 256 if machine.tiny else 8192, repeats=3 if machine.tiny else 20)
+    for name in ("base", "large"):
+        yield f"{name}_matrix_flops", model_matrix_flops(machine, machine.preset(name))
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what takes part."""
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        nccl = torch.cuda.nccl.version()
+        found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "nccl": ".".join(map(str, nccl))}
+    for package in ("deepspeed", "transformers", "lhotse", "triton"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _processor() -> str:
+    description = Path("/proc/cpuinfo")
+    lines = description.read_text().splitlines() if description.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+def attention_order() -> list[str]:
+    """The back-ends of scaled dot-product attention, in PyTorch's order; a choice also depends on the inputs."""
+    names = {int(backend): name for name, backend in torch.nn.attention.SDPBackend.__members__.items()}
+    return [names.get(number, str(number)) for number in torch._C._get_sdp_priority_order()]
+
+
+def attention_chosen(device: torch.device) -> dict[str, str]:
+    """The back-end that PyTorch chooses with dropout, without and with a mask of padding."""
+    names = {int(backend): name for name, backend in torch.nn.attention.SDPBackend.__members__.items()}
+    q_BHTE = torch.randn(4, 12, 780, 64, device=device, dtype=torch.bfloat16)
+    mask = torch.ones(4, 1, 1, 780, dtype=torch.bool, device=device)
+    return {
+        "no mask": names[torch._fused_sdp_choice(q_BHTE, q_BHTE, q_BHTE, dropout_p=0.1)],
+        "mask": names[torch._fused_sdp_choice(q_BHTE, q_BHTE, q_BHTE, attn_mask=mask, dropout_p=0.1)],
+    }
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes per second of a copy on the device, read and written."""
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    milliseconds = median_ms(lambda: target.copy_(source), device, repeats=10)
+    return 2 * size / milliseconds * 1000
+
+
+def matrix_flops(
+    device: torch.device, rows: int, inputs: int | None = None, outputs: int | None = None, *, repeats: int = 10
+) -> float:
+    """FLOP/s of [rows, inputs] x [inputs, outputs] in bf16, on random values; square by default."""
+    inputs, outputs = inputs or rows, outputs or rows
+    x, weight = (torch.randn(shape, device=device).bfloat16() for shape in ((rows, inputs), (outputs, inputs)))
+    milliseconds = median_ms(lambda: F.linear(x, weight), device, repeats=repeats)
+    release_memory()
+    return 2 * rows * inputs * outputs / milliseconds * 1000
+
+
+def model_matrix_flops(machine: Machine, preset: str) -> dict[str, float]:
+    """FLOP/s of the products of a block and of the feature encoder's second layer, in a forward of `LONG_SECONDS`."""
+    model = load_config(preset).model
+    seconds = 1 if machine.tiny else LONG_SECONDS
+    frames = 50 * seconds
+    channels = model.conv_layers[1][0]
+    shapes = {
+        "qkv": (frames, model.dim, 3 * model.dim),
+        "attention out": (frames, model.dim, model.dim),
+        "feed-forward in": (frames, model.dim, model.ffn_dim),
+        "feed-forward out": (frames, model.ffn_dim, model.dim),
+        "feature encoder": (32 * frames, 2 * channels, channels),
+    }
+    return {name: matrix_flops(machine.device, *shape) for name, shape in shapes.items()}

@@ -1,0 +1,92 @@
+"""What all phases share: the machine, times on a device, and contenders of which one may fail."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.bench.contenders import synchronize
+
+PEAK_FLOPS = 8e14
+"""What an H100 sustains in bf16 matrix products."""
+
+Rows = Iterator[tuple[str, Any]]
+"""Figures by key, in the order in which they were measured."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a phase measures. `tiny`: with small models and few repetitions, so that the tests can run it."""
+
+    device_name: str
+    tiny: bool
+
+    @property
+    def device(self) -> torch.device:
+        """The device itself."""
+        return torch.device(self.device_name)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a GPU."""
+        return self.device.type == "cuda"
+
+    def preset(self, name: str) -> str:
+        """The preset to measure where a large machine would measure `name`."""
+        return "tiny" if self.tiny else name
+
+
+def median_ms(work: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int = 3) -> float:
+    """Median time of `work` in milliseconds; on a GPU that between two events of its stream."""
+    for _ in range(warm_up):
+        work()
+    return statistics.median(one_ms(work, device) for _ in range(repeats))
+
+
+def one_ms(work: Callable[[], object], device: torch.device) -> float:
+    """Time of `work` in milliseconds, until the device has done it."""
+    synchronize(device)
+    if device.type != "cuda":
+        began = time.perf_counter()
+        work()
+        return 1000 * (time.perf_counter() - began)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def forward_and_backward(function: Callable[..., Tensor], *leaves: Tensor) -> Callable[[], None]:
+    """Work that computes `function(*leaves)` and the gradients of all leaves that require one."""
+
+    def work() -> None:
+        y = function(*leaves)
+        torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], torch.ones_like(y))
+
+    return work
+
+
+def attempt(measure: Callable[[], Any]) -> Any:
+    """What `measure` returns; {"error": …} where the device has no such kernel, or not the memory."""
+    try:
+        return measure()
+    except (RuntimeError, NotImplementedError, TypeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        return {"error": str(error).strip().splitlines()[0][:200]}
+    finally:
+        release_memory()
+
+
+def release_memory() -> None:
+    """Give a GPU's cached memory back, so that one contender does not fail by another's."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()

@@ -1,0 +1,273 @@
+"""The operations that have several forms on a GPU: what each form costs, also the first time it meets a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tools.bench.phases.measuring import (
+    Machine,
+    Rows,
+    attempt,
+    forward_and_backward,
+    median_ms,
+    one_ms,
+)
+from w2vscale.config import Config, load_config
+from w2vscale.models import convolution
+from w2vscale.models.feature_encoder import moments_of, output_frames
+from w2vscale.training.run import empty_model
+
+DROPOUT = 0.1
+SHAPES = 40
+"""Different (utterances, frames) that a form meets."""
+
+SHAPE_SECONDS = 9.0
+"""After which a form meets no more shapes."""
+
+
+def operations(machine: Machine) -> Rows:
+    """Milliseconds of forward and backward of each form of each operation, at the sizes of `base` and `large`.
+
+    A forward of 20 utterances in bf16; those of padded forms differ in length by up to 3 %.
+    """
+    for name, seconds in (("base", 15.6), ("large", 20.0)):
+        config = load_config(machine.preset(name))
+        utterances, seconds = (2, 1.0) if machine.tiny else (20, seconds)
+        samples = int(seconds * config.model.sampling_rate)
+        frames = output_frames(samples, config.model)
+        for form in POSITIONAL:
+            yield (
+                f"{name}/positional/{form}",
+                attempt(partial(_positional_ms, machine, config, form, utterances, frames)),
+            )
+        for form in ATTENTION:
+            yield f"{name}/attention/{form}", attempt(partial(_attention_ms, machine, config, form, utterances, frames))
+        if name == "base":  # `large` has the same feature encoder
+            for layer in (1, 5):
+                for form in STRIDED:
+                    measure = partial(_strided_ms, machine, config, form, layer, utterances, samples)
+                    yield f"{name}/convolution {layer}/{form}", attempt(measure)
+            yield f"{name}/moments", attempt(partial(_moments_ms, machine, config, utterances, samples))
+        yield f"{name}/weights to bf16", attempt(partial(_cast_ms, machine, config))
+
+
+def new_shapes(machine: Machine) -> Rows:
+    """Milliseconds of forward and backward for each of `SHAPES` shapes, when it is new and the second time."""
+    config = load_config(machine.preset("base"))
+    draws = np.random.default_rng(0)
+    count, longest = (3, 60) if machine.tiny else (SHAPES, 780)
+    frames = draws.choice(np.arange(longest // 3, longest), size=count, replace=False)
+    shapes = [(max(1, int(5 * longest // frame)), int(frame)) for frame in frames]
+    for kind, forms, prepare in (("attention", ATTENTION, _attention), ("positional", POSITIONAL, _positional)):
+        for form in forms:
+            yield f"{kind}/{form}", attempt(partial(_first_and_second, machine, config, form, prepare, shapes))
+
+
+def _first_and_second(
+    machine: Machine,
+    config: Config,
+    form: str,
+    prepare: Callable[[Machine, Config, str, int, int], Callable[[], None]],
+    shapes: list[tuple[int, int]],
+) -> dict[str, Any]:
+    prepare(machine, config, form, 1, 33)()  # what is loaded once
+    first, second = [], []
+    for utterances, frames in shapes:
+        work = prepare(machine, config, form, utterances, frames)
+        first.append(one_ms(work, machine.device))
+        second.append(min(one_ms(work, machine.device) for _ in range(2)))
+        if sum(first) > 1000 * SHAPE_SECONDS:
+            break
+    return {
+        "shapes": len(first),
+        "first_ms": float(np.median(first)),
+        "first_ms_worst": max(first),
+        "second_ms": float(np.median(second)),
+        "extra_seconds": (sum(first) - sum(second)) / 1000,
+    }
+
+
+# --- the positional convolution -------------------------------------------------------------------------------------
+
+Positional = Callable[[Tensor, Tensor, int], Tensor]
+"""From frames [B, T, D] and weights [D, D / groups, K], with K // 2 frames of padding, to the first T frames."""
+
+
+def direct(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
+    """`F.conv1d`."""
+    y_BDT = F.conv1d(x_BTD.transpose(1, 2), weight_DIK, padding=weight_DIK.shape[2] // 2, groups=groups)
+    return y_BDT[:, :, : x_BTD.shape[1]].transpose(1, 2)
+
+
+def channels_last(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
+    """`F.conv2d` of one row, with channels last in memory: no copy of the frames."""
+    weight = weight_DIK.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+    x_BD1T = x_BTD.transpose(1, 2).unsqueeze(2)
+    y_BD1T = F.conv2d(x_BD1T, weight, padding=(0, weight_DIK.shape[2] // 2), groups=groups)
+    return y_BD1T.squeeze(2)[:, :, : x_BTD.shape[1]].transpose(1, 2)
+
+
+def searched(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
+    """`F.conv1d` with cuDNN's search for the fastest kernel of each shape."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        return direct(x_BTD, weight_DIK, groups)
+
+
+def in_blocks(x_BTD: Tensor, weight_DIK: Tensor, groups: int, *, block: int) -> Tensor:
+    """Products of overlapping windows with a banded matrix: `block` output frames from `block` + K - 1 frames."""
+    batch, steps, channels = x_BTD.shape
+    inputs, kernel = weight_DIK.shape[1:]
+    blocks = -(-steps // block)
+    padded_BTD = F.pad(x_BTD, (0, 0, kernel // 2, blocks * block + kernel - 1 - kernel // 2 - steps))
+    x_GBTI = padded_BTD.view(batch, -1, groups, inputs).permute(2, 0, 1, 3)
+    windows_GNJ = x_GBTI.unfold(2, block + kernel - 1, block).transpose(3, 4).reshape(groups, batch * blocks, -1)
+    weight_GOKI = weight_DIK.view(groups, -1, inputs, kernel).transpose(2, 3)
+    shifted = [F.pad(weight_GOKI, (0, 0, shift, block - 1 - shift)) for shift in range(block)]
+    band_GJP = torch.stack(shifted, dim=1).flatten(3).flatten(1, 2).transpose(1, 2)
+    y_GNP = windows_GNJ @ band_GJP
+    y_BTD = y_GNP.view(groups, batch, blocks * block, -1).permute(1, 2, 0, 3).reshape(batch, blocks * block, channels)
+    return y_BTD[:, :steps]
+
+
+def by_frequency(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
+    """Products of spectra in fp32, as on CPUs."""
+    return convolution._by_frequency(x_BTD, weight_DIK, groups)
+
+
+POSITIONAL: dict[str, Positional] = {
+    "conv1d": direct,
+    "conv1d, searched": searched,
+    "conv2d, channels last": channels_last,
+    "by frequency": by_frequency,
+    "blocks of 8": partial(in_blocks, block=8),
+    "blocks of 16": partial(in_blocks, block=16),
+    "blocks of 32": partial(in_blocks, block=32),
+}
+
+
+def _positional(machine: Machine, config: Config, form: str, utterances: int, frames: int) -> Callable[[], None]:
+    model, device = config.model, machine.device
+    x_BTD = _random(utterances, frames, model.dim, device=device)
+    weight_DIK = _random(model.dim, model.dim // model.positional_groups, model.positional_kernel, device=device)
+    return forward_and_backward(
+        lambda x, weight: POSITIONAL[form](x, weight, model.positional_groups), x_BTD, weight_DIK
+    )
+
+
+def _positional_ms(machine: Machine, config: Config, form: str, utterances: int, frames: int) -> float:
+    return median_ms(_positional(machine, config, form, utterances, frames), machine.device, repeats=_repeats(machine))
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def _attend(backend: SDPBackend, masked: bool) -> Callable[..., Tensor]:
+    def attend(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, frames_B: Tensor) -> Tensor:
+        mask = None
+        if masked:
+            steps = torch.arange(q_BTHE.shape[1], device=frames_B.device)
+            mask = (steps < frames_B.unsqueeze(1)).view(len(frames_B), 1, 1, -1)
+        with sdpa_kernel(backend):
+            y_BHTE = F.scaled_dot_product_attention(
+                q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2), mask, dropout_p=DROPOUT
+            )
+        return y_BHTE.transpose(1, 2)
+
+    return attend
+
+
+def _packed(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, frames_B: Tensor) -> Tensor:
+    """Variable-length flash attention of utterances that lie one behind the other (padding is computed here)."""
+    batch, steps = q_BTHE.shape[:2]
+    starts = torch.arange(0, (batch + 1) * steps, steps, dtype=torch.int32, device=q_BTHE.device)
+    q, k, v = (x.flatten(0, 1) for x in (q_BTHE, k_BTHE, v_BTHE))
+    y = torch.ops.aten._flash_attention_forward(q, k, v, starts, starts, steps, steps, DROPOUT, False, False)[0]
+    return y.view_as(q_BTHE)
+
+
+ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "cuDNN": _attend(SDPBackend.CUDNN_ATTENTION, masked=False),
+    "cuDNN, masked": _attend(SDPBackend.CUDNN_ATTENTION, masked=True),
+    "flash": _attend(SDPBackend.FLASH_ATTENTION, masked=False),
+    "flash, packed": _packed,
+    "memory-efficient": _attend(SDPBackend.EFFICIENT_ATTENTION, masked=False),
+    "memory-efficient, masked": _attend(SDPBackend.EFFICIENT_ATTENTION, masked=True),
+    "math, masked": _attend(SDPBackend.MATH, masked=True),
+}
+
+
+def _attention(machine: Machine, config: Config, form: str, utterances: int, frames: int) -> Callable[[], None]:
+    model, device = config.model, machine.device
+    shape = (utterances, frames, model.heads, model.dim // model.heads)
+    qkv = [_random(*shape, device=device) for _ in range(3)]
+    frames_B = torch.from_numpy(np.random.default_rng(0).integers(int(0.97 * frames), frames + 1, utterances)).to(
+        device
+    )
+    return forward_and_backward(lambda *leaves: ATTENTION[form](*leaves, frames_B), *qkv)
+
+
+def _attention_ms(machine: Machine, config: Config, form: str, utterances: int, frames: int) -> float:
+    return median_ms(_attention(machine, config, form, utterances, frames), machine.device, repeats=_repeats(machine))
+
+
+# --- the feature encoder --------------------------------------------------------------------------------------------
+
+
+def _conv1d(x_BTI: Tensor, weight_OIK: Tensor, stride: int) -> Tensor:
+    """Both sides channels first in memory, as where a whole feature encoder is."""
+    return F.conv1d(x_BTI.transpose(1, 2), weight_OIK, stride=stride)
+
+
+def _conv2d(x_BTI: Tensor, weight_OIK: Tensor, stride: int) -> Tensor:
+    """Channels last in memory."""
+    weight = weight_OIK.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x_BTI.transpose(1, 2).unsqueeze(2), weight, stride=(1, stride)).squeeze(2)
+
+
+STRIDED: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "strided products": convolution.strided_convolution,
+    "conv1d": _conv1d,
+    "conv2d, channels last": _conv2d,
+}
+
+
+def _strided_ms(machine: Machine, config: Config, form: str, layer: int, utterances: int, samples: int) -> float:
+    steps = samples
+    for _, kernel, stride in config.model.conv_layers[:layer]:
+        steps = (steps - kernel) // stride + 1
+    outputs, kernel, stride = config.model.conv_layers[layer]
+    inputs = config.model.conv_layers[layer - 1][0]
+    x_BTI = _random(utterances, steps, inputs, device=machine.device)
+    if form == "conv1d":
+        x_BTI = x_BTI.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    weight_OIK = _random(outputs, inputs, kernel, device=machine.device)
+    work = forward_and_backward(lambda x, weight: STRIDED[form](x, weight, stride), x_BTI, weight_OIK)
+    return median_ms(work, machine.device, repeats=_repeats(machine))
+
+
+def _moments_ms(machine: Machine, config: Config, utterances: int, samples: int) -> float:
+    """GroupNorm's statistics of the first layer, in fp64."""
+    taps_BTJ = torch.randn(utterances, samples // config.model.conv_layers[0][2], 16, device=machine.device).bfloat16()
+    return median_ms(lambda: moments_of(taps_BTJ, None), machine.device, repeats=_repeats(machine))
+
+
+def _cast_ms(machine: Machine, config: Config) -> float:
+    """All weights from fp32 to bf16, once: what each forward pays."""
+    weights = [torch.ones_like(x, device=machine.device) for x in empty_model(config).parameters() if x.dim() > 1]
+    return median_ms(lambda: [x.bfloat16() for x in weights], machine.device, repeats=_repeats(machine))
+
+
+def _random(*shape: int, device: torch.device) -> Tensor:
+    return torch.randn(shape, device=device).bfloat16().requires_grad_()
+
+
+def _repeats(machine: Machine) -> int:
+    return 1 if machine.tiny else 10

@@ -1,0 +1,244 @@
+"""Training rates of `base` and `large`, ours and those of Transformers, and where the time goes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as record
+
+from tools.bench import step_profile
+from tools.bench.contenders import LR, Work, synchronize, their_step
+from tools.bench.phases.environment import matrix_flops
+from tools.bench.phases.measuring import PEAK_FLOPS, Machine, Rows, attempt, release_memory
+from w2vscale.config import Config, load_config
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.engine import Engine, build_engine
+from w2vscale.engine.compilation import compiled_graphs
+from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.training.run import empty_model, initial_values
+
+UTTERANCE = {"base": 15.6, "large": 20.0, "tiny": 1.0}
+"""Seconds of the longest utterance: the presets' crops."""
+
+FORWARDS: dict[str, tuple[int, ...]] = {"base": (5, 20, 40), "large": (3, 12, 24), "tiny": (1, 2)}
+"""Utterances of a short forward, which is a preset's micro-batch, and of long ones. An update has the longest's."""
+
+UPDATES = 5
+"""Timed updates of each form."""
+
+Lengths = Literal["equal", "bucket"]
+
+
+def rates_base(machine: Machine) -> Rows:
+    """See `_rates`."""
+    yield from _rates(machine, machine.preset("base"))
+
+
+def rates_large(machine: Machine) -> Rows:
+    """See `_rates`."""
+    yield from _rates(machine, machine.preset("large"))
+
+
+def _rates(machine: Machine, preset: str) -> Rows:
+    """Seconds of audio per second of updates in bf16 by DDP: eager and compiled, short and long forwards, equal lengths
+    and lengths of one bucket (which need a mask).
+
+    An update has the audio of the longest forward, in as many forwards as it takes.
+    """
+    yield "matrix_flops", matrix_flops(machine.device, 256 if machine.tiny else 8192)
+    for compiled in (False, True):
+        if compiled and machine.tiny:
+            yield "compiled", None  # takes a minute on a CPU
+            return
+        config = _config(preset, f"engine.compile={str(compiled).lower()}")
+        engine = _engine(config, machine.device)
+        for utterances, lengths in _forms(preset):
+            name = f"{'compiled' if compiled else 'eager'}/{utterances}x{UTTERANCE[preset]:g}s/{lengths}"
+            yield name, attempt(partial(_rate, machine, config, engine, utterances, lengths))
+        engine.close()
+        release_memory()
+
+
+def _forms(preset: str, most: int = 1000) -> list[tuple[int, Lengths]]:
+    """Utterances of a forward, at most `most`, and whether they differ in length: only in the longest."""
+    forwards = [utterances for utterances in FORWARDS[preset] if utterances <= most]
+    return [*((utterances, "equal") for utterances in forwards), (max(forwards), "bucket")]  # type: ignore[list-item]
+
+
+def _config(preset: str, *settings: str) -> Config:
+    return load_config(preset, ["model.layerdrop=0", "precision.compute=bf16", *settings])
+
+
+def _engine(config: Config, device: torch.device) -> Engine:
+    engine = build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, device)
+    engine.import_parameters(initial_values(config))
+    return engine
+
+
+def _preset(config: Config) -> str:
+    return next(name for name in ("tiny", "base", "large") if load_config(name).model.dim == config.model.dim)
+
+
+def _batches(machine: Machine, config: Config, utterances: int, lengths: Lengths, count: int) -> list[MicroBatch]:
+    work = Work(config, utterances, UTTERANCE[_preset(config)], lengths)
+    batches = [work.batch(number) for number in range(count)]
+    return [batch.pin_memory() for batch in batches] if machine.on_gpu else batches
+
+
+def _rate(machine: Machine, config: Config, engine: Engine, utterances: int, lengths: Lengths) -> dict[str, Any]:
+    preset, device = _preset(config), machine.device
+    window = _batches(machine, config, utterances, lengths, max(FORWARDS[preset]) // utterances)
+    weight = torch.tensor(float(sum(batch.weight for batch in window)), device=device)
+    audio = sum(batch.audio_samples for batch in window) / config.model.sampling_rate
+    # Padding is computed, and counts.
+    flops = max(FORWARDS[preset]) * Work(config, 1, UTTERANCE[preset]).flops()
+    if machine.on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    host, windows, updates = [], [], []
+    for number in range(2 + (1 if machine.tiny else UPDATES)):
+        synchronize(device)
+        began = time.perf_counter()
+        engine.run_window(window, weight)
+        asked = time.perf_counter()
+        synchronize(device)
+        computed = time.perf_counter()
+        engine.step(lr=LR, max_norm=config.optim.max_norm)
+        synchronize(device)
+        if number >= 2:
+            host.append(asked - began)
+            windows.append(computed - began)
+            updates.append(time.perf_counter() - began)
+    seconds = statistics.median(updates)
+    return {
+        "audio_per_second": audio / seconds,
+        "mfu": flops / seconds / PEAK_FLOPS,
+        "flops_per_second": flops / seconds,
+        "forward_seconds": audio / len(window),
+        "window_ms": 1000 * statistics.median(windows),
+        "host_ms": 1000 * statistics.median(host),
+        "step_ms": 1000 * (seconds - statistics.median(windows)),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if machine.on_gpu else None,
+    }
+
+
+def transformers(machine: Machine) -> Rows:
+    """Seconds of audio per second of training steps of Transformers on the same micro-batches, eager and compiled."""
+    for name in ("base", "large"):
+        preset = machine.preset(name)
+        for compiled in (False, True):
+            if compiled and machine.tiny:
+                continue
+            kind = "compiled" if compiled else "eager"
+            for utterances, lengths in _forms(preset, most=FORWARDS[preset][1]):
+                key = f"{name}/{kind}/{utterances}x{UTTERANCE[preset]:g}s/{lengths}"
+                yield key, attempt(partial(_their_rate, machine, preset, utterances, lengths, compiled))
+
+
+def _their_rate(machine: Machine, preset: str, utterances: int, lengths: Lengths, compiled: bool) -> dict[str, Any]:
+    config = _config(preset)
+    step = their_step(config, machine.device, compiled=compiled)
+    (batch,) = _batches(machine, config, utterances, lengths, 1)
+    times = []
+    if machine.on_gpu:
+        torch.cuda.reset_peak_memory_stats(machine.device)
+    for _ in range(2 if machine.tiny else 2 + UPDATES):
+        began = time.perf_counter()
+        step(batch)
+        synchronize(machine.device)
+        times.append(time.perf_counter() - began)
+    audio = batch.audio_samples / config.model.sampling_rate
+    return {
+        "audio_per_second": audio / statistics.median(times[1:] if machine.tiny else times[2:]),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(machine.device) if machine.on_gpu else None,
+    }
+
+
+def profile(machine: Machine) -> Rows:
+    """Of one update: time by module and by kernel, kernels launched, and the time in which the device was busy."""
+    for name in ("base", "large"):
+        preset = machine.preset(name)
+        config = _config(preset)
+        model = empty_model(config)
+        step_profile.mark_modules(model)
+        engine = build_engine(model, PretrainingCriterion(config.model, seed=0), config, machine.device)
+        engine.import_parameters(initial_values(config))
+        for utterances in FORWARDS[preset][:2]:
+            key = f"{name}/{utterances}x{UTTERANCE[preset]:g}s"
+            yield key, attempt(partial(_profile, machine, config, engine, utterances))
+        engine.close()
+
+
+def _profile(machine: Machine, config: Config, engine: Engine, utterances: int) -> dict[str, Any]:
+    window = _batches(machine, config, utterances, "bucket", 1)
+    weight = torch.tensor(float(window[0].weight), device=machine.device)
+
+    def update() -> None:
+        engine.run_window(window, weight)
+        with torch.profiler.record_function(step_profile.MARK + step_profile.OPTIMIZER):
+            engine.step(lr=LR, max_norm=config.optim.max_norm)
+        synchronize(machine.device)
+
+    update()
+    began = time.perf_counter()
+    update()
+    wall = time.perf_counter() - began
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * machine.on_gpu]
+    with record(activities=activities) as profiler:
+        update()
+    events = profiler.events() or []
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    kernels = [event for event in kernels if not event.name.startswith(step_profile.MARK)]
+    return {
+        "wall_ms": 1000 * wall,
+        "busy_ms": sum(event.self_device_time_total for event in kernels) / 1000 if machine.on_gpu else None,
+        "launches": len(kernels) if machine.on_gpu else None,
+        "launches_per_audio_second": len(kernels) / (utterances * UTTERANCE[_preset(config)]),
+        "modules_ms": {
+            module: {way: 1000 * seconds for way, seconds in times.items()}
+            for module, times in step_profile.by_module(events).items()
+        },
+        "kernels_ms": {
+            kernel[:120]: 1000 * seconds for kernel, seconds in list(step_profile.by_kernel(events).items())[:25]
+        },
+    }
+
+
+def recompilations(machine: Machine) -> Rows:
+    """Graphs that torch.compile makes, and the time that it takes, over forwards of many shapes."""
+    if machine.tiny:
+        yield "graphs", None  # takes a minute on a CPU
+        return
+    config = _config("base", "engine.compile=true", "model.layers=3")
+    engine = _engine(config, machine.device)
+    draws = np.random.default_rng(0)
+    compiling = 0.0
+    graphs = {}
+    times: list[float] = []
+    for number in range(60):
+        seconds = float(draws.uniform(3.0, 15.6))
+        work = Work(config, max(1, int(78 / seconds)), seconds, "bucket" if number % 2 else "equal")
+        batch = work.batch(number).pin_memory()
+        took = _timed(partial(engine.run_window, [batch], torch.tensor(1.0)), machine.device)
+        times.append(took)
+        if compiled_graphs() > graphs.get(len(times) - 1, 0):
+            compiling += took
+        graphs[len(times)] = compiled_graphs()
+    yield "graphs", graphs
+    yield "compiling_seconds", compiling
+    yield "median_ms", 1000 * statistics.median(times)
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
