@@ -42,6 +42,17 @@ def test_in_bf16_it_is_as_exact_as_a_matrix_product() -> None:
     assert float((found - expected).norm() / expected.norm()) < 2**-7
 
 
+def test_autocast_changes_neither_value_nor_gradients() -> None:
+    torch.manual_seed(0)
+    leaves = (torch.randn(2, 50, 64, requires_grad=True), torch.randn(32, 64, 3, requires_grad=True))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y_BTO = strided_convolution(*leaves, 2)
+            results.append([y_BTO, *torch.autograd.grad(y_BTO.square().sum(), leaves)])
+    torch.testing.assert_close(results[1], results[0], rtol=0.0, atol=0.0)
+
+
 @pytest.mark.parametrize("frames", [1, 7, 16, 33, 50])
 @pytest.mark.parametrize("kernel", [16, 5, 1, 2])
 def test_the_long_one_is_pytorchs(kernel: int, frames: int) -> None:
@@ -62,8 +73,9 @@ def test_the_long_one_is_pytorchs(kernel: int, frames: int) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(expected_BTD, leaves, given_BTD))
     # In bf16 it is rounded once.
     x_BTD, weight_DIK, bias_D = (leaf.detach().bfloat16() for leaf in leaves)
-    found_BTD = long_convolution(x_BTD, weight_DIK, torch.zeros_like(bias_D), groups).double()
-    y_BDT = F.conv1d(x_BTD.double().transpose(1, 2), weight_DIK.double(), padding=kernel // 2, groups=groups)
+    found_BTD = long_convolution(x_BTD, weight_DIK, bias_D, groups).double()
+    x_BDT = x_BTD.double().transpose(1, 2)
+    y_BDT = F.conv1d(x_BDT, weight_DIK.double(), bias_D.double(), padding=kernel // 2, groups=groups)
     torch.testing.assert_close(found_BTD, y_BDT[:, :, :frames].transpose(1, 2), rtol=2**-8, atol=1e-4)
 
 

@@ -10,7 +10,7 @@ One with a long kernel is, on CPUs, a product for each frequency: a fraction of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,36 +37,51 @@ class _StridedConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        dtype = gradients[0].dtype
-        x_BTI, weight_OIK, gradient_BTO = (widened(x) for x in (*ctx.saved_tensors, gradients[0].contiguous()))
-        frames = gradient_BTO.shape[1]
-        of_x_BTI = torch.empty_like(x_BTI) if ctx.needs_input_grad[0] else None
+        x_BTI, weight_OIK = ctx.saved_tensors
+        # Gradients may be computed where autocast is on, too.
+        with _without_autocast(x_BTI):
+            of_x_BTI, of_weight_OIK = _strided_gradients(
+                x_BTI, weight_OIK, gradients[0].contiguous(), ctx.stride, wanted=ctx.needs_input_grad[:2]
+            )
+        return of_x_BTI, of_weight_OIK, None
+
+
+def _strided_gradients(
+    x_BTI: Tensor, weight_OIK: Tensor, gradient_BTO: Tensor, stride: int, *, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the input and of the weights, from that of the output."""
+    dtype, frames = gradient_BTO.dtype, gradient_BTO.shape[1]
+    x_BTI, weight_OIK, gradient_BTO = widened(x_BTI), widened(weight_OIK), widened(gradient_BTO)
+    of_x_BTI = torch.empty_like(x_BTI) if wanted[0] else None
+    if of_x_BTI is not None:
+        # If the first taps are as many as the stride, their windows lie side by side: written, not added to.
+        side_by_side = weight_OIK.shape[2] >= stride
+        of_x_BTI[:, frames * stride if side_by_side else 0 :].zero_()
+    of_weight: list[Tensor] = []
+    for offset, taps in _parts(weight_OIK, stride):
+        windows_BTJ = _windows(x_BTI, offset, taps, stride, frames)
+        if wanted[1]:
+            of_matrix_JO = torch.bmm(windows_BTJ.transpose(1, 2), gradient_BTO).sum(dim=0)
+            of_weight.append(of_matrix_JO.view(taps, -1, of_matrix_JO.shape[1]))
         if of_x_BTI is not None:
-            # If the first taps are as many as the stride, their windows lie side by side: written, not added to.
-            side_by_side = weight_OIK.shape[2] >= ctx.stride
-            of_x_BTI[:, frames * ctx.stride if side_by_side else 0 :].zero_()
-        of_weight: list[Tensor] = []
-        for offset, taps in _parts(weight_OIK, ctx.stride):
-            windows_BTJ = _windows(x_BTI, offset, taps, ctx.stride, frames)
-            if ctx.needs_input_grad[1]:
-                of_matrix_JO = torch.bmm(windows_BTJ.transpose(1, 2), gradient_BTO).sum(dim=0)
-                of_weight.append(of_matrix_JO.view(taps, -1, of_matrix_JO.shape[1]))
-            if of_x_BTI is not None:
-                weight_BJO = _matrix(weight_OIK, offset, taps).expand(x_BTI.shape[0], -1, -1)
-                of_windows_BTJ = _windows(of_x_BTI, offset, taps, ctx.stride, frames)
-                written = side_by_side and offset == 0
-                of_windows_BTJ.baddbmm_(gradient_BTO, weight_BJO.transpose(1, 2), beta=0.0 if written else 1.0)
-        of_weight_OIK = torch.cat(of_weight).permute(2, 1, 0).to(dtype) if of_weight else None
-        return None if of_x_BTI is None else of_x_BTI.to(dtype), of_weight_OIK, None
+            weight_BJO = _matrix(weight_OIK, offset, taps).expand(x_BTI.shape[0], -1, -1)
+            of_windows_BTJ = _windows(of_x_BTI, offset, taps, stride, frames)
+            written = side_by_side and offset == 0
+            of_windows_BTJ.baddbmm_(gradient_BTO, weight_BJO.transpose(1, 2), beta=0.0 if written else 1.0)
+    of_weight_OIK = torch.cat(of_weight).permute(2, 1, 0).to(dtype) if of_weight else None
+    return None if of_x_BTI is None else of_x_BTI.to(dtype), of_weight_OIK
 
 
 def strided_convolution(x_BTI: Tensor, weight_OIK: Tensor, stride: int) -> Tensor:
     """`F.conv1d` of [B, T, I] with weights [O, I, K] and no padding: [B, (T - K) // stride + 1, O]."""
-    device = x_BTI.device.type
-    # What `baddbmm_` is given must be of one type; autocast would change that of some.
-    autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with autocast:
+    with _without_autocast(x_BTI):
         return _StridedConvolution.apply(x_BTI.contiguous(), weight_OIK, stride)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Keep autocast from changing the type of some of the tensors that a function computes with."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _parts(weight_OIK: Tensor, stride: int) -> Iterator[tuple[int, int]]:
@@ -92,20 +107,29 @@ def _matrix(weight_OIK: Tensor, offset: int, taps: int) -> Tensor:
 
 
 def long_convolution(x_BTD: Tensor, weight_DIK: Tensor, bias_D: Tensor, groups: int) -> Tensor:
-    """`F.conv1d` of [B, T, D] with `K // 2` frames of padding and weights [D, D / groups, K]: the first T frames."""
-    steps, kernel = x_BTD.shape[1], weight_DIK.shape[2]
-    # With fewer frames some taps see padding alone: their gradient is zero, of which a transform would make noise.
-    if x_BTD.device.type == "cpu" and steps >= kernel:
-        return _by_frequency(x_BTD, weight_DIK, groups) + bias_D
-    y_BDT = F.conv1d(x_BTD.transpose(1, 2), weight_DIK, bias_D, padding=kernel // 2, groups=groups)
-    return y_BDT[:, :, :steps].transpose(1, 2)
+    """`F.conv1d` of [B, T, D] with `K // 2` frames of padding and weights [D, D / groups, K]: the first T frames.
+
+    On CPUs bf16 inputs are computed in fp32, and the result is rounded once. There PyTorch's own bf16 convolutions
+    with groups are wrong on processors with AMX (PyTorch 2.13: fewer than 16 channels per group, kernels of 16 or
+    longer). Autocast does not change the type there.
+    """
+    if x_BTD.device.type != "cpu":
+        return _direct(x_BTD, weight_DIK, bias_D, groups)
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    # With fewer frames some taps see padding alone: their gradient is zero, but a transform would leave noise there.
+    convolve = _by_frequency if x_BTD.shape[1] >= weight_DIK.shape[2] else _direct
+    with _without_autocast(x_BTD):
+        return convolve(x_BTD.to(wide), weight_DIK.to(wide), bias_D.to(wide), groups).to(x_BTD.dtype)
 
 
-def _by_frequency(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
-    """In windows of twice the kernel, of whose outputs the first half is whole (overlap-save), in fp32."""
-    dtype = x_BTD.dtype
-    if dtype == torch.bfloat16:
-        x_BTD, weight_DIK = x_BTD.float(), weight_DIK.float()
+def _direct(x_BTD: Tensor, weight_DIK: Tensor, bias_D: Tensor, groups: int) -> Tensor:
+    padding = weight_DIK.shape[2] // 2
+    y_BDT = F.conv1d(x_BTD.transpose(1, 2), weight_DIK, bias_D, padding=padding, groups=groups)
+    return y_BDT[:, :, : x_BTD.shape[1]].transpose(1, 2)
+
+
+def _by_frequency(x_BTD: Tensor, weight_DIK: Tensor, bias_D: Tensor, groups: int) -> Tensor:
+    """In windows of twice the kernel, of whose outputs the first half is whole (overlap-save)."""
     batch, steps, channels = x_BTD.shape
     kernel, inputs = weight_DIK.shape[2], channels // groups
     windows = -(-steps // kernel)
@@ -118,4 +142,4 @@ def _by_frequency(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
     y_BWGOF = y_FGNO.view(-1, groups, batch, windows, inputs).permute(2, 3, 1, 4, 0)
     y_BWGOK = torch.fft.irfft(y_BWGOF, n=2 * kernel)[..., :kernel]
     y_BTD = y_BWGOK.flatten(2, 3).transpose(2, 3).reshape(batch, windows * kernel, channels)
-    return y_BTD[:, :steps].to(dtype)
+    return y_BTD[:, :steps] + bias_D

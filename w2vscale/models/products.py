@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 
 def _cpu_has_bf16() -> bool:
-    if not torch.backends.mkldnn.is_available():
+    # This follows ONEDNN_MAX_CPU_ISA, but on x86-64 any processor with AVX-512 passes: there oneDNN emulates bf16.
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
-    if platform.machine() in ("x86_64", "AMD64"):  # where oneDNN calls whatever has AVX-512 able, and emulates
+    if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return True
 
 
 CPU_HAS_BF16 = _cpu_has_bf16()

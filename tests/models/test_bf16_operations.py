@@ -1,0 +1,330 @@
+"""Every bf16 operation that the models run on a CPU, against the same operation in float64, at the presets' shapes.
+
+A processor's own bf16 kernels can be wrong at some shapes only. So the presets' own modules are run, and each operation
+that they call on bf16 values, forward and backward, is repeated in float64 with the same arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from w2vscale.config import Config, load_config
+from w2vscale.config.load import preset_names
+from w2vscale.config.tree import ARCHITECTURE
+from w2vscale.data.micro_batch import make_inputs
+from w2vscale.models.build import build_model
+from w2vscale.models.convolution import long_convolution
+from w2vscale.models.feature_encoder import input_samples
+from w2vscale.models.inputs import CtcInputs, PretrainingInputs
+from w2vscale.models.products import CPU_HAS_BF16
+
+ROUNDING = 2**-8
+"""What rounding to bf16 changes at most, as a share."""
+
+BOUNDS = {
+    # These round inside, too; the gradients are differences of what they round.
+    "_scaled_dot_product_flash_attention_for_cpu": 4 * ROUNDING,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 64 * ROUNDING,
+}
+"""Of operations that round more than their result."""
+
+UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+"""Not compared: what they return has no value yet. Views are not, either: they change no value."""
+
+WITHOUT_DROPOUT = {"_scaled_dot_product_flash_attention_for_cpu"}
+"""Operations that could draw random numbers, but do not without dropout."""
+
+EVERYWHERE = {
+    "gelu",
+    "gelu_backward",
+    "native_layer_norm",
+    "native_layer_norm_backward",
+    "_scaled_dot_product_flash_attention_for_cpu",
+}
+"""Operations that each model must be seen to run in bf16, on any processor."""
+
+PRODUCTS = {"addmm", "mm", "bmm"}
+"""And these, where products of bf16 values are not computed in fp32."""
+
+PIECE = 2**14
+"""Elements that are compared at a time: they stay in the processor's cache."""
+
+
+def settings_of(config: Config) -> tuple[object, ...]:
+    """What decides the operations of a model with one block and their shapes."""
+    model = config.model.model_dump(include=ARCHITECTURE - {"layers"})
+    return (*sorted(model.items()), config.model.attention_dropout > 0.0, len(config.ctc.vocabulary))
+
+
+def distinct(settings: Callable[[Config], object]) -> dict[str, Config]:
+    """The presets, each with one block, without those whose `settings` are another's."""
+    found: dict[object, tuple[str, Config]] = {}
+    for name in preset_names():
+        config = load_config(name, ["model.layers=1", "model.layerdrop=0"])
+        found.setdefault(settings(config), (name, config))
+    return dict(found.values())
+
+
+MODELS = distinct(settings_of)
+POSITIONAL = distinct(
+    lambda config: (config.model.dim // config.model.positional_groups, config.model.positional_kernel)
+)
+
+
+# ---------------------------------------------------------------- operations, repeated in float64
+
+
+class Bf16Operations(TorchDispatchMode):
+    """Repeats each operation on bf16 values in float64; `wrong` says which results differ by more than rounding.
+
+    What is right is added to `compared`, and not repeated where the arguments' shapes, strides and types are the same.
+    """
+
+    def __init__(self, compared: set[str]) -> None:
+        super().__init__()
+        self.compared = compared
+        self.names: set[str] = set()
+        self.wrong: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = (args, dict(kwargs or {}))
+        changes_inputs = function._schema.is_mutable
+        before = exact(given) if changes_inputs and has_bf16(given) else None
+        y = function(*given[0], **given[1])
+        name = function.overloadpacket.__name__
+        if not has_bf16((given, y)) or is_view(function) or name in UNINITIALISED:
+            return y
+        self.names.add(name)
+        call = f"{function}({described(*given)})"
+        if call in self.compared:
+            return y
+        if torch.Tag.nondeterministic_seeded in function.tags and name not in WITHOUT_DROPOUT:
+            self.wrong.append(f"{call}: draws random numbers and cannot be repeated")
+        elif "convolution" in name and has_groups(function, *given):
+            self.wrong.append(f"{call}: a convolution with groups")
+        else:
+            args, kwargs = before or exact(given)
+            expected = function(*args, **kwargs)
+            inputs = (given, (args, kwargs)) if changes_inputs else ((), ())
+            error = difference((y, inputs[0]), (expected, inputs[1]))
+            if error <= BOUNDS.get(name, ROUNDING):
+                self.compared.add(call)
+            else:
+                self.wrong.append(f"{call}: error {error:.2g}")
+        return y
+
+
+def exact(arguments: Any) -> Any:
+    """A copy in float64."""
+
+    def widened(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone()
+        return torch.float64 if isinstance(x, torch.dtype) and x.is_floating_point else x
+
+    return tree_map(widened, arguments)
+
+
+def difference(found: Any, expected: Any) -> float:
+    """The largest error of an element, as a share of its own size plus its tensor's root mean square."""
+    pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
+    errors = [_difference(one, other) for one, other in pairs if isinstance(one, Tensor) and one.numel()]
+    return max(errors, default=0.0)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    if not found.is_floating_point():
+        return 0.0 if torch.equal(found, expected) else math.inf
+    if found.dim() == 0:
+        found, expected = found.view(1), expected.view(1)
+    size = float(expected.double().square().mean().sqrt()) or 1.0
+    rows = max(PIECE * found.shape[0] // found.numel(), 1)
+    pieces = zip(found.split(rows), expected.split(rows), strict=True)
+    error = float(torch.stack([((one - other).abs_() / other.abs().add_(size)).max() for one, other in pieces]).max())
+    # Where a mask is minus infinity, nothing but equality counts.
+    return 0.0 if math.isnan(error) and bool((found == expected).all()) else error
+
+
+def has_bf16(values: Any) -> bool:
+    return any(
+        isinstance(x, Tensor) and x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tree_leaves(values)
+    )
+
+
+def has_groups(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | dict(kwargs)
+    return bool(given.get("groups", 1) != 1)
+
+
+def is_view(function: Any) -> bool:
+    """Whether the result shares an input's memory unchanged."""
+    return any(returned.alias_info and not returned.alias_info.is_write for returned in function._schema.returns)
+
+
+def described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    def short(x: Any) -> Any:
+        return f"{x.dtype}{list(x.shape)}/{list(x.stride())}" if isinstance(x, Tensor) else x
+
+    given = [str(tree_map(short, x)) for x in args]
+    return ", ".join([*given, *(f"{key}={tree_map(short, x)}" for key, x in kwargs.items())])
+
+
+# ---------------------------------------------------------------- models
+
+
+def model_inputs(config: Config, frames: Sequence[int]) -> PretrainingInputs | CtcInputs:
+    draws = np.random.default_rng(0)
+    waveforms = [draws.standard_normal(input_samples(count, config.model), dtype=np.float32) for count in frames]
+    inputs = make_inputs(waveforms, range(len(frames)), number=0, seed=0, config=config.model)
+    if not config.ctc.vocabulary:
+        return inputs
+    return CtcInputs(
+        waveforms_BS=inputs.waveforms_BS,
+        lengths_B=inputs.lengths_B,
+        frames_B=inputs.frames_B,
+        mask_BT=inputs.mask_BT,
+        channel_mask_BD=torch.arange(config.model.dim).expand(len(frames), -1) < config.model.dim // 4,
+        labels_L=torch.ones(len(frames), dtype=torch.long),
+        label_lengths_B=torch.ones(len(frames), dtype=torch.long),
+        utterances=inputs.utterances,
+        labels=(len(frames),),
+        padded=inputs.padded,
+    )
+
+
+def loss_of(config: Config, model: nn.Module, inputs: PretrainingInputs | CtcInputs) -> Tensor:
+    if isinstance(inputs, CtcInputs):
+        loss: Tensor = model(inputs).total
+        return loss
+    noise_MGV = torch.zeros(len(inputs.frame_M), config.model.codebooks, config.model.codebook_entries)
+    loss = model(inputs, noise_MGV=noise_MGV if model.training else None).total
+    return loss
+
+
+class Precision(NamedTuple):
+    """How a model comes to compute in bf16."""
+
+    weights: torch.dtype
+    activations: torch.dtype
+    autocast: bool
+
+
+PRECISIONS = {
+    "compute": Precision(torch.float32, torch.bfloat16, autocast=False),
+    "weights": Precision(torch.bfloat16, torch.bfloat16, autocast=False),
+    "autocast": Precision(torch.float32, torch.float32, autocast=True),
+}
+
+
+@pytest.fixture(scope="module")
+def compared() -> set[str]:
+    """Models of the same width share most of their operations."""
+    return set()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("preset", MODELS)
+def test_every_bf16_operation_is_right_but_for_rounding(preset: str, precision: Precision, compared: set[str]) -> None:
+    config = MODELS[preset]
+    torch.manual_seed(0)
+    model = build_model(config.model, config.ctc, precision.activations).to(precision.weights)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast)
+    with Bf16Operations(compared) as operations:
+        with autocast:
+            loss = loss_of(config, model, model_inputs(config, (37, 12, 1)))
+        loss.backward()
+        model.eval()
+        for frames in ((12,), (1,)):  # without dropout or padding
+            with autocast, torch.no_grad():
+                loss_of(config, model, model_inputs(config, frames))
+    assert not operations.wrong, "\n".join(operations.wrong)
+    assert operations.names >= (EVERYWHERE | PRODUCTS if CPU_HAS_BF16 or precision.autocast else EVERYWHERE)
+
+
+@pytest.mark.parametrize("frames", [1, 37, 131])
+@pytest.mark.parametrize("preset", POSITIONAL)
+def test_the_positional_convolution_is_rounded_once(preset: str, frames: int) -> None:
+    config = POSITIONAL[preset].model
+    torch.manual_seed(0)
+    width = config.dim // config.positional_groups
+    groups = 2  # all groups are alike
+    shapes = ((1, frames, groups * width), (groups * width, width, config.positional_kernel), (groups * width,))
+    values = [torch.randn(shape).bfloat16() for shape in shapes]
+    given_BTD = torch.randn(shapes[0]).bfloat16()
+
+    def gradients(convolve: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in values]
+        y_BTD = convolve(*leaves, groups)
+        return [y_BTD.detach(), *torch.autograd.grad(y_BTD, leaves, given_BTD.to(dtype))]
+
+    expected = gradients(plain_convolution, torch.float64)
+    operations = Bf16Operations(set())
+    with operations:
+        found = gradients(long_convolution, torch.bfloat16)
+    assert not operations.wrong, "\n".join(operations.wrong)
+    assert {x.dtype for x in found} == {torch.bfloat16}
+    assert difference(found, expected) <= ROUNDING
+    with torch.autocast("cpu", torch.bfloat16), operations:
+        found = gradients(long_convolution, torch.float32)
+    assert not operations.wrong, "\n".join(operations.wrong)
+    assert {x.dtype for x in found} == {torch.float32}
+    assert difference(found, expected) < 2**-12
+
+
+def plain_convolution(x_BTD: Tensor, weight_DIK: Tensor, bias_D: Tensor, groups: int) -> Tensor:
+    y_BDT = F.conv1d(x_BTD.transpose(1, 2), weight_DIK, bias_D, padding=weight_DIK.shape[2] // 2, groups=groups)
+    return y_BDT[:, :, : x_BTD.shape[1]].transpose(1, 2)
+
+
+# ---------------------------------------------------------------- the comparison itself
+
+
+class Faulty(TorchDispatchMode):
+    """Returns garbage for one operation in bf16, as a processor's faulty kernel does."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        y = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ == self.name and has_bf16(y):
+            y.view(-1)[-1] += 1.0
+        return y
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_backward", "_to_copy"])
+def test_a_wrong_element_is_found(name: str) -> None:
+    torch.manual_seed(0)
+    with Faulty(name), Bf16Operations(set()) as operations:
+        x = torch.randn(7, 5, requires_grad=True)
+        F.gelu(x.bfloat16()).sum().backward()
+    assert len(operations.wrong) == 1 and operations.wrong[0].startswith(f"aten.{name}.default(")
+
+
+def test_a_convolution_with_groups_in_bf16_is_found() -> None:
+    x_BDT, weight_DIK = torch.randn(1, 4, 9).bfloat16(), torch.randn(4, 2, 3).bfloat16()
+    with Bf16Operations(set()) as operations:
+        plain_convolution(x_BDT.transpose(1, 2), weight_DIK, torch.zeros(4).bfloat16(), groups=2)
+    assert len(operations.wrong) == 1 and operations.wrong[0].endswith("a convolution with groups")
+
+
+def test_random_numbers_in_bf16_are_found() -> None:
+    with Bf16Operations(set()) as operations:
+        torch.empty(3, dtype=torch.bfloat16).normal_()
+    assert len(operations.wrong) == 1 and "cannot be repeated" in operations.wrong[0]
