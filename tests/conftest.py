@@ -13,6 +13,8 @@ from hypothesis import settings
 # Before torch is imported: the tests' tensors are small, and the machine is shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
 from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest
 from tests.processes import Started
 
@@ -22,7 +24,12 @@ settings.load_profile("w2vscale")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, which deals out whole files, those with slow tests go first, lest one of them end alone."""
+    """Tests marked `cuda` need a GPU. Under pytest-xdist, which deals out whole files, those with slow tests go first,
+    lest one of them end alone."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
     if "PYTEST_XDIST_WORKER" in os.environ:
         slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "distributed")))}
         items.sort(key=lambda item: item.path not in slow)

@@ -85,7 +85,7 @@ def test_fine_tuning_needs_no_value() -> None:
         model.head(encoded.context_BTD).sum().backward()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 def test_a_window_on_a_gpu_waits_for_nothing() -> None:
     config = load_config("base", [*MICRO_MODEL, "precision.compute=bf16"])
     device = torch.device("cuda", torch.cuda.current_device())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from w2vscale.models.convolution import long_convolution, strided_convolution
+from w2vscale.models.convolution import convolution_in_blocks, long_convolution, strided_convolution
 
 
 @pytest.mark.parametrize("frames", [10, 11, 12, 37])
@@ -93,3 +93,44 @@ def test_what_needs_no_gradient_gets_none(frozen: int) -> None:
     leaves = [torch.randn(2, 20, 6, requires_grad=frozen != 0), torch.randn(4, 6, 3, requires_grad=frozen != 1)]
     strided_convolution(leaves[0], leaves[1], 2).square().sum().backward()
     assert [leaf.grad is None for leaf in leaves] == [frozen == 0, frozen == 1]
+
+
+@pytest.mark.parametrize("frames", [1, 7, 8, 33, 150])
+@pytest.mark.parametrize("kernel", [1, 2, 5, 16, 128])
+def test_the_long_one_in_blocks_is_pytorchs(kernel: int, frames: int) -> None:
+    """What GPUs compute, here on the CPU."""
+    torch.manual_seed(0)
+    groups, channels = 3, 12
+    leaves = (
+        torch.randn(2, frames, channels, dtype=torch.float64, requires_grad=True),
+        torch.randn(channels, channels // groups, kernel, dtype=torch.float64, requires_grad=True),
+    )
+    y_BDT = F.conv1d(leaves[0].transpose(1, 2), leaves[1], padding=kernel // 2, groups=groups)
+    expected_BTD = y_BDT[:, :, :frames].transpose(1, 2)
+    found_BTD = convolution_in_blocks(*leaves, groups)
+    torch.testing.assert_close(found_BTD, expected_BTD)
+    given_BTD = torch.randn_like(found_BTD)
+    found = torch.autograd.grad(found_BTD, leaves, given_BTD)
+    torch.testing.assert_close(found, torch.autograd.grad(expected_BTD, leaves, given_BTD))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("frames", [5, 100, 333])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_long_one_on_a_gpu(dtype: torch.dtype, frames: int) -> None:
+    torch.manual_seed(0)
+    groups, channels, kernel = 16, 768, 128
+    exact = (
+        torch.randn(3, frames, channels, dtype=torch.float64, requires_grad=True),
+        torch.randn(channels, channels // groups, kernel, dtype=torch.float64, requires_grad=True),
+        torch.randn(channels, dtype=torch.float64, requires_grad=True),
+    )
+    y_BDT = F.conv1d(exact[0].transpose(1, 2), exact[1], exact[2], padding=kernel // 2, groups=groups)
+    expected_BTD = y_BDT[:, :, :frames].transpose(1, 2)
+    leaves = [leaf.detach().to("cuda", dtype).requires_grad_() for leaf in exact]
+    found_BTD = long_convolution(*leaves, groups)
+    given_BTD = torch.randn(3, frames, channels, dtype=torch.float64)
+    found = [found_BTD, *torch.autograd.grad(found_BTD, leaves, given_BTD.to("cuda", dtype))]
+    expected = [expected_BTD, *torch.autograd.grad(expected_BTD, exact, given_BTD)]
+    for one, other in zip(found, expected, strict=True):
+        assert float((one.cpu().double() - other).norm() / other.norm()) < (2**-7 if dtype == torch.bfloat16 else 1e-5)

@@ -29,7 +29,7 @@ import torch
 import typer
 from rich.table import Table
 
-from tools.bench.phases.measuring import Machine
+from tools.bench.phases.measuring import Machine, process_context
 from tools.bench.phases.report import choices, headline, main_figures
 from tools.bench.script import console, end_with_parent, run_script
 
@@ -49,14 +49,14 @@ PHASES = (
     Phase("environment", f"{MODULE}.environment:environment", 40),
     Phase("correctness", f"{MODULE}.engines:correctness", 110),
     Phase("synchronisations", f"{MODULE}.engines:synchronisations", 40),
-    Phase("rates_base", f"{MODULE}.rates:rates_base", 90),
+    Phase("rates_base", f"{MODULE}.rates:rates_base", 100),
     Phase("rates_large", f"{MODULE}.rates:rates_large", 100),
-    Phase("transformers", f"{MODULE}.rates:transformers", 90),
+    Phase("transformers", f"{MODULE}.rates:transformers", 170),
     Phase("operations", f"{MODULE}.operations:operations", 70),
     Phase("new_shapes", f"{MODULE}.operations:new_shapes", 50),
     Phase("profile", f"{MODULE}.rates:profile", 50),
     Phase("recompilations", f"{MODULE}.rates:recompilations", 60),
-    Phase("loader", f"{MODULE}.loading:loader", 40),
+    Phase("loader", f"{MODULE}.loading:loader", 45),
 )
 
 
@@ -109,19 +109,16 @@ def run_phases(phases: Sequence[Phase], machine: Machine, out: Path, *, seconds:
 def _run_phase(phase: Phase, machine: Machine, out: Path, limit: float, document: dict[str, Any]) -> str | None:
     """Run one phase in a process of its own; why it did not finish, or None."""
     deadline = time.monotonic() + limit
-    # A fork has all imports; but CUDA does not work in a fork of a process that has used it.
-    context = multiprocessing.get_context("spawn" if machine.on_gpu else "fork")
+    context = process_context(machine)
     rows: multiprocessing.Queue[tuple[str, Any]] = context.Queue()
     log = out / f"{phase.name}.log"
     process = context.Process(target=_measure, args=(phase.target, machine, log, rows))
     process.start()
     try:
-        while True:
+        while time.monotonic() < deadline:
             try:
-                key, value = rows.get(timeout=min(0.5, max(deadline - time.monotonic(), 0.01)))
+                key, value = rows.get(timeout=0.1)
             except queue.Empty:
-                if time.monotonic() >= deadline:
-                    return f"ran out of time after {limit:.0f} s"
                 if not process.is_alive() and rows.empty():
                     return f"its process ended with code {process.exitcode}, see {log.name}"
                 continue
@@ -129,6 +126,7 @@ def _run_phase(phase: Phase, machine: Machine, out: Path, limit: float, document
                 return value
             document["phases"][phase.name][key] = value
             _write(out, document)
+        return f"ran out of time after {limit:.0f} s"
     finally:
         _end(process)
 

@@ -18,6 +18,10 @@ LONG_SECONDS = 300
 """Audio of the forward whose matrix products are measured."""
 
 
+BACKENDS = {backend.value: name for name, backend in torch.nn.attention.SDPBackend.__members__.items()}
+"""Names of PyTorch's numbers of attention back-ends."""
+
+
 def environment(machine: Machine) -> Rows:
     """Versions, the attention back-ends in order of preference, copy bandwidth, rates of matrix products."""
     device = machine.device
@@ -58,18 +62,16 @@ def _processor() -> str:
 
 def attention_order() -> list[str]:
     """The back-ends of scaled dot-product attention, in PyTorch's order; a choice also depends on the inputs."""
-    names = {int(backend): name for name, backend in torch.nn.attention.SDPBackend.__members__.items()}
-    return [names.get(number, str(number)) for number in torch._C._get_sdp_priority_order()]
+    return [BACKENDS.get(number, str(number)) for number in torch._C._get_sdp_priority_order()]
 
 
 def attention_chosen(device: torch.device) -> dict[str, str]:
     """The back-end that PyTorch chooses with dropout, without and with a mask of padding."""
-    names = {int(backend): name for name, backend in torch.nn.attention.SDPBackend.__members__.items()}
     q_BHTE = torch.randn(4, 12, 780, 64, device=device, dtype=torch.bfloat16)
     mask = torch.ones(4, 1, 1, 780, dtype=torch.bool, device=device)
     return {
-        "no mask": names[torch._fused_sdp_choice(q_BHTE, q_BHTE, q_BHTE, dropout_p=0.1)],
-        "mask": names[torch._fused_sdp_choice(q_BHTE, q_BHTE, q_BHTE, attn_mask=mask, dropout_p=0.1)],
+        "no mask": BACKENDS[torch._fused_sdp_choice(q_BHTE, q_BHTE, q_BHTE, dropout_p=0.1)],
+        "mask": BACKENDS[torch._fused_sdp_choice(q_BHTE, q_BHTE, q_BHTE, attn_mask=mask, dropout_p=0.1)],
     }
 
 

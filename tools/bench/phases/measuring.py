@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.context import ForkContext, SpawnContext
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class Machine:
     def preset(self, name: str) -> str:
         """The preset to measure where a large machine would measure `name`."""
         return "tiny" if self.tiny else name
+
+
+def process_context(machine: Machine) -> SpawnContext | ForkContext:
+    """How to start a process: a fork has all imports, but a fork of a process that has used CUDA cannot use it."""
+    return SpawnContext() if machine.on_gpu else ForkContext()
 
 
 def median_ms(work: Callable[[], object], device: torch.device, *, repeats: int, warm_up: int = 3) -> float:

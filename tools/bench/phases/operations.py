@@ -21,7 +21,7 @@ from tools.bench.phases.measuring import (
     one_ms,
 )
 from w2vscale.config import Config, load_config
-from w2vscale.models import convolution
+from w2vscale.models import convolution, transformer
 from w2vscale.models.feature_encoder import moments_of, output_frames
 from w2vscale.training.run import empty_model
 
@@ -121,25 +121,10 @@ def searched(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
         return direct(x_BTD, weight_DIK, groups)
 
 
-def in_blocks(x_BTD: Tensor, weight_DIK: Tensor, groups: int, *, block: int) -> Tensor:
-    """Products of overlapping windows with a banded matrix: `block` output frames from `block` + K - 1 frames."""
-    batch, steps, channels = x_BTD.shape
-    inputs, kernel = weight_DIK.shape[1:]
-    blocks = -(-steps // block)
-    padded_BTD = F.pad(x_BTD, (0, 0, kernel // 2, blocks * block + kernel - 1 - kernel // 2 - steps))
-    x_GBTI = padded_BTD.view(batch, -1, groups, inputs).permute(2, 0, 1, 3)
-    windows_GNJ = x_GBTI.unfold(2, block + kernel - 1, block).transpose(3, 4).reshape(groups, batch * blocks, -1)
-    weight_GOKI = weight_DIK.view(groups, -1, inputs, kernel).transpose(2, 3)
-    shifted = [F.pad(weight_GOKI, (0, 0, shift, block - 1 - shift)) for shift in range(block)]
-    band_GJP = torch.stack(shifted, dim=1).flatten(3).flatten(1, 2).transpose(1, 2)
-    y_GNP = windows_GNJ @ band_GJP
-    y_BTD = y_GNP.view(groups, batch, blocks * block, -1).permute(1, 2, 0, 3).reshape(batch, blocks * block, channels)
-    return y_BTD[:, :steps]
-
-
 def by_frequency(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
     """Products of spectra in fp32, as on CPUs."""
-    return convolution._by_frequency(x_BTD, weight_DIK, groups)
+    nothing = x_BTD.new_zeros((), dtype=torch.float32)
+    return convolution._by_frequency(x_BTD.float(), weight_DIK.float(), nothing, groups).to(x_BTD.dtype)
 
 
 POSITIONAL: dict[str, Positional] = {
@@ -147,9 +132,7 @@ POSITIONAL: dict[str, Positional] = {
     "conv1d, searched": searched,
     "conv2d, channels last": channels_last,
     "by frequency": by_frequency,
-    "blocks of 8": partial(in_blocks, block=8),
-    "blocks of 16": partial(in_blocks, block=16),
-    "blocks of 32": partial(in_blocks, block=32),
+    "in blocks": convolution.convolution_in_blocks,
 }
 
 
@@ -184,20 +167,16 @@ def _attend(backend: SDPBackend, masked: bool) -> Callable[..., Tensor]:
     return attend
 
 
-def _packed(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, frames_B: Tensor) -> Tensor:
-    """Variable-length flash attention of utterances that lie one behind the other (padding is computed here)."""
-    batch, steps = q_BTHE.shape[:2]
-    starts = torch.arange(0, (batch + 1) * steps, steps, dtype=torch.int32, device=q_BTHE.device)
-    q, k, v = (x.flatten(0, 1) for x in (q_BTHE, k_BTHE, v_BTHE))
-    y = torch.ops.aten._flash_attention_forward(q, k, v, starts, starts, steps, steps, DROPOUT, False, False)[0]
-    return y.view_as(q_BTHE)
+def _in_segments(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, frames_B: Tensor) -> Tensor:
+    bounds = transformer.segment_bounds(frames_B, q_BTHE.shape[1])
+    return transformer.attention_in_segments(q_BTHE, k_BTHE, v_BTHE, bounds, DROPOUT)
 
 
 ATTENTION: dict[str, Callable[..., Tensor]] = {
     "cuDNN": _attend(SDPBackend.CUDNN_ATTENTION, masked=False),
     "cuDNN, masked": _attend(SDPBackend.CUDNN_ATTENTION, masked=True),
     "flash": _attend(SDPBackend.FLASH_ATTENTION, masked=False),
-    "flash, packed": _packed,
+    "flash, in segments": _in_segments,
     "memory-efficient": _attend(SDPBackend.EFFICIENT_ATTENTION, masked=False),
     "memory-efficient, masked": _attend(SDPBackend.EFFICIENT_ATTENTION, masked=True),
     "math, masked": _attend(SDPBackend.MATH, masked=True),

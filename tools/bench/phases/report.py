@@ -69,6 +69,12 @@ def _text(key: str, value: Any) -> str:
         return ", ".join(f"{name} {flops / 1e12:.3g}" for name, flops in value.items()) + " TFLOP/s"
     if key == "matrix_flops":
         return f"{value / 1e12:.3g} TFLOP/s"
+    if isinstance(value, Mapping) and "bare_decoding" in value:
+        return f"{value['audio_seconds_per_second']:,.0f} s/s, bare decoding {value['bare_decoding']:,.0f} s/s"
+    if isinstance(value, Mapping) and value and all(isinstance(each, float) for each in value.values()):
+        return ", ".join(f"{name} {each:.2g}" for name, each in value.items())
+    if key == "graphs" and value:
+        return f"{max(value.values())} after {len(value)} forwards"
     if isinstance(value, float):
         return f"{value:,.4g}"
     if key.startswith(("ddp_", "fsdp_", "zero")):
