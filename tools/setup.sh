@@ -17,10 +17,11 @@ say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 sha256() { if command -v sha256sum >/dev/null; then sha256sum "$@"; else shasum -a 256 "$@"; fi; }
 
-# An existing environment keeps its Python unless PYTHON asks for another.
+# An existing environment keeps its Python unless PYTHON asks for another. Without pyvenv.cfg, which an interrupted
+# removal may have taken, its Python no longer knows which one it was made from.
 asked() {
   local ours=$venv/bin/python
-  [[ -x $ours ]] || ours=python3
+  [[ -x $ours && -f $venv/pyvenv.cfg ]] || ours=python3
   echo "${PYTHON:-$ours}"
 }
 
