@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import torch
 
 from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest
 from tests.processes import Started
+from tools.oracle import import_torchaudio
 
 # No deadlines: the first example pays for imports, and the machine is shared.
 settings.register_profile("w2vscale", max_examples=30, deadline=None)
@@ -40,6 +43,17 @@ def started() -> Started:
     """The processes that the test itself has started and that still run; those of pools are not among them."""
     before = set(multiprocessing.active_children())
     return lambda: [process for process in multiprocessing.active_children() if process not in before]
+
+
+@pytest.fixture(scope="session")
+def torchaudio() -> ModuleType:
+    """torchaudio to compare with. Every environment that tools/setup.sh makes has it; in others it may be missing."""
+    try:
+        return import_torchaudio()
+    except ImportError as error:
+        if (Path(sys.prefix) / ".w2vscale-setup").is_file():
+            raise
+        pytest.skip(f"torchaudio is not installed: {error}")
 
 
 @pytest.fixture(scope="session")

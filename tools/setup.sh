@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv/ in this checkout and installs w2vscale into it, editable, with all extras, from tools/constraints.txt.
+# torchaudio, which only tests and benches use, is installed where it loads; otherwise it goes to .venv/oracles/.
 # Safe to repeat, to interrupt and to call from several places at once; a call with nothing to do is quick.
 #
 #   PYTHON          the interpreter to build with (default: python3)
@@ -16,17 +17,18 @@ say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 sha256() { if command -v sha256sum >/dev/null; then sha256sum "$@"; else shasum -a 256 "$@"; fi; }
 
-# An existing environment keeps its Python unless PYTHON asks for another.
+# An existing environment keeps its Python unless PYTHON asks for another. Without pyvenv.cfg, which an interrupted
+# removal may have taken, its Python no longer knows which one it was made from.
 asked() {
   local ours=$venv/bin/python
-  [[ -x $ours ]] || ours=python3
+  [[ -x $ours && -f $venv/pyvenv.cfg ]] || ours=python3
   echo "${PYTHON:-$ours}"
 }
 
 # What the environment is made from.
 key() {
   printf '%s\n%s\n' "$root" "$("$(asked)" -V 2>&1)"
-  (cd "$root" && sha256 pyproject.toml tools/constraints.txt)
+  (cd "$root" && sha256 pyproject.toml tools/constraints.txt tools/setup.sh)
 }
 finished() { [[ -s $stamp && $(<"$stamp") == "$(key)" ]]; }
 
@@ -64,11 +66,26 @@ else
 fi
 
 made_from=$(key) # before pip reads the files: they may change while it works
-# -qq: errors alone. DS_BUILD_OPS=0: DeepSpeed compiles its operators when one is first used, not here.
+
+# pip COMMAND … is quiet: -qq prints errors alone.
+pip() { "$venv/bin/python" -m pip "$1" -qq --disable-pip-version-check --no-input "${@:2}"; }
 # --no-compile: Python writes byte code for what gets imported; compiling everything doubles the time.
-DS_BUILD_OPS=0 "$venv/bin/python" -m pip install -qq --disable-pip-version-check --no-input --no-compile \
-  --constraint "$root/tools/constraints.txt" --editable "${root}[all]" ||
-  die "the installation failed (see above); the next call starts afresh"
+install() {
+  pip install --no-compile --constraint "$root/tools/constraints.txt" "$@" ||
+    die "the installation failed (see above); the next call starts afresh"
+}
+
+# DS_BUILD_OPS=0: DeepSpeed compiles its operators when one is first used, not here.
+DS_BUILD_OPS=0 install --editable "${root}[all]"
+
+# torchaudio's wheel is built for CUDA and does not load beside a CPU build of torch. Transformers imports torchaudio
+# wherever it is installed, so there it must not be. --no-deps: torch stays as it is.
+rm -rf "$venv/oracles"
+install --no-deps torchaudio
+if ! "$venv/bin/python" -I -c 'import torchaudio' 2>/dev/null; then
+  pip uninstall --yes torchaudio
+  install --no-deps --target "$venv/oracles" torchaudio
+fi
 
 printf '%s\n' "$made_from" >"$stamp.new"
 mv "$stamp.new" "$stamp"

@@ -102,7 +102,11 @@ class TestNoise:
 
 
 class TestReverberation:
-    def test_the_echo_is_there(self, echo: Path) -> None:
+    @pytest.mark.parametrize("rate", [16_000, 48_000])
+    def test_the_echo_is_there(self, rate: int, tmp_path: Path) -> None:
+        response = np.zeros(rate // 5, np.float32)
+        response[0], response[rate // 10] = 0.9, 0.45
+        echo = write_manifest(tmp_path / "e.jsonl", [cut_of(write_audio(tmp_path / "e.wav", response, rate=rate))])
         augment = Augmentation(config_with(f"augment.reverb={echo}", "augment.reverb_probability=1"))
         click = np.zeros(RATE, np.float32)
         click[2000] = 0.5

@@ -112,6 +112,19 @@ class TestReadingAudio:
         crop, whole = read(cut, offset=10_000, length=20_000), read(cut)[10_000:30_000]
         assert np.allclose(crop[200:-200], whole[200:-200], atol=1e-3)
 
+    @pytest.mark.parametrize("installed", [True, False])
+    def test_resampling_does_not_depend_on_torchaudio(
+        self, installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cut = cut_of(write_audio(tmp_path / "a.wav", noise(3.0, rate=44_100, seed=1), rate=44_100))
+        twice = cut.resample(22_050)  # one transform from the manifest, one of ours
+        available = "lhotse.augmentation.torchaudio.is_torchaudio_available"
+        monkeypatch.setattr(available, lambda: True)
+        expected = [lhotse.load_audio()[0] for lhotse in (cut.resample(RATE), twice.resample(RATE))]
+        monkeypatch.setattr(available, lambda: installed)
+        found = [read(cut), read(twice)]
+        assert all(map(np.array_equal, found, expected))
+
     def test_channels_are_averaged(self, tmp_path: Path) -> None:
         left, right = noise(2.0, seed=1), noise(2.0, seed=2)
         cut = cut_of(write_audio(tmp_path / "a.wav", np.stack([left, right], axis=1)))

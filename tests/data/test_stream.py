@@ -16,7 +16,7 @@ from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 from numpy.typing import NDArray
 
-from tests.audio import cut_of, noise, write_audio, write_manifest, write_text
+from tests.audio import cut_of, noise, tone, write_audio, write_manifest, write_text
 from w2vscale.config import Config, load_config
 from w2vscale.data.audio import read_audio
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
@@ -108,6 +108,21 @@ class TestShards:
         found = {cut.id: cut for cut in cuts_of(tmp_path / "shards")}
         for part in parts:
             assert np.array_equal(audio_of(found[part.id]), audio_of(part))
+
+    @pytest.mark.parametrize("installed", [True, False])
+    def test_opus_has_its_own_rate_whether_torchaudio_is_installed_or_not(
+        self, installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for module in ("lhotse.augmentation.torchaudio", "lhotse.shar.writers.audio"):
+            monkeypatch.setattr(f"{module}.is_torchaudio_available", lambda: installed)
+        cut = cut_of(write_audio(tmp_path / "a.wav", tone(2.0, 1000.0, rate=44_100), rate=44_100))
+        manifest = write_manifest(tmp_path / "cuts.jsonl", [cut, cut.resample(22_050).with_id("resampled")])
+        write_shards(manifest, tmp_path / "shards", form="opus")
+        found = cuts_of(tmp_path / "shards")
+        assert {cut.id for cut in found} == {"a", "resampled"}
+        for cut in found:
+            assert cut.sampling_rate == 48_000
+            assert np.abs(np.fft.rfft(audio_of(cut))).argmax() == 2000  # cycles in two seconds
 
     def test_a_folder_with_shards_of_other_contents_is_refused(self, manifest: Path, shards: Path) -> None:
         for changes in ({"shard_size": 9}, {"seed": 1}, {"form": "wav"}):

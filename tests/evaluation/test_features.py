@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 import subprocess
@@ -32,7 +31,6 @@ from w2vscale.evaluation import resampling
 from w2vscale.evaluation.features import write_features
 from w2vscale.evaluation.pretrained import Audio, Pretrained, load, windows_of
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
-from w2vscale.interop.torchaudio import import_torchaudio
 from w2vscale.models.feature_encoder import input_samples, output_frames
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 from w2vscale.training.loop import train
@@ -93,8 +91,6 @@ class TestModel:
 
     @pytest.mark.parametrize("preset", ["base", "large_lv60"])
     def test_layers_are_transformers_hidden_states(self, preset: str) -> None:
-        with contextlib.suppress(UserError):  # not installed
-            import_torchaudio()  # before Transformers imports it
         transformers = pytest.importorskip("transformers")
         ours = micro(preset)
         config = ours.config.model

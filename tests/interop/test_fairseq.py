@@ -30,7 +30,6 @@ from w2vscale.errors import UserError
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
-from w2vscale.interop.torchaudio import import_torchaudio
 from w2vscale.models.feature_encoder import output_frames
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
@@ -345,8 +344,6 @@ def test_utterances_of_a_padded_batch_are_each_as_fairseq_has_them_alone(shape: 
 
 @torch.no_grad()
 def test_quantizer_and_projections_are_those_of_fairseq_also_in_transformers(shape: Shape, tmp_path: Path) -> None:
-    with contextlib.suppress(UserError):  # not installed
-        import_torchaudio()  # before Transformers imports it
     transformers = pytest.importorskip("transformers")
     state = fairseq_state(shape)
     model, config = build(save_new(tmp_path / "model.pt", state, all_settings(shape)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import warnings
@@ -32,11 +31,8 @@ from w2vscale.interop.huggingface import (
     to_huggingface,
 )
 from w2vscale.interop.importing import import_checkpoint
-from w2vscale.interop.torchaudio import import_torchaudio
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
-with contextlib.suppress(UserError):  # not installed
-    import_torchaudio()  # before Transformers imports it
 transformers = pytest.importorskip("transformers")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Sequence
@@ -20,12 +19,9 @@ from w2vscale.config import ModelConfig, load_config, preset_names
 from w2vscale.data.micro_batch import make_inputs
 from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
-from w2vscale.interop.torchaudio import import_torchaudio
 from w2vscale.models.inputs import PretrainingInputs
 from w2vscale.models.wav2vec2 import LossSums, Wav2Vec2ForPretraining
 
-with contextlib.suppress(UserError):  # not installed
-    import_torchaudio()  # before Transformers imports it
 transformers = pytest.importorskip("transformers")
 
 CONVERTIBLE = [name for name in preset_names() if name != "base_prenorm" and not name.startswith("ctc_")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +93,7 @@ def test_the_step_bench_trains_all_on_the_same(monkeypatch: pytest.MonkeyPatch) 
     assert wrong.exit_code == 2 and "fairseq: none of w2vscale" in wrong.output
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchaudio") is None, reason="torchaudio is not installed")
+@pytest.mark.usefixtures("torchaudio")
 def test_torchaudios_encoder_takes_steps() -> None:
     work = Work(load_config("base", [*MICRO_MODEL, "precision.compute=fp32"]), utterances=2, seconds=1.0)
     step = torchaudio_step(work.config, torch.device("cpu"))

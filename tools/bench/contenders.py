@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from tools.oracle import import_torchaudio
 from w2vscale.config import Config, load_config
 from w2vscale.data.micro_batch import MicroBatch, make_inputs
 from w2vscale.engine import build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
-from w2vscale.interop.torchaudio import import_torchaudio, to_torchaudio, torchaudio_arguments
+from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
 from w2vscale.models.build import Wav2Vec2
 from w2vscale.models.inputs import PretrainingInputs, to_device
 from w2vscale.training.run import empty_model, initial_values
@@ -136,8 +136,6 @@ def our_step(config: Config, device: torch.device, *, compiled: bool = False) ->
 
 def transformers_model(config: Config) -> Any:
     """Transformers' model with our initial values, on the CPU."""
-    with contextlib.suppress(UserError):  # not installed
-        import_torchaudio()  # before Transformers imports it
     try:
         import transformers
     except ImportError:
@@ -178,7 +176,10 @@ def their_step(config: Config, device: torch.device, *, compiled: bool = False) 
 
 def torchaudio_step(config: Config, device: torch.device) -> Step:
     """torchaudio's encoder in the plainest loop: without masks, quantizer and contrastive loss, which it lacks."""
-    torchaudio = import_torchaudio()
+    try:
+        torchaudio = import_torchaudio()
+    except ImportError:
+        raise UserError("torchaudio is not installed: tools/setup.sh makes an environment with it") from None
     model = torchaudio.models.wav2vec2_model(**torchaudio_arguments(config.model, config.ctc))
     model.load_state_dict(to_torchaudio(dict(initial_values(config)), config.model, config.ctc))
     model.to(device).train()

@@ -14,6 +14,7 @@ from lhotse.utils import compute_num_samples
 from numpy.typing import NDArray
 
 from w2vscale.data.manifest import audio_path
+from w2vscale.data.resampling import at_rate
 
 LENGTH_TOLERANCE = 0.02
 """Seconds by which decoded audio may differ from its manifest: resampling and MP3 frames round."""
@@ -50,7 +51,7 @@ def read_audio(cut: Cut, *, sampling_rate: int, offset: int, length: int, normal
         AudioError: the file cannot be decoded, disagrees with its manifest, or holds no usable signal.
     """
     check_header(cut)
-    wanted = cut if cut.sampling_rate == sampling_rate else cut.resample(sampling_rate)
+    wanted = at_rate(cut, sampling_rate)
     whole = round(cut.duration * sampling_rate)
     cropped = length < whole
     if normalize and (not cropped or whole <= BLOCK_SECONDS * sampling_rate):

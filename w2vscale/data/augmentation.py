@@ -12,6 +12,7 @@ from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio
 from w2vscale.data.manifest import Corpus, audio_path
 from w2vscale.data.micro_batch import BadAudio, shortest_samples
 from w2vscale.data.randomness import Stream, generator
+from w2vscale.data.resampling import at_rate
 
 
 class Augmentation:
@@ -51,7 +52,7 @@ class Augmentation:
             try:
                 whole = round(response.duration * self.rate)
                 read_audio(response, sampling_rate=self.rate, offset=0, length=whole, normalize=False)
-                samples = ReverbWithImpulseResponse(rir=response.resample(self.rate))(samples, self.rate)
+                samples = ReverbWithImpulseResponse(rir=at_rate(response, self.rate))(samples, self.rate)
             except Exception as error:
                 kind = error.kind if isinstance(error, AudioError) else "undecodable"
                 bad.append(BadAudio(response.id, audio_path(response), kind, libsndfile_reason(error), left_out=False))

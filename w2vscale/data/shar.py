@@ -15,9 +15,13 @@ from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.parallel import parallel_map
 from w2vscale.data.randomness import Stream, generator
+from w2vscale.data.resampling import at_rate
 from w2vscale.errors import UserError
 
 FORMATS = ("flac", "wav", "opus", "mp3")
+
+OPUS_RATE = 48_000
+"""The rate that Opus is written at, in Hz: it has few others."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def _write_shard(job: _Job) -> list[BadAudio]:
                 except AudioError as error:
                     bad.append(BadAudio(cut.id, audio_path(cut), error.kind, str(error)))
                 else:
-                    writer.write(cut)
+                    writer.write(at_rate(cut, OPUS_RATE if job.form == "opus" else rate))
         if bad:
             (partial / log.name).write_text("".join(json.dumps(asdict(one)) + "\n" for one in bad), encoding="utf-8")
         # The cuts last: where they are, the rest is.

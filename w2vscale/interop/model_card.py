@@ -56,26 +56,33 @@ WRITES = """A model that writes what is said: pretrained on audio by contrastive
 ([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)), then fine-tuned on transcripts by connectionist temporal
 classification."""
 
-ENCODER_EXAMPLE = """import torch
+ENCODER_EXAMPLE = """# pip install transformers torch soundfile
+import soundfile
+import torch
 from transformers import AutoFeatureExtractor, Wav2Vec2Model
 
-extractor = AutoFeatureExtractor.from_pretrained("PATH")
-model = Wav2Vec2Model.from_pretrained("PATH").eval()
-waveform = torch.zeros({rate}).numpy()
-inputs = extractor(waveform, sampling_rate={rate}, return_tensors="pt")
+folder = "."  # this folder, or its name on the Hugging Face Hub
+extractor = AutoFeatureExtractor.from_pretrained(folder)
+model = Wav2Vec2Model.from_pretrained(folder).eval()
+waveform, rate = soundfile.read("speech.wav", dtype="float32")  # your audio: mono, {rate} Hz
+inputs = extractor(waveform, sampling_rate=rate, return_tensors="pt")
 with torch.no_grad():
-    hidden = model(**inputs).last_hidden_state  # [1, frames, {dim}]"""
+    hidden = model(**inputs).last_hidden_state
+print(hidden.shape)  # [1, frames, {dim}]"""
 
-CTC_EXAMPLE = """import torch
+CTC_EXAMPLE = """# pip install transformers torch soundfile
+import soundfile
+import torch
 from transformers import AutoProcessor, Wav2Vec2ForCTC
 
-processor = AutoProcessor.from_pretrained("PATH")
-model = Wav2Vec2ForCTC.from_pretrained("PATH").eval()
-waveform = torch.zeros({rate}).numpy()
-inputs = processor(waveform, sampling_rate={rate}, return_tensors="pt")
+folder = "."  # this folder, or its name on the Hugging Face Hub
+processor = AutoProcessor.from_pretrained(folder)
+model = Wav2Vec2ForCTC.from_pretrained(folder).eval()
+waveform, rate = soundfile.read("speech.wav", dtype="float32")  # your audio: mono, {rate} Hz
+inputs = processor(waveform, sampling_rate=rate, return_tensors="pt")
 with torch.no_grad():
     labels = model(**inputs).logits.argmax(dim=-1)
-print(processor.batch_decode(labels))"""
+print(processor.batch_decode(labels)[0])"""
 
 MORE = """
 `Wav2Vec2ForPreTraining` has the quantizer and the projections, too.
