@@ -23,7 +23,7 @@ from tools.bench.script import run_script
 from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.criterion import PretrainingCriterion
-from w2vscale.models.inputs import PretrainingInputs
+from w2vscale.models.inputs import PretrainingInputs, to_device
 from w2vscale.models.wav2vec2 import EncoderOutput
 
 
@@ -43,12 +43,13 @@ def main(
 def loss_head_memory(work: Work) -> dict[str, float]:
     """The most that each head has allocated in fp32, in bytes, and the ratio of ours to theirs."""
     config, batch = work.in_fp32(), work.batch()
-    inputs = batch.inputs
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    frames = batch.inputs.mask_BT.shape
     torch.manual_seed(0)
-    features_BTC = torch.randn(*inputs.mask_BT.shape, config.model.conv_layers[-1][0])
-    context_BTD = torch.randn(*inputs.mask_BT.shape, config.model.dim)
-    ours = peak_memory(our_head(config, batch), features_BTC, context_BTD)
-    theirs = peak_memory(their_head(config, inputs), features_BTC, context_BTD)
+    features_BTC = torch.randn(*frames, config.model.conv_layers[-1][0], device=device)
+    context_BTD = torch.randn(*frames, config.model.dim, device=device)
+    ours = peak_memory(our_head(config, batch, device), features_BTC, context_BTD)
+    theirs = peak_memory(their_head(config, to_device(batch.inputs, device), device), features_BTC, context_BTD)
     return {"w2vscale": ours, "transformers": theirs, "ratio": ours / theirs}
 
 
@@ -56,24 +57,24 @@ Head = Callable[[Tensor, Tensor], Tensor]
 """From features [B, T, C] and context [B, T, D] to the loss."""
 
 
-def our_head(config: Config, batch: MicroBatch) -> Head:
+def our_head(config: Config, batch: MicroBatch, device: torch.device) -> Head:
     """Without the encoder, as the engines run it."""
-    model = filled_model(config)
+    model = filled_model(config).to(device)
     criterion = PretrainingCriterion(config.model, seed=0)
     given = _Given()
     model.encoder = given  # type: ignore[assignment]
 
     def loss(features_BTC: Tensor, context_BTD: Tensor) -> Tensor:
         given.output = EncoderOutput(features_BTC, features_BTC, context_BTD, [])
-        total: Tensor = criterion(model.train(), [batch], device=torch.device("cpu"), training=True).total
+        total: Tensor = criterion(model.train(), [batch], device=device, training=True).total
         return total
 
     return loss
 
 
-def their_head(config: Config, inputs: PretrainingInputs) -> Head:
+def their_head(config: Config, inputs: PretrainingInputs, device: torch.device) -> Head:
     """Without the encoder, as `Wav2Vec2ForPreTraining.forward` is."""
-    model = transformers_model(config).train()
+    model = nn.Module.to(transformers_model(config), device).train()
     from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2BaseModelOutput
 
     given = _Given()
