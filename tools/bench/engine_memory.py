@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc-per-node 2 tools/bench/engine_memory.py RESULT.json engine.name=fsdp
 
-A model of BASE's size, in fp32, takes two updates of one micro-batch per rank. Resident memory is counted from what it
-was right before the engine's model was built, after a forward and backward of a plain one that came and went.
+A model of BASE's size, in fp32, takes two updates of one micro-batch per rank. Memory is counted from what it was
+right before the engine's model was built, after a forward and backward of a plain one that came and went: resident
+memory on a CPU, allocated memory on a GPU.
 """
 
 from __future__ import annotations
@@ -114,31 +115,31 @@ def main(result: Path, settings: Annotated[list[str], typer.Argument(metavar="SE
             micro_batch(config, update=update, number=update * ranks.world_size + ranks.rank)
             for update in range(UPDATES)
         ]
-        activations = plain_forward(config, batches[0])
+        activations = plain_forward(config, batches[0], device)
         gc.collect()
-        before = resident("VmRSS")
-        reset_peak()
+        before = memory(device)
+        reset_peak(device)
         model = empty_model(config)
         count = sum(parameter.numel() for parameter in model.parameters())
         buffers = working_space(config, activations / FP32 / count, count)
         engine = build_engine(model, PretrainingCriterion(config.model, seed=0), config, device)
         engine.import_parameters(initial_values(config))
-        peaks = {"build": resident("VmHWM") - before}
+        peaks = {"build": peak_memory(device) - before}
         for batch in batches:
-            reset_peak()
+            reset_peak(device)
             engine.run_window([batch], torch.tensor(float(batch.weight * ranks.world_size)))
-            peaks[f"backward {batch.update + 1}"] = resident("VmHWM") - before
-            now = resident("VmRSS") - before
+            peaks[f"backward {batch.update + 1}"] = peak_memory(device) - before
+            now = memory(device) - before
             kinds = held(engine)
-            reset_peak()
+            reset_peak(device)
             engine.step(lr=1e-4, max_norm=1.0)
-            peaks[f"step {batch.update + 1}"] = resident("VmHWM") - before
+            peaks[f"step {batch.update + 1}"] = peak_memory(device) - before
         figures = {
             "parameters": count,
             "predicted": asdict(predict(engine.caps.name, ranks.world_size, buffers)),
             "held": {kind: size / count for kind, size in kinds.items()},
             "resident": now / count,
-            "resident_after_step": (resident("VmRSS") - before) / count,
+            "resident_after_step": (memory(device) - before) / count,
             "peaks": {phase: peak / count for phase, peak in peaks.items()},
             "peak": max(peaks.values()) / count,
             "buffers": asdict(buffers),
@@ -158,9 +159,9 @@ def micro_batch(config: Config, *, update: int, number: int) -> MicroBatch:
     return MicroBatch(update=update, number=number, inputs=inputs, audio_samples=samples)
 
 
-def plain_forward(config: Config, batch: MicroBatch) -> int:
+def plain_forward(config: Config, batch: MicroBatch, device: torch.device) -> int:
     """Bytes of activations that a forward saves; forward and backward also load what PyTorch loads at first use."""
-    model = empty_model(config).to_empty(device="cpu")
+    model = empty_model(config).to_empty(device=device)
     with torch.no_grad():
         for (_, parameter), (_, value) in zip(model.named_parameters(), initial_values(config), strict=True):
             parameter.copy_(value)
@@ -172,7 +173,7 @@ def plain_forward(config: Config, batch: MicroBatch) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        sums = PretrainingCriterion(config.model, seed=0)(model, [batch], device=torch.device("cpu"), training=True)
+        sums = PretrainingCriterion(config.model, seed=0)(model, [batch], device=device, training=True)
     activations = sum(size for address, size in saved.items() if address not in parameters)
     sums.total.backward()
     return activations
@@ -252,9 +253,22 @@ def resident(key: str) -> int:
     raise ValueError(f"/proc/self/status has no {key}")
 
 
-def reset_peak() -> None:
-    """Let VmHWM start anew from VmRSS."""
-    Path("/proc/self/clear_refs").write_text("5")
+def memory(device: torch.device) -> int:
+    """Bytes of this process: resident on a CPU, allocated on a GPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most that `memory` was since the last `reset_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_memory` start again from what is there now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 `tiny` trains on the same prepared micro-batches in the loop below, which knows no engine, and in an engine, from the
 same initial values to the same losses. Both take turns, update by update; the ratio is the median over the pairs of
-updates. It is taken of the processor time of this process, which has one thread, so that others on the machine count
-less; of the time on the clock there is another. A second bare loop in an engine's place shows how far noise goes.
+updates. On a CPU it is taken of the processor time of this process, which has one thread, so that others on the machine
+count less; on a GPU of the time on the clock. A second bare loop in an engine's place shows how far noise goes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.models.build import Wav2Vec2
+from w2vscale.models.inputs import to_device
 from w2vscale.optim.schedules import gumbel_temperature
 from w2vscale.training.run import empty_model, initial_values
 
@@ -69,15 +70,17 @@ def main(
     with process_group(needed=True) as (_, device):
         config = load_config("tiny", [f"batch.max_seconds={seconds}"])
         batches = [micro_batch(config, number, seconds) for number in range(WARM_UP + updates)]
-        races["bare loop"] = race(bare_loop(config), bare_loop(config), batches)
+        races["bare loop"] = race(bare_loop(config, device), bare_loop(config, device), batches)
         for name in names:
-            races[name] = race(bare_loop(config), engine_loop(load_config("tiny", [ENGINES[name]]), device), batches)
-    print_table(races, title=f"tiny, {updates} pairs of updates of {seconds:g} s, one thread")
+            engine = engine_loop(load_config("tiny", [ENGINES[name]]), device)
+            races[name] = race(bare_loop(config, device), engine, batches)
+    print_table(races, title=f"tiny, {updates} pairs of updates of {seconds:g} s, one thread, {device.type}")
     first = races[names[0]]
+    ratios = first.cpu_ratios if device.type == "cpu" else first.clock_ratios
     print(
         json.dumps(
             {
-                "ratio": statistics.median(first.cpu_ratios),
+                "ratio": statistics.median(ratios),
                 "ratio_clock": statistics.median(first.clock_ratios),
                 "max_relative_loss_difference": max(one.max_relative_loss_difference for one in races.values()),
                 "updates": updates,
@@ -96,9 +99,9 @@ def main(
     )
 
 
-def bare_loop(config: Config) -> Update:
+def bare_loop(config: Config, device: torch.device) -> Update:
     """The arithmetic of one update, written down."""
-    model = empty_model(config).to_empty(device="cpu")
+    model = empty_model(config).to_empty(device=device)
     with torch.no_grad():
         for parameter, (_, value) in zip(model.parameters(), initial_values(config), strict=True):
             parameter.copy_(value)
@@ -108,8 +111,8 @@ def bare_loop(config: Config) -> Update:
 
     def update(batch: MicroBatch) -> tuple[float, float]:
         sums = model(
-            batch.inputs,
-            noise_MGV=gumbel_noise([batch], seed=config.trainer.seed, config=config.model, device=torch.device("cpu")),
+            to_device(batch.inputs, device),
+            noise_MGV=gumbel_noise([batch], seed=config.trainer.seed, config=config.model, device=device),
             temperature=gumbel_temperature(batch.update, config.model),
         )
         (sums.total * (1.0 / batch.weight)).backward()

@@ -2,7 +2,8 @@
 
     python tools/bench/engine_parity.py
 
-`tiny` trains on mini LibriSpeech, from the command line, in two processes, once per engine. Since a Python process is
+`tiny` trains on mini LibriSpeech, from the command line, in two processes, once per engine; in one where there is one
+GPU. Since a Python process is
 large against `tiny`, memory is that of a model of BASE's size under the same engines (tools/bench/engine_memory.py).
 """
 
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 
@@ -36,9 +38,9 @@ ENGINES = {
 }
 """The one setting in which the runs differ."""
 
-PROCESSES = 2
+PROCESSES = 1 if torch.cuda.device_count() == 1 else 2
 SETTINGS = (
-    "batch.micro_batches=4",  # two per process, so that gradients accumulate
+    "batch.micro_batches=4",  # two or four per process, so that gradients accumulate
     "batch.max_seconds=10",
     "schedule.warmup_updates=10",
     "logging.every=1",
