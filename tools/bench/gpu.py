@@ -126,7 +126,7 @@ def _run_phase(phase: Phase, machine: Machine, out: Path, limit: float, document
                 return value
             document["phases"][phase.name][key] = value
             _write(out, document)
-        return f"ran out of time after {limit:.0f} s"
+        return f"ran out of time after {limit:.3g} s"
     finally:
         _end(process)
 
@@ -140,9 +140,9 @@ def _measure(target: str, machine: Machine, log: Path, rows: Any) -> None:
     end_with_parent()
     os.setsid()  # so that what it starts can be ended with it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    sys.stdout = sys.stderr = output = log.open("w", buffering=1)
+    for descriptor in (1, 2):  # also of what it starts, and of libraries
+        os.dup2(output.fileno(), descriptor)
     module, _, function = target.partition(":")
     try:
         if machine.tiny:
@@ -154,9 +154,6 @@ def _measure(target: str, machine: Machine, log: Path, rows: Any) -> None:
         rows.put((FINISHED, f"{type(error).__name__}: {error}".splitlines()[0][:300]))
     else:
         rows.put((FINISHED, None))
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 def _end(process: Any) -> None:

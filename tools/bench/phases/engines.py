@@ -23,11 +23,12 @@ from tools.bench.phases.measuring import Machine, Rows, process_context
 from tools.bench.script import end_with_parent
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
-from w2vscale.config import Config, dump_config, load_config
+from w2vscale.config import Config, dump_config
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise
 from w2vscale.distributed.process_group import Ranks, process_group
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.engine.deepspeed_config import import_deepspeed
 from w2vscale.models.inputs import concatenate, to_device
 from w2vscale.models.wav2vec2 import LossSums
 from w2vscale.optim.schedules import gumbel_temperature
@@ -56,6 +57,8 @@ def correctness(machine: Machine) -> Rows:
     All start alike. After `SAVED` updates each saves a checkpoint, and each continues that of the engine before it.
     """
     context = process_context(machine)
+    if not machine.on_gpu:
+        import_deepspeed("cpu")  # once, before the forks
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         names = list(ENGINES)
@@ -113,11 +116,8 @@ def _train(device_name: str, engine: str, before: str, precision: str, tiny: boo
         if device_name == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU also where there is a GPU
             torch.set_num_threads(1 if tiny else 4)
-        shape = ("model.layers=1",) if tiny else ("model.layers=2",)
-        config = load_config(
-            "tiny" if tiny else "base",
-            [*QUIET, *shape, "model.layerdrop=0", f"precision.compute={precision}", ENGINES[engine]],
-        )
+        settings = [*QUIET, "model.layers=2", f"precision.compute={precision}", ENGINES[engine]]
+        config = Machine(device_name, tiny).config("base", *settings)
         with process_group(needed=True) as (ranks, device):
             found = _curves(config, device, ranks, folder, (engine, before, precision), tiny=tiny)
         result.with_suffix(".partial").write_text(json.dumps(found))
@@ -190,13 +190,13 @@ def _updates(
 
 def _padded_batch(config: Config, number: int, *, tiny: bool) -> MicroBatch:
     """Utterances of different lengths, so that padding counts."""
-    work = Work(config, 2, 1.0 if tiny else 5.0, "corpus")
+    work = Work(config, 2, 0.6 if tiny else 5.0, "corpus")
     return work.batch(number)
 
 
 def synchronisations(machine: Machine) -> Rows:
     """Operations of one update that the host waits for, with the places that ask for them."""
-    config = load_config(machine.preset("base"), ["model.layerdrop=0", "precision.compute=bf16"])
+    config = machine.config("base", "precision.compute=bf16")
     device = machine.device
     engine = build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, device)
     engine.import_parameters(initial_values(config))

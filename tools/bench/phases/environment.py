@@ -12,7 +12,6 @@ import torch
 from torch.nn import functional as F
 
 from tools.bench.phases.measuring import Machine, Rows, attempt, median_ms, release_memory
-from w2vscale.config import load_config
 
 LONG_SECONDS = 300
 """Audio of the forward whose matrix products are measured."""
@@ -36,7 +35,7 @@ def environment(machine: Machine) -> Rows:
     yield "copy_bytes_per_second", copy_bandwidth(device, size)
     yield "matrix_flops", matrix_flops(device, 256 if machine.tiny else 8192, repeats=3 if machine.tiny else 20)
     for name in ("base", "large"):
-        yield f"{name}_matrix_flops", model_matrix_flops(machine, machine.preset(name))
+        yield f"{name}_matrix_flops", model_matrix_flops(machine, name)
 
 
 def versions() -> dict[str, Any]:
@@ -94,9 +93,9 @@ def matrix_flops(
     return 2 * rows * inputs * outputs / milliseconds * 1000
 
 
-def model_matrix_flops(machine: Machine, preset: str) -> dict[str, float]:
+def model_matrix_flops(machine: Machine, name: str) -> dict[str, float]:
     """FLOP/s of the products of a block and of the feature encoder's second layer, in a forward of `LONG_SECONDS`."""
-    model = load_config(preset).model
+    model = machine.config(name).model
     seconds = 1 if machine.tiny else LONG_SECONDS
     frames = 50 * seconds
     channels = model.conv_layers[1][0]
@@ -107,4 +106,4 @@ def model_matrix_flops(machine: Machine, preset: str) -> dict[str, float]:
         "feed-forward out": (frames, model.ffn_dim, model.dim),
         "feature encoder": (32 * frames, 2 * channels, channels),
     }
-    return {name: matrix_flops(machine.device, *shape) for name, shape in shapes.items()}
+    return {product: matrix_flops(machine.device, *shape) for product, shape in shapes.items()}

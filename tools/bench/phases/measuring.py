@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tools.bench.contenders import synchronize
+from w2vscale.config import Config, load_config
 
 PEAK_FLOPS = 8e14
 """What an H100 sustains in bf16 matrix products."""
@@ -39,9 +40,12 @@ class Machine:
         """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
-    def preset(self, name: str) -> str:
-        """The preset to measure where a large machine would measure `name`."""
-        return "tiny" if self.tiny else name
+    def config(self, name: str, *settings: str) -> Config:
+        """The settings of preset `name` without LayerDrop; with `tiny`, those of a model of one block instead."""
+        changes = ["model.layerdrop=0", *settings]
+        if not self.tiny:
+            return load_config(name, changes)
+        return load_config("tiny", ["model.positional_kernel=16", *changes, "model.layers=1"])
 
 
 def process_context(machine: Machine) -> SpawnContext | ForkContext:

@@ -20,7 +20,7 @@ from tools.bench.phases.measuring import (
     median_ms,
     one_ms,
 )
-from w2vscale.config import Config, load_config
+from w2vscale.config import Config
 from w2vscale.models import convolution, transformer
 from w2vscale.models.feature_encoder import moments_of, output_frames
 from w2vscale.training.run import empty_model
@@ -39,8 +39,8 @@ def operations(machine: Machine) -> Rows:
     A forward of 20 utterances in bf16; those of padded forms differ in length by up to 3 %.
     """
     for name, seconds in (("base", 15.6), ("large", 20.0)):
-        config = load_config(machine.preset(name))
-        utterances, seconds = (2, 1.0) if machine.tiny else (20, seconds)
+        config = machine.config(name)
+        utterances, seconds = (1, 0.5) if machine.tiny else (20, seconds)
         samples = int(seconds * config.model.sampling_rate)
         frames = output_frames(samples, config.model)
         for form in POSITIONAL:
@@ -61,9 +61,9 @@ def operations(machine: Machine) -> Rows:
 
 def new_shapes(machine: Machine) -> Rows:
     """Milliseconds of forward and backward for each of `SHAPES` shapes, when it is new and the second time."""
-    config = load_config(machine.preset("base"))
+    config = machine.config("base")
     draws = np.random.default_rng(0)
-    count, longest = (3, 60) if machine.tiny else (SHAPES, 780)
+    count, longest = (2, 40) if machine.tiny else (SHAPES, 780)
     frames = draws.choice(np.arange(longest // 3, longest), size=count, replace=False)
     shapes = [(max(1, int(5 * longest // frame)), int(frame)) for frame in frames]
     for kind, forms, prepare in (("attention", ATTENTION, _attention), ("positional", POSITIONAL, _positional)):

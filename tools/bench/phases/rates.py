@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -18,18 +19,31 @@ from tools.bench import step_profile
 from tools.bench.contenders import LR, Work, synchronize, their_step
 from tools.bench.phases.environment import matrix_flops
 from tools.bench.phases.measuring import PEAK_FLOPS, Machine, Rows, attempt, release_memory
-from w2vscale.config import Config, load_config
+from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.compilation import compiled_graphs
 from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
-UTTERANCE = {"base": 15.6, "large": 20.0, "tiny": 1.0}
-"""Seconds of the longest utterance: the presets' crops."""
 
-FORWARDS: dict[str, tuple[int, ...]] = {"base": (5, 20, 40), "large": (3, 12, 24), "tiny": (1, 2)}
-"""Utterances of a short forward, which is a preset's micro-batch, and of long ones. An update has the longest's."""
+@dataclass(frozen=True)
+class Forms:
+    """Forwards to measure: seconds of the longest utterance, and utterances of a short forward and of long ones.
+
+    The short one is a preset's micro-batch. An update has the audio of the longest.
+    """
+
+    seconds: float
+    utterances: tuple[int, ...]
+
+    def name(self, utterances: int) -> str:
+        """A forward in a row's key."""
+        return f"{utterances}x{self.seconds:g}s"
+
+
+FORMS = {"base": Forms(15.6, (5, 20, 40)), "large": Forms(20.0, (3, 12, 24))}
+TINY = Forms(0.5, (1, 2))
 
 UPDATES = 5
 """Timed updates of each form."""
@@ -39,15 +53,15 @@ Lengths = Literal["equal", "bucket"]
 
 def rates_base(machine: Machine) -> Rows:
     """See `_rates`."""
-    yield from _rates(machine, machine.preset("base"))
+    yield from _rates(machine, "base")
 
 
 def rates_large(machine: Machine) -> Rows:
     """See `_rates`."""
-    yield from _rates(machine, machine.preset("large"))
+    yield from _rates(machine, "large")
 
 
-def _rates(machine: Machine, preset: str) -> Rows:
+def _rates(machine: Machine, name: str) -> Rows:
     """Seconds of audio per second of updates in bf16 by DDP: eager and compiled, short and long forwards, equal lengths
     and lengths of one bucket (which need a mask).
 
@@ -58,23 +72,19 @@ def _rates(machine: Machine, preset: str) -> Rows:
         if compiled and machine.tiny:
             yield "compiled", None  # takes a minute on a CPU
             return
-        config = _config(preset, f"engine.compile={str(compiled).lower()}")
+        config = machine.config(name, "precision.compute=bf16", f"engine.compile={str(compiled).lower()}")
         engine = _engine(config, machine.device)
-        for utterances, lengths in _forms(preset):
-            name = f"{'compiled' if compiled else 'eager'}/{utterances}x{UTTERANCE[preset]:g}s/{lengths}"
-            yield name, attempt(partial(_rate, machine, config, engine, utterances, lengths))
+        forms = _forms(machine, name)
+        each: list[tuple[int, Lengths]] = [(utterances, "equal") for utterances in forms.utterances]
+        for utterances, lengths in (*each, (max(forms.utterances), "bucket")):
+            key = f"{'compiled' if compiled else 'eager'}/{forms.name(utterances)}/{lengths}"
+            yield key, attempt(partial(_rate, machine, config, engine, forms, utterances, lengths))
         engine.close()
         release_memory()
 
 
-def _forms(preset: str) -> list[tuple[int, Lengths]]:
-    """Utterances of a forward, and whether they differ in length: only in the longest."""
-    forms: list[tuple[int, Lengths]] = [(utterances, "equal") for utterances in FORWARDS[preset]]
-    return [*forms, (max(FORWARDS[preset]), "bucket")]
-
-
-def _config(preset: str, *settings: str) -> Config:
-    return load_config(preset, ["model.layerdrop=0", "precision.compute=bf16", *settings])
+def _forms(machine: Machine, name: str) -> Forms:
+    return TINY if machine.tiny else FORMS[name]
 
 
 def _engine(config: Config, device: torch.device) -> Engine:
@@ -83,23 +93,20 @@ def _engine(config: Config, device: torch.device) -> Engine:
     return engine
 
 
-def _preset(config: Config) -> str:
-    return next(name for name in ("tiny", "base", "large") if load_config(name).model.dim == config.model.dim)
-
-
-def _batches(machine: Machine, config: Config, utterances: int, lengths: Lengths, count: int) -> list[MicroBatch]:
-    work = Work(config, utterances, UTTERANCE[_preset(config)], lengths)
+def _batches(machine: Machine, work: Work, count: int) -> list[MicroBatch]:
     batches = [work.batch(number) for number in range(count)]
     return [batch.pin_memory() for batch in batches] if machine.on_gpu else batches
 
 
-def _rate(machine: Machine, config: Config, engine: Engine, utterances: int, lengths: Lengths) -> dict[str, Any]:
-    preset, device = _preset(config), machine.device
-    window = _batches(machine, config, utterances, lengths, max(FORWARDS[preset]) // utterances)
+def _rate(
+    machine: Machine, config: Config, engine: Engine, forms: Forms, utterances: int, lengths: Lengths
+) -> dict[str, Any]:
+    device, most = machine.device, max(forms.utterances)
+    window = _batches(machine, Work(config, utterances, forms.seconds, lengths), most // utterances)
     weight = torch.tensor(float(sum(batch.weight for batch in window)), device=device)
     audio = sum(batch.audio_samples for batch in window) / config.model.sampling_rate
     # Padding is computed, and counts.
-    flops = max(FORWARDS[preset]) * Work(config, 1, UTTERANCE[preset]).flops()
+    flops = most * Work(config, 1, forms.seconds).flops()
     if machine.on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     host, windows, updates = [], [], []
@@ -133,17 +140,17 @@ def transformers(machine: Machine) -> Rows:
     """Seconds of audio per second of training steps of Transformers on the same micro-batches, eager and compiled."""
     for kind, size in (("compiled", 1), ("eager", 1), ("compiled", 0)):
         for name in ("base", "large"):
-            preset = machine.preset(name)
+            forms = _forms(machine, name)
             if kind == "eager" or not machine.tiny:  # compiling takes minutes on a CPU
-                utterances = FORWARDS[preset][size]
-                key = f"{name}/{kind}/{utterances}x{UTTERANCE[preset]:g}s/equal"
-                yield key, attempt(partial(_their_rate, machine, preset, utterances, kind == "compiled"))
+                utterances = forms.utterances[size]
+                key = f"{name}/{kind}/{forms.name(utterances)}/equal"
+                yield key, attempt(partial(_their_rate, machine, name, forms, utterances, kind == "compiled"))
 
 
-def _their_rate(machine: Machine, preset: str, utterances: int, compiled: bool) -> dict[str, Any]:
-    config = _config(preset)
+def _their_rate(machine: Machine, name: str, forms: Forms, utterances: int, compiled: bool) -> dict[str, Any]:
+    config = machine.config(name, "precision.compute=bf16")
     step = their_step(config, machine.device, compiled=compiled)
-    (batch,) = _batches(machine, config, utterances, "equal", 1)
+    (batch,) = _batches(machine, Work(config, utterances, forms.seconds), 1)
     times = []
     if machine.on_gpu:
         torch.cuda.reset_peak_memory_stats(machine.device)
@@ -162,26 +169,25 @@ def _their_rate(machine: Machine, preset: str, utterances: int, compiled: bool) 
 def profile(machine: Machine) -> Rows:
     """Of one update: time by module and by kernel, kernels launched, and the time in which the device was busy."""
     for name in ("base", "large"):
-        preset = machine.preset(name)
-        config = _config(preset)
+        forms, config = _forms(machine, name), machine.config(name, "precision.compute=bf16")
         model = empty_model(config)
         step_profile.mark_modules(model)
         engine = build_engine(model, PretrainingCriterion(config.model, seed=0), config, machine.device)
         engine.import_parameters(initial_values(config))
-        for utterances in FORWARDS[preset][:2]:
-            key = f"{name}/{utterances}x{UTTERANCE[preset]:g}s"
-            yield key, attempt(partial(_profile, machine, config, engine, utterances))
+        for utterances in forms.utterances[:2]:
+            work = Work(config, utterances, forms.seconds, "bucket")
+            yield f"{name}/{forms.name(utterances)}", attempt(partial(_profile, machine, engine, work))
         engine.close()
 
 
-def _profile(machine: Machine, config: Config, engine: Engine, utterances: int) -> dict[str, Any]:
-    window = _batches(machine, config, utterances, "bucket", 1)
+def _profile(machine: Machine, engine: Engine, work: Work) -> dict[str, Any]:
+    window = _batches(machine, work, 1)
     weight = torch.tensor(float(window[0].weight), device=machine.device)
 
     def update() -> None:
         engine.run_window(window, weight)
         with torch.profiler.record_function(step_profile.MARK + step_profile.OPTIMIZER):
-            engine.step(lr=LR, max_norm=config.optim.max_norm)
+            engine.step(lr=LR, max_norm=work.config.optim.max_norm)
         synchronize(machine.device)
 
     update()
@@ -198,7 +204,7 @@ def _profile(machine: Machine, config: Config, engine: Engine, utterances: int) 
         "wall_ms": 1000 * wall,
         "busy_ms": sum(event.self_device_time_total for event in kernels) / 1000 if machine.on_gpu else None,
         "launches": len(kernels) if machine.on_gpu else None,
-        "launches_per_audio_second": len(kernels) / (utterances * UTTERANCE[_preset(config)]),
+        "launches_per_audio_second": len(kernels) / (work.utterances * work.seconds) if machine.on_gpu else None,
         "modules_ms": {
             module: {way: 1000 * seconds for way, seconds in times.items()}
             for module, times in step_profile.by_module(events).items()
@@ -214,7 +220,7 @@ def recompilations(machine: Machine) -> Rows:
     if machine.tiny:
         yield "graphs", None  # takes a minute on a CPU
         return
-    config = _config("base", "engine.compile=true", "model.layers=3")
+    config = machine.config("base", "precision.compute=bf16", "engine.compile=true", "model.layers=3")
     engine = _engine(config, machine.device)
     draws = np.random.default_rng(0)
     compiling = 0.0
