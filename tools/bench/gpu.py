@@ -56,7 +56,7 @@ PHASES = (
     Phase("new_shapes", f"{MODULE}.operations:new_shapes", 50),
     Phase("profile", f"{MODULE}.rates:profile", 50),
     Phase("recompilations", f"{MODULE}.rates:recompilations", 60),
-    Phase("loader", f"{MODULE}.loading:loader", 45),
+    Phase("loader", f"{MODULE}.loading:loader", 60),
 )
 
 

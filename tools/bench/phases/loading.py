@@ -22,7 +22,7 @@ def loader(machine: Machine) -> Rows:
     Files of 15 s of quiet noise in FLAC, as `base` takes them: read, cropped, padded, with masks and negatives.
     """
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # where there are fewer cores
-    files, seconds, micro_batches = (4, 2.0, 3) if machine.tiny else (256, 15.0, 80)
+    files, seconds, micro_batches = (4, 2.0, 3) if machine.tiny else (64, 15.0, 80)
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_noise(Path(folder), files, seconds)
         paths = sorted(str(path) for path in Path(folder).glob("*.flac"))
