@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,24 +17,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from w2vscale.checkpoint import store as store_module
+from w2vscale.checkpoint.canonical import canonical_shapes
 from w2vscale.checkpoint.reading import TrainState, file_facts, open_checkpoint
 from w2vscale.checkpoint.shards import tensor_shapes
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
 
+SHAPES = canonical_shapes({"weight": (7, 5), "bias": (3,)})
+
 
 def tensors(value: float = 0.0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {
-        "model.weight": torch.randn(7, 5, generator=generator) + value,
-        "model.bias": torch.randn(3, generator=generator) + value,
-        "optim.weight.step": torch.tensor(value),
-    }
+    return {name: torch.randn(shape, generator=generator) + value for name, shape in SHAPES.items()}
 
 
-def store(folder: Path, **settings: int) -> CheckpointStore:
-    return CheckpointStore(folder, Ranks(), **settings)
+def store(folder: Path, **settings: Any) -> CheckpointStore:
+    return CheckpointStore(folder, Ranks(), expected=SHAPES, **settings)
 
 
 def save(folder: Path, update: int, **settings: int) -> Path:
@@ -251,7 +251,7 @@ def test_what_cannot_be_deleted_is_said_and_does_not_fail_the_checkpoint(
 
     with monkeypatch.context() as patched:
         patched.setattr(store_module.shutil, "rmtree", busy)
-        CheckpointStore(tmp_path, Ranks(), log=said.append).save(tensors(2.0), TrainState(update=2), "")
+        store(tmp_path, log=said.append).save(tensors(2.0), TrainState(update=2), "")
     assert open_checkpoint(tmp_path).state.update == 2
     assert "update_00000001: cannot be deleted" in said[0]
     save(tmp_path, 3)
@@ -263,12 +263,10 @@ def test_a_rank_that_cannot_read_its_file_back_fails_the_checkpoint_on_all(
 ) -> None:
     save(tmp_path, 1)
 
-    def from_all(self: CheckpointStore, value: object, group: object = None) -> list[object]:
-        return [value, OSError(5, "Input/output error") if isinstance(value, dict) else value]
-
-    monkeypatch.setattr(CheckpointStore, "_from_all", from_all)
+    monkeypatch.setattr(CheckpointStore, "_from_all", lambda self, value, group=None: [value, value])
+    monkeypatch.setattr(CheckpointStore, "_on_main_from_all", lambda *arguments: [arguments[1], "Input/output error"])
     with pytest.raises(UserError, match=r"cannot be written: .*Input/output error"):
-        CheckpointStore(tmp_path, Ranks(0, 0, 2)).save(tensors(2.0), TrainState(update=2), "")
+        CheckpointStore(tmp_path, Ranks(0, 0, 2), expected=SHAPES).save(tensors(2.0), TrainState(update=2), "")
     assert open_checkpoint(tmp_path).state.update == 1
 
 
@@ -277,7 +275,7 @@ class Held:
 
     def __init__(self, folder: Path) -> None:
         self.said: list[str] = []
-        self.store = CheckpointStore(folder, Ranks(), keep_last=2, asynchronous=True, log=self.said.append)
+        self.store = store(folder, keep_last=2, asynchronous=True, log=self.said.append)
         self._released = threading.Event()
         assert self.store._thread is not None
         self.store._thread.submit(self._released.wait)
@@ -366,7 +364,9 @@ class TestInTheBackground:
     def test_a_full_disk_ends_the_next_save(self, held: Held, tmp_path: Path) -> None:
         save(tmp_path, 1)
         with full_disk(1_000_000):
+            held.store.expected = {"model.weight": (500_000,)}
             held.save(2, {"model.weight": torch.zeros(500_000)})
+            held.store.expected = SHAPES
             held.release()
             with pytest.raises(UserError, match=r"cannot be written: .*File too large"):
                 held.save(3, tensors(3.0))
