@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests import checkpoints
 from tests.checkpoints import model_and_optimizer, shapes_of
 from tests.micro import MICRO_MODEL
 from w2vscale.checkpoint.consolidation import consolidate
@@ -79,14 +80,7 @@ def shard(path: Path, number: int) -> Path:
 
 def rewrite(path: Path, number: int, change: Callable[[dict[str, Tensor], dict[str, list[int]]], object]) -> None:
     """Change tensors and offsets of a shard as if they had been written so."""
-    file = shard(path, number)
-    tensors = load_file(file)
-    with safe_open(file, framework="pt") as opened:
-        places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-    offsets = {name: place["saved_offsets"] for name, place in places.items()}
-    change(tensors, offsets)
-    places = {name: {"saved_offsets": offsets[name]} for name in tensors}
-    save_file(tensors, file, metadata={"DCP_SHARDING_INFO": json.dumps(places)})
+    checkpoints.rewrite(shard(path, number), change)
     seal(path)
 
 
@@ -247,3 +241,9 @@ def test_offsets_that_do_not_fit_are_damage(spoiled: Path, offsets: list[int]) -
     rewrite(spoiled, 1, lambda tensors, places: places.update({BIAS: offsets}))
     with pytest.raises(UserError, match=f"damaged .{BIAS} has 1 dimensions and {len(offsets)} offsets"):
         open_checkpoint(spoiled)
+
+
+def test_a_tensor_with_a_hole_is_not_read(spoiled: Path) -> None:
+    rewrite(spoiled, 2, lambda tensors, offsets: tensors.pop(BIAS))
+    with pytest.raises(UserError, match=f"{BIAS}: its shards leave out a part of it"):
+        open_checkpoint(spoiled).read_into({BIAS: torch.zeros(32)})

@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from operator import add
+from operator import add, attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -17,8 +18,7 @@ BYTES_PER_VALUE = 4
 """Everything in a checkpoint is fp32."""
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """A block of a tensor, in one file."""
 
     file: Path
@@ -76,15 +76,18 @@ class StoredTensor:
 def _overlap(shards: Iterable[Shard]) -> bool:
     """Whether any two shards overlap. Only those that share a row are compared: what is split by rows takes little more
     than a sort."""
-    filled = sorted((shard for shard in shards if 0 not in shard.shape), key=lambda shard: shard.offsets)
+    filled = sorted((shard for shard in shards if 0 not in shard.shape), key=attrgetter("offsets"))
     if filled and not filled[0].shape:
         return len(filled) > 1
-    before: list[Shard] = []
+    sharing: list[Shard] = []
+    end = 0
     for shard in filled:
-        before = [other for other in before if other.offsets[0] + other.shape[0] > shard.offsets[0]]
-        if any(shard.overlaps(other) for other in before):
+        row = shard.offsets[0]
+        sharing = [other for other in sharing if other.ends[0] > row] if row < end else []
+        if any(map(shard.overlaps, sharing)):
             return True
-        before.append(shard)
+        sharing.append(shard)
+        end = max(end, row + shard.shape[0])
     return False
 
 
