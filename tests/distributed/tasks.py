@@ -242,3 +242,28 @@ def save_what_one_rank_spoils(folder: str, spoilt: str, asynchronous: bool) -> s
         except UserError as error:
             return str(error)
     return ""
+
+
+def replaced_parameters(corpus: str, overrides: tuple[str, ...]) -> list[str]:
+    """After each thing that an engine does: which of its parameters are not what its model has under their names."""
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    engine: Any = build_engine(empty_model(config), build_objective(config).criterion, config, torch.device("cpu"))
+    batch = open_training_set(config).largest()
+    found: list[str] = []
+
+    def look(after: str) -> None:
+        others = dict(engine.model.named_parameters())
+        found.extend(f"{name} {after}" for name, own in engine.parameters.items() if others[name] is not own)
+
+    look("at first")
+    engine.import_parameters(initial_values(config))
+    look("after an import")
+    for _ in range(2):
+        engine.evaluate(batch)
+        look("after an evaluation")
+        engine.run_window([batch, batch], torch.tensor(100.0))
+        look("after a window")
+        engine.step(lr=1e-3, max_norm=1.0)
+        look("after a step")
+    engine.close()
+    return found

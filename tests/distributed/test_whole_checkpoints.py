@@ -17,6 +17,7 @@ from tests.audio import SmallCorpus
 from tests.distributed.pool import Pool
 from tests.distributed.tasks import (
     losses_after_an_import,
+    replaced_parameters,
     save_what_one_rank_spoils,
     train_micro,
     train_until_killed,
@@ -103,6 +104,15 @@ def test_an_import_after_an_evaluation_is_what_computes(
     arguments = (str(small_corpus.train), ("batch.max_seconds=4", f"engine={{{VARIANTS[variant]}}}"))
     expected, found = (pool(2).run(losses_after_an_import, *arguments, first) for first in (False, True))
     assert found == expected
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.startswith("zero")])
+def test_the_model_has_the_parameters_that_the_optimizer_steps(
+    pool: Callable[[int], Pool], small_corpus: SmallCorpus, variant: str
+) -> None:
+    """What FSDP2 puts in their place while they are gathered is gone once an engine is done."""
+    arguments = (str(small_corpus.train), ("batch.max_seconds=4", f"engine={{{VARIANTS[variant]}}}"))
+    assert pool(2).run(replaced_parameters, *arguments) == [[], []]
 
 
 @pytest.mark.parametrize(("variant", "asynchronous"), [("ddp", "true"), ("fsdp", "false"), ("zero2", "true")])

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from w2vscale.checkpoint.canonical import has_optimizer_state, incomplete_state
-from w2vscale.checkpoint.shards import stored_tensors, tensor_files, tensor_shapes
+from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files, tensor_shapes
 from w2vscale.errors import UserError
 
 FORMAT = 2
@@ -152,7 +152,7 @@ def open_checkpoint(
     Not collective. With `resuming`, its optimizer state must be complete, or absent as in an imported checkpoint.
 
     Raises:
-        IncompleteState: `resuming`, and a tensor is missing, has a shape that does not fit, or is not whole.
+        IncompleteState: `resuming`, and its optimizer state is not whole, or not that of its weights.
         UserError: it is missing, incomplete or damaged; the message says how.
     """
     if not (path / "train_state.json").is_file():
@@ -165,11 +165,16 @@ def open_checkpoint(
             raise UserError(f"{path / name}: {problem}")
     tensors = stored_tensors(tensor_files(path))
     if resuming:
-        problem = incomplete_state({name: tensor.shape for name, tensor in tensors.items()})
-        faults = (f"{name}: {fault}" for name, tensor in tensors.items() if (fault := tensor.fault()))
-        if problem := problem or next(faults, None):
-            raise IncompleteState(f"{path}: {problem}")
+        _check_whole(path, tensors)
     return checkpoint
+
+
+def _check_whole(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    for name, tensor in tensors.items():
+        if fault := tensor.fault():
+            raise (IncompleteState if name.startswith("optim.") else UserError)(f"{path}: {name}: {fault}")
+    if problem := incomplete_state({name: tensor.shape for name, tensor in tensors.items()}):
+        raise IncompleteState(f"{path}: {problem}")
 
 
 def read_train_state(path: Path) -> Checkpoint:
