@@ -17,7 +17,10 @@ Started = Callable[[], list[BaseProcess]]
 
 FORKS = multiprocessing.get_context("forkserver")
 """Each process of pytest-xdist has one server, which starts with the first process."""
-FORKS.set_forkserver_preload(["tests.distributed.tasks", "w2vscale.cli.app", "w2vscale.cli.train", "deepspeed"])
+FORKS.set_forkserver_preload(
+    # torch._dynamo: what torch imports when it first draws on the meta device.
+    ["tests.distributed.tasks", "w2vscale.cli.app", "w2vscale.cli.train", "deepspeed", "torch._dynamo"]
+)
 
 
 class Command:

@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
 # All checks: the linters, then pytest with the given arguments. Everything runs, whatever fails before it.
 #
-#   bash tools/test.sh              all of it
+#   bash tools/test.sh              all of it, without the tests marked `long`
+#   bash tools/test.sh --slow       the tests marked `long` only, without the linters
 #   bash tools/test.sh -k plan      all linters, and of the tests those about the plan
 #   bash tools/test.sh -n 0         the tests one after another instead of two at a time
 set -euo pipefail
+
+tier="not long"
+if [[ ${1-} == --slow ]]; then
+  tier=long
+  shift
+fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
@@ -30,18 +37,20 @@ while IFS= read -r script; do scripts+=("$script"); done < <(
   find . \( -name .git -o -name .venv -o -name exp \) -prune -o -type f \( -name '*.sh' -o -path ./.ci/run \) -print | sort
 )
 
-check "ruff check" ruff check
-check "ruff format" ruff format --check
-check "mypy" mypy
-check "lint-imports" lint-imports --no-logo
-check "shellcheck" shellcheck --external-sources --source-path=SCRIPTDIR "${scripts[@]}"
+if [[ $tier != long ]]; then
+  check "ruff check" ruff check
+  check "ruff format" ruff format --check
+  check "mypy" mypy
+  check "lint-imports" lint-imports --no-logo
+  check "shellcheck" shellcheck --external-sources --source-path=SCRIPTDIR "${scripts[@]}"
+fi
 
 # pytest's own closing line ends the log, with the time; one more line follows only when something failed.
 if ((${#failed[@]})); then printf '\nfailed so far: %s\n' "$(joined "${failed[@]}")"; fi
 printf '\n== pytest\n'
 # Two files at a time. Within a file the order stays, so that its fixtures are made once; tests/conftest.py orders the
 # files. (`--dist loadgroup`, which could keep more together, does nothing with pytest 9.2: pytest-xdist issue 1386.)
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || failed+=("pytest")
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$tier" "$@" || failed+=("pytest")
 
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "$(joined "${failed[@]}")" >&2

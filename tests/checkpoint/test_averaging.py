@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from tests.checkpoints import model_and_optimizer, shapes_of
 from tests.micro import MICRO_MODEL
 from w2vscale.checkpoint.averaging import average
-from w2vscale.checkpoint.inspection import canonical_shapes, verify
+from w2vscale.checkpoint.inspection import verify
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.cli.app import app
@@ -38,7 +39,7 @@ def content(update: int, config: Config = CONFIG) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(update)
     tensors = {
         name: torch.randn(shape, generator=generator)
-        for name, shape in canonical_shapes(config).items()
+        for name, shape in model_and_optimizer(config).items()
         if name.startswith("model.") or name.endswith("bias.step")
     }
     tensors[next(iter(tensors))].flatten()[:3] = -0.0
@@ -47,8 +48,9 @@ def content(update: int, config: Config = CONFIG) -> dict[str, Tensor]:
 
 def save(run: Path, update: int, config: Config = CONFIG, tensors: dict[str, Tensor] | None = None) -> Path:
     state = TrainState(update=update, audio_seconds=10.0 * update, data="3 hours", validation_loss=LOSSES.get(update))
-    store = CheckpointStore(run / "checkpoints", Ranks(), keep_last=9)
-    return store.save(tensors or content(update, config), state, dump_config(config))
+    tensors = tensors or content(update, config)
+    store = CheckpointStore(run / "checkpoints", Ranks(), expected=shapes_of(tensors), keep_last=9)
+    return store.save(tensors, state, dump_config(config))
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +97,12 @@ def test_the_mean_is_that_of_float64(made: Path, tmp_path: Path) -> None:
 
 def test_what_cancels_in_fp32_is_not_lost(tmp_path: Path) -> None:
     for update, value in enumerate((2.0**30, 1.0, -(2.0**30)), start=1):
-        save(tmp_path / "run", update, tensors={"model.weight": torch.full((2, 2), value)})
+        tensors = content(update)
+        tensors[f"model.{BIAS}"].fill_(value)
+        save(tmp_path / "run", update, tensors=tensors)
     average(tmp_path / "run", tmp_path / "out", last=3)
-    assert torch.equal(read_model_tensors(open_checkpoint(tmp_path / "out"))["weight"], torch.full((2, 2), 1 / 3))
+    mean = read_model_tensors(open_checkpoint(tmp_path / "out"))[BIAS]
+    assert torch.equal(mean, torch.full_like(mean, 1 / 3))
 
 
 def test_of_one_checkpoint_it_is_its_weights_bit_for_bit(made: Path, tmp_path: Path) -> None:
@@ -138,11 +143,11 @@ def test_the_command_says_what_it_took(options: list[str], printed: list[str], m
     assert re.fullmatch(rf"{tmp_path}/checkpoints/update_\d+: the mean of {count} checkpoints?", lines[-1])
 
 
-def test_what_cannot_be_used_is_passed_over(run: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_skipped(run: Path, tmp_path: Path) -> None:
     next((run / "checkpoints" / "update_00000006").glob("*.safetensors")).unlink()
     said: list[str] = []
     assert average(run, tmp_path / "out", last=2, log=said.append).updates == [4, 8]
-    assert said[0].startswith("passed over: ") and "update_00000006" in said[0]
+    assert said[0].startswith("skipping unusable checkpoint: ") and "update_00000006" in said[0]
     shutil.rmtree(run / "checkpoints" / "update_00000004")
     assert refusal(run, tmp_path / "new", "--last", 3).endswith(
         "run: 3 usable checkpoints are asked for, it has 2 (updates 2, 8)"

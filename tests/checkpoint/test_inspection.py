@@ -13,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests import checkpoints
+from tests.checkpoints import model_and_optimizer, shapes_of
 from tests.micro import MICRO_MODEL
 from w2vscale.checkpoint.consolidation import consolidate
-from w2vscale.checkpoint.inspection import canonical_shapes, describe, verify
+from w2vscale.checkpoint.inspection import describe, verify
 from w2vscale.checkpoint.reading import TrainState, file_facts, open_checkpoint, read_train_state
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import dump_config, load_config
@@ -30,7 +32,7 @@ ROWS = 3
 def content() -> dict[str, Tensor]:
     """A value for everything that a checkpoint of the micro model holds."""
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(shape, generator=generator) for name, shape in canonical_shapes(CONFIG).items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in model_and_optimizer(CONFIG).items()}
 
 
 def spread(path: Path, tensors: dict[str, Tensor], *, ranks: int = 3) -> Path:
@@ -78,14 +80,7 @@ def shard(path: Path, number: int) -> Path:
 
 def rewrite(path: Path, number: int, change: Callable[[dict[str, Tensor], dict[str, list[int]]], object]) -> None:
     """Change tensors and offsets of a shard as if they had been written so."""
-    file = shard(path, number)
-    tensors = load_file(file)
-    with safe_open(file, framework="pt") as opened:
-        places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-    offsets = {name: place["saved_offsets"] for name, place in places.items()}
-    change(tensors, offsets)
-    places = {name: {"saved_offsets": offsets[name]} for name in tensors}
-    save_file(tensors, file, metadata={"DCP_SHARDING_INFO": json.dumps(places)})
+    checkpoints.rewrite(shard(path, number), change)
     seal(path)
 
 
@@ -94,7 +89,7 @@ class TestVerify:
         seen: list[tuple[int, int]] = []
         found = verify(whole, progress=lambda done, total: seen.append((done, total)))
         assert found.problems == []
-        assert found.tensors == len(canonical_shapes(CONFIG))
+        assert found.tensors == len(model_and_optimizer(CONFIG))
         assert found.checkpoint.state.update == 3
         assert seen[-1] == (found.checkpoint.bytes, found.checkpoint.bytes)
 
@@ -139,7 +134,7 @@ class TestVerify:
         rewrite(spoiled, 2, lambda tensors, offsets: tensors.pop(BIAS))
         rewrite(spoiled, 3, lambda tensors, offsets: tensors.pop(weight))
         assert verify(spoiled).problems == [
-            f"{weight}: is [22, 16], the model in config.yaml has [32, 16]",
+            f"{weight}: is [22, 16], the model has [32, 16]",
             f"{BIAS}: its shards leave out a part of it",
         ]
 
@@ -159,12 +154,13 @@ class TestVerify:
         assert verify(spoiled.parent.parent).problems == ["config.yaml: missing"]
 
     def test_what_the_store_writes(self, tmp_path: Path) -> None:
-        store = CheckpointStore(tmp_path, Ranks())
+        store = CheckpointStore(tmp_path, Ranks(), expected=model_and_optimizer(CONFIG))
         assert verify(store.save(content(), TrainState(update=1), dump_config(CONFIG))).problems == []
 
     def test_an_imported_model_has_no_optimizer_state(self, tmp_path: Path) -> None:
         model = {name: tensor for name, tensor in content().items() if name.startswith("model.")}
-        saved = CheckpointStore(tmp_path, Ranks()).save(model, TrainState(), dump_config(CONFIG))
+        store = CheckpointStore(tmp_path, Ranks(), expected=shapes_of(model))
+        saved = store.save(model, TrainState(), dump_config(CONFIG))
         assert verify(saved).problems == []
 
     def test_a_pickle_in_place_of_tensors(self, spoiled: Path) -> None:
@@ -245,3 +241,9 @@ def test_offsets_that_do_not_fit_are_damage(spoiled: Path, offsets: list[int]) -
     rewrite(spoiled, 1, lambda tensors, places: places.update({BIAS: offsets}))
     with pytest.raises(UserError, match=f"damaged .{BIAS} has 1 dimensions and {len(offsets)} offsets"):
         open_checkpoint(spoiled)
+
+
+def test_a_tensor_with_a_hole_is_not_read(spoiled: Path) -> None:
+    rewrite(spoiled, 2, lambda tensors, offsets: tensors.pop(BIAS))
+    with pytest.raises(UserError, match=f"{BIAS}: its shards leave out a part of it"):
+        open_checkpoint(spoiled).read_into({BIAS: torch.zeros(32)})

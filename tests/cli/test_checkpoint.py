@@ -106,11 +106,14 @@ def test_verify_ends_with_the_problem(exp: Path, capsys: pytest.CaptureFixture[s
     assert re.fullmatch(r"shard-\S+: holds 0 bytes, \d+ were written\n", capsys.readouterr().out)
 
 
-def test_show_says_what_it_passed_over(exp: Path, run: Callable[..., str]) -> None:
+def test_show_says_what_it_skips(exp: Path, run: Callable[..., str]) -> None:
     newest = exp / "checkpoints" / "update_00000002"
     (newest / "config.yaml").unlink()
     lines = run("show", exp).splitlines()
-    assert lines[:2] == [f"passed over: {newest / 'config.yaml'}: missing", str(newest.with_name("update_00000001"))]
+    assert lines[:2] == [
+        f"skipping unusable checkpoint: {newest / 'config.yaml'}: missing",
+        str(newest.with_name("update_00000001")),
+    ]
 
 
 def test_consolidate_writes_the_models_weights(trained: Path, tmp_path: Path, run: Callable[..., str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +15,24 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from lhotse.cut import Cut
 from torch.distributed.tensor import DTensor
 
+from tests.checkpoints import rewrite
 from tests.micro import MICRO_RUN
+from w2vscale.checkpoint.canonical import canonical_shapes
+from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, load_config
 from w2vscale.data import loading
 from w2vscale.data.audio import AudioError, read_audio
 from w2vscale.distributed.process_group import Ranks, gather_as_found
-from w2vscale.engine import build_engine
+from w2vscale.engine import CanonicalState, build_engine
 from w2vscale.engine.fsdp import FSDPEngine
 from w2vscale.engine.joining import Joining
+from w2vscale.engine.rows import Rows
+from w2vscale.errors import UserError
 from w2vscale.evaluation.pretrained import load
 from w2vscale.evaluation.sources import sources_of
 from w2vscale.evaluation.transcription import transcribe
@@ -31,7 +40,7 @@ from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.training.calibration import calibrate
 from w2vscale.training.loop import Trainer
 from w2vscale.training.objective import build_objective
-from w2vscale.training.run import build_run, empty_model, initial_values, make_folder, open_training_set
+from w2vscale.training.run import Run, build_run, empty_model, initial_values, make_folder, open_training_set
 from w2vscale.training.signals import StopRequest
 
 
@@ -144,3 +153,117 @@ def word_errors(exp: str, cuts: str) -> tuple[int, list[tuple[str, str]]]:
     mine = sum(1 for _ in transcribe(pretrained, [*sources_of(Path(cuts))], ranks=ranks))
     found = score_checkpoint(pretrained, [Path(cuts)], ranks=ranks)
     return mine, [(one.utterance, one.hypothesis) for one in found.utterances]
+
+
+def train_until_killed(corpus: str, exp: str, overrides: tuple[str, ...], update: int) -> None:
+    """`train_micro` in a process that is killed (SIGKILL) as soon as it has begun to save after `update`."""
+    working = Trainer._update
+
+    def killed(trainer: Trainer, *arguments: Any) -> bool:
+        if trainer.state.update == update:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return working(trainer, *arguments)
+
+    with patch.object(Trainer, "_update", killed):
+        train_micro(corpus, exp, overrides)
+
+
+def train_with_an_engine_that_drops(tensor: str, update: int, corpus: str, exp: str, overrides: tuple[str, ...]) -> str:
+    """The error of `train_micro` whose engine, from `update` on, does not export a tensor on the last rank."""
+    saving = Run.save
+
+    def save(run: Run, state: TrainState) -> Path:
+        exporting = run.engine.export_state
+
+        def export() -> CanonicalState:
+            tensors = exporting()
+            if state.update >= update and dist.get_rank() == dist.get_world_size() - 1:
+                del tensors[tensor]
+            return tensors
+
+        with patch.object(run.engine, "export_state", export):
+            return saving(run, state)
+
+    with patch.object(Run, "save", save):
+        try:
+            train_micro(corpus, exp, overrides)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def losses_after_an_import(corpus: str, overrides: tuple[str, ...], evaluate_first: bool) -> tuple[float, float]:
+    """The engine's loss in evaluation and in training, once it was given other parameters after an evaluation."""
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    engine = build_engine(empty_model(config), build_objective(config).criterion, config, torch.device("cpu"))
+    batch = open_training_set(config).largest()
+    engine.import_parameters((name, torch.zeros_like(whole)) for name, whole in initial_values(config))
+    if evaluate_first:
+        engine.evaluate(batch)
+    engine.import_parameters(initial_values(config))
+    trained = float(engine.run_window([batch], torch.tensor(100.0)).total)
+    engine.step(lr=0.0, max_norm=None)
+    if evaluate_first:
+        engine.evaluate(batch)
+    evaluated = float(engine.evaluate(batch).total)
+    engine.close()
+    return trained, evaluated
+
+
+def save_what_one_rank_spoils(folder: str, spoilt: str, asynchronous: bool) -> str:
+    """The error of a second checkpoint of which the first rank's file is not what torch has written."""
+    shapes = canonical_shapes({"weight": (5, 3), "bias": (2,)})
+    rows = Rows(torch.device("cpu"))
+    tensors = {name: rows.own(torch.ones(shape)) for name, shape in shapes.items()}
+    ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
+    store = CheckpointStore(Path(folder), ranks, expected=shapes, keep_last=9, asynchronous=asynchronous)
+    store.save(tensors, TrainState(update=1), "")
+    store.wait()
+
+    def change(found: dict[str, torch.Tensor], offsets: dict[str, list[int]]) -> None:
+        if spoilt == "missing":
+            del found["model.weight"]
+        elif spoilt == "doubled":
+            offsets["model.weight"] = [1, 0]
+        else:
+            found["model.weight"] = found["model.weight"].bfloat16()
+
+    writing = dcp.save
+
+    def write(state: Any, *, storage_writer: Any, **settings: Any) -> None:
+        writing(state, storage_writer=storage_writer, **settings)
+        if ranks.is_main:
+            rewrite(next(Path(storage_writer.path).glob("shard-00001-*")), change)
+
+    with patch.object(dcp, "save", write):
+        try:
+            store.save(tensors, TrainState(update=2), "")
+            store.wait()
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def replaced_parameters(corpus: str, overrides: tuple[str, ...]) -> list[str]:
+    """After each thing that an engine does: which of its parameters are not what its model has under their names."""
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    engine: Any = build_engine(empty_model(config), build_objective(config).criterion, config, torch.device("cpu"))
+    batch = open_training_set(config).largest()
+    found: list[str] = []
+
+    def look(after: str) -> None:
+        others = dict(engine.model.named_parameters())
+        found.extend(f"{name} {after}" for name, own in engine.parameters.items() if others[name] is not own)
+
+    look("at first")
+    engine.import_parameters(initial_values(config))
+    look("after an import")
+    for _ in range(2):
+        engine.evaluate(batch)
+        look("after an evaluation")
+        engine.run_window([batch, batch], torch.tensor(100.0))
+        look("after a window")
+        engine.step(lr=1e-3, max_norm=1.0)
+        look("after a step")
+    engine.close()
+    return found

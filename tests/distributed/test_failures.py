@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.audio import SmallCorpus
-from tests.micro import MICRO_RUN
+from tests.distributed.launched import Launched, running
 from w2vscale.distributed import launch
 
 pytestmark = pytest.mark.distributed
-
-ROOT = Path(__file__).resolve().parents[2]
-BOUND = 30.0
-"""Seconds within which all ranks have to end, as the project promises."""
 
 RAISE = """
 import os
@@ -47,65 +41,6 @@ if os.environ.get("RANK") == "1":
 
 LOOP = "while :; do sleep 0.05; done"
 WAIT_FOR = "wait_for() { while [ ! -e $1 ]; do sleep 0.05; done; }; wait_for"
-
-
-class Launched:
-    """A run of two processes that has reached an update, and what its terminal shows."""
-
-    def __init__(self, corpus: Path, folder: Path, *, preset: str = "base", sitecustomize: str = "") -> None:
-        self.metrics = folder / "exp" / "metrics.jsonl"
-        (folder / "sitecustomize.py").write_text(sitecustomize)
-        settings = [*MICRO_RUN, f"data.train={corpus}", "trainer.updates=100000"]
-        command = [sys.executable, "-m", "w2vscale", "train", preset, *settings, "--exp", str(folder / "exp")]
-        self.process = subprocess.Popen(
-            [*command, "--nproc-per-node", "2"],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
-        )
-
-    def wait_for_update(self, update: int) -> None:
-        deadline = time.monotonic() + 120.0
-        while not (self.metrics.is_file() and self.metrics.read_text().count("\n") >= update):
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline, f"update {update} was not reached"
-            time.sleep(0.02)
-
-    def ranks(self) -> list[int]:
-        """The process ids of ranks 0 and 1."""
-        found = {}
-        for child in self._children():
-            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            found |= {int(each[5:]): child for each in environment if each.startswith(b"RANK=")}
-        return [found[0], found[1]]
-
-    def end(self) -> tuple[int, str]:
-        """Exit code and standard error, once all has ended by itself."""
-        _, errors = self.process.communicate(timeout=BOUND)
-        return self.process.returncode, errors
-
-    def __enter__(self) -> Launched:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.process.poll() is None:
-            for process in (*self._children(), self.process.pid):
-                os.kill(process, signal.SIGKILL)
-            self.process.communicate()
-
-    def _children(self) -> list[int]:
-        launcher = self.process.pid
-        return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
-
-
-def running(process: int) -> bool:
-    try:
-        status = Path(f"/proc/{process}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 class TestTraining:

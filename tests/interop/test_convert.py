@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.audio import SmallCorpus
+from tests.checkpoints import shapes_of
 from tests.interop.continued import flat_negatives, transformers_loss
 from tests.micro import MICRO_RUN, SMALL
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
@@ -40,10 +41,8 @@ FAMILIES = ("base", "large", "large_lv60", "xlsr_300m")
 
 def saved(folder: Path, config: Config, state: dict[str, Tensor]) -> Path:
     """A checkpoint of these weights."""
-    store = CheckpointStore(
-        folder / "checkpoints", Ranks(), keep_last=1, keep_every=0, asynchronous=False, log=lambda text: None
-    )
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
+    store = CheckpointStore(folder / "checkpoints", Ranks(), expected=shapes_of(tensors))
     return store.save(tensors, TrainState(update=700, audio_seconds=90_000.0, data="960.0 hours"), dump_config(config))
 
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.audio import write_audio
+from tests.checkpoints import shapes_of
 from tests.micro import SMALL
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
 from w2vscale.checkpoint.store import CheckpointStore
@@ -45,7 +46,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    store = CheckpointStore(folder / "checkpoints", Ranks(), keep_last=1)
+    store = CheckpointStore(folder / "checkpoints", Ranks(), expected=shapes_of(tensors), keep_last=1)
     checkpoint = store.save(tensors, TrainState(update=7), dump_config(config))
     export_checkpoint(checkpoint, folder / "export", form="huggingface")
     return config, checkpoint, folder / "export"
@@ -104,7 +105,7 @@ def test_sentence_pieces_are_written_with_spaces_and_come_in_again(tmp_path: Pat
     config = load_config("base", [*SMALL, f"ctc.vocabulary={json.dumps(symbols)}"])
     model = Wav2Vec2ForCTC(config.model, config.ctc)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    store = CheckpointStore(tmp_path / "checkpoints", Ranks(), keep_last=1)
+    store = CheckpointStore(tmp_path / "checkpoints", Ranks(), expected=shapes_of(tensors), keep_last=1)
     export_checkpoint(
         store.save(tensors, TrainState(update=1), dump_config(config)), tmp_path / "out", form="huggingface"
     )

@@ -10,7 +10,7 @@ from torch import nn
 from w2vscale.config import OptimConfig, load_config
 from w2vscale.errors import UserError
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
-from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
+from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate, state_of
 
 SHAPES = [
     ("encoder.layer.weight", torch.Size([4, 3])),
@@ -103,6 +103,15 @@ class TestOptimizer:
             assert state["step"].item() == 0
             assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
             assert not state["exp_avg"].any() and not state["exp_avg_sq"].any()
+
+    def test_state_that_is_absent_is_an_error_and_stays_absent(self) -> None:
+        model = self.model()
+        optimizer = adamw(model, OptimConfig())
+        assert set(state_of(optimizer, "0.weight", model[0].weight)) == {"step", "exp_avg", "exp_avg_sq"}
+        other = nn.Parameter(model[0].weight.detach().clone())
+        with pytest.raises(RuntimeError, match=r"0\.weight: the optimizer has no state"):
+            state_of(optimizer, "0.weight", other)
+        assert other not in optimizer.state
 
     def test_allocated_state_changes_no_step(self) -> None:
         plain, ours = self.model(), self.model()

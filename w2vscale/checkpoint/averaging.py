@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from w2vscale.checkpoint.canonical import canonical_shapes
 from w2vscale.checkpoint.consolidation import whole_tensors
 from w2vscale.checkpoint.inspection import Description, describe
 from w2vscale.checkpoint.reading import committed, update_of
@@ -19,6 +20,7 @@ from w2vscale.config.tree import ARCHITECTURE
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
 from w2vscale.evaluation.report import read_metrics
+from w2vscale.models.build import parameter_shapes
 
 HIGHER_IS_BETTER = {"accuracy"}
 
@@ -77,7 +79,8 @@ def average(
     newest, updates = chosen[-1], [found.checkpoint.state.update for found in chosen]
     state = newest.checkpoint.state
     origin = "; ".join(filter(None, (state.data, f"the mean of the weights at {_listed(updates)}")))
-    path = CheckpointStore(folder, Ranks(), log=log).save(
+    weights = canonical_shapes(parameter_shapes(newest.config.model, newest.config.ctc), optimizer=False)
+    path = CheckpointStore(folder, Ranks(), expected=weights, log=log).save(
         means, replace(state, data=origin, validation_loss=None), dump_config(newest.config)
     )
     return Averaged(path, updates, metric, {update: figures[update] for update in updates if update in figures})
@@ -121,7 +124,7 @@ def _usable(paths: Sequence[Path], log: Callable[[str], None]) -> Iterator[Descr
         try:
             yield describe(path)
         except UserError as error:
-            log(f"passed over: {error}")
+            log(f"skipping unusable checkpoint: {error}")
 
 
 def _weights(checkpoints: Sequence[Description]) -> dict[str, list[StoredTensor]]:

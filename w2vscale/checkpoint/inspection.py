@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from w2vscale.checkpoint.canonical import canonical_shapes, differences, has_optimizer_state
 from w2vscale.checkpoint.reading import (
     Checkpoint,
     FileFacts,
@@ -20,7 +20,7 @@ from w2vscale.checkpoint.reading import (
 )
 from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files
 from w2vscale.config import Config, load_config
-from w2vscale.models.build import build_model
+from w2vscale.models.build import parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,6 @@ def verify(path: Path, *, progress: Callable[[int, int], None] | None = None) ->
     return Verification(checkpoint, len(tensors), problems)
 
 
-def canonical_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a run's checkpoint of this model must hold."""
-    with torch.device("meta"):
-        model = build_model(config.model, config.ctc)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        shapes[f"model.{name}"] = tuple(parameter.shape)
-        shapes[f"optim.{name}.exp_avg"] = shapes[f"optim.{name}.exp_avg_sq"] = tuple(parameter.shape)
-        shapes[f"optim.{name}.step"] = ()
-    return shapes
-
-
 def _newest_folder(path: Path) -> Path:
     """`path`, or the newest checkpoint in it, usable or not."""
     for folder in (path, path / "checkpoints"):
@@ -139,14 +127,8 @@ def _not_finite(file: Path) -> Iterator[str]:
 
 
 def _incomplete(tensors: Mapping[str, StoredTensor], config: Config) -> Iterator[str]:
-    has_optimizer = any(name.startswith("optim.") for name in tensors)
-    for name, shape in canonical_shapes(config).items():
-        if name.startswith("optim.") and not has_optimizer:
-            continue
-        if name not in tensors:
-            yield f"{name}: missing"
-        elif tensors[name].shape != shape:
-            yield f"{name}: is {list(tensors[name].shape)}, the model in config.yaml has {list(shape)}"
+    expected = canonical_shapes(parameter_shapes(config.model, config.ctc), optimizer=has_optimizer_state(tensors))
+    yield from differences({name: tensor.shape for name, tensor in tensors.items()}, expected)
     for name, tensor in tensors.items():
         if fault := tensor.fault():
             yield f"{name}: {fault}"

@@ -20,11 +20,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from w2vscale.checkpoint.shards import tensor_shapes
+from w2vscale.checkpoint.canonical import has_optimizer_state, incomplete_state
+from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files, tensor_shapes
 from w2vscale.errors import UserError
 
 FORMAT = 2
 FOLDER = re.compile(r"update_(\d{8,})")
+
+
+class IncompleteState(UserError):
+    """A checkpoint with whole weights, but from which no run can be continued."""
 
 
 class FileFacts(TypedDict):
@@ -67,11 +72,11 @@ class Checkpoint:
         """Collective. Fill `tensors`, which may be sharded in any way, in place.
 
         Raises:
-            UserError: a tensor is missing or has another shape.
+            UserError: a tensor is missing, has another shape or is not whole.
         """
-        stored = tensor_shapes(self.path)
-        wanted_state = any(name.startswith("optim.") for name in tensors)
-        if wanted_state and not any(name.startswith("optim.") for name in stored):
+        found = stored_tensors(tensor_files(self.path))
+        stored = {name: tensor.shape for name, tensor in found.items()}
+        if has_optimizer_state(tensors) and not has_optimizer_state(stored):
             raise UserError(
                 f"{self.path}: holds no optimizer state; start a run from it with trainer.init_from, in another --exp"
             )
@@ -80,6 +85,8 @@ class Checkpoint:
                 raise UserError(f"{self.path}: holds no tensor {name}: it belongs to another model")
             if stored[name] != tuple(tensor.shape):
                 raise UserError(f"{self.path}: {name} is {list(stored[name])}, the model wants {list(tensor.shape)}")
+            if fault := found[name].fault():
+                raise UserError(f"{self.path}: {name}: {fault}")
         accept_one_process()
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(self.path)))
 
@@ -105,18 +112,28 @@ def committed(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
 
 
-def newest(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
+def newest(folder: Path, log: Callable[[str], None], *, resuming: bool = False) -> Checkpoint | None:
     """The newest usable checkpoint in a folder of them, or None where there is none at all. Not collective.
+
+    `resuming`: one that a run can be continued from.
 
     Raises:
         UserError: there are some, and none can be used, or all were set aside.
     """
     paths = sorted(committed(folder), reverse=True)
+    incomplete: list[Path] = []
     for path in paths:
         try:
-            return open_checkpoint(path)
+            return open_checkpoint(path, resuming=resuming)
         except UserError as error:
-            log(f"passed over: {error}")
+            log(f"skipping unusable checkpoint: {error}")
+            if isinstance(error, IncompleteState):
+                incomplete.append(path)
+    if incomplete:
+        raise UserError(
+            f"{folder}: no run can be continued from any of its {len(paths)} checkpoints; start one from the weights "
+            f"of the newest with trainer.init_from={incomplete[0]}, in another --exp"
+        )
     if paths:
         raise UserError(f"{folder}: none of its {len(paths)} checkpoints can be used; move them away to start anew")
     if aside := sorted(folder.glob("abandoned_update_*")):
@@ -127,24 +144,37 @@ def newest(folder: Path, log: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def open_checkpoint(path: Path, log: Callable[[str], None] = lambda text: None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, log: Callable[[str], None] = lambda text: None, *, resuming: bool = False
+) -> Checkpoint:
     """Open one checkpoint folder (or a link to one), or the newest usable one in a folder of checkpoints.
 
-    Not collective.
+    Not collective. With `resuming`, its optimizer state must be complete, or absent as in an imported checkpoint.
 
     Raises:
+        IncompleteState: `resuming`, and its optimizer state is not whole, or not that of its weights.
         UserError: it is missing, incomplete or damaged; the message says how.
     """
     if not (path / "train_state.json").is_file():
         for folder in (path, path / "checkpoints"):
-            if found := newest(folder, log):
+            if found := newest(folder, log, resuming=resuming):
                 return found
     checkpoint = read_train_state(path)
     for name, facts in checkpoint.files.items():
         if problem := wrong_size(path / name, facts):
             raise UserError(f"{path / name}: {problem}")
-    tensor_shapes(path)
+    tensors = stored_tensors(tensor_files(path))
+    if resuming:
+        _check_whole(path, tensors)
     return checkpoint
+
+
+def _check_whole(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    for name, tensor in tensors.items():
+        if fault := tensor.fault():
+            raise (IncompleteState if name.startswith("optim.") else UserError)(f"{path}: {name}: {fault}")
+    if problem := incomplete_state({name: tensor.shape for name, tensor in tensors.items()}):
+        raise IncompleteState(f"{path}: {problem}")
 
 
 def read_train_state(path: Path) -> Checkpoint:

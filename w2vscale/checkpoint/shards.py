@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from operator import add, attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
@@ -17,8 +18,7 @@ BYTES_PER_VALUE = 4
 """Everything in a checkpoint is fp32."""
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """A block of a tensor, in one file."""
 
     file: Path
@@ -29,7 +29,7 @@ class Shard:
     @property
     def ends(self) -> tuple[int, ...]:
         """Where the block ends in the whole tensor."""
-        return tuple(offset + size for offset, size in zip(self.offsets, self.shape, strict=True))
+        return tuple(map(add, self.offsets, self.shape))
 
     def overlaps(self, other: Shard) -> bool:
         """Whether some value of the tensor is in both."""
@@ -66,11 +66,29 @@ class StoredTensor:
         """Why the shards are not one whole tensor, or None."""
         if wrong := {shard.dtype for shard in self.shards} - {"F32"}:
             return f"has the type {min(wrong)}, not F32"
-        if any(one.overlaps(other) for one, other in combinations(self.shards, 2)):
+        if _overlap(self.shards):
             return "its shards overlap"
         if sum(math.prod(shard.shape) for shard in self.shards) != self.numel:
             return "its shards leave out a part of it"
         return None
+
+
+def _overlap(shards: Iterable[Shard]) -> bool:
+    """Whether any two shards overlap. Only those that share a row are compared: what is split by rows takes little more
+    than a sort."""
+    filled = sorted((shard for shard in shards if 0 not in shard.shape), key=attrgetter("offsets"))
+    if filled and not filled[0].shape:
+        return len(filled) > 1
+    sharing: list[Shard] = []
+    end = 0
+    for shard in filled:
+        row = shard.offsets[0]
+        sharing = [other for other in sharing if other.ends[0] > row] if row < end else []
+        if any(map(shard.overlaps, sharing)):
+            return True
+        sharing.append(shard)
+        end = max(end, row + shard.shape[0])
+    return False
 
 
 def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -79,13 +97,22 @@ def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
     Raises:
         UserError: a file is damaged.
     """
+    return assembled(map(shards_in, files))
+
+
+def assembled(files: Iterable[Mapping[str, Shard]]) -> dict[str, StoredTensor]:
+    """The tensors that the shards of all files make, by name.
+
+    Raises:
+        UserError: shards of one tensor differ in their number of dimensions.
+    """
     shards: dict[str, list[Shard]] = {}
-    for file in files:
-        for name, shard in _shards_in(file).items():
+    for found in files:
+        for name, shard in found.items():
             parts = shards.setdefault(name, [])
             parts.append(shard)
             if len(shard.shape) != len(parts[0].shape):
-                raise UserError(f"{file}: damaged ({name} has other dimensions than in {parts[0].file.name})")
+                raise UserError(f"{shard.file}: damaged ({name} has other dimensions than in {parts[0].file.name})")
     return {name: StoredTensor(tuple(parts)) for name, parts in shards.items()}
 
 
@@ -103,7 +130,12 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in stored_tensors(tensor_files(path)).items()}
 
 
-def _shards_in(file: Path) -> dict[str, Shard]:
+def shards_in(file: Path) -> dict[str, Shard]:
+    """What one file holds, from its header.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             places = json.loads((tensors.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))

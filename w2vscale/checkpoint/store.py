@@ -11,14 +11,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
+from w2vscale.checkpoint.canonical import Shapes, counted, differences
 from w2vscale.checkpoint.reading import (
     FORMAT,
     Checkpoint,
@@ -31,20 +33,32 @@ from w2vscale.checkpoint.reading import (
     read_train_state,
     update_of,
 )
+from w2vscale.checkpoint.shards import Shard, assembled, shards_in
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.errors import UserError
 
 T = TypeVar("T")
 
 
+class Written(NamedTuple):
+    """What a rank finds in the files that it has written: sizes and checksums, and the shards in their headers."""
+
+    files: dict[str, FileFacts]
+    shards: list[dict[str, Shard]]
+
+
 class CheckpointStore:
-    """The checkpoints of one run. Methods are collective unless they say otherwise."""
+    """The checkpoints of one run. Methods are collective unless they say otherwise.
+
+    `expected` has the name and shape of every tensor that a checkpoint must hold; nothing else is ever committed.
+    """
 
     def __init__(
         self,
         folder: Path,
         ranks: Ranks,
         *,
+        expected: Shapes,
         keep_last: int = 1,
         keep_every: int = 0,
         keep_best: int = 0,
@@ -53,6 +67,7 @@ class CheckpointStore:
     ) -> None:
         self.folder = folder
         self.ranks = ranks
+        self.expected = expected
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.keep_best = keep_best
@@ -70,12 +85,17 @@ class CheckpointStore:
         """Write a checkpoint, commit it, point `latest` at it and delete what need not be kept.
 
         Asynchronously: a copy of `tensors`, after the checkpoint before it; returns once the copy is made.
+
+        Raises:
+            UserError: `tensors` or what was written of them is not what is expected, on any rank, or the files cannot
+                be written. Older checkpoints are as they were.
         """
         began = time.perf_counter()
         self.wait()
         accept_one_process()
         final = self.folder / f"update_{state.update:08d}"
         partial = self.folder / f".{final.name}.partial"
+        self._raise_anywhere(self._refusal(tensors, final))
         self._raise_anywhere(self._on_main(lambda: _fresh_folder(partial)))
         if self._thread is not None:
             tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
@@ -107,7 +127,7 @@ class CheckpointStore:
         return writing is not None and writing.done() and (writing.exception() or writing.result()) is not None
 
     def find(self, log: Callable[[str], None]) -> Checkpoint | None:
-        """The newest usable checkpoint; says which newer ones were passed over and why.
+        """The newest checkpoint that a run can be continued from; the log names newer ones and what is wrong with them.
 
         Raises:
             UserError: there are checkpoints, and none can be used.
@@ -115,7 +135,7 @@ class CheckpointStore:
         found: Checkpoint | str | None = None
         if self.ranks.is_main:
             try:
-                found = newest(self.folder, log)
+                found = newest(self.folder, log, resuming=True)
             except UserError as error:
                 found = str(error)
         found = broadcast_from_main(found)
@@ -137,15 +157,43 @@ class CheckpointStore:
             cause = next(iter(failure.failures.values()))[0]
             return f"{partial}: a checkpoint cannot be written: {cause}"
         files: dict[str, FileFacts] = {}
-        for written in self._from_all(_facts_written_by(self.ranks.rank, partial), self._group):
-            if isinstance(written, OSError):
+        shards: list[dict[str, Shard]] = []
+        for written in self._on_main_from_all(_written_by(self.ranks.rank, partial), self._group):
+            if isinstance(written, str):
                 return f"{partial}: a checkpoint cannot be written: {written}"
-            files |= written
-        return self._on_main(lambda: self._commit(partial, final, state, config_yaml, files))
+            files |= written.files
+            shards += written.shards
+        return self._on_main(lambda: self._commit(partial, final, state, config_yaml, files, shards))
+
+    def _refusal(self, tensors: Mapping[str, Tensor], final: Path) -> str | None:
+        """Why these tensors are not what a checkpoint must hold, or None."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        problems = [*differences(shapes, self.expected)]
+        problems += [
+            f"{name}: is {tensor.dtype}, a checkpoint holds {torch.float32}"
+            for name, tensor in tensors.items()
+            if tensor.dtype != torch.float32
+        ]
+        return _not_committed(final, "the state to be saved is not that of the model and its optimizer", problems)
+
+    def _check_written(self, shards: Sequence[dict[str, Shard]], final: Path) -> None:
+        """Refuse files that do not hold what a checkpoint must hold."""
+        tensors = assembled(shards)
+        problems = [f"{name}: {fault}" for name, tensor in tensors.items() if (fault := tensor.fault())]
+        problems += differences({name: tensor.shape for name, tensor in tensors.items()}, self.expected)
+        if refusal := _not_committed(final, "its files do not hold every expected tensor exactly once", problems):
+            raise UserError(refusal)
 
     def _commit(
-        self, partial: Path, final: Path, state: TrainState, config_yaml: str, files: dict[str, FileFacts]
+        self,
+        partial: Path,
+        final: Path,
+        state: TrainState,
+        config_yaml: str,
+        files: dict[str, FileFacts],
+        shards: Sequence[dict[str, Shard]],
     ) -> None:
+        self._check_written(shards, final)
         _write_durably(partial / "config.yaml", config_yaml)
         files = {**files, "config.yaml": file_facts(partial / "config.yaml")}
         document = {"format": FORMAT, **asdict(state), "ranks": self.ranks.world_size, "files": files}
@@ -178,6 +226,8 @@ class CheckpointStore:
         if self.ranks.is_main:
             try:
                 action()
+            except UserError as error:
+                return str(error)
             except OSError as failure:
                 return f"{self.folder}: a checkpoint cannot be written: {failure}"
         return None
@@ -194,6 +244,14 @@ class CheckpointStore:
         if self.ranks.world_size > 1:
             dist.all_gather_object(values, value, group=group)
         return values
+
+    def _on_main_from_all(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """Every rank's value, on rank 0, and nothing elsewhere: there may be many, and large."""
+        if self.ranks.world_size == 1:
+            return [value]
+        values = [value] * self.ranks.world_size if self.ranks.is_main else None
+        dist.gather_object(value, values, group=group)
+        return values or []
 
 
 def folder_for_one(output: Path) -> Path:
@@ -218,12 +276,20 @@ def _by_validation_loss(paths: Sequence[Path]) -> list[Path]:
     return sorted(losses, key=losses.__getitem__)
 
 
-def _facts_written_by(rank: int, folder: Path) -> dict[str, FileFacts] | OSError:
-    """Of the rank's own files: another machine's may not be in sight yet."""
+def _written_by(rank: int, folder: Path) -> Written | str:
+    """Of the rank's own files: another machine's may not be in sight yet. Or what went wrong."""
     try:
-        return {path.name: file_facts(path) for path in folder.glob(f"shard-{rank + 1:05d}-*.safetensors")}
-    except OSError as failure:
-        return failure
+        paths = sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
+        return Written({path.name: file_facts(path) for path in paths}, [*map(shards_in, paths)])
+    except (OSError, UserError) as failure:
+        return str(failure)
+
+
+def _not_committed(final: Path, what: str, problems: Sequence[str]) -> str | None:
+    if not problems:
+        return None
+    more = f" (and {counted(len(problems) - 1, 'more problem')})" if len(problems) > 1 else ""
+    return f"{final}: not committed: {what}: {problems[0]}{more}; the checkpoints before it are as they were"
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -70,11 +70,12 @@ class Engine(Protocol):
         """Clip, step and clear gradients. A non-finite norm skips the step on every rank."""
 
     def evaluate(self, batch: MicroBatch) -> Sums:
-        """This rank's sums, without gradients, dropout, LayerDrop or noise."""
+        """This rank's sums, without gradients, dropout, LayerDrop or noise. Leaves nothing gathered."""
 
     def export_state(self) -> CanonicalState:
         """Collective. This rank's share of parameters and optimizer state, to be written or copied before the next
-        step: DTensors whose shards together are everything, or live tensors where there is one process."""
+        step: DTensors whose shards together are everything, or live tensors where there is one process. Every name and
+        shape of `canonical_shapes`, and no other; a missing optimizer state is an error."""
 
     def import_state(self, reader: StateReader) -> None:
         """Collective. Replace parameters and optimizer state."""

@@ -69,11 +69,10 @@ class DDPEngine(NativeEngine):
     @torch.no_grad()
     def import_parameters(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """See `Engine.import_parameters`."""
-        own = dict(self.model.named_parameters())
         for name, whole in parameters:
-            own[name].copy_(whole)
+            self.parameters[name].copy_(whole)
 
     def named_full_parameters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.named_full_parameters`."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters.items():
             yield name, parameter.detach().to(dtype)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from w2vscale.checkpoint.canonical import MOMENTS, canonical_shapes
 from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StateReader, StepResult, Sums
@@ -22,8 +23,6 @@ from w2vscale.engine.rows import Rows
 from w2vscale.engine.window import accumulate
 from w2vscale.models.layers import compute_dtype
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine:
@@ -101,12 +100,7 @@ class DeepSpeedEngine:
 
     def import_state(self, reader: StateReader) -> None:
         """See `Engine.import_state`."""
-        shapes: dict[str, torch.Size] = {}
-        for name, shape in self.shapes.items():
-            shapes[f"model.{name}"] = shape
-            shapes |= {f"optim.{name}.{key}": shape for key in MOMENTS}
-            shapes[f"optim.{name}.step"] = torch.Size()
-        for name, whole in self.rows.read(reader, shapes):
+        for name, whole in self.rows.read(reader, canonical_shapes(self.shapes)):
             kind, _, name = name.partition(".")
             if kind == "model":
                 self._set(name, None, whole)

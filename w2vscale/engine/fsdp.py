@@ -15,7 +15,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from w2vscale.config import Config
-from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StateReader
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StateReader, Sums
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.rows import block_of_rows
 from w2vscale.errors import UserError
@@ -40,10 +41,17 @@ class FSDPEngine(NativeEngine):
         if not self.reduce_each:
             # What follows a backward without reduction expects every unit to have been gathered once; LayerDrop may
             # have left one out so far.
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.unshard()
-                    module.reshard()
+            for unit in self._units():
+                unit.unshard()
+                unit.reshard()
+
+    def evaluate(self, batch: MicroBatch) -> Sums:
+        """See `Engine.evaluate`."""
+        sums = super().evaluate(batch)
+        # No backward follows that would do it. Gathered weights take memory, and outlive an import.
+        for unit in self._units():
+            unit.reshard()
+        return sums
 
     def reducing(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are sharded after each backward where memory is what counts, otherwise after the last."""
@@ -67,16 +75,20 @@ class FSDPEngine(NativeEngine):
     @torch.no_grad()
     def import_parameters(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         """See `Engine.import_parameters`."""
-        own = dict(self.model.named_parameters())
+        rank, size = self.mesh.get_local_rank(-1), self.mesh.size(-1)
         for name, whole in parameters:
-            _local(own[name]).copy_(block_of_rows(whole, self.mesh.get_local_rank(-1), self.mesh.size(-1)))
+            _local(self.parameters[name]).copy_(block_of_rows(whole, rank, size))
 
     def named_full_parameters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.named_full_parameters`."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters.items():
             sharded = parameter.detach()
             assert isinstance(sharded, DTensor)
             yield name, sharded.full_tensor().to(dtype)
+
+    def _units(self) -> Iterator[FSDPModule]:
+        """The modules whose parameters are gathered and resharded together."""
+        return (module for module in self.model.modules() if isinstance(module, FSDPModule))
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):

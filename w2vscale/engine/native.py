@@ -16,7 +16,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StepResult, Sums
 from w2vscale.engine.joining import joining
 from w2vscale.engine.window import accumulate
-from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
+from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate, state_of
 
 
 class NativeEngine(ABC):
@@ -31,10 +31,11 @@ class NativeEngine(ABC):
     ) -> None:
         self.model, self.module, self.criterion, self.device = model, module, criterion, device
         self.joining = joining(config.batch.concat)
-        parameters = dict(model.named_parameters())
-        groups = parameter_groups([(name, parameter.shape) for name, parameter in parameters.items()], config.optim)
-        self.optimizer = make_adamw(parameters, groups, config.optim)
-        allocate_state(self.optimizer, parameters.values())
+        # Taken once: the model of a sharding engine has other objects in their place while they are gathered.
+        self.parameters = dict(model.named_parameters())
+        shapes = [(name, parameter.shape) for name, parameter in self.parameters.items()]
+        self.optimizer = make_adamw(self.parameters, parameter_groups(shapes, config.optim), config.optim)
+        allocate_state(self.optimizer, self.parameters.values())
 
     @abstractmethod
     def reducing(self, last: bool) -> AbstractContextManager[None]:
@@ -55,7 +56,7 @@ class NativeEngine(ABC):
 
     def step(self, *, lr: float, max_norm: float | None) -> StepResult:
         """See `Engine.step`."""
-        parameters = list(self.model.parameters())
+        parameters = list(self.parameters.values())
         for parameter in parameters:
             if parameter.grad is None:  # a skipped layer: its gradient is zero on every engine
                 parameter.grad = torch.zeros_like(parameter)
@@ -80,9 +81,9 @@ class NativeEngine(ABC):
     def live_state(self) -> CanonicalState:
         """The parameters and the optimizer's state, under their canonical names."""
         state: CanonicalState = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters.items():
             state[f"model.{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
+            for key, value in state_of(self.optimizer, name, parameter).items():
                 state[f"optim.{name}.{key}"] = value
         return state
 

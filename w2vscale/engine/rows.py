@@ -42,14 +42,14 @@ class Rows:
             return whole.to("cpu", copy=True)
         return self._shard(self._local(whole).to("cpu", copy=True), whole.shape, self.host_mesh)
 
-    def read(self, reader: StateReader, shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    def read(self, reader: StateReader, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
         """Whole fp32 tensors on the device, one at a time, from a checkpoint of which every rank reads its rows."""
         state = {name: self._empty(shape) for name, shape in shapes.items()}
         reader.read_into(state)
         for name in list(state):
             yield name, self._whole(state.pop(name))
 
-    def _empty(self, shape: torch.Size) -> Tensor:
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
         if self.alone or not shape:
             return torch.empty(shape)
         local = self._local(torch.empty(shape, device="meta"))
@@ -63,6 +63,6 @@ class Rows:
     def _local(self, whole: Tensor) -> Tensor:
         return block_of_rows(whole, self.rank, self.world_size)
 
-    def _shard(self, local: Tensor, shape: torch.Size, mesh: DeviceMesh) -> DTensor:
+    def _shard(self, local: Tensor, shape: tuple[int, ...], mesh: DeviceMesh) -> DTensor:
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)

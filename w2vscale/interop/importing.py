@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from w2vscale.checkpoint.canonical import canonical_shapes
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import Config, ModelConfig, dump_config
@@ -21,6 +22,7 @@ from w2vscale.errors import UserError
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import load_fairseq, read_pickle
 from w2vscale.interop.huggingface import ctc_config, from_huggingface, model_config
+from w2vscale.models.build import parameter_shapes
 
 FORMATS = ("huggingface", "fairseq")
 
@@ -52,7 +54,8 @@ def import_checkpoint(
     origin = TrainState(data=f"imported from {source.name} ({form})")
     optim = OptimConfig(weight_decay=0.0) if ctc.vocabulary else OptimConfig()  # what is frozen must not shrink
     settings = dump_config(Config(model=model, ctc=ctc, optim=optim))
-    path = CheckpointStore(folder, Ranks(), log=log).save(tensors, origin, settings)
+    weights = canonical_shapes(parameter_shapes(model, ctc), optimizer=False)
+    path = CheckpointStore(folder, Ranks(), expected=weights, log=log).save(tensors, origin, settings)
     return Imported(path, sum(tensor.numel() for tensor in tensors.values()))
 
 

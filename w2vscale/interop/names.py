@@ -14,7 +14,7 @@ from torch import Tensor
 
 from w2vscale.config.tree import CtcConfig, ModelConfig
 from w2vscale.errors import UserError
-from w2vscale.models.build import build_model
+from w2vscale.models.build import parameter_shapes
 
 CODEVECTORS = "quantizer.codevectors"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -28,7 +28,7 @@ def to_theirs(
     Raises:
         UserError: `state` is not one of `config`.
     """
-    shapes = _shapes(config, ctc)
+    shapes = parameter_shapes(config, ctc)
     _check_names(state, shapes)
     theirs: dict[str, Tensor] = {}
     for name, parts in _names(shapes, table).items():
@@ -48,7 +48,7 @@ def to_ours(
     Raises:
         UserError: `state` is not one of `config`.
     """
-    shapes = _shapes(config, ctc)
+    shapes = parameter_shapes(config, ctc)
     names = _names(shapes, table)
     _check_names(state, [part for parts in names.values() for part in parts])
     ours: dict[str, Tensor] = {}
@@ -70,12 +70,6 @@ def to_ours(
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         ours[name] = whole.reshape(shapes[name]).contiguous()
     return ours
-
-
-def _shapes(config: ModelConfig, ctc: CtcConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        model = build_model(config, ctc)
-    return {name: tensor.shape for name, tensor in model.named_parameters()}
 
 
 def _names(ours: Iterable[str], table: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -84,6 +84,17 @@ def allocate_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor
         }
 
 
+def state_of(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> Mapping[str, Tensor]:
+    """What AdamW keeps of the parameter `name`.
+
+    Raises:
+        RuntimeError: `allocate_state` was not given this very tensor. The optimizer itself would invent an empty state.
+    """
+    if parameter not in optimizer.state:
+        raise RuntimeError(f"{name}: the optimizer has no state of this parameter")
+    return optimizer.state[parameter]
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group the schedule's learning rate times its own scale."""
     for group in optimizer.param_groups:

@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from w2vscale.checkpoint.reading import Checkpoint, TrainState, committed, open_checkpoint
+from w2vscale.checkpoint.canonical import canonical_shapes
+from w2vscale.checkpoint.reading import Checkpoint, IncompleteState, TrainState, committed, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config
 from w2vscale.data.augmentation import Augmentation
@@ -84,9 +85,13 @@ def build_run(
     checkpoints), or the path of a checkpoint.
     """
     training_set, validation_set = open_data(config, ranks)
+    model = empty_model(config)
+    # Of the model, not of the engine, which may be wrong.
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     store = CheckpointStore(
         exp / "checkpoints",
         ranks,
+        expected=canonical_shapes(shapes),
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
@@ -102,8 +107,6 @@ def build_run(
     # Before the engine is built: ranks that build different ones would wait for each other.
     compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
     objective = build_objective(config)
-    model = empty_model(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     engine = build_engine(model, objective.criterion, config, device)
     if checkpoint is None:
         engine.import_parameters(starting_values(config, shapes, initial_values(config), log))
@@ -229,14 +232,25 @@ def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None
                 "or choose another --exp"
             )
         return None
-    return open_checkpoint(Path(resume))
+    return _open_to_resume(Path(resume), log)
+
+
+def _open_to_resume(path: Path, log: Callable[[str], None] = lambda text: None) -> Checkpoint:
+    """The checkpoint at `path`, or the newest in it, that a run can be continued from."""
+    try:
+        return open_checkpoint(path, log, resuming=True)
+    except IncompleteState as error:
+        raise UserError(
+            f"{error}; resume from an older checkpoint, or start a run from its weights with trainer.init_from={path}, "
+            "in another --exp"
+        ) from None
 
 
 def stored_settings(exp: Path, resume: str) -> Path | None:
     """The settings file of the run that would be continued; None for a new run."""
     if resume == "never" or (resume == "auto" and not committed(exp / "checkpoints")):
         return None
-    return open_checkpoint(exp if resume == "auto" else Path(resume)).path / "config.yaml"
+    return _open_to_resume(exp if resume == "auto" else Path(resume)).path / "config.yaml"
 
 
 def _compare_settings(config: Config, checkpoint: Checkpoint, log: Callable[[str], None]) -> None:

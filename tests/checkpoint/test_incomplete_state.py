@@ -1,0 +1,177 @@
+"""Checkpoints whose optimizer state is incomplete, as earlier versions committed them.
+
+Their weights can be used, but no run is continued from them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.audio import SmallCorpus
+from tests.checkpoints import change_committed, drop
+from tests.distributed.tasks import train_micro
+from tests.micro import MICRO_RUN
+from w2vscale.checkpoint.averaging import average
+from w2vscale.checkpoint.canonical import canonical_shapes, incomplete_state
+from w2vscale.checkpoint.consolidation import consolidate
+from w2vscale.checkpoint.inspection import verify
+from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
+from w2vscale.cli.app import app
+from w2vscale.config import load_config
+from w2vscale.distributed.process_group import Ranks
+from w2vscale.errors import UserError
+from w2vscale.evaluation.pretrained import load
+from w2vscale.training.run import Run, build_run, stored_settings
+
+SETTINGS = ("trainer.updates=4", "checkpoint.every=2", "checkpoint.keep_last=9", "model.layers=2")
+BIAS = "quantizer.projection.bias"
+INCOMPLETE = (
+    "its optimizer state is incomplete (6 tensors of 2 parameters are missing, "
+    "e.g. optim.encoder.mask_embedding.exp_avg)"
+)
+Resume = Callable[[str], tuple[Run, list[str]]]
+
+
+@pytest.fixture(scope="module")
+def trained(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints at 2 and 4."""
+    exp = tmp_path_factory.mktemp("trained") / "exp"
+    train_micro(str(small_corpus.train), str(exp), SETTINGS)
+    return exp
+
+
+@pytest.fixture
+def exp(trained: Path, tmp_path: Path) -> Path:
+    """A copy whose newest checkpoint lacks the state of two parameters."""
+    exp = Path(shutil.copytree(trained, tmp_path / "exp", symlinks=True))
+    assert len(drop(newest(exp), "optim.encoder.mask_embedding", f"optim.{BIAS}")) == 6
+    return exp
+
+
+@pytest.fixture
+def resume(exp: Path, small_corpus: SmallCorpus) -> Resume:
+    """Builds the run that continues, and what the log says."""
+
+    def call(how: str) -> tuple[Run, list[str]]:
+        said: list[str] = []
+        config = load_config("base", [*MICRO_RUN, f"data.train={small_corpus.train}", *SETTINGS])
+        run = build_run(config, exp, ranks=Ranks(), device=torch.device("cpu"), resume=how, log=said.append)
+        return run, said
+
+    return call
+
+
+def newest(exp: Path) -> Path:
+    return exp / "checkpoints" / "update_00000004"
+
+
+def older(exp: Path) -> Path:
+    return exp / "checkpoints" / "update_00000002"
+
+
+def test_the_newest_whole_checkpoint_is_continued(exp: Path, resume: Resume) -> None:
+    run, said = resume("auto")
+    assert run.state.update == 2
+    assert said[0] == f"skipping unusable checkpoint: {newest(exp)}: {INCOMPLETE}"
+    assert said[-1] == f"resumed from {older(exp)} at update 2"
+    assert stored_settings(exp, "auto") == older(exp) / "config.yaml"
+
+
+def test_a_folder_of_checkpoints_is_searched_too(exp: Path, resume: Resume) -> None:
+    run, said = resume(str(exp / "checkpoints"))
+    assert run.state.update == 2
+    assert said[0] == f"skipping unusable checkpoint: {newest(exp)}: {INCOMPLETE}"
+
+
+def test_the_run_that_continues_is_the_uninterrupted_one(exp: Path, trained: Path, small_corpus: SmallCorpus) -> None:
+    train_micro(str(small_corpus.train), str(exp), SETTINGS)
+    assert verify(exp).problems == []
+    ours, theirs = (read_model_tensors(open_checkpoint(newest(path))) for path in (exp, trained))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert (exp / "checkpoints" / "abandoned_update_00000004").is_dir()
+
+
+def test_naming_it_says_what_is_wrong_and_what_to_do(exp: Path, resume: Resume) -> None:
+    message = (
+        f"{newest(exp)}: {INCOMPLETE}; resume from an older checkpoint, or start a run from its weights with "
+        f"trainer.init_from={newest(exp)}, in another --exp"
+    )
+    for attempt in (resume, lambda how: stored_settings(exp, how)):
+        with pytest.raises(UserError) as caught:
+            attempt(str(newest(exp)))
+        assert str(caught.value) == message
+
+
+def test_where_none_is_whole_the_weights_can_start_another_run(
+    exp: Path, resume: Resume, small_corpus: SmallCorpus, tmp_path: Path
+) -> None:
+    drop(older(exp), "optim.encoder.mask_embedding.step")
+    with pytest.raises(UserError) as caught:
+        resume("auto")
+    assert str(caught.value) == (
+        f"{exp / 'checkpoints'}: no run can be continued from any of its 2 checkpoints; start one from the "
+        f"weights of the newest with trainer.init_from={newest(exp)}, in another --exp"
+    )
+    settings = (*SETTINGS, f"trainer.init_from={newest(exp)}")
+    assert len(train_micro(str(small_corpus.train), str(tmp_path / "new"), settings)) == 4
+
+
+def test_its_weights_can_be_used(exp: Path, trained: Path, tmp_path: Path) -> None:
+    assert open_checkpoint(exp).state.update == 4
+    weights = dict(load(exp).model.named_parameters())
+    expected = read_model_tensors(open_checkpoint(trained))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert consolidate(exp, tmp_path / "one").tensors == len(expected)
+    assert average(exp, tmp_path / "mean", last=2).updates == [2, 4]
+
+
+def test_verification_names_what_is_missing(exp: Path) -> None:
+    problems = verify(exp).problems
+    assert len(problems) == 6
+    assert problems[0] == "optim.encoder.mask_embedding.exp_avg: missing"
+    result = CliRunner().invoke(app, ["checkpoint", "verify", str(exp)])
+    assert str(result.exception).endswith(": optim.encoder.mask_embedding.exp_avg: missing (and 5 more)")
+
+
+def test_state_of_a_parameter_that_is_not_there_is_no_state_to_resume_from(trained: Path, tmp_path: Path) -> None:
+    exp = Path(shutil.copytree(trained, tmp_path / "exp", symlinks=True))
+    drop(newest(exp), f"model.{BIAS}")
+    assert verify(exp).problems == [f"model.{BIAS}: missing"]
+    with pytest.raises(UserError, match=rf"does not fit its weights \(optim\.{BIAS}\.exp_avg: not a tensor"):
+        open_checkpoint(newest(exp), resuming=True)
+
+
+def test_a_checkpoint_with_a_hole_is_not_resumed_from(trained: Path, tmp_path: Path) -> None:
+    exp = Path(shutil.copytree(trained, tmp_path / "exp", symlinks=True))
+    moved = {f"model.{BIAS}": [1], f"optim.{BIAS}.exp_avg": [1], f"optim.{BIAS}.exp_avg_sq": [1]}
+    change_committed(newest(exp), lambda tensors, offsets: offsets.update(moved))
+    with pytest.raises(UserError, match=rf"model\.{BIAS}: its shards leave out a part of it"):
+        open_checkpoint(newest(exp), resuming=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, None),
+        ({"optim.a.step": None}, "is incomplete (1 tensor of 1 parameter is missing, e.g. optim.a.step)"),
+        ({"optim.a.step": (1,)}, "does not fit its weights (optim.a.step: is [1], the model has [])"),
+        ({"optim.b.exp_avg": (2, 2)}, "does not fit its weights (optim.b.exp_avg: is [2, 2], the model has [2, 3])"),
+        ({"optim.c.step": ()}, "does not fit its weights (optim.c.step: not a tensor of the model or its optimizer)"),
+    ],
+)
+def test_the_state_must_be_that_of_every_weight(
+    changes: dict[str, tuple[int, ...] | None], problem: str | None
+) -> None:
+    shapes = canonical_shapes({"a": (4,), "b": (2, 3)}) | changes
+    found = incomplete_state({name: shape for name, shape in shapes.items() if shape is not None})
+    assert found == (problem and f"its optimizer state {problem}")
+
+
+def test_weights_alone_are_no_incomplete_state() -> None:
+    assert incomplete_state(canonical_shapes({"a": (4,)}, optimizer=False)) is None

@@ -1,0 +1,151 @@
+"""Whatever a run does before it saves, its checkpoints are whole, and it continues from them bit for bit.
+
+Validation leaves an engine in another state than an update; so do recomputation, skipped layers, accumulation and the
+measuring of memory. Real runs have all of them, and so have these.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.audio import SmallCorpus
+from tests.distributed.pool import Pool
+from tests.distributed.tasks import (
+    losses_after_an_import,
+    replaced_parameters,
+    save_what_one_rank_spoils,
+    train_micro,
+    train_until_killed,
+    train_with_an_engine_that_drops,
+)
+from w2vscale.checkpoint.inspection import verify
+from w2vscale.checkpoint.reading import committed, open_checkpoint, update_of
+from w2vscale.checkpoint.shards import tensor_shapes
+
+pytestmark = pytest.mark.distributed
+if importlib.util.find_spec("deepspeed") is None:
+    pytest.skip("DeepSpeed is not installed", allow_module_level=True)
+
+VARIANTS = {
+    "ddp": "name: ddp, activation_checkpointing: full",
+    "fsdp": "name: fsdp, activation_checkpointing: full",
+    "fsdp_keeping_parameters": "name: fsdp, activation_checkpointing: selective, reshard_after_forward: false",
+    "fsdp_hybrid": "name: fsdp, activation_checkpointing: full, shard_size: 1",
+    "fsdp_offload": "name: fsdp, activation_checkpointing: selective, offload: true",
+    "zero1": "name: deepspeed, activation_checkpointing: full, deepspeed_config: zero1",
+    "zero2": "name: deepspeed, activation_checkpointing: selective, deepspeed_config: zero2",
+    "zero3": "name: deepspeed, activation_checkpointing: full, deepspeed_config: zero3",
+}
+
+
+def settings(corpus: SmallCorpus, variant: str, *, updates: int) -> tuple[str, ...]:
+    """LayerDrop, dropout and clipping are those of tests/micro.py."""
+    return (
+        f"engine={{{VARIANTS[variant]}}}",
+        f"data.validation={corpus.validation}",
+        "batch.concat=auto",
+        "batch.max_seconds=4",
+        "batch.micro_batches=8",
+        "trainer.validate_every=2",
+        f"trainer.updates={updates}",
+        "checkpoint.every=1",
+        "checkpoint.keep_last=99",
+    )
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    """Parameters and optimizer state of a run's newest checkpoint."""
+    checkpoint = open_checkpoint(path)
+    tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint.path).items()}
+    checkpoint.read_into(tensors)
+    return tensors
+
+
+def assert_whole(exp: Path, *, updates: int) -> None:
+    """A checkpoint after every update, each of which verifies."""
+    paths = sorted(committed(exp / "checkpoints"))
+    assert [update_of(path) for path in paths] == list(range(1, updates + 1))
+    for path in paths:
+        assert verify(path).problems == [], path
+
+
+def assert_same_bits(found: Path, expected: Path) -> None:
+    ours, theirs = state(found), state(expected)
+    assert ours.keys() == theirs.keys()
+    assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_killed_run_continues_bit_for_bit(
+    pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path, variant: str
+) -> None:
+    overrides = settings(small_corpus, variant, updates=4)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    pool(2).run(train_micro, str(small_corpus.train), str(whole), overrides)
+    assert_whole(whole, updates=4)
+    with pytest.raises(AssertionError, match="the process died"):
+        pool(2).run(train_until_killed, str(small_corpus.train), str(killed), overrides, 2)
+    assert len(committed(killed / "checkpoints")) <= 2
+    pool(2).run(train_micro, str(small_corpus.train), str(killed), overrides)
+    assert_whole(killed, updates=4)
+    assert_same_bits(killed, whole)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_import_after_an_evaluation_is_what_computes(
+    pool: Callable[[int], Pool], small_corpus: SmallCorpus, variant: str
+) -> None:
+    """Weights that evaluation has gathered are those of before."""
+    arguments = (str(small_corpus.train), ("batch.max_seconds=4", f"engine={{{VARIANTS[variant]}}}"))
+    expected, found = (pool(2).run(losses_after_an_import, *arguments, first) for first in (False, True))
+    assert found == expected
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if not name.startswith("zero")])
+def test_the_model_has_the_parameters_that_the_optimizer_steps(
+    pool: Callable[[int], Pool], small_corpus: SmallCorpus, variant: str
+) -> None:
+    """What FSDP2 puts in their place while they are gathered is gone once an engine is done."""
+    arguments = (str(small_corpus.train), ("batch.max_seconds=4", f"engine={{{VARIANTS[variant]}}}"))
+    assert pool(2).run(replaced_parameters, *arguments) == [[], []]
+
+
+@pytest.mark.parametrize(("variant", "asynchronous"), [("ddp", "true"), ("fsdp", "false"), ("zero2", "true")])
+def test_an_engine_that_drops_a_tensor_on_one_rank_commits_nothing(
+    pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path, variant: str, asynchronous: str
+) -> None:
+    overrides = (*settings(small_corpus, variant, updates=4), f"checkpoint.asynchronous={asynchronous}")
+    dropped = "optim.encoder.mask_embedding.step"
+    errors = pool(2).run(train_with_an_engine_that_drops, dropped, 3, str(small_corpus.train), str(tmp_path), overrides)
+    folder = tmp_path / "checkpoints"
+    message = (
+        f"{folder}/update_00000003: not committed: the state to be saved is not that of the model and its optimizer: "
+        f"{dropped}: missing; the checkpoints before it are as they were"
+    )
+    assert errors == [message] * 2
+    assert (folder / "latest").resolve() == folder / "update_00000002"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "update_00000001", "update_00000002"]
+    assert_whole(tmp_path, updates=2)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(
+    ("spoilt", "problem"),
+    [
+        ("missing", "weight: its shards leave out a part of it"),
+        ("doubled", "weight: its shards overlap"),
+        ("rounded", "weight: has the type BF16, not F32"),
+    ],
+)
+def test_what_the_file_of_one_rank_lacks_is_noticed_before_the_commit(
+    pool: Callable[[int], Pool], tmp_path: Path, spoilt: str, problem: str, asynchronous: bool
+) -> None:
+    errors = pool(2).run(save_what_one_rank_spoils, str(tmp_path), spoilt, asynchronous)
+    message = f"{tmp_path}/update_00000002: not committed: its files do not hold every expected tensor exactly once"
+    assert errors == [f"{message}: model.{problem}; the checkpoints before it are as they were"] * 2
+    assert open_checkpoint(tmp_path).state.update == 1
