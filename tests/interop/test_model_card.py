@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tests.audio import noise, write_audio
+from tests.checkpoints import shapes_of
 from tests.micro import SMALL
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.checkpoint.store import CheckpointStore
@@ -32,8 +33,8 @@ SAMPLES = 16_000
 
 def exported(model: nn.Module, config: Config, folder: Path) -> tuple[Path, Path]:
     """A checkpoint of the model, and its export to Transformers with a recording beside it."""
-    store = CheckpointStore(folder / "checkpoints", Ranks(), keep_last=1)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    store = CheckpointStore(folder / "checkpoints", Ranks(), expected=shapes_of(tensors), keep_last=1)
     checkpoint = store.save(tensors, TrainState(update=7), dump_config(config))
     export = folder / "export"
     export_checkpoint(checkpoint, export, form="huggingface")

@@ -21,6 +21,7 @@ from tools.bench.contenders import Work
 from tools.bench.engine_parity import ENGINES, relative_difference
 from tools.bench.phases.measuring import Machine, Rows, process_context
 from tools.bench.script import end_with_parent
+from w2vscale.checkpoint.canonical import canonical_shapes
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config
@@ -29,6 +30,7 @@ from w2vscale.distributed.process_group import Ranks, process_group
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.engine.deepspeed_config import import_deepspeed
+from w2vscale.models.build import parameter_shapes
 from w2vscale.models.inputs import concatenate, to_device
 from w2vscale.models.wav2vec2 import LossSums
 from w2vscale.optim.schedules import gumbel_temperature
@@ -136,7 +138,8 @@ def _curves(
     engine.import_parameters(initial_values(config))
     saved = folder / f"{engine_name}-{precision}-{device.type}"
     losses, norms = _updates(engine, batches, device, range(SAVED))
-    store = CheckpointStore(saved, ranks)
+    expected = canonical_shapes(parameter_shapes(config.model, config.ctc))
+    store = CheckpointStore(saved, ranks, expected=expected)
     store.save(engine.export_state(), TrainState(update=SAVED), dump_config(config))
     more_losses, more_norms = _updates(engine, batches, device, range(SAVED, UPDATES))
     engine.close()
