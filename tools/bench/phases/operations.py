@@ -152,7 +152,7 @@ def _positional_ms(machine: Machine, config: Config, form: str, utterances: int,
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-def _attend(backend: SDPBackend, masked: bool) -> Callable[..., Tensor]:
+def _attend(backend: SDPBackend, *, masked: bool = False, dropout: float = DROPOUT) -> Callable[..., Tensor]:
     def attend(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, frames_B: Tensor) -> Tensor:
         mask = None
         if masked:
@@ -160,7 +160,7 @@ def _attend(backend: SDPBackend, masked: bool) -> Callable[..., Tensor]:
             mask = (steps < frames_B.unsqueeze(1)).view(len(frames_B), 1, 1, -1)
         with sdpa_kernel(backend):
             y_BHTE = F.scaled_dot_product_attention(
-                q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2), mask, dropout_p=DROPOUT
+                q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2), mask, dropout_p=dropout
             )
         return y_BHTE.transpose(1, 2)
 
@@ -173,11 +173,12 @@ def _in_segments(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, frames_B: Tenso
 
 
 ATTENTION: dict[str, Callable[..., Tensor]] = {
-    "cuDNN": _attend(SDPBackend.CUDNN_ATTENTION, masked=False),
+    "cuDNN": _attend(SDPBackend.CUDNN_ATTENTION),
     "cuDNN, masked": _attend(SDPBackend.CUDNN_ATTENTION, masked=True),
-    "flash": _attend(SDPBackend.FLASH_ATTENTION, masked=False),
+    "flash": _attend(SDPBackend.FLASH_ATTENTION),
+    "flash, without dropout": _attend(SDPBackend.FLASH_ATTENTION, dropout=0.0),
     "flash, in segments": _in_segments,
-    "memory-efficient": _attend(SDPBackend.EFFICIENT_ATTENTION, masked=False),
+    "memory-efficient": _attend(SDPBackend.EFFICIENT_ATTENTION),
     "memory-efficient, masked": _attend(SDPBackend.EFFICIENT_ATTENTION, masked=True),
     "math, masked": _attend(SDPBackend.MATH, masked=True),
 }
