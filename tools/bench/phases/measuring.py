@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.context import ForkContext, SpawnContext
@@ -86,11 +87,13 @@ def forward_and_backward(function: Callable[..., Tensor], *leaves: Tensor) -> Ca
 
 
 def attempt(measure: Callable[[], Any]) -> Any:
-    """What `measure` returns; {"error": …} where the device has no such kernel, or not the memory."""
+    """What `measure` returns; {"error": …} where it fails: the device may lack the kernel, or the memory."""
     try:
         return measure()
-    except (RuntimeError, NotImplementedError, TypeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        return {"error": str(error).strip().splitlines()[0][:200]}
+    except Exception as error:
+        traceback.print_exc()  # into the phase's log
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]}
     finally:
         release_memory()
 

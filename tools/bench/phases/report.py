@@ -15,7 +15,7 @@ def headline(document: Document) -> dict[str, Any]:
     found: dict[str, Any] = {"engines_agree": agreement, "syncs_per_update": syncs}
     for name in ("base", "large"):
         ours = best(_rows(document, f"rates_{name}"))
-        theirs = best(_rows(document, "transformers"), f"{name}/")
+        theirs = best(_rows(document, f"transformers_{name}"))
         matrices = _rows(document, f"rates_{name}").get("matrix_flops")
         found[name] = {
             "audio_per_second": ours and ours[1]["audio_per_second"],
@@ -50,7 +50,7 @@ def main_figures(document: Document) -> Iterator[tuple[str, str, str]]:
 
 def _text(key: str, value: Any) -> str:
     if isinstance(value, Mapping) and "error" in value:
-        return f"none: {value['error'][:80]}"
+        return value["error"][:80]
     if isinstance(value, Mapping) and "audio_per_second" in value:
         mfu = f", MFU {value['mfu']:.1%}" if value.get("mfu") is not None else ""
         window = f", window {value['window_ms']:.0f} ms, host {value['host_ms']:.0f} ms" if "host_ms" in value else ""
