@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -59,8 +60,10 @@ def correctness(machine: Machine) -> Rows:
     All start alike. After `SAVED` updates each saves a checkpoint, and each continues that of the engine before it.
     """
     context = process_context(machine)
-    if not machine.on_gpu:
-        import_deepspeed("cpu")  # once, before the forks
+    if not machine.on_gpu:  # slow imports, once before the forks
+        import_deepspeed("cpu")
+        for module in ("torch._dynamo", "w2vscale.engine.fsdp", "w2vscale.engine.ddp", "w2vscale.engine.deepspeed"):
+            importlib.import_module(module)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         names = list(ENGINES)
