@@ -43,6 +43,7 @@ if [[ $tier != long ]]; then
   check "mypy" mypy
   check "lint-imports" lint-imports --no-logo
   check "shellcheck" shellcheck --external-sources --source-path=SCRIPTDIR "${scripts[@]}"
+  check "docs" env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$(mktemp -d)"
 fi
 
 # pytest's own closing line ends the log, with the time; one more line follows only when something failed.
