@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from tests.audio import SmallCorpus
 from tests.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
+from w2vscale.engine import build_engine
 from w2vscale.engine.activation_checkpointing import recompute_activations
+from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.errors import UserError
 from w2vscale.training.loop import train
 from w2vscale.training.run import empty_model
@@ -61,3 +64,12 @@ def test_activation_checkpointing_takes_the_chosen_blocks(kind: str, every: int,
     changed = [index for index, block in enumerate(model.encoder.transformer.blocks) if "forward" in vars(block)]
     assert changed == recomputed
     assert ("forward" in vars(model.encoder.feature_encoder)) is (kind != "none")
+
+
+def test_cudnn_attention_is_off_on_gpus() -> None:
+    """It builds a plan for each new shape. Without a GPU the engine fails later, when it asks for memory."""
+    config = settings()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with suppress(AssertionError, RuntimeError):
+        build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, torch.device("cuda"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
