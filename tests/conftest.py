@@ -28,7 +28,7 @@ settings.load_profile("w2vscale")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `cuda` need a GPU. Under pytest-xdist, which deals out whole files, those with slow tests go first,
-    lest one of them end alone."""
+    so that none of them ends alone."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):

@@ -114,6 +114,25 @@ def test_the_long_one_in_blocks_is_pytorchs(kernel: int, frames: int) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(expected_BTD, leaves, given_BTD))
 
 
+def test_autocast_changes_neither_value_nor_gradients_in_blocks() -> None:
+    torch.manual_seed(0)
+    leaves = (torch.randn(2, 50, 12, requires_grad=True), torch.randn(12, 4, 16, requires_grad=True))
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y_BTD = convolution_in_blocks(*leaves, 3)
+            results.append([y_BTD, *torch.autograd.grad(y_BTD.square().sum(), leaves)])
+    torch.testing.assert_close(results[1], results[0], rtol=0.0, atol=0.0)
+
+
+def test_in_blocks_no_value_is_asked_for() -> None:
+    """On the meta device, where nothing has one."""
+    x_BTD = torch.empty(2, 50, 12, device="meta", requires_grad=True)
+    weight_DIK = torch.empty(12, 4, 16, device="meta", requires_grad=True)
+    convolution_in_blocks(x_BTD, weight_DIK, 3).sum().backward()
+    assert x_BTD.grad is not None and weight_DIK.grad is not None
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("frames", [5, 100, 333])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

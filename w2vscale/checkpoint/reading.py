@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from w2vscale.checkpoint.canonical import has_optimizer_state, incomplete_state
+from w2vscale.checkpoint.canonical import counted, has_optimizer_state, incomplete_state
 from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files, tensor_shapes
 from w2vscale.errors import UserError
 
@@ -131,7 +131,7 @@ def newest(folder: Path, log: Callable[[str], None], *, resuming: bool = False) 
                 incomplete.append(path)
     if incomplete:
         raise UserError(
-            f"{folder}: no run can be continued from any of its {len(paths)} checkpoints; start one from the weights "
+            f"{folder}: no run can be continued from its {counted(len(paths), 'checkpoint')}; start one from the weights "
             f"of the newest with trainer.init_from={incomplete[0]}, in another --exp"
         )
     if paths:

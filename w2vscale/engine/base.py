@@ -70,7 +70,8 @@ class Engine(Protocol):
         """Clip, step and clear gradients. A non-finite norm skips the step on every rank."""
 
     def evaluate(self, batch: MicroBatch) -> Sums:
-        """This rank's sums, without gradients, dropout, LayerDrop or noise. Leaves nothing gathered."""
+        """This rank's sums, without gradients, dropout, LayerDrop or noise. Sharded parameters are resharded
+        before it returns."""
 
     def export_state(self) -> CanonicalState:
         """Collective. This rank's share of parameters and optimizer state, to be written or copied before the next

@@ -4,9 +4,9 @@ A strided one is products on views of its input: a window of `stride` frames beg
 windows lie behind each other in memory. Of kernel 3 and stride 2 the first two taps are one product on [T / 2, 2 I],
 the third is another on every second frame. No window is copied, and all arithmetic runs at the rate of matrix products.
 
-One with a long kernel is, on CPUs, a product for each frequency: a fraction of the arithmetic. Elsewhere it is one
-product of overlapping windows with a banded matrix, which runs at the rate of matrix products: on an H100 eight times
-faster than cuDNN's convolution with groups of 48 channels (docs/performance.md).
+On CPUs a convolution with a long kernel is computed in the frequency domain, which needs far fewer operations. On GPUs
+it is one product of overlapping windows with a banded matrix: for groups of 48 channels five times as fast on an H100
+as cuDNN's convolution (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -115,9 +115,10 @@ def long_convolution(x_BTD: Tensor, weight_DIK: Tensor, bias_D: Tensor, groups: 
     with groups are wrong on processors with AMX (PyTorch 2.13: fewer than 16 channels per group, kernels of 16 or
     longer). Autocast does not change the type there.
     """
+    if x_BTD.device.type == "cuda":
+        return convolution_in_blocks(x_BTD, weight_DIK.to(x_BTD.dtype), groups) + bias_D.to(x_BTD.dtype)
     if x_BTD.device.type != "cpu":
-        with _without_autocast(x_BTD):
-            return convolution_in_blocks(x_BTD, weight_DIK.to(x_BTD.dtype), groups) + bias_D
+        return _direct(x_BTD, weight_DIK, bias_D, groups)
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     # With fewer frames some taps see padding alone: their gradient is zero, but a transform would leave noise there.
     convolve = _by_frequency if x_BTD.shape[1] >= weight_DIK.shape[2] else _direct
@@ -149,7 +150,7 @@ def _by_frequency(x_BTD: Tensor, weight_DIK: Tensor, bias_D: Tensor, groups: int
 
 
 class _BlockedConvolution(torch.autograd.Function):
-    """`BLOCK` output frames at a time, from `BLOCK` + K - 1 input frames. All sums over frames and taps are fp32."""
+    """`BLOCK` output frames at a time, from `BLOCK` + K - 1 input frames. No frame is added up in bf16."""
 
     @staticmethod
     def forward(ctx: Any, x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
@@ -161,32 +162,39 @@ class _BlockedConvolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_BTD, weight_DIK = ctx.saved_tensors
         kernel = weight_DIK.shape[2]
-        weight_GOIK = _grouped(weight_DIK, ctx.groups)
         of_x_BTD = of_weight_DIK = None
-        if ctx.needs_input_grad[0]:
-            # The gradient meets the taps in reverse, and what was padding before is padding behind.
-            of_x_BTD = _in_blocks(gradients[0], weight_GOIK.transpose(1, 2).flip(3), before=kernel - 1 - kernel // 2)
-        if ctx.needs_input_grad[1]:
-            windows_GNJ = _overlapping_windows(x_BTD, ctx.groups, kernel, before=kernel // 2)
-            blocks_GNP = _overlapping_windows(gradients[0], ctx.groups, kernel=1, before=0)
-            of_band_GJP = windows_GNJ.transpose(1, 2) @ blocks_GNP
-            of_band_GJILO = of_band_GJP.unflatten(2, (BLOCK, -1)).unflatten(1, (BLOCK + kernel - 1, -1))
-            wide = torch.promote_types(of_band_GJP.dtype, torch.float32)
-            of_weight_GKIO = torch.zeros_like(of_band_GJILO[:, :kernel, :, 0], dtype=wide)
-            for shift in range(BLOCK):
-                of_weight_GKIO += of_band_GJILO[:, shift : shift + kernel, :, shift]
-            of_weight_DIK = of_weight_GKIO.permute(0, 3, 2, 1).reshape_as(weight_DIK).to(weight_DIK.dtype)
+        with _without_autocast(x_BTD):
+            if ctx.needs_input_grad[0]:
+                # A convolution with the flipped kernel: left and right padding swap.
+                flipped_GIOK = _grouped(weight_DIK, ctx.groups).transpose(1, 2).flip(3)
+                of_x_BTD = _in_blocks(gradients[0], flipped_GIOK, before=kernel - 1 - kernel // 2)
+            if ctx.needs_input_grad[1]:
+                of_weight_DIK = _weight_gradient(x_BTD, gradients[0], ctx.groups, kernel).to(weight_DIK.dtype)
         return of_x_BTD, of_weight_DIK, None
+
+
+def _weight_gradient(x_BTD: Tensor, gradient_BTD: Tensor, groups: int, kernel: int) -> Tensor:
+    """[D, D / groups, K]: the banded matrix's gradient, added up along its diagonals in fp32."""
+    windows_GNJ = _overlapping_windows(x_BTD, groups, kernel, before=kernel // 2)
+    blocks_GNP = _overlapping_windows(gradient_BTD, groups, kernel=1, before=0)
+    of_band_GJP = windows_GNJ.transpose(1, 2) @ blocks_GNP
+    of_band_GJILO = of_band_GJP.unflatten(2, (BLOCK, -1)).unflatten(1, (BLOCK + kernel - 1, -1))
+    wide = torch.promote_types(of_band_GJP.dtype, torch.float32)
+    of_weight_GKIO = torch.zeros_like(of_band_GJILO[:, :kernel, :, 0], dtype=wide)
+    for shift in range(BLOCK):
+        of_weight_GKIO += of_band_GJILO[:, shift : shift + kernel, :, shift]
+    return of_weight_GKIO.permute(0, 3, 2, 1).flatten(0, 1)
 
 
 def convolution_in_blocks(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
     """See `long_convolution`; without a bias, by products of overlapping windows with a banded matrix."""
-    y_BTD: Tensor = _BlockedConvolution.apply(x_BTD, weight_DIK, groups)
+    with _without_autocast(x_BTD):
+        y_BTD: Tensor = _BlockedConvolution.apply(x_BTD, weight_DIK, groups)
     return y_BTD
 
 
 BLOCK = 8
-"""Output frames of one window: more would add arithmetic, fewer would copy more (measured on an H100)."""
+"""Output frames of one window. More add arithmetic, fewer copy more: on an H100 16 and 32 were slower (docs/lab)."""
 
 
 def _grouped(weight_DIK: Tensor, groups: int) -> Tensor:

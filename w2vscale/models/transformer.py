@@ -166,8 +166,8 @@ def takes_segments(x_BTD: Tensor, heads: int) -> bool:
 def segment_bounds(frames_B: Tensor, steps: int) -> Tensor:
     """Where segments of a flattened batch [B x steps] begin and the last one ends, [2 B + 1] int32.
 
-    Each utterance is a segment, and so is the padding behind it, which may be empty: padded frames attend to each
-    other alone, and nothing has to be moved to attend to valid frames alone.
+    Each utterance is a segment, and so is the padding behind it, which may be empty. Padded frames attend only to each
+    other, so valid frames never see padding, and nothing needs to be packed.
     """
     starts_B = torch.arange(frames_B.shape[0], device=frames_B.device) * steps
     bounds = torch.stack([starts_B, starts_B + frames_B], dim=1).flatten()
@@ -177,7 +177,7 @@ def segment_bounds(frames_B: Tensor, steps: int) -> Tensor:
 def attention_in_segments(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, bounds: Tensor, probability: float) -> Tensor:
     """FlashAttention (Dao 2023, arXiv:2307.08691) within segments, with dropout: [B, T, H, E].
 
-    A mask would rule it out: PyTorch's masked kernel takes two and a half times as long on an H100.
+    With a mask PyTorch falls back to its memory-efficient kernel, which is slower (docs/performance.md).
     """
     steps = q_BTHE.shape[1]
     q_NHE, k_NHE, v_NHE = (x_BTHE.flatten(0, 1) for x_BTHE in (q_BTHE, k_BTHE, v_BTHE))
