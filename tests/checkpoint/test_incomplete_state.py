@@ -115,7 +115,7 @@ def test_where_none_is_whole_the_weights_can_start_another_run(
     with pytest.raises(UserError) as caught:
         resume("auto")
     assert str(caught.value) == (
-        f"{exp / 'checkpoints'}: no run can be continued from any of its 2 checkpoints; start one from the "
+        f"{exp / 'checkpoints'}: no run can be continued from its 2 checkpoints; start one from the "
         f"weights of the newest with trainer.init_from={newest(exp)}, in another --exp"
     )
     settings = (*SETTINGS, f"trainer.init_from={newest(exp)}")

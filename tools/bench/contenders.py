@@ -154,11 +154,14 @@ def their_step(config: Config, device: torch.device, *, compiled: bool = False) 
     if compiled:
         model.compile()
     update = _plain_update(model, config, device)
+    negatives: dict[int, Tensor] = {}
 
     def step(batch: MicroBatch) -> float:
         inputs = to_device(batch.inputs, device)
         attend_BS = torch.arange(inputs.waveforms_BS.shape[1], device=device) < inputs.lengths_B.unsqueeze(1)
-        negatives_BTK = flat_negatives(inputs)
+        if batch.number not in negatives:  # in the warm-up: translating ours is no part of their step
+            negatives[batch.number] = flat_negatives(batch.inputs).to(device)
+        negatives_BTK = negatives[batch.number]
 
         def loss() -> Tensor:
             found: Tensor = model(

@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,7 @@ from rich.table import Table
 from tools.bench.phases.measuring import Machine, process_context
 from tools.bench.phases.report import choices, headline, main_figures
 from tools.bench.script import console, end_with_parent, run_script
+from w2vscale.errors import UserError
 
 MODULE = "tools.bench.phases"
 
@@ -60,22 +61,33 @@ PHASES = (
     Phase("loader", f"{MODULE}.loading:loader", 60),
 )
 
+PHASE_NAMES = [phase.name for phase in PHASES]
+
 
 def main(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for gpu.json and the logs.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for gpu.json, which is replaced, and the logs.")],
     device: Annotated[str, typer.Option(metavar="cuda|cpu", help="Device to measure.")] = "cuda",
-    tiny: Annotated[bool, typer.Option("--tiny", help="Measure small models only, in a minute on a CPU.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Use tiny models and few repetitions (about a minute on a CPU).")
+    ] = False,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PHASE", help="Run only this phase; repeatable.", show_default="all"),
+        typer.Option(
+            metavar="PHASE", help=f"Run only this phase; repeatable: {', '.join(PHASE_NAMES)}.", show_default="all"
+        ),
     ] = None,
     minutes: Annotated[float, typer.Option(min=0.1, help="Time limit of all phases together.")] = 9.0,
 ) -> None:
     """Measure a GPU and write DIR/gpu.json."""
-    names = [phase.name for phase in PHASES]
-    if unknown := [name for name in only or [] if name not in names]:
-        raise typer.BadParameter(f"{unknown[0]}: not one of {', '.join(names)}", param_hint="--only")
+    if device not in ("cuda", "cpu"):
+        raise typer.BadParameter(f"{device}: not one of cuda, cpu", param_hint="--device")
+    if device == "cuda" and not torch.cuda.device_count():
+        raise UserError("--device cuda: this machine has no GPU that PyTorch can use; try --device cpu --tiny")
+    if unknown := [name for name in only or [] if name not in PHASE_NAMES]:
+        raise typer.BadParameter(f"{unknown[0]}: not one of {', '.join(PHASE_NAMES)}", param_hint="--only")
     chosen = [phase for phase in PHASES if not only or phase.name in only]
+    if tiny:  # the limits are for a GPU; tests run beside others
+        chosen = [replace(phase, seconds=4 * phase.seconds) for phase in chosen]
     document = run_phases(chosen, Machine(device, tiny), out, seconds=60 * minutes)
     print_report(document)
     print(json.dumps(headline(document)))
@@ -88,7 +100,11 @@ def run_phases(phases: Sequence[Phase], machine: Machine, out: Path, *, seconds:
 
     `document["phases"]` has the rows of each phase, `document["failed"]` the reasons of those that did not finish.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "gpu.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
     document: dict[str, Any] = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": machine.device_name, "tiny": machine.tiny,
         "phases": {phase.name: {} for phase in phases}, "seconds": {}, "failed": {},
@@ -103,6 +119,8 @@ def run_phases(phases: Sequence[Phase], machine: Machine, out: Path, *, seconds:
             document["failed"][phase.name] = reason
         _write(out, document)
         outcome = "done" if reason is None else f"FAILED: {reason}"
+        if errors := sum(isinstance(row, dict) and "error" in row for row in document["phases"][phase.name].values()):
+            outcome += f", {errors} of {len(document['phases'][phase.name])} rows have an error"
         console.print(f"{phase.name}: {outcome} ({document['seconds'][phase.name]:.0f} s)", markup=False)
     return document
 

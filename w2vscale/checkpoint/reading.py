@@ -131,8 +131,8 @@ def newest(folder: Path, log: Callable[[str], None], *, resuming: bool = False) 
                 incomplete.append(path)
     if incomplete:
         raise UserError(
-            f"{folder}: no run can be continued from its {counted(len(paths), 'checkpoint')}; start one from the weights "
-            f"of the newest with trainer.init_from={incomplete[0]}, in another --exp"
+            f"{folder}: no run can be continued from its {counted(len(paths), 'checkpoint')}; start one from the "
+            f"weights of the newest with trainer.init_from={incomplete[0]}, in another --exp"
         )
     if paths:
         raise UserError(f"{folder}: none of its {len(paths)} checkpoints can be used; move them away to start anew")

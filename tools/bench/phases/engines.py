@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tools.bench.contenders import Work
@@ -47,6 +48,13 @@ PRECISIONS = ("fp32", "bf16")
 
 AGREE = {"fp32": {"losses": 1e-5, "norms": 1e-5}, "bf16": {"losses": 5e-3, "norms": 0.15}}
 """Largest relative differences from DDP that count as agreement. In bf16 a code of these few frames may flip."""
+
+AGREE_GRADIENTS = {"fp32": 1e-2, "bf16": 0.25}
+"""The same of the first update's gradients, from those in fp32 on the CPU. In bf16 `base` is 0.15 away there; a single
+wrong operation changes far more than the loss shows."""
+
+AGREE_GRADIENTS_TINY = {"fp32": 1e-5, "bf16": 0.1}
+"""Of the tiny model, which is 0.03 away in bf16."""
 
 AGREE_WITH_CPU = {"losses": 1e-4, "norms": 1e-3}
 
@@ -82,6 +90,7 @@ def correctness(machine: Machine) -> Rows:
             processes.append(process)
         for process in processes:
             process.join()
+        gradients = gradient_differences(folder, machine)
         curves = {
             run: json.loads(path.read_text()) for run in runs if (path := folder / f"{run[0]}-{run[1]}.json").is_file()
         }
@@ -102,6 +111,9 @@ def correctness(machine: Machine) -> Rows:
             differences[f"{precision}_{figure}"] = max(from_start)
             differences[f"{precision}_continued_{figure}"] = max(continued)
             agree &= max(from_start + continued) <= limit
+    for precision, difference in gradients.items():
+        differences[f"{precision}_gradients"] = difference
+        agree &= difference <= (AGREE_GRADIENTS_TINY if machine.tiny else AGREE_GRADIENTS)[precision]
     if ("ddp", "cpu") in curves and ("ddp", "fp32") in curves:
         for figure, limit in AGREE_WITH_CPU.items():
             difference = relative_difference(curves["ddp", "fp32"][figure], curves["ddp", "cpu"][figure])
@@ -112,6 +124,24 @@ def correctness(machine: Machine) -> Rows:
     missing = [f"{engine} in {precision}" for engine, precision in runs if (engine, precision) not in curves]
     if missing:
         raise RuntimeError(f"no result of {', '.join(missing)}; see this phase's log")
+
+
+def gradient_differences(folder: Path, machine: Machine) -> dict[str, float]:
+    """‖g - r‖ / ‖r‖ of the first update's gradients of all parameters, r those in fp32 on the CPU."""
+    files = {precision: folder / f"gradients-{precision}-{machine.device.type}.safetensors" for precision in PRECISIONS}
+    exact = folder / "gradients-fp32-cpu.safetensors"
+    if not exact.is_file():
+        return {}
+    expected = load_file(exact)
+    length = sum(float(x.square().sum()) for x in expected.values())
+    found = {}
+    for precision, file in files.items():
+        if file.is_file():
+            gradients = load_file(file)
+            missing = {name: torch.zeros_like(x) for name, x in expected.items() if name not in gradients}
+            away = sum(float((x - expected[name]).square().sum()) for name, x in (gradients | missing).items())
+            found[precision] = math.sqrt(away / length)
+    return found
 
 
 def _train(device_name: str, engine: str, before: str, precision: str, tiny: bool, folder: Path, result: Path) -> None:
@@ -140,7 +170,8 @@ def _curves(
     engine = _build(config, device)
     engine.import_parameters(initial_values(config))
     saved = folder / f"{engine_name}-{precision}-{device.type}"
-    losses, norms = _updates(engine, batches, device, range(SAVED))
+    gradients = folder / f"gradients-{precision}-{device.type}.safetensors" if engine_name == "ddp" else None
+    losses, norms = _updates(engine, batches, device, range(SAVED), gradients)
     expected = canonical_shapes(parameter_shapes(config.model, config.ctc))
     store = CheckpointStore(saved, ranks, expected=expected)
     store.save(engine.export_state(), TrainState(update=SAVED), dump_config(config))
@@ -180,14 +211,17 @@ class _HostNoise(PretrainingCriterion):
 
 
 def _updates(
-    engine: Engine, batches: Sequence[MicroBatch], device: torch.device, numbers: range
+    engine: Any, batches: Sequence[MicroBatch], device: torch.device, numbers: range, gradients: Path | None = None
 ) -> tuple[list[float], list[float]]:
-    """Losses per masked frame, and norms, of updates of two micro-batches each."""
+    """Losses per masked frame, and norms, of updates of two micro-batches each; the first update's gradients, in a
+    file."""
     losses, norms = [], []
     for number in numbers:
         window = batches[2 * number : 2 * number + 2]
         weight = sum(batch.weight for batch in window)
         sums = engine.run_window(window, torch.tensor(float(weight), device=device))
+        if number == 0 and gradients is not None:
+            save_file({name: x.grad.cpu() for name, x in engine.parameters.items() if x.grad is not None}, gradients)
         norms.append(engine.step(lr=1e-4, max_norm=1.0).grad_norm)
         losses.append(float(sums.total) / weight)
     assert all(map(math.isfinite, losses + norms))
@@ -201,7 +235,10 @@ def _padded_batch(config: Config, number: int, *, tiny: bool) -> MicroBatch:
 
 
 def synchronisations(machine: Machine) -> Rows:
-    """Operations of one update that the host waits for, with the places that ask for them."""
+    """Operations of one update of DDP that the host waits for, with the places that ask for them.
+
+    An update is a window and a step; what the training loop compares and adds up over ranks goes over the CPU.
+    """
     config = machine.config("base", "precision.compute=bf16")
     device = machine.device
     engine = build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, device)
@@ -215,7 +252,7 @@ def synchronisations(machine: Machine) -> Rows:
         engine.run_window(window, denominator)
         engine.step(lr=1e-4, max_norm=1.0)
     if not machine.on_gpu:
-        yield "syncs_per_update", None  # a CPU waits for nothing
+        yield from (("places", None), ("syncs_per_update", None))  # a CPU waits for nothing
         return
     found = {}
     with _waits() as places:

@@ -26,9 +26,7 @@ def environment(machine: Machine) -> Rows:
     device = machine.device
     yield "versions", versions()
     yield "processor", {"name": _processor(), "cores": os.cpu_count()}
-    if machine.on_gpu:
-        properties = torch.cuda.get_device_properties(device)
-        yield "gpu", {"name": properties.name, "memory_bytes": properties.total_memory}
+    yield "gpu", _gpu(device) if machine.on_gpu else None
     yield "attention_order", attention_order()
     yield "attention_chosen", attempt(lambda: attention_chosen(device))
     size = 2**20 if machine.tiny else 2**31
@@ -36,6 +34,11 @@ def environment(machine: Machine) -> Rows:
     yield "matrix_flops", matrix_flops(device, 256 if machine.tiny else 8192, repeats=3 if machine.tiny else 20)
     for name in ("base", "large"):
         yield f"{name}_matrix_flops", model_matrix_flops(machine, name)
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(device)
+    return {"name": properties.name, "memory_bytes": properties.total_memory}
 
 
 def versions() -> dict[str, Any]:
@@ -65,7 +68,10 @@ def attention_order() -> list[str]:
 
 
 def attention_chosen(device: torch.device) -> dict[str, str]:
-    """The back-end that PyTorch chooses with dropout, without and with a mask of padding."""
+    """The back-end that PyTorch chooses by default with dropout, without and with a mask of padding.
+
+    An engine turns cuDNN off first (`build_engine`).
+    """
     q_BHTE = torch.randn(4, 12, 780, 64, device=device, dtype=torch.bfloat16)
     mask = torch.ones(4, 1, 1, 780, dtype=torch.bool, device=device)
     return {

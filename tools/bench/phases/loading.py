@@ -27,7 +27,10 @@ def loader(machine: Machine) -> Rows:
         manifest = write_noise(Path(folder), files, seconds)
         paths = sorted(str(path) for path in Path(folder).glob("*.flac"))
         settings = ["batch.max_seconds=20"] if machine.tiny else []
-        for processes in (1,) if machine.tiny else (1, 2, 4, 8):
+        for processes in (1, 2, 4, 8):
+            if machine.tiny and processes > 1:
+                yield f"processes_{processes}", None
+                continue
             rate, copied = bench.load(manifest, processes, processes * micro_batches, settings)
             yield (
                 f"processes_{processes}",

@@ -78,7 +78,8 @@ def _first_and_second(
     prepare: Callable[[Machine, Config, str, int, int], Callable[[], None]],
     shapes: list[tuple[int, int]],
 ) -> dict[str, Any]:
-    prepare(machine, config, form, 1, 33)()  # what is loaded once
+    largest = max(shapes, key=lambda shape: shape[0] * shape[1])
+    prepare(machine, config, form, *largest)()  # what is loaded once, and the memory for all
     first, second = [], []
     for utterances, frames in shapes:
         work = prepare(machine, config, form, utterances, frames)
@@ -240,7 +241,7 @@ def _moments_ms(machine: Machine, config: Config, utterances: int, samples: int)
 
 
 def _cast_ms(machine: Machine, config: Config) -> float:
-    """All weights from fp32 to bf16, once: what each forward pays."""
+    """All weights from fp32 to bf16, one by one: what each forward pays, launches included."""
     weights = [torch.ones_like(x, device=machine.device) for x in empty_model(config).parameters() if x.dim() > 1]
     return median_ms(lambda: [x.bfloat16() for x in weights], machine.device, repeats=_repeats(machine))
 

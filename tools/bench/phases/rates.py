@@ -26,6 +26,8 @@ from w2vscale.engine.compilation import compiled_graphs
 from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
+Lengths = Literal["equal", "bucket"]
+
 
 @dataclass(frozen=True)
 class Forms:
@@ -41,14 +43,17 @@ class Forms:
         """A forward in a row's key."""
         return f"{utterances}x{self.seconds:g}s"
 
+    def all(self) -> list[tuple[int, Lengths]]:
+        """Utterances of each forward, and whether they differ in length: in the shortest and in the longest."""
+        equal: list[tuple[int, Lengths]] = [(utterances, "equal") for utterances in self.utterances]
+        return [*equal, (min(self.utterances), "bucket"), (max(self.utterances), "bucket")]
+
 
 FORMS = {"base": Forms(15.6, (5, 20, 40)), "large": Forms(20.0, (3, 12, 24))}
 TINY = Forms(0.5, (1, 2))
 
 UPDATES = 5
 """Timed updates of each form."""
-
-Lengths = Literal["equal", "bucket"]
 
 
 def rates_base(machine: Machine) -> Rows:
@@ -69,17 +74,18 @@ def _rates(machine: Machine, name: str) -> Rows:
     """
     yield "matrix_flops", matrix_flops(machine.device, 256 if machine.tiny else 8192)
     for compiled in (False, True):
-        if compiled and machine.tiny:
-            yield "compiled", None  # takes a minute on a CPU
-            return
         config = machine.config(name, "precision.compute=bf16", f"engine.compile={str(compiled).lower()}")
-        engine = _engine(config, machine.device)
         forms = _forms(machine, name)
-        each: list[tuple[int, Lengths]] = [(utterances, "equal") for utterances in forms.utterances]
-        for utterances, lengths in (*each, (max(forms.utterances), "bucket")):
+        skipped = compiled and machine.tiny  # takes a minute on a CPU
+        engine = None if skipped else _engine(config, machine.device)
+        for utterances, lengths in forms.all():
             key = f"{'compiled' if compiled else 'eager'}/{forms.name(utterances)}/{lengths}"
-            yield key, attempt(partial(_rate, machine, config, engine, forms, utterances, lengths))
-        engine.close()
+            measure = partial(_rate, machine, config, engine, forms, utterances, lengths)
+            yield key, None if skipped else attempt(measure)
+            del measure
+        if engine is not None:
+            engine.close()
+        del engine
         release_memory()
 
 
@@ -99,8 +105,9 @@ def _batches(machine: Machine, work: Work, count: int) -> list[MicroBatch]:
 
 
 def _rate(
-    machine: Machine, config: Config, engine: Engine, forms: Forms, utterances: int, lengths: Lengths
+    machine: Machine, config: Config, engine: Engine | None, forms: Forms, utterances: int, lengths: Lengths
 ) -> dict[str, Any]:
+    assert engine is not None
     device, most = machine.device, max(forms.utterances)
     window = _batches(machine, Work(config, utterances, forms.seconds, lengths), most // utterances)
     weight = torch.tensor(float(sum(batch.weight for batch in window)), device=device)
@@ -123,15 +130,17 @@ def _rate(
             host.append(asked - began)
             windows.append(computed - began)
             updates.append(time.perf_counter() - began)
-    seconds = statistics.median(updates)
+    seconds, windows_median = statistics.median(updates), statistics.median(windows)
     return {
         "audio_per_second": audio / seconds,
         "mfu": flops / seconds / PEAK_FLOPS,
         "flops_per_second": flops / seconds,
         "forward_seconds": audio / len(window),
-        "window_ms": 1000 * statistics.median(windows),
+        # Of updates that have one forward each, as Transformers' steps have.
+        "audio_per_second_stepping": audio / (windows_median + len(window) * (seconds - windows_median)),
+        "window_ms": 1000 * windows_median,
         "host_ms": 1000 * statistics.median(host),
-        "step_ms": 1000 * (seconds - statistics.median(windows)),
+        "step_ms": 1000 * (seconds - windows_median),
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if machine.on_gpu else None,
     }
 
@@ -150,11 +159,13 @@ def _transformers(machine: Machine, name: str) -> Rows:
     """Seconds of audio per second of training steps of Transformers on the same micro-batches, eager and compiled."""
     forms = _forms(machine, name)
     for kind, size in (("compiled", 1), ("eager", 1), ("compiled", 0)):
-        if kind == "eager" or not machine.tiny:  # compiling takes minutes on a CPU
-            torch._dynamo.reset()  # a second model that shares code with the first fails to compile
-            utterances = forms.utterances[size]
-            measure = partial(_their_rate, machine, name, forms, utterances, kind == "compiled")
-            yield f"{kind}/{forms.name(utterances)}/equal", attempt(measure)
+        utterances = forms.utterances[size]
+        key = f"{kind}/{forms.name(utterances)}/equal"
+        if kind == "compiled" and machine.tiny:  # takes minutes on a CPU
+            yield key, None
+            continue
+        torch._dynamo.reset()  # a second model that shares code with the first fails to compile
+        yield key, attempt(partial(_their_rate, machine, name, forms, utterances, kind == "compiled"))
 
 
 def _their_rate(machine: Machine, name: str, forms: Forms, utterances: int, compiled: bool) -> dict[str, Any]:
@@ -227,8 +238,8 @@ def _profile(machine: Machine, engine: Engine, work: Work) -> dict[str, Any]:
 
 def recompilations(machine: Machine) -> Rows:
     """Graphs that torch.compile makes, and the time that it takes, over forwards of many shapes."""
-    if machine.tiny:
-        yield "graphs", None  # takes a minute on a CPU
+    if machine.tiny:  # takes a minute on a CPU
+        yield from (("graphs", None), ("compiling_seconds", None), ("median_ms", None))
         return
     config = machine.config("base", "precision.compute=bf16", "engine.compile=true", "model.layers=3")
     engine = _engine(config, machine.device)
