@@ -17,6 +17,7 @@ from tests.audio import SmallCorpus
 from tests.checkpoints import change_committed, drop
 from tests.distributed.tasks import train_micro
 from tests.micro import MICRO_RUN
+from w2vscale.checkpoint import reading
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.canonical import canonical_shapes, incomplete_state
 from w2vscale.checkpoint.consolidation import consolidate
@@ -139,12 +140,24 @@ def test_verification_names_what_is_missing(exp: Path) -> None:
     assert str(result.exception).endswith(": optim.encoder.mask_embedding.exp_avg: missing (and 5 more)")
 
 
-def test_state_of_a_parameter_that_is_not_there_is_no_state_to_resume_from(trained: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_weight_is_damaged(trained: Path, tmp_path: Path) -> None:
     exp = Path(shutil.copytree(trained, tmp_path / "exp", symlinks=True))
     drop(newest(exp), f"model.{BIAS}")
     assert verify(exp).problems == [f"model.{BIAS}: missing"]
-    with pytest.raises(UserError, match=rf"does not fit its weights \(optim\.{BIAS}\.exp_avg: not a tensor"):
+    with pytest.raises(UserError, match=rf"damaged: it does not hold model\.{BIAS}$"):
         open_checkpoint(newest(exp), resuming=True)
+    with pytest.raises(UserError, match=rf"model\.{BIAS}: missing$"):
+        consolidate(newest(exp), tmp_path / "one")
+
+
+def test_a_checkpoint_without_any_state_gives_way_to_an_older_one(trained: Path, tmp_path: Path) -> None:
+    exp = Path(shutil.copytree(trained, tmp_path / "exp", symlinks=True))
+    drop(newest(exp), "optim.")
+    assert open_checkpoint(exp).state.update == 4
+    log: list[str] = []
+    found = reading.newest(exp / "checkpoints", log.append, resuming=True)
+    assert found is not None and found.state.update == 2
+    assert log == [f"skipping unusable checkpoint: {newest(exp)}: it holds no optimizer state"]
 
 
 def test_a_checkpoint_with_a_hole_is_not_resumed_from(trained: Path, tmp_path: Path) -> None:
@@ -173,5 +186,5 @@ def test_the_state_must_be_that_of_every_weight(
     assert found == (problem and f"its optimizer state {problem}")
 
 
-def test_weights_alone_are_no_incomplete_state() -> None:
-    assert incomplete_state(canonical_shapes({"a": (4,)}, optimizer=False)) is None
+def test_weights_alone_are_no_state() -> None:
+    assert incomplete_state(canonical_shapes({"a": (4,)}, optimizer=False)) == "it holds no optimizer state"

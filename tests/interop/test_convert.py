@@ -391,7 +391,9 @@ class TestStartingFromACheckpoint:
 
     def test_an_import_is_no_run_to_continue(self, small_corpus: SmallCorpus, source: Path) -> None:
         config = load_config("base", [*MICRO_RUN, f"data.train={small_corpus.train}"])
-        with pytest.raises(UserError, match=r"holds no optimizer state; start a run from it with trainer\.init_from"):
+        with pytest.raises(
+            UserError, match=r"from its 1 checkpoint; start one .* trainer\.init_from=.*, in another --exp"
+        ):
             train(config, source)
 
 

@@ -44,13 +44,20 @@ def differences(found: Shapes, expected: Shapes) -> Iterator[str]:
             yield f"{name}: not a tensor of the model or its optimizer"
 
 
-def incomplete_state(tensors: Shapes) -> str | None:
-    """Why no run can be continued from a checkpoint that holds `tensors`, or None.
+def missing_weight(tensors: Shapes) -> str | None:
+    """A tensor of the model that a checkpoint with `tensors` lacks, if the others show it."""
+    weights = parameters_in(tensors)
+    of_optimizer = (name.removeprefix("optim.").rpartition(".")[0] for name in tensors if name.startswith("optim."))
+    missing = next((name for name in of_optimizer if name not in weights), None)
+    if missing is None and not weights:
+        return "any tensor of the model"
+    return missing and f"model.{missing}"
 
-    None too if there is no optimizer state at all: reading it says so.
-    """
+
+def incomplete_state(tensors: Shapes) -> str | None:
+    """Why no run can be continued from a checkpoint whose weights are `tensors`' own, or None."""
     if not has_optimizer_state(tensors):
-        return None
+        return "it holds no optimizer state"
     missing = [name for name in canonical_shapes(parameters_in(tensors)) if name not in tensors]
     if missing:
         of = {name.removeprefix("optim.").rpartition(".")[0] for name in missing}

@@ -15,9 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from w2vscale.checkpoint.canonical import canonical_shapes, differences, has_optimizer_state
 from w2vscale.checkpoint.reading import open_checkpoint
 from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files
+from w2vscale.config import load_config
 from w2vscale.errors import UserError
+from w2vscale.models.build import parameter_shapes
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ def consolidate(
     """
     checkpoint = open_checkpoint(path, log)
     tensors = stored_tensors(tensor_files(checkpoint.path))
+    config = load_config(checkpoint.path / "config.yaml")
+    expected = canonical_shapes(parameter_shapes(config.model, config.ctc), optimizer=has_optimizer_state(tensors))
+    wanted = {name: shape for name, shape in expected.items() if optimizer or name.startswith("model.")}
+    if problem := next(differences({name: x.shape for name, x in tensors.items() if name in wanted}, wanted), None):
+        raise UserError(f"{checkpoint.path}: {problem}")
     if not optimizer:
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
     for name, tensor in tensors.items():
@@ -58,11 +66,11 @@ def consolidate(
         if file.exists():
             raise UserError(f"{file}: exists; choose another folder")
     named = tensors if optimizer else {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    config = (checkpoint.path / "config.yaml").read_bytes()
+    text_of_config = (checkpoint.path / "config.yaml").read_bytes()
     try:
         output.mkdir(parents=True, exist_ok=True)
         with _new_file(settings) as text, _new_file(weights) as data:
-            text.write(config)
+            text.write(text_of_config)
             data.write(_header(named, {"format": "pt", "update": str(checkpoint.state.update)}))
             for done, whole in enumerate(whole_tensors(tensors), start=1):
                 data.write(whole.numpy().data)

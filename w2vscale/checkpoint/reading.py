@@ -20,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from w2vscale.checkpoint.canonical import counted, has_optimizer_state, incomplete_state
+from w2vscale.checkpoint.canonical import counted, has_optimizer_state, incomplete_state, missing_weight
 from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files, tensor_shapes
 from w2vscale.errors import UserError
 
@@ -149,7 +149,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open one checkpoint folder (or a link to one), or the newest usable one in a folder of checkpoints.
 
-    Not collective. With `resuming`, its optimizer state must be complete, or absent as in an imported checkpoint.
+    Not collective. With `resuming`, its optimizer state must be complete.
 
     Raises:
         IncompleteState: `resuming`, and its optimizer state is not whole, or not that of its weights.
@@ -173,7 +173,10 @@ def _check_whole(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     for name, tensor in tensors.items():
         if fault := tensor.fault():
             raise (IncompleteState if name.startswith("optim.") else UserError)(f"{path}: {name}: {fault}")
-    if problem := incomplete_state({name: tensor.shape for name, tensor in tensors.items()}):
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if missing := missing_weight(shapes):
+        raise UserError(f"{path}: damaged: it does not hold {missing}")
+    if problem := incomplete_state(shapes):
         raise IncompleteState(f"{path}: {problem}")
 
 
