@@ -48,6 +48,7 @@ VARIANTS = {
     **{name: (setting,) for name, setting in ENGINES.items()},
     "fsdp_keeping_parameters": ("engine={name: fsdp, reshard_after_forward: false}",),
     "fsdp_hybrid": ("engine={name: fsdp, shard_size: 1}",),
+    "fsdp_hybrid_of_four": ("engine={name: fsdp, shard_size: 2}",),
     "fsdp_offload": ("engine={name: fsdp, offload: true}",),
     "zero2_offload": ("engine={name: deepspeed, deepspeed_config: zero2_offload}",),
     "zero3_offload": ("engine={name: deepspeed, deepspeed_config: zero3_offload}",),
@@ -116,9 +117,17 @@ def assert_same(found: Path, expected: Path, *, tolerance: float = 1e-5) -> None
         assert difference <= tolerance * float(tensor.norm()) + 1e-9 * math.sqrt(tensor.numel()), name
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "ddp" and not name.endswith("bf16")])
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS if name not in ("ddp", "fsdp_hybrid_of_four") and not name.endswith("bf16")]
+)
 def test_one_micro_batch_per_process(six_updates: Train, variant: str) -> None:
     assert_same(six_updates(variant, 2, 2), six_updates("ddp", 2, 2))
+
+
+@pytest.mark.parametrize("micro_batches", [4, 8])
+def test_two_shards_on_each_of_two_replicas(six_updates: Train, micro_batches: int) -> None:
+    """The smallest hybrid that both shards and replicates."""
+    assert_same(six_updates("fsdp_hybrid_of_four", 4, micro_batches), six_updates("ddp", 4, micro_batches))
 
 
 @pytest.mark.parametrize(
