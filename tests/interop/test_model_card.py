@@ -38,6 +38,7 @@ def exported(model: nn.Module, config: Config, folder: Path) -> tuple[Path, Path
     checkpoint = store.save(tensors, TrainState(update=7), dump_config(config))
     export = folder / "export"
     export_checkpoint(checkpoint, export, form="huggingface")
+    assert len({path.stat().st_mode for path in export.iterdir()}) == 1
     write_audio(export / "speech.wav", noise(SAMPLES / 16_000), subtype="FLOAT")
     return checkpoint, export
 

@@ -59,6 +59,18 @@ def test_a_phase_that_does_not_finish_loses_its_own_rows_only(tmp_path: Path) ->
     assert "about to fail" in log and "and a second line" in log
 
 
+def test_a_phase_that_is_measured_again_leaves_the_others(tmp_path: Path) -> None:
+    run_phases([phase("good"), phase("fails")], CPU, tmp_path, seconds=60.0)
+    document = run_phases([phase("fails")], CPU, tmp_path, seconds=60.0, keep=True)
+    assert set(document["phases"]) == {"good", "fails"} and document["phases"]["good"]["device"] == "cpu"
+    assert set(run_phases([phase("good")], CPU, tmp_path, seconds=60.0)["phases"]) == {"good"}
+    with pytest.raises(UserError, match="measured with other options"):
+        run_phases([phase("good")], Machine("cpu", tiny=False), tmp_path, seconds=60.0, keep=True)
+    (tmp_path / "gpu.json").write_text("{")
+    with pytest.raises(UserError, match=r"gpu\.json: damaged"):
+        run_phases([phase("good")], CPU, tmp_path, seconds=60.0, keep=True)
+
+
 def test_phases_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:
     document = run_phases([phase("hangs"), phase("good")], CPU, tmp_path, seconds=1.5)
     assert document["failed"] == {"hangs": "ran out of time after 1.5 s", "good": "no time was left"}

@@ -1,12 +1,12 @@
-"""Measure a GPU: correctness, speed and what to choose there, in one call of at most 9 minutes.
+"""Measure a GPU: check correctness, measure speed and compare kernels, in one call of at most 9 minutes.
 
     python tools/bench/gpu.py --out DIR
     python tools/bench/gpu.py --out DIR --only rates_base --only rates_large
-    python tools/bench/gpu.py --out DIR --device cpu --tiny         what the tests run
+    python tools/bench/gpu.py --out DIR --device cpu --tiny         (used by the tests)
 
 Each phase has a process and a time limit of its own. DIR/gpu.json is written again after each row, and DIR/PHASE.log
 holds what the phase printed: a phase that fails or runs out of time loses only the rows that it had not measured yet.
-A table of the main figures, and what they say about the choices on this GPU, ends the output.
+With --only, the rows of other phases in DIR/gpu.json are kept. The last lines of the output rank the kernels.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PHASE_NAMES = [phase.name for phase in PHASES]
 
 
 def main(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for gpu.json, which is replaced, and the logs.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Output folder for gpu.json and the logs.")],
     device: Annotated[str, typer.Option(metavar="cuda|cpu", help="Device to measure.")] = "cuda",
     tiny: Annotated[
         bool, typer.Option("--tiny", help="Use tiny models and few repetitions (about a minute on a CPU).")
@@ -88,27 +88,43 @@ def main(
     chosen = [phase for phase in PHASES if not only or phase.name in only]
     if tiny:  # the limits are for a GPU; tests run beside others
         chosen = [replace(phase, seconds=4 * phase.seconds) for phase in chosen]
-    document = run_phases(chosen, Machine(device, tiny), out, seconds=60 * minutes)
+    document = run_phases(chosen, Machine(device, tiny), out, seconds=60 * minutes, keep=bool(only))
     print_report(document)
     print(json.dumps(headline(document)))
     if document["failed"]:
         sys.exit(1)
 
 
-def run_phases(phases: Sequence[Phase], machine: Machine, out: Path, *, seconds: float) -> dict[str, Any]:
+def run_phases(
+    phases: Sequence[Phase], machine: Machine, out: Path, *, seconds: float, keep: bool = False
+) -> dict[str, Any]:
     """Run phases one after the other for at most `seconds`; the document that is also in `out`/gpu.json.
 
     `document["phases"]` has the rows of each phase, `document["failed"]` the reasons of those that did not finish.
+    `keep`: an earlier gpu.json of the same device keeps its other phases.
+
+    Raises:
+        UserError: `out` cannot be written, or holds a gpu.json that cannot be kept.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "gpu.json").unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
     document: dict[str, Any] = {
         "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": machine.device_name, "tiny": machine.tiny,
-        "phases": {phase.name: {} for phase in phases}, "seconds": {}, "failed": {},
+        "phases": {}, "seconds": {}, "failed": {},
     }  # fmt: skip
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        earlier = json.loads((out / "gpu.json").read_text()) if keep and (out / "gpu.json").exists() else document
+        if not keep:
+            (out / "gpu.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{out / 'gpu.json'}: damaged ({error}); choose another --out") from None
+    if (earlier.get("device"), earlier.get("tiny")) != (machine.device_name, machine.tiny):
+        raise UserError(f"{out / 'gpu.json'}: measured with other options; choose another --out")
+    document |= {key: earlier[key] for key in ("phases", "seconds", "failed")}
+    for phase in phases:
+        document["phases"][phase.name] = {}
+        document["failed"].pop(phase.name, None)
     deadline = time.monotonic() + seconds
     for phase in phases:
         began = time.monotonic()

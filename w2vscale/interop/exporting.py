@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ def _write(
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, written[0], {"format": "pt"})
             for path, text in zip(written[1:], texts.values(), strict=True):
                 path.write_text(text, encoding="utf-8")
+            shutil.copymode(written[1], written[0])  # safetensors makes files that only their owner can read
             for path, file in zip(written, files, strict=True):
                 path.replace(file)
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""The operations that have several forms on a GPU: what each form costs, also the first time it meets a shape."""
+"""The operations that have several forms on a GPU: what each form costs, including its first call on a new shape."""
 
 from __future__ import annotations
 

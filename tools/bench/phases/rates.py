@@ -136,7 +136,7 @@ def _rate(
         "mfu": flops / seconds / PEAK_FLOPS,
         "flops_per_second": flops / seconds,
         "forward_seconds": audio / len(window),
-        # Of updates that have one forward each, as Transformers' steps have.
+        # An estimate with one optimizer step per forward, which is what the steps of Transformers are.
         "audio_per_second_stepping": audio / (windows_median + len(window) * (seconds - windows_median)),
         "window_ms": 1000 * windows_median,
         "host_ms": 1000 * statistics.median(host),
