@@ -1,22 +1,47 @@
-"""What a checkpoint of some tensors, or of a model, must hold; and checkpoints that do not."""
+"""Small checkpoints, what a checkpoint must hold, and checkpoints that do not hold it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from w2vscale.checkpoint.canonical import canonical_shapes
-from w2vscale.checkpoint.reading import file_facts
+from w2vscale.checkpoint.reading import TrainState, file_facts
+from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config
+from w2vscale.distributed.process_group import Ranks
 from w2vscale.models.build import parameter_shapes
 
 Change = Callable[[dict[str, Tensor], dict[str, list[int]]], object]
 """Changes a file's tensors, and their offsets in whole tensors, in place."""
+
+
+SHAPES = canonical_shapes({"weight": (7, 5), "bias": (3,)})
+"""A small checkpoint, with optimizer state."""
+
+
+def tensors(value: float = 0.0) -> dict[str, Tensor]:
+    """A state with `SHAPES`."""
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.randn(shape, generator=generator) + value for name, shape in SHAPES.items()}
+
+
+def store(folder: Path, **settings: Any) -> CheckpointStore:
+    """A store of checkpoints with `SHAPES`."""
+    return CheckpointStore(folder, Ranks(), expected=SHAPES, **settings)
+
+
+def save(folder: Path, update: int, **settings: int) -> Path:
+    """Commit a checkpoint with `SHAPES`."""
+    state = TrainState(update=update, audio_seconds=1.5 * update)
+    return store(folder, **settings).save(tensors(float(update)), state, "model: {}\n")
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -47,6 +47,15 @@ class Command:
         return said
 
 
+def running(process: int) -> bool:
+    """Whether a process runs, and is not merely waiting to be collected."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
 def fork_children() -> None:
     """Have this process start its own as a trainer does: forked from itself, so that they end when it is killed."""
     multiprocessing.set_start_method("fork", force=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.micro import MICRO_RUN
+from tests.processes import running
 
 ROOT = Path(__file__).resolve().parents[2]
 BOUND = 30.0
@@ -125,11 +126,3 @@ class Launched:
     def _children(self) -> list[int]:
         launcher = self.process.pid
         return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
-
-
-def running(process: int) -> bool:
-    try:
-        status = Path(f"/proc/{process}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"

@@ -26,7 +26,9 @@ from w2vscale.models.ctc import Wav2Vec2ForCTC
 from w2vscale.models.feature_encoder import output_frames
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is missing")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="Transformers is not installed"
+)
 
 SAMPLES = 16_000
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from w2vscale.models.convolution import convolution_in_blocks, long_convolution, strided_convolution
@@ -42,13 +45,23 @@ def test_in_bf16_it_is_as_exact_as_a_matrix_product() -> None:
     assert float((found - expected).norm() / expected.norm()) < 2**-7
 
 
-def test_autocast_changes_neither_value_nor_gradients() -> None:
+@pytest.mark.parametrize(
+    ("convolve", "shapes", "last"),
+    [
+        (strided_convolution, ((2, 50, 64), (32, 64, 3)), 2),
+        (convolution_in_blocks, ((2, 50, 12), (12, 4, 16)), 3),
+    ],
+)
+def test_autocast_changes_neither_value_nor_gradients(
+    convolve: Callable[..., Tensor], shapes: Sequence[tuple[int, ...]], last: int
+) -> None:
+    """`last` is the stride, or the number of groups."""
     torch.manual_seed(0)
-    leaves = (torch.randn(2, 50, 64, requires_grad=True), torch.randn(32, 64, 3, requires_grad=True))
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            y_BTO = strided_convolution(*leaves, 2)
+            y_BTO = convolve(*leaves, last)
             results.append([y_BTO, *torch.autograd.grad(y_BTO.square().sum(), leaves)])
     torch.testing.assert_close(results[1], results[0], rtol=0.0, atol=0.0)
 
@@ -112,17 +125,6 @@ def test_the_long_one_in_blocks_is_pytorchs(kernel: int, frames: int) -> None:
     given_BTD = torch.randn_like(found_BTD)
     found = torch.autograd.grad(found_BTD, leaves, given_BTD)
     torch.testing.assert_close(found, torch.autograd.grad(expected_BTD, leaves, given_BTD))
-
-
-def test_autocast_changes_neither_value_nor_gradients_in_blocks() -> None:
-    torch.manual_seed(0)
-    leaves = (torch.randn(2, 50, 12, requires_grad=True), torch.randn(12, 4, 16, requires_grad=True))
-    results = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            y_BTD = convolution_in_blocks(*leaves, 3)
-            results.append([y_BTD, *torch.autograd.grad(y_BTD.square().sum(), leaves)])
-    torch.testing.assert_close(results[1], results[0], rtol=0.0, atol=0.0)
 
 
 def test_in_blocks_no_value_is_asked_for() -> None:

@@ -14,6 +14,7 @@ import torch
 import typer
 from torch import Tensor
 
+from tests.processes import running
 from tools.bench import gpu
 from tools.bench.engine_parity import ENGINES
 from tools.bench.gpu import Phase, run_phases
@@ -33,14 +34,6 @@ def phase(name: str, seconds: float = 60.0) -> Phase:
     return Phase(name, f"tests.tools.phases:{name}", seconds)
 
 
-def is_running(process: int) -> bool:
-    try:
-        status = Path(f"/proc/{process}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"
-
-
 def test_a_phase_that_does_not_finish_loses_its_own_rows_only(tmp_path: Path) -> None:
     phases = [phase("fails"), phase("hangs", 10.0), phase("talks_for_ever", 3.0), phase("dies"), phase("good")]
     document = run_phases(phases, CPU, tmp_path, seconds=120.0)
@@ -48,7 +41,7 @@ def test_a_phase_that_does_not_finish_loses_its_own_rows_only(tmp_path: Path) ->
     assert document["phases"]["good"] == {"device": "cpu", "tiny": True}
     assert document["phases"]["fails"] == document["phases"]["dies"] == {"first": 1.0}
     assert set(document["phases"]["talks_for_ever"]) == {"row 0", "row 1", "row 2"}
-    assert not is_running(document["phases"]["hangs"]["child"])
+    assert not running(document["phases"]["hangs"]["child"])
     assert document["failed"] == {
         "fails": "RuntimeError: no such kernel",
         "hangs": "ran out of time after 10 s",
