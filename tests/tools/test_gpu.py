@@ -59,9 +59,10 @@ def test_a_phase_that_is_measured_again_leaves_the_others(tmp_path: Path) -> Non
     assert set(run_phases([phase("good")], CPU, tmp_path, seconds=60.0)["phases"]) == {"good"}
     with pytest.raises(UserError, match="measured with other options"):
         run_phases([phase("good")], Machine("cpu", tiny=False), tmp_path, seconds=60.0, keep=True)
-    (tmp_path / "gpu.json").write_text("{")
-    with pytest.raises(UserError, match=r"gpu\.json: damaged"):
-        run_phases([phase("good")], CPU, tmp_path, seconds=60.0, keep=True)
+    for damaged in ("{", "[]", "{}", '{"device": "cpu", "tiny": true, "phases": 1}'):
+        (tmp_path / "gpu.json").write_text(damaged)
+        with pytest.raises(UserError, match=r"gpu\.json: damaged"):
+            run_phases([phase("good")], CPU, tmp_path, seconds=60.0, keep=True)
 
 
 def test_phases_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:

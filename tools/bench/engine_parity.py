@@ -3,8 +3,8 @@
     python tools/bench/engine_parity.py
 
 `tiny` trains on mini LibriSpeech, from the command line, in two processes (one on a machine with a single GPU), once
-per engine. Since a Python process is
-large against `tiny`, memory is that of a model of BASE's size under the same engines (tools/bench/engine_memory.py).
+per engine. Since a Python process is large against `tiny`, memory is that of a model of BASE's size under the same
+engines (tools/bench/engine_memory.py).
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def main(
     document = run_phases(chosen, Machine(device, tiny), out, seconds=60 * minutes, keep=bool(only))
     print_report(document)
     print(json.dumps(headline(document)))
-    if document["failed"]:
+    if any(phase.name in document["failed"] for phase in chosen):
         sys.exit(1)
 
 
@@ -110,18 +110,19 @@ def run_phases(
         "started": time.strftime("%Y-%m-%d %H:%M:%S"), "device": machine.device_name, "tiny": machine.tiny,
         "phases": {}, "seconds": {}, "failed": {},
     }  # fmt: skip
+    file = out / "gpu.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        earlier = json.loads((out / "gpu.json").read_text()) if keep and (out / "gpu.json").exists() else document
+        earlier = json.loads(file.read_text()) if keep and file.exists() else document
+        if (earlier["device"], earlier["tiny"]) != (machine.device_name, machine.tiny):
+            raise UserError(f"{file}: measured with other options; choose another --out")
+        document |= {key: dict(earlier[key]) for key in ("phases", "seconds", "failed")}
         if not keep:
-            (out / "gpu.json").unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{out / 'gpu.json'}: damaged ({error}); choose another --out") from None
-    if (earlier.get("device"), earlier.get("tiny")) != (machine.device_name, machine.tiny):
-        raise UserError(f"{out / 'gpu.json'}: measured with other options; choose another --out")
-    document |= {key: earlier[key] for key in ("phases", "seconds", "failed")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged ({type(error).__name__}: {error}); choose another --out") from None
     for phase in phases:
         document["phases"][phase.name] = {}
         document["failed"].pop(phase.name, None)
@@ -129,6 +130,7 @@ def run_phases(
     for phase in phases:
         began = time.monotonic()
         limit = min(phase.seconds, deadline - began)
+        console.print(f"{phase.name}: at most {max(limit, 0):.0f} s", markup=False)
         reason = _run_phase(phase, machine, out, limit, document) if limit > 0 else "no time was left"
         document["seconds"][phase.name] = round(time.monotonic() - began, 1)
         if reason is not None:
@@ -184,7 +186,7 @@ def _measure(target: str, machine: Machine, log: Path, rows: Any) -> None:
             torch.set_num_threads(1)
         for row in getattr(importlib.import_module(module), function)(machine):
             rows.put(row)
-    except BaseException as error:
+    except Exception as error:  # whatever it is, the other phases go on
         traceback.print_exc()
         rows.put((FINISHED, f"{type(error).__name__}: {error}".splitlines()[0][:300]))
     else:

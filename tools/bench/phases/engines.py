@@ -1,4 +1,4 @@
-"""Whether all engines compute the same on this device, and what of an update the host waits for."""
+"""Whether all engines compute the same on this device, and where an update synchronises with the GPU."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from w2vscale.optim.schedules import gumbel_temperature
 from w2vscale.training.run import empty_model, initial_values
 
 UPDATES, SAVED = 6, 3
-"""Updates of each run, and the one after which it saves what another engine continues."""
+"""Updates of each run, and the one after which it saves a checkpoint for another engine to resume."""
 
 QUIET = tuple(f"model.{name}=0" for name in ("dropout", "attention_dropout", "input_dropout", "feature_dropout"))
 """Without noise that the CPU and a GPU draw differently."""
@@ -157,7 +157,7 @@ def _train(device_name: str, engine: str, before: str, precision: str, tiny: boo
             found = _curves(config, device, ranks, folder, (engine, before, precision), tiny=tiny)
         result.with_suffix(".partial").write_text(json.dumps(found))
         result.with_suffix(".partial").rename(result)
-    except BaseException:
+    except Exception:  # the phase reports the run that has no result
         print(f"{engine} in {precision} on {device_name}:")
         traceback.print_exc()
 

@@ -1,4 +1,4 @@
-"""What all phases share: the machine, times on a device, and contenders of which one may fail."""
+"""Shared by all phases: the machine, timers, and a wrapper for measurements that may fail."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ def forward_and_backward(function: Callable[..., Tensor], *leaves: Tensor) -> Ca
 
 
 def attempt(measure: Callable[[], Any]) -> Any:
-    """What `measure` returns; {"error": …} where it fails: the device may lack the kernel, or the memory."""
+    """Return what `measure` returns, or {"error": …} if it fails: the device may lack the kernel or the memory."""
     try:
         return measure()
-    except Exception as error:
-        traceback.print_exc()  # into the phase's log
+    except Exception as error:  # of any library; the traceback is in the phase's log, and the row names it
+        traceback.print_exc()
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return {"error": f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]}
     finally:
@@ -99,7 +99,7 @@ def attempt(measure: Callable[[], Any]) -> Any:
 
 
 def release_memory() -> None:
-    """Give a GPU's cached memory back, so that one contender does not fail by another's."""
+    """Free a GPU's cached memory, so that one measurement does not run out of memory because of another."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -117,7 +117,7 @@ def channels_last(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
 
 
 def searched(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
-    """`F.conv1d` with cuDNN's search for the fastest kernel of each shape."""
+    """`F.conv1d` with cuDNN's search for the fastest forward kernel of each shape."""
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         return direct(x_BTD, weight_DIK, groups)
 
