@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.audio import SmallCorpus
-from tests.distributed.launched import Launched, running
+from tests.distributed.launched import Launched
+from tests.processes import running
 from w2vscale.distributed import launch
 
 pytestmark = pytest.mark.distributed
