@@ -17,9 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest
-from tests.processes import Started
-from tools.oracle import import_torchaudio
+from tests.helpers.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest
+from tests.helpers.processes import Started
+from tests.helpers.torchaudio import import_torchaudio
 
 # No deadlines: the first example pays for imports, and the machine is shared.
 settings.register_profile("w2vscale", max_examples=30, deadline=None)

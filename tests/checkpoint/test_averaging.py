@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tests.checkpoints import model_and_optimizer, shapes_of
-from tests.micro import MICRO_MODEL
+from tests.helpers.checkpoints import model_and_optimizer, shapes_of
+from tests.helpers.micro import MICRO_MODEL
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.inspection import verify
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors

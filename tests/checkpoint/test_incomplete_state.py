@@ -13,13 +13,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.audio import SmallCorpus
-from tests.checkpoints import change_committed, drop
-from tests.distributed.tasks import train_micro
-from tests.micro import MICRO_RUN
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.checkpoints import change_committed, drop
+from tests.helpers.micro import MICRO_RUN
+from tests.helpers.tasks import train_micro
 from w2vscale.checkpoint import reading
 from w2vscale.checkpoint.averaging import average
-from w2vscale.checkpoint.canonical import canonical_shapes, incomplete_state
 from w2vscale.checkpoint.consolidation import consolidate
 from w2vscale.checkpoint.inspection import verify
 from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
@@ -27,7 +26,8 @@ from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
-from w2vscale.evaluation.pretrained import load
+from w2vscale.inference.pretrained import load
+from w2vscale.optim.canonical import canonical_shapes, incomplete_state
 from w2vscale.training.run import Run, build_run, stored_settings
 
 SETTINGS = ("trainer.updates=4", "checkpoint.every=2", "checkpoint.keep_last=9", "model.layers=2")

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests import checkpoints
-from tests.checkpoints import model_and_optimizer, shapes_of
-from tests.micro import MICRO_MODEL
+from tests.helpers import checkpoints
+from tests.helpers.checkpoints import model_and_optimizer, shapes_of
+from tests.helpers.micro import MICRO_MODEL
 from w2vscale.checkpoint.consolidation import consolidate
 from w2vscale.checkpoint.inspection import describe, verify
 from w2vscale.checkpoint.reading import TrainState, file_facts, open_checkpoint, read_train_state

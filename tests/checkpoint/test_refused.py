@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoints import SHAPES, rewrite, save, store, tensors
+from tests.helpers.checkpoints import SHAPES, rewrite, save, store, tensors
 from w2vscale.checkpoint import store as store_module
-from w2vscale.checkpoint.canonical import canonical_shapes
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint
 from w2vscale.checkpoint.shards import tensor_shapes
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
+from w2vscale.optim.canonical import canonical_shapes
 
 
 def drop(tensors: dict[str, Tensor]) -> None:

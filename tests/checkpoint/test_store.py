@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.checkpoints import SHAPES, save, store, tensors
+from tests.helpers.checkpoints import SHAPES, save, store, tensors
 from w2vscale.checkpoint import store as store_module
 from w2vscale.checkpoint.reading import TrainState, file_facts, open_checkpoint
 from w2vscale.checkpoint.shards import tensor_shapes

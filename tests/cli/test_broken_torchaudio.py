@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.micro import MICRO_RUN
+from tests.helpers.micro import MICRO_RUN
 
 COMMANDS = """
 import importlib.util, json, sys

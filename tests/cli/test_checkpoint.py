@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tests.audio import SmallCorpus
-from tests.distributed.tasks import train_micro
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.tasks import train_micro
 from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import load_config

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
-from w2vscale import __version__
+from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
 from w2vscale.cli.app import app
 from w2vscale.cli.progress import console
 from w2vscale.config import load_config, preset_names
 from w2vscale.config.load import settings
 from w2vscale.data.manifest import Manifest, index_path
 from w2vscale.errors import UserError
+from w2vscale.version import __version__
 
 HEAVY = ("torch", "deepspeed", "transformers", "torchaudio", "lhotse", "matplotlib", "tensorboard", "soundfile")
 

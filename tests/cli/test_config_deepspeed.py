@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
-from w2vscale.engine.deepspeed_config import deepspeed_config
+from w2vscale.engine.deepspeed.config import deepspeed_config
 from w2vscale.errors import UserError
 
 SHOW = ["config", "show", "base", "--deepspeed"]

@@ -10,7 +10,7 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest, write_text
+from tests.helpers.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest, write_text
 from w2vscale.config import Config, load_config
 from w2vscale.data.augmentation import Augmentation
 from w2vscale.data.micro_batch import shortest_samples

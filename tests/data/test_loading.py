@@ -15,19 +15,19 @@ import torch
 from lhotse.cut import Cut
 from numpy.typing import NDArray
 
-from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest, write_text
-from tests.processes import Started
+from tests.helpers.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest, write_text
+from tests.helpers.processes import Started
 from w2vscale.config import Config, load_config
+from w2vscale.corpora.prepare import prepare_folder
 from w2vscale.data.audio import AudioError, read_audio
+from w2vscale.data.inputs import PretrainingInputs
 from w2vscale.data.loading import MicroBatches, check_sample, loader_processes, make_plan, validation_batches
 from w2vscale.data.manifest import Corpus, build_index
 from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
 from w2vscale.data.plan import rank_window
-from w2vscale.data.prepare import prepare_folder
-from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.errors import UserError
-from w2vscale.models.inputs import PretrainingInputs
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.criterion import PretrainingCriterion
 
 RATE = 16_000
 

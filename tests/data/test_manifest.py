@@ -15,7 +15,7 @@ from lhotse import CutSet
 from lhotse.cut import PaddingCut
 from numpy.typing import NDArray
 
-from tests.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest
+from tests.helpers.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest
 from w2vscale.data.manifest import INDEX_DTYPE, MAX_LANGUAGES, Corpus, Manifest, audio_path, build_index, index_path
 from w2vscale.errors import UserError
 

@@ -15,14 +15,14 @@ from lhotse import SupervisionSegment
 from lhotse.cut import Cut
 from numpy.typing import NDArray
 
-from tests.audio import cut_of, noise, write_audio, write_manifest
+from tests.helpers.audio import cut_of, noise, write_audio, write_manifest
 from w2vscale.config import Config, load_config
 from w2vscale.config.tree import MixConfig
+from w2vscale.corpora.stats import corpus_stats
 from w2vscale.data.loading import make_plan
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.mixing import draw_rates, groups
 from w2vscale.data.plan import Mix, Plan
-from w2vscale.data.stats import corpus_stats
 from w2vscale.errors import UserError
 
 

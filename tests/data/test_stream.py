@@ -16,11 +16,11 @@ from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 from numpy.typing import NDArray
 
-from tests.audio import cut_of, noise, tone, write_audio, write_manifest, write_text
+from tests.helpers.audio import cut_of, noise, tone, write_audio, write_manifest, write_text
 from w2vscale.config import Config, load_config
+from w2vscale.corpora.shar import write_shards
 from w2vscale.data.audio import read_audio
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
-from w2vscale.data.shar import write_shards
 from w2vscale.data.stream import Reader, StreamedMicroBatches
 from w2vscale.errors import UserError
 

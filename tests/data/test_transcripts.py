@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.micro import MICRO_MODEL
+from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import load_config
 from w2vscale.config.tree import LETTERS
 from w2vscale.data.audio import AudioError
+from w2vscale.data.inputs import concatenate_ctc
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.transcripts import Transcripts, make_ctc_inputs, refuse_too_many
-from w2vscale.models.inputs import concatenate_ctc
 
 CONFIG = load_config(
     "base",

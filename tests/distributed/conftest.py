@@ -2,7 +2,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.distributed.pool import Pool
+from tests.helpers.pool import Pool
 
 
 @pytest.fixture(scope="session")

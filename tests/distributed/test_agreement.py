@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.audio import SmallCorpus
-from tests.distributed.pool import Pool
-from tests.distributed.tasks import train_micro
-from tests.micro import MICRO_RUN
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.micro import MICRO_RUN
+from tests.helpers.pool import Pool
+from tests.helpers.tasks import train_micro
 from w2vscale.config import load_config
-from w2vscale.engine.criterion import active_layers
 from w2vscale.errors import UserError
+from w2vscale.objectives.criterion import active_layers
 from w2vscale.training.agreement import common_ground, compare_ranks
 
 pytestmark = pytest.mark.distributed

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.audio import SmallCorpus
-from tests.distributed.pool import Pool
-from tests.distributed.tasks import train_micro
-from tests.interop.continued import transformers_loss
-from tests.micro import MICRO_RUN
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.continued import transformers_loss
+from tests.helpers.micro import MICRO_RUN
+from tests.helpers.pool import Pool
+from tests.helpers.tasks import train_micro
+from w2vscale.analysis.report import read_metrics
 from w2vscale.config import load_config
-from w2vscale.evaluation.report import read_metrics
 from w2vscale.interop.huggingface import huggingface_config, preprocessor_config
 from w2vscale.interop.importing import import_checkpoint
 from w2vscale.training.run import open_training_set

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.audio import SmallCorpus
-from tests.distributed.pool import Pool
-from tests.distributed.tasks import train_micro
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.pool import Pool
+from tests.helpers.tasks import train_micro
 
 pytestmark = pytest.mark.distributed
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.audio import SmallCorpus
-from tests.distributed.pool import Pool
-from tests.distributed.tasks import step_after_a_gradient_that_is_not_finite, train_and_save_first, train_micro
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.pool import Pool
+from tests.helpers.tasks import step_after_a_gradient_that_is_not_finite, train_and_save_first, train_micro
 from tools.bench.engine_parity import ENGINES
 from w2vscale.checkpoint.reading import open_checkpoint
 from w2vscale.checkpoint.shards import tensor_shapes
@@ -32,7 +32,7 @@ ODD_MODEL = (
     "model.codevector_dim=14",
     "model.projection_dim=13",
 )
-"""Sizes that two and three processes do not divide; LayerDrop, dropout and clipping are on (tests/micro.py)."""
+"""Sizes that two and three processes do not divide; LayerDrop, dropout and clipping are on (tests/helpers/micro.py)."""
 
 SIX = (
     *ODD_MODEL,

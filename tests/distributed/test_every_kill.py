@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.audio import SmallCorpus
-from tests.distributed.launched import HOLD, Launched
 from tests.distributed.test_whole_checkpoints import VARIANTS, assert_same_bits, assert_whole, settings
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.launched import HOLD, Launched
 
 KILLS = 8
 UPDATES = KILLS + 1

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.audio import SmallCorpus
-from tests.distributed.launched import Launched
-from tests.processes import running
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.launched import Launched
+from tests.helpers.processes import running
 from w2vscale.distributed import launch
 
 pytestmark = pytest.mark.distributed

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from lhotse import CutSet
 
-from tests.audio import SmallCorpus
-from tests.distributed.pool import Pool
-from tests.distributed.tasks import train_micro, train_where_one_rank_cannot_read
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.pool import Pool
+from tests.helpers.tasks import train_micro, train_where_one_rank_cannot_read
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine import Engine
 from w2vscale.training import calibration

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.pool import Pool
-from tests.distributed.tasks import gather_unevenly, train_micro, word_errors
-from tests.spelled import SPELLING, some_texts, write_spelled
+from tests.helpers.pool import Pool
+from tests.helpers.spelled import SPELLING, some_texts, write_spelled
+from tests.helpers.tasks import gather_unevenly, train_micro, word_errors
 from tests.training.test_finetuning import settings
 from tools.bench.engine_parity import ENGINES
-from w2vscale.evaluation.pretrained import load
 from w2vscale.evaluation.wer import score_checkpoint
+from w2vscale.inference.pretrained import load
 from w2vscale.training.loop import train
 
 pytestmark = pytest.mark.distributed

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.audio import cut_of, noise, write_audio, write_manifest
-from tests.distributed.pool import Pool
-from tests.distributed.tasks import train_tiny
+from tests.helpers.audio import cut_of, noise, write_audio, write_manifest
+from tests.helpers.pool import Pool
+from tests.helpers.tasks import train_tiny
 from tools.bench.engine_parity import ENGINES
 
 pytestmark = pytest.mark.distributed

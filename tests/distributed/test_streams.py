@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.audio import cut_of, noise, write_audio, write_manifest, write_text
-from tests.distributed.pool import Pool
-from tests.distributed.tasks import train_micro, train_with_loader_processes
-from w2vscale.data.shar import write_shards
+from tests.helpers.audio import cut_of, noise, write_audio, write_manifest, write_text
+from tests.helpers.pool import Pool
+from tests.helpers.tasks import train_micro, train_with_loader_processes
+from w2vscale.corpora.shar import write_shards
 
 pytestmark = pytest.mark.distributed
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.audio import SmallCorpus
-from tests.distributed.pool import Pool
-from tests.distributed.tasks import (
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.pool import Pool
+from tests.helpers.tasks import (
     losses_after_an_import,
     replaced_parameters,
     save_what_one_rank_spoils,
@@ -44,7 +44,7 @@ VARIANTS = {
 
 
 def settings(corpus: SmallCorpus, variant: str, *, updates: int) -> tuple[str, ...]:
-    """LayerDrop, dropout and clipping are those of tests/micro.py."""
+    """LayerDrop, dropout and clipping are those of tests/helpers/micro.py."""
     return (
         f"engine={{{VARIANTS[variant]}}}",
         f"data.validation={corpus.validation}",

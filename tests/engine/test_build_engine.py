@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.audio import SmallCorpus
-from tests.micro import MICRO_RUN
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
 from w2vscale.engine import build_engine
 from w2vscale.engine.activation_checkpointing import recompute_activations
-from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.errors import UserError
+from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.training.loop import train
 from w2vscale.training.run import empty_model
 

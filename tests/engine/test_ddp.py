@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.audio import SmallCorpus
-from tests.checkpoints import model_and_optimizer
-from tests.micro import MICRO_RUN
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.checkpoints import model_and_optimizer
+from tests.helpers.micro import MICRO_RUN
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, load_config
@@ -17,9 +17,9 @@ from w2vscale.data.loading import MicroBatches, make_plan
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import Ranks
-from w2vscale.engine.criterion import PretrainingCriterion, active_layers
 from w2vscale.engine.ddp import DDPEngine
 from w2vscale.models.initialisation import initial_parameters
+from w2vscale.objectives.criterion import PretrainingCriterion, active_layers
 from w2vscale.training.run import empty_model
 
 CPU = torch.device("cpu")

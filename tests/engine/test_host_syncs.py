@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.micro import MICRO_MODEL
+from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import Config, load_config
+from w2vscale.data.inputs import CtcInputs, concatenate, to_device
 from w2vscale.data.micro_batch import MicroBatch, make_inputs
 from w2vscale.engine import build_engine
-from w2vscale.engine.criterion import PretrainingCriterion
-from w2vscale.models.ctc import Wav2Vec2ForCTC
-from w2vscale.models.inputs import CtcInputs, concatenate, to_device
+from w2vscale.objectives.criterion import PretrainingCriterion
+from w2vscale.objectives.ctc import Wav2Vec2ForCTC
 from w2vscale.training.run import empty_model, initial_values
 
 

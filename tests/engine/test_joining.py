@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.micro import MICRO_MODEL
+from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import load_config
 from w2vscale.data.micro_batch import MicroBatch, make_inputs
 from w2vscale.engine import memory

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.audio import SmallCorpus
-from tests.micro import MICRO_RUN
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.micro import MICRO_RUN
+from w2vscale.analysis.report import read_metrics
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.evaluation.checkpoint import evaluate_checkpoint
-from w2vscale.evaluation.pretraining import pretraining_metrics
-from w2vscale.evaluation.report import read_metrics
 from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.objectives.pretraining_metrics import pretraining_metrics
 from w2vscale.training.loop import train
 
 

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.audio import SmallCorpus
-from tests.checkpoints import shapes_of
-from tests.interop.continued import flat_negatives, transformers_loss
-from tests.micro import MICRO_RUN, SMALL
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.checkpoints import shapes_of
+from tests.helpers.continued import flat_negatives, transformers_loss
+from tests.helpers.micro import MICRO_RUN, SMALL
+from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.cli.app import app
@@ -27,7 +28,6 @@ from w2vscale.config import Config, dump_config, load_config
 from w2vscale.data.micro_batch import make_inputs
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
-from w2vscale.evaluation.report import read_metrics
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining

@@ -11,22 +11,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.audio import write_audio
-from tests.checkpoints import shapes_of
-from tests.micro import SMALL
+from tests.helpers.audio import write_audio
+from tests.helpers.checkpoints import shapes_of
+from tests.helpers.micro import SMALL
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config, load_config
 from w2vscale.data.transcripts import make_ctc_inputs
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
-from w2vscale.evaluation.decoding import text_of
-from w2vscale.evaluation.pretrained import load
-from w2vscale.evaluation.sources import sources_of
-from w2vscale.evaluation.transcription import Transcript, transcribe
+from w2vscale.inference.decoding import text_of
+from w2vscale.inference.pretrained import load
+from w2vscale.inference.sources import sources_of
+from w2vscale.inference.transcription import Transcript, transcribe
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
-from w2vscale.models.ctc import Wav2Vec2ForCTC
+from w2vscale.objectives.ctc import Wav2Vec2ForCTC
 from w2vscale.training.initialisation import open_source, with_architecture_of_source
 
 transformers = pytest.importorskip("transformers")

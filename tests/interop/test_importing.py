@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from tests.helpers.micro import SMALL
 from tests.interop.test_fairseq import SMALL as FAIRSEQ
 from tests.interop.test_fairseq import all_settings, fairseq_state, save_new
-from tests.micro import SMALL
 from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
 from w2vscale.cli.app import app
 from w2vscale.config import ModelConfig, load_config

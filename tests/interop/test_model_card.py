@@ -11,20 +11,20 @@ import pytest
 import torch
 from torch import nn
 
-from tests.audio import noise, write_audio
-from tests.checkpoints import shapes_of
-from tests.micro import SMALL
+from tests.helpers.audio import noise, write_audio
+from tests.helpers.checkpoints import shapes_of
+from tests.helpers.micro import SMALL
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config, load_config
 from w2vscale.distributed.process_group import Ranks
-from w2vscale.evaluation.pretrained import load
-from w2vscale.evaluation.sources import sources_of
-from w2vscale.evaluation.transcription import Transcript, transcribe
+from w2vscale.inference.pretrained import load
+from w2vscale.inference.sources import sources_of
+from w2vscale.inference.transcription import Transcript, transcribe
 from w2vscale.interop.exporting import export_checkpoint
-from w2vscale.models.ctc import Wav2Vec2ForCTC
 from w2vscale.models.feature_encoder import output_frames
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.ctc import Wav2Vec2ForCTC
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="Transformers is not installed"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.micro import MICRO_MODEL
+from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import load_config
 from w2vscale.models.feature_encoder import valid_mask
 from w2vscale.models.transformer import (

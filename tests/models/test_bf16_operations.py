@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from w2vscale.config import Config, load_config
 from w2vscale.config.load import preset_names
 from w2vscale.config.tree import ARCHITECTURE
+from w2vscale.data.inputs import CtcInputs, PretrainingInputs
 from w2vscale.data.micro_batch import make_inputs
 from w2vscale.models.build import build_model
 from w2vscale.models.convolution import long_convolution
 from w2vscale.models.feature_encoder import input_samples
-from w2vscale.models.inputs import CtcInputs, PretrainingInputs
 from w2vscale.models.products import CPU_HAS_BF16
 
 ROUNDING = 2**-8

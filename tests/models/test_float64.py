@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from w2vscale.config import ModelConfig, load_config
+from w2vscale.data.inputs import PretrainingInputs, concatenate
 from w2vscale.data.micro_batch import make_inputs
-from w2vscale.models.inputs import PretrainingInputs, concatenate
 from w2vscale.models.wav2vec2 import LossSums, Wav2Vec2ForPretraining
 
 Weights = Mapping[str, Tensor]

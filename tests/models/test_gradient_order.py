@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.micro import MICRO_MODEL
+from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import load_config
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining

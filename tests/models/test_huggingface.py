@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.interop.continued import flat_negatives
-from tests.micro import SMALL
+from tests.helpers.continued import flat_negatives
+from tests.helpers.micro import SMALL
 from w2vscale.config import ModelConfig, load_config, preset_names
+from w2vscale.data.inputs import PretrainingInputs
 from w2vscale.data.micro_batch import make_inputs
 from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
-from w2vscale.models.inputs import PretrainingInputs
 from w2vscale.models.wav2vec2 import LossSums, Wav2Vec2ForPretraining
 
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from tests.micro import MICRO_MODEL
+from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import Config, load_config
 from w2vscale.models.initialisation import initial_parameters
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from w2vscale.config import Config, ModelConfig, load_config
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
-from w2vscale.engine.criterion import PretrainingCriterion, active_layers
-from w2vscale.models.contrastive import contrastive_logits, contrastive_loss
 from w2vscale.models.feature_encoder import GroupNorm, WaveformLayer, output_frames
 from w2vscale.models.layers import LayerNorm, compute_dtype
-from w2vscale.models.quantizer import Quantizer, diversity_loss, perplexity
 from w2vscale.models.transformer import PositionalConvolution
 from w2vscale.models.wav2vec2 import EncoderOutput, LossSums, Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive import contrastive_logits, contrastive_loss
+from w2vscale.objectives.criterion import PretrainingCriterion, active_layers
+from w2vscale.objectives.quantizer import Quantizer, diversity_loss, perplexity
 
 CPU = torch.device("cpu")
 SMALL = (

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.audio import noise, write_audio
-from tests.micro import MICRO_MODEL
-from tests.processes import served_environment
+from tests.helpers.audio import noise, write_audio
+from tests.helpers.micro import MICRO_MODEL
+from tests.helpers.processes import served_environment
 from w2vscale.config import load_config
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

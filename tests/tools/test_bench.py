@@ -11,8 +11,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from tests.audio import SmallCorpus
-from tests.micro import MICRO_MODEL
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.micro import MICRO_MODEL
 from tools.bench import end_to_end, engine_overhead, engine_parity, loader, loss_head, sampler, step, step_profile
 from tools.bench.contenders import Work, torchaudio_step, work_settings
 from tools.bench.engine_memory import Buffers, predict, storages

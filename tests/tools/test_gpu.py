@@ -14,7 +14,7 @@ import torch
 import typer
 from torch import Tensor
 
-from tests.processes import running
+from tests.helpers.processes import running
 from tools.bench import gpu
 from tools.bench.engine_parity import ENGINES
 from tools.bench.gpu import Phase, run_phases
@@ -31,7 +31,7 @@ CPU = Machine("cpu", tiny=True)
 
 
 def phase(name: str, seconds: float = 60.0) -> Phase:
-    return Phase(name, f"tests.tools.phases:{name}", seconds)
+    return Phase(name, f"tests.helpers.phases:{name}", seconds)
 
 
 def test_a_phase_that_does_not_finish_loses_its_own_rows_only(tmp_path: Path) -> None:

@@ -12,15 +12,15 @@ import pytest
 import soundfile
 import torch
 
-from tests.audio import cut_of, noise, write_audio, write_manifest, write_text
-from tests.micro import MICRO_RUN
+from tests.helpers.audio import cut_of, noise, write_audio, write_manifest, write_text
+from tests.helpers.micro import MICRO_RUN
+from w2vscale.analysis.report import read_metrics
 from w2vscale.config import Config, load_config
+from w2vscale.data.inputs import PretrainingInputs
 from w2vscale.data.loading import MicroBatches
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
-from w2vscale.evaluation.report import read_metrics
-from w2vscale.models.inputs import PretrainingInputs
 from w2vscale.training import run as run_module
 from w2vscale.training.bad_audio import BadAudioLog
 from w2vscale.training.loop import train

@@ -10,16 +10,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from tests.spelled import SPELLING, some_texts, write_spelled
+from tests.helpers.spelled import SPELLING, some_texts, write_spelled
+from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
 from w2vscale.cli.app import app
 from w2vscale.config import Config, load_config
+from w2vscale.corpora.sentence_pieces import train_pieces
 from w2vscale.data.manifest import build_index
-from w2vscale.data.pieces import train_pieces
 from w2vscale.errors import UserError
 from w2vscale.evaluation.checkpoint import evaluate_checkpoint
-from w2vscale.evaluation.pretrained import load
-from w2vscale.evaluation.report import read_metrics
+from w2vscale.inference.pretrained import load
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.initialisation import with_architecture_of_source
 from w2vscale.training.loop import train

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.spelled import SPELLING, some_texts, write_spelled
+from tests.helpers.spelled import SPELLING, some_texts, write_spelled
+from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.reading import committed, open_checkpoint, update_of
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.evaluation.checkpoint import evaluate_checkpoint
-from w2vscale.evaluation.report import read_metrics
 from w2vscale.training import loop
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.audio import SmallCorpus
-from tests.micro import MICRO_RUN
-from tests.processes import Command
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.micro import MICRO_RUN
+from tests.helpers.processes import Command
 
 DEADLINE = 120.0
 LEARNED = ("loss", "contrastive", "diversity", "feature_penalty", "accuracy", "grad_norm", "hours_seen", "lr")

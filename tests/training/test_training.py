@@ -9,12 +9,12 @@ import pytest
 import soundfile
 import torch
 
-from tests.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
-from tests.micro import MICRO_RUN
+from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
+from tests.helpers.micro import MICRO_RUN
+from w2vscale.analysis.report import draw_curves, read_metrics, summarise
 from w2vscale.config import Config, load_config
-from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.errors import UserError
-from w2vscale.evaluation.report import draw_curves, read_metrics, summarise
+from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train
 from w2vscale.training.watchdog import collapse, slow_loading

@@ -22,7 +22,7 @@ from tools.bench.live_memory import LiveMemory
 from tools.bench.script import console, run_script
 from w2vscale.config.tree import EngineConfig
 from w2vscale.engine import build_engine
-from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
 CHOICES: tuple[str, ...] = get_args(EngineConfig.model_fields["activation_checkpointing"].annotation)

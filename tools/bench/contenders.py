@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from tools.oracle import import_torchaudio
+from tests.helpers.torchaudio import import_torchaudio
 from w2vscale.config import Config, load_config
+from w2vscale.data.inputs import PretrainingInputs, to_device
 from w2vscale.data.micro_batch import MicroBatch, make_inputs
 from w2vscale.engine import build_engine
-from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
 from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
 from w2vscale.models.build import Wav2Vec2
-from w2vscale.models.inputs import PretrainingInputs, to_device
+from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
 LR = 1e-5

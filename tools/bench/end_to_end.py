@@ -26,8 +26,8 @@ from tools.bench.script import console, run_script
 from w2vscale.config import Config, load_config
 from w2vscale.engine import build_engine
 from w2vscale.errors import UserError
+from w2vscale.objectives.objective import build_objective
 from w2vscale.optim.schedules import learning_rate
-from w2vscale.training.objective import build_objective
 from w2vscale.training.run import empty_model, initial_values, open_training_set
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -28,7 +28,7 @@ from w2vscale.config import Config, load_config
 from w2vscale.data.micro_batch import MicroBatch, make_inputs
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
-from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
 UPDATES = 2
@@ -108,7 +108,7 @@ def main(result: Path, settings: Annotated[list[str], typer.Argument(metavar="SE
     config = load_config("base", ["precision.compute=fp32", "model.layerdrop=0", "batch.micro_batches=2", *settings])
     with process_group(needed=True) as (ranks, device):
         if config.engine.name == "deepspeed":
-            from w2vscale.engine.deepspeed_config import import_deepspeed
+            from w2vscale.engine.deepspeed.config import import_deepspeed
 
             import_deepspeed(device.type)
         batches = [
@@ -186,7 +186,7 @@ def working_space(config: Config, activations: float, count: int) -> Buffers:
     unit = sum(parameter.numel() for parameter in block.parameters()) / count
     if config.engine.name != "deepspeed":
         return Buffers(activations, unit)
-    from w2vscale.engine.deepspeed_config import deepspeed_config
+    from w2vscale.engine.deepspeed.config import deepspeed_config
 
     zero = deepspeed_config(config)["zero_optimization"]
     return Buffers(

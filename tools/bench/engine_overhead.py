@@ -28,12 +28,12 @@ from tools.bench.engine_parity import ENGINES
 from tools.bench.script import console, run_script
 from w2vscale.config import Config, load_config
 from w2vscale.config.tree import OptimConfig
+from w2vscale.data.inputs import to_device
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
-from w2vscale.engine.criterion import PretrainingCriterion
 from w2vscale.models.build import Wav2Vec2
-from w2vscale.models.inputs import to_device
+from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.optim.schedules import gumbel_temperature
 from w2vscale.training.run import empty_model, initial_values
 

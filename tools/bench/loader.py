@@ -29,9 +29,9 @@ from rich.table import Table
 
 from tools.bench.script import console, run_script
 from w2vscale.config import load_config
+from w2vscale.data.inputs import pack
 from w2vscale.data.loading import MicroBatches, loader_processes, make_plan
 from w2vscale.data.manifest import Corpus, audio_path
-from w2vscale.models.inputs import pack
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,10 +21,10 @@ from tools.bench.contenders import Work, filled_model, flat_negatives, transform
 from tools.bench.live_memory import LiveMemory
 from tools.bench.script import run_script
 from w2vscale.config import Config
+from w2vscale.data.inputs import PretrainingInputs, to_device
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine.criterion import PretrainingCriterion
-from w2vscale.models.inputs import PretrainingInputs, to_device
 from w2vscale.models.wav2vec2 import EncoderOutput
+from w2vscale.objectives.criterion import PretrainingCriterion
 
 
 def main(

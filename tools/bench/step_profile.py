@@ -27,9 +27,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tools.bench.contenders import LR, Work, work_settings
 from tools.bench.script import console, run_script
+from w2vscale.analysis.figures import import_pyplot, save_figure
 from w2vscale.engine import build_engine
-from w2vscale.engine.criterion import PretrainingCriterion
-from w2vscale.evaluation.figures import import_pyplot, save_figure
+from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
 ROOT = Path(__file__).resolve().parents[2]

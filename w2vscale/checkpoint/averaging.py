@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from w2vscale.checkpoint.canonical import canonical_shapes
+from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.consolidation import whole_tensors
 from w2vscale.checkpoint.inspection import Description, describe
 from w2vscale.checkpoint.reading import committed, update_of
@@ -19,8 +19,8 @@ from w2vscale.config import dump_config
 from w2vscale.config.tree import ARCHITECTURE
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
-from w2vscale.evaluation.report import read_metrics
 from w2vscale.models.build import parameter_shapes
+from w2vscale.optim.canonical import canonical_shapes
 
 HIGHER_IS_BETTER = {"accuracy"}
 

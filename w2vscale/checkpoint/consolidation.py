@@ -15,12 +15,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from w2vscale.checkpoint.canonical import canonical_shapes, differences, has_optimizer_state
 from w2vscale.checkpoint.reading import open_checkpoint
 from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.models.build import parameter_shapes
+from w2vscale.optim.canonical import canonical_shapes, differences, has_optimizer_state
 
 
 @dataclass(frozen=True)

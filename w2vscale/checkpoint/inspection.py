@@ -8,7 +8,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from w2vscale.checkpoint.canonical import canonical_shapes, differences, has_optimizer_state
 from w2vscale.checkpoint.reading import (
     Checkpoint,
     FileFacts,
@@ -21,6 +20,7 @@ from w2vscale.checkpoint.reading import (
 from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files
 from w2vscale.config import Config, load_config
 from w2vscale.models.build import parameter_shapes
+from w2vscale.optim.canonical import canonical_shapes, differences, has_optimizer_state
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from w2vscale.checkpoint.canonical import counted, has_optimizer_state, incomplete_state, missing_weight
 from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files, tensor_shapes
 from w2vscale.errors import UserError
+from w2vscale.optim.canonical import counted, has_optimizer_state, incomplete_state, missing_weight
 
 FORMAT = 2
 FOLDER = re.compile(r"update_(\d{8,})")

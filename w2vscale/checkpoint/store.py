@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from w2vscale.checkpoint.canonical import Shapes, counted, differences
 from w2vscale.checkpoint.reading import (
     FORMAT,
     Checkpoint,
@@ -36,6 +35,7 @@ from w2vscale.checkpoint.reading import (
 from w2vscale.checkpoint.shards import Shard, assembled, shards_in
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.errors import UserError
+from w2vscale.optim.canonical import Shapes, counted, differences
 
 T = TypeVar("T")
 

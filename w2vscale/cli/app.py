@@ -12,7 +12,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from w2vscale import __version__
 from w2vscale.cli import (
     checkpoint,
     config,
@@ -29,6 +28,7 @@ from w2vscale.cli import (
 )
 from w2vscale.distributed.launch import LostRanks, launched
 from w2vscale.errors import UserError
+from w2vscale.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -30,7 +30,7 @@ def show(
     if not deepspeed:
         typer.echo(dump_config(config), nl=False)
         return
-    from w2vscale.engine.deepspeed_config import deepspeed_config, import_deepspeed, validate_zero
+    from w2vscale.engine.deepspeed.config import deepspeed_config, import_deepspeed, validate_zero
 
     document = deepspeed_config(config)
     if importlib.util.find_spec("deepspeed") is not None:

@@ -11,7 +11,7 @@ from w2vscale.cli.progress import console, progress_bar
 from w2vscale.data.sentences import Text
 
 if TYPE_CHECKING:
-    from w2vscale.data.prepare import PreparedManifest
+    from w2vscale.corpora.prepare import PreparedManifest
 
 app = typer.Typer(no_args_is_help=True, help="From audio to indexed manifests.")
 prepare_app = typer.Typer(no_args_is_help=True, help="Write Lhotse cut manifests of a corpus.")
@@ -52,7 +52,7 @@ def folder(
     jobs: Jobs = 1,
 ) -> None:
     """Any folder of audio; a .txt beside a file is its transcript."""
-    from w2vscale.data.prepare import prepare_folder
+    from w2vscale.corpora.prepare import prepare_folder
 
     with progress_bar("reading headers") as progress:
         written = prepare_folder(
@@ -68,7 +68,7 @@ def folder(
 
 
 def _prepare_librispeech(corpus: Path, output: Path, parts: list[str] | None, jobs: int, *, mini: bool) -> None:
-    from w2vscale.data.prepare import prepare_librispeech
+    from w2vscale.corpora.prepare import prepare_librispeech
 
     _print_written(prepare_librispeech(corpus, output, parts=parts, mini=mini, jobs=jobs))
 
@@ -107,7 +107,7 @@ def validate(
     """Compare manifests with their audio files' headers, or with --audio all of the audio; exit code 2 if they
     disagree, with all bad utterances in CUTS.jsonl.bad_audio.
     """
-    from w2vscale.data.validate import validate_manifest
+    from w2vscale.corpora.validate import validate_manifest
     from w2vscale.errors import UserError
 
     for manifest in manifests:
@@ -134,7 +134,7 @@ def shar(
     jobs: Jobs = 1,
 ) -> None:
     """Write Lhotse Shar for data.mode=stream; a repeat goes on where it was stopped."""
-    from w2vscale.data.shar import write_shards
+    from w2vscale.corpora.shar import write_shards
 
     with progress_bar(f"writing shards of {manifest.name}") as progress:
         written = write_shards(
@@ -160,8 +160,8 @@ def subset(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write a part of a manifest, as for fine-tuning with few transcripts."""
+    from w2vscale.corpora.subset import write_subset
     from w2vscale.data.manifest import build_index
-    from w2vscale.data.subset import write_subset
     from w2vscale.errors import UserError
 
     if hours is None and identifiers is None:
@@ -182,7 +182,7 @@ def pieces(
     size: Annotated[int, typer.Option(min=1, help="Pieces, with <unk>, <s> and </s>.")] = 500,
 ) -> None:
     """Train sentence pieces from transcripts, as they are, for ctc.sentencepiece."""
-    from w2vscale.data.pieces import train_pieces
+    from w2vscale.corpora.sentence_pieces import train_pieces
 
     trained = train_pieces(manifests, output, size=size)
     console.print(f"{output}: {trained.pieces} pieces from {trained.transcripts} transcripts", markup=False)
@@ -197,7 +197,7 @@ def stats(
     """Hours, speakers and durations of a corpus, and how it would be bucketed."""
     from w2vscale.cli.data_tables import print_stats
     from w2vscale.config import load_config
-    from w2vscale.data.stats import corpus_stats
+    from w2vscale.corpora.stats import corpus_stats
 
     settings = load_config(config, override or [])
     print_stats(corpus_stats(manifests, settings), settings)

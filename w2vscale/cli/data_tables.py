@@ -8,7 +8,7 @@ from rich.table import Table
 
 from w2vscale.cli.progress import console
 from w2vscale.config import Config
-from w2vscale.data.stats import CorpusStats
+from w2vscale.corpora.stats import CorpusStats
 
 
 def print_stats(stats: CorpusStats, config: Config) -> None:

@@ -13,7 +13,7 @@ import typer
 from w2vscale.cli.arguments import Beam, Checkpoint, LanguageModel, Lexicon, LmWeight, Processes, WordScore
 
 if TYPE_CHECKING:
-    from w2vscale.evaluation.decoding import BeamSearch
+    from w2vscale.inference.decoding import BeamSearch
 
 
 def evaluate(
@@ -60,7 +60,7 @@ def evaluate(
     if nproc_per_node != 1 and not launched():
         sys.exit(launch(["evaluate", *sys.argv[sys.argv.index("evaluate") + 1 :]], nproc_per_node))
     if wer:
-        from w2vscale.evaluation.decoding import beam_search
+        from w2vscale.inference.decoding import beam_search
 
         search = beam_search(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score)
         _word_errors(checkpoint, cuts or [], search, output, page, worst=worst)
@@ -125,7 +125,7 @@ def _word_errors(
     from w2vscale.distributed.process_group import LONG_TIMEOUT, process_group
     from w2vscale.errors import UserError
     from w2vscale.evaluation import wer
-    from w2vscale.evaluation.pretrained import load
+    from w2vscale.inference.pretrained import load
 
     if not cuts:
         raise UserError("--cuts names no manifest: set --cuts CUTS.jsonl")

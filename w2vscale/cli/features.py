@@ -33,8 +33,8 @@ def features(
     """Hidden states of audio of any length, a file for each; exit code 2 if some audio could not be used."""
     from w2vscale.cli.progress import console, progress_bar
     from w2vscale.errors import UserError
-    from w2vscale.evaluation.features import write_features
-    from w2vscale.evaluation.pretrained import load
+    from w2vscale.inference.features import write_features
+    from w2vscale.inference.pretrained import load
 
     with progress_bar("seconds of audio") as progress:
         found = write_features(

@@ -30,12 +30,12 @@ def probe(
     """What a pretrained model knows: a linear CTC probe of each layer, and what letters and speakers its codes tell."""
     from rich.table import Table
 
+    from w2vscale.analysis import probing
+    from w2vscale.analysis.probe_plots import draw_codes, draw_layers
     from w2vscale.cli.files import write_text
     from w2vscale.cli.progress import console, progress_bar
     from w2vscale.config.load import load_config
-    from w2vscale.evaluation import probing
-    from w2vscale.evaluation.pretrained import load
-    from w2vscale.evaluation.probe_pictures import draw_codes, draw_layers
+    from w2vscale.inference.pretrained import load
 
     symbols = load_config("base", [f"ctc.vocabulary={vocabulary}"]).ctc.vocabulary
     with progress_bar("updates of the probes") as progress:

@@ -18,8 +18,8 @@ def report(
     """Draw the curves of one or several runs, and print where they ended."""
     from rich.table import Table
 
+    from w2vscale.analysis.report import draw_curves, is_fine_tuning, summarise
     from w2vscale.cli.progress import console
-    from w2vscale.evaluation.report import draw_curves, is_fine_tuning, summarise
 
     picture = draw_curves(exps, output or exps[0] / "curves.png")
     found = [summarise(exp) for exp in exps]

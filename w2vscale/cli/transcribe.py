@@ -43,10 +43,10 @@ def transcribe(
     from w2vscale.distributed.launch import launch, launched
     from w2vscale.distributed.process_group import LONG_TIMEOUT, gather_as_found, process_group
     from w2vscale.errors import UserError
-    from w2vscale.evaluation.decoding import beam_search
-    from w2vscale.evaluation.pretrained import load
-    from w2vscale.evaluation.sources import sources_of
-    from w2vscale.evaluation.transcription import transcribe as transcripts
+    from w2vscale.inference.decoding import beam_search
+    from w2vscale.inference.pretrained import load
+    from w2vscale.inference.sources import sources_of
+    from w2vscale.inference.transcription import transcribe as transcripts
 
     if nproc_per_node != 1 and not launched():
         sys.exit(launch(["transcribe", *sys.argv[sys.argv.index("transcribe") + 1 :]], nproc_per_node))

@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from w2vscale.config.pieces import open_pieces, vocabulary_of
+from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]

@@ -23,6 +23,7 @@ from w2vscale.config import Config
 from w2vscale.config.tree import MixConfig
 from w2vscale.data.audio import BLOCK_SECONDS, AudioError, read_audio, standardize
 from w2vscale.data.augmentation import Augmentation
+from w2vscale.data.inputs import CtcInputs, PretrainingInputs
 from w2vscale.data.manifest import Corpus, audio_path
 from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
 from w2vscale.data.mixing import draw_rates, groups
@@ -30,7 +31,6 @@ from w2vscale.data.plan import Mix, Plan, window_numbers
 from w2vscale.data.transcripts import UNKNOWN, Transcripts, make_ctc_inputs, refuse_too_many, transcript
 from w2vscale.errors import UserError
 from w2vscale.models.feature_encoder import output_frames
-from w2vscale.models.inputs import CtcInputs, PretrainingInputs
 
 VALIDATION_SEED = 20
 """Validation draws its order, crops, masks and negatives from this, so that all runs validate on the same."""

@@ -17,7 +17,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 from numpy.typing import NDArray
 
-from w2vscale.data.parallel import parallel_map
+from w2vscale.corpora.parallel import parallel_map
 from w2vscale.errors import UserError
 
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("language", "<u2")])

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from w2vscale.config.tree import ModelConfig
+from w2vscale.data.inputs import Inputs, PretrainingInputs, pack, pin, unpack
 from w2vscale.data.randomness import Stream, derived_seed, generator
 from w2vscale.models.feature_encoder import output_frames
-from w2vscale.models.inputs import Inputs, PretrainingInputs, pack, pin, unpack
-from w2vscale.models.masking import frame_mask, negative_indices
+from w2vscale.objectives.masking import frame_mask, negative_indices
 
 
 @dataclass(frozen=True)

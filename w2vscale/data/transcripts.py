@@ -12,16 +12,16 @@ import torch
 from lhotse.cut import Cut
 from numpy.typing import NDArray
 
-from w2vscale.config.pieces import open_pieces, vocabulary_of
 from w2vscale.config.tree import Config
 from w2vscale.data.audio import AudioError
+from w2vscale.data.inputs import CtcInputs
 from w2vscale.data.micro_batch import pad_waveforms, shortest_samples
 from w2vscale.data.randomness import Stream, generator
+from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
 from w2vscale.errors import UserError
-from w2vscale.models.ctc import BLANK
 from w2vscale.models.feature_encoder import output_frames
-from w2vscale.models.inputs import CtcInputs
-from w2vscale.models.masking import frame_mask, span_mask
+from w2vscale.objectives.ctc import BLANK
+from w2vscale.objectives.masking import frame_mask, span_mask
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

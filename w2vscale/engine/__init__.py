@@ -35,7 +35,7 @@ def build_engine(model: Wav2Vec2, criterion: Criterion, config: Config, device: 
 
         return FSDPEngine(model, criterion, config, device)
     if config.engine.name == "deepspeed":
-        from w2vscale.engine.deepspeed import DeepSpeedEngine
+        from w2vscale.engine.deepspeed.engine import DeepSpeedEngine
 
         return DeepSpeedEngine(model, criterion, config, device)
     from w2vscale.engine.ddp import DDPEngine

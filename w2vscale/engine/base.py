@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.joining import Joining
-from w2vscale.models.ctc import CtcSums
 from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.objectives.ctc import CtcSums
 
 Sums = LossSums | CtcSums
 """An objective's sums: `total` is what is differentiated, and `plus` adds them up."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from w2vscale.data.inputs import on_stream, to_device
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import Sums
-from w2vscale.models.inputs import on_stream, to_device
 
 
 def accumulate(

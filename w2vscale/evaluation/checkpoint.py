@@ -25,14 +25,14 @@ from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine.base import Criterion, Sums
-from w2vscale.engine.criterion import CtcCriterion, PretrainingCriterion
 from w2vscale.errors import UserError
-from w2vscale.evaluation.finetuning import ctc_metrics
-from w2vscale.evaluation.pretraining import pretraining_metrics
 from w2vscale.evaluation.validation import validate
 from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.layers import compute_dtype
 from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.objectives.criterion import CtcCriterion, PretrainingCriterion
+from w2vscale.objectives.ctc_metrics import ctc_metrics
+from w2vscale.objectives.pretraining_metrics import pretraining_metrics
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from w2vscale.data.transcripts import Transcripts, transcript
 from w2vscale.distributed.process_group import ALONE, Ranks, gather_as_found
 from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import interval
-from w2vscale.evaluation.decoding import BeamSearch
-from w2vscale.evaluation.pretrained import Pretrained
-from w2vscale.evaluation.sources import sources_by_name
-from w2vscale.evaluation.transcription import transcribe
+from w2vscale.inference.decoding import BeamSearch
+from w2vscale.inference.pretrained import Pretrained
+from w2vscale.inference.sources import sources_by_name
+from w2vscale.inference.transcription import transcribe
 
 
 @dataclass(frozen=True)

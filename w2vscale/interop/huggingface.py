@@ -16,7 +16,7 @@ from w2vscale.config.tree import BASE_CONV_LAYERS, CtcConfig, ModelConfig
 from w2vscale.data.transcripts import PIECE_SPACE, SPACE
 from w2vscale.errors import UserError
 from w2vscale.interop.names import to_ours, to_theirs
-from w2vscale.models.ctc import BLANK
+from w2vscale.objectives.ctc import BLANK
 
 PRETRAINING = CtcConfig()
 POSITIONAL = "wav2vec2.encoder.pos_conv_embed.conv"

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from w2vscale.checkpoint.canonical import canonical_shapes
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import Config, ModelConfig, dump_config
@@ -23,6 +22,7 @@ from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import load_fairseq, read_pickle
 from w2vscale.interop.huggingface import ctc_config, from_huggingface, model_config
 from w2vscale.models.build import parameter_shapes
+from w2vscale.optim.canonical import canonical_shapes
 
 FORMATS = ("huggingface", "fairseq")
 

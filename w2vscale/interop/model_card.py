@@ -6,11 +6,11 @@ from pathlib import Path
 
 import yaml
 
-from w2vscale import __version__
+from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.reading import Checkpoint, TrainState
 from w2vscale.config import Config
 from w2vscale.data.transcripts import PIECE_SPACE
-from w2vscale.evaluation.report import read_metrics
+from w2vscale.version import __version__
 
 
 def model_card(checkpoint: Checkpoint, config: Config, run: Path | None) -> str:

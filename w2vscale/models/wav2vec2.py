@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2vscale.config.tree import ModelConfig
-from w2vscale.models.contrastive import contrastive_logits, contrastive_loss
+from w2vscale.data.inputs import PretrainingInputs
 from w2vscale.models.feature_encoder import FeatureEncoder, scale_gradient, valid_mask
-from w2vscale.models.inputs import PretrainingInputs
 from w2vscale.models.layers import LayerNorm, Linear, dropout
-from w2vscale.models.quantizer import Quantizer, code_ids, diversity_loss
 from w2vscale.models.transformer import TransformerEncoder
+from w2vscale.objectives.contrastive import contrastive_logits, contrastive_loss
+from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss
 
 
 class EncoderOutput(NamedTuple):

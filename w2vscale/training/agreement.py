@@ -12,11 +12,11 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from w2vscale import __version__
 from w2vscale.config import Config, dump_config
-from w2vscale.engine.criterion import active_layers
-from w2vscale.engine.deepspeed_config import deepspeed_config
+from w2vscale.engine.deepspeed.config import deepspeed_config
 from w2vscale.errors import UserError
+from w2vscale.objectives.criterion import active_layers
+from w2vscale.version import __version__
 
 
 def planned_work(config: Config, update: int) -> dict[str, str]:

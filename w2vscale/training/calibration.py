@@ -17,7 +17,7 @@ from w2vscale.distributed.process_group import broadcast_from_main, largest_over
 from w2vscale.engine import Engine
 from w2vscale.engine.joining import Capacity, FittingJoining, FixedJoining
 from w2vscale.engine.memory import memory_limit, peak_memory, total_memory
-from w2vscale.training.objective import build_objective, with_every_layer
+from w2vscale.objectives.objective import build_objective, with_every_layer
 from w2vscale.training.run import Run
 
 SHARE = 0.9

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from w2vscale.config import Config
+from w2vscale.data.inputs import CtcInputs, PretrainingInputs
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
 from w2vscale.engine.memory import lack_of_memory_told
-from w2vscale.models.inputs import CtcInputs, PretrainingInputs
-from w2vscale.training.objective import build_objective, with_every_layer
+from w2vscale.objectives.objective import build_objective, with_every_layer
 from w2vscale.training.run import empty_model, initial_values, open_data
 
 

@@ -14,7 +14,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from w2vscale.checkpoint.canonical import canonical_shapes
 from w2vscale.checkpoint.reading import Checkpoint, IncompleteState, TrainState, committed, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config
@@ -37,10 +36,11 @@ from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.initialisation import initial_parameters
 from w2vscale.models.layers import compute_dtype
 from w2vscale.models.products import CPU_HAS_BF16
+from w2vscale.objectives.objective import Objective, build_objective
+from w2vscale.optim.canonical import canonical_shapes
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 from w2vscale.training.bad_audio import BadAudioLog
 from w2vscale.training.initialisation import starting_values
-from w2vscale.training.objective import Objective, build_objective
 
 
 @dataclass

@@ -23,18 +23,18 @@ from tools.bench.contenders import Work
 from tools.bench.engine_parity import ENGINES, relative_difference
 from tools.bench.phases.measuring import Machine, Rows, process_context
 from tools.bench.script import end_with_parent
-from w2vscale.checkpoint.canonical import canonical_shapes
 from w2vscale.checkpoint.reading import TrainState, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config
+from w2vscale.data.inputs import concatenate, to_device
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise
 from w2vscale.distributed.process_group import Ranks, process_group
 from w2vscale.engine import Engine, build_engine
-from w2vscale.engine.criterion import PretrainingCriterion
-from w2vscale.engine.deepspeed_config import import_deepspeed
+from w2vscale.engine.deepspeed.config import import_deepspeed
 from w2vscale.models.build import parameter_shapes
-from w2vscale.models.inputs import concatenate, to_device
 from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.objectives.criterion import PretrainingCriterion
+from w2vscale.optim.canonical import canonical_shapes
 from w2vscale.optim.schedules import gumbel_temperature
 from w2vscale.training.run import empty_model, initial_values
 
@@ -70,7 +70,12 @@ def correctness(machine: Machine) -> Rows:
     context = process_context(machine)
     if not machine.on_gpu:  # slow imports, once before the forks
         import_deepspeed("cpu")
-        for module in ("torch._dynamo", "w2vscale.engine.fsdp", "w2vscale.engine.ddp", "w2vscale.engine.deepspeed"):
+        for module in (
+            "torch._dynamo",
+            "w2vscale.engine.fsdp",
+            "w2vscale.engine.ddp",
+            "w2vscale.engine.deepspeed.engine",
+        ):
             importlib.import_module(module)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

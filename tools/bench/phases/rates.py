@@ -23,7 +23,7 @@ from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.compilation import compiled_graphs
-from w2vscale.engine.criterion import PretrainingCriterion
+from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
 Lengths = Literal["equal", "bucket"]

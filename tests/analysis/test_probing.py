@@ -1,0 +1,102 @@
+"""Probes find what is in the features, and say how much of it is chance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tests.helpers.spelled import SPELLING, some_texts, write_spelled
+from w2vscale.analysis.probing import Cooccurrence, cooccurrence
+from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
+from w2vscale.cli.app import app
+from w2vscale.config import load_config
+from w2vscale.errors import UserError
+from w2vscale.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Spelled by two speakers, and what of it is tested on, with an utterance that has no transcript."""
+    folder = tmp_path_factory.mktemp("spelled")
+    texts = some_texts(40)
+    return (
+        write_spelled(folder / "train", texts[:30], speakers=2),
+        write_spelled(folder / "test", [*texts[30:], ""], speakers=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def pretrained(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exp = tmp_path_factory.mktemp("pretrained")
+    settings = [*SPELLING, "ctc.vocabulary=[]", f"data.train={corpus[0]}", "trainer.updates=4"]
+    assert train(load_config("base", settings), exp) == 0
+    return exp
+
+
+def probed(pretrained: Path, corpus: tuple[Path, Path], output: Path, *options: str) -> dict[str, object]:
+    command = ["probe", str(pretrained), "--train", str(corpus[0]), "--test", str(corpus[1]), "-o", str(output)]
+    result = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "codebook 1: its codes tell" in result.output and "left out: u10: has no transcript" in result.output
+    found: dict[str, object] = json.loads((output / "probe.json").read_text())
+    return found
+
+
+def test_tones_are_spelled_from_frozen_features(pretrained: Path, corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    before = read_model_tensors(open_checkpoint(pretrained))
+    found = probed(pretrained, corpus, tmp_path, "--updates", "200")
+    after = read_model_tensors(open_checkpoint(pretrained))
+    assert all((before[name] == after[name]).all() for name in before)
+    rates = found["label_error_rate"]
+    assert isinstance(rates, dict) and list(rates) == ["0", "1", "2", "3"]
+    assert min(rates.values()) == rates[str(found["best_layer"])] < 0.2
+    assert (found["train_utterances"], found["test_utterances"], found["left_out"]) == (30, 10, 1)
+    codebooks = found["codebooks"]
+    assert isinstance(codebooks, list) and len(codebooks) == 2
+    for codebook in codebooks:
+        assert codebook["letters"] > 3 * codebook["letters_by_chance"]
+        assert codebook["letters"] > codebook["speakers"]
+    for picture in ("layers.png", "codes_letters.png", "codes_speakers.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_probes_repeat_and_do_not_depend_on_the_other_layers(
+    pretrained: Path, corpus: tuple[Path, Path], tmp_path: Path
+) -> None:
+    both = probed(pretrained, corpus, tmp_path / "both", "--updates", "20", "--layer", "1", "--layer", "3")
+    assert both == probed(pretrained, corpus, tmp_path / "again", "--updates", "20", "--layer", "1", "--layer", "3")
+    alone = probed(pretrained, corpus, tmp_path / "alone", "--updates", "20", "--layer", "1")
+    assert isinstance(alone["label_error_rate"], dict) and isinstance(both["label_error_rate"], dict)
+    assert alone["label_error_rate"]["1"] == pytest.approx(both["label_error_rate"]["1"], abs=0.02)
+
+
+def test_what_cannot_be_probed(pretrained: Path, corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    def refused(checkpoint: Path, train: Path, *options: str) -> str:
+        command = ["probe", str(checkpoint), "--train", str(train), "--test", str(corpus[1]), "-o", str(tmp_path)]
+        result = CliRunner().invoke(app, [*command, *options])
+        assert isinstance(result.exception, UserError), result.output
+        return str(result.exception)
+
+    silent = write_spelled(tmp_path / "silent", ["", ""])
+    assert refused(pretrained, silent) == f"{silent}: no utterance has both a transcript and usable audio"
+    assert "layer 9: the model has layers 0 to 3" in refused(pretrained, corpus[0], "--layer", "9")
+    assert "no_such.txt" in refused(pretrained, corpus[0], "--vocabulary", "no_such.txt")
+    tuned = tmp_path / "tuned"
+    train(load_config("base", [*SPELLING, f"data.train={corpus[0]}", "trainer.updates=4"]), tuned)
+    assert "the checkpoint is fine-tuned" in refused(tuned, corpus[0])
+
+
+def test_information_is_a_share_of_the_classes_entropy() -> None:
+    classes = np.array(["a", "a", "b", "b"])
+    found = cooccurrence(classes, np.array([2, 2, 0, 0]), entries=3)
+    assert found.classes == ["a", "b"] and found.frames_CV.tolist() == [[0, 0, 2], [2, 0, 0]]
+    assert found.information == pytest.approx(1.0)
+    assert cooccurrence(classes, np.array([0, 1, 0, 1]), entries=3).information == pytest.approx(0.0)
+    # Half of the frames tell the class, the others nothing.
+    half = Cooccurrence(["a", "b"], np.array([[2, 0, 2], [0, 2, 2]]))
+    assert half.information == pytest.approx(0.5)
+    assert cooccurrence(np.array(["a", "a"]), np.array([0, 1]), entries=2).information == 0.0

@@ -1,0 +1,174 @@
+"""Sentence pieces: trained from transcripts, taken as the vocabulary, and as labels what SentencePiece itself says."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lhotse import SupervisionSegment
+from typer.testing import CliRunner
+
+from tests.helpers.audio import cut_of, noise, write_audio, write_manifest
+from w2vscale.cli.app import app
+from w2vscale.config import dump_config, load_config
+from w2vscale.data.audio import AudioError
+from w2vscale.data.transcripts import Transcripts
+from w2vscale.errors import UserError
+
+sentencepiece = pytest.importorskip("sentencepiece")
+
+TEXTS = ["the cat sat on the mat", "it's  a dog", "the dog and the cat", "a mat on a dog", "", "that is it"]
+MARKS = ["<pad>", "<unk>", "<s>", "</s>"]
+
+
+def write_transcripts(folder: Path, texts: Sequence[str]) -> Path:
+    audio = write_audio(folder / "audio.flac", noise(0.5))
+    cuts = []
+    for number, text in enumerate(texts):
+        cut = cut_of(audio, identifier=f"u{number}")
+        cut.id = f"u{number}"
+        cut.supervisions = [SupervisionSegment(cut.id, cut.recording_id, 0.0, cut.duration, text=text)]
+        cuts.append(cut)
+    return write_manifest(folder / "cuts.jsonl", cuts)
+
+
+def data_pieces(*arguments: Path | str) -> str:
+    """What `w2vscale data pieces` prints, or its error."""
+    result = CliRunner().invoke(app, ["data", "pieces", *map(str, arguments)])
+    if isinstance(result.exception, UserError):
+        return str(result.exception)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_transcripts(tmp_path_factory.mktemp("transcripts"), TEXTS)
+
+
+@pytest.fixture(scope="module")
+def model(manifest: Path) -> Path:
+    path = manifest.parent / "pieces.model"
+    assert data_pieces(manifest, "--output", path, "--size", "24") == f"{path}: 24 pieces from 5 transcripts\n"
+    return path
+
+
+@pytest.fixture(scope="module")
+def library(model: Path) -> Any:
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
+
+
+def vocabulary(model: Path) -> list[str]:
+    return load_config("base", [f"ctc.sentencepiece={model}"]).ctc.vocabulary
+
+
+class TestTraining:
+    def test_the_same_transcripts_give_the_same_file(self, manifest: Path, model: Path, tmp_path: Path) -> None:
+        data_pieces(manifest, "-o", tmp_path / "new" / "again.model", "--size", "24")
+        assert (tmp_path / "new" / "again.model").read_bytes() == model.read_bytes()
+
+    def test_all_characters_are_pieces_whatever_the_length(self, tmp_path: Path) -> None:
+        manifest = write_transcripts(tmp_path, ["ｆｕｌｌ width", "é" + " of" * 5000])
+        data_pieces(manifest, "-o", tmp_path / "m", "--size", "16")
+        assert {*"ｆｕｌwidthéof", "▁"} < set(vocabulary(tmp_path / "m"))
+
+    def test_errors(self, manifest: Path, model: Path, tmp_path: Path) -> None:
+        new = tmp_path / "new.model"
+        assert data_pieces(manifest, "-o", model) == f"{model}: exists; choose another name"
+        most = data_pieces(manifest, "-o", new)
+        assert most.startswith("--size 500: the transcripts give at most ")
+        size = int(most.split()[-2])
+        assert "at most" in data_pieces(manifest, "-o", new, "--size", f"{size + 1}")
+        assert not new.exists()
+        assert f"{size} pieces" in data_pieces(manifest, "-o", new, "--size", f"{size}")
+        characters = {*"".join(TEXTS).replace(" ", "▁")}
+        assert data_pieces(manifest, "-o", tmp_path / "few", "--size", "5") == (
+            f"--size 5: the transcripts' characters alone are more; choose at least {len(characters) + 3}"
+        )
+        silent = write_transcripts(tmp_path / "silent", ["", " "])
+        assert data_pieces(silent, "-o", tmp_path / "none") == f"{silent}: no transcripts"
+        unwritable = data_pieces(manifest, "-o", silent / "x.model", "--size", "24")
+        assert unwritable.startswith(f"{silent}/x.model: cannot be written: ")
+        assert "no.jsonl" in data_pieces(tmp_path / "no.jsonl", "-o", tmp_path / "none")
+
+
+class TestVocabulary:
+    def test_it_is_the_blank_and_the_pieces(self, model: Path, library: Any) -> None:
+        found = vocabulary(model)
+        assert found[:4] == MARKS and len(found) == 25
+        assert all(found[number + 1] == library.id_to_piece(number) for number in range(24))
+
+    def test_a_runs_settings_open_without_the_file(self, model: Path, tmp_path: Path) -> None:
+        moved = tmp_path / "moved.model"
+        moved.write_bytes(model.read_bytes())
+        config = load_config("base", [f"ctc.sentencepiece={moved}"])
+        (tmp_path / "config.yaml").write_text(dump_config(config))
+        moved.unlink()
+        assert load_config(tmp_path / "config.yaml") == config
+        spelling = Transcripts(config.ctc.vocabulary)
+        assert spelling.normalised("A  Cat") == "a cat"
+
+    def test_a_file_that_cannot_be_used_is_named(self, manifest: Path, model: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty").touch()
+        (tmp_path / "cut").write_bytes(model.read_bytes()[:100])
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / "bytes"), vocab_size=290, byte_fallback=True,
+            hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+        for path, message in (
+            (tmp_path / "no.model", "cannot be read: No such file"),
+            (tmp_path, "cannot be read: Is a directory"),
+            (manifest, "not a SentencePiece model"),
+            (tmp_path / "empty", "not a SentencePiece model"),
+            (tmp_path / "cut", "not a SentencePiece model"),
+            (tmp_path / "bytes.model", "has pieces for bytes"),
+        ):
+            for use in (vocabulary, lambda path: Transcripts(["<pad>", "a"], path)):
+                with pytest.raises(UserError, match=rf"ctc\.sentencepiece={path}: {message}"):
+                    use(path)
+
+    def test_another_vocabulary_is_named(self, model: Path) -> None:
+        config = load_config("ctc_1h", [f"ctc.sentencepiece={model}"])
+        with pytest.raises(UserError, match=r"its 24 pieces after a blank are not the 32 symbols of ctc\.vocabulary"):
+            Transcripts(config.ctc.vocabulary, config.ctc.sentencepiece)
+        taken = load_config("ctc_1h", [f"ctc.sentencepiece={model}", "ctc.vocabulary=[]"]).ctc
+        assert Transcripts(taken.vocabulary, taken.sentencepiece).labels("a")[0]
+
+    def test_sentencepiece_is_optional(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        imported = builtins.__import__
+
+        def refuse(name: str, scope: Mapping[str, object] | None = None, *rest: Any) -> Any:
+            if name == "sentencepiece":
+                raise ImportError
+            return imported(name, scope, *rest)
+
+        monkeypatch.setattr(builtins, "__import__", refuse)
+        with pytest.raises(UserError, match=r"pip install 'w2vscale\[decode\]'"):
+            vocabulary(model)
+
+
+class TestLabels:
+    @pytest.mark.parametrize("text", [*filter(None, TEXTS), "a that's  the dat", "t"])
+    def test_they_are_sentencepieces_own_and_give_the_text_back(self, model: Path, library: Any, text: str) -> None:
+        symbols = vocabulary(model)
+        labels, unknown = Transcripts(symbols, model).labels(text)
+        assert labels == [number + 1 for number in library.encode(text)] and unknown == ""
+        assert "".join(symbols[label] for label in labels).replace("▁", " ").strip() == " ".join(text.split())
+
+    def test_case_follows_the_pieces(self, model: Path) -> None:
+        spelling = Transcripts(vocabulary(model), model)
+        assert spelling.labels("THE Cat") == spelling.labels("the cat")
+        assert Transcripts(["<pad>", "<unk>", "▁THE", "CAT"]).normalised("the cat") == "THE CAT"
+        assert Transcripts(["<pad>", "<unk>", "▁The", "C"]).normalised("the Cat") == "the Cat"
+
+    def test_what_no_piece_has_is_unknown_and_named(self, model: Path, library: Any) -> None:
+        labels, unknown = Transcripts(vocabulary(model), model).labels("the?! cät")
+        assert labels == [number + 1 for number in library.encode("the?! cät")]
+        assert labels.count(MARKS.index("<unk>")) == 2 and unknown == "!?ä"
+
+    def test_no_text_has_none(self, model: Path) -> None:
+        with pytest.raises(AudioError, match="has no transcript"):
+            Transcripts(vocabulary(model), model).labels(" ")

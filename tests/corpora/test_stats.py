@@ -1,0 +1,61 @@
+"""Totals of a corpus against what its files were made to hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest
+from w2vscale.config import load_config
+from w2vscale.corpora.prepare import prepare_folder
+from w2vscale.corpora.stats import corpus_stats
+from w2vscale.data.loading import make_plan
+from w2vscale.data.manifest import Corpus, build_index
+from w2vscale.errors import UserError
+
+CONFIG = load_config("tiny", ["data.max_seconds=4", "data.min_seconds=1.9", "batch.max_seconds=12"])
+
+
+def test_totals_speakers_transcripts_and_rates_are_those_of_the_folder(mixed_audio: Path, tmp_path: Path) -> None:
+    (written,) = prepare_folder(mixed_audio, tmp_path)
+    build_index(written.path)
+    found = corpus_stats([written.path], CONFIG)
+    assert (found.utterances, found.speakers, found.transcribed) == (6, 3, 2)
+    assert found.sampling_rates == {8_000: 1, 16_000: 2, 44_100: 2, 48_000: 1}
+    assert found.hours == pytest.approx(21.0 / 3600, abs=1e-5)
+    assert (found.shortest, found.longest) == pytest.approx((2.0, 6.0), abs=0.01)
+    assert (found.median, found.mean) == pytest.approx((3.25, 3.5), abs=0.01)
+
+
+def test_the_histogram_counts_every_utterance_and_hour_once(small_corpus: SmallCorpus) -> None:
+    found = corpus_stats([small_corpus.train, small_corpus.validation], CONFIG, bins=7)
+    assert len(found.histogram) == 7
+    assert sum(count for _, _, count, _ in found.histogram) == found.utterances == 30
+    assert sum(hours for *_, hours in found.histogram) == pytest.approx(found.hours)
+    edges = [(start, end) for start, end, _, _ in found.histogram]
+    assert edges[0][0] == found.shortest and edges[-1][1] == found.longest
+    assert all(edges[i][1] == edges[i + 1][0] for i in range(6))
+
+
+def test_buckets_and_padding_are_those_of_the_plan(small_corpus: SmallCorpus) -> None:
+    found = corpus_stats([small_corpus.train], CONFIG)
+    plan = make_plan(Corpus([small_corpus.train]), CONFIG, seed=CONFIG.trainer.seed)
+    assert (found.micro_batches, found.padding, found.left_out) == (plan.per_epoch, plan.padding(), plan.left_out)
+    assert found.left_out == int((Corpus([small_corpus.train]).manifests[0].durations < 1.9).sum()) > 0
+    assert sum(bucket.utterances for bucket in found.buckets) == found.utterances - found.left_out
+    assert np.all(np.diff([bucket.longest_seconds for bucket in found.buckets]) < 0)
+    assert found.buckets[0].longest_seconds == 4.0
+
+
+def test_equally_long_utterances_are_no_special_case(tmp_path: Path) -> None:
+    cuts = [cut_of(write_audio(tmp_path / f"{n}.wav", noise(2.0, seed=n))) for n in range(3)]
+    found = corpus_stats([write_manifest(tmp_path / "cuts.jsonl", cuts)], CONFIG)
+    assert (found.shortest, found.longest, found.padding) == (2.0, 2.0, 0.0)
+    assert (found.speakers, found.transcribed) == (0, 0)
+
+
+def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no\.jsonl: no such manifest"):
+        corpus_stats([tmp_path / "no.jsonl"], CONFIG)

@@ -1,0 +1,128 @@
+"""The real command line in real processes, as a terminal starts it: a launcher and two ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.helpers.micro import MICRO_RUN
+from tests.helpers.processes import running
+
+ROOT = Path(__file__).resolve().parents[2]
+BOUND = 30.0
+"""Seconds within which all ranks have to end, as the project promises."""
+
+HOLD = """
+import os
+import time
+from pathlib import Path
+
+if "RANK" in os.environ and "HOLD" in os.environ:
+    from w2vscale.training.loop import Trainer
+
+    working = Trainer._update
+
+    def held(self, *arguments):
+        if self.state.update == int(os.environ["HOLD"]):
+            Path(f"held-{os.environ['RANK']}").touch()
+            time.sleep(600)
+        return working(self, *arguments)
+
+    Trainer._update = held
+"""
+"""Makes all ranks wait once they have begun to save after update $HOLD, as a `sitecustomize`: a module that Python runs
+before the program."""
+
+
+class Launched:
+    """A run of two processes in `folder`/exp, endless unless the settings say otherwise, and what its terminal shows.
+
+    `hold`: with HOLD, the update after which its ranks wait.
+    """
+
+    def __init__(
+        self,
+        corpus: Path,
+        folder: Path,
+        *,
+        preset: str = "base",
+        settings: Sequence[str] = ("trainer.updates=100000",),
+        sitecustomize: str = "",
+        hold: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self.metrics = folder / "exp" / "metrics.jsonl"
+        (folder / "sitecustomize.py").write_text(sitecustomize)
+        settings = [*MICRO_RUN, f"data.train={corpus}", *settings]
+        held = {} if hold is None else {"HOLD": str(hold)}
+        command = [sys.executable, "-m", "w2vscale", "train", preset, *settings, "--exp", str(folder / "exp")]
+        self.process = subprocess.Popen(
+            [*command, "--nproc-per-node", "2"],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | held | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
+        )
+
+    def wait_for_update(self, update: int) -> None:
+        deadline = time.monotonic() + 120.0
+        while not (self.metrics.is_file() and self.metrics.read_text().count("\n") >= update):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, f"update {update} was not reached"
+            time.sleep(0.02)
+
+    def ranks(self) -> list[int]:
+        """The process ids of ranks 0 and 1."""
+        found = {}
+        for child in self._children():
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            found |= {int(each[5:]): child for each in environment if each.startswith(b"RANK=")}
+        return [found[0], found[1]]
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and standard error, once all has ended by itself."""
+        _, errors = self.process.communicate(timeout=BOUND)
+        return self.process.returncode, errors
+
+    def finish(self, timeout: float) -> str:
+        """What it printed, once it has ended with success."""
+        printed, errors = self.process.communicate(timeout=timeout)
+        assert self.process.returncode == 0, (printed, errors)
+        return printed + errors
+
+    def kill_once_held(self, *, committed: Path | None) -> str:
+        """SIGKILL ranks and launcher as soon as all ranks wait and the checkpoint is there; what they had printed."""
+        awaited = [self.folder / f"held-{rank}" for rank in range(2)] + ([committed] if committed else [])
+        deadline = time.monotonic() + 120.0
+        while not all(path.exists() for path in awaited):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline, f"none of {[str(path) for path in awaited if not path.exists()]}"
+            time.sleep(0.02)
+        processes = [*self._children(), self.process.pid]
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        printed, errors = self.process.communicate()
+        while any(map(running, processes)):
+            time.sleep(0.02)
+        for path in awaited[:2]:
+            path.unlink()
+        return printed + errors
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            for process in (*self._children(), self.process.pid):
+                os.kill(process, signal.SIGKILL)
+            self.process.communicate()
+
+    def _children(self) -> list[int]:
+        launcher = self.process.pid
+        return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]

@@ -1,0 +1,134 @@
+"""Processes of tests. Importing torch takes seconds: most are forked from one that has done it."""
+
+from __future__ import annotations
+
+import ast
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+Started = Callable[[], list[BaseProcess]]
+"""The processes that a test itself has started and that still run."""
+
+FORKS = multiprocessing.get_context("forkserver")
+"""Each process of pytest-xdist has one server, which starts with the first process."""
+FORKS.set_forkserver_preload(
+    # torch._dynamo: what torch imports when it first draws on the meta device.
+    ["tests.helpers.tasks", "w2vscale.cli.app", "w2vscale.cli.train", "deepspeed", "torch._dynamo"]
+)
+
+
+class Command:
+    """`w2vscale ARGUMENTS` at work; what it says goes to a file."""
+
+    def __init__(self, output: Path, *arguments: str) -> None:
+        self.output = output
+        self.process = FORKS.Process(target=_run, args=(str(output), arguments))
+        self.process.start()
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.process.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+
+    def finish(self, *, code: int, timeout: float) -> str:
+        """Wait until it has ended with `code` (minus a signal that killed it); what it said."""
+        self.process.join(timeout)
+        said = self.output.read_text()
+        assert self.process.exitcode == code, f"{self.process.exitcode}\n{said}"
+        return said
+
+
+def running(process: int) -> bool:
+    """Whether a process runs, and is not merely waiting to be collected."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+def fork_children() -> None:
+    """Have this process start its own as a trainer does: forked from itself, so that they end when it is killed."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
+def _run(output: str, arguments: tuple[str, ...]) -> None:
+    file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    _command(arguments, [0, file, file])
+
+
+def _command(arguments: Sequence[str], files: Sequence[int]) -> None:
+    fork_children()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    sys.argv = ["w2vscale", *arguments]
+    from w2vscale.cli.app import main
+
+    main()
+
+
+CLIENT = """#!{python} -IS
+import os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+socket.send_fds(server, [repr((sys.argv[1:], os.getcwd(), dict(os.environ))).encode()], [0, 1, 2])
+sys.exit(int(server.recv(9)))
+"""
+
+
+def served_environment(folder: Path) -> BaseProcess:
+    """Make `folder` a copy of this environment whose `w2vscale` runs in forks of a process that has made the imports.
+
+    Returns that process, which serves until it is killed.
+    """
+    here, address = Path(sys.prefix), str(folder / "socket")
+    (folder / "bin").mkdir(parents=True)
+    (folder / ".w2vscale-setup").symlink_to(here / ".w2vscale-setup")
+    for program in (here / "bin").iterdir():
+        if program.name != "w2vscale":
+            (folder / "bin" / program.name).symlink_to(program)
+    client = folder / "bin" / "w2vscale"
+    client.write_text(CLIENT.format(python=here / "bin" / "python", address=address))
+    client.chmod(0o755)
+    listening = FORKS.Event()
+    server = FORKS.Process(target=_serve_commands, args=(address, listening))
+    server.start()
+    assert listening.wait(60)
+    return server
+
+
+def _serve_commands(address: str, listening: Event) -> None:
+    """One command after the other."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen()
+        listening.set()
+        while True:
+            client, _ = server.accept()
+            with client:
+                asked, files, _, _ = socket.recv_fds(client, 1 << 20, 3)
+                arguments, folder, environment = ast.literal_eval(asked.decode())
+                child = multiprocessing.get_context("fork").Process(
+                    target=_asked, args=(folder, environment, arguments, files)
+                )
+                child.start()
+                for file in files:
+                    os.close(file)
+                child.join()
+                client.send(str(child.exitcode).encode())
+
+
+def _asked(folder: str, environment: dict[str, str], arguments: list[str], files: list[int]) -> None:
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    _command(arguments, files)

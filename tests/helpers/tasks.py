@@ -1,0 +1,269 @@
+"""What the ranks of a pool run."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lhotse.cut import Cut
+from torch.distributed.tensor import DTensor
+
+from tests.helpers.checkpoints import rewrite
+from tests.helpers.micro import MICRO_RUN
+from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint.store import CheckpointStore
+from w2vscale.config import Config, load_config
+from w2vscale.data import loading
+from w2vscale.data.audio import AudioError, read_audio
+from w2vscale.distributed.process_group import Ranks, gather_as_found
+from w2vscale.engine import CanonicalState, build_engine
+from w2vscale.engine.fsdp import FSDPEngine
+from w2vscale.engine.joining import Joining
+from w2vscale.engine.rows import Rows
+from w2vscale.errors import UserError
+from w2vscale.evaluation.wer import score_checkpoint
+from w2vscale.inference.pretrained import load
+from w2vscale.inference.sources import sources_of
+from w2vscale.inference.transcription import transcribe
+from w2vscale.objectives.objective import build_objective
+from w2vscale.optim.canonical import canonical_shapes
+from w2vscale.training.calibration import calibrate
+from w2vscale.training.loop import Trainer
+from w2vscale.training.run import Run, build_run, empty_model, initial_values, make_folder, open_training_set
+from w2vscale.training.signals import StopRequest
+
+
+def train_and_save_first(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
+    """`train_micro` with a checkpoint before the first update."""
+    return train_micro(corpus, exp, overrides, save_first=True)
+
+
+def train_with_loader_processes(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
+    """`train_micro` in a process that may have children, as those of a pool may not."""
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    settings["daemon"] = False
+    try:
+        return train_micro(corpus, exp, overrides)
+    finally:
+        settings["daemon"] = True
+
+
+def train_micro(corpus: str, exp: str, overrides: tuple[str, ...] = (), *, save_first: bool = False) -> list[float]:
+    """Train the micro model on this process group, or alone; the loss of every update, and of validation.
+
+    With `save_first`, there is a checkpoint before the first update, too.
+    """
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    return [record["loss"] for record in _train(config, Path(exp), save_first=save_first)]
+
+
+def train_tiny(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[tuple[float, float]]:
+    """Train the preset `tiny`; loss and gradient norm of every update."""
+    config = load_config("tiny", [f"data.train={corpus}", "logging.every=1", "logging.tensorboard=false", *overrides])
+    return [(record["loss"], record["grad_norm"]) for record in _train(config, Path(exp))]
+
+
+def _train(config: Config, folder: Path, *, save_first: bool = False) -> list[dict[str, float]]:
+    """What is logged, on rank 0."""
+    ranks = Ranks()
+    if dist.is_initialized():
+        ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
+    make_folder(folder, config, ranks)
+    run = build_run(config, folder, ranks=ranks, device=torch.device("cpu"), resume="auto", log=lambda text: None)
+    if save_first:
+        run.save(run.state)
+    if config.batch.concat == "auto":
+        calibrate(run, lambda text: None)
+    with StopRequest() as stop:
+        Trainer(run, stop).train()
+    run.engine.close()
+    if not ranks.is_main:
+        return []
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_where_one_rank_cannot_read(
+    utterance: str, corpus: str, exp: str, overrides: tuple[str, ...]
+) -> tuple[list[float], Joining]:
+    """`train_micro`, where the last rank has no file of one utterance; losses, and how micro-batches were joined."""
+    joinings = []
+
+    def read(cut: Cut, **settings: Any) -> Any:
+        if cut.id == utterance and dist.get_rank() == dist.get_world_size() - 1:
+            raise AudioError("missing", "no such file")
+        return read_audio(cut, **settings)
+
+    def close(engine: FSDPEngine) -> None:
+        joinings.append(engine.joining)
+
+    with patch.object(loading, "read_audio", read), patch.object(FSDPEngine, "close", close):
+        return train_micro(corpus, exp, overrides), joinings[0]
+
+
+def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, ...]) -> tuple[bool, bool, list[float]]:
+    """Whether such a step is skipped and leaves this rank's state as it was, and the norms of the next two steps."""
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    engine = build_engine(empty_model(config), build_objective(config).criterion, config, torch.device("cpu"))
+    engine.import_parameters(initial_values(config))
+    batch = open_training_set(config).largest()
+
+    def state() -> list[torch.Tensor]:
+        exported = engine.export_state().values()
+        return [(x.to_local() if isinstance(x, DTensor) else x).clone() for x in exported]
+
+    before = state()
+    engine.run_window([batch, batch], torch.tensor(math.nan))
+    skipped = engine.step(lr=1e-3, max_norm=1.0).skipped
+    unchanged = all(map(torch.equal, before, state()))
+    norms = []
+    for _ in range(2):
+        engine.run_window([batch, batch], torch.tensor(100.0))
+        norms.append(engine.step(lr=0.0, max_norm=1.0).grad_norm)
+    engine.close()
+    return skipped, unchanged, norms
+
+
+def gather_unevenly(counts: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Each rank finds so many items, the more the slower."""
+    rank = dist.get_rank()
+
+    def found() -> Iterator[tuple[int, int]]:
+        for number in range(counts[rank]):
+            time.sleep(0.02 * counts[rank])
+            yield rank, number
+
+    return list(gather_as_found(found(), every_seconds=0.1))
+
+
+def word_errors(exp: str, cuts: str) -> tuple[int, list[tuple[str, str]]]:
+    """How many utterances this rank transcribed, and what the score says of all."""
+    pretrained = load(exp)
+    ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
+    mine = sum(1 for _ in transcribe(pretrained, [*sources_of(Path(cuts))], ranks=ranks))
+    found = score_checkpoint(pretrained, [Path(cuts)], ranks=ranks)
+    return mine, [(one.utterance, one.hypothesis) for one in found.utterances]
+
+
+def train_until_killed(corpus: str, exp: str, overrides: tuple[str, ...], update: int) -> None:
+    """`train_micro` in a process that is killed (SIGKILL) as soon as it has begun to save after `update`."""
+    working = Trainer._update
+
+    def killed(trainer: Trainer, *arguments: Any) -> bool:
+        if trainer.state.update == update:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return working(trainer, *arguments)
+
+    with patch.object(Trainer, "_update", killed):
+        train_micro(corpus, exp, overrides)
+
+
+def train_with_an_engine_that_drops(tensor: str, update: int, corpus: str, exp: str, overrides: tuple[str, ...]) -> str:
+    """The error of `train_micro` whose engine, from `update` on, does not export a tensor on the last rank."""
+    saving = Run.save
+
+    def save(run: Run, state: TrainState) -> Path:
+        exporting = run.engine.export_state
+
+        def export() -> CanonicalState:
+            tensors = exporting()
+            if state.update >= update and dist.get_rank() == dist.get_world_size() - 1:
+                del tensors[tensor]
+            return tensors
+
+        with patch.object(run.engine, "export_state", export):
+            return saving(run, state)
+
+    with patch.object(Run, "save", save):
+        try:
+            train_micro(corpus, exp, overrides)
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def losses_after_an_import(corpus: str, overrides: tuple[str, ...], evaluate_first: bool) -> tuple[float, float]:
+    """The engine's loss in evaluation and in training, once it was given other parameters after an evaluation."""
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    engine = build_engine(empty_model(config), build_objective(config).criterion, config, torch.device("cpu"))
+    batch = open_training_set(config).largest()
+    engine.import_parameters((name, torch.zeros_like(whole)) for name, whole in initial_values(config))
+    if evaluate_first:
+        engine.evaluate(batch)
+    engine.import_parameters(initial_values(config))
+    trained = float(engine.run_window([batch], torch.tensor(100.0)).total)
+    engine.step(lr=0.0, max_norm=None)
+    if evaluate_first:
+        engine.evaluate(batch)
+    evaluated = float(engine.evaluate(batch).total)
+    engine.close()
+    return trained, evaluated
+
+
+def save_what_one_rank_spoils(folder: str, spoilt: str, asynchronous: bool) -> str:
+    """The error of a second checkpoint of which the first rank's file is not what torch has written."""
+    shapes = canonical_shapes({"weight": (5, 3), "bias": (2,)})
+    rows = Rows(torch.device("cpu"))
+    tensors = {name: rows.own(torch.ones(shape)) for name, shape in shapes.items()}
+    ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
+    store = CheckpointStore(Path(folder), ranks, expected=shapes, keep_last=9, asynchronous=asynchronous)
+    store.save(tensors, TrainState(update=1), "")
+    store.wait()
+
+    def change(found: dict[str, torch.Tensor], offsets: dict[str, list[int]]) -> None:
+        if spoilt == "missing":
+            del found["model.weight"]
+        elif spoilt == "doubled":
+            offsets["model.weight"] = [1, 0]
+        else:
+            found["model.weight"] = found["model.weight"].bfloat16()
+
+    writing = dcp.save
+
+    def write(state: Any, *, storage_writer: Any, **settings: Any) -> None:
+        writing(state, storage_writer=storage_writer, **settings)
+        if ranks.is_main:
+            rewrite(next(Path(storage_writer.path).glob("shard-00001-*")), change)
+
+    with patch.object(dcp, "save", write):
+        try:
+            store.save(tensors, TrainState(update=2), "")
+            store.wait()
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def replaced_parameters(corpus: str, overrides: tuple[str, ...]) -> list[str]:
+    """After each thing that an engine does: which of its parameters are not what its model has under their names."""
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    engine: Any = build_engine(empty_model(config), build_objective(config).criterion, config, torch.device("cpu"))
+    batch = open_training_set(config).largest()
+    found: list[str] = []
+
+    def look(after: str) -> None:
+        others = dict(engine.model.named_parameters())
+        found.extend(f"{name} {after}" for name, own in engine.parameters.items() if others[name] is not own)
+
+    look("at first")
+    engine.import_parameters(initial_values(config))
+    look("after an import")
+    for _ in range(2):
+        engine.evaluate(batch)
+        look("after an evaluation")
+        engine.run_window([batch, batch], torch.tensor(100.0))
+        look("after a window")
+        engine.step(lr=1e-3, max_norm=1.0)
+        look("after a step")
+    engine.close()
+    return found

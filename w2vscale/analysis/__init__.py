@@ -1,0 +1,1 @@
+"""What a model has learned, and how a run went: probes, alignment, plots, reports."""

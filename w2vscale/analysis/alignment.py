@@ -1,0 +1,61 @@
+"""Which frames carry which label: the best path of CTC through given labels (Graves et al. 2006, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from w2vscale.objectives.ctc import BLANK
+
+
+def align(log_probabilities_TV: NDArray[np.floating], labels: Sequence[int]) -> NDArray[np.int64]:
+    """The most probable path [T] that reads as `labels`: of each frame the place of its label in them, or -1 (blank).
+
+    Raises:
+        ValueError: there are too few frames for the labels and the blanks between equal ones.
+    """
+    frames = len(log_probabilities_TV)
+    symbols = np.full(2 * len(labels) + 1, BLANK)
+    symbols[1::2] = labels
+    states = len(symbols)
+    # A label may follow the last one without a blank between them if they differ.
+    skips = np.zeros(states, dtype=bool)
+    skips[3::2] = symbols[3::2] != symbols[1:-2:2]
+    best = np.full(states, -np.inf)
+    best[:2] = log_probabilities_TV[0, symbols[:2]]
+    steps = np.zeros((frames, states), dtype=np.int8)
+    for frame in range(1, frames):
+        reached = np.full((3, states), -np.inf)
+        reached[0] = best
+        reached[1, 1:] = best[:-1]
+        reached[2, 2:] = np.where(skips[2:], best[:-2], -np.inf)
+        steps[frame] = reached.argmax(axis=0)
+        best = reached.max(axis=0) + log_probabilities_TV[frame, symbols]
+    ends = [states - 1, states - 2] if labels else [0]
+    state = max(ends, key=lambda end: best[end])
+    if best[state] == -np.inf:
+        raise ValueError(f"{frames} frames are too few for {len(labels)} labels")
+    path = np.empty(frames, dtype=np.int64)
+    for frame in range(frames - 1, -1, -1):
+        path[frame] = state // 2 if state % 2 else -1
+        state -= int(steps[frame, state])
+    return path
+
+
+def spread(path: NDArray[np.int64], reach: int) -> NDArray[np.int64]:
+    """A path in which a blank frame takes the nearest label at most `reach` frames away, the earlier one of two.
+
+    CTC marks a label in a frame or two of it, and leaves the rest to blanks.
+    """
+    labelled = np.flatnonzero(path >= 0)
+    if not labelled.size:
+        return path
+    frames = np.arange(path.size)
+    after = np.searchsorted(labelled, frames).clip(max=labelled.size - 1)
+    before = (np.searchsorted(labelled, frames, side="right") - 1).clip(min=0)
+    nearest = np.where(
+        np.abs(labelled[after] - frames) < np.abs(frames - labelled[before]), labelled[after], labelled[before]
+    )
+    return np.where(np.abs(nearest - frames) <= reach, path[nearest], -1)

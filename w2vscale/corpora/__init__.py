@@ -1,0 +1,1 @@
+"""Offline commands on corpora: prepare, index, validate, summarise, subset, write shards, train sentence pieces."""

@@ -1,0 +1,76 @@
+"""Sentence pieces from transcripts: trains the model that `ctc.sentencepiece` names."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from w2vscale.corpora.journal import writing
+from w2vscale.data.manifest import Manifest, build_index
+from w2vscale.data.sentence_pieces import sentencepiece
+from w2vscale.data.transcripts import transcript
+from w2vscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainedPieces:
+    """What a model was trained from, and how many pieces it has."""
+
+    transcripts: int
+    pieces: int
+
+
+def train_pieces(manifests: Sequence[Path], output: Path, *, size: int) -> TrainedPieces:
+    """Write a unigram model (Kudo 2018, arXiv:1804.10959) of `size` pieces with all characters of the transcripts.
+
+    The transcripts are taken as they are, with single spaces; the same ones always give the same file.
+
+    Raises:
+        UserError: `output` exists or cannot be written; a manifest cannot be used; there are no transcripts, or they
+            do not give that many or few pieces; sentencepiece is not installed.
+    """
+    if output.exists():
+        raise UserError(f"{output}: exists; choose another name")
+    library = sentencepiece()
+    texts = [text for manifest in manifests for text in _transcripts(manifest)]
+    if not texts:
+        raise UserError(f"{', '.join(map(str, manifests))}: no transcripts")
+    model = io.BytesIO()
+    try:
+        library.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=size,
+            model_type="unigram",
+            normalization_rule_name="identity",
+            character_coverage=1.0,
+            max_sentence_length=max(len(text.encode()) for text in texts),  # longer ones would be left out
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(f"--size {size}: {_reason(str(error))}") from None
+    with writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(model.getvalue())
+    return TrainedPieces(len(texts), size)
+
+
+def _transcripts(path: Path) -> Iterator[str]:
+    build_index(path)
+    manifest = Manifest(path)
+    for cut in map(manifest.cut, range(len(manifest))):
+        if text := " ".join(transcript(cut).split()):
+            yield text
+
+
+def _reason(error: str) -> str:
+    """The trainer's message for a person."""
+    if found := re.search(r"too high .* <= (\d+)", error):
+        return f"the transcripts give at most {found[1]} pieces"
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
+        return f"the transcripts' characters alone are more; choose at least {found[1]}"
+    return f"sentencepiece failed: {' '.join(error.split())}"

@@ -1,0 +1,113 @@
+"""Writing files: whole or not at all, line by line, and the header of safetensors files."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from w2vscale.errors import UserError
+
+BYTES_OF = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Bytes per value of the types that safetensors files name."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Report a failure to write as one line that names `path`.
+
+    Raises:
+        UserError: for any OSError in the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+@contextmanager
+def new_file(path: Path, mode: str = "w", *, durable: bool = False) -> Iterator[IO[Any]]:
+    """Open a file that appears at `path` when the block ends without an error, and replaces one that is there.
+
+    Makes the folders above it. `durable`: its content is on disk before it gets its name.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+                yield file
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            partial.replace(path)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False) -> None:
+    """Write a whole UTF-8 file; see `new_file`."""
+    with new_file(path, durable=durable) as file:
+        file.write(text)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until names that were added to or removed from a folder are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append JSON objects to a log, one per line. A line that an earlier process left incomplete is ended first.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with writing(path), path.open("a+b") as log:
+        if log.tell():
+            log.seek(-1, os.SEEK_END)
+            if log.read() != b"\n":
+                log.write(b"\n")
+        log.write("".join(json.dumps(record) + "\n" for record in records).encode())
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a log. Lines that are incomplete because a process was killed are skipped.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(ValueError):
+            if isinstance(record := json.loads(line), dict):
+                records.append(record)
+    return records
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """What a safetensors file begins with, before the values of `tensors` (type and shape by name) in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        size = BYTES_OF[dtype]
+        for length in shape:
+            size *= length
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the values are aligned
+    return struct.pack("<Q", len(text)) + text
