@@ -1,6 +1,6 @@
 """One typed tree of settings: presets and YAML in, `section.key=value` overrides, resolved YAML out."""
 
-from w2vscale.config.load import dump_config, load_config, preset_names
+from w2vscale.config.load import dump_config, load_config, parse_section, preset_names, settings_of
 from w2vscale.config.tree import (
     BatchConfig,
     CheckpointConfig,
@@ -9,11 +9,16 @@ from w2vscale.config.tree import (
     EngineConfig,
     LoggingConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     ParameterGroupConfig,
     PrecisionConfig,
+    RegularizationConfig,
     ScheduleConfig,
+    Section,
     TrainerConfig,
+    architecture,
+    architecture_of,
 )
 
 __all__ = [
@@ -24,12 +29,19 @@ __all__ = [
     "EngineConfig",
     "LoggingConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimConfig",
     "ParameterGroupConfig",
     "PrecisionConfig",
+    "RegularizationConfig",
     "ScheduleConfig",
+    "Section",
     "TrainerConfig",
+    "architecture",
+    "architecture_of",
     "dump_config",
     "load_config",
+    "parse_section",
     "preset_names",
+    "settings_of",
 ]

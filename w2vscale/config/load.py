@@ -7,15 +7,17 @@ import types
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from w2vscale.config.tree import Config, ParameterGroupConfig
+from w2vscale.config.tree import Config, ParameterGroupConfig, Section
 from w2vscale.errors import UserError
 
 PRESETS = resources.files("w2vscale.config") / "presets"
+
+S = TypeVar("S", bound=Section)
 
 
 def preset_names() -> list[str]:
@@ -29,17 +31,21 @@ def preset_names() -> list[str]:
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Resolve a preset or a YAML file, then `section.key=value` overrides, into a checked `Config`.
 
-    A YAML file may start from a preset with a top-level line `preset: NAME`.
+    A YAML file may start from a preset with a top-level line `preset: NAME`. Another `objective.name` than the one
+    below it starts from that objective's defaults. What else the section `objective` holds is checked by
+    `w2vscale.objectives.build_objective`.
 
     Raises:
         UserError: the source does not exist, or a key or value is not valid; one line.
     """
     tree = _read_source(str(source))
     _refuse_unknown_keys(tree, where=str(source))
+    changes: dict[str, Any] = {}
     for override in overrides:
         change = _parse_override(override)
         _refuse_unknown_keys(change, where="override")
-        tree = _merge(tree, change)
+        changes = _merge(changes, change)
+    tree = _on_top(tree, changes)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -67,7 +73,7 @@ def _read_source(source: str) -> dict[str, Any]:
         return tree
     if preset not in preset_names():
         raise UserError(f"{source}: preset: {preset}: unknown{_nearest(str(preset), preset_names())}")
-    return _merge(_read_source(preset), tree)
+    return _on_top(_read_source(preset), tree)
 
 
 def _parse_yaml(text: str, *, where: str) -> dict[str, Any]:
@@ -98,6 +104,16 @@ def _parse_override(override: str) -> dict[str, Any]:
     return dict(tree)
 
 
+def _on_top(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the settings of `other`. Those of an objective are dropped where `other` names another one."""
+    below, above = base.get("objective"), other.get("objective")
+    if isinstance(below, Mapping) and isinstance(above, Mapping) and "name" in above:
+        default = Config.model_fields["objective"].get_default().name
+        if above["name"] != below.get("name", default):
+            base = {**base, "objective": {}}
+    return _merge(base, other)
+
+
 def _merge(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in other.items():
@@ -120,6 +136,8 @@ def _refuse_unknown_keys(tree: Mapping[str, Any], *, where: str) -> None:
             raise UserError(f"{where}: {given}: no section named {name}{hint} (sections: {', '.join(sections)})")
         if not isinstance(section, Mapping):
             raise UserError(f"{where}: {name}: expected settings of the form {name}.key=value, got {section!r}")
+        if _section_class(name).model_config.get("extra") == "allow":
+            continue
         for key in section:
             if key not in _keys_of(name):
                 hint = _nearest(f"{name}.{key}", [f"{name}.{other}" for other in _keys_of(name)], among=valid)
@@ -127,10 +145,39 @@ def _refuse_unknown_keys(tree: Mapping[str, Any], *, where: str) -> None:
                 raise UserError(f"{where}: {name}.{key}: unknown setting{hint}")
 
 
-def _keys_of(section: str) -> list[str]:
+def parse_section(kind: type[S], values: Mapping[str, Any], *, name: str) -> S:
+    """Check the settings of the section `name` against the class `kind`.
+
+    Raises:
+        UserError: a key or value is not valid; one line.
+    """
+    valid = [f"{name}.{key}" for key in kind.model_fields]
+    for key in values:
+        if key not in kind.model_fields:
+            raise UserError(f"{name}.{key}: unknown setting{_nearest(f'{name}.{key}', valid)}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        return _raise_first(error, name)
+
+
+def _raise_first(error: ValidationError, section: str) -> NoReturn:
+    first = error.errors()[0]
+    key = ".".join([section, *map(str, first["loc"])])
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        raise UserError(f"{key}: {message}")
+    raise UserError(f"{key}={first['input']!r}: {message[0].lower() + message[1:]}")
+
+
+def _section_class(section: str) -> type[Section]:
     annotation = Config.model_fields[section].annotation
-    assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    return list(annotation.model_fields)
+    assert isinstance(annotation, type) and issubclass(annotation, Section)
+    return annotation
+
+
+def _keys_of(section: str) -> list[str]:
+    return list(_section_class(section).model_fields)
 
 
 def _nearest(name: str, candidates: Sequence[str], *, among: Sequence[str] = ()) -> str:
@@ -158,23 +205,21 @@ def _one_line(error: ValidationError, *, source: str, overrides: Sequence[str]) 
     return f"{where}: {key}={first['input']!r}: {message}"
 
 
-def settings() -> list[tuple[str, str, str, str]]:
-    """(key, type, default, description) of every setting, in the tree's order, for the documentation."""
+def settings_of(kind: type[Section], name: str) -> list[tuple[str, str, str, str]]:
+    """(key, type, default, description) of every setting in a section, for the documentation."""
+    default = kind()
     rows = []
-    default = Config()
-    for name in Config.model_fields:
-        section = getattr(default, name)
-        for key, field in type(section).model_fields.items():
-            value = getattr(section, key)
-            shown = yaml.safe_dump(section.model_dump(mode="json")[key], default_flow_style=True, width=1000)
-            rows.append(
-                (
-                    f"{name}.{key}",
-                    _type_name(field.annotation),
-                    shown.removesuffix("...\n").strip() if value is not None else "null",
-                    field.description or "",
-                )
+    for key, field in kind.model_fields.items():
+        value = getattr(default, key)
+        shown = yaml.safe_dump(default.model_dump(mode="json")[key], default_flow_style=True, width=1000)
+        rows.append(
+            (
+                f"{name}.{key}",
+                _type_name(field.annotation),
+                shown.removesuffix("...\n").strip() if value is not None else "null",
+                field.description or "",
             )
+        )
     return rows
 
 

@@ -21,12 +21,12 @@ from pydantic import (
     model_validator,
 )
 
-from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
-
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
 
 BASE_CONV_LAYERS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
 
@@ -39,11 +39,12 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
-Pattern = Annotated[str, AfterValidator(_check_pattern)]
-
-
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str | Path) else value
+
+
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+Paths = Annotated[list[Path], BeforeValidator(_as_list)]
 
 
 class Section(BaseModel):
@@ -60,55 +61,42 @@ class Section(BaseModel):
         return value
 
 
+def architecture(default: Any, description: str, **limits: Any) -> Any:
+    """A setting that a model's weights belong to: they mean nothing, or do not fit, under another value."""
+    return Field(default, description=description, json_schema_extra={"architecture": True}, **limits)
+
+
+def architecture_of(section: Section) -> dict[str, Any]:
+    """The settings of a section that are part of the architecture, as plain values."""
+    fields = type(section).model_fields
+    return {name: value for name, value in section.model_dump(mode="json").items() if fields[name].json_schema_extra}
+
+
 class ModelConfig(Section):
-    """Architecture and pretext task of one wav2vec 2.0 model."""
+    """Architecture of the encoder."""
 
-    sampling_rate: Count = Field(16_000, description="Hz; audio at other rates is resampled to it")
-    normalize_waveform: bool = Field(False, description="zero mean, unit variance per utterance")
+    sampling_rate: Count = architecture(16_000, "sampling rate in Hz; other audio is resampled")
+    normalize_waveform: bool = architecture(False, "normalise each utterance to zero mean and unit variance")
 
-    conv_layers: tuple[tuple[Count, Count, Count], ...] = Field(
-        BASE_CONV_LAYERS, min_length=1, description="(channels, kernel, stride) of each layer"
+    conv_layers: tuple[tuple[Count, Count, Count], ...] = architecture(
+        BASE_CONV_LAYERS, "(channels, kernel, stride) of each convolution of the feature encoder", min_length=1
     )
-    conv_norm: Literal["group", "layer"] = Field("group", description="group: on layer 0 only; layer: every layer")
-    conv_norm_groups: Count = Field(512, description="groups of layer 0's GroupNorm")
-    conv_bias: bool = False
-    conv_padding: bool = Field(False, description="pad each convolution by (kernel - 1) // 2")
-    feature_grad_mult: Fraction = Field(0.1, description="scale of the gradient into the feature encoder")
+    conv_norm: Literal["group", "layer"] = architecture(
+        "group", "normalisation of the convolutions: GroupNorm in the first one, or LayerNorm in every one"
+    )
+    conv_norm_groups: Count = architecture(512, "number of groups with conv_norm=group")
+    conv_bias: bool = architecture(False, "add a bias in the convolutions")
+    conv_padding: bool = architecture(False, "pad each convolution by (kernel - 1) // 2 on both sides")
 
-    layers: Count = 12
-    dim: Count = 768
-    ffn_dim: Count = 3072
-    heads: Count = 12
-    norm_first: bool = Field(False, description="pre-LN blocks and a final LayerNorm; otherwise post-LN blocks")
-    embedding_norm: bool = Field(True, description="LayerNorm after the positional convolution")
-    positional_kernel: Count = 128
-    positional_groups: Count = 16
-    max_frames: Count | None = Field(None, description="longest input, in frames")
-
-    dropout: Probability = Field(0.1, description="after attention, feed-forward and the embeddings")
-    attention_dropout: Probability = 0.1
-    activation_dropout: Probability = Field(0.0, description="inside the feed-forward")
-    input_dropout: Probability = Field(0.1, description="on the projected features")
-    feature_dropout: Probability = Field(0.1, description="on the quantizer's input")
-    layerdrop: Probability = 0.05
-
-    codebooks: Count = 2
-    codebook_entries: Annotated[int, Field(ge=2)] = Field(320, description="per codebook")
-    codevector_dim: Count = Field(256, description="of all codebooks together")
-    quantizer_input: Literal["features", "projected"] = "features"
-    target_projection: bool = Field(True, description="project quantized vectors before comparing them")
-    projection_dim: Count = Field(256, description="of the space in which context and targets are compared")
-    gumbel_start: Positive = 2.0
-    gumbel_end: Positive = 0.5
-    gumbel_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.999995, description="per update")
-
-    mask_probability: Annotated[float, Field(gt=0.0, le=1.0)] = 0.65
-    mask_length: Count = Field(10, description="frames of one span")
-    mask_min_spans: Count = 2
-    negatives: Count = 100
-    logit_temperature: Positive = 0.1
-    diversity_weight: Annotated[float, Field(ge=0.0)] = 0.1
-    feature_penalty_weight: Annotated[float, Field(ge=0.0)] = 10.0
+    layers: Count = architecture(12, "number of transformer blocks")
+    dim: Count = architecture(768, "width of the transformer")
+    ffn_dim: Count = architecture(3072, "width of the feed-forward network")
+    heads: Count = architecture(12, "number of attention heads")
+    norm_first: bool = architecture(False, "pre-LN blocks with a final LayerNorm (true) or post-LN blocks (false)")
+    embedding_norm: bool = architecture(True, "apply LayerNorm after the positional convolution")
+    positional_kernel: Count = architecture(128, "kernel of the positional convolution, in frames")
+    positional_groups: Count = architecture(16, "number of groups of the positional convolution")
+    max_frames: Count | None = Field(None, description="longest input in frames; null: no limit")
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -119,98 +107,49 @@ class ModelConfig(Section):
             raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
         if self.dim % self.positional_groups:
             raise ValueError(f"positional_groups={self.positional_groups} does not divide dim={self.dim}")
-        if self.codevector_dim % self.codebooks:
-            raise ValueError(f"codebooks={self.codebooks} does not divide codevector_dim={self.codevector_dim}")
-        if not self.target_projection and self.codevector_dim != self.projection_dim:
-            raise ValueError(
-                f"without target_projection, codevector_dim={self.codevector_dim} "
-                f"must equal projection_dim={self.projection_dim}"
-            )
-        if self.gumbel_end > self.gumbel_start:
-            raise ValueError(f"gumbel_end={self.gumbel_end} is above gumbel_start={self.gumbel_start}")
         return self
 
 
-ARCHITECTURE = {
-    "sampling_rate", "normalize_waveform", "conv_layers", "conv_norm", "conv_norm_groups", "conv_bias", "conv_padding",
-    "layers", "dim", "ffn_dim", "heads", "norm_first", "embedding_norm", "positional_kernel", "positional_groups",
-    "codebooks", "codebook_entries", "codevector_dim", "quantizer_input", "target_projection", "projection_dim",
-}  # fmt: skip
-"""Settings of the model that its weights were trained with, whether their shapes show it or not."""
+class RegularizationConfig(Section):
+    """Dropout and gradient scaling in the encoder. Masks are settings of the objective."""
 
-LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
-"""The vocabulary of the published English models, in their order; `|` is the space."""
-
-
-def _read_vocabulary(value: object) -> object:
-    if value == "letters":
-        return LETTERS
-    if not isinstance(value, str | Path):
-        return value
-    try:
-        return [line.split()[0] for line in Path(value).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{value}: neither `letters` nor a file of symbols ({error})") from None
-
-
-class CtcConfig(Section):
-    """Fine-tuning: an output layer for text in place of the pretext task."""
-
-    vocabulary: Annotated[list[str], BeforeValidator(_read_vocabulary)] = Field(
-        [],
-        description="symbols of the output layer, the first CTC's blank: a list, a file with one a line, or `letters` "
-        "(English capitals, as in the published models). Empty: a run pretrains",
+    dropout: Probability = Field(0.1, description="dropout after attention, feed-forward network and embeddings")
+    attention_dropout: Probability = Field(0.1, description="dropout of the attention weights")
+    activation_dropout: Probability = Field(0.0, description="dropout inside the feed-forward network")
+    input_dropout: Probability = Field(0.1, description="dropout of the projected features")
+    layerdrop: Probability = Field(
+        0.05, description="probability of skipping a transformer block, drawn once per update for all ranks"
     )
-    sentencepiece: Path | None = Field(
-        None,
-        description="SentencePiece model that cuts transcripts into labels; an empty ctc.vocabulary becomes the blank "
-        "and its pieces",
-    )
-    final_dropout: Probability = Field(0.0, description="before the output layer")
-    channel_mask_probability: Fraction = Field(0.0, description="of a channel to be masked; model.mask_* mask frames")
-    channel_mask_length: Count = Field(64, description="channels of one span")
-    freeze_encoder_updates: Annotated[int, Field(ge=0)] = Field(
-        0,
-        description="updates in which the output layer alone learns; model.feature_grad_mult=0 freezes the CNN always",
+    feature_grad_mult: Fraction = Field(
+        0.1, description="scale of the gradient into the feature encoder; 0 freezes its parameters"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _take_pieces(cls, settings: Any) -> Any:
-        if isinstance(settings, dict) and not settings.get("vocabulary"):
-            path = settings.get("sentencepiece")
-            if isinstance(path, str | Path):
-                return {**settings, "vocabulary": vocabulary_of(open_pieces(Path(path)))}
-        return settings
 
-    @model_validator(mode="after")
-    def _check(self) -> CtcConfig:
-        if repeated := [symbol for symbol in self.vocabulary if self.vocabulary.count(symbol) > 1]:
-            raise ValueError(f"vocabulary: {repeated[0]!r} is in it twice")
-        if len(self.vocabulary) == 1:
-            raise ValueError("vocabulary: a blank alone")
-        return self
+class ObjectiveConfig(Section):
+    """What the model learns. Each objective has its own settings, which `w2vscale.objectives` defines and checks."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field("wav2vec2", description="training objective")
 
 
 class DataConfig(Section):
     """Which audio is read, and how."""
 
     mode: Literal["index", "stream"] = Field(
-        "index", description="index: planned, with exact resumes. stream: Lhotse Shar, read in sequence"
+        "index", description="index: planned batches with exact resumes; stream: Lhotse Shar, read in sequence"
     )
-    train: Annotated[list[Path], BeforeValidator(_as_list)] = Field(
-        [], description="indexed Lhotse cut manifests; of mode=stream, folders of shards"
-    )
-    validation: Annotated[list[Path], BeforeValidator(_as_list)] = Field([], description="likewise; may be empty")
-    max_seconds: Positive = Field(15.625, description="longer utterances are cropped to this at a random offset")
-    min_seconds: Positive = Field(2.0, description="shorter utterances are left out")
-    max_bad_fraction: Fraction = Field(0.05, description="of unreadable utterances, above which the run stops")
-    workers: Annotated[int, Field(ge=0)] = Field(4, description="loader processes per rank; 0: in the main process")
+    train: Paths = Field([], description="indexed Lhotse cut manifests; with mode=stream, folders of Shar shards")
+    validation: Paths = Field([], description="indexed Lhotse cut manifests; empty: no validation")
+    max_seconds: Positive = Field(15.625, description="crop longer utterances to this many seconds, at a random offset")
+    min_seconds: Positive = Field(2.0, description="leave out utterances shorter than this many seconds")
+    max_bad_fraction: Fraction = Field(0.05, description="abort when more than this fraction of utterances is unusable")
+    workers: CountOrZero = Field(4, description="loader processes per rank; 0: load in the main process")
     prefetch: Count = Field(
-        4, description="micro-batches that each loader process prepares ahead; more where an update needs more"
+        4, description="micro-batches that each loader process prepares ahead; raised where an update needs more"
     )
     stream_buffer: Count = Field(
-        1000, description="mode=stream: utterances that each loader process holds, to batch those of similar length"
+        1000, description="utterances that each loader process holds with mode=stream, to batch similar lengths"
     )
 
     @model_validator(mode="after")
@@ -221,16 +160,17 @@ class DataConfig(Section):
 
 
 class MixConfig(Section):
-    """How much of each corpus or language an epoch of `data.train` holds; it lasts as long as all of them together."""
+    """The share of each corpus or language in an epoch, which is as long as all of `data.train`."""
 
     by: Literal["nothing", "corpus", "language", "corpus/language"] = Field(
-        "nothing", description="what is balanced; a corpus is one manifest. nothing: an epoch has each utterance once"
+        "nothing",
+        description="what is balanced; a corpus is one manifest. nothing: an epoch has each utterance once",
     )
-    temperature: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
-        0.5, description="a group's share is proportional to hours^temperature; 1: as it is, 0: all equal"
+    temperature: Fraction = Field(
+        0.5, description="the share of a group is proportional to hours^temperature; 1: as it is, 0: equal shares"
     )
     weights: dict[str, Positive] = Field(
-        {}, description="shares instead of a temperature, for every manifest's path, language, or path/language"
+        {}, description="shares to use instead of a temperature, by manifest path, language, or path/language"
     )
 
     @model_validator(mode="after")
@@ -244,37 +184,35 @@ class AugmentConfig(Section):
     """Lhotse's augmentations of `data.train`; off by default."""
 
     speed: list[Annotated[float, Field(ge=0.5, le=2.0)]] = Field(
-        [], description="factors, of which each utterance draws one; with 1.0 some stay as they are"
+        [], description="speed factors; each utterance draws one"
     )
-    reverb: Annotated[list[Path], BeforeValidator(_as_list)] = Field(
-        [], description="indexed cut manifests of room impulse responses"
-    )
-    reverb_probability: Fraction = Field(0.5, description="of an utterance to be reverberated")
-    noise: Annotated[list[Path], BeforeValidator(_as_list)] = Field([], description="indexed cut manifests of noises")
-    noise_probability: Fraction = Field(0.5, description="of an utterance to get a noise added")
-    noise_snr: tuple[float, float] = Field((10.0, 20.0), description="signal-to-noise ratio in dB: from, to")
+    reverb: Paths = Field([], description="indexed cut manifests of room impulse responses")
+    reverb_probability: Fraction = Field(0.5, description="probability of reverberating an utterance")
+    noise: Paths = Field([], description="indexed cut manifests of noise")
+    noise_probability: Fraction = Field(0.5, description="probability of adding noise to an utterance")
+    noise_snr: tuple[float, float] = Field((10.0, 20.0), description="range of the signal-to-noise ratio in dB")
 
     @model_validator(mode="after")
     def _check(self) -> AugmentConfig:
         if self.noise_snr[0] > self.noise_snr[1]:
-            raise ValueError(f"noise_snr={list(self.noise_snr)}: the first is above the second")
+            raise ValueError(f"noise_snr={list(self.noise_snr)}: the first value is above the second")
         return self
 
 
 class BatchConfig(Section):
     """What one update consists of."""
 
-    max_seconds: Positive = Field(87.5, description="padded audio of one micro-batch, at most")
-    micro_batches: Count = Field(64, description="per update, over all ranks")
+    max_seconds: Positive = Field(87.5, description="largest micro-batch in seconds of padded audio")
+    micro_batches: Count = Field(64, description="micro-batches per update, over all ranks")
     concat: Count | Literal["auto"] = Field(
         1,
-        description="micro-batches that share one forward; does not change the result. auto: as many of similar length "
-        "as fit into memory, measured before the first update",
+        description="micro-batches that share one forward; does not change the result. auto: on a GPU, as many of "
+        "similar length as fit into its memory, measured before the first update; 1 on a CPU",
     )
-    buckets: Count = Field(64, description="duration buckets, at most")
+    buckets: Count = Field(64, description="largest number of duration buckets")
     pad_to: Literal["longest", "bucket"] = Field(
         "longest",
-        description="pad to a micro-batch's longest utterance, or to its bucket's: more padding, few widths; "
+        description="pad to the longest utterance of a micro-batch, or of its bucket (more padding, fewer shapes); "
         "does not change the result",
     )
 
@@ -289,31 +227,33 @@ class BatchConfig(Section):
 class ParameterGroupConfig(Section):
     """Settings of the parameters whose name a regular expression finds."""
 
-    pattern: Pattern
-    lr_scale: Annotated[float, Field(ge=0.0)] = 1.0
-    weight_decay: Annotated[float, Field(ge=0.0)] | None = Field(None, description="null: optim.weight_decay")
+    pattern: Pattern = Field(description="regular expression that is searched in parameter names")
+    lr_scale: NotNegative = Field(1.0, description="factor of the learning rate")
+    weight_decay: NotNegative | None = Field(None, description="weight decay; null: optim.weight_decay")
 
 
 class OptimConfig(Section):
     """AdamW."""
 
     lr: Positive = Field(5e-4, description="peak learning rate")
-    betas: tuple[Probability, Probability] = (0.9, 0.98)
-    eps: Positive = 1e-6
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.01, description="on matrices only")
-    max_norm: Positive | None = Field(1.0, description="gradients are clipped to this L2 norm; null: never")
-    groups: list[ParameterGroupConfig] = []
+    betas: tuple[Probability, Probability] = Field((0.9, 0.98), description="decay rates of the moments")
+    eps: Positive = Field(1e-6, description="added to the denominator")
+    weight_decay: NotNegative = Field(0.01, description="weight decay of matrices; vectors have none")
+    max_norm: Positive | None = Field(1.0, description="clip gradients to this L2 norm; null: do not clip")
+    groups: list[ParameterGroupConfig] = Field(
+        [], description="parameter groups with other settings; the first pattern that matches counts"
+    )
 
 
 class ScheduleConfig(Section):
     """The learning rate over the updates, as a share of `optim.lr`."""
 
-    kind: Literal["cosine", "linear", "tri_stage"] = "cosine"
-    warmup_updates: Annotated[int, Field(ge=0)] = Field(32_000, description="cosine and linear")
-    final_ratio: Fraction = Field(0.1, description="at the last update")
-    initial_ratio: Fraction = Field(0.01, description="tri_stage: at the first update")
+    kind: Literal["cosine", "linear", "tri_stage"] = Field("cosine", description="shape of the schedule")
+    warmup_updates: CountOrZero = Field(32_000, description="updates of linear warm-up (cosine, linear)")
+    final_ratio: Fraction = Field(0.1, description="share of the peak at the last update")
+    initial_ratio: Fraction = Field(0.01, description="share of the peak at the first update (tri_stage)")
     stages: tuple[Fraction, Fraction, Fraction] = Field(
-        (0.1, 0.4, 0.5), description="tri_stage: shares of warm-up, constant and decay"
+        (0.1, 0.4, 0.5), description="shares of warm-up, constant rate and decay (tri_stage)"
     )
 
     @model_validator(mode="after")
@@ -321,32 +261,30 @@ class ScheduleConfig(Section):
         if abs(sum(self.stages) - 1.0) > 1e-6:
             raise ValueError(f"stages={self.stages} must add up to 1")
         if self.kind == "tri_stage" and self.final_ratio == 0.0:
-            raise ValueError("final_ratio=0 cannot be reached by tri_stage's exponential decay")
+            raise ValueError("final_ratio=0 cannot be reached by the exponential decay of kind=tri_stage")
         return self
 
 
 class EngineConfig(Section):
     """What runs the updates. The engine does not change the result."""
 
-    name: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    name: Literal["ddp", "fsdp", "deepspeed"] = Field("ddp", description="training engine")
     reshard_after_forward: bool = Field(
         True, description="fsdp: free gathered parameters after the forward, and shard gradients after each backward"
     )
     shard_size: Count | None = Field(
-        None, description="fsdp: ranks that share one copy of the model (hybrid sharding); null: all"
+        None, description="fsdp: number of ranks that share one copy of the model (hybrid sharding); null: all"
     )
     offload: bool = Field(False, description="fsdp: keep parameters, gradients and optimizer state in host memory")
-    deepspeed_config: str = Field("zero2", description="deepspeed: the name of a file in ds_configs/, or a path")
+    deepspeed_config: str = Field("zero2", description="deepspeed: name of a file in ds_configs/, or a path")
     activation_checkpointing: Literal["none", "features", "selective", "full"] = Field(
         "none",
-        description="recompute activations in the backward. features: of the feature encoder; selective: and of every "
-        "n-th block; full: and of every block",
+        description="recompute activations in the backward: none, those of the feature encoder, also of every n-th "
+        "block, or also of every block",
     )
-    activation_checkpointing_every: Count = Field(2, description="selective: n")
-    compile: bool = Field(False, description="compile the transformer's blocks (torch.compile)")
-    compare_ranks_every: Count = Field(
-        50, description="updates, between checks that all ranks are about to compute the same"
-    )
+    activation_checkpointing_every: Count = Field(2, description="n with activation_checkpointing=selective")
+    compile: bool = Field(False, description="compile the transformer blocks with torch.compile")
+    compare_ranks_every: Count = Field(50, description="updates between checks that all ranks do the same work")
 
     @model_validator(mode="after")
     def _check(self) -> EngineConfig:
@@ -360,49 +298,48 @@ class EngineConfig(Section):
 class PrecisionConfig(Section):
     """Master weights, optimizer state and reductions are always fp32."""
 
-    compute: Literal["bf16", "fp32"] = "bf16"
+    compute: Literal["bf16", "fp32"] = Field("bf16", description="type of activations and matrix products")
 
 
 class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""
 
-    every: Count = Field(1000, description="updates")
-    asynchronous: bool = Field(True, description="training goes on while a copy in host memory is written")
-    keep_last: Count = Field(2, description="newest checkpoints")
-    keep_every: Annotated[int, Field(ge=0)] = Field(0, description="also keep every multiple of this; 0: none")
-    keep_best: Annotated[int, Field(ge=0)] = Field(
-        0, description="also keep this many with the lowest validation loss at their update; 0: none"
-    )
+    every: Count = Field(1000, description="updates between checkpoints")
+    asynchronous: bool = Field(True, description="write a copy from host memory while training goes on")
+    keep_last: Count = Field(2, description="number of newest checkpoints to keep")
+    keep_every: CountOrZero = Field(0, description="also keep every checkpoint whose update is a multiple; 0: none")
+    keep_best: CountOrZero = Field(0, description="also keep this many with the lowest validation loss; 0: none")
 
 
 class LoggingConfig(Section):
-    """Where and how often metrics go."""
+    """Where and how often metrics are written."""
 
-    every: Count = Field(100, description="updates")
-    tensorboard: bool = True
+    every: Count = Field(100, description="updates between log lines")
+    tensorboard: bool = Field(True, description="also write TensorBoard files")
 
 
 class TrainerConfig(Section):
     """The run as a whole."""
 
-    updates: Count = 400_000
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    validate_every: Count = Field(5000, description="updates")
+    updates: Count = Field(400_000, description="number of optimizer steps")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of all randomness")
+    validate_every: Count = Field(5000, description="updates between validations")
     init_from: Path | None = Field(
         None,
-        description="whose weights a new run starts from: a checkpoint, a folder of Transformers, or fairseq's .pt",
+        description="start a new run from the weights of this checkpoint, Transformers folder, or .pt file of fairseq",
     )
     init_allow: Annotated[list[Pattern], BeforeValidator(_as_list)] = Field(
-        [], description="regular expressions: tensors and model settings that may be missing there or differ"
+        [], description="regular expressions of tensors and settings that may be missing or differ in init_from"
     )
-    max_skipped_in_a_row: Count = Field(20, description="non-finite updates, after which the run stops")
+    max_skipped_in_a_row: Count = Field(20, description="stop after this many consecutive non-finite updates")
 
 
 class Config(Section):
     """All settings of one run."""
 
     model: ModelConfig = ModelConfig()
-    ctc: CtcConfig = CtcConfig()
+    regularization: RegularizationConfig = RegularizationConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig = DataConfig()
     mix: MixConfig = MixConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -417,44 +354,25 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.data.mode == "stream" and self.mix.by != "nothing":
+        data, batch = self.data, self.batch
+        if data.mode == "stream" and self.mix.by != "nothing":
             raise ValueError(f"mix.by={self.mix.by} is for data.mode=index, not data.mode=stream")
-        if self.data.mode == "stream" and self.batch.pad_to == "bucket":
+        if data.mode == "stream" and batch.pad_to == "bucket":
             raise ValueError("batch.pad_to=bucket is for data.mode=index, not data.mode=stream")
-        if self.data.max_seconds > self.batch.max_seconds:
+        if data.max_seconds > batch.max_seconds:
             raise ValueError(
-                f"data.max_seconds={self.data.max_seconds} does not fit "
-                f"into a micro-batch of batch.max_seconds={self.batch.max_seconds}"
+                f"data.max_seconds={data.max_seconds} does not fit "
+                f"into a micro-batch of batch.max_seconds={batch.max_seconds}"
             )
-        if self.batch.max_seconds * self.model.sampling_rate >= 2**31:
-            raise ValueError(
-                f"batch.max_seconds={self.batch.max_seconds:g}: a micro-batch has at most 2^31 - 1 samples"
-            )
-        if self.checkpoint.keep_best and not self.data.validation:
+        if batch.max_seconds * self.model.sampling_rate >= 2**31:
+            raise ValueError(f"batch.max_seconds={batch.max_seconds:g}: a micro-batch has at most 2^31 - 1 samples")
+        if self.checkpoint.keep_best and not data.validation:
             raise ValueError(f"checkpoint.keep_best={self.checkpoint.keep_best} needs data.validation")
-        if self.ctc.vocabulary:
-            self._check_fine_tuning()
-        if self.batch.concat != "auto" and self.batch.concat > self.batch.micro_batches:
-            raise ValueError(
-                f"batch.concat={self.batch.concat} is above batch.micro_batches={self.batch.micro_batches}"
-            )
+        if batch.concat != "auto" and batch.concat > batch.micro_batches:
+            raise ValueError(f"batch.concat={batch.concat} is above batch.micro_batches={batch.micro_batches}")
         if self.schedule.kind != "tri_stage" and self.schedule.warmup_updates > self.trainer.updates:
             raise ValueError(
                 f"schedule.warmup_updates={self.schedule.warmup_updates} is above "
                 f"trainer.updates={self.trainer.updates}"
             )
         return self
-
-    def _check_fine_tuning(self) -> None:
-        if self.data.mode == "stream":
-            raise ValueError("ctc.vocabulary: fine-tuning needs data.mode=index")
-        if min(self.augment.speed, default=1.0) < 1.0:
-            raise ValueError(
-                f"augment.speed={self.augment.speed}: slowed utterances would be cropped, and their text not"
-            )
-        frozen = self.ctc.freeze_encoder_updates > 0 or self.model.feature_grad_mult == 0.0
-        if frozen and self.optim.weight_decay > 0.0:
-            raise ValueError(
-                f"optim.weight_decay={self.optim.weight_decay:g} would shrink what is frozen "
-                "(ctc.freeze_encoder_updates, model.feature_grad_mult=0): set it to 0"
-            )

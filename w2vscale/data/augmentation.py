@@ -7,10 +7,10 @@ from lhotse.audio.mixer import AudioMixer
 from lhotse.augmentation import ReverbWithImpulseResponse, Speed
 from numpy.typing import NDArray
 
-from w2vscale.config import Config
+from w2vscale.config.tree import AugmentConfig
 from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio
 from w2vscale.data.manifest import Corpus, audio_path
-from w2vscale.data.micro_batch import BadAudio, shortest_samples
+from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.data.resampling import at_rate
 
@@ -18,29 +18,33 @@ from w2vscale.data.resampling import at_rate
 class Augmentation:
     """Changes the utterances of a training set.
 
+    Args:
+        config: what to apply, and how often.
+        sampling_rate: of the audio, in Hz.
+        shortest: samples of the shortest utterance that can be learned from.
+        seed: of the run.
+
     Raises:
         UserError: a manifest of noises or impulse responses cannot be used.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config.augment
-        self.seed = config.trainer.seed
-        self.rate = config.model.sampling_rate
-        self.shortest = shortest_samples(config.model)
+    def __init__(self, config: AugmentConfig, *, sampling_rate: int, shortest: int, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self.rate = sampling_rate
+        self.shortest = shortest
         self.noises = Corpus(self.config.noise, setting="augment.noise") if self.config.noise else None
         self.responses = Corpus(self.config.reverb, setting="augment.reverb") if self.config.reverb else None
 
     def __call__(
         self, audio: NDArray[np.float32], *, number: int, place: int
     ) -> tuple[NDArray[np.float32], list[BadAudio]]:
-        """Utterance `place` of micro-batch `number`, of at most as many samples, and what could not be used for it.
-
-        It is `audio` itself where nothing was changed.
-        """
+        """Augment utterance `place` of micro-batch `number`; also returns the noises and impulse responses that could not
+        be used. The result has at most as many samples, and is `audio` itself where nothing was changed."""
         draws = generator(self.seed, Stream.AUGMENTATION, number, place)
         bad: list[BadAudio] = []
         samples = unchanged = audio[None]
-        # All is drawn at each utterance, so that one setting does not change what another draws.
+        # Everything is drawn for each utterance, so that one setting does not change the draws of another.
         factor = draws.choice(self.config.speed or [1.0])
         reverberate, add_noise = draws.random(2) < [self.config.reverb_probability, self.config.noise_probability]
         snr = draws.uniform(*self.config.noise_snr)

@@ -1,20 +1,34 @@
-"""The tensors of one forward, how they travel, and how micro-batches are joined into one."""
+"""The tensors of one forward: how they are padded, travel between processes, and are joined.
+
+What a forward takes is a NamedTuple of an objective's own, whose field `audio` is an `AudioBatch`. Its other fields are
+tensors whose first dimension lists things utterance by utterance, or tuples of numbers that the host needs. So every
+function here works for any objective.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from w2vscale.config import ModelConfig
+from w2vscale.models.feature_encoder import output_frames
+
 ALIGNMENT = 64
-"""Bytes, in a buffer of several tensors."""
+"""Bytes between the beginnings of tensors in a shared buffer are a multiple of this."""
+
+T = TypeVar("T")
 
 
-class _Place(NamedTuple):
-    """One tensor in a buffer."""
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a buffer."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -26,150 +40,154 @@ class _Place(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Bytes up to the next tensor."""
+        """Bytes from its beginning to that of the next tensor."""
         return self.size + -self.size % ALIGNMENT
 
 
-class PretrainingInputs(NamedTuple):
-    """B utterances of at most S samples and T frames, with M masked frames in all.
+class AudioBatch(NamedTuple):
+    """B utterances, padded to S samples and T frames."""
 
-    Masked frames are listed utterance by utterance: `utterance_M` and `frame_M` say which frame each is, `slot_M`
-    its number among its utterance's masked frames, `negatives_MK` the slots of its K negatives.
+    waveforms_BS: Tensor
+    lengths_B: Tensor  # samples
+    frames_B: Tensor
+    mask_BT: Tensor  # frames whose features are replaced by the mask embedding
+    samples: tuple[int, ...]  # the lengths again, as numbers that the host can read without waiting for a device
+    utterances: tuple[int, ...]  # number of utterances in each micro-batch that shares this forward
+
+    @property
+    def padded(self) -> bool:
+        """Whether some utterance is shorter than the batch."""
+        return min(self.samples) < self.waveforms_BS.shape[1]
+
+    @property
+    def lengths(self) -> tuple[Tensor | None, Tensor | None]:
+        """`lengths_B` and `frames_B` for the encoder, or None where nothing is padded."""
+        return (self.lengths_B, self.frames_B) if self.padded else (None, None)
+
+
+class Inputs(Protocol):
+    """What an objective's forward takes."""
+
+    @property
+    def audio(self) -> AudioBatch:
+        """Padded utterances."""
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Share of each micro-batch in the loss denominator, e.g. its number of masked frames."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One utterance of a micro-batch, and what the objective has read from its cut."""
+
+    waveform: NDArray[np.float32]
+    target: Any
+    place: int
+    """Its place in the planned micro-batch, which its random draws depend on: leaving out another changes nothing."""
+
+
+def audio_batch(waveforms: Sequence[NDArray[np.float32]], config: ModelConfig, *, width: int) -> AudioBatch:
+    """Pad utterances to the longest, and to at least `width` samples. No frame is masked."""
+    lengths = np.array([waveform.size for waveform in waveforms])
+    padded = torch.zeros(len(waveforms), max(width, int(lengths.max())))
+    for row_S, waveform in zip(padded, waveforms, strict=True):
+        row_S[: waveform.size] = torch.from_numpy(waveform)
+    frames = [output_frames(int(length), config) for length in lengths]
+    return AudioBatch(
+        waveforms_BS=padded,
+        lengths_B=torch.from_numpy(lengths),
+        frames_B=torch.tensor(frames),
+        mask_BT=torch.zeros(len(waveforms), output_frames(padded.shape[1], config), dtype=torch.bool),
+        samples=tuple(lengths.tolist()),
+        utterances=(len(waveforms),),
+    )
+
+
+def join(parts: Sequence[T]) -> T:
+    """Join the inputs of micro-batches for one forward.
+
+    Tensors are padded to the same second dimension and concatenated; tuples of numbers are concatenated.
     """
-
-    waveforms_BS: Tensor
-    lengths_B: Tensor  # samples
-    frames_B: Tensor
-    mask_BT: Tensor
-    utterance_M: Tensor
-    frame_M: Tensor
-    slot_M: Tensor
-    negatives_MK: Tensor
-    utterances: tuple[int, ...]  # of each micro-batch that shares this forward
-    masked: tuple[int, ...]  # masked frames of each
-    slots: int  # most masked frames in an utterance
-    padded: bool  # whether utterances differ in length
-
-    @property
-    def weights(self) -> tuple[int, ...]:
-        """Each micro-batch's share of the loss denominator: its masked frames."""
-        return self.masked
+    first: Any = parts[0]
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(first, Tensor):
+        tensors: Any = parts
+        if first.dim() > 1:
+            width = max(tensor.shape[1] for tensor in tensors)
+            tensors = [_pad(tensor, width) for tensor in tensors]
+        joined: Any = torch.cat(tensors)
+    elif _is_named(first):
+        joined = type(first)(*(join(fields) for fields in zip(*parts, strict=True)))
+    else:
+        joined = tuple(number for part in parts for number in part)  # type: ignore[attr-defined]
+    result: T = joined
+    return result
 
 
-class CtcInputs(NamedTuple):
-    """B utterances of at most S samples and T frames, with L labels in all, listed utterance by utterance."""
-
-    waveforms_BS: Tensor
-    lengths_B: Tensor  # samples
-    frames_B: Tensor
-    mask_BT: Tensor
-    channel_mask_BD: Tensor
-    labels_L: Tensor
-    label_lengths_B: Tensor
-    utterances: tuple[int, ...]  # of each micro-batch that shares this forward
-    labels: tuple[int, ...]  # of each
-    padded: bool  # whether utterances differ in length
-
-    @property
-    def weights(self) -> tuple[int, ...]:
-        """Each micro-batch's share of the loss denominator: its labels."""
-        return self.labels
-
-
-Inputs = TypeVar("Inputs", PretrainingInputs, CtcInputs)
-
-
-def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+def to_device(inputs: T, device: torch.device) -> T:
     """A copy on `device`; asynchronous from pinned memory."""
-    moved: list[Any] = [field.to(device, non_blocking=True) if isinstance(field, Tensor) else field for field in inputs]
-    return type(inputs)(*moved)
+    return _replace(Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
 
 
-def on_stream(inputs: PretrainingInputs | CtcInputs, stream: torch.cuda.Stream) -> None:
-    """Tell the allocator that `stream` reads them, not only the stream that they were copied on."""
-    for field in inputs:
-        if isinstance(field, Tensor):
-            field.record_stream(stream)
+def tensors_of(inputs: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in `inputs` with the name of its field."""
+    if isinstance(inputs, Tensor):
+        yield name, inputs
+    elif _is_named(inputs):
+        for field, value in zip(inputs._fields, inputs, strict=True):  # type: ignore[attr-defined, call-overload]
+            yield from tensors_of(value, field)
 
 
-def pack(inputs: PretrainingInputs | CtcInputs) -> tuple[Tensor, list[Any]]:
+def pack(inputs: object) -> tuple[Tensor, Any]:
     """All tensors in one buffer of bytes, and what `unpack` needs beside it.
 
-    Between processes and into pinned memory, one piece of memory goes in a fraction of the time of eight.
+    Between processes and into pinned memory, one piece of memory moves in a fraction of the time of eight.
     """
-    layout: list[Any] = [_Place(field.dtype, field.shape) if isinstance(field, Tensor) else field for field in inputs]
-    buffer = torch.empty(sum(place.room for place in layout if isinstance(place, _Place)), dtype=torch.uint8)
+    layout = _replace(Tensor, lambda tensor: Place(tensor.dtype, tensor.shape), inputs)
+    tensors = [tensor for _, tensor in tensors_of(inputs)]
+    places = [Place(tensor.dtype, tensor.shape) for tensor in tensors]
+    buffer = torch.empty(sum(place.room for place in places), dtype=torch.uint8)
     start = 0
-    for field, place in zip(inputs, layout, strict=True):
-        if isinstance(field, Tensor):
-            buffer[start : start + place.size].view(place.dtype).view(place.shape).copy_(field)
-            start += place.room
+    for tensor, place in zip(tensors, places, strict=True):
+        buffer[start : start + place.size].view(place.dtype).view(place.shape).copy_(tensor)
+        start += place.room
     return buffer, layout
 
 
-def unpack(kind: type[Inputs], buffer: Tensor, layout: list[Any]) -> Inputs:
-    """The inverse of `pack`: tensors that share `buffer`."""
-    fields: list[Any] = []
+def unpack(buffer: Tensor, layout: Any) -> Any:
+    """The inverse of `pack`: inputs whose tensors share `buffer`."""
     start = 0
-    for place in layout:
-        if not isinstance(place, _Place):
-            fields.append(place)
-            continue
-        fields.append(buffer[start : start + place.size].view(place.dtype).view(place.shape))
-        start += place.room
-    return kind(*fields)
+
+    def take(place: Place) -> Tensor:
+        nonlocal start
+        begin, start = start, start + place.room
+        return buffer[begin : begin + place.size].view(place.dtype).view(place.shape)
+
+    return _replace(Place, take, layout)
 
 
-def pin(inputs: Inputs) -> Inputs:
+def pin(inputs: T) -> T:
     """A copy in pinned memory."""
     buffer, layout = pack(inputs)
-    return unpack(type(inputs), buffer.pin_memory(), layout)
+    pinned: T = unpack(buffer.pin_memory(), layout)
+    return pinned
 
 
-def concatenate_ctc(inputs: Sequence[CtcInputs]) -> CtcInputs:
-    """Join micro-batches into one forward."""
-    if len(inputs) == 1:
-        return inputs[0]
-    samples = max(part.waveforms_BS.shape[1] for part in inputs)
-    frames = max(part.mask_BT.shape[1] for part in inputs)
-    widths = {(part.waveforms_BS.shape[1], part.padded) for part in inputs}
-    return CtcInputs(
-        waveforms_BS=torch.cat([_pad(part.waveforms_BS, samples) for part in inputs]),
-        lengths_B=torch.cat([part.lengths_B for part in inputs]),
-        frames_B=torch.cat([part.frames_B for part in inputs]),
-        mask_BT=torch.cat([_pad(part.mask_BT, frames) for part in inputs]),
-        channel_mask_BD=torch.cat([part.channel_mask_BD for part in inputs]),
-        labels_L=torch.cat([part.labels_L for part in inputs]),
-        label_lengths_B=torch.cat([part.label_lengths_B for part in inputs]),
-        utterances=tuple(count for part in inputs for count in part.utterances),
-        labels=tuple(count for part in inputs for count in part.labels),
-        padded=len(widths) > 1 or any(part.padded for part in inputs),
-    )
+def _replace(kind: type[Any], change: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with every part of type `kind` changed, in named tuples of any depth."""
+    if isinstance(value, kind):
+        return change(value)
+    if _is_named(value):
+        return type(value)(*(_replace(kind, change, field) for field in value))
+    return value
 
 
-def concatenate(inputs: Sequence[PretrainingInputs]) -> PretrainingInputs:
-    """Join micro-batches into one forward; their losses stay apart through `utterances` and `masked`."""
-    if len(inputs) == 1:
-        return inputs[0]
-    samples = max(part.waveforms_BS.shape[1] for part in inputs)
-    frames = max(part.mask_BT.shape[1] for part in inputs)
-    widths = {(part.waveforms_BS.shape[1], part.padded) for part in inputs}
-    first = [sum(part.waveforms_BS.shape[0] for part in inputs[:i]) for i in range(len(inputs))]
-    return PretrainingInputs(
-        waveforms_BS=torch.cat([_pad(part.waveforms_BS, samples) for part in inputs]),
-        lengths_B=torch.cat([part.lengths_B for part in inputs]),
-        frames_B=torch.cat([part.frames_B for part in inputs]),
-        mask_BT=torch.cat([_pad(part.mask_BT, frames) for part in inputs]),
-        utterance_M=torch.cat([part.utterance_M + start for part, start in zip(inputs, first, strict=True)]),
-        frame_M=torch.cat([part.frame_M for part in inputs]),
-        slot_M=torch.cat([part.slot_M for part in inputs]),
-        negatives_MK=torch.cat([part.negatives_MK for part in inputs]),
-        utterances=tuple(count for part in inputs for count in part.utterances),
-        masked=tuple(count for part in inputs for count in part.masked),
-        slots=max(part.slots for part in inputs),
-        padded=len(widths) > 1 or any(part.padded for part in inputs),
-    )
+def _is_named(value: object) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
-def _pad(x: Tensor, length: int) -> Tensor:
-    return F.pad(x, (0, length - x.shape[1]))
+def _pad(tensor: Tensor, width: int) -> Tensor:
+    missing = width - tensor.shape[1]
+    return F.pad(tensor, (*(0, 0) * (tensor.dim() - 2), 0, missing)) if missing else tensor

@@ -302,10 +302,7 @@ def rank_window(plan: Plan, update: int, *, micro_batches: int, rank: int, world
     return ordered[rank::world_size]
 
 
-def window_numbers(
-    plan: Plan, *, updates: range, micro_batches: int, rank: int, world_size: int
-) -> Iterator[tuple[int, int]]:
-    """(update, micro-batch number) of every micro-batch that `rank` runs in `updates`, in order."""
+def window_numbers(plan: Plan, *, updates: range, micro_batches: int, rank: int, world_size: int) -> Iterator[int]:
+    """The number of every micro-batch that `rank` runs in `updates`, in order."""
     for update in updates:
-        for number in rank_window(plan, update, micro_batches=micro_batches, rank=rank, world_size=world_size):
-            yield update, number
+        yield from rank_window(plan, update, micro_batches=micro_batches, rank=rank, world_size=world_size)

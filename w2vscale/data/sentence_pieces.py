@@ -1,4 +1,4 @@
-"""The SentencePiece model that `ctc.sentencepiece` names."""
+"""Reading the SentencePiece model that `objective.sentencepiece` names."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def open_pieces(path: Path) -> SentencePieceProcessor:
     """Load the model.
 
     Raises:
-        UserError: sentencepiece is not installed; the file cannot be read, is no SentencePiece model, or is one whose
-            pieces are not all text.
+        UserError: sentencepiece is not installed; the file cannot be read, is not a SentencePiece model, or has pieces
+            that are bytes.
     """
     pieces = sentencepiece().SentencePieceProcessor()
     try:
         pieces.LoadFromSerializedProto(path.read_bytes())
     except OSError as error:
-        raise UserError(f"ctc.sentencepiece={path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"objective.sentencepiece={path}: cannot be read: {error.strerror}") from None
     except RuntimeError:
-        raise UserError(f"ctc.sentencepiece={path}: not a SentencePiece model") from None
+        raise UserError(f"objective.sentencepiece={path}: not a SentencePiece model") from None
     if any(map(pieces.is_byte, range(len(pieces)))):
-        raise UserError(f"ctc.sentencepiece={path}: has pieces for bytes; train it without byte_fallback")
+        raise UserError(f"objective.sentencepiece={path}: has pieces for bytes; train it without byte_fallback")
     return pieces
 
 

@@ -6,7 +6,7 @@ DynamicBucketingSampler forms micro-batches. The stream never ends, so every ran
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -22,12 +22,14 @@ from lhotse.shar.readers.lazy import LazySharIterator
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from w2vscale.config import Config
-from w2vscale.data.augmentation import Augmentation
-from w2vscale.data.loading import Assembler, Crop, gather_windows, loader_settings
-from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
+from w2vscale.config import BatchConfig, DataConfig, ModelConfig
+from w2vscale.data.assembly import Assembler, Crop
+from w2vscale.data.inputs import Utterance
+from w2vscale.data.loading import gather_windows, loader_settings
+from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed, generator
 from w2vscale.errors import UserError
+from w2vscale.models.feature_encoder import input_samples
 
 UTTERANCES_PER_BUCKET = 50
 """Of those that a loader process holds: in smaller buckets few would have company of their length."""
@@ -45,19 +47,26 @@ class Shard:
 
 
 class StreamedMicroBatches:
-    """An endless stream of micro-batches of the shards in some folders.
+    """An endless stream of micro-batches of the shards in `data.train`.
 
     Raises:
-        UserError: a folder holds no shards, or no shard holds a cut that is long enough.
+        UserError: a folder holds no shards, no shard holds a cut that is long enough, or the objective cannot learn
+            from cropped utterances.
     """
 
-    def __init__(self, folders: Sequence[Path], config: Config, *, augmentation: Augmentation | None = None) -> None:
-        self.config = config
-        self.shards = [shard for folder in folders for shard in find_shards(folder)]
+    def __init__(self, assemble: Assembler, *, model: ModelConfig, data: DataConfig, batch: BatchConfig) -> None:
+        if not assemble.maker.crops:
+            raise UserError("data.mode=stream crops utterances, which this objective cannot use; set data.mode=index")
+        self.assemble = assemble
+        self.model, self.data, self.batch = model, data, batch
+        self.seed = assemble.seed
+        self.shortest_seconds = max(
+            data.min_seconds, input_samples(assemble.maker.shortest_frames, model) / model.sampling_rate
+        )
+        self.shards = [shard for folder in data.train for shard in find_shards(folder)]
         if not self.shards:
             raise UserError("data.train names no folder of shards: set data.train=DIR (made by: w2vscale data shar)")
-        self.assemble = Assembler(config, seed=config.trainer.seed, augmentation=augmentation)
-        self.bounds = _duration_bounds(self.shards, config)
+        self.bounds = self._duration_bounds()
 
     @property
     def utterances(self) -> None:
@@ -73,31 +82,67 @@ class StreamedMicroBatches:
 
     def largest(self) -> MicroBatch:
         """One of noise, with as many of the longest utterances as a micro-batch can have."""
-        config, rate = self.config, self.config.model.sampling_rate
-        samples = int(config.data.max_seconds * rate)
-        rows = int(config.batch.max_seconds / config.data.max_seconds)
+        samples = int(self.data.max_seconds * self.model.sampling_rate)
+        rows = int(self.batch.max_seconds / self.data.max_seconds)
         noise = np.random.default_rng(0).standard_normal((rows, samples), dtype=np.float32)
-        inputs = make_inputs(list(noise), range(rows), number=0, seed=0, config=config.model)
-        return MicroBatch(0, 0, inputs, noise.size)
+        utterances = [Utterance(waveform, None, place) for place, waveform in enumerate(noise)]
+        inputs = self.assemble.maker.make_inputs(utterances, rng=lambda place: generator(0, Stream.MASK, 0, place))
+        return MicroBatch(0, inputs, noise.size)
 
     def examples(self) -> Iterator[MicroBatch]:
-        """See `TrainingData.examples`: the largest alone, since the others are not known."""
+        """See `TrainingData.examples`: only the largest, because the others are not known."""
         yield self.largest()
 
-    def windows(self, updates: range, *, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
-        """For each update its window. What it holds depends on the rank, their number, and where the run resumed."""
-        dataset = _Readers(self, start=updates.start, rank=rank, world_size=world_size)
-        per_rank = self.config.batch.micro_batches // world_size
-        loader = DataLoader(dataset, **loader_settings(self.config, per_rank=per_rank))
-        return gather_windows(loader, updates, per_rank=per_rank)
+    def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
+        """See `TrainingData.windows`. The content depends on rank, world size and where the run resumed."""
+        dataset = _Readers(self, start=updates.start, micro_batches=micro_batches, rank=rank, world_size=world_size)
+        per_rank = micro_batches // world_size
+        return gather_windows(
+            DataLoader(dataset, **loader_settings(self.data, per_rank=per_rank)), updates, per_rank=per_rank
+        )
+
+    def crop(self, cut: Cut, crops: np.random.Generator) -> Cut | None:
+        """At most `data.max_seconds` of an utterance at a random offset; None if it is too short."""
+        place = crops.random()
+        if cut.duration < self.shortest_seconds:
+            return None
+        longest = self.data.max_seconds
+        if cut.duration <= longest:
+            return cut
+        return cut.truncate(offset=place * (cut.duration - longest), duration=longest, preserve_id=True)
+
+    def _duration_bounds(self) -> list[float]:
+        """Where buckets begin (in seconds): each holds the same amount of audio of the first usable shard."""
+        problem = ""
+        for shard in self.shards:
+            try:
+                durations = np.array([cut.duration for cut in LazyManifestIterator(shard.cuts)])
+            except Exception as error:  # as in _read
+                problem = problem or f"{shard.cuts}: cannot be read: {' '.join(str(error).split())[:200]}"
+                continue
+            kept = np.sort(np.minimum(durations[durations >= self.shortest_seconds], self.data.max_seconds))
+            if kept.size:
+                break
+            problem = (
+                problem or f"{shard.cuts}: no utterance lasts {self.shortest_seconds:g} seconds (data.min_seconds)"
+            )
+        else:
+            raise UserError(f"{problem}; the other {len(self.shards) - 1} shards have none either")
+        buckets = max(1, min(self.batch.buckets, self.data.stream_buffer // UTTERANCES_PER_BUCKET, kept.size))
+        shares = np.arange(1, buckets) / buckets
+        bounds: NDArray[np.float64] = np.unique(kept[np.searchsorted(np.cumsum(kept), shares * kept.sum())])
+        return bounds.tolist()
 
 
 class _Readers(IterableDataset[MicroBatch]):
-    """One rank's part of the stream; each loader process reads shards of its own."""
+    """The part of the stream for one rank; each loader process reads shards of its own."""
 
-    def __init__(self, source: StreamedMicroBatches, *, start: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, source: StreamedMicroBatches, *, start: int, micro_batches: int, rank: int, world_size: int
+    ) -> None:
         self.source = source
         self.start = start
+        self.total = micro_batches
         self.rank = rank
         self.world_size = world_size
 
@@ -106,11 +151,11 @@ class _Readers(IterableDataset[MicroBatch]):
         worker = get_worker_info()
         here, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         reader = Reader(self.source, self.start, place=self.rank * workers + here, readers=self.world_size * workers)
-        per_rank = self.source.config.batch.micro_batches // self.world_size
+        per_rank = self.total // self.world_size
         for position, crops in zip(count(here, workers), reader, strict=False):
             update, step = self.start + position // per_rank, position % per_rank
-            number = update * self.source.config.batch.micro_batches + step * self.world_size + self.rank
-            yield self.source.assemble(update, number, crops)
+            number = update * self.total + step * self.world_size + self.rank
+            yield self.source.assemble(number, crops)
 
 
 class Reader:
@@ -128,23 +173,20 @@ class Reader:
         """Utterances that could not be read from their shards since the last micro-batch."""
 
     def __iter__(self) -> Iterator[list[Crop | BadAudio]]:
-        config = self.source.config
-        seed = config.trainer.seed
-        rate = config.model.sampling_rate
-        # Of a fixed size in each bucket, since by their duration Lhotse would let some exceed the budget.
+        source, data = self.source, self.source.data
+        rate = source.model.sampling_rate
+        # A fixed size in each bucket, because batches by duration could exceed the budget.
         sizes = FixedBucketBatchSizeConstraint(
-            max_seq_len_buckets=[*self.source.bounds, config.data.max_seconds + 1e-3],
-            batch_sizes=[
-                int(config.batch.max_seconds / longest) for longest in [*self.source.bounds, config.data.max_seconds]
-            ],
+            max_seq_len_buckets=[*source.bounds, data.max_seconds + 1e-3],
+            batch_sizes=[int(source.batch.max_seconds / longest) for longest in [*source.bounds, data.max_seconds]],
         )
         sampler = DynamicBucketingSampler(
             CutSet(_Endless(self)),
             constraint=sizes,
-            duration_bins=self.source.bounds,
-            buffer_size=config.data.stream_buffer,
+            duration_bins=source.bounds,
+            buffer_size=data.stream_buffer,
             shuffle=True,
-            seed=derived_seed(seed, Stream.SHARDS, self.start, self.place) % 2**32,
+            seed=derived_seed(source.seed, Stream.SHARDS, self.start, self.place) % 2**32,
             rank=0,
             world_size=1,
         )
@@ -158,8 +200,7 @@ class Reader:
         Raises:
             UserError: it has none.
         """
-        config, shards = self.source.config, self.source.shards
-        seed = config.trainer.seed
+        shards, seed = self.source.shards, self.source.seed
         crops = generator(seed, Stream.CROP, self.start, self.place)
         # Where there are fewer shards than readers, some read the same one, and take its utterances in turn.
         sharing = max(1, len(range(self.place % len(shards), self.readers, len(shards))))
@@ -174,16 +215,18 @@ class Reader:
                     continue
                 if isinstance(cut, BadAudio):
                     self.lost.append(cut)
-                elif (cropped := _crop(cut, config, crops)) is not None:
+                elif (cropped := self.source.crop(cut, crops)) is not None:
                     found = True
                     yield cropped
             empty = 0 if found else empty + 1
             if empty == EMPTY_PASSES and self.lost:
-                raise UserError(f"{self.lost[-1].file}: {self.lost[-1].reason}; nor can the other shards of its reader")
+                raise UserError(
+                    f"{self.lost[-1].file}: {self.lost[-1].reason}; its reader could not read its other shards either"
+                )
             if empty == EMPTY_PASSES:
                 raise UserError(
                     f"loader process {self.place} of {self.readers} finds no utterance of data.min_seconds="
-                    f"{config.data.min_seconds:g} in its part of {len(shards)} shards: make more shards, or set "
+                    f"{self.source.data.min_seconds:g} in its part of {len(shards)} shards: make more shards, or set "
                     "data.workers lower"
                 )
 
@@ -239,41 +282,3 @@ def _lost(shard: Shard, read: int, error: Exception) -> list[BadAudio]:
     except Exception:
         return [BadAudio(shard.cuts.name, str(shard.cuts), "undecodable", reason)]
     return [BadAudio(name, str(shard.recording), "undecodable", reason) for name in names]
-
-
-def _crop(cut: Cut, config: Config, crops: np.random.Generator) -> Cut | None:
-    """At most `data.max_seconds` at a random offset; None if it is too short."""
-    place = crops.random()
-    if cut.duration < _shortest_seconds(config):
-        return None
-    if cut.duration <= config.data.max_seconds:
-        return cut
-    offset = place * (cut.duration - config.data.max_seconds)
-    return cut.truncate(offset=offset, duration=config.data.max_seconds, preserve_id=True)
-
-
-def _shortest_seconds(config: Config) -> float:
-    return max(config.data.min_seconds, shortest_samples(config.model) / config.model.sampling_rate)
-
-
-def _duration_bounds(shards: Sequence[Shard], config: Config) -> list[float]:
-    """Where buckets begin (in seconds): each holds as much audio of the first usable shard as any other."""
-    problem = ""
-    for shard in shards:
-        try:
-            durations = np.array([cut.duration for cut in LazyManifestIterator(shard.cuts)])
-        except Exception as error:  # as in _read
-            problem = problem or f"{shard.cuts}: cannot be read: {' '.join(str(error).split())[:200]}"
-            continue
-        kept = np.sort(np.minimum(durations[durations >= _shortest_seconds(config)], config.data.max_seconds))
-        if kept.size:
-            break
-        problem = (
-            problem or f"{shard.cuts}: no utterance lasts {_shortest_seconds(config):g} seconds (data.min_seconds)"
-        )
-    else:
-        raise UserError(f"{problem}; nor is there one in any other of {len(shards)} shards")
-    buckets = max(1, min(config.batch.buckets, config.data.stream_buffer // UTTERANCES_PER_BUCKET, kept.size))
-    shares = np.arange(1, buckets) / buckets
-    bounds: NDArray[np.float64] = np.unique(kept[np.searchsorted(np.cumsum(kept), shares * kept.sum())])
-    return bounds.tolist()

@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from w2vscale.config import Config
-from w2vscale.engine.activation_checkpointing import recompute_activations
-from w2vscale.engine.base import CanonicalState, Criterion, Engine, EngineCaps, StateReader, StepResult
-from w2vscale.engine.compilation import compile_blocks
-from w2vscale.engine.host_memory import keep_freed_memory
-from w2vscale.models.build import Wav2Vec2
+from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
+from w2vscale.engine.base import CanonicalState, Engine, StateReader, StepResult
 
-__all__ = ["CanonicalState", "Criterion", "Engine", "EngineCaps", "StateReader", "StepResult", "build_engine"]
+__all__ = ["CanonicalState", "Engine", "StateReader", "StepResult", "build_engine"]
 
 
-def build_engine(model: Wav2Vec2, criterion: Criterion, config: Config, device: torch.device) -> Engine:
-    """The engine that `engine.name` asks for. Collective.
+def build_engine(
+    model: nn.Module,
+    config: EngineConfig,
+    *,
+    optim: OptimConfig,
+    precision: PrecisionConfig,
+    device: torch.device,
+    skips_parameters: bool,
+) -> Engine:
+    """The engine that `engine.name` chooses. Collective.
 
-    `model` is on the meta device. The engine's parameters hold nothing until one of its imports.
+    `model` has empty parameters (`models.initialisation.empty_parameters`), which hold no values until one of the
+    imports of the engine. `skips_parameters`: some updates leave parameters without a gradient.
 
     Raises:
-        UserError: the engine's settings are wrong, or what it needs is not installed.
+        UserError: the settings of the engine are wrong, or what it needs is not installed.
     """
-    if device.type == "cpu":
-        keep_freed_memory()
-    elif device.type == "cuda":
-        # From torch 2.11 on it is preferred on Hopper GPUs, and builds a plan for each new shape of a batch.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    recompute_activations(model, config.engine)
-    compile_blocks(model, config.engine)
     # Imported here: each backend takes its time, and only one is needed.
-    if config.engine.name == "fsdp":
+    if config.name == "fsdp":
         from w2vscale.engine.fsdp import FSDPEngine
 
-        return FSDPEngine(model, criterion, config, device)
-    if config.engine.name == "deepspeed":
+        return FSDPEngine(model, config, optim=optim, precision=precision, device=device)
+    if config.name == "deepspeed":
         from w2vscale.engine.deepspeed.engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, criterion, config, device)
+        return DeepSpeedEngine(model, config, optim=optim, precision=precision, device=device)
     from w2vscale.engine.ddp import DDPEngine
 
-    return DDPEngine(model, criterion, config, device)
+    return DDPEngine(model, config, optim=optim, device=device, skips_parameters=skips_parameters)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine.joining import Joining
-from w2vscale.models.wav2vec2 import LossSums
-from w2vscale.objectives.ctc import CtcSums
-
-Sums = LossSums | CtcSums
-"""An objective's sums: `total` is what is differentiated, and `plus` adds them up."""
+from w2vscale.engine.accumulation import Grouping
+from w2vscale.objectives import Objective, StepContext, Sums
 
 CanonicalState = dict[str, Tensor]
-"""`model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`: fp32, sharded or not, keyed by parameter name."""
+"""`model.<name>` of parameters and persistent buffers, `optim.<name>.{exp_avg,exp_avg_sq,step}` of trained parameters.
+
+Floating-point tensors are fp32. They may be sharded in any way.
+"""
 
 
 class StateReader(Protocol):
@@ -26,22 +24,6 @@ class StateReader(Protocol):
 
     def read_into(self, state: Mapping[str, Tensor]) -> None:
         """Collective. Every tensor of `state` gets its stored value, or an error names it."""
-
-
-class Criterion(Protocol):
-    """Runs a module on micro-batches that share one forward, with everything drawn for them."""
-
-    def __call__(self, module: nn.Module, chunk: Sequence[MicroBatch], *, device: torch.device, training: bool) -> Sums:
-        """Loss sums on this rank."""
-
-
-@dataclass(frozen=True)
-class EngineCaps:
-    """Facts about an engine that others may ask for."""
-
-    name: str
-    sharded_parameters: bool
-    sharded_optimizer: bool
 
 
 @dataclass(frozen=True)
@@ -53,39 +35,44 @@ class StepResult:
 
 
 class Engine(Protocol):
-    """Owns the model, the optimizer, accumulation and sharding. All ranks make the same calls."""
+    """Owns the model, the optimizer, accumulation and sharding. All ranks make the same calls.
 
-    caps: EngineCaps
-    criterion: Criterion
-    joining: Joining
-    """Which micro-batches share a forward."""
+    Parameters with `requires_grad=False` are neither stepped nor decayed, and have no optimizer state. Buffers have
+    their initial values, are the same on all ranks after every step, and are exported and imported.
+    """
 
-    def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> Sums:
-        """Accumulate the gradient of this rank's micro-batches; returns this rank's sums.
+    def run_window(
+        self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
+        grouping: Grouping, denominator: Tensor,
+    ) -> Sums:  # fmt: skip
+        """Accumulate the gradient of the micro-batches of this rank; returns its sums.
 
         The gradient of an update is the sum over ranks and micro-batches of grad(total) / denominator.
         """
 
-    def step(self, *, lr: float, max_norm: float | None) -> StepResult:
-        """Clip, step and clear gradients. A non-finite norm skips the step on every rank."""
+    def step(
+        self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
+    ) -> StepResult:
+        """Clip, step and clear gradients. A non-finite norm skips the step on every rank.
 
-    def evaluate(self, batch: MicroBatch) -> Sums:
-        """This rank's sums, without gradients, dropout, LayerDrop or noise. Sharded parameters are resharded
-        before it returns."""
+        `after` may change the model once it was stepped; parameters are those of the engine, sharded or not.
+        """
+
+    def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
+        """Sums of this rank, without gradients and randomness. Sharded parameters are resharded before it returns."""
 
     def export_state(self) -> CanonicalState:
-        """Collective. This rank's share of parameters and optimizer state, to be written or copied before the next
-        step: DTensors whose shards together are everything, or live tensors where there is one process. Every name and
-        shape of `canonical_shapes`, and no other; a missing optimizer state is an error."""
+        """Collective. This rank's share of the state, to be written or copied before the next step: DTensors whose
+        shards together are everything, or live tensors where there is one process.
+
+        Every name of `expected_tensors`, and no other; a missing optimizer state is an error.
+        """
 
     def import_state(self, reader: StateReader) -> None:
-        """Collective. Replace parameters and optimizer state."""
+        """Collective. Replace parameters, buffers and optimizer state."""
 
-    def import_parameters(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Collective. Replace parameters by whole tensors, taken one at a time; the same on all ranks."""
-
-    def named_full_parameters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters, one at a time; all ranks iterate."""
+    def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """Collective. Replace parameters and buffers by whole tensors, taken one at a time; the same on all ranks."""
 
     def close(self) -> None:
         """Release what the engine holds."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,49 +10,51 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from w2vscale.config import Config
-from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StateReader
+from w2vscale.config import EngineConfig, OptimConfig
+from w2vscale.engine.base import CanonicalState, StateReader
+from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.rows import Rows
+from w2vscale.engine.transforms import transform
 
 
 class DDPEngine(NativeEngine):
     """Every rank holds everything; gradients are averaged, hence the factor of the world size."""
 
-    caps = EngineCaps(name="ddp", sharded_parameters=False, sharded_optimizer=False)
-
-    def __init__(self, model: nn.Module, criterion: Criterion, config: Config, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: EngineConfig,
+        *,
+        optim: OptimConfig,
+        device: torch.device,
+        skips_parameters: bool,
+    ) -> None:
+        buffers = Buffers(model)
+        transform(model, config)
         model.to_empty(device=device)
+        buffers.lay_out(device)
         self.parallel: DistributedDataParallel | None = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.gradient_scale = dist.get_world_size()
-            joined = 1 if config.batch.concat == "auto" else config.batch.concat
-            forwards = config.batch.micro_batches / (joined * dist.get_world_size())
-            # LayerDrop leaves the parameters of skipped layers without gradients, freezing those of what is frozen.
-            unused = (
-                config.model.layerdrop > 0
-                or config.model.feature_grad_mult == 0
-                or config.ctc.freeze_encoder_updates > 0
-            )
             self.parallel = DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                # Parameters are the same on all ranks by construction.
+                # Parameters are the same on all ranks by construction, and buffers are synchronised by the step.
                 init_sync=False,
-                find_unused_parameters=unused,
-                # It does not go with accumulation.
-                static_graph=not unused and forwards <= 1,
+                broadcast_buffers=False,
+                find_unused_parameters=skips_parameters,
             )
-        super().__init__(model, self.parallel or model, criterion, config, device)
+        super().__init__(model, self.parallel or model, buffers, optim, device)
         self.rows = Rows(device)
 
     def reducing(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients are reduced by a window's last backward."""
+        """Gradients are reduced in the last backward of a window."""
         return nullcontext() if last or self.parallel is None else self.parallel.no_sync()
 
     def clear_gradients(self) -> None:
-        """Gradients that are views into the reduction's buckets stay."""
+        """Keep gradients that are views into the buckets of the reduction."""
         self.optimizer.zero_grad(set_to_none=self.parallel is None)
 
     def export_state(self) -> CanonicalState:
@@ -63,16 +65,13 @@ class DDPEngine(NativeEngine):
     def import_state(self, reader: StateReader) -> None:
         """See `Engine.import_state`."""
         state = self.live_state()
-        for name, whole in self.rows.read(reader, {name: tensor.shape for name, tensor in state.items()}):
+        specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+        for name, whole in self.rows.read(reader, specs):
             state[name].copy_(whole)
 
     @torch.no_grad()
-    def import_parameters(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Engine.import_parameters`."""
-        for name, whole in parameters:
-            self.parameters[name].copy_(whole)
-
-    def named_full_parameters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.named_full_parameters`."""
-        for name, parameter in self.parameters.items():
-            yield name, parameter.detach().to(dtype)
+    def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """See `Engine.import_values`."""
+        state = self.live_state()
+        for name, whole in values:
+            state[f"model.{name}"].copy_(whole)

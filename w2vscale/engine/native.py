@@ -1,62 +1,67 @@
-"""What PyTorch's own engines share: a module whose parameters an ordinary optimizer steps."""
+"""What the engines of PyTorch share: a module whose parameters an ordinary optimizer steps."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from w2vscale.config import Config
+from w2vscale.config import OptimConfig
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StepResult, Sums
-from w2vscale.engine.joining import joining
-from w2vscale.engine.window import accumulate
+from w2vscale.engine.accumulation import Forward, Grouping, accumulate
+from w2vscale.engine.base import CanonicalState, StepResult
+from w2vscale.engine.buffers import Buffers
+from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate, state_of
 
 
 class NativeEngine(ABC):
-    """Forward, backward and step over `module`, which wraps or is `model`. Subclasses say how gradients meet."""
+    """Forward, backward and step over `module`, which wraps or is `model`. Subclasses say how gradients are reduced."""
 
-    caps: EngineCaps
     gradient_scale = 1.0
-    """Factor of the loss: what the gradients' reduction divides by."""
+    """Factor of the loss that makes up for what the reduction of gradients divides by."""
 
     def __init__(
-        self, model: nn.Module, module: nn.Module, criterion: Criterion, config: Config, device: torch.device
+        self, model: nn.Module, module: nn.Module, buffers: Buffers, optim: OptimConfig, device: torch.device
     ) -> None:
-        self.model, self.module, self.criterion, self.device = model, module, criterion, device
-        self.joining = joining(config.batch.concat)
-        # Taken once: the model of a sharding engine has other objects in their place while they are gathered.
+        self.model, self.module, self.buffers, self.device = model, module, buffers, device
+        # Taken once: while parameters are gathered, the model of a sharding engine has other objects in their place.
         self.parameters = dict(model.named_parameters())
-        shapes = [(name, parameter.shape) for name, parameter in self.parameters.items()]
-        self.optimizer = make_adamw(self.parameters, parameter_groups(shapes, config.optim), config.optim)
-        allocate_state(self.optimizer, self.parameters.values())
+        self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        shapes = [(name, parameter.shape) for name, parameter in self.trained.items()]
+        self.optimizer = make_adamw(self.trained, parameter_groups(shapes, optim), optim)
+        allocate_state(self.optimizer, self.trained.values())
 
     @abstractmethod
     def reducing(self, last: bool) -> AbstractContextManager[None]:
-        """Around one forward and backward, of which `last` is the window's last: when gradients are reduced."""
+        """Around one forward and backward (the `last` of a window or not): when gradients are reduced."""
 
-    def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> Sums:
+    def run_window(
+        self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
+        grouping: Grouping, denominator: Tensor,
+    ) -> Sums:  # fmt: skip
         """See `Engine.run_window`."""
         self.module.train()
         scale = self.gradient_scale / denominator
 
-        def run(chunk: Sequence[MicroBatch], last: bool) -> Sums:
-            with self.reducing(last):
-                sums = self.criterion(self.module, chunk, device=self.device, training=True)
+        def run(one: Forward) -> Sums:
+            with self.reducing(one.last):
+                sums = objective.forward(self.module, one.inputs, step=one.step, training=True)
                 (sums.total * scale).backward()
             return sums
 
-        return accumulate(self.joining.chunks(window), run, self.device)
+        return accumulate(grouping.groups(window), step, run, self.device)
 
-    def step(self, *, lr: float, max_norm: float | None) -> StepResult:
+    def step(
+        self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
+    ) -> StepResult:
         """See `Engine.step`."""
-        parameters = list(self.parameters.values())
+        parameters = list(self.trained.values())
         for parameter in parameters:
             if parameter.grad is None:  # a skipped layer: its gradient is zero on every engine
                 parameter.grad = torch.zeros_like(parameter)
@@ -65,7 +70,11 @@ class NativeEngine(ABC):
         if finite := math.isfinite(norm):
             set_learning_rate(self.optimizer, lr)
             self.optimizer.step()
+            if after is not None:
+                with torch.no_grad():
+                    after(self.model)
         self.clear_gradients()
+        self.buffers.synchronize()
         return StepResult(norm, skipped=not finite)
 
     def clear_gradients(self) -> None:
@@ -73,16 +82,17 @@ class NativeEngine(ABC):
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def evaluate(self, batch: MicroBatch) -> Sums:
+    def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
         """See `Engine.evaluate`."""
         self.model.eval()
-        return self.criterion(self.model, [batch], device=self.device, training=False)
+        run = lambda one: objective.forward(self.model, one.inputs, step=one.step, training=False)  # noqa: E731
+        return accumulate([[batch]], step, run, self.device)
 
     def live_state(self) -> CanonicalState:
-        """The parameters and the optimizer's state, under their canonical names."""
-        state: CanonicalState = {}
-        for name, parameter in self.parameters.items():
-            state[f"model.{name}"] = parameter.detach()
+        """Parameters, buffers and optimizer state by their canonical names."""
+        state: CanonicalState = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        state |= {f"model.{name}": buffer for name, buffer in self.buffers.persistent()}
+        for name, parameter in self.trained.items():
             for key, value in state_of(self.optimizer, name, parameter).items():
                 state[f"optim.{name}.{key}"] = value
         return state

@@ -1,4 +1,4 @@
-"""Validation over a whole corpus: an objective's sums over all ranks, and its metrics."""
+"""Validation over a whole corpus: the sums of an objective over all ranks, and its metrics."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import sum_over_ranks
-from w2vscale.engine.base import Sums
+from w2vscale.objectives import Sums, add_sums
 
 
-def reduce_sums(sums: Sums) -> Sums:
+def reduce_sums(sums: Any) -> Any:
     """Sums over all ranks, in float64 on the CPU."""
     flat = torch.cat([field.detach().double().flatten().cpu() for field in sums])
     reduced = torch.tensor(sum_over_ranks(flat.tolist()), dtype=torch.float64)
@@ -24,17 +24,16 @@ def validate(
     evaluate: Callable[[MicroBatch], Sums],
     batches: Iterable[MicroBatch],
     metrics: Callable[[Any], dict[str, float]],
-) -> tuple[dict[str, float], Sums]:
-    """Metrics, and the sums they are of, over all ranks' batches. Collective."""
+) -> dict[str, float]:
+    """Metrics over the batches of all ranks. Collective."""
     total: Any = None
     utterances = unusable = 0
     for batch in batches:
         sums = evaluate(batch)
-        total = sums if total is None else total.plus(sums)
+        total = sums if total is None else add_sums(total, sums)
         utterances += batch.utterances
         unusable += sum(audio.left_out for audio in batch.bad)
     assert total is not None
-    reduced = reduce_sums(total)
-    values = metrics(reduced)
+    values = metrics(reduce_sums(total))
     values["utterances"], values["unusable_utterances"] = sum_over_ranks([utterances, unusable])
-    return values, reduced
+    return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +17,10 @@ from torch import Tensor
 from w2vscale.checkpoint.reading import Checkpoint, open_checkpoint, read_model_tensors
 from w2vscale.config import Config, load_config
 from w2vscale.errors import UserError
-from w2vscale.interop.huggingface import huggingface_config, preprocessor_config, to_huggingface, tokenizer_files
+from w2vscale.interop.huggingface import huggingface_config, preprocessor_config, to_huggingface
 from w2vscale.interop.model_card import model_card
 from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
+from w2vscale.objectives import build_objective
 
 FORMATS = ("huggingface", "torchaudio")
 
@@ -52,22 +53,22 @@ def export_checkpoint(
     state = read_model_tensors(checkpoint)
     texts: dict[str, str]
     if form == "huggingface":
-        weights = to_huggingface(state, config.model, config.ctc)
-        tokenizer = tokenizer_files(config.ctc) if config.ctc.vocabulary else {}
+        weights = to_huggingface(state, config)
+        files = build_objective(config).transformers_head().files
         texts = {
-            "config.json": _json(huggingface_config(config.model, config.ctc)),
-            "preprocessor_config.json": _json(preprocessor_config(config.model, config.ctc)),
-            **{name: _json(document) for name, document in tokenizer.items()},
+            "config.json": _json(huggingface_config(config)),
+            "preprocessor_config.json": _json(preprocessor_config(config.model, tokenizer=bool(files))),
+            **{name: _json(document) for name, document in files.items()},
             "README.md": model_card(checkpoint, config, _run_folder(checkpoint)),
         }
     else:
-        weights = to_torchaudio(state, config.model, config.ctc)
+        weights = to_torchaudio(state, config)
         texts = {
-            "model.json": _json(torchaudio_arguments(config.model, config.ctc)),
+            "model.json": _json(torchaudio_arguments(config)),
             "preprocessor_config.json": _json(preprocessor_config(config.model)),
         }
-    files = _write(output, weights, texts, checkpoint, config)
-    return Exported(files, checkpoint.state.update)
+    written = _write(output, weights, texts, checkpoint, config)
+    return Exported(written, checkpoint.state.update)
 
 
 def _write(
@@ -97,5 +98,5 @@ def _run_folder(checkpoint: Checkpoint) -> Path | None:
     return folder if (folder / "metrics.jsonl").is_file() else None
 
 
-def _json(tree: dict[str, Any]) -> str:
+def _json(tree: Mapping[str, Any]) -> str:
     return json.dumps(tree, indent=2) + "\n"

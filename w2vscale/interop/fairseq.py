@@ -13,10 +13,12 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from w2vscale.config.tree import BASE_CONV_LAYERS, CtcConfig, ModelConfig
+from w2vscale.config import Config, ObjectiveConfig
+from w2vscale.config.tree import BASE_CONV_LAYERS
 from w2vscale.errors import UserError
 from w2vscale.interop.fairseq_file import FairseqCheckpoint
-from w2vscale.interop.names import to_ours
+from w2vscale.interop.names import PRETRAINING, by_section, to_ours
+from w2vscale.objectives import state_shapes
 
 POSITIONAL = "encoder.pos_conv.0"
 NAMES = {
@@ -97,27 +99,26 @@ EXPRESSION_LENGTH = 1000
 """Characters of a setting that is an expression, and elements of its value, at most."""
 
 
-def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[ModelConfig, dict[str, Tensor]]:
+def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, Tensor]]:
     """Settings and `state_dict` (fp32) of `Wav2Vec2ForPretraining`.
 
     Shapes come from the tensors, the rest from the checkpoint's settings. What these do not say is as in the
     published models (strides, heads; pre-LN blocks and normalised waveforms with LayerNorm in the extractor) or, where
-    it matters in training only, left to the defaults of `ModelConfig`.
+    it matters in training only, left to our defaults.
 
     Raises:
         UserError: our model cannot be the checkpoint's; names the first setting or tensor that says so.
     """
     state = {PARAMETRISED_NAMES.get(name, name): tensor for name, tensor in checkpoint.state.items()}
     try:
-        config = _model_config(state, checkpoint.settings)
-        return config, to_ours(
-            state, config, CtcConfig(), NAMES if config.conv_norm == "layer" else NAMES_WITH_GROUP_NORM
-        )
+        config = _config(state, checkpoint.settings)
+        names = NAMES if config.model.conv_norm == "layer" else NAMES_WITH_GROUP_NORM
+        return config, to_ours(state, state_shapes(config), names)
     except UserError as error:
         raise UserError(" ".join(f"{checkpoint.path}: {error}".split())) from None
 
 
-def _model_config(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> ModelConfig:
+def _config(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Config:
     if any(name.startswith(FINE_TUNED_PREFIX) for name in state):
         raise UserError(
             f"a fine-tuned model ({FINE_TUNED_PREFIX}…): these cannot be imported yet; "
@@ -127,12 +128,15 @@ def _model_config(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> M
         value = _literal(settings.get(name))
         if value is not None and value != meant:
             raise UserError(f"{name}={value}: our model has {name}={meant!r} only, so this one cannot be represented")
-    try:
-        return ModelConfig.model_validate({**_architecture(state, settings), **_training(settings)})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"model.{name}={first['input']!r}: " for name in first["loc"][:1])
-        raise UserError(f"settings that our model cannot have: {where}{first['msg']}") from None
+    parsed: dict[str, Any] = {}
+    for section, values in by_section({**_architecture(state, settings), **_training(settings)}).items():
+        try:
+            parsed[section] = PRETRAINING[section].model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = "".join(f"{section}.{name}={first['input']!r}: " for name in first["loc"][:1])
+            raise UserError(f"settings that our model cannot have: {where}{first['msg']}") from None
+    return Config(**parsed | {"objective": ObjectiveConfig(**parsed["objective"].model_dump())})
 
 
 def _architecture(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:

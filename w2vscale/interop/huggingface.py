@@ -1,7 +1,7 @@
-"""Weights and settings of a pretraining model in the format of Hugging Face Transformers, both ways.
+"""Weights and settings in the format of Hugging Face Transformers (5.x), both ways.
 
-Maps between our `Wav2Vec2ForPretraining` and Transformers' `Wav2Vec2ForPreTraining` (5.x). Names and shapes only:
-Transformers itself is not needed.
+Names and shapes only: Transformers itself is not needed. What an objective adds to the encoder has its names in
+`Objective.transformers_head`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from w2vscale.config.tree import BASE_CONV_LAYERS, CtcConfig, ModelConfig
-from w2vscale.data.transcripts import PIECE_SPACE, SPACE
+from w2vscale.config import Config, ModelConfig, ObjectiveConfig
+from w2vscale.config.tree import BASE_CONV_LAYERS
+from w2vscale.data.transcripts import BLANK, PIECE_SPACE
 from w2vscale.errors import UserError
-from w2vscale.interop.names import to_ours, to_theirs
-from w2vscale.objectives.ctc import BLANK
+from w2vscale.interop.names import PRETRAINING, by_section, to_ours, to_theirs
+from w2vscale.objectives import build_objective, state_shapes
+from w2vscale.objectives.contrastive import TRANSFORMERS_SETTINGS
+from w2vscale.objectives.ctc import CtcSettings
 
-PRETRAINING = CtcConfig()
+PREFIX = "wav2vec2."
+"""Of the encoder in models that have a head."""
+
 POSITIONAL = "wav2vec2.encoder.pos_conv_embed.conv"
 NAMES = {
     "encoder.mask_embedding": "wav2vec2.masked_spec_embed",
@@ -40,11 +45,6 @@ NAMES = {
     ),
     "encoder.transformer.blocks.{}.feed_forward.output": "wav2vec2.encoder.layers.{}.feed_forward.output_dense",
     "encoder.transformer.blocks.{}.feed_forward_norm": "wav2vec2.encoder.layers.{}.final_layer_norm",
-    "quantizer.codevectors": "quantizer.codevectors",
-    "quantizer.projection": "quantizer.weight_proj",
-    "context_projection": "project_hid",
-    "target_projection": "project_q",
-    "head": "lm_head",
 }
 # What PyTorch's older weight norm called its tensors, as in checkpoints published before 2023.
 LEGACY_NAMES = {
@@ -52,7 +52,7 @@ LEGACY_NAMES = {
     f"{POSITIONAL}.weight_v": f"{POSITIONAL}.parametrizations.weight.original1",
 }
 
-# Transformers' setting: ours, and what a config.json that leaves it out means (transformers 5.23, `Wav2Vec2Config`).
+# Names in Transformers: ours, and what a config.json without them means (transformers 5.23, `Wav2Vec2Config`).
 ARCHITECTURE: dict[str, tuple[str, Any]] = {
     "conv_bias": ("conv_bias", False),
     "feat_extract_norm": ("conv_norm", "group"),
@@ -63,21 +63,13 @@ ARCHITECTURE: dict[str, tuple[str, Any]] = {
     "do_stable_layer_norm": ("norm_first", False),
     "num_conv_pos_embeddings": ("positional_kernel", 128),
     "num_conv_pos_embedding_groups": ("positional_groups", 16),
-    "num_codevector_groups": ("codebooks", 2),
-    "num_codevectors_per_group": ("codebook_entries", 320),
-    "codevector_dim": ("codevector_dim", 256),
-    "proj_codevector_dim": ("projection_dim", 256),
 }
-TRAINING: dict[str, tuple[str, Any]] = {
+REGULARIZATION: dict[str, tuple[str, Any]] = {
     "hidden_dropout": ("dropout", 0.1),
     "attention_dropout": ("attention_dropout", 0.1),
     "activation_dropout": ("activation_dropout", 0.1),
     "feat_proj_dropout": ("input_dropout", 0.0),
-    "feat_quantizer_dropout": ("feature_dropout", 0.0),
     "layerdrop": ("layerdrop", 0.1),
-    "num_negatives": ("negatives", 100),
-    "contrastive_logits_temperature": ("logit_temperature", 0.1),
-    "diversity_loss_weight": ("diversity_weight", 0.1),
 }
 PREPROCESSOR: dict[str, tuple[str, Any]] = {
     "sampling_rate": ("sampling_rate", 16_000),
@@ -87,144 +79,81 @@ CONVOLUTIONS = dict(zip(("conv_dim", "conv_kernel", "conv_stride"), zip(*BASE_CO
 FIXED = {"feat_extract_activation": "gelu", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
 
 
-def to_huggingface(state: Mapping[str, Tensor], config: ModelConfig, ctc: CtcConfig = PRETRAINING) -> dict[str, Tensor]:
-    """The `state_dict` of our model as that of Transformers' model; values and types unchanged.
+def to_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The `state_dict` of our model as that of the model of Transformers; values and types unchanged.
 
     Raises:
         UserError: Transformers has no such model, or `state` is not one of `config`.
     """
-    _refuse_unrepresentable(config)
-    return to_theirs(state, config, ctc, NAMES)
+    _refuse_unrepresentable(config.model)
+    head = build_objective(config).transformers_head()
+    theirs = to_theirs(state, state_shapes(config), {**NAMES, **head.tensors})
+    return theirs if head.tensors else {name.removeprefix(PREFIX): tensor for name, tensor in theirs.items()}
 
 
-def from_huggingface(
-    state: Mapping[str, Tensor], config: ModelConfig, ctc: CtcConfig = PRETRAINING
-) -> dict[str, Tensor]:
-    """The `state_dict` of Transformers' model as that of our model, fp32; the inverse of `to_huggingface`.
+def from_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+    """The `state_dict` of the model of Transformers as that of our model, fp32; the inverse of `to_huggingface`.
 
     Raises:
         UserError: Transformers has no such model, or `state` is not one of `config`.
     """
-    _refuse_unrepresentable(config)
-    return to_ours({LEGACY_NAMES.get(name, name): tensor for name, tensor in state.items()}, config, ctc, NAMES)
+    _refuse_unrepresentable(config.model)
+    head = build_objective(config).transformers_head()
+    named = {LEGACY_NAMES.get(name, name): tensor for name, tensor in state.items()}
+    return to_ours(named, state_shapes(config), {**NAMES, **head.tensors})
 
 
-def huggingface_config(config: ModelConfig, ctc: CtcConfig = PRETRAINING) -> dict[str, Any]:
-    """The contents of `config.json`. Whatever Transformers' default differs from pretraining in is written out.
+def huggingface_config(config: Config) -> dict[str, Any]:
+    """The contents of `config.json`. Settings whose default in Transformers differs are written out.
 
-    The entry "w2vscale" has all our settings, also those that Transformers has no name for.
+    The entry "w2vscale" has all our settings of model, regularization and objective.
 
     Raises:
         UserError: Transformers has no such model.
     """
-    _refuse_unrepresentable(config)
-    convolutions = (list(column) for column in zip(*config.conv_layers, strict=True))
+    model = config.model
+    _refuse_unrepresentable(model)
+    objective = build_objective(config)
+    head = objective.transformers_head()
+    convolutions = (list(column) for column in zip(*model.conv_layers, strict=True))
     return {
         "model_type": "wav2vec2",
-        "architectures": ["Wav2Vec2ForPreTraining"],
+        "architectures": [head.architecture],
         **dict(zip(CONVOLUTIONS, convolutions, strict=True)),
-        **{theirs: getattr(config, ours) for theirs, (ours, _) in (ARCHITECTURE | TRAINING).items()},
+        **{theirs: getattr(model, ours) for theirs, (ours, _) in ARCHITECTURE.items()},
+        **{theirs: getattr(config.regularization, ours) for theirs, (ours, _) in REGULARIZATION.items()},
         **FIXED,
         "apply_spec_augment": True,
-        "mask_time_prob": config.mask_probability,
-        "mask_time_length": config.mask_length,
-        "mask_time_min_masks": config.mask_min_spans,
-        "mask_feature_prob": 0.0,
-        "w2vscale": config.model_dump(mode="json"),
-        **(_head_config(ctc) if ctc.vocabulary else {}),
-    }
-
-
-def _head_config(ctc: CtcConfig) -> dict[str, Any]:
-    symbols = {"pad": ctc.vocabulary[BLANK], "bos": "<s>", "eos": "</s>"}
-    return {
-        "architectures": ["Wav2Vec2ForCTC"],
-        "vocab_size": len(ctc.vocabulary),
-        **{
-            f"{name}_token_id": ctc.vocabulary.index(symbol)
-            for name, symbol in symbols.items()
-            if symbol in ctc.vocabulary
-        },
-        "ctc_loss_reduction": "sum",
-        "ctc_zero_infinity": True,
-        "final_dropout": ctc.final_dropout,
-        "mask_feature_prob": ctc.channel_mask_probability,
-        "mask_feature_length": ctc.channel_mask_length,
-    }
-
-
-def tokenizer_files(ctc: CtcConfig) -> dict[str, dict[str, Any]]:
-    """The contents of `vocab.json` and `tokenizer_config.json`.
-
-    Transformers' tokenizer joins symbols as they are, so sentence pieces have real spaces there.
-    """
-
-    def present(symbol: str) -> str | None:
-        return symbol if symbol in ctc.vocabulary else None
-
-    return {
-        "vocab.json": {symbol.replace(PIECE_SPACE, " "): number for number, symbol in enumerate(ctc.vocabulary)},
-        "tokenizer_config.json": {
-            "tokenizer_class": "Wav2Vec2CTCTokenizer",
-            "processor_class": "Wav2Vec2Processor",
-            "pad_token": ctc.vocabulary[BLANK],
-            "unk_token": present("<unk>"),
-            "bos_token": present("<s>"),
-            "eos_token": present("</s>"),
-            "word_delimiter_token": SPACE if SPACE in ctc.vocabulary else " ",
-            "replace_word_delimiter_char": " ",
-            "do_lower_case": False,
+        **head.settings,
+        "w2vscale": {
+            "model": model.model_dump(mode="json"),
+            "regularization": config.regularization.model_dump(mode="json"),
+            "objective": objective.settings.model_dump(mode="json"),
         },
     }
 
 
-def ctc_config(document: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> CtcConfig:
-    """The output layer's settings from `config.json` and `vocab.json`, with CTC's blank first.
-
-    Raises:
-        UserError: they do not fit each other, or the blank is not the first symbol.
-    """
-    numbers = sorted((number, symbol) for symbol, number in vocabulary.items() if isinstance(number, int))
-    if [number for number, _ in numbers] != list(range(len(vocabulary))) or len(vocabulary) != document.get(
-        "vocab_size"
-    ):
-        raise UserError(
-            f"vocab.json: does not name the {document.get('vocab_size')} symbols of config.json's vocab_size"
-        )
-    if document.get("pad_token_id", BLANK) != BLANK:
-        raise UserError(f"config.json: pad_token_id={document['pad_token_id']!r}: CTC's blank must be symbol {BLANK}")
-    try:
-        return CtcConfig(
-            vocabulary=[symbol.replace(" ", PIECE_SPACE) for _, symbol in numbers],
-            final_dropout=document.get("final_dropout", 0.1),
-            channel_mask_probability=document.get("mask_feature_prob", 0.0),
-            channel_mask_length=document.get("mask_feature_length", 10),
-        )
-    except ValidationError as error:
-        raise UserError(f"config.json: {error.errors()[0]['msg']}") from None
-
-
-def preprocessor_config(config: ModelConfig, ctc: CtcConfig = PRETRAINING) -> dict[str, Any]:
-    """The contents of `preprocessor_config.json`: how audio was treated in training."""
+def preprocessor_config(model: ModelConfig, *, tokenizer: bool = False) -> dict[str, Any]:
+    """The contents of `preprocessor_config.json`: how audio was treated in training, and beside a `tokenizer`."""
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "processor_class": "Wav2Vec2Processor" if ctc.vocabulary else "Wav2Vec2FeatureExtractor",
-        "do_normalize": config.normalize_waveform,
+        "processor_class": "Wav2Vec2Processor" if tokenizer else "Wav2Vec2FeatureExtractor",
+        "do_normalize": model.normalize_waveform,
         "feature_size": 1,
         "padding_side": "right",
         "padding_value": 0.0,
-        # Transformers' GroupNorm counts padding; models that have it were trained, and are used, without a mask.
-        "return_attention_mask": config.conv_norm == "layer",
-        "sampling_rate": config.sampling_rate,
+        # GroupNorm in Transformers counts padding; models that have it were trained, and are used, without a mask.
+        "return_attention_mask": model.conv_norm == "layer",
+        "sampling_rate": model.sampling_rate,
     }
 
 
-def model_config(document: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> ModelConfig:
-    """The settings of a model from its `config.json` and those of its feature extractor; the inverse of the above.
+def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> Config:
+    """The settings of a pretraining model from its `config.json` and those of its feature extractor.
 
-    What Transformers' settings do not say (masks in pretraining, the Gumbel softmax' schedule, gradient scale, feature
-    penalty; the normalisation, if `preprocessor` is None) is as in the entry "w2vscale", or, if there is none or it
-    is of another architecture, as in the published recipe for such a model.
+    What the settings of Transformers leave open (masks in pretraining, the schedule of the Gumbel softmax, gradient
+    scale, feature penalty; the normalisation, if `preprocessor` is None) is taken from the entry "w2vscale" or, if there
+    is none or it is of another architecture, from the published recipe for such a model.
 
     Raises:
         UserError: it is not a wav2vec 2.0 that w2vscale has.
@@ -237,29 +166,64 @@ def model_config(document: Mapping[str, Any], preprocessor: Mapping[str, Any] | 
     if document.get("add_adapter"):
         raise UserError("config.json: add_adapter=true: w2vscale has no adapters")
     conv_layers = _conv_layers(document)
-    architecture = {"conv_layers": conv_layers, **_translated(document, ARCHITECTURE)}
-    norm_first = architecture["norm_first"]
-    is_base = isinstance(architecture["dim"], int) and architecture["dim"] <= 768 and not norm_first
-    unsaid = {
-        "normalize_waveform": architecture["conv_norm"] == "layer",
+    found = _translated(document, ARCHITECTURE | REGULARIZATION | TRANSFORMERS_SETTINGS)
+    norm_first = found["norm_first"]
+    is_base = isinstance(found["dim"], int) and found["dim"] <= 768 and not norm_first
+    left_open = {
+        "normalize_waveform": found["conv_norm"] == "layer",
         "conv_norm_groups": conv_layers[0][0],
         "gumbel_end": 0.5 if is_base else 0.1,
         "feature_grad_mult": 1.0 if norm_first else 0.1 if is_base else 0.03,
         "feature_penalty_weight": 0.0 if norm_first else 10.0,
     }
-    ours = document.get("w2vscale")
-    if isinstance(ours, dict) and all(ours.get(key) == value for key, value in architecture.items()):
-        unsaid |= ours
-    said = {**architecture, "embedding_norm": not norm_first, **_translated(document, TRAINING)}
+    architecture = {"conv_layers": conv_layers} | {ours: found[ours] for ours, _ in ARCHITECTURE.values()}
+    left_open |= _own_settings(document, architecture)
+    settings = {**left_open, **found, "conv_layers": tuple(map(tuple, conv_layers)), "embedding_norm": not norm_first}
     if preprocessor is not None:
-        said |= _translated(preprocessor, PREPROCESSOR)
+        settings |= _translated(preprocessor, PREPROCESSOR)
+    sections = by_section(settings)
     try:
-        # Strictly: "48" is no 48. Then a list is no tuple either.
-        return ModelConfig.model_validate(
-            {**unsaid, **said, "conv_layers": tuple(map(tuple, conv_layers))}, strict=True
+        # Strictly: "48" is not 48.
+        parsed: Any = {name: kind.model_validate(sections[name], strict=True) for name, kind in PRETRAINING.items()}
+    except ValidationError as error:
+        raise UserError(_first_error(error)) from None
+    return Config(**parsed | {"objective": ObjectiveConfig(**parsed["objective"].model_dump())})
+
+
+def ctc_config(pretraining: Config, document: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> Config:
+    """The settings of a fine-tuned model: those of its encoder, and its output layer from `config.json` and
+    `vocab.json`, with the blank of CTC first.
+
+    Raises:
+        UserError: they do not fit each other, or the blank is not the first symbol.
+    """
+    numbers = sorted((number, symbol) for symbol, number in vocabulary.items() if isinstance(number, int))
+    size = document.get("vocab_size")
+    if [number for number, _ in numbers] != list(range(len(vocabulary))) or len(vocabulary) != size:
+        raise UserError(f"vocab.json: does not name the {size} symbols of vocab_size in config.json")
+    if document.get("pad_token_id", BLANK) != BLANK:
+        raise UserError(f"config.json: pad_token_id={document['pad_token_id']!r}: the blank of CTC must be symbol {BLANK}")
+    masks = {key: value for key, value in pretraining.objective.model_dump().items() if key.startswith("mask_")}
+    try:
+        settings = CtcSettings(
+            vocabulary=[symbol.replace(" ", PIECE_SPACE) for _, symbol in numbers],
+            final_dropout=document.get("final_dropout", 0.1),
+            channel_mask_probability=document.get("mask_feature_prob", 0.0),
+            channel_mask_length=document.get("mask_feature_length", 10),
+            **masks,
         )
     except ValidationError as error:
-        raise UserError(_told(error)) from None
+        raise UserError(f"config.json: {error.errors()[0]['msg']}") from None
+    return pretraining.model_copy(update={"objective": ObjectiveConfig(**settings.model_dump())})
+
+
+def _own_settings(document: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """What an export of ours noted, unless the architecture was changed since."""
+    noted = document.get("w2vscale")
+    sections = [noted.get(name) for name in PRETRAINING] if isinstance(noted, dict) else []
+    ours = {key: value for section in sections if isinstance(section, dict) for key, value in section.items()}
+    ours.pop("name", None)
+    return ours if all(ours.get(key) == value for key, value in architecture.items()) else {}
 
 
 def _conv_layers(document: Mapping[str, Any]) -> list[list[Any]]:
@@ -276,33 +240,32 @@ def _translated(document: Mapping[str, Any], table: Mapping[str, tuple[str, Any]
     return {ours: document.get(theirs, default) for theirs, (ours, default) in table.items()}
 
 
-def _told(error: ValidationError) -> str:
-    """The first error, by Transformers' name of the setting."""
+def _first_error(error: ValidationError) -> str:
+    """The first error, by the name that Transformers has for the setting."""
     first = error.errors()[0]
     problem = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
         return f"config.json: {problem}"
     setting, *place = map(str, first["loc"])
-    theirs = {ours: key for key, (ours, _) in (ARCHITECTURE | TRAINING | PREPROCESSOR).items()}
-    key = theirs.get(setting, f"w2vscale.{setting}")
+    tables = ARCHITECTURE | REGULARIZATION | TRANSFORMERS_SETTINGS | PREPROCESSOR
+    theirs = {ours: key for key, (ours, _) in tables.items()}
+    key = theirs.get(setting, f"w2vscale: {setting}")
     if setting == "conv_layers":
         key = tuple(CONVOLUTIONS)[int(place[1])]
     return f"{'feature extractor' if key in PREPROCESSOR else 'config.json'}: {key}={first['input']!r}: {problem}"
 
 
-def _refuse_unrepresentable(config: ModelConfig) -> None:
-    """Raise on the first setting that Transformers' wav2vec 2.0 has no counterpart of."""
-    channels = config.conv_layers[0][0]
+def _refuse_unrepresentable(model: ModelConfig) -> None:
+    """Raise on the first setting without a counterpart in Transformers."""
+    channels = model.conv_layers[0][0]
     obstacles = {
-        f"model.quantizer_input={config.quantizer_input}": config.quantizer_input != "features",
-        "model.target_projection=false": not config.target_projection,
-        "model.conv_padding=true": config.conv_padding,
-        f"model.conv_norm_groups={config.conv_norm_groups} (with {channels} channels)": (
-            config.conv_norm == "group" and config.conv_norm_groups != channels
+        "model.conv_padding=true": model.conv_padding,
+        f"model.conv_norm_groups={model.conv_norm_groups} (with {channels} channels)": (
+            model.conv_norm == "group" and model.conv_norm_groups != channels
         ),
-        f"model.embedding_norm={str(config.embedding_norm).lower()} with "
-        f"model.norm_first={str(config.norm_first).lower()}": config.embedding_norm == config.norm_first,
-        f"model.max_frames={config.max_frames}": config.max_frames is not None,
+        f"model.embedding_norm={str(model.embedding_norm).lower()} with "
+        f"model.norm_first={str(model.norm_first).lower()}": model.embedding_norm == model.norm_first,
+        f"model.max_frames={model.max_frames}": model.max_frames is not None,
     }
     for setting, present in obstacles.items():
         if present:

@@ -1,4 +1,4 @@
-"""`w2vscale import`: another library's model as a canonical checkpoint to start from."""
+"""`w2vscale import`: a model of another library as a canonical checkpoint to start from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from torch import Tensor
 
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
-from w2vscale.config import Config, ModelConfig, dump_config
-from w2vscale.config.tree import CtcConfig, OptimConfig
+from w2vscale.config import Config, dump_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import load_fairseq, read_pickle
-from w2vscale.interop.huggingface import ctc_config, from_huggingface, model_config
-from w2vscale.models.build import parameter_shapes
+from w2vscale.interop.huggingface import ctc_config, from_huggingface, pretraining_config
+from w2vscale.objectives import state_shapes
 from w2vscale.optim.canonical import canonical_shapes
 
 FORMATS = ("huggingface", "fairseq")
@@ -49,13 +48,11 @@ def import_checkpoint(
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
     folder = folder_for_one(output)
-    model, ctc, state = read_model(source, form, log)
+    config, state = read_model(source, form, log)
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     origin = TrainState(data=f"imported from {source.name} ({form})")
-    optim = OptimConfig(weight_decay=0.0) if ctc.vocabulary else OptimConfig()  # what is frozen must not shrink
-    settings = dump_config(Config(model=model, ctc=ctc, optim=optim))
-    weights = canonical_shapes(parameter_shapes(model, ctc), optimizer=False)
-    path = CheckpointStore(folder, Ranks(), expected=weights, log=log).save(tensors, origin, settings)
+    weights = {f"model.{name}": shape for name, shape in state_shapes(config).items()}
+    path = CheckpointStore(folder, Ranks(), expected=weights, log=log).save(tensors, origin, dump_config(config))
     return Imported(path, sum(tensor.numel() for tensor in tensors.values()))
 
 
@@ -68,43 +65,41 @@ def form_of(path: Path) -> str | None:
 
 def read_model(
     source: Path, form: str, log: Callable[[str], None] = lambda text: None
-) -> tuple[ModelConfig, CtcConfig, dict[str, Tensor]]:
-    """Settings and weights, by our names, of another library's model: see `import_checkpoint`."""
-    ctc = CtcConfig()
-    if form == "huggingface":
-        model, ctc, state = read_huggingface(source, log)
-    else:
-        model, state = from_fairseq(load_fairseq(source))
+) -> tuple[Config, dict[str, Tensor]]:
+    """Settings and weights, by our names, of a model of another library: see `import_checkpoint`."""
+    config, state = (
+        read_huggingface(source, log) if form == "huggingface" else from_fairseq(load_fairseq(source))
+    )
     for name, tensor in state.items():
         if tensor.is_meta or not tensor.isfinite().all():
             raise UserError(f"{source}: {name} has no values, or values that are not finite")
-    return model, ctc, state
+    return config, state
 
 
 def read_huggingface(
     folder: Path, log: Callable[[str], None] = lambda text: None
-) -> tuple[ModelConfig, CtcConfig, dict[str, Tensor]]:
+) -> tuple[Config, dict[str, Tensor]]:
     """Settings and weights, by our names, of a folder that `save_pretrained` wrote."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; download the model first, e.g. with: hf download")
     try:
         preprocessor = _feature_extractor(folder)
         document = _read_json(folder / "config.json")
-        model, ctc = model_config(document, preprocessor), CtcConfig()
+        config = pretraining_config(document, preprocessor)
         state = _read_weights(folder)
         if "lm_head.weight" in state:
-            ctc = ctc_config(document, _read_json(folder / "vocab.json"))
+            config = ctc_config(config, document, _read_json(folder / "vocab.json"))
         else:
             _refuse_other_kinds(state)
-        ours = from_huggingface(state, model, ctc)
+        ours = from_huggingface(state, config)
     except UserError as error:
         raise UserError(" ".join(f"{folder}: {error}".split())) from None
     if preprocessor is None:
         log(
             f"{folder}: no preprocessor_config.json or processor_config.json in it: "
-            f"taking model.normalize_waveform={str(model.normalize_waveform).lower()}"
+            f"using model.normalize_waveform={str(config.model.normalize_waveform).lower()}"
         )
-    return model, ctc, ours
+    return config, ours
 
 
 def _feature_extractor(folder: Path) -> dict[str, Any] | None:

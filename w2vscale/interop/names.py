@@ -1,73 +1,86 @@
-"""Tensors by other libraries' names and shapes: what both directions of every format share.
+"""Tensors by the names and shapes of other libraries, and settings by section: what all formats share.
 
-Each library has a table: ours: theirs. An entry is a tensor's name, or that of a module, whose tensors are called the
-same in both. `{}` is a layer's number; `[qkv]` stands for three of theirs, which are ours one below the other.
+Each library has a table {ours: theirs}. An entry names a tensor, or a module whose tensors have the same names in both.
+`{}` is the number of a layer; `[qkv]` stands for three of their tensors, which are the rows of one of ours.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from w2vscale.config.tree import CtcConfig, ModelConfig
+from w2vscale.config import ModelConfig, RegularizationConfig, Section
 from w2vscale.errors import UserError
-from w2vscale.models.build import parameter_shapes
+from w2vscale.objectives.contrastive import ContrastiveSettings
 
 CODEVECTORS = "quantizer.codevectors"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def to_theirs(
-    state: Mapping[str, Tensor], config: ModelConfig, ctc: CtcConfig, table: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """The `state_dict` of our model by the names of `table`; values and types unchanged.
+PRETRAINING: dict[str, type[Section]] = {
+    "model": ModelConfig,
+    "regularization": RegularizationConfig,
+    "objective": ContrastiveSettings,
+}
+"""The sections of settings of a pretraining model; no two have a setting of the same name."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings of a pretraining model, sorted into their sections."""
+    return {
+        section: {key: value for key, value in settings.items() if key in kind.model_fields}
+        for section, kind in PRETRAINING.items()
+    }
+
+
+def to_theirs(state: Mapping[str, Tensor], shapes: Shapes, table: Mapping[str, str]) -> dict[str, Tensor]:
+    """The `state_dict` of our model, with these shapes, by the names of `table`; values and types unchanged.
+
+    Tensors outside the encoder that `table` does not name are left out.
 
     Raises:
-        UserError: `state` is not one of `config`.
+        UserError: `state` does not have these shapes.
     """
-    shapes = parameter_shapes(config, ctc)
     _check_names(state, shapes)
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise UserError(f"tensor {name} has shape {list(state[name].shape)}, but the settings need {list(shape)}")
     theirs: dict[str, Tensor] = {}
     for name, parts in _names(shapes, table).items():
         # Copies, because safetensors refuses tensors that share memory.
-        pieces = [state[name]] if len(parts) == 1 else [piece.clone() for piece in state[name].chunk(len(parts))]
-        theirs.update(zip(parts, pieces, strict=True))
-    if CODEVECTORS in state:
+        tensors = [state[name]] if len(parts) == 1 else [part.clone() for part in state[name].chunk(len(parts))]
+        theirs.update(zip(parts, tensors, strict=True))
+    if CODEVECTORS in state and CODEVECTORS in table:
         theirs[table[CODEVECTORS]] = state[CODEVECTORS].flatten(0, 1).unsqueeze(0)
     return theirs
 
 
-def to_ours(
-    state: Mapping[str, Tensor], config: ModelConfig, ctc: CtcConfig, table: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """The `state_dict` of our model, fp32, from one by the names of `table`; the inverse of `to_theirs`.
+def to_ours(state: Mapping[str, Tensor], shapes: Shapes, table: Mapping[str, str]) -> dict[str, Tensor]:
+    """The `state_dict` of our model, with these shapes and fp32, from one by the names of `table`.
 
     Raises:
-        UserError: `state` is not one of `config`.
+        UserError: `state` is not one of such a model.
     """
-    shapes = parameter_shapes(config, ctc)
     names = _names(shapes, table)
     _check_names(state, [part for parts in names.values() for part in parts])
     ours: dict[str, Tensor] = {}
     for name, parts in names.items():
         rows, *rest = shapes[name]
-        wanted, settings = [rows // len(parts), *rest], "the model's settings"
-        if name == CODEVECTORS:
-            wanted = [1, rows * rest[0], rest[1]]
-            settings = " and ".join(
-                f"model.{key}={getattr(config, key)}" for key in ("codebooks", "codebook_entries", "codevector_dim")
-            )
+        wanted = [1, rows * rest[0], rest[1]] if name == CODEVECTORS else [rows // len(parts), *rest]
         for part in parts:
             tensor = state[part]
             if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
                 raise UserError(f"tensor {part} is {tensor.dtype} ({tensor.layout}), not dense floating point")
             if list(tensor.shape) != wanted:
-                raise UserError(f"tensor {part} has shape {list(tensor.shape)}, but {settings} want {wanted}")
-        pieces = [state[part].detach().float() for part in parts]
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                raise UserError(f"tensor {part} has shape {list(tensor.shape)}, but the settings need {wanted}")
+        tensors = [state[part].detach().float() for part in parts]
+        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
         ours[name] = whole.reshape(shapes[name]).contiguous()
     return ours
 
@@ -78,6 +91,8 @@ def _names(ours: Iterable[str], table: Mapping[str, str]) -> dict[str, tuple[str
         number = re.search(r"(?<=\.)\d+(?=\.)", name)
         entry = name.replace(number[0], "{}", 1) if number else name
         module, _, leaf = entry.rpartition(".")
+        if entry not in table and module not in table and not name.startswith("encoder."):
+            continue
         theirs = table[entry] if entry in table else f"{table[module]}.{leaf}"
         theirs = theirs.replace("{}", number[0]) if number else theirs
         found[name] = tuple(theirs.replace("[qkv]", which) for which in "qkv") if "[qkv]" in theirs else (theirs,)
@@ -89,4 +104,4 @@ def _check_names(state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
     for names, what in ((expected - state.keys(), "missing"), (state.keys() - expected, "unknown")):
         if names:
             counted = f"tensor {min(names)} is {what} ({len(names)} {what} in all)"
-            raise UserError(f"{counted}: no pretraining model of wav2vec 2.0, or one of other settings")
+            raise UserError(f"{counted}: not a wav2vec 2.0 model, or one with other settings")

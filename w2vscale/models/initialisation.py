@@ -1,26 +1,66 @@
-"""Initial values of a model's parameters, module by module, so that a large model never exists whole."""
+"""Building a model without memory for its parameters, and its initial values module by module.
+
+So a large model never exists whole in one place. What it starts from depends on the seed and the architecture alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+
+@contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Inside the block new modules have parameters on the meta device. Buffers hold their values as usual."""
+
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
-def initial_parameters(model: nn.Module, seed_of: Callable[[int], int]) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter's name and initial value (fp32, on the CPU).
+def initial_values(model: nn.Module, seed_of: Callable[[int], int]) -> Iterator[tuple[str, Tensor]]:
+    """Name and initial value of every parameter and persistent buffer, on the CPU.
 
-    `model` is on the meta device and is used up. `seed_of(i)` seeds the draws of the i-th module that has
-    parameters of its own: what a parameter starts from depends on the seed and the architecture alone.
+    `model` was built with `empty_parameters` and is used up. A module with parameters of its own draws them in
+    `reset_parameters`, which may also set its buffers; the i-th such module draws from `seed_of(i)`.
+
+    Raises:
+        TypeError: a module has parameters and no `reset_parameters`.
     """
-    owners = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
+    owners = [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(value is not None for value in (*module._parameters.values(), *module._buffers.values()))
+    ]
     for index, (name, module) in enumerate(owners):
-        module.to_empty(device="cpu", recurse=False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(index))
-            module.reset_parameters()
-        for own, parameter in list(module.named_parameters(recurse=False)):
-            yield f"{name}.{own}" if name else own, parameter.detach()
-        module.to_empty(device="meta", recurse=False)
+        prefix = f"{name}." if name else ""
+        parameters = {own: value for own, value in module._parameters.items() if value is not None}
+        for own, parameter in parameters.items():
+            value = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=parameter.requires_grad)
+            module._parameters[own] = value
+        if hasattr(module, "reset_parameters"):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of(index))
+                module.reset_parameters()
+        elif parameters:
+            raise TypeError(
+                f"{name}: {type(module).__name__} has parameters and no reset_parameters to initialise them"
+            )
+        for own in parameters:
+            yield f"{prefix}{own}", module._parameters[own].detach()  # type: ignore[union-attr]
+        for own, buffer in module._buffers.items():
+            if buffer is not None and own not in module._non_persistent_buffers_set:
+                yield f"{prefix}{own}", buffer
+        module._parameters.update(parameters)

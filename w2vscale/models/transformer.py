@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config.tree import ModelConfig
+from w2vscale.config import ModelConfig, RegularizationConfig
 from w2vscale.models.convolution import long_convolution
 from w2vscale.models.feature_encoder import valid_mask
 from w2vscale.models.layers import LayerNorm, Linear, dropout, unscaled_dropout
@@ -22,13 +22,13 @@ BERT_STD = 0.02
 class TransformerEncoder(nn.Module):
     """Contextualises projected features [B, T, D]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, regularization: RegularizationConfig) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout = regularization.dropout
         self.heads = config.heads
         self.positional = PositionalConvolution(config)
         self.embedding_norm = LayerNorm(config.dim) if config.embedding_norm else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, regularization) for _ in range(config.layers))
         self.final_norm = LayerNorm(config.dim) if config.norm_first else None
 
     def forward(
@@ -91,13 +91,13 @@ class PositionalConvolution(nn.Module):
 class Block(nn.Module):
     """Self-attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, regularization: RegularizationConfig) -> None:
         super().__init__()
         self.norm_first = config.norm_first
-        self.dropout = config.dropout
-        self.attention = SelfAttention(config)
+        self.dropout = regularization.dropout
+        self.attention = SelfAttention(config, regularization)
         self.attention_norm = LayerNorm(config.dim)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config, regularization)
         self.feed_forward_norm = LayerNorm(config.dim)
 
     def forward(self, x_BTD: Tensor, attend: Tensor | None) -> Tensor:
@@ -114,10 +114,10 @@ class Block(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head scaled dot-product attention; padded frames are never attended to."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, regularization: RegularizationConfig) -> None:
         super().__init__()
         self.heads = config.heads
-        self.dropout = config.attention_dropout
+        self.dropout = regularization.attention_dropout
         self.qkv = Linear(config.dim, 3 * config.dim, std=BERT_STD)
         self.out = Linear(config.dim, config.dim, std=BERT_STD)
 
@@ -191,9 +191,9 @@ def attention_in_segments(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, bounds
 class FeedForward(nn.Module):
     """Linear, GELU, Linear."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, regularization: RegularizationConfig) -> None:
         super().__init__()
-        self.activation_dropout = config.activation_dropout
+        self.activation_dropout = regularization.activation_dropout
         self.intermediate = Linear(config.dim, config.ffn_dim, std=BERT_STD)
         self.output = Linear(config.ffn_dim, config.dim, std=BERT_STD)
 

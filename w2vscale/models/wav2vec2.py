@@ -7,58 +7,38 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from w2vscale.config.tree import ModelConfig
-from w2vscale.data.inputs import PretrainingInputs
-from w2vscale.models.feature_encoder import FeatureEncoder, scale_gradient, valid_mask
+from w2vscale.config import ModelConfig, RegularizationConfig
+from w2vscale.models.feature_encoder import FeatureEncoder, scale_gradient
 from w2vscale.models.layers import LayerNorm, Linear, dropout
 from w2vscale.models.transformer import TransformerEncoder
-from w2vscale.objectives.contrastive import contrastive_logits, contrastive_loss
-from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss
 
 
 class EncoderOutput(NamedTuple):
     """What the encoder computes of B utterances with T frames."""
 
     features_BTC: Tensor  # of the feature encoder, before its LayerNorm
-    targets_BTC: Tensor  # what the quantizer sees: never masked
+    normalised_BTC: Tensor  # features after their LayerNorm; never masked
+    projected_BTD: Tensor  # normalised features after the projection; never masked
     context_BTD: Tensor
     hidden: list[Tensor]  # the blocks' input, then each block's output
-
-
-class LossSums(NamedTuple):
-    """Sums over masked frames; divide by an update's global number of masked frames.
-
-    `total` is what is differentiated: contrastive + weighted diversity and feature penalty. The rest is detached.
-    """
-
-    total: Tensor
-    contrastive: Tensor  # nats
-    diversity: Tensor  # of each micro-batch, times its masked frames
-    feature_penalty: Tensor  # mean square of the features of each micro-batch, times its masked frames
-    correct: Tensor
-    masked: Tensor
-    code_counts_GV: Tensor
-    probability_sums_GV: Tensor
-
-    def plus(self, other: LossSums) -> LossSums:
-        """Sums over both."""
-        return LossSums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Wav2Vec2Encoder(nn.Module):
     """Feature encoder, projection and transformer."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, regularization: RegularizationConfig) -> None:
         super().__init__()
         self.config = config
+        self.regularization = regularization
         channels = config.conv_layers[-1][0]
         self.feature_encoder = FeatureEncoder(config)
+        if regularization.feature_grad_mult == 0.0:
+            self.feature_encoder.requires_grad_(False)
         self.feature_norm = LayerNorm(channels)
         self.feature_projection = Linear(channels, config.dim)
         self.mask_embedding = nn.Parameter(torch.empty(config.dim))
-        self.transformer = TransformerEncoder(config)
+        self.transformer = TransformerEncoder(config, regularization)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -79,105 +59,17 @@ class Wav2Vec2Encoder(nn.Module):
         `moments_BJJ`: of the first layer's taps, where the waveforms are parts of longer ones.
         """
         config = self.config
-        with torch.set_grad_enabled(torch.is_grad_enabled() and config.feature_grad_mult > 0.0):
-            features_BTC = self.feature_encoder(waveforms_BS, lengths_B, moments_BJJ)
+        features_BTC = self.feature_encoder(waveforms_BS, lengths_B, moments_BJJ)
         if config.max_frames is not None and features_BTC.shape[1] > config.max_frames:
             raise ValueError(f"{features_BTC.shape[1]} frames: the model takes at most {config.max_frames}")
         if features_BTC.requires_grad:
-            features_BTC = scale_gradient(features_BTC, config.feature_grad_mult)
+            features_BTC = scale_gradient(features_BTC, self.regularization.feature_grad_mult)
         normalised_BTC = self.feature_norm(features_BTC)
         projected_BTD = self.feature_projection(normalised_BTC)
-        x_BTD = dropout(projected_BTD, config.input_dropout, self.training)
+        x_BTD = dropout(projected_BTD, self.regularization.input_dropout, self.training)
         if mask_BT is not None:
             x_BTD = torch.where(mask_BT.unsqueeze(2), self.mask_embedding.to(x_BTD.dtype), x_BTD)
         if channel_mask_BD is not None:
             x_BTD = x_BTD.masked_fill(channel_mask_BD.unsqueeze(1), 0.0)
         context_BTD, hidden = self.transformer(x_BTD, frames_B, active)
-        targets_BTC = projected_BTD if config.quantizer_input == "projected" else normalised_BTC
-        return EncoderOutput(features_BTC, targets_BTC, context_BTD, hidden)
-
-
-class Wav2Vec2ForPretraining(nn.Module):
-    """The encoder, the quantizer and the loss of masked contrastive prediction.
-
-    `compute_dtype` is the type of activations and matrix products; statistics, similarities, Gumbel softmax and
-    losses are fp32 whatever it is.
-    """
-
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.config = config
-        self.compute_dtype = compute_dtype
-        channels = config.dim if config.quantizer_input == "projected" else config.conv_layers[-1][0]
-        self.encoder = Wav2Vec2Encoder(config)
-        self.quantizer = Quantizer(config, channels)
-        self.context_projection = Linear(config.dim, config.projection_dim)
-        self.target_projection = (
-            Linear(config.codevector_dim, config.projection_dim) if config.target_projection else nn.Identity()
-        )
-
-    def forward(
-        self,
-        inputs: PretrainingInputs,
-        *,
-        noise_MGV: Tensor | None = None,
-        temperature: float = 1.0,
-        active: Sequence[bool] | None = None,
-    ) -> LossSums:
-        """Loss sums of the micro-batches in `inputs`; without Gumbel noise the quantizer takes the argmax."""
-        config = self.config
-        lengths_B, frames_B = (inputs.lengths_B, inputs.frames_B) if inputs.padded else (None, None)
-        waveforms_BS = inputs.waveforms_BS.to(self.compute_dtype)
-        encoded = self.encoder(waveforms_BS, lengths_B, frames_B, inputs.mask_BT, active=active)
-
-        targets_MC = encoded.targets_BTC[inputs.utterance_M, inputs.frame_M]
-        targets_MC = dropout(targets_MC, config.feature_dropout, self.training)
-        quantized = self.quantizer(targets_MC, noise_MGV, temperature)
-        logits_MK = contrastive_logits(
-            self.context_projection(encoded.context_BTD[inputs.utterance_M, inputs.frame_M]),
-            self.target_projection(quantized.vectors_MD),
-            code_ids(quantized.codes_MG, config.codebook_entries),
-            utterance_M=inputs.utterance_M,
-            slot_M=inputs.slot_M,
-            negatives_MK=inputs.negatives_MK,
-            utterances=inputs.waveforms_BS.shape[0],
-            slots=inputs.slots,
-            temperature=config.logit_temperature,
-        )
-        contrastive, correct = contrastive_loss(logits_MK)
-        probabilities_MGV = quantized.logits_MGV.softmax(dim=2)
-        diversity = _diversity_sum(probabilities_MGV, inputs.masked)
-        penalty = _feature_penalty_sum(encoded.features_BTC, frames_B, inputs)
-        total = contrastive + config.diversity_weight * diversity + config.feature_penalty_weight * penalty
-        codes_GVM = F.one_hot(quantized.codes_MG, config.codebook_entries)
-        return LossSums(
-            total=total,
-            contrastive=contrastive.detach(),
-            diversity=diversity.detach(),
-            feature_penalty=penalty.detach(),
-            correct=correct.float(),
-            masked=torch.full_like(contrastive.detach(), float(sum(inputs.masked))),
-            code_counts_GV=codes_GVM.sum(dim=0).float(),
-            probability_sums_GV=probabilities_MGV.detach().sum(dim=0),
-        )
-
-
-def _diversity_sum(probabilities_MGV: Tensor, masked: Sequence[int]) -> Tensor:
-    """Each micro-batch's diversity loss times its masked frames."""
-    parts = [
-        diversity_loss(part_MGV.mean(dim=0)) * part_MGV.shape[0]
-        for part_MGV in probabilities_MGV.split(list(masked))
-        if part_MGV.shape[0]
-    ]
-    return torch.stack(parts).sum() if parts else probabilities_MGV.sum()
-
-
-def _feature_penalty_sum(features_BTC: Tensor, frames_B: Tensor | None, inputs: PretrainingInputs) -> Tensor:
-    """Each micro-batch's mean square of valid features (before LayerNorm) times its masked frames."""
-    square_BT = features_BTC.float().square().mean(dim=2)
-    if frames_B is not None:
-        square_BT = square_BT * valid_mask(frames_B, square_BT.shape[1])
-    sums = [part_BT.sum() for part_BT in square_BT.split(list(inputs.utterances))]
-    frames = [part_B.sum() for part_B in inputs.frames_B.split(list(inputs.utterances))]
-    weighted = [s / n * m for s, n, m in zip(sums, frames, inputs.masked, strict=True)]
-    return torch.stack(weighted).sum()
+        return EncoderOutput(features_BTC, normalised_BTC, projected_BTD, context_BTD, hidden)

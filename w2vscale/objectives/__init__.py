@@ -1,1 +1,66 @@
-"""Training objectives, one file each."""
+"""Training objectives, one file each. This table is the only place that lists them."""
+
+from __future__ import annotations
+
+import torch
+
+from w2vscale.config import Config, ObjectiveConfig, parse_section, settings_of
+from w2vscale.errors import UserError
+from w2vscale.models.layers import compute_dtype
+from w2vscale.objectives.base import Objective, StepContext, Sums, TransformersHead, add_sums
+from w2vscale.objectives.contrastive import Contrastive
+from w2vscale.objectives.ctc import Ctc
+
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "StepContext",
+    "Sums",
+    "TransformersHead",
+    "add_sums",
+    "build_objective",
+    "objective_settings",
+    "resolve",
+    "state_shapes",
+]
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "wav2vec2": Contrastive,
+    "ctc": Ctc,
+}
+
+
+def build_objective(config: Config) -> Objective:
+    """The objective that `objective.name` chooses. Reads the files that its settings name.
+
+    Raises:
+        UserError: there is no such objective, or one of its settings is not valid; one line.
+    """
+    name = config.objective.name
+    if name not in OBJECTIVES:
+        raise UserError(f"objective.name={name}: unknown objective (objectives: {', '.join(OBJECTIVES)})")
+    kind = OBJECTIVES[name]
+    settings = parse_section(kind.Settings, config.objective.model_dump(), name="objective")
+    return kind(settings, config.model, config.regularization, compute_dtype(config.precision))
+
+
+def resolve(config: Config) -> tuple[Config, Objective]:
+    """The settings of a run with every default of its objective and the contents of files, and the objective.
+
+    Raises:
+        UserError: see `build_objective`.
+    """
+    objective = build_objective(config)
+    return config.model_copy(update={"objective": ObjectiveConfig(**objective.settings.model_dump())}), objective
+
+
+def state_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter and persistent buffer of the model that these settings describe."""
+    with torch.device("meta"):
+        model = build_objective(config).build_model()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def objective_settings() -> dict[str, list[tuple[str, str, str, str]]]:
+    """(key, type, default, description) of the settings of each objective, for the documentation."""
+    return {name: settings_of(kind.Settings, "objective") for name, kind in OBJECTIVES.items()}

@@ -1,51 +1,397 @@
-"""The contrastive loss: tell the quantized vector of a masked frame from those of other masked frames."""
+"""wav2vec 2.0 pretraining (Baevski et al. 2020, arXiv:2006.11477): tell the quantized features of a masked frame from
+those of other masked frames of the same utterance."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from w2vscale.config import ModelConfig, RegularizationConfig, architecture
+from w2vscale.config.tree import Count, NotNegative, Positive, Probability
+from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
+from w2vscale.data.randomness import Stream
+from w2vscale.errors import UserError
+from w2vscale.models.feature_encoder import input_samples, valid_mask
+from w2vscale.models.layers import Linear, dropout
+from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder
+from w2vscale.objectives.base import Objective, Panel, StepContext, TransformersHead
+from w2vscale.objectives.masking import MaskSettings, mask_frames
+from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss, perplexity
+from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss, negative_indices
 
-def contrastive_logits(
-    context_MD: Tensor,
-    targets_MD: Tensor,
-    ids_M: Tensor,
-    *,
-    utterance_M: Tensor,
-    slot_M: Tensor,
-    negatives_MK: Tensor,
-    utterances: int,
-    slots: int,
-    temperature: float,
-) -> Tensor:
-    """Cosine similarities / temperature, fp32 [M, 1 + K]: the positive first, then the negatives.
 
-    Within an utterance every similarity is an entry of one matrix product, so vectors of negatives are never
-    materialised. A negative with the same codes as the positive is no negative: it is -inf.
+class ContrastiveSettings(MaskSettings):
+    """Quantizer, masks and loss."""
+
+    name: Literal["wav2vec2"] = Field("wav2vec2", description="wav2vec 2.0 pretraining")
+    codebooks: Count = architecture(2, "number of codebooks")
+    codebook_entries: Annotated[int, Field(ge=2)] = architecture(320, "entries of each codebook")
+    codevector_dim: Count = architecture(256, "width of the entries of all codebooks together")
+    quantizer_input: Literal["features", "projected"] = architecture(
+        "features", "what is quantized: features after their LayerNorm, or after the projection to model.dim"
+    )
+    target_projection: bool = architecture(True, "project quantized vectors before comparing them")
+    projection_dim: Count = architecture(256, "width of the space in which context and targets are compared")
+    feature_dropout: Probability = Field(0.1, description="dropout of the input of the quantizer")
+    gumbel_start: Positive = Field(2.0, description="temperature of the Gumbel softmax at update 0")
+    gumbel_end: Positive = Field(0.5, description="lowest temperature of the Gumbel softmax")
+    gumbel_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.999995, description="factor of the temperature per update"
+    )
+    negatives: Count = Field(100, description="negatives per masked frame, from the same utterance")
+    logit_temperature: Positive = Field(0.1, description="divisor of the cosine similarities")
+    diversity_weight: NotNegative = Field(0.1, description="weight of the diversity loss of the codebooks")
+    feature_penalty_weight: NotNegative = Field(10.0, description="weight of the mean square of the features")
+
+    @model_validator(mode="after")
+    def _check(self) -> ContrastiveSettings:
+        if self.codevector_dim % self.codebooks:
+            raise ValueError(f"codebooks={self.codebooks} does not divide codevector_dim={self.codevector_dim}")
+        if not self.target_projection and self.codevector_dim != self.projection_dim:
+            raise ValueError(
+                f"without target_projection, codevector_dim={self.codevector_dim} "
+                f"must equal projection_dim={self.projection_dim}"
+            )
+        if self.gumbel_end > self.gumbel_start:
+            raise ValueError(f"gumbel_end={self.gumbel_end} is above gumbel_start={self.gumbel_start}")
+        return self
+
+    def temperature(self, update: int) -> float:
+        """Temperature of the Gumbel softmax in an update: max(start * decay^update, end)."""
+        return max(self.gumbel_start * self.gumbel_decay**update, self.gumbel_end)
+
+
+class ContrastiveInputs(NamedTuple):
+    """Utterances with M masked frames in all, listed utterance by utterance, and K negatives for each."""
+
+    audio: AudioBatch
+    masked_B: Tensor  # masked frames of each utterance
+    frame_M: Tensor  # frame in its utterance
+    slot_M: Tensor  # place among the masked frames of its utterance
+    negatives_MK: Tensor  # slots of the negatives
+    masked: tuple[int, ...]  # masked_B as numbers that the host can read
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Masked frames of each micro-batch."""
+        ends = accumulate(self.audio.utterances, initial=0)
+        return tuple(sum(self.masked[start:end]) for start, end in pairwise(ends))
+
+
+class ContrastiveSums(NamedTuple):
+    """Sums over masked frames; divide them by the global number of masked frames in an update."""
+
+    total: Tensor  # contrastive + weighted diversity and feature penalty, nats
+    contrastive: Tensor  # nats
+    diversity: Tensor  # of each micro-batch, times its masked frames
+    feature_penalty: Tensor  # mean square of the features of each micro-batch, times its masked frames
+    correct: Tensor
+    masked: Tensor
+    code_counts_GV: Tensor
+    probability_sums_GV: Tensor
+
+
+class Wav2Vec2ForPretraining(nn.Module):
+    """The encoder, the quantizer and the loss of masked contrastive prediction.
+
+    Activations and matrix products have the type `compute_dtype`; similarities, Gumbel softmax and losses are fp32.
     """
-    context_BND = _by_utterance(
-        F.normalize(context_MD.float(), dim=1, eps=1e-8), utterance_M, slot_M, utterances, slots
-    )
-    targets_BND = _by_utterance(
-        F.normalize(targets_MD.float(), dim=1, eps=1e-8), utterance_M, slot_M, utterances, slots
-    )
-    similarities_MN = torch.bmm(context_BND, targets_BND.transpose(1, 2))[utterance_M, slot_M]
-    ids_BN = ids_M.new_zeros(utterances, slots).index_put((utterance_M, slot_M), ids_M)
-    same_MN = ids_BN[utterance_M] == ids_M.unsqueeze(1)
-    logits_MN = similarities_MN / temperature
-    negatives_MK = negatives_MK.long()
-    positive_M1 = logits_MN.gather(1, slot_M.unsqueeze(1))
-    negative_MK = logits_MN.masked_fill(same_MN, -torch.inf).gather(1, negatives_MK)
-    return torch.cat([positive_M1, negative_MK], dim=1)
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        regularization: RegularizationConfig,
+        settings: ContrastiveSettings,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.compute_dtype = compute_dtype
+        channels = model.dim if settings.quantizer_input == "projected" else model.conv_layers[-1][0]
+        self.encoder = Wav2Vec2Encoder(model, regularization)
+        self.quantizer = Quantizer(
+            channels, codebooks=settings.codebooks, entries=settings.codebook_entries, dim=settings.codevector_dim
+        )
+        self.context_projection = Linear(model.dim, settings.projection_dim)
+        self.target_projection = (
+            Linear(settings.codevector_dim, settings.projection_dim) if settings.target_projection else nn.Identity()
+        )
+
+    def forward(
+        self,
+        inputs: ContrastiveInputs,
+        *,
+        noise_MGV: Tensor | None = None,
+        temperature: float = 1.0,
+        active: Sequence[bool] | None = None,
+    ) -> ContrastiveSums:
+        """Loss sums of the micro-batches in `inputs`; without Gumbel noise the quantizer takes the argmax."""
+        settings, audio = self.settings, inputs.audio
+        lengths_B, frames_B = audio.lengths
+        encoded = self.encoder(
+            audio.waveforms_BS.to(self.compute_dtype), lengths_B, frames_B, audio.mask_BT, active=active
+        )
+        utterance_M = torch.repeat_interleave(inputs.masked_B, output_size=inputs.frame_M.shape[0])
+        targets_MC = self.quantizer_inputs(encoded)[utterance_M, inputs.frame_M]
+        targets_MC = dropout(targets_MC, settings.feature_dropout, self.training)
+        quantized = self.quantizer(targets_MC, noise_MGV, temperature)
+        logits_MK = contrastive_logits(
+            self.context_projection(encoded.context_BTD[utterance_M, inputs.frame_M]),
+            self.target_projection(quantized.vectors_MD),
+            code_ids(quantized.codes_MG, settings.codebook_entries),
+            utterance_M=utterance_M,
+            slot_M=inputs.slot_M,
+            negatives_MK=inputs.negatives_MK,
+            utterances=audio.waveforms_BS.shape[0],
+            slots=max(inputs.masked),
+            temperature=settings.logit_temperature,
+        )
+        contrastive, correct = contrastive_loss(logits_MK)
+        probabilities_MGV = quantized.logits_MGV.softmax(dim=2)
+        diversity = _diversity_sum(probabilities_MGV, inputs.weights)
+        penalty = _feature_penalty_sum(encoded.features_BTC, frames_B, inputs)
+        total = contrastive + settings.diversity_weight * diversity + settings.feature_penalty_weight * penalty
+        codes_GVM = F.one_hot(quantized.codes_MG, settings.codebook_entries)
+        return ContrastiveSums(
+            total=total,
+            contrastive=contrastive.detach(),
+            diversity=diversity.detach(),
+            feature_penalty=penalty.detach(),
+            correct=correct.float(),
+            masked=torch.full_like(contrastive.detach(), float(sum(inputs.masked))),
+            code_counts_GV=codes_GVM.sum(dim=0).float(),
+            probability_sums_GV=probabilities_MGV.detach().sum(dim=0),
+        )
+
+    def quantizer_inputs(self, encoded: EncoderOutput) -> Tensor:
+        """What the quantizer chooses codes for [B, T, C]; never masked."""
+        return encoded.projected_BTD if self.settings.quantizer_input == "projected" else encoded.normalised_BTC
 
 
-def contrastive_loss(logits_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """(summed cross entropy in nats, number of frames whose positive has the highest similarity)."""
-    wanted_M = torch.zeros(logits_MK.shape[0], dtype=torch.long, device=logits_MK.device)
-    loss = F.cross_entropy(logits_MK, wanted_M, reduction="sum")
-    return loss, (logits_MK.detach().argmax(dim=1) == 0).sum()
+class Contrastive(Objective):
+    """wav2vec 2.0 pretraining."""
+
+    Settings = ContrastiveSettings
+    settings: ContrastiveSettings
+
+    @property
+    def shortest_frames(self) -> int:
+        """See `Objective.shortest_frames`."""
+        return self.settings.shortest_frames
+
+    @property
+    def code_entries(self) -> int:  # type: ignore[override]
+        """See `Objective.code_entries`."""
+        return self.settings.codebook_entries
+
+    def build_model(self) -> Wav2Vec2ForPretraining:
+        """See `Objective.build_model`."""
+        return Wav2Vec2ForPretraining(self.model, self.regularization, self.settings, self.compute_dtype)
+
+    def make_inputs(
+        self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
+    ) -> ContrastiveInputs:
+        """See `Objective.make_inputs`."""
+        silence = np.zeros(input_samples(self.shortest_frames, self.model), dtype=np.float32)
+        waveforms = [utterance.waveform for utterance in utterances] or [silence]
+        audio = audio_batch(waveforms, self.model, width=width)
+        generators = mask_frames(audio, [utterance.place for utterance in utterances], self.settings, rng)
+        masks_BT = audio.mask_BT.numpy()
+        masked_B = masks_BT.sum(axis=1)
+        utterance_M, frame_M = masks_BT.nonzero()
+        slot_M = np.arange(utterance_M.size) - (np.cumsum(masked_B) - masked_B)[utterance_M]
+        negatives: list[NDArray[np.integer]] = [np.zeros((0, self.settings.negatives), dtype=np.int16)]
+        for masked, draws in zip(masked_B.tolist(), generators, strict=False):
+            negatives.append(negative_indices(masked, self.settings.negatives, draws))
+        return ContrastiveInputs(
+            audio=audio,
+            masked_B=torch.from_numpy(masked_B),
+            frame_M=torch.from_numpy(frame_M),
+            slot_M=torch.from_numpy(slot_M),
+            negatives_MK=torch.from_numpy(np.concatenate(negatives)),
+            masked=tuple(masked_B.tolist()),
+        )
+
+    def forward(
+        self, module: nn.Module, inputs: ContrastiveInputs, *, step: StepContext, training: bool
+    ) -> ContrastiveSums:
+        """See `Objective.forward`."""
+        if not training:
+            return module(inputs)
+        step.seed_dropout()
+        return module(
+            inputs,
+            noise_MGV=self._gumbel_noise(inputs, step),
+            temperature=self.settings.temperature(step.update),
+            active=step.active_layers(self.model.layers, self.regularization.layerdrop),
+        )
+
+    def _gumbel_noise(self, inputs: ContrastiveInputs, step: StepContext) -> Tensor:
+        """Standard Gumbel noise [M, G, V] fp32; each micro-batch has its own generator."""
+        device = inputs.frame_M.device
+        shape = (self.settings.codebooks, self.settings.codebook_entries)
+        noise = [
+            -torch.empty(weight, *shape, device=device).exponential_(generator=draws).log()
+            for weight, draws in zip(inputs.weights, step.generators(Stream.GUMBEL, device), strict=True)
+        ]
+        return torch.cat(noise)
+
+    def metrics(self, sums: ContrastiveSums) -> dict[str, float]:
+        """Metrics per masked frame; NaN where there is none.
+
+        Losses are in nats, `*_bits` in bits. `code_perplexity_g` is the effective number of entries of codebook g
+        among the chosen codes, `probability_perplexity_g` in the mean of the softmax.
+        """
+        frames = float(sums.masked) or math.nan
+        values = {
+            "loss": float(sums.total) / frames,
+            "contrastive": float(sums.contrastive) / frames,
+            "diversity": float(sums.diversity) / frames,
+            "feature_penalty": float(sums.feature_penalty) / frames,
+            "accuracy": float(sums.correct) / frames,
+        }
+        values["masked_frames"] = float(sums.masked)
+        values["loss_bits"] = values["loss"] / math.log(2)
+        values["contrastive_bits"] = values["contrastive"] / math.log(2)
+        code_perplexity_G = perplexity(sums.code_counts_GV.double() / frames)
+        probability_perplexity_G = perplexity(sums.probability_sums_GV.double() / frames)
+        used_G = (sums.code_counts_GV > 0).sum(dim=1)
+        for codebook in range(self.settings.codebooks):
+            values[f"code_perplexity_{codebook}"] = float(code_perplexity_G[codebook])
+            values[f"probability_perplexity_{codebook}"] = float(probability_perplexity_G[codebook])
+            values[f"used_entries_{codebook}"] = int(used_G[codebook])
+        return values
+
+    def scheduled(self, update: int) -> dict[str, float]:
+        """See `Objective.scheduled`."""
+        return {"temperature": self.settings.temperature(update)}
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """See `Objective.line`."""
+        codes = "/".join(f"{metrics[f'code_perplexity_{one}']:.0f}" for one in range(self.settings.codebooks))
+        return (
+            f"loss {metrics['loss']:.3f}  contrastive {metrics['contrastive_bits']:.3f} bits"
+            f"  accuracy {metrics['accuracy']:.3f}  codes {codes}"
+        )
+
+    def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """See `Objective.table`."""
+        return {
+            "contrastive loss": f"{metrics['contrastive']:.4f} nats = {metrics['contrastive_bits']:.4f} bits",
+            "contrastive accuracy": f"{metrics['accuracy']:.4f}",
+            "diversity loss": f"{metrics['diversity']:.4f}",
+            "masked frames": f"{int(metrics['masked_frames']):,}",
+            **{
+                f"codebook {one}": f"{int(metrics[f'used_entries_{one}'])} of {self.settings.codebook_entries} "
+                f"entries used, code perplexity {metrics[f'code_perplexity_{one}']:.1f}"
+                for one in range(self.settings.codebooks)
+            },
+        }
+
+    def warnings(self, metrics: Mapping[str, float]) -> list[str]:
+        """See `Objective.warnings`: collapse of the codebooks or of the features."""
+        found = []
+        for codebook in range(self.settings.codebooks):
+            used = metrics[f"code_perplexity_{codebook}"]
+            if used < 2.0:
+                found.append(
+                    f"codebook {codebook} has collapsed: {used:.2f} entries in use. Raise objective.diversity_weight, "
+                    "lower optim.lr, or lengthen schedule.warmup_updates"
+                )
+        if metrics["accuracy"] > 0.99 and metrics["contrastive"] < 0.05:
+            found.append(
+                "the contrastive task is solved (accuracy above 0.99, loss near 0): features have collapsed; "
+                "the model is not learning speech"
+            )
+        return found
+
+    def panels(self) -> tuple[Panel, Panel, Panel]:
+        """See `Objective.panels`."""
+        chance = 1.0 / (1 + self.settings.negatives)
+        codes = {f"code_perplexity_{one}": f"codebook {one}" for one in range(self.settings.codebooks)}
+        return (
+            Panel("bits", "contrastive loss (bits)", {"contrastive_bits": ""}, chance=-math.log2(chance)),
+            Panel("accuracy", "contrastive accuracy", {"accuracy": ""}, chance=chance),
+            Panel("codes", f"code perplexity (of {self.settings.codebook_entries})", codes),
+        )
+
+    def codes(self, module: nn.Module, encoded: EncoderOutput) -> Tensor:
+        """See `Objective.codes`: the choices of the quantizer."""
+        model: Any = module
+        inputs_BTC = model.quantizer_inputs(encoded)
+        codes_MG: Tensor = model.quantizer(inputs_BTC.flatten(0, 1), None, 1.0).codes_MG
+        return codes_MG.unflatten(0, inputs_BTC.shape[:2])
+
+    def transformers_head(self) -> TransformersHead:
+        """See `Objective.transformers_head`.
+
+        Raises:
+            UserError: Transformers has no such quantizer.
+        """
+        settings = self.settings
+        if settings.quantizer_input != "features" or not settings.target_projection:
+            raise UserError(
+                f"objective.quantizer_input={settings.quantizer_input} and objective.target_projection="
+                f"{str(settings.target_projection).lower()}: Hugging Face Transformers has no such wav2vec 2.0; "
+                "only models of the published architectures can be converted"
+            )
+        return TransformersHead(
+            architecture="Wav2Vec2ForPreTraining",
+            tensors={
+                "quantizer.codevectors": "quantizer.codevectors",
+                "quantizer.projection": "quantizer.weight_proj",
+                "context_projection": "project_hid",
+                "target_projection": "project_q",
+            },
+            settings={theirs: getattr(settings, ours) for theirs, (ours, _) in TRANSFORMERS_SETTINGS.items()}
+            | {
+                "mask_time_prob": settings.mask_probability,
+                "mask_time_length": settings.mask_length,
+                "mask_time_min_masks": settings.mask_min_spans,
+                "mask_feature_prob": 0.0,
+            },
+        )
 
 
-def _by_utterance(x_MD: Tensor, utterance_M: Tensor, slot_M: Tensor, utterances: int, slots: int) -> Tensor:
-    return x_MD.new_zeros(utterances, slots, x_MD.shape[1]).index_put((utterance_M, slot_M), x_MD)
+TRANSFORMERS_SETTINGS: dict[str, tuple[str, Any]] = {
+    "num_codevector_groups": ("codebooks", 2),
+    "num_codevectors_per_group": ("codebook_entries", 320),
+    "codevector_dim": ("codevector_dim", 256),
+    "proj_codevector_dim": ("projection_dim", 256),
+    "feat_quantizer_dropout": ("feature_dropout", 0.0),
+    "num_negatives": ("negatives", 100),
+    "contrastive_logits_temperature": ("logit_temperature", 0.1),
+    "diversity_loss_weight": ("diversity_weight", 0.1),
+}
+"""Names in Transformers: ours, and what a config.json without them means (transformers 5.23, `Wav2Vec2Config`)."""
+
+
+def _diversity_sum(probabilities_MGV: Tensor, masked: Sequence[int]) -> Tensor:
+    """The diversity loss of each micro-batch times its masked frames."""
+    parts = [
+        diversity_loss(part_MGV.mean(dim=0)) * part_MGV.shape[0]
+        for part_MGV in probabilities_MGV.split(list(masked))
+        if part_MGV.shape[0]
+    ]
+    return torch.stack(parts).sum() if parts else probabilities_MGV.sum()
+
+
+def _feature_penalty_sum(features_BTC: Tensor, frames_B: Tensor | None, inputs: ContrastiveInputs) -> Tensor:
+    """The mean square of valid features (before LayerNorm) of each micro-batch times its masked frames."""
+    square_BT = features_BTC.float().square().mean(dim=2)
+    if frames_B is not None:
+        square_BT = square_BT * valid_mask(frames_B, square_BT.shape[1])
+    utterances = list(inputs.audio.utterances)
+    sums = [part_BT.sum() for part_BT in square_BT.split(utterances)]
+    frames = [part_B.sum() for part_B in inputs.audio.frames_B.split(utterances)]
+    weighted = [s / n * m for s, n, m in zip(sums, frames, inputs.weights, strict=True)]
+    return torch.stack(weighted).sum()

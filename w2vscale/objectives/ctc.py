@@ -1,57 +1,110 @@
-"""wav2vec 2.0 with an output layer for text, trained by connectionist temporal classification (Graves et al. 2006)."""
+"""Fine-tuning for speech recognition with connectionist temporal classification (CTC, Graves et al. 2006)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from lhotse.cut import Cut
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config.tree import CtcConfig, ModelConfig
-from w2vscale.data.inputs import CtcInputs
+from w2vscale.config import Config, ModelConfig, RegularizationConfig, architecture
+from w2vscale.config.tree import Count, CountOrZero, Fraction, Probability
+from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
+from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
+from w2vscale.data.transcripts import BLANK, PIECE_SPACE, SPACE, UNKNOWN, Transcripts, refuse_too_many, transcript
+from w2vscale.errors import UserError
+from w2vscale.models.feature_encoder import input_samples, output_frames
 from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.transformer import BERT_STD
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
+from w2vscale.objectives.base import Objective, Panel, StepContext, Target, TransformersHead
+from w2vscale.objectives.masking import MaskSettings, mask_frames, span_mask
 
-BLANK = 0
-"""The symbol of CTC's blank: a vocabulary's first."""
+LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
+"""The vocabulary of the published English models, in their order; `|` is the space."""
+
+
+class CtcSettings(MaskSettings):
+    """Vocabulary, masks and what is frozen."""
+
+    name: Literal["ctc"] = Field("ctc", description="fine-tuning for speech recognition with CTC")
+    vocabulary: list[str] | Path = architecture(
+        [],
+        "symbols of the output layer, the blank of CTC first: a list, a file with one symbol per line, or `letters` "
+        "(English capitals, as in the published models)",
+    )
+    sentencepiece: Path | None = Field(
+        None,
+        description="SentencePiece model that splits transcripts; an empty vocabulary becomes the blank and its pieces",
+    )
+    final_dropout: Probability = Field(0.0, description="dropout before the output layer")
+    channel_mask_probability: Fraction = Field(0.0, description="expected share of masked channels; 0: none")
+    channel_mask_length: Count = Field(64, description="channels of one span")
+    freeze_encoder_updates: CountOrZero = Field(0, description="train only the output layer for this many updates")
+
+
+class CtcInputs(NamedTuple):
+    """Utterances with L labels in all, listed utterance by utterance."""
+
+    audio: AudioBatch
+    channel_mask_BD: Tensor
+    labels_L: Tensor
+    label_lengths_B: Tensor
+    labels: tuple[int, ...]  # label_lengths_B as numbers that the host can read
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Labels of each micro-batch."""
+        ends = accumulate(self.audio.utterances, initial=0)
+        return tuple(sum(self.labels[start:end]) for start, end in pairwise(ends))
 
 
 class CtcSums(NamedTuple):
-    """Sums over labels; divide by an update's global number of them. `total` is what is differentiated."""
+    """Sums over labels; divide them by the global number of labels in an update."""
 
     total: Tensor  # nats
     labels: Tensor
-    errors: Tensor  # insertions, deletions and substitutions of the greedy labels; 0 in training
-
-    def plus(self, other: CtcSums) -> CtcSums:
-        """Sums over both."""
-        return CtcSums(*(a + b for a, b in zip(self, other, strict=True)))
+    errors: Tensor  # edit distance of the greedy labels; 0 in training, where nothing is decoded
 
 
 class Wav2Vec2ForCTC(nn.Module):
-    """The encoder, and logits of a vocabulary's symbols for every frame."""
+    """The encoder, and logits of a vocabulary for every frame."""
 
-    def __init__(self, config: ModelConfig, ctc: CtcConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        regularization: RegularizationConfig,
+        symbols: int,
+        *,
+        final_dropout: float = 0.0,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.final_dropout = ctc.final_dropout
+        self.final_dropout = final_dropout
         self.compute_dtype = compute_dtype
-        self.encoder = Wav2Vec2Encoder(config)
-        self.head = Linear(config.dim, len(ctc.vocabulary), std=BERT_STD)
+        self.encoder = Wav2Vec2Encoder(model, regularization)
+        self.head = Linear(model.dim, symbols, std=BERT_STD)
 
     def forward(self, inputs: CtcInputs, *, active: Sequence[bool] | None = None, frozen: bool = False) -> CtcSums:
-        """Loss sums; with `frozen`, the head alone learns. In evaluation nothing is masked, and errors are counted."""
-        lengths_B, frames_B = (inputs.lengths_B, inputs.frames_B) if inputs.padded else (None, None)
-        masks = (inputs.mask_BT, inputs.channel_mask_BD) if self.training else (None, None)
+        """Loss sums; with `frozen`, only the head learns. In evaluation nothing is masked, and errors are counted."""
+        audio = inputs.audio
+        lengths_B, frames_B = audio.lengths
+        masks = (audio.mask_BT, inputs.channel_mask_BD) if self.training else (None, None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             encoded = self.encoder(
-                inputs.waveforms_BS.to(self.compute_dtype), lengths_B, frames_B, *masks, active=active
+                audio.waveforms_BS.to(self.compute_dtype), lengths_B, frames_B, *masks, active=active
             )
         logits_BTV = self.head(dropout(encoded.context_BTD, self.final_dropout, self.training))
-        total = ctc_loss(logits_BTV, inputs.frames_B, inputs.labels_L, inputs.label_lengths_B)
+        total = ctc_loss(logits_BTV, audio.frames_B, inputs.labels_L, inputs.label_lengths_B)
         errors = 0 if self.training else label_errors(logits_BTV, inputs)
         return CtcSums(
             total=total,
@@ -66,11 +119,240 @@ class Wav2Vec2ForCTC(nn.Module):
         return logits_BTV
 
 
+class Ctc(Objective):
+    """Fine-tuning for speech recognition."""
+
+    Settings = CtcSettings
+    settings: CtcSettings
+    crops = False  # the transcript belongs to the whole utterance
+
+    def __init__(
+        self,
+        settings: CtcSettings,
+        model: ModelConfig,
+        regularization: RegularizationConfig,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        self.vocabulary = _read_vocabulary(settings)
+        super().__init__(
+            settings.model_copy(update={"vocabulary": self.vocabulary}), model, regularization, compute_dtype
+        )
+
+    @cached_property
+    def transcripts(self) -> Transcripts:
+        """Turns transcripts into labels."""
+        return Transcripts(self.vocabulary, self.settings.sentencepiece)
+
+    @property
+    def shortest_frames(self) -> int:
+        """See `Objective.shortest_frames`."""
+        return self.settings.shortest_frames
+
+    @property
+    def skips_parameters(self) -> bool:
+        """See `Objective.skips_parameters`."""
+        return super().skips_parameters or self.settings.freeze_encoder_updates > 0
+
+    def check(self, config: Config) -> None:
+        """See `Objective.check`."""
+        assert self.transcripts  # the SentencePiece model can be read, and belongs to the vocabulary
+        frozen_updates = self.settings.freeze_encoder_updates
+        if config.trainer.init_from is None and (frozen_updates or config.regularization.feature_grad_mult == 0.0):
+            raise UserError(
+                "the encoder is frozen but randomly initialised; set trainer.init_from, or train from scratch with "
+                "objective.freeze_encoder_updates=0 regularization.feature_grad_mult=1"
+            )
+        if frozen_updates and config.optim.weight_decay > 0.0:
+            raise UserError(
+                f"optim.weight_decay={config.optim.weight_decay:g} would shrink the encoder while it is frozen "
+                f"(objective.freeze_encoder_updates={frozen_updates}); set it to 0"
+            )
+
+    def unfrozen(self) -> CtcSettings:
+        """See `Objective.unfrozen`."""
+        return self.settings.model_copy(update={"freeze_encoder_updates": 0})
+
+    def build_model(self) -> Wav2Vec2ForCTC:
+        """See `Objective.build_model`."""
+        return Wav2Vec2ForCTC(
+            self.model,
+            self.regularization,
+            len(self.vocabulary),
+            final_dropout=self.settings.final_dropout,
+            compute_dtype=self.compute_dtype,
+        )
+
+    def read_target(self, cut: Cut, *, samples: int) -> Target:
+        """See `Objective.read_target`: the labels, and a note about characters that the vocabulary lacks."""
+        labels, unknown = self.transcripts.labels(transcript(cut))
+        refuse_too_many(labels, output_frames(samples, self.model))
+        if not unknown:
+            return Target(labels)
+        reason = f"its transcript has {unknown!r}, not in objective.vocabulary; used {UNKNOWN}"
+        return Target(labels, ("unknown symbols", reason))
+
+    def make_inputs(
+        self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
+    ) -> CtcInputs:
+        """See `Objective.make_inputs`."""
+        silence = np.zeros(input_samples(self.shortest_frames, self.model), dtype=np.float32)
+        waveforms = [utterance.waveform for utterance in utterances] or [silence]
+        labels: list[list[int]] = [utterance.target for utterance in utterances] or [[]]
+        audio = audio_batch(waveforms, self.model, width=width)
+        generators = mask_frames(audio, [utterance.place for utterance in utterances], self.settings, rng)
+        channel_masks_BD = np.zeros((len(waveforms), self.model.dim), dtype=np.bool_)
+        if self.settings.channel_mask_probability > 0.0:
+            for row, draws in enumerate(generators):
+                channel_masks_BD[row] = span_mask(
+                    self.model.dim,
+                    probability=self.settings.channel_mask_probability,
+                    length=self.settings.channel_mask_length,
+                    min_spans=0,
+                    generator=draws,
+                )
+        counts = tuple(map(len, labels))
+        return CtcInputs(
+            audio=audio,
+            channel_mask_BD=torch.from_numpy(channel_masks_BD),
+            labels_L=torch.tensor([label for each in labels for label in each], dtype=torch.long),
+            label_lengths_B=torch.tensor(counts),
+            labels=counts,
+        )
+
+    def forward(self, module: nn.Module, inputs: CtcInputs, *, step: StepContext, training: bool) -> CtcSums:
+        """See `Objective.forward`."""
+        if not training:
+            return module(inputs)
+        step.seed_dropout()
+        return module(
+            inputs,
+            active=step.active_layers(self.model.layers, self.regularization.layerdrop),
+            frozen=step.update < self.settings.freeze_encoder_updates and not step.worst_case,
+        )
+
+    def metrics(self, sums: CtcSums) -> dict[str, float]:
+        """Metrics per label; NaN where there is none.
+
+        `loss` is in nats. `label_error_rate` is that of the greedy labels, spaces included; 0 in training.
+        """
+        labels = float(sums.labels) or math.nan
+        return {
+            "loss": float(sums.total) / labels,
+            "label_error_rate": float(sums.errors) / labels,
+            "labels": float(sums.labels),
+        }
+
+    def scheduled(self, update: int) -> dict[str, float]:
+        """See `Objective.scheduled`."""
+        return {"encoder_frozen": float(update < self.settings.freeze_encoder_updates)}
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        """See `Objective.line`."""
+        errors = f"  label errors {metrics['label_error_rate']:.1%}" if "utterances" in metrics else ""
+        return f"loss {metrics['loss']:.3f} per label{errors}"
+
+    def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        """See `Objective.table`."""
+        return {
+            "loss per label": f"{metrics['loss']:.4f} nats",
+            "label error rate, greedy": f"{metrics['label_error_rate']:.2%}",
+            "labels": f"{int(metrics['labels']):,}",
+        }
+
+    def panels(self) -> tuple[Panel, Panel, Panel]:
+        """See `Objective.panels`."""
+        return (
+            Panel("loss", "loss per label (nats)", {"loss": ""}),
+            Panel("label errors", "label error rate, validation", {"label_error_rate": ""}, training=False),
+            Panel("lr", "learning rate", {"lr": ""}),
+        )
+
+    def logits(self, module: Any, hidden_TD: Tensor) -> Tensor:
+        """See `Objective.logits`."""
+        norm = module.encoder.transformer.final_norm
+        logits_TV: Tensor = module.head(hidden_TD if norm is None else norm(hidden_TD))
+        return logits_TV
+
+    def transformers_head(self) -> TransformersHead:
+        """See `Objective.transformers_head`.
+
+        The tokenizer of Transformers joins symbols as they are, so sentence pieces have real spaces there.
+        """
+        settings, vocabulary = self.settings, list(self.vocabulary)
+        marks = {"pad": vocabulary[BLANK], "bos": "<s>", "eos": "</s>", "unk": UNKNOWN}
+        tokens = {name: symbol if symbol in vocabulary else None for name, symbol in marks.items()}
+        return TransformersHead(
+            architecture="Wav2Vec2ForCTC",
+            tensors={"head": "lm_head"},
+            settings={
+                "vocab_size": len(vocabulary),
+                **{
+                    f"{name}_token_id": vocabulary.index(symbol)
+                    for name, symbol in tokens.items()
+                    if symbol is not None and name != "unk"
+                },
+                "ctc_loss_reduction": "sum",
+                "ctc_zero_infinity": True,
+                "final_dropout": settings.final_dropout,
+                "mask_time_prob": settings.mask_probability,
+                "mask_time_length": settings.mask_length,
+                "mask_time_min_masks": settings.mask_min_spans,
+                "mask_feature_prob": settings.channel_mask_probability,
+                "mask_feature_length": settings.channel_mask_length,
+            },
+            files={
+                "vocab.json": {symbol.replace(PIECE_SPACE, " "): label for label, symbol in enumerate(vocabulary)},
+                "tokenizer_config.json": {
+                    "tokenizer_class": "Wav2Vec2CTCTokenizer",
+                    "processor_class": "Wav2Vec2Processor",
+                    **{f"{name}_token": symbol for name, symbol in tokens.items()},
+                    "word_delimiter_token": SPACE if SPACE in vocabulary else " ",
+                    "replace_word_delimiter_char": " ",
+                    "do_lower_case": False,
+                },
+            },
+        )
+
+
+def _read_vocabulary(settings: CtcSettings) -> list[str]:
+    """The symbols that the settings name.
+
+    Raises:
+        UserError: there are none, one is there twice, or their file cannot be read.
+    """
+    named = settings.vocabulary
+    if isinstance(named, list):
+        symbols = named
+    elif str(named) == "letters":
+        symbols = LETTERS
+    else:
+        symbols = _symbols_in(named)
+    if not symbols and settings.sentencepiece is not None:
+        symbols = vocabulary_of(open_pieces(settings.sentencepiece))
+    if not symbols:
+        raise UserError("objective.vocabulary is empty; use a fine-tuning preset such as ctc_1h")
+    if len(symbols) == 1:
+        raise UserError(f"objective.vocabulary={symbols}: has a blank and no other symbol")
+    if repeated := [symbol for symbol in symbols if symbols.count(symbol) > 1]:
+        raise UserError(f"objective.vocabulary: {repeated[0]!r} is in it twice")
+    return symbols
+
+
+def _symbols_in(path: Path) -> list[str]:
+    try:
+        return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"objective.vocabulary={path}: neither `letters` nor a readable file of symbols ({reason})"
+        ) from None
+
+
 def ctc_loss(logits_BTV: Tensor, frames_B: Tensor, labels_L: Tensor, label_lengths_B: Tensor) -> Tensor:
     """The sum over utterances of -log p(labels), in nats, fp32.
 
-    `labels_L` are those of all utterances, one after another. An utterance with too few frames for its labels (and
-    for blanks between equal ones), or without any, counts nothing.
+    `labels_L` lists the labels of all utterances. An utterance with too few frames for its labels (and for blanks
+    between equal ones), or without labels, counts as 0.
     """
     log_probabilities_TBV = logits_BTV.float().log_softmax(dim=2).transpose(0, 1)
     losses_B = F.ctc_loss(
@@ -80,19 +362,19 @@ def ctc_loss(logits_BTV: Tensor, frames_B: Tensor, labels_L: Tensor, label_lengt
 
 
 def greedy_labels(logits_TV: Tensor) -> list[int]:
-    """The most probable symbol of each frame, repetitions joined, blanks left out."""
+    """The most probable symbol of each frame, with repetitions merged and blanks removed."""
     best = torch.unique_consecutive(logits_TV.argmax(dim=1)).tolist()
     return [symbol for symbol in best if symbol != BLANK]
 
 
 def label_errors(logits_BTV: Tensor, inputs: CtcInputs) -> int:
-    """Edit distance between the greedy labels and the given ones, over all utterances."""
+    """Edit distance between the greedy labels and the reference labels, over all utterances."""
     from rapidfuzz.distance import Levenshtein
 
     logits_BTV = logits_BTV.float().cpu()
-    given = inputs.labels_L.cpu().split(inputs.label_lengths_B.tolist())
-    rows = zip(logits_BTV, inputs.frames_B.tolist(), given, strict=True)
+    references = inputs.labels_L.cpu().split(inputs.label_lengths_B.tolist())
+    utterances = zip(logits_BTV, inputs.audio.frames_B.tolist(), references, strict=True)
     return sum(
         int(Levenshtein.distance(greedy_labels(logits_TV[:frames]), labels.tolist()))
-        for logits_TV, frames, labels in rows
+        for logits_TV, frames, labels in utterances
     )

@@ -1,24 +1,45 @@
-"""Which frames are masked and which are negatives: draws of wav2vec 2.0's pretext task (numpy, on the CPU).
+"""Which frames and channels are masked, drawn on the CPU with NumPy.
 
-Baevski et al. 2020, section 3.1 and appendix; fairseq `compute_mask_indices` and `sample_negatives`.
+Baevski et al. 2020, section 3.1 and appendix; fairseq `compute_mask_indices`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from w2vscale.config.tree import ModelConfig
+from w2vscale.config.tree import Count
+from w2vscale.data.inputs import AudioBatch
+from w2vscale.objectives.base import ObjectiveSettings
+
+
+class MaskSettings(ObjectiveSettings):
+    """How spans of frames are masked."""
+
+    mask_probability: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.65, description="expected share of frames in spans, counted before they overlap"
+    )
+    mask_length: Count = Field(10, description="frames of one span")
+    mask_min_spans: Count = Field(2, description="smallest number of spans in an utterance")
+
+    @property
+    def shortest_frames(self) -> int:
+        """Frames of the shortest utterance with room for its spans."""
+        return self.mask_length + self.mask_min_spans
 
 
 def span_mask(
     size: int, *, probability: float, length: int, min_spans: int, generator: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """Which of an utterance's frames (or channels) are masked, [size] bool.
+    """Which frames (or channels) of an utterance are masked, [size] bool.
 
     The number of spans is `probability * size / length`, rounded up with the probability of its fraction, and at least
     `min_spans`. Starts are drawn without replacement from [0, size - length); spans may overlap. Where there is no room
-    for that nothing is masked.
+    for them nothing is masked.
     """
     mask = np.zeros(size, dtype=np.bool_)
     starts = size - length
@@ -31,26 +52,23 @@ def span_mask(
     return mask
 
 
-def frame_mask(frames: int, config: ModelConfig, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Masked frames of one utterance; one that is too short has none, and so no weight in pretraining's loss."""
+def frame_mask(frames: int, settings: MaskSettings, generator: np.random.Generator) -> NDArray[np.bool_]:
+    """Masked frames of one utterance; one that is too short has none."""
     return span_mask(
         frames,
-        probability=config.mask_probability,
-        length=config.mask_length,
-        min_spans=config.mask_min_spans,
+        probability=settings.mask_probability,
+        length=settings.mask_length,
+        min_spans=settings.mask_min_spans,
         generator=generator,
     )
 
 
-def negative_indices(masked: int, negatives: int, generator: np.random.Generator) -> NDArray[np.integer]:
-    """For each masked frame of one utterance, which of the others are its negatives: [masked, negatives].
-
-    Uniform with replacement over the other masked frames: drawn in [0, masked - 1), one more from the own index on.
-    """
-    if masked < 2:
-        return np.zeros((masked, negatives), dtype=np.int16)
-    # Small, since they travel from the loader's processes.
-    dtype = np.int16 if masked <= np.iinfo(np.int16).max else np.int32
-    drawn = generator.integers(0, masked - 1, size=(masked, negatives), dtype=dtype)
-    own: NDArray[np.int32] = np.arange(masked, dtype=np.int32)[:, None]
-    return drawn + (drawn >= own)
+def mask_frames(
+    audio: AudioBatch, places: Sequence[int], settings: MaskSettings, rng: Callable[[int], np.random.Generator]
+) -> list[np.random.Generator]:
+    """Draw the masks of all utterances into `audio.mask_BT`; returns their generators, for further draws."""
+    generators = [rng(place) for place in places]
+    masks_BT, frames_B = audio.mask_BT.numpy(), audio.frames_B.tolist()
+    for mask_T, frames, draws in zip(masks_BT, frames_B, generators, strict=True):
+        mask_T[:frames] = frame_mask(frames, settings, draws)
+    return generators

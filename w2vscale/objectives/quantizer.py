@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config.tree import ModelConfig
 from w2vscale.models.layers import Linear
-from w2vscale.models.products import matmul
 
 
 class Quantized(NamedTuple):
@@ -22,22 +20,27 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """Chooses one entry of each codebook per frame."""
+    """Chooses one entry of each codebook per frame.
 
-    def __init__(self, config: ModelConfig, inputs: int) -> None:
+    Args:
+        inputs: width of a frame.
+        codebooks: number of codebooks G.
+        entries: entries V of each codebook.
+        dim: width of the entries of all codebooks together.
+    """
+
+    def __init__(self, inputs: int, *, codebooks: int, entries: int, dim: int) -> None:
         super().__init__()
-        self.codebooks, self.entries = config.codebooks, config.codebook_entries
-        self.projection = Linear(inputs, self.codebooks * self.entries, std=1.0)
-        self.codevectors = nn.Parameter(
-            torch.empty(self.codebooks, self.entries, config.codevector_dim // self.codebooks)
-        )
+        self.codebooks, self.entries = codebooks, entries
+        self.projection = Linear(inputs, codebooks * entries, std=1.0)
+        self.codevectors = nn.Parameter(torch.empty(codebooks, entries, dim // codebooks))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.codevectors)
 
     def forward(self, x_MC: Tensor, noise_MGV: Tensor | None, temperature: float) -> Quantized:
-        """Hard choice with straight-through gradients where there is Gumbel noise, the plain argmax without."""
+        """Quantize frames [M, C]: a hard choice with straight-through gradients, or the argmax without noise."""
         frames = x_MC.shape[0]
         logits_MGV = self.projection(x_MC).float().view(frames, self.codebooks, self.entries)
         if noise_MGV is None:
@@ -47,7 +50,7 @@ class Quantizer(nn.Module):
             soft_MGV = ((logits_MGV + noise_MGV) / temperature).softmax(dim=2)
             codes_MG = soft_MGV.argmax(dim=2)
             choice_MGV = F.one_hot(codes_MG, self.entries) - soft_MGV.detach() + soft_MGV
-        vectors_GME = matmul(choice_MGV.transpose(0, 1).to(x_MC.dtype), self.codevectors.to(x_MC.dtype))
+        vectors_GME = choice_MGV.transpose(0, 1).to(x_MC.dtype) @ self.codevectors.to(x_MC.dtype)
         return Quantized(vectors_GME.transpose(0, 1).flatten(1), codes_MG, logits_MGV)
 
 
@@ -60,15 +63,15 @@ def code_ids(codes_MG: Tensor, entries: int) -> Tensor:
 
 
 def diversity_loss(mean_probabilities_GV: Tensor) -> Tensor:
-    """(G V - sum over g of exp H(p_g)) / (G V): 0 where all entries are used alike, near 1 where one is.
+    """(G V - sum over g of exp H(p_g)) / (G V): 0 if all entries are used equally, near 1 if only one is.
 
-    p_g is the softmax of the raw logits averaged over a micro-batch's masked frames (equation 4 of the paper, in
-    the form of fairseq, which trains on it).
+    p_g is the softmax of the raw logits, averaged over the masked frames of a micro-batch (equation 4 of the paper, in
+    the form that fairseq trains with).
     """
     p_GV = mean_probabilities_GV
     return (p_GV.numel() - perplexity(p_GV).sum()) / p_GV.numel()
 
 
 def perplexity(probabilities_GV: Tensor) -> Tensor:
-    """exp of the entropy of each distribution, [G]: how many entries are in use."""
+    """exp of the entropy of each distribution, [G]: the effective number of entries in use."""
     return torch.exp(-(probabilities_GV * torch.log(probabilities_GV + 1e-7)).sum(dim=-1))

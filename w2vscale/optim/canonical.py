@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Whole shapes by name."""
@@ -72,3 +73,13 @@ def incomplete_state(tensors: Shapes) -> str | None:
 def counted(count: int, noun: str) -> str:
     """A number and its noun, with an s unless it is one."""
     return f"{count} {noun}{'s' * (count != 1)}"
+
+
+def expected_tensors(model: Any, *, optimizer: bool = True) -> dict[str, tuple[int, ...]]:
+    """Temporary."""
+    shapes = {f"model.{name}": tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        if optimizer and parameter.requires_grad:
+            shapes |= {f"optim.{name}.{key}": tuple(parameter.shape) for key in MOMENTS}
+            shapes[f"optim.{name}.step"] = ()
+    return shapes

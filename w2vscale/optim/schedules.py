@@ -1,10 +1,10 @@
-"""Learning rate and Gumbel temperature: pure functions of the update number."""
+"""The learning rate: a pure function of the update number."""
 
 from __future__ import annotations
 
 import math
 
-from w2vscale.config.tree import ModelConfig, OptimConfig, ScheduleConfig
+from w2vscale.config import OptimConfig, ScheduleConfig
 
 
 def learning_rate(update: int, *, optim: OptimConfig, schedule: ScheduleConfig, updates: int) -> float:
@@ -33,8 +33,3 @@ def _tri_stage(update: int, schedule: ScheduleConfig, updates: int) -> float:
         return 1.0
     progress = min((update - warmup - constant + 1) / decay, 1.0)
     return math.exp(progress * math.log(schedule.final_ratio))
-
-
-def gumbel_temperature(update: int, model: ModelConfig) -> float:
-    """max(start * decay^update, end)."""
-    return max(model.gumbel_start * model.gumbel_decay**update, model.gumbel_end)

@@ -1,4 +1,4 @@
-"""Whether all ranks are about to compute the same: ranks that disagree would hang, or compute nonsense in silence."""
+"""Whether all ranks are about to do the same work. Ranks that disagree would hang, or compute nonsense silently."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import torch.distributed as dist
 from w2vscale.config import Config, dump_config
 from w2vscale.engine.deepspeed.config import deepspeed_config
 from w2vscale.errors import UserError
-from w2vscale.objectives.criterion import active_layers
+from w2vscale.objectives import StepContext
 from w2vscale.version import __version__
 
 
 def planned_work(config: Config, update: int) -> dict[str, str]:
-    """Update `update` and the layers that LayerDrop leaves it."""
-    layers = active_layers(update, config.model, seed=config.trainer.seed)
+    """Update `update` and the layers that it computes (LayerDrop)."""
+    step = StepContext(config.trainer.seed, update)
+    layers = step.active_layers(config.model.layers, config.regularization.layerdrop)
     return {
         "the update": str(update),
         "the layers to compute": "all" if layers is None else "".join(str(int(active)) for active in layers),
@@ -29,7 +30,7 @@ def planned_work(config: Config, update: int) -> dict[str, str]:
 
 
 def common_ground(config: Config, data: str) -> dict[str, str]:
-    """What all of a run's work follows from, `data` being a description of the training set. Its paths may differ."""
+    """What all work of a run follows from, `data` being a description of the training set. Paths may differ."""
     without_paths: dict[str, dict[str, object]] = {
         "data": {"train": [], "validation": []},
         "augment": {"noise": [Path()] * len(config.augment.noise), "reverb": [Path()] * len(config.augment.reverb)},
@@ -38,10 +39,12 @@ def common_ground(config: Config, data: str) -> dict[str, str]:
     anywhere = config.model_copy(
         update={section: getattr(config, section).model_copy(update=blank) for section, blank in without_paths.items()}
     )
-    document = deepspeed_config(config) if config.engine.name == "deepspeed" else None
+    document = None
+    if config.engine.name == "deepspeed":
+        document = deepspeed_config(config.engine, config.optim, config.precision)
     return {
         "the settings": _digest(dump_config(anywhere)),
-        "DeepSpeed's JSON": _digest(json.dumps(document)),
+        "the JSON for DeepSpeed": _digest(json.dumps(document)),
         "the data": data,
         "the version of w2vscale": __version__,
         "the version of torch": torch.__version__,
@@ -68,7 +71,7 @@ def compare_ranks(work: Mapping[str, str]) -> None:
         others = {rank: of_rank.get(fact) for rank, of_rank in enumerate(of_ranks) if of_rank.get(fact) != here}
         if others:
             rank, there = next(iter(others.items()))
-            also = f", as do {len(others) - 1} more" if len(others) > 1 else ""
+            also = f" (and {len(others) - 1} more ranks)" if len(others) > 1 else ""
             raise UserError(
                 f"the ranks disagree on {fact}: rank 0 has {here}, rank {rank} has {there}{also}; start all of them "
                 "with the same settings and versions"

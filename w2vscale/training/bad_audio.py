@@ -1,25 +1,26 @@
-"""The log of utterances that could not be used: each is named once, whichever rank, epoch or restart met it."""
+"""The log of utterances that could not be used: each is listed once, whichever rank, epoch or restart met it."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.distributed.process_group import Ranks, gather_from_ranks
 from w2vscale.errors import UserError
+from w2vscale.files import append_records, read_records
 
 
 class BadAudioLog:
-    """`logs/bad_audio.jsonl`, written by rank 0; and whether what was met is too much.
+    """`logs/bad_audio.jsonl`, written by rank 0, and the limit on what it may hold.
 
     Args:
-        exp: the run's folder.
-        limit: share of the utterances seen that may be unusable (`data.max_bad_fraction`).
-        enough: utterances after which the share is taken seriously.
+        exp: folder of the run.
+        limit: largest fraction of utterances that may be unusable (`data.max_bad_fraction`).
+        enough: utterances after which the fraction is checked.
     """
 
     def __init__(self, exp: Path, ranks: Ranks, *, limit: float, enough: int) -> None:
@@ -37,17 +38,15 @@ class BadAudioLog:
         new = {(audio.utterance, audio.file): audio for audio in everything}
         new = {key: audio for key, audio in new.items() if key not in self._reasons}
         if new and self.ranks.is_main:
-            with self.path.open("a", encoding="utf-8") as lines:
-                for audio in new.values():
-                    lines.write(json.dumps(asdict(audio)) + "\n")
+            append_records(self.path, [asdict(audio) for audio in new.values()])
         self._reasons |= {key: audio.kind for key, audio in new.items()}
         self._last = everything[-1] if everything else self._last
 
     def count(self, *, seen: int, unusable: int) -> None:
-        """Add up what an update has met on all ranks.
+        """Add what an update has met on all ranks.
 
         Raises:
-            UserError: too much is unusable.
+            UserError: too many utterances are unusable.
         """
         self.seen += seen
         self.unusable += unusable
@@ -60,7 +59,7 @@ class BadAudioLog:
             )
 
     def summary(self) -> str | None:
-        """How many utterances could not be used so far, by kind of reason; None if all could."""
+        """The number of unusable utterances so far, by kind of reason; None if there are none."""
         if not self._reasons:
             return None
         kinds = Counter(self._reasons.values()).most_common()
@@ -68,17 +67,10 @@ class BadAudioLog:
         return f"{len(self._reasons)} utterances could not be used ({listed}): {self.path}"
 
     def _read(self) -> dict[tuple[str, str], str]:
-        """Utterances that an earlier part of the run has named."""
-        if not self.path.is_file():
-            return {}
+        """What an earlier part of the run has logged."""
         reasons = {}
-        text = self.path.read_text(encoding="utf-8")
-        if text and not text.endswith("\n"):
-            self.path.write_text(text + "\n", encoding="utf-8")
-        for line in text.splitlines():
-            try:
-                found = json.loads(line)
-                reasons[str(found["utterance"]), str(found["file"])] = str(found["kind"])
-            except (ValueError, KeyError, TypeError):  # a line that a kill cut short
-                continue
+        with suppress(FileNotFoundError):
+            for record in read_records(self.path):
+                with suppress(KeyError):
+                    reasons[str(record["utterance"]), str(record["file"])] = str(record["kind"])
         return reasons

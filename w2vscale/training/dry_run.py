@@ -9,78 +9,84 @@ from dataclasses import dataclass
 import torch
 
 from w2vscale.config import Config
-from w2vscale.data.inputs import CtcInputs, PretrainingInputs
+from w2vscale.data.inputs import tensors_of
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
-from w2vscale.engine.memory import lack_of_memory_told
-from w2vscale.objectives.objective import build_objective, with_every_layer
-from w2vscale.training.run import empty_model, initial_values, open_data
+from w2vscale.engine.accumulation import FixedGrouping
+from w2vscale.engine.memory import explain_oom
+from w2vscale.objectives import StepContext, resolve
+from w2vscale.training.run import empty_model, initial_state, open_data
 
 
 @dataclass(frozen=True)
 class DryRun:
     """What the largest forward of a run looks like."""
 
-    parameters: dict[str, int]  # by module
+    parameters: dict[str, int]
+    """Number of parameters by module."""
     shapes: dict[str, tuple[int, ...]]
+    """Shape of each input by its name with a shape suffix."""
     weight: int
-    """Masked frames, or labels in fine-tuning."""
+    """Share of the micro-batch in the loss denominator."""
     loss: float
+    """Nats per unit of weight."""
     grad_norm: float
     seconds: float
     peak_memory_bytes: int
-    micro_batches_an_epoch: int | None
+    micro_batches_per_epoch: int | None
 
 
 def dry_run(config: Config) -> DryRun | None:
     """Build data, model and engine; accumulate the largest planned micro-batch twice, and step.
 
-    Twice, and with every layer: what needs most memory is a forward beside the gradients of an earlier one.
+    Twice, and with every layer: a forward beside the gradients of an earlier one needs the most memory.
     Returns None on all ranks but the first.
     """
     with process_group(needed=config.engine.name != "ddp") as (ranks, device):
-        training_set, _ = open_data(config, ranks)
-        model = empty_model(config)
+        config, objective = resolve(config)
+        objective.check(config)
+        training_set, _ = open_data(config, objective, ranks)
+        model = empty_model(objective)
         parameters = {
             name: sum(parameter.numel() for parameter in child.parameters())
             for name, child in [*model.encoder.named_children(), *model.named_children()]
             if name != "encoder"
         }
         parameters["mask_embedding"] = model.encoder.mask_embedding.numel()
-        engine = build_engine(model, build_objective(with_every_layer(config)).criterion, config, device)
-        engine.import_parameters(initial_values(config))
+        engine = build_engine(
+            model,
+            config.engine,
+            optim=config.optim,
+            precision=config.precision,
+            device=device,
+            skips_parameters=objective.skips_parameters,
+        )
+        engine.import_values(initial_state(objective, config.trainer.seed))
         batch = training_set.largest()
-        window = [batch] * (2 if config.batch.concat == "auto" else 2 * config.batch.concat)
-        masked = max(batch.weight * len(window) * ranks.world_size, 1)
+        joined = 1 if config.batch.concat == "auto" else config.batch.concat
+        window = [batch] * (2 * joined)
+        weight = max(batch.weight * len(window) * ranks.world_size, 1)
         began = time.perf_counter()
-        with lack_of_memory_told(config):
-            sums = engine.run_window(window, torch.tensor(float(masked)))
+        with explain_oom(config.batch):
+            sums = engine.run_window(
+                window, objective, StepContext(config.trainer.seed, 0, worst_case=True),
+                grouping=FixedGrouping(joined), denominator=torch.tensor(float(weight)),
+            )  # fmt: skip
             step = engine.step(lr=0.0, max_norm=config.optim.max_norm)
         seconds = time.perf_counter() - began
-        inputs = batch.inputs
         engine.close()
     if not ranks.is_main:
         return None
     return DryRun(
         parameters=parameters,
-        shapes={
-            "waveforms [utterances, samples]": tuple(inputs.waveforms_BS.shape),
-            "frames [utterances, frames]": tuple(inputs.mask_BT.shape),
-            **_targets(inputs),
-        },
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors_of(batch.inputs)},
         weight=batch.weight,
         loss=float(sums.total) / max(batch.weight * len(window), 1),
         grad_norm=step.grad_norm,
         seconds=seconds,
         peak_memory_bytes=_peak_memory(device),
-        micro_batches_an_epoch=training_set.micro_batches,
+        micro_batches_per_epoch=training_set.micro_batches,
     )
-
-
-def _targets(inputs: PretrainingInputs | CtcInputs) -> dict[str, tuple[int, ...]]:
-    if isinstance(inputs, CtcInputs):
-        return {"labels": tuple(inputs.labels_L.shape)}
-    return {"negatives [masked frames, negatives]": tuple(inputs.negatives_MK.shape)}
 
 
 def _peak_memory(device: torch.device) -> int:

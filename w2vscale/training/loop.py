@@ -4,51 +4,87 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.config import Config
 from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
-from w2vscale.engine.compilation import compiled_graphs
-from w2vscale.engine.memory import lack_of_memory_told
+from w2vscale.engine.accumulation import FixedGrouping, Grouping
+from w2vscale.engine.memory import explain_oom
+from w2vscale.engine.transforms import compiled_graphs
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import validate
+from w2vscale.objectives import Objective, StepContext
 from w2vscale.optim.schedules import learning_rate
 from w2vscale.training.agreement import compare_ranks, planned_work
-from w2vscale.training.calibration import calibrate
+from w2vscale.training.calibration import grouping_of
 from w2vscale.training.display import Display
-from w2vscale.training.garbage import collected_between_steps
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.run import Run, build_run, make_folder
-from w2vscale.training.signals import StopRequest
-from w2vscale.training.watchdog import slow_loading
 
 T = TypeVar("T")
 
 
-def train(config: Config, exp: Path, *, resume: str = "auto") -> int:
+SLOW_LOADING = 0.3
+"""Fraction of the time spent waiting for data, above which a warning says so."""
+
+
+class Stop(Protocol):
+    """Asks a run to finish its update, save and leave."""
+
+    received: signal.Signals | None
+
+
+class NeverStop:
+    """Nobody asks."""
+
+    received: signal.Signals | None = None
+
+
+def train(
+    config: Config,
+    exp: Path,
+    *,
+    resume: str = "auto",
+    command: Sequence[str] | None = None,
+    stop: Stop | None = None,
+    around_updates: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> int:
     """Train to `trainer.updates`, on all ranks. Returns 0, or 128 + the signal that stopped the run.
 
+    Args:
+        config: settings of the run.
+        exp: folder of the run.
+        resume: see `build_run`.
+        command: arguments of `w2vscale` that run.sh repeats.
+        stop: is asked in every update.
+        around_updates: entered once everything is built, left after the last update.
+
     Raises:
-        UserError: something outside the program is wrong; the run's checkpoints are as they were.
+        UserError: something outside the program is wrong; the checkpoints of the run are as they were.
     """
-    with process_group(needed=config.engine.name != "ddp") as (ranks, device), StopRequest() as stop:
+    stop = stop or NeverStop()
+    with process_group(needed=config.engine.name != "ddp") as (ranks, device):
         display = Display(total=config.trainer.updates, start=0, enabled=ranks.is_main)
         run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
-        make_folder(exp, config, ranks)
+        make_folder(exp, run.config, ranks, command)
         try:
-            with lack_of_memory_told(config):
-                if config.batch.concat == "auto":
-                    calibrate(run, display.message)
-                state = Trainer(run, stop).train()
+            with explain_oom(config.batch):
+                grouping = grouping_of(run, display.message)
+                with around_updates():
+                    state = Trainer(run, stop, grouping).train()
         finally:
             run.engine.close()
         finished = state.update >= config.trainer.updates
@@ -56,11 +92,11 @@ def train(config: Config, exp: Path, *, resume: str = "auto") -> int:
 
 
 class Trainer:
-    """One run's loop, with what it has seen since it started."""
+    """The loop of one run, with what it has seen since it started."""
 
-    def __init__(self, run: Run, stop: StopRequest) -> None:
+    def __init__(self, run: Run, stop: Stop, grouping: Grouping = FixedGrouping(1)) -> None:  # noqa: B008 - frozen
         config = run.config
-        self.run, self.config, self.stop = run, config, stop
+        self.run, self.config, self.stop, self.grouping = run, config, stop, grouping
         self.state = run.state
         self.total = config.trainer.updates
         self.meter = Meter(config.model.sampling_rate)
@@ -76,9 +112,9 @@ class Trainer:
 
     def train(self) -> TrainState:
         """Run all remaining updates, or until a signal asks to stop."""
-        with self.metrics, self.display, loader_processes(), collected_between_steps():
+        with self.metrics, self.display, loader_processes():
             if self.state.update >= self.total:
-                self.display.message(f"nothing to do: the run has its {self.total} updates (trainer.updates)")
+                self.display.message(f"nothing to do: the run has reached trainer.updates={self.total}")
             for window, waited in _timed(self.run.windows()):
                 if self.state.update == self.run.state.update:  # the loader processes were starting
                     self.meter.exclude(waited)
@@ -100,7 +136,7 @@ class Trainer:
         bad = [audio for batch in window for audio in batch.bad]
         if self.state.update % config.engine.compare_ranks_every == 0:
             compare_ranks(planned_work(config, self.state.update))
-        masked, samples, utterances, unusable, to_report, stopping, unsaved = sum_over_ranks(
+        weight, samples, utterances, unusable, to_report, stopping, unsaved = sum_over_ranks(
             [
                 sum(batch.weight for batch in window),
                 sum(batch.audio_samples for batch in window),
@@ -114,9 +150,13 @@ class Trainer:
         if unsaved:
             self.run.store.wait()
 
-        sums = engine.run_window(window, torch.tensor(max(masked, 1.0)))
-        self.lr = learning_rate(self.state.update, optim=config.optim, schedule=config.schedule, updates=self.total)
-        step = engine.step(lr=self.lr, max_norm=config.optim.max_norm)
+        update, objective = self.state.update, self.run.objective
+        sums = engine.run_window(
+            window, objective, StepContext(config.trainer.seed, update),
+            grouping=self.grouping, denominator=torch.tensor(max(weight, 1.0)),
+        )  # fmt: skip
+        self.lr = learning_rate(update, optim=config.optim, schedule=config.schedule, updates=self.total)
+        step = engine.step(lr=self.lr, max_norm=config.optim.max_norm, after=_after_step(objective, update))
 
         self.state = replace(
             self.state,
@@ -137,12 +177,12 @@ class Trainer:
         update, config = self.state.update, self.config
         ended = update == self.total
         saving = ended or stopping or update % config.checkpoint.every == 0
-        # Before each save, so that the figures of a resumed run start where the checkpoint does.
+        # Before each save, so that the metrics of a resumed run start where the checkpoint does.
         if saving or update % config.logging.every == 0:
             self._log()
             gc.collect()
         began = time.perf_counter()
-        # Before the save: the checkpoint remembers its loss.
+        # Before the save, because the checkpoint stores the validation loss.
         if self.run.validation_set and (ended or update % config.trainer.validate_every == 0):
             self._validate()
         if saving:
@@ -162,13 +202,24 @@ class Trainer:
         }
         self.metrics.write("train", self.state.update, values)
         self.display.training(self.state.update, self.run.objective.line(values), values)
-        for warning in (*self.run.objective.diagnose(values), *slow_loading(values)):
+        for warning in self.run.objective.warnings(values):
             self.display.message(f"warning: {warning}", "yellow")
+        if values["data_wait_fraction"] > SLOW_LOADING:
+            self.display.message(
+                f"warning: {values['data_wait_fraction']:.0%} of the time was spent waiting for data. Raise "
+                "data.workers, or use faster storage",
+                "yellow",
+            )
 
     def _validate(self) -> None:
         bad: list[BadAudio] = []
         batches = _noting_bad_audio(self.run.validation(), bad)
-        values, _ = validate(self.run.engine.evaluate, batches, self.run.objective.metrics)
+        evaluate = partial(
+            self.run.engine.evaluate,
+            objective=self.run.objective,
+            step=StepContext(self.config.trainer.seed, self.state.update),
+        )
+        values = validate(evaluate, batches, self.run.objective.metrics)
         if values["unusable_utterances"]:
             self.run.bad_audio.report(bad)
         if math.isnan(values["loss"]):
@@ -192,8 +243,15 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_in_a_row:
             raise UserError(
                 f"{self.skipped_in_a_row} updates in a row had gradients that are not finite, the last is update "
-                f"{self.state.update}: lower optim.lr ({self.config.optim.lr:g}), continue from the newest checkpoint"
+                f"{self.state.update}: lower optim.lr ({self.config.optim.lr:g}) and continue from the newest checkpoint"
             )
+
+
+def _after_step(objective: Objective, update: int) -> Callable[[nn.Module], None] | None:
+    """What the objective does to the model after a step, if it does anything."""
+    if type(objective).after_step is Objective.after_step:
+        return None
+    return partial(objective.after_step, update=update)
 
 
 def _noting_bad_audio(batches: Iterator[MicroBatch], bad: list[BadAudio]) -> Iterator[MicroBatch]:
@@ -203,7 +261,7 @@ def _noting_bad_audio(batches: Iterator[MicroBatch], bad: list[BadAudio]) -> Ite
 
 
 def _timed(items: Iterator[T]) -> Iterator[tuple[T, float]]:
-    """Each item and the seconds it was waited for."""
+    """Each item and the seconds of waiting for it."""
     while True:
         began = time.perf_counter()
         item = next(items, None)

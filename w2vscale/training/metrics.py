@@ -1,4 +1,4 @@
-"""From windows to figures: accumulates between two log lines, writes metrics.jsonl and TensorBoard."""
+"""Metrics of training: accumulated between two log lines, written to metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import torch
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
-from w2vscale.engine.base import StepResult, Sums
+from w2vscale.engine import StepResult
 from w2vscale.evaluation.validation import reduce_sums
+from w2vscale.files import new_file
+from w2vscale.objectives import Sums, add_sums
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -37,25 +39,26 @@ class Meter:
         self.started = time.perf_counter()
 
     def add(self, window: Sequence[MicroBatch], sums: Sums, step: StepResult, *, data_seconds: float) -> None:
-        """One update; `data_seconds` is how long its window was waited for."""
-        if step.skipped:  # what is not finite must not hide the other updates' figures
-            sums = type(sums)(*(torch.zeros_like(field) for field in sums))
-        self.sums = sums if self.sums is None else self.sums.plus(sums)
+        """Add an update that waited `data_seconds` for its window."""
+        if step.skipped:  # values that are not finite must not hide those of other updates
+            zero: Any = type(sums)
+            sums = zero(*(torch.zeros_like(field) for field in sums))
+        self.sums = sums if self.sums is None else add_sums(self.sums, sums)
         self.audio += sum(batch.audio_samples for batch in window)
         self.padded += sum(batch.padded_samples for batch in window)
         self.updates += 1
         if not step.skipped:
             self.frames += sum(batch.frames for batch in window)
-            self.masked += sum(int(batch.inputs.mask_BT.sum()) for batch in window)
+            self.masked += sum(batch.masked_frames for batch in window)
             self.norms.append(step.grad_norm)
         self.data_seconds += data_seconds
 
     def exclude(self, seconds: float) -> None:
-        """Leave time that was not spent on updates out of the rates."""
+        """Exclude time that was not spent on updates from the rates."""
         self.started += seconds
 
     def read(self, metrics: Callable[[Any], dict[str, float]]) -> dict[str, float]:
-        """Figures over all ranks since the last reading, and start anew. Collective."""
+        """Metrics over all ranks since the last reading, and start over. Collective."""
         assert self.sums is not None
         elapsed = time.perf_counter() - self.started
         values = metrics(reduce_sums(self.sums))
@@ -67,7 +70,7 @@ class Meter:
             "grad_norm_max": max(self.norms, default=math.nan),
             "audio_seconds_per_second": audio / self.sampling_rate / elapsed,
             "updates_per_second": self.updates / elapsed,
-            # Of the rank that waited longest: the others wait for it.
+            # The rank that waited longest, for which the others wait.
             "data_wait_fraction": max(gather_from_ranks(self.data_seconds)) / elapsed,
         }
         if torch.cuda.is_available():
@@ -77,7 +80,7 @@ class Meter:
 
 
 class MetricsWriter:
-    """`metrics.jsonl` and TensorBoard, on rank 0; resuming drops what was written after the checkpoint."""
+    """`metrics.jsonl` and TensorBoard, on rank 0. A resumed run drops what was written after its checkpoint."""
 
     def __init__(self, exp: Path, *, resumed_at: TrainState, tensorboard: bool, enabled: bool) -> None:
         self.path = exp / "metrics.jsonl"
@@ -129,13 +132,12 @@ class MetricsWriter:
         if not self.path.is_file():
             return
         kept = [line for line in self.path.read_text().splitlines() if _update_of(line) <= update]
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(self.path)
+        with new_file(self.path) as file:
+            file.writelines(line + "\n" for line in kept)
 
 
 def _update_of(line: str) -> float:
     try:
         return float(json.loads(line)["update"])
-    except (ValueError, KeyError, TypeError):  # a line that a kill cut short
+    except (ValueError, KeyError, TypeError):  # a line that is incomplete because the process was killed
         return math.inf

@@ -1,4 +1,4 @@
-"""A run's folder and its parts: data, model, engine, checkpoints, built from the resolved settings."""
+"""A run and its parts: data, model, engine, checkpoints, built from the settings; and its folder."""
 
 from __future__ import annotations
 
@@ -16,31 +16,29 @@ from torch import Tensor
 
 from w2vscale.checkpoint.reading import Checkpoint, IncompleteState, TrainState, committed, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
-from w2vscale.config import Config, dump_config
+from w2vscale.config import Config, architecture_of, dump_config
+from w2vscale.data.assembly import Assembler
 from w2vscale.data.augmentation import Augmentation
-from w2vscale.data.loading import (
-    VALIDATION_SEED,
-    MicroBatches,
-    TrainingData,
-    check_sample,
-    make_plan,
-    validation_batches,
-)
+from w2vscale.data.indexed import MicroBatches, check_sample, make_plan, validation_set
+from w2vscale.data.loading import TrainingData
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.engine import Engine, build_engine
 from w2vscale.errors import UserError
-from w2vscale.models.build import Wav2Vec2, build_model
-from w2vscale.models.initialisation import initial_parameters
-from w2vscale.models.layers import compute_dtype
+from w2vscale.files import write_text
+from w2vscale.models.feature_encoder import input_samples
+from w2vscale.models.initialisation import empty_parameters, initial_values
 from w2vscale.models.products import CPU_HAS_BF16
-from w2vscale.objectives.objective import Objective, build_objective
-from w2vscale.optim.canonical import canonical_shapes
+from w2vscale.objectives import Objective, resolve
+from w2vscale.optim.canonical import expected_tensors
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 from w2vscale.training.bad_audio import BadAudioLog
-from w2vscale.training.initialisation import starting_values
+from w2vscale.training.warm_start import starting_values
+
+CHECKED_AFTER = 1000
+"""Utterances after which `data.max_bad_fraction` is checked, or all of a smaller corpus."""
 
 
 @dataclass
@@ -60,16 +58,19 @@ class Run:
     state: TrainState
 
     def windows(self) -> Iterator[list[MicroBatch]]:
-        """The windows of this rank from the run's next update to its last."""
+        """The windows of this rank from the next update of the run to its last."""
         updates = range(self.state.update, self.config.trainer.updates)
-        return self.training_set.windows(updates, rank=self.ranks.rank, world_size=self.ranks.world_size)
+        return self.training_set.windows(
+            updates,
+            micro_batches=self.config.batch.micro_batches,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
 
     def validation(self) -> Iterator[MicroBatch]:
         """The validation set, dealt to the ranks."""
         assert self.validation_set is not None
-        return validation_batches(
-            self.validation_set, self.config, rank=self.ranks.rank, world_size=self.ranks.world_size
-        )
+        return self.validation_set.one_epoch(rank=self.ranks.rank, world_size=self.ranks.world_size)
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint, or start to. Collective."""
@@ -79,19 +80,21 @@ class Run:
 def build_run(
     config: Config, exp: Path, *, ranks: Ranks, device: torch.device, resume: str, log: Callable[[str], None]
 ) -> Run:
-    """Open the data, build model and engine, and take up the newest checkpoint if there is one.
+    """Open the data, build model and engine, and load the newest checkpoint if there is one.
 
     `resume`: auto (the newest usable checkpoint, or a new run), never (a new run in a folder without
     checkpoints), or the path of a checkpoint.
     """
-    training_set, validation_set = open_data(config, ranks)
-    model = empty_model(config)
-    # Of the model, not of the engine, which may be wrong.
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    config, objective = resolve(config)
+    objective.check(config)
+    training_set, validation = open_data(config, objective, ranks)
+    model = empty_model(objective)
+    # From the model, not from the engine, which may be wrong.
+    expected = expected_tensors(model)
     store = CheckpointStore(
         exp / "checkpoints",
         ranks,
-        expected=canonical_shapes(shapes),
+        expected=expected,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
@@ -106,25 +109,33 @@ def build_run(
     state = replace(checkpoint.state if checkpoint is not None else TrainState(), data=training_set.describe())
     # Before the engine is built: ranks that build different ones would wait for each other.
     compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
-    objective = build_objective(config)
-    engine = build_engine(model, objective.criterion, config, device)
+    engine = build_engine(
+        model,
+        config.engine,
+        optim=config.optim,
+        precision=config.precision,
+        device=device,
+        skips_parameters=objective.skips_parameters,
+    )
     if checkpoint is None:
-        engine.import_parameters(starting_values(config, shapes, initial_values(config), log))
+        shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(objective).state_dict().items()}
+        drawn = initial_state(objective, config.trainer.seed)
+        engine.import_values(starting_values(config, objective, shapes, drawn, log))
     else:
         engine.import_state(checkpoint)
         log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
     if config.precision.compute == "bf16" and device.type == "cpu" and not CPU_HAS_BF16:
-        log("warning: this CPU has no bf16; precision.compute=fp32 is faster here")
+        log("warning: this CPU has no bf16 instructions; precision.compute=fp32 is much faster here")
     if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
-        longer = " or longer than data.max_seconds" * bool(config.ctc.vocabulary)
-        log(f"{left_out} of {len(training_set.corpus)} utterances are shorter than data.min_seconds{longer}: left out")
+        longer = "" if objective.crops else " or longer than data.max_seconds"
+        log(f"left out {left_out} of {len(training_set.corpus)} utterances: shorter than data.min_seconds{longer}")
     return Run(
         config=config,
         exp=exp,
         ranks=ranks,
         device=device,
         training_set=training_set,
-        validation_set=validation_set,
+        validation_set=validation,
         objective=objective,
         engine=engine,
         store=store,
@@ -132,26 +143,24 @@ def build_run(
             exp,
             ranks,
             limit=config.data.max_bad_fraction,
-            enough=min(1000, training_set.utterances or 1000),
+            enough=min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER),
         ),
         state=state,
     )
 
 
-def empty_model(config: Config) -> Wav2Vec2:
+def empty_model(objective: Objective) -> Any:
     """The model without memory for its parameters."""
-    with torch.device("meta"):
-        return build_model(config.model, config.ctc, compute_dtype(config.precision))
+    with empty_parameters():
+        return objective.build_model()
 
 
-def initial_values(config: Config) -> Iterator[tuple[str, Tensor]]:
-    """What a new run's parameters start from, on any engine and number of processes."""
-    return initial_parameters(
-        empty_model(config), lambda index: derived_seed(config.trainer.seed, Stream.INITIALISATION, index)
-    )
+def initial_state(objective: Objective, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """What the parameters and buffers of a new run start from, on any engine and number of processes."""
+    return initial_values(empty_model(objective), lambda index: derived_seed(seed, Stream.INITIALISATION, index))
 
 
-def open_data(config: Config, ranks: Ranks) -> tuple[TrainingData, MicroBatches | None]:
+def open_data(config: Config, objective: Objective, ranks: Ranks) -> tuple[TrainingData, MicroBatches | None]:
     """The training set, and the validation set if the settings name one.
 
     Raises:
@@ -162,26 +171,40 @@ def open_data(config: Config, ranks: Ranks) -> tuple[TrainingData, MicroBatches 
             f"batch.micro_batches={config.batch.micro_batches} cannot be dealt to {ranks.world_size} processes: "
             "choose a multiple"
         )
-    training_set = open_training_set(config)
+    training_set = open_training_set(config, objective)
     if not config.data.validation:
         return training_set, None
     corpus = _open_corpus(config.data.validation, config, setting="data.validation")
-    plan = make_plan(corpus, config, seed=VALIDATION_SEED)
-    return training_set, MicroBatches(corpus, plan, config, seed=VALIDATION_SEED)
+    return training_set, validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
 
 
-def open_training_set(config: Config) -> TrainingData:
+def open_training_set(config: Config, objective: Objective) -> TrainingData:
     """What `data.train` names, read as `data.mode` says."""
-    augment = config.augment
-    augmentation = Augmentation(config) if augment.speed or augment.reverb or augment.noise else None
+    augment, seed = config.augment, config.trainer.seed
+    augmentation = None
+    if augment.speed or augment.reverb or augment.noise:
+        if not objective.crops and min(augment.speed, default=1.0) < 1.0:
+            raise UserError(
+                f"augment.speed={augment.speed}: slowed utterances are cropped, which objective.name="
+                f"{config.objective.name} cannot use; set factors of at least 1"
+            )
+        augmentation = Augmentation(
+            augment,
+            sampling_rate=config.model.sampling_rate,
+            shortest=input_samples(objective.shortest_frames, config.model),
+            seed=seed,
+        )
+    assemble = Assembler(objective, config.model, seed=seed, augmentation=augmentation)
     if config.data.mode == "stream":
         # Imported here: Lhotse's samplers take a second, and most runs need none.
         from w2vscale.data.stream import StreamedMicroBatches
 
-        return StreamedMicroBatches(config.data.train, config, augmentation=augmentation)
+        return StreamedMicroBatches(assemble, model=config.model, data=config.data, batch=config.batch)
     corpus = _open_corpus(config.data.train, config, setting="data.train")
-    plan = make_plan(corpus, config, seed=config.trainer.seed, mix=config.mix)
-    return MicroBatches(corpus, plan, config, seed=config.trainer.seed, augmentation=augmentation)
+    plan = make_plan(
+        corpus, objective, model=config.model, data=config.data, batch=config.batch, seed=seed, mix=config.mix
+    )
+    return MicroBatches(corpus, plan, assemble, config.data)
 
 
 def _open_corpus(paths: Sequence[Path], config: Config, *, setting: str) -> Corpus:
@@ -190,8 +213,8 @@ def _open_corpus(paths: Sequence[Path], config: Config, *, setting: str) -> Corp
     return corpus
 
 
-def make_folder(exp: Path, config: Config, ranks: Ranks) -> None:
-    """Make `exp/` with config.yaml and run.sh, which repeats the command. Collective.
+def make_folder(exp: Path, config: Config, ranks: Ranks, command: Sequence[str] | None) -> None:
+    """Make `exp/` with config.yaml and run.sh, which repeats `command` (arguments of `w2vscale`). Collective.
 
     Raises:
         UserError: the folder cannot be written.
@@ -201,24 +224,21 @@ def make_folder(exp: Path, config: Config, ranks: Ranks) -> None:
         try:
             (exp / "logs").mkdir(parents=True, exist_ok=True)
             (exp / "checkpoints").mkdir(exist_ok=True)
-            (exp / "config.yaml").write_text(dump_config(config))
-            script = exp / "run.sh"
-            script.write_text(_run_script(exp))
-            script.chmod(0o755)
-        except OSError as failure:
-            error = f"{exp}: the run's folder cannot be written: {failure.strerror}"
+            write_text(exp / "config.yaml", dump_config(config))
+            given = command or ["train", str((exp / "config.yaml").resolve()), "--exp", str(exp.resolve())]
+            write_text(exp / "run.sh", _run_script(given))
+            (exp / "run.sh").chmod(0o755)
+        except (OSError, UserError) as failure:
+            error = f"{exp}: the folder of the run cannot be written: {getattr(failure, 'strerror', None) or failure}"
     error = broadcast_from_main(error)
     if error is not None:
         raise UserError(error)
 
 
-def _run_script(exp: Path) -> str:
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    count = f" --nproc-per-node {processes}" if int(processes) > 1 else ""
-    command = f"{shlex.quote(sys.executable)} -m w2vscale train {shlex.quote(str((exp / 'config.yaml').resolve()))}"
+def _run_script(command: Sequence[str]) -> str:
     return (
         "#!/usr/bin/env bash\n# Repeats or continues this run.\nset -euo pipefail\n"
-        f'cd {shlex.quote(os.getcwd())}\n{command} --exp {shlex.quote(str(exp.resolve()))}{count} "$@"\n'
+        f'cd {shlex.quote(os.getcwd())}\n{shlex.quote(sys.executable)} -m w2vscale {shlex.join(command)} "$@"\n'
     )
 
 
@@ -247,29 +267,24 @@ def _open_to_resume(path: Path, log: Callable[[str], None] = lambda text: None) 
 
 
 def stored_settings(exp: Path, resume: str) -> Path | None:
-    """The settings file of the run that would be continued; None for a new run."""
+    """The config file of the run that would be continued; None for a new run."""
     if resume == "never" or (resume == "auto" and not committed(exp / "checkpoints")):
         return None
     return _open_to_resume(exp if resume == "auto" else Path(resume)).path / "config.yaml"
 
 
 def _compare_settings(config: Config, checkpoint: Checkpoint, log: Callable[[str], None]) -> None:
-    """Another model is an error; other settings are said, since the curve may change."""
+    """Refuse another model; log other settings that differ, because the curve may change."""
     stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text())
+    objective = resolve(config)[1].settings
+    fixed = {("model", key) for key in architecture_of(config.model)}
+    fixed |= {("objective", key) for key in ("name", *architecture_of(objective))}
     for section, now in config.model_dump(mode="json").items():
         then: dict[str, Any] = stored.get(section, {})
         for key, value in now.items():
             if key in then and then[key] != value:
-                if (section == "model" and key in _SHAPES) or (section == "ctc" and key == "vocabulary"):
+                if (section, key) in fixed:
                     raise UserError(
                         f"{section}.{key}={value}: the checkpoint {checkpoint.path} was made with {then[key]}"
                     )
                 log(f"{section}.{key} was {then[key]} in the checkpoint, is now {value}")
-
-
-_SHAPES = {
-    "conv_layers", "conv_norm", "conv_bias", "layers", "dim", "ffn_dim", "norm_first", "embedding_norm",
-    "positional_kernel", "positional_groups", "codebooks", "codebook_entries", "codevector_dim", "quantizer_input",
-    "target_projection", "projection_dim",
-}  # fmt: skip
-"""Settings of the model without which its tensors cannot be taken up."""

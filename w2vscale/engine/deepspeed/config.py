@@ -1,75 +1,69 @@
-"""DeepSpeed itself, and its JSON: a file of ds_configs/ merged with what the run's own settings fix."""
+"""The JSON of DeepSpeed: a file of ds_configs/, merged with the keys that the settings of the run fix."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 import json
-import logging
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from w2vscale.config import Config
+from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.errors import UserError
 
 VERSION = "0.19.8"
-"""Moving state in and out uses names that DeepSpeed keeps to itself: as in pyproject.toml."""
+"""Moving state in and out uses private names of this version; pyproject.toml pins it as well."""
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 FOLDERS = (_PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")
-"""Of a checkout, and of an installed package."""
+"""Where named files are: in a checkout, and in an installed package."""
 
-_FREE: dict[str, type] = {
-    "aio": dict, "comms_logger": dict, "csv_monitor": dict, "dump_state": bool, "flops_profiler": dict,
-    "memory_breakdown": bool, "steps_per_print": int, "tensorboard": dict, "timers": dict,
-    "wall_clock_breakdown": bool, "wandb": dict, "zero_allow_untested_optimizer": bool, "zero_optimization": dict,
+_FREE = {
+    "aio", "comms_logger", "csv_monitor", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print",
+    "tensorboard", "timers", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_optimization",
 }  # fmt: skip
-"""Top-level keys that are DeepSpeed's alone, and what they hold."""
-
-_KINDS: dict[type, str] = {dict: "an object", bool: "true or false", int: "a whole number"}
+"""Top-level keys that the run does not decide. DeepSpeed ignores unknown keys silently."""
 
 _SWITCHED = ("amp", "elasticity", "fp16", "torch_autocast")
-"""Sections that say nothing unless their `enabled` is true."""
+"""Sections without effect unless their `enabled` is true."""
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The JSON that DeepSpeed is given: the file's keys, and those that the run fixes.
+def deepspeed_config(config: EngineConfig, optim: OptimConfig, precision: PrecisionConfig) -> dict[str, Any]:
+    """The JSON for DeepSpeed: the keys of the file, and those that the run fixes.
 
-    A value "auto", at any depth, leaves a key to the run, or to DeepSpeed's default.
+    A value "auto", at any depth, leaves a key to the run, or to the default of DeepSpeed.
 
     Raises:
         UserError: the file is missing or not valid, or one of its keys is unknown or contradicts a setting.
     """
-    path = _find(config.engine.deepspeed_config)
+    path = _find(config.deepspeed_config)
     tree = _read(path)
     _check_zero(tree.get("zero_optimization"), path)
-    if config.engine.compile and tree["zero_optimization"]["stage"] == 3:
+    stage = tree["zero_optimization"]["stage"]
+    if config.compile and stage == 3:
         raise UserError(
-            f"{path}: engine.compile=true: ZeRO-3 gathers parameters inside of blocks, which cannot be compiled then; "
+            f"{path}: engine.compile=true: ZeRO-3 gathers parameters inside blocks, which then cannot be compiled; "
             "choose engine.name=fsdp, or zero2"
         )
-    fixed, implied, decided = _fixed(config), _implied(tree["zero_optimization"]["stage"]), _decided(config)
+    fixed, implied, decided = _fixed(optim, precision), _implied(stage), _decided(config, precision)
     for key, value in _leaves(tree):
-        told = f"{path}: {key}={json.dumps(value)}"
+        given = f"{path}: {key}={json.dumps(value)}"
         top = key.partition(".")[0]
         if key in fixed or key in implied:
             needed, source = fixed.get(key) or implied[key]
             if value != needed or isinstance(value, bool) != isinstance(needed, bool):
-                raise UserError(f"{told} contradicts {source}, which needs {json.dumps(needed)}")
+                raise UserError(f"{given} contradicts {source}, which needs {json.dumps(needed)}")
         elif setting := next((decided[name] for name in decided if f"{key}.".startswith(f"{name}.")), None):
             if not (value is None or value is False or value == {}):
-                raise UserError(f"{told}: decided by {setting}; remove it from this file")
-        elif top in _FREE:
-            if type(tree[top]) is not _FREE[top]:
-                raise UserError(f"{told}: {top} must be {_KINDS[_FREE[top]]}")
-        else:
+                raise UserError(f"{given}: decided by {setting}; remove it from this file")
+        elif top not in _FREE:
             near = _nearest(top, [*_FREE, *fixed, *decided])
-            raise UserError(f"{path}: {key}: unknown key, or one without a use here{near}")
+            raise UserError(f"{path}: {key}: unknown key, or one that has no effect here{near}")
     merged = {key: value for key, value in tree.items() if key in _FREE}
     for key, (value, _) in fixed.items():
         section, _, leaf = key.rpartition(".")
@@ -78,19 +72,19 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def import_deepspeed(device_type: str) -> Any:
-    """The package, told about this process.
+    """The package.
 
     Raises:
         UserError: it is not installed, or is another version.
     """
+    # What it reads from the environment at import, of this process and only then.
+    wanted = {"LOCAL_RANK": "0"}
     if device_type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    os.environ.setdefault("LOCAL_RANK", "0")
-    # It announces itself at import, on every rank.
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+        wanted |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}
     try:
-        deepspeed = importlib.import_module("deepspeed")
+        with _environment(wanted):
+            deepspeed = importlib.import_module("deepspeed")
+            deepspeed.get_accelerator()
     except ImportError as error:
         raise UserError(
             f"engine.name=deepspeed: DeepSpeed cannot be imported ({error}); pip install 'w2vscale[deepspeed]'"
@@ -100,16 +94,25 @@ def import_deepspeed(device_type: str) -> Any:
             f"engine.name=deepspeed: DeepSpeed {version} is installed, {VERSION} is needed; "
             "pip install 'w2vscale[deepspeed]'"
         )
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Of collectives that it calls by their former names, on every rank.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    # An operator for inference, which it would compile on CPUs here.
+    # An operator for inference, which it would compile on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
+@contextmanager
+def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables inside the block, unless they are set already."""
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
 def validate_zero(tree: Mapping[str, Any], path: str) -> None:
-    """Have DeepSpeed, imported before, check what `deepspeed_config` returned, its section zero_optimization above all.
+    """Have DeepSpeed, which was imported before, check what `deepspeed_config` returned.
 
     Raises:
         UserError: a key is unknown or a value is not valid; names it.
@@ -124,7 +127,7 @@ def validate_zero(tree: Mapping[str, Any], path: str) -> None:
         section = {"DeepSpeedZeroConfig": "zero_optimization", "CommsLoggerConfig": "comms_logger"}.get(error.title)
         raise UserError(f"{path}: {_first_problem(error, DeepSpeedZeroConfig, section)}") from None
     except Exception as error:
-        # Its checks are assertions, type errors and exceptions of its own; --debug shows which.
+        # It checks by assertions, type errors and exceptions of its own; --debug shows which.
         raise UserError(f"{path}: refused by DeepSpeed: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
@@ -139,24 +142,24 @@ def _first_problem(error: ValidationError, zero: type[BaseModel], section: str |
 
 
 def _siblings(model: type[BaseModel], loc: list[str]) -> list[str]:
-    """The keys that are known where `loc` leads, in a tree of pydantic models."""
+    """The valid keys at the place `loc` in a tree of pydantic models."""
     for part in loc[:-1]:
         annotation = model.model_fields[part].annotation
         model = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
     return [name for field, info in model.model_fields.items() for name in (info.alias, field) if name]
 
 
-def _fixed(config: Config) -> dict[str, tuple[Any, str]]:
-    """Keys with the value that the run needs, and what of the run needs it."""
-    max_norm = config.optim.max_norm
-    bf16 = config.precision.compute == "bf16"
+def _fixed(optim: OptimConfig, precision: PrecisionConfig) -> dict[str, tuple[Any, str]]:
+    """Keys with the value that the run needs, and the setting that needs it."""
+    max_norm = optim.max_norm
+    bf16 = precision.compute == "bf16"
     reduction = "this toolkit's fp32 reduction of gradients"
     accumulation = "this toolkit's own accumulation (batch.micro_batches)"
     return {
         "train_micro_batch_size_per_gpu": (1, "batch.max_seconds (a forward is one sample to DeepSpeed)"),
         "managed_gradient_accumulation": (False, accumulation),
         "gradient_clipping": (max_norm or 0.0, f"optim.max_norm={'null' if max_norm is None else max_norm}"),
-        "bf16.enabled": (bf16, f"precision.compute={config.precision.compute}"),
+        "bf16.enabled": (bf16, f"precision.compute={precision.compute}"),
         "communication_data_type": ("fp32", reduction),
         "data_types.grad_accum_dtype": ("fp32", reduction),
         "gradient_allreduce_op": ("mean", accumulation),
@@ -167,15 +170,15 @@ def _fixed(config: Config) -> dict[str, tuple[Any, str]]:
 
 
 def _implied(stage: int) -> dict[str, tuple[Any, str]]:
-    """Keys that need not be given, but if they are, then with this value."""
+    """Keys that may be left out, but need this value if they are given."""
     optimizer = "optim.* (one fused AdamW on every engine)"
     keys: dict[str, tuple[Any, str]] = {
         "optimizer.type": ("AdamW", optimizer),
         "zero_optimization.compute_grad_norm": (True, "optim.max_norm and the metric grad_norm"),
-        "zero_optimization.ignore_unused_parameters": (True, "model.layerdrop"),
+        "zero_optimization.ignore_unused_parameters": (True, "regularization.layerdrop"),
         "zero_optimization.offload_optimizer.ratio": (1.0, optimizer),
         "zero_optimization.offload_optimizer.super_offload": (False, optimizer),
-        # It deals parameters out in an order that moving state in does not follow: other values, and no error.
+        # It distributes parameters in an order that moving state in does not follow: wrong values without an error.
         "zero_optimization.round_robin_gradients": (False, "how this toolkit moves state in and out of ZeRO"),
         "zero_optimization.zero_quantized_gradients": (False, "this toolkit's fp32 reduction of gradients"),
         "zero_optimization.zero_quantized_weights": (False, "precision.compute"),
@@ -185,12 +188,12 @@ def _implied(stage: int) -> dict[str, tuple[Any, str]]:
     return keys
 
 
-def _decided(config: Config) -> dict[str, str]:
-    """Keys and sections that a setting of the run stands for."""
-    precision = f"precision.compute={config.precision.compute}"
-    micro_batches = f"batch.micro_batches={config.batch.micro_batches}"
+def _decided(config: EngineConfig, precision_config: PrecisionConfig) -> dict[str, str]:
+    """Keys and sections that a setting of the run replaces."""
+    precision = f"precision.compute={precision_config.compute}"
+    micro_batches = "batch.micro_batches"
     return {
-        "activation_checkpointing": f"engine.activation_checkpointing={config.engine.activation_checkpointing}",
+        "activation_checkpointing": f"engine.activation_checkpointing={config.activation_checkpointing}",
         "amp": precision,
         "bf16": precision,
         "data_types": precision,
@@ -198,7 +201,7 @@ def _decided(config: Config) -> dict[str, str]:
         "fp16": precision,
         "gradient_accumulation_steps": micro_batches,
         "optimizer": "optim.*",
-        "scheduler": f"schedule.kind={config.schedule.kind}",
+        "scheduler": "schedule.kind",
         "torch_autocast": precision,
         "train_batch_size": micro_batches,
         "zero_optimization.zenflow": "optim.*",
@@ -218,14 +221,14 @@ def _find(name: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The file's keys, without those that say nothing."""
+    """The keys of the file, without those that have no effect."""
     try:
-        tree = json.loads(path.read_text(), object_pairs_hook=_said)
+        tree = json.loads(path.read_text(), object_pairs_hook=_without_auto)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected an object with a section zero_optimization, got a {type(tree).__name__}")
-    if "bfloat16" in tree:  # its former name
+    if "bfloat16" in tree:  # an older name
         if "bf16" in tree:
             raise UserError(f"{path}: bfloat16 and bf16 are the same section")
         tree["bf16"] = tree.pop("bfloat16")
@@ -235,8 +238,8 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _said(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without keys that are "auto".
+def _without_auto(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object without the keys whose value is "auto".
 
     Raises:
         ValueError: a key is there twice.
@@ -244,12 +247,12 @@ def _said(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is there twice")
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
     return {key: value for key, value in tree.items() if value != "auto"}
 
 
 def _check_zero(zero: object, path: Path) -> None:
-    """The stage, without which nothing else can be checked, and where things are offloaded to."""
+    """Check the stage, which everything else depends on, and the devices of offloading."""
     if not isinstance(zero, dict):
         raise UserError(f"{path}: zero_optimization: expected an object with a stage, got {json.dumps(zero)}")
     stage = zero.get("stage")

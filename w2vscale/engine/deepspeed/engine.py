@@ -1,11 +1,11 @@
 """DeepSpeed ZeRO stages 1, 2 and 3 (Rajbhandari et al. 2020, arXiv:1910.02054).
 
-Moving state in and out uses names that DeepSpeed keeps to itself; pyproject.toml pins the version they belong to.
+Moving state in and out uses private names of DeepSpeed; pyproject.toml pins the version that has them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,75 +13,107 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config import Config
+from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine.base import CanonicalState, Criterion, EngineCaps, StateReader, StepResult, Sums
+from w2vscale.engine.accumulation import Forward, Grouping, accumulate
+from w2vscale.engine.base import CanonicalState, StateReader, StepResult
+from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.deepspeed.config import deepspeed_config, import_deepspeed, validate_zero
-from w2vscale.engine.joining import joining
 from w2vscale.engine.rows import Rows
-from w2vscale.engine.window import accumulate
+from w2vscale.engine.transforms import transform
+from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
+from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
-from w2vscale.optim.canonical import MOMENTS, canonical_shapes
+from w2vscale.optim.canonical import MOMENTS
 
 
 class DeepSpeedEngine:
     """ZeRO shards optimizer state (1), gradients too (2), parameters too (3)."""
 
-    caps: EngineCaps
-
-    def __init__(self, model: nn.Module, criterion: Criterion, config: Config, device: torch.device) -> None:
-        document = deepspeed_config(config)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: EngineConfig,
+        *,
+        optim: OptimConfig,
+        precision: PrecisionConfig,
+        device: torch.device,
+    ) -> None:
+        document = deepspeed_config(config, optim, precision)
         deepspeed = import_deepspeed(device.type)
-        validate_zero(document, config.engine.deepspeed_config)
+        validate_zero(document, config.deepspeed_config)
         self.stage = int(document["zero_optimization"]["stage"])
-        self.caps = EngineCaps(f"zero{self.stage}", sharded_parameters=self.stage == 3, sharded_optimizer=True)
-        self.criterion, self.device, self.joining = criterion, device, joining(config.batch.concat)
+        self.device = device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.buffers = Buffers(model)
+        transform(model, config)
         if self.stage == 3:
-            _partition(deepspeed, model, document, device, compute_dtype(config.precision))
+            _partition(deepspeed, model, document, device, compute_dtype(precision))
         else:
             model.to_empty(device=device)
         self.parameters = dict(model.named_parameters())
-        groups = parameter_groups(list(self.shapes.items()), config.optim)
+        self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+        groups = parameter_groups([(name, self.shapes[name]) for name in self.trained], optim)
         self.engine: Any = deepspeed.initialize(
             model=model,
-            optimizer=make_adamw(self.parameters, groups, config.optim),
+            optimizer=make_adamw(self.trained, groups, optim),
             config=document,
             dist_init_required=False,
         )[0]
+        # It has cast everything to the type of activations. Nothing else keeps what is not trained in fp32.
+        self.buffers.lay_out(device)
+        for name, parameter in self.parameters.items():
+            if name not in self.trained and self.stage < 3:
+                parameter.data = parameter.data.float()
         self.zero: Any = self.engine.optimizer
         allocate_state(self.zero.optimizer, self._partitions())
         if self.stage < 3:
             self.zero._lazy_init_hp_params_optimizer_state()
         self.rows = Rows(device)
 
-    def run_window(self, window: Sequence[MicroBatch], denominator: Tensor) -> Sums:
+    def run_window(
+        self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
+        grouping: Grouping, denominator: Tensor,
+    ) -> Sums:  # fmt: skip
         """See `Engine.run_window`. DeepSpeed averages gradients, hence the factor of the world size."""
         self.engine.train()
         self._forget_gradients()
         scale = self.world_size / denominator
 
-        def run(chunk: Sequence[MicroBatch], last: bool) -> Sums:
-            sums = self.criterion(self.engine, chunk, device=self.device, training=True)
+        def run(one: Forward) -> Sums:
+            sums = objective.forward(self.engine, one.inputs, step=one.step, training=True)
             self.engine.backward(sums.total * scale, scale_wrt_gas=False)
             return sums
 
-        return accumulate(self.joining.chunks(window), run, self.device)
+        return accumulate(grouping.groups(window), step, run, self.device)
 
-    def step(self, *, lr: float, max_norm: float | None) -> StepResult:
-        """See `Engine.step`."""
+    def step(
+        self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
+    ) -> StepResult:
+        """See `Engine.step`.
+
+        Raises:
+            UserError: the model is to be changed after the step.
+        """
+        if after is not None:
+            raise UserError(
+                "engine.name=deepspeed: this objective changes the model after each step, which ZeRO does not allow; "
+                "choose engine.name=ddp or fsdp"
+            )
         self.zero.clip_grad = max_norm or 0.0
         set_learning_rate(self.zero, lr)
         self.engine.step()
+        self.buffers.synchronize()
         return StepResult(float(self.engine.get_global_grad_norm()), skipped=bool(self.zero.overflow))
 
     @torch.no_grad()
-    def evaluate(self, batch: MicroBatch) -> Sums:
+    def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
         """See `Engine.evaluate`."""
         self.engine.eval()
-        return self.criterion(self.engine, [batch], device=self.device, training=False)
+        run = lambda one: objective.forward(self.engine, one.inputs, step=one.step, training=False)  # noqa: E731
+        return accumulate([[batch]], step, run, self.device)
 
     def export_state(self) -> CanonicalState:
         """See `Engine.export_state`. Gathers one tensor at a time; each rank keeps its rows of it."""
@@ -91,40 +123,43 @@ class DeepSpeedEngine:
         step = next(iter(self.zero.optimizer.state.values()))["step"]
         for name, parameter in self.parameters.items():
             shape = self.shapes[name]
+            if name not in self.trained:
+                state[f"model.{name}"] = self.rows.copied(self._gathered(parameter).view(shape))
+                continue
             state[f"model.{name}"] = self.rows.copied(safe_get_full_fp32_param(parameter).view(shape))
             for key in MOMENTS:
                 whole = safe_get_full_optimizer_state(parameter, key).view(shape)
                 state[f"optim.{name}.{key}"] = self.rows.copied(whole)
             state[f"optim.{name}.step"] = self.rows.copied(step)
-        return state
+        return state | {f"model.{name}": self.rows.copied(buffer) for name, buffer in self.buffers.persistent()}
 
     def import_state(self, reader: StateReader) -> None:
         """See `Engine.import_state`."""
-        for name, whole in self.rows.read(reader, canonical_shapes(self.shapes)):
+        specs = {f"model.{name}": (tuple(shape), torch.float32) for name, shape in self.shapes.items()}
+        specs |= {f"model.{name}": (tuple(buffer.shape), buffer.dtype) for name, buffer in self.buffers.persistent()}
+        for name in self.trained:
+            specs |= {f"optim.{name}.{key}": (tuple(self.shapes[name]), torch.float32) for key in MOMENTS}
+            specs[f"optim.{name}.step"] = ((), torch.float32)
+        buffers = dict(self.buffers.persistent())
+        for name, whole in self.rows.read(reader, specs):
             kind, _, name = name.partition(".")
             if kind == "model":
-                self._set(name, None, whole)
+                self._set_value(name, whole, buffers)
                 continue
             name, _, key = name.rpartition(".")
-            if key == "step":  # the same of all parameters
+            if key == "step":  # the same for all parameters
                 for state in self.zero.optimizer.state.values():
                     state["step"].copy_(whole)
             else:
                 self._set(name, key, whole)
         self._refresh_working_weights()
 
-    def import_parameters(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Engine.import_parameters`."""
-        for name, whole in parameters:
-            self._set(name, None, whole.to(self.device))
+    def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """See `Engine.import_values`."""
+        buffers = dict(self.buffers.persistent())
+        for name, whole in values:
+            self._set_value(name, whole.to(self.device), buffers)
         self._refresh_working_weights()
-
-    def named_full_parameters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.named_full_parameters`."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        for name, parameter in self.parameters.items():
-            yield name, safe_get_full_fp32_param(parameter).view(self.shapes[name]).to(dtype)
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -134,21 +169,47 @@ class DeepSpeedEngine:
         """The flat fp32 tensors that this rank's optimizer steps."""
         if self.stage == 3:
             return list(self.zero.fp32_partitioned_groups_flat)
-        if hasattr(self.zero, "fp32_groups_flat_partition"):  # of the optimizer that it takes for stage 1 in bf16
+        if hasattr(self.zero, "fp32_groups_flat_partition"):  # the optimizer for stage 1 in bf16
             return list(self.zero.fp32_groups_flat_partition)
         return list(self.zero.single_partition_of_fp32_groups)
 
+    @torch.no_grad()
+    def _set_value(self, name: str, whole: Tensor, buffers: dict[str, Tensor]) -> None:
+        """Replace a buffer, or this rank's part of a parameter."""
+        if name in buffers:
+            buffers[name].copy_(whole)
+        elif name in self.trained:
+            self._set(name, None, whole)
+        elif self.stage < 3:
+            self.parameters[name].copy_(whole)
+        else:
+            parameter: Any = self.parameters[name]
+            parameter.ds_tensor.copy_(self._part(parameter, whole))
+
+    def _gathered(self, parameter: nn.Parameter) -> Tensor:
+        """The whole of a parameter that is not trained."""
+        if self.stage < 3:
+            return parameter.detach()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    def _part(self, parameter: Any, whole: Tensor) -> Tensor:
+        """What this rank holds of a parameter under ZeRO-3."""
+        size = parameter.ds_tensor.numel()  # the same on every rank: the last part is padded
+        part = whole.flatten()[self.rank * size : (self.rank + 1) * size]
+        return F.pad(part, (0, size - part.numel()))
+
     def _set(self, name: str, key: str | None, whole: Tensor) -> None:
-        """Replace this rank's part of a parameter, or of its moment `key`."""
+        """Replace this rank's part of a trained parameter, or of its moment `key`."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         parameter: Any = self.parameters[name]
         if self.stage < 3:
             parameter.set_full_hp_param(whole, key)
             return
-        size = parameter.ds_tensor.numel()  # of every rank's part: the last one is padded
-        part = whole.flatten()[self.rank * size : (self.rank + 1) * size]
-        part = F.pad(part, (0, size - part.numel()))
+        part = self._part(parameter, whole)
         if key is None:
             safe_set_local_fp32_param(parameter, part)
         else:
@@ -156,7 +217,7 @@ class DeepSpeedEngine:
 
     def _forget_gradients(self) -> None:
         """ZeRO-3, and any stage that offloads, would step the parameters of skipped layers by gradients of an earlier
-        update; ZeRO-2 that offloads in bf16 would add to a gradient that is not finite for ever."""
+        update; ZeRO-2 with offloading in bf16 would keep adding to a gradient that is not finite."""
         if self.stage == 3:
             self.zero.grad_partitions_flat_buffer.zero_()
         for partition in self._partitions():
@@ -166,7 +227,7 @@ class DeepSpeedEngine:
             getattr(self.zero, kept, {}).clear()
 
     def _refresh_working_weights(self) -> None:
-        """Give forward and backward what the masters now hold."""
+        """Copy the fp32 masters to the weights of forward and backward."""
         if self.stage < 3:
             self.zero.update_lp_params()
             return
@@ -184,5 +245,6 @@ def _partition(
     for module in model.modules():
         module.to_empty(device=device, recurse=False)
         for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
         init._convert_to_zero_parameters(module.parameters(recurse=False))

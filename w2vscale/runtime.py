@@ -1,0 +1,131 @@
+"""All process-wide state. The command line enters it once; a library call or a notebook never does."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask a run to finish its update, save and leave."""
+
+ONE_REQUEST_SECONDS = 2.0
+"""Signals within this time are one request: a scheduler may signal a launcher, which passes it on, and its ranks."""
+
+FULL_COLLECTIONS = 10
+"""Python's default third threshold of garbage collection."""
+
+NEVER = 2**31 - 1
+
+COMPILED_VARIANTS = 64
+"""Variants of a compiled block: with or without padding, gradients, dropout; one utterance or several."""
+
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+
+
+def enter() -> None:
+    """Set up the process of a command: quiet progress bars of libraries in files, and quiet libraries."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    # DeepSpeed announces itself at import, on every rank.
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by deprecated names, on every rank.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # The model changes no tensor in place, a view or not.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+
+
+@contextmanager
+def training(*, compiled: bool = False) -> Iterator[StopRequest]:
+    """Set up the process of a training run: memory, kernels, stop signals.
+
+    `compiled`: blocks will be compiled.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        # From torch 2.11 on, attention prefers cuDNN on Hopper GPUs, which builds a plan for each new shape of a batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
+        keep_freed_memory()
+    if compiled:
+        from torch._dynamo import config
+
+        config.recompile_limit = COMPILED_VARIANTS
+        # It splits graphs where the buckets of DDP end, which only helps where a whole model is compiled.
+        config.optimize_ddp = False
+    with StopRequest() as stop:
+        yield stop
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory for the next tensor. Does nothing without glibc, or where its own variables (`MALLOC_…`,
+    `GLIBC_TUNABLES`) are set.
+
+    By default glibc returns large tensors to the system at once, and gets new memory page by page, filled with zeros:
+    up to a fifth of a training step on a CPU (docs/performance.md).
+    """
+    if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+@contextmanager
+def collected_between_steps() -> Iterator[None]:
+    """Leave full garbage collections to `gc.collect()`, which the training loop calls between steps: a rank that is
+    stopped inside a step makes all others wait. What exists now (libraries, the model) is never looked through.
+
+    A full collection takes a tenth of a second; those of young objects, which go on, almost nothing.
+    """
+    young, middle, old = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(young, middle, NEVER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, middle, old)
+        gc.unfreeze()
+
+
+class StopRequest:
+    """While active, remembers the first stop signal; a second one, later, ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._received_at = 0.0
+        self._previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), now
+        elif now - self._received_at > ONE_REQUEST_SECONDS:
+            raise KeyboardInterrupt

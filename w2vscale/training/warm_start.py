@@ -1,0 +1,172 @@
+"""What the parameters of a new run start from: drawn values, or those of another model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from w2vscale.checkpoint.consolidation import whole_tensors
+from w2vscale.checkpoint.reading import open_checkpoint
+from w2vscale.checkpoint.shards import stored_tensors, tensor_files
+from w2vscale.config import Config, architecture_of, load_config
+from w2vscale.errors import UserError
+from w2vscale.interop.importing import form_of, read_model
+from w2vscale.objectives import Objective, build_objective
+
+ENCODER = "encoder."
+"""Prefix of the tensors that every objective shares; the others are heads."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to start from: its settings, the shapes of its tensors by our names, and each of them whole, fp32."""
+
+    config: Config
+    shapes: Mapping[str, tuple[int, ...]]
+    tensor: Callable[[str], Tensor]
+
+
+def open_source(path: Path, log: Callable[[str], None] = lambda text: None) -> Source:
+    """Open a checkpoint, a folder that `save_pretrained` of Transformers wrote, or a `.pt` file of fairseq.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    form = form_of(path)
+    if form is not None:
+        config, state = read_model(path, form, log)
+        log(f"starting from {path} ({form})")
+        return Source(config, {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
+    checkpoint = open_checkpoint(path, log)
+    stored = {
+        name.removeprefix("model."): tensor
+        for name, tensor in stored_tensors(tensor_files(checkpoint.path)).items()
+        if name.startswith("model.")
+    }
+    log(f"starting from {checkpoint.path}")
+    return Source(
+        load_config(checkpoint.path / "config.yaml"),
+        {name: tuple(tensor.shape) for name, tensor in stored.items()},
+        lambda name: next(whole_tensors({f"model.{name}": stored[name]})),
+    )
+
+
+def fine_tuning_config(config: Config, *, scratch: bool = False, stored: Path | None = None) -> Config:
+    """The settings of a fine-tuning run, with the architecture of the model in `trainer.init_from`.
+
+    `scratch`: the baseline with the same architecture, randomly initialised and with nothing frozen. `stored`: config
+    file of the run that is resumed, whose `trainer.init_from` need not exist any more.
+
+    Raises:
+        UserError: the objective is not one for fine-tuning, the source cannot be used, or the settings do not fit its
+            model.
+    """
+    objective = build_objective(config)
+    if not objective.vocabulary:
+        raise UserError(
+            f"objective.name={config.objective.name} has no vocabulary; use a fine-tuning preset such as ctc_1h"
+        )
+    source = config.trainer.init_from
+    if scratch and source is None:
+        raise UserError("--scratch needs trainer.init_from: the checkpoint whose architecture is used")
+    document = config.model_dump(mode="json")
+    if source is not None:
+        theirs = load_config(stored) if stored is not None else open_source(source).config
+        document["model"] |= architecture_of(theirs.model)
+    if scratch:
+        document["trainer"]["init_from"] = None
+        document["objective"] = objective.unfrozen().model_dump(mode="json")
+        document["regularization"]["feature_grad_mult"] = 1.0
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        raise UserError(f"trainer.init_from={source}: {error.errors()[0]['msg']}") from None
+
+
+def starting_values(
+    config: Config,
+    objective: Objective,
+    shapes: Mapping[str, tuple[int, ...]],
+    drawn: Iterator[tuple[str, Tensor]],
+    log: Callable[[str], None],
+) -> Iterator[tuple[str, Tensor]]:
+    """Each of `drawn`, or in its place the tensor of `trainer.init_from`, one whole tensor at a time.
+
+    `shapes` are those of `drawn`. Logs a table of what is loaded, missing, of another shape, and not used. Heads are
+    drawn if the source was trained for another objective.
+
+    Raises:
+        UserError: tensors are missing there or have other shapes, or the architecture differs, and
+            `trainer.init_allow` does not name them.
+    """
+    if config.trainer.init_from is None:
+        yield from drawn
+        return
+    source = open_source(config.trainer.init_from, log)
+    missing = {name: "is missing" for name in shapes if name not in source.shapes}
+    reshaped = {
+        name: f"is {list(source.shapes[name])} there and {list(shape)} here"
+        for name, shape in shapes.items()
+        if name in source.shapes and source.shapes[name] != shape
+    }
+    same_objective = source.config.objective.name == config.objective.name
+    if other := _different_head(source, objective) if same_objective else "objective.name":
+        heads = (name for name in shapes if not name.startswith(ENCODER) and name not in reshaped | missing)
+        reshaped |= dict.fromkeys(heads, f"is for another {other} there")
+    theirs, ours = architecture_of(source.config.model), architecture_of(config.model)
+    settings = {
+        f"model.{key}": f"is {theirs[key]} there and {value} here"
+        for key, value in ours.items()
+        if theirs[key] != value
+    }
+    new_heads = {name for name in missing if not (same_objective or name.startswith(ENCODER))}
+    _refuse_unless_allowed(
+        settings | reshaped | {name: what for name, what in missing.items() if name not in new_heads}, config, log
+    )
+    unused = {name for name in source.shapes if name not in shapes}
+    for line in _table(shapes, missing=set(missing), reshaped=set(reshaped), unused=unused):
+        log(line)
+    for name, problem in (reshaped | missing).items():
+        log(f"newly initialised: {name} {problem}")
+    for name, value in drawn:
+        loaded = name not in missing and name not in reshaped
+        yield name, source.tensor(name) if loaded else value
+
+
+def _different_head(source: Source, objective: Objective) -> str | None:
+    """A setting of the objective that the heads belong to and that differs in the source."""
+    theirs, ours = architecture_of(build_objective(source.config).settings), architecture_of(objective.settings)
+    return next((f"objective.{key}" for key, value in ours.items() if theirs[key] != value), None)
+
+
+def _refuse_unless_allowed(problems: Mapping[str, str], config: Config, log: Callable[[str], None]) -> None:
+    allowed = [re.compile(pattern) for pattern in config.trainer.init_allow]
+    refused = [name for name in problems if not any(pattern.search(name) for pattern in allowed)]
+    if refused:
+        listed = "; ".join(f"{name} {problems[name]}" for name in refused[:3])
+        more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise UserError(
+            f"trainer.init_from={config.trainer.init_from}: {listed}{more}; to accept this, name it in "
+            "trainer.init_allow"
+        )
+    for pattern in allowed:
+        if not any(map(pattern.search, problems)):
+            log(f"warning: trainer.init_allow: {pattern.pattern} matches nothing that is missing or differs")
+
+
+def _table(names: Iterable[str], *, missing: set[str], reshaped: set[str], unused: set[str]) -> Iterator[str]:
+    """The number of tensors of each module that are loaded, missing, of another shape, and not used."""
+    counts: dict[str, list[int]] = {}
+    for name in (*names, *sorted(unused)):
+        parts = name.split(".")
+        row = counts.setdefault(".".join(parts[: 1 + (parts[0] == "encoder")]), [0] * 4)
+        row[1 if name in missing else 2 if name in reshaped else 3 if name in unused else 0] += 1
+    width = max(map(len, counts))
+    yield f"{'tensors of':{width}}  loaded  missing  other shape  not used"
+    for module, (loaded, absent, other, left) in counts.items():
+        yield f"{module:{width}}  {loaded:6}  {absent:7}  {other:11}  {left:8}"
