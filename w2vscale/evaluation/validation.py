@@ -1,4 +1,4 @@
-"""Validation over a whole corpus: an objective's sums over all ranks, and its metrics."""
+"""Validate a model on a whole corpus, over all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from w2vscale.engine.base import Sums
 
 
 def reduce_sums(sums: Sums) -> Sums:
-    """Sums over all ranks, in float64 on the CPU."""
+    """Add up sums over all ranks, in float64 on the CPU. Collective."""
     flat = torch.cat([field.detach().double().flatten().cpu() for field in sums])
     reduced = torch.tensor(sum_over_ranks(flat.tolist()), dtype=torch.float64)
     parts = reduced.split([field.numel() for field in sums])
@@ -25,7 +25,7 @@ def validate(
     batches: Iterable[MicroBatch],
     metrics: Callable[[Any], dict[str, float]],
 ) -> tuple[dict[str, float], Sums]:
-    """Metrics, and the sums they are of, over all ranks' batches. Collective."""
+    """Return the metrics over the batches of all ranks, and the sums that they are computed from. Collective."""
     total: Any = None
     utterances = unusable = 0
     for batch in batches:
