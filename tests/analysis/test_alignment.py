@@ -1,4 +1,4 @@
-"""The best path through given labels, against all paths."""
+"""Forced alignment agrees with a search over all paths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import groupby, product
 import numpy as np
 import pytest
 
-from w2vscale.analysis.alignment import align, spread
+from w2vscale.analysis.alignment import align, fill_blanks
 
 
 def read(path: tuple[int, ...]) -> list[int]:
@@ -41,6 +41,6 @@ def test_too_few_frames_for_the_labels() -> None:
 
 def test_blanks_take_the_nearest_label_within_reach() -> None:
     path = np.array([-1, -1, -1, 0, -1, -1, -1, 1, 1, -1, -1, -1])
-    assert spread(path, 2).tolist() == [-1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1]
-    assert spread(path, 0).tolist() == path.tolist()
-    assert spread(np.array([-1, -1]), 3).tolist() == [-1, -1]
+    assert fill_blanks(path, 2).tolist() == [-1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, -1]
+    assert fill_blanks(path, 0).tolist() == path.tolist()
+    assert fill_blanks(np.array([-1, -1]), 3).tolist() == [-1, -1]

@@ -1,4 +1,4 @@
-"""Probes find what is in the features, and say how much of it is chance."""
+"""Probes find what the features encode, and how much of it is chance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from w2vscale.training.loop import train
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Spelled by two speakers, and what of it is tested on, with an utterance that has no transcript."""
+    """Manifests to train and test on, of two speakers; one test utterance has no transcript."""
     folder = tmp_path_factory.mktemp("spelled")
     texts = some_texts(40)
     return (
@@ -41,7 +41,10 @@ def probed(pretrained: Path, corpus: tuple[Path, Path], output: Path, *options: 
     command = ["probe", str(pretrained), "--train", str(corpus[0]), "--test", str(corpus[1]), "-o", str(output)]
     result = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    assert "codebook 1: its codes tell" in result.output and "left out: u10: has no transcript" in result.output
+    assert (
+        "codebook 1: normalised mutual information" in result.output
+        and "skipped: u10: has no transcript" in result.output
+    )
     found: dict[str, object] = json.loads((output / "probe.json").read_text())
     return found
 
@@ -74,7 +77,7 @@ def test_probes_repeat_and_do_not_depend_on_the_other_layers(
     assert alone["label_error_rate"]["1"] == pytest.approx(both["label_error_rate"]["1"], abs=0.02)
 
 
-def test_what_cannot_be_probed(pretrained: Path, corpus: tuple[Path, Path], tmp_path: Path) -> None:
+def test_unusable_input_is_refused(pretrained: Path, corpus: tuple[Path, Path], tmp_path: Path) -> None:
     def refused(checkpoint: Path, train: Path, *options: str) -> str:
         command = ["probe", str(checkpoint), "--train", str(train), "--test", str(corpus[1]), "-o", str(tmp_path)]
         result = CliRunner().invoke(app, [*command, *options])
@@ -90,13 +93,13 @@ def test_what_cannot_be_probed(pretrained: Path, corpus: tuple[Path, Path], tmp_
     assert "the checkpoint is fine-tuned" in refused(tuned, corpus[0])
 
 
-def test_information_is_a_share_of_the_classes_entropy() -> None:
+def test_information_is_relative_to_the_entropy_of_the_classes() -> None:
     classes = np.array(["a", "a", "b", "b"])
     found = cooccurrence(classes, np.array([2, 2, 0, 0]), entries=3)
     assert found.classes == ["a", "b"] and found.frames_CV.tolist() == [[0, 0, 2], [2, 0, 0]]
     assert found.information == pytest.approx(1.0)
     assert cooccurrence(classes, np.array([0, 1, 0, 1]), entries=3).information == pytest.approx(0.0)
-    # Half of the frames tell the class, the others nothing.
+    # Half of the frames determine the class, the others carry no information.
     half = Cooccurrence(["a", "b"], np.array([[2, 0, 2], [0, 2, 2]]))
     assert half.information == pytest.approx(0.5)
     assert cooccurrence(np.array(["a", "a"]), np.array([0, 1]), entries=2).information == 0.0

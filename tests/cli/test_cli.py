@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
-from w2vscale.cli.app import app
+from w2vscale.cli.app import app, main
 from w2vscale.cli.progress import console
 from w2vscale.config import load_config, preset_names
 from w2vscale.config.load import settings
@@ -164,6 +164,36 @@ class TestTheProcess:
             f"error: {manifest}: 1 of 1 utterances are wrong, all in {manifest}.bad_audio; "
             f"the first: a ({path}): not readable as audio: Format not recognised\n"
         )
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["train", "tiny", "data.train=cuts.jsonl", "--exp", "exp"],
+            ["finetune", "ctc_1h", "trainer.init_from=exp/base"],
+            ["evaluate", "exp/base", "--cuts", "cuts.jsonl"],
+            ["transcribe", "exp/base", "speech.wav", "--json"],
+        ],
+        ids=lambda arguments: arguments[0],
+    )
+    def test_processes_are_launched_with_the_same_arguments(
+        self, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given = [*arguments, "--nproc-per-node", "2"]
+        launches: list[tuple[list[str], int]] = []
+
+        def launch(arguments: list[str], processes: int) -> int:
+            launches.append((arguments, processes))
+            return 7
+
+        monkeypatch.delenv("RANK", raising=False)
+        monkeypatch.setattr("w2vscale.distributed.launch.launch", launch)
+        monkeypatch.setattr(sys, "argv", ["w2vscale", "--debug", *given])
+        for name in ("W2VSCALE_DEBUG", "TQDM_DISABLE"):
+            monkeypatch.setenv(name, "1")  # main() sets them too; this restores them
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 7
+        assert launches == [(given, 2)]
 
 
 class TestConfigCommands:
@@ -383,8 +413,7 @@ class TestTrain:
         message = self.error(f"data.train={corpus}", "data.max_seconds=0.2", "data.min_seconds=0.1")
         assert message.startswith("data.max_seconds=0.2: too short to be masked")
 
-    def test_no_process_at_all(self, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sys, "argv", ["w2vscale", "train", "tiny"])  # what launched processes would run
+    def test_no_process_at_all(self, corpus: Path) -> None:
         assert self.error(f"data.train={corpus}", "--nproc-per-node", 0) == "--nproc-per-node 0: must be at least 1"
 
 

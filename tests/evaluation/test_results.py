@@ -1,4 +1,4 @@
-"""Tables of results: what is compared, and how much better it is."""
+"""Tables of results, and the relative reduction of error rates against a baseline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from w2vscale.evaluation.wer import score, summarise
 
 
 def write_score(folder: Path, hypotheses: list[str], *, decoding: str = "greedy") -> Path:
-    found = summarise([score(f"u{n}", "one two three four", said) for n, said in enumerate(hypotheses)], [])
+    found = summarise([score(f"u{n}", "one two three four", hypothesis) for n, hypothesis in enumerate(hypotheses)], [])
     rates = {"wer": found.words.rate, "cer": found.characters.rate}
     document = {"checkpoint": str(folder), "cuts": ["dev"], "decoding": decoding, **rates, **asdict(found)}
     folder.mkdir(exist_ok=True)
@@ -29,7 +29,7 @@ def write_score(folder: Path, hypotheses: list[str], *, decoding: str = "greedy"
 
 def test_a_reduction_is_relative_and_paired() -> None:
     baseline = {f"u{n}": (4 + n % 3, 10) for n in range(60)}
-    # Every utterance has half its errors: so has every draw of utterances.
+    # Every utterance has half the errors of the baseline, and so has every bootstrap sample.
     assert relative_reduction({name: (errors / 2, 10) for name, (errors, _) in baseline.items()}, baseline) == (
         pytest.approx((0.5, 0.5, 0.5))
     )
@@ -39,7 +39,7 @@ def test_a_reduction_is_relative_and_paired() -> None:
     total = sum(errors for errors, _ in ours.values()) / sum(errors for errors, _ in baseline.values())
     assert value == pytest.approx(1 - total)
     assert low < value < high and 0.05 < high - low < 0.5
-    with pytest.raises(UserError, match="not written the same utterances"):
+    with pytest.raises(UserError, match="evaluated on different utterances"):
         relative_reduction(ours, {"other": (1, 10)})
 
 
@@ -47,11 +47,11 @@ def test_a_baseline_that_hardly_errs_leaves_no_lower_bound() -> None:
     baseline = {f"u{n}": (int(n == 0), 10) for n in range(30)}
     value, low, high = relative_reduction({f"u{n}": (int(n == 1), 10) for n in range(30)}, baseline)
     assert (value, low) == (0.0, -np.inf) and high == 1.0
-    # Where both err alike, they do so in every draw.
+    # Equal errors are equal in every bootstrap sample.
     assert relative_reduction(baseline, baseline) == (0.0, 0.0, 0.0)
 
 
-def test_a_bound_that_there_is_not_is_told(tmp_path: Path) -> None:
+def test_a_missing_bound_is_printed_as_such(tmp_path: Path) -> None:
     right, wrong = "one two three four", "one two three"
     paths = [write_score(tmp_path / "a", [right, wrong] + [right] * 20)]
     paths.append(write_score(tmp_path / "a_scratch", [wrong, right] + [right] * 20))
@@ -59,12 +59,12 @@ def test_a_bound_that_there_is_not_is_told(tmp_path: Path) -> None:
     assert "WER lower by 0.0% (95 %: no bound to 100.0%)" in page
 
 
-def test_figures_that_are_not_whole_are_refused(tmp_path: Path) -> None:
+def test_incomplete_metrics_are_refused(tmp_path: Path) -> None:
     path = write_score(tmp_path / "a", ["one"])
     document = json.loads(path.read_text())
     for missing in ("cer", "cuts", "word_interval"):
         path.write_text(json.dumps({key: value for key, value in document.items() if key != missing}))
-        with pytest.raises(UserError, match="no figures of pretraining or --wer"):
+        with pytest.raises(UserError, match="not written by w2vscale evaluate"):
             read_results([path])
 
 
@@ -86,19 +86,22 @@ def test_a_page_of_results(tmp_path: Path) -> None:
     assert "`tiny_1h` against `tiny_1h_scratch` on dev, greedy: WER lower by 75.0% (95 %: 50.0% to 100.0%)" in page
     assert page.count("against") == 1
     write_score(tmp_path / "tiny_1h", ["one", "one two"])
-    said = CliRunner().invoke(app, ["results", str(ours), str(baseline), "-o", str(tmp_path / "again.md")]).output
-    assert "WER higher by 25.0% (95 %: 0.0% to 50.0%)" in said
+    output = CliRunner().invoke(app, ["results", str(ours), str(baseline), "-o", str(tmp_path / "again.md")]).output
+    assert "WER higher by 25.0% (95 %: 0.0% to 50.0%)" in output
 
 
-def test_a_baseline_without_errors_is_no_measure(tmp_path: Path) -> None:
+def test_a_baseline_without_errors_is_not_comparable(tmp_path: Path) -> None:
     ours = write_score(tmp_path / "tiny_1h", ["one two three"])
     baseline = write_score(tmp_path / "tiny_1h_scratch", ["one two three four"])
     result = CliRunner().invoke(app, ["results", str(ours), str(baseline), "-o", str(tmp_path / "RESULTS.md")])
     assert "WER not comparable (the baseline makes no errors), CER not comparable" in result.output
 
 
-def test_what_holds_no_figures_is_named(tmp_path: Path) -> None:
+def test_unusable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
-    for name, message in (("missing.json", "cannot be read: No such file"), ("other.json", "no figures of")):
+    for name, message in (
+        ("missing.json", "cannot be read: No such file"),
+        ("other.json", "not written by w2vscale evaluate"),
+    ):
         result = CliRunner().invoke(app, ["results", str(tmp_path / name)])
         assert isinstance(result.exception, UserError) and message in str(result.exception)

@@ -1,35 +1,35 @@
-"""Error rates against alignments done by hand, and what is told of them."""
+"""Error rates agree with alignments done by hand; intervals and the HTML page."""
 
 from __future__ import annotations
 
 import pytest
 
-from w2vscale.evaluation.wer import Errors, page, score, summarise
+from w2vscale.evaluation.wer import EditCounts, html_page, score, summarise
 
 
 def test_words_and_characters_of_alignments_by_hand() -> None:
     # a b c d e f -
     # a x c - e f g
     found = score("u", "a b c d e f", "a x c e f g")
-    assert found.words == Errors(reference=6, substitutions=1, deletions=1, insertions=1)
+    assert found.words == EditCounts(reference=6, substitutions=1, deletions=1, insertions=1)
     assert found.words.rate == pytest.approx(0.5)
     assert "d" in found.alignment and "\n\n" not in found.alignment
-    # k becomes s, e becomes i, g comes
-    assert score("u", "kitten", "sitting").characters == Errors(6, 2, 0, 1)
+    # substitute k with s and e with i, insert g
+    assert score("u", "kitten", "sitting").characters == EditCounts(6, 2, 0, 1)
 
 
-def test_nothing_written_is_all_deleted() -> None:
-    assert score("u", "a b c", "").words == Errors(3, 0, 3, 0)
+def test_an_empty_hypothesis_is_all_deletions() -> None:
+    assert score("u", "a b c", "").words == EditCounts(3, 0, 3, 0)
 
 
-def test_rates_are_of_all_words_together() -> None:
+def test_rates_are_computed_over_all_words() -> None:
     scored = [
         score("a", "one", "two", speaker="ann"),
         score("b", "one two three four five six seven eight nine", "one two three four five six seven eight nine"),
         score("c", "one two", "one two", speaker="ann"),
     ]
     found = summarise(scored, [])
-    assert found.words == Errors(12, 1, 0, 0)
+    assert found.words == EditCounts(12, 1, 0, 0)
     assert {speaker: errors.rate for speaker, errors in found.speakers.items()} == {"ann": 1 / 3, "unknown": 0.0}
     assert [one.utterance for one in found.worst(5)] == ["a"]
 
@@ -45,12 +45,12 @@ def test_intervals_hold_the_rate_and_shrink_with_more_utterances() -> None:
     few, many = found(12), found(300)
     assert few[0] < few[1] < few[2] and many[0] < many[1] < many[2]
     assert many[2] - many[0] < 0.4 * (few[2] - few[0])
-    # A third of the utterances has no word wrong, two thirds have three of four; 1.96 standard errors on both sides.
+    # A third of the utterances has no errors, two thirds have three of four words wrong; ±1.96 standard errors.
     variance = (0.5**2 + 0.25**2 + 0.25**2) / 3
     assert many[2] - many[0] == pytest.approx(2 * 1.96 * (variance / 300) ** 0.5, rel=0.15)
 
 
 def test_the_page_names_all_and_escapes() -> None:
     found = summarise([score("<u>", "a & b", "a b", speaker="ann")], [])
-    text = page(found, "run")
+    text = html_page(found, "run")
     assert "&lt;u&gt;" in text and "a &amp; b" in text and "33.33%" in text and "<u>" not in text

@@ -34,8 +34,8 @@ from w2vscale.engine.rows import Rows
 from w2vscale.errors import UserError
 from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.inference.pretrained import load
-from w2vscale.inference.sources import sources_of
 from w2vscale.inference.transcription import transcribe
+from w2vscale.inference.utterances import find_utterances
 from w2vscale.objectives.objective import build_objective
 from w2vscale.optim.canonical import canonical_shapes
 from w2vscale.training.calibration import calibrate
@@ -150,7 +150,7 @@ def word_errors(exp: str, cuts: str) -> tuple[int, list[tuple[str, str]]]:
     """How many utterances this rank transcribed, and what the score says of all."""
     pretrained = load(exp)
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
-    mine = sum(1 for _ in transcribe(pretrained, [*sources_of(Path(cuts))], ranks=ranks))
+    mine = sum(1 for _ in transcribe(pretrained, [*find_utterances(Path(cuts))], ranks=ranks))
     found = score_checkpoint(pretrained, [Path(cuts)], ranks=ranks)
     return mine, [(one.utterance, one.hypothesis) for one in found.utterances]
 

@@ -1,4 +1,4 @@
-"""Beam search against all paths, and with a language model small enough to compute by hand."""
+"""Beam search agrees with a search over all paths, and with a language model small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from w2vscale.errors import UserError
-from w2vscale.inference.decoding import BeamSearch, Greedy, beam_search, build_decoder, text_of
+from w2vscale.inference.decoding import BeamSearch, GreedyDecoder, build_decoder, labels_to_text
 
 pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
 
@@ -43,7 +43,7 @@ BINARY_TOY = zlib.decompress(
         "D9KP7AZ0NyGDy2fO/Fk6c+bJ7Wlpz+SQJWxK87LtGGyK7RgcnRkcnRhs9IFMAPlIRt8="
     )
 )
-"""TOY as KenLM's `build_binary trie` writes it."""
+"""TOY, converted by `build_binary trie` of KenLM."""
 AC_RATHER_THAN_AB = torch.tensor(
     [
         [0.05, 0.05, 0.80, 0.05, 0.05],
@@ -68,7 +68,7 @@ def written(search: BeamSearch | None, logits_TV: Tensor = AC_RATHER_THAN_AB) ->
 
 
 def most_probable_text(log_probabilities_TV: Tensor) -> str:
-    """By adding up every path."""
+    """The text with the highest total probability over all paths."""
     totals: dict[str, float] = {}
     frames, symbols = log_probabilities_TV.shape
     for path in product(range(symbols), repeat=frames):
@@ -80,9 +80,9 @@ def most_probable_text(log_probabilities_TV: Tensor) -> str:
 
 
 def test_a_wide_beam_finds_the_most_probable_text() -> None:
-    # One path of blanks is the most probable, but more paths write A.
+    # The most probable path is all blanks, but the paths of A are more probable together.
     hidden = torch.tensor([[0.6, 0.0, 0.4, 0.0, 0.0]] * 2).clamp(min=1e-6).log()
-    assert Greedy(VOCABULARY).text(Greedy(VOCABULARY).reduce(hidden)) == ""
+    assert GreedyDecoder(VOCABULARY).text(GreedyDecoder(VOCABULARY).reduce(hidden)) == ""
     assert written(BeamSearch(beam=100), hidden) == "A"
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
@@ -102,7 +102,7 @@ def test_the_language_model_prefers_its_sentence(lm: Path) -> None:
     assert written(BeamSearch(lm=lm)) == "AB AB"
 
 
-def test_of_weight_0_it_says_nothing(lm: Path, tmp_path: Path) -> None:
+def test_a_language_model_of_weight_0_has_no_effect(lm: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("AB\n\nAC\n")
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
@@ -116,15 +116,15 @@ def test_a_zipped_model_and_a_lexicon_of_spellings(lm: Path, tmp_path: Path) -> 
     zipped = tmp_path / "toy.arpa.gz"
     zipped.write_bytes(gzip.compress(lm.read_bytes()))
     assert written(BeamSearch(lm=zipped)) == "AB AB"
-    # AC is how AB is spelled here; XY has no spelling.
+    # Here AB is spelled A C, and XY cannot be spelled.
     (tmp_path / "spelled.txt").write_text("AB A C\nXY\n")
-    said: list[str] = []
-    decoder = build_decoder(VOCABULARY, BeamSearch(lm=lm, lexicon=tmp_path / "spelled.txt"), said.append)
+    messages: list[str] = []
+    decoder = build_decoder(VOCABULARY, BeamSearch(lm=lm, lexicon=tmp_path / "spelled.txt"), messages.append)
     assert decoder.text(decoder.reduce(AC_RATHER_THAN_AB)) == "AB AB"
-    assert "1 words are left out" in said[0] and "XY" in said[0]
+    assert "skipping 1 words" in messages[0] and "XY" in messages[0]
 
 
-def test_a_word_counts_once_and_marks_are_no_words(lm: Path, tmp_path: Path) -> None:
+def test_duplicate_words_and_special_tokens_of_a_lexicon_are_ignored(lm: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(2)
     (tmp_path / "once.txt").write_text("AB\nAC\n")
     (tmp_path / "twice.txt").write_text("<unk>\n<s>\nAB\nAC\nAC\nAC A C |\nAC\n")
@@ -141,17 +141,17 @@ def test_kenlms_binary_needs_a_lexicon(tmp_path: Path) -> None:
     (tmp_path / "toy.binary").write_bytes(BINARY_TOY)
     (tmp_path / "words.txt").write_text("AB\nAC\n")
     assert written(BeamSearch(lm=tmp_path / "toy.binary", lexicon=tmp_path / "words.txt")) == "AB AB"
-    with pytest.raises(UserError, match="its words cannot be listed: name them with --lexicon"):
+    with pytest.raises(UserError, match="a binary model does not list its words; add --lexicon FILE"):
         build_decoder(VOCABULARY, BeamSearch(lm=tmp_path / "toy.binary"))
 
 
-def test_words_are_written_in_the_vocabularys_case(tmp_path: Path) -> None:
+def test_words_have_the_case_of_the_vocabulary(tmp_path: Path) -> None:
     lower = tmp_path / "lower.arpa"
     lower.write_text(TOY.replace("AB", "ab").replace("AC", "ac"))
     assert written(BeamSearch(lm=lower)) == "AB AB"
 
 
-def test_what_cannot_be_used_is_named(lm: Path, tmp_path: Path) -> None:
+def test_unusable_files_are_named(lm: Path, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"mmap lm http://kheafield.com/code format version 5\n\0" + bytes(99))
     (tmp_path / "text").write_text("AB AC\n")
     (tmp_path / "broken.arpa").write_text(TOY.replace("-0.5\tAB", "minus\tAB"))
@@ -164,29 +164,29 @@ def test_what_cannot_be_used_is_named(lm: Path, tmp_path: Path) -> None:
         (BeamSearch(lm=tmp_path / "missing.arpa"), r"--lm .*missing\.arpa: cannot be read: No such file"),
         (BeamSearch(lm=tmp_path / "missing", lexicon=tmp_path / "words.txt"), r"--lm .*missing: no such file"),
         (BeamSearch(lm=tmp_path / "binary", lexicon=tmp_path / "words.txt"), "KenLM cannot load it"),
-        (BeamSearch(lm=tmp_path / "text"), "neither an ARPA file nor KenLM's binary"),
+        (BeamSearch(lm=tmp_path / "text"), "not an ARPA file or a binary KenLM file"),
         (BeamSearch(lm=tmp_path / "damaged.arpa.gz"), r"--lm .*damaged\.arpa\.gz: cannot be read"),
         (BeamSearch(lm=tmp_path / "broken.arpa"), "KenLM cannot load it"),
         (BeamSearch(lexicon=tmp_path / "missing.txt"), r"--lexicon .*missing\.txt: cannot be read: No such file"),
-        (BeamSearch(lexicon=tmp_path / "none.txt"), "the vocabulary spells none of its 1 words"),
+        (BeamSearch(lexicon=tmp_path / "none.txt"), "none of its 1 words can be spelled"),
     ):
         with pytest.raises(UserError, match=message):
             build_decoder(VOCABULARY, search)
-    with pytest.raises(UserError, match="are for vocabularies of characters"):
+    with pytest.raises(UserError, match="need a vocabulary of characters"):
         build_decoder(["<pad>", "A"], BeamSearch(lm=lm))
 
 
 def test_options() -> None:
-    assert beam_search(None, None, None, lm_weight=2.0, word_score=-1.0) is None
-    found = beam_search(None, Path("a/4-gram.arpa"), None, lm_weight=1.5, word_score=0.0)
-    assert found is not None and found.told() == "beam 50, 4-gram.arpa (weight 1.5, word score 0)"
+    assert BeamSearch.from_options(None, None, None, lm_weight=2.0, word_score=-1.0) is None
+    found = BeamSearch.from_options(None, Path("a/4-gram.arpa"), None, lm_weight=1.5, word_score=0.0)
+    assert found is not None and found.description() == "beam 50, 4-gram.arpa (weight 1.5, word score 0)"
     assert (
         BeamSearch(9, Path("4.bin"), Path("a/words"))
-        .told()
+        .description()
         .endswith(", 4.bin (weight 2, word score -1), words of words")
     )
 
 
-def test_text_is_without_marks() -> None:
+def test_text_is_without_special_tokens() -> None:
     vocabulary = ["<pad>", "<s>", "▁A", "B", "|"]
-    assert text_of([1, 2, 3, 2, 4, 3], vocabulary) == "AB A B"
+    assert labels_to_text([1, 2, 3, 2, 4, 3], vocabulary) == "AB A B"

@@ -20,10 +20,10 @@ from w2vscale.config import Config, dump_config, load_config
 from w2vscale.data.transcripts import make_ctc_inputs
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
-from w2vscale.inference.decoding import text_of
+from w2vscale.inference.decoding import labels_to_text
 from w2vscale.inference.pretrained import load
-from w2vscale.inference.sources import sources_of
 from w2vscale.inference.transcription import Transcript, transcribe
+from w2vscale.inference.utterances import find_utterances
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
 from w2vscale.objectives.ctc import Wav2Vec2ForCTC
@@ -93,7 +93,7 @@ def test_the_processor_loads_and_writes_the_same_text(family: tuple[Config, Path
     inputs = processor(0.1 * audio, sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         labels = other(inputs.input_values).logits.argmax(dim=-1)
-    (found,) = transcribe(load(checkpoint), [*sources_of(path)])
+    (found,) = transcribe(load(checkpoint), [*find_utterances(path)])
     assert isinstance(found, Transcript) and len(found.text) > 5
     theirs = processor.batch_decode(labels)[0].replace("<s>", "").replace("</s>", "")
     assert found.text == theirs.strip()
@@ -112,7 +112,7 @@ def test_sentence_pieces_are_written_with_spaces_and_come_in_again(tmp_path: Pat
     tokenizer = transformers.AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
     labels = [5, 6, 7, 4, 9, 8, 8, 5, 1]
     frames = [frame for label in labels for frame in (label, label, 0)]
-    assert tokenizer.decode(frames) == text_of(labels, symbols) == "THE CAT 'AA THE<unk>"
+    assert tokenizer.decode(frames) == labels_to_text(labels, symbols) == "THE CAT 'AA THE<unk>"
     assert "no labels of text" in (tmp_path / "out" / "README.md").read_text()
     imported = import_checkpoint(tmp_path / "out", tmp_path / "in", form="huggingface")
     assert load_config(imported.checkpoint / "config.yaml").ctc.vocabulary == symbols

@@ -19,8 +19,8 @@ from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config, load_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.inference.pretrained import load
-from w2vscale.inference.sources import sources_of
 from w2vscale.inference.transcription import Transcript, transcribe
+from w2vscale.inference.utterances import find_utterances
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.models.feature_encoder import output_frames
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
@@ -75,7 +75,7 @@ def test_the_card_of_a_fine_tuned_model_transcribes(tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     checkpoint, export = exported(model, config, tmp_path)
-    (expected,) = transcribe(load(checkpoint), [*sources_of(export / "speech.wav")])
+    (expected,) = transcribe(load(checkpoint), [*find_utterances(export / "speech.wav")])
     assert isinstance(expected, Transcript) and len(expected.text) > 5
     text = output_of_card(export).replace("<s>", "").replace("</s>", "")
     assert text.strip() == expected.text

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tools.bench.contenders import LR, Work, work_settings
 from tools.bench.script import console, run_script
-from w2vscale.analysis.figures import import_pyplot, save_figure
+from w2vscale.analysis.figures import new_figure, save_figure
 from w2vscale.engine import build_engine
 from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
@@ -192,10 +192,10 @@ def print_tables(modules: Seconds, kernels: dict[str, float]) -> None:
 
 def draw(modules: Seconds, kernels: dict[str, float], path: Path, *, title: str) -> None:
     """Two bar charts above each other."""
-    pyplot = import_pyplot()
     shown = dict(list(kernels.items())[:KERNELS])
     heights = [len(modules), len(shown)]
-    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(9, 1.5 + 0.28 * sum(heights)), height_ratios=heights)
+    figure = new_figure(width=9, height=1.5 + 0.28 * sum(heights))
+    upper, lower = figure.subplots(2, 1, height_ratios=heights)
     names = list(modules)
     forward, backward = ([modules[name][way] for name in names] for way in ("forward", "backward"))
     upper.barh(names, forward, label="forward", color="#4878a8")

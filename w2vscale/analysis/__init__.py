@@ -1,1 +1,1 @@
-"""What a model has learned, and how a run went: probes, alignment, plots, reports."""
+"""Linear probes, alignment, plots and the curves of runs."""

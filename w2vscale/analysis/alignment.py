@@ -1,4 +1,4 @@
-"""Which frames carry which label: the best path of CTC through given labels (Graves et al. 2006, section 4)."""
+"""CTC forced alignment: the most probable path through given labels (Graves et al. 2006, section 4)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from w2vscale.objectives.ctc import BLANK
 
 
 def align(log_probabilities_TV: NDArray[np.floating], labels: Sequence[int]) -> NDArray[np.int64]:
-    """The most probable path [T] that reads as `labels`: of each frame the place of its label in them, or -1 (blank).
+    """Align labels with frames by dynamic programming (Viterbi).
+
+    Args:
+        log_probabilities_TV: log probabilities of the symbols in each frame.
+        labels: the labels, without blanks.
+
+    Returns:
+        The most probable path [T] that collapses to `labels`: for each frame a position in `labels`, or -1 for blank.
 
     Raises:
-        ValueError: there are too few frames for the labels and the blanks between equal ones.
+        ValueError: there are too few frames for the labels and the blanks between equal neighbours.
     """
     frames = len(log_probabilities_TV)
     symbols = np.full(2 * len(labels) + 1, BLANK)
     symbols[1::2] = labels
     states = len(symbols)
-    # A label may follow the last one without a blank between them if they differ.
+    # The blank between two labels may be skipped if they differ.
     skips = np.zeros(states, dtype=bool)
     skips[3::2] = symbols[3::2] != symbols[1:-2:2]
     best = np.full(states, -np.inf)
@@ -44,10 +51,10 @@ def align(log_probabilities_TV: NDArray[np.floating], labels: Sequence[int]) -> 
     return path
 
 
-def spread(path: NDArray[np.int64], reach: int) -> NDArray[np.int64]:
-    """A path in which a blank frame takes the nearest label at most `reach` frames away, the earlier one of two.
+def fill_blanks(path: NDArray[np.int64], reach: int) -> NDArray[np.int64]:
+    """Assign blank frames of a path to the nearest label within `reach` frames; to the earlier one if two are equal.
 
-    CTC marks a label in a frame or two of it, and leaves the rest to blanks.
+    CTC marks a label in only one or two of its frames.
     """
     labelled = np.flatnonzero(path >= 0)
     if not labelled.size:

@@ -1,34 +1,33 @@
-"""How pictures are drawn and written."""
+"""Create and save matplotlib figures without pyplot, which keeps global state and may need a display."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from w2vscale.errors import UserError
+from w2vscale.files import new_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-def import_pyplot() -> Any:
-    """matplotlib.pyplot without a window. It takes a second to import, and most commands draw nothing."""
-    import matplotlib
+def new_figure(*, width: float, height: float) -> Figure:
+    """Return an empty figure; its size is in inches."""
+    from matplotlib.figure import Figure  # takes a second, and most commands draw nothing
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return Figure(figsize=(width, height))
 
 
-def save_figure(figure: Any, output: Path) -> None:
-    """Write a figure, and the folders above it, and forget it.
+def save_figure(figure: Figure, output: Path) -> None:
+    """Write a figure to a file whose suffix names the format.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the format is unknown, or the file cannot be written.
     """
+    file_format = output.suffix.removeprefix(".").lower()
+    if file_format not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"{output}: not the name of an image file; use a suffix such as .png, .pdf or .svg")
     figure.tight_layout()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=110)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from None
-    finally:
-        import_pyplot().close(figure)
+    with new_file(output, "wb") as file:
+        figure.savefig(file, format=file_format, dpi=110)

@@ -1,8 +1,8 @@
-"""What a pretrained model has learned about speech before it is fine-tuned.
+"""Train a linear CTC probe on each layer of a pretrained model, and measure what its codes encode.
 
-A linear CTC probe on the frozen features of each layer (Pasad et al. 2021 compare layers in more ways) tells which
-layer spells best. The co-occurrence of the quantizer's codes with letters and with speakers (Baevski et al. 2020,
-appendix D, has phonemes) tells what the codes stand for.
+The error rate of the probes shows which layer separates characters best (Pasad et al. 2021 compare layers in more
+ways). The co-occurrence of the codes of the quantizer with characters and speakers shows what the codes stand for
+(Baevski et al. 2020, appendix D, uses phonemes).
 """
 
 from __future__ import annotations
@@ -19,28 +19,30 @@ from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from torch.nn import functional as F
 
-from w2vscale.analysis.alignment import align, spread
+from w2vscale.analysis.alignment import align, fill_blanks
 from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.transcripts import SPACE, Transcripts, refuse_too_many, transcript
 from w2vscale.errors import UserError
+from w2vscale.inference.chunks import by_audio
 from w2vscale.inference.pretrained import Pretrained
-from w2vscale.inference.sources import open_by_duration, sources_by_name
+from w2vscale.inference.utterances import open_by_duration, utterances_by_name
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 from w2vscale.objectives.ctc import ctc_loss, greedy_labels
 
 LEARNING_RATE = 0.01
 BATCH_UTTERANCES = 4
+
 REACH = 2
-"""Frames on either side of where a probe marks a letter that count as the letter."""
+"""A frame belongs to a character if the probe marks the character at most this many frames away."""
 
 SILENCE = "·"
-"""What a frame is that no letter is near to."""
+"""The class of a frame that belongs to no character."""
 
 
 @dataclass(frozen=True)
-class Utterance:
-    """What the frozen model computes of an utterance, and what is known of it."""
+class EncodedUtterance:
+    """The labels of an utterance, and what the frozen model computes for its audio."""
 
     speaker: str
     labels: list[int]
@@ -50,15 +52,15 @@ class Utterance:
 
 @dataclass(frozen=True)
 class Cooccurrence:
-    """In how many frames each code of a codebook met each class."""
+    """The number of frames of each class and code."""
 
     classes: list[str]
     frames_CV: NDArray[np.int64]
 
     @property
     def information(self) -> float:
-        """Mutual information of codes and classes, as a share of the classes' entropy: 0 if they are independent, 1
-        if the code tells the class."""
+        """Mutual information of codes and classes divided by the entropy of the classes (the uncertainty coefficient):
+        0 if they are independent, 1 if the code determines the class."""
         joint_CV = self.frames_CV / max(self.frames_CV.sum(), 1)
         entropy = _entropy(joint_CV.sum(axis=1))
         mutual = entropy + _entropy(joint_CV.sum(axis=0)) - _entropy(joint_CV.ravel())
@@ -67,29 +69,29 @@ class Cooccurrence:
 
 @dataclass(frozen=True)
 class Codebook:
-    """What the entries of a codebook stand for."""
+    """The co-occurrence of the entries of a codebook with characters and speakers."""
 
     letters: Cooccurrence
     speakers: Cooccurrence
     letters_by_chance: float
-    """The information of the same codes about the same letters in shuffled order."""
+    """The information that remains when the codes are shuffled over the frames."""
     speakers_by_chance: float
 
 
 @dataclass(frozen=True)
-class Probed:
-    """What was found of a model."""
+class ProbeResult:
+    """The result of probing a model."""
 
     error_rates: dict[int, float]
-    """Of each layer: edits per label of the test set by its probe, greedily."""
+    """The label error rate of the probe of each layer on the test set, with greedy decoding."""
     codebooks: list[Codebook]
     frames: int
     train_utterances: int
     test_utterances: int
     bad: list[BadAudio]
 
-    def document(self) -> dict[str, Any]:
-        """The figures, for JSON."""
+    def metrics(self) -> dict[str, Any]:
+        """The result as a JSON object."""
         return {
             "label_error_rate": self.error_rates,
             "best_layer": self.best_layer,
@@ -110,7 +112,7 @@ class Probed:
 
     @property
     def best_layer(self) -> int:
-        """The layer whose probe spells best."""
+        """The layer whose probe has the lowest error rate."""
         return min(self.error_rates, key=lambda layer: self.error_rates[layer])
 
 
@@ -125,95 +127,103 @@ def probe(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[str], None] = lambda text: None,
-) -> Probed:
-    """Probe a pretrained model with the transcripts of some manifests; it is computed once, and not changed.
+) -> ProbeResult:
+    """Probe a pretrained model with transcribed utterances. The model is run once and does not change.
 
-    All layers' features are held in memory, in fp32. Letters are aligned with frames by the best layer's probe.
-    `progress` is called with (updates done, updates in all).
+    Args:
+        pretrained: the model.
+        train: manifests to train the probes on.
+        test: manifests to measure the error rate on.
+        vocabulary: the symbols of the transcripts; the first is the CTC blank.
+        layers: the layers to probe; all by default.
+        updates: the number of updates that each probe is trained for.
+        seed: draws the batches of the probes.
+        progress: called with (updates done, updates in total).
+        log: receives messages.
+
+    The features of all layers are held in memory, in fp32. The probe of the best layer aligns characters with frames.
 
     Raises:
-        UserError: the checkpoint is fine-tuned, a manifest cannot be used, or holds no utterance that can be.
+        UserError: the checkpoint is fine-tuned, a layer does not exist, a manifest is unusable, or no utterance of
+            `train` or `test` can be used.
     """
     if not isinstance(pretrained.model, Wav2Vec2ForPretraining):
-        raise UserError("the checkpoint is fine-tuned: probes are for pretrained ones")
-    wanted = pretrained.checked_layers(layers)
+        raise UserError("the checkpoint is fine-tuned; probes need a pretrained one")
+    chosen = pretrained.resolve_layers(layers)
     spelling = Transcripts(vocabulary)
     bad: list[BadAudio] = []
-    log(f"computing layers {', '.join(map(str, wanted))} of all utterances")
-    learned, tested = ([*_utterances(pretrained, paths, wanted, spelling, bad)] for paths in (train, test))
-    for paths, found in ((train, learned), (test, tested)):
-        if not found:
+    log(f"computing layers {', '.join(map(str, chosen))} of all utterances")
+    train_set, test_set = ([*_encode(pretrained, paths, chosen, spelling, bad)] for paths in (train, test))
+    for paths, utterances in ((train, train_set), (test, test_set)):
+        if not utterances:
             names = ", ".join(map(str, paths)) or "no manifest"
             raise UserError(f"{names}: no utterance has both a transcript and usable audio")
-    everyone = [*learned, *tested]
-    _standardise(everyone, learned)
+    everything = [*train_set, *test_set]
+    _standardise(everything, train_set)
     device = pretrained.model.encoder.mask_embedding.device
-    log(f"training a probe of each on {len(learned):,} utterances")
-    weight_LDV, bias_LV = _train(learned, len(vocabulary), device=device, updates=updates, seed=seed, progress=progress)
+    log(f"training a probe of each on {len(train_set):,} utterances")
+    weight_LDV, bias_LV = _train(
+        train_set, len(vocabulary), device=device, updates=updates, seed=seed, progress=progress
+    )
 
-    def log_probabilities_LTV(one: Utterance) -> Tensor:
+    def log_probabilities_LTV(one: EncodedUtterance) -> Tensor:
         return (one.hidden_LTD @ weight_LDV + bias_LV.unsqueeze(1)).log_softmax(dim=2)
 
-    errors_L, labels = np.zeros(len(wanted), dtype=np.int64), 0
-    for one in tested:
-        rows = log_probabilities_LTV(one)
-        errors_L += [Levenshtein.distance(greedy_labels(row_TV), one.labels) for row_TV in rows]
+    errors_L, labels = np.zeros(len(chosen), dtype=np.int64), 0
+    for one in test_set:
+        scores_LTV = log_probabilities_LTV(one)
+        errors_L += [Levenshtein.distance(greedy_labels(scores_TV), one.labels) for scores_TV in scores_LTV]
         labels += len(one.labels)
     best = int(errors_L.argmin())
     letters = np.concatenate(
-        [_letters(log_probabilities_LTV(one)[best].numpy(), one.labels, vocabulary) for one in everyone]
+        [_align_letters(log_probabilities_LTV(one)[best].numpy(), one.labels, vocabulary) for one in everything]
     )
-    return Probed(
-        error_rates={layer: int(errors) / labels for layer, errors in zip(wanted, errors_L, strict=True)},
-        codebooks=_codebooks(everyone, letters, pretrained.config.model.codebook_entries, seed),
+    return ProbeResult(
+        error_rates={layer: int(errors) / labels for layer, errors in zip(chosen, errors_L, strict=True)},
+        codebooks=_codebooks(everything, letters, pretrained.config.model.codebook_entries, seed),
         frames=letters.size,
-        train_utterances=len(learned),
-        test_utterances=len(tested),
+        train_utterances=len(train_set),
+        test_utterances=len(test_set),
         bad=bad,
     )
 
 
-def _utterances(
+def _encode(
     pretrained: Pretrained, manifests: Sequence[Path], layers: Sequence[int], spelling: Transcripts, bad: list[BadAudio]
-) -> Iterator[Utterance]:
-    """What the model computes of utterances with transcripts; the rest goes to `bad`."""
-    sources = sources_by_name(manifests)
+) -> Iterator[EncodedUtterance]:
+    """Run the model on the utterances of manifests; those without a transcript or usable audio are added to `bad`."""
+    utterances = utterances_by_name(manifests)
     labels: dict[str, list[int]] = {}
-    for name, source in sources.items():
+    for name, utterance in utterances.items():
         try:
-            labels[name] = spelling.labels(transcript(source.cut))[0]
+            labels[name] = spelling.labels(transcript(utterance.cut))[0]
         except AudioError as error:
-            bad.append(BadAudio(name, source.file, error.kind, str(error)))
-    opened, unreadable = open_by_duration([sources[name] for name in labels])
+            bad.append(utterance.bad(error))
+    opened, unreadable = open_by_duration([utterances[name] for name in labels])
     bad.extend(unreadable)
     stream = pretrained.stream([audio for _, audio in opened], layers=layers, codes=True)
-    hidden: list[Tensor] = []
-    codes: list[Tensor] = []
-    for number, piece in stream:
-        read, audio = opened[number]
-        if isinstance(piece, AudioError):
-            bad.append(BadAudio(read.name, read.file, piece.kind, str(piece)))
-            hidden, codes = [], []
-            continue
-        assert piece.codes_TG is not None
-        hidden.append(torch.stack(piece.hidden))
-        codes.append(piece.codes_TG)
-        if sum(map(len, codes)) < pretrained.frames(audio):
-            continue
-        hidden_LTD, codes_TG = torch.cat(hidden, dim=1), torch.cat(codes).numpy()
-        hidden, codes = [], []
+    for number, chunks in by_audio(stream):
+        utterance, _ = opened[number]
+        hidden: list[Tensor] = []
+        codes: list[Tensor] = []
         try:
-            refuse_too_many(labels[read.name], len(codes_TG))
+            for chunk in chunks:
+                assert chunk.codes_TG is not None
+                hidden.append(torch.stack(chunk.hidden))
+                codes.append(chunk.codes_TG)
+            codes_TG = torch.cat(codes).numpy()
+            refuse_too_many(labels[utterance.name], len(codes_TG))
         except AudioError as error:
-            bad.append(BadAudio(read.name, read.file, error.kind, str(error)))
-            continue
-        speakers = (str(part.speaker) for part in read.cut.supervisions if part.speaker)
-        yield Utterance(next(speakers, "unknown"), labels[read.name], hidden_LTD, codes_TG)
+            bad.append(utterance.bad(error))
+        else:
+            yield EncodedUtterance(utterance.speaker, labels[utterance.name], torch.cat(hidden, dim=1), codes_TG)
 
 
-def _standardise(utterances: Sequence[Utterance], reference: Sequence[Utterance]) -> None:
-    """Bring each dimension of each layer to zero mean and unit variance over `reference`, in place: what a linear probe
-    can express stays the same, and one learning rate suits every layer."""
+def _standardise(utterances: Sequence[EncodedUtterance], reference: Sequence[EncodedUtterance]) -> None:
+    """Normalise each dimension of each layer to zero mean and unit variance over `reference`, in place.
+
+    A linear probe can express the same functions as before, and one learning rate suits all layers.
+    """
     count = sum(len(one.codes_TG) for one in reference)
     zero_L1D = torch.zeros_like(reference[0].hidden_LTD[:, :1], dtype=torch.float64)
     mean_L1D = sum((one.hidden_LTD.double().sum(dim=1, keepdim=True) for one in reference), zero_L1D) / count
@@ -224,7 +234,7 @@ def _standardise(utterances: Sequence[Utterance], reference: Sequence[Utterance]
 
 
 def _train(
-    utterances: Sequence[Utterance],
+    utterances: Sequence[EncodedUtterance],
     symbols: int,
     *,
     device: torch.device,
@@ -232,16 +242,16 @@ def _train(
     seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Weights [L, D, V] and biases [L, V] of all layers' probes, side by side: none depends on the others."""
+    """Train the probes of all layers side by side, independently; returns weights [L, D, V] and biases [L, V]."""
     layers, _, dim = utterances[0].hidden_LTD.shape
     weight_LDV = torch.zeros(layers, dim, symbols, device=device, requires_grad=True)
     bias_LV = torch.zeros(layers, symbols, device=device, requires_grad=True)
     optimizer = torch.optim.AdamW([weight_LDV, bias_LV], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=updates)
-    draws = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     size = min(BATCH_UTTERANCES, len(utterances))
     for update in range(updates):
-        batch = [utterances[place] for place in draws.choice(len(utterances), size, replace=False)]
+        batch = [utterances[index] for index in random.choice(len(utterances), size, replace=False)]
         frames_B = torch.tensor([len(one.codes_TG) for one in batch], device=device)
         counts_B = torch.tensor([len(one.labels) for one in batch], device=device)
         labels_S = torch.tensor([label for one in batch for label in one.labels], device=device)
@@ -263,15 +273,18 @@ def _train(
     return weight_LDV.detach().cpu(), bias_LV.detach().cpu()
 
 
-def _letters(
+def _align_letters(
     log_probabilities_TV: NDArray[np.floating], labels: Sequence[int], vocabulary: Sequence[str]
 ) -> NDArray[np.str_]:
-    """The letter of each frame, by alignment; a space between words is silence."""
-    said = np.array([SILENCE if vocabulary[label] == SPACE else vocabulary[label] for label in labels] + [SILENCE])
-    return said[spread(align(log_probabilities_TV, labels), REACH)]
+    """Return the character of each frame by forced alignment. The space between words counts as silence."""
+    names = [SILENCE if vocabulary[label] == SPACE else vocabulary[label] for label in labels]
+    # Position -1, the last one, is a blank.
+    return np.array([*names, SILENCE])[fill_blanks(align(log_probabilities_TV, labels), REACH)]
 
 
-def _codebooks(utterances: Sequence[Utterance], letters: NDArray[np.str_], entries: int, seed: int) -> list[Codebook]:
+def _codebooks(
+    utterances: Sequence[EncodedUtterance], letters: NDArray[np.str_], entries: int, seed: int
+) -> list[Codebook]:
     codes_TG = np.concatenate([one.codes_TG for one in utterances])
     speakers = np.concatenate([np.full(len(one.codes_TG), one.speaker) for one in utterances])
     shuffled_TG = np.random.default_rng(seed).permutation(codes_TG)
@@ -287,7 +300,13 @@ def _codebooks(utterances: Sequence[Utterance], letters: NDArray[np.str_], entri
 
 
 def cooccurrence(classes: NDArray[np.str_], codes: NDArray[np.int64], entries: int) -> Cooccurrence:
-    """Count the frames of each class and code."""
+    """Count the frames of each class and code.
+
+    Args:
+        classes: the class of each frame.
+        codes: the code of each frame.
+        entries: the number of codes.
+    """
     names, numbers = np.unique(classes, return_inverse=True)
     frames_CV = np.zeros((len(names), entries), dtype=np.int64)
     np.add.at(frames_CV, (numbers, codes), 1)

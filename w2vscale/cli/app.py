@@ -1,4 +1,4 @@
-"""The `w2vscale` command: its subcommands, and how errors end it."""
+"""The `w2vscale` command: its subcommands and exit codes."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. An error that the user can mend is one line and exit code 2."""
+    """Run the command line. A user error prints one line and exits with code 2."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if len(arguments) < len(sys.argv) - 1:
-        os.environ["W2VSCALE_DEBUG"] = "1"  # for the processes that this one may start, too
+        os.environ["W2VSCALE_DEBUG"] = "1"  # an environment variable, so that launched processes inherit it
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        app(args=arguments, prog_name="w2vscale")
+        app(args=arguments, prog_name="w2vscale", obj=arguments)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
-    """Say the error and end this process, without clean-up that could wait for other ranks."""
+    """Print the error and end this process without clean-up, which could wait for other ranks."""
     user = isinstance(error, UserError)
     if user and not debug:
         text = f"error: {' '.join(str(error).splitlines())}\n"
@@ -92,7 +92,7 @@ def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
         text = textwrap.indent("".join(traceback.format_exception(error)), f"[rank {rank}] ", lambda line: True)
     try:
         if isinstance(error, LostRanks) or (user and rank != "0"):
-            # Mostly another rank has the cause to say, or the same: once it has, the launcher ends this one.
+            # Usually another rank prints the cause or the same error, and the launcher then ends this process.
             time.sleep(3.0)
         sys.stdout.flush()
         sys.stderr.write(text)
@@ -102,5 +102,5 @@ def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
 
 
 def _reason(error: LostRanks) -> str:
-    """What gloo or NCCL says, without the place in its source and its advice."""
+    """The message of gloo or NCCL, without source location and advice."""
     return re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]

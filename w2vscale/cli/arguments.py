@@ -1,7 +1,8 @@
-"""What several commands take."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,36 +10,66 @@ import typer
 
 Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a preset.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace CONFIG's.")
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override CONFIG.")
 ]
-Exp = Annotated[Path | None, typer.Option(help="The run's folder.", show_default="exp/CONFIG", metavar="DIR")]
+Exp = Annotated[Path | None, typer.Option(help="The run folder.", show_default="exp/CONFIG", metavar="DIR")]
 Resume = Annotated[
-    str, typer.Option(help="auto: continue from DIR's newest checkpoint; never; or a checkpoint's PATH.")
+    str,
+    typer.Option(
+        metavar="auto|never|PATH",
+        help="auto: resume from the newest checkpoint in DIR; never: do not resume; PATH: resume from this checkpoint.",
+    ),
 ]
 Processes = Annotated[
     int,
-    typer.Option("--nproc-per-node", help="Processes to start on this machine; under torchrun or srun leave it out."),
+    typer.Option("--nproc-per-node", help="Number of processes to start on this machine. Omit under torchrun or srun."),
 ]
-Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run's folder: its newest.")]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or a run folder (its newest checkpoint)."),
+]
 Audio = Annotated[
     list[Path],
-    typer.Argument(metavar="AUDIO...", help="Audio files, folders of them, or Lhotse cut manifests (*.jsonl)."),
+    typer.Argument(metavar="AUDIO...", help="Audio files, folders of audio files, or Lhotse cut manifests (*.jsonl)."),
 ]
 Beam = Annotated[
     int | None,
     typer.Option(
-        "--beam", min=1, help="Hypotheses kept in a beam search.", show_default="greedy; 50 with --lm or --lexicon"
+        "--beam",
+        min=1,
+        help="Beam size: number of hypotheses to keep.",
+        show_default="greedy; 50 with --lm or --lexicon",
     ),
 ]
 LanguageModel = Annotated[
-    Path | None, typer.Option("--lm", metavar="FILE", help="A word n-gram model: ARPA, .arpa.gz, or KenLM's binary.")
+    Path | None, typer.Option("--lm", metavar="FILE", help="Word n-gram model: ARPA, .arpa.gz or KenLM binary.")
 ]
 Lexicon = Annotated[
     Path | None,
     typer.Option(
-        "--lexicon", metavar="FILE", help="One word a line; nothing else is written.", show_default="the ARPA's words"
+        "--lexicon",
+        metavar="FILE",
+        help="Limit the output to these words, one per line.",
+        show_default="the words of an ARPA model",
     ),
 ]
-LmWeight = Annotated[float, typer.Option("--lm-weight", help="Of the language model's log10 probabilities.")]
-WordScore = Annotated[float, typer.Option("--word-score", help="Added for each word; with --lm or --lexicon.")]
-BatchSeconds = Annotated[float, typer.Option(help="Padded audio that is computed at once.")]
+LmWeight = Annotated[float, typer.Option("--lm-weight", help="Language-model weight (applied to log10 probabilities).")]
+WordScore = Annotated[
+    float, typer.Option("--word-score", help="Score added per word (applies with --lm or --lexicon).")
+]
+BatchSeconds = Annotated[float, typer.Option(help="Padded audio per forward pass, in seconds.")]
+
+
+def launch_if_asked(context: typer.Context, nproc_per_node: int) -> None:
+    """Run this command line in `nproc_per_node` processes, and exit with their exit code.
+
+    Does nothing for one process, or in a process that a launcher has started. The arguments are those that `main` gave
+    to the app as `obj`.
+
+    Raises:
+        UserError: the number of processes is not positive.
+    """
+    from w2vscale.distributed.launch import launch, launched
+
+    if nproc_per_node != 1 and not launched():
+        sys.exit(launch(context.obj, nproc_per_node))

@@ -12,13 +12,15 @@ from w2vscale.cli.progress import console
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run's folder.")],
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or a run folder (its newest checkpoint).")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write to.")],
     form: Annotated[str, typer.Option("--format", help="huggingface or torchaudio.")] = "huggingface",
 ) -> None:
-    """Write a model for other libraries.
+    """Export a model for use with another library.
 
-    huggingface: Transformers loads DIR with from_pretrained. torchaudio: the encoder's state for its Wav2Vec2Model.
+    huggingface: a folder for from_pretrained of Transformers. torchaudio: the encoder weights for Wav2Vec2Model.
     """
     from w2vscale.interop.exporting import export_checkpoint
 
@@ -28,13 +30,15 @@ def export(
 
 
 def import_(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of Transformers', or fairseq's .pt file.")],
-    output: Annotated[Path, typer.Argument(metavar="DIR", help="Where the checkpoint goes.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A Transformers model folder, or a fairseq .pt file.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write the checkpoint to.")],
     form: Annotated[str, typer.Option("--format", help="huggingface or fairseq.")] = "huggingface",
 ) -> None:
-    """Take up another library's model.
+    """Convert a model of another library to a checkpoint.
 
-    The checkpoint has weights and no optimizer state: start from it with trainer.init_from=DIR.
+    The checkpoint contains weights but no optimizer state. To start training from it, set trainer.init_from=DIR.
     """
     from w2vscale.interop.importing import import_checkpoint
 

@@ -13,24 +13,32 @@ from w2vscale.cli.arguments import Audio, BatchSeconds, Checkpoint
 def features(
     checkpoint: Checkpoint,
     audio: Audio,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the files go.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write to.")],
     layer: Annotated[
         list[int] | None,
-        typer.Option(help="0: the first block's input; N: block N's output; repeatable; default: all."),
+        typer.Option(
+            help="Layer to write; repeatable. 0: input of the first block; N: output of block N.", show_default="all"
+        ),
     ] = None,
-    form: Annotated[
+    file_format: Annotated[
         str,
         typer.Option(
             "--format",
             metavar="npy|safetensors",
-            help="npy: layers x frames x dim, of one layer frames x dim; safetensors: layer_N, frames x dim.",
+            help="npy: an array of layers x frames x dim (frames x dim for one layer); "
+            "safetensors: a tensor layer_N of frames x dim for each layer.",
         ),
     ] = "npy",
     batch_seconds: BatchSeconds = 80.0,
-    chunk_seconds: Annotated[float, typer.Option(help="Longer audio is computed in chunks.")] = 30.0,
-    overlap_seconds: Annotated[float, typer.Option(help="Context on either side of a chunk.")] = 2.5,
+    chunk_seconds: Annotated[
+        float, typer.Option(help="Split longer audio into chunks of at most this length, in seconds.")
+    ] = 30.0,
+    overlap_seconds: Annotated[float, typer.Option(help="Context on either side of a chunk, in seconds.")] = 2.5,
 ) -> None:
-    """Hidden states of audio of any length, a file for each; exit code 2 if some audio could not be used."""
+    """Write the hidden states of audio of any length, a file per utterance.
+
+    Exits with code 2 if some audio could not be used.
+    """
     from w2vscale.cli.progress import console, progress_bar
     from w2vscale.errors import UserError
     from w2vscale.inference.features import write_features
@@ -42,7 +50,7 @@ def features(
             audio,
             output,
             layers=layer,
-            form=form,
+            file_format=file_format,
             chunk_seconds=chunk_seconds,
             overlap_seconds=overlap_seconds,
             batch_seconds=batch_seconds,

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from w2vscale.cli.arguments import Exp, Overrides, Processes, Resume, Source
+from w2vscale.cli.arguments import Exp, Overrides, Processes, Resume, Source, launch_if_asked
 
 
 def finetune(
+    context: typer.Context,
     source: Source,
     overrides: Overrides = None,
     exp: Exp = None,
@@ -30,7 +31,6 @@ def finetune(
     Example: w2vscale finetune ctc_1h trainer.init_from=exp/base data.train=cuts_1h.jsonl --exp exp/base_1h
     """
     from w2vscale.config import load_config
-    from w2vscale.distributed.launch import launch, launched
     from w2vscale.errors import UserError
 
     config = load_config(source, overrides or [])
@@ -43,8 +43,7 @@ def finetune(
             f"{source}: would freeze random weights: name a checkpoint (trainer.init_from), or train from scratch with "
             "ctc.freeze_encoder_updates=0 model.feature_grad_mult=1"
         )
-    if nproc_per_node != 1 and not launched():
-        sys.exit(launch(["finetune", *sys.argv[sys.argv.index("finetune") + 1 :]], nproc_per_node))
+    launch_if_asked(context, nproc_per_node)
     from w2vscale.training.initialisation import as_baseline, with_architecture_of_source
     from w2vscale.training.loop import train
     from w2vscale.training.run import stored_settings

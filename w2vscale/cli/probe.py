@@ -14,27 +14,39 @@ from w2vscale.cli.arguments import Checkpoint
 def probe(
     checkpoint: Checkpoint,
     train: Annotated[
-        list[Path], typer.Option("--train", metavar="CUTS.jsonl", help="Transcribed utterances; repeatable.")
+        list[Path],
+        typer.Option("--train", metavar="CUTS.jsonl", help="Manifest to train the probes on; repeatable."),
     ],
     test: Annotated[
-        list[Path], typer.Option("--test", metavar="CUTS.jsonl", help="Others, to measure on; repeatable.")
+        list[Path],
+        typer.Option("--test", metavar="CUTS.jsonl", help="Manifest to measure the error rate on; repeatable."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="For probe.json and the pictures.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder for probe.json and the plots.")
+    ],
     layer: Annotated[
         list[int] | None,
-        typer.Option(help="0: the first block's input; N: block N's output; repeatable; default: all."),
+        typer.Option(
+            help="Layer to probe; repeatable. 0: input of the first block; N: output of block N.", show_default="all"
+        ),
     ] = None,
-    updates: Annotated[int, typer.Option(min=1, help="Of the probes.")] = 500,
-    vocabulary: Annotated[str, typer.Option(help="`letters` (English capitals), or a file of symbols.")] = "letters",
+    updates: Annotated[int, typer.Option(min=1, help="Number of updates that each probe is trained for.")] = 500,
+    vocabulary: Annotated[
+        str, typer.Option(help="letters (A to Z, apostrophe, space), or a file with one symbol per line.")
+    ] = "letters",
 ) -> None:
-    """What a pretrained model knows: a linear CTC probe of each layer, and what letters and speakers its codes tell."""
+    """Train a linear CTC probe on each layer and measure what the codes encode.
+
+    Needs a pretrained checkpoint and manifests with transcripts. Writes the label error rate of each layer, and how
+    much information the codes carry about letters and speakers.
+    """
     from rich.table import Table
 
     from w2vscale.analysis import probing
     from w2vscale.analysis.probe_plots import draw_codes, draw_layers
-    from w2vscale.cli.files import write_text
     from w2vscale.cli.progress import console, progress_bar
     from w2vscale.config.load import load_config
+    from w2vscale.files import write_text
     from w2vscale.inference.pretrained import load
 
     symbols = load_config("base", [f"ctc.vocabulary={vocabulary}"]).ctc.vocabulary
@@ -57,19 +69,19 @@ def probe(
     console.print(table)
     for number, codebook in enumerate(found.codebooks):
         console.print(
-            f"codebook {number}: its codes tell {codebook.letters.information:.1%} of the letters' information "
-            f"(by chance {codebook.letters_by_chance:.1%}), {codebook.speakers.information:.1%} of the speakers' "
+            f"codebook {number}: normalised mutual information with letters {codebook.letters.information:.1%} "
+            f"(by chance {codebook.letters_by_chance:.1%}), with speakers {codebook.speakers.information:.1%} "
             f"(by chance {codebook.speakers_by_chance:.1%})"
         )
-    document = {"checkpoint": str(checkpoint), **found.document()}
+    document = {"checkpoint": str(checkpoint), **found.metrics()}
     write_text(output / "probe.json", json.dumps(document, indent=2) + "\n")
     draw_layers(found.error_rates, output / "layers.png")
     draw_codes([codebook.letters for codebook in found.codebooks], output / "codes_letters.png", title="letter")
     draw_codes([codebook.speakers for codebook in found.codebooks], output / "codes_speakers.png", title="speaker")
     for bad in found.bad[:5]:
-        console.print(f"left out: {bad.utterance}: {bad.reason}", markup=False)
+        console.print(f"skipped: {bad.utterance}: {bad.reason}", markup=False)
     console.print(
-        f"{found.train_utterances:,} utterances learned from, {found.test_utterances:,} measured; left out: "
-        f"{len(found.bad):,}; pictures: {output}",
+        f"{found.train_utterances:,} training utterances, {found.test_utterances:,} test utterances, "
+        f"{len(found.bad):,} skipped; plots: {output}",
         markup=False,
     )

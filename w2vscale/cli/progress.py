@@ -1,4 +1,4 @@
-"""A progress bar for steps that take long."""
+"""The console, and a progress bar for long steps."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-# Tables in a file or a pipe are not cut to 80 columns.
+# Wide, so that tables in a file or a pipe are not cut to 80 columns.
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function of (done, total) that moves the bar; silent where there is no terminal."""
+    """Yield a function of (done, total) that updates the bar. Prints nothing unless stderr is a terminal."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     errors = Console(stderr=True)
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:

@@ -9,13 +9,13 @@ import typer
 
 
 def report(
-    exps: Annotated[list[Path], typer.Argument(metavar="EXP...", help="Folders of runs, drawn together.")],
+    exps: Annotated[list[Path], typer.Argument(metavar="EXP...", help="Run folders to draw in one figure.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="PNG.", show_default="EXP/curves.png"),
+        typer.Option("--output", "-o", metavar="FILE", help="The image file to write.", show_default="EXP/curves.png"),
     ] = None,
 ) -> None:
-    """Draw the curves of one or several runs, and print where they ended."""
+    """Draw the curves of one or several runs, and print their latest metrics."""
     from rich.table import Table
 
     from w2vscale.analysis.report import draw_curves, is_fine_tuning, summarise
@@ -32,18 +32,18 @@ def report(
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == "run" else "right")
     for exp, run in zip(exps, found, strict=True):
-        # Nothing is decoded in training.
-        figures = [{**run.training, "label_error_rate": None}, run.validation or {}]
+        # Training does not decode, so it has no label error rate.
+        metrics = [{**run.training, "label_error_rate": None}, run.validation or {}]
         table.add_row(
             exp.name,
             f"{run.update:,}",
             f"{run.hours_seen:,.2f}",
-            *(_figure(record.get(key), 3) for record in figures for key in keys),
-            "/".join(_figure(used, 0) for used in run.code_perplexities) or "-",
+            *(_number(record.get(key), 3) for record in metrics for key in keys),
+            "/".join(_number(perplexity, 0) for perplexity in run.code_perplexities) or "-",
         )
     console.print(table)
     console.print(f"curves: {picture}", markup=False)
 
 
-def _figure(value: float | None, digits: int) -> str:
+def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"

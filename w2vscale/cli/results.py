@@ -9,17 +9,19 @@ import typer
 
 
 def results(
-    figures: Annotated[
-        list[Path], typer.Argument(metavar="FIGURES.json...", help="What `w2vscale evaluate --output` wrote.")
+    metrics: Annotated[
+        list[Path], typer.Argument(metavar="METRICS.json...", help="Files written by w2vscale evaluate --output.")
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.md")] = Path("RESULTS.md"),
-    title: Annotated[str, typer.Option(help="The first line.")] = "Results",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.md", help="The Markdown file to write.")
+    ] = Path("RESULTS.md"),
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Results",
 ) -> None:
-    """Write a table of several evaluations; a run NAME is compared with NAME_scratch."""
-    from w2vscale.cli.files import write_text
+    """Write a table of several evaluations, and compare each run NAME with its baseline NAME_scratch."""
     from w2vscale.cli.progress import console
     from w2vscale.evaluation.results import read_results, results_page
+    from w2vscale.files import write_text
 
-    page = results_page(read_results(figures), title)
+    page = results_page(read_results(metrics), title)
     write_text(output, page)
     console.print(page, markup=False, soft_wrap=True, highlight=False)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from w2vscale.cli.arguments import Exp, Overrides, Processes, Resume, Source
+from w2vscale.cli.arguments import Exp, Overrides, Processes, Resume, Source, launch_if_asked
 
 if TYPE_CHECKING:
     from w2vscale.training.dry_run import DryRun
 
 
 def train(
+    context: typer.Context,
     source: Source,
     overrides: Overrides = None,
     exp: Exp = None,
@@ -30,11 +31,9 @@ def train(
     Example: w2vscale train base data.train=cuts_train.jsonl batch.micro_batches=32 --exp exp/base
     """
     from w2vscale.config import load_config
-    from w2vscale.distributed.launch import launch, launched
 
     config = load_config(source, overrides or [])
-    if nproc_per_node != 1 and not launched():
-        sys.exit(launch(["train", *_arguments()], nproc_per_node))
+    launch_if_asked(context, nproc_per_node)
     if dry_run:
         from w2vscale.training.dry_run import dry_run as run_dry
 
@@ -67,8 +66,3 @@ def _print_dry_run(found: DryRun) -> None:
     if found.micro_batches_an_epoch is not None:
         table.add_row("micro-batches an epoch", f"{found.micro_batches_an_epoch:,}")
     console.print(table)
-
-
-def _arguments() -> list[str]:
-    """What followed `train` on the command line."""
-    return sys.argv[sys.argv.index("train") + 1 :]

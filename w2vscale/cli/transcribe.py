@@ -19,13 +19,17 @@ from w2vscale.cli.arguments import (
     LmWeight,
     Processes,
     WordScore,
+    launch_if_asked,
 )
 
 
 def transcribe(
+    context: typer.Context,
     checkpoint: Checkpoint,
     audio: Audio,
-    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line: utterance, file, text.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object per utterance: utterance, file, text.")
+    ] = False,
     beam: Beam = None,
     lm: LanguageModel = None,
     lexicon: Lexicon = None,
@@ -34,29 +38,27 @@ def transcribe(
     batch_seconds: BatchSeconds = 80.0,
     nproc_per_node: Processes = 1,
 ) -> None:
-    """Write what is said: a line for each utterance, shortest first; exit code 2 if some audio could not be used.
+    """Transcribe audio with a fine-tuned model, shortest utterance first.
 
-    Several processes take about equal shares, and write each utterance soon after it is found.
+    Prints a line per utterance: name, tab, text. Exits with code 2 if some audio could not be used.
     """
     from w2vscale.cli.progress import progress_bar
     from w2vscale.data.micro_batch import BadAudio
-    from w2vscale.distributed.launch import launch, launched
     from w2vscale.distributed.process_group import LONG_TIMEOUT, gather_as_found, process_group
     from w2vscale.errors import UserError
-    from w2vscale.inference.decoding import beam_search
+    from w2vscale.inference.decoding import BeamSearch
     from w2vscale.inference.pretrained import load
-    from w2vscale.inference.sources import sources_of
     from w2vscale.inference.transcription import transcribe as transcripts
+    from w2vscale.inference.utterances import find_utterances
 
-    if nproc_per_node != 1 and not launched():
-        sys.exit(launch(["transcribe", *sys.argv[sys.argv.index("transcribe") + 1 :]], nproc_per_node))
+    launch_if_asked(context, nproc_per_node)
     bad: list[BadAudio] = []
     done = 0
     with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("utterances") as progress:
         stream = transcripts(
             load(checkpoint, device=device),
-            [source for path in audio for source in sources_of(path)],
-            search=beam_search(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score),
+            [utterance for path in audio for utterance in find_utterances(path)],
+            search=BeamSearch.from_options(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score),
             ranks=ranks,
             batch_seconds=batch_seconds,
             progress=progress,

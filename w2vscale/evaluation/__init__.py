@@ -1,1 +1,1 @@
-"""Validation metrics and reports of a run."""
+"""Validation metrics, word error rates with confidence intervals, and tables of results."""

@@ -1,4 +1,4 @@
-"""Intervals of error rates by bootstrap over utterances (Bisani & Ney 2004)."""
+"""Confidence intervals of error rates by bootstrap over utterances (Bisani & Ney 2004)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from w2vscale.errors import UserError
 
 RESAMPLES = 1000
-"""Draws of as many utterances as there are, with replacement."""
+"""The number of bootstrap samples. Each draws as many utterances as there are, with replacement."""
 
 
-def interval(errors: Sequence[int], references: Sequence[int]) -> tuple[float, float]:
-    """Of 95 %, of the errors of all utterances by the lengths of their references."""
-    drawn = np.random.default_rng(0).integers(0, len(errors), (RESAMPLES, len(errors)))
-    rates = np.array(errors)[drawn].sum(axis=1) / np.maximum(np.array(references)[drawn].sum(axis=1), 1)
+def confidence_interval(errors: Sequence[int], references: Sequence[int]) -> tuple[float, float]:
+    """The 95 % interval of an error rate, from the errors and the reference length of each utterance."""
+    samples = _bootstrap(len(errors))
+    rates = np.array(errors)[samples].sum(axis=1) / np.maximum(np.array(references)[samples].sum(axis=1), 1)
     low, high = np.percentile(rates, [2.5, 97.5])
     return float(low), float(high)
 
@@ -24,25 +25,31 @@ def interval(errors: Sequence[int], references: Sequence[int]) -> tuple[float, f
 def relative_reduction(
     errors: Mapping[str, tuple[float, int]], baseline: Mapping[str, tuple[float, int]]
 ) -> tuple[float, float, float]:
-    """How much lower an error rate is, relative to the baseline's, and its interval of 95 %.
+    """The relative reduction of an error rate against a baseline, and its 95 % interval by paired bootstrap.
 
-    Both give each utterance's errors and length of reference. The interval is by paired bootstrap: the same draws of
-    utterances for both. Where a baseline has hardly any errors, draws without one leave it without a lower bound: it is
-    -inf.
+    Args:
+        errors: the errors and the reference length of each utterance.
+        baseline: the same for the baseline. Both are evaluated on the same bootstrap samples.
+
+    The lower bound is -inf if the baseline makes no errors in many samples.
 
     Raises:
-        UserError: they are of different utterances, or of different references.
+        UserError: the utterances or their reference lengths differ.
     """
     lengths = [{name: length for name, (_, length) in side.items()} for side in (errors, baseline)]
     if lengths[0] != lengths[1]:
-        raise UserError("the runs that are compared have not written the same utterances: evaluate both again")
+        raise UserError("the compared runs were evaluated on different utterances; evaluate both on the same manifest")
     ours, theirs = (np.array([side[name] for name in errors], dtype=np.float64) for side in (errors, baseline))
-    drawn = np.random.default_rng(0).integers(0, len(ours), (RESAMPLES, len(ours)))
 
-    def reduction(rows: Any) -> Any:
-        made, baseline_made = (side[rows][..., 0].sum(axis=-1) for side in (ours, theirs))
+    def reduction(samples: Any) -> Any:
+        our_errors, baseline_errors = (side[samples][..., 0].sum(axis=-1) for side in (ours, theirs))
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(made == baseline_made, 0.0, 1.0 - made / baseline_made)
+            return np.where(our_errors == baseline_errors, 0.0, 1.0 - our_errors / baseline_errors)
 
-    low, high = np.percentile(reduction(drawn), [2.5, 97.5], method="nearest")
+    low, high = np.percentile(reduction(_bootstrap(len(ours))), [2.5, 97.5], method="nearest")
     return float(reduction(slice(None))), float(low), float(high)
+
+
+def _bootstrap(utterances: int) -> NDArray[np.int64]:
+    """Positions of the utterances of each bootstrap sample."""
+    return np.random.default_rng(0).integers(0, utterances, (RESAMPLES, utterances))

@@ -1,4 +1,4 @@
-"""How well a checkpoint does what it learned on a set of utterances, and how it uses its codebooks."""
+"""Evaluate a checkpoint on manifests: the validation metrics, and the use of the codebooks."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ from w2vscale.objectives.pretraining_metrics import pretraining_metrics
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found; `used_entries` of each codebook were chosen at least once (none in fine-tuning)."""
+    """The metrics of a checkpoint."""
 
     checkpoint: Path
     update: int
     metrics: dict[str, float]
     used_entries: list[int]
+    """The number of entries of each codebook that were chosen at least once; empty without a quantizer."""
     codebook_entries: int
 
 
@@ -54,12 +55,20 @@ def evaluate_checkpoint(
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Evaluation | None:
-    """Evaluate with the checkpoint's own settings, on fixed crops, masks and negatives.
+    """Evaluate a checkpoint with the settings it was trained with, on fixed crops, masks and negatives. Collective.
 
-    Runs on all ranks where a launcher started several, and returns None on all but the first.
+    Args:
+        path: a checkpoint folder, or a run folder, to evaluate its newest intact checkpoint.
+        cuts: indexed manifests.
+        overrides: settings to replace, as SECTION.KEY=VALUE.
+        progress: called with (micro-batches done, micro-batches in total) of this rank.
+        log: receives warnings.
+
+    Returns:
+        The evaluation on the first rank, None on the others.
 
     Raises:
-        UserError: the checkpoint or a manifest cannot be used, or no utterance could be read.
+        UserError: the checkpoint or a manifest is unusable, or no utterance could be read.
     """
     checkpoint = open_checkpoint(path, log)
     config = load_config(checkpoint.path / "config.yaml", overrides)

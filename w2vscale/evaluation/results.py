@@ -1,4 +1,4 @@
-"""A table of results from the figures that `w2vscale evaluate --output` wrote."""
+"""Tables of results from the JSON files that `w2vscale evaluate --output` writes."""
 
 from __future__ import annotations
 
@@ -13,97 +13,101 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import relative_reduction
 
 BASELINE = "_scratch"
-"""A run NAME is compared with the run NAME_scratch."""
+"""The suffix of a baseline: the run NAME is compared with the run NAME_scratch."""
 
 EDITS = ("substitutions", "deletions", "insertions")
-OF_PRETRAINING = {"accuracy", "update", "utterances", "contrastive_bits"}
-OF_WRITING = {"wer", "cer", "word_interval", "character_interval", "cuts", "decoding", "utterances"}
+PRETRAINING_KEYS = {"accuracy", "update", "utterances", "contrastive_bits"}
+WER_KEYS = {"wer", "cer", "word_interval", "character_interval", "cuts", "decoding", "utterances"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """One file of figures; `run` is the name of its folder."""
+    """The metrics of one evaluation; `run` is the name of the folder that holds the file."""
 
     run: str
-    file: Path
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
-    """The files' figures.
+    """Read the metrics of evaluations.
 
     Raises:
-        UserError: a file cannot be read, or holds no figures of an evaluation.
+        UserError: a file cannot be read, or was not written by `w2vscale evaluate --output`.
     """
     found = []
     for path in paths:
         try:
-            figures = json.loads(path.read_text(encoding="utf-8"))
+            metrics = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        if not isinstance(figures, dict) or not (figures.keys() >= OF_PRETRAINING or figures.keys() >= OF_WRITING):
-            raise UserError(f"{path}: no figures of pretraining or --wer, as w2vscale evaluate --output writes them")
-        found.append(Result(path.resolve().parent.name, path, figures))
+        if not isinstance(metrics, dict) or not (metrics.keys() >= PRETRAINING_KEYS or metrics.keys() >= WER_KEYS):
+            raise UserError(
+                f"{path}: not written by w2vscale evaluate --output for a pretrained model, or with --wer for a "
+                "fine-tuned one"
+            )
+        found.append(Result(path.resolve().parent.name, metrics))
     return found
 
 
 def results_page(results: Sequence[Result], title: str) -> str:
-    """Markdown: pretraining's figures, error rates with their intervals, and each run against its baseline.
+    """Format results as Markdown: pretraining metrics, error rates, and the comparison of each run with its baseline.
 
-    Runs are compared where both wrote the same utterances by the same decoding.
+    Only evaluations with the same manifests and decoding are compared.
     """
     lines = [f"# {title}", ""]
-    if pretraining := [one for one in results if "accuracy" in one.figures]:
+    if pretraining := [result for result in results if "accuracy" in result.metrics]:
         lines += ["| pretraining | update | utterances | contrastive loss | accuracy |", "|---|---|---|---|---|"]
         lines += [
-            f"| {one.run} | {one.figures['update']:,} | {one.figures['utterances']:,.0f} "
-            f"| {one.figures['contrastive_bits']:.3f} bits | {one.figures['accuracy']:.3f} |"
-            for one in pretraining
+            f"| {result.run} | {result.metrics['update']:,} | {result.metrics['utterances']:,.0f} "
+            f"| {result.metrics['contrastive_bits']:.3f} bits | {result.metrics['accuracy']:.3f} |"
+            for result in pretraining
         ]
         lines.append("")
-    if scores := [one for one in results if "wer" in one.figures]:
+    if scores := [result for result in results if "wer" in result.metrics]:
         lines += ["| fine-tuned | test set | decoding | WER (95 %) | CER (95 %) |", "|---|---|---|---|---|"]
         lines += [
-            f"| {one.run} | {', '.join(one.figures['cuts'])} | {one.figures['decoding']} "
-            f"| {_rate(one, 'wer', 'word_interval')} | {_rate(one, 'cer', 'character_interval')} |"
-            for one in scores
+            f"| {result.run} | {', '.join(result.metrics['cuts'])} | {result.metrics['decoding']} "
+            f"| {_rate(result, 'wer', 'word_interval')} | {_rate(result, 'cer', 'character_interval')} |"
+            for result in scores
         ]
         lines.append("")
-    for one in scores:
+    for result in scores:
         for other in scores:
-            same = all(one.figures[key] == other.figures[key] for key in ("cuts", "decoding"))
-            if same and other.run == one.run + BASELINE:
-                lines.append(_compared(one, other))
+            comparable = all(result.metrics[key] == other.metrics[key] for key in ("cuts", "decoding"))
+            if comparable and other.run == result.run + BASELINE:
+                lines.append(_comparison(result, other))
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _rate(result: Result, rate: str, interval: str) -> str:
-    low, high = result.figures[interval]
-    return f"{result.figures[rate]:.1%} ({low:.1%} to {high:.1%})"
+    low, high = result.metrics[interval]
+    return f"{result.metrics[rate]:.1%} ({low:.1%} to {high:.1%})"
 
 
-def _compared(one: Result, baseline: Result) -> str:
-    told = []
+def _comparison(result: Result, baseline: Result) -> str:
+    parts = []
     for unit, name in (("words", "WER"), ("characters", "CER")):
-        ours, theirs = (
-            {
-                said["utterance"]: (sum(said[unit][kind] for kind in EDITS), said[unit]["reference"])
-                for said in result.figures["utterances"]
-            }
-            for result in (one, baseline)
-        )
+        ours, theirs = _errors(result, unit), _errors(baseline, unit)
         if not any(errors for errors, _ in theirs.values()):
-            told.append(f"{name} not comparable (the baseline makes no errors)")
+            parts.append(f"{name} not comparable (the baseline makes no errors)")
             continue
         value, low, high = relative_reduction(ours, theirs)
         if value >= 0.0:
-            told.append(f"{name} lower by {value:.1%} (95 %: {_bound(low)} to {_bound(high)})")
+            parts.append(f"{name} lower by {value:.1%} (95 %: {_bound(low)} to {_bound(high)})")
         else:
-            told.append(f"{name} higher by {-value:.1%} (95 %: {_bound(0.0 - high)} to {_bound(0.0 - low)})")
+            parts.append(f"{name} higher by {-value:.1%} (95 %: {_bound(0.0 - high)} to {_bound(0.0 - low)})")
     return (
-        f"- `{one.run}` against `{baseline.run}` on {', '.join(one.figures['cuts'])}, {one.figures['decoding']}: "
-        f"{', '.join(told)}, relative."
+        f"- `{result.run}` against `{baseline.run}` on {', '.join(result.metrics['cuts'])}, "
+        f"{result.metrics['decoding']}: {', '.join(parts)}, relative."
     )
+
+
+def _errors(result: Result, unit: str) -> dict[str, tuple[float, int]]:
+    """The number of errors and the reference length of each utterance, in `words` or `characters`."""
+    return {
+        utterance["utterance"]: (sum(utterance[unit][kind] for kind in EDITS), utterance[unit]["reference"])
+        for utterance in result.metrics["utterances"]
+    }
 
 
 def _bound(share: float) -> str:

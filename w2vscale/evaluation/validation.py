@@ -1,4 +1,4 @@
-"""Validation over a whole corpus: the sums of an objective over all ranks, and its metrics."""
+"""Validate a model on a whole corpus, over all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from w2vscale.objectives import Sums, add_sums
 
 
 def reduce_sums(sums: Any) -> Any:
-    """Sums over all ranks, in float64 on the CPU."""
+    """Add up sums over all ranks, in float64 on the CPU. Collective."""
     flat = torch.cat([field.detach().double().flatten().cpu() for field in sums])
     reduced = torch.tensor(sum_over_ranks(flat.tolist()), dtype=torch.float64)
     parts = reduced.split([field.numel() for field in sums])

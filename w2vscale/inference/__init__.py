@@ -1,1 +1,1 @@
-"""A trained model on audio of any length: hidden states, decoding, transcription."""
+"""Run a trained model on audio of any length: hidden states, decoding, transcription."""

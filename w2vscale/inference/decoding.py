@@ -1,4 +1,4 @@
-"""From the scores of symbols in each frame to text: greedy, or a beam search with a lexicon and an n-gram model."""
+"""CTC decoding: greedy, or a beam search with a lexicon and an n-gram language model (flashlight-text)."""
 
 from __future__ import annotations
 
@@ -18,46 +18,57 @@ from w2vscale.data.transcripts import PIECE_SPACE, SPACE, Transcripts
 from w2vscale.errors import UserError
 from w2vscale.objectives.ctc import BLANK
 
-MARKS = {"<s>", "</s>", "<pad>"}
+SPECIAL_TOKENS = {"<s>", "</s>", "<pad>"}
+"""Symbols that are not part of a transcript."""
 
 IMPOSSIBLE = -1e4
-"""A log probability."""
+"""The log probability of a symbol that the search must not choose."""
 
-BINARY = b"mmap lm"
-"""How KenLM's binary files begin."""
+KENLM_MAGIC = b"mmap lm"
+"""The first bytes of a binary KenLM file."""
 
 
 class Decoder(Protocol):
-    """Writes an utterance's text. Pure functions of their arguments."""
+    """Turns the logits of an utterance into text. Both methods are pure functions of their arguments."""
 
     def reduce(self, logits_TV: Tensor) -> Tensor:
-        """What is kept of some frames [T, ...], on the CPU."""
+        """Reduce the logits of some frames to what decoding needs: [T, ...], on the CPU."""
 
-    def text(self, kept: Tensor) -> str:
-        """The text of an utterance, from what is kept of all its frames."""
+    def text(self, reduced: Tensor) -> str:
+        """Decode an utterance, given the reduced logits of all its frames."""
 
 
 @dataclass(frozen=True)
 class BeamSearch:
-    """Settings of a beam search, with flashlight's meanings and fairseq's values for wav2vec 2.0.
+    """Settings of a beam search, as flashlight-text defines them; the defaults are those of fairseq for wav2vec 2.0.
 
-    A hypothesis scores its frames' natural log probabilities + `lm_weight` * log10 p(words) + `word_score` * words.
+    The score of a hypothesis is log p(symbols | frames) + `lm_weight` * log10 p(words) + `word_score` * (number of
+    words).
     """
 
     beam: int = 50
-    """Hypotheses that are kept."""
+    """The number of hypotheses that are kept after each frame."""
     lm: Path | None = None
-    """A word n-gram model, ARPA or KenLM's binary; needs `lexicon` unless it is ARPA, whose words then are one."""
+    """A word n-gram model, in ARPA format (gzipped or not) or KenLM's binary format, which also needs `lexicon`."""
     lexicon: Path | None = None
-    """One word a line, marks such as `<unk>` apart: nothing else is written. What follows a word, if anything, is its
-    spelling in symbols."""
+    """A file with one word per line, optionally followed by its spelling in symbols. The output is limited to these
+    words; by default to the words of an ARPA model. Words such as `<unk>` are ignored."""
     lm_weight: float = 2.0
     word_score: float = -1.0
     threshold: float = 25.0
-    """Hypotheses so far below the best are dropped."""
+    """Hypotheses whose score is lower than the best by more than this are dropped."""
 
-    def told(self) -> str:
-        """The search in words."""
+    @classmethod
+    def from_options(
+        cls, beam: int | None, lm: Path | None, lexicon: Path | None, *, lm_weight: float, word_score: float
+    ) -> BeamSearch | None:
+        """Return the search for a set of command-line options, or None (greedy) without the first three."""
+        if beam is None and lm is None and lexicon is None:
+            return None
+        return cls(beam or cls.beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score)
+
+    def description(self) -> str:
+        """The search in a few words, for results."""
         parts = [f"beam {self.beam}"]
         if self.lm is not None:
             parts.append(f"{self.lm.name} (weight {self.lm_weight:g}, word score {self.word_score:g})")
@@ -66,42 +77,30 @@ class BeamSearch:
         return ", ".join(parts)
 
 
-def beam_search(
-    beam: int | None, lm: Path | None, lexicon: Path | None, *, lm_weight: float, word_score: float
-) -> BeamSearch | None:
-    """What a command's options ask for: greedy decoding (None) without any of the first three."""
-    if beam is None and lm is None and lexicon is None:
-        return None
-    return BeamSearch(beam or BeamSearch.beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score)
-
-
-class Greedy:
-    """The best path: the most probable symbol of each frame, repetitions joined, blanks left out."""
+class GreedyDecoder:
+    """Takes the most probable symbol of each frame, merges repetitions and removes blanks."""
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
         self._vocabulary = vocabulary
 
     def reduce(self, logits_TV: Tensor) -> Tensor:
-        """See `Decoder.reduce`: symbols [T]."""
+        """Return the most probable symbols [T]."""
         return logits_TV.argmax(dim=1).cpu()
 
-    def text(self, kept: Tensor) -> str:
+    def text(self, reduced: Tensor) -> str:
         """See `Decoder.text`."""
-        return text_of(
-            [symbol for symbol in torch.unique_consecutive(kept).tolist() if symbol != BLANK], self._vocabulary
-        )
+        merged = torch.unique_consecutive(reduced).tolist()
+        return labels_to_text([symbol for symbol in merged if symbol != BLANK], self._vocabulary)
 
 
-class _Searched:
-    """What the beam searches share: log probabilities are kept."""
-
+class _BeamSearchDecoder:
     def reduce(self, logits_TV: Tensor) -> Tensor:
-        """See `Decoder.reduce`: log probabilities [T, V]."""
+        """Return log probabilities [T, V]."""
         return logits_TV.float().log_softmax(dim=1).cpu()
 
 
-class LexiconFreeBeam(_Searched):
-    """The most probable path of all, as far as the beam reaches."""
+class LexiconFreeDecoder(_BeamSearchDecoder):
+    """Searches for the most probable sequence of symbols."""
 
     def __init__(self, vocabulary: Sequence[str], search: BeamSearch) -> None:
         library = _flashlight()
@@ -117,25 +116,25 @@ class LexiconFreeBeam(_Searched):
         )
         self._decoder = library.LexiconFreeDecoder(options, library.ZeroLM(), BLANK, BLANK, [])
 
-    def text(self, kept: Tensor) -> str:
+    def text(self, reduced: Tensor) -> str:
         """See `Decoder.text`."""
-        found = _decode(self._decoder, kept)
-        # A symbol for each frame, and one before and after them.
+        found = _decode(self._decoder, reduced)
+        # One symbol per frame, plus one before the first and one after the last.
         path = [symbol for symbol, following in pairwise([*found.tokens, -1]) if symbol != following]
-        return text_of([symbol for symbol in path if symbol != BLANK], self._vocabulary)
+        return labels_to_text([symbol for symbol in path if symbol != BLANK], self._vocabulary)
 
 
-class LexiconBeam(_Searched):
-    """The most probable words of a lexicon, under an n-gram model if there is one."""
+class LexiconDecoder(_BeamSearchDecoder):
+    """Searches for the most probable sequence of words of a lexicon, with an n-gram model if there is one."""
 
     def __init__(self, vocabulary: Sequence[str], search: BeamSearch, log: Callable[[str], None]) -> None:
         library = _flashlight()
         if SPACE not in vocabulary:
-            raise UserError(f"--lm and --lexicon are for vocabularies of characters with {SPACE!r} for the space")
+            raise UserError(f"--lm and --lexicon need a vocabulary of characters with {SPACE!r} as the space")
         self._space = vocabulary.index(SPACE)
         words, spellings = _lexicon(search, vocabulary, log)
         normalised = Transcripts(vocabulary).normalised
-        self._written = [normalised(word) for word in words]
+        self._words = [normalised(word) for word in words]
         lm = library.ZeroLM() if search.lm is None else _language_model(search.lm, words)
         trie = library.Trie(len(vocabulary), self._space)
         start = lm.start(False)
@@ -156,34 +155,34 @@ class LexiconBeam(_Searched):
         )
         self._decoder = library.LexiconDecoder(options, trie, lm, self._space, BLANK, len(words), [], False)
 
-    def text(self, kept: Tensor) -> str:
+    def text(self, reduced: Tensor) -> str:
         """See `Decoder.text`."""
-        # Words end with a space: the last one gets a frame for it.
-        end_1V = torch.full_like(kept[:1], IMPOSSIBLE)
+        # In the trie every word ends with a space. An extra frame provides the space of the last word.
+        end_1V = torch.full_like(reduced[:1], IMPOSSIBLE)
         end_1V[0, self._space] = 0.0
-        found = _decode(self._decoder, torch.cat([kept, end_1V]))
-        return " ".join(self._written[word] for word in found.words if word >= 0)
+        found = _decode(self._decoder, torch.cat([reduced, end_1V]))
+        return " ".join(self._words[word] for word in found.words if word >= 0)
 
 
 def build_decoder(
     vocabulary: Sequence[str], search: BeamSearch | None, log: Callable[[str], None] = lambda text: None
 ) -> Decoder:
-    """Greedy without settings of a search.
+    """Return the decoder for a beam search, or a greedy decoder if `search` is None.
 
     Raises:
-        UserError: flashlight-text is not installed; a lexicon or language model cannot be used.
+        UserError: flashlight-text is not installed, or the lexicon or language model is unusable.
     """
     if search is None:
-        return Greedy(vocabulary)
+        return GreedyDecoder(vocabulary)
     if search.lm is None and search.lexicon is None:
-        return LexiconFreeBeam(vocabulary, search)
-    return LexiconBeam(vocabulary, search, log)
+        return LexiconFreeDecoder(vocabulary, search)
+    return LexiconDecoder(vocabulary, search, log)
 
 
-def text_of(labels: Sequence[int], vocabulary: Sequence[str]) -> str:
-    """Labels as text: spaces for `|` and `▁`, without sentence marks."""
+def labels_to_text(labels: Sequence[int], vocabulary: Sequence[str]) -> str:
+    """Join the symbols of labels to a text, with spaces for `|` and `▁` and without special tokens."""
     symbols = [vocabulary[label] for label in labels]
-    joined = "".join(symbol for symbol in symbols if symbol not in MARKS)
+    joined = "".join(symbol for symbol in symbols if symbol not in SPECIAL_TOKENS)
     return " ".join(joined.replace(SPACE, " ").replace(PIECE_SPACE, " ").split())
 
 
@@ -195,35 +194,35 @@ def _decode(decoder: Any, log_probabilities_TV: Tensor) -> Any:
 def _lexicon(
     search: BeamSearch, vocabulary: Sequence[str], log: Callable[[str], None]
 ) -> tuple[list[str], list[tuple[int, list[int]]]]:
-    """The words, and of each spelling its word's number and its labels with the space that ends them."""
+    """Return the words, and pairs of a word number and the labels of a spelling, including the space at its end."""
     if search.lexicon is not None:
-        source, entries = search.lexicon, _lexicon_entries(search.lexicon)
+        path, entries = search.lexicon, _lexicon_entries(search.lexicon)
     else:
         assert search.lm is not None
-        source, entries = search.lm, _arpa_words(search.lm)
+        path, entries = search.lm, _arpa_words(search.lm)
     spelling = Transcripts(vocabulary)
     labels_of = {symbol: label for label, symbol in enumerate(vocabulary) if label != BLANK}
     numbers: dict[str, int] = {}
-    spellings: dict[tuple[int, tuple[int, ...]], None] = {}  # in order, each once
-    unspelled = []
-    for word, given in entries:
-        symbols = given or list(spelling.normalised(word))
+    spellings: dict[tuple[int, tuple[int, ...]], None] = {}  # an ordered set
+    skipped = []
+    for word, given_symbols in entries:
+        symbols = given_symbols or list(spelling.normalised(word))
         if symbols[-1] != SPACE:
             symbols.append(SPACE)
         if all(symbol in labels_of for symbol in symbols):
             number = numbers.setdefault(word, len(numbers))
             spellings[number, tuple(labels_of[symbol] for symbol in symbols)] = None
         else:
-            unspelled.append(word)
+            skipped.append(word)
     if not numbers:
-        raise UserError(f"{source}: the vocabulary spells none of its {len(unspelled)} words")
-    if unspelled:
-        log(f"{source}: {len(unspelled)} words are left out: the vocabulary does not spell them ({unspelled[0]} …)")
+        raise UserError(f"{path}: none of its {len(skipped)} words can be spelled with the vocabulary of the model")
+    if skipped:
+        log(f"{path}: skipping {len(skipped)} words that the vocabulary cannot spell ({skipped[0]} …)")
     return list(numbers), [(number, list(labels)) for number, labels in spellings]
 
 
 def _lexicon_entries(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Words and their spellings, if any, without marks such as `<unk>`."""
+    """Yield words and their spellings (empty if not given), without words such as `<unk>`."""
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
@@ -235,25 +234,25 @@ def _lexicon_entries(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _arpa_words(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """The unigrams of an ARPA file, gzipped or not, without the marks of sentences and the unknown word."""
-    unigrams = False
+    """Yield the unigrams of an ARPA file, gzipped or not, except `<s>`, `</s>` and `<unk>`."""
+    in_unigrams = False
     try:
-        with _opened(path) as file:
-            if file.read(len(BINARY)) == BINARY:
-                raise UserError(f"--lm {path}: is binary, its words cannot be listed: name them with --lexicon FILE")
+        with _open(path) as file:
+            if file.read(len(KENLM_MAGIC)) == KENLM_MAGIC:
+                raise UserError(f"--lm {path}: a binary model does not list its words; add --lexicon FILE")
             for line in file:
                 if line.startswith(b"\\"):
-                    if unigrams:
+                    if in_unigrams:
                         return
-                    unigrams = line.strip() == b"\\1-grams:"
-                elif unigrams and len(fields := line.decode().split()) >= 2 and not fields[1].startswith("<"):
+                    in_unigrams = line.strip() == b"\\1-grams:"
+                elif in_unigrams and len(fields := line.decode().split()) >= 2 and not fields[1].startswith("<"):
                     yield fields[1], []
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise UserError(f"--lm {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    raise UserError(f"--lm {path}: neither an ARPA file nor KenLM's binary")
+    raise UserError(f"--lm {path}: not an ARPA file or a binary KenLM file")
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _open(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
 
 
@@ -268,7 +267,7 @@ def _language_model(path: Path, words: Sequence[str]) -> Any:
 
 
 def _flashlight() -> SimpleNamespace:
-    """The parts of flashlight-text that are used here."""
+    """Import the parts of flashlight-text that are used here."""
     try:
         from flashlight.lib.text import decoder
         from flashlight.lib.text.decoder.kenlm import KenLM

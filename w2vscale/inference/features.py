@@ -1,32 +1,29 @@
-"""Hidden states of audio files, folders and manifests, as .npy or safetensors files."""
+"""Write hidden states of audio files, folders and manifests to .npy or safetensors files."""
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
-from w2vscale.corpora.journal import writing
 from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.errors import UserError
-from w2vscale.inference.pretrained import BATCH_SECONDS, CHUNK_SECONDS, OVERLAP_SECONDS, Piece, Pretrained
-from w2vscale.inference.sources import Source, open_by_duration, sources_of
+from w2vscale.files import new_file, safetensors_header
+from w2vscale.inference.chunks import ChunkFeatures, by_audio
+from w2vscale.inference.pretrained import BATCH_SECONDS, CHUNK_SECONDS, OVERLAP_SECONDS, Pretrained
+from w2vscale.inference.utterances import Utterance, find_utterances, open_by_duration
 
 FORMATS = ("npy", "safetensors")
 
 
 @dataclass(frozen=True)
 class WrittenFeatures:
-    """What was written, and which audio could not be used."""
+    """How much was written, and which audio could not be used."""
 
     files: int
     frames: int
@@ -40,125 +37,94 @@ def write_features(
     output: Path,
     *,
     layers: Iterable[int] | None = None,
-    form: str = "npy",
+    file_format: str = "npy",
     chunk_seconds: float = CHUNK_SECONDS,
     overlap_seconds: float = OVERLAP_SECONDS,
     batch_seconds: float = BATCH_SECONDS,
     progress: Callable[[int, int], None] | None = None,
 ) -> WrittenFeatures:
-    """Write one file of hidden states, fp32, for each utterance of `audio`: files, folders, Lhotse cut manifests.
+    """Write the hidden states of each utterance to a file, in fp32.
 
-    A file's features go to `output/STEM.npy`, those of a folder's files to their paths below it, those of a cut to its
-    id. npy: [layers, frames, dim], layers ascending, or [frames, dim] of a single layer. safetensors: `layer_N`
-    [frames, dim]. Existing files are replaced; a file appears whole or not at all. For the layers and the chunks see
-    `Pretrained.features`. Memory does not depend on the length of audio. `progress` is called with (seconds of audio
-    done, seconds in all).
+    Args:
+        pretrained: the model.
+        audio: audio files, folders of them, or Lhotse cut manifests.
+        output: the folder to write to. A file is named after the audio file, after its path below a folder, or after
+            the id of a cut. Existing files are replaced. Each file is written under a temporary name first.
+        layers: see `Pretrained.features`, also for `chunk_seconds` and `overlap_seconds`.
+        file_format: `npy`, an array [layers, frames, dim] with ascending layers, or [frames, dim] for a single layer;
+            or `safetensors`, a tensor `layer_N` [frames, dim] for each layer.
+        batch_seconds: padded audio per forward pass.
+        progress: called with (seconds of audio done, seconds in total).
 
-    Audio that cannot be used is left out and named in the result.
+    Memory does not depend on the length of the audio. Audio that cannot be used is skipped and listed in the result.
 
     Raises:
-        UserError: a folder without audio or a bad manifest, two utterances of one name, a setting that the model does
-            not take, or an output that cannot be written.
+        UserError: a folder contains no audio, a manifest is unusable, two utterances have the same name, an argument
+            is out of range, or a file cannot be written.
     """
-    if form not in FORMATS:
-        raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
-    wanted = pretrained.checked_layers(layers)
-    sources = [source for path in audio for source in sources_of(path)]
-    _refuse_clashes(sources, output)
-    opened, bad = open_by_duration(sources)
+    if file_format not in FORMATS:
+        raise UserError(f"--format {file_format}: choose one of {', '.join(FORMATS)}")
+    chosen = pretrained.resolve_layers(layers)
+    utterances = [utterance for path in audio for utterance in find_utterances(path)]
+    _refuse_clashes(utterances, output)
+    opened, bad = open_by_duration(utterances)
     seconds = [one.samples / one.sampling_rate for _, one in opened]
     ends = list(accumulate(seconds))
-    written, frames = 0, 0
+    written = total_frames = 0
     stream = pretrained.stream(
         [one for _, one in opened],
-        layers=wanted,
+        layers=chosen,
         chunk_seconds=chunk_seconds,
         overlap_seconds=overlap_seconds,
         batch_seconds=batch_seconds,
     )
-    file: _FeatureFile | None = None
-    try:
-        for number, piece in stream:
-            source, one = opened[number]
-            done = ends[number]
-            if isinstance(piece, AudioError):
-                bad.append(BadAudio(source.name, source.file, piece.kind, str(piece)))
-                if file is not None:
-                    file.discard()
-                    file = None
-            else:
-                count = pretrained.frames(one)
-                if file is None:
-                    file = _FeatureFile(output / f"{source.name}.{form}", wanted, count, pretrained.config.model.dim)
-                if file.write(piece):
-                    file = None
-                    written += 1
-                    frames += count
-                done -= seconds[number] * (1 - (piece.first + piece.hidden[0].shape[0]) / count)
+    for number, chunks in by_audio(stream):
+        utterance, one = opened[number]
+        frames = pretrained.frames(one)
+        path = output / f"{utterance.name}.{file_format}"
+        try:
+            for done in _write(path, chosen, (frames, pretrained.config.model.dim), chunks):
+                if progress is not None:
+                    progress(round(ends[number] - seconds[number] * (1 - done / frames)), round(ends[-1]))
+            written += 1
+            total_frames += frames
+        except AudioError as error:
+            bad.append(utterance.bad(error))
             if progress is not None:
-                progress(round(done), round(ends[-1]))
-    finally:
-        if file is not None:
-            file.discard()
-    return WrittenFeatures(written, frames, wanted, bad)
+                progress(round(ends[number]), round(ends[-1]))
+    return WrittenFeatures(written, total_frames, chosen, bad)
 
 
-def _refuse_clashes(sources: Sequence[Source], output: Path) -> None:
-    seen: dict[str, Source] = {}
-    for source in sources:
-        other = seen.setdefault(source.name, source)
-        if other is not source:
-            raise UserError(f"{source.file}: its features would be {output / source.name}, as those of {other.file}")
+def _refuse_clashes(utterances: Sequence[Utterance], output: Path) -> None:
+    seen: dict[str, Utterance] = {}
+    for utterance in utterances:
+        other = seen.setdefault(utterance.name, utterance)
+        if other is not utterance:
+            raise UserError(f"{utterance.file}: its output {output / utterance.name} is also that of {other.file}")
 
 
-class _FeatureFile:
-    """A file of hidden states that is written piece by piece, and gets its name once it is complete.
+def _write(path: Path, layers: Sequence[int], shape: tuple[int, int], chunks: Iterator[ChunkFeatures]) -> Iterator[int]:
+    """Write the chunks of an utterance of `shape` [frames, dim]; yields the number of frames done after each.
 
-    In both formats the layers follow each other, each a whole array, after a header.
+    In both formats a header is followed by one array per layer.
     """
-
-    def __init__(self, path: Path, layers: Sequence[int], frames: int, dim: int) -> None:
-        self.path, self.frames, self.dim = path, frames, dim
-        self.partial = path.with_name(f".{path.name}.partial")
-        header = _npy_header if path.suffix == ".npy" else _safetensors_header
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.file: BinaryIO = self.partial.open("wb")
-            self.file.write(header(layers, frames, dim))
-        self.start = self.file.tell()
-
-    def write(self, piece: Piece) -> bool:
-        """Write a piece; True if it was the last."""
-        with writing(self.path):
-            for number, hidden_TD in enumerate(piece.hidden):
-                self.file.seek(self.start + 4 * self.dim * (number * self.frames + piece.first))
-                self.file.write(hidden_TD.contiguous().numpy().astype("<f4", copy=False).data)
-            if piece.first + piece.hidden[0].shape[0] < self.frames:
-                return False
-            self.file.close()
-            self.partial.replace(self.path)
-        return True
-
-    def discard(self) -> None:
-        """Remove what was written."""
-        with suppress(OSError):
-            self.file.close()
-            self.partial.unlink(missing_ok=True)
+    frames, dim = shape
+    with new_file(path, "wb") as file:
+        file.write((_npy_header if path.suffix == ".npy" else _safetensors_header)(layers, shape))
+        start = file.tell()
+        for chunk in chunks:
+            for number, hidden_TD in enumerate(chunk.hidden):
+                file.seek(start + 4 * dim * (number * frames + chunk.first))
+                file.write(hidden_TD.contiguous().numpy().astype("<f4", copy=False).data)
+            yield chunk.first + len(chunk.hidden[0])
 
 
-def _npy_header(layers: Sequence[int], frames: int, dim: int) -> bytes:
-    shape = (frames, dim) if len(layers) == 1 else (len(layers), frames, dim)
+def _npy_header(layers: Sequence[int], shape: tuple[int, int]) -> bytes:
     out = BytesIO()
-    np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    whole = shape if len(layers) == 1 else (len(layers), *shape)
+    np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": whole})
     return out.getvalue()
 
 
-def _safetensors_header(layers: Sequence[int], frames: int, dim: int) -> bytes:
-    size = 4 * frames * dim
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for number, layer in enumerate(layers):
-        offsets = [number * size, (number + 1) * size]
-        entries[f"layer_{layer}"] = {"dtype": "F32", "shape": [frames, dim], "data_offsets": offsets}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data is aligned
-    return struct.pack("<Q", len(text)) + text
+def _safetensors_header(layers: Sequence[int], shape: tuple[int, int]) -> bytes:
+    return safetensors_header({f"layer_{layer}": ("F32", shape) for layer in layers})

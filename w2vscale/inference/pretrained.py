@@ -1,4 +1,4 @@
-"""A trained model to use from Python: the hidden states of any waveform, of any length, in bounded memory."""
+"""Load a trained model and compute its hidden states for audio of any length, in bounded memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
 from w2vscale.config import Config, ModelConfig, load_config
 from w2vscale.data.audio import EPSILON, AudioError
 from w2vscale.errors import UserError
+from w2vscale.inference.chunks import ChunkFeatures, Part, split_into_chunks
 from w2vscale.inference.resampling import Samples, resampled
 from w2vscale.interop.importing import form_of
 from w2vscale.models.build import Wav2Vec2, build_model
@@ -27,29 +27,33 @@ from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2ForPretraining
 from w2vscale.objectives.quantizer import Quantized
 
 CHUNK_SECONDS = 30.0
-"""Longer audio is computed in chunks of at most this."""
+"""Longer audio is split into chunks of at most this length."""
 
 OVERLAP_SECONDS = 2.5
-"""What is computed before and after a chunk as its context, and dropped."""
+"""Context on either side of a chunk: computed with it, then dropped."""
 
 BATCH_SECONDS = 80.0
-"""Padded audio of one forward: two chunks with their context."""
+"""Padded audio per forward pass: two chunks with their context."""
 
 BLOCK_SECONDS = 10
-"""What is read of audio at a time."""
+"""Audio is read in blocks of this length."""
 
 SAMPLING_RATES = range(1000, 500_001)
-"""Hz that audio may have; a header that says anything else is damaged."""
+"""Sampling rates that are accepted, in Hz. A header with another value is taken to be damaged."""
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
-    """Open a checkpoint (its folder, or the newest usable one of a run's or a checkpoints folder) for inference.
+    """Load a checkpoint for inference.
 
-    The model is in evaluation mode, on `device` (default: CUDA where there is a GPU), and computes in fp32 whatever
-    `precision.compute` it was trained with, so that features are the same everywhere. Its weights are always fp32.
+    Args:
+        path: a checkpoint folder; or a run folder or its `checkpoints` folder, to load the newest intact checkpoint.
+        device: where to run the model; by default CUDA if it is available, else the CPU.
+
+    The model is in evaluation mode and computes in fp32 regardless of the `precision.compute` that it was trained
+    with, so that features do not depend on the machine.
 
     Raises:
-        UserError: the checkpoint is missing, damaged or of another model; there is no such device.
+        UserError: the checkpoint is missing, damaged or does not fit the model, or the device does not exist.
     """
     try:
         checkpoint = open_checkpoint(Path(path))
@@ -69,58 +73,33 @@ def _import_hint(path: Path) -> str:
     form = form_of(path)
     if form is None:
         return ""
-    return f"; another library's model is made a checkpoint by: w2vscale import {path} DIR --format {form}"
+    return f"; convert it with: w2vscale import {path} DIR --format {form}"
 
 
 @dataclass(frozen=True)
 class Audio:
-    """Audio that can be read more than once, from its beginning, a block at a time.
-
-    `samples` is the length at `sampling_rate` (Hz). Blocks are mono, of any length, and add up to `samples`; reading
-    them may raise AudioError.
+    """Mono audio that is read block by block, and can be read several times.
 
     Raises:
-        AudioError: no audio has such a sampling rate.
+        AudioError: the sampling rate is not in SAMPLING_RATES.
     """
 
     sampling_rate: int
+    """In Hz."""
     samples: int
+    """Length at `sampling_rate`."""
     blocks: Callable[[], Iterator[Samples]]
+    """Starts reading from the beginning. Blocks have any length and add up to `samples`. May raise AudioError."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling_rate, int) or self.sampling_rate not in SAMPLING_RATES:
-            wanted = f"a whole number from {SAMPLING_RATES[0]:,} to {SAMPLING_RATES[-1]:,}"
-            raise AudioError("sampling rate", f"sampling rate is {self.sampling_rate} Hz, not {wanted}")
-
-
-class Window(NamedTuple):
-    """Frames [begin, end) of an utterance are computed; [first, last) of them are kept."""
-
-    begin: int
-    first: int
-    last: int
-    end: int
-
-
-class Part(NamedTuple):
-    """The samples of a window, and its utterance's moments of taps where they are not the window's own."""
-
-    window: Window
-    samples: Samples
-    moments_JJ: Tensor | None
-
-
-class Piece(NamedTuple):
-    """The hidden states of some frames of an utterance, the first of them frame `first`."""
-
-    first: int
-    hidden: list[Tensor]  # of each wanted layer [frames, dim], fp32, on the CPU
-    codes_TG: Tensor | None = None  # the entry of each codebook that the quantizer chooses, where wanted
+            expected = f"a whole number from {SAMPLING_RATES[0]:,} to {SAMPLING_RATES[-1]:,}"
+            raise AudioError("sampling rate", f"sampling rate is {self.sampling_rate} Hz, not {expected}")
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A pretrained model in evaluation mode, and the settings of the run that trained it."""
+    """A trained model in evaluation mode, and the settings of the run that trained it."""
 
     model: Wav2Vec2
     config: Config
@@ -134,28 +113,32 @@ class Pretrained:
         chunk_seconds: float = CHUNK_SECONDS,
         overlap_seconds: float = OVERLAP_SECONDS,
     ) -> dict[int, Tensor]:
-        """Hidden states of a waveform [samples] or [channels, samples] (averaged) in floating point, from -1 to 1.
+        """Compute hidden states of a waveform.
 
-        The waveform is resampled from `sampling_rate` (Hz) to the model's and, where the model was trained so
-        (`model.normalize_waveform`), brought to zero mean and unit variance as a whole.
+        Args:
+            waveform: floating point from -1 to 1, [samples] or [channels, samples] (channels are averaged).
+            sampling_rate: of the waveform, in Hz. It is resampled to the model's rate, and normalised to zero mean and
+                unit variance if the model was trained so (`model.normalize_waveform`).
+            layers: one or several layers; all by default. Layer 0 is the input of the first block (after the
+                positional convolution, and the LayerNorm of post-LN models); layer n is the output of block n.
+            chunk_seconds: longer audio is computed in chunks of this length (`model.max_frames` may make them shorter).
+            overlap_seconds: context on either side of a chunk, computed and then dropped.
 
-        Returns, of each layer in `layers` (or of one; default: all), a tensor [frames, dim], fp32, on the CPU. Layer 0
-        is the input of the first block (with positions, and normalised in post-LN models); layer n is the output of
-        block n. These are Transformers' `hidden_states` (5.x). Of pre-LN models the last one is what enters the final
-        LayerNorm: `model.encoder.transformer.final_norm` makes it Transformers' `last_hidden_state`.
+        Returns:
+            A tensor [frames, dim] for each layer, fp32, on the CPU. They equal `hidden_states` of Transformers (5.x).
+            In pre-LN models the last layer is the input of the final LayerNorm; apply
+            `model.encoder.transformer.final_norm` to get Transformers' `last_hidden_state`.
 
-        A waveform above `chunk_seconds` (or `model.max_frames`) is computed in chunks, each with up to
-        `overlap_seconds` of context on either side that is then dropped. The number of frames, their times, and all
-        that is taken over the waveform as a whole (normalisation, GroupNorm's statistics) stay as without chunks.
-        Layer 0 is equal, if the context covers the positional convolution (1.3 s in the published models); above it,
-        attention sees the chunk and its context in place of the whole.
+        Chunking does not change the number of frames, their times, or statistics over the whole waveform
+        (normalisation, GroupNorm). Layer 0 is unchanged if the context covers the positional convolution (1.3 s in the
+        published models); above it, attention is limited to the chunk and its context.
 
         Raises:
-            UserError: the waveform is no such array, not finite, or too short for one frame; the sampling rate is not
-                one; there is no such layer; a length is not positive; the context is above what the model takes
-                (`model.max_frames`).
+            UserError: the waveform has another type or shape, is not finite, or is too short for one frame; the
+                sampling rate or a layer does not exist; a length is not positive; the context alone exceeds
+                `model.max_frames`.
         """
-        wanted = self.checked_layers(layers)
+        chosen = self.resolve_layers(layers)
         samples = _mono(waveform)
         try:
             block = BLOCK_SECONDS * operator.index(sampling_rate)
@@ -165,40 +148,40 @@ class Pretrained:
                 blocks=lambda: (samples[start : start + block] for start in range(0, samples.size, block)),
             )
         except TypeError:
-            raise UserError(f"sampling_rate={sampling_rate!r}: wanted a whole number of Hz") from None
+            raise UserError(f"sampling_rate={sampling_rate!r}: expected a whole number of Hz") from None
         except AudioError as error:
             raise UserError(f"waveform: {error}") from None
         frames = self.frames(audio)
-        found = {layer: torch.empty(frames, self.config.model.dim) for layer in wanted}
-        pieces = self.stream([audio], layers=wanted, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
-        for _, piece in pieces:
-            if isinstance(piece, AudioError):
-                raise UserError(f"waveform: {piece}")
-            for whole, part in zip(found.values(), piece.hidden, strict=True):
-                whole[piece.first : piece.first + part.shape[0]] = part
+        found = {layer: torch.empty(frames, self.config.model.dim) for layer in chosen}
+        stream = self.stream([audio], layers=chosen, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
+        for _, chunk in stream:
+            if isinstance(chunk, AudioError):
+                raise UserError(f"waveform: {chunk}")
+            for whole_TD, chunk_TD in zip(found.values(), chunk.hidden, strict=True):
+                whole_TD[chunk.first : chunk.first + len(chunk_TD)] = chunk_TD
         return found
 
-    def checked_layers(self, layers: int | Iterable[int] | None) -> list[int]:
-        """The layers wanted, ascending, each once; None means all.
+    def resolve_layers(self, layers: int | Iterable[int] | None) -> list[int]:
+        """Return the layers in ascending order without duplicates; None means all.
 
         Raises:
-            UserError: the model has no such layer, or none is wanted.
+            UserError: a layer does not exist, or `layers` is empty.
         """
         last = self.config.model.layers
         try:
             chosen = [layers] if isinstance(layers, int | np.integer) else range(last + 1) if layers is None else layers
-            wanted = sorted({operator.index(layer) for layer in chosen})
+            resolved = sorted({operator.index(layer) for layer in chosen})
         except TypeError:
-            raise UserError(f"layers={layers!r}: wanted whole numbers from 0 to {last}") from None
-        if not wanted:
-            raise UserError("layers: none chosen")
-        for layer in wanted:
+            raise UserError(f"layers={layers!r}: expected whole numbers from 0 to {last}") from None
+        if not resolved:
+            raise UserError("layers: empty; choose at least one")
+        for layer in resolved:
             if not 0 <= layer <= last:
                 raise UserError(f"layer {layer}: the model has layers 0 to {last}")
-        return wanted
+        return resolved
 
     def frames(self, audio: Audio) -> int:
-        """Frames that audio gives; 0 if it is too short."""
+        """The number of frames of an audio; 0 if it is too short."""
         return output_frames(self._samples(audio), self.config.model)
 
     def stream(
@@ -210,17 +193,15 @@ class Pretrained:
         overlap_seconds: float = OVERLAP_SECONDS,
         batch_seconds: float = BATCH_SECONDS,
         codes: bool = False,
-    ) -> Iterator[tuple[int, Piece | AudioError]]:
-        """The hidden states of several audios, as pairs of an audio's number and a piece of it or what is wrong.
+    ) -> Iterator[tuple[int, ChunkFeatures | AudioError]]:
+        """Compute hidden states of several audios: pairs of an audio's position and its next chunk, or its error.
 
-        With `codes`, the quantizer's choices too; a fine-tuned model has none.
-
-        Pieces come in order and without gaps, audio by audio; nothing follows an error of the same audio. Chunks that
-        follow each other share a forward of at most `batch_seconds` (at least one chunk); neighbours should be of
-        about the same length.
+        Chunks come audio by audio, in order and without gaps; an error is the last item of its audio (see `by_audio`).
+        Consecutive chunks share a forward pass of at most `batch_seconds` of padded audio (at least one chunk), so
+        sort the audios by length. `codes` adds the choices of the quantizer, which fine-tuned models do not have.
 
         Raises:
-            UserError: a length is not positive; the context is above what the model takes (`model.max_frames`).
+            UserError: a length is not positive, or the context alone exceeds `model.max_frames`.
         """
         for name, value in (("chunk_seconds", chunk_seconds), ("batch_seconds", batch_seconds)):
             if not 0 < value < math.inf:
@@ -229,26 +210,28 @@ class Pretrained:
             raise UserError(f"overlap_seconds={overlap_seconds}: must be at least 0 seconds")
         config = self.config.model
         frame_rate = config.sampling_rate / hop(config)
-        chunk, overlap = max(round(chunk_seconds * frame_rate), 1), round(overlap_seconds * frame_rate)
-        most = round(batch_seconds * config.sampling_rate)
+        chunk_frames = max(round(chunk_seconds * frame_rate), 1)
+        overlap_frames = round(overlap_seconds * frame_rate)
+        max_samples = round(batch_seconds * config.sampling_rate)
         batch: list[tuple[int, Part]] = []
 
-        def run() -> Iterator[tuple[int, Piece]]:
+        def run() -> Iterator[tuple[int, ChunkFeatures]]:
             encoded = self._encode([part for _, part in batch], layers)
-            chosen_BTG = self._codes(encoded) if codes else None
+            codes_BTG = self._codes(encoded) if codes else None
             hidden = [encoded.hidden[layer].float().cpu() for layer in layers]
-            for row, (number, (window, _, _)) in enumerate(batch):
-                kept = (row, slice(window.first - window.begin, window.last - window.begin))
+            for row, (number, (chunk, _, _)) in enumerate(batch):
+                kept = (row, slice(chunk.first - chunk.begin, chunk.last - chunk.begin))
                 states = [state_BTD[kept] for state_BTD in hidden]
-                yield number, Piece(window.first, states, None if chosen_BTG is None else chosen_BTG[kept])
+                kept_codes_TG = None if codes_BTG is None else codes_BTG[kept]
+                yield number, ChunkFeatures(chunk.first, states, kept_codes_TG, chunk.is_final)
             batch.clear()
 
         for number, audio in enumerate(audios):
             try:
-                for part in self._parts(audio, chunk, overlap):
+                for part in self._parts(audio, chunk_frames, overlap_frames):
                     longest = max([part.samples.size, *(other.samples.size for _, other in batch)])
                     mixed = batch and (batch[0][1].moments_JJ is None) != (part.moments_JJ is None)
-                    if batch and (mixed or (len(batch) + 1) * longest > most):
+                    if batch and (mixed or (len(batch) + 1) * longest > max_samples):
                         yield from run()
                     batch.append((number, part))
             except AudioError as error:
@@ -258,57 +241,57 @@ class Pretrained:
         if batch:
             yield from run()
 
-    def _parts(self, audio: Audio, chunk: int, overlap: int) -> Iterator[Part]:
-        """The windows of an utterance, read one after the other."""
+    def _parts(self, audio: Audio, chunk_frames: int, overlap_frames: int) -> Iterator[Part]:
+        """Split an utterance into chunks and read their samples one after the other."""
         config = self.config.model
         whole = self._samples(audio)
         frames = output_frames(whole, config)
         if frames == 0:
             needed = input_samples(1, config)
-            raise AudioError("too short", f"lasts {whole} samples, the model needs {needed} for a frame")
-        most = config.max_frames
-        if most is not None and frames > min(chunk, most):
-            chunk = min(chunk, most - 2 * overlap)
-            if chunk < 1:
+            raise AudioError("too short", f"has {whole} samples, fewer than the {needed} of one frame")
+        limit = config.max_frames
+        if limit is not None and frames > min(chunk_frames, limit):
+            chunk_frames = min(chunk_frames, limit - 2 * overlap_frames)
+            if chunk_frames < 1:
                 raise UserError(
-                    f"overlap_seconds: {overlap} frames on either side leave nothing of the {most} frames that the "
-                    "model takes at once (model.max_frames)"
+                    f"overlap_seconds: {overlap_frames} frames of context on either side leave no room for a chunk "
+                    f"within model.max_frames={limit}; choose a shorter overlap"
                 )
-        windows = windows_of(frames, chunk=chunk, overlap=overlap)
-        mean, deviation = _moments(self._blocks(audio)) if config.normalize_waveform else (0.0, 1.0)
+        chunks = split_into_chunks(frames, chunk_frames=chunk_frames, overlap_frames=overlap_frames)
+        mean, deviation = _mean_and_deviation(self._blocks(audio)) if config.normalize_waveform else (0.0, 1.0)
 
         def normalised() -> Iterator[Samples]:
             return (((block - mean) / deviation).astype(np.float32) for block in self._blocks(audio))
 
         blocks = normalised()
-        moments_JJ = self._moments(normalised()) if len(windows) > 1 and config.conv_norm == "group" else None
+        moments_JJ = self._moments(normalised()) if len(chunks) > 1 and config.conv_norm == "group" else None
         held, position = np.empty(0, np.float32), 0
-        for window in windows:
-            start = window.begin * hop(config)
-            stop = whole if window.end == frames else start + input_samples(window.end - window.begin, config)
+        for chunk in chunks:
+            start = chunk.begin * hop(config)
+            stop = whole if chunk.end == frames else start + input_samples(chunk.end - chunk.begin, config)
             while position + held.size < stop:
                 held = np.concatenate([held, next(blocks)])
             held, position = held[start - position :], start
-            yield Part(window, held[: stop - start], moments_JJ)
+            yield Part(chunk, held[: stop - start], moments_JJ)
 
     def _samples(self, audio: Audio) -> int:
-        """Length at the model's sampling rate."""
+        """The length of an audio in samples, at the sampling rate of the model."""
         return -(-audio.samples * self.config.model.sampling_rate // audio.sampling_rate)
 
     def _blocks(self, audio: Audio) -> Iterator[Samples]:
-        """All of an utterance at the model's sampling rate.
+        """Read an audio, resampled to the sampling rate of the model.
 
         Raises:
-            AudioError: it cannot be read, or is not finite.
+            AudioError: the audio cannot be read, or is not finite.
         """
         for block in resampled(audio.blocks(), audio.sampling_rate, self.config.model.sampling_rate):
             if not np.isfinite(block).all():
-                raise AudioError("not finite", "holds samples that are not finite")
+                raise AudioError("not finite", "contains samples that are not finite")
             yield block
 
     @torch.no_grad()
     def _moments(self, blocks: Iterator[Samples]) -> Tensor:
-        """What `moments_of` would be of all of an utterance: [J, J]."""
+        """Compute `moments_of` over a whole utterance, block by block: [J, J]."""
         layer = self.model.encoder.feature_encoder.layers[0]
         assert isinstance(layer, WaveformLayer)
         silence = np.zeros(layer.padding, np.float32)
@@ -325,7 +308,7 @@ class Pretrained:
 
     @torch.no_grad()
     def _encode(self, parts: Sequence[Part], layers: Sequence[int]) -> EncoderOutput:
-        """What the encoder computes of some parts; blocks above the highest layer are not run."""
+        """Run the encoder on a batch of chunks, up to the highest requested layer."""
         device = self.model.encoder.mask_embedding.device
         lengths_B = torch.tensor([part.samples.size for part in parts])
         frames_B = torch.tensor([output_frames(part.samples.size, self.config.model) for part in parts])
@@ -345,24 +328,15 @@ class Pretrained:
 
     @torch.no_grad()
     def _codes(self, encoded: EncoderOutput) -> Tensor:
-        """The quantizer's choices [B, T, G], on the CPU."""
+        """Codebook entries [B, T, G] that the quantizer chooses, on the CPU."""
         assert isinstance(self.model, Wav2Vec2ForPretraining)
         batch, frames = encoded.targets_BTC.shape[:2]
         quantized: Quantized = self.model.quantizer(encoded.targets_BTC.flatten(0, 1), None, 1.0)
         return quantized.codes_MG.view(batch, frames, -1).cpu()
 
 
-def windows_of(frames: int, *, chunk: int, overlap: int) -> list[Window]:
-    """Windows whose kept parts are of about equal length, at most `chunk` frames, and make up the whole."""
-    count = -(-frames // chunk)
-    edges = [frames * number // count for number in range(count + 1)]
-    return [
-        Window(max(first - overlap, 0), first, last, min(last + overlap, frames)) for first, last in pairwise(edges)
-    ]
-
-
 def hop(config: ModelConfig) -> int:
-    """Samples from one frame to the next."""
+    """The number of samples between consecutive frames."""
     return math.prod(stride for _, _, stride in config.conv_layers)
 
 
@@ -373,18 +347,18 @@ def _mono(waveform: NDArray[np.floating] | Tensor) -> Samples:
     try:
         array = np.asarray(waveform)
     except ValueError:
-        raise UserError("waveform: not an array: its parts differ in length") from None
+        raise UserError("waveform: not an array (its rows differ in length)") from None
     if array.dtype.kind != "f":
-        raise UserError(f"waveform: {array.dtype}: wanted floating point, from -1 to 1: divide int16 by 32768")
+        raise UserError(f"waveform: {array.dtype}: expected floating point from -1 to 1; divide int16 by 32768")
     shape = list(array.shape)
     if array.ndim not in (1, 2) or (array.ndim == 2 and not 0 < shape[0] <= shape[1]):
-        raise UserError(f"waveform: shape {shape}: wanted [samples] or [channels, samples]")
+        raise UserError(f"waveform: shape {shape}: expected [samples] or [channels, samples]")
     samples: Samples = array.astype(np.float32, copy=False)
     return samples if array.ndim == 1 else samples.mean(axis=0)
 
 
-def _moments(blocks: Iterable[Samples]) -> tuple[float, float]:
-    """Mean and standard deviation of all samples."""
+def _mean_and_deviation(blocks: Iterable[Samples]) -> tuple[float, float]:
+    """Mean and standard deviation over all samples."""
     count, total, squares = 0, 0.0, 0.0
     for block in blocks:
         count += block.size

@@ -1,4 +1,4 @@
-"""What a fine-tuned model writes: transcripts of audio of any length."""
+"""Transcribe audio of any length with a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.distributed.process_group import ALONE, Ranks
 from w2vscale.errors import UserError
+from w2vscale.inference.chunks import by_audio
 from w2vscale.inference.decoding import BeamSearch, build_decoder
-from w2vscale.inference.pretrained import BATCH_SECONDS, CHUNK_SECONDS, OVERLAP_SECONDS, Pretrained
-from w2vscale.inference.sources import Source, open_by_duration
+from w2vscale.inference.pretrained import BATCH_SECONDS, Pretrained
+from w2vscale.inference.utterances import Utterance, open_by_duration
 from w2vscale.objectives.ctc import Wav2Vec2ForCTC
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """What is said in an utterance."""
+    """The transcript of an utterance."""
 
     utterance: str
     file: str
@@ -29,7 +30,7 @@ class Transcript:
 
 def transcribe(
     pretrained: Pretrained,
-    sources: Sequence[Source],
+    utterances: Sequence[Utterance],
     *,
     search: BeamSearch | None = None,
     ranks: Ranks = ALONE,
@@ -37,48 +38,52 @@ def transcribe(
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Transcript | BadAudio]:
-    """Transcripts of utterances, shortest first, and what could not be used.
+    """Transcribe utterances, shortest first.
 
-    Greedy, or by the beam `search`. Audio above `CHUNK_SECONDS` is computed in chunks with context on either side, as
-    in `Pretrained.features`. Of several `ranks` each takes every n-th utterance by duration.
+    Args:
+        pretrained: a fine-tuned model.
+        utterances: what to transcribe. Audio above `CHUNK_SECONDS` is computed in chunks with context.
+        search: settings of a beam search; greedy decoding by default.
+        ranks: with several ranks, each transcribes every n-th utterance by duration.
+        batch_seconds: padded audio per forward pass.
+        progress: called with (utterances done, utterances in total) of this rank.
+        log: receives warnings.
+
+    Yields:
+        A transcript for each utterance, or the record of unusable audio.
 
     Raises:
-        UserError: the model writes nothing; a lexicon or language model cannot be used.
+        UserError: the model has no output layer, or a lexicon or language model is unusable.
     """
     model = pretrained.model
     if not isinstance(model, Wav2Vec2ForCTC):
-        raise UserError("the checkpoint is only pretrained and has no output layer: w2vscale finetune gives it one")
+        raise UserError(
+            "the checkpoint is only pretrained, without an output layer; fine-tune it with w2vscale finetune"
+        )
     decoder = build_decoder(pretrained.config.ctc.vocabulary, search, log)
-    opened, bad = open_by_duration(sources)
+    opened, bad = open_by_duration(utterances)
     if ranks.is_main:
         yield from bad
     opened = opened[ranks.rank :: ranks.world_size]
     stream = pretrained.stream(
-        [one for _, one in opened],
-        layers=[pretrained.config.model.layers],
-        chunk_seconds=CHUNK_SECONDS,
-        overlap_seconds=OVERLAP_SECONDS,
-        batch_seconds=batch_seconds,
+        [audio for _, audio in opened], layers=[pretrained.config.model.layers], batch_seconds=batch_seconds
     )
-    kept: list[Tensor] = []
-    for number, piece in stream:
-        source, one = opened[number]
-        if isinstance(piece, AudioError):
-            kept.clear()
-            yield BadAudio(source.name, source.file, piece.kind, str(piece))
-        else:
-            kept.append(decoder.reduce(_logits(model, piece.hidden[0])))
-            if sum(map(len, kept)) == pretrained.frames(one):
-                whole = torch.cat(kept)
-                kept.clear()
-                yield Transcript(source.name, source.file, decoder.text(whole))
+    for number, chunks in by_audio(stream):
+        utterance, _ = opened[number]
+        found: Transcript | BadAudio
+        try:
+            scores = torch.cat([decoder.reduce(_logits(model, chunk.hidden[0])) for chunk in chunks])
+            found = Transcript(utterance.name, utterance.file, decoder.text(scores))
+        except AudioError as error:
+            found = utterance.bad(error)
+        yield found
         if progress is not None:
             progress(number + 1, len(opened))
 
 
 @torch.no_grad()
 def _logits(model: Wav2Vec2ForCTC, hidden_TD: Tensor) -> Tensor:
-    """Logits [T, V] from the last block's output."""
+    """Compute logits [T, V] from the output of the last block."""
     x_TD = hidden_TD.to(model.head.weight.device)
     norm = model.encoder.transformer.final_norm
     logits_TV: Tensor = model.head(x_TD if norm is None else norm(x_TD))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.reading import Checkpoint, TrainState
 from w2vscale.config import Config
 from w2vscale.data.transcripts import PIECE_SPACE
+from w2vscale.errors import UserError
+from w2vscale.files import read_records
 from w2vscale.version import __version__
 
 
@@ -114,8 +116,7 @@ def _training_rows(state: TrainState, config: Config, run: Path | None) -> list[
 
 def _validation_rows(run: Path | None, update: int) -> list[tuple[str, str]]:
     """Loss, accuracy and code perplexities of the last validation up to `update`."""
-    records = read_metrics(run / "metrics.jsonl", "validation") if run is not None else []
-    found = next((record for record in reversed(records) if record["update"] <= update), {})
+    found = _last_validation(run, update) if run is not None else {}
     wanted = [
         "label_error_rate",
         "contrastive_bits",
@@ -125,3 +126,13 @@ def _validation_rows(run: Path | None, update: int) -> list[tuple[str, str]]:
     return [
         (f"validation {key.replace('_', ' ')}", f"{found[key]:.4g}") for key in wanted if found.get(key) is not None
     ]
+
+
+def _last_validation(run: Path, update: int) -> dict[str, Any]:
+    path = run / "metrics.jsonl"
+    try:
+        records = read_records(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    validated = (record for record in reversed(records) if record.get("split") == "validation")
+    return next((record for record in validated if record["update"] <= update), {})

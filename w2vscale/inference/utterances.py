@@ -1,4 +1,4 @@
-"""Utterances to compute something of: audio files, folders of them, Lhotse cut manifests."""
+"""Find the utterances in audio files, folders and Lhotse cut manifests, and open their audio."""
 
 from __future__ import annotations
 
@@ -23,93 +23,103 @@ from w2vscale.inference.resampling import Samples
 
 
 @dataclass(frozen=True)
-class Source:
-    """One utterance: its output's path without suffix, below the output folder, and where its audio is from."""
+class Utterance:
+    """An utterance whose audio has not been opened yet."""
 
     name: str
+    """A path relative to an output folder, without suffix."""
     file: str
+    """The audio file, for messages."""
     open: Callable[[], Audio]
     """May raise AudioError."""
 
+    def bad(self, error: AudioError) -> BadAudio:
+        """The record of an utterance whose audio cannot be used."""
+        return BadAudio(self.name, self.file, error.kind, str(error))
+
 
 @dataclass(frozen=True)
-class CutSource(Source):
+class CutUtterance(Utterance):
     """An utterance of a manifest."""
 
     cut: Cut
 
+    @property
+    def speaker(self) -> str:
+        """The first speaker that the manifest names, or `unknown`."""
+        return next((str(part.speaker) for part in self.cut.supervisions if part.speaker), "unknown")
 
-S = TypeVar("S", bound=Source)
+
+U = TypeVar("U", bound=Utterance)
 
 
-def sources_of(path: Path) -> Iterator[Source]:
-    """The utterances of a file, a folder or a manifest.
+def find_utterances(path: Path) -> Iterator[Utterance]:
+    """Yield the utterances of an audio file, a folder of audio files, or a manifest.
 
     Raises:
-        UserError: a folder without audio, a bad manifest, or an id that is no name for a file.
+        UserError: a folder contains no audio, a manifest is unusable, or an id cannot be a file name.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
         if not files:
             raise UserError(f"{path}: no audio in it (looked for {', '.join(sorted(AUDIO_SUFFIXES))})")
         for file in files:
-            yield Source(str(file.relative_to(path).with_suffix("")), str(file), partial(_file_audio, file))
+            yield Utterance(str(file.relative_to(path).with_suffix("")), str(file), partial(_open_file, file))
     elif ".jsonl" in path.suffixes:
-        yield from _cut_sources(path)
+        yield from _cut_utterances(path)
     else:
-        yield Source(path.stem, str(path), partial(_file_audio, path))
+        yield Utterance(path.stem, str(path), partial(_open_file, path))
 
 
-def sources_by_name(manifests: Sequence[Path]) -> dict[str, CutSource]:
-    """The utterances of manifests, by their names.
+def utterances_by_name(manifests: Sequence[Path]) -> dict[str, CutUtterance]:
+    """Return the utterances of manifests by name.
 
     Raises:
-        UserError: a bad manifest, an id that is no name for a file, or a name that two utterances have.
+        UserError: a manifest is unusable, an id cannot be a file name, or two utterances have the same name.
     """
-    found: dict[str, CutSource] = {}
+    found: dict[str, CutUtterance] = {}
     for path in manifests:
-        for source in _cut_sources(path):
-            if found.setdefault(source.name, source) is not source:
+        for utterance in _cut_utterances(path):
+            if found.setdefault(utterance.name, utterance) is not utterance:
                 raise UserError(
-                    f"{path}: the id {source.cut.id!r} is another utterance's, too; take the manifests one by one"
+                    f"{path}: the id {utterance.cut.id!r} occurs twice; ids must be unique in all manifests together"
                 )
     return found
 
 
-def _cut_sources(path: Path) -> Iterator[CutSource]:
+def _cut_utterances(path: Path) -> Iterator[CutUtterance]:
     build_index(path)
     manifest = Manifest(path)
     for cut in map(manifest.cut, range(len(manifest))):
-        yield CutSource(_name_of(cut, path), audio_path(cut), partial(_cut_audio, cut), cut)
+        if not _is_file_name(cut.id):
+            raise UserError(f"{path}: the id {cut.id!r} cannot be a file name in the output folder")
+        yield CutUtterance(os.path.normpath(cut.id), audio_path(cut), partial(_open_cut, cut), cut)
 
 
-def _name_of(cut: Cut, manifest: Path) -> str:
-    if not _is_name(cut.id):
-        raise UserError(f"{manifest}: the id {cut.id!r} is no name for a file below the output folder")
-    return os.path.normpath(cut.id)
-
-
-def _is_name(identifier: object) -> bool:
+def _is_file_name(identifier: object) -> bool:
     if not isinstance(identifier, str) or "\0" in identifier:
         return False
     parts = identifier.split("/")
     return not identifier.startswith("/") and ".." not in parts and parts[-1] not in ("", ".")
 
 
-def open_by_duration(sources: Sequence[S]) -> tuple[list[tuple[S, Audio]], list[BadAudio]]:
-    """Sources that can be opened, by duration, so that neighbours share a forward; and those that cannot."""
-    opened: list[tuple[S, Audio]] = []
+def open_by_duration(utterances: Sequence[U]) -> tuple[list[tuple[U, Audio]], list[BadAudio]]:
+    """Open utterances and sort them by duration, so that neighbours share a forward pass.
+
+    Returns the opened utterances, and those that cannot be opened.
+    """
+    opened: list[tuple[U, Audio]] = []
     bad = []
-    for source in sources:
+    for utterance in utterances:
         try:
-            opened.append((source, source.open()))
+            opened.append((utterance, utterance.open()))
         except AudioError as error:
-            bad.append(BadAudio(source.name, source.file, error.kind, str(error)))
+            bad.append(utterance.bad(error))
     return sorted(opened, key=lambda pair: pair[1].samples / pair[1].sampling_rate), bad
 
 
-def _file_audio(path: Path) -> Audio:
-    """A whole file, channels averaged; read from its beginning, since positions in MP3 or Opus are not exact."""
+def _open_file(path: Path) -> Audio:
+    """Open a file. It is read from its beginning, because seeking in MP3 and Opus is inexact. Averages channels."""
     if not path.is_file():
         raise AudioError("missing", "no such file")
     try:
@@ -123,9 +133,9 @@ def _file_audio(path: Path) -> Audio:
             with path.open("rb") as stored, soundfile.SoundFile(stored) as file:
                 while (block := file.read(BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True)).size:
                     done += len(block)
-                    # The length of an MP3 without a header is a guess; its frames begin with eleven ones.
+                    # libsndfile guesses the length of an MP3 without a Xing header. A frame starts with eleven ones.
                     if header.format == "MP3" and done == header.frames and stored.read(2) >= b"\xff\xe0":
-                        raise AudioError("undecodable", f"goes on after the {done} samples that it seems to have")
+                        raise AudioError("undecodable", f"longer than the {done} samples that libsndfile reports")
                     yield block.mean(axis=1)
         except (soundfile.SoundFileError, OSError) as error:
             raise AudioError("undecodable", f"cannot be decoded: {libsndfile_reason(error)}") from None
@@ -135,7 +145,7 @@ def _file_audio(path: Path) -> Audio:
     return Audio(header.samplerate, header.frames, blocks)
 
 
-def _cut_audio(cut: Cut) -> Audio:
+def _open_cut(cut: Cut) -> Audio:
     rate = cut.sampling_rate
     samples = compute_num_samples(cut.duration, rate)
 

@@ -1,0 +1,74 @@
+"""Chunks of long audio: how an utterance is split, and what is computed for each chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+from w2vscale.data.audio import AudioError
+from w2vscale.inference.resampling import Samples
+
+
+class Chunk(NamedTuple):
+    """Frames of an utterance: [begin, end) are computed, [first, last) are kept, the others are context."""
+
+    begin: int
+    first: int
+    last: int
+    end: int
+    is_final: bool
+
+
+class Part(NamedTuple):
+    """The samples of a chunk, and the moments of its utterance's taps if they differ from those of the chunk."""
+
+    chunk: Chunk
+    samples: Samples
+    moments_JJ: Tensor | None
+
+
+class ChunkFeatures(NamedTuple):
+    """What the model computes for the frames of one chunk of an utterance, on the CPU."""
+
+    first: int
+    """The number of the first frame in the utterance."""
+    hidden: list[Tensor]
+    """Hidden states [frames, dim] of each requested layer, fp32."""
+    codes_TG: Tensor | None
+    """The codebook entries that the quantizer chooses, if requested."""
+    is_final: bool
+    """Whether this chunk ends the utterance."""
+
+
+def by_audio(
+    stream: Iterator[tuple[int, ChunkFeatures | AudioError]],
+) -> Iterator[tuple[int, Iterator[ChunkFeatures]]]:
+    """Group the items of `Pretrained.stream` by audio: pairs of an audio's position and its chunks.
+
+    Iterate over all chunks of an audio before asking for the next audio. Iterating raises the AudioError of the audio.
+    """
+
+    def chunks(item: ChunkFeatures | AudioError) -> Iterator[ChunkFeatures]:
+        while True:
+            if isinstance(item, AudioError):
+                raise item
+            yield item
+            if item.is_final:
+                return
+            _, item = next(stream)
+
+    for number, item in stream:
+        yield number, chunks(item)
+
+
+def split_into_chunks(frames: int, *, chunk_frames: int, overlap_frames: int) -> list[Chunk]:
+    """Split an utterance into chunks of about equal length, each with up to `overlap_frames` of context per side."""
+    count = -(-frames // chunk_frames)
+    edges = [frames * number // count for number in range(count + 1)]
+    return [
+        Chunk(max(first - overlap_frames, 0), first, last, min(last + overlap_frames, frames), last == frames)
+        for first, last in pairwise(edges)
+    ]
