@@ -27,7 +27,6 @@ from w2vscale.errors import UserError
 from w2vscale.inference.chunks import by_audio
 from w2vscale.inference.pretrained import Pretrained
 from w2vscale.inference.utterances import open_by_duration, utterances_by_name
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 from w2vscale.objectives.ctc import ctc_loss, greedy_labels
 
 LEARNING_RATE = 0.01
@@ -147,7 +146,7 @@ def probe(
         UserError: the checkpoint is fine-tuned, a layer does not exist, a manifest is unusable, or no utterance of
             `train` or `test` can be used.
     """
-    if not isinstance(pretrained.model, Wav2Vec2ForPretraining):
+    if pretrained.objective.vocabulary:
         raise UserError("the checkpoint is fine-tuned; probes need a pretrained one")
     chosen = pretrained.resolve_layers(layers)
     spelling = Transcripts(vocabulary)
@@ -180,7 +179,7 @@ def probe(
     )
     return ProbeResult(
         error_rates={layer: int(errors) / labels for layer, errors in zip(chosen, errors_L, strict=True)},
-        codebooks=_codebooks(everything, letters, pretrained.config.model.codebook_entries, seed),
+        codebooks=_codebooks(everything, letters, pretrained.objective.code_entries, seed),
         frames=letters.size,
         train_utterances=len(train_set),
         test_utterances=len(test_set),

@@ -15,11 +15,11 @@ from w2vscale.checkpoint.inspection import Description, describe
 from w2vscale.checkpoint.reading import committed, update_of
 from w2vscale.checkpoint.shards import StoredTensor
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
-from w2vscale.config import dump_config
-from w2vscale.config.tree import ARCHITECTURE
+from w2vscale.config import architecture_of, dump_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
-from w2vscale.models.build import parameter_shapes
+from w2vscale.objectives import build_objective
+from w2vscale.objectives import state_shapes as parameter_shapes
 from w2vscale.optim.canonical import canonical_shapes
 
 HIGHER_IS_BETTER = {"accuracy"}
@@ -79,7 +79,7 @@ def average(
     newest, updates = chosen[-1], [found.checkpoint.state.update for found in chosen]
     state = newest.checkpoint.state
     origin = "; ".join(filter(None, (state.data, f"the mean of the weights at {_listed(updates)}")))
-    weights = canonical_shapes(parameter_shapes(newest.config.model, newest.config.ctc), optimizer=False)
+    weights = canonical_shapes(parameter_shapes(newest.config), optimizer=False)
     path = CheckpointStore(folder, Ranks(), expected=weights, log=log).save(
         means, replace(state, data=origin, validation_loss=None), dump_config(newest.config)
     )
@@ -153,10 +153,10 @@ def _weights(checkpoints: Sequence[Description]) -> dict[str, list[StoredTensor]
 
 def _architecture(found: Description) -> dict[str, object]:
     """All in which checkpoints of one model agree: settings that its weights depend on, and shapes."""
-    settings = found.config.model.model_dump()
+    objective = build_objective(found.config)
     return {
-        **{f"model.{key}": settings[key] for key in sorted(ARCHITECTURE)},
-        "ctc.vocabulary": found.config.ctc.vocabulary,
+        **{f"model.{key}": value for key, value in architecture_of(found.config.model).items()},
+        **{f"objective.{key}": value for key, value in architecture_of(objective.settings).items()},
         **{name: tensor.shape for name, tensor in found.tensors.items() if name.startswith("model.")},
     }
 

@@ -19,7 +19,7 @@ from w2vscale.checkpoint.reading import open_checkpoint
 from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
-from w2vscale.models.build import parameter_shapes
+from w2vscale.objectives import state_shapes as parameter_shapes
 from w2vscale.optim.canonical import canonical_shapes, differences, has_optimizer_state
 
 
@@ -52,7 +52,7 @@ def consolidate(
     checkpoint = open_checkpoint(path, log)
     tensors = stored_tensors(tensor_files(checkpoint.path))
     config = load_config(checkpoint.path / "config.yaml")
-    expected = canonical_shapes(parameter_shapes(config.model, config.ctc), optimizer=has_optimizer_state(tensors))
+    expected = canonical_shapes(parameter_shapes(config), optimizer=has_optimizer_state(tensors))
     wanted = {name: shape for name, shape in expected.items() if optimizer or name.startswith("model.")}
     if problem := next(differences({name: x.shape for name, x in tensors.items() if name in wanted}, wanted), None):
         raise UserError(f"{checkpoint.path}: {problem}")

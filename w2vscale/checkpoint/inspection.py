@@ -19,7 +19,7 @@ from w2vscale.checkpoint.reading import (
 )
 from w2vscale.checkpoint.shards import StoredTensor, stored_tensors, tensor_files
 from w2vscale.config import Config, load_config
-from w2vscale.models.build import parameter_shapes
+from w2vscale.objectives import state_shapes as parameter_shapes
 from w2vscale.optim.canonical import canonical_shapes, differences, has_optimizer_state
 
 
@@ -127,7 +127,7 @@ def _not_finite(file: Path) -> Iterator[str]:
 
 
 def _incomplete(tensors: Mapping[str, StoredTensor], config: Config) -> Iterator[str]:
-    expected = canonical_shapes(parameter_shapes(config.model, config.ctc), optimizer=has_optimizer_state(tensors))
+    expected = canonical_shapes(parameter_shapes(config), optimizer=has_optimizer_state(tensors))
     yield from differences({name: tensor.shape for name, tensor in tensors.items()}, expected)
     for name, tensor in tensors.items():
         if fault := tensor.fault():

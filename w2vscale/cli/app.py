@@ -12,6 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from w2vscale import runtime
 from w2vscale.cli import (
     checkpoint,
     config,
@@ -68,8 +69,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     if len(arguments) < len(sys.argv) - 1:
         os.environ["W2VSCALE_DEBUG"] = "1"  # an environment variable, so that launched processes inherit it
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
+    runtime.enter()
     try:
         app(args=arguments, prog_name="w2vscale", obj=arguments)
     except KeyboardInterrupt:

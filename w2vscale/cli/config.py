@@ -20,19 +20,20 @@ def show(
     source: Source,
     overrides: Overrides = None,
     deepspeed: Annotated[
-        bool, typer.Option("--deepspeed", help="Instead, the JSON that DeepSpeed is given, merged with the settings.")
+        bool, typer.Option("--deepspeed", help="Print the JSON for DeepSpeed, merged with the settings, instead.")
     ] = False,
 ) -> None:
     """Print the resolved settings as YAML."""
     from w2vscale.config import dump_config, load_config
+    from w2vscale.objectives import resolve
 
-    config = load_config(source, overrides or [])
+    config, _ = resolve(load_config(source, overrides or []))
     if not deepspeed:
         typer.echo(dump_config(config), nl=False)
         return
     from w2vscale.engine.deepspeed.config import deepspeed_config, import_deepspeed, validate_zero
 
-    document = deepspeed_config(config)
+    document = deepspeed_config(config.engine, config.optim, config.precision)
     if importlib.util.find_spec("deepspeed") is not None:
         import torch
 
@@ -50,7 +51,7 @@ def presets() -> None:
 
     from w2vscale.cli.progress import console
     from w2vscale.config import load_config, preset_names
-    from w2vscale.models.build import build_model
+    from w2vscale.objectives import build_objective
 
     table = Table(box=None, header_style="bold")
     table.add_column("preset", no_wrap=True)
@@ -59,7 +60,7 @@ def presets() -> None:
     for name in preset_names():
         config = load_config(name)
         with torch.device("meta"):
-            model = build_model(config.model, config.ctc)
+            model = build_objective(config).build_model()
         shape = f"{config.model.layers}x{config.model.dim}x{config.model.ffn_dim}x{config.model.heads}"
         seconds = config.batch.max_seconds * config.batch.micro_batches
         table.add_row(
@@ -79,12 +80,13 @@ def keys() -> None:
     from rich.table import Table
 
     from w2vscale.cli.progress import console
-    from w2vscale.config.load import settings
+    from w2vscale.objectives import all_settings
 
-    table = Table(box=None, header_style="bold")
-    table.add_column("setting", no_wrap=True)
-    for column in ("type", "default", "meaning"):
-        table.add_column(column, overflow="fold")
-    for row in settings():
-        table.add_row(*row)
-    console.print(table, markup=False)
+    for title, rows in all_settings().items():
+        table = Table(box=None, header_style="bold", title=title, title_justify="left")
+        table.add_column("setting", no_wrap=True)
+        for column in ("type", "default", "meaning"):
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, markup=False)

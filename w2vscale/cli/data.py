@@ -198,9 +198,10 @@ def stats(
     from w2vscale.cli.data_tables import print_stats
     from w2vscale.config import load_config
     from w2vscale.corpora.stats import corpus_stats
+    from w2vscale.objectives import build_objective
 
     settings = load_config(config, override or [])
-    print_stats(corpus_stats(manifests, settings), settings)
+    print_stats(corpus_stats(manifests, settings, build_objective(settings)), settings)
 
 
 @app.command()

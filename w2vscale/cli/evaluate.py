@@ -91,8 +91,7 @@ def _evaluate_loss(checkpoint: Path, cuts: list[Path], overrides: list[str], out
         return
     _print_metrics(found)
     if output is not None:
-        document = {"checkpoint": str(found.checkpoint), "update": found.update, **found.metrics}
-        document |= {f"used_entries_{codebook}": used for codebook, used in enumerate(found.used_entries)}
+        document = {"checkpoint": str(found.checkpoint), "update": found.update, **found.metrics, "table": found.table}
         write_text(output, json.dumps(document, indent=2) + "\n")
 
 
@@ -105,21 +104,8 @@ def _print_metrics(found: Evaluation) -> None:
     table = Table(title=f"{found.checkpoint.name} on {int(values['utterances'])} utterances", box=None)
     table.add_column("metric")
     table.add_column("value", justify="right")
-    if "labels" in values:
-        table.add_row("loss per label", f"{values['loss']:.4f} nats")
-        table.add_row("label error rate, greedy", f"{values['label_error_rate']:.2%}")
-        table.add_row("labels", f"{int(values['labels']):,}")
-    else:
-        table.add_row("contrastive loss", f"{values['contrastive']:.4f} nats = {values['contrastive_bits']:.4f} bits")
-        table.add_row("contrastive accuracy", f"{values['accuracy']:.4f}")
-        table.add_row("diversity loss", f"{values['diversity']:.4f}")
-        table.add_row("masked frames", f"{int(values['masked_frames']):,}")
-    for codebook, used in enumerate(found.used_entries):
-        table.add_row(
-            f"codebook {codebook}",
-            f"{used} of {found.codebook_entries} entries used, "
-            f"code perplexity {values[f'code_perplexity_{codebook}']:.1f}",
-        )
+    for name, value in found.table.items():
+        table.add_row(name, value)
     if values["unusable_utterances"]:
         table.add_row("unusable utterances", f"{int(values['unusable_utterances'])}")
     console.print(table)

@@ -45,11 +45,12 @@ def probe(
     from w2vscale.analysis import probing
     from w2vscale.analysis.probe_plots import draw_codes, draw_layers
     from w2vscale.cli.progress import console, progress_bar
-    from w2vscale.config.load import load_config
     from w2vscale.files import write_text
     from w2vscale.inference.pretrained import load
 
-    symbols = load_config("base", [f"ctc.vocabulary={vocabulary}"]).ctc.vocabulary
+    symbols = build_objective(
+        load_config("base", ["objective.name=ctc", f"objective.vocabulary={vocabulary}"])
+    ).vocabulary
     with progress_bar("updates of the probes") as progress:
         found = probing.probe(
             load(checkpoint),

@@ -23,13 +23,15 @@ def train(
     resume: Resume = "auto",
     nproc_per_node: Processes = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Run the largest micro-batch forward and backward, and stop.")
+        bool,
+        typer.Option("--dry-run", help="Print shapes, loss and memory of the largest micro-batch, and stop."),
     ] = False,
 ) -> None:
-    """Pretrain a model: the same command starts a run and continues it.
+    """Train a model. The same command starts a run and continues it.
 
     Example: w2vscale train base data.train=cuts_train.jsonl batch.micro_batches=32 --exp exp/base
     """
+    from w2vscale import runtime
     from w2vscale.config import load_config
 
     config = load_config(source, overrides or [])
@@ -42,7 +44,16 @@ def train(
         return
     from w2vscale.training.loop import train as run_training
 
-    sys.exit(run_training(config, exp or Path("exp") / Path(source).stem, resume=resume))
+    with runtime.training(compiled=config.engine.compile) as stop:
+        code = run_training(
+            config,
+            exp or Path("exp") / Path(source).stem,
+            resume=resume,
+            command=context.obj,
+            stop=stop,
+            around_updates=runtime.collected_between_steps,
+        )
+    sys.exit(code)
 
 
 def _print_dry_run(found: DryRun) -> None:
@@ -58,11 +69,11 @@ def _print_dry_run(found: DryRun) -> None:
     table.add_row("parameters", f"{sum(found.parameters.values()):,}")
     for name, shape in found.shapes.items():
         table.add_row(escape(name), " x ".join(f"{size:,}" for size in shape))
-    table.add_row("masked frames, or labels", f"{found.weight:,}")
-    table.add_row("loss of each", f"{found.loss:.3f} nats")
+    table.add_row("weight in the loss (masked frames, or labels)", f"{found.weight:,}")
+    table.add_row("loss per unit of weight", f"{found.loss:.3f} nats")
     table.add_row("gradient norm", f"{found.grad_norm:.3f}")
-    table.add_row("two forwards and backwards, and a step", f"{found.seconds:.2f} s")
+    table.add_row("time of two forwards and backwards, and a step", f"{found.seconds:.2f} s")
     table.add_row("peak memory", f"{found.peak_memory_bytes / 2**30:.2f} GiB")
-    if found.micro_batches_an_epoch is not None:
-        table.add_row("micro-batches an epoch", f"{found.micro_batches_an_epoch:,}")
+    if found.micro_batches_per_epoch is not None:
+        table.add_row("micro-batches per epoch", f"{found.micro_batches_per_epoch:,}")
     console.print(table)

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from w2vscale.config import Config
-from w2vscale.data.loading import make_plan
+from w2vscale.data.assembly import InputMaker
+from w2vscale.data.indexed import make_plan
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.mixing import groups
 from w2vscale.data.plan import Plan
@@ -58,7 +59,7 @@ class CorpusStats:
     mix: list[GroupStats]
 
 
-def corpus_stats(paths: Sequence[Path], config: Config, *, bins: int = 16) -> CorpusStats:
+def corpus_stats(paths: Sequence[Path], config: Config, maker: InputMaker, *, bins: int = 16) -> CorpusStats:
     """Read whole manifests for speakers and transcripts; plan one epoch under `config` for buckets and padding."""
     corpus = Corpus(paths, setting="MANIFEST")
     durations = np.concatenate([manifest.durations for manifest in corpus.manifests])
@@ -77,7 +78,15 @@ def corpus_stats(paths: Sequence[Path], config: Config, *, bins: int = 16) -> Co
                 rates[int(cut["recording"]["sampling_rate"])] += 1
     counts, edges = np.histogram(durations, bins=bins)
     seconds, _ = np.histogram(durations, bins=edges, weights=durations)
-    plan = make_plan(corpus, config, seed=config.trainer.seed, mix=config.mix)
+    plan = make_plan(
+        corpus,
+        maker,
+        model=config.model,
+        data=config.data,
+        batch=config.batch,
+        seed=config.trainer.seed,
+        mix=config.mix,
+    )
     rate = config.model.sampling_rate
     return CorpusStats(
         utterances=len(corpus),

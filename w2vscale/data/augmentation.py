@@ -39,8 +39,10 @@ class Augmentation:
     def __call__(
         self, audio: NDArray[np.float32], *, number: int, place: int
     ) -> tuple[NDArray[np.float32], list[BadAudio]]:
-        """Augment utterance `place` of micro-batch `number`; also returns the noises and impulse responses that could not
-        be used. The result has at most as many samples, and is `audio` itself where nothing was changed."""
+        """Augment utterance `place` of micro-batch `number`; also returns noises and impulse responses that are unusable.
+
+        The result has at most as many samples, and is `audio` itself where nothing was changed.
+        """
         draws = generator(self.seed, Stream.AUGMENTATION, number, place)
         bad: list[BadAudio] = []
         samples = unchanged = audio[None]

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on manifests: the validation metrics, and the use of the codebooks."""
+"""Evaluate a checkpoint on manifests: the validation metrics of its objective."""
 
 from __future__ import annotations
 
@@ -7,32 +7,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
 from w2vscale.config import load_config
-from w2vscale.data.loading import (
-    VALIDATION_SEED,
-    MicroBatches,
-    check_sample,
-    loader_processes,
-    make_plan,
-    validation_batches,
-)
+from w2vscale.data.indexed import VALIDATION_SEED, check_sample, validation_set
+from w2vscale.data.inputs import to_device
+from w2vscale.data.loading import loader_processes
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group
-from w2vscale.engine.base import Criterion, Sums
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import validate
-from w2vscale.models.build import Wav2Vec2, build_model
-from w2vscale.models.layers import compute_dtype
-from w2vscale.models.wav2vec2 import LossSums
-from w2vscale.objectives.criterion import CtcCriterion, PretrainingCriterion
-from w2vscale.objectives.ctc_metrics import ctc_metrics
-from w2vscale.objectives.pretraining_metrics import pretraining_metrics
+from w2vscale.objectives import Objective, StepContext, Sums, build_objective
 
 
 @dataclass(frozen=True)
@@ -42,9 +31,8 @@ class Evaluation:
     checkpoint: Path
     update: int
     metrics: dict[str, float]
-    used_entries: list[int]
-    """The number of entries of each codebook that were chosen at least once; empty without a quantizer."""
-    codebook_entries: int
+    table: dict[str, str]
+    """The metrics by name, formatted with their units."""
 
 
 def evaluate_checkpoint(
@@ -74,31 +62,25 @@ def evaluate_checkpoint(
     config = load_config(checkpoint.path / "config.yaml", overrides)
     corpus = Corpus(cuts, setting="--cuts")
     check_sample(corpus, sampling_rate=config.model.sampling_rate)
-    plan = make_plan(corpus, config, seed=VALIDATION_SEED)
-    dataset = MicroBatches(corpus, plan, config, seed=VALIDATION_SEED)
+    objective = build_objective(config)
+    dataset = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
     with process_group() as (ranks, device), torch.no_grad(), loader_processes():
-        model = build_model(config.model, config.ctc, compute_dtype(config.precision)).to(device)
+        model = objective.build_model().to(device)
         load_model_weights(checkpoint, model)
         model.eval()
-        criterion: Criterion
-        metrics_of: Callable[[Any], dict[str, float]]
-        if config.ctc.vocabulary:
-            criterion, metrics_of = CtcCriterion(config), ctc_metrics
-        else:
-            criterion, metrics_of = PretrainingCriterion(config.model, seed=VALIDATION_SEED), pretraining_metrics
-        batches = validation_batches(dataset, config, rank=ranks.rank, world_size=ranks.world_size)
-        run = partial(_evaluate, model, criterion, device)
-        metrics, sums = validate(run, _counted(batches, -(-plan.per_epoch // ranks.world_size), progress), metrics_of)
+        batches = dataset.one_epoch(rank=ranks.rank, world_size=ranks.world_size)
+        counted = _counted(batches, -(-dataset.micro_batches // ranks.world_size), progress)
+        metrics = validate(partial(_evaluate, model, objective, device), counted, objective.metrics)
     if not ranks.is_main:
         return None
     if math.isnan(metrics["loss"]):
         raise UserError(f"{cuts[0]}: no utterance could be evaluated")
-    used = (sums.code_counts_GV > 0).sum(dim=1).tolist() if isinstance(sums, LossSums) else []
-    return Evaluation(checkpoint.path, checkpoint.state.update, metrics, used, config.model.codebook_entries)
+    return Evaluation(checkpoint.path, checkpoint.state.update, metrics, objective.table(metrics))
 
 
-def _evaluate(model: Wav2Vec2, criterion: Criterion, device: torch.device, batch: MicroBatch) -> Sums:
-    return criterion(model, [batch], device=device, training=False)
+def _evaluate(model: nn.Module, objective: Objective, device: torch.device, batch: MicroBatch) -> Sums:
+    step = StepContext(VALIDATION_SEED, 0, (batch.number,))
+    return objective.forward(model, to_device(batch.inputs, device), step=step, training=False)
 
 
 def _counted(

@@ -16,7 +16,7 @@ BASELINE = "_scratch"
 """The suffix of a baseline: the run NAME is compared with the run NAME_scratch."""
 
 EDITS = ("substitutions", "deletions", "insertions")
-PRETRAINING_KEYS = {"accuracy", "update", "utterances", "contrastive_bits"}
+METRIC_KEYS = {"update", "utterances", "table"}
 WER_KEYS = {"wer", "cer", "word_interval", "character_interval", "cuts", "decoding", "utterances"}
 
 
@@ -40,11 +40,8 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
             metrics = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        if not isinstance(metrics, dict) or not (metrics.keys() >= PRETRAINING_KEYS or metrics.keys() >= WER_KEYS):
-            raise UserError(
-                f"{path}: not written by w2vscale evaluate --output for a pretrained model, or with --wer for a "
-                "fine-tuned one"
-            )
+        if not isinstance(metrics, dict) or not (metrics.keys() >= METRIC_KEYS or metrics.keys() >= WER_KEYS):
+            raise UserError(f"{path}: not written by w2vscale evaluate --output")
         found.append(Result(path.resolve().parent.name, metrics))
     return found
 
@@ -55,14 +52,8 @@ def results_page(results: Sequence[Result], title: str) -> str:
     Only evaluations with the same manifests and decoding are compared.
     """
     lines = [f"# {title}", ""]
-    if pretraining := [result for result in results if "accuracy" in result.metrics]:
-        lines += ["| pretraining | update | utterances | contrastive loss | accuracy |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {result.run} | {result.metrics['update']:,} | {result.metrics['utterances']:,.0f} "
-            f"| {result.metrics['contrastive_bits']:.3f} bits | {result.metrics['accuracy']:.3f} |"
-            for result in pretraining
-        ]
-        lines.append("")
+    if evaluations := [result for result in results if "table" in result.metrics]:
+        lines += _metrics_table(evaluations)
     if scores := [result for result in results if "wer" in result.metrics]:
         lines += ["| fine-tuned | test set | decoding | WER (95 %) | CER (95 %) |", "|---|---|---|---|---|"]
         lines += [
@@ -77,6 +68,17 @@ def results_page(results: Sequence[Result], title: str) -> str:
             if comparable and other.run == result.run + BASELINE:
                 lines.append(_comparison(result, other))
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _metrics_table(results: Sequence[Result]) -> list[str]:
+    """The validation metrics of runs; a run has the columns of its objective."""
+    names = list(dict.fromkeys(name for result in results for name in result.metrics["table"]))
+    lines = [f"| run | update | utterances | {' | '.join(names)} |", f"|{'---|' * (3 + len(names))}"]
+    for result in results:
+        values = [result.metrics["table"].get(name, "") for name in names]
+        counts = f"{result.metrics['update']:,} | {result.metrics['utterances']:,.0f}"
+        lines.append(f"| {result.run} | {counts} | {' | '.join(values)} |")
+    return [*lines, ""]
 
 
 def _rate(result: Result, rate: str, interval: str) -> str:

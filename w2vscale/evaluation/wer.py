@@ -91,7 +91,7 @@ def score_checkpoint(
         UserError: the model has no output layer, jiwer is not installed, a manifest is unusable, or no utterance could
             be scored.
     """
-    spelling = Transcripts(pretrained.config.ctc.vocabulary)
+    spelling = Transcripts(pretrained.objective.vocabulary)
     transcribed, bad = {}, []
     for name, utterance in utterances_by_name(cuts).items():
         if transcript(utterance.cut).strip():

@@ -14,9 +14,8 @@ from typing import IO, Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from w2vscale.data.transcripts import PIECE_SPACE, SPACE, Transcripts
+from w2vscale.data.transcripts import BLANK, PIECE_SPACE, SPACE, Transcripts
 from w2vscale.errors import UserError
-from w2vscale.objectives.ctc import BLANK
 
 SPECIAL_TOKENS = {"<s>", "</s>", "<pad>"}
 """Symbols that are not part of a transcript."""

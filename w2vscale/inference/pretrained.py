@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
-from w2vscale.config import Config, ModelConfig, load_config
+from w2vscale.config import Config, ModelConfig, PrecisionConfig, load_config
 from w2vscale.data.audio import EPSILON, AudioError
 from w2vscale.errors import UserError
 from w2vscale.inference.chunks import ChunkFeatures, Part, split_into_chunks
 from w2vscale.inference.resampling import Samples, resampled
 from w2vscale.interop.importing import form_of
-from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.feature_encoder import WaveformLayer, input_samples, moments_of, output_frames
-from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2ForPretraining
-from w2vscale.objectives.quantizer import Quantized
+from w2vscale.models.wav2vec2 import EncoderOutput
+from w2vscale.objectives import Objective, build_objective
 
 CHUNK_SECONDS = 30.0
 """Longer audio is split into chunks of at most this length."""
@@ -60,11 +60,12 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
     except UserError as error:
         raise UserError(f"{error}{_import_hint(Path(path))}") from None
     config = load_config(checkpoint.path / "config.yaml")
-    model = build_model(config.model, config.ctc)
+    objective = build_objective(config.model_copy(update={"precision": PrecisionConfig(compute="fp32")}))
+    model = objective.build_model()
     load_model_weights(checkpoint, model)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return Pretrained(model.to(chosen).eval(), config)
+        return Pretrained(model.to(chosen).eval(), config, objective)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {chosen}: {str(error).splitlines()[0]}") from None
 
@@ -101,8 +102,9 @@ class Audio:
 class Pretrained:
     """A trained model in evaluation mode, and the settings of the run that trained it."""
 
-    model: Wav2Vec2
+    model: Any
     config: Config
+    objective: Objective
 
     def features(
         self,
@@ -198,7 +200,7 @@ class Pretrained:
 
         Chunks come audio by audio, in order and without gaps; an error is the last item of its audio (see `by_audio`).
         Consecutive chunks share a forward pass of at most `batch_seconds` of padded audio (at least one chunk), so
-        sort the audios by length. `codes` adds the choices of the quantizer, which fine-tuned models do not have.
+        sort the audios by length. `codes` adds the discrete codes of the frames, where the model has any.
 
         Raises:
             UserError: a length is not positive, or the context alone exceeds `model.max_frames`.
@@ -327,12 +329,10 @@ class Pretrained:
         return encoded
 
     @torch.no_grad()
-    def _codes(self, encoded: EncoderOutput) -> Tensor:
-        """Codebook entries [B, T, G] that the quantizer chooses, on the CPU."""
-        assert isinstance(self.model, Wav2Vec2ForPretraining)
-        batch, frames = encoded.targets_BTC.shape[:2]
-        quantized: Quantized = self.model.quantizer(encoded.targets_BTC.flatten(0, 1), None, 1.0)
-        return quantized.codes_MG.view(batch, frames, -1).cpu()
+    def _codes(self, encoded: EncoderOutput) -> Tensor | None:
+        """The codes [B, T, G], on the CPU."""
+        codes_BTG = self.objective.codes(self.model, encoded)
+        return None if codes_BTG is None else codes_BTG.cpu()
 
 
 def hop(config: ModelConfig) -> int:

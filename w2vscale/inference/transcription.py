@@ -16,7 +16,6 @@ from w2vscale.inference.chunks import by_audio
 from w2vscale.inference.decoding import BeamSearch, build_decoder
 from w2vscale.inference.pretrained import BATCH_SECONDS, Pretrained
 from w2vscale.inference.utterances import Utterance, open_by_duration
-from w2vscale.objectives.ctc import Wav2Vec2ForCTC
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,12 @@ def transcribe(
     Raises:
         UserError: the model has no output layer, or a lexicon or language model is unusable.
     """
-    model = pretrained.model
-    if not isinstance(model, Wav2Vec2ForCTC):
+    objective = pretrained.objective
+    if not objective.vocabulary:
         raise UserError(
             "the checkpoint is only pretrained, without an output layer; fine-tune it with w2vscale finetune"
         )
-    decoder = build_decoder(pretrained.config.ctc.vocabulary, search, log)
+    decoder = build_decoder(objective.vocabulary, search, log)
     opened, bad = open_by_duration(utterances)
     if ranks.is_main:
         yield from bad
@@ -72,7 +71,7 @@ def transcribe(
         utterance, _ = opened[number]
         found: Transcript | BadAudio
         try:
-            scores = torch.cat([decoder.reduce(_logits(model, chunk.hidden[0])) for chunk in chunks])
+            scores = torch.cat([decoder.reduce(_logits(pretrained, chunk.hidden[0])) for chunk in chunks])
             found = Transcript(utterance.name, utterance.file, decoder.text(scores))
         except AudioError as error:
             found = utterance.bad(error)
@@ -82,9 +81,7 @@ def transcribe(
 
 
 @torch.no_grad()
-def _logits(model: Wav2Vec2ForCTC, hidden_TD: Tensor) -> Tensor:
+def _logits(pretrained: Pretrained, hidden_TD: Tensor) -> Tensor:
     """Compute logits [T, V] from the output of the last block."""
-    x_TD = hidden_TD.to(model.head.weight.device)
-    norm = model.encoder.transformer.final_norm
-    logits_TV: Tensor = model.head(x_TD if norm is None else norm(x_TD))
-    return logits_TV
+    device = pretrained.model.encoder.mask_embedding.device
+    return pretrained.objective.logits(pretrained.model, hidden_TD.to(device))

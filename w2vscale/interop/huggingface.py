@@ -152,8 +152,8 @@ def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, A
     """The settings of a pretraining model from its `config.json` and those of its feature extractor.
 
     What the settings of Transformers leave open (masks in pretraining, the schedule of the Gumbel softmax, gradient
-    scale, feature penalty; the normalisation, if `preprocessor` is None) is taken from the entry "w2vscale" or, if there
-    is none or it is of another architecture, from the published recipe for such a model.
+    scale, feature penalty; the normalisation, if `preprocessor` is None) is taken from the entry "w2vscale", or from the
+    published recipe for such a model if there is none or it is of another architecture.
 
     Raises:
         UserError: it is not a wav2vec 2.0 that w2vscale has.
@@ -202,7 +202,9 @@ def ctc_config(pretraining: Config, document: Mapping[str, Any], vocabulary: Map
     if [number for number, _ in numbers] != list(range(len(vocabulary))) or len(vocabulary) != size:
         raise UserError(f"vocab.json: does not name the {size} symbols of vocab_size in config.json")
     if document.get("pad_token_id", BLANK) != BLANK:
-        raise UserError(f"config.json: pad_token_id={document['pad_token_id']!r}: the blank of CTC must be symbol {BLANK}")
+        raise UserError(
+            f"config.json: pad_token_id={document['pad_token_id']!r}: the blank of CTC must be symbol {BLANK}"
+        )
     masks = {key: value for key, value in pretraining.objective.model_dump().items() if key.startswith("mask_")}
     try:
         settings = CtcSettings(

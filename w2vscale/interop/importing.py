@@ -21,7 +21,6 @@ from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import load_fairseq, read_pickle
 from w2vscale.interop.huggingface import ctc_config, from_huggingface, pretraining_config
 from w2vscale.objectives import state_shapes
-from w2vscale.optim.canonical import canonical_shapes
 
 FORMATS = ("huggingface", "fairseq")
 
@@ -67,18 +66,14 @@ def read_model(
     source: Path, form: str, log: Callable[[str], None] = lambda text: None
 ) -> tuple[Config, dict[str, Tensor]]:
     """Settings and weights, by our names, of a model of another library: see `import_checkpoint`."""
-    config, state = (
-        read_huggingface(source, log) if form == "huggingface" else from_fairseq(load_fairseq(source))
-    )
+    config, state = read_huggingface(source, log) if form == "huggingface" else from_fairseq(load_fairseq(source))
     for name, tensor in state.items():
         if tensor.is_meta or not tensor.isfinite().all():
             raise UserError(f"{source}: {name} has no values, or values that are not finite")
     return config, state
 
 
-def read_huggingface(
-    folder: Path, log: Callable[[str], None] = lambda text: None
-) -> tuple[Config, dict[str, Tensor]]:
+def read_huggingface(folder: Path, log: Callable[[str], None] = lambda text: None) -> tuple[Config, dict[str, Tensor]]:
     """Settings and weights, by our names, of a folder that `save_pretrained` wrote."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; download the model first, e.g. with: hf download")

@@ -12,6 +12,7 @@ from w2vscale.config import Config
 from w2vscale.data.transcripts import PIECE_SPACE
 from w2vscale.errors import UserError
 from w2vscale.files import read_records
+from w2vscale.objectives import build_objective
 from w2vscale.version import __version__
 
 
@@ -30,8 +31,9 @@ def model_card(checkpoint: Checkpoint, config: Config, run: Path | None) -> str:
         *(_training_rows(state, config, run) if trained else [("origin", state.data or "not recorded")]),
     ]
     table = "\n".join(f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows)
-    fine_tuned = bool(config.ctc.vocabulary)
-    of_pieces = any(PIECE_SPACE in symbol for symbol in config.ctc.vocabulary)
+    vocabulary = build_objective(config).vocabulary
+    fine_tuned = bool(vocabulary)
+    of_pieces = any(PIECE_SPACE in symbol for symbol in vocabulary)
     made = ("fine-tuned" if fine_tuned else "pretrained") if trained else "converted"
     return f"""---
 {header}---

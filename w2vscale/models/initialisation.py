@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 def empty_parameters() -> Iterator[None]:
     """Inside the block new modules have parameters on the meta device. Buffers hold their values as usual."""
 
-    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if parameter is None:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
@@ -59,7 +60,7 @@ def initial_values(model: nn.Module, seed_of: Callable[[int], int]) -> Iterator[
                 f"{name}: {type(module).__name__} has parameters and no reset_parameters to initialise them"
             )
         for own in parameters:
-            yield f"{prefix}{own}", module._parameters[own].detach()  # type: ignore[union-attr]
+            yield f"{prefix}{own}", module._parameters[own].detach()
         for own, buffer in module._buffers.items():
             if buffer is not None and own not in module._non_persistent_buffers_set:
                 yield f"{prefix}{own}", buffer

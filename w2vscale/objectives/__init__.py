@@ -18,8 +18,8 @@ __all__ = [
     "Sums",
     "TransformersHead",
     "add_sums",
+    "all_settings",
     "build_objective",
-    "objective_settings",
     "resolve",
     "state_shapes",
 ]
@@ -61,6 +61,13 @@ def state_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def objective_settings() -> dict[str, list[tuple[str, str, str, str]]]:
-    """(key, type, default, description) of the settings of each objective, for the documentation."""
-    return {name: settings_of(kind.Settings, "objective") for name, kind in OBJECTIVES.items()}
+def all_settings() -> dict[str, list[tuple[str, str, str, str]]]:
+    """(key, type, default, description) of every setting by the title of its section, for the documentation."""
+    tables = {}
+    for section, default in Config():
+        if section == "objective":
+            for name, kind in OBJECTIVES.items():
+                tables[f"{section} with objective.name={name}"] = settings_of(kind.Settings, section)
+        else:
+            tables[section] = settings_of(type(default), section)
+    return tables

@@ -133,7 +133,7 @@ class Ctc(Objective):
         regularization: RegularizationConfig,
         compute_dtype: torch.dtype,
     ) -> None:
-        self.vocabulary = _read_vocabulary(settings)
+        self.vocabulary = read_vocabulary(settings)
         super().__init__(
             settings.model_copy(update={"vocabulary": self.vocabulary}), model, regularization, compute_dtype
         )
@@ -314,7 +314,7 @@ class Ctc(Objective):
         )
 
 
-def _read_vocabulary(settings: CtcSettings) -> list[str]:
+def read_vocabulary(settings: CtcSettings) -> list[str]:
     """The symbols that the settings name.
 
     Raises:
