@@ -32,7 +32,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def pretrained(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     exp = tmp_path_factory.mktemp("pretrained")
-    settings = [*SPELLING, "ctc.vocabulary=[]", f"data.train={corpus[0]}", "trainer.updates=4"]
+    settings = [
+        *SPELLING,
+        "objective.name=ctc",
+        "objective.vocabulary=[]",
+        f"data.train={corpus[0]}",
+        "trainer.updates=4",
+    ]
     assert train(load_config("base", settings), exp) == 0
     return exp
 

@@ -31,7 +31,7 @@ UPDATES = (2, 4, 6, 8)
 LOSSES = {1: 0.1, 2: 3.0, 4: 2.0, 5: 0.5, 6: 4.0}
 ACCURACIES = {1: 0.9, 2: 0.3, 4: 0.2, 5: 0.8, 6: 0.4}
 BIAS = "quantizer.projection.bias"
-VOCABULARY = "ctc.vocabulary=['<pad>', '|', A, B]"
+VOCABULARY = "objective.name=ctc", "objective.vocabulary=['<pad>', '|', A, B]"
 
 
 def content(update: int, config: Config = CONFIG) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ def drop_a_bias(tensors: dict[str, Tensor]) -> None:
     [
         (["model.layers=2"], None, "model.layers", "2", "1"),
         (["model.heads=2"], None, "model.heads", "2", "4"),  # no shape shows it
-        ([VOCABULARY], None, "ctc.vocabulary", "['<pad>', '|', 'A', 'B']", "[]"),
+        ([VOCABULARY], None, "objective.vocabulary", "['<pad>', '|', 'A', 'B']", "[]"),
         ([], drop_a_bias, f"model.{BIAS}", "None", "(32,)"),
     ],
 )

@@ -130,13 +130,13 @@ class TestPresets:
     @pytest.mark.parametrize("name", FINE_TUNING_NUMBERS)
     def test_fine_tuning_has_the_published_numbers(self, name: str) -> None:
         config = load_config(name)
-        masks = (config.model.mask_probability, config.ctc.channel_mask_probability)
-        updates = (config.trainer.updates, config.ctc.freeze_encoder_updates)
-        assert (config.optim.lr, *updates, *masks, config.model.layerdrop) == FINE_TUNING_NUMBERS[name]
+        masks = (config.objective.mask_probability, config.objective.channel_mask_probability)
+        updates = (config.trainer.updates, config.objective.freeze_encoder_updates)
+        assert (config.optim.lr, *updates, *masks, config.regularization.layerdrop) == FINE_TUNING_NUMBERS[name]
         assert (config.schedule.kind, config.schedule.stages) == ("tri_stage", (0.1, 0.4, 0.5))
-        assert (config.model.mask_length, config.ctc.channel_mask_length) == (10, 64)
+        assert (config.objective.mask_length, config.objective.channel_mask_length) == (10, 64)
         assert config.batch.max_seconds * config.batch.micro_batches == 1600
-        assert config.model.feature_grad_mult == config.optim.weight_decay == 0
+        assert config.regularization.feature_grad_mult == config.optim.weight_decay == 0
 
     def test_every_setting_of_the_model_is_in_the_table(self) -> None:
         assert set(ModelConfig.model_fields) - set(MODEL_NUMBERS) == {"embedding_norm"}
@@ -298,9 +298,9 @@ class TestSettingsThatContradictEachOther:
             (["model.heads=7"], "heads=7 does not divide dim=768"),
             (["model.positional_groups=7"], "positional_groups=7"),
             (["model.conv_norm_groups=100"], "conv_norm_groups=100"),
-            (["model.codebooks=3"], "codebooks=3"),
-            (["model.target_projection=false", "model.projection_dim=128"], "projection_dim=128"),
-            (["model.gumbel_end=3"], "gumbel_end=3"),
+            (["objective.codebooks=3"], "codebooks=3"),
+            (["objective.target_projection=false", "objective.projection_dim=128"], "projection_dim=128"),
+            (["objective.gumbel_end=3"], "gumbel_end=3"),
             (["data.min_seconds=20"], "min_seconds=20"),
             (["batch.max_seconds=10"], "data.max_seconds=15.625"),
             (["batch.concat=65"], "batch.concat=65"),

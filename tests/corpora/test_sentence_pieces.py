@@ -62,7 +62,7 @@ def library(model: Path) -> Any:
 
 
 def vocabulary(model: Path) -> list[str]:
-    return load_config("base", [f"ctc.sentencepiece={model}"]).ctc.vocabulary
+    return load_config("base", ["objective.name=ctc", f"objective.sentencepiece={model}"]).objective.vocabulary
 
 
 class TestTraining:
@@ -104,11 +104,11 @@ class TestVocabulary:
     def test_a_runs_settings_open_without_the_file(self, model: Path, tmp_path: Path) -> None:
         moved = tmp_path / "moved.model"
         moved.write_bytes(model.read_bytes())
-        config = load_config("base", [f"ctc.sentencepiece={moved}"])
+        config = load_config("base", ["objective.name=ctc", f"objective.sentencepiece={moved}"])
         (tmp_path / "config.yaml").write_text(dump_config(config))
         moved.unlink()
         assert load_config(tmp_path / "config.yaml") == config
-        spelling = Transcripts(config.ctc.vocabulary)
+        spelling = Transcripts(config.objective.vocabulary)
         assert spelling.normalised("A  Cat") == "a cat"
 
     def test_a_file_that_cannot_be_used_is_named(self, manifest: Path, model: Path, tmp_path: Path) -> None:
@@ -131,10 +131,13 @@ class TestVocabulary:
                     use(path)
 
     def test_another_vocabulary_is_named(self, model: Path) -> None:
-        config = load_config("ctc_1h", [f"ctc.sentencepiece={model}"])
+        config = load_config("ctc_1h", ["objective.name=ctc", f"objective.sentencepiece={model}"])
         with pytest.raises(UserError, match=r"its 24 pieces after a blank are not the 32 symbols of ctc\.vocabulary"):
-            Transcripts(config.ctc.vocabulary, config.ctc.sentencepiece)
-        taken = load_config("ctc_1h", [f"ctc.sentencepiece={model}", "ctc.vocabulary=[]"]).ctc
+            Transcripts(config.objective.vocabulary, config.objective.sentencepiece)
+        taken = load_config(
+            "ctc_1h",
+            ["objective.name=ctc", f"objective.sentencepiece={model}", "objective.name=ctc", "objective.vocabulary=[]"],
+        ).ctc
         assert Transcripts(taken.vocabulary, taken.sentencepiece).labels("a")[0]
 
     def test_sentencepiece_is_optional(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

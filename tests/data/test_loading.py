@@ -14,6 +14,7 @@ import pytest
 import torch
 from lhotse.cut import Cut
 from numpy.typing import NDArray
+from w2vscale.objectives.criterion import PretrainingCriterion
 
 from tests.helpers.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest, write_text
 from tests.helpers.processes import Started
@@ -27,7 +28,6 @@ from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortes
 from w2vscale.data.plan import rank_window
 from w2vscale.errors import UserError
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
-from w2vscale.objectives.criterion import PretrainingCriterion
 
 RATE = 16_000
 
@@ -275,7 +275,7 @@ class TestMicroBatches:
             assert inputs.slot_M[mine].tolist() == list(range(int(mine.sum())))
             assert (inputs.negatives_MK[mine] < mine.sum()).all()
         assert (inputs.negatives_MK != inputs.slot_M[:, None]).all()
-        assert inputs.negatives_MK.shape == (batch.weight, config.model.negatives)
+        assert inputs.negatives_MK.shape == (batch.weight, config.objective.negatives)
         assert inputs.slots == max(int((inputs.utterance_M == row).sum()) for row in range(batch.utterances))
 
     def test_a_bad_utterance_is_named_and_changes_no_other(self, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ class TestMicroBatches:
         assert (batch.weight, batch.audio_samples, batch.utterances) == (0, 0, 0)
         assert batch.inputs.waveforms_BS.shape == (1, shortest_samples(config.model))
         assert not batch.inputs.waveforms_BS.any() and not batch.inputs.mask_BT.any()
-        assert batch.inputs.negatives_MK.shape == (0, config.model.negatives)
+        assert batch.inputs.negatives_MK.shape == (0, config.objective.negatives)
 
     def test_a_manifest_that_changes_under_the_run_costs_its_utterances_not_the_run(self, tmp_path: Path) -> None:
         manifest, _ = self.write(tmp_path / "corpus", count=3)
@@ -355,7 +355,7 @@ class TestDraws:
             model = load_config(preset).model
             audio = np.ones(shortest_samples(model), np.float32)
             inputs = make_inputs([audio], [0], number=0, seed=0, config=model)
-            assert inputs.masked[0] > model.mask_length
+            assert inputs.masked[0] > objective.mask_length
             assert (inputs.negatives_MK != inputs.slot_M[:, None]).all()
 
 

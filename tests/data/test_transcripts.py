@@ -16,7 +16,13 @@ from w2vscale.data.transcripts import Transcripts, make_ctc_inputs, refuse_too_m
 
 CONFIG = load_config(
     "base",
-    [*MICRO_MODEL, "ctc.vocabulary=letters", "ctc.channel_mask_probability=0.5", "ctc.channel_mask_length=8"],
+    [
+        *MICRO_MODEL,
+        "objective.name=ctc",
+        "objective.vocabulary=letters",
+        "objective.channel_mask_probability=0.5",
+        "objective.channel_mask_length=8",
+    ],
 )
 
 

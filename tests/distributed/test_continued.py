@@ -23,8 +23,8 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.distributed
 
 SETTINGS = (
-    "trainer.updates=20", "model.layerdrop=0", "model.dropout=0", "model.attention_dropout=0", "model.input_dropout=0",
-    "model.feature_dropout=0", "data.min_seconds=2",
+    "trainer.updates=20", "regularization.layerdrop=0", "regularization.dropout=0", "regularization.attention_dropout=0", "regularization.input_dropout=0",
+    "objective.feature_dropout=0", "data.min_seconds=2",
 )  # fmt: skip
 """All utterances are equally long: Transformers' GroupNorm counts padding."""
 
@@ -55,5 +55,5 @@ def test_the_first_loss_is_transformers_and_the_run_learns(
     assert len(records) == 20 and records[-1]["loss"] < records[0]["loss"]
     config = load_config("base", [*MICRO_RUN, f"data.train={small_corpus.train}", *overrides])
     (window,) = open_training_set(config).windows(range(1), rank=0, world_size=1)
-    mine = records[0]["contrastive"] + config.model.diversity_weight * records[0]["diversity"]
+    mine = records[0]["contrastive"] + config.objective.diversity_weight * records[0]["diversity"]
     assert mine == pytest.approx(transformers_loss(theirs, window, config), rel=1e-5)

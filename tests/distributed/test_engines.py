@@ -28,9 +28,9 @@ ODD_MODEL = (
     "model.conv_layers=[[17,10,5],[17,3,2],[17,3,2],[17,3,2],[17,3,2],[17,2,2],[17,2,2]]",
     "model.conv_norm_groups=17",
     "model.ffn_dim=65",
-    "model.codebook_entries=15",
-    "model.codevector_dim=14",
-    "model.projection_dim=13",
+    "objective.codebook_entries=15",
+    "objective.codevector_dim=14",
+    "objective.projection_dim=13",
 )
 """Sizes that two and three processes do not divide; LayerDrop, dropout and clipping are on (tests/helpers/micro.py)."""
 
@@ -184,7 +184,7 @@ def test_resuming_before_every_layer_was_used(
 ) -> None:
     """With LayerDrop so high that a layer has had no gradient yet; at update 0 none has."""
     overrides = (
-        *ODD_MODEL, ENGINES[engine], "model.layerdrop=0.9", "trainer.updates=4", "batch.micro_batches=2",
+        *ODD_MODEL, ENGINES[engine], "regularization.layerdrop=0.9", "trainer.updates=4", "batch.micro_batches=2",
         "batch.max_seconds=5", "schedule.warmup_updates=2", "checkpoint.every=2", "checkpoint.keep_last=9",
     )  # fmt: skip
     whole = pool(2).run(train_and_save_first, str(small_corpus.train), str(tmp_path), overrides)[0]
@@ -218,7 +218,7 @@ def test_the_first_update_of_a_process_may_skip_a_layer(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path, precision: str
 ) -> None:
     """FSDP2 that reduces in the last backward alone asks every unit for its gathered gradient."""
-    settings = (*SIX, f"precision.compute={precision}", "model.layerdrop=0.9", "trainer.updates=2")
+    settings = (*SIX, f"precision.compute={precision}", "regularization.layerdrop=0.9", "trainer.updates=2")
     settings += ("batch.micro_batches=4", "schedule.warmup_updates=1")
     ddp, fsdp = (
         pool(2).run(train_micro, str(small_corpus.train), str(tmp_path / name), (*settings, *VARIANTS[name]))
@@ -232,7 +232,7 @@ def test_the_first_update_of_a_process_may_skip_a_layer(
 def test_a_gradient_that_is_not_finite_changes_nothing(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, name: str, precision: str
 ) -> None:
-    settings = (*VARIANTS[name], "model.layerdrop=0", f"precision.compute={precision}")
+    settings = (*VARIANTS[name], "regularization.layerdrop=0", f"precision.compute={precision}")
     (skipped, unchanged, norms), _ = pool(2).run(
         step_after_a_gradient_that_is_not_finite, str(small_corpus.train), settings
     )

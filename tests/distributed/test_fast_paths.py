@@ -83,7 +83,7 @@ class TestCalibration:
         """FSDP2 has collectives in every forward: ranks that took another number of them would wait for ever."""
         longest = max(CutSet.from_file(small_corpus.train), key=lambda cut: cut.duration).id
         settings = (*TWENTY, "trainer.updates=3", "schedule.warmup_updates=1", "batch.concat=auto", "engine.name=fsdp")
-        settings += ("batch.micro_batches=8", "data.max_bad_fraction=1", "model.layerdrop=0")
+        settings += ("batch.micro_batches=8", "data.max_bad_fraction=1", "regularization.layerdrop=0")
         (_, first), (_, second) = pool(2).run(
             train_where_one_rank_cannot_read, longest, str(small_corpus.train), str(tmp_path), settings, timeout=60.0
         )

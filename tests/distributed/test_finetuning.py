@@ -25,8 +25,8 @@ if importlib.util.find_spec("deepspeed") is None:
 
 TUNING = (
     *SPELLING, "trainer.updates=6", "checkpoint.every=3", "checkpoint.keep_last=3", "data.max_seconds=2",
-    "batch.max_seconds=3", "ctc.freeze_encoder_updates=2", "ctc.channel_mask_probability=0.5",
-    "ctc.channel_mask_length=4", "model.feature_grad_mult=0",
+    "batch.max_seconds=3", "objective.freeze_encoder_updates=2", "objective.channel_mask_probability=0.5",
+    "objective.channel_mask_length=4", "regularization.feature_grad_mult=0",
 )  # fmt: skip
 
 

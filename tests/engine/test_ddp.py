@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from w2vscale.objectives.criterion import PretrainingCriterion, active_layers
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.checkpoints import model_and_optimizer
@@ -19,7 +20,6 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.engine.ddp import DDPEngine
 from w2vscale.models.initialisation import initial_parameters
-from w2vscale.objectives.criterion import PretrainingCriterion, active_layers
 from w2vscale.training.run import empty_model
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def test_the_norm_is_of_before_clipping_and_clipping_bounds_the_step(small_corpu
 
 def test_layers_that_were_skipped_still_have_their_moments_decayed(small_corpus: SmallCorpus) -> None:
     """As where gradients are sharded: a missing gradient is a zero."""
-    config = settings(small_corpus, "model.layerdrop=0.5")
+    config = settings(small_corpus, "regularization.layerdrop=0.5")
     skipping = next(update for update in range(100) if not (active_layers(update, config.model, seed=0) or [True])[0])
     running = engine(config)
     batches = [MicroBatch(skipping, batch.number, batch.inputs, batch.audio_samples) for batch in window(config)]

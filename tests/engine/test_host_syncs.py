@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from w2vscale.objectives.criterion import PretrainingCriterion
 
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import Config, load_config
 from w2vscale.data.inputs import CtcInputs, concatenate, to_device
 from w2vscale.data.micro_batch import MicroBatch, make_inputs
 from w2vscale.engine import build_engine
-from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.objectives.ctc import Wav2Vec2ForCTC
 from w2vscale.training.run import empty_model, initial_values
 
@@ -57,7 +57,7 @@ def test_forward_and_backward_need_no_value(preset: str, lengths: list[tuple[int
     device = torch.device("meta")
     batches = [micro_batch(config, some, number) for number, some in enumerate(lengths)]
     inputs = concatenate([to_device(batch.inputs, device) for batch in batches])
-    shape = (sum(batch.weight for batch in batches), config.model.codebooks, config.model.codebook_entries)
+    shape = (sum(batch.weight for batch in batches), config.objective.codebooks, config.objective.codebook_entries)
     with CopiesToTheDevice() as copies:
         sums = model(inputs, noise_MGV=torch.empty(shape, device=device), temperature=2.0, active=[True, False, True])
         (sums.total * (1.0 / torch.tensor(3.0))).backward()
@@ -66,7 +66,9 @@ def test_forward_and_backward_need_no_value(preset: str, lengths: list[tuple[int
 
 
 def test_fine_tuning_needs_no_value() -> None:
-    config = load_config("base", [*MICRO_MODEL, "ctc.vocabulary=letters", "precision.compute=bf16"])
+    config = load_config(
+        "base", [*MICRO_MODEL, "objective.name=ctc", "objective.vocabulary=letters", "precision.compute=bf16"]
+    )
     with torch.device("meta"):
         model = Wav2Vec2ForCTC(config.model, config.ctc, torch.bfloat16).train()
         inputs = CtcInputs(

@@ -16,7 +16,7 @@ from w2vscale.checkpoint.reading import TrainState, file_facts
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config
 from w2vscale.distributed.process_group import Ranks
-from w2vscale.models.build import parameter_shapes
+from w2vscale.objectives import state_shapes
 from w2vscale.optim.canonical import canonical_shapes
 
 Change = Callable[[dict[str, Tensor], dict[str, list[int]]], object]
@@ -51,7 +51,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def model_and_optimizer(config: Config) -> dict[str, tuple[int, ...]]:
     """What a run with these settings saves."""
-    return canonical_shapes(parameter_shapes(config.model, config.ctc))
+    return canonical_shapes(state_shapes(config))
 
 
 def rewrite(file: Path, change: Change) -> None:

@@ -24,7 +24,7 @@ def transformers_loss(folder: Path, batches: Sequence[MicroBatch], config: Confi
     places = ("hidden", "attention", "activation", "feat_proj", "feat_quantizer")
     off = {f"{place}_dropout": 0.0 for place in places}
     model = transformers.Wav2Vec2ForPreTraining.from_pretrained(folder, layerdrop=0.0, **off).train()
-    model.quantizer.temperature = config.model.gumbel_start
+    model.quantizer.temperature = config.objective.gumbel_start
     total, masked = 0.0, 0
     for batch in batches:
         assert not batch.inputs.padded
@@ -42,8 +42,8 @@ def transformers_loss(folder: Path, batches: Sequence[MicroBatch], config: Confi
 def _with_our_noise(batch: MicroBatch, config: Config) -> Any:
     """What draws from the generator of (seed, micro-batch) instead of PyTorch's."""
     noise_MGV = gumbel_noise([batch], seed=config.trainer.seed, config=config.model, device=torch.device("cpu"))
-    frames, codebooks = batch.inputs.mask_BT.numel(), config.model.codebooks
-    noise_FGV = torch.zeros(frames, codebooks, config.model.codebook_entries)
+    frames, codebooks = batch.inputs.mask_BT.numel(), config.objective.codebooks
+    noise_FGV = torch.zeros(frames, codebooks, config.objective.codebook_entries)
     noise_FGV[batch.inputs.mask_BT.flatten()] = noise_MGV
 
     def gumbel_softmax(logits: Tensor, tau: float, hard: bool) -> Tensor:

@@ -8,16 +8,16 @@ MICRO_MODEL = (
     "model.ffn_dim=64",
     "model.heads=4",
     "model.positional_groups=4",
-    "model.codebook_entries=16",
-    "model.codevector_dim=16",
-    "model.projection_dim=16",
-    "model.negatives=20",
+    "objective.codebook_entries=16",
+    "objective.codevector_dim=16",
+    "objective.projection_dim=16",
+    "objective.negatives=20",
 )
 """A model of about 40,000 parameters, with BASE's dropouts and a LayerDrop that strikes often."""
 
 MICRO_RUN = (
     *MICRO_MODEL,
-    "model.layerdrop=0.3",
+    "regularization.layerdrop=0.3",
     "data.max_seconds=2.0",
     "data.min_seconds=0.5",
     "data.workers=0",
@@ -40,9 +40,9 @@ SMALL = (
     "model.heads=4",
     "model.positional_kernel=16",
     "model.positional_groups=4",
-    "model.codebook_entries=20",
-    "model.codevector_dim=24",
-    "model.projection_dim=24",
-    "model.negatives=30",
+    "objective.codebook_entries=20",
+    "objective.codevector_dim=24",
+    "objective.projection_dim=24",
+    "objective.negatives=30",
 )
 """Of any preset a model that other libraries have too, in milliseconds."""

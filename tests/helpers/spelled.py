@@ -13,8 +13,9 @@ from tests.helpers.micro import MICRO_RUN
 TONES = {"A": 300.0, "B": 700.0, "C": 1500.0, "D": 3100.0}
 RATE = 16_000
 SPELLING = (
-    *MICRO_RUN, "ctc.vocabulary=['<pad>', '|', A, B, C, D]", "data.max_seconds=4", "optim.weight_decay=0",
-    "model.mask_probability=0.1",
+    *MICRO_RUN, "objective.name=ctc",
+    "objective.vocabulary=['<pad>', '|', A, B, C, D]", "data.max_seconds=4", "optim.weight_decay=0",
+    "objective.mask_probability=0.1",
 )  # fmt: skip
 
 

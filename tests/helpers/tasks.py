@@ -20,28 +20,25 @@ from lhotse.cut import Cut
 from torch.distributed.tensor import DTensor
 
 from tests.helpers.checkpoints import rewrite
+from tests.helpers.engines import set_up
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.checkpoint.reading import TrainState
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, load_config
-from w2vscale.data import loading
+from w2vscale.data import assembly
 from w2vscale.data.audio import AudioError, read_audio
 from w2vscale.distributed.process_group import Ranks, gather_as_found
-from w2vscale.engine import CanonicalState, build_engine
-from w2vscale.engine.fsdp import FSDPEngine
-from w2vscale.engine.joining import Joining
+from w2vscale.engine import CanonicalState
 from w2vscale.engine.rows import Rows
 from w2vscale.errors import UserError
 from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import transcribe
 from w2vscale.inference.utterances import find_utterances
-from w2vscale.objectives.objective import build_objective
 from w2vscale.optim.canonical import canonical_shapes
-from w2vscale.training.calibration import calibrate
-from w2vscale.training.loop import Trainer
-from w2vscale.training.run import Run, build_run, empty_model, initial_values, make_folder, open_training_set
-from w2vscale.training.signals import StopRequest
+from w2vscale.training.calibration import grouping_of
+from w2vscale.training.loop import NeverStop, Trainer
+from w2vscale.training.run import Run, build_run, make_folder
 
 
 def train_and_save_first(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
@@ -79,56 +76,46 @@ def _train(config: Config, folder: Path, *, save_first: bool = False) -> list[di
     ranks = Ranks()
     if dist.is_initialized():
         ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
-    make_folder(folder, config, ranks)
     run = build_run(config, folder, ranks=ranks, device=torch.device("cpu"), resume="auto", log=lambda text: None)
+    make_folder(folder, run.config, ranks, command=None)
     if save_first:
         run.save(run.state)
-    if config.batch.concat == "auto":
-        calibrate(run, lambda text: None)
-    with StopRequest() as stop:
-        Trainer(run, stop).train()
+    Trainer(run, NeverStop(), grouping_of(run, lambda text: None)).train()
     run.engine.close()
     if not ranks.is_main:
         return []
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def train_where_one_rank_cannot_read(
-    utterance: str, corpus: str, exp: str, overrides: tuple[str, ...]
-) -> tuple[list[float], Joining]:
-    """`train_micro`, where the last rank has no file of one utterance; losses, and how micro-batches were joined."""
-    joinings = []
+def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
+    """The losses of `train_micro`, where the last rank has no file of one utterance."""
 
     def read(cut: Cut, **settings: Any) -> Any:
         if cut.id == utterance and dist.get_rank() == dist.get_world_size() - 1:
             raise AudioError("missing", "no such file")
         return read_audio(cut, **settings)
 
-    def close(engine: FSDPEngine) -> None:
-        joinings.append(engine.joining)
-
-    with patch.object(loading, "read_audio", read), patch.object(FSDPEngine, "close", close):
-        return train_micro(corpus, exp, overrides), joinings[0]
+    with patch.object(assembly, "read_audio", read):
+        return train_micro(corpus, exp, overrides)
 
 
 def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, ...]) -> tuple[bool, bool, list[float]]:
     """Whether such a step is skipped and leaves this rank's state as it was, and the norms of the next two steps."""
     config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
-    engine = build_engine(empty_model(config), build_objective(config).criterion, config, torch.device("cpu"))
-    engine.import_parameters(initial_values(config))
-    batch = open_training_set(config).largest()
+    setup = set_up(config)
+    engine, batch = setup.engine, setup.training_set.largest()
 
     def state() -> list[torch.Tensor]:
         exported = engine.export_state().values()
         return [(x.to_local() if isinstance(x, DTensor) else x).clone() for x in exported]
 
     before = state()
-    engine.run_window([batch, batch], torch.tensor(math.nan))
+    setup.window([batch, batch], math.nan)
     skipped = engine.step(lr=1e-3, max_norm=1.0).skipped
     unchanged = all(map(torch.equal, before, state()))
     norms = []
     for _ in range(2):
-        engine.run_window([batch, batch], torch.tensor(100.0))
+        setup.window([batch, batch], 100.0)
         norms.append(engine.step(lr=0.0, max_norm=1.0).grad_norm)
     engine.close()
     return skipped, unchanged, norms
@@ -195,18 +182,18 @@ def train_with_an_engine_that_drops(tensor: str, update: int, corpus: str, exp: 
 def losses_after_an_import(corpus: str, overrides: tuple[str, ...], evaluate_first: bool) -> tuple[float, float]:
     """The engine's loss in evaluation and in training, once it was given other parameters after an evaluation."""
     config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
-    engine = build_engine(empty_model(config), build_objective(config).criterion, config, torch.device("cpu"))
-    batch = open_training_set(config).largest()
-    engine.import_parameters((name, torch.zeros_like(whole)) for name, whole in initial_values(config))
+    setup = set_up(config)
+    batch = setup.training_set.largest()
+    setup.engine.import_values((name, torch.zeros_like(whole)) for name, whole in setup.initial_values())
     if evaluate_first:
-        engine.evaluate(batch)
-    engine.import_parameters(initial_values(config))
-    trained = float(engine.run_window([batch], torch.tensor(100.0)).total)
-    engine.step(lr=0.0, max_norm=None)
+        setup.evaluate(batch)
+    setup.start_over()
+    trained = float(setup.window([batch], 100.0).total)
+    setup.step(0.0, None)
     if evaluate_first:
-        engine.evaluate(batch)
-    evaluated = float(engine.evaluate(batch).total)
-    engine.close()
+        setup.evaluate(batch)
+    evaluated = float(setup.evaluate(batch).total)
+    setup.engine.close()
     return trained, evaluated
 
 
@@ -247,8 +234,9 @@ def save_what_one_rank_spoils(folder: str, spoilt: str, asynchronous: bool) -> s
 def replaced_parameters(corpus: str, overrides: tuple[str, ...]) -> list[str]:
     """After each thing that an engine does: which of its parameters are not what its model has under their names."""
     config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
-    engine: Any = build_engine(empty_model(config), build_objective(config).criterion, config, torch.device("cpu"))
-    batch = open_training_set(config).largest()
+    setup = set_up(config)
+    engine: Any = setup.engine
+    batch = setup.training_set.largest()
     found: list[str] = []
 
     def look(after: str) -> None:
@@ -256,12 +244,12 @@ def replaced_parameters(corpus: str, overrides: tuple[str, ...]) -> list[str]:
         found.extend(f"{name} {after}" for name, own in engine.parameters.items() if others[name] is not own)
 
     look("at first")
-    engine.import_parameters(initial_values(config))
+    setup.start_over()
     look("after an import")
     for _ in range(2):
-        engine.evaluate(batch)
+        setup.evaluate(batch)
         look("after an evaluation")
-        engine.run_window([batch, batch], torch.tensor(100.0))
+        setup.window([batch, batch], 100.0)
         look("after a window")
         engine.step(lr=1e-3, max_norm=1.0)
         look("after a step")

@@ -337,8 +337,8 @@ class TestStartingFromACheckpoint:
         if "deepspeed" in engine:
             pytest.importorskip("deepspeed")
         config = self.settings(
-            small_corpus, source, "trainer.updates=1", "schedule.warmup_updates=1", "model.layerdrop=0",
-            "model.dropout=0", "model.attention_dropout=0", "model.input_dropout=0", "model.feature_dropout=0",
+            small_corpus, source, "trainer.updates=1", "schedule.warmup_updates=1", "regularization.layerdrop=0",
+            "regularization.dropout=0", "regularization.attention_dropout=0", "regularization.input_dropout=0", "objective.feature_dropout=0",
             "data.min_seconds=2.0", engine,
         )  # fmt: skip
         assert train(config, tmp_path / "exp") == 0
@@ -346,7 +346,7 @@ class TestStartingFromACheckpoint:
         export_checkpoint(source, tmp_path / "hf", form="huggingface")
         (window,) = open_training_set(config).windows(range(1), rank=0, world_size=1)
         theirs = transformers_loss(tmp_path / "hf", window, config)
-        mine = record["contrastive"] + config.model.diversity_weight * record["diversity"]
+        mine = record["contrastive"] + config.objective.diversity_weight * record["diversity"]
         assert mine == pytest.approx(theirs, rel=1e-5)
         said = " ".join(capsys.readouterr().out.split())
         assert "tensors of taken missing other shape not used" in said
@@ -363,7 +363,7 @@ class TestStartingFromACheckpoint:
             with pytest.raises(UserError, match=f"{name};.* if that is meant, name it in trainer.init_allow"):
                 train(self.settings(small_corpus, source, override), tmp_path / "no")
         allowed = self.settings(
-            small_corpus, source, "model.codebook_entries=12", "trainer.updates=1", "schedule.warmup_updates=1",
+            small_corpus, source, "objective.codebook_entries=12", "trainer.updates=1", "schedule.warmup_updates=1",
             "trainer.init_allow=[codebook_entries,quantizer,nosuch]",
         )  # fmt: skip
         capsys.readouterr()
@@ -375,7 +375,7 @@ class TestStartingFromACheckpoint:
         with pytest.raises(UserError, match=r"quantizer\.\S+ is \[.*\] there and \[.*\] here"):
             train(
                 self.settings(
-                    small_corpus, source, "model.codebook_entries=12", "trainer.init_allow=[codebook_entries]"
+                    small_corpus, source, "objective.codebook_entries=12", "trainer.init_allow=[codebook_entries]"
                 ),
                 tmp_path / "other",
             )

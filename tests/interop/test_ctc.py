@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from w2vscale.training.initialisation import open_source, with_architecture_of_source
 
 from tests.helpers.audio import write_audio
 from tests.helpers.checkpoints import shapes_of
@@ -27,19 +28,18 @@ from w2vscale.inference.utterances import find_utterances
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
 from w2vscale.objectives.ctc import Wav2Vec2ForCTC
-from w2vscale.training.initialisation import open_source, with_architecture_of_source
 
 transformers = pytest.importorskip("transformers")
 
 
-FROZEN = ("model.feature_grad_mult=0", "ctc.freeze_encoder_updates=5", "optim.weight_decay=0")
+FROZEN = ("regularization.feature_grad_mult=0", "objective.freeze_encoder_updates=5", "optim.weight_decay=0")
 
 
 @pytest.fixture(scope="module", params=["base", "large", "large_lv60", "xlsr_300m"])
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Path]:
     """A preset's small sibling with random weights: its settings, its checkpoint, and its export to Transformers."""
     folder = tmp_path_factory.mktemp(request.param)
-    config = load_config(request.param, [*SMALL, *FROZEN, "ctc.vocabulary=letters"])
+    config = load_config(request.param, [*SMALL, *FROZEN, "objective.name=ctc", "objective.vocabulary=letters"])
     torch.manual_seed(3)
     model = Wav2Vec2ForCTC(config.model, config.ctc)
     with torch.no_grad():
@@ -97,12 +97,12 @@ def test_the_processor_loads_and_writes_the_same_text(family: tuple[Config, Path
     assert isinstance(found, Transcript) and len(found.text) > 5
     theirs = processor.batch_decode(labels)[0].replace("<s>", "").replace("</s>", "")
     assert found.text == theirs.strip()
-    assert processor.tokenizer("IT'S").input_ids == [config.ctc.vocabulary.index(letter) for letter in "IT'S"]
+    assert processor.tokenizer("IT'S").input_ids == [config.objective.vocabulary.index(letter) for letter in "IT'S"]
 
 
 def test_sentence_pieces_are_written_with_spaces_and_come_in_again(tmp_path: Path) -> None:
     symbols = ["<pad>", "<unk>", "<s>", "</s>", "▁", "▁THE", "▁C", "AT", "A", "'"]
-    config = load_config("base", [*SMALL, f"ctc.vocabulary={json.dumps(symbols)}"])
+    config = load_config("base", [*SMALL, "objective.name=ctc", f"objective.vocabulary={json.dumps(symbols)}"])
     model = Wav2Vec2ForCTC(config.model, config.ctc)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     store = CheckpointStore(tmp_path / "checkpoints", Ranks(), expected=shapes_of(tensors), keep_last=1)
@@ -115,7 +115,7 @@ def test_sentence_pieces_are_written_with_spaces_and_come_in_again(tmp_path: Pat
     assert tokenizer.decode(frames) == labels_to_text(labels, symbols) == "THE CAT 'AA THE<unk>"
     assert "no labels of text" in (tmp_path / "out" / "README.md").read_text()
     imported = import_checkpoint(tmp_path / "out", tmp_path / "in", form="huggingface")
-    assert load_config(imported.checkpoint / "config.yaml").ctc.vocabulary == symbols
+    assert load_config(imported.checkpoint / "config.yaml").objective.vocabulary == symbols
 
 
 def test_in_again_is_bit_identical(family: tuple[Config, Path, Path], tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def test_quantizer_and_projections_are_those_of_fairseq_also_in_transformers(sha
     encoded = model.encoder(waveform.unsqueeze(0))
     quantized = model.quantizer(encoded.targets_BTC[0], None, 1.0)
     assert_equal(quantized.vectors_MD, vectors_TD)
-    assert_equal(model.target_projection(quantized.vectors_MD), targets_TP)
+    assert_equal(objective.target_projection(quantized.vectors_MD), targets_TP)
     assert_equal(model.context_projection(encoded.context_BTD[0]), context_TP)
     theirs = other(waveform.unsqueeze(0))
     assert_equal(theirs.projected_quantized_states[0], targets_TP)
@@ -587,8 +587,8 @@ def refusal(act: Callable[[], object]) -> str:
         ({"mask_selection": "uniform"}, "mask_selection=uniform"),
         ({"mask_channel_prob": 0.5}, "mask_channel_prob=0.5"),
         ({"latent_temp": "(2,0.5)"}, "latent_temp=(2, 0.5)"),
-        ({"mask_prob": 0.0}, "model.mask_probability=0.0"),
-        ({"dropout": "${model.x}"}, "model.dropout='${model.x}'"),
+        ({"mask_prob": 0.0}, "objective.mask_probability=0.0"),
+        ({"dropout": "${model.x}"}, "regularization.dropout='${model.x}'"),
         ({"encoder_attention_heads": 5}, "heads=5 does not divide dim=48"),
         ({"encoder_attention_heads": None}, "do not say encoder_attention_heads"),
         ({"conv_feature_layers": None}, "do not say conv_feature_layers"),
@@ -773,7 +773,7 @@ def test_allowed_names_are_inert_even_where_such_a_class_exists(zipped: bool, tm
         checkpoint = load_fairseq(path)
         assert not marker.exists()
     assert checkpoint.settings["dropout"]["called"] == {"dropout": 0.3}
-    assert "model.dropout=" in refusal(lambda: from_fairseq(checkpoint))
+    assert "regularization.dropout=" in refusal(lambda: from_fairseq(checkpoint))
 
 
 def test_a_stand_in_does_not_take_the_place_of_a_tensor(tmp_path: Path) -> None:

@@ -122,9 +122,9 @@ def test_fairseq_weights_that_are_not_finite_are_refused(number: float, tmp_path
 @pytest.mark.parametrize("preset", ["base", "large", "large_lv60", "xlsr_300m"])
 def test_our_own_export_has_all_settings(preset: str) -> None:
     changed = (
-        "model.mask_probability=0.5", "model.mask_length=7", "model.mask_min_spans=1", "model.gumbel_start=3",
-        "model.gumbel_end=0.2", "model.gumbel_decay=0.9", "model.feature_grad_mult=0.3",
-        "model.feature_penalty_weight=2", "model.normalize_waveform=true", "model.sampling_rate=8000",
+        "objective.mask_probability=0.5", "objective.mask_length=7", "objective.mask_min_spans=1", "objective.gumbel_start=3",
+        "objective.gumbel_end=0.2", "objective.gumbel_decay=0.9", "regularization.feature_grad_mult=0.3",
+        "objective.feature_penalty_weight=2", "model.normalize_waveform=true", "model.sampling_rate=8000",
     )  # fmt: skip
     for config in (load_config(preset).model, small(preset), small(preset, *changed)):
         document = json.loads(json.dumps(huggingface_config(config)))

@@ -68,7 +68,7 @@ def test_the_card_of_a_pretrained_model_computes_hidden_states(tmp_path: Path) -
 
 
 def test_the_card_of_a_fine_tuned_model_transcribes(tmp_path: Path) -> None:
-    config = load_config("large_lv60", [*SMALL, "ctc.vocabulary=letters"])
+    config = load_config("large_lv60", [*SMALL, "objective.name=ctc", "objective.vocabulary=letters"])
     torch.manual_seed(3)
     model = Wav2Vec2ForCTC(config.model, config.ctc)
     with torch.no_grad():

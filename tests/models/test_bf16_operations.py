@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from w2vscale.models.build import build_model
 
 from w2vscale.config import Config, load_config
 from w2vscale.config.load import preset_names
 from w2vscale.config.tree import ARCHITECTURE
 from w2vscale.data.inputs import CtcInputs, PretrainingInputs
 from w2vscale.data.micro_batch import make_inputs
-from w2vscale.models.build import build_model
 from w2vscale.models.convolution import long_convolution
 from w2vscale.models.feature_encoder import input_samples
 from w2vscale.models.products import CPU_HAS_BF16
@@ -63,14 +63,14 @@ PIECE = 2**14
 def settings_of(config: Config) -> tuple[object, ...]:
     """What decides the operations of a model with one block and their shapes."""
     model = config.model.model_dump(include=ARCHITECTURE - {"layers"})
-    return (*sorted(model.items()), config.model.attention_dropout > 0.0, len(config.ctc.vocabulary))
+    return (*sorted(model.items()), config.regularization.attention_dropout > 0.0, len(config.objective.vocabulary))
 
 
 def distinct(settings: Callable[[Config], object]) -> dict[str, Config]:
     """The presets, each with one block, without those whose `settings` are another's."""
     found: dict[object, tuple[str, Config]] = {}
     for name in preset_names():
-        config = load_config(name, ["model.layers=1", "model.layerdrop=0"])
+        config = load_config(name, ["model.layers=1", "regularization.layerdrop=0"])
         found.setdefault(settings(config), (name, config))
     return dict(found.values())
 
@@ -189,7 +189,7 @@ def model_inputs(config: Config, frames: Sequence[int]) -> PretrainingInputs | C
     draws = np.random.default_rng(0)
     waveforms = [draws.standard_normal(input_samples(count, config.model), dtype=np.float32) for count in frames]
     inputs = make_inputs(waveforms, range(len(frames)), number=0, seed=0, config=config.model)
-    if not config.ctc.vocabulary:
+    if not config.objective.vocabulary:
         return inputs
     return CtcInputs(
         waveforms_BS=inputs.waveforms_BS,
@@ -209,7 +209,7 @@ def loss_of(config: Config, model: nn.Module, inputs: PretrainingInputs | CtcInp
     if isinstance(inputs, CtcInputs):
         loss: Tensor = model(inputs).total
         return loss
-    noise_MGV = torch.zeros(len(inputs.frame_M), config.model.codebooks, config.model.codebook_entries)
+    noise_MGV = torch.zeros(len(inputs.frame_M), config.objective.codebooks, config.objective.codebook_entries)
     loss = model(inputs, noise_MGV=noise_MGV if model.training else None).total
     return loss
 

@@ -34,11 +34,11 @@ OTHER = (
     "model.heads=5",
     "model.positional_kernel=9",
     "model.positional_groups=6",
-    "model.codebooks=3",
-    "model.codevector_dim=33",
-    "model.projection_dim=17",
-    "model.mask_length=4",
-    "model.logit_temperature=0.2",
+    "objective.codebooks=3",
+    "objective.codevector_dim=33",
+    "objective.projection_dim=17",
+    "objective.mask_length=4",
+    "objective.logit_temperature=0.2",
 )
 # name: (preset, overrides, samples of each utterance)
 MODELS = {
@@ -96,7 +96,7 @@ def run_both(config: ModelConfig, model: Wav2Vec2ForPretraining, other: Any, inp
     model.encoder.register_forward_hook(keep("encoded"))
     model.quantizer.register_forward_hook(keep("quantized"))
     model.context_projection.register_forward_hook(keep("projected"))
-    model.target_projection.register_forward_hook(keep("projected_vectors"))
+    objective.target_projection.register_forward_hook(keep("projected_vectors"))
     other.quantizer.register_forward_hook(keep("their_quantized"))
     other.wav2vec2.register_forward_hook(keep("their_encoded"))
     ours = model(inputs)
@@ -259,8 +259,8 @@ def test_converted_tensors_share_no_memory_and_keep_their_type() -> None:
 @pytest.mark.parametrize(
     ("preset", "overrides", "setting"),
     [
-        ("base_prenorm", (), "model.quantizer_input=projected"),
-        ("base", ("model.target_projection=false",), "model.target_projection=false"),
+        ("base_prenorm", (), "objective.quantizer_input=projected"),
+        ("base", ("objective.target_projection=false",), "objective.target_projection=false"),
         ("base", ("model.conv_padding=true",), "model.conv_padding=true"),
         ("base", ("model.conv_norm_groups=32",), "model.conv_norm_groups=32"),
         ("base", ("model.embedding_norm=false",), "model.embedding_norm=false with model.norm_first=false"),

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from w2vscale.objectives.criterion import PretrainingCriterion, active_layers
 
 from w2vscale.config import Config, ModelConfig, load_config
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
@@ -20,7 +21,6 @@ from w2vscale.models.layers import LayerNorm, compute_dtype
 from w2vscale.models.transformer import PositionalConvolution
 from w2vscale.models.wav2vec2 import EncoderOutput, LossSums, Wav2Vec2ForPretraining
 from w2vscale.objectives.contrastive import contrastive_logits, contrastive_loss
-from w2vscale.objectives.criterion import PretrainingCriterion, active_layers
 from w2vscale.objectives.quantizer import Quantizer, diversity_loss, perplexity
 
 CPU = torch.device("cpu")
@@ -33,15 +33,15 @@ SMALL = (
     "model.heads=4",
     "model.positional_kernel=16",
     "model.positional_groups=4",
-    "model.dropout=0",
-    "model.attention_dropout=0",
-    "model.input_dropout=0",
-    "model.feature_dropout=0",
-    "model.layerdrop=0",
-    "model.codebook_entries=20",
-    "model.codevector_dim=24",
-    "model.projection_dim=24",
-    "model.negatives=20",
+    "regularization.dropout=0",
+    "regularization.attention_dropout=0",
+    "regularization.input_dropout=0",
+    "objective.feature_dropout=0",
+    "regularization.layerdrop=0",
+    "objective.codebook_entries=20",
+    "objective.codevector_dim=24",
+    "objective.projection_dim=24",
+    "objective.negatives=20",
 )
 FAMILIES = {
     "base": ("base", SMALL),
@@ -163,7 +163,7 @@ def test_losses_of_a_padded_batch_are_those_of_its_utterances_alone(name: str) -
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("training", [True, False])
 def test_joined_micro_batches_have_the_losses_and_gradients_of_separate_forwards(name: str, training: bool) -> None:
-    config = family(name, "model.feature_penalty_weight=3")
+    config = family(name, "objective.feature_penalty_weight=3")
     model = build(config).train(training)
     criterion = PretrainingCriterion(config, seed=4)
     # Different widths; one padded, one not; numbers out of order.
@@ -218,7 +218,7 @@ def silent(config: ModelConfig) -> MicroBatch:
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_micro_batch_without_utterances_weighs_nothing(name: str, precision: torch.dtype) -> None:
-    config = family(name, "model.feature_penalty_weight=3")
+    config = family(name, "objective.feature_penalty_weight=3")
     model = build(config, precision).train()
     empty = silent(config)
     assert (empty.weight, empty.utterances, sum(empty.inputs.masked)) == (0, 0, 0)
@@ -273,17 +273,19 @@ def test_a_dropped_layer_is_the_identity_and_gets_no_gradient(name: str) -> None
 
 
 def test_dropped_layers_are_a_function_of_seed_and_update() -> None:
-    config = load_config("base", ["model.layerdrop=0.2"]).model
+    config = load_config("base", ["regularization.layerdrop=0.2"]).model
     drawn = [active_layers(update, config, seed=3) for update in range(500)]
     assert drawn == [active_layers(update, config, seed=3) for update in range(500)]
     assert drawn[0] is not None and len(drawn[0]) == config.layers
     assert drawn != [active_layers(update, config, seed=4) for update in range(500)]
     assert np.mean(drawn) == pytest.approx(0.8, abs=0.026)  # five standard deviations
-    assert active_layers(0, load_config("base", ["model.layerdrop=0"]).model, seed=3) is None
+    assert active_layers(0, load_config("base", ["regularization.layerdrop=0"]).model, seed=3) is None
 
 
 def test_every_layer_runs_in_evaluation() -> None:
-    config = family("base", "model.layerdrop=0.99", "model.dropout=0.5", "model.input_dropout=0.5")
+    config = family(
+        "base", "regularization.layerdrop=0.99", "regularization.dropout=0.5", "regularization.input_dropout=0.5"
+    )
     model = build(config).eval()
     criterion = PretrainingCriterion(config, seed=0)
     calls: list[int] = []
@@ -297,7 +299,7 @@ def test_the_gradient_into_the_feature_encoder_is_scaled_and_nothing_else() -> N
     """That of the feature penalty included; the values stay."""
     found, losses = [], []
     for scale in (1.0, 0.1):
-        config = family("base", f"model.feature_grad_mult={scale}", "model.feature_penalty_weight=10")
+        config = family("base", f"regularization.feature_grad_mult={scale}", "objective.feature_penalty_weight=10")
         model = build(config).train()
         part = batch(config, 2000, 2400)
         sums = PretrainingCriterion(config, seed=4)(model, [part], device=CPU, training=True)
@@ -513,7 +515,7 @@ def test_the_diversity_loss_runs_from_0_to_638_of_640() -> None:
 
 
 def test_an_untrained_model_is_near_chance() -> None:
-    config = family("base", "model.negatives=100", "model.codebook_entries=320", "model.diversity_weight=0")
+    config = family("base", "objective.negatives=100", "objective.codebook_entries=320", "objective.diversity_weight=0")
     model = build(config).eval()
     part = batch(config, 12_000, 12_000)
     sums = PretrainingCriterion(config, seed=0)(model, [part], device=CPU, training=False)
@@ -524,11 +526,16 @@ def test_an_untrained_model_is_near_chance() -> None:
 # ---------------------------------------------------------------- determinism
 
 
-DROPOUT = ("model.dropout=0.1", "model.attention_dropout=0.1", "model.input_dropout=0.1", "model.feature_dropout=0.1")
+DROPOUT = (
+    "regularization.dropout=0.1",
+    "regularization.attention_dropout=0.1",
+    "regularization.input_dropout=0.1",
+    "objective.feature_dropout=0.1",
+)
 
 
 def test_dropout_is_a_function_of_seed_and_number() -> None:
-    config = family("base", *DROPOUT, "model.activation_dropout=0.1")
+    config = family("base", *DROPOUT, "regularization.activation_dropout=0.1")
     model = build(config).train()
     contexts: list[Tensor] = []
     model.encoder.register_forward_hook(lambda module, args, output: contexts.append(output.context_BTD.detach()))
@@ -568,7 +575,7 @@ def test_every_dropout_of_the_context_has_an_effect_in_training_alone(setting: s
 
 
 def test_feature_dropout_reaches_the_quantizer_alone() -> None:
-    plain, config = family("base"), family("base", "model.feature_dropout=0.5")
+    plain, config = family("base"), family("base", "objective.feature_dropout=0.5")
     part = batch(config, 2000)
     contexts, logits = [], []
     for settings in (plain, config):

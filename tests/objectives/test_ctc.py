@@ -12,7 +12,9 @@ from w2vscale.config import load_config
 from w2vscale.data.transcripts import make_ctc_inputs
 from w2vscale.objectives.ctc import BLANK, Wav2Vec2ForCTC, ctc_loss, greedy_labels, label_errors
 
-CONFIG = load_config("base", [*MICRO_MODEL, "ctc.vocabulary=letters", "model.layerdrop=0"])
+CONFIG = load_config(
+    "base", [*MICRO_MODEL, "objective.name=ctc", "objective.vocabulary=letters", "regularization.layerdrop=0"]
+)
 
 
 def by_alignments(logits_TV: torch.Tensor, labels: list[int]) -> float:

@@ -83,7 +83,7 @@ def test_a_path_where_nothing_is_ends_a_recipe(recipe: str, option: str, tmp_pat
 
 SMALL_BATCH = ("batch.micro_batches=1", "batch.max_seconds=8", "data.max_seconds=3")
 TUNING = (
-    "trainer.updates=2 ctc.freeze_encoder_updates=0 data.max_seconds=8 batch.max_seconds=8 batch.micro_batches=1 "
+    "trainer.updates=2 objective.freeze_encoder_updates=0 data.max_seconds=8 batch.max_seconds=8 batch.micro_batches=1 "
     "data.workers=0 precision.compute=fp32 logging.tensorboard=false"
 )
 LM = """\\data\\

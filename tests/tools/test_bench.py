@@ -74,9 +74,14 @@ def test_the_step_bench_trains_all_on_the_same(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(step, "matrix_rate", lambda compute, device: 1e9)
     app = typer.Typer()
     app.command()(step.main)
-    quiet = ("model.dropout=0", "model.attention_dropout=0", "model.input_dropout=0", "model.feature_dropout=0")
+    quiet = (
+        "regularization.dropout=0",
+        "regularization.attention_dropout=0",
+        "regularization.input_dropout=0",
+        "objective.feature_dropout=0",
+    )
     options = ["--compute", "fp32", "--utterances", "6", "--seconds", "4", "--lengths", "--rounds", "1"]
-    result = CliRunner().invoke(app, [*options, *MICRO_MODEL, *quiet, "model.feature_penalty_weight=0"])
+    result = CliRunner().invoke(app, [*options, *MICRO_MODEL, *quiet, "objective.feature_penalty_weight=0"])
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout.splitlines()[-1])
     (row,) = figures["rows"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from typer.testing import CliRunner
+from w2vscale.training.initialisation import with_architecture_of_source
 
 from tests.helpers.spelled import SPELLING, some_texts, write_spelled
 from w2vscale.analysis.report import read_metrics
@@ -21,7 +22,6 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.checkpoint import evaluate_checkpoint
 from w2vscale.inference.pretrained import load
 from w2vscale.training.dry_run import dry_run
-from w2vscale.training.initialisation import with_architecture_of_source
 from w2vscale.training.loop import train
 
 
@@ -38,7 +38,7 @@ def settings(manifest: Path, *overrides: str) -> Config:
 def pretrained(spelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of pretraining of a few updates."""
     exp = tmp_path_factory.mktemp("pretrained")
-    assert train(settings(spelled, "ctc.vocabulary=[]", "trainer.updates=4"), exp) == 0
+    assert train(settings(spelled, "objective.name=ctc", "objective.vocabulary=[]", "trainer.updates=4"), exp) == 0
     return exp
 
 
@@ -49,9 +49,9 @@ def by_heart(spelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = settings(
         spelled, f"data.validation={spelled}", "trainer.updates=200", "trainer.validate_every=100",
         "optim.lr=6e-3", "schedule.warmup_updates=20", "batch.max_seconds=30", "batch.micro_batches=1",
-        "logging.every=50", "model.feature_grad_mult=1", "model.norm_first=true", "model.embedding_norm=false",
-        "model.layerdrop=0", "model.dropout=0", "model.attention_dropout=0", "model.input_dropout=0",
-        "model.mask_probability=0.001",
+        "logging.every=50", "regularization.feature_grad_mult=1", "model.norm_first=true", "model.embedding_norm=false",
+        "regularization.layerdrop=0", "regularization.dropout=0", "regularization.attention_dropout=0", "regularization.input_dropout=0",
+        "objective.mask_probability=0.001",
     )  # fmt: skip
     assert train(config, exp) == 0
     return exp
@@ -129,9 +129,14 @@ def test_only_transcripts_go_to_stdout(spelled: Path, by_heart: Path, tmp_path: 
 
 
 def test_a_head_for_another_vocabulary_is_not_taken_silently(spelled: Path, by_heart: Path, tmp_path: Path) -> None:
-    other = ("ctc.vocabulary=['<pad>', '|', D, C, B, A]", f"trainer.init_from={by_heart}", "trainer.updates=4")
+    other = (
+        "objective.name=ctc",
+        "objective.vocabulary=['<pad>', '|', D, C, B, A]",
+        f"trainer.init_from={by_heart}",
+        "trainer.updates=4",
+    )
     config = with_architecture_of_source(settings(spelled, *other))
-    with pytest.raises(UserError, match=r"head.weight is for another ctc.vocabulary there.* trainer.init_allow"):
+    with pytest.raises(UserError, match=r"head.weight is for another objective.vocabulary there.* trainer.init_allow"):
         train(config, tmp_path / "refused")
     allowed = with_architecture_of_source(settings(spelled, *other, "trainer.init_allow=['head']", "optim.lr=1e-9"))
     assert train(allowed, tmp_path / "allowed") == 0
@@ -148,7 +153,11 @@ def test_a_pretrained_model_writes_nothing(pretrained: Path, spelled: Path) -> N
 
 def test_resuming_is_bit_identical(spelled: Path, pretrained: Path, tmp_path: Path) -> None:
     whole = ("trainer.updates=8", "checkpoint.every=4", f"trainer.init_from={pretrained}")
-    freezing = ("ctc.freeze_encoder_updates=3", "ctc.channel_mask_probability=0.5", "ctc.channel_mask_length=4")
+    freezing = (
+        "objective.freeze_encoder_updates=3",
+        "objective.channel_mask_probability=0.5",
+        "objective.channel_mask_length=4",
+    )
     config = with_architecture_of_source(settings(spelled, *whole, *freezing))
     train(config, tmp_path / "whole")
     train(config, tmp_path / "cut")
@@ -165,7 +174,14 @@ def test_resuming_is_bit_identical(spelled: Path, pretrained: Path, tmp_path: Pa
 def test_sentence_pieces_train_and_resume_and_only_labels_need_their_file(spelled: Path, tmp_path: Path) -> None:
     pieces = tmp_path / "pieces.model"
     train_pieces([spelled], pieces, size=14)
-    own = ("ctc.vocabulary=[]", f"ctc.sentencepiece={pieces}", "trainer.updates=4", "checkpoint.every=2")
+    own = (
+        "objective.name=ctc",
+        "objective.vocabulary=[]",
+        "objective.name=ctc",
+        f"objective.sentencepiece={pieces}",
+        "trainer.updates=4",
+        "checkpoint.every=2",
+    )
     config = settings(spelled, *own, "batch.micro_batches=1", "data.workers=1")
     train(config, tmp_path / "whole")
     train(config, tmp_path / "cut")
@@ -177,19 +193,21 @@ def test_sentence_pieces_train_and_resume_and_only_labels_need_their_file(spelle
     evaluate = ["evaluate", str(tmp_path / "whole"), "--cuts", str(spelled)]
     assert "label error rate, greedy" in CliRunner().invoke(app, evaluate).output
     pieces.unlink()
-    assert len(load(tmp_path / "whole").config.ctc.vocabulary) == 15
+    assert len(load(tmp_path / "whole").config.objective.vocabulary) == 15
     for command in (["transcribe", str(tmp_path / "whole"), str(spelled)], [*evaluate, "--wer"]):
         found = CliRunner().invoke(app, command)
         assert found.exit_code == 0, found.output
     result = CliRunner().invoke(app, evaluate)
     assert isinstance(result.exception, UserError)
-    assert str(result.exception) == f"ctc.sentencepiece={pieces}: cannot be read: No such file or directory"
+    assert str(result.exception) == "objective.name=ctc", (
+        f"objective.sentencepiece={pieces}: cannot be read: No such file or directory"
+    )
 
 
 def test_what_is_frozen_stays_bit_for_bit(spelled: Path, pretrained: Path, tmp_path: Path) -> None:
     before = read_model_tensors(open_checkpoint(pretrained))
     source = (f"trainer.init_from={pretrained}", "checkpoint.every=4", "checkpoint.keep_last=2", "trainer.updates=8")
-    config = settings(spelled, *source, "ctc.freeze_encoder_updates=4", "model.feature_grad_mult=0")
+    config = settings(spelled, *source, "objective.freeze_encoder_updates=4", "regularization.feature_grad_mult=0")
     train(with_architecture_of_source(config), tmp_path)
     frozen, after = (
         read_model_tensors(open_checkpoint(tmp_path / "checkpoints" / f"update_0000000{n}")) for n in (4, 8)
@@ -215,7 +233,7 @@ def test_transcripts_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     named = {bad["utterance"]: (bad["kind"], bad["reason"]) for bad in map(json.loads, lines)}
     assert named.keys() == {"u08", "u09", "u10"}
     assert named["u08"] == ("no transcript", "has no transcript")
-    assert named["u09"][1] == "its transcript has '?', which is not in ctc.vocabulary"
+    assert named["u09"][1] == "its transcript has '?', which is not in objective.vocabulary"
     assert named["u10"][0] == "too short" and "frames are too few for the 4000 labels" in named["u10"][1]
 
 
@@ -242,7 +260,7 @@ class TestCommandLine:
         shutil.copytree(pretrained, source, symlinks=True)
         command = [
             "finetune", "ctc_1h", f"trainer.init_from={source}", f"data.train={spelled}", "trainer.updates=2",
-            "ctc.freeze_encoder_updates=1", "batch.micro_batches=1", "data.workers=0", "precision.compute=fp32",
+            "objective.freeze_encoder_updates=1", "batch.micro_batches=1", "data.workers=0", "precision.compute=fp32",
             "--exp", str(exp),
         ]  # fmt: skip
         result = CliRunner().invoke(app, command)
@@ -262,7 +280,11 @@ class TestCommandLine:
     def test_the_baseline_has_the_architecture_and_nothing_else(
         self, spelled: Path, pretrained: Path, tmp_path: Path
     ) -> None:
-        source = (f"trainer.init_from={pretrained}", "ctc.freeze_encoder_updates=1", "model.feature_grad_mult=0")
+        source = (
+            f"trainer.init_from={pretrained}",
+            "objective.freeze_encoder_updates=1",
+            "regularization.feature_grad_mult=0",
+        )
         command = [
             "finetune",
             "base",
@@ -277,14 +299,14 @@ class TestCommandLine:
         assert result.exit_code == 0, result.output
         config = load_config(tmp_path / "config.yaml")
         assert config.model.dim == 32 and config.trainer.init_from is None
-        assert (config.ctc.freeze_encoder_updates, config.model.feature_grad_mult) == (0, 1.0)
+        assert (config.objective.freeze_encoder_updates, config.regularization.feature_grad_mult) == (0, 1.0)
         one, other = (read_model_tensors(open_checkpoint(path)) for path in (pretrained, tmp_path))
         name = "encoder.transformer.blocks.0.attention.qkv.weight"
         assert one[name].shape == other[name].shape and not torch.allclose(one[name], other[name], atol=1e-2)
 
     def test_what_it_needs_is_named(self, spelled: Path, pretrained: Path) -> None:
         for arguments, message in (
-            (["tiny"], "no ctc.vocabulary to write in"),
+            (["tiny"], "no objective.vocabulary to write in"),
             (["ctc_1h"], "would freeze random weights"),
             (["ctc_1h", "--scratch"], "--scratch: name the checkpoint whose architecture is meant"),
         ):
@@ -294,18 +316,27 @@ class TestCommandLine:
     def test_another_vocabulary_does_not_resume(self, spelled: Path, tmp_path: Path) -> None:
         train(settings(spelled, "trainer.updates=4"), tmp_path)
         with pytest.raises(UserError, match=r"ctc\.vocabulary=.* was made with"):
-            train(settings(spelled, "ctc.vocabulary=['<pad>', '|', A, B]"), tmp_path)
+            train(settings(spelled, "objective.name=ctc", "objective.vocabulary=['<pad>', '|', A, B]"), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["ctc.vocabulary=[a, b, a]"], "'a' is in it twice"),
-        (["ctc.vocabulary=[a]"], "a blank alone"),
-        (["ctc.vocabulary=none.txt"], "none.txt: neither `letters` nor a file of symbols"),
-        (["ctc.vocabulary=letters", "data.mode=stream"], "fine-tuning needs data.mode=index"),
-        (["ctc.vocabulary=letters", "augment.speed=[0.9]"], "slowed utterances would be cropped"),
-        (["ctc.vocabulary=letters", "ctc.freeze_encoder_updates=5"], "optim.weight_decay=0.01 would shrink"),
+        (["objective.name=ctc", "objective.vocabulary=[a, b, a]"], "'a' is in it twice"),
+        (["objective.name=ctc", "objective.vocabulary=[a]"], "a blank alone"),
+        (["objective.name=ctc", "objective.vocabulary=none.txt"], "none.txt: neither `letters` nor a file of symbols"),
+        (
+            ["objective.name=ctc", "objective.vocabulary=letters", "data.mode=stream"],
+            "fine-tuning needs data.mode=index",
+        ),
+        (
+            ["objective.name=ctc", "objective.vocabulary=letters", "augment.speed=[0.9]"],
+            "slowed utterances would be cropped",
+        ),
+        (
+            ["objective.name=ctc", "objective.vocabulary=letters", "objective.freeze_encoder_updates=5"],
+            "optim.weight_decay=0.01 would shrink",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_named(overrides: list[str], message: str) -> None:
@@ -316,4 +347,8 @@ def test_settings_that_cannot_be_are_named(overrides: list[str], message: str) -
 def test_a_vocabulary_comes_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "vocab.txt"
     path.write_text("<pad> 0\n| 12\nÄ 3\n")
-    assert load_config("base", [f"ctc.vocabulary={path}"]).ctc.vocabulary == ["<pad>", "|", "Ä"]
+    assert load_config("base", ["objective.name=ctc", f"objective.vocabulary={path}"]).objective.vocabulary == [
+        "<pad>",
+        "|",
+        "Ä",
+    ]

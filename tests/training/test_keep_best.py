@@ -40,7 +40,17 @@ def kept(exp: Path) -> dict[int, float | None]:
     return {update: state.validation_loss for update, state in states.items()}
 
 
-@pytest.mark.parametrize("objective", [(), ("ctc.vocabulary=[]",)], ids=["fine-tuning", "pretraining"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        (),
+        (
+            "objective.name=ctc",
+            "objective.vocabulary=[]",
+        ),
+    ],
+    ids=["fine-tuning", "pretraining"],
+)
 def test_the_best_are_kept_over_a_resume_and_averaged(
     objective: tuple[str, ...], losses: list[float], tmp_path: Path
 ) -> None:

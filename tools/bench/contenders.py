@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from w2vscale.models.build import Wav2Vec2
+from w2vscale.objectives.criterion import PretrainingCriterion
 
 from tests.helpers.torchaudio import import_torchaudio
 from w2vscale.config import Config, load_config
@@ -22,8 +24,6 @@ from w2vscale.engine import build_engine
 from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
 from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
-from w2vscale.models.build import Wav2Vec2
-from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
 LR = 1e-5
@@ -89,7 +89,7 @@ class Work:
         model = empty_model(self.in_fp32()).train()
         inputs = to_device(self.batch().inputs, meta)
         noise_MGV = torch.empty(
-            sum(inputs.masked), self.config.model.codebooks, self.config.model.codebook_entries, device=meta
+            sum(inputs.masked), self.config.objective.codebooks, self.config.objective.codebook_entries, device=meta
         )
         with FlopCounterMode(display=False, custom_mapping=MISCOUNTED) as counter:
             model(inputs, noise_MGV=noise_MGV).total.backward()
@@ -102,9 +102,11 @@ def work_settings(preset: str, settings: Sequence[str]) -> Config:
     Raises:
         UserError: they are of something else.
     """
-    config = load_config(preset, [*settings, "model.layerdrop=0"])
-    if config.ctc.vocabulary:
-        raise UserError(f"{preset}: fine-tunes (ctc.vocabulary={config.ctc.vocabulary}); a step here is of pretraining")
+    config = load_config(preset, [*settings, "regularization.layerdrop=0"])
+    if config.objective.vocabulary:
+        raise UserError(
+            f"{preset}: fine-tunes (objective.vocabulary={config.objective.vocabulary}); a step here is of pretraining"
+        )
     if config.engine.name != "ddp":
         raise UserError(f"engine.name={config.engine.name}: a step here is of one process, that is ddp")
     return config

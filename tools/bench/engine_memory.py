@@ -22,13 +22,13 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from w2vscale.objectives.criterion import PretrainingCriterion
 
 from tools.bench.script import run_script
 from w2vscale.config import Config, load_config
 from w2vscale.data.micro_batch import MicroBatch, make_inputs
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
-from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
 UPDATES = 2
@@ -105,7 +105,9 @@ def predict(engine: str, world_size: int, buffers: Buffers) -> Prediction:
 
 def main(result: Path, settings: Annotated[list[str], typer.Argument(metavar="SECTION.KEY=VALUE...")]) -> None:
     """Measure; rank 0 writes RESULT."""
-    config = load_config("base", ["precision.compute=fp32", "model.layerdrop=0", "batch.micro_batches=2", *settings])
+    config = load_config(
+        "base", ["precision.compute=fp32", "regularization.layerdrop=0", "batch.micro_batches=2", *settings]
+    )
     with process_group(needed=True) as (ranks, device):
         if config.engine.name == "deepspeed":
             from w2vscale.engine.deepspeed.config import import_deepspeed

@@ -24,12 +24,12 @@ from rich.table import Table
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
+from w2vscale.objectives.criterion import PretrainingCriterion
 
 from tools.bench.contenders import LR, Work, work_settings
 from tools.bench.script import console, run_script
 from w2vscale.analysis.figures import new_figure, save_figure
 from w2vscale.engine import build_engine
-from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.training.run import empty_model, initial_values
 
 ROOT = Path(__file__).resolve().parents[2]

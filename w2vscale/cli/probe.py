@@ -47,10 +47,9 @@ def probe(
     from w2vscale.cli.progress import console, progress_bar
     from w2vscale.files import write_text
     from w2vscale.inference.pretrained import load
+    from w2vscale.objectives.ctc import CtcSettings, read_vocabulary
 
-    symbols = build_objective(
-        load_config("base", ["objective.name=ctc", f"objective.vocabulary={vocabulary}"])
-    ).vocabulary
+    symbols = read_vocabulary(CtcSettings(vocabulary=Path(vocabulary)))
     with progress_bar("updates of the probes") as progress:
         found = probing.probe(
             load(checkpoint),

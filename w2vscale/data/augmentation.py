@@ -39,7 +39,7 @@ class Augmentation:
     def __call__(
         self, audio: NDArray[np.float32], *, number: int, place: int
     ) -> tuple[NDArray[np.float32], list[BadAudio]]:
-        """Augment utterance `place` of micro-batch `number`; also returns noises and impulse responses that are unusable.
+        """Augment utterance `place` of micro-batch `number`; also returns unusable noises and impulse responses.
 
         The result has at most as many samples, and is `audio` itself where nothing was changed.
         """

@@ -152,8 +152,8 @@ def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, A
     """The settings of a pretraining model from its `config.json` and those of its feature extractor.
 
     What the settings of Transformers leave open (masks in pretraining, the schedule of the Gumbel softmax, gradient
-    scale, feature penalty; the normalisation, if `preprocessor` is None) is taken from the entry "w2vscale", or from the
-    published recipe for such a model if there is none or it is of another architecture.
+    scale, feature penalty; the normalisation, if `preprocessor` is None) is taken from the entry "w2vscale", or from
+    the published recipe for such a model if there is none or it is of another architecture.
 
     Raises:
         UserError: it is not a wav2vec 2.0 that w2vscale has.

@@ -11,11 +11,10 @@ import torch
 from w2vscale.config import Config
 from w2vscale.data.inputs import tensors_of
 from w2vscale.distributed.process_group import process_group
-from w2vscale.engine import build_engine
 from w2vscale.engine.accumulation import FixedGrouping
 from w2vscale.engine.memory import explain_oom
 from w2vscale.objectives import StepContext, resolve
-from w2vscale.training.run import empty_model, initial_state, open_data
+from w2vscale.training.run import empty_model, initial_state, lay_out, open_data
 
 
 @dataclass(frozen=True)
@@ -53,14 +52,7 @@ def dry_run(config: Config) -> DryRun | None:
             if name != "encoder"
         }
         parameters["mask_embedding"] = model.encoder.mask_embedding.numel()
-        engine = build_engine(
-            model,
-            config.engine,
-            optim=config.optim,
-            precision=config.precision,
-            device=device,
-            skips_parameters=objective.skips_parameters,
-        )
+        engine = lay_out(model, config, objective, device)
         engine.import_values(initial_state(objective, config.trainer.seed))
         batch = training_set.largest()
         joined = 1 if config.batch.concat == "auto" else config.batch.concat

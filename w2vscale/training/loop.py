@@ -243,7 +243,7 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_in_a_row:
             raise UserError(
                 f"{self.skipped_in_a_row} updates in a row had gradients that are not finite, the last is update "
-                f"{self.state.update}: lower optim.lr ({self.config.optim.lr:g}), then resume from the newest checkpoint"
+                f"{self.state.update}: lower optim.lr ({self.config.optim.lr:g}), resume from the newest checkpoint"
             )
 
 

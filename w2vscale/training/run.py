@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2vscale.checkpoint.reading import Checkpoint, IncompleteState, TrainState, committed, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
@@ -109,14 +109,7 @@ def build_run(
     state = replace(checkpoint.state if checkpoint is not None else TrainState(), data=training_set.describe())
     # Before the engine is built: ranks that build different ones would wait for each other.
     compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
-    engine = build_engine(
-        model,
-        config.engine,
-        optim=config.optim,
-        precision=config.precision,
-        device=device,
-        skips_parameters=objective.skips_parameters,
-    )
+    engine = lay_out(model, config, objective, device)
     if checkpoint is None:
         shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(objective).state_dict().items()}
         drawn = initial_state(objective, config.trainer.seed)
@@ -146,6 +139,18 @@ def build_run(
             enough=min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER),
         ),
         state=state,
+    )
+
+
+def lay_out(model: nn.Module, config: Config, objective: Objective, device: torch.device) -> Engine:
+    """The engine of a run for its model, without values yet. Collective."""
+    return build_engine(
+        model,
+        config.engine,
+        optim=config.optim,
+        precision=config.precision,
+        device=device,
+        skips_parameters=objective.skips_parameters,
     )
 
 

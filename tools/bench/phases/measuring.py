@@ -43,7 +43,7 @@ class Machine:
 
     def config(self, name: str, *settings: str) -> Config:
         """The settings of preset `name` without LayerDrop; with `tiny`, those of a model of one block instead."""
-        changes = ["model.layerdrop=0", *settings]
+        changes = ["regularization.layerdrop=0", *settings]
         if not self.tiny:
             return load_config(name, changes)
         return load_config("tiny", ["model.positional_kernel=16", *changes, "model.layers=1"])

@@ -1,0 +1,64 @@
+"""An engine with initial values, and its updates, without the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from w2vscale.config import Config
+from w2vscale.data.loading import TrainingData
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.engine import Engine, StepResult
+from w2vscale.engine.accumulation import FixedGrouping, Grouping
+from w2vscale.objectives import Objective, StepContext, Sums, resolve
+from w2vscale.training.run import empty_model, initial_state, lay_out, open_training_set
+
+
+@dataclass
+class Setup:
+    """What the settings of a run describe, on this process group."""
+
+    config: Config
+    objective: Objective
+    engine: Engine
+
+    @property
+    def training_set(self) -> TrainingData:
+        """What `data.train` names."""
+        return open_training_set(self.config, self.objective)
+
+    def window(
+        self, window: Sequence[MicroBatch], denominator: float, *, update: int = 0, grouping: Grouping | None = None
+    ) -> Sums:
+        """The sums of one window, whose gradients are accumulated."""
+        return self.engine.run_window(
+            window, self.objective, StepContext(self.config.trainer.seed, update),
+            grouping=grouping or FixedGrouping(1), denominator=torch.tensor(denominator),
+        )  # fmt: skip
+
+    def evaluate(self, batch: MicroBatch) -> Sums:
+        """The sums of one micro-batch."""
+        return self.engine.evaluate(batch, self.objective, StepContext(self.config.trainer.seed, 0))
+
+    def step(self, lr: float, max_norm: float | None = 1.0) -> StepResult:
+        """One optimizer step."""
+        return self.engine.step(lr=lr, max_norm=max_norm)
+
+    def start_over(self) -> None:
+        """Give the engine its initial values."""
+        self.engine.import_values(initial_state(self.objective, self.config.trainer.seed))
+
+    def initial_values(self) -> list[tuple[str, Tensor]]:
+        """Every parameter and buffer, whole."""
+        return [(name, value.clone()) for name, value in initial_state(self.objective, self.config.trainer.seed)]
+
+
+def set_up(config: Config, device: torch.device | str = "cpu") -> Setup:
+    """Build the engine of a run and give it its initial values."""
+    config, objective = resolve(config)
+    setup = Setup(config, objective, lay_out(empty_model(objective), config, objective, torch.device(device)))
+    setup.start_over()
+    return setup
