@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from w2vscale.cli.app import app
 from w2vscale.cli.progress import console
 from w2vscale.config import load_config, preset_names
 from w2vscale.config.load import settings
-from w2vscale.data.manifest import Manifest, index_path
+from w2vscale.data.manifest import index_path
 from w2vscale.errors import UserError
 from w2vscale.version import __version__
 
@@ -84,7 +83,6 @@ class TestHelp:
             ("data", "validate"),
             ("data", "stats"),
             ("data", "index"),
-            ("data", "synth"),
             ("train",),
             ("evaluate",),
             ("report",),
@@ -261,7 +259,6 @@ class TestPrepare:
         blocked = write_text(tmp_path / "file")
         message = error_of("data", "prepare", "folder", mixed_audio, blocked)
         assert message.startswith(f"{blocked / 'cuts_train.jsonl'}: cannot be written: ")
-        assert str(blocked) in error_of("data", "synth", blocked)
 
 
 class TestManifests:
@@ -392,14 +389,3 @@ class TestOtherCommands:
     def test_evaluate_and_report_name_what_is_missing(self, corpus: Path, tmp_path: Path) -> None:
         assert str(tmp_path / "no") in error_of("evaluate", tmp_path / "no", "--cuts", corpus)
         assert str(tmp_path / "no") in error_of("report", tmp_path / "no")
-
-    def test_synth_makes_a_corpus_that_prepare_takes(self, tmp_path: Path, run: Callable[..., str]) -> None:
-        pytest.importorskip("espeakng_loader", reason="no espeak-ng: pip install 'w2vscale[synth]'")
-        minutes = ["--train-minutes", 0.05, "--validation-minutes", 0.05, "--speakers", 1]
-        printed = run("data", "synth", tmp_path / "synth", *minutes)
-        assert re.match(rf"{tmp_path}/synth/LibriSpeech: 2 speakers, \d utterances, 0\.\d minutes\n", printed)
-        assert run("data", "synth", tmp_path / "synth", *minutes).endswith("(was there already)\n")
-        run("data", "prepare", "mini_librispeech", tmp_path / "synth", tmp_path)
-        run("data", "index", tmp_path / "cuts_train-clean-5.jsonl")
-        manifest = Manifest(tmp_path / "cuts_train-clean-5.jsonl")
-        assert json.loads(manifest.path.read_text().splitlines()[0])["id"] == manifest.cut(0).id

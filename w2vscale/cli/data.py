@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from w2vscale.cli.progress import console, progress_bar
-from w2vscale.data.sentences import Text
 
 if TYPE_CHECKING:
     from w2vscale.corpora.prepare import PreparedManifest
@@ -201,35 +200,3 @@ def stats(
 
     settings = load_config(config, override or [])
     print_stats(corpus_stats(manifests, settings), settings)
-
-
-@app.command()
-def synth(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="OUT/LibriSpeech is made.")],
-    train_minutes: Annotated[float, typer.Option(help="Speech in train-clean-5.")] = 12.0,
-    validation_minutes: Annotated[float, typer.Option(help="Speech in dev-clean-2, of other speakers.")] = 2.0,
-    speakers: Annotated[int | None, typer.Option(min=1, help="Per part.", show_default="one a minute, 4 to 64")] = None,
-    text: Annotated[Text, typer.Option(help="What is said; strings of digits are learned soonest.")] = "sentences",
-    hum: Annotated[bool, typer.Option(help="Of the mains, under all speech, as in amateur recordings.")] = True,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    jobs: Jobs = 1,
-) -> None:
-    """Synthesise a small corpus of English speech, in mini LibriSpeech's layout."""
-    from w2vscale.data.synth import synthesise_corpus
-
-    with progress_bar("synthesising") as progress:
-        made = synthesise_corpus(
-            output,
-            parts={"train-clean-5": train_minutes, "dev-clean-2": validation_minutes},
-            speakers_per_part=speakers,
-            text=text,
-            hum=hum,
-            seed=seed,
-            jobs=jobs,
-            progress=progress,
-        )
-    console.print(
-        f"{made.corpus}: {made.speakers} speakers, {made.utterances} utterances, {made.seconds / 60:.1f} minutes"
-        f"{'' if made.created else ' (was there already)'}",
-        markup=False,
-    )
