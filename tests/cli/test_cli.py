@@ -312,7 +312,7 @@ class TestManifests:
     def test_stats_without_an_index_says_how_to_make_it(self, corpus: Path) -> None:
         index_path(corpus).unlink()
         assert error_of("data", "stats", corpus) == (
-            f"{corpus}: no index beside it; make one with: w2vscale data index {corpus}"
+            f"{corpus}: has no index; create it with: w2vscale data index {corpus}"
         )
 
     def test_stats_with_settings_that_keep_nothing(self, corpus: Path) -> None:
@@ -322,7 +322,7 @@ class TestManifests:
     def test_an_index_that_cannot_be_written(self, corpus: Path) -> None:
         index_path(corpus).unlink()
         index_path(corpus).mkdir()
-        assert error_of("data", "index", corpus).startswith(f"{index_path(corpus)}: the index cannot be written")
+        assert error_of("data", "index", corpus).startswith(f"{index_path(corpus)}: cannot be written")
 
 
 class TestTrain:

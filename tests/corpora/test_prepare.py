@@ -16,9 +16,9 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 
 from tests.helpers.audio import noise, write_audio, write_text
+from w2vscale.corpora.index import build_index
 from w2vscale.corpora.prepare import PreparedManifest, prepare_folder, prepare_librispeech
 from w2vscale.corpora.validate import validate_manifest
-from w2vscale.data.manifest import build_index
 from w2vscale.errors import UserError
 
 

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from tests.helpers.audio import cut_of, noise, write_audio, write_manifest
 from w2vscale.cli.app import app
+from w2vscale.corpora.index import build_index
 from w2vscale.corpora.subset import write_subset
-from w2vscale.data.manifest import Manifest, build_index
+from w2vscale.data.manifest import Manifest
 from w2vscale.errors import UserError
 
 

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from tests.helpers.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest, write_text
 from tests.helpers.processes import Started
 from w2vscale.config import Config, load_config
+from w2vscale.corpora.index import build_index
 from w2vscale.corpora.prepare import prepare_folder
 from w2vscale.data.audio import AudioError, read_audio
 from w2vscale.data.inputs import PretrainingInputs
 from w2vscale.data.loading import MicroBatches, check_sample, loader_processes, make_plan, validation_batches
-from w2vscale.data.manifest import Corpus, build_index
+from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
 from w2vscale.data.plan import rank_window
 from w2vscale.errors import UserError

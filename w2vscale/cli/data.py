@@ -89,7 +89,8 @@ def _print_written(written: list[PreparedManifest]) -> None:
 @app.command()
 def index(manifests: Manifests, jobs: Jobs = 1) -> None:
     """Write the index that gives training O(1) access to a manifest; of one that grew, only new lines are parsed."""
-    from w2vscale.data.manifest import build_index, index_path
+    from w2vscale.corpora.index import build_index
+    from w2vscale.data.manifest import index_path
 
     for manifest in manifests:
         with progress_bar(f"indexing {manifest.name}") as progress:
@@ -159,8 +160,8 @@ def subset(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Write a part of a manifest, as for fine-tuning with few transcripts."""
+    from w2vscale.corpora.index import build_index
     from w2vscale.corpora.subset import write_subset
-    from w2vscale.data.manifest import build_index
     from w2vscale.errors import UserError
 
     if hours is None and identifiers is None:

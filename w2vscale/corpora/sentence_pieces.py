@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from w2vscale.corpora.index import build_index
 from w2vscale.corpora.journal import writing
-from w2vscale.data.manifest import Manifest, build_index
+from w2vscale.data.manifest import Manifest
 from w2vscale.data.sentence_pieces import sentencepiece
 from w2vscale.data.transcripts import transcript
 from w2vscale.errors import UserError

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from w2vscale.config.tree import ModelConfig
+from w2vscale.corpora.index import build_index
 from w2vscale.corpora.journal import writing
 from w2vscale.corpora.parallel import WorkerDied, parallel_map
 from w2vscale.data.audio import AudioError, check_header, read_audio
-from w2vscale.data.manifest import Manifest, audio_path, build_index
+from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.errors import UserError
 
