@@ -18,8 +18,8 @@ from torch import Tensor
 from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
 from w2vscale.config import Config, ModelConfig, load_config
 from w2vscale.data.audio import EPSILON, AudioError
+from w2vscale.data.resampling import Samples, resampled
 from w2vscale.errors import UserError
-from w2vscale.inference.resampling import Samples, resampled
 from w2vscale.interop.importing import form_of
 from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.feature_encoder import WaveformLayer, input_samples, moments_of, output_frames

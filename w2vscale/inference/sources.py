@@ -18,9 +18,9 @@ from w2vscale.corpora.prepare import AUDIO_SUFFIXES
 from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
+from w2vscale.data.resampling import Samples
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import BLOCK_SECONDS, Audio
-from w2vscale.inference.resampling import Samples
 
 
 @dataclass(frozen=True)
