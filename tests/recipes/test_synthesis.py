@@ -19,7 +19,7 @@ import speech_corpus
 from espeak import EspeakProcess, Voice
 from sentences import RULES, WORDS, draw_sentence, transcript
 from speech_corpus import SynthesisSummary, draw_speakers, finish_audio, speakers_table, synthesise_corpus
-from w2vscale.corpora.prepare import prepare_librispeech
+from w2vscale.corpora.librispeech import prepare_librispeech
 from w2vscale.errors import UserError
 
 needs_espeak = pytest.mark.skipif(

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from w2vscale.corpora.journal import writing
 from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.errors import UserError
+from w2vscale.files import writing
 from w2vscale.inference.pretrained import BATCH_SECONDS, CHUNK_SECONDS, OVERLAP_SECONDS, Piece, Pretrained
 from w2vscale.inference.sources import Source, open_by_duration, sources_of
 
