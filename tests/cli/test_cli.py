@@ -159,8 +159,8 @@ class TestTheProcess:
         done = command("data", "validate", manifest)
         assert done.returncode == 2
         assert done.stderr == (
-            f"error: {manifest}: 1 of 1 utterances are wrong, all in {manifest}.bad_audio; "
-            f"the first: a ({path}): not readable as audio: Format not recognised\n"
+            f"error: {manifest}: 1 bad utterance of 1, listed in {manifest}.bad_audio; "
+            f"the first one: a ({path}): not readable as audio: Format not recognised\n"
         )
 
 
@@ -217,7 +217,7 @@ class TestPrepare:
         printed = run("data", "prepare", "folder", mixed_audio, cuts.parent, "--jobs", 2)
         assert printed == f"{cuts}: 6 utterances, 0.01 hours\n"
         assert run("data", "index", cuts) == f"{index_path(cuts)}: 6 utterances\n"
-        assert run("data", "validate", cuts) == f"{cuts}: 6 utterances agree with their files\n"
+        assert run("data", "validate", cuts) == f"{cuts}: no problem found in 6 utterances\n"
         printed = run("data", "stats", cuts, "--config", "tiny", "--set", "data.min_seconds=2.2")
         assert re.search(r"utterances +6\b", printed)
         assert re.search(r"speakers +3\b", printed)
@@ -229,7 +229,9 @@ class TestPrepare:
     def test_validation_share_makes_two_manifests(
         self, mixed_audio: Path, tmp_path: Path, run: Callable[..., str]
     ) -> None:
-        printed = run("data", "prepare", "folder", mixed_audio, tmp_path, "--validation-share", 0.5, "--window", 2)
+        printed = run(
+            "data", "prepare", "folder", mixed_audio, tmp_path, "--validation-share", 0.5, "--segment-seconds", 2
+        )
         assert [line.partition(":")[0] for line in printed.splitlines()] == [
             str(tmp_path / "cuts_train.jsonl"),
             str(tmp_path / "cuts_validation.jsonl"),
@@ -247,13 +249,15 @@ class TestPrepare:
             f"{bad}: not readable as audio: Format not recognised; leave such files out with --skip-unreadable"
         )
         printed = run("data", "prepare", "folder", tmp_path / "audio", tmp_path, "--skip-unreadable")
-        assert "1 utterances, 0.00 hours, 1 unreadable files left out" in printed
+        assert "1 utterance, 0.00 hours, 1 unreadable file left out" in printed
 
     def test_an_empty_or_missing_folder(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        assert "no audio in it" in error_of("data", "prepare", "folder", tmp_path / "empty", tmp_path)
+        assert "no audio files" in error_of("data", "prepare", "folder", tmp_path / "empty", tmp_path)
         assert "no such folder" in error_of("data", "prepare", "folder", tmp_path / "no", tmp_path)
-        assert "no part of the corpus" in error_of("data", "prepare", "librispeech", tmp_path / "empty", tmp_path)
+        assert "contains no part of the corpus" in error_of(
+            "data", "prepare", "librispeech", tmp_path / "empty", tmp_path
+        )
 
     def test_an_output_that_cannot_be_written(self, mixed_audio: Path, tmp_path: Path) -> None:
         blocked = write_text(tmp_path / "file")
@@ -270,8 +274,8 @@ class TestManifests:
         for number in range(30):
             (tmp_path / f"u{number}.wav").unlink()
         assert error_of("data", "validate", manifest) == (
-            f"{manifest}: 30 of 40 utterances are wrong, all in {manifest}.bad_audio; "
-            f"the first: u0 ({tmp_path / 'u0.wav'}): no such file"
+            f"{manifest}: 30 bad utterances of 40, listed in {manifest}.bad_audio; "
+            f"the first one: u0 ({tmp_path / 'u0.wav'}): no such file"
         )
         printed = capsys.readouterr().out.splitlines()
         assert printed == [f"u{n} ({tmp_path / f'u{n}.wav'}): no such file" for n in range(1, 20)]
