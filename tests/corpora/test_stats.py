@@ -9,10 +9,11 @@ import pytest
 
 from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest
 from w2vscale.config import load_config
-from w2vscale.corpora.prepare import prepare_folder
+from w2vscale.corpora.folder import prepare_folder
+from w2vscale.corpora.index import build_index
 from w2vscale.corpora.stats import corpus_stats
 from w2vscale.data.loading import make_plan
-from w2vscale.data.manifest import Corpus, build_index
+from w2vscale.data.manifest import Corpus
 from w2vscale.errors import UserError
 
 CONFIG = load_config("tiny", ["data.max_seconds=4", "data.min_seconds=1.9", "batch.max_seconds=12"])

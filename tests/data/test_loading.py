@@ -19,11 +19,12 @@ from w2vscale.objectives.criterion import PretrainingCriterion
 from tests.helpers.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest, write_text
 from tests.helpers.processes import Started
 from w2vscale.config import Config, load_config
-from w2vscale.corpora.prepare import prepare_folder
+from w2vscale.corpora.folder import prepare_folder
+from w2vscale.corpora.index import build_index
 from w2vscale.data.audio import AudioError, read_audio
 from w2vscale.data.inputs import PretrainingInputs
 from w2vscale.data.loading import MicroBatches, check_sample, loader_processes, make_plan, validation_batches
-from w2vscale.data.manifest import Corpus, build_index
+from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
 from w2vscale.data.plan import rank_window
 from w2vscale.errors import UserError
@@ -209,7 +210,7 @@ BAD: dict[str, tuple[Callable[[Path], Cut], str]] = {
     ),
     "a cut beyond its recording": (
         lambda path: dataclasses.replace(_wav(path, noise(3.0)), duration=5.0),
-        "ends at 5.000 s, after its recording's 3.000 s",
+        "ends at 5.000 s, after the end of its recording (3.000 s)",
     ),
 }
 

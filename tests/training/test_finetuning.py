@@ -16,8 +16,8 @@ from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
 from w2vscale.cli.app import app
 from w2vscale.config import Config, load_config
+from w2vscale.corpora.index import build_index
 from w2vscale.corpora.sentence_pieces import train_pieces
-from w2vscale.data.manifest import build_index
 from w2vscale.errors import UserError
 from w2vscale.evaluation.checkpoint import evaluate_checkpoint
 from w2vscale.inference.pretrained import load

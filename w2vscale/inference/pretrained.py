@@ -18,9 +18,9 @@ from torch import Tensor
 from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
 from w2vscale.config import Config, ModelConfig, PrecisionConfig, load_config
 from w2vscale.data.audio import EPSILON, AudioError
+from w2vscale.data.resampling import Samples, resampled
 from w2vscale.errors import UserError
 from w2vscale.inference.chunks import ChunkFeatures, Part, split_into_chunks
-from w2vscale.inference.resampling import Samples, resampled
 from w2vscale.interop.importing import form_of
 from w2vscale.models.feature_encoder import WaveformLayer, input_samples, moments_of, output_frames
 from w2vscale.models.wav2vec2 import EncoderOutput
