@@ -76,7 +76,7 @@ class Engine(Protocol):
     def export_state(self) -> CanonicalState:
         """Collective. This rank's share of parameters and optimizer state, to be written or copied before the next
         step: DTensors whose shards together are everything, or live tensors where there is one process. Every name and
-        shape of `canonical_shapes`, and no other; a missing optimizer state is an error."""
+        shape of `expected_tensors`, and no other; a missing optimizer state is an error."""
 
     def import_state(self, reader: StateReader) -> None:
         """Collective. Replace parameters and optimizer state."""

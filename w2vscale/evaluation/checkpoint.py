@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import load_config
 from w2vscale.data.loading import (
     VALIDATION_SEED,
@@ -69,7 +69,7 @@ def evaluate_checkpoint(
     dataset = MicroBatches(corpus, plan, config, seed=VALIDATION_SEED)
     with process_group() as (ranks, device), torch.no_grad(), loader_processes():
         model = build_model(config.model, config.ctc, compute_dtype(config.precision)).to(device)
-        load_model_weights(checkpoint, model)
+        checkpoint.load_model(model)
         model.eval()
         criterion: Criterion
         metrics_of: Callable[[Any], dict[str, float]]

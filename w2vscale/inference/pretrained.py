@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
-from w2vscale.config import Config, ModelConfig, load_config
+from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.config import Config, ModelConfig
 from w2vscale.data.audio import EPSILON, AudioError
 from w2vscale.errors import UserError
 from w2vscale.inference.resampling import Samples, resampled
@@ -55,9 +55,9 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
         checkpoint = open_checkpoint(Path(path))
     except UserError as error:
         raise UserError(f"{error}{_import_hint(Path(path))}") from None
-    config = load_config(checkpoint.path / "config.yaml")
+    config = checkpoint.config
     model = build_model(config.model, config.ctc)
-    load_model_weights(checkpoint, model)
+    checkpoint.load_model(model)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return Pretrained(model.to(chosen).eval(), config)

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint.expected import expected_of
+from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import Config, ModelConfig, dump_config
 from w2vscale.config.tree import CtcConfig, OptimConfig
@@ -21,8 +22,6 @@ from w2vscale.errors import UserError
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import load_fairseq, read_pickle
 from w2vscale.interop.huggingface import ctc_config, from_huggingface, model_config
-from w2vscale.models.build import parameter_shapes
-from w2vscale.optim.canonical import canonical_shapes
 
 FORMATS = ("huggingface", "fairseq")
 
@@ -53,9 +52,9 @@ def import_checkpoint(
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     origin = TrainState(data=f"imported from {source.name} ({form})")
     optim = OptimConfig(weight_decay=0.0) if ctc.vocabulary else OptimConfig()  # what is frozen must not shrink
-    settings = dump_config(Config(model=model, ctc=ctc, optim=optim))
-    weights = canonical_shapes(parameter_shapes(model, ctc), optimizer=False)
-    path = CheckpointStore(folder, Ranks(), expected=weights, log=log).save(tensors, origin, settings)
+    config = Config(model=model, ctc=ctc, optim=optim)
+    store = CheckpointStore(folder, Ranks(), expected=expected_of(config, optimizer=False), log=log)
+    path = store.save(tensors, origin, dump_config(config))
     return Imported(path, sum(tensor.numel() for tensor in tensors.values()))
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import yaml
 
 from w2vscale.analysis.report import read_metrics
-from w2vscale.checkpoint.reading import Checkpoint, TrainState
+from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.config import Config
 from w2vscale.data.transcripts import PIECE_SPACE
 from w2vscale.version import __version__
 
 
-def model_card(checkpoint: Checkpoint, config: Config, run: Path | None) -> str:
+def model_card(checkpoint: CheckpointReader, config: Config, run: Path | None) -> str:
     """Markdown with the metadata that the Hugging Face hub reads; `run` has the metrics, if it is there."""
     state, model = checkpoint.state, config.model
     header = yaml.safe_dump(

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from w2vscale.checkpoint.expected import expected_of
+from w2vscale.config import Config
 from w2vscale.config.tree import CtcConfig, ModelConfig
 from w2vscale.errors import UserError
-from w2vscale.models.build import parameter_shapes
+from w2vscale.optim.canonical import model_shapes
 
 CODEVECTORS = "quantizer.codevectors"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -28,7 +30,7 @@ def to_theirs(
     Raises:
         UserError: `state` is not one of `config`.
     """
-    shapes = parameter_shapes(config, ctc)
+    shapes = _shapes(config, ctc)
     _check_names(state, shapes)
     theirs: dict[str, Tensor] = {}
     for name, parts in _names(shapes, table).items():
@@ -48,7 +50,7 @@ def to_ours(
     Raises:
         UserError: `state` is not one of `config`.
     """
-    shapes = parameter_shapes(config, ctc)
+    shapes = _shapes(config, ctc)
     names = _names(shapes, table)
     _check_names(state, [part for parts in names.values() for part in parts])
     ours: dict[str, Tensor] = {}
@@ -70,6 +72,11 @@ def to_ours(
         whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         ours[name] = whole.reshape(shapes[name]).contiguous()
     return ours
+
+
+def _shapes(config: ModelConfig, ctc: CtcConfig) -> dict[str, tuple[int, ...]]:
+    # Not validated again: rules between other sections do not matter here.
+    return model_shapes(expected_of(Config.model_construct(model=config, ctc=ctc), optimizer=False))
 
 
 def _names(ours: Iterable[str], table: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

@@ -16,10 +16,3 @@ def build_model(config: ModelConfig, ctc: CtcConfig, compute_dtype: torch.dtype 
     if ctc.vocabulary:
         return Wav2Vec2ForCTC(config, ctc, compute_dtype)
     return Wav2Vec2ForPretraining(config, compute_dtype)
-
-
-def parameter_shapes(config: ModelConfig, ctc: CtcConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter of the model, which takes no memory for it."""
-    with torch.device("meta"):
-        model = build_model(config, ctc)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

@@ -10,13 +10,12 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
-from w2vscale.checkpoint.consolidation import whole_tensors
-from w2vscale.checkpoint.reading import open_checkpoint
-from w2vscale.checkpoint.shards import stored_tensors, tensor_files
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import Config, ModelConfig, load_config
 from w2vscale.config.tree import ARCHITECTURE
 from w2vscale.errors import UserError
 from w2vscale.interop.importing import form_of, read_model
+from w2vscale.optim.canonical import model_shapes
 
 
 @dataclass(frozen=True)
@@ -42,18 +41,14 @@ def open_source(path: Path, log: Callable[[str], None] = lambda text: None) -> S
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         return Source(model, ctc.vocabulary, shapes, state.__getitem__)
     checkpoint = open_checkpoint(path, log)
-    stored = {
-        name.removeprefix("model."): tensor
-        for name, tensor in stored_tensors(tensor_files(checkpoint.path)).items()
-        if name.startswith("model.")
-    }
+    checkpoint.require_model()
     log(f"starting from {checkpoint.path}")
-    config = load_config(checkpoint.path / "config.yaml")
+    config = checkpoint.config
     return Source(
         config.model,
         config.ctc.vocabulary,
-        {name: tuple(tensor.shape) for name, tensor in stored.items()},
-        lambda name: next(whole_tensors({f"model.{name}": stored[name]})),
+        model_shapes(checkpoint.specs),
+        lambda name: checkpoint.tensor(f"model.{name}"),
     )
 
 

@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from w2vscale.checkpoint.reading import Checkpoint, IncompleteState, TrainState, committed, open_checkpoint
+from w2vscale.checkpoint.format import TrainState, committed
+from w2vscale.checkpoint.reader import CheckpointReader, IncompleteState, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config
 from w2vscale.data.augmentation import Augmentation
@@ -37,7 +38,7 @@ from w2vscale.models.initialisation import initial_parameters
 from w2vscale.models.layers import compute_dtype
 from w2vscale.models.products import CPU_HAS_BF16
 from w2vscale.objectives.objective import Objective, build_objective
-from w2vscale.optim.canonical import canonical_shapes
+from w2vscale.optim.canonical import expected_tensors
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 from w2vscale.training.bad_audio import BadAudioLog
 from w2vscale.training.initialisation import starting_values
@@ -91,7 +92,7 @@ def build_run(
     store = CheckpointStore(
         exp / "checkpoints",
         ranks,
-        expected=canonical_shapes(shapes),
+        expected=expected_tensors(model),
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
@@ -222,7 +223,7 @@ def _run_script(exp: Path) -> str:
     )
 
 
-def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None]) -> Checkpoint | None:
+def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None]) -> CheckpointReader | None:
     if resume == "auto":
         return store.find(log)
     if resume == "never":
@@ -235,7 +236,7 @@ def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None
     return _open_to_resume(Path(resume), log)
 
 
-def _open_to_resume(path: Path, log: Callable[[str], None] = lambda text: None) -> Checkpoint:
+def _open_to_resume(path: Path, log: Callable[[str], None] = lambda text: None) -> CheckpointReader:
     """The checkpoint at `path`, or the newest in it, that a run can be continued from."""
     try:
         return open_checkpoint(path, log, resuming=True)
@@ -253,7 +254,7 @@ def stored_settings(exp: Path, resume: str) -> Path | None:
     return _open_to_resume(exp if resume == "auto" else Path(resume)).path / "config.yaml"
 
 
-def _compare_settings(config: Config, checkpoint: Checkpoint, log: Callable[[str], None]) -> None:
+def _compare_settings(config: Config, checkpoint: CheckpointReader, log: Callable[[str], None]) -> None:
     """Another model is an error; other settings are said, since the curve may change."""
     stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text())
     for section, now in config.model_dump(mode="json").items():

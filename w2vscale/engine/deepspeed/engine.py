@@ -22,7 +22,7 @@ from w2vscale.engine.rows import Rows
 from w2vscale.engine.window import accumulate
 from w2vscale.models.layers import compute_dtype
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
-from w2vscale.optim.canonical import MOMENTS, canonical_shapes
+from w2vscale.optim.canonical import MOMENTS, expected_tensors
 
 
 class DeepSpeedEngine:
@@ -39,6 +39,7 @@ class DeepSpeedEngine:
         self.criterion, self.device, self.joining = criterion, device, joining(config.batch.concat)
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.expected = expected_tensors(model)
         if self.stage == 3:
             _partition(deepspeed, model, document, device, compute_dtype(config.precision))
         else:
@@ -100,7 +101,7 @@ class DeepSpeedEngine:
 
     def import_state(self, reader: StateReader) -> None:
         """See `Engine.import_state`."""
-        for name, whole in self.rows.read(reader, canonical_shapes(self.shapes)):
+        for name, whole in self.rows.read(reader, {name: spec.shape for name, spec in self.expected.items()}):
             kind, _, name = name.partition(".")
             if kind == "model":
                 self._set(name, None, whole)
