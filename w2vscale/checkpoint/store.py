@@ -245,13 +245,14 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, group: dist.Proce
     A tensor that several ranks hold is written by one of them.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    try:
-        if dist.is_initialized():
+    if dist.is_initialized():
+        try:
             dcp.save(dict(tensors), storage_writer=writer, process_group=group)
-        else:
-            _write_alone(dict(tensors), writer)
-    except dcp.api.CheckpointException as failure:
-        return str(next(iter(failure.failures.values()))[0])
+        except dcp.api.CheckpointException as failure:
+            return str(next(iter(failure.failures.values()))[0])
+        return None
+    try:
+        _write_alone(dict(tensors), writer)
     except (OSError, SafetensorError, RuntimeError) as failure:
         return str(failure)
     return None
