@@ -156,6 +156,17 @@ def gather_from_ranks(value: T) -> list[T]:
     return values
 
 
+def raise_anywhere(error: str | None) -> None:
+    """Collective. Raise the error of the lowest rank that has one, on every rank.
+
+    Raises:
+        UserError: any rank has an error.
+    """
+    for found in gather_from_ranks(error):
+        if found is not None:
+            raise UserError(found)
+
+
 def gather_as_found(stream: Iterable[T], *, every_seconds: float = 20.0) -> Iterator[T]:
     """What the streams of all ranks yield, on every rank and soon after it was found. Collective.
 

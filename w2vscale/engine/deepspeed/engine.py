@@ -25,7 +25,7 @@ from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
-from w2vscale.optim.canonical import MOMENTS
+from w2vscale.optim.canonical import MOMENTS, expected_tensors, stored
 
 
 class DeepSpeedEngine:
@@ -47,6 +47,7 @@ class DeepSpeedEngine:
         self.device = device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.expected = expected_tensors(model)
         self.buffers = Buffers(model)
         transform(model, config)
         if self.stage == 3:
@@ -131,17 +132,12 @@ class DeepSpeedEngine:
                 whole = safe_get_full_optimizer_state(parameter, key).view(shape)
                 state[f"optim.{name}.{key}"] = self.rows.copied(whole)
             state[f"optim.{name}.step"] = self.rows.copied(step)
-        return state | {f"model.{name}": self.rows.copied(buffer) for name, buffer in self.buffers.persistent()}
+        return state | {f"model.{name}": self.rows.copied(stored(buffer)) for name, buffer in self.buffers.persistent()}
 
     def import_state(self, reader: StateReader) -> None:
         """See `Engine.import_state`."""
-        specs = {f"model.{name}": (tuple(shape), torch.float32) for name, shape in self.shapes.items()}
-        specs |= {f"model.{name}": (tuple(buffer.shape), buffer.dtype) for name, buffer in self.buffers.persistent()}
-        for name in self.trained:
-            specs |= {f"optim.{name}.{key}": (tuple(self.shapes[name]), torch.float32) for key in MOMENTS}
-            specs[f"optim.{name}.step"] = ((), torch.float32)
         buffers = dict(self.buffers.persistent())
-        for name, whole in self.rows.read(reader, specs):
+        for name, whole in self.rows.read(reader, self.expected):
             kind, _, name = name.partition(".")
             if kind == "model":
                 self._set_value(name, whole, buffers)
