@@ -22,8 +22,8 @@ from w2vscale.checkpoint.verification import verify
 from w2vscale.config import load_config
 from w2vscale.inference.pretrained import load
 from w2vscale.interop.exporting import export_checkpoint
-from w2vscale.models.build import build_model
-from w2vscale.training.initialisation import open_source
+from w2vscale.objectives import build_objective
+from w2vscale.training.warm_start import open_source
 
 CONFIG = load_config("base", MICRO_MODEL)
 
@@ -97,7 +97,7 @@ def test_it_can_be_sent_to_other_ranks(path: Path, headers: Counter[Path]) -> No
 
 
 def test_only_the_model_is_read_into_a_model(path: Path) -> None:
-    model = build_model(CONFIG.model, CONFIG.ctc)
+    model = build_objective(CONFIG).build_model()
     open_checkpoint(path).load_model(model)
     assert all(torch.equal(tensor, content()[f"model.{name}"]) for name, tensor in model.state_dict().items())
 
