@@ -18,7 +18,7 @@ from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives import build_objective
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_show(trained: Path, run: Callable[..., str], place: str) -> None:
     printed = run("show", trained / place)
     assert printed.startswith(str(trained / "checkpoints" / "update_00000002"))
     found = fields(printed)
-    parameters = dict(Wav2Vec2ForPretraining(load_config(trained / "config.yaml").model).named_parameters())
+    parameters = dict(build_objective(load_config(trained / "config.yaml")).build_model().named_parameters())
     assert found["update"] == "2 of 2"
     assert found["parameters"] == f"{sum(tensor.numel() for tensor in parameters.values()):,}"
     assert found["shape"].startswith("3x32x64x4 ")
@@ -121,7 +121,7 @@ def test_show_says_what_it_skips(exp: Path, run: Callable[..., str]) -> None:
 def test_consolidate_writes_the_models_weights(trained: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     printed = run("consolidate", trained, tmp_path / "out")
     assert re.match(rf"{tmp_path}/out/model\.safetensors: update 2, \d+ tensors, ", printed)
-    model = Wav2Vec2ForPretraining(load_config(tmp_path / "out" / "config.yaml").model)
+    model = build_objective(load_config(tmp_path / "out" / "config.yaml")).build_model()
     open_checkpoint(trained).load_model(model)
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert weights.keys() == dict(model.named_parameters()).keys()
