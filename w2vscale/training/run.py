@@ -284,7 +284,7 @@ def _compare_settings(config: Config, checkpoint: CheckpointReader, log: Callabl
     stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text())
     objective = resolve(config)[1].settings
     fixed = {("model", key) for key in architecture_of(config.model)}
-    fixed |= {("objective", key) for key in ("name", *architecture_of(objective))}
+    fixed |= {("objective", key) for key in architecture_of(objective)}
     for section, now in config.model_dump(mode="json").items():
         then: dict[str, Any] = stored.get(section, {})
         for key, value in now.items():
