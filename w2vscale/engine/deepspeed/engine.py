@@ -18,7 +18,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, Grouping, accumulate
 from w2vscale.engine.base import CanonicalState, StateReader, StepResult
 from w2vscale.engine.buffers import Buffers
-from w2vscale.engine.deepspeed.config import deepspeed_config, import_deepspeed, validate_zero
+from w2vscale.engine.deepspeed.config import deepspeed_config, environment_for, import_deepspeed, validate_zero
 from w2vscale.engine.rows import Rows
 from w2vscale.engine.transforms import transform
 from w2vscale.errors import UserError
@@ -41,7 +41,7 @@ class DeepSpeedEngine:
         device: torch.device,
     ) -> None:
         document = deepspeed_config(config, optim, precision)
-        deepspeed = import_deepspeed(device.type)
+        deepspeed = import_deepspeed(device)
         validate_zero(document, config.deepspeed_config)
         self.stage = int(document["zero_optimization"]["stage"])
         self.device = device
@@ -57,12 +57,13 @@ class DeepSpeedEngine:
         self.parameters = dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         groups = parameter_groups([(name, self.shapes[name]) for name in self.trained], optim)
-        self.engine: Any = deepspeed.initialize(
-            model=model,
-            optimizer=make_adamw(self.trained, groups, optim),
-            config=document,
-            dist_init_required=False,
-        )[0]
+        with environment_for(device):
+            self.engine: Any = deepspeed.initialize(
+                model=model,
+                optimizer=make_adamw(self.trained, groups, optim),
+                config=document,
+                dist_init_required=False,
+            )[0]
         # It has cast everything to the type of activations. Nothing else keeps what is not trained in fp32.
         self.buffers.lay_out(device)
         for name, parameter in self.parameters.items():
