@@ -322,7 +322,10 @@ class TestCommandLine:
     [
         (["objective.name=ctc", "objective.vocabulary=[a, b, a]"], "'a' is in it twice"),
         (["objective.name=ctc", "objective.vocabulary=[a]"], "a blank alone"),
-        (["objective.name=ctc", "objective.vocabulary=none.txt"], "none.txt: neither `letters` nor a file of symbols"),
+        (
+            ["objective.name=ctc", "objective.vocabulary=none.txt"],
+            "none.txt: must be `letters` or a readable file of symbols",
+        ),
         (
             ["objective.name=ctc", "objective.vocabulary=letters", "data.mode=stream"],
             "fine-tuning needs data.mode=index",

@@ -30,11 +30,11 @@ from w2vscale.objectives.base import Objective, Panel, StepContext, Target, Tran
 from w2vscale.objectives.masking import MaskSettings, mask_frames, span_mask
 
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
-"""The vocabulary of the published English models, in their order; `|` is the space."""
+"""Vocabulary of the published English models, in the same order; `|` is the space."""
 
 
 class CtcSettings(MaskSettings):
-    """Vocabulary, masks and what is frozen."""
+    """Settings of vocabulary, masks and freezing."""
 
     name: Literal["ctc"] = architecture("ctc", "fine-tuning for speech recognition with CTC")
     vocabulary: list[str] | Path = architecture(
@@ -47,37 +47,39 @@ class CtcSettings(MaskSettings):
         description="SentencePiece model that splits transcripts; an empty vocabulary becomes the blank and its pieces",
     )
     final_dropout: Probability = Field(0.0, description="dropout before the output layer")
-    channel_mask_probability: Fraction = Field(0.0, description="expected share of masked channels; 0: none")
-    channel_mask_length: Count = Field(64, description="channels of one span")
+    channel_mask_probability: Fraction = Field(
+        0.0, description="expected fraction of channels in masked spans, counted before they overlap"
+    )
+    channel_mask_length: Count = Field(64, description="length of a masked span, in channels")
     freeze_encoder_updates: CountOrZero = Field(0, description="train only the output layer for this many updates")
 
 
 class CtcInputs(NamedTuple):
-    """Utterances with L labels in all, listed utterance by utterance."""
+    """B utterances with L labels in total, listed utterance by utterance."""
 
     audio: AudioBatch
     channel_mask_BD: Tensor
     labels_L: Tensor
     label_lengths_B: Tensor
-    labels: tuple[int, ...]  # label_lengths_B as numbers that the host can read
+    labels: tuple[int, ...]  # label_lengths_B as Python numbers, so that reading them does not synchronise the GPU
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """Labels of each micro-batch."""
+        """Number of labels of each micro-batch."""
         ends = accumulate(self.audio.utterances, initial=0)
         return tuple(sum(self.labels[start:end]) for start, end in pairwise(ends))
 
 
 class CtcSums(NamedTuple):
-    """Sums over labels; divide them by the global number of labels in an update."""
+    """Sums over labels. Divide them by the number of labels of the update, over all ranks."""
 
-    total: Tensor  # nats
-    labels: Tensor
-    errors: Tensor  # edit distance of the greedy labels; 0 in training, where nothing is decoded
+    total: Tensor  # in nats
+    labels: Tensor  # number of labels
+    errors: Tensor  # edit distance between greedy and reference labels; 0 in training, which does not decode
 
 
 class Wav2Vec2ForCTC(nn.Module):
-    """The encoder, and logits of a vocabulary for every frame."""
+    """The encoder with a linear output layer over the vocabulary."""
 
     def __init__(
         self,
@@ -95,7 +97,10 @@ class Wav2Vec2ForCTC(nn.Module):
         self.head = Linear(model.dim, symbols, std=BERT_STD)
 
     def forward(self, inputs: CtcInputs, *, active: Sequence[bool] | None = None, frozen: bool = False) -> CtcSums:
-        """Loss sums; with `frozen`, only the head learns. In evaluation nothing is masked, and errors are counted."""
+        """Compute the loss sums. With `frozen`, only the head gets gradients. In evaluation nothing is masked.
+
+        Label errors are counted in evaluation only. `active` says which transformer blocks to compute.
+        """
         audio = inputs.audio
         lengths_B, frames_B = audio.lengths
         masks = (audio.mask_BT, inputs.channel_mask_BD) if self.training else (None, None)
@@ -113,18 +118,18 @@ class Wav2Vec2ForCTC(nn.Module):
         )
 
     def logits(self, waveforms_BS: Tensor, lengths_B: Tensor | None = None, frames_B: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V]; `lengths_B` (samples) and `frames_B` are None where no utterance is padded."""
+        """Compute logits [B, T, V]. `lengths_B` (in samples) and `frames_B` are None if no utterance is padded."""
         encoded = self.encoder(waveforms_BS.to(self.compute_dtype), lengths_B, frames_B)
         logits_BTV: Tensor = self.head(encoded.context_BTD)
         return logits_BTV
 
 
 class Ctc(Objective):
-    """Fine-tuning for speech recognition."""
+    """The objective of fine-tuning for speech recognition with CTC."""
 
     Settings = CtcSettings
     settings: CtcSettings
-    crops = False  # the transcript belongs to the whole utterance
+    crops = False  # the transcript is of the whole utterance
 
     def __init__(
         self,
@@ -140,7 +145,7 @@ class Ctc(Objective):
 
     @cached_property
     def transcripts(self) -> Transcripts:
-        """Turns transcripts into labels."""
+        """Converter from transcripts to labels."""
         return Transcripts(self.vocabulary, self.settings.sentencepiece)
 
     @property
@@ -155,7 +160,7 @@ class Ctc(Objective):
 
     def check(self, config: Config) -> None:
         """See `Objective.check`."""
-        assert self.transcripts  # the SentencePiece model can be read, and belongs to the vocabulary
+        assert self.transcripts  # loads the SentencePiece model, and raises if it does not fit the vocabulary
         frozen_updates = self.settings.freeze_encoder_updates
         if config.trainer.init_from is None and (frozen_updates or config.regularization.feature_grad_mult == 0.0):
             raise UserError(
@@ -183,7 +188,7 @@ class Ctc(Objective):
         )
 
     def read_target(self, cut: Cut, *, samples: int) -> Target:
-        """See `Objective.read_target`: the labels, and a note about characters that the vocabulary lacks."""
+        """See `Objective.read_target`: the labels, and a note about characters that are not in the vocabulary."""
         labels, unknown = self.transcripts.labels(transcript(cut))
         refuse_too_many(labels, output_frames(samples, self.model))
         if not unknown:
@@ -231,9 +236,9 @@ class Ctc(Objective):
         )
 
     def metrics(self, sums: CtcSums) -> dict[str, float]:
-        """Metrics per label; NaN where there is none.
+        """Compute metrics per label; NaN if there is none.
 
-        `loss` is in nats. `label_error_rate` is that of the greedy labels, spaces included; 0 in training.
+        `loss` is in nats. `label_error_rate` is the error rate of greedy decoding, spaces included; 0 in training.
         """
         labels = float(sums.labels) or math.nan
         return {
@@ -276,7 +281,8 @@ class Ctc(Objective):
     def transformers_head(self) -> TransformersHead:
         """See `Objective.transformers_head`.
 
-        The tokenizer of Transformers joins symbols as they are, so sentence pieces have real spaces there.
+        In vocab.json, `▁` in sentence pieces becomes a space, because the Transformers tokenizer concatenates symbols
+        unchanged.
         """
         settings, vocabulary = self.settings, list(self.vocabulary)
         marks = {"pad": vocabulary[BLANK], "bos": "<s>", "eos": "</s>", "unk": UNKNOWN}
@@ -315,10 +321,10 @@ class Ctc(Objective):
 
 
 def read_vocabulary(settings: CtcSettings) -> list[str]:
-    """The symbols that the settings name.
+    """Return the symbols of the vocabulary that the settings name.
 
     Raises:
-        UserError: there are none, one is there twice, or their file cannot be read.
+        UserError: the vocabulary has fewer than two symbols or a repeated one, or its file cannot be read.
     """
     named = settings.vocabulary
     if isinstance(named, list):
@@ -344,15 +350,15 @@ def _symbols_in(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"objective.vocabulary={path}: neither `letters` nor a readable file of symbols ({reason})"
+            f"objective.vocabulary={path}: must be `letters` or a readable file of symbols ({reason})"
         ) from None
 
 
 def ctc_loss(logits_BTV: Tensor, frames_B: Tensor, labels_L: Tensor, label_lengths_B: Tensor) -> Tensor:
-    """The sum over utterances of -log p(labels), in nats, fp32.
+    """Return the sum over utterances of -log p(labels), in nats, fp32.
 
-    `labels_L` lists the labels of all utterances. An utterance with too few frames for its labels (and for blanks
-    between equal ones), or without labels, counts as 0.
+    `labels_L` lists the labels of all utterances one after another. An utterance without labels, or with too few frames
+    for its labels and the blanks between equal ones, counts as 0.
     """
     log_probabilities_TBV = logits_BTV.float().log_softmax(dim=2).transpose(0, 1)
     losses_B = F.ctc_loss(
@@ -362,13 +368,13 @@ def ctc_loss(logits_BTV: Tensor, frames_B: Tensor, labels_L: Tensor, label_lengt
 
 
 def greedy_labels(logits_TV: Tensor) -> list[int]:
-    """The most probable symbol of each frame, with repetitions merged and blanks removed."""
+    """Decode greedily: take the most probable symbol of each frame, merge repetitions and remove blanks."""
     best = torch.unique_consecutive(logits_TV.argmax(dim=1)).tolist()
     return [symbol for symbol in best if symbol != BLANK]
 
 
 def label_errors(logits_BTV: Tensor, inputs: CtcInputs) -> int:
-    """Edit distance between the greedy labels and the reference labels, over all utterances."""
+    """Return the edit distance between greedy and reference labels, summed over all utterances."""
     from rapidfuzz.distance import Levenshtein
 
     logits_BTV = logits_BTV.float().cpu()
