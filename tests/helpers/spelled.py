@@ -12,11 +12,13 @@ from tests.helpers.micro import MICRO_ENCODER, MICRO_TRAINING
 
 TONES = {"A": 300.0, "B": 700.0, "C": 1500.0, "D": 3100.0}
 RATE = 16_000
+SPELLED = ("data.max_seconds=4", "optim.weight_decay=0", "objective.mask_probability=0.1")
+"""Settings of any objective on it."""
 SPELLING = (
     *MICRO_ENCODER, *MICRO_TRAINING, "objective.name=ctc",
-    "objective.vocabulary=['<pad>', '|', A, B, C, D]", "data.max_seconds=4", "optim.weight_decay=0",
-    "objective.mask_probability=0.1",
+    "objective.vocabulary=['<pad>', '|', A, B, C, D]", *SPELLED,
 )  # fmt: skip
+"""Fine-tuning on it."""
 
 
 def spoken(text: str, *, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
