@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, line by line, and the header of safetensors files."""
+"""Atomic file writes, append-only logs of JSON records, and the header of safetensors files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a wav2vec 2.0 that writes what it hears, in minutes on two cores and without a download: synthesises
-# spoken digits, prepares and indexes them, pretrains a small model on all of them, fine-tunes it on the transcripts of
-# a part, trains the same model on this part from scratch, and compares what both write for other speakers.
+# Pretrains and fine-tunes a small wav2vec 2.0 for speech recognition, in minutes on two cores and without a download:
+# synthesises spoken digits, writes and indexes manifests, pretrains on all speech, fine-tunes on a transcribed subset,
+# trains the same model on this subset from scratch, and compares the error rates of both on other speakers.
 #
 #   bash recipes/demo/run.sh
 #   bash recipes/demo/run.sh --exp exp/longer trainer.updates=1000     settings of pretraining follow the options
@@ -9,15 +9,15 @@ set -euo pipefail
 
 stage=0                 # first stage to run
 stop_stage=10           # last stage to run
-data=                   # where audio and manifests go (default: data/ beside this script)
-exp=                    # the run's folder (default: exp/demo beside this script)
-train_minutes=20        # synthetic speech to train on
-validation_minutes=4    # and to validate on, of other speakers
-speakers=8              # of each
-label_minutes=10        # transcribed speech to fine-tune on
-finetune_settings=      # SECTION.KEY=VALUE…, between spaces, that replace conf/finetune.yaml's
-lm=                     # an n-gram model to decode with, too
-nproc=1                 # processes to train and decode with
+data=                   # folder for audio and manifests (default: data/ beside this script)
+exp=                    # folder of the run (default: exp/demo beside this script)
+train_minutes=20        # synthetic speech for training, in minutes
+validation_minutes=4    # synthetic speech for validation, in minutes, by other speakers
+speakers=8              # speakers for training, and as many others for validation
+label_minutes=10        # transcribed speech for fine-tuning, in minutes
+finetune_settings=      # SECTION.KEY=VALUE, separated by spaces, to override settings of conf/finetune.yaml
+lm=                     # n-gram language model for a second decoding
+nproc=1                 # processes for training and decoding
 launcher=local          # local, torchrun or slurm: see cmd.sh
 
 . "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
@@ -38,8 +38,8 @@ amount=${label_minutes}min
 labels=$manifests/cuts_$amount.jsonl
 
 synthesise() {
-  w2vscale data synth "$data" --text digits --no-hum --train-minutes "$train_minutes" --validation-minutes "$validation_minutes" \
-    --speakers "$speakers" --jobs 2
+  python "$here/local/synthesise.py" "$data" --text digits --no-hum --speakers "$speakers" --jobs 2 \
+    --train-minutes "$train_minutes" --validation-minutes "$validation_minutes"
 }
 prepare() { w2vscale data prepare mini_librispeech "$data/LibriSpeech" "$manifests"; }
 index() { w2vscale data index "${train_cuts[@]}" "$held_out"; }

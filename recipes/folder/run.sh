@@ -18,7 +18,7 @@ conf=base               # settings of pretraining: a preset or a YAML file
 finetune_conf=ctc_1h    # and of fine-tuning
 finetune_settings=      # SECTION.KEY=VALUE…, between spaces, that replace finetune_conf's
 exp=                    # the run's folder (default: exp/ and conf's name beside this script)
-window=30               # longer recordings are cut into windows of so many seconds
+segment_seconds=30      # split longer recordings into segments of this duration, in seconds
 validation_share=0.02   # of the recordings, to validate on
 test_share=0.1          # of the transcribed utterances, to decode
 skip_unreadable=false   # leave out files that are not audio
@@ -51,8 +51,8 @@ skip=()
 if $skip_unreadable; then skip=(--skip-unreadable); fi
 
 prepare() {
-  w2vscale data prepare folder "$audio" "$manifests" --window "$window" --validation-share "$validation_share" \
-    --jobs "$jobs" "${skip[@]}"
+  w2vscale data prepare folder "$audio" "$manifests" --segment-seconds "$segment_seconds" \
+    --validation-share "$validation_share" --jobs "$jobs" "${skip[@]}"
 }
 index() {
   w2vscale data index "${train_cuts[@]}" "$held_out"

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
 from w2vscale.analysis.probing import Cooccurrence, cooccurrence
-from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
@@ -56,9 +56,9 @@ def probed(pretrained: Path, corpus: tuple[Path, Path], output: Path, *options: 
 
 
 def test_tones_are_spelled_from_frozen_features(pretrained: Path, corpus: tuple[Path, Path], tmp_path: Path) -> None:
-    before = read_model_tensors(open_checkpoint(pretrained))
+    before = open_checkpoint(pretrained).model_tensors()
     found = probed(pretrained, corpus, tmp_path, "--updates", "200")
-    after = read_model_tensors(open_checkpoint(pretrained))
+    after = open_checkpoint(pretrained).model_tensors()
     assert all((before[name] == after[name]).all() for name in before)
     rates = found["label_error_rate"]
     assert isinstance(rates, dict) and list(rates) == ["0", "1", "2", "3"]

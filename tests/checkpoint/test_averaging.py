@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -14,32 +13,32 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tests.helpers.checkpoints import model_and_optimizer, shapes_of
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.checkpoint.averaging import average
-from w2vscale.checkpoint.inspection import verify
-from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
+from w2vscale.checkpoint.expected import expected_of
+from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
+from w2vscale.checkpoint.verification import verify
 from w2vscale.cli.app import app
 from w2vscale.config import Config, dump_config, load_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
+from w2vscale.optim.canonical import specs_of
 
 MODEL = (*MICRO_MODEL, "model.layers=1")
 CONFIG = load_config("base", MODEL)
 UPDATES = (2, 4, 6, 8)
-LOSSES = {1: 0.1, 2: 3.0, 4: 2.0, 5: 0.5, 6: 4.0}
-ACCURACIES = {1: 0.9, 2: 0.3, 4: 0.2, 5: 0.8, 6: 0.4}
+LOSSES = {2: 3.0, 4: 2.0, 6: 4.0}
 BIAS = "quantizer.projection.bias"
-VOCABULARY = "objective.name=ctc", "objective.vocabulary=['<pad>', '|', A, B]"
 
 
 def content(update: int, config: Config = CONFIG) -> dict[str, Tensor]:
     """Another value at each update for each parameter, some of them -0; and of the optimizer, something."""
     generator = torch.Generator().manual_seed(update)
     tensors = {
-        name: torch.randn(shape, generator=generator)
-        for name, shape in model_and_optimizer(config).items()
+        name: torch.randn(spec.shape, generator=generator)
+        for name, spec in expected_of(config).items()
         if name.startswith("model.") or name.endswith("bias.step")
     }
     tensors[next(iter(tensors))].flatten()[:3] = -0.0
@@ -49,22 +48,16 @@ def content(update: int, config: Config = CONFIG) -> dict[str, Tensor]:
 def save(run: Path, update: int, config: Config = CONFIG, tensors: dict[str, Tensor] | None = None) -> Path:
     state = TrainState(update=update, audio_seconds=10.0 * update, data="3 hours", validation_loss=LOSSES.get(update))
     tensors = tensors or content(update, config)
-    store = CheckpointStore(run / "checkpoints", Ranks(), expected=shapes_of(tensors), keep_last=9)
+    store = CheckpointStore(run / "checkpoints", Ranks(), expected=specs_of(tensors), keep_last=9)
     return store.save(tensors, state, dump_config(config))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints at 2, 4, 6 and 8; validations at 1, 2, 4, 5 and 6."""
+    """Checkpoints at 2, 4, 6 and 8, the first three with a validation loss."""
     run = tmp_path_factory.mktemp("made") / "run"
     for update in UPDATES:
         save(run, update)
-    records = [
-        {"split": "validation", "update": update, "loss": LOSSES[update], "accuracy": ACCURACIES[update], "bad": None}
-        for update in LOSSES
-    ]
-    records += [{"split": "train", "update": update, "loss": 9.0 - update, "lr": 0.1} for update in UPDATES]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return run
 
 
@@ -87,7 +80,7 @@ def refusal(run: Path, *arguments: object) -> str:
 def test_the_mean_is_that_of_float64(made: Path, tmp_path: Path) -> None:
     found = average(made, tmp_path / "out", last=3)
     assert found.updates == [4, 6, 8]
-    stored = read_model_tensors(open_checkpoint(tmp_path / "out"))
+    stored = open_checkpoint(tmp_path / "out").model_tensors()
     originals = [content(update) for update in found.updates]
     assert {f"model.{name}" for name in stored} == {name for name in originals[0] if name.startswith("model.")}
     for name, tensor in stored.items():
@@ -101,13 +94,13 @@ def test_what_cancels_in_fp32_is_not_lost(tmp_path: Path) -> None:
         tensors[f"model.{BIAS}"].fill_(value)
         save(tmp_path / "run", update, tensors=tensors)
     average(tmp_path / "run", tmp_path / "out", last=3)
-    mean = read_model_tensors(open_checkpoint(tmp_path / "out"))[BIAS]
+    mean = open_checkpoint(tmp_path / "out").model_tensors()[BIAS]
     assert torch.equal(mean, torch.full_like(mean, 1 / 3))
 
 
 def test_of_one_checkpoint_it_is_its_weights_bit_for_bit(made: Path, tmp_path: Path) -> None:
     average(made, tmp_path, last=1)
-    stored, original = read_model_tensors(open_checkpoint(tmp_path)), content(8)
+    stored, original = open_checkpoint(tmp_path).model_tensors(), content(8)
     assert all(
         tensor.numpy().tobytes() == original[f"model.{name}"].numpy().tobytes() for name, tensor in stored.items()
     )
@@ -121,7 +114,7 @@ def test_it_is_a_whole_checkpoint_of_the_newest_without_optimizer(made: Path, tm
     assert checkpoint.state == TrainState(update=4, audio_seconds=40.0, data=origin)
     assert load_config(path / "config.yaml") == CONFIG
     assert verify(tmp_path).problems == []
-    with pytest.raises(UserError, match=r"holds no optimizer state; start a run from it with trainer\.init_from"):
+    with pytest.raises(UserError, match=r"holds no optimizer state; start a run from its weights with"):
         checkpoint.read_into({"model.x": torch.zeros(1), "optim.x.step": torch.zeros(())})
 
 
@@ -129,9 +122,8 @@ def test_it_is_a_whole_checkpoint_of_the_newest_without_optimizer(made: Path, tm
     ("options", "printed"),
     [
         (["--last", "2"], ["update 6", "update 8"]),
-        (["--best", "1"], ["update 4: loss 2"]),
-        (["--best", "2"], ["update 2: loss 3", "update 4: loss 2"]),
-        (["--best", "2", "--metric", "accuracy"], ["update 2: accuracy 0.3", "update 6: accuracy 0.4"]),
+        (["--best", "1"], ["update 4: validation loss 2"]),
+        (["--best", "2"], ["update 2: validation loss 3", "update 4: validation loss 2"]),
     ],
 )
 def test_the_command_says_what_it_took(options: list[str], printed: list[str], made: Path, tmp_path: Path) -> None:
@@ -150,14 +142,14 @@ def test_what_cannot_be_used_is_skipped(run: Path, tmp_path: Path) -> None:
     assert said[0].startswith("skipping unusable checkpoint: ") and "update_00000006" in said[0]
     shutil.rmtree(run / "checkpoints" / "update_00000004")
     assert refusal(run, tmp_path / "new", "--last", 3).endswith(
-        "run: 3 usable checkpoints are asked for, it has 2 (updates 2, 8)"
+        "run: 3 usable checkpoints requested, but it has 2 (updates 2, 8)"
     )
     assert refusal(run, tmp_path / "new", "--best", 2).endswith(
-        "run: 2 usable checkpoints with a validation are asked for, it has 1 (update 2)"
+        "run: 2 usable validated checkpoints requested, but it has 1 (update 2)"
     )
 
 
-@pytest.mark.parametrize("options", [[], ["--last", 1, "--best", 1], ["--last", 1, "--metric", "accuracy"]])
+@pytest.mark.parametrize("options", [[], ["--last", 1, "--best", 1]])
 def test_one_of_last_and_best_it_must_be(options: list[object], run: Path, tmp_path: Path) -> None:
     assert refusal(run, tmp_path / "out", *options).startswith("choose either --last N or --best N")
 
@@ -165,28 +157,16 @@ def test_one_of_last_and_best_it_must_be(options: list[object], run: Path, tmp_p
 def test_no_checkpoints_are_refused(run: Path, tmp_path: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     for option in ("--last", "--best"):
-        assert refusal(run, tmp_path / "out", option, 1).endswith("are asked for, it has 0")
+        assert refusal(run, tmp_path / "out", option, 1).endswith("requested, but it has 0")
 
 
-def test_an_unknown_metric_is_refused_with_those_there_are(run: Path, tmp_path: Path) -> None:
-    message = "--metric lr: its validations have accuracy, bad, loss"
-    assert refusal(run, tmp_path / "out", "--best", 1, "--metric", "lr") == message
-    assert "no validation at the updates" in refusal(run, tmp_path / "out", "--best", 1, "--metric", "bad")
-
-
-def test_validations_at_other_updates_are_refused(run: Path, tmp_path: Path) -> None:
-    for update in (2, 4, 6):
-        shutil.rmtree(run / "checkpoints" / f"update_{update:08d}")
+def test_a_run_that_was_never_validated_is_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for update in (7, 8):
+        save(run, update)
     assert refusal(run, tmp_path / "out", "--best", 1) == (
-        f"{run}: no validation at the updates of its checkpoints (update 8), but at updates 1, 2, 4, 5, 6; use --last N"
+        f"{run}: none of its 2 checkpoints has a validation loss; use --last N"
     )
-
-
-def test_a_run_that_was_never_validated_is_refused(run: Path, tmp_path: Path) -> None:
-    (run / "metrics.jsonl").write_text('{"split": "train", "update": 2, "loss": 1.0}\n')
-    assert refusal(run, tmp_path / "out", "--best", 1).endswith("no validation in its metrics.jsonl; use --last N")
-    (run / "metrics.jsonl").unlink()
-    assert "metrics.jsonl: cannot be read" in refusal(run, tmp_path / "out", "--best", 1)
 
 
 def test_an_output_with_checkpoints_is_refused(run: Path, tmp_path: Path) -> None:
@@ -204,7 +184,7 @@ def drop_a_bias(tensors: dict[str, Tensor]) -> None:
     [
         (["model.layers=2"], None, "model.layers", "2", "1"),
         (["model.heads=2"], None, "model.heads", "2", "4"),  # no shape shows it
-        ([VOCABULARY], None, "objective.vocabulary", "['<pad>', '|', 'A', 'B']", "[]"),
+        (["objective.codebooks=1"], None, "objective.codebooks", "1", "2"),
         ([], drop_a_bias, f"model.{BIAS}", "None", "(32,)"),
     ],
 )
@@ -222,5 +202,6 @@ def test_different_models_have_no_mean(
     if change is not None:
         change(tensors)
     path = save(run, 9, config, tensors)
-    message = f"{path}: {name} is {there}, in update_00000008 {before}: different models have no mean"
+    message = f"{path}: {name} is {there}, in update_00000008 it is {before}: "
+    message += "checkpoints of different models cannot be averaged"
     assert refusal(run, tmp_path / "out", "--last", 2) == message

@@ -14,20 +14,20 @@ import torch
 from typer.testing import CliRunner
 
 from tests.helpers.audio import SmallCorpus
-from tests.helpers.checkpoints import change_committed, drop
+from tests.helpers.checkpoints import change_committed, drop, expected_of_parameters
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.tasks import train_micro
-from w2vscale.checkpoint import reading
+from w2vscale.checkpoint import reader
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.consolidation import consolidate
-from w2vscale.checkpoint.inspection import verify
-from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
+from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.checkpoint.verification import verify
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import load
-from w2vscale.optim.canonical import canonical_shapes, incomplete_state
+from w2vscale.optim.canonical import TensorSpec, optimizer_problem
 from w2vscale.training.run import Run, build_run, stored_settings
 
 SETTINGS = ("trainer.updates=4", "checkpoint.every=2", "checkpoint.keep_last=9", "model.layers=2")
@@ -93,7 +93,7 @@ def test_a_folder_of_checkpoints_is_searched_too(exp: Path, resume: Resume) -> N
 def test_the_run_that_continues_is_the_uninterrupted_one(exp: Path, trained: Path, small_corpus: SmallCorpus) -> None:
     train_micro(str(small_corpus.train), str(exp), SETTINGS)
     assert verify(exp).problems == []
-    ours, theirs = (read_model_tensors(open_checkpoint(newest(path))) for path in (exp, trained))
+    ours, theirs = (open_checkpoint(newest(path)).model_tensors() for path in (exp, trained))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert (exp / "checkpoints" / "abandoned_update_00000004").is_dir()
 
@@ -116,7 +116,7 @@ def test_where_none_is_whole_the_weights_can_start_another_run(
     with pytest.raises(UserError) as caught:
         resume("auto")
     assert str(caught.value) == (
-        f"{exp / 'checkpoints'}: no run can be continued from its 2 checkpoints; start one from the "
+        f"{exp / 'checkpoints'}: no run can be resumed from its 2 checkpoints; start one from the "
         f"weights of the newest with trainer.init_from={newest(exp)}, in another --exp"
     )
     settings = (*SETTINGS, f"trainer.init_from={newest(exp)}")
@@ -126,7 +126,7 @@ def test_where_none_is_whole_the_weights_can_start_another_run(
 def test_its_weights_can_be_used(exp: Path, trained: Path, tmp_path: Path) -> None:
     assert open_checkpoint(exp).state.update == 4
     weights = dict(load(exp).model.named_parameters())
-    expected = read_model_tensors(open_checkpoint(trained))
+    expected = open_checkpoint(trained).model_tensors()
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
     assert consolidate(exp, tmp_path / "one").tensors == len(expected)
     assert average(exp, tmp_path / "mean", last=2).updates == [2, 4]
@@ -144,7 +144,7 @@ def test_a_checkpoint_without_a_weight_is_damaged(trained: Path, tmp_path: Path)
     exp = Path(shutil.copytree(trained, tmp_path / "exp", symlinks=True))
     drop(newest(exp), f"model.{BIAS}")
     assert verify(exp).problems == [f"model.{BIAS}: missing"]
-    with pytest.raises(UserError, match=rf"damaged: it does not hold model\.{BIAS}$"):
+    with pytest.raises(UserError, match=rf"damaged: model\.{BIAS}: missing$"):
         open_checkpoint(newest(exp), resuming=True)
     with pytest.raises(UserError, match=rf"model\.{BIAS}: missing$"):
         consolidate(newest(exp), tmp_path / "one")
@@ -155,7 +155,7 @@ def test_a_checkpoint_without_any_state_gives_way_to_an_older_one(trained: Path,
     drop(newest(exp), "optim.")
     assert open_checkpoint(exp).state.update == 4
     log: list[str] = []
-    found = reading.newest(exp / "checkpoints", log.append, resuming=True)
+    found = reader.newest(exp / "checkpoints", log.append, resuming=True)
     assert found is not None and found.state.update == 2
     assert log == [f"skipping unusable checkpoint: {newest(exp)}: it holds no optimizer state"]
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_with_a_hole_is_not_resumed_from(trained: Path, tmp_path: P
     exp = Path(shutil.copytree(trained, tmp_path / "exp", symlinks=True))
     moved = {f"model.{BIAS}": [1], f"optim.{BIAS}.exp_avg": [1], f"optim.{BIAS}.exp_avg_sq": [1]}
     change_committed(newest(exp), lambda tensors, offsets: offsets.update(moved))
-    with pytest.raises(UserError, match=rf"model\.{BIAS}: its shards leave out a part of it"):
+    with pytest.raises(UserError, match=rf"model\.{BIAS}: its slices leave a gap"):
         open_checkpoint(newest(exp), resuming=True)
 
 
@@ -173,18 +173,20 @@ def test_a_checkpoint_with_a_hole_is_not_resumed_from(trained: Path, tmp_path: P
     [
         ({}, None),
         ({"optim.a.step": None}, "is incomplete (1 tensor of 1 parameter is missing, e.g. optim.a.step)"),
-        ({"optim.a.step": (1,)}, "does not fit its weights (optim.a.step: is [1], the model has [])"),
-        ({"optim.b.exp_avg": (2, 2)}, "does not fit its weights (optim.b.exp_avg: is [2, 2], the model has [2, 3])"),
-        ({"optim.c.step": ()}, "does not fit its weights (optim.c.step: not a tensor of the model or its optimizer)"),
+        ({"optim.a.step": (1,)}, "does not fit its model (optim.a.step: has the shape [1], expected [])"),
+        ({"optim.b.exp_avg": (2,)}, "does not fit its model (optim.b.exp_avg: has the shape [2], expected [2, 3])"),
+        ({"optim.c.step": ()}, "does not fit its model (optim.c.step: not a tensor of the model or its optimizer)"),
     ],
 )
 def test_the_state_must_be_that_of_every_weight(
     changes: dict[str, tuple[int, ...] | None], problem: str | None
 ) -> None:
-    shapes = canonical_shapes({"a": (4,), "b": (2, 3)}) | changes
-    found = incomplete_state({name: shape for name, shape in shapes.items() if shape is not None})
-    assert found == (problem and f"its optimizer state {problem}")
+    expected = expected_of_parameters({"a": (4,), "b": (2, 3)})
+    changed = {name: TensorSpec(shape) for name, shape in changes.items() if shape is not None}
+    found = {name: spec for name, spec in expected.items() if name not in changes} | changed
+    assert optimizer_problem(found, expected) == (problem and f"its optimizer state {problem}")
 
 
 def test_weights_alone_are_no_state() -> None:
-    assert incomplete_state(canonical_shapes({"a": (4,)}, optimizer=False)) == "it holds no optimizer state"
+    weights, both = (expected_of_parameters({"a": (4,)}, optimizer=optimizer) for optimizer in (False, True))
+    assert optimizer_problem(weights, both) == "it holds no optimizer state"

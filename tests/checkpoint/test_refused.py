@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.checkpoints import SHAPES, rewrite, save, store, tensors
+from tests.helpers.checkpoints import SHAPES, SPECS, expected_of_parameters, rewrite, save, store, tensors
 from w2vscale.checkpoint import store as store_module
-from w2vscale.checkpoint.reading import TrainState, open_checkpoint
-from w2vscale.checkpoint.shards import tensor_shapes
+from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
-from w2vscale.optim.canonical import canonical_shapes
 
 
 def drop(tensors: dict[str, Tensor]) -> None:
@@ -48,8 +47,8 @@ class TestWhatIsNotExpected:
         [
             (drop, "optim.bias.step: missing"),
             (add, "model.other: not a tensor of the model or its optimizer"),
-            (reshape, "optim.bias.exp_avg: is [4], the model has [3]"),
-            (round_off, "model.weight: is torch.bfloat16, a checkpoint holds torch.float32"),
+            (reshape, "optim.bias.exp_avg: has the shape [4], expected [3]"),
+            (round_off, "model.weight: has the type bfloat16, expected float32"),
         ],
     )
     def test_is_refused_before_anything_is_written(
@@ -61,8 +60,8 @@ class TestWhatIsNotExpected:
         with pytest.raises(UserError) as caught:
             store(tmp_path, asynchronous=asynchronous).save(wrong, TrainState(update=2), "")
         assert str(caught.value) == (
-            f"{tmp_path}/update_00000002: not committed: the state to be saved is not that of the model and its "
-            f"optimizer: {problem}; the checkpoints before it are as they were"
+            f"{tmp_path}/update_00000002: not committed: the state to save does not match the model and its "
+            f"optimizer: {problem}; earlier checkpoints are unchanged"
         )
         assert files_of(tmp_path) == before
         assert open_checkpoint(tmp_path).state.update == 1
@@ -71,7 +70,7 @@ class TestWhatIsNotExpected:
         wrong = tensors()
         for change in (drop, add, reshape):
             change(wrong)
-        with pytest.raises(UserError, match=r"optim.bias.exp_avg: is .*\(and 2 more problems\); the"):
+        with pytest.raises(UserError, match=r"optim.bias.exp_avg: has .*\(and 2 more problems\); earlier"):
             store(tmp_path).save(wrong, TrainState(update=2), "")
 
     @pytest.mark.parametrize("asynchronous", [False, True])
@@ -80,9 +79,9 @@ class TestWhatIsNotExpected:
         [
             (lambda tensors, offsets: tensors.pop("optim.bias.step"), "optim.bias.step: missing"),
             (lambda tensors, offsets: (add(tensors), offsets.update({"model.other": [0]})), "model.other: not a "),
-            (lambda tensors, offsets: reshape(tensors), "optim.bias.exp_avg: is [4], the model has [3]"),
-            (lambda tensors, offsets: round_off(tensors), "model.weight: has the type BF16, not F32"),
-            (lambda tensors, offsets: offsets.update({"model.bias": [3]}), "model.bias: its shards leave out a part"),
+            (lambda tensors, offsets: reshape(tensors), "optim.bias.exp_avg: has the shape [4], expected [3]"),
+            (lambda tensors, offsets: round_off(tensors), "model.weight: has the type bfloat16, expected float32"),
+            (lambda tensors, offsets: offsets.update({"model.bias": [3]}), "model.bias: its slices leave a gap"),
         ],
     )
     def test_is_refused_after_it_was_written(
@@ -109,12 +108,10 @@ class TestWhatIsNotExpected:
 
         def again(file: Path) -> None:
             twice = shutil.copy(file, file.with_name("shard-00001-model-00002-of-00002.safetensors"))
-            rewrite(
-                Path(twice), lambda tensors, offsets: [tensors.pop(name) for name in SHAPES if name != "model.bias"]
-            )
+            rewrite(Path(twice), lambda tensors, offsets: [tensors.pop(name) for name in SPECS if name != "model.bias"])
 
         spoil_what_is_written(monkeypatch, again)
-        with pytest.raises(UserError, match=r"once: model\.bias: its shards overlap; the checkpoints before it are"):
+        with pytest.raises(UserError, match=r"once: model\.bias: its slices overlap; earlier checkpoints are"):
             store(tmp_path).save(tensors(2.0), TrainState(update=2), "")
         assert open_checkpoint(tmp_path).state.update == 1
 
@@ -126,21 +123,22 @@ class TestWhatIsNotExpected:
         assert open_checkpoint(tmp_path).state.update == 1
 
     def test_the_weights_alone_are_expected_of_a_model_alone(self, tmp_path: Path) -> None:
-        weights = canonical_shapes({"weight": (7, 5), "bias": (3,)}, optimizer=False)
+        weights = expected_of_parameters(SHAPES, optimizer=False)
         alone = CheckpointStore(tmp_path, Ranks(), expected=weights)
         with pytest.raises(UserError, match=r"optim\.weight\.exp_avg: not a tensor of the model"):
             alone.save(tensors(), TrainState(), "")
         alone.save({name: tensor for name, tensor in tensors().items() if name in weights}, TrainState(), "")
-        assert tensor_shapes(open_checkpoint(tmp_path).path) == weights
+        assert open_checkpoint(tmp_path).specs == weights
 
 
 def spoil_what_is_written(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], object]) -> None:
     """Change a checkpoint's file between torch's writing and the store's look at it."""
-    writing = store_module.dcp.save
+    writing = store_module.write_tensors
 
-    def save_and_spoil(state: object, *, storage_writer: Any, **settings: Any) -> None:
-        writing(state, storage_writer=storage_writer, **settings)
-        for file in Path(storage_writer.path).glob("*.safetensors"):
+    def write_and_spoil(tensors: Any, folder: Path, group: Any) -> str | None:
+        error = writing(tensors, folder, group)
+        for file in folder.glob("*.safetensors"):
             spoil(file)
+        return error
 
-    monkeypatch.setattr(store_module.dcp, "save", save_and_spoil)
+    monkeypatch.setattr(store_module, "write_tensors", write_and_spoil)

@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.helpers.checkpoints import SHAPES, save, store, tensors
+from tests.helpers.checkpoints import SPECS, save, store, tensors
+from w2vscale.checkpoint import reader
 from w2vscale.checkpoint import store as store_module
-from w2vscale.checkpoint.reading import TrainState, file_facts, open_checkpoint
-from w2vscale.checkpoint.shards import tensor_shapes
+from w2vscale.checkpoint.format import TrainState, file_facts
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
+from w2vscale.optim.canonical import TensorSpec
+
+
+@pytest.fixture(autouse=True)
+def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings of these checkpoints describe a model with two parameters."""
+    monkeypatch.setattr(reader, "expected_of", lambda config: SPECS)
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -41,8 +50,17 @@ def test_what_was_saved_is_read(tmp_path: Path) -> None:
     }
     for name, tensor in read(path).items():
         assert torch.equal(tensor, tensors(12.0)[name])
-    assert tensor_shapes(path) == {name: tuple(tensor.shape) for name, tensor in tensors().items()}
+    assert checkpoint.specs == SPECS
     assert (path / "config.yaml").read_text() == "model: {}\n"
+
+
+def test_one_process_is_no_reason_to_warn(tmp_path: Path) -> None:
+    filters = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read(save(tmp_path, 1))
+    assert [str(warning.message) for warning in caught] == []
+    assert warnings.filters == filters
 
 
 def test_latest_is_a_link_to_the_newest(tmp_path: Path) -> None:
@@ -159,8 +177,14 @@ def test_no_checkpoint_is_no_error_for_a_new_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda wanted: wanted | {"model.other": torch.zeros(2)}, "holds no tensor model.other"),
-        (lambda wanted: wanted | {"model.bias": torch.zeros(4)}, r"model.bias is \[3\], the model wants \[4\]"),
+        (
+            lambda wanted: wanted | {"model.other": torch.zeros(2)},
+            "model.other: missing; the checkpoint is of another model",
+        ),
+        (
+            lambda wanted: wanted | {"model.bias": torch.zeros(4)},
+            r"model.bias: has the shape \[3\], expected \[4\]; the",
+        ),
     ],
 )
 def test_another_models_checkpoint_is_refused(tmp_path: Path, change, message: str) -> None:
@@ -175,7 +199,7 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path, change, message: s
 def test_another_format_is_refused(tmp_path: Path, document: dict[str, object]) -> None:
     path = save(tmp_path, 1)
     (path / "train_state.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=f"format {document['format']}, this version reads 2"):
+    with pytest.raises(UserError, match=f"format {document['format']}; this version of w2vscale reads format 2"):
         open_checkpoint(path)
 
 
@@ -199,7 +223,7 @@ def test_going_on_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path: P
 
 def test_checkpoints_that_were_all_set_aside_do_not_start_a_run_anew_in_silence(tmp_path: Path) -> None:
     save(tmp_path, 300).rename(tmp_path / "abandoned_update_00000300")
-    with pytest.raises(UserError, match=r"all checkpoints were set aside; continue with --resume .*_00000300, or"):
+    with pytest.raises(UserError, match=r"all checkpoints were set aside; use --resume .*_00000300, or"):
         store(tmp_path).find(print)
     assert open_checkpoint(tmp_path / "abandoned_update_00000300").state.update == 300
 
@@ -246,10 +270,9 @@ def test_a_rank_that_cannot_read_its_file_back_fails_the_checkpoint_on_all(
 ) -> None:
     save(tmp_path, 1)
 
-    monkeypatch.setattr(CheckpointStore, "_from_all", lambda self, value, group=None: [value, value])
     monkeypatch.setattr(CheckpointStore, "_on_main_from_all", lambda *arguments: [arguments[1], "Input/output error"])
     with pytest.raises(UserError, match=r"cannot be written: .*Input/output error"):
-        CheckpointStore(tmp_path, Ranks(0, 0, 2), expected=SHAPES).save(tensors(2.0), TrainState(update=2), "")
+        CheckpointStore(tmp_path, Ranks(0, 0, 2), expected=SPECS).save(tensors(2.0), TrainState(update=2), "")
     assert open_checkpoint(tmp_path).state.update == 1
 
 
@@ -347,9 +370,9 @@ class TestInTheBackground:
     def test_a_full_disk_ends_the_next_save(self, held: Held, tmp_path: Path) -> None:
         save(tmp_path, 1)
         with full_disk(1_000_000):
-            held.store.expected = {"model.weight": (500_000,)}
+            held.store.expected = {"model.weight": TensorSpec((500_000,))}
             held.save(2, {"model.weight": torch.zeros(500_000)})
-            held.store.expected = SHAPES
+            held.store.expected = SPECS
             held.release()
             with pytest.raises(UserError, match=r"cannot be written: .*File too large"):
                 held.save(3, tensors(3.0))

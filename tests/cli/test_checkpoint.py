@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.tasks import train_micro
-from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives import build_objective
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_show(trained: Path, run: Callable[..., str], place: str) -> None:
     printed = run("show", trained / place)
     assert printed.startswith(str(trained / "checkpoints" / "update_00000002"))
     found = fields(printed)
-    parameters = dict(Wav2Vec2ForPretraining(load_config(trained / "config.yaml").model).named_parameters())
+    parameters = dict(build_objective(load_config(trained / "config.yaml")).build_model().named_parameters())
     assert found["update"] == "2 of 2"
     assert found["parameters"] == f"{sum(tensor.numel() for tensor in parameters.values()):,}"
     assert found["shape"].startswith("3x32x64x4 ")
@@ -85,7 +85,9 @@ def test_show(trained: Path, run: Callable[..., str], place: str) -> None:
 
 def test_show_lists_tensors(trained: Path, run: Callable[..., str]) -> None:
     lines = run("show", trained, "--tensors").splitlines()
-    assert any(re.fullmatch(r" *model\.quantizer\.projection\.weight +32x16 +2,048 +1 *", line) for line in lines)
+    assert any(
+        re.fullmatch(r" *model\.quantizer\.projection\.weight +32x16 +float32 +2,048 +1 *", line) for line in lines
+    )
     assert sum(line.strip().startswith("optim.") for line in lines) == 3 * sum(
         line.strip().startswith("model.") for line in lines
     )
@@ -103,7 +105,7 @@ def test_verify_ends_with_the_problem(exp: Path, capsys: pytest.CaptureFixture[s
     next(path.glob("*.safetensors")).write_bytes(b"")
     capsys.readouterr()
     assert error_of("verify", exp) == f"{path}: config.yaml: missing (and 1 more)"
-    assert re.fullmatch(r"shard-\S+: holds 0 bytes, \d+ were written\n", capsys.readouterr().out)
+    assert re.fullmatch(r"shard-\S+: has 0 bytes, expected \d+\n", capsys.readouterr().out)
 
 
 def test_show_says_what_it_skips(exp: Path, run: Callable[..., str]) -> None:
@@ -119,8 +121,8 @@ def test_show_says_what_it_skips(exp: Path, run: Callable[..., str]) -> None:
 def test_consolidate_writes_the_models_weights(trained: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     printed = run("consolidate", trained, tmp_path / "out")
     assert re.match(rf"{tmp_path}/out/model\.safetensors: update 2, \d+ tensors, ", printed)
-    model = Wav2Vec2ForPretraining(load_config(tmp_path / "out" / "config.yaml").model)
-    load_model_weights(open_checkpoint(trained), model)
+    model = build_objective(load_config(tmp_path / "out" / "config.yaml")).build_model()
+    open_checkpoint(trained).load_model(model)
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert weights.keys() == dict(model.named_parameters()).keys()
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
@@ -142,7 +144,7 @@ def test_what_is_no_checkpoint_is_one_line(name: str, tmp_path: Path, exp: Path)
 
     assert error(tmp_path / "no") == f"{tmp_path / 'no'}: no such checkpoint"
     (tmp_path / "empty").mkdir()
-    assert error(tmp_path / "empty") == f"{tmp_path / 'empty'}: not a checkpoint: no train_state.json in it"
+    assert error(tmp_path / "empty") == f"{tmp_path / 'empty'}: not a checkpoint: it has no train_state.json"
     assert error(exp / "config.yaml") == f"{exp / 'config.yaml'}: no such checkpoint"
     state = exp / "checkpoints" / "update_00000002" / "train_state.json"
     state.write_text("{")
@@ -152,4 +154,5 @@ def test_what_is_no_checkpoint_is_one_line(name: str, tmp_path: Path, exp: Path)
 
 def test_an_output_that_cannot_be_written(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert error_of("consolidate", trained, tmp_path / "file").startswith(f"{tmp_path / 'file'}: cannot be written: ")
+    message = f"{tmp_path / 'file' / 'config.yaml'}: cannot be written: "
+    assert error_of("consolidate", trained, tmp_path / "file").startswith(message)

@@ -88,14 +88,14 @@ class TestTraining:
         new = tmp_path / "new.model"
         assert data_pieces(manifest, "-o", model) == f"{model}: exists; choose another name"
         most = data_pieces(manifest, "-o", new)
-        assert most.startswith("--size 500: the transcripts give at most ")
+        assert most.startswith("--size 500: the transcripts allow at most ")
         size = int(most.split()[-2])
         assert "at most" in data_pieces(manifest, "-o", new, "--size", f"{size + 1}")
         assert not new.exists()
         assert f"{size} pieces" in data_pieces(manifest, "-o", new, "--size", f"{size}")
         characters = {*"".join(TEXTS).replace(" ", "▁")}
         assert data_pieces(manifest, "-o", tmp_path / "few", "--size", "5") == (
-            f"--size 5: the transcripts' characters alone are more; choose at least {len(characters) + 3}"
+            f"--size 5: too small for the characters of the transcripts; choose at least {len(characters) + 3}"
         )
         silent = write_transcripts(tmp_path / "silent", ["", " "])
         assert data_pieces(silent, "-o", tmp_path / "none") == f"{silent}: no transcripts"

@@ -10,9 +10,10 @@ import pytest
 from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest
 from tests.helpers.batches import plan_of
 from w2vscale.config import load_config
-from w2vscale.corpora.prepare import prepare_folder
+from w2vscale.corpora.folder import prepare_folder
+from w2vscale.corpora.index import build_index
 from w2vscale.corpora.stats import CorpusStats, corpus_stats
-from w2vscale.data.manifest import Corpus, build_index
+from w2vscale.data.manifest import Corpus
 from w2vscale.errors import UserError
 from w2vscale.objectives import build_objective
 

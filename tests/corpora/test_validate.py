@@ -60,7 +60,7 @@ class TestOneUtterance:
 
     def test_a_cut_beyond_its_recording(self, cut: Cut) -> None:
         beyond = dataclasses.replace(cut, start=1.0)
-        assert problem_of(beyond) == "ends at 4.000 s, after its recording's 3.000 s"
+        assert problem_of(beyond) == "ends at 4.000 s, after the end of its recording (3.000 s)"
 
     def test_a_missing_file(self, cut: Cut) -> None:
         Path(cut.recording.sources[0].source).unlink()
@@ -76,7 +76,7 @@ class TestOneUtterance:
         path = write_audio(tmp_path / "a.wav", np.stack([noise(1.0), noise(1.0, seed=1)], axis=1))
         stereo = cut_of(path)
         write_audio(path, noise(1.0))
-        assert problem_of(stereo) == "has 1 channels, the manifest says 2"
+        assert problem_of(stereo) == "number of channels is 1, the manifest says 2"
 
 
 def listed(manifest: Path) -> list[BadAudio]:
@@ -222,8 +222,8 @@ class TestDecoding:
             validate_manifest(manifest, audio=True, jobs=jobs, progress=kill)
         message = str(caught.value)
         assert re.fullmatch(
-            rf"{manifest}: a worker process died: killed, for memory perhaps \(use fewer --jobs\), or crashed in a "
-            r"library; while it read one of u\d+ to u\d+",
+            rf"{manifest}: a worker process died: it was killed, perhaps for lack of memory \(use fewer --jobs\), or "
+            r"crashed; it was reading an utterance between u\d+ and u\d+",
             message,
         ), message
         assert started() == []

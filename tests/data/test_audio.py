@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from tests.helpers.audio import cut_of, noise, tone, write_audio
 from tests.helpers.batches import config_with, dataset_of
-from w2vscale.corpora.prepare import prepare_folder
+from w2vscale.corpora.folder import prepare_folder
+from w2vscale.corpora.index import build_index
 from w2vscale.data.audio import AudioError, read_audio
-from w2vscale.data.manifest import build_index
 
 RATE = 16_000
 
@@ -174,7 +174,7 @@ BAD: dict[str, tuple[Callable[[Path], Cut], str]] = {
     ),
     "a cut beyond its recording": (
         lambda path: dataclasses.replace(_wav(path, noise(3.0)), duration=5.0),
-        "ends at 5.000 s, after its recording's 3.000 s",
+        "ends at 5.000 s, after the end of its recording (3.000 s)",
     ),
 }
 

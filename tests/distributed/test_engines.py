@@ -17,8 +17,7 @@ from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import step_after_a_gradient_that_is_not_finite, train_and_save_first, train_micro
 from tools.bench.engine_parity import ENGINES
-from w2vscale.checkpoint.reading import open_checkpoint
-from w2vscale.checkpoint.shards import tensor_shapes
+from w2vscale.checkpoint.reader import open_checkpoint
 
 pytestmark = pytest.mark.distributed
 if importlib.util.find_spec("deepspeed") is None:
@@ -97,9 +96,7 @@ def figures(exp: Path) -> list[tuple[float, float]]:
 def state(exp: Path) -> dict[str, torch.Tensor]:
     """Parameters and moments of a run's newest checkpoint."""
     checkpoint = open_checkpoint(exp)
-    tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint.path).items()}
-    checkpoint.read_into(tensors)
-    return tensors
+    return {name: checkpoint.tensor(name) for name in checkpoint.tensors}
 
 
 def assert_same(found: Path, expected: Path, *, tolerance: float = 1e-5) -> None:

@@ -17,15 +17,16 @@ from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import (
     losses_after_an_import,
+    read_where_one_rank_cannot,
     replaced_parameters,
     save_what_one_rank_spoils,
     train_micro,
     train_until_killed,
     train_with_an_engine_that_drops,
 )
-from w2vscale.checkpoint.inspection import verify
-from w2vscale.checkpoint.reading import committed, open_checkpoint, update_of
-from w2vscale.checkpoint.shards import tensor_shapes
+from w2vscale.checkpoint.format import committed, update_of
+from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.checkpoint.verification import verify
 
 pytestmark = pytest.mark.distributed
 if importlib.util.find_spec("deepspeed") is None:
@@ -62,9 +63,7 @@ def settings(corpus: SmallCorpus, variant: str, *, updates: int) -> tuple[str, .
 def state(path: Path) -> dict[str, torch.Tensor]:
     """Parameters and optimizer state of a run's newest checkpoint."""
     checkpoint = open_checkpoint(path)
-    tensors = {name: torch.empty(shape) for name, shape in tensor_shapes(checkpoint.path).items()}
-    checkpoint.read_into(tensors)
-    return tensors
+    return {name: checkpoint.tensor(name) for name in checkpoint.tensors}
 
 
 def assert_whole(exp: Path, *, updates: int) -> None:
@@ -125,8 +124,8 @@ def test_an_engine_that_drops_a_tensor_on_one_rank_commits_nothing(
     errors = pool(2).run(train_with_an_engine_that_drops, dropped, 3, str(small_corpus.train), str(tmp_path), overrides)
     folder = tmp_path / "checkpoints"
     message = (
-        f"{folder}/update_00000003: not committed: the state to be saved is not that of the model and its optimizer: "
-        f"{dropped}: missing; the checkpoints before it are as they were"
+        f"{folder}/update_00000003: not committed: the state to save does not match the model and its optimizer: "
+        f"{dropped}: missing; earlier checkpoints are unchanged"
     )
     assert errors == [message] * 2
     assert (folder / "latest").resolve() == folder / "update_00000002"
@@ -138,9 +137,9 @@ def test_an_engine_that_drops_a_tensor_on_one_rank_commits_nothing(
 @pytest.mark.parametrize(
     ("spoilt", "problem"),
     [
-        ("missing", "weight: its shards leave out a part of it"),
-        ("doubled", "weight: its shards overlap"),
-        ("rounded", "weight: has the type BF16, not F32"),
+        ("missing", "weight: its slices leave a gap"),
+        ("doubled", "weight: its slices overlap"),
+        ("rounded", "weight: its slices have different types (bfloat16, float32)"),
     ],
 )
 def test_what_the_file_of_one_rank_lacks_is_noticed_before_the_commit(
@@ -148,5 +147,11 @@ def test_what_the_file_of_one_rank_lacks_is_noticed_before_the_commit(
 ) -> None:
     errors = pool(2).run(save_what_one_rank_spoils, str(tmp_path), spoilt, asynchronous)
     message = f"{tmp_path}/update_00000002: not committed: its files do not hold every expected tensor exactly once"
-    assert errors == [f"{message}: model.{problem}; the checkpoints before it are as they were"] * 2
+    assert errors == [f"{message}: model.{problem}; earlier checkpoints are unchanged"] * 2
     assert open_checkpoint(tmp_path).state.update == 1
+
+
+def test_a_file_that_one_rank_cannot_read_is_the_same_error_on_all(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    errors = pool(2).run(read_where_one_rank_cannot, str(tmp_path))
+    assert len(set(errors)) == 1
+    assert errors[0].startswith(f"{tmp_path}/update_00000001/shard-0000") and "Input/output error" in errors[0]

@@ -9,11 +9,11 @@ import torch
 from w2vscale.objectives.criterion import PretrainingCriterion, active_layers
 
 from tests.helpers.audio import SmallCorpus
-from tests.helpers.checkpoints import model_and_optimizer
 from tests.helpers.micro import MICRO_RUN
-from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint.expected import expected_of
+from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.store import CheckpointStore
-from w2vscale.config import Config, load_config
+from w2vscale.config import Config, dump_config, load_config
 from w2vscale.data.loading import MicroBatches, make_plan
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
@@ -120,8 +120,8 @@ def test_state_exists_from_the_start_and_survives_a_checkpoint(small_corpus: Sma
     }
     first.run_window(window(config), torch.tensor(1000.0))
     first.step(lr=1e-3, max_norm=1.0)
-    store = CheckpointStore(tmp_path, Ranks(), expected=model_and_optimizer(config))
-    store.save(first.export_state(), TrainState(update=1), "{}")
+    store = CheckpointStore(tmp_path, Ranks(), expected=expected_of(config))
+    store.save(first.export_state(), TrainState(update=1), dump_config(config))
     found = store.find(print)
     assert found is not None
     second.import_state(found)

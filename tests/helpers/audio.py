@@ -12,8 +12,8 @@ from lhotse import Recording
 from lhotse.cut import Cut
 from numpy.typing import NDArray
 
-from w2vscale.corpora.prepare import write_cuts
-from w2vscale.data.manifest import build_index
+from w2vscale.corpora.index import build_index
+from w2vscale.corpora.manifests import write_cuts
 
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".mp3": ("MP3", "MPEG_LAYER_III")}
 FORMATS |= {".ogg": ("OGG", "VORBIS"), ".opus": ("OGG", "OPUS")}

@@ -10,48 +10,45 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from w2vscale.checkpoint.reading import TrainState, file_facts
+from w2vscale.checkpoint.format import TrainState, file_facts
 from w2vscale.checkpoint.store import CheckpointStore
-from w2vscale.config import Config
 from w2vscale.distributed.process_group import Ranks
-from w2vscale.objectives import state_shapes
-from w2vscale.optim.canonical import canonical_shapes
+from w2vscale.optim.canonical import TensorSpec, expected_tensors
 
 Change = Callable[[dict[str, Tensor], dict[str, list[int]]], object]
 """Changes a file's tensors, and their offsets in whole tensors, in place."""
 
 
-SHAPES = canonical_shapes({"weight": (7, 5), "bias": (3,)})
+def expected_of_parameters(shapes: Mapping[str, tuple[int, ...]], *, optimizer: bool = True) -> dict[str, TensorSpec]:
+    """What a checkpoint of a model with just these parameters holds."""
+    model = nn.Module()
+    for name, shape in shapes.items():
+        model.register_parameter(name, nn.Parameter(torch.empty(shape, device="meta")))
+    return expected_tensors(model, optimizer=optimizer)
+
+
+SHAPES = {"weight": (7, 5), "bias": (3,)}
+SPECS = expected_of_parameters(SHAPES)
 """A small checkpoint, with optimizer state."""
 
 
 def tensors(value: float = 0.0) -> dict[str, Tensor]:
-    """A state with `SHAPES`."""
+    """A state with `SPECS`."""
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(shape, generator=generator) + value for name, shape in SHAPES.items()}
+    return {name: torch.randn(spec.shape, generator=generator) + value for name, spec in SPECS.items()}
 
 
 def store(folder: Path, **settings: Any) -> CheckpointStore:
-    """A store of checkpoints with `SHAPES`."""
-    return CheckpointStore(folder, Ranks(), expected=SHAPES, **settings)
+    """A store of checkpoints with `SPECS`."""
+    return CheckpointStore(folder, Ranks(), expected=SPECS, **settings)
 
 
 def save(folder: Path, update: int, **settings: int) -> Path:
-    """Commit a checkpoint with `SHAPES`."""
+    """Commit a checkpoint with `SPECS`."""
     state = TrainState(update=update, audio_seconds=1.5 * update)
     return store(folder, **settings).save(tensors(float(update)), state, "model: {}\n")
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Just these tensors."""
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def model_and_optimizer(config: Config) -> dict[str, tuple[int, ...]]:
-    """What a run with these settings saves."""
-    return canonical_shapes(state_shapes(config))
 
 
 def rewrite(file: Path, change: Change) -> None:

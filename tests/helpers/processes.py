@@ -92,7 +92,8 @@ def served_environment(folder: Path) -> BaseProcess:
     """
     here, address = Path(sys.prefix), str(folder / "socket")
     (folder / "bin").mkdir(parents=True)
-    (folder / ".w2vscale-setup").symlink_to(here / ".w2vscale-setup")
+    for name in (".w2vscale-setup", "pyvenv.cfg", "lib"):
+        (folder / name).symlink_to(here / name)
     for program in (here / "bin").iterdir():
         if program.name != "w2vscale":
             (folder / "bin" / program.name).symlink_to(program)

@@ -15,19 +15,21 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lhotse.cut import Cut
 from torch.distributed.tensor import DTensor
 
-from tests.helpers.checkpoints import rewrite
+from tests.helpers.checkpoints import expected_of_parameters, rewrite
 from tests.helpers.engines import set_up
 from tests.helpers.micro import MICRO_RUN
-from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint import slices
+from w2vscale.checkpoint import store as store_module
+from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, load_config
 from w2vscale.data import assembly
 from w2vscale.data.audio import AudioError, read_audio
-from w2vscale.distributed.process_group import Ranks, gather_as_found
+from w2vscale.distributed.process_group import Ranks, broadcast_from_main, gather_as_found
 from w2vscale.engine import CanonicalState
 from w2vscale.engine.rows import Rows
 from w2vscale.errors import UserError
@@ -35,7 +37,6 @@ from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import transcribe
 from w2vscale.inference.utterances import find_utterances
-from w2vscale.optim.canonical import canonical_shapes
 from w2vscale.training.calibration import grouping_of
 from w2vscale.training.loop import NeverStop, Trainer
 from w2vscale.training.run import Run, build_run, make_folder
@@ -199,11 +200,11 @@ def losses_after_an_import(corpus: str, overrides: tuple[str, ...], evaluate_fir
 
 def save_what_one_rank_spoils(folder: str, spoilt: str, asynchronous: bool) -> str:
     """The error of a second checkpoint of which the first rank's file is not what torch has written."""
-    shapes = canonical_shapes({"weight": (5, 3), "bias": (2,)})
+    expected = expected_of_parameters({"weight": (5, 3), "bias": (2,)})
     rows = Rows(torch.device("cpu"))
-    tensors = {name: rows.own(torch.ones(shape)) for name, shape in shapes.items()}
+    tensors = {name: rows.own(torch.ones(spec.shape)) for name, spec in expected.items()}
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
-    store = CheckpointStore(Path(folder), ranks, expected=shapes, keep_last=9, asynchronous=asynchronous)
+    store = CheckpointStore(Path(folder), ranks, expected=expected, keep_last=9, asynchronous=asynchronous)
     store.save(tensors, TrainState(update=1), "")
     store.wait()
 
@@ -215,17 +216,38 @@ def save_what_one_rank_spoils(folder: str, spoilt: str, asynchronous: bool) -> s
         else:
             found["model.weight"] = found["model.weight"].bfloat16()
 
-    writing = dcp.save
+    writing = store_module.write_tensors
 
-    def write(state: Any, *, storage_writer: Any, **settings: Any) -> None:
-        writing(state, storage_writer=storage_writer, **settings)
+    def write(tensors: Any, folder: Path, group: Any) -> str | None:
+        error = writing(tensors, folder, group)
         if ranks.is_main:
-            rewrite(next(Path(storage_writer.path).glob("shard-00001-*")), change)
+            rewrite(next(folder.glob("shard-00001-*")), change)
+        return error
 
-    with patch.object(dcp, "save", write):
+    with patch.object(store_module, "write_tensors", write):
         try:
             store.save(tensors, TrainState(update=2), "")
             store.wait()
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+def read_where_one_rank_cannot(folder: str) -> str:
+    """The error of reading a sharded state where the last rank cannot open a file, after it was written."""
+    rows = Rows(torch.device("cpu"))
+    expected = expected_of_parameters({"weight": (5, 3), "bias": (2,)})
+    ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
+    state = {name: rows.own(torch.ones(spec.shape)) for name, spec in expected.items()}
+    CheckpointStore(Path(folder), ranks, expected=expected).save(state, TrainState(update=1), "")
+    checkpoint = broadcast_from_main(open_checkpoint(Path(folder)) if ranks.is_main else None)
+
+    def fail(file: Path, **settings: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    with patch.object(slices, "safe_open", fail if ranks.rank == ranks.world_size - 1 else slices.safe_open):
+        try:
+            checkpoint.read_into(state)
         except UserError as error:
             return str(error)
     return ""

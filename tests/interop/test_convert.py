@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.helpers.audio import SmallCorpus
-from tests.helpers.checkpoints import shapes_of
 from tests.helpers.continued import flat_negatives, transformers_loss
 from tests.helpers.micro import MICRO_RUN, SMALL
 from w2vscale.analysis.report import read_metrics
-from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
+from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.cli.app import app
 from w2vscale.config import Config, dump_config, load_config
@@ -31,6 +31,7 @@ from w2vscale.errors import UserError
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.optim.canonical import specs_of
 from w2vscale.training.loop import train
 from w2vscale.training.run import open_training_set
 
@@ -42,7 +43,7 @@ FAMILIES = ("base", "large", "large_lv60", "xlsr_300m")
 def saved(folder: Path, config: Config, state: dict[str, Tensor]) -> Path:
     """A checkpoint of these weights."""
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
-    store = CheckpointStore(folder / "checkpoints", Ranks(), expected=shapes_of(tensors))
+    store = CheckpointStore(folder / "checkpoints", Ranks(), expected=specs_of(tensors))
     return store.save(tensors, TrainState(update=700, audio_seconds=90_000.0, data="960.0 hours"), dump_config(config))
 
 
@@ -72,7 +73,7 @@ def waveforms(config: Config, sizes: tuple[int, ...]) -> list[np.ndarray[Any, np
 
 def ours(config: Config, checkpoint: Path) -> Wav2Vec2ForPretraining:
     model = Wav2Vec2ForPretraining(config.model, torch.float32)
-    model.load_state_dict(read_model_tensors(open_checkpoint(checkpoint)))
+    model.load_state_dict(open_checkpoint(checkpoint).model_tensors())
     return model.eval()
 
 
@@ -148,7 +149,7 @@ class TestTransformers:
         config, checkpoint, _ = family
         named = config.model_copy(update={"data": config.data.model_copy(update={"train": [Path("a|b.jsonl")]})})
         run = tmp_path / "run"
-        saved(run, named, read_model_tensors(open_checkpoint(checkpoint)))
+        saved(run, named, open_checkpoint(checkpoint).model_tensors())
         lines = [
             json.dumps({"split": "validation", "update": update, "accuracy": update / 1000, "contrastive_bits": 5.0})
             for update in (600, 700, 800)
@@ -189,7 +190,7 @@ class TestTransformers:
     def test_in_again_and_out_again_is_bit_identical(self, family: tuple[Config, Path, Path], tmp_path: Path) -> None:
         config, checkpoint, export = family
         imported = import_checkpoint(export, tmp_path / "in", form="huggingface")
-        before, after = (read_model_tensors(open_checkpoint(path)) for path in (checkpoint, imported.checkpoint))
+        before, after = (open_checkpoint(path).model_tensors() for path in (checkpoint, imported.checkpoint))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
         model = load_config(imported.checkpoint / "config.yaml").model
@@ -223,7 +224,7 @@ class TestTransformers:
         torch.save(state, tmp_path / "pytorch_model.bin")
         (tmp_path / "config.json").write_text((export / "config.json").read_text())
         imported = import_checkpoint(tmp_path, tmp_path / "in", form="huggingface")
-        before, after = (read_model_tensors(open_checkpoint(path)) for path in (checkpoint, imported.checkpoint))
+        before, after = (open_checkpoint(path).model_tensors() for path in (checkpoint, imported.checkpoint))
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -385,9 +386,9 @@ class TestStartingFromACheckpoint:
     ) -> None:
         first = ("trainer.updates=2", "schedule.warmup_updates=1")
         train(self.settings(small_corpus, source, *first), tmp_path)
-        before = read_model_tensors(open_checkpoint(tmp_path))
+        before = open_checkpoint(tmp_path).model_tensors()
         train(self.settings(small_corpus, tmp_path / "gone", *first), tmp_path)
-        assert all(torch.equal(before[n], t) for n, t in read_model_tensors(open_checkpoint(tmp_path)).items())
+        assert all(torch.equal(before[n], t) for n, t in open_checkpoint(tmp_path).model_tensors().items())
 
     def test_an_import_is_no_run_to_continue(self, small_corpus: SmallCorpus, source: Path) -> None:
         config = load_config("base", [*MICRO_RUN, f"data.train={small_corpus.train}"])

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from w2vscale.training.initialisation import open_source, with_architecture_of_source
 
 from tests.helpers.audio import write_audio
-from tests.helpers.checkpoints import shapes_of
 from tests.helpers.micro import SMALL
-from w2vscale.checkpoint.reading import TrainState, open_checkpoint, read_model_tensors
+from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config, load_config
 from w2vscale.data.transcripts import make_ctc_inputs
@@ -28,6 +28,8 @@ from w2vscale.inference.utterances import find_utterances
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
 from w2vscale.objectives.ctc import Wav2Vec2ForCTC
+from w2vscale.optim.canonical import specs_of
+from w2vscale.training.warm_start import open_source
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,7 +48,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    store = CheckpointStore(folder / "checkpoints", Ranks(), expected=shapes_of(tensors), keep_last=1)
+    store = CheckpointStore(folder / "checkpoints", Ranks(), expected=specs_of(tensors), keep_last=1)
     checkpoint = store.save(tensors, TrainState(update=7), dump_config(config))
     export_checkpoint(checkpoint, folder / "export", form="huggingface")
     return config, checkpoint, folder / "export"
@@ -54,7 +56,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def ours(config: Config, checkpoint: Path) -> Wav2Vec2ForCTC:
     model = Wav2Vec2ForCTC(config.model, config.ctc)
-    model.load_state_dict(read_model_tensors(open_checkpoint(checkpoint)))
+    model.load_state_dict(open_checkpoint(checkpoint).model_tensors())
     return model.eval()
 
 
@@ -105,7 +107,7 @@ def test_sentence_pieces_are_written_with_spaces_and_come_in_again(tmp_path: Pat
     config = load_config("base", [*SMALL, "objective.name=ctc", f"objective.vocabulary={json.dumps(symbols)}"])
     model = Wav2Vec2ForCTC(config.model, config.ctc)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    store = CheckpointStore(tmp_path / "checkpoints", Ranks(), expected=shapes_of(tensors), keep_last=1)
+    store = CheckpointStore(tmp_path / "checkpoints", Ranks(), expected=specs_of(tensors), keep_last=1)
     export_checkpoint(
         store.save(tensors, TrainState(update=1), dump_config(config)), tmp_path / "out", form="huggingface"
     )
@@ -121,7 +123,7 @@ def test_sentence_pieces_are_written_with_spaces_and_come_in_again(tmp_path: Pat
 def test_in_again_is_bit_identical(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
     config, checkpoint, export = family
     imported = import_checkpoint(export, tmp_path / "in", form="huggingface")
-    before, after = (read_model_tensors(open_checkpoint(path)) for path in (checkpoint, imported.checkpoint))
+    before, after = (open_checkpoint(path).model_tensors() for path in (checkpoint, imported.checkpoint))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     again = load_config(imported.checkpoint / "config.yaml")
     assert again.model == config.model

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from tests.helpers.micro import SMALL
 from tests.interop.test_fairseq import SMALL as FAIRSEQ
 from tests.interop.test_fairseq import all_settings, fairseq_state, save_new
-from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import ModelConfig, load_config
 from w2vscale.errors import UserError
@@ -67,7 +67,7 @@ def change(folder: Path, **settings: object) -> None:
 
 def take(folder: Path, output: Path, form: str = "huggingface") -> tuple[ModelConfig, dict[str, Tensor]]:
     checkpoint = import_checkpoint(folder, output, form=form).checkpoint
-    return load_config(checkpoint / "config.yaml").model, read_model_tensors(open_checkpoint(checkpoint))
+    return load_config(checkpoint / "config.yaml").model, open_checkpoint(checkpoint).model_tensors()
 
 
 def refusal(source: Path, form: str = "huggingface") -> str:

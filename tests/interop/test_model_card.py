@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from tests.helpers.audio import noise, write_audio
-from tests.helpers.checkpoints import shapes_of
 from tests.helpers.micro import SMALL
-from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config, load_config
 from w2vscale.distributed.process_group import Ranks
@@ -25,6 +24,7 @@ from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.models.feature_encoder import output_frames
 from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
 from w2vscale.objectives.ctc import Wav2Vec2ForCTC
+from w2vscale.optim.canonical import specs_of
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="Transformers is not installed"
@@ -36,7 +36,7 @@ SAMPLES = 16_000
 def exported(model: nn.Module, config: Config, folder: Path) -> tuple[Path, Path]:
     """A checkpoint of the model, and its export to Transformers with a recording beside it."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    store = CheckpointStore(folder / "checkpoints", Ranks(), expected=shapes_of(tensors), keep_last=1)
+    store = CheckpointStore(folder / "checkpoints", Ranks(), expected=specs_of(tensors), keep_last=1)
     checkpoint = store.save(tensors, TrainState(update=7), dump_config(config))
     export = folder / "export"
     export_checkpoint(checkpoint, export, form="huggingface")

@@ -205,7 +205,7 @@ def test_a_folder_of_any_audio_and_another_with_transcripts(environment: str, tm
     said = run("folder", *options, *SHORT, *SMALL_BATCH, environment=environment)
     for number in (1, 2, 4, 5, 6, 7, 8, 9, 10):
         assert f"stage {number}: done in" in said
-    assert "an epoch" in said
+    assert "per epoch" in said
     page = (tmp_path / "exp_transcribed" / "RESULTS.md").read_text()
     assert page.startswith("# audio\n") and "`exp_transcribed` against `exp_transcribed_scratch`" in page
     assert (tmp_path / "exp_transcribed" / "huggingface" / "tokenizer_config.json").is_file()

@@ -13,11 +13,11 @@ from w2vscale.training.initialisation import with_architecture_of_source
 
 from tests.helpers.spelled import SPELLING, some_texts, write_spelled
 from w2vscale.analysis.report import read_metrics
-from w2vscale.checkpoint.reading import open_checkpoint, read_model_tensors
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import Config, load_config
+from w2vscale.corpora.index import build_index
 from w2vscale.corpora.sentence_pieces import train_pieces
-from w2vscale.data.manifest import build_index
 from w2vscale.errors import UserError
 from w2vscale.evaluation.checkpoint import evaluate_checkpoint
 from w2vscale.inference.pretrained import load
@@ -140,7 +140,7 @@ def test_a_head_for_another_vocabulary_is_not_taken_silently(spelled: Path, by_h
         train(config, tmp_path / "refused")
     allowed = with_architecture_of_source(settings(spelled, *other, "trainer.init_allow=['head']", "optim.lr=1e-9"))
     assert train(allowed, tmp_path / "allowed") == 0
-    theirs, ours = (read_model_tensors(open_checkpoint(path)) for path in (by_heart, tmp_path / "allowed"))
+    theirs, ours = (open_checkpoint(path).model_tensors() for path in (by_heart, tmp_path / "allowed"))
     assert not torch.allclose(theirs["head.weight"], ours["head.weight"], atol=1e-2)
     name = "encoder.transformer.blocks.0.attention.qkv.weight"
     assert torch.allclose(theirs[name], ours[name], atol=1e-4)
@@ -164,7 +164,7 @@ def test_resuming_is_bit_identical(spelled: Path, pretrained: Path, tmp_path: Pa
     newest = tmp_path / "cut" / "checkpoints" / "update_00000008"
     newest.rename(tmp_path / "away")
     train(config, tmp_path / "cut")
-    one, other = (read_model_tensors(open_checkpoint(tmp_path / name)) for name in ("whole", "cut"))
+    one, other = (open_checkpoint(tmp_path / name).model_tensors() for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     curves = [read_metrics(tmp_path / name / "metrics.jsonl", "train") for name in ("whole", "cut")]
     assert [record["loss"] for record in curves[0]] == [record["loss"] for record in curves[1]]
@@ -187,7 +187,7 @@ def test_sentence_pieces_train_and_resume_and_only_labels_need_their_file(spelle
     train(config, tmp_path / "cut")
     (tmp_path / "cut" / "checkpoints" / "update_00000004").rename(tmp_path / "away")
     train(config, tmp_path / "cut")
-    one, other = (read_model_tensors(open_checkpoint(tmp_path / name)) for name in ("whole", "cut"))
+    one, other = (open_checkpoint(tmp_path / name).model_tensors() for name in ("whole", "cut"))
     assert one["head.weight"].shape[0] == 15
     assert all(torch.equal(one[name], other[name]) for name in one)
     evaluate = ["evaluate", str(tmp_path / "whole"), "--cuts", str(spelled)]
@@ -205,13 +205,11 @@ def test_sentence_pieces_train_and_resume_and_only_labels_need_their_file(spelle
 
 
 def test_what_is_frozen_stays_bit_for_bit(spelled: Path, pretrained: Path, tmp_path: Path) -> None:
-    before = read_model_tensors(open_checkpoint(pretrained))
+    before = open_checkpoint(pretrained).model_tensors()
     source = (f"trainer.init_from={pretrained}", "checkpoint.every=4", "checkpoint.keep_last=2", "trainer.updates=8")
     config = settings(spelled, *source, "objective.freeze_encoder_updates=4", "regularization.feature_grad_mult=0")
     train(with_architecture_of_source(config), tmp_path)
-    frozen, after = (
-        read_model_tensors(open_checkpoint(tmp_path / "checkpoints" / f"update_0000000{n}")) for n in (4, 8)
-    )
+    frozen, after = (open_checkpoint(tmp_path / "checkpoints" / f"update_0000000{n}").model_tensors() for n in (4, 8))
     shared = [name for name in after if name in before]
     assert set(after) - set(shared) == {"head.weight", "head.bias"}
     assert all(torch.equal(before[name], frozen[name]) for name in shared)
@@ -300,7 +298,7 @@ class TestCommandLine:
         config = load_config(tmp_path / "config.yaml")
         assert config.model.dim == 32 and config.trainer.init_from is None
         assert (config.objective.freeze_encoder_updates, config.regularization.feature_grad_mult) == (0, 1.0)
-        one, other = (read_model_tensors(open_checkpoint(path)) for path in (pretrained, tmp_path))
+        one, other = (open_checkpoint(path).model_tensors() for path in (pretrained, tmp_path))
         name = "encoder.transformer.blocks.0.attention.qkv.weight"
         assert one[name].shape == other[name].shape and not torch.allclose(one[name], other[name], atol=1e-2)
 

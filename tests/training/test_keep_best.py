@@ -12,7 +12,8 @@ import pytest
 from tests.helpers.spelled import SPELLING, some_texts, write_spelled
 from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.averaging import average
-from w2vscale.checkpoint.reading import committed, open_checkpoint, update_of
+from w2vscale.checkpoint.format import committed, update_of
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.evaluation.checkpoint import evaluate_checkpoint
@@ -71,7 +72,7 @@ def test_the_best_are_kept_over_a_resume_and_averaged(
     validated = {record["update"]: record["loss"] for record in read_metrics(exp / "metrics.jsonl", "validation")}
     assert validated == {2: 1.0, 4: None, 6: 3.0, 7: 4.0, 8: 2.0, 10: 5.0, 11: 6.0}
 
-    assert average(exp, tmp_path / "mean", best=2).figures == {2: 1.0, 8: 2.0}
+    assert average(exp, tmp_path / "mean", best=2).losses == {2: 1.0, 8: 2.0}
     average(exp, tmp_path / "one", best=1)
     mean, one, same = (
         evaluate_checkpoint(path, [corpus])

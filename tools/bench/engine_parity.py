@@ -113,7 +113,7 @@ def prepare(corpus: Path, folder: Path) -> tuple[Path, str]:
     if not (corpus / "train-clean-5").is_dir():
         source = "synthetic speech"
         console.print(f"{corpus} has no train-clean-5: synthetic speech takes its place", markup=False)
-        run([PYTHON, "-m", "w2vscale", "data", "synth", str(folder)], folder / "data.log")
+        run([PYTHON, str(ROOT / "recipes" / "demo" / "local" / "synthesise.py"), str(folder)], folder / "data.log")
         corpus = folder / "LibriSpeech"
     manifests = folder / "manifests"
     run(

@@ -96,7 +96,8 @@ def prepare(corpus: Path, folder: Path) -> tuple[Path, str]:
     command = [sys.executable, "-m", "w2vscale", "data"]
     if not (corpus / "train-clean-5").is_dir():
         source = "synthetic speech"
-        subprocess.run([*command, "synth", str(folder)], check=True, stdout=sys.stderr)
+        synthesise = ROOT / "recipes" / "demo" / "local" / "synthesise.py"
+        subprocess.run([sys.executable, str(synthesise), str(folder)], check=True, stdout=sys.stderr)
         corpus = folder / "LibriSpeech"
     subprocess.run(
         [*command, "prepare", "mini_librispeech", str(corpus), str(folder), "--part", "train-clean-5"],

@@ -1,1 +1,1 @@
-"""The canonical checkpoint: write, commit, find, read. No engine code."""
+"""The canonical checkpoint: one format for every engine and number of processes; one reader, one writer, and tools."""

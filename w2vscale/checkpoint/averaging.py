@@ -1,4 +1,4 @@
-"""The mean of several checkpoints of a run, as a checkpoint of the model alone."""
+"""The mean of several checkpoints of a run, as a checkpoint without optimizer state."""
 
 from __future__ import annotations
 
@@ -9,31 +9,25 @@ from pathlib import Path
 
 from torch import Tensor
 
-from w2vscale.analysis.report import read_metrics
-from w2vscale.checkpoint.consolidation import whole_tensors
-from w2vscale.checkpoint.inspection import Description, describe
-from w2vscale.checkpoint.reading import committed, update_of
-from w2vscale.checkpoint.shards import StoredTensor
+from w2vscale.checkpoint.expected import expected_of
+from w2vscale.checkpoint.format import committed
+from w2vscale.checkpoint.reader import CheckpointReader, best_first, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import architecture_of, dump_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
 from w2vscale.objectives import build_objective
-from w2vscale.objectives import state_shapes as parameter_shapes
-from w2vscale.optim.canonical import canonical_shapes
-
-HIGHER_IS_BETTER = {"accuracy"}
+from w2vscale.optim.canonical import counted, model_only
 
 
 @dataclass(frozen=True)
 class Averaged:
-    """The checkpoint that was written, and the updates it is the mean of, oldest first."""
+    """The checkpoint that was written, and the updates of those that were averaged, oldest first."""
 
     checkpoint: Path
     updates: list[int]
-    metric: str | None
-    figures: Mapping[int, float]
-    """The metric at each update, where the best were taken."""
+    losses: Mapping[int, float]
+    """The validation loss at each of these updates, if the best were averaged."""
 
 
 def average(
@@ -42,96 +36,70 @@ def average(
     *,
     last: int | None = None,
     best: int | None = None,
-    metric: str | None = None,
     progress: Callable[[int, int], None] | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Averaged:
-    """Write `output`/checkpoints/update_… with the mean weights of a run's `last` or `best` usable checkpoints.
+    """Write `output`/checkpoints/update_… with the mean of the newest `last` or the `best` usable checkpoints of a run.
 
-    The best are those with the lowest `metric` (default: loss; of accuracy the highest) of a validation at their
-    update, as metrics.jsonl has it; of equal ones the first. Settings, update and hours seen are those of the newest
-    that is averaged. Sums are float64. Holds the result, and beside it one tensor.
+    The best are those with the lowest validation loss, which checkpoints carry; of equal ones the earlier. Parameters
+    and floating-point buffers are averaged in float64. Other buffers, settings, update and hours seen are those of the
+    newest of the checkpoints. Holds the result, and one more tensor.
 
     Raises:
-        UserError: not one of `last` and `best` is given, there are fewer checkpoints, no validation has the metric,
-            the checkpoints are of different models, or `output` has checkpoints already.
+        UserError: not exactly one of `last` and `best` is given, there are fewer checkpoints, they are of different
+            models or incomplete, or `output` already has checkpoints.
     """
-    count = last if best is None else best
-    if not count or (last is not None and (best is not None or metric is not None)):
-        raise UserError("choose either --last N or --best N, the latter with --metric FIGURE if it is not the loss")
+    if (last is None) == (best is None) or not (last or best):
+        raise UserError("choose either --last N or --best N")
     folder = folder_for_one(output)
-    metric = None if best is None else metric or "loss"
-    figures: dict[int, float] = {}
-    paths = sorted(committed(run / "checkpoints"), key=update_of)
-    if metric is None:
-        paths.reverse()
-    else:
-        figures = _validations(run, metric)
-        paths = _best_first(paths, figures, run, metric)
-    chosen = _first_usable(paths, count, run, log, validated=metric is not None)
-    chosen.sort(key=lambda found: found.checkpoint.state.update)
-    tensors = _weights(chosen)
+    chosen = sorted(_choose(run, last, best, log), key=lambda checkpoint: checkpoint.state.update)
+    _require_one_model(chosen)
+    newest, updates = chosen[-1], [checkpoint.state.update for checkpoint in chosen]
+    names = [*model_only(newest.specs)]
     means: dict[str, Tensor] = {}
-    for name, parts in tensors.items():
-        means[name] = mean(name, parts)
+    for name in names:
+        means[name] = mean(name, chosen)
         if progress is not None:
-            progress(len(means), len(tensors))
-    newest, updates = chosen[-1], [found.checkpoint.state.update for found in chosen]
-    state = newest.checkpoint.state
-    origin = "; ".join(filter(None, (state.data, f"the mean of the weights at {_listed(updates)}")))
-    weights = canonical_shapes(parameter_shapes(newest.config), optimizer=False)
-    path = CheckpointStore(folder, Ranks(), expected=weights, log=log).save(
-        means, replace(state, data=origin, validation_loss=None), dump_config(newest.config)
+            progress(len(means), len(names))
+    origin = "; ".join(filter(None, (newest.state.data, f"the mean of the weights at {_listed(updates)}")))
+    path = CheckpointStore(folder, Ranks(), expected=expected_of(newest.config, optimizer=False), log=log).save(
+        means, replace(newest.state, data=origin, validation_loss=None), dump_config(newest.config)
     )
-    return Averaged(path, updates, metric, {update: figures[update] for update in updates if update in figures})
+    losses = {each.state.update: each.state.validation_loss for each in chosen if best is not None}
+    return Averaged(path, updates, {update: loss for update, loss in losses.items() if loss is not None})
 
 
-def _validations(run: Path, metric: str) -> dict[int, float]:
-    """The metric at each update that was validated, where it is finite."""
-    records = read_metrics(run / "metrics.jsonl", "validation")
-    if not records:
-        raise UserError(f"{run}: no validation in its metrics.jsonl; use --last N")
-    known = set().union(*records) - {"split", "update"}
-    if metric not in known:
-        raise UserError(f"--metric {metric}: its validations have {', '.join(sorted(known))}")
-    return {record["update"]: record[metric] for record in records if record.get(metric) is not None}
-
-
-def _best_first(paths: Sequence[Path], figures: Mapping[int, float], run: Path, metric: str) -> list[Path]:
-    validated = [path for path in paths if update_of(path) in figures]
-    if paths and not validated:
-        raise UserError(
-            f"{run}: no validation at the updates of its checkpoints ({_listed(map(update_of, paths))}), "
-            f"but at {_listed(figures)}; use --last N"
-        )
-    sign = -1.0 if metric in HIGHER_IS_BETTER else 1.0
-    return sorted(validated, key=lambda path: sign * figures[update_of(path)])
-
-
-def _first_usable(
-    paths: Sequence[Path], count: int, run: Path, log: Callable[[str], None], *, validated: bool
-) -> list[Description]:
+def _choose(run: Path, last: int | None, best: int | None, log: Callable[[str], None]) -> list[CheckpointReader]:
+    """The newest `last`, or else the `best` usable checkpoints of a run."""
+    paths, kind = committed(run / "checkpoints")[::-1], "usable checkpoint"
+    if last is None:
+        validated = best_first(paths[::-1], log)
+        if paths and not validated:
+            raise UserError(
+                f"{run}: none of its {counted(len(paths), 'checkpoint')} has a validation loss; use --last N"
+            )
+        paths, kind = validated, "usable validated checkpoint"
+    count = last or best or 0
     found = list(islice(_usable(paths, log), count))
     if len(found) < count:
-        kind = "usable checkpoints with a validation" if validated else "usable checkpoints"
-        which = f" ({_listed(sorted(each.checkpoint.state.update for each in found))})" if found else ""
-        raise UserError(f"{run}: {count} {kind} are asked for, it has {len(found)}{which}")
+        which = f" ({_listed(sorted(each.state.update for each in found))})" if found else ""
+        raise UserError(f"{run}: {counted(count, kind)} requested, but it has {len(found)}{which}")
     return found
 
 
-def _usable(paths: Sequence[Path], log: Callable[[str], None]) -> Iterator[Description]:
+def _usable(paths: Sequence[Path], log: Callable[[str], None]) -> Iterator[CheckpointReader]:
     for path in paths:
         try:
-            yield describe(path)
+            yield open_checkpoint(path)
         except UserError as error:
             log(f"skipping unusable checkpoint: {error}")
 
 
-def _weights(checkpoints: Sequence[Description]) -> dict[str, list[StoredTensor]]:
-    """The model's tensors by name, of each checkpoint.
+def _require_one_model(checkpoints: Sequence[CheckpointReader]) -> None:
+    """Check that all checkpoints are complete and of one model.
 
     Raises:
-        UserError: the checkpoints are of different models, or a tensor is not whole.
+        UserError: they are not.
     """
     first, *others = checkpoints
     ours = _architecture(first)
@@ -140,37 +108,34 @@ def _weights(checkpoints: Sequence[Description]) -> dict[str, list[StoredTensor]
         for key in ours | theirs:
             if ours.get(key) != theirs.get(key):
                 raise UserError(
-                    f"{other.checkpoint.path}: {key} is {theirs.get(key)}, in {first.checkpoint.path.name} "
-                    f"{ours.get(key)}: different models have no mean"
+                    f"{other.path}: {key} is {theirs.get(key)}, in {first.path.name} it is {ours.get(key)}: "
+                    "checkpoints of different models cannot be averaged"
                 )
-    for found in checkpoints:
-        for name, tensor in found.tensors.items():
-            if fault := tensor.fault():
-                raise UserError(f"{found.checkpoint.path}: {name}: {fault}")
-    names = [name for name in first.tensors if name.startswith("model.")]
-    return {name: [found.tensors[name] for found in checkpoints] for name in names}
+    for checkpoint in checkpoints:
+        checkpoint.require_model()
 
 
-def _architecture(found: Description) -> dict[str, object]:
+def _architecture(checkpoint: CheckpointReader) -> dict[str, object]:
     """All in which checkpoints of one model agree: settings that its weights depend on, and shapes."""
-    objective = build_objective(found.config)
+    sections = {"model": checkpoint.config.model, "objective": build_objective(checkpoint.config).settings}
     return {
-        **{f"model.{key}": value for key, value in architecture_of(found.config.model).items()},
-        **{f"objective.{key}": value for key, value in architecture_of(objective.settings).items()},
-        **{name: tensor.shape for name, tensor in found.tensors.items() if name.startswith("model.")},
+        **{f"{name}.{key}": value for name, part in sections.items() for key, value in architecture_of(part).items()},
+        **{name: spec.shape for name, spec in model_only(checkpoint.specs).items()},
     }
 
 
-def mean(name: str, parts: Sequence[StoredTensor]) -> Tensor:
-    """The mean of one tensor over several checkpoints: summed in float64, returned in fp32."""
-    wholes = (next(whole_tensors({name: part})).double() for part in parts)
+def mean(name: str, checkpoints: Sequence[CheckpointReader]) -> Tensor:
+    """The mean of a floating-point tensor over several checkpoints, summed in float64; of another the last one's."""
+    if not checkpoints[-1].specs[name].dtype.is_floating_point:
+        return checkpoints[-1].tensor(name)
+    wholes = (checkpoint.tensor(name).double() for checkpoint in checkpoints)
     total = next(wholes)  # not zeros: 0 + -0 is not -0
     for whole in wholes:
         total += whole
-    return (total / len(parts)).float()
+    return (total / len(checkpoints)).float()
 
 
 def _listed(updates: Iterable[int]) -> str:
-    """Some updates in words."""
+    """`updates 2, 4`."""
     numbers = [str(update) for update in updates]
     return f"update{'s' * (len(numbers) > 1)} {', '.join(numbers)}"

@@ -1,56 +1,45 @@
-"""The checkpoints of a run: written under a temporary name, made durable, renamed; the older ones deleted."""
+"""Writing the checkpoints of a run: under a temporary name, made durable, renamed; older ones are then deleted."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from w2vscale.checkpoint.reading import (
-    FORMAT,
-    Checkpoint,
-    FileFacts,
-    TrainState,
-    accept_one_process,
-    committed,
-    file_facts,
-    newest,
-    read_train_state,
-    update_of,
-)
-from w2vscale.checkpoint.shards import Shard, assembled, shards_in
-from w2vscale.distributed.process_group import Ranks, broadcast_from_main
+from w2vscale.checkpoint.format import Document, FileFacts, TrainState, committed, encode, file_facts, update_of
+from w2vscale.checkpoint.reader import CheckpointReader, best_first, newest
+from w2vscale.checkpoint.slices import TensorSlice, assemble, faults, open_tensors, slices_in
+from w2vscale.distributed.process_group import Ranks, broadcast_from_main, raise_anywhere
 from w2vscale.errors import UserError
-from w2vscale.optim.canonical import Shapes, counted, differences
+from w2vscale.files import sync_folder, write_text
+from w2vscale.optim.canonical import Specs, counted, differences, specs_of
 
 T = TypeVar("T")
 
 
 class Written(NamedTuple):
-    """What a rank finds in the files that it has written: sizes and checksums, and the shards in their headers."""
+    """What a rank reads back from the files that it has written: sizes and checksums, and the slices of tensors."""
 
     files: dict[str, FileFacts]
-    shards: list[dict[str, Shard]]
+    slices: list[dict[str, TensorSlice]]
 
 
 class CheckpointStore:
     """The checkpoints of one run. Methods are collective unless they say otherwise.
 
-    `expected` has the name and shape of every tensor that a checkpoint must hold; nothing else is ever committed.
+    `expected` describes every tensor that a checkpoint must hold; nothing else is ever committed. `keep_last`,
+    `keep_every` and `keep_best` are the settings `checkpoint.*` of the same names. An `asynchronous` store writes in a
+    thread.
     """
 
     def __init__(
@@ -58,7 +47,7 @@ class CheckpointStore:
         folder: Path,
         ranks: Ranks,
         *,
-        expected: Shapes,
+        expected: Specs,
         keep_last: int = 1,
         keep_every: int = 0,
         keep_best: int = 0,
@@ -82,21 +71,20 @@ class CheckpointStore:
                 self._group = dist.new_group(backend="gloo")
 
     def save(self, tensors: Mapping[str, Tensor], state: TrainState, config_yaml: str) -> Path:
-        """Write a checkpoint, commit it, point `latest` at it and delete what need not be kept.
+        """Write a checkpoint, commit it, point `latest` at it and delete checkpoints that need not be kept.
 
-        Asynchronously: a copy of `tensors`, after the checkpoint before it; returns once the copy is made.
+        An asynchronous store waits for the previous checkpoint, copies `tensors` and returns.
 
         Raises:
-            UserError: `tensors` or what was written of them is not what is expected, on any rank, or the files cannot
-                be written. Older checkpoints are as they were.
+            UserError: on any rank, `tensors` or the written files are not as expected, or the files cannot be written.
+                Older checkpoints are unchanged.
         """
         began = time.perf_counter()
         self.wait()
-        accept_one_process()
         final = self.folder / f"update_{state.update:08d}"
         partial = self.folder / f".{final.name}.partial"
-        self._raise_anywhere(self._refusal(tensors, final))
-        self._raise_anywhere(self._on_main(lambda: _fresh_folder(partial)))
+        raise_anywhere(self._refusal(tensors, final))
+        raise_anywhere(self._on_main(lambda: _fresh_folder(partial)))
         if self._thread is not None:
             tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
         stall = time.perf_counter() - began
@@ -109,30 +97,36 @@ class CheckpointStore:
             return error
 
         if self._thread is None:
-            self._raise_anywhere(write())
+            raise_anywhere(write())
         else:
             self._writing = self._thread.submit(write)
         return final
 
     def wait(self) -> None:
-        """Until nothing is being written; raises what went wrong, on any rank."""
+        """Wait until nothing is being written.
+
+        Raises:
+            UserError: the last checkpoint could not be written, on any rank.
+        """
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            self._raise_anywhere(writing.result())
+            raise_anywhere(writing.result())
 
     @property
     def failed(self) -> bool:
-        """Whether writing in the background has failed on this rank: `wait` will raise. Not collective."""
+        """Whether writing in the background has failed on this rank, so that `wait` will raise. Not collective."""
         writing = self._writing
         return writing is not None and writing.done() and (writing.exception() or writing.result()) is not None
 
-    def find(self, log: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that a run can be continued from; the log names newer ones and what is wrong with them.
+    def find(self, log: Callable[[str], None]) -> CheckpointReader | None:
+        """The newest checkpoint that a run can be resumed from. The log names newer ones and why they are skipped.
+
+        Rank 0 looks for it; the other ranks need not read any header.
 
         Raises:
             UserError: there are checkpoints, and none can be used.
         """
-        found: Checkpoint | str | None = None
+        found: CheckpointReader | str | None = None
         if self.ranks.is_main:
             try:
                 found = newest(self.folder, log, resuming=True)
@@ -150,37 +144,25 @@ class CheckpointStore:
 
         Every rank reaches every collective, whatever file fails on it.
         """
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        try:
-            dcp.save(dict(tensors), storage_writer=writer, process_group=self._group)
-        except dcp.api.CheckpointException as failure:
-            cause = next(iter(failure.failures.values()))[0]
-            return f"{partial}: a checkpoint cannot be written: {cause}"
+        if error := write_tensors(tensors, partial, self._group):
+            return f"{partial}: a checkpoint cannot be written: {error}"
         files: dict[str, FileFacts] = {}
-        shards: list[dict[str, Shard]] = []
+        slices: list[dict[str, TensorSlice]] = []
         for written in self._on_main_from_all(_written_by(self.ranks.rank, partial), self._group):
             if isinstance(written, str):
                 return f"{partial}: a checkpoint cannot be written: {written}"
             files |= written.files
-            shards += written.shards
-        return self._on_main(lambda: self._commit(partial, final, state, config_yaml, files, shards))
+            slices += written.slices
+        return self._on_main(lambda: self._commit(partial, final, state, config_yaml, files, slices))
 
     def _refusal(self, tensors: Mapping[str, Tensor], final: Path) -> str | None:
         """Why these tensors are not what a checkpoint must hold, or None."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        problems = [*differences(shapes, self.expected)]
-        problems += [
-            f"{name}: is {tensor.dtype}, a checkpoint holds {torch.float32}"
-            for name, tensor in tensors.items()
-            if tensor.dtype != torch.float32
-        ]
-        return _not_committed(final, "the state to be saved is not that of the model and its optimizer", problems)
+        problems = [*differences(specs_of(tensors), self.expected)]
+        return _not_committed(final, "the state to save does not match the model and its optimizer", problems)
 
-    def _check_written(self, shards: Sequence[dict[str, Shard]], final: Path) -> None:
+    def _check_written(self, slices: Sequence[dict[str, TensorSlice]], final: Path) -> None:
         """Refuse files that do not hold what a checkpoint must hold."""
-        tensors = assembled(shards)
-        problems = [f"{name}: {fault}" for name, tensor in tensors.items() if (fault := tensor.fault())]
-        problems += differences({name: tensor.shape for name, tensor in tensors.items()}, self.expected)
+        problems = [*faults(assemble(slices), self.expected)]
         if refusal := _not_committed(final, "its files do not hold every expected tensor exactly once", problems):
             raise UserError(refusal)
 
@@ -191,23 +173,27 @@ class CheckpointStore:
         state: TrainState,
         config_yaml: str,
         files: dict[str, FileFacts],
-        shards: Sequence[dict[str, Shard]],
+        slices: Sequence[dict[str, TensorSlice]],
     ) -> None:
-        self._check_written(shards, final)
-        _write_durably(partial / "config.yaml", config_yaml)
+        self._check_written(slices, final)
+        write_text(partial / "config.yaml", config_yaml, durable=True)
         files = {**files, "config.yaml": file_facts(partial / "config.yaml")}
-        document = {"format": FORMAT, **asdict(state), "ranks": self.ranks.world_size, "files": files}
-        _write_durably(partial / "train_state.json", json.dumps(document, indent=2) + "\n")
-        _sync_folder(partial)
+        document = Document(state, files, self.ranks.world_size)
+        write_text(partial / "train_state.json", encode(document), durable=True)
+        sync_folder(partial)
         for path in committed(self.folder):
-            # The same update saved again, or later ones that this run did not continue from.
+            # The same update saved again, or later ones that this run was not resumed from.
             if update_of(path) >= state.update:
                 _set_aside(path)
         partial.rename(final)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         _replace_link(self.folder / "latest", final.name)
-        paths = sorted(committed(self.folder))
-        best = _by_validation_loss(paths)[: self.keep_best] if self.keep_best else []
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        """Delete the checkpoints that need not be kept, and what killed processes left."""
+        paths = committed(self.folder)
+        best = best_first(paths)[: self.keep_best] if self.keep_best else []
         for path in paths[: -self.keep_last]:
             if path not in best and not (self.keep_every and update_of(path) % self.keep_every == 0):
                 self._delete(path)
@@ -215,7 +201,7 @@ class CheckpointStore:
             self._delete(path)
 
     def _delete(self, path: Path) -> None:
-        """Delete a folder; what cannot be deleted is no reason to stop: the next checkpoint tries again."""
+        """Delete a folder. A failure is only logged, since the next checkpoint tries again."""
         try:
             shutil.rmtree(path)
         except OSError as failure:
@@ -232,21 +218,8 @@ class CheckpointStore:
                 return f"{self.folder}: a checkpoint cannot be written: {failure}"
         return None
 
-    def _raise_anywhere(self, error: str | None) -> None:
-        """Raise the error of the lowest rank that has one, on all ranks."""
-        for found in self._from_all(error):
-            if found is not None:
-                raise UserError(found)
-
-    def _from_all(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-        """Every rank's value, on every rank."""
-        values = [value] * self.ranks.world_size
-        if self.ranks.world_size > 1:
-            dist.all_gather_object(values, value, group=group)
-        return values
-
     def _on_main_from_all(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-        """Every rank's value, on rank 0, and nothing elsewhere: there may be many, and large."""
+        """Every rank's value on rank 0, and an empty list on the others."""
         if self.ranks.world_size == 1:
             return [value]
         values = [value] * self.ranks.world_size if self.ranks.is_main else None
@@ -255,7 +228,7 @@ class CheckpointStore:
 
 
 def folder_for_one(output: Path) -> Path:
-    """The folder in `output` for a checkpoint that no run made.
+    """The folder in `output` for a checkpoint that is not written by a run.
 
     Raises:
         UserError: there are checkpoints in it.
@@ -266,21 +239,41 @@ def folder_for_one(output: Path) -> Path:
     return folder
 
 
-def _by_validation_loss(paths: Sequence[Path]) -> list[Path]:
-    """Those that were validated, the best first; of equal ones the first."""
-    losses: dict[Path, float] = {}
-    for path in paths:
-        with suppress(UserError):  # damaged: nobody could use it
-            if (loss := read_train_state(path).state.validation_loss) is not None:
-                losses[path] = loss
-    return sorted(losses, key=losses.__getitem__)
+def write_tensors(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> str | None:
+    """Collective in `group`. Write what this rank holds of each tensor; returns what went wrong, the same on all ranks.
+
+    A tensor that several ranks hold is written by one of them.
+    """
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    if dist.is_initialized():
+        try:
+            dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+        except dcp.api.CheckpointException as failure:
+            return str(next(iter(failure.failures.values()))[0])
+        return None
+    try:
+        _write_alone(dict(tensors), writer)
+    except (OSError, SafetensorError, RuntimeError) as failure:
+        return str(failure)
+    return None
+
+
+def _write_alone(tensors: dict[str, Tensor], writer: HuggingFaceStorageWriter) -> None:
+    """Do what `dcp.save` does in a process without a process group, where it would warn that there is none."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=True)
+    writer.set_up_storage_writer(True)
+    local = writer.prepare_local_plan(planner.create_local_plan())
+    (plan,) = writer.prepare_global_plan(planner.create_global_plan([local])[0])
+    writer.write_data(planner.finish_plan(plan), planner).wait()
 
 
 def _written_by(rank: int, folder: Path) -> Written | str:
-    """Of the rank's own files: another machine's may not be in sight yet. Or what went wrong."""
+    """Read back a rank's own files, since other ranks' may not be visible on this machine yet. Or what went wrong."""
     try:
         paths = sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
-        return Written({path.name: file_facts(path) for path in paths}, [*map(shards_in, paths)])
+        slices = [slices_in(path, open_tensors(path)) for path in paths]
+        return Written({path.name: file_facts(path) for path in paths}, slices)
     except (OSError, UserError) as failure:
         return str(failure)
 
@@ -289,7 +282,7 @@ def _not_committed(final: Path, what: str, problems: Sequence[str]) -> str | Non
     if not problems:
         return None
     more = f" (and {counted(len(problems) - 1, 'more problem')})" if len(problems) > 1 else ""
-    return f"{final}: not committed: {what}: {problems[0]}{more}; the checkpoints before it are as they were"
+    return f"{final}: not committed: {what}: {problems[0]}{more}; earlier checkpoints are unchanged"
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -312,21 +305,6 @@ def _set_aside(path: Path) -> None:
     if aside.exists():
         shutil.rmtree(aside)
     path.rename(aside)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _replace_link(link: Path, target: str) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from w2vscale.cli.arguments import Checkpoint
 
-app = typer.Typer(no_args_is_help=True, help="Look at, check and convert checkpoints.")
+app = typer.Typer(no_args_is_help=True, help="Inspect, verify and convert checkpoints.")
 
 
 @app.command()
@@ -18,24 +18,24 @@ def show(
     path: Checkpoint,
     tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor.")] = False,
 ) -> None:
-    """What a checkpoint is and holds."""
+    """Show what a checkpoint holds and how it was made."""
     from rich.filesize import decimal
     from rich.table import Table
 
-    from w2vscale.checkpoint.inspection import describe
+    from w2vscale.checkpoint.reader import open_checkpoint
     from w2vscale.cli.progress import console
 
-    found = describe(path, log=partial(console.print, markup=False))
-    checkpoint, state, model = found.checkpoint, found.checkpoint.state, found.config.model
-    engine = found.config.engine
-    kinds = [name.partition(".")[0] for name in found.tensors]
+    checkpoint = open_checkpoint(path, log=partial(console.print, markup=False))
+    state, model, engine = checkpoint.state, checkpoint.config.model, checkpoint.config.engine
+    kinds = [name.partition(".")[0] for name in checkpoint.tensors]
     table = Table(title=str(checkpoint.path), title_justify="left", box=None, show_header=False)
     for name, value in (
-        ("update", f"{state.update:,} of {found.config.trainer.updates:,}"),
+        ("update", f"{state.update:,} of {checkpoint.config.trainer.updates:,}"),
         ("hours seen", f"{state.audio_seconds / 3600:,.2f}"),
+        ("validation loss", "none" if state.validation_loss is None else f"{state.validation_loss:.6g}"),
         ("skipped updates", f"{state.skipped_updates:,}"),
         ("skipped utterances", f"{state.skipped_utterances:,}"),
-        ("parameters", f"{found.parameters:,}"),
+        ("parameters", f"{checkpoint.parameters:,}"),
         ("shape", f"{model.layers}x{model.dim}x{model.ffn_dim}x{model.heads} (layers x dim x ffn_dim x heads)"),
         (
             "written by",
@@ -48,24 +48,28 @@ def show(
         table.add_row(name, value)
     console.print(table, markup=False)
     if tensors:
+        from w2vscale.optim.canonical import type_name
+
         table = Table(box=None, header_style="bold")
         table.add_column("tensor", no_wrap=True)
-        for column in ("shape", "bytes", "shards"):
+        for column in ("shape", "type", "bytes", "slices"):
             table.add_column(column, justify="right", no_wrap=True)
-        for name, tensor in sorted(found.tensors.items()):
-            table.add_row(name, "x".join(map(str, tensor.shape)), f"{tensor.bytes:,}", str(len(tensor.shards)))
+        for name, tensor in sorted(checkpoint.tensors.items()):
+            shape, dtype = "x".join(map(str, tensor.spec.shape)), type_name(tensor.spec.dtype)
+            table.add_row(name, shape, dtype, f"{tensor.bytes:,}", str(len(tensor.slices)))
         console.print(table, markup=False)
 
 
 @app.command()
 def verify(path: Checkpoint) -> None:
-    """Read all of a checkpoint: checksums, finite values, nothing missing; exit code 2 if something is wrong.
+    """Read all of a checkpoint and check that it is complete and undamaged.
 
-    Of a run's folder, the newest checkpoint is read, usable or not.
+    Checks the checksum of every file, that all values are finite, and that no tensor is missing. Prints what is wrong
+    and exits with code 2 if anything is. In a run's folder, the newest checkpoint is read, even if it is unusable.
     """
     from rich.filesize import decimal
 
-    from w2vscale.checkpoint.inspection import verify as verify_checkpoint
+    from w2vscale.checkpoint.verification import verify as verify_checkpoint
     from w2vscale.cli.progress import console, progress_bar
     from w2vscale.errors import UserError
 
@@ -78,7 +82,7 @@ def verify(path: Checkpoint) -> None:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{checkpoint.path}: {problems[0]}{more}")
     console.print(
-        f"OK {checkpoint.path}: update {checkpoint.state.update}, {found.tensors} tensors, "
+        f"OK {checkpoint.path}: update {checkpoint.state.update}, {len(checkpoint.tensors)} tensors, "
         f"{len(checkpoint.files)} files, {decimal(checkpoint.bytes)}",
         markup=False,
     )
@@ -87,15 +91,17 @@ def verify(path: Checkpoint) -> None:
 @app.command()
 def consolidate(
     path: Checkpoint,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="A folder; model.safetensors and config.yaml.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write model.safetensors and config.yaml to.")
+    ],
     optimizer: Annotated[
-        bool, typer.Option("--optimizer", help="Also the optimizer's state; names then are the checkpoint's own.")
+        bool, typer.Option("--optimizer", help="Include the optimizer state; name tensors as in the checkpoint.")
     ] = False,
 ) -> None:
-    """Write one file of whole fp32 tensors, and the settings.
+    """Write the model of a checkpoint to one file, with its settings.
 
-    The tensors have the names of the model's parameters (NAME). With --optimizer they are named as in the checkpoint:
-    model.NAME, optim.NAME.exp_avg, optim.NAME.exp_avg_sq and optim.NAME.step.
+    Tensors have the names of the model's parameters and buffers (NAME). With --optimizer they have the names that they
+    have in the checkpoint: model.NAME, optim.NAME.exp_avg, optim.NAME.exp_avg_sq and optim.NAME.step.
     """
     from rich.filesize import decimal
 
@@ -111,40 +117,27 @@ def consolidate(
 
 @app.command()
 def average(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
-    output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="A folder for the mean: a checkpoint without optimizer.")
-    ],
-    last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Average the newest.")] = None,
-    best: Annotated[int | None, typer.Option(min=1, metavar="N", help="Average the best in validation.")] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="With --best: a figure of validations; the lowest are best, of accuracy the highest.",
-            show_default="loss",
-            metavar="FIGURE",
-        ),
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the averaged checkpoint to.")],
+    last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Average the N newest checkpoints.")] = None,
+    best: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Average the N checkpoints with the lowest validation loss.")
     ] = None,
 ) -> None:
-    """Write the mean of the weights of a run's last or best checkpoints.
+    """Average the weights of a run's newest or best checkpoints.
 
-    checkpoint.keep_last, keep_every and keep_best say which checkpoints a run keeps.
+    The result is a checkpoint without optimizer state. The settings checkpoint.keep_last, keep_every and keep_best
+    determine which checkpoints a run keeps.
     """
     from w2vscale.checkpoint.averaging import average as average_checkpoints
     from w2vscale.cli.progress import console, progress_bar
 
     with progress_bar("averaging") as progress:
         found = average_checkpoints(
-            run,
-            output,
-            last=last,
-            best=best,
-            metric=metric,
-            progress=progress,
-            log=partial(console.print, markup=False),
+            run, output, last=last, best=best, progress=progress, log=partial(console.print, markup=False)
         )
     for update in found.updates:
-        figure = f": {found.metric} {found.figures[update]:.6g}" if found.metric else ""
-        console.print(f"update {update}{figure}", markup=False)
+        loss = f": validation loss {found.losses[update]:.6g}" if update in found.losses else ""
+        console.print(f"update {update}{loss}", markup=False)
     count = len(found.updates)
     console.print(f"{found.checkpoint}: the mean of {count} checkpoint{'s' * (count > 1)}", markup=False)

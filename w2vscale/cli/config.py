@@ -38,7 +38,7 @@ def show(
         import torch
 
         with redirect_stdout(sys.stderr):  # DeepSpeed logs to what it finds as sys.stdout
-            import_deepspeed("cuda" if torch.cuda.is_available() else "cpu")
+            import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
             validate_zero(document, config.engine.deepspeed_config)
     typer.echo(json.dumps(document, indent=2))
 

@@ -7,59 +7,67 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from w2vscale.cli.progress import console, progress_bar
-from w2vscale.data.sentences import Text
+from w2vscale.cli.progress import console, counted, progress_bar
 
 if TYPE_CHECKING:
-    from w2vscale.corpora.prepare import PreparedManifest
+    from w2vscale.corpora.manifests import PreparedManifest
 
-app = typer.Typer(no_args_is_help=True, help="From audio to indexed manifests.")
+app = typer.Typer(no_args_is_help=True, help="Prepare, index and check corpora.")
 prepare_app = typer.Typer(no_args_is_help=True, help="Write Lhotse cut manifests of a corpus.")
 app.add_typer(prepare_app, name="prepare")
 
 Manifests = Annotated[list[Path], typer.Argument(metavar="CUTS.jsonl...", help="Lhotse cut manifests.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Parallel jobs.")]
-Corpus = Annotated[Path, typer.Argument(metavar="CORPUS", help="The corpus' folder.")]
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="Where the manifests go.")]
-Parts = Annotated[list[str] | None, typer.Option("--part", help="E.g. train-clean-100; repeatable; default: all.")]
+IndexedManifest = Annotated[Path, typer.Argument(metavar="CUTS.jsonl", help="An indexed Lhotse cut manifest.")]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of parallel processes.")]
+Corpus = Annotated[Path, typer.Argument(metavar="CORPUS", help="Folder of the corpus.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the manifests.")]
+Parts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--part", metavar="PART", help="Prepare only this part, e.g. train-clean-100; repeatable.", show_default="all"
+    ),
+]
 
 
 @prepare_app.command()
 def librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs = 1) -> None:
-    """LibriSpeech: OUT/cuts_PART.jsonl for each part."""
+    """Prepare LibriSpeech: write OUT/cuts_PART.jsonl for each part."""
     _prepare_librispeech(corpus, output, part, jobs, mini=False)
 
 
 @prepare_app.command("mini_librispeech")
 def mini_librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs = 1) -> None:
-    """Mini LibriSpeech: train-clean-5 and dev-clean-2."""
+    """Prepare mini LibriSpeech: train-clean-5 and dev-clean-2."""
     _prepare_librispeech(corpus, output, part, jobs, mini=True)
 
 
 @prepare_app.command()
 def folder(
-    audio: Annotated[Path, typer.Argument(metavar="AUDIO", help="Any tree of wav, flac, ogg, opus and mp3.")],
+    audio: Annotated[
+        Path, typer.Argument(metavar="AUDIO", help="Folder of wav, flac, ogg, opus and mp3 files at any depth.")
+    ],
     output: Output,
-    window: Annotated[
-        float | None, typer.Option(help="Cut longer recordings into windows of this many seconds.")
+    segment_seconds: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Split longer recordings into segments of this duration, in seconds."),
     ] = None,
     validation_share: Annotated[
-        float, typer.Option(help="Share of the recordings that go into cuts_validation.jsonl.")
+        float, typer.Option(help="Put this fraction of the recordings, from 0 to 1, into cuts_validation.jsonl.")
     ] = 0.0,
     skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave out files that are not audio.")
+        bool, typer.Option("--skip-unreadable", help="Leave out files that are not readable as audio.")
     ] = False,
     jobs: Jobs = 1,
 ) -> None:
-    """Any folder of audio; a .txt beside a file is its transcript."""
-    from w2vscale.corpora.prepare import prepare_folder
+    """Prepare any folder of audio files; a .txt file beside an audio file is its transcript."""
+    from w2vscale.corpora.folder import prepare_folder
 
     with progress_bar("reading headers") as progress:
         written = prepare_folder(
             audio,
             output,
             jobs=jobs,
-            window_seconds=window,
+            segment_seconds=segment_seconds,
             validation_share=validation_share,
             skip_unreadable=skip_unreadable,
             progress=progress,
@@ -68,44 +76,47 @@ def folder(
 
 
 def _prepare_librispeech(corpus: Path, output: Path, parts: list[str] | None, jobs: int, *, mini: bool) -> None:
-    from w2vscale.corpora.prepare import prepare_librispeech
+    from w2vscale.corpora.librispeech import prepare_librispeech
 
     _print_written(prepare_librispeech(corpus, output, parts=parts, mini=mini, jobs=jobs))
 
 
 def _print_written(written: list[PreparedManifest]) -> None:
     for manifest in written:
-        left_out = f", {manifest.left_out} unreadable files left out" if manifest.left_out else ""
+        left_out = f", {counted(manifest.unreadable, 'unreadable file')} left out" if manifest.unreadable else ""
         console.print(
-            f"{manifest.path}: {manifest.utterances} utterances, {manifest.hours:.2f} hours{left_out}",
+            f"{manifest.path}: {counted(manifest.utterances, 'utterance')}, {manifest.hours:.2f} hours{left_out}",
             markup=False,
         )
-    if written[0].known:
+    if written[0].unchanged:
         console.print(
-            f"{written[0].read} audio files were read, {written[0].known} are as an earlier call read them",
+            f"headers: {counted(written[0].read, 'audio file')} read, {written[0].unchanged:,} unchanged since an "
+            "earlier call",
             markup=False,
         )
 
 
 @app.command()
 def index(manifests: Manifests, jobs: Jobs = 1) -> None:
-    """Write the index that gives training O(1) access to a manifest; of one that grew, only new lines are parsed."""
-    from w2vscale.data.manifest import build_index, index_path
+    """Write the index that training needs for O(1) access. If a manifest has grown, only its new lines are parsed."""
+    from w2vscale.corpora.index import build_index
+    from w2vscale.data.manifest import index_path
 
     for manifest in manifests:
         with progress_bar(f"indexing {manifest.name}") as progress:
             count = build_index(manifest, progress, jobs=jobs)
-        console.print(f"{index_path(manifest)}: {count} utterances", markup=False)
+        console.print(f"{index_path(manifest)}: {counted(count, 'utterance')}", markup=False)
 
 
 @app.command()
 def validate(
     manifests: Manifests,
-    audio: Annotated[bool, typer.Option("--audio", help="Decode every utterance, as training will.")] = False,
+    audio: Annotated[bool, typer.Option("--audio", help="Decode all audio, as training does.")] = False,
     jobs: Jobs = 4,
 ) -> None:
-    """Compare manifests with their audio files' headers, or with --audio all of the audio; exit code 2 if they
-    disagree, with all bad utterances in CUTS.jsonl.bad_audio.
+    """Compare manifests with the headers of their audio files, or with all audio.
+
+    If they disagree, list the bad utterances in CUTS.jsonl.bad_audio and exit with code 2.
     """
     from w2vscale.corpora.validate import validate_manifest
     from w2vscale.errors import UserError
@@ -118,22 +129,22 @@ def validate(
         if found.bad:
             first = found.first[0]
             raise UserError(
-                f"{manifest}: {found.bad} of {found.utterances} utterances are wrong, all in {found.listing}; "
-                f"the first: {first.utterance} ({first.file}): {first.reason}"
+                f"{manifest}: {counted(found.bad, 'bad utterance')} of {found.utterances:,}, listed in "
+                f"{found.listing}; the first one: {first.utterance} ({first.file}): {first.reason}"
             )
-        console.print(f"{manifest}: {found.utterances} utterances agree with their files", markup=False)
+        console.print(f"{manifest}: no problem found in {counted(found.utterances, 'utterance')}", markup=False)
 
 
 @app.command()
 def shar(
-    manifest: Annotated[Path, typer.Argument(metavar="CUTS.jsonl", help="An indexed Lhotse cut manifest.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Where the shards go.")],
-    shard_size: Annotated[int, typer.Option(min=1, help="Utterances per shard.")] = 1000,
-    form: Annotated[str, typer.Option("--format", help="flac, wav, opus or mp3.")] = "flac",
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of utterances.")] = 0,
+    manifest: IndexedManifest,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
+    shard_size: Annotated[int, typer.Option(min=1, help="Number of utterances per shard.")] = 1000,
+    form: Annotated[str, typer.Option("--format", help="Audio format of the shards: flac, wav, opus or mp3.")] = "flac",
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the order of utterances.")] = 0,
     jobs: Jobs = 1,
 ) -> None:
-    """Write Lhotse Shar for data.mode=stream; a repeat goes on where it was stopped."""
+    """Write Lhotse Shar for data.mode=stream. A repeated call continues where the last one stopped."""
     from w2vscale.corpora.shar import write_shards
 
     with progress_bar(f"writing shards of {manifest.name}") as progress:
@@ -142,59 +153,76 @@ def shar(
         )
     for bad in written.bad[:20]:
         console.print(f"{bad.utterance} ({bad.file}): {bad.reason}", markup=False)
-    left_out = f", {len(written.bad)} unusable ones left out ({output}/bad_audio.*.jsonl)" if written.bad else ""
-    console.print(f"{output}: {written.shards} shards, {written.utterances} utterances{left_out}", markup=False)
+    left_out = (
+        f", {counted(len(written.bad), 'bad utterance')} left out, listed in {output}/bad_audio.*.jsonl"
+        if written.bad
+        else ""
+    )
+    console.print(
+        f"{output}: {counted(written.shards, 'shard')}, {counted(written.utterances, 'utterance')}{left_out}",
+        markup=False,
+    )
 
 
 @app.command()
 def subset(
-    manifest: Annotated[Path, typer.Argument(metavar="CUTS.jsonl", help="An indexed Lhotse cut manifest.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The part of it; it is indexed, too.")],
-    hours: Annotated[float | None, typer.Option(help="Take so much, drawn from --seed.")] = None,
+    manifest: IndexedManifest,
+    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="New manifest; its index is written, too.")],
+    hours: Annotated[float | None, typer.Option(help="Subset size in hours, sampled with --seed.")] = None,
     balanced_speakers: Annotated[
-        bool, typer.Option("--balanced-speakers", help="Give speakers about equal time.")
+        bool, typer.Option("--balanced-speakers", help="Give all speakers about the same duration.")
     ] = False,
     identifiers: Annotated[
-        Path | None, typer.Option("--ids", metavar="FILE", help="Take these alone: an utterance a line.")
+        Path | None,
+        typer.Option("--ids", metavar="FILE", help="Select only the utterances in FILE, one id per line."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for sampling.")] = 0,
 ) -> None:
-    """Write a part of a manifest, as for fine-tuning with few transcripts."""
+    """Select a subset of a manifest, for example for fine-tuning with little transcribed speech."""
+    from w2vscale.corpora.index import build_index
     from w2vscale.corpora.subset import write_subset
-    from w2vscale.data.manifest import build_index
     from w2vscale.errors import UserError
 
     if hours is None and identifiers is None:
-        raise UserError("data subset: say which part: --hours, --ids or both")
+        raise UserError("data subset: no subset given; use --hours, --ids or both")
     if output.resolve() == manifest.resolve():
-        raise UserError(f"{output}: is the manifest itself; choose another name")
+        raise UserError(f"{output}: the output is the manifest itself; choose another name")
     written = write_subset(
         manifest, output, hours=hours, balanced=balanced_speakers, identifiers=identifiers, seed=seed
     )
     build_index(output)
-    console.print(f"{output}: {written.utterances} utterances, {written.hours:.2f} hours", markup=False)
+    console.print(f"{output}: {counted(written.utterances, 'utterance')}, {written.hours:.2f} hours", markup=False)
 
 
 @app.command()
 def pieces(
     manifests: Manifests,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.model", help="The SentencePiece model.")],
-    size: Annotated[int, typer.Option(min=1, help="Pieces, with <unk>, <s> and </s>.")] = 500,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE.model", help="Write the SentencePiece model to this file.")
+    ],
+    size: Annotated[int, typer.Option(min=1, help="Number of pieces, including <unk>, <s> and </s>.")] = 500,
 ) -> None:
-    """Train sentence pieces from transcripts, as they are, for ctc.sentencepiece."""
+    """Train a SentencePiece model for objective.sentencepiece from the transcripts of manifests."""
     from w2vscale.corpora.sentence_pieces import train_pieces
 
     trained = train_pieces(manifests, output, size=size)
-    console.print(f"{output}: {trained.pieces} pieces from {trained.transcripts} transcripts", markup=False)
+    console.print(
+        f"{output}: {counted(trained.pieces, 'piece')} from {counted(trained.transcripts, 'transcript')}", markup=False
+    )
 
 
 @app.command()
 def stats(
     manifests: Manifests,
-    config: Annotated[str, typer.Option(help="YAML file or preset whose crop and budget to plan with.")] = "base",
-    override: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; repeatable.")] = None,
+    config: Annotated[
+        str, typer.Option(metavar="CONFIG", help="Plan with the settings of this YAML file or preset.")
+    ] = "base",
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting of CONFIG; repeatable."),
+    ] = None,
 ) -> None:
-    """Hours, speakers and durations of a corpus, and how it would be bucketed."""
+    """Show hours, speakers and durations of a corpus, and the buckets and padding of its plan."""
     from w2vscale.cli.data_tables import print_stats
     from w2vscale.config import load_config
     from w2vscale.corpora.stats import corpus_stats
@@ -202,35 +230,3 @@ def stats(
 
     settings = load_config(config, override or [])
     print_stats(corpus_stats(manifests, settings, build_objective(settings)), settings)
-
-
-@app.command()
-def synth(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="OUT/LibriSpeech is made.")],
-    train_minutes: Annotated[float, typer.Option(help="Speech in train-clean-5.")] = 12.0,
-    validation_minutes: Annotated[float, typer.Option(help="Speech in dev-clean-2, of other speakers.")] = 2.0,
-    speakers: Annotated[int | None, typer.Option(min=1, help="Per part.", show_default="one a minute, 4 to 64")] = None,
-    text: Annotated[Text, typer.Option(help="What is said; strings of digits are learned soonest.")] = "sentences",
-    hum: Annotated[bool, typer.Option(help="Of the mains, under all speech, as in amateur recordings.")] = True,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    jobs: Jobs = 1,
-) -> None:
-    """Synthesise a small corpus of English speech, in mini LibriSpeech's layout."""
-    from w2vscale.data.synth import synthesise_corpus
-
-    with progress_bar("synthesising") as progress:
-        made = synthesise_corpus(
-            output,
-            parts={"train-clean-5": train_minutes, "dev-clean-2": validation_minutes},
-            speakers_per_part=speakers,
-            text=text,
-            hum=hum,
-            seed=seed,
-            jobs=jobs,
-            progress=progress,
-        )
-    console.print(
-        f"{made.corpus}: {made.speakers} speakers, {made.utterances} utterances, {made.seconds / 60:.1f} minutes"
-        f"{'' if made.created else ' (was there already)'}",
-        markup=False,
-    )

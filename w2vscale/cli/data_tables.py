@@ -1,4 +1,4 @@
-"""How `w2vscale data stats` looks."""
+"""Tables of `w2vscale data stats`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from rich.bar import Bar
 from rich.markup import escape
 from rich.table import Table
 
-from w2vscale.cli.progress import console
+from w2vscale.cli.progress import console, counted
 from w2vscale.config import Config
 from w2vscale.corpora.stats import CorpusStats
 
 
 def print_stats(stats: CorpusStats, config: Config) -> None:
-    """Totals, the histogram of durations, and the plan's buckets."""
+    """Print totals, a histogram of durations, and the buckets of the plan."""
     console.print(_totals(stats))
     console.print()
     console.print(_histogram(stats))
@@ -22,9 +22,9 @@ def print_stats(stats: CorpusStats, config: Config) -> None:
         console.print()
         console.print(_mix(stats, config))
     console.print(
-        f"plan: {len(stats.buckets)} buckets, {stats.micro_batches} micro-batches an epoch of at most "
-        f"{config.batch.max_seconds:g} s, {stats.padding:.2%} padding; utterances cropped to "
-        f"{config.data.max_seconds:g} s, {stats.left_out} shorter than {config.data.min_seconds:g} s left out"
+        f"plan: {counted(len(stats.buckets), 'bucket')}, {counted(stats.micro_batches, 'micro-batch')} of at most "
+        f"{config.batch.max_seconds:g} s per epoch, {stats.padding:.2%} padding; utterances cropped to "
+        f"{config.data.max_seconds:g} s, {stats.left_out:,} shorter than {config.data.min_seconds:g} s left out"
     )
 
 
@@ -77,7 +77,7 @@ def _buckets(stats: CorpusStats) -> Table:
 def _mix(stats: CorpusStats, config: Config) -> Table:
     table = Table(box=None, header_style="bold")
     table.add_column(config.mix.by)
-    for column in ("hours", "share", "share of an epoch", "times an epoch"):
+    for column in ("hours", "share of corpus", "share of epoch", "draws per epoch"):
         table.add_column(column, justify="right")
     for group in stats.mix:
         name = escape(group.name)

@@ -1,4 +1,4 @@
-"""The console, and a progress bar for long steps."""
+"""The console, counts in words, and a progress bar for long steps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 # Wide, so that tables in a file or a pipe are not cut to 80 columns.
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 utterance", "24 utterances", "2 micro-batches"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}{'es' if noun.endswith('ch') else 's'}"
 
 
 @contextmanager

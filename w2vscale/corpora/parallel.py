@@ -1,4 +1,4 @@
-"""A function over many chunks of work in forked processes: in order, with few chunks in memory."""
+"""Apply a function to many chunks of work in forked processes, in order, with few chunks in memory."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ _function: Callable[[Any], Any]
 
 
 class WorkerDied(UserError):
-    """A worker process ended without an answer."""
+    """A worker process ended without a result."""
 
 
 def parallel_map(
     function: Callable[[Chunk], Result], chunks: Iterable[Chunk], *, jobs: int, source: Path, isolate: bool = False
 ) -> Iterator[Result]:
-    """`function` of each chunk, in the chunks' order, by `jobs` processes; at most 2 × `jobs` chunks are under way.
+    """Apply `function` to each chunk with `jobs` processes; yields the results in order.
 
-    The processes are forked, so that `function` may hold anything; chunks and results are pickled. One job runs in
-    this process, unless it is to be isolated from what could crash it. No process outlives its parent.
+    At most 2 × `jobs` chunks are in progress. Chunks and results are pickled; `function` is not, because the processes
+    are forked. A single job runs in this process, unless `isolate` protects it from crashes of `function`. No worker
+    outlives its parent.
 
     Raises:
-        WorkerDied: a process was killed or crashed; names `source`, what the work is on.
+        WorkerDied: a worker was killed or crashed; the message names `source`.
     """
     if jobs == 1 and not isolate:
         yield from map(function, chunks)
@@ -53,7 +54,7 @@ def parallel_map(
             yield waiting.popleft().result()
     except BrokenProcessPool:
         raise WorkerDied(
-            f"{source}: a worker process died: killed, for memory perhaps (use fewer --jobs), or crashed in a library"
+            f"{source}: a worker process died: it was killed, perhaps for lack of memory (use fewer --jobs), or crashed"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
@@ -62,9 +63,9 @@ def parallel_map(
 def _start_worker(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in a shell's background jobs
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes; its traceback is the parent's
-    # A progress bar's thread may have held the streams' locks when this process was forked.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # shells ignore it for background jobs
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches all processes; only the parent prints a traceback
+    # The thread of a progress bar may have held locks of these streams when this process was forked.
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

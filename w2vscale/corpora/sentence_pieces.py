@@ -1,4 +1,4 @@
-"""Sentence pieces from transcripts: trains the model that `ctc.sentencepiece` names."""
+"""Train the SentencePiece model for `ctc.sentencepiece` from transcripts."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from w2vscale.corpora.journal import writing
-from w2vscale.data.manifest import Manifest, build_index
+from w2vscale.corpora.index import build_index
+from w2vscale.data.manifest import Manifest
 from w2vscale.data.sentence_pieces import sentencepiece
 from w2vscale.data.transcripts import transcript
 from w2vscale.errors import UserError
+from w2vscale.files import new_file
 
 
 @dataclass(frozen=True)
 class TrainedPieces:
-    """What a model was trained from, and how many pieces it has."""
+    """The number of transcripts that a model was trained on, and of its pieces."""
 
     transcripts: int
     pieces: int
 
 
 def train_pieces(manifests: Sequence[Path], output: Path, *, size: int) -> TrainedPieces:
-    """Write a unigram model (Kudo 2018, arXiv:1804.10959) of `size` pieces with all characters of the transcripts.
+    """Train a unigram model (Kudo 2018, arXiv:1804.10959) of `size` pieces that covers all characters.
 
-    The transcripts are taken as they are, with single spaces; the same ones always give the same file.
+    Transcripts are used as they are, except that white space becomes single spaces. The same transcripts always give
+    the same file.
 
     Raises:
-        UserError: `output` exists or cannot be written; a manifest cannot be used; there are no transcripts, or they
-            do not give that many or few pieces; sentencepiece is not installed.
+        UserError: `output` exists or cannot be written; a manifest cannot be used; there are no transcripts, or `size`
+            is too large or too small for them; sentencepiece is not installed.
     """
     if output.exists():
         raise UserError(f"{output}: exists; choose another name")
@@ -47,15 +49,14 @@ def train_pieces(manifests: Sequence[Path], output: Path, *, size: int) -> Train
             model_type="unigram",
             normalization_rule_name="identity",
             character_coverage=1.0,
-            max_sentence_length=max(len(text.encode()) for text in texts),  # longer ones would be left out
+            max_sentence_length=max(len(text.encode()) for text in texts),  # the trainer skips longer ones
             num_threads=1,
             minloglevel=2,
         )
     except RuntimeError as error:
         raise UserError(f"--size {size}: {_reason(str(error))}") from None
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(model.getvalue())
+    with new_file(output, "wb") as file:
+        file.write(model.getvalue())
     return TrainedPieces(len(texts), size)
 
 
@@ -68,9 +69,9 @@ def _transcripts(path: Path) -> Iterator[str]:
 
 
 def _reason(error: str) -> str:
-    """The trainer's message for a person."""
+    """The error message of the trainer in plain words."""
     if found := re.search(r"too high .* <= (\d+)", error):
-        return f"the transcripts give at most {found[1]} pieces"
+        return f"the transcripts allow at most {found[1]} pieces"
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", error):
-        return f"the transcripts' characters alone are more; choose at least {found[1]}"
+        return f"too small for the characters of the transcripts; choose at least {found[1]}"
     return f"sentencepiece failed: {' '.join(error.split())}"

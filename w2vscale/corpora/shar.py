@@ -1,8 +1,7 @@
-"""Lhotse Shar: a manifest's audio in shards that are read in sequence, for storage that is slow at random access."""
+"""Write Lhotse Shar: audio in shards that are read sequentially, for storage with slow random access."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,16 +16,17 @@ from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.data.resampling import at_rate
 from w2vscale.errors import UserError
+from w2vscale.files import append_records, read_records, write_text, writing
 
 FORMATS = ("flac", "wav", "opus", "mp3")
 
 OPUS_RATE = 48_000
-"""The rate that Opus is written at, in Hz: it has few others."""
+"""Sampling rate of Opus files in Hz; Opus supports only a few."""
 
 
 @dataclass(frozen=True)
-class Written:
-    """What shards were written, and what was left out of them."""
+class WrittenShards:
+    """The number of shards and of their utterances, and the bad utterances that were left out."""
 
     shards: int
     utterances: int
@@ -35,7 +35,7 @@ class Written:
 
 @dataclass(frozen=True)
 class _Job:
-    """One shard: these utterances of a manifest."""
+    """One shard to write: some utterances of a manifest."""
 
     manifest: Path
     utterances: list[int]
@@ -53,9 +53,19 @@ def write_shards(
     seed: int = 0,
     jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> Written:
-    """Write shards of an indexed manifest's utterances, in an order drawn from `seed`; those without usable audio
-    are left out. Shards that are there already, of an earlier call that was stopped, are kept.
+) -> WrittenShards:
+    """Write the utterances of an indexed manifest as shards of `shard_size`, in a random order.
+
+    Utterances without usable audio are left out. Complete shards of an earlier call that was stopped are kept.
+
+    Args:
+        manifest: An indexed manifest.
+        folder: Where the shards are written.
+        shard_size: Utterances per shard.
+        form: Audio format of the shards: flac, wav, opus or mp3.
+        seed: Seed of the order of utterances.
+        jobs: Parallel processes.
+        progress: Called with (shards done, total shards).
 
     Raises:
         UserError: the manifest has no index, none of its audio can be used, or the folder cannot be written.
@@ -64,11 +74,9 @@ def write_shards(
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
     total = len(Manifest(manifest))
     order = generator(seed, Stream.SHARDS).permutation(total)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _claim(folder, f"{manifest.resolve()}, {total} utterances, {shard_size} a shard, {form}, seed {seed}")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+        _claim(folder, f"{manifest.resolve()}, {total} utterances, {shard_size} per shard, {form}, seed {seed}")
     jobs_of_shards = [
         _Job(manifest, order[start : start + shard_size].tolist(), folder, f"{number:06d}", form)
         for number, start in enumerate(range(0, total, shard_size))
@@ -80,37 +88,36 @@ def write_shards(
             progress(done, len(jobs_of_shards))
     if len(bad) == total:
         raise UserError(
-            f"{manifest}: none of its {total} utterances can be used; the first: {bad[0].utterance} ({bad[0].file}): "
-            f"{bad[0].reason}; no shards were written"
+            f"{manifest}: no utterance can be used, so no shards were written; the first one: "
+            f"{bad[0].utterance} ({bad[0].file}): {bad[0].reason}"
         )
-    return Written(sum(1 for _ in folder.glob("cuts.*.jsonl.gz")), total - len(bad), bad)
+    return WrittenShards(sum(1 for _ in folder.glob("cuts.*.jsonl.gz")), total - len(bad), bad)
 
 
 def _claim(folder: Path, contents: str) -> None:
-    """Note what the folder's shards are of, so that those of another corpus are not taken for them."""
+    """Record the contents of the folder, so that a later call with other contents is refused."""
     note = folder / "contents.txt"
     if not note.is_file():
         if any(folder.glob("cuts.*.jsonl*")):
-            raise UserError(f"{folder}: holds shards already; choose another folder")
-        note.write_text(contents + "\n", encoding="utf-8")
-    elif (there := note.read_text(encoding="utf-8").strip()) != contents:
-        raise UserError(f"{folder}: holds shards of other contents ({there}); choose another folder")
+            raise UserError(f"{folder}: already contains shards; choose another folder")
+        write_text(note, contents + "\n")
+    elif (found := note.read_text(encoding="utf-8").strip()) != contents:
+        raise UserError(f"{folder}: contains other shards ({found}); choose another folder")
 
 
 def _write_shard(job: _Job) -> list[BadAudio]:
-    """Write a shard, and beside it a list of what was left out; in another folder first, so that it is whole."""
+    """Write a shard and a list of the utterances left out, first in a temporary folder; returns these utterances."""
     cuts, recording, log = (
         job.folder / name
         for name in (f"cuts.{job.number}.jsonl.gz", f"recording.{job.number}.tar", f"bad_audio.{job.number}.jsonl")
     )
     if cuts.is_file():
-        lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
-        return [BadAudio(**json.loads(line)) for line in lines]
+        return [BadAudio(**record) for record in read_records(log)] if log.is_file() else []
     manifest = Manifest(job.manifest)
     bad = []
     partial = job.folder / f"partial.{job.number}"
     shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with writing(cuts):
         partial.mkdir()
         with SharWriter(
             str(partial), {"recording": job.form}, shard_size=None, shard_suffix=f".{job.number}"
@@ -125,12 +132,10 @@ def _write_shard(job: _Job) -> list[BadAudio]:
                 else:
                     writer.write(at_rate(cut, OPUS_RATE if job.form == "opus" else rate))
         if bad:
-            (partial / log.name).write_text("".join(json.dumps(asdict(one)) + "\n" for one in bad), encoding="utf-8")
-        # The cuts last: where they are, the rest is.
+            append_records(partial / log.name, map(asdict, bad))
+        # The cuts last: they mark a complete shard.
         for path in (log, recording, cuts):
             if (partial / path.name).is_file():
                 (partial / path.name).replace(path)
         partial.rmdir()
-    except OSError as error:
-        raise UserError(f"{cuts}: cannot be written: {error.strerror or error}") from None
     return bad

@@ -1,4 +1,4 @@
-"""What a corpus holds, and how its utterances would be bucketed."""
+"""Statistics of a corpus, and of the plan of one epoch."""
 
 from __future__ import annotations
 
@@ -25,22 +25,26 @@ class BucketStats:
     utterances: int
     longest_seconds: float
     per_micro_batch: int
+    """Utterances in a full micro-batch."""
 
 
 @dataclass(frozen=True)
 class GroupStats:
-    """A corpus or language of a mix: its share of the audio, and of an epoch, which draws each of it `draws` times."""
+    """A corpus or language of a mix."""
 
     name: str
     hours: float
     share: float
+    """Fraction of all audio."""
     epoch_share: float
+    """Fraction of the audio of an epoch."""
     draws: float
+    """Average number of times that an epoch uses each utterance of the group."""
 
 
 @dataclass(frozen=True)
 class CorpusStats:
-    """Totals of a corpus; durations in seconds."""
+    """Statistics of a corpus; durations in seconds."""
 
     utterances: int
     hours: float
@@ -52,7 +56,7 @@ class CorpusStats:
     mean: float
     longest: float
     histogram: list[tuple[float, float, int, float]]  # (from, to, utterances, hours)
-    left_out: int
+    left_out: int  # utterances that are too short
     buckets: list[BucketStats]
     micro_batches: int
     padding: float
@@ -60,7 +64,11 @@ class CorpusStats:
 
 
 def corpus_stats(paths: Sequence[Path], config: Config, maker: InputMaker, *, bins: int = 16) -> CorpusStats:
-    """Read whole manifests for speakers and transcripts; plan one epoch under `config` for buckets and padding."""
+    """Count speakers and transcripts in manifests, and plan one epoch with `config` for buckets and padding.
+
+    Raises:
+        UserError: a manifest or its index is missing, or no utterance is long enough.
+    """
     corpus = Corpus(paths, setting="MANIFEST")
     durations = np.concatenate([manifest.durations for manifest in corpus.manifests])
     speakers: set[str] = set()
@@ -110,7 +118,7 @@ def corpus_stats(paths: Sequence[Path], config: Config, maker: InputMaker, *, bi
 
 
 def _mix(corpus: Corpus, plan: Plan, config: Config) -> list[GroupStats]:
-    """What is in the corpus, and what one epoch draws."""
+    """The groups of a mix, in the corpus and in one epoch."""
     group, names = groups(corpus, config.mix.by)
     seconds = np.bincount(group, weights=corpus.samples(config.model.sampling_rate)) / config.model.sampling_rate
     counts = np.bincount(group, minlength=len(names))

@@ -1,8 +1,7 @@
-"""Does a manifest agree with its audio files? By their headers, or by decoding them."""
+"""Compare a manifest with its audio files, by their headers or by decoding them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,21 +12,22 @@ import torch
 from numpy.typing import NDArray
 
 from w2vscale.config.tree import ModelConfig
-from w2vscale.corpora.journal import writing
+from w2vscale.corpora.index import build_index
 from w2vscale.corpora.parallel import WorkerDied, parallel_map
 from w2vscale.data.audio import AudioError, check_header, read_audio
-from w2vscale.data.manifest import Manifest, audio_path, build_index
+from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.errors import UserError
+from w2vscale.files import append_records, writing
 
 SAMPLING_RATE = ModelConfig().sampling_rate
 SHOWN = 20
-"""Bad utterances that are kept in memory."""
+"""Number of bad utterances that are kept in memory."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What was found in a manifest: how many utterances are bad, and the first of them; all are in `listing`."""
+    """The number of utterances and of bad ones, and the first bad ones; the file `listing` has all of them."""
 
     utterances: int
     bad: int
@@ -36,28 +36,27 @@ class Validation:
 
 
 def listing_path(manifest: Path) -> Path:
-    """Where the bad utterances of a manifest are listed, a JSON object a line; not a name that cuts_*.jsonl means."""
+    """The path of the list of bad utterances, one JSON object per line. The pattern cuts_*.jsonl does not match it."""
     return manifest.with_name(manifest.name + ".bad_audio")
 
 
 def validate_manifest(
     path: Path, *, jobs: int = 4, audio: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> Validation:
-    """Compare each utterance with its file's header: existence, format, sampling rate, channels, duration.
+    """Compare each utterance with the header of its file: existence, format, sampling rate, channels, duration.
 
-    With `audio`, utterances are decoded as training does, which finds also what is cut short, not finite or silent.
-    Bad ones are listed in the manifest's order as they are found, and ids that occur again after those. An index is
-    made where it is missing or of another version of the manifest.
+    With `audio`, decode all utterances as training does, which also finds audio that is truncated, not finite or
+    silent. Bad utterances are listed in the order of the manifest, followed by repeated ids. A missing or outdated
+    index is built.
 
     Raises:
-        UserError: the manifest cannot be read, the list not be written, or a process died.
+        UserError: the manifest cannot be read, the list cannot be written, or a process died.
     """
     build_index(path, jobs=jobs)
     manifest = Manifest(path)
     listing = listing_path(path)
     with writing(listing):
-        if listing.exists():
-            listing.unlink()
+        listing.unlink(missing_ok=True)
     count = 0
     first: list[BadAudio] = []
 
@@ -66,8 +65,7 @@ def validate_manifest(
         count += len(bad)
         first.extend(bad[: SHOWN - len(first)])
         if bad:
-            with writing(listing), listing.open("a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(asdict(one)) + "\n" for one in bad)
+            append_records(listing, map(asdict, bad))
 
     size = 16 if audio else 256
     chunks = [range(start, min(start + size, len(manifest))) for start in range(0, len(manifest), size)]
@@ -76,7 +74,7 @@ def validate_manifest(
     is_bad = np.zeros(len(manifest), bool)
     done = 0
     try:
-        # Isolated, since a file may crash its decoder.
+        # Isolated, because a file may crash the decoder.
         for found in parallel_map(partial(_check, manifest, audio), chunks, jobs=jobs, source=path, isolate=audio):
             for identifier, bad in found:
                 identifiers[done], is_bad[done] = identifier, bad is not None
@@ -86,13 +84,14 @@ def validate_manifest(
                 progress(done, len(manifest))
     except WorkerDied as error:
         last = min(done + 2 * jobs * size, len(manifest)) - 1
-        raise UserError(f"{error}; while it read one of {_id_of(manifest, done)} to {_id_of(manifest, last)}") from None
+        between = f"{_id_of(manifest, done)} and {_id_of(manifest, last)}"
+        raise UserError(f"{error}; it was reading an utterance between {between}") from None
     report([bad for number, bad in _repeated(manifest, identifiers) if not is_bad[number]])
     return Validation(len(manifest), count, first, listing)
 
 
 def _check(manifest: Manifest, audio: bool, numbers: range) -> list[tuple[int, BadAudio | None]]:
-    """Of each utterance a hash of its id, which is the same in forked processes, and what is wrong with it."""
+    """A hash of the id of each utterance, equal in all forked processes, and what is wrong with the utterance."""
     if audio:
         torch.set_num_threads(1)
     found: list[tuple[int, BadAudio | None]] = []
@@ -116,7 +115,7 @@ def _check(manifest: Manifest, audio: bool, numbers: range) -> list[tuple[int, B
 
 
 def _repeated(manifest: Manifest, identifiers: NDArray[np.int64]) -> Iterator[tuple[int, BadAudio]]:
-    """Utterances whose id an earlier one has."""
+    """Utterances with the id of an earlier utterance."""
     order = np.argsort(identifiers, kind="stable")
     same = np.flatnonzero(identifiers[order[1:]] == identifiers[order[:-1]])
     for number, earlier in sorted(zip(order[same + 1].tolist(), order[same].tolist(), strict=True)):

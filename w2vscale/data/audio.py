@@ -1,4 +1,4 @@
-"""The audio of one utterance: read, check, crop, normalise."""
+"""Read, check, crop and normalise the audio of one utterance."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from w2vscale.data.manifest import audio_path
 from w2vscale.data.resampling import at_rate
 
 LENGTH_TOLERANCE = 0.02
-"""Seconds by which decoded audio may differ from its manifest: resampling and MP3 frames round."""
-
+"""Allowed difference between decoded audio and its manifest in seconds: resampling and MP3 frames round."""
 
 HEADER_TOLERANCE = 0.025
-"""Likewise, between a file's header and its manifest."""
+"""Allowed difference between the header of a file and its manifest in seconds."""
 
-PLAIN_SUFFIXES = {".flac", ".wav"}
-"""Formats in which a position is a sample, whatever reads them."""
+SEEKABLE_SUFFIXES = {".flac", ".wav"}
+"""Formats in which every decoder seeks to the exact sample."""
 
 BLOCK_SECONDS = 60
-"""What is read of a long utterance at a time."""
+"""Long utterances are read in blocks of this many seconds."""
 
 EPSILON = 1e-7
-"""Added to the variance, as Transformers' feature extractor does."""
+"""Added to the variance, as in the feature extractor of Transformers."""
 
 
 class AudioError(ValueError):
-    """An utterance's audio cannot be used; the message is the reason, `kind` the kind of it in a word."""
+    """The audio of an utterance cannot be used. The message is the reason; `kind` classifies it in a word or two."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -42,10 +41,10 @@ class AudioError(ValueError):
 
 
 def read_audio(cut: Cut, *, sampling_rate: int, offset: int, length: int, normalize: bool) -> NDArray[np.float32]:
-    """`length` samples of an utterance from sample `offset`, resampled to `sampling_rate` (Hz), channels averaged.
+    """Read `length` samples from sample `offset`, after resampling to `sampling_rate` (Hz) and averaging channels.
 
-    With `normalize`, mean and variance are those of the whole utterance, before cropping. Memory is bounded however
-    long the utterance is.
+    `normalize` gives the whole utterance zero mean and unit variance before cropping. Memory does not depend on the
+    duration of the utterance.
 
     Raises:
         AudioError: the file cannot be decoded, disagrees with its manifest, or holds no usable signal.
@@ -60,7 +59,7 @@ def read_audio(cut: Cut, *, sampling_rate: int, offset: int, length: int, normal
         return standardize(audio)[offset : offset + length]
     part = wanted.truncate(offset=offset / sampling_rate, duration=length / sampling_rate, preserve_id=True)
     audio = _decode(part if cropped else wanted, length, source=cut)
-    if audio.min() == audio.max():  # a pause in a good utterance, or an utterance without signal
+    if audio.min() == audio.max():  # a pause in a good utterance, or a silent utterance
         _refuse_silence(_blocks(wanted, whole, source=cut) if cropped else [audio])
     if normalize:
         mean, variance = _moments(_blocks(wanted, whole, source=cut))
@@ -69,14 +68,14 @@ def read_audio(cut: Cut, *, sampling_rate: int, offset: int, length: int, normal
 
 
 def check_header(cut: Cut) -> None:
-    """Compare an utterance with its file's header, without decoding.
+    """Compare an utterance with the header of its file, without decoding.
 
     Raises:
-        AudioError: the file does not hold what the manifest says.
+        AudioError: the file is missing, unreadable, or disagrees with the manifest.
     """
     recording = cut.recording
     if cut.start < 0 or cut.end > recording.duration + 1e-3:
-        end = f"ends at {cut.end:.3f} s, after its recording's {recording.duration:.3f} s"
+        end = f"ends at {cut.end:.3f} s, after the end of its recording ({recording.duration:.3f} s)"
         raise AudioError("mismatched", end)
     source = recording.sources[0]
     if source.type != "file":
@@ -91,25 +90,27 @@ def check_header(cut: Cut) -> None:
     if header.samplerate != rate:
         raise AudioError("mismatched", f"sampling rate is {header.samplerate} Hz, the manifest says {rate} Hz")
     if len(source.channels) != header.channels:
-        raise AudioError("mismatched", f"has {header.channels} channels, the manifest says {len(source.channels)}")
+        raise AudioError(
+            "mismatched", f"number of channels is {header.channels}, the manifest says {len(source.channels)}"
+        )
     seconds = header.frames / header.samplerate
     if not recording.transforms and abs(seconds - recording.duration) > HEADER_TOLERANCE:
         raise AudioError("mismatched", f"duration is {seconds:.3f} s, the manifest says {recording.duration:.3f} s")
 
 
 def libsndfile_reason(error: Exception) -> str:
-    """An error in one line, without the file's path, which may be long."""
+    """The message of an error in one line, without the path of the file, which may be long."""
     return " ".join(str(getattr(error, "error_string", error)).split())[:200].removesuffix(".")
 
 
 def standardize(audio: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Zero mean and unit variance."""
+    """Normalise to zero mean and unit variance."""
     standard: NDArray[np.float32] = (audio - audio.mean()) / np.sqrt(audio.var() + EPSILON)
     return standard
 
 
 def _blocks(cut: Cut, samples: int, *, source: Cut) -> Iterator[NDArray[np.float32]]:
-    """All of an utterance, a minute at a time."""
+    """Read a whole utterance in blocks."""
     rate = cut.sampling_rate
     for start in range(0, samples, BLOCK_SECONDS * rate):
         length = min(BLOCK_SECONDS * rate, samples - start)
@@ -135,20 +136,20 @@ def _refuse_silence(blocks: Iterable[NDArray[np.float32]]) -> None:
 
 def _decode(cut: Cut, samples: int, *, source: Cut) -> NDArray[np.float32]:
     try:
-        audio = _read_file(cut) if _is_plain(cut) else _read_by_lhotse(cut)
+        audio = _read_file(cut) if _is_plain(cut) else _read_with_lhotse(cut)
     except Exception as error:
         raise AudioError("undecodable", _decoding_problem(source, error)) from None
     if audio.size == 0:
         raise AudioError("empty", "holds no audio")
     if abs(audio.size - samples) > LENGTH_TOLERANCE * cut.sampling_rate:
-        raise AudioError("mismatched", f"lasts {audio.size} samples, not {samples} as its manifest says")
+        raise AudioError("mismatched", f"has {audio.size} samples, the manifest says {samples}")
     if not np.isfinite(audio.sum()) and not np.isfinite(audio).all():
         raise AudioError("not finite", "holds samples that are not finite")
     return audio[:samples] if audio.size >= samples else np.pad(audio, (0, samples - audio.size))
 
 
 def _is_plain(cut: Cut) -> bool:
-    """Whether it is a part of one mono file, as it is there."""
+    """Whether the cut is an untransformed part of one mono file in a seekable format."""
     recording = cut.recording
     source = recording.sources[0]
     return (
@@ -156,12 +157,12 @@ def _is_plain(cut: Cut) -> bool:
         and len(recording.sources) == len(source.channels) == 1
         and source.type == "file"
         and not recording.transforms
-        and Path(source.source).suffix.lower() in PLAIN_SUFFIXES
+        and Path(source.source).suffix.lower() in SEEKABLE_SUFFIXES
     )
 
 
 def _read_file(cut: Cut) -> NDArray[np.float32]:
-    """What `_read_by_lhotse` gives, without its copies."""
+    """The same samples as `_read_with_lhotse`, with fewer copies."""
     rate = cut.sampling_rate
     with soundfile.SoundFile(cut.recording.sources[0].source) as file:
         file.seek(compute_num_samples(cut.start, rate))
@@ -169,7 +170,7 @@ def _read_file(cut: Cut) -> NDArray[np.float32]:
     return audio
 
 
-def _read_by_lhotse(cut: Cut) -> NDArray[np.float32]:
+def _read_with_lhotse(cut: Cut) -> NDArray[np.float32]:
     with _audio_backend(cut):
         audio = cut.load_audio()
     if audio is None:
@@ -179,7 +180,7 @@ def _read_by_lhotse(cut: Cut) -> NDArray[np.float32]:
 
 @contextmanager
 def _audio_backend(cut: Cut) -> Iterator[None]:
-    """libsndfile for audio in memory, where Lhotse would choose torchaudio if it is installed, working or not."""
+    """Decode audio in memory with libsndfile; Lhotse would choose torchaudio if installed, even if it does not load."""
     previous = get_current_audio_backend()
     if cut.recording.sources[0].type == "memory":
         set_current_audio_backend("LibsndfileBackend")
@@ -190,9 +191,9 @@ def _audio_backend(cut: Cut) -> Iterator[None]:
 
 
 def _decoding_problem(cut: Cut, error: Exception) -> str:
-    """Why a file whose header is right cannot be decoded.
+    """Why a file with a correct header cannot be decoded, according to libsndfile.
 
-    Asks libsndfile: Lhotse goes on to other libraries, and may report no more than that they are missing.
+    Lhotse also tries other libraries, and may report only that these are missing.
     """
     if cut.recording.sources[0].type != "file":
         return f"cannot be decoded: {libsndfile_reason(error)}"

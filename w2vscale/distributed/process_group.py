@@ -87,8 +87,9 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
     Raises:
         LostRanks: the other ranks cannot be reached, or no longer.
     """
-    os.environ.update(launch_environment(os.environ))
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    implied = launch_environment(os.environ)
+    environment = {**os.environ, **implied}
+    if "RANK" not in environment or int(environment.get("WORLD_SIZE", "1")) == 1:
         device = _device(0)
         if needed:
             dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
@@ -99,13 +100,17 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
                 dist.destroy_process_group()
         return
     ranks = Ranks(
-        rank=int(os.environ["RANK"]),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=int(environment["RANK"]),
+        local_rank=int(environment.get("LOCAL_RANK", "0")),
+        world_size=int(environment["WORLD_SIZE"]),
     )
+    # Under torchrun the agent may already serve the store, which only env:// knows.
+    meeting = f"tcp://{implied['MASTER_ADDR']}:{implied['MASTER_PORT']}" if implied else "env://"
     device = _device(ranks.local_rank)
     try:
-        dist.init_process_group(_backend(device), rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
+        dist.init_process_group(
+            _backend(device), meeting, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+        )
         yield ranks, device
     except RuntimeError as error:
         # gloo's errors have no type of their own, but name the place in its source.
@@ -154,6 +159,17 @@ def gather_from_ranks(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def raise_anywhere(error: str | None) -> None:
+    """Collective. Raise the error of the lowest rank that has one, on every rank.
+
+    Raises:
+        UserError: any rank has an error.
+    """
+    for found in gather_from_ranks(error):
+        if found is not None:
+            raise UserError(found)
 
 
 def gather_as_found(stream: Iterable[T], *, every_seconds: float = 20.0) -> Iterator[T]:

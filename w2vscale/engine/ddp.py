@@ -16,6 +16,7 @@ from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.rows import Rows
 from w2vscale.engine.transforms import transform
+from w2vscale.optim.canonical import specs_of, stored
 
 
 class DDPEngine(NativeEngine):
@@ -59,14 +60,13 @@ class DDPEngine(NativeEngine):
 
     def export_state(self) -> CanonicalState:
         """See `Engine.export_state`."""
-        return {name: self.rows.own(tensor) for name, tensor in self.live_state().items()}
+        return {name: self.rows.own(stored(tensor)) for name, tensor in self.live_state().items()}
 
     @torch.no_grad()
     def import_state(self, reader: StateReader) -> None:
         """See `Engine.import_state`."""
         state = self.live_state()
-        specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-        for name, whole in self.rows.read(reader, specs):
+        for name, whole in self.rows.read(reader, specs_of(state)):
             state[name].copy_(whole)
 
     @torch.no_grad()

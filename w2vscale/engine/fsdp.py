@@ -24,6 +24,7 @@ from w2vscale.engine.transforms import transform
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives import Objective, StepContext, Sums
+from w2vscale.optim.canonical import stored
 
 
 class FSDPEngine(NativeEngine):
@@ -69,7 +70,7 @@ class FSDPEngine(NativeEngine):
 
     def export_state(self) -> CanonicalState:
         """See `Engine.export_state`."""
-        return {name: self._on_host(tensor) for name, tensor in self.live_state().items()}
+        return {name: self._on_host(stored(tensor)) for name, tensor in self.live_state().items()}
 
     @torch.no_grad()
     def import_state(self, reader: StateReader) -> None:

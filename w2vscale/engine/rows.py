@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor import empty as empty_dtensor
 
 from w2vscale.engine.base import StateReader
+from w2vscale.optim.canonical import Specs, TensorSpec
 
 
 def moved(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
@@ -45,22 +46,17 @@ class Rows:
         rows = self.own(whole)
         return rows.clone() if isinstance(rows, DTensor) else rows.to("cpu", copy=True)
 
-    def read(
-        self, reader: StateReader, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors on the device, one at a time, from a checkpoint of which every rank reads its rows.
-
-        `specs` has the shape and type of each tensor.
-        """
-        state = {name: self._empty(shape, dtype) for name, (shape, dtype) in specs.items()}
+    def read(self, reader: StateReader, specs: Specs) -> Iterator[tuple[str, Tensor]]:
+        """Whole tensors on the device, one at a time, from a checkpoint of which every rank reads its rows."""
+        state = {name: self._empty(spec) for name, spec in specs.items()}
         reader.read_into(state)
         for name in list(state):
             yield name, self._whole(state.pop(name))
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self.alone or not shape:
-            return torch.empty(shape, dtype=dtype)
-        return empty_dtensor(*shape, dtype=dtype, device_mesh=self.host_mesh, placements=[Shard(0)])
+    def _empty(self, spec: TensorSpec) -> Tensor:
+        if self.alone or not spec.shape:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        return empty_dtensor(*spec.shape, dtype=spec.dtype, device_mesh=self.host_mesh, placements=[Shard(0)])
 
     def _whole(self, rows: Tensor) -> Tensor:
         if not isinstance(rows, DTensor):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import load_config
 from w2vscale.data.indexed import VALIDATION_SEED, check_sample, validation_set
 from w2vscale.data.inputs import to_device
@@ -66,7 +66,7 @@ def evaluate_checkpoint(
     dataset = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
     with process_group() as (ranks, device), torch.no_grad(), loader_processes():
         model = objective.build_model().to(device)
-        load_model_weights(checkpoint, model)
+        checkpoint.load_model(model)
         model.eval()
         batches = dataset.one_epoch(rank=ranks.rank, world_size=ranks.world_size)
         counted = _counted(batches, -(-dataset.micro_batches // ranks.world_size), progress)

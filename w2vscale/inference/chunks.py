@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from w2vscale.data.audio import AudioError
-from w2vscale.inference.resampling import Samples
+from w2vscale.data.resampling import Samples
 
 
 class Chunk(NamedTuple):

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
-from w2vscale.config import Config, ModelConfig, PrecisionConfig, load_config
+from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.config import Config, ModelConfig, PrecisionConfig
 from w2vscale.data.audio import EPSILON, AudioError
+from w2vscale.data.resampling import Samples, resampled
 from w2vscale.errors import UserError
 from w2vscale.inference.chunks import ChunkFeatures, Part, split_into_chunks
-from w2vscale.inference.resampling import Samples, resampled
 from w2vscale.interop.importing import form_of
 from w2vscale.models.feature_encoder import WaveformLayer, input_samples, moments_of, output_frames
 from w2vscale.models.wav2vec2 import EncoderOutput
@@ -59,10 +59,10 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
         checkpoint = open_checkpoint(Path(path))
     except UserError as error:
         raise UserError(f"{error}{_import_hint(Path(path))}") from None
-    config = load_config(checkpoint.path / "config.yaml")
+    config = checkpoint.config
     objective = build_objective(config.model_copy(update={"precision": PrecisionConfig(compute="fp32")}))
     model = objective.build_model()
-    load_model_weights(checkpoint, model)
+    checkpoint.load_model(model)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return Pretrained(model.to(chosen).eval(), config, objective)

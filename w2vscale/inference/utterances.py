@@ -13,13 +13,14 @@ import soundfile
 from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples
 
-from w2vscale.corpora.prepare import AUDIO_SUFFIXES
+from w2vscale.corpora.audio_files import AUDIO_SUFFIXES
+from w2vscale.corpora.index import build_index
 from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio
-from w2vscale.data.manifest import Manifest, audio_path, build_index
+from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
+from w2vscale.data.resampling import Samples
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import BLOCK_SECONDS, Audio
-from w2vscale.inference.resampling import Samples
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from w2vscale.checkpoint.reading import Checkpoint, open_checkpoint, read_model_tensors
-from w2vscale.config import Config, load_config
+from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
+from w2vscale.config import Config
 from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import huggingface_config, preprocessor_config, to_huggingface
 from w2vscale.interop.model_card import model_card
@@ -49,8 +49,8 @@ def export_checkpoint(
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
     checkpoint = open_checkpoint(path, log)
-    config = load_config(checkpoint.path / "config.yaml")
-    state = read_model_tensors(checkpoint)
+    config = checkpoint.config
+    state = checkpoint.model_tensors()
     texts: dict[str, str]
     if form == "huggingface":
         weights = to_huggingface(state, config)
@@ -72,7 +72,7 @@ def export_checkpoint(
 
 
 def _write(
-    output: Path, weights: dict[str, Tensor], texts: dict[str, str], checkpoint: Checkpoint, config: Config
+    output: Path, weights: dict[str, Tensor], texts: dict[str, str], checkpoint: CheckpointReader, config: Config
 ) -> list[Path]:
     files = [output / name for name in ("model.safetensors", *texts)]
     if existing := [file for file in files if file.exists()]:
@@ -92,7 +92,7 @@ def _write(
     return files
 
 
-def _run_folder(checkpoint: Checkpoint) -> Path | None:
+def _run_folder(checkpoint: CheckpointReader) -> Path | None:
     """The folder of the run that wrote it, if it still lies there."""
     folder = checkpoint.path.parent.parent
     return folder if (folder / "metrics.jsonl").is_file() else None

@@ -13,12 +13,13 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
+from w2vscale.checkpoint.expected import expected_of
 from w2vscale.config import Config, ObjectiveConfig
 from w2vscale.config.tree import BASE_CONV_LAYERS
 from w2vscale.errors import UserError
 from w2vscale.interop.fairseq_file import FairseqCheckpoint
 from w2vscale.interop.names import PRETRAINING, by_section, to_ours
-from w2vscale.objectives import state_shapes
+from w2vscale.optim.canonical import model_shapes
 
 POSITIONAL = "encoder.pos_conv.0"
 NAMES = {
@@ -113,7 +114,7 @@ def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, Tenso
     try:
         config = _config(state, checkpoint.settings)
         names = NAMES if config.model.conv_norm == "layer" else NAMES_WITH_GROUP_NORM
-        return config, to_ours(state, state_shapes(config), names)
+        return config, to_ours(state, model_shapes(expected_of(config, optimizer=False)), names)
     except UserError as error:
         raise UserError(" ".join(f"{checkpoint.path}: {error}".split())) from None
 

@@ -12,14 +12,16 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
+from w2vscale.checkpoint.expected import expected_of
 from w2vscale.config import Config, ModelConfig, ObjectiveConfig
 from w2vscale.config.tree import BASE_CONV_LAYERS
 from w2vscale.data.transcripts import BLANK, PIECE_SPACE
 from w2vscale.errors import UserError
 from w2vscale.interop.names import PRETRAINING, by_section, to_ours, to_theirs
-from w2vscale.objectives import build_objective, state_shapes
+from w2vscale.objectives import build_objective
 from w2vscale.objectives.contrastive import TRANSFORMERS_SETTINGS
 from w2vscale.objectives.ctc import CtcSettings
+from w2vscale.optim.canonical import model_shapes
 
 PREFIX = "wav2vec2."
 """Of the encoder in models that have a head."""
@@ -87,7 +89,7 @@ def to_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Ten
     """
     _refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()
-    theirs = to_theirs(state, state_shapes(config), {**NAMES, **head.tensors})
+    theirs = to_theirs(state, model_shapes(expected_of(config, optimizer=False)), {**NAMES, **head.tensors})
     return theirs if head.tensors else {name.removeprefix(PREFIX): tensor for name, tensor in theirs.items()}
 
 
@@ -100,7 +102,7 @@ def from_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, T
     _refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()
     named = {LEGACY_NAMES.get(name, name): tensor for name, tensor in state.items()}
-    return to_ours(named, state_shapes(config), {**NAMES, **head.tensors})
+    return to_ours(named, model_shapes(expected_of(config, optimizer=False)), {**NAMES, **head.tensors})
 
 
 def huggingface_config(config: Config) -> dict[str, Any]:

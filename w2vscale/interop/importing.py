@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint.expected import expected_of
+from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import Config, dump_config
 from w2vscale.distributed.process_group import Ranks
@@ -20,7 +21,6 @@ from w2vscale.errors import UserError
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import load_fairseq, read_pickle
 from w2vscale.interop.huggingface import ctc_config, from_huggingface, pretraining_config
-from w2vscale.objectives import state_shapes
 
 FORMATS = ("huggingface", "fairseq")
 
@@ -50,8 +50,8 @@ def import_checkpoint(
     config, state = read_model(source, form, log)
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     origin = TrainState(data=f"imported from {source.name} ({form})")
-    weights = {f"model.{name}": shape for name, shape in state_shapes(config).items()}
-    path = CheckpointStore(folder, Ranks(), expected=weights, log=log).save(tensors, origin, dump_config(config))
+    store = CheckpointStore(folder, Ranks(), expected=expected_of(config, optimizer=False), log=log)
+    path = store.save(tensors, origin, dump_config(config))
     return Imported(path, sum(tensor.numel() for tensor in tensors.values()))
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from w2vscale.checkpoint.reading import Checkpoint, TrainState
+from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.config import Config
 from w2vscale.data.transcripts import PIECE_SPACE
 from w2vscale.errors import UserError
@@ -16,7 +17,7 @@ from w2vscale.objectives import build_objective
 from w2vscale.version import __version__
 
 
-def model_card(checkpoint: Checkpoint, config: Config, run: Path | None) -> str:
+def model_card(checkpoint: CheckpointReader, config: Config, run: Path | None) -> str:
     """Markdown with the metadata that the Hugging Face hub reads; `run` has the metrics, if it is there."""
     state, model = checkpoint.state, config.model
     header = yaml.safe_dump(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from w2vscale.config import Config, ObjectiveConfig, parse_section, settings_of
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
@@ -21,7 +19,6 @@ __all__ = [
     "all_settings",
     "build_objective",
     "resolve",
-    "state_shapes",
 ]
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -52,13 +49,6 @@ def resolve(config: Config) -> tuple[Config, Objective]:
     """
     objective = build_objective(config)
     return config.model_copy(update={"objective": ObjectiveConfig(**objective.settings.model_dump())}), objective
-
-
-def state_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter and persistent buffer of the model that these settings describe."""
-    with torch.device("meta"):
-        model = build_objective(config).build_model()
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def all_settings() -> dict[str, list[tuple[str, str, str, str]]]:

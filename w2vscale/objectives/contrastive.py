@@ -32,7 +32,7 @@ from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss,
 class ContrastiveSettings(MaskSettings):
     """Quantizer, masks and loss."""
 
-    name: Literal["wav2vec2"] = Field("wav2vec2", description="wav2vec 2.0 pretraining")
+    name: Literal["wav2vec2"] = architecture("wav2vec2", "wav2vec 2.0 pretraining")
     codebooks: Count = architecture(2, "number of codebooks")
     codebook_entries: Annotated[int, Field(ge=2)] = architecture(320, "entries of each codebook")
     codevector_dim: Count = architecture(256, "width of the entries of all codebooks together")

@@ -36,7 +36,7 @@ LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 class CtcSettings(MaskSettings):
     """Vocabulary, masks and what is frozen."""
 
-    name: Literal["ctc"] = Field("ctc", description="fine-tuning for speech recognition with CTC")
+    name: Literal["ctc"] = architecture("ctc", "fine-tuning for speech recognition with CTC")
     vocabulary: list[str] | Path = architecture(
         [],
         "symbols of the output layer, the blank of CTC first: a list, a file with one symbol per line, or `letters` "

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import nn
 
-from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint.format import TrainState
 from w2vscale.config import Config
 from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch

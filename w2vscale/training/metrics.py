@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
-from w2vscale.checkpoint.reading import TrainState
+from w2vscale.checkpoint.format import TrainState
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
 from w2vscale.engine import StepResult

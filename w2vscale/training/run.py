@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from w2vscale.checkpoint.reading import Checkpoint, IncompleteState, TrainState, committed, open_checkpoint
+from w2vscale.checkpoint.format import TrainState, committed
+from w2vscale.checkpoint.reader import CheckpointReader, IncompleteState, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, architecture_of, dump_config
 from w2vscale.data.assembly import Assembler
@@ -32,7 +33,7 @@ from w2vscale.models.feature_encoder import input_samples
 from w2vscale.models.initialisation import empty_parameters, initial_values
 from w2vscale.models.products import CPU_HAS_BF16
 from w2vscale.objectives import Objective, resolve
-from w2vscale.optim.canonical import expected_tensors
+from w2vscale.optim.canonical import expected_tensors, model_shapes
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 from w2vscale.training.bad_audio import BadAudioLog
 from w2vscale.training.warm_start import starting_values
@@ -111,7 +112,7 @@ def build_run(
     compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
     engine = lay_out(model, config, objective, device)
     if checkpoint is None:
-        shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(objective).state_dict().items()}
+        shapes = model_shapes(expected)
         drawn = initial_state(objective, config.trainer.seed)
         engine.import_values(starting_values(config, objective, shapes, drawn, log))
     else:
@@ -247,7 +248,7 @@ def _run_script(command: Sequence[str]) -> str:
     )
 
 
-def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None]) -> Checkpoint | None:
+def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None]) -> CheckpointReader | None:
     if resume == "auto":
         return store.find(log)
     if resume == "never":
@@ -260,7 +261,7 @@ def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None
     return _open_to_resume(Path(resume), log)
 
 
-def _open_to_resume(path: Path, log: Callable[[str], None] = lambda text: None) -> Checkpoint:
+def _open_to_resume(path: Path, log: Callable[[str], None] = lambda text: None) -> CheckpointReader:
     """The checkpoint at `path`, or the newest in it, that a run can be continued from."""
     try:
         return open_checkpoint(path, log, resuming=True)
@@ -278,12 +279,12 @@ def stored_settings(exp: Path, resume: str) -> Path | None:
     return _open_to_resume(exp if resume == "auto" else Path(resume)).path / "config.yaml"
 
 
-def _compare_settings(config: Config, checkpoint: Checkpoint, log: Callable[[str], None]) -> None:
+def _compare_settings(config: Config, checkpoint: CheckpointReader, log: Callable[[str], None]) -> None:
     """Refuse another model; log other settings that differ, because the curve may change."""
     stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text())
     objective = resolve(config)[1].settings
     fixed = {("model", key) for key in architecture_of(config.model)}
-    fixed |= {("objective", key) for key in ("name", *architecture_of(objective))}
+    fixed |= {("objective", key) for key in architecture_of(objective)}
     for section, now in config.model_dump(mode="json").items():
         then: dict[str, Any] = stored.get(section, {})
         for key, value in now.items():

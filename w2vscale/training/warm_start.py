@@ -10,13 +10,12 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
-from w2vscale.checkpoint.consolidation import whole_tensors
-from w2vscale.checkpoint.reading import open_checkpoint
-from w2vscale.checkpoint.shards import stored_tensors, tensor_files
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import Config, architecture_of, load_config
 from w2vscale.errors import UserError
 from w2vscale.interop.importing import form_of, read_model
 from w2vscale.objectives import Objective, build_objective
+from w2vscale.optim.canonical import model_shapes
 
 ENCODER = "encoder."
 """Prefix of the tensors that every objective shares; the others are heads."""
@@ -43,17 +42,9 @@ def open_source(path: Path, log: Callable[[str], None] = lambda text: None) -> S
         log(f"starting from {path} ({form})")
         return Source(config, {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
     checkpoint = open_checkpoint(path, log)
-    stored = {
-        name.removeprefix("model."): tensor
-        for name, tensor in stored_tensors(tensor_files(checkpoint.path)).items()
-        if name.startswith("model.")
-    }
+    checkpoint.require_model()
     log(f"starting from {checkpoint.path}")
-    return Source(
-        load_config(checkpoint.path / "config.yaml"),
-        {name: tuple(tensor.shape) for name, tensor in stored.items()},
-        lambda name: next(whole_tensors({f"model.{name}": stored[name]})),
-    )
+    return Source(checkpoint.config, model_shapes(checkpoint.specs), lambda name: checkpoint.tensor(f"model.{name}"))
 
 
 def fine_tuning_config(config: Config, *, scratch: bool = False, stored: Path | None = None) -> Config:

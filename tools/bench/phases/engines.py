@@ -23,7 +23,9 @@ from tools.bench.contenders import Work
 from tools.bench.engine_parity import ENGINES, relative_difference
 from tools.bench.phases.measuring import Machine, Rows, process_context
 from tools.bench.script import end_with_parent
-from w2vscale.checkpoint.reading import TrainState, open_checkpoint
+from w2vscale.checkpoint.expected import expected_of
+from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config
 from w2vscale.data.inputs import concatenate, to_device
@@ -31,10 +33,8 @@ from w2vscale.data.micro_batch import MicroBatch, gumbel_noise
 from w2vscale.distributed.process_group import Ranks, process_group
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.deepspeed.config import import_deepspeed
-from w2vscale.models.build import parameter_shapes
 from w2vscale.models.wav2vec2 import LossSums
 from w2vscale.objectives.criterion import PretrainingCriterion
-from w2vscale.optim.canonical import canonical_shapes
 from w2vscale.optim.schedules import gumbel_temperature
 from w2vscale.training.run import empty_model, initial_values
 
@@ -177,8 +177,7 @@ def _curves(
     saved = folder / f"{engine_name}-{precision}-{device.type}"
     gradients = folder / f"gradients-{precision}-{device.type}.safetensors" if engine_name == "ddp" else None
     losses, norms = _updates(engine, batches, device, range(SAVED), gradients)
-    expected = canonical_shapes(parameter_shapes(config.model, config.ctc))
-    store = CheckpointStore(saved, ranks, expected=expected)
+    store = CheckpointStore(saved, ranks, expected=expected_of(config))
     store.save(engine.export_state(), TrainState(update=SAVED), dump_config(config))
     more_losses, more_norms = _updates(engine, batches, device, range(SAVED, UPDATES))
     engine.close()

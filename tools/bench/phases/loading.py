@@ -12,8 +12,8 @@ from lhotse import Recording
 
 from tools.bench import loader as bench
 from tools.bench.phases.measuring import Machine, Rows
-from w2vscale.corpora.prepare import write_cuts
-from w2vscale.data.manifest import build_index
+from w2vscale.corpora.index import build_index
+from w2vscale.corpora.manifests import write_cuts
 
 
 def loader(machine: Machine) -> Rows:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from pydantic import BaseModel, ValidationError
 
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
@@ -71,18 +72,14 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, precision: Precis
     return merged
 
 
-def import_deepspeed(device_type: str) -> Any:
+def import_deepspeed(device: torch.device) -> Any:
     """The package.
 
     Raises:
         UserError: it is not installed, or is another version.
     """
-    # What it reads from the environment at import, of this process and only then.
-    wanted = {"LOCAL_RANK": "0"}
-    if device_type == "cpu":
-        wanted |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}
     try:
-        with _environment(wanted):
+        with environment_for(device):
             deepspeed = importlib.import_module("deepspeed")
             deepspeed.get_accelerator()
     except ImportError as error:
@@ -100,8 +97,12 @@ def import_deepspeed(device_type: str) -> Any:
 
 
 @contextmanager
-def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables inside the block, unless they are set already."""
+def environment_for(device: torch.device) -> Iterator[None]:
+    """Inside the block, the environment variables that DeepSpeed reads at import and when it builds an engine, unless
+    they are set already."""
+    wanted = {"LOCAL_RANK": str(device.index or 0)}
+    if device.type == "cpu":
+        wanted |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}
     added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:

@@ -18,14 +18,14 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, Grouping, accumulate
 from w2vscale.engine.base import CanonicalState, StateReader, StepResult
 from w2vscale.engine.buffers import Buffers
-from w2vscale.engine.deepspeed.config import deepspeed_config, import_deepspeed, validate_zero
+from w2vscale.engine.deepspeed.config import deepspeed_config, environment_for, import_deepspeed, validate_zero
 from w2vscale.engine.rows import Rows
 from w2vscale.engine.transforms import transform
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
-from w2vscale.optim.canonical import MOMENTS
+from w2vscale.optim.canonical import MOMENTS, expected_tensors, stored
 
 
 class DeepSpeedEngine:
@@ -41,12 +41,13 @@ class DeepSpeedEngine:
         device: torch.device,
     ) -> None:
         document = deepspeed_config(config, optim, precision)
-        deepspeed = import_deepspeed(device.type)
+        deepspeed = import_deepspeed(device)
         validate_zero(document, config.deepspeed_config)
         self.stage = int(document["zero_optimization"]["stage"])
         self.device = device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.expected = expected_tensors(model)
         self.buffers = Buffers(model)
         transform(model, config)
         if self.stage == 3:
@@ -56,12 +57,13 @@ class DeepSpeedEngine:
         self.parameters = dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         groups = parameter_groups([(name, self.shapes[name]) for name in self.trained], optim)
-        self.engine: Any = deepspeed.initialize(
-            model=model,
-            optimizer=make_adamw(self.trained, groups, optim),
-            config=document,
-            dist_init_required=False,
-        )[0]
+        with environment_for(device):
+            self.engine: Any = deepspeed.initialize(
+                model=model,
+                optimizer=make_adamw(self.trained, groups, optim),
+                config=document,
+                dist_init_required=False,
+            )[0]
         # It has cast everything to the type of activations. Nothing else keeps what is not trained in fp32.
         self.buffers.lay_out(device)
         for name, parameter in self.parameters.items():
@@ -131,17 +133,12 @@ class DeepSpeedEngine:
                 whole = safe_get_full_optimizer_state(parameter, key).view(shape)
                 state[f"optim.{name}.{key}"] = self.rows.copied(whole)
             state[f"optim.{name}.step"] = self.rows.copied(step)
-        return state | {f"model.{name}": self.rows.copied(buffer) for name, buffer in self.buffers.persistent()}
+        return state | {f"model.{name}": self.rows.copied(stored(buffer)) for name, buffer in self.buffers.persistent()}
 
     def import_state(self, reader: StateReader) -> None:
         """See `Engine.import_state`."""
-        specs = {f"model.{name}": (tuple(shape), torch.float32) for name, shape in self.shapes.items()}
-        specs |= {f"model.{name}": (tuple(buffer.shape), buffer.dtype) for name, buffer in self.buffers.persistent()}
-        for name in self.trained:
-            specs |= {f"optim.{name}.{key}": (tuple(self.shapes[name]), torch.float32) for key in MOMENTS}
-            specs[f"optim.{name}.step"] = ((), torch.float32)
         buffers = dict(self.buffers.persistent())
-        for name, whole in self.rows.read(reader, specs):
+        for name, whole in self.rows.read(reader, self.expected):
             kind, _, name = name.partition(".")
             if kind == "model":
                 self._set_value(name, whole, buffers)

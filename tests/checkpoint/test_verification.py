@@ -1,4 +1,4 @@
-"""What verification finds, on a checkpoint whose shards are spread over files as several ranks write them."""
+"""What verification finds, on a checkpoint whose tensors are spread over files as several ranks write them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.helpers import checkpoints
-from tests.helpers.checkpoints import model_and_optimizer, shapes_of
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.checkpoint.consolidation import consolidate
-from w2vscale.checkpoint.inspection import describe, verify
-from w2vscale.checkpoint.reading import TrainState, file_facts, open_checkpoint, read_train_state
+from w2vscale.checkpoint.expected import expected_of
+from w2vscale.checkpoint.format import TrainState, file_facts
+from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
+from w2vscale.checkpoint.verification import verify
 from w2vscale.config import dump_config, load_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
 
 CONFIG = load_config("base", MICRO_MODEL)
 BIAS = "model.quantizer.projection.bias"
-ROWS = 3
+RANKS = 3
 
 
 def content() -> dict[str, Tensor]:
     """A value for everything that a checkpoint of the micro model holds."""
     generator = torch.Generator().manual_seed(1)
-    return {name: torch.randn(shape, generator=generator) for name, shape in model_and_optimizer(CONFIG).items()}
+    return {name: torch.randn(spec.shape, generator=generator) for name, spec in expected_of(CONFIG).items()}
 
 
 def spread(path: Path, tensors: dict[str, Tensor], *, ranks: int = 3) -> Path:
-    """Write a checkpoint as `ranks` processes do that hold rows of each tensor."""
+    """Write a checkpoint as `ranks` processes do that hold a slice of each tensor."""
     path.mkdir(parents=True)
     for rank in range(ranks):
         rows: dict[str, Tensor] = {}
@@ -45,7 +46,7 @@ def spread(path: Path, tensors: dict[str, Tensor], *, ranks: int = 3) -> Path:
             blocks = tensor.chunk(ranks) if tensor.dim() else (tensor,)
             if tensor.dim() == 0 and rank > 0:
                 continue
-            # Like torch, a rank without rows writes an empty block.
+            # Like torch, a rank without a part of the tensor writes an empty slice.
             rows[name] = blocks[rank].contiguous() if rank < len(blocks) else tensor[:0]
             start = sum(len(block) for block in blocks[:rank]) if tensor.dim() else 0
             places[name] = {"saved_offsets": [start, *[0] * (tensor.dim() - 1)][: tensor.dim()]}
@@ -60,7 +61,7 @@ def seal(path: Path) -> None:
     """Make train_state.json agree with the files as they are."""
     files = {file.name: file_facts(file) for file in path.iterdir() if file.name != "train_state.json"}
     numbers = {"update": 3, "audio_seconds": 7200.0, "skipped_updates": 0, "skipped_utterances": 1}
-    (path / "train_state.json").write_text(json.dumps({"format": 2, **numbers, "ranks": ROWS, "files": files}))
+    (path / "train_state.json").write_text(json.dumps({"format": 2, **numbers, "ranks": RANKS, "files": files}))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ class TestVerify:
         seen: list[tuple[int, int]] = []
         found = verify(whole, progress=lambda done, total: seen.append((done, total)))
         assert found.problems == []
-        assert found.tensors == len(model_and_optimizer(CONFIG))
+        assert len(found.checkpoint.tensors) == len(expected_of(CONFIG))
         assert found.checkpoint.state.update == 3
         assert seen[-1] == (found.checkpoint.bytes, found.checkpoint.bytes)
 
@@ -110,7 +111,7 @@ class TestVerify:
         shard(spoiled, 1).write_bytes(content[:-10])
         shard(spoiled, 3).unlink()
         assert verify(spoiled).problems == [
-            f"{shard(spoiled, 1).name}: holds {len(content) - 10} bytes, {len(content)} were written",
+            f"{shard(spoiled, 1).name}: has {len(content) - 10} bytes, expected {len(content)}",
             f"{shard(spoiled, 3).name}: missing",
         ]
 
@@ -134,32 +135,32 @@ class TestVerify:
         rewrite(spoiled, 2, lambda tensors, offsets: tensors.pop(BIAS))
         rewrite(spoiled, 3, lambda tensors, offsets: tensors.pop(weight))
         assert verify(spoiled).problems == [
-            f"{weight}: is [22, 16], the model has [32, 16]",
-            f"{BIAS}: its shards leave out a part of it",
+            f"{BIAS}: its slices leave a gap",
+            f"{weight}: has the shape [22, 16], expected [32, 16]",
         ]
 
-    def test_shards_that_overlap(self, spoiled: Path) -> None:
+    def test_slices_that_overlap(self, spoiled: Path) -> None:
         """As many values as there should be, one row of them twice."""
         rewrite(spoiled, 2, lambda tensors, offsets: offsets.update({BIAS: [10]}))
-        assert verify(spoiled).problems == [f"{BIAS}: its shards overlap"]
+        assert verify(spoiled).problems == [f"{BIAS}: its slices overlap"]
 
     def test_another_type(self, spoiled: Path) -> None:
         rewrite(spoiled, 1, lambda tensors, offsets: tensors.update({BIAS: tensors[BIAS].bfloat16()}))
-        assert verify(spoiled).problems == [f"{BIAS}: has the type BF16, not F32"]
+        assert verify(spoiled).problems == [f"{BIAS}: its slices have different types (bfloat16, float32)"]
 
     def test_of_a_run_the_newest_is_read_even_if_it_cannot_be_used(self, spoiled: Path) -> None:
         newest = Path(shutil.copytree(spoiled, spoiled.with_name("update_00000004")))
         (newest / "config.yaml").unlink()
-        assert describe(spoiled.parent.parent).checkpoint.path == spoiled
+        assert open_checkpoint(spoiled.parent.parent).path == spoiled
         assert verify(spoiled.parent.parent).problems == ["config.yaml: missing"]
 
     def test_what_the_store_writes(self, tmp_path: Path) -> None:
-        store = CheckpointStore(tmp_path, Ranks(), expected=model_and_optimizer(CONFIG))
+        store = CheckpointStore(tmp_path, Ranks(), expected=expected_of(CONFIG))
         assert verify(store.save(content(), TrainState(update=1), dump_config(CONFIG))).problems == []
 
     def test_an_imported_model_has_no_optimizer_state(self, tmp_path: Path) -> None:
         model = {name: tensor for name, tensor in content().items() if name.startswith("model.")}
-        store = CheckpointStore(tmp_path, Ranks(), expected=shapes_of(model))
+        store = CheckpointStore(tmp_path, Ranks(), expected=expected_of(CONFIG, optimizer=False))
         saved = store.save(model, TrainState(), dump_config(CONFIG))
         assert verify(saved).problems == []
 
@@ -169,15 +170,15 @@ class TestVerify:
         state["files"][shard(spoiled, 2).name] = file_facts(shard(spoiled, 2))
         (spoiled / "train_state.json").write_text(json.dumps(state))
         (problem,) = verify(spoiled).problems
-        assert problem.startswith(f"{shard(spoiled, 2).name}: cannot be read (")
+        assert problem.startswith(f"{shard(spoiled, 2).name}: damaged (")
 
 
 def test_a_description_counts_whole_tensors(whole: Path) -> None:
-    found = describe(whole)
+    found = open_checkpoint(whole)
     sizes = {name: tensor.numel() for name, tensor in content().items()}
     assert {name: tensor.numel for name, tensor in found.tensors.items()} == sizes
     assert found.parameters == sum(size for name, size in sizes.items() if name.startswith("model."))
-    assert found.checkpoint.ranks == ROWS
+    assert found.ranks == RANKS
 
 
 class TestConsolidate:
@@ -215,7 +216,7 @@ class TestConsolidate:
 
     def test_an_incomplete_tensor_is_not_made_up(self, spoiled: Path, tmp_path: Path) -> None:
         rewrite(spoiled, 2, lambda tensors, offsets: tensors.pop(BIAS))
-        with pytest.raises(UserError, match=f"{BIAS}: its shards leave out"):
+        with pytest.raises(UserError, match=f"{BIAS}: its slices leave a gap"):
             consolidate(spoiled, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
@@ -232,7 +233,7 @@ class TestConsolidate:
 def test_a_damaged_train_state_is_one_line(spoiled: Path, text: str) -> None:
     (spoiled / "train_state.json").write_text(text)
     with pytest.raises(UserError, match=r"train_state.json: damaged") as caught:
-        read_train_state(spoiled)
+        CheckpointReader(spoiled)
     assert "\n" not in str(caught.value)
 
 
@@ -245,5 +246,5 @@ def test_offsets_that_do_not_fit_are_damage(spoiled: Path, offsets: list[int]) -
 
 def test_a_tensor_with_a_hole_is_not_read(spoiled: Path) -> None:
     rewrite(spoiled, 2, lambda tensors, offsets: tensors.pop(BIAS))
-    with pytest.raises(UserError, match=f"{BIAS}: its shards leave out a part of it"):
+    with pytest.raises(UserError, match=f"{BIAS}: its slices leave a gap"):
         open_checkpoint(spoiled).read_into({BIAS: torch.zeros(32)})

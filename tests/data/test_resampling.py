@@ -1,4 +1,4 @@
-"""Resampling in blocks equals resampling at once, at any sampling rate."""
+"""Resampling of audio streams: the same for any blocks as at once, and odd rates in little memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from lhotse.augmentation.resample import resample
 
 from tests.helpers.audio import noise, tone
-from w2vscale.inference import resampling
+from w2vscale.data import resampling
 
 
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
@@ -30,8 +30,8 @@ def test_resampling_in_blocks_is_resampling_at_once(rate: int) -> None:
 def test_odd_rates_have_the_filter_of_others(rate: int) -> None:
     waveform = noise(3.0, rate=rate)
     divisor = math.gcd(rate, 16_000)
-    steps, wanted_steps = rate // divisor, 16_000 // divisor
-    found = resampling._interpolated(waveform, resampling._filters(steps, wanted_steps), steps)
+    steps, target_steps = rate // divisor, 16_000 // divisor
+    found = resampling._interpolated(waveform, resampling._filters(steps, target_steps), steps)
     # In double precision; in single, Lhotse's filters for 11,025 and its multiples are wrong by up to 1e-5.
     expected = resample(torch.from_numpy(waveform).double(), rate, 16_000).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7)

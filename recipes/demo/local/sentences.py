@@ -1,7 +1,7 @@
-"""English sentences from a small grammar of our own: what the voices of a synthetic corpus say.
+"""Random English sentences from a small grammar, for synthetic speech.
 
-A rule is a choice of phrases with `<names>` of other rules, or of words. Rules form no cycle, so every
-expansion ends. The words were chosen to cover the sounds of English and to have one pronunciation each.
+A rule is a choice of words, or of phrases that name other rules as `<rule>`. Rules form no cycle, so every
+expansion ends. The words cover the sounds of English and have one pronunciation each.
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ _ARTICLE_BEFORE_VOWEL = re.compile(r"\ba (?=[aeiou])(?!one\b|us(?:eful|ual)\b)")
 
 
 def draw_sentence(generator: random.Random, text: Text = "sentences") -> str:
-    """A sentence of 5 to about 45 words, or 4 to 8 digits, in lower case, with the marks that guide a voice.
+    """Draw a sentence of 5 to about 45 words, or 4 to 8 digits, in lower case, with punctuation for the voice.
 
-    A pure function of the generator's state.
+    A pure function of the state of `generator`.
     """
 
     def expand(rule: str) -> str:
@@ -177,5 +177,5 @@ def draw_sentence(generator: random.Random, text: Text = "sentences") -> str:
 
 
 def transcript(sentence: str) -> str:
-    """The sentence as LibriSpeech writes it: upper case, words and single spaces only."""
+    """The sentence in the transcript format of LibriSpeech: upper-case words and single spaces."""
     return re.sub(r"[,.?]", "", sentence).upper()

@@ -1,28 +1,25 @@
-"""The synthetic corpus: what is drawn, that its bytes repeat, that Lhotse reads it, and what it refuses."""
+"""The speech synthesiser of the demo: its draws, repeated bytes, a layout that Lhotse reads, and user errors."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from lhotse.recipes import prepare_librispeech
+from lhotse import recipes
 
-from w2vscale.data import synth
-from w2vscale.data.espeak import EspeakProcess, Voice
-from w2vscale.data.sentences import RULES, WORDS, draw_sentence, transcript
-from w2vscale.data.synth import (
-    SynthesisSummary,
-    draw_speakers,
-    finish_audio,
-    speakers_table,
-    synthesise_corpus,
-)
+import speech_corpus
+from espeak import EspeakProcess, Voice
+from sentences import RULES, WORDS, draw_sentence, transcript
+from speech_corpus import SynthesisSummary, draw_speakers, finish_audio, speakers_table, synthesise_corpus
+from w2vscale.corpora.librispeech import prepare_librispeech
 from w2vscale.errors import UserError
 
 needs_espeak = pytest.mark.skipif(
@@ -103,7 +100,7 @@ class TestSpeakers:
         assert sum(speaker.seconds for speaker in speakers) == pytest.approx(60 * minutes)
 
     def test_table_has_the_columns_of_librispeech(self) -> None:
-        totals = [synth.SpeakerTotal(speaker, 3, 75.0) for speaker in draw_speakers(PARTS)]
+        totals = [speech_corpus.SpeakerTotal(speaker, 3, 75.0) for speaker in draw_speakers(PARTS)]
         rows = [line for line in speakers_table(totals).splitlines() if not line.startswith(";")]
         for row, total in zip(rows, totals, strict=True):
             identifier, sex, part, minutes, name = (column.strip() for column in row.split("|"))
@@ -140,7 +137,7 @@ class TestEspeak:
         first, other, again = speak(self.VOICES[0]), speak(self.VOICES[1]), speak(self.VOICES[0])
         assert first == again != other
 
-    @pytest.mark.parametrize("accent", synth.ACCENTS)
+    @pytest.mark.parametrize("accent", speech_corpus.ACCENTS)
     def test_every_accent_exists(self, accent: str) -> None:
         with EspeakProcess(Voice(f"{accent}+m1", 160, 10, 50, 50, 0)) as espeak:
             assert len(espeak.speak("hello there.")) > 10_000
@@ -149,7 +146,7 @@ class TestEspeak:
         import espeakng_loader
 
         folder = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
-        assert all((folder / variant).is_file() for variant in synth.VARIANTS)
+        assert all((folder / variant).is_file() for variant in speech_corpus.VARIANTS)
 
     def test_an_unknown_voice_is_one_line(self) -> None:
         with pytest.raises(UserError, match=r"^espeak-ng failed with voice 'xx': there is no voice 'xx'; .*$"):
@@ -169,7 +166,7 @@ class TestCorpus:
         assert not set(sound(other.corpus).values()) & set(sound(corpus.corpus).values())
 
     def test_lhotse_reads_the_parts_with_transcripts(self, corpus: SynthesisSummary) -> None:
-        manifests = prepare_librispeech(corpus_dir=corpus.corpus, dataset_parts=list(PARTS))
+        manifests = recipes.prepare_librispeech(corpus_dir=corpus.corpus, dataset_parts=list(PARTS))
         speakers = {part: {s.speaker for s in manifests[part]["supervisions"]} for part in PARTS}
         assert all(len(names) == 2 for names in speakers.values())
         assert speakers["train-clean-5"].isdisjoint(speakers["dev-clean-2"])
@@ -179,7 +176,7 @@ class TestCorpus:
         assert all(re.fullmatch(r"[A-Z']+( [A-Z']+)+", s.text) for s in supervisions)
         for part, minutes in PARTS.items():
             duration = sum(s.duration for s in manifests[part]["supervisions"])
-            assert 60 * minutes <= duration < 60 * minutes + 2 * synth.LONGEST_SECONDS
+            assert 60 * minutes <= duration < 60 * minutes + 2 * speech_corpus.LONGEST_SECONDS
 
     def test_folders_and_names_are_those_of_librispeech(self, corpus: SynthesisSummary) -> None:
         for path in corpus.corpus.rglob("*.flac"):
@@ -196,7 +193,7 @@ class TestCorpus:
         for path in paths:
             info = soundfile.info(path)
             assert (info.samplerate, info.channels, info.subtype) == (16_000, 1, "PCM_16")
-            assert synth.SHORTEST_SECONDS <= info.duration <= synth.LONGEST_SECONDS
+            assert speech_corpus.SHORTEST_SECONDS <= info.duration <= speech_corpus.LONGEST_SECONDS
             samples, _ = soundfile.read(path)
             assert 0.05 < np.abs(samples).max() < 0.99
             assert 0.005 < np.sqrt(np.mean(samples**2)) < 0.3
@@ -213,7 +210,7 @@ class TestCorpus:
     def test_long_speakers_get_several_chapters(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: SynthesisSummary
     ) -> None:
-        monkeypatch.setattr(synth, "UTTERANCES_PER_CHAPTER", 1)
+        monkeypatch.setattr(speech_corpus, "UTTERANCES_PER_CHAPTER", 1)
         chapters = make(tmp_path)
         assert len(list(chapters.corpus.rglob("*.trans.txt"))) == chapters.utterances == corpus.utterances
         assert sorted(sound(chapters.corpus).values()) == sorted(sound(corpus.corpus).values())
@@ -225,7 +222,7 @@ class TestRepeating:
         def refuse(*arguments: object, **settings: object) -> None:
             raise AssertionError("a second call must not synthesise")
 
-        monkeypatch.setattr(synth, "_synthesise_speakers", refuse)
+        monkeypatch.setattr(speech_corpus, "_synthesise_speakers", refuse)
         before = {path: path.stat().st_mtime_ns for path in corpus.corpus.parent.rglob("*")}
         again = make(corpus.corpus.parent, jobs=2)
         assert not again.created
@@ -239,7 +236,7 @@ class TestRepeating:
 
     def test_a_corpus_that_lost_a_file_is_refused(self, tmp_path: Path) -> None:
         next(make(tmp_path).corpus.rglob("*.flac")).unlink()
-        with pytest.raises(UserError, match="choose another folder or delete it"):
+        with pytest.raises(UserError, match="choose another folder or delete this one"):
             make(tmp_path)
 
     @pytest.mark.parametrize("jobs", [1, 2])
@@ -263,14 +260,14 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"parts": {"train": 0.0}}, "part 'train' has 0 minutes"),
-            ({"parts": {"train": -1.5}}, "part 'train' has -1.5 minutes"),
-            ({"parts": {"train": float("nan")}}, "part 'train' has nan minutes"),
+            ({"parts": {"train": 0.0}}, "0 minutes of speech for part 'train'"),
+            ({"parts": {"train": -1.5}}, "-1.5 minutes of speech for part 'train'"),
+            ({"parts": {"train": float("nan")}}, "nan minutes of speech for part 'train'"),
             ({"parts": {}}, "no part to synthesise"),
-            ({"parts": {"../train": 1.0}}, "part '../train' cannot name a folder"),
-            ({"speakers_per_part": 0}, "speakers per part is 0"),
-            ({"seed": -1}, "seed is -1"),
-            ({"jobs": 0}, "jobs is 0"),
+            ({"parts": {"../train": 1.0}}, "part '../train' cannot be the name of a folder"),
+            ({"speakers_per_part": 0}, "--speakers 0: must be"),
+            ({"seed": -1}, "--seed -1: must be"),
+            ({"jobs": 0}, "--jobs 0: must be"),
         ],
     )
     def test_arguments_out_of_range_are_one_line(
@@ -290,7 +287,7 @@ class TestErrors:
     def test_a_folder_that_cannot_be_written_is_one_line(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         for output in (tmp_path / "file", tmp_path / "file" / "output"):
-            with pytest.raises(UserError, match=rf"^cannot write the synthetic corpus to {output}: [^\n]*$"):
+            with pytest.raises(UserError, match=rf"^{output}: cannot be written: [^\n]*$"):
                 make(output)
 
     def test_a_missing_espeak_names_the_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,3 +295,32 @@ class TestErrors:
         with pytest.raises(UserError, match=r"^[^\n]*pip install 'w2vscale\[synth\]'$"):
             make(tmp_path / "output")
         assert not list(tmp_path.iterdir())
+
+
+@needs_espeak
+class TestScript:
+    def run(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        script = Path(speech_corpus.__file__).with_name("synthesise.py")
+        done = subprocess.run(
+            [sys.executable, script, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    def test_it_makes_a_corpus_once_that_prepare_takes(self, tmp_path: Path) -> None:
+        minutes = ("--train-minutes", 0.05, "--validation-minutes", 0.05, "--speakers", 1)
+        line = rf"{tmp_path}/out/LibriSpeech: 2 speakers, \d utterances, 0\.\d minutes"
+        assert re.fullmatch(line + r"\n", self.run(tmp_path / "out", *minutes).stdout)
+        assert re.fullmatch(line + r" \(was there already\)\n", self.run(tmp_path / "out", *minutes).stdout)
+        written = prepare_librispeech(tmp_path / "out", tmp_path / "manifests", mini=True)
+        assert [manifest.path.name for manifest in written] == ["cuts_dev-clean-2.jsonl", "cuts_train-clean-5.jsonl"]
+
+    def test_an_error_is_one_line(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        done = self.run(tmp_path / "file", code=2)
+        assert done.stderr.startswith(f"error: {tmp_path / 'file'}: cannot be written: ")
+        assert done.stderr.count("\n") == 1 and done.stdout == ""

@@ -1,12 +1,12 @@
 """Speak sentences with espeak-ng, one process per speaker.
 
 espeak-ng keeps state between utterances (the phase of its pitch flutter, breath resonators, noise
-generators) that no call resets, and starts its noise generator from the clock. A speaker is therefore a
-fresh process with a seeded generator that speaks its sentences in a fixed order: the audio is then a
-function of the voice and of the sentences. A process of its own also keeps the library's messages off the
-terminal.
+generators) that no call resets, and seeds its noise generator from the clock. Each speaker therefore is a
+new process with a seeded generator that speaks its sentences in a fixed order, so the audio is a function of
+the voice and the sentences. A separate process also keeps messages of the library off the terminal.
 
-This file is both sides. Run as a script it is that process, so its top imports the standard library only.
+This file contains both sides. Run as a script, it is the process of a speaker, so it imports only the
+standard library at the top.
 """
 
 from __future__ import annotations
@@ -35,27 +35,28 @@ _PARAMETER_RATE, _PARAMETER_PITCH, _PARAMETER_PITCH_RANGE, _PARAMETER_WORD_GAP =
 
 @dataclass(frozen=True)
 class Voice:
-    """How a speaker sounds: an espeak-ng voice (`en-us+f2`) and its settings."""
+    """The voice of a speaker: an espeak-ng voice (`en-us+f2`) and its settings."""
 
     name: str
     words_per_minute: int
     word_gap: int  # pause between words, in units of about 10 ms
     pitch: int  # 0 to 99, 50 is the voice's own
     pitch_range: int  # 0 (monotone) to 99, 50 is the voice's own
-    noise_seed: int  # of the generator behind fricatives, a non-negative 31-bit integer
+    noise_seed: int  # seeds the generator of fricatives, a non-negative 31-bit integer
 
 
 class EspeakProcess:
-    """One speaker: a context manager that turns sentences into samples, in order.
+    """One speaker: a context manager that converts sentences to samples, in order. `sampling_rate` is in Hz.
 
-    `sampling_rate` is in Hz. Raises UserError when the package is missing or espeak-ng does not start.
+    Raises:
+        UserError: espeakng_loader is not installed, or espeak-ng does not start.
     """
 
     def __init__(self, voice: Voice) -> None:
         library, data = locate_espeak()
         self._voice = voice
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 (closed by close)
-        # espeak-ng cuts data paths at 160 characters: a short relative path is safe in any environment.
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 (`close` closes it)
+        # espeak-ng truncates data paths to 160 characters; a short relative path always works.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, str(library), data.name, *_to_arguments(voice)],
             stdin=subprocess.PIPE,
@@ -84,7 +85,7 @@ class EspeakProcess:
         return self._read(size)
 
     def close(self) -> None:
-        """Ends the process; safe to call twice."""
+        """End the process; safe to call twice."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -121,7 +122,11 @@ class EspeakProcess:
 
 
 def locate_espeak() -> tuple[Path, Path]:
-    """The espeak-ng library and its data folder. Raises UserError when the package is not installed."""
+    """The paths of the espeak-ng library and its data folder.
+
+    Raises:
+        UserError: espeakng_loader is not installed.
+    """
     from w2vscale.errors import UserError
 
     try:
@@ -139,9 +144,9 @@ def _to_arguments(voice: Voice) -> list[str]:
 
 
 def _serve(library_path: str, data_path: str, name: str, *numbers: str) -> None:
-    """The speaker's process: for each line of text in, a byte count and as many bytes of samples out."""
+    """The process of a speaker: for each line of text on stdin, write a byte count and the bytes of the samples."""
     audio = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever the library prints must not mix with the samples
+    os.dup2(2, 1)  # what the library prints must not mix with the samples
     library = ctypes.CDLL(library_path)
     samples: list[bytes] = []
 

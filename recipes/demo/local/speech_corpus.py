@@ -1,7 +1,7 @@
-"""Make a small corpus of synthetic English speech in LibriSpeech's layout: same arguments, same bytes.
+"""A small corpus of synthetic English speech in the layout of LibriSpeech: the same arguments give the same bytes.
 
-Which speakers there are and what they say are pure functions of the arguments; espeak-ng speaks in one
-process per speaker (see `espeak.py`), and threads drive those processes.
+The speakers and their sentences are pure functions of the arguments. Each speaker is one espeak-ng process
+(see `espeak.py`); threads drive these processes.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ import torch
 from lhotse.augmentation import get_or_create_resampler
 from numpy.typing import NDArray
 
-from w2vscale.data.espeak import EspeakProcess, Voice, locate_espeak
-from w2vscale.data.sentences import Text, draw_sentence, transcript
+from espeak import EspeakProcess, Voice, locate_espeak
+from sentences import Text, draw_sentence, transcript
 from w2vscale.errors import UserError
+from w2vscale.files import write_text, writing
 
 SAMPLING_RATE = 16_000
 SHORTEST_SECONDS, LONGEST_SECONDS = 2.0, 15.0
 UTTERANCES_PER_CHAPTER = 40
 FIRST_SPEAKER = 1001
-RECIPE = 1  # raise it when the same arguments begin to give other audio
+RECIPE = 1  # increase it when a change makes the same arguments give different audio
 STAMP = "synthesis.json"
 
 ACCENTS = (
     "en-us",
-    "en",  # en-gb: espeak-ng gives variants to a voice by its file's name
+    "en",  # en-gb: in `VOICE+VARIANT`, espeak-ng expects the file name of the voice
     "en-gb-scotland",
     "en-gb-x-rp",
     "en-gb-x-gbclan",
@@ -52,7 +53,7 @@ VARIANTS = ("f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m4", "m5", "m6", "m
 
 @dataclass(frozen=True)
 class Speaker:
-    """One speaker of one part: a voice, a loudness and how much speech it gives."""
+    """One speaker of one part: a voice, a loudness and an amount of speech."""
 
     identifier: int
     part: str
@@ -60,12 +61,12 @@ class Speaker:
     voice: Voice
     gain_decibels: float
     mains_hertz: float
-    seconds: float  # at least; the last utterance may pass it
+    seconds: float  # the least to speak; the last utterance may exceed it
 
 
 @dataclass(frozen=True)
 class SpeakerTotal:
-    """What one speaker gave."""
+    """The speech that was synthesised for one speaker."""
 
     speaker: Speaker
     utterances: int
@@ -74,7 +75,7 @@ class SpeakerTotal:
 
 @dataclass(frozen=True)
 class SynthesisSummary:
-    """What a corpus holds, and whether this call made it or found it complete."""
+    """The size of a corpus, and whether this call created it or found it complete."""
 
     corpus: Path  # the LibriSpeech folder, for `prepare_librispeech`
     speakers: int
@@ -94,23 +95,28 @@ def synthesise_corpus(
     jobs: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> SynthesisSummary:
-    """Write a corpus in LibriSpeech's layout, 16 kHz, 16 bit, mono, with transcripts and SPEAKERS.TXT.
+    """Write a corpus in the layout of LibriSpeech: 16 kHz, 16 bit, mono FLAC, transcripts and SPEAKERS.TXT.
 
-    The files are `output/LibriSpeech/PART/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac`. `parts` maps the name
-    of a part to its minutes of speech: at least these, and less than one utterance more per speaker. No
-    speaker is in two parts; `speakers_per_part` defaults to one per minute, from 4 to 64. The files depend
-    on all arguments but `jobs`, the number of speakers at work at once. `progress` is called in this thread
-    with the numbers of finished and of all speakers.
+    The files are `output/LibriSpeech/PART/SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac`. A complete corpus of the same
+    arguments is kept as it is. A new one gets its name only when it is complete.
 
-    A complete corpus of the same arguments is left as it is. A corpus appears under its name only when it is
-    complete. With `hum`, that of the mains lies under all speech.
+    Args:
+        output: A folder that is missing, empty, or holds the corpus of these arguments.
+        parts: Minutes of speech for each part. A part has at least these minutes, and at most one more utterance per
+            speaker. No speaker is in two parts.
+        speakers_per_part: Default: one per minute, between 4 and 64.
+        text: Whether the speakers say sentences or strings of digits.
+        hum: Add mains hum to all speech.
+        seed: Determines voices, text and noise.
+        jobs: Speakers to synthesise in parallel; does not change the files.
+        progress: Called in this thread with (finished speakers, all speakers).
 
     Raises:
-        UserError: arguments out of range, a folder that holds something else or cannot be written, no espeak-ng.
+        UserError: arguments out of range; a folder that holds something else or cannot be written; no espeak-ng.
     """
     speakers = draw_speakers(parts, speakers_per_part=speakers_per_part, seed=seed)
     if jobs < 1:
-        raise UserError(f"jobs is {jobs}; it must be at least 1")
+        raise UserError(f"--jobs {jobs}: must be at least 1")
     arguments = {
         "recipe": RECIPE,
         "parts": {part: float(minutes) for part, minutes in parts.items()},
@@ -121,9 +127,8 @@ def synthesise_corpus(
     }
     corpus = output / "LibriSpeech"
     unfinished = output / "LibriSpeech.unfinished"
-    try:
-        found = _find_corpus(output, corpus, unfinished, arguments)
-        if found is not None:
+    with writing(output):
+        if found := _find_corpus(output, corpus, unfinished, arguments):
             return found
         locate_espeak()
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -132,7 +137,7 @@ def synthesise_corpus(
             totals = _synthesise_speakers(
                 speakers, unfinished, text=text, hum=hum, seed=seed, jobs=jobs, progress=progress
             )
-            (unfinished / "SPEAKERS.TXT").write_text(speakers_table(totals), encoding="utf-8")
+            write_text(unfinished / "SPEAKERS.TXT", speakers_table(totals))
             summary = SynthesisSummary(
                 corpus=corpus,
                 speakers=len(totals),
@@ -144,19 +149,16 @@ def synthesise_corpus(
             unfinished.rename(corpus)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the synthetic corpus to {output}: {error.strerror or error}; "
-            "choose a folder that you can write to"
-        ) from error
     return summary
 
 
 def draw_speakers(parts: Mapping[str, float], *, speakers_per_part: int | None = None, seed: int = 0) -> list[Speaker]:
-    """The speakers of all parts: a pure function, the same for any order of `parts`.
+    """The speakers of all parts: a pure function that does not depend on the order of `parts`.
 
-    Voices are drawn without replacement: the first 96 speakers all have different ones. Raises UserError for
-    arguments out of range.
+    Voices are drawn without replacement, so the first 96 speakers all have different ones.
+
+    Raises:
+        UserError: arguments out of range.
     """
     _check_arguments(parts, speakers_per_part, seed)
     generator = random.Random(f"speakers {seed}")
@@ -206,7 +208,10 @@ def speakers_table(totals: Sequence[SpeakerTotal]) -> str:
 def finish_audio(
     speech: NDArray[np.float32], *, gain_decibels: float, mains_hertz: float | None, generator: np.random.Generator
 ) -> NDArray[np.int16]:
-    """Speech in [-1, 1] with noise and hum (if any) 25 to 35 dB below it, scaled by the gain, as 16-bit samples."""
+    """Add noise, and hum unless `mains_hertz` is None, 25 to 35 dB below speech in [-1, 1]; apply the gain.
+
+    Returns 16-bit samples.
+    """
     loudness = math.sqrt(float(np.mean(np.square(speech))))
     hum = mains_hum(len(speech), mains_hertz, generator) if mains_hertz is not None else 0.0
     background = hum + 0.3 * room_noise(len(speech), generator)
@@ -216,14 +221,14 @@ def finish_audio(
 
 
 def mains_hum(samples: int, hertz: float, generator: np.random.Generator) -> NDArray[np.float64]:
-    """Hum of about unit power at the mains' frequency and its overtones, as amateur recordings have it."""
+    """Hum of about unit power at the mains frequency and its first overtones, as in amateur recordings."""
     harmonics = np.arange(1, 6)
     phases = 2.0 * np.pi * (np.outer(harmonics, np.arange(samples) * hertz / SAMPLING_RATE) + generator.random((5, 1)))
     return np.sqrt(2.0) * (np.sin(phases) / harmonics[:, None]).sum(axis=0) / math.sqrt(sum(1.0 / harmonics**2))
 
 
 def room_noise(samples: int, generator: np.random.Generator) -> NDArray[np.float64]:
-    """Noise of unit power that falls by 6 dB an octave above 40 Hz, as that of rooms does."""
+    """Noise of unit power that falls by 6 dB per octave above 40 Hz, as room noise does."""
     spectrum = np.fft.rfft(generator.standard_normal(samples))
     hertz = np.arange(spectrum.size) * (SAMPLING_RATE / samples)
     noise = np.fft.irfft(spectrum / np.maximum(hertz, 40.0), samples)
@@ -232,22 +237,24 @@ def room_noise(samples: int, generator: np.random.Generator) -> NDArray[np.float
 
 def _check_arguments(parts: Mapping[str, float], speakers_per_part: int | None, seed: int) -> None:
     if not parts:
-        raise UserError("no part to synthesise; name at least one, as in train-clean-5 with 12 minutes")
+        raise UserError("no part to synthesise: name at least one, such as train-clean-5 with 12 minutes")
     for part, minutes in parts.items():
         if not re.fullmatch(r"\w[\w.-]*", part, flags=re.ASCII):
-            raise UserError(
-                f"part '{part}' cannot name a folder; use letters, digits, '-', '_', '.', as in train-clean-5"
-            )
+            raise UserError(f"part '{part}' cannot be the name of a folder: use letters, digits, '-', '_' and '.'")
         if not (math.isfinite(minutes) and minutes > 0):
-            raise UserError(f"part '{part}' has {minutes:g} minutes of speech; it must be more than 0")
+            raise UserError(f"{minutes:g} minutes of speech for part '{part}': must be more than 0")
     if speakers_per_part is not None and speakers_per_part < 1:
-        raise UserError(f"speakers per part is {speakers_per_part}; it must be at least 1")
+        raise UserError(f"--speakers {speakers_per_part}: must be at least 1")
     if seed < 0:
-        raise UserError(f"seed is {seed}; it must be 0 or more")
+        raise UserError(f"--seed {seed}: must be 0 or more")
 
 
 def _find_corpus(output: Path, corpus: Path, unfinished: Path, arguments: Mapping[str, Any]) -> SynthesisSummary | None:
-    """The corpus of these arguments if it is there, None if `output` is free for one, else UserError."""
+    """The complete corpus of these arguments, or None if `output` is empty.
+
+    Raises:
+        UserError: `output` holds something else.
+    """
     if not output.exists() or all(entry == unfinished for entry in output.iterdir()):
         return None
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, KeyError, json.JSONDecodeError):
@@ -256,8 +263,8 @@ def _find_corpus(output: Path, corpus: Path, unfinished: Path, arguments: Mappin
         if stamp["arguments"] == arguments and stamp["utterances"] == files:
             return SynthesisSummary(corpus, stamp["speakers"], files, stamp["seconds"], created=False)
     raise UserError(
-        f"{output} is not empty and does not hold the complete synthetic corpus of these arguments; "
-        "choose another folder or delete it"
+        f"{output} is not empty and does not hold the complete synthetic corpus of these arguments: "
+        "choose another folder or delete this one"
     )
 
 
@@ -268,7 +275,7 @@ def _write_stamp(corpus: Path, arguments: Mapping[str, Any], summary: SynthesisS
         "utterances": summary.utterances,
         "seconds": summary.seconds,
     }
-    (corpus / STAMP).write_text(json.dumps(stamp, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(corpus / STAMP, json.dumps(stamp, indent=2, sort_keys=True) + "\n")
 
 
 def _synthesise_speakers(
@@ -299,7 +306,7 @@ def _synthesise_speakers(
 def _synthesise_speaker(
     speaker: Speaker, corpus: Path, text: Text, hum: bool, seed: int, stop: threading.Event
 ) -> SpeakerTotal:
-    """Speak sentences until the speaker's seconds are reached or `stop` is set, and write its files."""
+    """Speak sentences until `speaker.seconds` are reached or `stop` is set, and write the files of this speaker."""
     sentences = random.Random(f"sentences {seed} {speaker.identifier}")
     lines: dict[Path, list[str]] = {}
     utterances, seconds = 0, 0.0
@@ -328,13 +335,12 @@ def _synthesise_speaker(
             utterances += 1
             seconds += duration
     for folder, transcripts in lines.items():
-        table = folder / f"{speaker.identifier}-{folder.name}.trans.txt"
-        table.write_text("".join(transcripts), encoding="utf-8")
+        write_text(folder / f"{speaker.identifier}-{folder.name}.trans.txt", "".join(transcripts))
     return SpeakerTotal(speaker, utterances, seconds)
 
 
 def _place(corpus: Path, speaker: Speaker, utterance: int) -> tuple[Path, str]:
-    """The folder and the name of a speaker's n-th utterance. Chapter numbers are unique over the corpus."""
+    """The folder and the name of utterance `utterance` of a speaker. Chapter numbers are unique in the corpus."""
     chapter_index, number = divmod(utterance, UTTERANCES_PER_CHAPTER)
     chapter = 1000 * speaker.identifier + chapter_index
     folder = corpus / speaker.part / str(speaker.identifier) / str(chapter)
@@ -342,7 +348,7 @@ def _place(corpus: Path, speaker: Speaker, utterance: int) -> tuple[Path, str]:
 
 
 def _write_flac(path: Path, audio: NDArray[np.int16]) -> None:
-    # Encoded in memory: a full disk is then an OSError that says so, not a codec's error.
+    # Encode in memory: a full disk then raises an OSError that says so, not an error of the codec.
     encoded = io.BytesIO()
     soundfile.write(encoded, audio, SAMPLING_RATE, format="FLAC", subtype="PCM_16")
     path.write_bytes(encoded.getbuffer())
@@ -350,7 +356,7 @@ def _write_flac(path: Path, audio: NDArray[np.int16]) -> None:
 
 @contextlib.contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """Resample with one thread per job: jobs do not compete, and sums do not depend on the cores."""
+    """Resample with one thread per job: jobs do not compete, and the result does not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

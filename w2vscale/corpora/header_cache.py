@@ -1,0 +1,98 @@
+"""A cache of audio file headers on disk, so that a repeated or restarted command reads only files that changed."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from w2vscale.errors import UserError
+
+
+class Header(NamedTuple):
+    """What was read from one audio file: its path below the folder, size and modification time, and its cut as JSON."""
+
+    file: str
+    size: int
+    mtime_ns: int
+    cut: str
+
+
+class HeaderCache:
+    """The headers of the audio files of one folder, in an SQLite database.
+
+    What `add` has stored survives a kill of the process. The cache starts empty if it is damaged or belongs to another
+    folder. One process at a time can use it.
+
+    Raises:
+        UserError: the cache cannot be read or written, or another process uses it.
+    """
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self._path = path
+        with self._errors():
+            try:
+                self._open(os.fsencode(folder))
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError:  # not a database, or damaged
+                self.close()
+                path.unlink()
+                self._open(os.fsencode(folder))
+
+    def get(self, file: str) -> Header | None:
+        """The header of a file, as it was when it was stored."""
+        with self._errors():
+            found = self._database.execute(
+                "SELECT size, mtime_ns, cut FROM headers WHERE file = ?", (os.fsencode(file),)
+            ).fetchone()
+        return found and Header(file, *found)
+
+    def add(self, headers: Iterable[Header]) -> None:
+        """Store headers, replacing older ones of the same files."""
+        with self._errors(), self._database:
+            self._database.executemany(
+                "INSERT OR REPLACE INTO headers VALUES (?, ?, ?, ?)",
+                ((os.fsencode(file), *rest) for file, *rest in headers),
+            )
+
+    def keep_only(self, files: Sequence[str]) -> None:
+        """Remove the headers of all other files."""
+        kept = set(map(os.fsencode, files))
+        with self._errors(), self._database:
+            stored = self._database.execute("SELECT file FROM headers").fetchall()
+            self._database.executemany(
+                "DELETE FROM headers WHERE file = ?", ((file,) for (file,) in stored if file not in kept)
+            )
+
+    def close(self) -> None:
+        """Close the database."""
+        self._database.close()
+
+    def _open(self, folder: bytes) -> None:
+        self._database = sqlite3.connect(self._path, timeout=0)
+        self._database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        with self._database:
+            self._database.execute("BEGIN EXCLUSIVE")
+            if self._database.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+                raise sqlite3.DatabaseError
+            self._database.execute("CREATE TABLE IF NOT EXISTS folder (path BLOB)")
+            self._database.execute(
+                "CREATE TABLE IF NOT EXISTS headers (file BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, cut TEXT)"
+            )
+            if self._database.execute("SELECT path FROM folder").fetchall() != [(folder,)]:
+                self._database.execute("DELETE FROM headers")
+                self._database.execute("DELETE FROM folder")
+                self._database.execute("INSERT INTO folder VALUES (?)", (folder,))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            if getattr(error, "sqlite_errorname", None) == "SQLITE_BUSY":
+                raise UserError(f"{self._path}: another process is using it; wait until it has finished") from None
+            raise UserError(f"{self._path}: cannot be written: {error}") from None
