@@ -18,7 +18,7 @@ from w2vscale.checkpoint.reading import load_model_weights, open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 
 
 @pytest.fixture(scope="module")

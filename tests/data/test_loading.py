@@ -26,7 +26,7 @@ from w2vscale.data.manifest import Corpus, build_index
 from w2vscale.data.micro_batch import BadAudio, MicroBatch, make_inputs, shortest_samples
 from w2vscale.data.plan import rank_window
 from w2vscale.errors import UserError
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 from w2vscale.objectives.criterion import PretrainingCriterion
 
 RATE = 16_000

@@ -14,7 +14,7 @@ from w2vscale.analysis.report import read_metrics
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.evaluation.checkpoint import evaluate_checkpoint
-from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.objectives.contrastive_model import LossSums
 from w2vscale.objectives.pretraining_metrics import pretraining_metrics
 from w2vscale.training.loop import train
 

@@ -31,8 +31,8 @@ from w2vscale.inference import resampling
 from w2vscale.inference.features import write_features
 from w2vscale.inference.pretrained import Audio, Pretrained, load, windows_of
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
-from w2vscale.models.feature_encoder import input_samples, output_frames
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.models.lengths import input_samples, output_frames
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 from w2vscale.training.loop import train
 
 PRESETS = ("base", "large_lv60", "base_prenorm")

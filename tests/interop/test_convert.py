@@ -30,7 +30,7 @@ from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 from w2vscale.training.loop import train
 from w2vscale.training.run import open_training_set
 

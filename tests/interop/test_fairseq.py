@@ -30,8 +30,8 @@ from w2vscale.errors import UserError
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
-from w2vscale.models.feature_encoder import output_frames
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.models.lengths import output_frames
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 
 CONVOLUTIONS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 SMALL_CONVOLUTIONS = "[(32, 10, 5)] + [(32, 3, 2)] * 2 + [(40,2,2)]"

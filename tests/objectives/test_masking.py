@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from w2vscale.config import ModelConfig, load_config
 from w2vscale.data.inputs import PretrainingInputs
 from w2vscale.data.micro_batch import make_inputs
-from w2vscale.models.feature_encoder import output_frames
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.models.lengths import output_frames
 from w2vscale.objectives.contrastive import contrastive_logits, contrastive_loss
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 from w2vscale.objectives.masking import frame_mask, negative_indices
 
 BASE = load_config("base").model

@@ -9,7 +9,7 @@ from torch import nn
 
 from w2vscale.config import OptimConfig, load_config
 from w2vscale.errors import UserError
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate, state_of
 
 SHAPES = [

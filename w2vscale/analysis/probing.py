@@ -26,7 +26,7 @@ from w2vscale.data.transcripts import SPACE, Transcripts, refuse_too_many, trans
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import Pretrained
 from w2vscale.inference.sources import open_by_duration, sources_by_name
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 from w2vscale.objectives.ctc import ctc_loss, greedy_labels
 
 LEARNING_RATE = 0.01

@@ -30,7 +30,7 @@ from w2vscale.data.mixing import draw_rates, groups
 from w2vscale.data.plan import Mix, Plan, window_numbers
 from w2vscale.data.transcripts import UNKNOWN, Transcripts, make_ctc_inputs, refuse_too_many, transcript
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import output_frames
+from w2vscale.models.lengths import output_frames
 
 VALIDATION_SEED = 20
 """Validation draws its order, crops, masks and negatives from this, so that all runs validate on the same."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from w2vscale.config.tree import ModelConfig
 from w2vscale.data.inputs import Inputs, PretrainingInputs, pack, pin, unpack
 from w2vscale.data.randomness import Stream, derived_seed, generator
-from w2vscale.models.feature_encoder import output_frames
+from w2vscale.models.lengths import output_frames
 from w2vscale.objectives.masking import frame_mask, negative_indices
 
 

@@ -19,7 +19,7 @@ from w2vscale.data.micro_batch import pad_waveforms, shortest_samples
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import output_frames
+from w2vscale.models.lengths import output_frames
 from w2vscale.objectives.ctc import BLANK
 from w2vscale.objectives.masking import frame_mask, span_mask
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.joining import Joining
-from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.objectives.contrastive_model import LossSums
 from w2vscale.objectives.ctc import CtcSums
 
 Sums = LossSums | CtcSums

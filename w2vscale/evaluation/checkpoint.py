@@ -29,7 +29,7 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import validate
 from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.layers import compute_dtype
-from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.objectives.contrastive_model import LossSums
 from w2vscale.objectives.criterion import CtcCriterion, PretrainingCriterion
 from w2vscale.objectives.ctc_metrics import ctc_metrics
 from w2vscale.objectives.pretraining_metrics import pretraining_metrics

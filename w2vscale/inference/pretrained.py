@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +22,9 @@ from w2vscale.errors import UserError
 from w2vscale.inference.resampling import Samples, resampled
 from w2vscale.interop.importing import form_of
 from w2vscale.models.build import Wav2Vec2, build_model
-from w2vscale.models.feature_encoder import WaveformLayer, input_samples, moments_of, output_frames
-from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2ForPretraining
+from w2vscale.models.lengths import input_samples, output_frames
+from w2vscale.models.wav2vec2 import EncoderOutput, Statistics
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 from w2vscale.objectives.quantizer import Quantized
 
 CHUNK_SECONDS = 30.0
@@ -103,11 +104,11 @@ class Window(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The samples of a window, and its utterance's moments of taps where they are not the window's own."""
+    """The samples of a window, and GroupNorm's statistics of the whole utterance where the window is a part of it."""
 
     window: Window
     samples: Samples
-    moments_JJ: Tensor | None
+    statistics: Statistics | None
 
 
 class Piece(NamedTuple):
@@ -247,7 +248,7 @@ class Pretrained:
             try:
                 for part in self._parts(audio, chunk, overlap):
                     longest = max([part.samples.size, *(other.samples.size for _, other in batch)])
-                    mixed = batch and (batch[0][1].moments_JJ is None) != (part.moments_JJ is None)
+                    mixed = batch and (batch[0][1].statistics is None) != (part.statistics is None)
                     if batch and (mixed or (len(batch) + 1) * longest > most):
                         yield from run()
                     batch.append((number, part))
@@ -281,7 +282,7 @@ class Pretrained:
             return (((block - mean) / deviation).astype(np.float32) for block in self._blocks(audio))
 
         blocks = normalised()
-        moments_JJ = self._moments(normalised()) if len(windows) > 1 and config.conv_norm == "group" else None
+        statistics = self._statistics(normalised()) if len(windows) > 1 and config.conv_norm == "group" else None
         held, position = np.empty(0, np.float32), 0
         for window in windows:
             start = window.begin * hop(config)
@@ -289,7 +290,7 @@ class Pretrained:
             while position + held.size < stop:
                 held = np.concatenate([held, next(blocks)])
             held, position = held[start - position :], start
-            yield Part(window, held[: stop - start], moments_JJ)
+            yield Part(window, held[: stop - start], statistics)
 
     def _samples(self, audio: Audio) -> int:
         """Length at the model's sampling rate."""
@@ -307,21 +308,9 @@ class Pretrained:
             yield block
 
     @torch.no_grad()
-    def _moments(self, blocks: Iterator[Samples]) -> Tensor:
-        """What `moments_of` would be of all of an utterance: [J, J]."""
-        layer = self.model.encoder.feature_encoder.layers[0]
-        assert isinstance(layer, WaveformLayer)
-        silence = np.zeros(layer.padding, np.float32)
-        sums_JJ, held, count = torch.zeros(()), silence, 0
-        for block in chain(blocks, [silence]):
-            held = np.concatenate([held, block])
-            steps = max((held.size - layer.kernel) // layer.stride + 1, 0)
-            if steps:
-                taps_1TJ = layer.taps(torch.from_numpy(held).unsqueeze(0).to(layer.weight.device))
-                sums_JJ = sums_JJ.to(layer.weight.device) + moments_of(taps_1TJ, None)[0] * steps
-                count += steps
-                held = held[steps * layer.stride :]
-        return sums_JJ / count
+    def _statistics(self, blocks: Iterator[Samples]) -> Statistics:
+        """GroupNorm's statistics of a whole utterance."""
+        return self.model.encoder.feature_encoder.statistics(torch.from_numpy(block) for block in blocks)
 
     @torch.no_grad()
     def _encode(self, parts: Sequence[Part], layers: Sequence[int]) -> EncoderOutput:
@@ -333,13 +322,15 @@ class Pretrained:
         for row_S, part in zip(waveforms_BS, parts, strict=True):
             row_S[: part.samples.size] = torch.from_numpy(part.samples)
         padded = len({part.samples.size for part in parts}) > 1
-        given = [part.moments_JJ for part in parts if part.moments_JJ is not None]
+        given = [part.statistics for part in parts if part.statistics is not None]
         encoded: EncoderOutput = self.model.encoder(
             waveforms_BS.to(device, self.model.compute_dtype),
             lengths_B.to(device) if padded else None,
             frames_B.to(device) if padded else None,
             active=[block < max(layers) for block in range(self.config.model.layers)],
-            moments_BJJ=torch.stack(given) if given else None,
+            statistics=(torch.cat([mean for mean, _ in given]), torch.cat([variance for _, variance in given]))
+            if given
+            else None,
         )
         return encoded
 

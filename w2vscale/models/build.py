@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from w2vscale.config.tree import CtcConfig, ModelConfig
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 from w2vscale.objectives.ctc import Wav2Vec2ForCTC
 
 Wav2Vec2 = Wav2Vec2ForPretraining | Wav2Vec2ForCTC

@@ -11,7 +11,7 @@ from w2vscale.config import Config, ModelConfig
 from w2vscale.data.inputs import concatenate, concatenate_ctc, to_device
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise
 from w2vscale.data.randomness import Stream, derived_seed, generator
-from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.objectives.contrastive_model import LossSums
 from w2vscale.objectives.ctc import CtcSums
 from w2vscale.optim.schedules import gumbel_temperature
 

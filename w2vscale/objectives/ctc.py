@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from w2vscale.config.tree import CtcConfig, ModelConfig
 from w2vscale.data.inputs import CtcInputs
 from w2vscale.models.layers import Linear, dropout
-from w2vscale.models.transformer import BERT_STD
-from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
+from w2vscale.models.wav2vec2 import BERT_STD, Wav2Vec2Encoder
 
 BLANK = 0
 """The symbol of CTC's blank: a vocabulary's first."""
@@ -39,7 +38,7 @@ class Wav2Vec2ForCTC(nn.Module):
         self.config = config
         self.final_dropout = ctc.final_dropout
         self.compute_dtype = compute_dtype
-        self.encoder = Wav2Vec2Encoder(config)
+        self.encoder = Wav2Vec2Encoder(config, config)
         self.head = Linear(config.dim, len(ctc.vocabulary), std=BERT_STD)
 
     def forward(self, inputs: CtcInputs, *, active: Sequence[bool] | None = None, frozen: bool = False) -> CtcSums:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from w2vscale.config import Config
 from w2vscale.engine.base import Criterion
-from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.objectives.contrastive_model import LossSums
 from w2vscale.objectives.criterion import CtcCriterion, PretrainingCriterion
 from w2vscale.objectives.ctc import CtcSums
 from w2vscale.objectives.ctc_metrics import ctc_metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.objectives.contrastive_model import LossSums
 from w2vscale.objectives.quantizer import perplexity
 
 

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from w2vscale.config.tree import ModelConfig
 from w2vscale.models.layers import Linear
-from w2vscale.models.products import matmul
 
 
 class Quantized(NamedTuple):
@@ -47,7 +46,7 @@ class Quantizer(nn.Module):
             soft_MGV = ((logits_MGV + noise_MGV) / temperature).softmax(dim=2)
             codes_MG = soft_MGV.argmax(dim=2)
             choice_MGV = F.one_hot(codes_MG, self.entries) - soft_MGV.detach() + soft_MGV
-        vectors_GME = matmul(choice_MGV.transpose(0, 1).to(x_MC.dtype), self.codevectors.to(x_MC.dtype))
+        vectors_GME = choice_MGV.transpose(0, 1).to(x_MC.dtype) @ self.codevectors.to(x_MC.dtype)
         return Quantized(vectors_GME.transpose(0, 1).flatten(1), codes_MG, logits_MGV)
 
 

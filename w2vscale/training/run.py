@@ -32,10 +32,10 @@ from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.engine import Engine, build_engine
 from w2vscale.errors import UserError
+from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.models.build import Wav2Vec2, build_model
 from w2vscale.models.initialisation import initial_parameters
 from w2vscale.models.layers import compute_dtype
-from w2vscale.models.products import CPU_HAS_BF16
 from w2vscale.objectives.objective import Objective, build_objective
 from w2vscale.optim.canonical import canonical_shapes
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work

@@ -32,7 +32,7 @@ from w2vscale.distributed.process_group import Ranks, process_group
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.deepspeed.config import import_deepspeed
 from w2vscale.models.build import parameter_shapes
-from w2vscale.models.wav2vec2 import LossSums
+from w2vscale.objectives.contrastive_model import LossSums
 from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.optim.canonical import canonical_shapes
 from w2vscale.optim.schedules import gumbel_temperature
