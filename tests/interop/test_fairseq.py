@@ -320,7 +320,7 @@ def test_every_hidden_state_is_that_of_fairseq(shape: Shape, tmp_path: Path) -> 
     for waveform in (torch.randn(3000), torch.randn(2345)):
         theirs = reference.encode(waveform)
         encoded = model.encoder(waveform.unsqueeze(0))
-        assert_equal(encoded.targets_BTC[0], reference.extract(waveform))
+        assert_equal(encoded.normalised_BTC[0], reference.extract(waveform))
         assert len(theirs) == config.layers + 2
         for our_BTD, their_TD in zip([*encoded.hidden, encoded.context_BTD], theirs, strict=True):
             assert_equal(our_BTD[0], their_TD)
@@ -356,7 +356,7 @@ def test_quantizer_and_projections_are_those_of_fairseq_also_in_transformers(sha
     context_TP = reference.affine("final_proj", reference.encode(waveform)[-1])
 
     encoded = model.encoder(waveform.unsqueeze(0))
-    quantized = model.quantizer(encoded.targets_BTC[0], None, 1.0)
+    quantized = model.quantizer(encoded.normalised_BTC[0], None, 1.0)
     assert_equal(quantized.vectors_MD, vectors_TD)
     assert_equal(model.target_projection(quantized.vectors_MD), targets_TP)
     assert_equal(model.context_projection(encoded.context_BTD[0]), context_TP)

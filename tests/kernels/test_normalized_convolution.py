@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.helpers.comparison import assert_same, error, outputs_and_gradients
-from w2vscale.kernels.folded_group_norm import folded_group_norm
+from w2vscale.kernels.folded_group_norm import folded_group_norm, folded_statistics
 from w2vscale.kernels.replaceable import kernels
-from w2vscale.models.wav2vec2 import Statistics, normalized_convolution, valid_mask
+from w2vscale.models.wav2vec2 import Statistics, convolution_statistics, normalized_convolution, valid_mask
 
 CHANNELS, STRIDE = 12, 5
 FORMS = [normalized_convolution.__wrapped__, folded_group_norm]
@@ -94,6 +94,18 @@ def test_statistics_may_be_given(form: Callable[..., Tensor]) -> None:
     assert_same([found_1TO], [whole_1TO[:, :50]])
     other_1TO, *_ = run(form, half_BS, parameters, groups=4)
     assert error(other_1TO, whole_1TO[:, :50]) > 1e-2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [12, 4])
+def test_statistics_are_the_plain_ones(groups: int, bias: bool) -> None:
+    weight_O1K, *others = parameters_of(7, bias=bias)
+    x_BT1 = 0.3 + torch.randn(2, 403, 1)
+    found, expected = (
+        form(x_BT1, weight_O1K, others[0] if bias else None, stride=STRIDE, groups=groups)
+        for form in (folded_statistics, convolution_statistics.__wrapped__)
+    )
+    assert_same([x_BG.float() for x_BG in found], expected)
 
 
 @pytest.mark.parametrize("form", FORMS)

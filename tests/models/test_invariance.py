@@ -55,7 +55,8 @@ def test_an_utterance_gives_the_same_frames_alone_and_in_any_padded_batch(name: 
     assert counts[-1] == frames == alone.features_BTC.shape[1]
     pairs = [
         (together.features_BTC, alone.features_BTC),
-        (together.targets_BTC, alone.targets_BTC),
+        (together.normalised_BTC, alone.normalised_BTC),
+        (together.projected_BTD, alone.projected_BTD),
         *zip(together.hidden, alone.hidden, strict=True),
         (together.context_BTD, alone.context_BTD),
     ]

@@ -40,7 +40,7 @@ def test_bf16_is_close_to_fp32(name: str) -> None:
     valid_BT = torch.arange(part.inputs.mask_BT.shape[1]) < part.inputs.frames_B.unsqueeze(1)
     expected, actual = (output.context_BTD.detach()[valid_BT].float() for output in seen)
     assert float((actual - expected).norm() / expected.norm()) < 2e-2
-    assert seen[1].context_BTD.dtype == seen[1].targets_BTC.dtype == torch.bfloat16
+    assert seen[1].context_BTD.dtype == seen[1].normalised_BTC.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -338,8 +338,10 @@ class Pretrained:
     def _codes(self, encoded: EncoderOutput) -> Tensor:
         """The quantizer's choices [B, T, G], on the CPU."""
         assert isinstance(self.model, Wav2Vec2ForPretraining)
-        batch, frames = encoded.targets_BTC.shape[:2]
-        quantized: Quantized = self.model.quantizer(encoded.targets_BTC.flatten(0, 1), None, 1.0)
+        projected = self.config.model.quantizer_input == "projected"
+        targets_BTC = encoded.projected_BTD if projected else encoded.normalised_BTC
+        batch, frames = targets_BTC.shape[:2]
+        quantized: Quantized = self.model.quantizer(targets_BTC.flatten(0, 1), None, 1.0)
         return quantized.codes_MG.view(batch, frames, -1).cpu()
 
 

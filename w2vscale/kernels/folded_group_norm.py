@@ -1,9 +1,9 @@
 """GroupNorm (Wu & He 2018) folded into the weights of the first convolution.
 
-Replaces `normalized_convolution` for one input channel. Mean and variance of w·x over all steps follow from the mean
-products of the few taps x: wᵀE[x] and wᵀE[xxᵀ]w. So the norm becomes part of the weights, and nothing as long as the
-audio is normalised or kept for the backward: on a CPU GroupNorm's time vanishes (docs/lab). Held to the plain version
-by tests/kernels/test_normalized_convolution.py.
+Replaces `normalized_convolution` and `convolution_statistics` for one input channel. Mean and variance of w·x over all
+steps follow from the mean products of the few taps x: wᵀE[x] and wᵀE[xxᵀ]w. So the norm becomes part of the weights,
+and nothing as long as the audio is normalised or kept for the backward: on a CPU GroupNorm's time vanishes (docs/lab).
+Held to the plain version by tests/kernels/test_normalized_convolution.py.
 """
 
 from __future__ import annotations
@@ -49,6 +49,18 @@ def folded_group_norm(
     weight_BOJ = _rounded(weight_BOJ, taps_BTJ.dtype, moments_BJJ[:, kernel], spare=kernel + 1)
     with without_autocast(x_BTI):
         return taps_BTJ @ weight_BOJ.transpose(1, 2)
+
+
+def folded_statistics(
+    x_BTI: Tensor, weight_OIK: Tensor, bias_O: Tensor | None, *, stride: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    """See `w2vscale.models.wav2vec2.convolution_statistics`."""
+    kernel = weight_OIK.shape[2]
+    if x_BTI.shape[2] != 1:
+        return NotImplemented
+    taps_BTJ = taps_of(x_BTI.squeeze(2), kernel, stride)
+    weight_OJ = matrix_of(weight_OIK, bias_O, taps_BTJ.shape[2]).double()
+    return _statistics(weight_OJ, _moments(taps_BTJ, None), one=kernel, groups=groups)
 
 
 def _moments(taps_BTJ: Tensor, valid_BT: Tensor | None) -> Tensor:

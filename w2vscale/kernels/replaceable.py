@@ -11,10 +11,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 
 from w2vscale.errors import UserError
 from w2vscale.kernels.table import KERNELS, Kernel
@@ -37,18 +36,19 @@ def kernels_of(choice: str) -> dict[tuple[str, str], Kernel]:
 _chosen = dict(kernels_of(os.environ.get(VARIABLE, "fast")))
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def replaceable(plain: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def replaceable(plain: Callable[P, R]) -> Callable[P, R]:
     """Compute `plain` by its kernel where there is one; the first argument is positional and a tensor."""
     name = plain.__name__
 
     @wraps(plain)
-    def run(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         first: Any = args[0]
         kernel = kernel_of(name, first.device.type)
         if kernel is not None and (kernel.traceable or not torch.compiler.is_compiling()):
-            y: Tensor = kernel.function(*args, **kwargs)
+            y: R = kernel.function(*args, **kwargs)
             if y is not NotImplemented:
                 return y
         return plain(*args, **kwargs)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from w2vscale.kernels.blocked_convolution import blocked_convolution
 from w2vscale.kernels.cpu_attention import attention_with_cpu_dropout
-from w2vscale.kernels.folded_group_norm import folded_group_norm
+from w2vscale.kernels.folded_group_norm import folded_group_norm, folded_statistics
 from w2vscale.kernels.frequency_convolution import frequency_convolution
 from w2vscale.kernels.layer_norm import bf16_layer_norm, native_layer_norm
 from w2vscale.kernels.segment_attention import segment_attention
@@ -29,6 +29,8 @@ class Kernel(NamedTuple):
 KERNELS = {
     ("attention", "cpu"): Kernel(attention_with_cpu_dropout),
     ("attention", "cuda"): Kernel(segment_attention, traceable=True),
+    ("convolution_statistics", "cpu"): Kernel(folded_statistics),
+    ("convolution_statistics", "cuda"): Kernel(folded_statistics),
     ("dropout", "cpu"): Kernel(sixteen_bit_dropout),
     ("layer_norm", "cpu"): Kernel(bf16_layer_norm),
     ("layer_norm", "cuda"): Kernel(native_layer_norm, traceable=True),

@@ -38,7 +38,8 @@ class EncoderOutput(NamedTuple):
     """The encoder's outputs for B utterances of T frames."""
 
     features_BTC: Tensor  # of the feature encoder, before LayerNorm
-    targets_BTC: Tensor  # the quantizer's input, never masked: features after LayerNorm, or projected
+    normalised_BTC: Tensor  # features after LayerNorm, never masked
+    projected_BTD: Tensor  # normalised features after the projection, never masked
     context_BTD: Tensor
     hidden: list[Tensor]  # the first block's input, then the output of each block
 
@@ -105,8 +106,7 @@ class Wav2Vec2Encoder(nn.Module):
         if channel_mask_BD is not None:
             x_BTD = x_BTD.masked_fill(channel_mask_BD.unsqueeze(1), 0.0)
         context_BTD, hidden = self.transformer(x_BTD, frames_B, active)
-        targets_BTC = projected_BTD if config.quantizer_input == "projected" else normalised_BTC
-        return EncoderOutput(features_BTC, targets_BTC, context_BTD, hidden)
+        return EncoderOutput(features_BTC, normalised_BTC, projected_BTD, context_BTD, hidden)
 
 
 # ---------------------------------------------------------------- feature encoder
@@ -208,10 +208,9 @@ class ConvLayer(nn.Module):
         return x_BTC, lengths_B
 
     def statistics(self, x_BTC: Tensor) -> Statistics:
-        """GroupNorm's statistics of an input that has its padding already, and where no utterance is padded."""
+        """GroupNorm's statistics for an input without padded utterances that has the convolution's padding already."""
         assert isinstance(self.norm, nn.GroupNorm)
-        y_BTC = strided_convolution(x_BTC, self.weight, self.bias, self.stride)
-        return group_statistics(y_BTC, None, self.norm.num_groups)
+        return convolution_statistics(x_BTC, self.weight, self.bias, stride=self.stride, groups=self.norm.num_groups)
 
 
 @replaceable
@@ -249,6 +248,14 @@ def normalized_convolution(
         if valid_BT is not None:
             y_BTO = y_BTO * valid_BT.unsqueeze(2)
         return y_BTO.to(x_BTI.dtype)
+
+
+@replaceable
+def convolution_statistics(
+    x_BTI: Tensor, weight_OIK: Tensor, bias_O: Tensor | None, *, stride: int, groups: int
+) -> Statistics:
+    """`group_statistics` of a strided convolution, where no utterance is padded."""
+    return group_statistics(strided_convolution(widen(x_BTI), weight_OIK, bias_O, stride), None, groups)
 
 
 def group_statistics(y_BTC: Tensor, valid_BT: Tensor | None, groups: int) -> Statistics:

@@ -70,7 +70,8 @@ class Wav2Vec2ForPretraining(nn.Module):
         waveforms_BS = inputs.waveforms_BS.to(self.compute_dtype)
         encoded = self.encoder(waveforms_BS, lengths_B, frames_B, inputs.mask_BT, active=active)
 
-        targets_MC = encoded.targets_BTC[inputs.utterance_M, inputs.frame_M]
+        targets_BTC = encoded.projected_BTD if config.quantizer_input == "projected" else encoded.normalised_BTC
+        targets_MC = targets_BTC[inputs.utterance_M, inputs.frame_M]
         targets_MC = dropout(targets_MC, config.feature_dropout, self.training)
         quantized = self.quantizer(targets_MC, noise_MGV, temperature)
         logits_MK = contrastive_logits(
