@@ -30,8 +30,8 @@ from w2vscale.errors import UserError
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
-from w2vscale.models.feature_encoder import output_frames
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.models.lengths import output_frames
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 
 CONVOLUTIONS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 SMALL_CONVOLUTIONS = "[(32, 10, 5)] + [(32, 3, 2)] * 2 + [(40,2,2)]"
@@ -320,7 +320,7 @@ def test_every_hidden_state_is_that_of_fairseq(shape: Shape, tmp_path: Path) -> 
     for waveform in (torch.randn(3000), torch.randn(2345)):
         theirs = reference.encode(waveform)
         encoded = model.encoder(waveform.unsqueeze(0))
-        assert_equal(encoded.targets_BTC[0], reference.extract(waveform))
+        assert_equal(encoded.normalised_BTC[0], reference.extract(waveform))
         assert len(theirs) == config.layers + 2
         for our_BTD, their_TD in zip([*encoded.hidden, encoded.context_BTD], theirs, strict=True):
             assert_equal(our_BTD[0], their_TD)
@@ -356,7 +356,7 @@ def test_quantizer_and_projections_are_those_of_fairseq_also_in_transformers(sha
     context_TP = reference.affine("final_proj", reference.encode(waveform)[-1])
 
     encoded = model.encoder(waveform.unsqueeze(0))
-    quantized = model.quantizer(encoded.targets_BTC[0], None, 1.0)
+    quantized = model.quantizer(encoded.normalised_BTC[0], None, 1.0)
     assert_equal(quantized.vectors_MD, vectors_TD)
     assert_equal(objective.target_projection(quantized.vectors_MD), targets_TP)
     assert_equal(model.context_projection(encoded.context_BTD[0]), context_TP)

@@ -31,7 +31,7 @@ from w2vscale.interop.huggingface import (
     to_huggingface,
 )
 from w2vscale.interop.importing import import_checkpoint
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 
 transformers = pytest.importorskip("transformers")
 

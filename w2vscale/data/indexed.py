@@ -19,7 +19,7 @@ from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.mixing import draw_rates, groups
 from w2vscale.data.plan import Mix, Plan, window_numbers
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import input_samples, output_frames
+from w2vscale.models.lengths import input_samples, output_frames
 
 VALIDATION_SEED = 20
 """Validation draws its order, crops, masks and negatives from this seed, so that all runs validate on the same."""

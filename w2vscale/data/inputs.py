@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from w2vscale.config import ModelConfig
-from w2vscale.models.feature_encoder import output_frames
+from w2vscale.models.lengths import output_frames
 
 ALIGNMENT = 64
 """Bytes between the beginnings of tensors in a shared buffer are a multiple of this."""

@@ -29,7 +29,7 @@ from w2vscale.data.loading import gather_windows, loader_settings
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed, generator
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import input_samples
+from w2vscale.models.lengths import input_samples
 
 UTTERANCES_PER_BUCKET = 50
 """Utterances in the buffer of a loader process per duration bucket; with fewer, buckets would rarely fill a batch."""

@@ -22,9 +22,9 @@ from w2vscale.config.tree import Count, NotNegative, Positive, Probability
 from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
 from w2vscale.data.randomness import Stream
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import input_samples, valid_mask
 from w2vscale.models.layers import Linear, dropout
-from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder
+from w2vscale.models.lengths import input_samples
+from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder, valid_mask
 from w2vscale.objectives.base import Objective, Panel, StepContext, TransformersHead
 from w2vscale.objectives.masking import MaskSettings, mask_frames
 from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss, perplexity

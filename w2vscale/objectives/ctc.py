@@ -22,10 +22,9 @@ from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
 from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
 from w2vscale.data.transcripts import BLANK, PIECE_SPACE, SPACE, UNKNOWN, Transcripts, refuse_too_many, transcript
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import input_samples, output_frames
 from w2vscale.models.layers import Linear, dropout
-from w2vscale.models.transformer import BERT_STD
-from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
+from w2vscale.models.lengths import input_samples, output_frames
+from w2vscale.models.wav2vec2 import BERT_STD, Wav2Vec2Encoder
 from w2vscale.objectives.base import Objective, Panel, StepContext, Target, TransformersHead
 from w2vscale.objectives.masking import MaskSettings, mask_frames, span_mask
 

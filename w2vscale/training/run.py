@@ -29,9 +29,9 @@ from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.engine import Engine, build_engine
 from w2vscale.errors import UserError
 from w2vscale.files import write_text
-from w2vscale.models.feature_encoder import input_samples
+from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.models.initialisation import empty_parameters, initial_values
-from w2vscale.models.products import CPU_HAS_BF16
+from w2vscale.models.lengths import input_samples
 from w2vscale.objectives import Objective, resolve
 from w2vscale.optim.canonical import expected_tensors, model_shapes
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
