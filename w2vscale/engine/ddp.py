@@ -59,19 +59,16 @@ class DDPEngine(NativeEngine):
         self.optimizer.zero_grad(set_to_none=self.parallel is None)
 
     def export_state(self) -> CanonicalState:
-        """See `Engine.export_state`."""
         return {name: self.rows.own(stored(tensor)) for name, tensor in self.live_state().items()}
 
     @torch.no_grad()
     def import_state(self, reader: StateReader) -> None:
-        """See `Engine.import_state`."""
         state = self.live_state()
         for name, whole in self.rows.read(reader, specs_of(state)):
             state[name].copy_(whole)
 
     @torch.no_grad()
     def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Engine.import_values`."""
         state = self.live_state()
         for name, whole in values:
             state[f"model.{name}"].copy_(whole)
