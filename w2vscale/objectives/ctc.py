@@ -250,7 +250,7 @@ class Ctc(Objective):
         return logits_TV
 
     def transformers_head(self) -> TransformersHead:
-        """In vocab.json the `▁` of sentence pieces is a space: the tokenizer of Transformers only concatenates symbols."""
+        """In vocab.json `▁` becomes a space, because the tokenizer of Transformers only concatenates symbols."""
         settings, vocabulary = self.settings, list(self.vocabulary)
         marks = {"pad": vocabulary[BLANK], "bos": "<s>", "eos": "</s>", "unk": UNKNOWN}
         tokens = {name: symbol if symbol in vocabulary else None for name, symbol in marks.items()}
