@@ -14,6 +14,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine import Engine, StepResult
 from w2vscale.engine.accumulation import FixedGrouping, Grouping
 from w2vscale.objectives import Objective, StepContext, Sums, resolve
+from w2vscale.training.loop import _after_step
 from w2vscale.training.run import empty_model, initial_state, lay_out, open_training_set
 
 
@@ -43,9 +44,9 @@ class Setup:
         """The sums of one micro-batch."""
         return self.engine.evaluate(batch, self.objective, StepContext(self.config.trainer.seed, 0))
 
-    def step(self, lr: float, max_norm: float | None = 1.0) -> StepResult:
-        """One optimizer step."""
-        return self.engine.step(lr=lr, max_norm=max_norm)
+    def step(self, lr: float, max_norm: float | None = 1.0, *, update: int = 0) -> StepResult:
+        """One optimizer step, and what the objective does after it."""
+        return self.engine.step(lr=lr, max_norm=max_norm, after=_after_step(self.objective, update))
 
     def start_over(self) -> None:
         """Give the engine its initial values."""
