@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.helpers.spelled import SPELLING, some_texts, write_spelled
+from tests.helpers.micro import MICRO_RUN
+from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
 from w2vscale.analysis.probing import Cooccurrence, cooccurrence
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
@@ -33,9 +34,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def pretrained(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     exp = tmp_path_factory.mktemp("pretrained")
     settings = [
-        *SPELLING,
-        "objective.name=ctc",
-        "objective.vocabulary=[]",
+        *MICRO_RUN,
+        *SPELLED,
         f"data.train={corpus[0]}",
         "trainer.updates=4",
     ]

@@ -1,4 +1,4 @@
-"""Settings: presets, YAML and overrides in, one tree out; every mistake is one line that names the nearest setting."""
+"""Settings from YAML and overrides; every mistake is one line that names the nearest setting."""
 
 from __future__ import annotations
 
@@ -8,104 +8,15 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from w2vscale.config import Config, ModelConfig, OptimConfig, dump_config, load_config, preset_names
-from w2vscale.config.load import settings
+from w2vscale.config import Config, OptimConfig, ParameterGroupConfig, dump_config, load_config, preset_names
 from w2vscale.errors import UserError
-
-PRESETS = (
-    "tiny", "base", "base_prenorm", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b",
-    "ctc_10min", "ctc_1h", "ctc_10h", "ctc_100h", "ctc_960h",
-)  # fmt: skip
-PUBLISHED = ("base", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b")
-CONV_LAYERS = ((512, 10, 5), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 2, 2), (512, 2, 2))
-
-# fairseq's examples/wav2vec/config/pretraining and XLS-R (Babu et al. 2021), one column per name in PUBLISHED.
-MODEL_NUMBERS = {
-    "layers": (12, 24, 24, 24, 48, 48),
-    "dim": (768, 1024, 1024, 1024, 1280, 1920),
-    "ffn_dim": (3072, 4096, 4096, 4096, 5120, 7680),
-    "heads": (12, 16, 16, 16, 16, 16),
-    "conv_norm": ("group", "group", "layer", "layer", "layer", "layer"),
-    "conv_bias": (False, False, True, True, True, True),
-    "norm_first": (False, False, True, True, True, True),
-    "normalize_waveform": (False, False, True, True, True, True),
-    "codevector_dim": (256, 768, 768, 768, 1024, 1024),
-    "projection_dim": (256, 768, 768, 768, 1024, 1024),
-    "gumbel_start": (2.0, 2.0, 2.0, 2.0, 2.0, 2.0),
-    "gumbel_end": (0.5, 0.1, 0.1, 0.1, 0.1, 0.1),
-    "gumbel_decay": (0.999995,) * 6,
-    "dropout": (0.1, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "attention_dropout": (0.1, 0.1, 0.0, 0.0, 0.0, 0.0),
-    "input_dropout": (0.1, 0.1, 0.0, 0.0, 0.1, 0.1),
-    "feature_dropout": (0.1, 0.1, 0.0, 0.0, 0.0, 0.0),
-    "activation_dropout": (0.0,) * 6,
-    "layerdrop": (0.05, 0.0, 0.0, 0.0, 0.0, 0.0),
-    "feature_grad_mult": (0.1, 0.03, 1.0, 1.0, 1.0, 1.0),
-    "diversity_weight": (0.1,) * 6,
-    "feature_penalty_weight": (10.0, 10.0, 0.0, 0.0, 0.0, 0.0),
-    "sampling_rate": (16_000,) * 6,
-    "conv_layers": (CONV_LAYERS,) * 6,
-    "conv_norm_groups": (512,) * 6,
-    "conv_padding": (False,) * 6,
-    "positional_kernel": (128,) * 6,
-    "positional_groups": (16,) * 6,
-    "max_frames": (None,) * 6,
-    "codebooks": (2,) * 6,
-    "codebook_entries": (320,) * 6,
-    "quantizer_input": ("features",) * 6,
-    "target_projection": (True,) * 6,
-    "negatives": (100,) * 6,
-    "logit_temperature": (0.1,) * 6,
-    "mask_probability": (0.65,) * 6,
-    "mask_length": (10,) * 6,
-    "mask_min_spans": (2,) * 6,
-}
-
-# Peak learning rate, updates, of which the encoder is frozen; frames and channels masked; LayerDrop.
-FINE_TUNING_NUMBERS = {
-    "ctc_10min": (5e-5, 13_000, 10_000, 0.65, 0.25, 0.1),
-    "ctc_1h": (5e-5, 13_000, 10_000, 0.65, 0.25, 0.1),
-    "ctc_10h": (5e-5, 20_000, 10_000, 0.65, 0.5, 0.05),
-    "ctc_100h": (3e-5, 80_000, 0, 0.65, 0.5, 0.1),
-    "ctc_960h": (1e-4, 320_000, 0, 0.5, 0.1, 0.1),
-}
-
-# Peak learning rate, updates, samples of a crop, samples per GPU, GPUs.
-TRAINING_NUMBERS = {
-    "base": (5e-4, 400_000, 250_000, 1_400_000, 64),
-    "large": (3e-4, 600_000, 320_000, 1_200_000, 128),
-    "large_lv60": (1e-3, 1_000_000, 320_000, 1_200_000, 128),
-}
-
-# This project's own BASE, where it differs from the published one.
-BASE_PRENORM_NUMBERS = {
-    "layers": 12,
-    "dim": 768,
-    "ffn_dim": 3072,
-    "heads": 8,
-    "norm_first": True,
-    "embedding_norm": True,
-    "conv_norm": "group",
-    "conv_norm_groups": 32,
-    "conv_bias": False,
-    "conv_padding": True,
-    "positional_kernel": 128,
-    "positional_groups": 16,
-    "dropout": 0.1,
-    "quantizer_input": "projected",
-    "codebooks": 2,
-    "codebook_entries": 320,
-    "codevector_dim": 2 * 384,
-    "target_projection": False,
-    "projection_dim": 768,
-    "max_frames": 1024,
-}
+from w2vscale.objectives import OBJECTIVES, all_settings, resolve
 
 
 def error_of(source: str | Path, *overrides: str) -> str:
-    """The message of the mistake, which is one line."""
+    """The message of an error, which is one line."""
     with pytest.raises(UserError) as caught:
-        load_config(source, overrides)
+        resolve(load_config(source, overrides))
     message = str(caught.value)
     assert message and "\n" not in message
     return message
@@ -117,72 +28,12 @@ def yaml_file(folder: Path, text: str) -> Path:
     return path
 
 
-class TestPresets:
-    def test_all_are_listed_smallest_first(self) -> None:
-        assert preset_names() == list(PRESETS)
-
-    @pytest.mark.parametrize("column", range(len(PUBLISHED)), ids=PUBLISHED)
-    def test_models_have_the_published_numbers(self, column: int) -> None:
-        model = load_config(PUBLISHED[column]).model
-        expected = {key: values[column] for key, values in MODEL_NUMBERS.items()}
-        assert {key: getattr(model, key) for key in expected} == expected
-
-    @pytest.mark.parametrize("name", FINE_TUNING_NUMBERS)
-    def test_fine_tuning_has_the_published_numbers(self, name: str) -> None:
-        config = load_config(name)
-        masks = (config.objective.mask_probability, config.objective.channel_mask_probability)
-        updates = (config.trainer.updates, config.objective.freeze_encoder_updates)
-        assert (config.optim.lr, *updates, *masks, config.regularization.layerdrop) == FINE_TUNING_NUMBERS[name]
-        assert (config.schedule.kind, config.schedule.stages) == ("tri_stage", (0.1, 0.4, 0.5))
-        assert (config.objective.mask_length, config.objective.channel_mask_length) == (10, 64)
-        assert config.batch.max_seconds * config.batch.micro_batches == 1600
-        assert config.regularization.feature_grad_mult == config.optim.weight_decay == 0
-
-    def test_every_setting_of_the_model_is_in_the_table(self) -> None:
-        assert set(ModelConfig.model_fields) - set(MODEL_NUMBERS) == {"embedding_norm"}
-
-    def test_layernorm_follows_the_positional_convolution_in_post_ln_models_only(self) -> None:
-        assert all(load_config(name).model.embedding_norm != load_config(name).model.norm_first for name in PUBLISHED)
-
-    @pytest.mark.parametrize("name", TRAINING_NUMBERS)
-    def test_training_has_the_published_numbers(self, name: str) -> None:
-        config = load_config(name)
-        rate = config.model.sampling_rate
-        assert (
-            config.optim.lr,
-            config.trainer.updates,
-            config.data.max_seconds * rate,
-            config.batch.max_seconds * rate,
-            config.batch.micro_batches,
-        ) == TRAINING_NUMBERS[name]
-
-    def test_base_prenorm_has_every_number_of_its_description(self) -> None:
-        model = load_config("base_prenorm").model
-        assert {key: getattr(model, key) for key in BASE_PRENORM_NUMBERS} == BASE_PRENORM_NUMBERS
-
-    @pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny" and name not in FINE_TUNING_NUMBERS])
-    def test_optimisation_is_adamw_with_cosine_clipping_and_bf16(self, name: str) -> None:
-        config = load_config(name)
-        assert (config.optim.betas, config.optim.eps, config.optim.weight_decay) == ((0.9, 0.98), 1e-6, 0.01)
-        assert (config.schedule.kind, config.schedule.warmup_updates) == ("cosine", 32_000)
-        assert (config.schedule.final_ratio, config.optim.max_norm) == (0.1, 1.0)
-        assert config.precision.compute == "bf16"
-
-    @pytest.mark.parametrize("name", PRESETS)
-    def test_dumping_and_loading_changes_nothing(self, name: str, tmp_path: Path) -> None:
-        config = load_config(name, ["data.train=[a b.jsonl, 'c: d.jsonl', 'ü#1.jsonl']", "optim.eps=1e-9"])
-        dumped = dump_config(config)
-        again = load_config(yaml_file(tmp_path, dumped))
-        assert again == config
-        assert dump_config(again) == dumped
-
-
 class TestYaml:
     def test_an_empty_file_gives_the_defaults(self, tmp_path: Path) -> None:
         assert load_config(yaml_file(tmp_path, "")) == Config()
         assert load_config(yaml_file(tmp_path, "# only a comment\n")) == Config()
 
-    def test_a_section_whose_settings_are_all_commented_out_keeps_the_presets(self, tmp_path: Path) -> None:
+    def test_a_section_with_all_settings_commented_out_keeps_those_of_the_preset(self, tmp_path: Path) -> None:
         assert load_config(yaml_file(tmp_path, "preset: tiny\noptim:\n#  lr: 1\n")) == load_config("tiny")
 
     def test_a_file_may_start_from_a_preset(self, tmp_path: Path) -> None:
@@ -192,12 +43,12 @@ class TestYaml:
         assert config.model.dim == tiny.model.dim
         assert config.batch == tiny.batch
 
-    def test_overrides_go_before_the_file_and_later_ones_before_earlier(self, tmp_path: Path) -> None:
+    def test_overrides_replace_the_file_and_later_ones_replace_earlier_ones(self, tmp_path: Path) -> None:
         path = yaml_file(tmp_path, "optim: {lr: 1.0e-3, eps: 1.0e-7}\n")
         config = load_config(path, ["optim.lr=3e-4", "optim.lr=2e-4"])
         assert (config.optim.lr, config.optim.eps) == (2e-4, 1e-7)
 
-    def test_a_list_replaces_the_files_list(self, tmp_path: Path) -> None:
+    def test_a_list_replaces_the_list_of_the_file(self, tmp_path: Path) -> None:
         path = yaml_file(tmp_path, "data: {train: [a.jsonl, b.jsonl]}\n")
         assert load_config(path, ["data.train=c.jsonl"]).data.train == [Path("c.jsonl")]
 
@@ -219,7 +70,7 @@ class TestOverrides:
             ("optim={lr: 1.0e-5}", "optim", "lr", 1e-5),
         ],
     )
-    def test_values_take_the_settings_type(self, override: str, section: str, key: str, value: object) -> None:
+    def test_values_have_the_type_of_the_setting(self, override: str, section: str, key: str, value: object) -> None:
         found = getattr(getattr(load_config("base", [override]), section), key)
         assert found == value and type(found) is type(value)
 
@@ -273,11 +124,11 @@ class TestOverrides:
             ("engine.name=zero", "engine.name='zero'"),
         ],
     )
-    def test_a_wrong_value_is_named_with_its_setting(self, override: str, named: str) -> None:
+    def test_a_wrong_value_is_reported_with_its_setting(self, override: str, named: str) -> None:
         assert named in error_of("base", override)
 
     @pytest.mark.parametrize("override", ["optim.lr", "=3", ".lr=3", "optim.=3", "optim..lr=3", ""])
-    def test_an_override_without_its_form_is_refused(self, override: str) -> None:
+    def test_an_override_of_another_form_is_refused(self, override: str) -> None:
         assert error_of("base", override) == f"{override}: an override has the form section.key=value"
 
     def test_a_section_set_to_a_number_is_refused(self) -> None:
@@ -291,7 +142,7 @@ class TestOverrides:
         assert load_config(path, ["optim.lr=1"]).optim.lr == 1.0
 
 
-class TestSettingsThatContradictEachOther:
+class TestContradictions:
     @pytest.mark.parametrize(
         ("overrides", "named"),
         [
@@ -312,7 +163,7 @@ class TestSettingsThatContradictEachOther:
             (["schedule.kind=tri_stage", "schedule.final_ratio=0"], "final_ratio=0"),
         ],
     )
-    def test_both_are_named(self, overrides: list[str], named: str) -> None:
+    def test_the_error_names_both_settings(self, overrides: list[str], named: str) -> None:
         assert named in error_of("base", *overrides)
 
 
@@ -323,13 +174,13 @@ class TestSources:
     def test_a_name_that_is_neither_file_nor_preset_names_the_nearest_preset(self, name: str, nearest: str) -> None:
         message = error_of(name)
         assert message.startswith(f"{name}: neither a file nor a preset; did you mean {nearest}?")
-        assert all(preset in message for preset in PRESETS)
+        assert all(preset in message for preset in preset_names())
 
-    def test_a_missing_file_and_a_folder_are_named(self, tmp_path: Path) -> None:
+    def test_the_error_names_a_missing_file_or_a_folder(self, tmp_path: Path) -> None:
         for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "none.yaml" / "deeper.yaml"):
             assert error_of(path).startswith(f"{path}: neither a file nor a preset")
 
-    def test_a_file_below_a_file_is_named(self, tmp_path: Path) -> None:
+    def test_the_error_names_a_file_below_a_file(self, tmp_path: Path) -> None:
         path = yaml_file(tmp_path, "") / "deeper.yaml"
         assert error_of(path).startswith(f"{path}: neither a file nor a preset")
 
@@ -359,7 +210,7 @@ class TestSources:
             "!!python/object/apply:os.system [true]\n",
         ],
     )
-    def test_yaml_that_holds_no_settings_is_refused_with_the_files_name(self, text: str, tmp_path: Path) -> None:
+    def test_yaml_without_settings_is_refused_with_the_name_of_the_file(self, text: str, tmp_path: Path) -> None:
         path = yaml_file(tmp_path, text)
         assert error_of(path).startswith(f"{path}: ")
 
@@ -367,19 +218,74 @@ class TestSources:
         assert "did you mean tiny?" in error_of(yaml_file(tmp_path, "preset: tinny\n"))
 
 
-class TestTree:
-    def test_settings_lists_every_key_with_type_and_default(self) -> None:
-        rows = {key: (kind, default) for key, kind, default, _ in settings()}
-        sections = {name: getattr(Config(), name) for name in Config.model_fields}
-        assert list(rows) == [
-            f"{name}.{key}" for name, section in sections.items() for key in type(section).model_fields
-        ]
-        assert all(kind for kind, _ in rows.values())
-        for key, (_, default) in rows.items():
-            assert load_config("base", [f"{key}={default}"]) == Config()
+class TestObjective:
+    """Each objective has its own settings, which are checked when a run is built."""
 
-    def test_settings_types_are_words_that_a_user_knows(self) -> None:
-        kinds = {key: kind for key, kind, _, _ in settings()}
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["objective.negative=3"], "objective.negative: unknown setting; did you mean objective.negatives?"),
+            (
+                ["objective.mask_prob=3"],
+                "objective.mask_prob: unknown setting; did you mean objective.mask_",
+            ),
+            (["objective.negatives=many"], "objective.negatives='many': "),
+            (["objective.negatives=0"], "objective.negatives=0: "),
+            (["objective.negatives=yes"], "objective.negatives: True is neither a number nor text"),
+            (["objective.name=wav2vec"], "objective.name=wav2vec: unknown objective (objectives: wav2vec2, ctc"),
+            (["objective.name=ctc", "objective.negatives=3"], "objective.negatives: unknown setting"),
+            (["objective.vocabulary=letters"], "objective.vocabulary: unknown setting (objective has: name, mask_"),
+        ],
+    )
+    def test_a_mistake_is_one_line(self, overrides: list[str], message: str) -> None:
+        assert error_of("base", *overrides).startswith(message)
+
+    def test_another_objective_starts_from_its_own_defaults(self, tmp_path: Path) -> None:
+        for config in (
+            load_config("base_prenorm", ["objective.name=ctc", "objective.vocabulary=letters"]),
+            load_config(yaml_file(tmp_path, "preset: base_prenorm\nobjective: {name: ctc, vocabulary: letters}\n")),
+        ):
+            assert config.model == load_config("base_prenorm").model
+            assert config.objective.model_dump() == {"name": "ctc", "vocabulary": "letters"}
+            settings = resolve(config)[1].settings
+            assert dict(settings) == dict(OBJECTIVES["ctc"].Settings()) | {"vocabulary": settings.vocabulary}
+
+    def test_the_same_objective_keeps_the_settings_below_it(self) -> None:
+        config = load_config("base_prenorm", ["objective.name=wav2vec2", "objective.negatives=7"])
+        assert config.objective.model_dump() == load_config("base_prenorm").objective.model_dump() | {"negatives": 7}
+
+    def test_resolving_states_every_setting(self) -> None:
+        config, objective = resolve(load_config("base"))
+        assert config.objective.model_dump() == objective.settings.model_dump()
+        assert set(config.objective.model_dump()) == set(OBJECTIVES["wav2vec2"].Settings.model_fields)
+
+
+class TestTree:
+    def test_all_settings_lists_every_key_with_type_and_default(self) -> None:
+        tables = all_settings()
+        for name, section in Config():
+            if name != "objective":
+                assert [key for key, *_ in tables[name]] == [f"{name}.{key}" for key in type(section).model_fields]
+        for name, kind in OBJECTIVES.items():
+            rows = tables[f"objective with objective.name={name}"]
+            assert [key for key, *_ in rows] == [f"objective.{key}" for key in kind.Settings.model_fields]
+            for key, _, default, _ in rows:
+                override = [f"objective.name={name}", f"{key}={default}"]
+                assert kind.Settings(**load_config("base", override).objective.model_dump()) == kind.Settings()
+        for title, rows in tables.items():
+            for key, kind, default, _ in rows:
+                assert kind
+                if not title.startswith("objective"):
+                    assert load_config("base", [f"{key}={default}"]) == Config()
+
+    def test_every_setting_has_a_description(self) -> None:
+        described = {key: text for rows in all_settings().values() for key, _, _, text in rows}
+        described |= {key: field.description or "" for key, field in ParameterGroupConfig.model_fields.items()}
+        assert len(described) > 100
+        assert [key for key, text in described.items() if len(text.split()) < 2] == []
+
+    def test_types_are_words_that_a_user_knows(self) -> None:
+        kinds = {key: kind for rows in all_settings().values() for key, kind, _, _ in rows}
         assert {
             "optim.lr": "float",
             "optim.max_norm": "float or null",
@@ -389,6 +295,8 @@ class TestTree:
             "schedule.kind": "cosine or linear or tri_stage",
             "data.train": "list",
             "optim.betas": "list",
+            "objective.negatives": "int",
+            "objective.sentencepiece": "Path or null",
         }.items() <= kinds.items()
 
     def test_it_cannot_be_changed_after_it_was_checked(self) -> None:

@@ -1,4 +1,4 @@
-"""Sentence pieces: trained from transcripts, taken as the vocabulary, and as labels what SentencePiece itself says."""
+"""Sentence pieces: training from transcripts, the vocabulary that they give, and labels equal to SentencePiece's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from w2vscale.config import dump_config, load_config
 from w2vscale.data.audio import AudioError
 from w2vscale.data.transcripts import Transcripts
 from w2vscale.errors import UserError
+from w2vscale.objectives import build_objective, resolve
+from w2vscale.objectives.ctc import CtcSettings
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
@@ -62,7 +64,14 @@ def library(model: Path) -> Any:
 
 
 def vocabulary(model: Path) -> list[str]:
-    return load_config("base", ["objective.name=ctc", f"objective.sentencepiece={model}"]).objective.vocabulary
+    return list(with_pieces("base", model).vocabulary)
+
+
+def with_pieces(preset: str, model: Path, *overrides: str) -> CtcSettings:
+    """Settings of CTC, with the vocabulary that they give."""
+    config = load_config(preset, ["objective.name=ctc", f"objective.sentencepiece={model}", *overrides])
+    settings: CtcSettings = build_objective(config).settings
+    return settings
 
 
 class TestTraining:
@@ -101,17 +110,18 @@ class TestVocabulary:
         assert found[:4] == MARKS and len(found) == 25
         assert all(found[number + 1] == library.id_to_piece(number) for number in range(24))
 
-    def test_a_runs_settings_open_without_the_file(self, model: Path, tmp_path: Path) -> None:
+    def test_the_settings_of_a_run_open_without_the_file(self, model: Path, tmp_path: Path) -> None:
         moved = tmp_path / "moved.model"
         moved.write_bytes(model.read_bytes())
-        config = load_config("base", ["objective.name=ctc", f"objective.sentencepiece={moved}"])
+        config, objective = resolve(load_config("base", ["objective.name=ctc", f"objective.sentencepiece={moved}"]))
         (tmp_path / "config.yaml").write_text(dump_config(config))
         moved.unlink()
-        assert load_config(tmp_path / "config.yaml") == config
-        spelling = Transcripts(config.objective.vocabulary)
+        again, opened = resolve(load_config(tmp_path / "config.yaml"))
+        assert again == config and opened.vocabulary == objective.vocabulary
+        spelling = Transcripts(opened.vocabulary)
         assert spelling.normalised("A  Cat") == "a cat"
 
-    def test_a_file_that_cannot_be_used_is_named(self, manifest: Path, model: Path, tmp_path: Path) -> None:
+    def test_an_unusable_file_is_an_error_that_names_it(self, manifest: Path, model: Path, tmp_path: Path) -> None:
         (tmp_path / "empty").touch()
         (tmp_path / "cut").write_bytes(model.read_bytes()[:100])
         sentencepiece.SentencePieceTrainer.train(
@@ -127,18 +137,15 @@ class TestVocabulary:
             (tmp_path / "bytes.model", "has pieces for bytes"),
         ):
             for use in (vocabulary, lambda path: Transcripts(["<pad>", "a"], path)):
-                with pytest.raises(UserError, match=rf"ctc\.sentencepiece={path}: {message}"):
+                with pytest.raises(UserError, match=rf"objective\.sentencepiece={path}: {message}"):
                     use(path)
 
-    def test_another_vocabulary_is_named(self, model: Path) -> None:
-        config = load_config("ctc_1h", ["objective.name=ctc", f"objective.sentencepiece={model}"])
-        with pytest.raises(UserError, match=r"its 24 pieces after a blank are not the 32 symbols of ctc\.vocabulary"):
-            Transcripts(config.objective.vocabulary, config.objective.sentencepiece)
-        taken = load_config(
-            "ctc_1h",
-            ["objective.name=ctc", f"objective.sentencepiece={model}", "objective.name=ctc", "objective.vocabulary=[]"],
-        ).ctc
-        assert Transcripts(taken.vocabulary, taken.sentencepiece).labels("a")[0]
+    def test_a_vocabulary_of_other_symbols_is_an_error(self, model: Path) -> None:
+        letters = with_pieces("ctc_1h", model)
+        with pytest.raises(UserError, match=r"its 24 pieces after a blank are not the 32 symbols of objective\.voc"):
+            Transcripts(letters.vocabulary, letters.sentencepiece)
+        pieces = with_pieces("ctc_1h", model, "objective.vocabulary=[]")
+        assert Transcripts(pieces.vocabulary, pieces.sentencepiece).labels("a")[0]
 
     def test_sentencepiece_is_optional(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         imported = builtins.__import__
@@ -155,7 +162,7 @@ class TestVocabulary:
 
 class TestLabels:
     @pytest.mark.parametrize("text", [*filter(None, TEXTS), "a that's  the dat", "t"])
-    def test_they_are_sentencepieces_own_and_give_the_text_back(self, model: Path, library: Any, text: str) -> None:
+    def test_they_equal_those_of_the_library_and_spell_the_text(self, model: Path, library: Any, text: str) -> None:
         symbols = vocabulary(model)
         labels, unknown = Transcripts(symbols, model).labels(text)
         assert labels == [number + 1 for number in library.encode(text)] and unknown == ""
@@ -167,11 +174,11 @@ class TestLabels:
         assert Transcripts(["<pad>", "<unk>", "▁THE", "CAT"]).normalised("the cat") == "THE CAT"
         assert Transcripts(["<pad>", "<unk>", "▁The", "C"]).normalised("the Cat") == "the Cat"
 
-    def test_what_no_piece_has_is_unknown_and_named(self, model: Path, library: Any) -> None:
+    def test_characters_in_no_piece_become_unknown_and_are_reported(self, model: Path, library: Any) -> None:
         labels, unknown = Transcripts(vocabulary(model), model).labels("the?! cät")
         assert labels == [number + 1 for number in library.encode("the?! cät")]
         assert labels.count(MARKS.index("<unk>")) == 2 and unknown == "!?ä"
 
-    def test_no_text_has_none(self, model: Path) -> None:
+    def test_an_empty_text_has_none(self, model: Path) -> None:
         with pytest.raises(AudioError, match="has no transcript"):
             Transcripts(vocabulary(model), model).labels(" ")

@@ -1,4 +1,4 @@
-"""Totals of a corpus against what its files were made to hold."""
+"""Statistics of a corpus against the audio that its files were made of."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ import numpy as np
 import pytest
 
 from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest
+from tests.helpers.batches import plan_of
 from w2vscale.config import load_config
 from w2vscale.corpora.folder import prepare_folder
 from w2vscale.corpora.index import build_index
-from w2vscale.corpora.stats import corpus_stats
-from w2vscale.data.loading import make_plan
+from w2vscale.corpora.stats import CorpusStats, corpus_stats
 from w2vscale.data.manifest import Corpus
 from w2vscale.errors import UserError
+from w2vscale.objectives import build_objective
 
 CONFIG = load_config("tiny", ["data.max_seconds=4", "data.min_seconds=1.9", "batch.max_seconds=12"])
 
 
-def test_totals_speakers_transcripts_and_rates_are_those_of_the_folder(mixed_audio: Path, tmp_path: Path) -> None:
+def stats_of(manifests: list[Path], *, bins: int = 16) -> CorpusStats:
+    return corpus_stats(manifests, CONFIG, build_objective(CONFIG), bins=bins)
+
+
+def test_totals_speakers_transcripts_and_rates_of_a_folder(mixed_audio: Path, tmp_path: Path) -> None:
     (written,) = prepare_folder(mixed_audio, tmp_path)
     build_index(written.path)
-    found = corpus_stats([written.path], CONFIG)
+    found = stats_of([written.path])
     assert (found.utterances, found.speakers, found.transcribed) == (6, 3, 2)
     assert found.sampling_rates == {8_000: 1, 16_000: 2, 44_100: 2, 48_000: 1}
     assert found.hours == pytest.approx(21.0 / 3600, abs=1e-5)
@@ -31,7 +36,7 @@ def test_totals_speakers_transcripts_and_rates_are_those_of_the_folder(mixed_aud
 
 
 def test_the_histogram_counts_every_utterance_and_hour_once(small_corpus: SmallCorpus) -> None:
-    found = corpus_stats([small_corpus.train, small_corpus.validation], CONFIG, bins=7)
+    found = stats_of([small_corpus.train, small_corpus.validation], bins=7)
     assert len(found.histogram) == 7
     assert sum(count for _, _, count, _ in found.histogram) == found.utterances == 30
     assert sum(hours for *_, hours in found.histogram) == pytest.approx(found.hours)
@@ -41,8 +46,8 @@ def test_the_histogram_counts_every_utterance_and_hour_once(small_corpus: SmallC
 
 
 def test_buckets_and_padding_are_those_of_the_plan(small_corpus: SmallCorpus) -> None:
-    found = corpus_stats([small_corpus.train], CONFIG)
-    plan = make_plan(Corpus([small_corpus.train]), CONFIG, seed=CONFIG.trainer.seed)
+    found = stats_of([small_corpus.train])
+    plan = plan_of(Corpus([small_corpus.train]), CONFIG, seed=CONFIG.trainer.seed)
     assert (found.micro_batches, found.padding, found.left_out) == (plan.per_epoch, plan.padding(), plan.left_out)
     assert found.left_out == int((Corpus([small_corpus.train]).manifests[0].durations < 1.9).sum()) > 0
     assert sum(bucket.utterances for bucket in found.buckets) == found.utterances - found.left_out
@@ -50,13 +55,13 @@ def test_buckets_and_padding_are_those_of_the_plan(small_corpus: SmallCorpus) ->
     assert found.buckets[0].longest_seconds == 4.0
 
 
-def test_equally_long_utterances_are_no_special_case(tmp_path: Path) -> None:
+def test_a_corpus_of_equally_long_utterances_has_no_padding(tmp_path: Path) -> None:
     cuts = [cut_of(write_audio(tmp_path / f"{n}.wav", noise(2.0, seed=n))) for n in range(3)]
-    found = corpus_stats([write_manifest(tmp_path / "cuts.jsonl", cuts)], CONFIG)
+    found = stats_of([write_manifest(tmp_path / "cuts.jsonl", cuts)])
     assert (found.shortest, found.longest, found.padding) == (2.0, 2.0, 0.0)
     assert (found.speakers, found.transcribed) == (0, 0)
 
 
-def test_a_missing_manifest_is_named(tmp_path: Path) -> None:
+def test_a_missing_manifest_is_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.jsonl: no such manifest"):
-        corpus_stats([tmp_path / "no.jsonl"], CONFIG)
+        stats_of([tmp_path / "no.jsonl"])

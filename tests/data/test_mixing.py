@@ -1,4 +1,4 @@
-"""Corpora and languages in the shares that were asked for, from a plan that is still a pure function."""
+"""Corpora and languages have the requested shares of an epoch, and the plan is still a pure function."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from lhotse.cut import Cut
 from numpy.typing import NDArray
 
 from tests.helpers.audio import cut_of, noise, write_audio, write_manifest
+from tests.helpers.batches import plan_of
 from w2vscale.config import Config, load_config
 from w2vscale.config.tree import MixConfig
-from w2vscale.corpora.stats import corpus_stats
-from w2vscale.data.loading import make_plan
+from w2vscale.corpora.stats import CorpusStats, corpus_stats
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.mixing import draw_rates, groups
 from w2vscale.data.plan import Mix, Plan
 from w2vscale.errors import UserError
+from w2vscale.objectives import build_objective
 
 
-def plan_of(samples: NDArray[np.int64], group: NDArray[np.int64], rates: list[float], **changes: int) -> Plan:
+def mixed_plan(samples: NDArray[np.int64], group: NDArray[np.int64], rates: list[float], **changes: int) -> Plan:
     settings = {"max_samples": 100, "min_samples": 1, "budget_samples": 400, "buckets": 8, "seed": 3} | changes
     return Plan(samples, mix=Mix(group, np.array(rates)), **settings)
 
@@ -44,7 +45,7 @@ class TestPlan:
     )
     def test_epochs_are_equally_long_and_full(self, count: int, rates: list[float], seed: int) -> None:
         random = np.random.default_rng(count)
-        plan = plan_of(random.integers(10, 150, count), random.integers(0, 3, count), rates, seed=seed)
+        plan = mixed_plan(random.integers(10, 150, count), random.integers(0, 3, count), rates, seed=seed)
         for epoch in (0, 1, 17):
             batches = [plan.micro_batch(epoch * plan.per_epoch + i) for i in range(plan.per_epoch)]
             assert sum(batch.utterances.size for batch in batches) == len(plan)
@@ -62,51 +63,51 @@ class TestPlan:
     ) -> None:
         random = np.random.default_rng(count)
         group = random.integers(0, 3, count)
-        found = draws(plan_of(random.integers(10, 150, count), group, rates, seed=seed), range(epochs))
+        found = draws(mixed_plan(random.integers(10, 150, count), group, rates, seed=seed), range(epochs))
         for number, rate in enumerate(rates):
             counts = np.array([found[int(u)] for u in np.flatnonzero(group == number)])
             if counts.size:
                 assert counts.sum() == epochs * max(round(rate * counts.size), 1)
                 assert counts.max() - counts.min() <= 1
 
-    def test_groups_get_the_shares_they_were_asked_for_however_many_buckets_and_small_groups(self) -> None:
+    def test_groups_get_their_shares_with_any_number_of_buckets_and_small_groups(self) -> None:
         random = np.random.default_rng(0)
         sizes = [20_000, 3000, *[200] * 60]
         group = np.repeat(np.arange(len(sizes)), sizes)
         samples = random.integers(10, 100, group.size)
         rates = np.array([1.0, 2.5, *[0.02] * 60])
-        found = draws(plan_of(samples, group, rates.tolist(), buckets=64), range(2))
+        found = draws(mixed_plan(samples, group, rates.tolist(), buckets=64), range(2))
         realised = np.bincount(group, weights=[found[u] for u in range(group.size)])
         assert realised == pytest.approx(2 * rates * sizes)
 
     def test_a_draw_takes_utterances_of_similar_length_in_every_epoch(self) -> None:
         random = np.random.default_rng(0)
         samples, group = random.integers(10, 100, 3000), random.integers(0, 3, 3000)
-        mixed, plain = plan_of(samples, group, [0.1, 1.0, 2.6]), plan_of(samples, group * 0, [1.0])
+        mixed, plain = mixed_plan(samples, group, [0.1, 1.0, 2.6]), mixed_plan(samples, group * 0, [1.0])
         assert len(mixed.buckets) == len(plain.buckets) == 8
         assert mixed.padding() < plain.padding() + 0.01
 
     def test_one_utterance_is_an_epoch(self) -> None:
-        plan = plan_of(np.array([15]), np.array([0]), [1.0])
+        plan = mixed_plan(np.array([15]), np.array([0]), [1.0])
         assert len(plan) == plan.per_epoch == 1
 
-    def test_of_every_group_something_is_drawn_however_small_its_rate(self) -> None:
+    def test_every_group_is_drawn_from_however_small_its_rate(self) -> None:
         group = np.array([0] * 100 + [1])
-        assert draws(plan_of(np.full(101, 50), group, [1.0, 1e-9]), range(1))[100] == 1
+        assert draws(mixed_plan(np.full(101, 50), group, [1.0, 1e-9]), range(1))[100] == 1
 
-    def test_any_position_is_reached_without_what_came_before(self) -> None:
+    def test_any_position_is_reached_without_the_ones_before(self) -> None:
         random = np.random.default_rng(1)
         samples, group = random.integers(10, 150, 200), random.integers(0, 2, 200)
-        walked, jumped = (plan_of(samples, group, [0.4, 2.3]) for _ in range(2))
+        walked, jumped = (mixed_plan(samples, group, [0.4, 2.3]) for _ in range(2))
         last = [walked.micro_batch(number) for number in range(5 * walked.per_epoch)][-1]
         there = jumped.micro_batch(5 * jumped.per_epoch - 1)
         assert there.utterances.tolist() == last.utterances.tolist()
         assert there.offsets.tolist() == last.offsets.tolist()
 
-    def test_groups_meet_in_one_micro_batch(self) -> None:
+    def test_a_micro_batch_has_utterances_of_several_groups(self) -> None:
         random = np.random.default_rng(2)
         group = random.integers(0, 2, 400)
-        plan = plan_of(random.integers(40, 50, 400), group, [1.0, 1.0])
+        plan = mixed_plan(random.integers(40, 50, 400), group, [1.0, 1.0])
         met = [len(set(group[plan.micro_batch(n).utterances].tolist())) for n in range(plan.per_epoch)]
         assert np.mean(met) > 1.7
 
@@ -191,21 +192,26 @@ def test_groups_are_manifests_languages_or_both(manifests: list[Path]) -> None:
 def test_the_plan_of_a_run_is_mixed_and_that_of_validation_is_not(manifests: list[Path]) -> None:
     config = settings("mix.by=language", "mix.temperature=0")
     corpus = Corpus(manifests)
-    plan = make_plan(corpus, config, seed=0, mix=config.mix)
+    plan = plan_of(corpus, config, mixed=True)
     spoken = Counter(corpus.cut(u).supervisions[0].language for u in draws(plan, range(1)).elements())
     assert max(spoken.values()) - min(spoken.values()) <= 9
-    assert set(draws(make_plan(corpus, config, seed=0), range(1)).values()) == {1}
+    assert set(draws(plan_of(corpus, config), range(1)).values()) == {1}
+
+
+def _stats(manifests: list[Path], *overrides: str) -> CorpusStats:
+    config = settings(*overrides)
+    return corpus_stats(manifests, config, build_objective(config))
 
 
 def test_stats_show_the_mix(manifests: list[Path]) -> None:
-    found = corpus_stats(manifests, settings("mix.by=language", "mix.temperature=0.0"))
+    found = _stats(manifests, "mix.by=language", "mix.temperature=0.0")
     shares = {group.name: group for group in found.mix}
     assert set(shares) == {"de", "nl", "unknown"}
     assert sum(group.share for group in found.mix) == pytest.approx(1.0)
     assert sum(group.epoch_share for group in found.mix) == pytest.approx(1.0)
     assert shares["de"].share > 0.5 > shares["de"].epoch_share
     assert shares["unknown"].draws > 3 * shares["de"].draws
-    assert corpus_stats(manifests, settings()).mix == []
+    assert _stats(manifests).mix == []
 
 
 def test_weights_come_from_the_command_line(manifests: list[Path]) -> None:

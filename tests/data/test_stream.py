@@ -10,19 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 from numpy.typing import NDArray
 
 from tests.helpers.audio import cut_of, noise, tone, write_audio, write_manifest, write_text
+from tests.helpers.batches import same
 from w2vscale.config import Config, load_config
 from w2vscale.corpora.shar import write_shards
+from w2vscale.data.assembly import Assembler
 from w2vscale.data.audio import read_audio
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.stream import Reader, StreamedMicroBatches
 from w2vscale.errors import UserError
+from w2vscale.objectives import build_objective
 
 RATE = 16_000
 
@@ -37,7 +39,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """They as four shards."""
+    """The same utterances in four shards."""
     folder = tmp_path_factory.mktemp("shards")
     write_shards(manifest, folder, shard_size=10)
     return folder
@@ -46,6 +48,12 @@ def shards(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_with(*overrides: str) -> Config:
     settings = ["data.mode=stream", "data.max_seconds=3", "data.min_seconds=1", "data.workers=0"]
     return load_config("tiny", [*settings, "batch.max_seconds=10", "batch.micro_batches=6", *overrides])
+
+
+def stream_of(folders: list[Path], config: Config) -> StreamedMicroBatches:
+    data = config.data.model_copy(update={"train": folders})
+    assemble = Assembler(build_objective(config), config.model, seed=config.trainer.seed)
+    return StreamedMicroBatches(assemble, model=config.model, data=data, batch=config.batch)
 
 
 def cuts_of(folder: Path) -> list[Cut]:
@@ -80,7 +88,7 @@ class TestShards:
             assert [cut.id for cut in cuts_of(tmp_path)] == [cut.id for cut in cuts_of(shards)]
             assert (tmp_path / shard.name).stat().st_size == shard.stat().st_size
 
-    def test_bad_audio_is_left_out_and_named_and_a_repeat_says_the_same(self, tmp_path: Path) -> None:
+    def test_bad_audio_is_left_out_and_reported_also_by_a_repeat(self, tmp_path: Path) -> None:
         paths = [write_audio(tmp_path / f"u{n}.flac", noise(2.0, seed=n)) for n in range(6)]
         manifest = write_manifest(tmp_path / "cuts.jsonl", [cut_of(path) for path in paths])
         write_text(paths[2])
@@ -91,7 +99,7 @@ class TestShards:
             assert {(bad.utterance, bad.kind) for bad in written.bad} == {("u2", "undecodable"), ("u4", "missing")}
         assert sorted(cut.id for cut in cuts_of(tmp_path / "shards")) == ["u0", "u1", "u3", "u5"]
 
-    def test_one_that_was_cut_short_is_written_anew_and_others_are_kept(self, manifest: Path, tmp_path: Path) -> None:
+    def test_an_incomplete_shard_is_written_again_and_others_are_kept(self, manifest: Path, tmp_path: Path) -> None:
         write_shards(manifest, tmp_path, shard_size=10)
         (tmp_path / "cuts.000001.jsonl.gz").unlink()
         (tmp_path / "partial.000001").mkdir()
@@ -100,7 +108,7 @@ class TestShards:
         assert len(cuts_of(tmp_path)) == 40
         assert (tmp_path / "recording.000002.tar").stat().st_mtime_ns == kept.st_mtime_ns
 
-    def test_a_cut_of_a_long_recording_brings_its_own_part_alone(self, tmp_path: Path) -> None:
+    def test_a_cut_of_a_long_recording_has_only_its_own_part(self, tmp_path: Path) -> None:
         whole = cut_of(write_audio(tmp_path / "long.flac", noise(12.0, seed=1)))
         parts = list(whole.cut_into_windows(4.0))
         manifest = write_manifest(tmp_path / "cuts.jsonl", parts)
@@ -150,7 +158,7 @@ class TestShards:
 class TestReaders:
     @pytest.mark.parametrize("readers", [1, 2, 3, 4, 6, 9])
     def test_together_they_read_everything_once_a_pass(self, shards: Path, readers: int) -> None:
-        source = StreamedMicroBatches([shards], config_with())
+        source = stream_of([shards], config_with())
         long_enough = {cut.id for cut in cuts_of(shards) if cut.duration >= 1.0}
         found: Counter[str] = Counter()
         for place in range(readers):
@@ -158,16 +166,16 @@ class TestReaders:
             found.update(cut.id for cut in first_pass)
         assert set(found) == long_enough and set(found.values()) == {1}
 
-    def test_passes_have_other_orders_and_so_has_a_resumed_run(self, shards: Path) -> None:
-        source = StreamedMicroBatches([shards], config_with())
+    def test_each_pass_and_a_resumed_run_have_orders_of_their_own(self, shards: Path) -> None:
+        source = stream_of([shards], config_with())
         count = sum(cut.duration >= 1.0 for cut in cuts_of(shards))
         names = [cut.id for cut in passes(source, place=0, readers=1, count=2 * count)]
         resumed = [cut.id for cut in passes(source, place=0, readers=1, count=count, start=7)]
         assert sorted(names[:count]) == sorted(names[count:]) == sorted(resumed)
         assert names[:count] != names[count:] != resumed != names[:count]
 
-    def test_long_ones_are_cropped_somewhere_else_each_time(self, shards: Path) -> None:
-        source = StreamedMicroBatches([shards], config_with())
+    def test_long_utterances_are_cropped_at_a_new_offset_in_each_pass(self, shards: Path) -> None:
+        source = stream_of([shards], config_with())
         starts: dict[str, set[float]] = {}
         for cut in passes(source, place=0, readers=1, count=150):
             assert 1.0 <= cut.duration <= 3.0
@@ -175,7 +183,7 @@ class TestReaders:
         assert len(starts["u39"]) == 4
 
     def test_too_few_utterances_for_the_readers_is_an_error(self, shards: Path) -> None:
-        source = StreamedMicroBatches([shards], config_with())
+        source = stream_of([shards], config_with())
         with pytest.raises(UserError, match=r"loader process 99 of 100 finds no utterance .* set data.workers lower"):
             passes(source, place=99, readers=100, count=1)
 
@@ -185,51 +193,49 @@ class TestMicroBatches:
         return [
             batch
             for rank in range(world_size)
-            for window in source.windows(updates, rank=rank, world_size=world_size)
+            for window in source.windows(updates, micro_batches=6, rank=rank, world_size=world_size)
             for batch in window
         ]
 
-    def test_they_are_numbered_as_planned_ones_and_fit_the_budget(self, shards: Path) -> None:
-        source = StreamedMicroBatches([shards], config_with())
+    def test_they_are_numbered_as_in_a_plan_and_fit_the_budget(self, shards: Path) -> None:
+        source = stream_of([shards], config_with())
         for world_size in (1, 2, 3):
             found = self.windows(source, updates=range(5, 12), world_size=world_size)
-            assert sorted((batch.update, batch.number) for batch in found) == [(n // 6, n) for n in range(30, 72)]
+            assert sorted(batch.number for batch in found) == list(range(30, 72))
             assert all(0 < batch.padded_samples <= 10 * RATE for batch in found)
             assert all(batch.weight > 0 and not batch.bad for batch in found)
 
-    def test_utterances_of_similar_length_come_together(self, shards: Path) -> None:
-        source = StreamedMicroBatches([shards], config_with("data.stream_buffer=300"))
+    def test_they_have_utterances_of_similar_length(self, shards: Path) -> None:
+        source = stream_of([shards], config_with("data.stream_buffer=300"))
         found = self.windows(source, updates=range(10))
         audio, padded = sum(b.audio_samples for b in found), sum(b.padded_samples for b in found)
         assert 1 - audio / padded < 0.1
 
-    def test_the_same_start_gives_the_same(self, shards: Path) -> None:
+    def test_the_same_start_gives_the_same_micro_batches(self, shards: Path) -> None:
         config = config_with("data.workers=2")
-        again = [self.windows(StreamedMicroBatches([shards], config), updates=range(3)) for _ in range(2)]
-        assert all(
-            torch.equal(one.inputs.waveforms_BS, other.inputs.waveforms_BS) for one, other in zip(*again, strict=True)
-        )
+        again = [self.windows(stream_of([shards], config), updates=range(3)) for _ in range(2)]
+        assert all(same(one, other) for one, other in zip(*again, strict=True))
 
-    def test_bad_audio_is_named_with_its_shard(self, shards: Path, tmp_path: Path) -> None:
+    def test_bad_audio_is_reported_with_its_shard(self, shards: Path, tmp_path: Path) -> None:
         silent = [cut_of(write_audio(tmp_path / f"s{n}.flac", np.zeros(2 * RATE, np.float32))) for n in range(2)]
         good = cut_of(write_audio(tmp_path / "good.flac", noise(2.0)))
         (tmp_path / "shards").mkdir()
         with SharWriter(str(tmp_path / "shards"), {"recording": "flac"}, shard_size=10) as writer:
             for cut in [*silent, good]:
                 writer.write(cut)
-        source = StreamedMicroBatches([tmp_path / "shards"], config_with())
+        source = stream_of([tmp_path / "shards"], config_with())
         found = self.windows(source, updates=range(1))
         bad = {(one.utterance, one.kind, Path(one.file).name) for batch in found for one in batch.bad}
         assert bad == {(f"s{n}", "silent", "cuts.000000.jsonl.gz") for n in range(2)}
 
     def test_the_largest_fills_the_budget(self, shards: Path) -> None:
-        batch = StreamedMicroBatches([shards], config_with()).largest()
-        assert batch.inputs.waveforms_BS.shape == (3, 3 * RATE)
+        batch = stream_of([shards], config_with()).largest()
+        assert batch.inputs.audio.waveforms_BS.shape == (3, 3 * RATE)
         assert batch.weight > 0
 
 
 class TestDamagedShards:
-    """Other shards go on; what is lost is named."""
+    """Other shards are still read, and lost utterances are reported."""
 
     @pytest.fixture
     def three(self, manifest: Path, tmp_path: Path) -> Path:
@@ -237,8 +243,8 @@ class TestDamagedShards:
         return tmp_path
 
     def lost(self, folder: Path) -> list[BadAudio]:
-        source = StreamedMicroBatches([folder], config_with("data.min_seconds=0.5"))
-        windows = source.windows(range(4), rank=0, world_size=1)
+        source = stream_of([folder], config_with("data.min_seconds=0.5"))
+        windows = source.windows(range(4), micro_batches=6, rank=0, world_size=1)
         batches = [batch for window in windows for batch in window]
         assert all(batch.utterances > 0 for batch in batches)
         return list({bad.utterance: bad for batch in batches for bad in batch.bad}.values())
@@ -268,34 +274,40 @@ class TestDamagedShards:
     def test_all_of_them_is_an_error_that_names_one(self, three: Path) -> None:
         for archive in three.glob("*.tar"):
             archive.write_bytes(b"")
-        with pytest.raises(UserError, match=r"recording.00000\d.tar: its shard cannot be read: .*nor can the other"):
+        with pytest.raises(
+            UserError, match=r"recording.00000\d.tar: .* cannot be read: .*could not read its other shards"
+        ):
             self.lost(three)
         for path in three.glob("cuts.*"):
             path.write_bytes(b"")
-        with pytest.raises(UserError, match=r"cuts.000000.jsonl.gz: .*; nor is there one in any other of 3 shards"):
+        with pytest.raises(UserError, match=r"cuts.000000.jsonl.gz: .*; the other 2 shards have none either"):
             self.lost(three)
 
 
 class TestBadInput:
     def test_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"no: no such folder of shards; make one with: w2vscale data shar"):
-            StreamedMicroBatches([tmp_path / "no"], config_with())
+            stream_of([tmp_path / "no"], config_with())
         with pytest.raises(UserError, match=r"data.train names no folder"):
-            StreamedMicroBatches([], config_with())
+            stream_of([], config_with())
 
     def test_no_shards(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="holds no shards"):
-            StreamedMicroBatches([tmp_path], config_with())
+            stream_of([tmp_path], config_with())
 
     def test_audio_missing(self, manifest: Path, tmp_path: Path) -> None:
         write_shards(manifest, tmp_path, shard_size=20)
         (tmp_path / "recording.000001.tar").unlink()
         with pytest.raises(UserError, match=r"cuts.000001.jsonl.gz: its audio is missing: no recording.000001.tar"):
-            StreamedMicroBatches([tmp_path], config_with())
+            stream_of([tmp_path], config_with())
 
     def test_nothing_long_enough(self, shards: Path) -> None:
         with pytest.raises(UserError, match=r"no utterance lasts 5 seconds \(data.min_seconds\)"):
-            StreamedMicroBatches([shards], config_with("data.min_seconds=5", "data.max_seconds=6"))
+            stream_of([shards], config_with("data.min_seconds=5", "data.max_seconds=6"))
+
+    def test_an_objective_that_needs_whole_utterances(self, shards: Path) -> None:
+        with pytest.raises(UserError, match=r"data.mode=stream crops utterances, .*; set data.mode=index"):
+            stream_of([shards], config_with("objective.name=ctc", "objective.vocabulary=letters"))
 
     def test_settings_of_the_other_mode(self) -> None:
         for setting in ("mix.by=corpus", "batch.pad_to=bucket"):

@@ -1,4 +1,4 @@
-"""Evaluation of a checkpoint agrees with the run's own validation; metrics agree with their definitions."""
+"""Evaluation of a checkpoint agrees with validation during the run; metrics agree with their definitions."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from w2vscale.analysis.report import read_metrics
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.evaluation.checkpoint import evaluate_checkpoint
-from w2vscale.models.wav2vec2 import LossSums
-from w2vscale.objectives.pretraining_metrics import pretraining_metrics
+from w2vscale.objectives import build_objective
+from w2vscale.objectives.contrastive import ContrastiveSums
 from w2vscale.training.loop import train
 
 
-def test_evaluate_repeats_the_runs_validation(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+def test_evaluating_a_checkpoint_repeats_the_validation_of_its_run(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     config = load_config(
         "base",
         [*MICRO_RUN, f"data.train={small_corpus.train}", f"data.validation={small_corpus.validation}",
@@ -32,7 +32,9 @@ def test_evaluate_repeats_the_runs_validation(small_corpus: SmallCorpus, tmp_pat
     assert found.update == 6
     for key in ("loss", "contrastive", "accuracy", "code_perplexity_0", "diversity"):
         assert found.metrics[key] == pytest.approx(validated[key], rel=1e-6), key
-    assert all(1 <= used <= 16 for used in found.used_entries)
+    assert all(1 <= found.metrics[f"used_entries_{codebook}"] <= 16 for codebook in (0, 1))
+    assert found.table["contrastive accuracy"] == f"{found.metrics['accuracy']:.4f}"
+    assert found.table["codebook 1"].startswith(f"{found.metrics['used_entries_1']:.0f} of 16 entries used")
 
     other = evaluate_checkpoint(tmp_path, [small_corpus.validation], ["batch.max_seconds=4"])
     assert other is not None
@@ -46,7 +48,7 @@ def test_evaluate_repeats_the_runs_validation(small_corpus: SmallCorpus, tmp_pat
 
 def test_metrics_are_sums_over_counts() -> None:
     counts = torch.tensor([[6.0, 2.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
-    sums = LossSums(
+    sums = ContrastiveSums(
         total=torch.tensor(40.0),
         contrastive=torch.tensor(24.0),
         diversity=torch.tensor(4.0),
@@ -56,7 +58,7 @@ def test_metrics_are_sums_over_counts() -> None:
         code_counts_GV=counts,
         probability_sums_GV=torch.full((2, 4), 2.0),
     )
-    values = pretraining_metrics(sums)
+    values = build_objective(load_config("base")).metrics(sums)
     assert values["loss"] == 5.0
     assert values["contrastive_bits"] == pytest.approx(3.0 / math.log(2))
     assert values["accuracy"] == 0.25

@@ -68,19 +68,28 @@ def test_incomplete_metrics_are_refused(tmp_path: Path) -> None:
             read_results([path])
 
 
+def write_metrics(folder: Path, table: dict[str, str]) -> Path:
+    """The file of an evaluation with validation metrics."""
+    folder.mkdir()
+    path = folder / "evaluation.json"
+    path.write_text(json.dumps({"loss": 1.5, "update": 1200, "utterances": 58.0, "table": table}))
+    return path
+
+
 def test_a_page_of_results(tmp_path: Path) -> None:
-    pretraining = tmp_path / "tiny" / "evaluation.json"
-    pretraining.parent.mkdir()
-    pretraining.write_text(json.dumps({"accuracy": 0.25, "contrastive_bits": 5.5, "update": 1200, "utterances": 58.0}))
+    pretraining = write_metrics(tmp_path / "tiny", {"contrastive loss": "5.500 bits", "accuracy": "0.250"})
+    other = write_metrics(tmp_path / "other", {"loss": "1.2 nats", "accuracy": "0.125"})
     ours = write_score(tmp_path / "tiny_1h", ["one two three four", "one two three"])
     baseline = write_score(tmp_path / "tiny_1h_scratch", ["one two", "one two"])
     beam = write_score(tmp_path / "tiny_1h", ["one two three four"] * 2, decoding="beam")
-    command = ["results", *map(str, (pretraining, ours, baseline, beam)), "-o", str(tmp_path / "RESULTS.md")]
+    command = ["results", *map(str, (pretraining, other, ours, baseline, beam)), "-o", str(tmp_path / "RESULTS.md")]
     result = CliRunner().invoke(app, [*command, "--title", "Trial"])
     assert result.exit_code == 0, result.output
     page = (tmp_path / "RESULTS.md").read_text()
     assert page.startswith("# Trial\n")
-    assert "| tiny | 1,200 | 58 | 5.500 bits | 0.250 |" in page
+    assert "| run | update | utterances | contrastive loss | accuracy | loss |" in page
+    assert "| tiny | 1,200 | 58 | 5.500 bits | 0.250 |  |" in page
+    assert "| other | 1,200 | 58 |  | 0.125 | 1.2 nats |" in page
     assert "| tiny_1h | dev | greedy | 12.5% (0.0% to 25.0%) |" in page
     assert "| tiny_1h_scratch | dev | greedy | 50.0% (50.0% to 50.0%) |" in page
     assert "`tiny_1h` against `tiny_1h_scratch` on dev, greedy: WER lower by 75.0% (95 %: 50.0% to 100.0%)" in page

@@ -1,6 +1,6 @@
 """Settings of a model that trains in seconds: overrides of the preset `base`."""
 
-MICRO_MODEL = (
+MICRO_ENCODER = (
     "model.conv_layers=[[16,10,5],[16,3,2],[16,3,2],[16,3,2],[16,3,2],[16,2,2],[16,2,2]]",
     "model.conv_norm_groups=16",
     "model.layers=3",
@@ -8,15 +8,19 @@ MICRO_MODEL = (
     "model.ffn_dim=64",
     "model.heads=4",
     "model.positional_groups=4",
+)
+"""An encoder of about 40,000 parameters, with BASE's dropouts, for any objective."""
+
+MICRO_MODEL = (
+    *MICRO_ENCODER,
     "objective.codebook_entries=16",
     "objective.codevector_dim=16",
     "objective.projection_dim=16",
     "objective.negatives=20",
 )
-"""A model of about 40,000 parameters, with BASE's dropouts and a LayerDrop that strikes often."""
+"""The encoder with wav2vec 2.0 pretraining."""
 
-MICRO_RUN = (
-    *MICRO_MODEL,
+MICRO_TRAINING = (
     "regularization.layerdrop=0.3",
     "data.max_seconds=2.0",
     "data.min_seconds=0.5",
@@ -30,6 +34,9 @@ MICRO_RUN = (
     "logging.tensorboard=false",
     "trainer.updates=12",
 )
+"""A run of seconds, with a LayerDrop that skips many blocks."""
+
+MICRO_RUN = (*MICRO_MODEL, *MICRO_TRAINING)
 
 SMALL = (
     "model.conv_layers=[[32,10,5],[32,3,2],[32,3,2],[32,2,2]]",
@@ -45,4 +52,4 @@ SMALL = (
     "objective.projection_dim=24",
     "objective.negatives=30",
 )
-"""Of any preset a model that other libraries have too, in milliseconds."""
+"""Makes of any preset a model that other libraries have too and that runs in milliseconds."""

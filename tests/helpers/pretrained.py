@@ -8,18 +8,19 @@ from torch import Tensor
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import load_config
 from w2vscale.inference.pretrained import Pretrained
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives import resolve
 
 
 def micro_pretrained(preset: str, *overrides: str) -> Pretrained:
-    config = load_config(preset, [*MICRO_MODEL, *overrides])
+    """A model with random weights, computing in fp32."""
+    config, objective = resolve(load_config(preset, [*MICRO_MODEL, "precision.compute=fp32", *overrides]))
     torch.manual_seed(7)
-    model = Wav2Vec2ForPretraining(config.model).eval()
+    model = objective.build_model().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return Pretrained(model, config)
+    return Pretrained(model, config, objective)
 
 
 def difference(a: dict[int, Tensor], b: dict[int, Tensor]) -> list[float]:

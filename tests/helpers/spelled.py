@@ -1,4 +1,4 @@
-"""A corpus whose transcripts can be learned in seconds: every letter is a tone."""
+"""A corpus whose transcripts are learned in seconds: every letter is a tone."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import numpy as np
 from lhotse import SupervisionSegment
 
 from tests.helpers.audio import cut_of, noise, write_audio, write_manifest
-from tests.helpers.micro import MICRO_RUN
+from tests.helpers.micro import MICRO_ENCODER, MICRO_TRAINING
 
 TONES = {"A": 300.0, "B": 700.0, "C": 1500.0, "D": 3100.0}
 RATE = 16_000
+SPELLED = ("data.max_seconds=4", "optim.weight_decay=0", "objective.mask_probability=0.1")
+"""Settings of any objective on it."""
 SPELLING = (
-    *MICRO_RUN, "objective.name=ctc",
-    "objective.vocabulary=['<pad>', '|', A, B, C, D]", "data.max_seconds=4", "optim.weight_decay=0",
-    "objective.mask_probability=0.1",
+    *MICRO_ENCODER, *MICRO_TRAINING, "objective.name=ctc",
+    "objective.vocabulary=['<pad>', '|', A, B, C, D]", *SPELLED,
 )  # fmt: skip
+"""Fine-tuning on it."""
 
 
 def spoken(text: str, *, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
@@ -28,7 +30,7 @@ def spoken(text: str, *, seed: int) -> np.ndarray[tuple[int], np.dtype[np.float3
 
 
 def write_spelled(folder: Path, texts: list[str], *, speakers: int = 0) -> Path:
-    """A manifest of utterances of these texts, by so many speakers in turn."""
+    """A manifest of utterances of these texts, by `speakers` speakers in turn."""
     cuts = []
     for number, text in enumerate(texts):
         cut = cut_of(write_audio(folder / f"u{number:02d}.flac", spoken(text or "ABCDABCD", seed=number)))
@@ -40,7 +42,7 @@ def write_spelled(folder: Path, texts: list[str], *, speakers: int = 0) -> Path:
 
 
 def some_texts(count: int) -> list[str]:
-    """Of 6 to 10 letters, with a space among them; none follows itself, which would be one long tone."""
+    """Texts of 6 to 10 letters and a space. No letter follows itself, which would be one long tone."""
     random = np.random.default_rng(0)
     texts = []
     for _ in range(count):

@@ -48,18 +48,18 @@ def test_load_opens_runs_and_checkpoints(run: Path) -> None:
 def test_layers_are_transformers_hidden_states(preset: str) -> None:
     transformers = pytest.importorskip("transformers")
     ours = micro_pretrained(preset)
-    config = ours.config.model
+    config = ours.config
     theirs = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config))).eval()
     theirs.load_state_dict(to_huggingface(ours.model.state_dict(), config))
     waveform = noise(2.0)
-    given = standardize(waveform) if config.normalize_waveform else waveform
+    given = standardize(waveform) if config.model.normalize_waveform else waveform
     with torch.no_grad():
         output: Any = theirs(torch.from_numpy(given).unsqueeze(0), output_hidden_states=True)
         encoded: Any = theirs.wav2vec2(torch.from_numpy(given).unsqueeze(0))
     found = ours.features(waveform, 16_000)
     assert max(difference(found, {n: h[0] for n, h in enumerate(output.hidden_states)})) <= 1e-5
     norm = ours.model.encoder.transformer.final_norm
-    last = found[config.layers] if norm is None else norm(found[config.layers])
+    last = found[config.model.layers] if norm is None else norm(found[config.model.layers])
     assert difference({0: last}, {0: encoded.last_hidden_state[0]})[0] <= 1e-5
 
 

@@ -11,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from w2vscale.config import ModelConfig, load_config
-from w2vscale.data.inputs import PretrainingInputs
-from w2vscale.data.micro_batch import make_inputs
+from tests.helpers.batches import inputs_of, utterance_of_masked_frames
+from w2vscale.config import load_config
 from w2vscale.models.feature_encoder import output_frames
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
-from w2vscale.objectives.contrastive import contrastive_logits, contrastive_loss
-from w2vscale.objectives.masking import frame_mask, negative_indices
+from w2vscale.objectives import Objective, StepContext, build_objective
+from w2vscale.objectives.contrastive import ContrastiveInputs
+from w2vscale.objectives.masking import MaskSettings, frame_mask
+from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss, negative_indices
 
-BASE = load_config("base").model
+BASE = build_objective(load_config("base")).settings
 
 
-def with_masking(**settings: float) -> ModelConfig:
-    return load_config("base", [f"model.{key}={value}" for key, value in settings.items()]).model
+def with_masking(**settings: float) -> MaskSettings:
+    return MaskSettings(name="any", **settings)  # type: ignore[arg-type]
 
 
 def spans_of(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -47,7 +47,7 @@ def test_about_49_percent_of_the_frames_are_masked() -> None:
     """10,000 utterances as long as LibriSpeech's: 2 to 16 seconds, most of them near the long end."""
     draws = np.random.default_rng(0)
     seconds = 2.0 + 14.0 * draws.beta(3.0, 1.2, size=10_000)
-    frames = [output_frames(int(length * 16_000), BASE) for length in seconds]
+    frames = [output_frames(int(length * 16_000), load_config("base").model) for length in seconds]
     masked = [int(frame_mask(count, BASE, draws).sum()) for count in frames]
     assert sum(masked) / sum(frames) == pytest.approx(0.49, abs=0.01)
 
@@ -150,41 +150,43 @@ def test_without_another_masked_frame_the_shape_is_kept(masked: int) -> None:
 
 
 def test_inputs_list_negatives_of_the_same_utterance() -> None:
-    config = with_masking(negatives=20)
     waveforms = [np.ones(size, dtype=np.float32) for size in (20_000, 40_000, 3_000, 30_000)]
-    inputs = make_inputs(waveforms, range(4), number=3, seed=8, config=config)
-    counts = inputs.mask_BT.sum(dim=1)
+    inputs = inputs_of(build_objective(load_config("base", ["objective.negatives=20"])), waveforms, number=3, seed=8)
+    mask_BT, utterance_M = inputs.audio.mask_BT, utterance_of_masked_frames(inputs)
+    counts = mask_BT.sum(dim=1)
     assert counts[2] == 0  # too short
-    assert torch.equal(inputs.mask_BT[inputs.utterance_M, inputs.frame_M], torch.ones(sum(inputs.masked)).bool())
-    assert sum(inputs.masked) == int(inputs.mask_BT.sum())
+    assert torch.equal(mask_BT[utterance_M, inputs.frame_M], torch.ones(sum(inputs.masked)).bool())
+    assert inputs.masked == tuple(counts.tolist())
     for row, count in enumerate(counts.tolist()):
-        own = inputs.utterance_M == row
+        own = utterance_M == row
         assert torch.equal(inputs.slot_M[own], torch.arange(count))
         assert (inputs.negatives_MK[own] < count).all()
         assert (inputs.negatives_MK[own] != inputs.slot_M[own].unsqueeze(1)).all()
-        assert not inputs.mask_BT[row, int(inputs.frames_B[row]) :].any()
-    assert inputs.slots == int(counts.max())
+        assert not mask_BT[row, int(inputs.audio.frames_B[row]) :].any()
 
 
 # ---------------------------------------------------------------- an utterance with one masked frame
 
 
-def one_masked_frame(config: ModelConfig) -> PretrainingInputs:
+def one_masked_frame(objective: Objective) -> ContrastiveInputs:
     """Two utterances, the second with one masked frame."""
     waveforms = [np.random.default_rng(0).standard_normal(3_000, dtype=np.float32)] * 2
-    inputs = make_inputs(waveforms, range(2), number=0, seed=0, config=config)
-    keep = (inputs.utterance_M == 0) | (inputs.slot_M == 0)
-    mask_BT = torch.zeros_like(inputs.mask_BT)
-    mask_BT[inputs.utterance_M[keep], inputs.frame_M[keep]] = True
+    inputs: ContrastiveInputs = inputs_of(objective, waveforms)
+    utterance_M = utterance_of_masked_frames(inputs)
+    keep = (utterance_M == 0) | (inputs.slot_M == 0)
+    mask_BT = torch.zeros_like(inputs.audio.mask_BT)
+    mask_BT[utterance_M[keep], inputs.frame_M[keep]] = True
     negatives_MK = inputs.negatives_MK[keep]
-    negatives_MK[-1] = torch.from_numpy(negative_indices(1, config.negatives, np.random.default_rng(0)))[0]
+    negatives = objective.settings.negatives
+    negatives_MK[-1] = torch.from_numpy(negative_indices(1, negatives, np.random.default_rng(0)))[0]
+    masked = (inputs.masked[0], 1)
     return inputs._replace(
-        mask_BT=mask_BT,
-        utterance_M=inputs.utterance_M[keep],
+        audio=inputs.audio._replace(mask_BT=mask_BT),
+        masked_B=torch.tensor(masked),
         frame_M=inputs.frame_M[keep],
         slot_M=inputs.slot_M[keep],
         negatives_MK=negatives_MK,
-        masked=(int(keep.sum()),),
+        masked=masked,
     )
 
 
@@ -211,27 +213,29 @@ def test_a_single_masked_frame_has_no_negatives_no_loss_and_no_gradient() -> Non
 
 
 def test_an_utterance_with_one_masked_frame_adds_nothing_to_the_contrastive_loss() -> None:
-    config = load_config(
-        "tiny",
-        ["model.conv_layers=[[16,10,5],[16,3,2],[16,2,2]]", "model.conv_norm_groups=16", "model.layers=1"],
-    ).model
+    encoder = ["model.conv_layers=[[16,10,5],[16,3,2],[16,2,2]]", "model.conv_norm_groups=16", "model.layers=1"]
+    objective = build_objective(load_config("tiny", encoder))
     torch.manual_seed(0)
-    model = Wav2Vec2ForPretraining(config).eval()
-    both = one_masked_frame(config)
+    model = objective.build_model().eval()
+    both = one_masked_frame(objective)
     first = both._replace(
-        waveforms_BS=both.waveforms_BS[:1],
-        lengths_B=both.lengths_B[:1],
-        frames_B=both.frames_B[:1],
-        mask_BT=both.mask_BT[:1],
-        utterance_M=both.utterance_M[:-1],
+        audio=both.audio._replace(
+            waveforms_BS=both.audio.waveforms_BS[:1],
+            lengths_B=both.audio.lengths_B[:1],
+            frames_B=both.audio.frames_B[:1],
+            mask_BT=both.audio.mask_BT[:1],
+            samples=both.audio.samples[:1],
+            utterances=(1,),
+        ),
+        masked_B=both.masked_B[:1],
         frame_M=both.frame_M[:-1],
         slot_M=both.slot_M[:-1],
         negatives_MK=both.negatives_MK[:-1],
-        utterances=(1,),
-        masked=(both.masked[0] - 1,),
+        masked=both.masked[:1],
     )
+    step = StepContext(seed=0, update=0)
     with torch.no_grad():
-        expected, sums = model(first), model(both)
+        expected, sums = (objective.forward(model, inputs, step=step, training=False) for inputs in (first, both))
     assert expected.contrastive > 1.0
     torch.testing.assert_close(sums.contrastive, expected.contrastive, rtol=1e-5, atol=0)
     assert sums.masked == expected.masked + 1

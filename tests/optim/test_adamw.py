@@ -1,4 +1,4 @@
-"""Parameter groups, and the fused optimizer against AdamW written out in float64."""
+"""Parameter groups, and the fused optimizer against the formula of AdamW in float64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from w2vscale.config import OptimConfig, load_config
 from w2vscale.errors import UserError
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives import build_objective
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate, state_of
 
 SHAPES = [
@@ -42,10 +42,10 @@ class TestGroups:
         assert decayed == {"encoder.layer.weight", "conv.weight"}
         assert {decay for _, decay in found.values()} == {0.0, 0.05}
 
-    def test_of_the_real_model_no_bias_norm_gain_or_mask_embedding_decays(self) -> None:
+    def test_no_bias_norm_gain_or_mask_embedding_of_the_model_decays(self) -> None:
         config = load_config("tiny", ["model.conv_bias=true", "model.conv_norm=layer"])
         with torch.device("meta"):
-            model = Wav2Vec2ForPretraining(config.model)
+            model = build_objective(config).build_model()
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         groups = parameter_groups(list(shapes.items()), config.optim)
         decayed = {name for group in groups if group.weight_decay for name in group.names}
@@ -53,13 +53,13 @@ class TestGroups:
         assert not any(name.endswith("bias") or "norm" in name for name in decayed)
         assert decayed and len(decayed) < len(shapes)
 
-    def test_a_pattern_sets_scale_and_decay_of_what_it_finds_anywhere_in_a_name(self) -> None:
+    def test_a_pattern_sets_scale_and_decay_of_parameters_whose_name_it_finds(self) -> None:
         found = settings_of(config_with(groups=[{"pattern": "layer", "lr_scale": 0.5, "weight_decay": 0.2}]))
         assert found["encoder.layer.weight"] == (0.5, 0.2)
         assert found["encoder.layer.bias"] == (0.5, 0.0)
         assert found["encoder.norm.weight"] == (1.0, 0.0)
 
-    def test_the_first_pattern_that_finds_a_parameter_takes_it(self) -> None:
+    def test_the_first_matching_pattern_counts(self) -> None:
         groups = [{"pattern": r"^encoder\.layer", "lr_scale": 0.1}, {"pattern": "encoder", "lr_scale": 0.2}]
         found = settings_of(config_with(groups=groups))
         assert (found["encoder.layer.weight"][0], found["encoder.norm.weight"][0]) == (0.1, 0.2)
@@ -69,13 +69,13 @@ class TestGroups:
         assert found["conv.weight"] == (0.0, 0.3)
 
     @pytest.mark.parametrize("pattern", ["decoder", r"^layer", "Encoder"])
-    def test_a_pattern_that_finds_nothing_is_an_error_with_an_example_of_a_name(self, pattern: str) -> None:
+    def test_a_pattern_without_a_match_is_an_error_with_an_example_of_a_name(self, pattern: str) -> None:
         with pytest.raises(UserError) as caught:
             settings_of(config_with(groups=[{"pattern": "conv"}, {"pattern": pattern}]))
         assert str(caught.value).startswith(f"optim.groups.1.pattern={pattern!r}: finds no parameter")
         assert "encoder.layer.weight" in str(caught.value)
 
-    def test_a_pattern_whose_parameters_an_earlier_one_took_is_an_error(self) -> None:
+    def test_a_pattern_that_only_matches_parameters_of_an_earlier_one_is_an_error(self) -> None:
         with pytest.raises(UserError, match=r"optim\.groups\.1\.pattern"):
             settings_of(config_with(groups=[{"pattern": "encoder"}, {"pattern": r"encoder\.norm"}]))
 
@@ -93,7 +93,7 @@ class TestOptimizer:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
 
-    def test_it_is_fused_and_its_state_is_there_before_the_first_step(self) -> None:
+    def test_it_is_fused_and_has_its_state_before_the_first_step(self) -> None:
         model = self.model()
         optimizer = adamw(model, OptimConfig())
         assert all(group["fused"] for group in optimizer.param_groups)
@@ -104,7 +104,7 @@ class TestOptimizer:
             assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
             assert not state["exp_avg"].any() and not state["exp_avg_sq"].any()
 
-    def test_state_that_is_absent_is_an_error_and_stays_absent(self) -> None:
+    def test_missing_state_is_an_error_and_is_not_created(self) -> None:
         model = self.model()
         optimizer = adamw(model, OptimConfig())
         assert set(state_of(optimizer, "0.weight", model[0].weight)) == {"step", "exp_avg", "exp_avg_sq"}
@@ -129,7 +129,7 @@ class TestOptimizer:
                 optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
 
-    def test_the_schedules_rate_is_multiplied_by_each_groups_scale(self) -> None:
+    def test_the_scheduled_rate_is_multiplied_by_the_scale_of_each_group(self) -> None:
         config = config_with(groups=[{"pattern": "^0", "lr_scale": 0.25}])
         optimizer = adamw(self.model(), config)
         set_learning_rate(optimizer, 0.01)

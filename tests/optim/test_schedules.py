@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w2vscale.config import ModelConfig, OptimConfig, ScheduleConfig, load_config
-from w2vscale.optim.schedules import gumbel_temperature, learning_rate
+from w2vscale.config import OptimConfig, ScheduleConfig, load_config
+from w2vscale.objectives import build_objective
+from w2vscale.objectives.contrastive import ContrastiveSettings
+from w2vscale.optim.schedules import learning_rate
 
 PEAK = 2e-3
 UPDATES = 1000
@@ -108,14 +110,14 @@ def test_any_schedule_rises_then_falls_between_zero_and_the_peak(
 
 class TestGumbelTemperature:
     def test_decays_by_a_factor_an_update(self) -> None:
-        model = ModelConfig()
-        assert gumbel_temperature(0, model) == 2.0
-        assert gumbel_temperature(1, model) == pytest.approx(2.0 * 0.999995)
-        assert gumbel_temperature(100_000, model) == pytest.approx(2.0 * math.exp(-0.5), rel=1e-4)
+        temperature = ContrastiveSettings().temperature
+        assert temperature(0) == 2.0
+        assert temperature(1) == pytest.approx(2.0 * 0.999995)
+        assert temperature(100_000) == pytest.approx(2.0 * math.exp(-0.5), rel=1e-4)
 
     @pytest.mark.parametrize(("preset", "floor"), [("base", 0.5), ("large", 0.1)])
     def test_stops_at_the_floor(self, preset: str, floor: float) -> None:
-        model = load_config(preset).model
+        temperature = build_objective(load_config(preset)).settings.temperature
         reached = math.ceil(math.log(2.0 / floor) / -math.log(0.999995))
-        assert gumbel_temperature(reached - 10, model) > floor
-        assert gumbel_temperature(reached + 1, model) == gumbel_temperature(10**7, model) == floor
+        assert temperature(reached - 10) > floor
+        assert temperature(reached + 1) == temperature(10**7) == floor

@@ -1,4 +1,4 @@
-"""A corpus with every kind of damage: the run finishes, names each once, and its losses are those of the rest."""
+"""A corpus with every kind of damage: the run finishes, reports each once, and has the losses of the good audio."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import soundfile
 import torch
 
 from tests.helpers.audio import cut_of, noise, write_audio, write_manifest, write_text
+from tests.helpers.batches import utterance_of_masked_frames
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.analysis.report import read_metrics
 from w2vscale.config import Config, load_config
-from w2vscale.data.inputs import PretrainingInputs
-from w2vscale.data.loading import MicroBatches
+from w2vscale.data.indexed import MicroBatches
+from w2vscale.data.inputs import AudioBatch
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
+from w2vscale.objectives.contrastive import ContrastiveInputs
 from w2vscale.training import run as run_module
 from w2vscale.training.bad_audio import BadAudioLog
 from w2vscale.training.loop import train
@@ -55,17 +57,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "zeros": (_zeros, "silent", "all samples are equal"),
     "not finite": (_with_nan, "not finite", "not finite"),
     "another rate": (lambda path: write_audio(path, noise(2.0, rate=8_000), rate=8_000), "mismatched", "8000 Hz"),
-    "stereo": (lambda path: write_audio(path, np.stack([noise(2.0)] * 2, axis=1)), "mismatched", "has 2 channels"),
+    "stereo": (
+        lambda path: write_audio(path, np.stack([noise(2.0)] * 2, axis=1)),
+        "mismatched",
+        "number of channels is 2",
+    ),
     "text": (write_text, "undecodable", "not readable as audio"),
     "0.01 s": (lambda path: write_audio(path, noise(0.01)), "mismatched", "duration is 0.010 s"),
     "3 hours": (_three_hours, "mismatched", "duration is 10800.000 s"),
 }
-"""What happens to a file after its manifest was made; the kind and a part of the reason it is named with."""
+"""What happens to a file after its manifest was made; the kind, and a part of the reason, of its report."""
 
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, str]]:
-    """A good corpus, the same with 5 % damaged files, and which of them is damaged how."""
+    """A good corpus, the same with 5 % damaged files, and the kind of damage by utterance."""
     manifests = []
     for name in ("good", "damaged"):
         folder = tmp_path_factory.mktemp(name)
@@ -81,40 +87,38 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[
 
 
 def settings(manifest: Path, *overrides: str) -> Config:
-    # Of 24 micro-batches an epoch, four an update.
+    # 24 micro-batches per epoch, four per update.
     return load_config("base", [*MICRO_RUN, f"data.train={manifest}", "batch.max_seconds=6", *overrides])
 
 
 def without(batch: MicroBatch, rows: list[int]) -> MicroBatch:
-    """A micro-batch as if these of its utterances weighed nothing."""
-    inputs = batch.inputs
+    """A micro-batch without some of its utterances."""
+    inputs, audio = batch.inputs, batch.inputs.audio
     kept = torch.tensor([row for row in range(batch.utterances) if row not in rows])
-    of_kept = torch.isin(inputs.utterance_M, kept)
-    new_row = torch.full((batch.utterances,), -1)
-    new_row[kept] = torch.arange(kept.numel())
-    # No wider than the longest that is left: dropout's noise follows the shape.
-    samples, frames = int(inputs.lengths_B[kept].max()), int(inputs.frames_B[kept].max())
-    counts = [int((inputs.utterance_M == row).sum()) for row in kept]
+    of_kept = torch.isin(utterance_of_masked_frames(inputs), kept)
+    # No wider than the longest that is left: the noise of dropout depends on the shape.
+    samples, frames = int(audio.lengths_B[kept].max()), int(audio.frames_B[kept].max())
     return replace(
         batch,
-        inputs=PretrainingInputs(
-            waveforms_BS=inputs.waveforms_BS[kept, :samples],
-            lengths_B=inputs.lengths_B[kept],
-            frames_B=inputs.frames_B[kept],
-            mask_BT=inputs.mask_BT[kept, :frames],
-            utterance_M=new_row[inputs.utterance_M[of_kept]],
+        inputs=ContrastiveInputs(
+            audio=AudioBatch(
+                waveforms_BS=audio.waveforms_BS[kept, :samples],
+                lengths_B=audio.lengths_B[kept],
+                frames_B=audio.frames_B[kept],
+                mask_BT=audio.mask_BT[kept, :frames],
+                samples=tuple(audio.lengths_B[kept].tolist()),
+                utterances=(kept.numel(),),
+            ),
+            masked_B=inputs.masked_B[kept],
             frame_M=inputs.frame_M[of_kept],
             slot_M=inputs.slot_M[of_kept],
             negatives_MK=inputs.negatives_MK[of_kept],
-            utterances=(kept.numel(),),
-            masked=(sum(counts),),
-            slots=max(counts),
-            padded=bool((inputs.lengths_B[kept] != samples).any()),
+            masked=tuple(inputs.masked_B[kept].tolist()),
         ),
     )
 
 
-def test_the_run_finishes_names_each_once_and_has_the_losses_of_the_rest(
+def test_the_run_finishes_reports_each_once_and_has_the_losses_of_the_rest(
     corpora: tuple[Path, Path, dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, damaged, harmed = corpora
@@ -130,9 +134,9 @@ def test_the_run_finishes_names_each_once_and_has_the_losses_of_the_rest(
     class Weighed(MicroBatches):
         """Reads good audio, then takes out what the other run cannot read."""
 
-        def __getitem__(self, key: tuple[int, int]) -> MicroBatch:
-            batch = super().__getitem__(key)
-            names = [self.corpus.cut(int(u)).id for u in self.plan.micro_batch(key[1]).utterances]
+        def __getitem__(self, number: int) -> MicroBatch:
+            batch = super().__getitem__(number)
+            names = [self.corpus.cut(int(u)).id for u in self.plan.micro_batch(number).utterances]
             return without(batch, [row for row, name in enumerate(names) if name in harmed])
 
     monkeypatch.setattr(run_module, "MicroBatches", Weighed)
@@ -144,7 +148,7 @@ def test_the_run_finishes_names_each_once_and_has_the_losses_of_the_rest(
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)
 
 
-def test_above_the_limit_it_stops_and_says_so(corpora: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
+def test_above_the_limit_the_run_stops(corpora: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
     _, damaged, _ = corpora
     with pytest.raises(UserError) as caught:
         train(settings(damaged, "data.max_bad_fraction=0.03", "trainer.updates=40"), tmp_path)
@@ -161,7 +165,7 @@ class TestLog:
     def lines(self, exp: Path) -> list[str]:
         return [json.loads(line)["utterance"] for line in (exp / "logs/bad_audio.jsonl").read_text().splitlines()]
 
-    def test_an_utterance_is_named_once_also_by_a_run_that_is_continued(self, tmp_path: Path) -> None:
+    def test_an_utterance_is_reported_once_also_in_a_resumed_run(self, tmp_path: Path) -> None:
         first = BadAudio("u1", "/a/b.flac", "missing", "no such file")
         log = self.log(tmp_path)
         log.report([first, first])
@@ -169,7 +173,7 @@ class TestLog:
         self.log(tmp_path).report([first, BadAudio("u2", "/a/c.flac", "silent", "is silent")])
         assert self.lines(tmp_path) == ["u1", "u2"]
 
-    def test_a_line_that_a_kill_cut_short_spoils_no_other(self, tmp_path: Path) -> None:
+    def test_an_incomplete_line_does_not_spoil_the_next(self, tmp_path: Path) -> None:
         self.log(tmp_path).report([BadAudio("u1", "a", "missing", "no such file")])
         path = tmp_path / "logs" / "bad_audio.jsonl"
         path.write_text(path.read_text() + '{"utterance": "u2", "fi')
@@ -186,7 +190,7 @@ class TestLog:
             f"3 utterances could not be used (2 silent, 1 missing): {tmp_path / 'logs' / 'bad_audio.jsonl'}"
         )
 
-    def test_the_limit_counts_once_enough_was_seen(self, tmp_path: Path) -> None:
+    def test_the_limit_is_checked_once_enough_utterances_were_seen(self, tmp_path: Path) -> None:
         log = self.log(tmp_path)
         log.count(seen=10, unusable=5)
         log.report([BadAudio("u1", "/a/b.flac", "missing", "no such file")])

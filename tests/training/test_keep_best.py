@@ -1,4 +1,4 @@
-"""`checkpoint.keep_best`: the checkpoints that a run keeps for their validation, and that can be averaged."""
+"""`checkpoint.keep_best`: the checkpoints with the lowest validation loss are kept and can be averaged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.spelled import SPELLING, some_texts, write_spelled
+from tests.helpers.micro import MICRO_RUN
+from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
 from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.format import committed, update_of
@@ -22,13 +23,12 @@ from w2vscale.training import loop
 
 @pytest.fixture
 def losses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """What the validations to come will find, in place of what they do."""
+    """The losses of the next validations, in place of the real ones."""
     to_come: list[float] = []
     validate = loop.validate
 
     def scripted(*arguments: Any) -> Any:
-        values, sums = validate(*arguments)
-        return values | {"loss": to_come.pop(0)}, sums
+        return validate(*arguments) | {"loss": to_come.pop(0)}
 
     monkeypatch.setattr(loop, "validate", scripted)
     yield to_come
@@ -41,25 +41,15 @@ def kept(exp: Path) -> dict[int, float | None]:
     return {update: state.validation_loss for update, state in states.items()}
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [
-        (),
-        (
-            "objective.name=ctc",
-            "objective.vocabulary=[]",
-        ),
-    ],
-    ids=["fine-tuning", "pretraining"],
-)
+@pytest.mark.parametrize("objective", [SPELLING, (*MICRO_RUN, *SPELLED)], ids=["fine-tuning", "pretraining"])
 def test_the_best_are_kept_over_a_resume_and_averaged(
     objective: tuple[str, ...], losses: list[float], tmp_path: Path
 ) -> None:
     """Saved after every update, validated after every second."""
     corpus = write_spelled(tmp_path / "corpus", some_texts(4))
     settings = [
-        *SPELLING, f"data.train={corpus}", f"data.validation={corpus}", "checkpoint.every=1", "checkpoint.keep_last=1",
-        "checkpoint.keep_best=2", "trainer.validate_every=2", "batch.micro_batches=1", "model.layers=1", *objective,
+        *objective, f"data.train={corpus}", f"data.validation={corpus}", "checkpoint.every=1", "checkpoint.keep_last=1",
+        "checkpoint.keep_best=2", "trainer.validate_every=2", "batch.micro_batches=1", "model.layers=1",
     ]  # fmt: skip
     exp = tmp_path / "exp"
     losses += [1.0, math.inf, 3.0, 4.0]

@@ -1,4 +1,4 @@
-"""Kills and signals: what a run does afterwards is what it would have done without them. Real processes."""
+"""After a kill or a signal, a run continues as if it had never been interrupted. Real processes."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def test_a_killed_run_continues_bit_for_bit(corpus: Path, uninterrupted: Path, t
     reached = len(curve(exp))
     assert 7 <= reached < 12, "the run ended before it could be killed"
 
-    said = finish(start(corpus, exp, options=("--resume", "auto")))
+    printed = finish(start(corpus, exp, options=("--resume", "auto")))
 
-    assert "resumed from" in said
+    assert "resumed from" in printed
     assert curve(exp) == curve(uninterrupted)
     assert [point["update"] for point in curve(exp)] == list(range(1, 13))
     assert weights(exp) == weights(uninterrupted)
@@ -84,8 +84,8 @@ def test_sigterm_saves_and_the_same_command_continues(corpus: Path, uninterrupte
     process = start(corpus, exp)
     wait_for_update(exp, 4)
     process.terminate()
-    said = finish(process, code=128 + signal.SIGTERM)
-    assert "stopped by SIGTERM" in said
+    printed = finish(process, code=128 + signal.SIGTERM)
+    assert "stopped by SIGTERM" in printed
     stopped_at = len(curve(exp))
     state = json.loads((exp / "checkpoints" / "latest" / "train_state.json").read_text())
     assert state["update"] == stopped_at < 12
@@ -96,7 +96,7 @@ def test_sigterm_saves_and_the_same_command_continues(corpus: Path, uninterrupte
     assert weights(exp) == weights(uninterrupted)
 
 
-def test_run_script_repeats_the_run_and_finds_it_finished(uninterrupted: Path) -> None:
+def test_run_sh_repeats_the_command_and_finds_the_run_finished(uninterrupted: Path) -> None:
     before = weights(uninterrupted)
     done = subprocess.run([uninterrupted / "run.sh"], capture_output=True, text=True, timeout=DEADLINE, check=True)
     assert "nothing to do" in done.stdout
@@ -104,15 +104,15 @@ def test_run_script_repeats_the_run_and_finds_it_finished(uninterrupted: Path) -
 
 
 def test_never_refuses_a_folder_with_checkpoints(corpus: Path, uninterrupted: Path) -> None:
-    said = finish(start(corpus, uninterrupted, options=("--resume", "never")), code=2)
-    assert "holds checkpoints of an earlier run" in said
-    assert said.count("\n") == 1
+    printed = finish(start(corpus, uninterrupted, options=("--resume", "never")), code=2)
+    assert "holds checkpoints of an earlier run" in printed
+    assert printed.count("\n") == 1
 
 
 def test_another_model_is_refused(corpus: Path, uninterrupted: Path) -> None:
-    said = finish(start(corpus, uninterrupted, "model.layers=2"), code=2)
-    assert "model.layers=2" in said
-    assert "was made with 3" in said
+    printed = finish(start(corpus, uninterrupted, "model.layers=2"), code=2)
+    assert "model.layers=2" in printed
+    assert "was made with 3" in printed
 
 
 @pytest.mark.distributed
@@ -123,8 +123,8 @@ def test_sigterm_to_the_launcher_stops_all_ranks_with_their_loaders(
     process = start(corpus, exp, "data.workers=1", "trainer.updates=400", options=("--nproc-per-node", "2"))
     wait_for_update(exp, 2)
     process.terminate()
-    said = finish(process, code=128 + signal.SIGTERM)
-    assert "stopped by" in said
-    assert "Traceback" not in said
+    printed = finish(process, code=128 + signal.SIGTERM)
+    assert "stopped by" in printed
+    assert "Traceback" not in printed
     state = json.loads((exp / "checkpoints" / "latest" / "train_state.json").read_text())
     assert state["update"] == len(curve(exp)) < 400

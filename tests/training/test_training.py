@@ -1,9 +1,13 @@
-"""What a run leaves behind, and what it does when something goes wrong. In this process, on a micro model."""
+"""The folder of a run, and its errors and warnings. In this process, on a micro model."""
 
 from __future__ import annotations
 
 import json
+import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -13,11 +17,13 @@ from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_m
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.analysis.report import draw_curves, read_metrics, summarise
 from w2vscale.config import Config, load_config
+from w2vscale.data.indexed import MicroBatches
+from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.errors import UserError
-from w2vscale.objectives.criterion import PretrainingCriterion
+from w2vscale.objectives import build_objective
+from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train
-from w2vscale.training.watchdog import collapse, slow_loading
 
 
 def settings(manifest: Path, *overrides: str) -> Config:
@@ -32,13 +38,13 @@ def finished(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory
     return exp
 
 
-def test_the_run_folder_holds_what_the_design_names(finished: Path) -> None:
+def test_the_run_folder_has_every_file_of_the_design(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {"config.yaml", "run.sh", "checkpoints", "metrics.jsonl", "tb", "logs"}
     assert load_config(finished / "config.yaml").trainer.updates == 12
 
 
-def test_metrics_are_all_there_and_sane(finished: Path) -> None:
+def test_every_metric_is_there_and_plausible(finished: Path) -> None:
     records = read_metrics(finished / "metrics.jsonl", "train")
     assert [record["update"] for record in records] == list(range(1, 13))
     last = records[-1]
@@ -56,20 +62,20 @@ def test_metrics_are_all_there_and_sane(finished: Path) -> None:
     assert last["loss"] < records[0]["loss"]
     validation = read_metrics(finished / "metrics.jsonl", "validation")
     assert [record["update"] for record in validation] == [6, 12]
-    assert validation[0]["masked_frames"] == validation[1]["masked_frames"], "validation's masks are fixed"
+    assert validation[0]["masked_frames"] == validation[1]["masked_frames"], "the masks of validation are fixed"
 
 
-def test_too_little_memory_on_a_gpu_is_said_in_a_line(
+def test_out_of_memory_on_a_gpu_is_reported_in_one_line(
     small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
 
-    monkeypatch.setattr(PretrainingCriterion, "__call__", fail)
-    said = r"^CUDA out of memory: lower batch.max_seconds \(.+\) or batch.concat \(1\)"
-    with pytest.raises(UserError, match=said):
+    monkeypatch.setattr(Contrastive, "forward", fail)
+    message = r"^CUDA out of memory: lower batch.max_seconds \(.+\) or batch.concat \(1\)"
+    with pytest.raises(UserError, match=message):
         train(settings(small_corpus.train), tmp_path / "exp")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         dry_run(settings(small_corpus.train))
 
 
@@ -83,15 +89,15 @@ def test_tensorboard_has_the_same_curve(finished: Path) -> None:
     assert curve == [(record["update"], pytest.approx(record["loss"], rel=1e-6)) for record in records]
 
 
-def test_a_run_that_goes_on_with_other_data_says_so(
+def test_resuming_with_other_data_is_reported(
     small_corpus: SmallCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for manifest, updates in ((small_corpus.train, 4), (small_corpus.train, 5), (small_corpus.validation, 6)):
         assert "data.train has changed" not in capsys.readouterr().out
         train(settings(manifest, f"trainer.updates={updates}"), tmp_path)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "data.train has changed: it was 0.0 hours, 24 utterances" in said
-    assert "; it is 0.0 hours, 6 utterances" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "data.train has changed: it was 0.0 hours, 24 utterances" in printed
+    assert "; it is 0.0 hours, 6 utterances" in printed
 
 
 def test_curves_are_drawn(finished: Path, tmp_path: Path) -> None:
@@ -104,7 +110,7 @@ def test_curves_are_drawn(finished: Path, tmp_path: Path) -> None:
 def test_dry_run_runs_the_largest_micro_batch(small_corpus: SmallCorpus) -> None:
     found = dry_run(settings(small_corpus.train))
     assert found is not None
-    utterances, samples = found.shapes["waveforms [utterances, samples]"]
+    utterances, samples = found.shapes["waveforms_BS"]
     assert samples == 32_000
     assert utterances * samples <= 8 * 16_000
     assert sum(found.parameters.values()) > 10_000
@@ -115,7 +121,7 @@ def test_dry_run_runs_the_largest_micro_batch(small_corpus: SmallCorpus) -> None
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """20 utterances of which one is text, one is cut short and one is gone."""
+    """20 utterances; one is text, one is cut short and one is missing."""
     folder = tmp_path_factory.mktemp("damaged")
     cuts = [cut_of(write_audio(folder / f"u{number:02d}.flac", noise(2.0, seed=number))) for number in range(20)]
     write_text(folder / "u03.flac")
@@ -124,7 +130,7 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_manifest(folder / "cuts.jsonl", cuts)
 
 
-def test_damaged_audio_is_skipped_counted_and_named_once(damaged: Path, tmp_path: Path) -> None:
+def test_damaged_audio_is_skipped_counted_and_reported_once(damaged: Path, tmp_path: Path) -> None:
     assert train(settings(damaged, "data.max_bad_fraction=0.2", "trainer.updates=8"), tmp_path) == 0
     named = [json.loads(line) for line in (tmp_path / "logs" / "bad_audio.jsonl").read_text().splitlines()]
     assert sorted(entry["utterance"] for entry in named) == ["u03", "u07", "u11"]
@@ -138,7 +144,7 @@ def test_too_much_damaged_audio_stops_the_run(damaged: Path, tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_a_diverging_run_stops_and_says_so(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+def test_a_diverging_run_stops_with_an_error(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     wild = ("optim.lr=1e30", "optim.max_norm=null", "trainer.max_skipped_in_a_row=3", "trainer.updates=100")
     with pytest.raises(UserError, match="3 updates in a row had gradients that are not finite"):
         train(settings(small_corpus.train, *wild), tmp_path)
@@ -146,13 +152,13 @@ def test_a_diverging_run_stops_and_says_so(small_corpus: SmallCorpus, tmp_path: 
     assert records[-1]["skipped_updates"] >= 2
 
 
-def test_an_unwritable_folder_is_one_line(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_an_error(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         train(settings(small_corpus.train), tmp_path / "file" / "exp")
 
 
-def test_a_start_that_fails_leaves_an_earlier_run_alone(finished: Path, small_corpus: SmallCorpus) -> None:
+def test_a_failed_start_does_not_change_an_earlier_run(finished: Path, small_corpus: SmallCorpus) -> None:
     before = (finished / "config.yaml").read_text()
     with pytest.raises(UserError, match="was made with 3"):
         train(settings(small_corpus.train, "model.layers=2"), finished)
@@ -165,17 +171,30 @@ def test_a_start_that_fails_leaves_an_earlier_run_alone(finished: Path, small_co
         ({}, None),
         ({"code_perplexity_1": 1.2}, "codebook 1 has collapsed"),
         ({"accuracy": 0.995, "contrastive": 0.01}, "the contrastive task is solved"),
-        ({"data_wait_fraction": 0.45}, "45% of the time went into waiting for data"),
     ],
 )
-def test_the_watchdog_names_what_is_wrong(change: dict[str, float], warning: str | None) -> None:
+def test_collapse_is_a_warning(change: dict[str, float], warning: str | None) -> None:
     healthy = {"code_perplexity_0": 100.0, "code_perplexity_1": 90.0, "accuracy": 0.4, "contrastive": 2.5}
-    healthy["data_wait_fraction"] = 0.05
-    found = [*collapse(healthy | change, codebooks=2), *slow_loading(healthy | change)]
+    found = build_objective(load_config("base")).warnings(healthy | change)
     assert found == [] if warning is None else warning in found[0]
 
 
-def test_a_manifest_that_lies_about_the_rate_is_refused(tmp_path: Path) -> None:
+def test_slow_loading_is_a_warning(
+    small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windows = MicroBatches.windows
+
+    def slow(*arguments: Any, **settings: Any) -> Iterator[list[MicroBatch]]:
+        for window in windows(*arguments, **settings):
+            time.sleep(0.5)
+            yield window
+
+    monkeypatch.setattr(MicroBatches, "windows", slow)
+    train(settings(small_corpus.train, "trainer.updates=4"), tmp_path)
+    assert re.search(r"warning: \d+% of the time was spent waiting for data", " ".join(capsys.readouterr().out.split()))
+
+
+def test_a_manifest_with_a_wrong_sampling_rate_is_refused(tmp_path: Path) -> None:
     """The same number of samples at half the rate: decoding alone would not notice."""
     cuts = [cut_of(write_audio(tmp_path / f"u{number}.flac", noise(2.0, seed=number))) for number in range(4)]
     for number in range(4):
@@ -190,21 +209,21 @@ def test_an_unreadable_validation_set_is_refused(small_corpus: SmallCorpus, tmp_
     manifest = write_manifest(tmp_path / "cuts.jsonl", cuts)
     for number in range(3):
         (tmp_path / f"u{number}.flac").unlink()
-    with pytest.raises(UserError, match="none of 3 utterances tried can be read"):
+    with pytest.raises(UserError, match="none of 3 sampled utterances can be read"):
         train(settings(small_corpus.train, f"data.validation={manifest}"), tmp_path / "exp")
 
 
-def test_a_skipped_update_does_not_hide_the_others_figures(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+def test_a_skipped_update_does_not_hide_the_metrics_of_the_others(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     wild = ("optim.lr=1e30", "optim.max_norm=null", "trainer.max_skipped_in_a_row=9", "logging.every=4")
     train(settings(small_corpus.train, *wild, "trainer.updates=8"), tmp_path)
     first, second = read_metrics(tmp_path / "metrics.jsonl", "train")
     assert first["skipped_updates"] >= 2
     assert first["loss"] > 0.0
     assert second["loss"] is None, "all four were skipped"
-    assert summarise(tmp_path).training["loss"] is None
+    assert summarise(tmp_path).training == [[None], [None], [None, None]]
 
 
-def test_a_line_that_is_being_written_is_no_error(finished: Path, tmp_path: Path) -> None:
+def test_an_incomplete_last_line_of_metrics_is_ignored(finished: Path, tmp_path: Path) -> None:
     text = (finished / "metrics.jsonl").read_text()
     (tmp_path / "metrics.jsonl").write_text(text + '{"split": "train", "upd')
     assert len(read_metrics(tmp_path / "metrics.jsonl", "train")) == 12

@@ -154,7 +154,8 @@ def parse_section(kind: type[S], values: Mapping[str, Any], *, name: str) -> S:
     valid = [f"{name}.{key}" for key in kind.model_fields]
     for key in values:
         if key not in kind.model_fields:
-            raise UserError(f"{name}.{key}: unknown setting{_nearest(f'{name}.{key}', valid)}")
+            hint = _nearest(f"{name}.{key}", valid) or f" ({name} has: {', '.join(kind.model_fields)})"
+            raise UserError(f"{name}.{key}: unknown setting{hint}")
     try:
         return kind.model_validate(values)
     except ValidationError as error:

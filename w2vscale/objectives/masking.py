@@ -69,6 +69,7 @@ def mask_frames(
     """Draw the masks of all utterances into `audio.mask_BT`; returns their generators, for further draws."""
     generators = [rng(place) for place in places]
     masks_BT, frames_B = audio.mask_BT.numpy(), audio.frames_B.tolist()
-    for mask_T, frames, draws in zip(masks_BT, frames_B, generators, strict=True):
+    # Without utterances there is a row of silence, which is not masked.
+    for mask_T, frames, draws in zip(masks_BT, frames_B, generators, strict=False):
         mask_T[:frames] = frame_mask(frames, settings, draws)
     return generators

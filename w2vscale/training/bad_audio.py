@@ -69,7 +69,7 @@ class BadAudioLog:
     def _read(self) -> dict[tuple[str, str], str]:
         """What an earlier part of the run has logged."""
         reasons = {}
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             for record in read_records(self.path):
                 with suppress(KeyError):
                     reasons[str(record["utterance"]), str(record["file"])] = str(record["kind"])

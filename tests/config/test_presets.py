@@ -1,0 +1,171 @@
+"""The presets: published numbers of models and of training, and their YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from w2vscale.config import ModelConfig, RegularizationConfig, dump_config, load_config, preset_names
+from w2vscale.objectives import OBJECTIVES, resolve
+
+PRESETS = (
+    "tiny", "base", "base_prenorm", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b",
+    "ctc_10min", "ctc_1h", "ctc_10h", "ctc_100h", "ctc_960h",
+)  # fmt: skip
+PUBLISHED = ("base", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b")
+CONV_LAYERS = ((512, 10, 5), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 2, 2), (512, 2, 2))
+
+# fairseq's examples/wav2vec/config/pretraining and XLS-R (Babu et al. 2021), one column per name in PUBLISHED.
+MODEL_NUMBERS = {
+    "layers": (12, 24, 24, 24, 48, 48),
+    "dim": (768, 1024, 1024, 1024, 1280, 1920),
+    "ffn_dim": (3072, 4096, 4096, 4096, 5120, 7680),
+    "heads": (12, 16, 16, 16, 16, 16),
+    "conv_norm": ("group", "group", "layer", "layer", "layer", "layer"),
+    "conv_bias": (False, False, True, True, True, True),
+    "norm_first": (False, False, True, True, True, True),
+    "normalize_waveform": (False, False, True, True, True, True),
+    "codevector_dim": (256, 768, 768, 768, 1024, 1024),
+    "projection_dim": (256, 768, 768, 768, 1024, 1024),
+    "gumbel_start": (2.0, 2.0, 2.0, 2.0, 2.0, 2.0),
+    "gumbel_end": (0.5, 0.1, 0.1, 0.1, 0.1, 0.1),
+    "gumbel_decay": (0.999995,) * 6,
+    "dropout": (0.1, 0.0, 0.0, 0.0, 0.0, 0.0),
+    "attention_dropout": (0.1, 0.1, 0.0, 0.0, 0.0, 0.0),
+    "input_dropout": (0.1, 0.1, 0.0, 0.0, 0.1, 0.1),
+    "feature_dropout": (0.1, 0.1, 0.0, 0.0, 0.0, 0.0),
+    "activation_dropout": (0.0,) * 6,
+    "layerdrop": (0.05, 0.0, 0.0, 0.0, 0.0, 0.0),
+    "feature_grad_mult": (0.1, 0.03, 1.0, 1.0, 1.0, 1.0),
+    "diversity_weight": (0.1,) * 6,
+    "feature_penalty_weight": (10.0, 10.0, 0.0, 0.0, 0.0, 0.0),
+    "sampling_rate": (16_000,) * 6,
+    "conv_layers": (CONV_LAYERS,) * 6,
+    "conv_norm_groups": (512,) * 6,
+    "conv_padding": (False,) * 6,
+    "positional_kernel": (128,) * 6,
+    "positional_groups": (16,) * 6,
+    "max_frames": (None,) * 6,
+    "codebooks": (2,) * 6,
+    "codebook_entries": (320,) * 6,
+    "quantizer_input": ("features",) * 6,
+    "target_projection": (True,) * 6,
+    "negatives": (100,) * 6,
+    "logit_temperature": (0.1,) * 6,
+    "mask_probability": (0.65,) * 6,
+    "mask_length": (10,) * 6,
+    "mask_min_spans": (2,) * 6,
+}
+
+# Peak learning rate, updates, updates with a frozen encoder, share of masked frames and channels, LayerDrop.
+FINE_TUNING_NUMBERS = {
+    "ctc_10min": (5e-5, 13_000, 10_000, 0.65, 0.25, 0.1),
+    "ctc_1h": (5e-5, 13_000, 10_000, 0.65, 0.25, 0.1),
+    "ctc_10h": (5e-5, 20_000, 10_000, 0.65, 0.5, 0.05),
+    "ctc_100h": (3e-5, 80_000, 0, 0.65, 0.5, 0.1),
+    "ctc_960h": (1e-4, 320_000, 0, 0.5, 0.1, 0.1),
+}
+
+# Peak learning rate, updates, samples of a crop, samples per GPU, GPUs.
+TRAINING_NUMBERS = {
+    "base": (5e-4, 400_000, 250_000, 1_400_000, 64),
+    "large": (3e-4, 600_000, 320_000, 1_200_000, 128),
+    "large_lv60": (1e-3, 1_000_000, 320_000, 1_200_000, 128),
+}
+
+# Our own BASE, where it differs from the published one.
+BASE_PRENORM_NUMBERS = {
+    "layers": 12,
+    "dim": 768,
+    "ffn_dim": 3072,
+    "heads": 8,
+    "norm_first": True,
+    "embedding_norm": True,
+    "conv_norm": "group",
+    "conv_norm_groups": 32,
+    "conv_bias": False,
+    "conv_padding": True,
+    "positional_kernel": 128,
+    "positional_groups": 16,
+    "dropout": 0.1,
+    "quantizer_input": "projected",
+    "codebooks": 2,
+    "codebook_entries": 320,
+    "codevector_dim": 2 * 384,
+    "target_projection": False,
+    "projection_dim": 768,
+    "max_frames": 1024,
+}
+
+
+def settings_of(name: str) -> dict[str, Any]:
+    """Model, regularisation and objective of a preset."""
+    config, objective = resolve(load_config(name))
+    return dict(config.model) | dict(config.regularization) | dict(objective.settings)
+
+
+class TestPresets:
+    def test_all_are_listed_smallest_first(self) -> None:
+        assert preset_names() == list(PRESETS)
+
+    @pytest.mark.parametrize("column", range(len(PUBLISHED)), ids=PUBLISHED)
+    def test_models_have_the_published_numbers(self, column: int) -> None:
+        found = settings_of(PUBLISHED[column])
+        expected = {key: values[column] for key, values in MODEL_NUMBERS.items()}
+        assert {key: found[key] for key in expected} == expected
+
+    @pytest.mark.parametrize("name", FINE_TUNING_NUMBERS)
+    def test_fine_tuning_has_the_published_numbers(self, name: str) -> None:
+        config, _ = resolve(load_config(name))
+        masks = (config.objective.mask_probability, config.objective.channel_mask_probability)
+        updates = (config.trainer.updates, config.objective.freeze_encoder_updates)
+        assert (config.optim.lr, *updates, *masks, config.regularization.layerdrop) == FINE_TUNING_NUMBERS[name]
+        assert (config.schedule.kind, config.schedule.stages) == ("tri_stage", (0.1, 0.4, 0.5))
+        assert (config.objective.mask_length, config.objective.channel_mask_length) == (10, 64)
+        assert config.batch.max_seconds * config.batch.micro_batches == 1600
+        assert config.regularization.feature_grad_mult == config.optim.weight_decay == 0
+
+    def test_every_setting_of_the_model_is_in_the_table(self) -> None:
+        sections = (ModelConfig, RegularizationConfig, OBJECTIVES["wav2vec2"].Settings)
+        settings = {key for section in sections for key in section.model_fields}
+        assert settings - set(MODEL_NUMBERS) == {"embedding_norm", "name"}
+
+    def test_layernorm_follows_the_positional_convolution_in_post_ln_models_only(self) -> None:
+        assert all(load_config(name).model.embedding_norm != load_config(name).model.norm_first for name in PUBLISHED)
+
+    @pytest.mark.parametrize("name", TRAINING_NUMBERS)
+    def test_training_has_the_published_numbers(self, name: str) -> None:
+        config = load_config(name)
+        rate = config.model.sampling_rate
+        assert (
+            config.optim.lr,
+            config.trainer.updates,
+            config.data.max_seconds * rate,
+            config.batch.max_seconds * rate,
+            config.batch.micro_batches,
+        ) == TRAINING_NUMBERS[name]
+
+    def test_base_prenorm_has_every_number_of_its_description(self) -> None:
+        found = settings_of("base_prenorm")
+        assert {key: found[key] for key in BASE_PRENORM_NUMBERS} == BASE_PRENORM_NUMBERS
+
+    @pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny" and name not in FINE_TUNING_NUMBERS])
+    def test_optimisation_is_adamw_with_cosine_clipping_and_bf16(self, name: str) -> None:
+        config = load_config(name)
+        assert (config.optim.betas, config.optim.eps, config.optim.weight_decay) == ((0.9, 0.98), 1e-6, 0.01)
+        assert (config.schedule.kind, config.schedule.warmup_updates) == ("cosine", 32_000)
+        assert (config.schedule.final_ratio, config.optim.max_norm) == (0.1, 1.0)
+        assert config.precision.compute == "bf16"
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_dumping_and_loading_changes_nothing(self, name: str, tmp_path: Path) -> None:
+        given = load_config(name, ["data.train=[a b.jsonl, 'c: d.jsonl', 'ü#1.jsonl']", "optim.eps=1e-9"])
+        config, _ = resolve(given)
+        dumped = dump_config(config)
+        path = tmp_path / "run.yaml"
+        path.write_text(dumped, encoding="utf-8")
+        again, _ = resolve(load_config(path))
+        assert again == config
+        assert dump_config(again) == dumped

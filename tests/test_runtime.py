@@ -1,0 +1,203 @@
+"""Process-wide state: set by commands only, for as long as they run. Library calls leave a process as it was."""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import signal
+import subprocess
+import sys
+import weakref
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.micro import MICRO_RUN
+from w2vscale import runtime
+from w2vscale.data.loading import _prepare_loader_process
+from w2vscale.runtime import NEVER, STOP_SIGNALS, StopRequest, collected_between_steps
+
+ROOT = Path(__file__).resolve().parents[1]
+
+LIBRARY = """
+import gc, json, logging, os, signal, sys, threading, warnings
+
+def state():
+    import torch
+    from torch._dynamo import config
+    return {
+        "thresholds of the garbage collector": gc.get_threshold(),
+        "frozen objects": gc.get_freeze_count(),
+        "garbage collection": gc.isenabled(),
+        "warning filters": [str(each) for each in warnings.filters],
+        "environment": dict(os.environ),
+        "arguments": sys.argv,
+        "handlers of the root logger": [str(each) for each in logging.root.handlers],
+        "level of the root logger": logging.root.level,
+        "signal handlers": {number: str(signal.getsignal(number)) for number in sorted(signal.valid_signals())},
+        "excepthook": str(sys.excepthook),
+        "threads of torch": torch.get_num_threads(),
+        "default type of torch": str(torch.get_default_dtype()),
+        "gradients": torch.is_grad_enabled(),
+        "cuDNN attention": torch.backends.cuda.cudnn_sdp_enabled(),
+        "dynamo": [config.recompile_limit, config.optimize_ddp],
+    }
+
+# Libraries that w2vscale builds on may change state when they are imported; w2vscale may not.
+import numpy, torch, torch.distributed.checkpoint, torch.distributed.fsdp, torch.utils.tensorboard
+list(torch.utils.data.DataLoader([1], num_workers=1))  # installs PyTorch's own handler of SIGCHLD
+import torch._dynamo, lhotse, lhotse.shar, lhotse.dataset, pydantic, rich.progress, soundfile, yaml
+before = state()
+import w2vscale
+from pathlib import Path
+from w2vscale.config import load_config
+from w2vscale.evaluation.checkpoint import evaluate_checkpoint
+from w2vscale.training.loop import train
+exp, corpus, *overrides = sys.argv[1:]
+assert train(load_config("base", [*overrides, f"data.train={corpus}", f"data.validation={corpus}"]), Path(exp)) == 0
+trained = state()
+evaluate_checkpoint(Path(exp), [Path(corpus)])
+w2vscale.load(exp).features(numpy.random.default_rng(0).standard_normal(16_000) * 0.1, 16_000)
+print(json.dumps([before, trained, state()]))
+"""
+
+
+def test_library_calls_leave_the_process_as_it_was(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    settings = [*MICRO_RUN, "trainer.updates=2", "schedule.warmup_updates=1", "data.workers=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIBRARY, str(tmp_path / "exp"), str(small_corpus.train), *settings],
+        capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    before, trained, used = json.loads(done.stdout.splitlines()[-1])
+    for after in (trained, used):
+        assert {name: (before[name], after[name]) for name in before if before[name] != after[name]} == {}
+
+
+class TestTraining:
+    """What `w2vscale train` sets up."""
+
+    def test_signal_handlers_are_those_of_before_afterwards(self) -> None:
+        before = [signal.getsignal(number) for number in STOP_SIGNALS]
+        with runtime.training() as stop:
+            assert all(signal.getsignal(number) == stop._handle for number in STOP_SIGNALS)
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+    def test_compiled_blocks_may_have_many_variants(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from torch._dynamo import config
+
+        monkeypatch.setattr(config, "recompile_limit", config.recompile_limit)
+        monkeypatch.setattr(config, "optimize_ddp", config.optimize_ddp)
+        with runtime.training():
+            assert (config.recompile_limit, config.optimize_ddp) != (runtime.COMPILED_VARIANTS, False)
+        with runtime.training(compiled=True):
+            assert (config.recompile_limit, config.optimize_ddp) == (runtime.COMPILED_VARIANTS, False)
+
+    @pytest.mark.cuda
+    def test_cudnn_attention_is_off_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        enabled = torch.backends.cuda.cudnn_sdp_enabled()
+        try:
+            with runtime.training():
+                assert not torch.backends.cuda.cudnn_sdp_enabled()
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+class TestStopRequest:
+    def test_the_first_signal_is_remembered_and_a_second_one_later_ends_the_process(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with StopRequest() as stop:
+            assert stop.received is None
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)  # one request with the first
+            assert stop.received is signal.SIGTERM
+            monkeypatch.setattr(runtime, "ONE_REQUEST_SECONDS", -1.0)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+
+    def test_ignored_signals_stay_ignored(self) -> None:
+        previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with StopRequest():
+                assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGHUP, previous)
+
+
+class Cycle:
+    """Refers to itself, so that only the garbage collector frees it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def _send_thresholds(connection: Connection) -> None:
+    _prepare_loader_process(0)
+    connection.send(gc.get_threshold())
+
+
+class TestGarbageCollection:
+    def test_existing_objects_are_not_looked_through_and_new_ones_are(self) -> None:
+        thresholds = gc.get_threshold()
+        older = Cycle()
+        with collected_between_steps():
+            assert gc.get_freeze_count() > 1000 and gc.get_threshold() == (*thresholds[:2], NEVER)
+            lasting, gone = weakref.ref(older), weakref.ref(Cycle())
+            del older
+            gc.collect()
+            assert gone() is None and lasting() is not None
+        assert gc.get_threshold() == thresholds and gc.get_freeze_count() == 0
+        gc.collect()
+        assert lasting() is None
+
+    def test_loader_processes_have_the_usual_thresholds(self) -> None:
+        thresholds = gc.get_threshold()
+        ours, theirs = multiprocessing.Pipe()
+        with collected_between_steps():
+            process = multiprocessing.get_context("fork").Process(target=_send_thresholds, args=(theirs,))
+            process.start()
+            assert ours.poll(30) and ours.recv() == thresholds
+            process.join()
+
+
+class TestMemory:
+    """Freed memory is kept for the next tensor, unless the user has set variables of the C library."""
+
+    SCRIPT = """
+import resource, torch
+from w2vscale.runtime import keep_freed_memory
+keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10 << 20)  # 40 MB; glibc returns freed memory from 32 MB on
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(faults() for _ in range(30)))
+"""
+    FOREIGN = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+    def faults(self, **environment: str) -> list[int]:
+        """Page faults of thirty tensors, one after another. A small object behind a freed tensor may cost the next
+        few, which need some room for their alignment, their place."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith(self.FOREIGN)}
+        own |= {"THP_MEM_ALLOC_ENABLE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", self.SCRIPT],
+            env=own | environment, capture_output=True, text=True, timeout=120, check=True, cwd=ROOT,
+        )  # fmt: skip
+        return [int(number) for number in done.stdout.split()]
+
+    @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+    def test_large_tensors_use_freed_memory_again(self) -> None:
+        first, *later = self.faults()
+        keeping = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+        if min(later) > first / 10 and min(kept := self.faults(**keeping)) > 50:
+            pytest.skip(f"the variables of glibc do not keep memory here either: {kept} page faults")
+        assert first > 50 and min(later) < first / 10
+        assert min(self.faults(MALLOC_ARENA_MAX="2")) > 50
