@@ -380,4 +380,3 @@ FORMS: dict[str, Callable[[Path, dict[str, Tensor], dict[str, Any]], Path]] = {
     "dict of Namespaces": lambda path, state, cfg: save_new(path, state, {**cfg, "model": Namespace(**cfg["model"])}),
     "omegaconf": save_omegaconf,
 }
-

@@ -147,9 +147,7 @@ class Updates(NamedTuple):
 
 
 @contextmanager
-def built(
-    kind: type[Contrastive], corpus: str, overrides: tuple[str, ...]
-) -> Iterator[Setup]:
+def built(kind: type[Contrastive], corpus: str, overrides: tuple[str, ...]) -> Iterator[Setup]:
     """The engine of the micro model with another objective, with initial values."""
     config = load_config("base", [*MICRO_RUN, *SETTINGS, f"data.train={corpus}", *overrides])
     with patch.dict(OBJECTIVES, {"wav2vec2": kind}):
@@ -210,9 +208,7 @@ def updates_with(
         return found.packed()
 
 
-def resumed_with(
-    kind: type[Contrastive], corpus: str, overrides: tuple[str, ...], folder: str, updates: int
-) -> bytes:
+def resumed_with(kind: type[Contrastive], corpus: str, overrides: tuple[str, ...], folder: str, updates: int) -> bytes:
     """The updates after the third, from a checkpoint, packed. The engine has other values before."""
     with built(kind, corpus, overrides) as setup:
         setup.window([setup.training_set.largest()], 100.0)

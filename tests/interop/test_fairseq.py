@@ -29,6 +29,7 @@ from w2vscale.interop.huggingface import huggingface_config, to_huggingface
 from w2vscale.models.feature_encoder import output_frames
 from w2vscale.objectives import build_objective
 
+
 def assert_equal(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
     """Equal within `tolerance` of the largest value."""
     assert ours.dtype == theirs.dtype == torch.float32

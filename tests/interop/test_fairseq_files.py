@@ -47,6 +47,7 @@ def test_settings_are_empty_where_there_are_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="do not say encoder_attention_heads"):
         from_fairseq(checkpoint)
 
+
 def refusal(act: Callable[[], object]) -> str:
     with pytest.raises(UserError) as error:
         act()

@@ -16,7 +16,8 @@ from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
 
 
-def source(family: tuple[Config, Path, Path], folder: Path, **changes: object) -> Path:
+def changed(family: tuple[Config, Path, Path], folder: Path, **changes: object) -> Path:
+    """The export with other settings."""
     _, _, export = family
     folder.mkdir()
     document = {**json.loads((export / "config.json").read_text()), **changes}
@@ -24,13 +25,17 @@ def source(family: tuple[Config, Path, Path], folder: Path, **changes: object) -
     (folder / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes())
     return folder
 
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "hubert"}, r"model_type='hubert': only wav2vec2 can be imported"),
         ({"hidden_act": "relu"}, r"hidden_act='relu': w2vscale has 'gelu' only"),
         ({"add_adapter": True}, r"add_adapter=true: w2vscale has no adapters"),
-        ({"num_codevectors_per_group": 21}, r"model\.codebook_entries=21"),
+        (
+            {"num_codevectors_per_group": 21},
+            r"quantizer\.codevectors has shape \[1, 40, 12\], but the settings need \[1, 42",
+        ),
         ({"num_hidden_layers": 4}, r"layers\.3\.\S+ is missing"),
         ({"num_attention_heads": 7}, r"heads=7 does not divide dim=48"),
     ],
@@ -39,12 +44,13 @@ def test_what_w2vscale_does_not_have(
     family: tuple[Config, Path, Path], tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        import_checkpoint(source(family, tmp_path / "s", **change), tmp_path / "in", form="huggingface")
+        import_checkpoint(changed(family, tmp_path / "s", **change), tmp_path / "in", form="huggingface")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "in").exists()
 
+
 def test_a_malicious_pickle_does_not_run(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
-    source = source(family, tmp_path / "s")
+    source = changed(family, tmp_path / "s")
     (source / "model.safetensors").unlink()
     marker = tmp_path / "ran"
     with (source / "pytorch_model.bin").open("wb") as file:
@@ -56,6 +62,7 @@ def test_a_malicious_pickle_does_not_run(family: tuple[Config, Path, Path], tmp_
     with pytest.raises(UserError, match="is refused"):
         import_checkpoint(source, tmp_path / "in", form="huggingface")
     assert not marker.exists()
+
 
 def test_missing_and_existing_files(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
     _, checkpoint, export = family

@@ -26,16 +26,16 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a checkpoint of random weights."""
     folder = tmp_path_factory.mktemp("source")
     config = load_config("base", MICRO_RUN)
-    torch.manual_seed(2)
-    saved(folder, config, Wav2Vec2ForPretraining(config.model).state_dict())
+    save_model(folder, config, random_model(config, seed=2).state_dict(), TrainState(data="960.0 hours"))
     return folder
 
+
 def settings(corpus: SmallCorpus, source: Path, *overrides: str) -> Config:
-    return load_config(
-        "base", [*MICRO_RUN, f"data.train={corpus.train}", f"trainer.init_from={source}", *overrides]
-    )
+    return load_config("base", [*MICRO_RUN, f"data.train={corpus.train}", f"trainer.init_from={source}", *overrides])
+
 
 @pytest.mark.parametrize("engine", ["engine.name=ddp", "engine={name: deepspeed, deepspeed_config: zero2}"])
 def test_the_first_loss_is_transformers_loss_of_the_same_batch(
@@ -45,19 +45,22 @@ def test_the_first_loss_is_transformers_loss_of_the_same_batch(
         pytest.importorskip("deepspeed")
     config = settings(
         small_corpus, source, "trainer.updates=1", "schedule.warmup_updates=1", "regularization.layerdrop=0",
-        "regularization.dropout=0", "regularization.attention_dropout=0", "regularization.input_dropout=0", "objective.feature_dropout=0",
-        "data.min_seconds=2.0", engine,
+        "regularization.dropout=0", "regularization.attention_dropout=0", "regularization.input_dropout=0",
+        "objective.feature_dropout=0", "data.min_seconds=2.0", engine,
     )  # fmt: skip
     assert train(config, tmp_path / "exp") == 0
     (record,) = read_metrics(tmp_path / "exp" / "metrics.jsonl", "train")
     export_checkpoint(source, tmp_path / "hf", form="huggingface")
-    (window,) = open_training_set(config).windows(range(1), rank=0, world_size=1)
+    objective = build_objective(config)
+    training_set = open_training_set(config, objective)
+    (window,) = training_set.windows(range(1), micro_batches=config.batch.micro_batches, rank=0, world_size=1)
     theirs = transformers_loss(tmp_path / "hf", window, config)
-    mine = record["contrastive"] + config.objective.diversity_weight * record["diversity"]
+    mine = record["contrastive"] + objective.settings.diversity_weight * record["diversity"]
     assert mine == pytest.approx(theirs, rel=1e-5)
     said = " ".join(capsys.readouterr().out.split())
-    assert "tensors of taken missing other shape not used" in said
+    assert "tensors of loaded missing other shape not used" in said
     assert "encoder.feature_encoder 9 0 0 0" in said and "quantizer 3 0 0 0" in said
+
 
 def test_other_shapes_and_settings_are_errors_unless_named(
     small_corpus: SmallCorpus, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -67,7 +70,7 @@ def test_other_shapes_and_settings_are_errors_unless_named(
         ("model.heads=2", "model.heads is 4 there and 2 here"),
         ("model.normalize_waveform=true", "model.normalize_waveform is False there and True here"),
     ):
-        with pytest.raises(UserError, match=f"{name};.* if that is meant, name it in trainer.init_allow"):
+        with pytest.raises(UserError, match=f"{name};.* to accept this, name it in trainer.init_allow"):
             train(settings(small_corpus, source, override), tmp_path / "no")
     allowed = settings(
         small_corpus, source, "objective.codebook_entries=12", "trainer.updates=1", "schedule.warmup_updates=1",
@@ -78,27 +81,23 @@ def test_other_shapes_and_settings_are_errors_unless_named(
     said = " ".join(capsys.readouterr().out.split())
     assert "quantizer 0 0 3 0" in said
     assert "warning: trainer.init_allow: nosuch matches nothing" in said
-    assert "drawn anew: quantizer.codevectors is [2, 16, 8] there and [2, 12, 8] here" in said
+    assert "newly initialised: quantizer.codevectors is [2, 16, 8] there and [2, 12, 8] here" in said
     with pytest.raises(UserError, match=r"quantizer\.\S+ is \[.*\] there and \[.*\] here"):
         train(
-            settings(
-                small_corpus, source, "objective.codebook_entries=12", "trainer.init_allow=[codebook_entries]"
-            ),
+            settings(small_corpus, source, "objective.codebook_entries=12", "trainer.init_allow=[codebook_entries]"),
             tmp_path / "other",
         )
 
-def test_a_run_that_was_begun_continues_instead(
-    small_corpus: SmallCorpus, source: Path, tmp_path: Path
-) -> None:
+
+def test_a_run_that_was_begun_continues_instead(small_corpus: SmallCorpus, source: Path, tmp_path: Path) -> None:
     first = ("trainer.updates=2", "schedule.warmup_updates=1")
     train(settings(small_corpus, source, *first), tmp_path)
     before = open_checkpoint(tmp_path).model_tensors()
     train(settings(small_corpus, tmp_path / "gone", *first), tmp_path)
     assert all(torch.equal(before[n], t) for n, t in open_checkpoint(tmp_path).model_tensors().items())
 
+
 def test_an_import_is_no_run_to_continue(small_corpus: SmallCorpus, source: Path) -> None:
     config = load_config("base", [*MICRO_RUN, f"data.train={small_corpus.train}"])
-    with pytest.raises(
-        UserError, match=r"from its 1 checkpoint; start one .* trainer\.init_from=.*, in another --exp"
-    ):
+    with pytest.raises(UserError, match=r"from its 1 checkpoint; start one .* trainer\.init_from=.*, in another --exp"):
         train(config, source)
