@@ -58,7 +58,7 @@ def _with_our_noise(batch: MicroBatch, config: Config) -> Any:
 
 
 def flat_negatives(inputs: Any) -> Tensor:
-    """Our negatives (slots among the masked frames of an utterance) as Transformers numbers them (frames of the batch)."""
+    """Our negatives, slots among the masked frames of an utterance, as Transformers has them: frames of the batch."""
     mask_BT = inputs.audio.mask_BT
     batch, frames = mask_BT.shape
     flat_BTK = torch.zeros(batch, frames, inputs.negatives_MK.shape[1], dtype=torch.long)

@@ -101,12 +101,8 @@ class TestTransformers:
         config, checkpoint, _ = family
         named = config.model_copy(update={"data": config.data.model_copy(update={"train": [Path("a|b.jsonl")]})})
         run = tmp_path / "run"
-        save_model(
-            run,
-            named,
-            open_checkpoint(checkpoint).model_tensors(),
-            TrainState(update=700, audio_seconds=90_000.0, data="960.0 hours"),
-        )
+        original = open_checkpoint(checkpoint)
+        save_model(run, named, original.model_tensors(), original.state)
         lines = [
             json.dumps({"split": "validation", "update": update, "accuracy": update / 1000, "contrastive_bits": 5.0})
             for update in (600, 700, 800)

@@ -204,7 +204,7 @@ def test_without_either_file_normalisation_goes_with_the_norm_and_is_told(
     transformers.Wav2Vec2ForPreTraining(config).save_pretrained(folder)
     result = CliRunner().invoke(app, ["import", str(folder), str(tmp_path / "in")])
     assert result.exit_code == 0, result.output
-    said = f"no preprocessor_config.json or processor_config.json in it: taking model.normalize_waveform={normalised}"
+    said = f"no preprocessor_config.json or processor_config.json in it: using model.normalize_waveform={normalised}"
     assert said.lower() in result.output.lower()
     assert load_config(open_checkpoint(tmp_path / "in").path / "config.yaml").model.normalize_waveform == normalised
 

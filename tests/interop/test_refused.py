@@ -34,7 +34,7 @@ def changed(family: tuple[Config, Path, Path], folder: Path, **changes: object) 
         ({"add_adapter": True}, r"add_adapter=true: w2vscale has no adapters"),
         (
             {"num_codevectors_per_group": 21},
-            r"quantizer\.codevectors has shape \[1, 40, 12\], but the settings need \[1, 42",
+            r"codevectors has shape \[1, 40, 12\], but the settings need \[1, 42, 12",
         ),
         ({"num_hidden_layers": 4}, r"layers\.3\.\S+ is missing"),
         ({"num_attention_heads": 7}, r"heads=7 does not divide dim=48"),
