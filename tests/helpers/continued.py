@@ -24,7 +24,7 @@ def transformers_loss(folder: Path, batches: Sequence[MicroBatch], config: Confi
     import transformers
 
     places = ("hidden", "attention", "activation", "feat_proj", "feat_quantizer")
-    off = {f"{place}_dropout": 0.0 for place in places}
+    off: dict[str, Any] = {f"{place}_dropout": 0.0 for place in places}
     model = transformers.Wav2Vec2ForPreTraining.from_pretrained(folder, layerdrop=0.0, **off).train()
     model.quantizer.temperature = build_objective(config).settings.gumbel_start
     total, masked = 0.0, 0

@@ -228,8 +228,9 @@ def _own_settings(document: Mapping[str, Any], architecture: Mapping[str, Any]) 
         UserError: it has a setting that does not exist.
     """
     noted = document.get("w2vscale")
+    noted = noted if isinstance(noted, dict) else {}
     ours: dict[str, Any] = {}
-    for section, kind in PRETRAINING.items() if isinstance(noted, dict) else ():
+    for section, kind in PRETRAINING.items():
         found = noted.get(section)
         found = dict(found) if isinstance(found, dict) else {}
         default = kind.model_fields["name"].default if "name" in kind.model_fields else None

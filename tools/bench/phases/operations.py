@@ -23,6 +23,7 @@ from tools.bench.phases.measuring import (
 from w2vscale.config import Config
 from w2vscale.models import convolution, transformer
 from w2vscale.models.feature_encoder import moments_of, output_frames
+from w2vscale.objectives import build_objective
 from w2vscale.training.run import empty_model
 
 DROPOUT = 0.1
@@ -242,7 +243,8 @@ def _moments_ms(machine: Machine, config: Config, utterances: int, samples: int)
 
 def _cast_ms(machine: Machine, config: Config) -> float:
     """All weights from fp32 to bf16, one by one: what each forward pays, launches included."""
-    weights = [torch.ones_like(x, device=machine.device) for x in empty_model(config).parameters() if x.dim() > 1]
+    model = empty_model(build_objective(config))
+    weights = [torch.ones_like(x, device=machine.device) for x in model.parameters() if x.dim() > 1]
     return median_ms(lambda: [x.bfloat16() for x in weights], machine.device, repeats=_repeats(machine))
 
 
