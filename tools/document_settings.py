@@ -13,7 +13,7 @@ def tables() -> str:
     lines: list[str] = []
     for title, settings in all_settings().items():
         section, _, choice = title.partition(" with ")
-        lines += [f"## {section}" + (f" with `{choice}`" if choice else ""), ""]
+        lines += [f"### {section}" + (f" with `{choice}`" if choice else ""), ""]
         lines += ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
         lines += [f"| `{key}` | {kind} | `{default}` | {meaning} |" for key, kind, default, meaning in settings]
         lines.append("")
