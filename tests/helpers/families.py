@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
 
 from w2vscale.config import ModelConfig, load_config
 from w2vscale.data.micro_batch import MicroBatch, make_inputs
-from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
 
 CPU = torch.device("cpu")
 SMALL = (

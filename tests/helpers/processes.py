@@ -19,7 +19,14 @@ FORKS = multiprocessing.get_context("forkserver")
 """Each process of pytest-xdist has one server, which starts with the first process."""
 FORKS.set_forkserver_preload(
     # torch._dynamo: what torch imports when it first draws on the meta device.
-    ["tests.helpers.tasks", "w2vscale.cli.app", "w2vscale.cli.train", "deepspeed", "torch._dynamo"]
+    [
+        "tests.helpers.tasks",
+        "tests.helpers.semantics",
+        "w2vscale.cli.app",
+        "w2vscale.cli.train",
+        "deepspeed",
+        "torch._dynamo",
+    ]
 )
 
 

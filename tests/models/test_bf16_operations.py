@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from w2vscale.models.build import build_model
 
 from w2vscale.config import Config, load_config
 from w2vscale.config.load import preset_names
@@ -25,7 +26,6 @@ from w2vscale.data.inputs import CtcInputs, PretrainingInputs
 from w2vscale.data.micro_batch import make_inputs
 from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.kernels.replaceable import kernel_of
-from w2vscale.models.build import build_model
 from w2vscale.models.lengths import input_samples
 from w2vscale.models.wav2vec2 import positional_convolution
 

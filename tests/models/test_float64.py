@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
 
 from w2vscale.config import ModelConfig, load_config
 from w2vscale.data.inputs import PretrainingInputs, concatenate
 from w2vscale.data.micro_batch import make_inputs
-from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
 
 Weights = Mapping[str, Tensor]
 

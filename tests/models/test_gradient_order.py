@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import load_config
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
-from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 
 
 def order_of_arrival(lengths: list[int], *overrides: str, compute: torch.dtype, weights: torch.dtype) -> list[str]:

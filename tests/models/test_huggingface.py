@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
 
 from tests.helpers.continued import flat_negatives
 from tests.helpers.micro import SMALL
@@ -20,7 +21,6 @@ from w2vscale.data.inputs import PretrainingInputs
 from w2vscale.data.micro_batch import make_inputs
 from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
-from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
 
 transformers = pytest.importorskip("transformers")
 

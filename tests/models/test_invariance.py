@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
+from w2vscale.objectives.criterion import PretrainingCriterion
 
 from tests.helpers.families import (
     CPU,
@@ -25,8 +27,6 @@ from w2vscale.config import ModelConfig
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
 from w2vscale.models.lengths import output_frames
 from w2vscale.models.wav2vec2 import EncoderOutput
-from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
-from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.objectives.quantizer import diversity_loss
 
 # ---------------------------------------------------------------- padding

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from w2vscale.objectives.criterion import PretrainingCriterion
 
 from tests.helpers.comparison import error
 from tests.helpers.families import (
@@ -21,7 +22,6 @@ from w2vscale.config import Config, load_config
 from w2vscale.models.layers import LayerNorm, compute_dtype
 from w2vscale.models.wav2vec2 import ConvLayer, EncoderOutput, PositionalConvolution, Wav2Vec2Encoder
 from w2vscale.objectives.contrastive import contrastive_logits
-from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.objectives.quantizer import Quantizer
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from w2vscale.objectives.criterion import PretrainingCriterion, active_layers
 
 from tests.helpers.families import (
     CPU,
@@ -19,7 +20,6 @@ from tests.helpers.families import (
 )
 from w2vscale.config import load_config
 from w2vscale.data.micro_batch import gumbel_noise
-from w2vscale.objectives.criterion import PretrainingCriterion, active_layers
 
 # ---------------------------------------------------------------- LayerDrop and the gradient scale
 

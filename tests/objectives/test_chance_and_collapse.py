@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from w2vscale.objectives.criterion import PretrainingCriterion
 
 from tests.helpers.families import (
     CPU,
@@ -15,7 +16,6 @@ from tests.helpers.families import (
     family,
 )
 from w2vscale.objectives.contrastive import contrastive_logits, contrastive_loss
-from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.objectives.quantizer import diversity_loss, perplexity
 
 

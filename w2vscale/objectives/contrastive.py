@@ -215,14 +215,17 @@ class Contrastive(Objective):
         )
 
     def draws(self, inputs: ContrastiveInputs, step: StepContext) -> dict[str, Any]:
+        return {"noise_MGV": self._gumbel_noise(inputs, step), "temperature": self.settings.temperature(step.update)}
+
+    def _gumbel_noise(self, inputs: ContrastiveInputs, step: StepContext) -> Tensor:
+        """Standard Gumbel noise [M, G, V] fp32; each micro-batch has its own generator."""
         device = inputs.frame_M.device
         shape = (self.settings.codebooks, self.settings.codebook_entries)
-        # Standard Gumbel noise [M, G, V] fp32; each micro-batch has its own generator.
         noise = [
             -torch.empty(weight, *shape, device=device).exponential_(generator=draws).log()
             for weight, draws in zip(inputs.weights, step.generators(Stream.GUMBEL, device), strict=True)
         ]
-        return {"noise_MGV": torch.cat(noise), "temperature": self.settings.temperature(step.update)}
+        return torch.cat(noise)
 
     def metrics(self, sums: ContrastiveSums) -> dict[str, float]:
         """Compute metrics per masked frame; NaN if there is none.

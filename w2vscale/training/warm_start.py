@@ -106,9 +106,12 @@ def starting_values(
         if name in source.shapes and source.shapes[name] != shape
     }
     same_objective = source.config.objective.name == config.objective.name
-    if other := _different_head(source, objective) if same_objective else "objective.name":
-        heads = (name for name in shapes if not name.startswith(ENCODER) and name not in reshaped | missing)
-        reshaped |= dict.fromkeys(heads, f"is for another {other} there")
+    other = _different_head(source, objective) if same_objective else "objective.name"
+    heads = [name for name in shapes if not name.startswith(ENCODER)]
+    # With the same objective, shapes show which heads another setting is about; if none does, it is about all.
+    if other and not (same_objective and any(name in reshaped for name in heads)):
+        fitting = (name for name in heads if name not in reshaped | missing)
+        reshaped |= dict.fromkeys(fitting, f"is for another {other} there")
     theirs, ours = architecture_of(source.config.model), architecture_of(config.model)
     settings = {
         f"model.{key}": f"is {theirs[key]} there and {value} here"
