@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.helpers.comparison import assert_same, error, outputs_and_gradients
-from tests.helpers.micro import MICRO_MODEL
+from tests.helpers.micro import MICRO_ENCODER
 from w2vscale.config import load_config
 from w2vscale.kernels.cpu_attention import attention_with_cpu_dropout
 from w2vscale.kernels.segment_attention import segment_attention, segment_bounds, takes_segments
@@ -124,9 +124,9 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("compiled", [False, True])
     def test_an_encoder_in_bf16_gives_what_it_gives_in_fp32(self, compiled: bool) -> None:
-        config = load_config("base", [*MICRO_MODEL, "model.dim=64"]).model
+        config = load_config("base", [*MICRO_ENCODER, "model.dim=64"])
         torch.manual_seed(0)
-        encoder = TransformerEncoder(config, config).to("cuda").eval()
+        encoder = TransformerEncoder(config.model, config.regularization).to("cuda").eval()
         x_BTD = torch.randn(3, 50, 64, device="cuda")
         frames_B = torch.tensor([50, 20, 49], device="cuda")
         expected_BTD, _ = encoder(x_BTD, frames_B)

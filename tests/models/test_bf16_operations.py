@@ -6,6 +6,7 @@ that they call on bf16 values, forward and backward, is repeated in float64 with
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,21 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from w2vscale.models.build import build_model
 
-from w2vscale.config import Config, load_config
-from w2vscale.config.load import preset_names
-from w2vscale.config.tree import ARCHITECTURE
-from w2vscale.data.inputs import CtcInputs, PretrainingInputs
-from w2vscale.data.micro_batch import make_inputs
+from tests.helpers.batches import inputs_of
+from w2vscale.config import Config, architecture_of, load_config, preset_names
 from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.kernels.replaceable import kernel_of
 from w2vscale.models.lengths import input_samples
 from w2vscale.models.wav2vec2 import positional_convolution
+from w2vscale.objectives import Objective, StepContext, build_objective
+from w2vscale.objectives.ctc import CtcInputs
 
 ROUNDING = 2**-8
 """What rounding to bf16 changes at most, as a share."""
@@ -58,10 +57,10 @@ PIECE = 2**14
 """Elements that are compared at a time: they stay in the processor's cache."""
 
 
-def settings_of(config: Config) -> tuple[object, ...]:
+def settings_of(config: Config) -> str:
     """What decides the operations of a model with one block and their shapes."""
-    model = config.model.model_dump(include=ARCHITECTURE - {"layers"})
-    return (*sorted(model.items()), config.model.attention_dropout > 0.0, len(config.ctc.vocabulary))
+    architecture = (architecture_of(config.model), architecture_of(build_objective(config).settings))
+    return json.dumps((architecture, config.regularization.attention_dropout > 0.0))
 
 
 def distinct(settings: Callable[[Config], object]) -> dict[str, Config]:
@@ -71,7 +70,7 @@ def distinct(settings: Callable[[Config], object]) -> dict[str, Config]:
     """
     found: dict[object, tuple[str, Config]] = {}
     for name in preset_names() if CPU_HAS_BF16 else ["tiny"]:
-        config = load_config(name, ["model.layers=1", "model.layerdrop=0"])
+        config = load_config(name, ["model.layers=1"])
         found.setdefault(settings(config), (name, config))
     return dict(found.values())
 
@@ -186,33 +185,18 @@ def described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------- models
 
 
-def model_inputs(config: Config, frames: Sequence[int]) -> PretrainingInputs | CtcInputs:
+def model_inputs(objective: Objective, frames: Sequence[int]) -> Any:
     draws = np.random.default_rng(0)
-    waveforms = [draws.standard_normal(input_samples(count, config.model), dtype=np.float32) for count in frames]
-    inputs = make_inputs(waveforms, range(len(frames)), number=0, seed=0, config=config.model)
-    if not config.ctc.vocabulary:
-        return inputs
-    return CtcInputs(
-        waveforms_BS=inputs.waveforms_BS,
-        lengths_B=inputs.lengths_B,
-        frames_B=inputs.frames_B,
-        mask_BT=inputs.mask_BT,
-        channel_mask_BD=torch.arange(config.model.dim).expand(len(frames), -1) < config.model.dim // 4,
-        labels_L=torch.ones(len(frames), dtype=torch.long),
-        label_lengths_B=torch.ones(len(frames), dtype=torch.long),
-        utterances=inputs.utterances,
-        labels=(len(frames),),
-        padded=inputs.padded,
-    )
-
-
-def loss_of(config: Config, model: nn.Module, inputs: PretrainingInputs | CtcInputs) -> Tensor:
+    waveforms = [draws.standard_normal(input_samples(count, objective.model), dtype=np.float32) for count in frames]
+    inputs = inputs_of(objective, waveforms, [[1]] * len(frames))
     if isinstance(inputs, CtcInputs):
-        loss: Tensor = model(inputs).total
-        return loss
-    noise_MGV = torch.zeros(len(inputs.frame_M), config.model.codebooks, config.model.codebook_entries)
-    loss = model(inputs, noise_MGV=noise_MGV if model.training else None).total
-    return loss
+        dim = objective.model.dim
+        inputs = inputs._replace(channel_mask_BD=torch.arange(dim).expand(len(frames), -1) < dim // 4)
+    return inputs
+
+
+EVERY_LAYER = StepContext(seed=0, update=0, numbers=(0,), worst_case=True)
+"""A step in which no layer is dropped or frozen."""
 
 
 class Precision(NamedTuple):
@@ -245,18 +229,19 @@ def compared() -> set[str]:
     ],
 )
 def test_every_bf16_operation_is_right_but_for_rounding(preset: str, precision: Precision, compared: set[str]) -> None:
-    config = MODELS[preset]
+    objective = build_objective(MODELS[preset])
     torch.manual_seed(0)
-    model = build_model(config.model, config.ctc, precision.activations).to(precision.weights)
+    model: Any = objective.build_model().to(precision.weights)
+    model.compute_dtype = precision.activations
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast)
     with Bf16Operations(compared) as operations:
         with autocast:
-            loss = loss_of(config, model, model_inputs(config, (37, 12, 1)))
-        loss.backward()
+            sums = objective.forward(model, model_inputs(objective, (37, 12, 1)), step=EVERY_LAYER, training=True)
+        sums.total.backward()
         model.eval()
         for frames in ((12,), (1,)):  # without dropout or padding
             with autocast, torch.no_grad():
-                loss_of(config, model, model_inputs(config, frames))
+                objective.forward(model, model_inputs(objective, frames), step=EVERY_LAYER, training=False)
     assert not operations.wrong, "\n".join(operations.wrong)
     assert operations.names >= (EXPECTED if kernel_of("layer_norm", "cpu") is None else EXPECTED | LAYER_NORM)
 

@@ -6,50 +6,42 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from w2vscale.objectives.criterion import PretrainingCriterion
 
 from tests.helpers.comparison import error
-from tests.helpers.families import (
-    CPU,
-    FAMILIES,
-    batch,
-    build,
-    family,
-    gradients,
-)
-from tests.helpers.micro import MICRO_MODEL
+from tests.helpers.families import FAMILIES, batch, build, family, gradients, sums_of, valid_frames
+from tests.helpers.micro import MICRO_ENCODER
 from w2vscale.config import Config, load_config
 from w2vscale.models.layers import LayerNorm, compute_dtype
 from w2vscale.models.wav2vec2 import ConvLayer, EncoderOutput, PositionalConvolution, Wav2Vec2Encoder
-from w2vscale.objectives.contrastive import contrastive_logits
 from w2vscale.objectives.quantizer import Quantizer
+from w2vscale.objectives.similarity import contrastive_logits
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bf16_is_close_to_fp32(name: str) -> None:
-    config = family(name)
-    exact, rounded = build(config).train(), build(config, torch.bfloat16).train()
-    criterion = PretrainingCriterion(config, seed=4)
     seen: list[EncoderOutput] = []
-    for model in (exact, rounded):
+    found = []
+    for precision in ("fp32", "bf16"):
+        objective = family(name, f"precision.compute={precision}")
+        model = build(objective).train()
         model.encoder.register_forward_hook(lambda module, args, output: seen.append(output))
-    part = batch(config, 4000, 6000, 5000)
-    wanted, sums = (criterion(model, [part], device=CPU, training=True) for model in (exact, rounded))
+        inputs = batch(objective, 4000, 6000, 5000)
+        found.append(sums_of(objective, model, inputs))
+    wanted, sums = found
     for field in ("total", "contrastive", "diversity", "feature_penalty"):
         assert getattr(sums, field).item() == pytest.approx(getattr(wanted, field).item(), rel=2e-2), field
-    valid_BT = torch.arange(part.inputs.mask_BT.shape[1]) < part.inputs.frames_B.unsqueeze(1)
-    expected, actual = (output.context_BTD.detach()[valid_BT].float() for output in seen)
+    expected, actual = (output.context_BTD.detach()[valid_frames(inputs)].float() for output in seen)
     assert float((actual - expected).norm() / expected.norm()) < 2e-2
     assert seen[1].context_BTD.dtype == seen[1].normalised_BTC.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_losses_and_gradients_are_fp32_under_bf16(name: str) -> None:
-    config = family(name)
-    model = build(config, torch.bfloat16).train()
+    objective = family(name, "precision.compute=bf16")
+    model = build(objective).train()
     quantized = []
     model.quantizer.register_forward_hook(lambda module, args, output: quantized.append(output))
-    sums = PretrainingCriterion(config, seed=4)(model, [batch(config, 2000, 2600)], device=CPU, training=True)
+    sums = sums_of(objective, model, batch(objective, 2000, 2600))
     assert {value.dtype for value in sums} == {torch.float32}
     assert quantized[0].logits_MGV.dtype == torch.float32
     assert {gradient.dtype for gradient in gradients(model, sums.total).values()} == {torch.float32}
@@ -150,7 +142,7 @@ def test_layer_norm_takes_its_statistics_in_fp32() -> None:
 
 def test_weight_norm_is_fp32_also_where_weights_are_kept_in_bf16() -> None:
     """An impulse shows the weights: rounded once, not at every step of their norm."""
-    config = family("base")
+    config = family("base").model
     torch.manual_seed(0)
     positional = PositionalConvolution(config).bfloat16()
     positional.magnitude.data.uniform_(0.5, 2.0)
@@ -165,23 +157,22 @@ def test_weight_norm_is_fp32_also_where_weights_are_kept_in_bf16() -> None:
 
 
 def test_gumbel_softmax_is_fp32_and_hard_under_bf16() -> None:
-    config = family("base")
     torch.manual_seed(0)
-    quantizer = Quantizer(config, 32)
-    noise_MGV = -torch.empty(9, config.codebooks, config.codebook_entries).exponential_().log()
+    quantizer = Quantizer(32, codebooks=2, entries=20, dim=24)
+    noise_MGV = -torch.empty(9, 2, 20).exponential_().log()
     result = quantizer(torch.randn(9, 32).bfloat16(), noise_MGV, temperature=0.5)
     assert result.logits_MGV.dtype == torch.float32
     assert result.vectors_MD.dtype == torch.bfloat16
     assert torch.equal(result.codes_MG, (result.logits_MGV + noise_MGV).argmax(dim=2))
-    chosen = [quantizer.codevectors[group][result.codes_MG[:, group]] for group in range(config.codebooks)]
+    chosen = [quantizer.codevectors[group][result.codes_MG[:, group]] for group in range(2)]
     assert torch.equal(result.vectors_MD, torch.cat(chosen, dim=1).bfloat16())
 
 
 @pytest.mark.parametrize("preset", ["base", "large_lv60"])
 def test_under_autocast(preset: str) -> None:
-    config = load_config(preset, list(MICRO_MODEL)).model
+    config = load_config(preset, MICRO_ENCODER)
     torch.manual_seed(0)
-    encoder = Wav2Vec2Encoder(config, config).eval()
+    encoder = Wav2Vec2Encoder(config.model, config.regularization).eval()
     waveforms_BS = torch.randn(2, 8000)
     expected_BTD = encoder(waveforms_BS).context_BTD
     with torch.autocast("cpu", torch.bfloat16):

@@ -25,7 +25,7 @@ from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder, valid_mask
 from w2vscale.objectives.base import Objective, Panel, StepContext, TransformersHead
 from w2vscale.objectives.masking import MaskSettings, masked_batch
-from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss, perplexity
+from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss_sum, perplexity
 from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss, negative_indices
 
 
@@ -161,7 +161,7 @@ class Wav2Vec2ForPretraining(nn.Module):
         )
         contrastive, correct = contrastive_loss(logits_MK)
         probabilities_MGV = quantized.logits_MGV.softmax(dim=2)
-        diversity = _diversity_sum(probabilities_MGV, inputs.weights)
+        diversity = diversity_loss_sum(probabilities_MGV, inputs.weights)
         penalty = _feature_penalty_sum(encoded.features_BTC, frames_B, inputs)
         total = contrastive + settings.diversity_weight * diversity + settings.feature_penalty_weight * penalty
         codes_GVM = F.one_hot(quantized.codes_MG, settings.codebook_entries)
@@ -314,12 +314,16 @@ class Contrastive(Objective):
         UserError: Transformers has no such quantizer.
         """
         settings = self.settings
-        if settings.quantizer_input != "features" or not settings.target_projection:
-            raise UserError(
-                f"objective.quantizer_input={settings.quantizer_input} and objective.target_projection="
-                f"{str(settings.target_projection).lower()}: Hugging Face Transformers has no such wav2vec 2.0; "
-                "only models of the published architectures can be converted"
-            )
+        obstacles = {
+            "objective.quantizer_input=projected": settings.quantizer_input == "projected",
+            "objective.target_projection=false": not settings.target_projection,
+        }
+        for setting, present in obstacles.items():
+            if present:
+                raise UserError(
+                    f"{setting}: Hugging Face Transformers has no such wav2vec 2.0; "
+                    "only models of the published architectures can be converted"
+                )
         return TransformersHead(
             architecture="Wav2Vec2ForPreTraining",
             tensors={
@@ -349,16 +353,6 @@ TRANSFORMERS_SETTINGS: dict[str, tuple[str, Any]] = {
     "diversity_loss_weight": ("diversity_weight", 0.1),
 }
 """Transformers name: our name, and the default that applies if config.json lacks it (5.23, `Wav2Vec2Config`)."""
-
-
-def _diversity_sum(probabilities_MGV: Tensor, masked: Sequence[int]) -> Tensor:
-    """Sum over micro-batches of the diversity loss times the number of masked frames."""
-    parts = [
-        diversity_loss(part_MGV.mean(dim=0)) * part_MGV.shape[0]
-        for part_MGV in probabilities_MGV.split(list(masked))
-        if part_MGV.shape[0]
-    ]
-    return torch.stack(parts).sum() if parts else probabilities_MGV.sum()
 
 
 def _feature_penalty_sum(features_BTC: Tensor, frames_B: Tensor | None, inputs: ContrastiveInputs) -> Tensor:
