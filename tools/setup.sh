@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
-# Makes .venv/ in this checkout and installs w2vscale into it, editable, with all extras, from tools/constraints.txt.
-# torchaudio, which only tests and benches use, is installed where it loads; otherwise it goes to .venv/oracles/.
-# Safe to repeat, to interrupt and to call from several places at once; a call with nothing to do is quick.
+# Creates .venv/ in this checkout and installs w2vscale into it: editable, with all extras, and with the versions in
+# tools/constraints.txt. Only tests and benchmarks use torchaudio; if it cannot be imported, it goes to .venv/oracles/.
+# This script can be repeated, interrupted and run several times at once. It is fast if there is nothing to do.
 #
-#   PYTHON          the interpreter to build with (default: python3)
-#   W2VSCALE_VENV   another place for the environment
+#   PYTHON          Python interpreter for the environment (default: python3)
+#   W2VSCALE_VENV   path of the environment (default: .venv/ in this checkout)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${W2VSCALE_VENV:-$root/.venv}
 [[ $venv == /* ]] || venv=$PWD/$venv
-# Holds the key of a finished set-up; empty while one is at work, so that an interrupted one is seen and redone.
+# Holds the key of a finished set-up. It is empty during a set-up, so that an interrupted one is detected and redone.
 stamp=$venv/.w2vscale-setup
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 sha256() { if command -v sha256sum >/dev/null; then sha256sum "$@"; else shasum -a 256 "$@"; fi; }
 
-# An existing environment keeps its Python unless PYTHON asks for another. Without pyvenv.cfg, which an interrupted
-# removal may have taken, its Python no longer knows which one it was made from.
+# An existing environment keeps its Python unless PYTHON names another one. If pyvenv.cfg is missing, as after an
+# interrupted removal, its Python does not know its base interpreter and cannot be used.
 asked() {
   local ours=$venv/bin/python
   [[ -x $ours && -f $venv/pyvenv.cfg ]] || ours=python3
   echo "${PYTHON:-$ours}"
 }
 
-# What the environment is made from.
+# Identifies everything that the environment depends on.
 key() {
   printf '%s\n%s\n' "$root" "$("$(asked)" -V 2>&1)"
   (cd "$root" && sha256 pyproject.toml tools/constraints.txt tools/setup.sh)
@@ -34,7 +34,8 @@ finished() { [[ -s $stamp && $(<"$stamp") == "$(key)" ]]; }
 
 if finished; then exit 0; fi
 
-# One set-up at a time; the next in line finds the work done. (Without flock, as on macOS, don't start two at once.)
+# Only one set-up runs at a time; the others wait and then have nothing to do. (Without flock, as on macOS, do not start
+# two at once.)
 mkdir -p "$(dirname "$venv")"
 if command -v flock >/dev/null; then
   exec {lock}>"$venv.lock"
@@ -42,7 +43,7 @@ if command -v flock >/dev/null; then
   if finished; then exit 0; fi
 fi
 
-# The interpreter that an environment was made from, never the one inside it, which a rebuild removes.
+# Use the base interpreter, never the one inside the environment, which a rebuild removes.
 python=$("$(asked)" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))') ||
   die "cannot run $(asked); set PYTHON to a Python 3.11 or later"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -52,9 +53,9 @@ if [[ -s $stamp && -x $venv/bin/python && $("$venv/bin/python" -V) == "$("$pytho
   say "updating $venv to pyproject.toml and tools/constraints.txt"
   : >"$stamp"
 else
-  # Removes only what an earlier set-up made: somebody's own folder or environment is not ours to delete.
+  # Delete only an environment that this script has made, never a folder or environment of the user.
   if [[ -e $stamp ]]; then
-    : >"$stamp" # stays until the last, lest an interrupted removal look like somebody's own folder
+    : >"$stamp" # kept, so that after an interrupted removal the folder is still recognised as ours
     find "$venv" -mindepth 1 -maxdepth 1 ! -path "$stamp" -exec rm -rf {} +
   elif [[ -d $venv && -n $(ls -A "$venv") ]]; then
     die "$venv exists and was not made by this script; remove it, or set W2VSCALE_VENV to another place"
@@ -65,21 +66,21 @@ else
   "$python" -m venv "$venv"
 fi
 
-made_from=$(key) # before pip reads the files: they may change while it works
+made_from=$(key) # computed before pip reads the files, which may change meanwhile
 
-# pip COMMAND … is quiet: -qq prints errors alone.
+# pip COMMAND … prints only errors (-qq).
 pip() { "$venv/bin/python" -m pip "$1" -qq --disable-pip-version-check --no-input "${@:2}"; }
-# --no-compile: Python writes byte code for what gets imported; compiling everything doubles the time.
+# --no-compile: Python compiles modules when they are imported; compiling everything here would double the time.
 install() {
   pip install --no-compile --constraint "$root/tools/constraints.txt" "$@" ||
-    die "the installation failed (see above); the next call starts afresh"
+    die "the installation failed (see above); run this script again to retry"
 }
 
-# DS_BUILD_OPS=0: DeepSpeed compiles its operators when one is first used, not here.
+# DS_BUILD_OPS=0: DeepSpeed compiles its operators at first use instead of at installation.
 DS_BUILD_OPS=0 install --editable "${root}[all]"
 
-# torchaudio's wheel is built for CUDA and does not load beside a CPU build of torch. Transformers imports torchaudio
-# wherever it is installed, so there it must not be. --no-deps: torch stays as it is.
+# The torchaudio wheel is built for CUDA and cannot be imported with a CPU build of torch. Transformers imports
+# torchaudio whenever it is installed, so in that case it must be outside the environment. --no-deps keeps torch.
 rm -rf "$venv/oracles"
 install --no-deps torchaudio
 if ! "$venv/bin/python" -I -c 'import torchaudio' 2>/dev/null; then

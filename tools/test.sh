@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# All checks: the linters, then pytest with the given arguments. Everything runs, whatever fails before it.
+# Runs all checks: the linters, then pytest with the given arguments. A failure does not stop the checks after it.
 #
-#   bash tools/test.sh              all of it, without the tests marked `long`
-#   bash tools/test.sh --slow       the tests marked `long` only, without the linters (--slow comes first)
-#   bash tools/test.sh -k plan      all linters, and of the tests those about the plan
-#   bash tools/test.sh -n 0         the tests one after another instead of two at a time
+#   bash tools/test.sh              linters and all tests except those marked `long`
+#   bash tools/test.sh --slow       only the tests marked `long` (--slow must come first)
+#   bash tools/test.sh -k plan      linters and the tests whose names contain "plan"
+#   bash tools/test.sh -n 0         linters and tests, in one process instead of two
 set -euo pipefail
 
 tier="not long"
@@ -17,13 +17,13 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
 PATH=$(cd "${W2VSCALE_VENV:-.venv}" && pwd)/bin:$PATH
 export PATH
-# Tests start many processes; without written byte code each would compile torch and lhotse anew, in some ten seconds.
+# Tests start many processes. Without cached byte code, each would spend about ten seconds compiling torch and lhotse.
 unset PYTHONDONTWRITEBYTECODE
 
 failed=()
 joined() { local IFS=,; echo "$*"; }
 
-# check NAME COMMAND… runs one step under a heading, times it and remembers a failure.
+# check NAME COMMAND… runs one check under a heading, prints its time and records a failure.
 check() {
   local name=$1 start=$SECONDS verdict=ok
   shift
@@ -46,14 +46,14 @@ if [[ $tier != long ]]; then
   check "docs" env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$(mktemp -d)"
 fi
 
-# pytest's own closing line ends the log, with the time; one more line follows only when something failed.
+# The log ends with the summary line of pytest; another line follows only if something failed.
 if ((${#failed[@]})); then printf '\nfailed so far: %s\n' "$(joined "${failed[@]}")"; fi
 printf '\n== pytest\n'
-# Two files at a time. Within a file the order stays, so that its fixtures are made once; tests/conftest.py orders the
-# files. (`--dist loadgroup`, which could keep more together, does nothing with pytest 9.2: pytest-xdist issue 1386.)
+# Run two files at a time. The tests of a file stay together, so that its fixtures are made once; tests/conftest.py
+# orders the files. (`--dist loadgroup` has no effect with pytest 9.2: pytest-xdist issue 1386.)
 code=0
 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$tier" "$@" || code=$?
-# 5: no test was selected, as where the arguments name none of the long ones.
+# Exit code 5 means that no test was selected, e.g. because no long test matches the arguments.
 if ((code != 0)) && ! { ((code == 5)) && [[ $tier == long ]]; }; then failed+=("pytest"); fi
 
 if ((${#failed[@]})); then

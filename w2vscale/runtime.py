@@ -1,4 +1,7 @@
-"""All process-wide state. The command line enters it once; a library call or a notebook never does."""
+"""All process-wide state: allocator, garbage collection, warnings and signals.
+
+Only the command line sets it up; importing or calling the library never does.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +19,33 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that ask a run to finish its update, save and leave."""
+"""Signals that ask a run to finish its update, save and exit."""
 
 ONE_REQUEST_SECONDS = 2.0
-"""Signals within this time are one request: a scheduler may signal a launcher, which passes it on, and its ranks."""
+"""Signals within this time count as one request: a scheduler may signal the ranks directly and through the launcher."""
 
 FULL_COLLECTIONS = 10
-"""Python's default third threshold of garbage collection."""
+"""Default of Python for the third threshold of garbage collection."""
 
 NEVER = 2**31 - 1
 
 COMPILED_VARIANTS = 64
-"""Variants of a compiled block: with or without padding, gradients, dropout; one utterance or several."""
+"""Maximum variants of a compiled block: with or without padding, gradients and dropout, one utterance or more."""
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 
 
 def enter() -> None:
-    """Set up the process of a command: quiet progress bars of libraries in files, and quiet libraries."""
+    """Set up the process of a command: silence the logs of libraries and, unless on a terminal, their progress bars."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
-    # DeepSpeed announces itself at import, on every rank.
+    # DeepSpeed logs at import, on every rank.
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by deprecated names, on every rank.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    # The model changes no tensor in place, a view or not.
+    # The warning is about in-place changes of a view, but the model changes no tensor in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 
 
@@ -50,12 +53,12 @@ def enter() -> None:
 def training(*, compiled: bool = False) -> Iterator[StopRequest]:
     """Set up the process of a training run: memory, kernels, stop signals.
 
-    `compiled`: blocks will be compiled.
+    `compiled`: whether the transformer blocks will be compiled.
     """
     import torch
 
     if torch.cuda.is_available():
-        # From torch 2.11 on, attention prefers cuDNN on Hopper GPUs, which builds a plan for each new shape of a batch.
+        # From torch 2.11 on, attention on Hopper GPUs prefers cuDNN, which builds a new plan for each batch shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         keep_freed_memory()
@@ -63,18 +66,18 @@ def training(*, compiled: bool = False) -> Iterator[StopRequest]:
         from torch._dynamo import config
 
         config.recompile_limit = COMPILED_VARIANTS
-        # It splits graphs where the buckets of DDP end, which only helps where a whole model is compiled.
+        # This would split graphs at the bucket boundaries of DDP, which only helps if a whole model is compiled.
         config.optimize_ddp = False
     with StopRequest() as stop:
         yield stop
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory for the next tensor. Does nothing without glibc, or where its own variables (`MALLOC_…`,
-    `GLIBC_TUNABLES`) are set.
+    """Make glibc keep freed memory for the next tensor.
 
-    By default glibc returns large tensors to the system at once, and gets new memory page by page, filled with zeros:
-    up to a fifth of a training step on a CPU (docs/performance.md).
+    By default glibc returns the memory of large tensors to the system at once, and gets zero-filled pages for the next
+    one. This takes up to a fifth of a training step on a CPU (docs/performance.md). Does nothing without glibc, or if
+    its own variables (`MALLOC_…`, `GLIBC_TUNABLES`) are set.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return
@@ -86,10 +89,11 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def collected_between_steps() -> Iterator[None]:
-    """Leave full garbage collections to `gc.collect()`, which the training loop calls between steps: a rank that is
-    stopped inside a step makes all others wait. What exists now (libraries, the model) is never looked through.
+    """Turn off automatic full garbage collections, and exclude all existing objects from collection.
 
-    A full collection takes a tenth of a second; those of young objects, which go on, almost nothing.
+    The training loop calls `gc.collect()` between steps instead, because a full collection takes a tenth of a second
+    and in the middle of a step would make all other ranks wait. Collections of young objects take almost no time and
+    stay automatic.
     """
     young, middle, old = gc.get_threshold()
     gc.collect()
@@ -103,7 +107,10 @@ def collected_between_steps() -> Iterator[None]:
 
 
 class StopRequest:
-    """While active, remembers the first stop signal; a second one, later, ends the process at once."""
+    """While active, records the first stop signal. A second one raises KeyboardInterrupt.
+
+    Signals within `ONE_REQUEST_SECONDS` of the first are ignored.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -113,7 +120,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP; leave it ignored
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 

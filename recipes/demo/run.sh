@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pretrains and fine-tunes a small wav2vec 2.0 for speech recognition, in minutes on two cores and without a download:
 # synthesises spoken digits, writes and indexes manifests, pretrains on all speech, fine-tunes on a transcribed subset,
-# trains the same model on this subset from scratch, and compares the error rates of both on other speakers.
+# trains the same model from scratch on this subset, and compares the error rates of both on other speakers.
 #
 #   bash recipes/demo/run.sh
 #   bash recipes/demo/run.sh --exp exp/longer trainer.updates=1000     settings of pretraining follow the options
@@ -47,12 +47,12 @@ index() { w2vscale data index "${train_cuts[@]}" "$held_out"; }
 run_stage 0 "synthesise $train_minutes + $validation_minutes minutes of speech" "$data" synthesise
 run_stage 1 "write Lhotse manifests" "$manifests" prepare
 run_stage 2 "index them for O(1) access" "$manifests" index
-# 3 is for corpora that are streamed.
+# This recipe has no stage 3, which writes shards for streaming.
 run_stage 4 "pretrain" "$exp" pretrain "$here/conf/pretrain.yaml" "$@"
 run_stage 5 "evaluate on other speakers and draw the curves" "$exp" evaluate_pretraining
-run_stage 6 "choose $label_minutes minutes to have transcripts" "${exp}_$amount" \
+run_stage 6 "choose $label_minutes minutes of transcribed speech" "${exp}_$amount" \
   subset "$labels" --hours "$(hours "$label_minutes")" --balanced-speakers
-run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" \
+run_stage 7 "fine-tune on this subset, and train from scratch" "${exp}_$amount" \
   fine_tune "$here/conf/finetune.yaml" "$labels"
 run_stage 8 "decode" "${exp}_$amount" decode
 if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi

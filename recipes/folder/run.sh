@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# Pretrains wav2vec 2.0 on any folder of audio (wav, flac, ogg, opus, mp3) and, given transcribed audio, too, fine-tunes it,
-# decodes what was held out, and compares with training from scratch.
+# Pretrains wav2vec 2.0 on any folder of audio (wav, flac, ogg, opus, mp3). With --transcribed, also fine-tunes it,
+# decodes held-out utterances, and compares the error rate with training from scratch.
 #
 #   bash recipes/folder/run.sh --audio /data/recordings --nproc 8
 #   bash recipes/folder/run.sh --audio /data/recordings --transcribed /data/labelled --finetune-conf ctc_10h
-#   bash recipes/folder/run.sh --audio /data/recordings --conf tiny trainer.updates=2000   settings of pretraining follow
+#   bash recipes/folder/run.sh --audio /data/recordings trainer.updates=2000    settings of pretraining follow the options
 #
-# What is done stays done: another folder or other settings want another --data or --exp.
+# Finished stages are skipped. For another folder or other settings, choose another --data or --exp.
 set -euo pipefail
 
 stage=0                 # first stage to run
 stop_stage=10           # last stage to run
-audio=                  # folder of recordings to pretrain on
-transcribed=            # folder of utterances with a .txt of the same name beside each; empty: no fine-tuning
-data=                   # where manifests go (default: data/ beside this script)
-conf=base               # settings of pretraining: a preset or a YAML file
-finetune_conf=ctc_1h    # and of fine-tuning
-finetune_settings=      # SECTION.KEY=VALUE…, between spaces, that replace finetune_conf's
-exp=                    # the run's folder (default: exp/ and conf's name beside this script)
+audio=                  # folder of recordings for pretraining (required)
+transcribed=            # folder of utterances, each with a .txt file of the same name (default: no fine-tuning)
+data=                   # folder for manifests (default: data/ beside this script)
+conf=base               # preset or YAML file for pretraining
+finetune_conf=ctc_1h    # preset or YAML file for fine-tuning
+finetune_settings=      # SECTION.KEY=VALUE, separated by spaces, to override settings of --finetune-conf
+exp=                    # folder of the run (default: exp/ and the name of --conf, beside this script)
 segment_seconds=30      # split longer recordings into segments of this duration, in seconds
-validation_share=0.02   # of the recordings, to validate on
-test_share=0.1          # of the transcribed utterances, to decode
-skip_unreadable=false   # leave out files that are not audio
-lm=                     # an n-gram model to decode with, too
-jobs=4                  # parallel jobs that prepare data
-nproc=1                 # processes to train and decode with
+validation_share=0.02   # fraction of the recordings to use for validation
+test_share=0.1          # fraction of the transcribed utterances to use for testing
+skip_unreadable=false   # skip files that are not audio
+lm=                     # n-gram language model for a second decoding
+jobs=4                  # parallel jobs for data preparation
+nproc=1                 # processes for training and decoding
 launcher=local          # local, torchrun or slurm: see cmd.sh
 
 . "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../utils/log.sh"
-if [[ -z $audio ]]; then echo "run.sh: --audio names no folder of recordings" >&2 && exit 2; fi
+if [[ -z $audio ]]; then echo "run.sh: --audio is required: give a folder of recordings" >&2 && exit 2; fi
 name=${conf##*/}
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/${name%.yaml}}")
@@ -69,7 +69,7 @@ fine_tune_transcribed() {
   fine_tune "$finetune_conf" "$labels"
 }
 
-# 0 is for corpora that are fetched, 3 for those that are streamed.
+# This recipe has no stage 0, which downloads a corpus, and no stage 3, which writes shards for streaming.
 run_stage 1 "write Lhotse manifests" "$manifests" prepare
 run_stage 2 "index them for O(1) access" "$manifests" index
 run_stage 4 "pretrain with $conf" "$exp" pretrain "$conf" "$@"

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# From the 960 hours of LibriSpeech (or whatever of it is there) to word error rates: pretrains wav2vec 2.0 BASE or LARGE,
-# fine-tunes it on a published amount of transcripts, decodes, and compares with training from scratch.
+# Pretrains wav2vec 2.0 BASE or LARGE on the 960 hours of LibriSpeech (or the parts of it that exist), fine-tunes it on
+# one of the published amounts of transcripts, and compares its word error rates with training from scratch.
 #
 #   bash recipes/librispeech/run.sh --corpus /corpora/LibriSpeech --nproc 8
 #   bash recipes/librispeech/run.sh --conf large --launcher slurm --amount 10h
-#   bash recipes/librispeech/run.sh --stage 6 --amount 100h                     another amount for the same model
-#   bash recipes/librispeech/run.sh --exp exp/small batch.micro_batches=16      settings of pretraining follow the options
+#   bash recipes/librispeech/run.sh --stage 6 --amount 100h                  fine-tunes the same model on more data
+#   bash recipes/librispeech/run.sh --exp exp/small batch.micro_batches=16   settings of pretraining follow the options
 #
-# What is done stays done: another corpus or other settings want another --data or --exp.
+# Finished stages are skipped. For another corpus or other settings, choose another --data or --exp.
 set -euo pipefail
 
-stage=0           # first stage to run
-stop_stage=10     # last stage to run
-corpus=           # folder with train-clean-100, …; empty: download all of it (60 GB)
-data=             # where downloads, manifests and shards go (default: data/ beside this script)
-conf=base         # settings of pretraining: conf/$conf.yaml
-exp=              # the run's folder (default: exp/$conf beside this script)
-shar=false        # stage 3: also write Lhotse Shar, and pretrain from it (storage that wants sequential reads)
-amount=1h         # of transcripts: 10min, 1h, 10h, 100h (train-clean-100) or 960h; settings are the preset ctc_$amount
-librilight=       # folder of Libri-light's librispeech_finetuning, for its lists of 10min, 1h and 10h; empty: drawn
-finetune_settings= # SECTION.KEY=VALUE…, between spaces, that replace the preset's
-fetch_lm=false    # stage 0: also fetch the 4-gram of OpenSLR 11 (1.3 GB)
-lm=               # n-gram model to decode with, too (default: the 4-gram, if it was fetched)
-jobs=8            # parallel jobs that prepare data
-nproc=1           # processes (GPUs) to train and decode with
-launcher=local    # local, torchrun or slurm: see cmd.sh
+stage=0            # first stage to run
+stop_stage=10      # last stage to run
+corpus=            # folder with train-clean-100, … (default: download all parts, 60 GB)
+data=              # folder for downloads, manifests and shards (default: data/ beside this script)
+conf=base          # name of the pretraining settings: conf/$conf.yaml
+exp=               # folder of the run (default: exp/$conf beside this script)
+shar=false         # write Lhotse Shar in stage 3 and pretrain from it, for storage that needs sequential reads
+amount=1h          # transcribed speech: 10min, 1h, 10h, 100h (train-clean-100) or 960h; selects the preset ctc_$amount
+librilight=        # librispeech_finetuning folder of Libri-light, to use its 10min, 1h and 10h (default: sample them)
+finetune_settings= # SECTION.KEY=VALUE, separated by spaces, to override settings of the preset
+fetch_lm=false     # download the 4-gram language model of OpenSLR 11 in stage 0 (1.3 GB)
+lm=                # n-gram language model for a second decoding (default: the 4-gram, if downloaded)
+jobs=8             # parallel jobs for data preparation
+nproc=1            # processes (GPUs) for training and decoding
+launcher=local     # local, torchrun or slurm: see cmd.sh
 
 . "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -42,7 +42,7 @@ lm=$(given --lm "$lm")
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"
 
-# The presets have BASE's rates; these are published for LARGE.
+# The presets have the learning rates of BASE. These are the published ones of LARGE.
 if [[ $conf == large* ]]; then
   declare -A rates=([10min]=1e-4 [1h]=3e-4 [10h]=1e-4 [100h]=3e-5 [960h]=3e-5)
   finetune_settings="optim.lr=${rates[$amount]} $finetune_settings"
@@ -50,7 +50,7 @@ fi
 manifests=$data/manifests
 labels=$manifests/cuts_$amount.jsonl
 
-# Of parts of the corpus, the manifests that are there; mini LibriSpeech's names count, too.
+# manifests_of PART… prints the manifests that exist. Parts of mini LibriSpeech are accepted, too.
 manifests_of() {
   local part
   for part in "$@"; do
@@ -74,7 +74,7 @@ index() {
   w2vscale data index "${train_cuts[@]}" "${test_cuts[@]}"
   w2vscale data stats "${train_cuts[@]}" --config "$here/conf/$conf.yaml"
 }
-# The folder of a manifest's shards.
+# shards_of MANIFEST prints the folder of its shards.
 shards_of() {
   local name=${1##*/cuts_}
   echo "$data/shar/${name%.jsonl}"
@@ -91,7 +91,7 @@ pretrain_librispeech() {
   fi
   pretrain "$here/conf/$conf.yaml" "$@"
 }
-# The transcripts of stage 7.
+# Writes the manifest that stage 7 fine-tunes on.
 choose_labels() {
   case $amount in
     100h) cp "$manifests/cuts_train-clean-100.jsonl" "$labels" && w2vscale data index "$labels" ;;
@@ -123,8 +123,8 @@ run_stage 2 "index them for O(1) access" "$manifests" index
 if $shar; then run_stage 3 "write Lhotse Shar" "$data/shar" write_shards; fi
 run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain_librispeech "$@"
 run_stage 5 "evaluate on held-out speech and draw the curves" "$exp" evaluate_pretraining
-run_stage 6 "choose $amount of transcripts" "${exp}_$amount" choose_labels
-run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" fine_tune "ctc_$amount" "$labels"
+run_stage 6 "choose $amount of transcribed speech" "${exp}_$amount" choose_labels
+run_stage 7 "fine-tune on it, and train from scratch" "${exp}_$amount" fine_tune "ctc_$amount" "$labels"
 run_stage 8 "decode" "${exp}_$amount" decode
 if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi
 run_stage 9 "compare" "${exp}_$amount" results "LibriSpeech, $conf, $amount"

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Pretrains `tiny` on mini LibriSpeech (train-clean-5), fine-tunes it on its transcripts, and compares it on dev-clean-2
-# with the same model trained from scratch.
+# Pretrains `tiny` on mini LibriSpeech (train-clean-5), fine-tunes it on a transcribed subset, and compares its error
+# rate on dev-clean-2 with that of the same model trained from scratch.
 #
 #   bash recipes/mini_librispeech/run.sh                                  downloads the corpus
 #   bash recipes/mini_librispeech/run.sh --corpus DIR --quick true        at most 8 minutes on two cores
 #   bash recipes/mini_librispeech/run.sh --exp exp/other optim.lr=1e-3    settings of pretraining follow the options
 #
-# What is done stays done: another corpus or other settings want another --data or --exp.
+# Finished stages are skipped. For another corpus or other settings, choose another --data or --exp.
 set -euo pipefail
 
-stage=0           # first stage to run
-stop_stage=10     # last stage to run
-corpus=           # folder with train-clean-5 and dev-clean-2; empty: download it
-data=             # where downloads and manifests go (default: data/ beside this script)
-exp=              # the run's folder (default: exp/tiny or exp/quick beside this script)
-quick=false       # few updates: conf/quick.yaml, conf/finetune_quick.yaml
-minutes=20        # of transcripts to fine-tune on
-finetune_settings= # SECTION.KEY=VALUE…, between spaces, that replace conf/finetune.yaml's
-lm=               # an n-gram model to decode with, too
-jobs=2            # parallel jobs that prepare data
-nproc=1           # processes to train and decode with
-launcher=local    # local, torchrun or slurm: see cmd.sh
+stage=0            # first stage to run
+stop_stage=10      # last stage to run
+corpus=            # folder with train-clean-5 and dev-clean-2 (default: download it)
+data=              # folder for downloads and manifests (default: data/ beside this script)
+exp=               # folder of the run (default: exp/tiny or exp/quick beside this script)
+quick=false        # run fewer updates, with conf/quick.yaml and conf/finetune_quick.yaml
+minutes=20         # transcribed speech for fine-tuning, in minutes
+finetune_settings= # SECTION.KEY=VALUE, separated by spaces, to override settings of conf/finetune.yaml
+lm=                # n-gram language model for a second decoding
+jobs=2             # parallel jobs for data preparation
+nproc=1            # processes for training and decoding
+launcher=local     # local, torchrun or slurm: see cmd.sh
 
 . "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -55,12 +55,12 @@ index() {
 if [[ -z $corpus ]]; then run_stage 0 "download mini LibriSpeech" "$data" download; fi
 run_stage 1 "write and validate Lhotse manifests" "$manifests" prepare
 run_stage 2 "index them for O(1) access" "$manifests" index
-# 3 is for corpora that are streamed.
+# This recipe has no stage 3, which writes shards for streaming.
 run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain "$here/conf/$conf.yaml" "$@"
 run_stage 5 "evaluate on dev-clean-2 and draw the curves" "$exp" evaluate_pretraining
-run_stage 6 "choose $minutes minutes to have transcripts" "${exp}_$amount" \
+run_stage 6 "choose $minutes minutes of transcribed speech" "${exp}_$amount" \
   subset "$labels" --hours "$(hours "$minutes")" --balanced-speakers
-run_stage 7 "fine-tune on them, and train from scratch" "${exp}_$amount" \
+run_stage 7 "fine-tune on this subset, and train from scratch" "${exp}_$amount" \
   fine_tune "$here/conf/$finetune_conf.yaml" "$labels"
 run_stage 8 "decode dev-clean-2" "${exp}_$amount" decode
 if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# How training and decoding are started, by the recipe's $launcher:
+# Starts training and decoding with the $launcher of the recipe:
 #   local     $nproc processes on this machine
-#   torchrun  $nproc processes on each of $NNODES machines, started on all of them; $RDZV is HOST:PORT of one
-#   slurm     as many processes as the allocation has tasks (run inside sbatch or salloc)
+#   torchrun  $nproc processes on each of $NNODES machines. Start the recipe on all of them; $RDZV is HOST:PORT of one.
+#   slurm     one process per task of the allocation. Run the recipe inside sbatch or salloc.
 case ${launcher:=local} in
   local | torchrun | slurm) ;;
   *)

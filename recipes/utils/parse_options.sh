@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# Command-line options for a recipe's script, after Kaldi's contract. Source it below the script's variables:
+# Command-line options for a recipe script, as in Kaldi. Source this file below the variables of the script:
 #
 #   stage=1         # first stage to run
 #   train_cuts=     # manifest to train on
 #   . ../utils/parse_options.sh
 #
-# Every variable assigned above that line, at the left margin and in lower case, is an option: `--train-cuts FILE` or
-# `--train-cuts=FILE` sets train_cuts. (`readonly name=…` and indented lines make no option.) One whose default is true
-# or false takes only these. `--help` prints the script's first comment block and the options with their defaults and
-# the comments beside them. Parsing stops at `--` or at the first word that is no option; what is left stays in "$@".
-# A wrong option ends the script with exit code 2 and a line that says what to write instead.
+# Every lower-case variable that is assigned above that line, without indentation, is an option: `--train-cuts FILE` or
+# `--train-cuts=FILE` sets train_cuts. (`readonly name=…` does not define an option.) If the default is true or false,
+# the option accepts only these two. `--help` prints the first comment block of the script and the options, with their
+# defaults and the comments beside them. Parsing stops at `--` or at the first word that is not an option; the remaining
+# words stay in "$@". A wrong option prints one line and ends the script with exit code 2.
 
 _po_name=${0##*/}
 # The line of the calling script that sources this file, which is also the last line that can define an option.
@@ -20,7 +20,7 @@ _po_die() {
   exit 2
 }
 
-# Finds the text of the calling script: its path may be relative to a directory it has left with `cd`.
+# Finds the file of the calling script, whose path may be relative to a directory that it has left with `cd`.
 _po_find_script() {
   local path
   for path in "$1" "${OLDPWD:-.}/$1" "./${1##*/}"; do
@@ -29,7 +29,7 @@ _po_find_script() {
       return
     fi
   done
-  _po_die "cannot find the script's own text ($1) to read its options from; call it by its absolute path"
+  _po_die "cannot find the script $1 to read its options; call it by its absolute path"
 }
 
 # Fills _po_options with one option's variable per line, and _po_table with the lines that --help prints.
@@ -39,18 +39,18 @@ _po_scan() {
   while IFS= read -r text && ((++number < _po_line)); do
     [[ $text =~ ^([a-z][a-z0-9_]*)=[^\(] || $text =~ ^([a-z][a-z0-9_]*)=$ ]] || continue
     name=${BASH_REMATCH[1]}
-    # Not set: a line that only looks like an assignment. Seen: assigned twice.
+    # Skip lines that only look like an assignment (the variable is not set) and second assignments.
     if [[ -z ${!name+set} || $'\n'$_po_options == *$'\n'"$name"$'\n'* ]]; then continue; fi
     comment=
     if [[ $text =~ [[:space:]]#[[:space:]]+([^#]*)$ ]]; then comment=${BASH_REMATCH[1]}; fi
     _po_options+=$name$'\n'
     printf -v text '  --%-28s %s' "${name//_/-} ${!name:-\"\"}" "$comment"
-    _po_table+=${text%"${text##*[! ]}"}$'\n' # without blanks at the end
+    _po_table+=${text%"${text##*[! ]}"}$'\n' # without trailing blanks
   done <"$_po_script"
 }
 
 _po_help() {
-  # The first comment block, less the #! line and notes to shellcheck.
+  # Print the first comment block without the #! line and shellcheck directives.
   awk '
     NR == 1 && /^#!/ || /^# shellcheck / { next }
     /^#/ { sub(/^# ?/, ""); print; seen = 1; next }
@@ -102,7 +102,7 @@ while (($#)); do
       elif (($# == 1)); then
         _po_die "$1 needs a value"
       elif [[ $2 == --* ]] && _po_is_option "$(_po_variable "$2")"; then
-        _po_die "$1 needs a value; the next word is the option $2 (write $1=$2 if it is meant)"
+        _po_die "$1 needs a value; the next word is the option $2 (write $1=$2 if that is the value)"
       else
         _po_set "$1" "$_po_key" "$2"
         shift 2

@@ -1,14 +1,14 @@
 # shellcheck shell=bash disable=SC2154
-# Stages that recipes share, from indexed manifests on. Source it below cmd.sh. A recipe sets
-#   exp          the pretraining run's folder; runs that are fine-tuned go to ${exp}_$amount and ${exp}_${amount}_scratch
-#   amount       a name for the transcripts that are fine-tuned on
-#   train_cuts   array: manifests to pretrain on
-#   held_out     manifest to validate on
-#   test_cuts    array: manifests to decode
-#   finetune_settings   SECTION.KEY=VALUE…, between spaces, that replace those of fine-tuning
-#   lm           an n-gram model for decode_with_lm
+# The stages after indexing, shared by all recipes. Source this file below cmd.sh. A recipe sets:
+#   exp          folder of the pretraining run; fine-tuned runs go to ${exp}_$amount and ${exp}_${amount}_scratch
+#   amount       name of the fine-tuning data, e.g. 1h
+#   train_cuts   array of manifests for pretraining
+#   held_out     manifest for validation
+#   test_cuts    array of manifests to decode
+#   finetune_settings   SECTION.KEY=VALUE, separated by spaces, to override settings of fine-tuning
+#   lm           n-gram language model for decode_with_lm
 
-# pretrain CONF [SETTING…]
+# pretrain CONF [SETTING…] pretrains on train_cuts.
 pretrain() {
   local conf=$1 cuts
   shift
@@ -21,7 +21,7 @@ evaluate_pretraining() {
   w2vscale report "$exp"
 }
 
-# subset OUT OPTION…: a part of all training data, by the options of `w2vscale data subset`.
+# subset OUT OPTION… writes a subset of all training data to OUT, with options of `w2vscale data subset`.
 subset() {
   local out=$1 all=${train_cuts[0]}
   shift
@@ -34,10 +34,10 @@ subset() {
   w2vscale data index "$out"
 }
 
-# hours MINUTES
+# hours MINUTES converts minutes to hours.
 hours() { awk -v minutes="$1" 'BEGIN { print minutes / 60 }'; }
 
-# fine_tune CONF LABELS: from the pretrained model and, as the baseline, from scratch.
+# fine_tune CONF LABELS fine-tunes the pretrained model on the manifest LABELS and, as a baseline, trains from scratch.
 fine_tune() {
   local conf=$1 labels=$2 settings
   read -ra settings <<<"$finetune_settings"
@@ -47,7 +47,7 @@ fine_tune() {
   w2vscale report "${exp}_$amount" "${exp}_${amount}_scratch" --output "${exp}_$amount/curves.png"
 }
 
-# decode [SUFFIX OPTION…]: what both runs write, greedily, or by the options of `w2vscale evaluate --wer`.
+# decode [SUFFIX OPTION…] decodes test_cuts with both runs: greedily, or with options of `w2vscale evaluate --wer`.
 decode() {
   local suffix=${1:-} run name cuts
   for run in "${exp}_$amount" "${exp}_${amount}_scratch"; do
@@ -59,13 +59,13 @@ decode() {
   done
 }
 
-# A stage of its own, so that it can follow later; the table is then made again.
+# Separate from decode, so that it can be run later. Deletes the mark of `results`, so that the table is written again.
 decode_with_lm() {
   decode _lm --lm "$lm"
   rm -f "${exp}_$amount/.results.done"
 }
 
-# results TITLE
+# results TITLE writes RESULTS.md.
 results() {
   w2vscale results "$exp/evaluation.json" "${exp}_$amount"/wer_*.json "${exp}_${amount}_scratch"/wer_*.json \
     --output "${exp}_$amount/RESULTS.md" --title "$1"

@@ -17,7 +17,7 @@ from w2vscale.data.augmentation import Augmentation
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import input_samples
+from w2vscale.models.lengths import input_samples
 from w2vscale.objectives import build_objective
 from w2vscale.training.run import open_data, open_training_set
 

@@ -19,7 +19,7 @@ from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.plan import rank_window
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import input_samples
+from w2vscale.models.lengths import input_samples
 from w2vscale.objectives import build_objective
 
 RATE = 16_000

@@ -15,7 +15,7 @@ from tests.helpers.batches import config_with, dataset_of, inputs_of, same, utte
 from w2vscale.config import load_config
 from w2vscale.data.audio import read_audio
 from w2vscale.data.micro_batch import BadAudio
-from w2vscale.models.feature_encoder import input_samples
+from w2vscale.models.lengths import input_samples
 from w2vscale.objectives import StepContext, build_objective
 from w2vscale.objectives.contrastive import ContrastiveInputs
 

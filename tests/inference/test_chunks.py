@@ -20,7 +20,7 @@ from w2vscale.config import load_config
 from w2vscale.data.audio import AudioError
 from w2vscale.inference.chunks import ChunkFeatures, by_audio, split_into_chunks
 from w2vscale.inference.pretrained import Audio, Pretrained
-from w2vscale.models.feature_encoder import input_samples, output_frames
+from w2vscale.models.lengths import input_samples, output_frames
 
 PRESETS = ("base", "large_lv60", "base_prenorm")
 """GroupNorm and post-LN; LayerNorm and pre-LN, on normalised waveforms; padded convolutions with GroupNorm."""

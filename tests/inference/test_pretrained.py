@@ -17,7 +17,7 @@ from w2vscale.data.audio import standardize
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import load
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
-from w2vscale.models.feature_encoder import output_frames
+from w2vscale.models.lengths import output_frames
 
 
 def test_load_opens_runs_and_checkpoints(run: Path) -> None:

@@ -115,7 +115,7 @@ def test_sentence_pieces_are_written_with_spaces_and_come_in_again(tmp_path: Pat
     labels = [5, 6, 7, 4, 9, 8, 8, 5, 1]
     frames = [frame for label in labels for frame in (label, label, 0)]
     assert tokenizer.decode(frames) == labels_to_text(labels, symbols) == "THE CAT 'AA THE<unk>"
-    assert "no labels of text" in (tmp_path / "out" / "README.md").read_text()
+    assert "but not text to labels" in (tmp_path / "out" / "README.md").read_text()
     imported = import_checkpoint(tmp_path / "out", tmp_path / "in", form="huggingface")
     assert load_config(imported.checkpoint / "config.yaml").objective.vocabulary == symbols
 
@@ -170,7 +170,7 @@ def test_the_card_says_how_to_write_with_it(family: tuple[Config, Path, Path]) -
     _, _, export = family
     card = (export / "README.md").read_text()
     assert "# wav2vec 2.0, fine-tuned with w2vscale" in card and "Wav2Vec2ForCTC.from_pretrained" in card
-    assert "no output layer" not in card and "no labels of text" not in card
+    assert "no output layer" not in card and "but not text to labels" not in card
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ from w2vscale.errors import UserError
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
-from w2vscale.models.feature_encoder import output_frames
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.models.lengths import output_frames
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 
 CONVOLUTIONS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 SMALL_CONVOLUTIONS = "[(32, 10, 5)] + [(32, 3, 2)] * 2 + [(40,2,2)]"
@@ -320,7 +320,7 @@ def test_every_hidden_state_is_that_of_fairseq(shape: Shape, tmp_path: Path) -> 
     for waveform in (torch.randn(3000), torch.randn(2345)):
         theirs = reference.encode(waveform)
         encoded = model.encoder(waveform.unsqueeze(0))
-        assert_equal(encoded.targets_BTC[0], reference.extract(waveform))
+        assert_equal(encoded.normalised_BTC[0], reference.extract(waveform))
         assert len(theirs) == config.layers + 2
         for our_BTD, their_TD in zip([*encoded.hidden, encoded.context_BTD], theirs, strict=True):
             assert_equal(our_BTD[0], their_TD)
@@ -356,7 +356,7 @@ def test_quantizer_and_projections_are_those_of_fairseq_also_in_transformers(sha
     context_TP = reference.affine("final_proj", reference.encode(waveform)[-1])
 
     encoded = model.encoder(waveform.unsqueeze(0))
-    quantized = model.quantizer(encoded.targets_BTC[0], None, 1.0)
+    quantized = model.quantizer(encoded.normalised_BTC[0], None, 1.0)
     assert_equal(quantized.vectors_MD, vectors_TD)
     assert_equal(objective.target_projection(quantized.vectors_MD), targets_TP)
     assert_equal(model.context_projection(encoded.context_BTD[0]), context_TP)
@@ -554,7 +554,7 @@ def test_settings_are_empty_where_there_are_none(tmp_path: Path) -> None:
     torch.save({"model": fairseq_state(SMALL["base"])}, tmp_path / "model.pt")
     checkpoint = load_fairseq(tmp_path / "model.pt")
     assert checkpoint.settings == {}
-    with pytest.raises(UserError, match="do not say encoder_attention_heads"):
+    with pytest.raises(UserError, match="settings lack encoder_attention_heads"):
         from_fairseq(checkpoint)
 
 
@@ -590,14 +590,14 @@ def refusal(act: Callable[[], object]) -> str:
         ({"mask_prob": 0.0}, "objective.mask_probability=0.0"),
         ({"dropout": "${model.x}"}, "regularization.dropout='${model.x}'"),
         ({"encoder_attention_heads": 5}, "heads=5 does not divide dim=48"),
-        ({"encoder_attention_heads": None}, "do not say encoder_attention_heads"),
-        ({"conv_feature_layers": None}, "do not say conv_feature_layers"),
+        ({"encoder_attention_heads": None}, "settings lack encoder_attention_heads"),
+        ({"conv_feature_layers": None}, "settings lack conv_feature_layers"),
         ({"conv_feature_layers": "[(32, 10, 5)] * 4"}, "does not fit the weights"),
-        ({"conv_feature_layers": "[(32, 10, 5)] * 10 ** 9"}, "no list of (channels, kernel, stride)"),
-        ({"conv_feature_layers": "[(32, 10, 5)] * 999 * 999"}, "no list of (channels, kernel, stride)"),
-        ({"conv_feature_layers": "__import__('os').getpid()"}, "no list of (channels, kernel, stride)"),
-        ({"conv_feature_layers": "(" * 900}, "no list of (channels, kernel, stride)"),
-        ({"conv_feature_layers": 7}, "no list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": "[(32, 10, 5)] * 10 ** 9"}, "not a list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": "[(32, 10, 5)] * 999 * 999"}, "not a list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": "__import__('os').getpid()"}, "not a list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": "(" * 900}, "not a list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": 7}, "not a list of (channels, kernel, stride)"),
     ],
 )
 def test_what_our_model_cannot_be_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
@@ -651,7 +651,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
         assert 'no entry "model"' in refusal(lambda: load_fairseq(path))
     for found in ({"model": {"weight": 3}}, {"model": {3: torch.ones(1)}}, {"model": [torch.ones(1)]}):
         torch.save(found, path)
-        assert "does not hold tensors by name" in refusal(lambda: load_fairseq(path))
+        assert "is not a dictionary of tensors" in refusal(lambda: load_fairseq(path))
     state, cfg = fairseq_state(SMALL["base"]), all_settings(SMALL["base"])
     for zipped in (True, False):
         contents = save_old(path, state, cfg, zipped=zipped).read_bytes()
@@ -782,7 +782,7 @@ def test_a_stand_in_does_not_take_the_place_of_a_tensor(tmp_path: Path) -> None:
 
     with modules(fairseq__tensor={"Tensor": Tensor}):
         torch.save({"model": {"mask_emb": Tensor()}}, tmp_path / "model.pt")
-    assert "does not hold tensors by name" in refusal(lambda: load_fairseq(tmp_path / "model.pt"))
+    assert "is not a dictionary of tensors" in refusal(lambda: load_fairseq(tmp_path / "model.pt"))
 
 
 def test_settings_that_contain_themselves_are_refused(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from w2vscale.interop.huggingface import (
     to_huggingface,
 )
 from w2vscale.interop.importing import import_checkpoint
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 
 transformers = pytest.importorskip("transformers")
 
@@ -238,7 +238,7 @@ def test_an_import_that_failed_can_be_repeated(source: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"conv_kernel": [10, 3]}, "config.json: conv_kernel is of 2 layers, conv_dim of 4"),
+        ({"conv_kernel": [10, 3]}, "config.json: conv_kernel has 2 entries, conv_dim has 4"),
         ({"conv_dim": 512}, "config.json: conv_dim=512: not a list of numbers"),
         ({"conv_dim": []}, "config.json: conv_dim=[]: not a list of numbers"),
         ({"conv_stride": None}, "config.json: conv_stride=None: not a list of numbers"),
@@ -266,10 +266,10 @@ def test_settings_that_are_none_are_refused_by_name(settings: dict[str, Any], to
         ({}, "weight_map does not name a file for each tensor"),
         ({"weight_map": {}}, "weight_map does not name a file for each tensor"),
         ({"weight_map": ["a"]}, "weight_map does not name a file for each tensor"),
-        ({"weight_map": {"a": 3}}, "weight_map: 'a': 3 is no name of a file"),
-        ({"weight_map": {"a": "../model.safetensors"}}, "weight_map: 'a': '../model.safetensors' is no name of a file"),
+        ({"weight_map": {"a": 3}}, "weight_map: 'a': 3 is not a file name"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "weight_map: 'a': '../model.safetensors' is not a file name"),
         ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors cannot be read: No such file"),
-        ([], "model.safetensors.index.json is not an object"),
+        ([], "model.safetensors.index.json is not a JSON object"),
     ],
 )
 def test_an_index_that_is_none_is_refused(index: object, told: str, source: Path) -> None:
@@ -284,7 +284,7 @@ def test_files_that_are_none_are_refused(source: Path) -> None:
     (source / "model.safetensors").unlink()
     assert "no model.safetensors and no pytorch_model.bin in it" in refusal(source)
     torch.save({3: torch.ones(1)}, source / "pytorch_model.bin")
-    assert "pytorch_model.bin does not hold tensors by name" in refusal(source)
+    assert "pytorch_model.bin is not a dictionary of tensors" in refusal(source)
     torch.jit.script(torch.nn.ReLU()).save(source / "pytorch_model.bin")
     assert "pytorch_model.bin is refused: it is a TorchScript program" in refusal(source)
     (source / "preprocessor_config.json").write_text('{"do_normalize": 1}')

@@ -21,8 +21,8 @@ from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import Transcript, transcribe
 from w2vscale.inference.utterances import find_utterances
 from w2vscale.interop.exporting import export_checkpoint
-from w2vscale.models.feature_encoder import output_frames
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.models.lengths import output_frames
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 from w2vscale.objectives.ctc import Wav2Vec2ForCTC
 from w2vscale.optim.canonical import specs_of
 

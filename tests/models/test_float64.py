@@ -18,7 +18,7 @@ from torch import Tensor
 from w2vscale.config import ModelConfig, load_config
 from w2vscale.data.inputs import PretrainingInputs, concatenate
 from w2vscale.data.micro_batch import make_inputs
-from w2vscale.models.wav2vec2 import LossSums, Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
 
 Weights = Mapping[str, Tensor]
 

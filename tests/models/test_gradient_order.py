@@ -9,7 +9,7 @@ import torch
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import load_config
 from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 
 
 def order_of_arrival(lengths: list[int], *overrides: str, compute: torch.dtype, weights: torch.dtype) -> list[str]:

@@ -20,7 +20,7 @@ from w2vscale.data.inputs import PretrainingInputs
 from w2vscale.data.micro_batch import make_inputs
 from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
-from w2vscale.models.wav2vec2 import LossSums, Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,7 +9,7 @@ import torch
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import Config, load_config
 from w2vscale.models.initialisation import initial_parameters
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
+from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
 
 
 def micro(*overrides: str) -> Config:

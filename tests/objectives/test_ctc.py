@@ -205,7 +205,7 @@ class TestVocabulary:
             ("['<pad>', a, a]", r"objective\.vocabulary: 'a' is in it twice"),
             (
                 "nothing.txt",
-                r"objective\.vocabulary=nothing\.txt: neither `letters` nor a readable .*No such file",
+                r"objective\.vocabulary=nothing\.txt: must be `letters` or a readable .*No such file",
             ),
         ],
     )

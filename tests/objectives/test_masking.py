@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tests.helpers.batches import inputs_of, utterance_of_masked_frames
 from w2vscale.config import load_config
-from w2vscale.models.feature_encoder import output_frames
+from w2vscale.models.lengths import output_frames
 from w2vscale.objectives import Objective, StepContext, build_objective
 from w2vscale.objectives.contrastive import ContrastiveInputs
 from w2vscale.objectives.masking import MaskSettings, frame_mask

@@ -20,10 +20,10 @@ from tools.bench.engine_parity import ENGINES
 from tools.bench.gpu import Phase, run_phases
 from tools.bench.phases import engines
 from tools.bench.phases.measuring import Machine
-from tools.bench.phases.operations import ATTENTION, POSITIONAL, STRIDED
+from tools.bench.phases.operations import ATTENTION, FIRST_LAYER, POSITIONAL, STRIDED
 from tools.bench.phases.report import choices, headline, main_figures
 from w2vscale.errors import UserError
-from w2vscale.models import transformer
+from w2vscale.models import wav2vec2
 from w2vscale.training.run import initial_values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +98,8 @@ KEYS = {
         *(f"{name}/attention/{form}" for name in ("base", "large") for form in ATTENTION),
         *(f"{name}/positional/{form}" for name in ("base", "large") for form in POSITIONAL),
         *(f"base/convolution {layer}/{form}" for layer in (1, 5) for form in STRIDED),
-        "base/moments", "base/weights to bf16", "large/weights to bf16",
+        *(f"base/convolution 0/{form}" for form in FIRST_LAYER),
+        "base/weights to bf16", "large/weights to bf16",
     },
     "new_shapes": {*(f"attention/{form}" for form in ATTENTION), *(f"positional/{form}" for form in POSITIONAL)},
     "profile": {f"{name}/{forward}" for name in ("base", "large") for forward in ("1x0.5s", "2x0.5s")},
@@ -223,12 +224,12 @@ def test_a_wrong_operation_in_bf16_shows_in_the_gradients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
 ) -> None:
     """The loss hardly tells."""
-    right = transformer.long_convolution
+    right = wav2vec2.positional_convolution
 
     def convolve(x_BTD: Tensor, *others: Any) -> Tensor:
         return torch.zeros_like(x_BTD) if x_BTD.dtype == torch.bfloat16 and broken else right(x_BTD, *others)
 
-    monkeypatch.setattr(transformer, "long_convolution", convolve)
+    monkeypatch.setattr(wav2vec2, "positional_convolution", convolve)
     for precision in engines.PRECISIONS:
         config = CPU.config("base", *engines.QUIET, f"precision.compute={precision}")
         engine = engines._build(config, CPU.device)

@@ -65,7 +65,7 @@ def our_head(config: Config, batch: MicroBatch, device: torch.device) -> Head:
     model.encoder = given  # type: ignore[assignment]
 
     def loss(features_BTC: Tensor, context_BTD: Tensor) -> Tensor:
-        given.output = EncoderOutput(features_BTC, features_BTC, context_BTD, [])
+        given.output = EncoderOutput(features_BTC, features_BTC, context_BTD, context_BTD, [])
         total: Tensor = criterion(model.train(), [batch], device=device, training=True).total
         return total
 

@@ -1,4 +1,4 @@
-"""The `w2vscale` command: its subcommands and exit codes."""
+"""The `w2vscale` command: subcommands, error output and exit codes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
-    """Print the error and end this process without clean-up, which could wait for other ranks."""
+    """Print the error and exit without clean-up, which could wait for other ranks."""
     user = isinstance(error, UserError)
     if user and not debug:
         text = f"error: {' '.join(str(error).splitlines())}\n"
@@ -92,7 +92,7 @@ def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
         text = textwrap.indent("".join(traceback.format_exception(error)), f"[rank {rank}] ", lambda line: True)
     try:
         if isinstance(error, LostRanks) or (user and rank != "0"):
-            # Usually another rank prints the cause or the same error, and the launcher then ends this process.
+            # Usually another rank prints the cause or the same error, and then the launcher stops this process.
             time.sleep(3.0)
         sys.stdout.flush()
         sys.stderr.write(text)
@@ -102,5 +102,5 @@ def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
 
 
 def _reason(error: LostRanks) -> str:
-    """The message of gloo or NCCL, without source location and advice."""
+    """Return the message of gloo or NCCL without source location and advice."""
     return re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]

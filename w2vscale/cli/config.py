@@ -20,7 +20,7 @@ def show(
     source: Source,
     overrides: Overrides = None,
     deepspeed: Annotated[
-        bool, typer.Option("--deepspeed", help="Print the JSON for DeepSpeed, merged with the settings, instead.")
+        bool, typer.Option("--deepspeed", help="Print the merged DeepSpeed JSON configuration instead.")
     ] = False,
 ) -> None:
     """Print the resolved settings as YAML."""
@@ -37,7 +37,7 @@ def show(
     if importlib.util.find_spec("deepspeed") is not None:
         import torch
 
-        with redirect_stdout(sys.stderr):  # DeepSpeed logs to what it finds as sys.stdout
+        with redirect_stdout(sys.stderr):  # DeepSpeed logs to sys.stdout
             import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
             validate_zero(document, config.engine.deepspeed_config)
     typer.echo(json.dumps(document, indent=2))
@@ -45,7 +45,7 @@ def show(
 
 @app.command()
 def presets() -> None:
-    """List the presets with their sizes (shape: layers x dim x ffn_dim x heads)."""
+    """List the presets with model size and main settings (shape: layers x dim x ffn_dim x heads)."""
     import torch
     from rich.table import Table
 

@@ -21,12 +21,12 @@ def finetune(
         bool,
         typer.Option(
             "--scratch",
-            help="Train a baseline with the architecture of trainer.init_from, randomly initialised, nothing frozen.",
+            help="Train a baseline from random weights, with the architecture of trainer.init_from and nothing frozen.",
         ),
     ] = False,
     nproc_per_node: Processes = 1,
 ) -> None:
-    """Fine-tune for speech recognition with CTC. The same command starts a run and continues it.
+    """Fine-tune for speech recognition with CTC. The same command starts a run and resumes it.
 
     The model has the architecture of trainer.init_from.
 

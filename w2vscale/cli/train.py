@@ -24,10 +24,10 @@ def train(
     nproc_per_node: Processes = 1,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print shapes, loss and memory of the largest micro-batch, and stop."),
+        typer.Option("--dry-run", help="Run only the largest micro-batch and print its shapes, loss and memory."),
     ] = False,
 ) -> None:
-    """Train a model. The same command starts a run and continues it.
+    """Train a model. The same command starts a run and resumes it.
 
     Example: w2vscale train base data.train=cuts_train.jsonl batch.micro_batches=32 --exp exp/base
     """
@@ -72,7 +72,7 @@ def _print_dry_run(found: DryRun) -> None:
     table.add_row("weight in the loss (masked frames, or labels)", f"{found.weight:,}")
     table.add_row("loss per unit of weight", f"{found.loss:.3f} nats")
     table.add_row("gradient norm", f"{found.grad_norm:.3f}")
-    table.add_row("time of two forwards and backwards, and a step", f"{found.seconds:.2f} s")
+    table.add_row("time for two forward and backward passes and a step", f"{found.seconds:.2f} s")
     table.add_row("peak memory", f"{found.peak_memory_bytes / 2**30:.2f} GiB")
     if found.micro_batches_per_epoch is not None:
         table.add_row("micro-batches per epoch", f"{found.micro_batches_per_epoch:,}")

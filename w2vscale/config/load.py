@@ -1,4 +1,4 @@
-"""From a preset's name or a YAML file, and overrides, to a `Config`; and back to YAML."""
+"""Load a `Config` from a preset or YAML file and overrides, and write it back as YAML."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ S = TypeVar("S", bound=Section)
 
 
 def preset_names() -> list[str]:
-    """Names of the presets that come with the package, smallest model first."""
+    """Return the names of the presets in the package: pretraining by model size, then fine-tuning by hours."""
     order = ["tiny", "base", "base_prenorm", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b"]
     order += [f"ctc_{labels}" for labels in ("10min", "1h", "10h", "100h", "960h")]
     found = {entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml")}
@@ -29,14 +29,14 @@ def preset_names() -> list[str]:
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Resolve a preset or a YAML file, then `section.key=value` overrides, into a checked `Config`.
+    """Load a preset or a YAML file, apply `section.key=value` overrides, and validate the result.
 
-    A YAML file may start from a preset with a top-level line `preset: NAME`. Another `objective.name` than the one
-    below it starts from that objective's defaults. What else the section `objective` holds is checked by
-    `w2vscale.objectives.build_objective`.
+    A YAML file may start from a preset with a top-level line `preset: NAME`. A file or override that changes
+    `objective.name` resets the section `objective` to the defaults of the new objective. The other settings of this
+    section are validated by `w2vscale.objectives.build_objective`.
 
     Raises:
-        UserError: the source does not exist, or a key or value is not valid; one line.
+        UserError: the source does not exist, or a key or value is not valid. The message is one line.
     """
     tree = _read_source(str(source))
     _refuse_unknown_keys(tree, where=str(source))
@@ -53,7 +53,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved settings as YAML; `load_config` of it gives the same `Config`."""
+    """Return all settings as YAML, from which `load_config` gets the same `Config`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
 
 
@@ -85,7 +85,7 @@ def _parse_yaml(text: str, *, where: str) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"{where}: expected sections with settings, got a {type(tree).__name__}")
-    # A section whose settings are all commented out is None.
+    # YAML gives None for a section whose settings are all commented out.
     return {str(name): section for name, section in tree.items() if section is not None}
 
 
@@ -105,7 +105,7 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 
 def _on_top(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the settings of `other`. Those of an objective are dropped where `other` names another one."""
+    """Merge `other` into `base`, dropping the objective settings of `base` if `other` names another objective."""
     below, above = base.get("objective"), other.get("objective")
     if isinstance(below, Mapping) and isinstance(above, Mapping) and "name" in above:
         default = Config.model_fields["objective"].get_default().name
@@ -125,7 +125,7 @@ def _merge(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unknown_keys(tree: Mapping[str, Any], *, where: str) -> None:
-    """Name the nearest valid setting, which pydantic's own message does not."""
+    """Raise UserError on an unknown section or setting, and suggest the nearest valid one (pydantic does not)."""
     sections = Config.model_fields
     valid = [f"{name}.{key}" for name in sections for key in _keys_of(name)]
     for name, section in tree.items():
@@ -146,10 +146,10 @@ def _refuse_unknown_keys(tree: Mapping[str, Any], *, where: str) -> None:
 
 
 def parse_section(kind: type[S], values: Mapping[str, Any], *, name: str) -> S:
-    """Check the settings of the section `name` against the class `kind`.
+    """Validate the settings of section `name` with the class `kind`.
 
     Raises:
-        UserError: a key or value is not valid; one line.
+        UserError: a key or value is not valid. The message is one line.
     """
     valid = [f"{name}.{key}" for key in kind.model_fields]
     for key in values:
@@ -182,7 +182,7 @@ def _keys_of(section: str) -> list[str]:
 
 
 def _nearest(name: str, candidates: Sequence[str], *, among: Sequence[str] = ()) -> str:
-    """`; did you mean X?` for the closest candidate, or nothing."""
+    """Return `; did you mean X?` for the closest candidate, or an empty string."""
     leaf = name.rsplit(".", 1)[-1]
     here = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
     anywhere = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed([*candidates, *among])}
@@ -200,14 +200,14 @@ def _one_line(error: ValidationError, *, source: str, overrides: Sequence[str]) 
     message = str(first["msg"]).removeprefix("Value error, ")
     if not key or first["type"] == "value_error":
         return f"{where}: {key + ': ' if key else ''}{message}"
-    if first["type"] == "extra_forbidden":  # of a section's own keys, these are all that can get here
+    if first["type"] == "extra_forbidden":  # only parameter groups: keys of sections were checked before
         return f"{where}: {key}: unknown setting{_nearest(key, list(ParameterGroupConfig.model_fields))}"
     message = message[0].lower() + message[1:]
     return f"{where}: {key}={first['input']!r}: {message}"
 
 
 def settings_of(kind: type[Section], name: str) -> list[tuple[str, str, str, str]]:
-    """(key, type, default, description) of every setting in a section, for the documentation."""
+    """Return (key, type, default, description) of every setting in a section, for the documentation."""
     default = kind()
     rows = []
     for key, field in kind.model_fields.items():

@@ -1,4 +1,7 @@
-"""Lhotse's augmentations of training audio: speed, reverberation, noise. Drawn from (seed, micro-batch, place)."""
+"""Augmentation of training audio with Lhotse: speed, reverberation and noise.
+
+All random choices are a function of (seed, micro-batch, position of the utterance in it).
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from w2vscale.data.resampling import at_rate
 
 
 class Augmentation:
-    """Changes the utterances of a training set.
+    """Augments training utterances.
 
     Args:
-        config: what to apply, and how often.
-        sampling_rate: of the audio, in Hz.
-        shortest: samples of the shortest utterance that can be learned from.
-        seed: of the run.
+        config: which augmentations to apply, and how often.
+        sampling_rate: sampling rate of the audio, in Hz.
+        shortest: length of the shortest utterance that the objective can use, in samples.
+        seed: seed of the run.
 
     Raises:
         UserError: a manifest of noises or impulse responses cannot be used.
@@ -39,14 +42,14 @@ class Augmentation:
     def __call__(
         self, audio: NDArray[np.float32], *, number: int, place: int
     ) -> tuple[NDArray[np.float32], list[BadAudio]]:
-        """Augment utterance `place` of micro-batch `number`; also returns unusable noises and impulse responses.
+        """Augment utterance `place` of micro-batch `number`. Also return unusable noises and impulse responses.
 
-        The result has at most as many samples, and is `audio` itself where nothing was changed.
+        The result is not longer than `audio`, and is `audio` itself if nothing was changed.
         """
         draws = generator(self.seed, Stream.AUGMENTATION, number, place)
         bad: list[BadAudio] = []
         samples = unchanged = audio[None]
-        # Everything is drawn for each utterance, so that one setting does not change the draws of another.
+        # All draws are made for every utterance, so that one setting does not change the draws of another.
         factor = draws.choice(self.config.speed or [1.0])
         reverberate, add_noise = draws.random(2) < [self.config.reverb_probability, self.config.noise_probability]
         snr = draws.uniform(*self.config.noise_snr)

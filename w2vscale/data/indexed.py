@@ -19,7 +19,7 @@ from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.mixing import draw_rates, groups
 from w2vscale.data.plan import Mix, Plan, window_numbers
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import input_samples, output_frames
+from w2vscale.models.lengths import input_samples, output_frames
 
 VALIDATION_SEED = 20
 """Validation draws its order, crops, masks and negatives from this seed, so that all runs validate on the same."""
@@ -70,13 +70,12 @@ class MicroBatches(Dataset[MicroBatch]):
         return self[self.plan.largest()]
 
     def examples(self) -> Iterator[MicroBatch]:
-        """See `TrainingData.examples`: those of epoch 0."""
+        """Those of epoch 0."""
         return (self[number] for number in self.plan.largest_of_buckets(LENGTH_RATIO))
 
     def windows(
         self, updates: range, *, micro_batches: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[list[MicroBatch]]:
-        """See `TrainingData.windows`."""
         numbers = window_numbers(
             self.plan, updates=updates, micro_batches=micro_batches, rank=rank, world_size=world_size
         )

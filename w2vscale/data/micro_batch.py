@@ -1,4 +1,4 @@
-"""The unit of loss: a micro-batch of audio with everything that was drawn for it."""
+"""The micro-batch: the unit of loss, with its audio and everything drawn at random for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from w2vscale.data.inputs import Inputs, pack, pin, unpack
 
 @dataclass(frozen=True)
 class BadAudio:
-    """An utterance that was left out, or a noise that was not added, and why: `kind` in a word, `reason` in full."""
+    """An utterance that was left out (or otherwise noted), and why: `kind` in a word or two, `reason` in full."""
 
     utterance: str
     file: str
@@ -30,27 +30,27 @@ class MicroBatch:
 
     @property
     def weight(self) -> int:
-        """Its share of the loss denominator of an update."""
+        """Contribution to the loss denominator: masked frames, or labels."""
         return sum(self.inputs.weights)
 
     @property
     def padded_samples(self) -> int:
-        """Samples that are computed, padding included."""
+        """Number of samples, including padding."""
         return self.inputs.audio.waveforms_BS.numel()
 
     @property
     def utterances(self) -> int:
-        """Utterances with audio."""
+        """Number of utterances; 0 if no audio could be read."""
         return int(self.audio_samples > 0) * sum(self.inputs.audio.utterances)
 
     @property
     def frames(self) -> int:
-        """Frames without padding."""
+        """Number of frames, without padding."""
         return int(self.inputs.audio.frames_B.sum())
 
     @property
     def masked_frames(self) -> int:
-        """Frames that are masked in the input."""
+        """Number of masked frames."""
         return int(self.inputs.audio.mask_BT.sum())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,5 +60,5 @@ class MicroBatch:
         self.__dict__.update(state, inputs=unpack(*state["inputs"]))
 
     def pin_memory(self) -> MicroBatch:
-        """A copy in pinned memory (called by the DataLoader)."""
+        """Return a copy in pinned memory. Called by the DataLoader."""
         return replace(self, inputs=pin(self.inputs))

@@ -1,4 +1,4 @@
-"""How much of each corpus or language an epoch holds: by weights, or by temperature (p ∝ hours^α)."""
+"""Mixing corpora or languages in an epoch, by weights or by temperature (p ∝ hours^α)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from w2vscale.errors import UserError
 
 
 def groups(corpus: Corpus, by: str) -> tuple[NDArray[np.int64], list[str]]:
-    """The group of each utterance, and the groups' names: a manifest's path, a language, or `path/language`."""
+    """Return the group of each utterance, and the name of each group: manifest path, language, or `path/language`."""
     if by == "corpus":
         sizes = [len(manifest) for manifest in corpus.manifests]
         return np.repeat(np.arange(len(sizes)), sizes), [str(manifest.path) for manifest in corpus.manifests]
@@ -28,17 +28,17 @@ def groups(corpus: Corpus, by: str) -> tuple[NDArray[np.int64], list[str]]:
 def draw_rates(
     group: NDArray[np.int64], names: list[str], samples: NDArray[np.int64], mix: MixConfig
 ) -> NDArray[np.float64]:
-    """Mean number of times that an epoch draws an utterance of each group.
+    """Return how often, on average, an epoch draws an utterance of each group.
 
-    `samples` are the lengths that are trained on, 0 for utterances that are left out. An epoch lasts as long as the
-    corpus does; group g gets a share of it that is proportional to its weight, or to hours^temperature (Conneau et
-    al. 2020, arXiv:2006.13979, section 3).
+    `samples` are the lengths after cropping, 0 for utterances that are left out. An epoch has as much audio as the
+    corpus. The share of a group is proportional to its weight, or to hours^temperature (Conneau et al. 2020,
+    arXiv:2006.13979, section 3).
 
     Raises:
-        UserError: the weights do not name the groups.
+        UserError: `mix.weights` names an unknown group or lacks one.
     """
     total = np.bincount(group, weights=samples, minlength=len(names))
-    if not total.any():  # the plan says why
+    if not total.any():  # `Plan` raises the error
         return np.zeros(len(names))
     if mix.weights:
         if unknown := sorted(set(mix.weights) - set(names)):

@@ -1,12 +1,13 @@
-"""Which utterances form micro-batch k of an endless stream: pure functions of durations and a seed.
+"""The plan: which utterances form micro-batch k of an endless stream, as a pure function of durations and a seed.
 
-Utterances are sorted by length and cut into buckets. A bucket's number of utterances per micro-batch follows from
-its longest utterance, and buckets end on whole micro-batches, so that one micro-batch an epoch at most is partly
-filled. Every epoch shuffles inside the buckets and then shuffles the micro-batches; neither changes their number,
-so `epoch, i = divmod(k, plan.per_epoch)` and any position is reached without replay.
+Utterances are sorted by length and cut into duration buckets. The longest utterance of a bucket determines how many
+utterances a micro-batch of this bucket holds. Buckets end on whole micro-batches, so at most one micro-batch per epoch
+is partly filled. Every epoch shuffles the utterances inside each bucket, then the micro-batches. The number of
+micro-batches stays the same, so `epoch, i = divmod(k, plan.per_epoch)` reaches any position without replay.
 
-In a mixed corpus an epoch draws each group's utterances more or less often than once. Its draws, not its utterances,
-are what is sorted and cut into buckets; which utterance a draw takes changes from epoch to epoch, its length hardly.
+In a mixed corpus, an epoch draws the utterances of a group more or less often than once. Then the draws are sorted and
+cut into buckets instead of the utterances. A draw takes different utterances in different epochs, but always of
+similar length.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from w2vscale.data.randomness import Stream, generator
 from w2vscale.errors import UserError
 
 MICRO_BATCHES_PER_BUCKET = 4
-"""A bucket holds at least this many micro-batches, so that small corpora still mix their utterances."""
+"""Minimum number of micro-batches per bucket, so that even in a small corpus micro-batches change between epochs."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """A run of draws of similar length, in the plan's sorted order."""
+    """Consecutive draws of similar length, in the sorted order of the plan. Lengths are in samples."""
 
     start: int
     count: int
@@ -37,15 +38,15 @@ class Bucket:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches in one epoch; only the plan's last bucket may fill its last one partly."""
+        """Micro-batches per epoch. Only the last micro-batch of the last bucket may be partly filled."""
         return -(-self.count // self.per_micro_batch)
 
 
 @dataclass(frozen=True)
 class Mix:
-    """How often an epoch draws each utterance, by the group that it belongs to.
+    """How often an epoch draws the utterances of each group.
 
-    `group` has each utterance's group, `rate` each group's mean number of draws per utterance and epoch.
+    `group` is the group of each utterance, `rate` the mean number of draws per utterance and epoch of each group.
     """
 
     group: NDArray[np.integer]
@@ -53,18 +54,18 @@ class Mix:
 
 
 class _MixedDraws:
-    """Which utterances the draws of an epoch take: systematic sampling of each group in order of length (Madow 1949).
+    """Maps the draws of an epoch to utterances: systematic sampling of each group in order of length (Madow 1949).
 
-    A group of n utterances with D draws an epoch is one line of n * D points, D to an utterance. An epoch takes every
-    n-th point, and the next epoch starts D points further on: after E epochs every utterance has been drawn E * D / n
-    times, rounded down or up, and a draw takes utterances of similar length in all epochs. A group has one draw at
-    least.
+    Think of a group with n utterances and D draws per epoch as a row of n * D points, D consecutive points for each
+    utterance. An epoch takes every n-th point, and each epoch starts D points after the previous one. After E epochs,
+    every utterance has been drawn E * D / n times, rounded down or up, and each draw has taken utterances of similar
+    length. A group has at least one draw per epoch.
 
     Args:
-        group: each utterance's group, ascending.
-        lengths: in samples, descending within a group.
-        rate: draws of an utterance in an epoch on average, by group.
-        seed: of where a group's line is entered.
+        group: group of each utterance, ascending.
+        lengths: length of each utterance in samples, descending within a group.
+        rate: mean draws per utterance and epoch, by group.
+        seed: seed of the random starting point of each group.
     """
 
     def __init__(
@@ -72,30 +73,30 @@ class _MixedDraws:
     ) -> None:
         groups, self._first, self._utterances = np.unique(group, return_index=True, return_counts=True)
         self._draws = np.maximum(np.rint(rate[groups] * self._utterances).astype(np.int64), 1)
-        self._enter = np.array([generator(seed, Stream.MIX, int(of)).integers(2**31) for of in groups])
-        of = np.repeat(np.arange(groups.size, dtype=np.int32), self._draws)
-        turn = np.arange(of.size) - np.repeat(np.cumsum(self._draws) - self._draws, self._draws)
-        longest = lengths[self._first[of] + turn * self._utterances[of] // self._draws[of]]
+        self._start = np.array([generator(seed, Stream.MIX, int(each)).integers(2**31) for each in groups])
+        owner = np.repeat(np.arange(groups.size, dtype=np.int32), self._draws)
+        index = np.arange(owner.size) - np.repeat(np.cumsum(self._draws) - self._draws, self._draws)
+        longest = lengths[self._first[owner] + index * self._utterances[owner] // self._draws[owner]]
         order = np.argsort(-longest, kind="stable")
         self.longest = longest[order]
-        """Samples of the longest utterance that each draw ever takes, descending."""
-        self._of = of[order]
-        self._turn = turn[order].astype(np.int32)
+        """Length in samples of the longest utterance that each draw takes in any epoch, descending."""
+        self._owner = owner[order]
+        self._index = index[order].astype(np.int32)
 
     def places(self, draws: NDArray[np.integer], epoch: int) -> NDArray[np.int64]:
-        """The utterances that these draws take in an epoch."""
-        of = self._of[draws]
-        utterances, per_epoch = self._utterances[of], self._draws[of]
-        point = self._turn[draws] * utterances + (self._enter[of] + epoch * per_epoch) % utterances
-        places: NDArray[np.int64] = self._first[of] + point // per_epoch
+        """Return the utterances that `draws` take in `epoch`, as positions in the sorted arrays."""
+        owner = self._owner[draws]
+        utterances, per_epoch = self._utterances[owner], self._draws[owner]
+        point = self._index[draws] * utterances + (self._start[owner] + epoch * per_epoch) % utterances
+        places: NDArray[np.int64] = self._first[owner] + point // per_epoch
         return places
 
 
 @dataclass(frozen=True)
 class PlannedMicroBatch:
-    """Micro-batch `number`: utterances (numbers in the corpus), crop offsets and lengths in samples.
+    """Micro-batch `number`: utterances (indices into the corpus), and their crop offsets and lengths in samples.
 
-    They are padded to the longest, and to no less than `width` samples.
+    All are padded to the longest of them, and to at least `width` samples.
     """
 
     number: int
@@ -107,7 +108,7 @@ class PlannedMicroBatch:
 
     @property
     def longest(self) -> int:
-        """Samples of the longest utterance."""
+        """Length of the longest utterance in samples."""
         return int(self.lengths.max())
 
 
@@ -116,14 +117,13 @@ class Plan:
 
     Args:
         samples: length of each utterance, in samples.
-        max_samples: longer utterances are cropped to this at a random offset.
-        min_samples: shorter utterances are left out.
-        budget_samples: padded samples of one micro-batch, at most.
-        buckets: duration buckets, at most.
-        seed: of order and crops.
-        pad_to_bucket: pad every micro-batch to its bucket's longest utterance, so that there are few shapes, instead
-            of to its own longest.
-        mix: draws some utterances more often than others; without it, an epoch has each once.
+        max_samples: crop longer utterances to this length, at a random offset.
+        min_samples: leave out shorter utterances.
+        budget_samples: maximum padded samples of one micro-batch.
+        buckets: maximum number of duration buckets.
+        seed: seed of order and crops.
+        pad_to_bucket: pad to the longest utterance of the bucket instead of the micro-batch, to get fewer shapes.
+        mix: how often each utterance is drawn per epoch; by default, once.
 
     Raises:
         UserError: no utterance is long enough.
@@ -167,7 +167,7 @@ class Plan:
         self._make_caches()
 
     def __len__(self) -> int:
-        """Utterances in one epoch."""
+        """Number of utterances drawn per epoch."""
         return sum(bucket.count for bucket in self.buckets)
 
     def __getstate__(self) -> dict[str, object]:
@@ -182,7 +182,7 @@ class Plan:
         self._bucket_order = lru_cache(maxsize=2 * len(self.buckets))(self._shuffle_bucket)
 
     def micro_batch(self, number: int) -> PlannedMicroBatch:
-        """Micro-batch `number` (0, 1, …, without end), in time that does not depend on `number`."""
+        """Return micro-batch `number` (0, 1, …, without end), in constant time."""
         epoch, position = divmod(number, self.per_epoch)
         index = int(self._epoch_order(epoch)[position])
         which = int(np.searchsorted(self._firsts, index, side="right")) - 1
@@ -207,12 +207,14 @@ class Plan:
         )
 
     def largest(self) -> int:
-        """The number of the epoch-0 micro-batch with the most padded samples: the one that needs most memory."""
+        """Return the number of the micro-batch of epoch 0 with the most padded samples, which needs the most memory."""
         return int(np.argmax(self._padded_samples()[self._epoch_order(0)]))
 
     def largest_of_buckets(self, falling: float) -> list[int]:
-        """The numbers of the micro-batches of epoch 0 with the most padded samples in their bucket, the longest first;
-        of buckets that are each shorter than `falling` times the one before."""
+        """Return the number of the micro-batch of epoch 0 with the most padded samples in each bucket, longest first.
+
+        Buckets are skipped if their longest utterance is not shorter than `falling` times that of the last one listed.
+        """
         padded, place = self._padded_samples(), np.argsort(self._epoch_order(0))
         found, last = [], float("inf")
         for bucket in self.buckets:
@@ -222,27 +224,27 @@ class Plan:
         return found
 
     def padding(self) -> float:
-        """Share of padded samples in epoch 0 that hold no audio."""
+        """Return the fraction of padded samples in epoch 0 that are padding."""
         audio = sum(
             int(self._lengths[self._members(0, which)].sum(dtype=np.int64)) for which in range(len(self.buckets))
         )
         return 1.0 - audio / int(self._padded_samples().sum())
 
     def epoch_draws(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Utterances (numbers in the corpus) of epoch 0 and their lengths in samples, in no particular order."""
+        """Return the utterances (indices into the corpus) of epoch 0 and their lengths in samples, in no set order."""
         members = np.concatenate([self._members(0, which) for which in range(len(self.buckets))])
         return self._utterances[members].astype(np.int64), self._lengths[members].astype(np.int64)
 
     def _members(self, epoch: int, which: int) -> NDArray[np.integer]:
-        """A bucket's utterances of one epoch in order, as places in the plan's arrays."""
+        """Return the utterances of a bucket in the order of `epoch`, as positions in the sorted arrays."""
         return self._taken(self.buckets[which].start + self._bucket_order(epoch, which), epoch)
 
     def _taken(self, draws: NDArray[np.integer], epoch: int) -> NDArray[np.integer]:
-        """The utterances that an epoch's draws take, as places in the plan's arrays."""
+        """Return the utterances that `draws` take in `epoch`, as positions in the sorted arrays."""
         return self._mixed.places(draws, epoch) if self._mixed else draws
 
     def _padded_samples(self) -> NDArray[np.int64]:
-        """Padded samples of each micro-batch of epoch 0, before the epoch's micro-batches are shuffled."""
+        """Return the padded samples of each micro-batch of epoch 0, before the micro-batches are shuffled."""
         padded = []
         for which, bucket in enumerate(self.buckets):
             starts = np.arange(0, bucket.count, bucket.per_micro_batch)
@@ -264,9 +266,10 @@ class Plan:
 
 
 def make_buckets(lengths: NDArray[np.integer], *, budget_samples: int, buckets: int) -> list[Bucket]:
-    """Cut lengths, longest first, into at most `buckets` runs that end on whole micro-batches.
+    """Cut `lengths` (in samples, longest first) into at most `buckets` buckets that end on whole micro-batches.
 
-    Utterances as long as a bucket's longest all belong to it: cropped corpora have many, and must mix.
+    A bucket includes all utterances as long as its longest one: in a cropped corpus there are many, and they should
+    be shuffled together.
     """
     total = int(lengths.size)
     share = -(-total // buckets)
@@ -288,10 +291,10 @@ def make_buckets(lengths: NDArray[np.integer], *, budget_samples: int, buckets: 
 
 
 def rank_window(plan: Plan, update: int, *, micro_batches: int, rank: int, world_size: int) -> list[int]:
-    """The micro-batches that `rank` runs in update `update`, longest first.
+    """Return the micro-batches that `rank` runs in update `update`, longest first.
 
-    The update's micro-batches [update * N, (update + 1) * N) are sorted by length and dealt like cards, so that in
-    each sub-step all ranks have utterances of about the same length. Which micro-batches form the update does not
+    The N micro-batches [update * N, (update + 1) * N) of the update are sorted by length and dealt to the ranks in
+    turn, so that in each sub-step all ranks have utterances of similar length. The micro-batches of an update do not
     depend on the number of ranks.
     """
     assert micro_batches % world_size == 0
@@ -303,6 +306,6 @@ def rank_window(plan: Plan, update: int, *, micro_batches: int, rank: int, world
 
 
 def window_numbers(plan: Plan, *, updates: range, micro_batches: int, rank: int, world_size: int) -> Iterator[int]:
-    """The number of every micro-batch that `rank` runs in `updates`, in order."""
+    """Yield the number of every micro-batch that `rank` runs in `updates`, in order."""
     for update in updates:
         yield from rank_window(plan, update, micro_batches=micro_batches, rank=rank, world_size=world_size)

@@ -1,4 +1,4 @@
-"""Every random draw of a run is a pure function of (seed, stream, numbers)."""
+"""Random numbers of a run: every draw is a pure function of (seed, stream, numbers)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a draw is for. The values are part of a run's reproducibility: append, never renumber."""
+    """Purpose of a draw. Append new values and never renumber: reproducibility depends on them."""
 
     EPOCH_ORDER = 0
     BUCKET_ORDER = 1
@@ -25,11 +25,11 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:
-    """A fresh counter-based generator for one purpose; equal arguments give equal draws."""
+    """Create a counter-based generator for one purpose; equal arguments give equal draws."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(stream, *numbers))))
 
 
 def derived_seed(seed: int, stream: Stream, *numbers: int) -> int:
-    """A 63-bit seed for generators that are not numpy's."""
+    """Derive a 63-bit seed for generators other than NumPy's."""
     words = np.random.SeedSequence(seed, spawn_key=(stream, *numbers)).generate_state(1, np.uint64)
     return int(words[0] >> np.uint64(1))

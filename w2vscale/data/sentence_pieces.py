@@ -1,4 +1,4 @@
-"""Reading the SentencePiece model that `objective.sentencepiece` names."""
+"""Load the SentencePiece model that `objective.sentencepiece` names."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def open_pieces(path: Path) -> SentencePieceProcessor:
-    """Load the model.
+    """Load the model at `path`.
 
     Raises:
-        UserError: sentencepiece is not installed; the file cannot be read, is not a SentencePiece model, or has pieces
-            that are bytes.
+        UserError: sentencepiece is not installed, or the file cannot be read, is not a SentencePiece model, or was
+            trained with byte fallback.
     """
     pieces = sentencepiece().SentencePieceProcessor()
     try:
@@ -32,12 +32,12 @@ def open_pieces(path: Path) -> SentencePieceProcessor:
 
 
 def vocabulary_of(pieces: SentencePieceProcessor) -> list[str]:
-    """The blank, then all pieces: id i of the model is label i + 1."""
+    """Return the vocabulary: the blank, then all pieces. Piece i of the model is label i + 1."""
     return ["<pad>", *map(pieces.id_to_piece, range(len(pieces)))]
 
 
 def sentencepiece() -> ModuleType:
-    """The library.
+    """Import the sentencepiece package.
 
     Raises:
         UserError: it is not installed.

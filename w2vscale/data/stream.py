@@ -1,7 +1,7 @@
-"""Micro-batches from Lhotse Shar, for corpora that are too large to be indexed, or are not on a file system.
+"""Micro-batches from Lhotse Shar, for corpora that are too large to index or whose storage needs sequential reads.
 
-Shards are dealt to the loader processes of all ranks, anew in every pass; within each of them Lhotse's
-DynamicBucketingSampler forms micro-batches. The stream never ends, so every rank makes as many updates as any other.
+In every pass the shards are shuffled and dealt to the loader processes of all ranks. In each process, Lhotse's
+DynamicBucketingSampler forms micro-batches. The stream is endless, so all ranks run the same number of updates.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from w2vscale.data.loading import gather_windows, loader_settings
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed, generator
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import input_samples
+from w2vscale.models.lengths import input_samples
 
 UTTERANCES_PER_BUCKET = 50
-"""Of those that a loader process holds: in smaller buckets few would have company of their length."""
+"""Utterances in the buffer of a loader process per duration bucket; with fewer, buckets would rarely fill a batch."""
 
 EMPTY_PASSES = 10
-"""A reader that found nothing in so many passes never will."""
+"""Give up after this many passes without a usable utterance."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One Shar shard: a manifest of cuts, and a tar archive of their audio."""
+    """One Shar shard: a manifest of cuts and a tar archive of their audio."""
 
     cuts: Path
     recording: Path
@@ -50,8 +50,8 @@ class StreamedMicroBatches:
     """An endless stream of micro-batches of the shards in `data.train`.
 
     Raises:
-        UserError: a folder holds no shards, no shard holds a cut that is long enough, or the objective cannot learn
-            from cropped utterances.
+        UserError: a folder holds no shards, no shard holds a cut that is long enough, or the objective does not
+            support cropped utterances.
     """
 
     def __init__(self, assemble: Assembler, *, model: ModelConfig, data: DataConfig, batch: BatchConfig) -> None:
@@ -70,18 +70,18 @@ class StreamedMicroBatches:
 
     @property
     def utterances(self) -> None:
-        """Not known without reading all shards."""
+        """None: the number is unknown without reading all shards."""
 
     @property
     def micro_batches(self) -> None:
-        """Not known without reading all shards."""
+        """None: the number is unknown without reading all shards."""
 
     def describe(self) -> str:
-        """What all ranks must agree on."""
+        """Describe the data, to check that all ranks have the same and to log a change when a run resumes."""
         return f"{len(self.shards)} shards"
 
     def largest(self) -> MicroBatch:
-        """One of noise, with as many of the longest utterances as a micro-batch can have."""
+        """Make a micro-batch of noise with the maximum size: as many of the longest utterances as fit."""
         samples = int(self.data.max_seconds * self.model.sampling_rate)
         rows = int(self.batch.max_seconds / self.data.max_seconds)
         noise = np.random.default_rng(0).standard_normal((rows, samples), dtype=np.float32)
@@ -90,11 +90,11 @@ class StreamedMicroBatches:
         return MicroBatch(0, inputs, noise.size)
 
     def examples(self) -> Iterator[MicroBatch]:
-        """See `TrainingData.examples`: only the largest, because the others are not known."""
+        """Yields only the largest, because the sizes of the others are unknown."""
         yield self.largest()
 
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
-        """See `TrainingData.windows`. The content depends on rank, world size and where the run resumed."""
+        """The utterances depend on rank, world size and the update resumed from."""
         dataset = _Readers(self, start=updates.start, micro_batches=micro_batches, rank=rank, world_size=world_size)
         per_rank = micro_batches // world_size
         return gather_windows(
@@ -102,7 +102,7 @@ class StreamedMicroBatches:
         )
 
     def crop(self, cut: Cut, crops: np.random.Generator) -> Cut | None:
-        """At most `data.max_seconds` of an utterance at a random offset; None if it is too short."""
+        """Crop `cut` to at most `data.max_seconds` at a random offset. Returns None if it is too short."""
         place = crops.random()
         if cut.duration < self.shortest_seconds:
             return None
@@ -112,12 +112,12 @@ class StreamedMicroBatches:
         return cut.truncate(offset=place * (cut.duration - longest), duration=longest, preserve_id=True)
 
     def _duration_bounds(self) -> list[float]:
-        """Where buckets begin (in seconds): each holds the same amount of audio of the first usable shard."""
+        """Choose bucket bounds in seconds, so that each bucket holds equally much audio of the first usable shard."""
         problem = ""
         for shard in self.shards:
             try:
                 durations = np.array([cut.duration for cut in LazyManifestIterator(shard.cuts)])
-            except Exception as error:  # as in _read
+            except Exception as error:  # damaged files raise many types of errors, as in _read
                 problem = problem or f"{shard.cuts}: cannot be read: {' '.join(str(error).split())[:200]}"
                 continue
             kept = np.sort(np.minimum(durations[durations >= self.shortest_seconds], self.data.max_seconds))
@@ -135,7 +135,7 @@ class StreamedMicroBatches:
 
 
 class _Readers(IterableDataset[MicroBatch]):
-    """The part of the stream for one rank; each loader process reads shards of its own."""
+    """The part of the stream for one rank; each loader process has its own `Reader`."""
 
     def __init__(
         self, source: StreamedMicroBatches, *, start: int, micro_batches: int, rank: int, world_size: int
@@ -147,7 +147,10 @@ class _Readers(IterableDataset[MicroBatch]):
         self.world_size = world_size
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Every n-th micro-batch of this rank, of n loader processes: the DataLoader asks them in turn."""
+        """Yield every n-th micro-batch of this rank, where n is the number of loader processes.
+
+        The DataLoader takes batches from its processes in turn, so together they yield all of them in order.
+        """
         worker = get_worker_info()
         here, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         reader = Reader(self.source, self.start, place=self.rank * workers + here, readers=self.world_size * workers)
@@ -159,9 +162,9 @@ class _Readers(IterableDataset[MicroBatch]):
 
 
 class Reader:
-    """Reader `place` of all `readers`: endless lists of crops that fit into a micro-batch, and of what shards lost.
+    """Reader `place` of all `readers`: yields, without end, the crops of a micro-batch and utterances lost meanwhile.
 
-    Its randomness follows from (seed, the update that the run started or resumed at, place).
+    Its randomness is a function of (seed, update that the run started or resumed at, place).
     """
 
     def __init__(self, source: StreamedMicroBatches, start: int, *, place: int, readers: int) -> None:
@@ -170,12 +173,13 @@ class Reader:
         self.place = place
         self.readers = readers
         self.lost: list[BadAudio] = []
-        """Utterances that could not be read from their shards since the last micro-batch."""
+        """Utterances since the last micro-batch that could not be read from their shards."""
 
     def __iter__(self) -> Iterator[list[Crop | BadAudio]]:
         source, data = self.source, self.source.data
         rate = source.model.sampling_rate
-        # A fixed size in each bucket, because batches by duration could exceed the budget.
+        # Each bucket has a fixed number of utterances, because Lhotse's batches by total duration could exceed
+        # batch.max_seconds after padding.
         sizes = FixedBucketBatchSizeConstraint(
             max_seq_len_buckets=[*source.bounds, data.max_seconds + 1e-3],
             batch_sizes=[int(source.batch.max_seconds / longest) for longest in [*source.bounds, data.max_seconds]],
@@ -195,14 +199,14 @@ class Reader:
             self.lost.clear()
 
     def utterances(self, *, passes: int | None = None) -> Iterator[Cut]:
-        """This reader's utterances that are long enough, cropped, pass after pass (or `passes`) over all shards.
+        """Yield the usable utterances of this reader, cropped, in endless passes (or `passes`) over its shards.
 
         Raises:
-            UserError: it has none.
+            UserError: the shards of this reader hold no usable utterance.
         """
         shards, seed = self.source.shards, self.source.seed
         crops = generator(seed, Stream.CROP, self.start, self.place)
-        # Where there are fewer shards than readers, some read the same one, and take its utterances in turn.
+        # With fewer shards than readers, several readers share a shard and take its utterances in turn.
         sharing = max(1, len(range(self.place % len(shards), self.readers, len(shards))))
         turn = self.place // len(shards)
         empty = 0
@@ -221,7 +225,7 @@ class Reader:
             empty = 0 if found else empty + 1
             if empty == EMPTY_PASSES and self.lost:
                 raise UserError(
-                    f"{self.lost[-1].file}: {self.lost[-1].reason}; its reader could not read its other shards either"
+                    f"{self.lost[-1].file}: {self.lost[-1].reason}; this loader process could read none of its shards"
                 )
             if empty == EMPTY_PASSES:
                 raise UserError(
@@ -232,7 +236,7 @@ class Reader:
 
 
 class _Endless:
-    """A reader's utterances in the form that Lhotse takes."""
+    """Adapts a reader to the iterable that `CutSet` takes."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -242,10 +246,10 @@ class _Endless:
 
 
 def find_shards(folder: Path) -> list[Shard]:
-    """The shards of a folder, by number.
+    """Find the shards of a folder, in order of their numbers.
 
     Raises:
-        UserError: the folder does not exist, holds none, or misses a part of one.
+        UserError: the folder does not exist, holds no shards, or lacks the audio of one.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of shards; make one with: w2vscale data shar CUTS.jsonl {folder}")
@@ -262,7 +266,7 @@ def find_shards(folder: Path) -> list[Shard]:
 
 
 def _read(shards: Iterable[Shard]) -> Iterator[Cut | BadAudio]:
-    """Cuts with their audio, as it is encoded; where a shard is damaged, the utterances that are lost."""
+    """Yield cuts with their encoded audio and, for a damaged shard, a `BadAudio` for each utterance lost."""
     for shard in shards:
         fields: dict[str, Any] = {"cuts": [shard.cuts], "recording": [shard.recording]}
         read = 0
@@ -270,12 +274,12 @@ def _read(shards: Iterable[Shard]) -> Iterator[Cut | BadAudio]:
             for cut in LazySharIterator(fields):
                 read += 1
                 yield cut
-        except Exception as error:  # whatever damaged gzip, JSON, tar or audio makes their libraries raise
+        except Exception as error:  # damaged gzip, JSON, tar and audio data raise many types of errors
             yield from _lost(shard, read, error)
 
 
 def _lost(shard: Shard, read: int, error: Exception) -> list[BadAudio]:
-    """The utterances of a damaged shard after the first `read`, or the shard itself if they cannot be listed."""
+    """List the utterances of a damaged shard after the first `read`, or the shard itself if its manifest is damaged."""
     reason = "its shard cannot be read: " + (" ".join(str(error).split())[:200] or type(error).__name__)
     try:
         names = [cut.id for cut in islice(LazyManifestIterator(shard.cuts), read, None)]

@@ -1,4 +1,4 @@
-"""From transcripts to labels of a vocabulary."""
+"""Convert transcripts to labels of a vocabulary."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 BLANK = 0
-"""Label of the blank of CTC: the first symbol of a vocabulary."""
+"""Label of the CTC blank: the first symbol of every vocabulary."""
 
 SPACE = "|"
-"""The space in vocabularies of characters."""
+"""The symbol for a space in character vocabularies."""
 PIECE_SPACE = "▁"
-"""The space in sentence pieces."""
+"""The symbol for a space in SentencePiece vocabularies."""
 
 UNKNOWN = "<unk>"
 
 
 class Transcripts:
-    """Turns transcripts into labels: characters, with `|` for the space, or sentence pieces.
+    """Converts transcripts to labels: characters, with `|` for a space, or sentence pieces.
 
-    Where the vocabulary has letters of one case only, transcripts are converted to that case. Labels of sentence pieces
-    need their SentencePiece model; the case does not.
+    If all letters of the vocabulary have the same case, transcripts are converted to it. Sentence pieces need the
+    SentencePiece model; for case conversion alone (`normalised`), the vocabulary is enough.
 
     Raises:
-        UserError: sentencepiece is not installed, or the model cannot be read or is of another vocabulary.
+        UserError: sentencepiece is not installed, or the model cannot be read or does not fit the vocabulary.
     """
 
     def __init__(self, vocabulary: Sequence[str], sentencepiece: Path | None = None) -> None:
@@ -46,24 +46,24 @@ class Transcripts:
                     f"objective.sentencepiece={sentencepiece}: its {len(wanted) - 1} pieces after a blank are not the "
                     f"{len(vocabulary)} symbols of objective.vocabulary; for a new run set objective.vocabulary=[]"
                 )
-        # The blank is not a label, even if a transcript has a character of the same name.
+        # The blank is never a label, even if a transcript contains a character that equals its symbol.
         self._numbers = {symbol: number for number, symbol in enumerate(vocabulary) if number != BLANK}
-        # Longer symbols without a space are marks such as <unk>, or pieces of letters that others have as well.
+        # Only characters and pieces that begin a word determine the case: special symbols such as <unk> must not.
         letters = "".join(symbol for symbol in vocabulary if len(symbol) == 1 or PIECE_SPACE in symbol)
         self._upper, self._lower = letters == letters.upper(), letters == letters.lower()
 
     def normalised(self, text: str) -> str:
-        """A text in the case of the vocabulary, with single spaces."""
+        """Convert `text` to the case of the vocabulary, and runs of whitespace to single spaces."""
         text = " ".join(text.split())
         return text.upper() if self._upper else text.lower() if self._lower else text
 
     def labels(self, text: str) -> tuple[list[int], str]:
-        """The labels of a text, and its characters that are not in the vocabulary and became `<unk>`.
+        """Return the labels of `text`, and the characters that are not in the vocabulary and became `<unk>`.
 
-        Adjacent characters that are in no sentence piece share one `<unk>`.
+        With sentence pieces, adjacent unknown characters share one `<unk>`.
 
         Raises:
-            AudioError: there is no text, or such a character and no `<unk>`.
+            AudioError: the text is empty, or has unknown characters and the vocabulary has no `<unk>`.
         """
         text = self.normalised(text)
         if not text:
@@ -89,12 +89,16 @@ def _piece_labels(text: str, pieces: SentencePieceProcessor) -> tuple[list[int],
 
 
 def transcript(cut: Cut) -> str:
-    """The transcript of an utterance; empty if it has none."""
+    """Return the transcript of an utterance; empty if it has none."""
     return " ".join(supervision.text or "" for supervision in cut.supervisions)
 
 
 def refuse_too_many(labels: Sequence[int], frames: int) -> None:
-    """Raise AudioError where an utterance has too few frames for its labels and the blanks between equal ones."""
+    """Check that an utterance has enough frames for its labels, and for a blank between equal adjacent labels.
+
+    Raises:
+        AudioError: it has too few frames.
+    """
     needed = len(labels) + sum(one == other for one, other in pairwise(labels))
     if needed > frames:
         raise AudioError("too short", f"its {frames} frames are too few for the {len(labels)} labels of its transcript")

@@ -1,1 +1,1 @@
-"""Process group, rank helpers, launching."""
+"""Process groups, collectives and the single-machine launcher."""

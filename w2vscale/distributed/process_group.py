@@ -1,4 +1,4 @@
-"""Ranks: who this process is, and the collectives that the training loop uses."""
+"""Joining the process group, and the collectives that training uses."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from w2vscale.distributed.launch import LostRanks
 from w2vscale.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
-"""How long ranks wait for each other."""
+"""Longest time that a rank waits for the others in a collective."""
 
 LONG_TIMEOUT = timedelta(days=1)
-"""The same where one of them may have an utterance of hours."""
+"""The same for commands in which a single utterance may take hours."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all."""
+    """The rank of this process, its rank on this machine, and the number of processes."""
 
     rank: int = 0
     local_rank: int = 0
@@ -36,7 +36,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes logs and commits checkpoints."""
+        """Whether this is rank 0, which writes logs and commits checkpoints."""
         return self.rank == 0
 
 
@@ -44,13 +44,13 @@ ALONE = Ranks()
 
 
 def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as torchrun sets them, or as SLURM implies them.
+    """Derive RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the variables that SLURM sets.
 
-    Empty for a process that nobody launched.
+    Empty if torchrun has set them already, or if SLURM did not start this process as one of several tasks.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return {}
-    # Set by srun alone: a batch script has SLURM_NTASKS and SLURM_PROCID too, but is one process.
+    # Only srun sets SLURM_STEP_NUM_TASKS. A batch script also has SLURM_NTASKS and SLURM_PROCID, but is one process.
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) <= 1 or "SLURM_PROCID" not in environment:
         return {}
     return {
@@ -58,7 +58,7 @@ def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment),
-        # Jobs that share a node must not share a port.
+        # Jobs on the same node need different ports.
         "MASTER_PORT": environment.get("MASTER_PORT")
         or str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000),
     }
@@ -73,19 +73,20 @@ def _first_host(environment: Mapping[str, str]) -> str:
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"SLURM's nodes {nodes}: cannot be listed ({error}); set MASTER_ADDR to one of them") from None
+        raise UserError(f"cannot expand the SLURM node list {nodes} ({error}); set MASTER_ADDR to one node") from None
     return hosts.stdout.split()[0]
 
 
 @contextmanager
 def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iterator[tuple[Ranks, torch.device]]:
-    """Join the process group that the launcher describes, for the time of the block.
+    """Join the process group that the launcher describes, and leave it when the block ends.
 
-    A process that is alone has no group, or a group of its own where one is `needed`. A collective in which a rank
-    waits longer than `timeout` for another fails.
+    A single process joins no group, unless `needed`: then it gets a group with one rank. A collective fails if a rank
+    waits longer than `timeout` for the others.
 
     Raises:
-        LostRanks: the other ranks cannot be reached, or no longer.
+        LostRanks: the other ranks cannot be reached, or the connection to them broke.
+        UserError: there are more processes than GPUs on this machine.
     """
     implied = launch_environment(os.environ)
     environment = {**os.environ, **implied}
@@ -104,20 +105,20 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
         local_rank=int(environment.get("LOCAL_RANK", "0")),
         world_size=int(environment["WORLD_SIZE"]),
     )
-    # Under torchrun the agent may already serve the store, which only env:// knows.
-    meeting = f"tcp://{implied['MASTER_ADDR']}:{implied['MASTER_PORT']}" if implied else "env://"
+    # The torchrun agent may already serve the store; only env:// uses it.
+    init_method = f"tcp://{implied['MASTER_ADDR']}:{implied['MASTER_PORT']}" if implied else "env://"
     device = _device(ranks.local_rank)
     try:
         dist.init_process_group(
-            _backend(device), meeting, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
+            _backend(device), init_method, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
         )
         yield ranks, device
     except RuntimeError as error:
-        # gloo's errors have no type of their own, but name the place in its source.
+        # gloo raises a plain RuntimeError whose message contains the path of its source file.
         if isinstance(error, dist.DistError) or "gloo/" in str(error):
             raise LostRanks(str(error)) from error
         raise
-    # Not after an error: it may wait for ranks that no longer come.
+    # Skipped after an error, because it could wait for ranks that have exited.
     dist.destroy_process_group()
 
 
@@ -137,7 +138,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Sums of host numbers over all ranks, in float64 over the CPU: no device is waited for."""
+    """Sum each number over all ranks, in float64 on the CPU, without synchronising a GPU. Collective."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -145,7 +146,7 @@ def sum_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def largest_over_ranks(values: Sequence[float]) -> list[float]:
-    """The largest of each of some host numbers over all ranks, over the CPU."""
+    """Return the maximum of each number over all ranks, computed on the CPU. Collective."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -153,7 +154,7 @@ def largest_over_ranks(values: Sequence[float]) -> list[float]:
 
 
 def gather_from_ranks(value: T) -> list[T]:
-    """Every rank's value, by rank."""
+    """Return the values of all ranks, in rank order. Collective."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -162,10 +163,10 @@ def gather_from_ranks(value: T) -> list[T]:
 
 
 def raise_anywhere(error: str | None) -> None:
-    """Collective. Raise the error of the lowest rank that has one, on every rank.
+    """Raise the same error on every rank if any rank has one: that of the lowest such rank. Collective.
 
     Raises:
-        UserError: any rank has an error.
+        UserError: `error` is not None on some rank.
     """
     for found in gather_from_ranks(error):
         if found is not None:
@@ -173,9 +174,9 @@ def raise_anywhere(error: str | None) -> None:
 
 
 def gather_as_found(stream: Iterable[T], *, every_seconds: float = 20.0) -> Iterator[T]:
-    """What the streams of all ranks yield, on every rank and soon after it was found. Collective.
+    """Yield the items of all ranks' streams on every rank, exchanged about every `every_seconds`. Collective.
 
-    No rank may wait longer for another's next item than the time-out of the process group.
+    An item that takes longer than the timeout of the process group makes the other ranks fail.
     """
     if not dist.is_initialized():
         yield from stream
@@ -196,7 +197,7 @@ def gather_as_found(stream: Iterable[T], *, every_seconds: float = 20.0) -> Iter
 
 
 def broadcast_from_main(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return the value of rank 0 on every rank. Collective."""
     if not dist.is_initialized():
         return value
     holder = [value]

@@ -1,4 +1,4 @@
-"""Engines run updates: one file per backend, one contract."""
+"""Engines run updates. Each backend (DDP, FSDP2, DeepSpeed) implements the protocol in `base.py`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,21 @@ def build_engine(
     device: torch.device,
     skips_parameters: bool,
 ) -> Engine:
-    """The engine that `engine.name` chooses. Collective.
+    """Build the engine that `engine.name` selects. Collective.
 
-    `model` has empty parameters (`models.initialisation.empty_parameters`), which hold no values until one of the
-    imports of the engine. `skips_parameters`: some updates leave parameters without a gradient.
+    Args:
+        model: model with empty parameters (`models.initialisation.empty_parameters`). They get their values from
+            `Engine.import_state` or `Engine.import_values`.
+        config: settings of the engine.
+        optim: settings of the optimizer.
+        precision: settings of precision.
+        device: device of this rank.
+        skips_parameters: whether some updates leave parameters without a gradient.
 
     Raises:
-        UserError: the settings of the engine are wrong, or what it needs is not installed.
+        UserError: the engine settings are invalid, or a required package is not installed.
     """
-    # Imported here: each backend takes its time, and only one is needed.
+    # Imported here because each backend is slow to import and only one is needed.
     if config.name == "fsdp":
         from w2vscale.engine.fsdp import FSDPEngine
 

@@ -1,4 +1,4 @@
-"""Gradient accumulation over a window: which micro-batches share a forward, and the forwards one by one."""
+"""Gradient accumulation over a window: group micro-batches into forwards, and run them one after another."""
 
 from __future__ import annotations
 
@@ -15,42 +15,41 @@ from w2vscale.distributed.process_group import largest_over_ranks
 from w2vscale.objectives import StepContext, Sums, add_sums
 
 ADDED_PADDING = 0.05
-"""Padding that grouping may add, as a share of the samples."""
+"""Maximum padding that grouping may add, as a fraction of the samples."""
 
 
 class Capacity(NamedTuple):
-    """Padded samples that fit into one forward of utterances with at most `width` samples."""
+    """The number of padded `samples` that fit into one forward, for utterances of at most `width` samples."""
 
     width: int
     samples: int
 
 
 class Grouping(Protocol):
-    """A rule for which micro-batches share a forward."""
+    """Decides which micro-batches share a forward."""
 
     def groups(self, window: Sequence[MicroBatch]) -> list[Sequence[MicroBatch]]:
-        """Split a window into groups. Collective; all ranks get the same number of groups."""
+        """Split a window into groups, equally many on all ranks. Collective."""
 
 
 @dataclass(frozen=True)
 class FixedGrouping:
-    """`count` micro-batches per forward; the last group may have fewer."""
+    """Groups `count` micro-batches per forward; the last group may have fewer."""
 
     count: int
 
     def groups(self, window: Sequence[MicroBatch]) -> list[Sequence[MicroBatch]]:
-        """See `Grouping.groups`."""
         return [window[start : start + self.count] for start in range(0, len(window), self.count)]
 
 
 @dataclass(frozen=True)
 class FittingGrouping:
-    """As many micro-batches of similar length as fit into memory. `capacities`: the longest first."""
+    """Groups as many micro-batches of similar length as fit into memory. `capacities` has the largest width first."""
 
     capacities: tuple[Capacity, ...]
 
     def groups(self, window: Sequence[MicroBatch]) -> list[Sequence[MicroBatch]]:
-        """See `Grouping.groups`. The rank with the largest micro-batches decides."""
+        """Uses the largest sizes over all ranks, so that all ranks form the same groups."""
         shapes = [size for batch in window for size in batch.inputs.audio.waveforms_BS.shape]
         largest = [int(size) for size in largest_over_ranks(shapes)]
         found, start = [], 0
@@ -74,12 +73,12 @@ class FittingGrouping:
 
 
 class Forward(NamedTuple):
-    """The joined inputs of a group on the device, and what they are of."""
+    """One forward: the joined inputs of a group, on the device, and its context."""
 
     inputs: Any
     step: StepContext
     last: bool
-    """Whether it is the last forward of the window."""
+    """Whether this is the last forward of the window."""
 
 
 def accumulate(
@@ -88,10 +87,10 @@ def accumulate(
     run: Callable[[Forward], Sums],
     device: torch.device,
 ) -> Sums:
-    """Sums over a window. `run` computes one forward and backward."""
+    """Run each group with `run` (one forward and backward) and return the sums over the window."""
     total: Any = None
     for number, (group, inputs) in enumerate(_copied_ahead(groups, device), start=1):
-        # Joined on the device: a joined copy on the host would not be in pinned memory.
+        # Joined on the device, because a joined copy on the host would not be in pinned memory.
         one = Forward(
             join(inputs), replace(step, numbers=tuple(batch.number for batch in group)), number == len(groups)
         )
@@ -105,8 +104,7 @@ def accumulate(
 def _copied_ahead(
     groups: Sequence[Sequence[MicroBatch]], device: torch.device
 ) -> Iterator[tuple[Sequence[MicroBatch], list[Any]]]:
-    """The groups with their inputs on the device. A GPU copies each on a stream of its own, while it still computes
-    what was queued before."""
+    """Yield each group with its inputs on the device. A separate CUDA stream overlaps copies with computation."""
     if device.type != "cuda":
         for group in groups:
             yield group, [to_device(batch.inputs, device) for batch in group]
@@ -118,7 +116,7 @@ def _copied_ahead(
         computing.wait_stream(copying)
         for inputs in copies:
             for _, tensor in tensors_of(inputs):
-                tensor.record_stream(computing)  # the allocator must not reuse their memory before
+                tensor.record_stream(computing)  # or the allocator could reuse the memory too early
         yield group, copies
 
 

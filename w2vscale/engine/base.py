@@ -1,4 +1,4 @@
-"""The contract between the training loop and whatever runs its updates."""
+"""The `Engine` protocol: the contract between the training loop and the backend that runs its updates."""
 
 from __future__ import annotations
 
@@ -15,64 +15,66 @@ from w2vscale.objectives import Objective, StepContext, Sums
 CanonicalState = dict[str, Tensor]
 """`model.<name>` of parameters and persistent buffers, `optim.<name>.{exp_avg,exp_avg_sq,step}` of trained parameters.
 
-Floating-point tensors are fp32. They may be sharded in any way.
+Floating-point tensors are fp32. Tensors may be sharded in any way.
 """
 
 
 class StateReader(Protocol):
-    """Fills the tensors of a canonical state in place from a checkpoint."""
+    """Reads the tensors of a canonical state from a checkpoint, in place."""
 
     def read_into(self, state: Mapping[str, Tensor]) -> None:
-        """Collective. Every tensor of `state` gets its stored value, or an error names it."""
+        """Fill every tensor of `state` with its stored value, or raise an error that names it. Collective."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did: the global L2 norm before clipping, and whether the update was skipped."""
+    """Result of one optimizer step: the global L2 gradient norm before clipping, and whether the step was skipped."""
 
     grad_norm: float
     skipped: bool
 
 
 class Engine(Protocol):
-    """Owns the model, the optimizer, accumulation and sharding. All ranks make the same calls.
+    """Owns the model, the optimizer, gradient accumulation and sharding. All ranks must make the same calls.
 
-    Parameters with `requires_grad=False` are neither stepped nor decayed, and have no optimizer state. Buffers have
-    their initial values, are the same on all ranks after every step, and are exported and imported.
+    Parameters with `requires_grad=False` never change and have no optimizer state. Buffers keep their initial values
+    until training changes them, are equal on all ranks after every step, and are part of the exported state.
     """
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
         grouping: Grouping, denominator: Tensor,
     ) -> Sums:  # fmt: skip
-        """Accumulate the gradient of the micro-batches of this rank; returns its sums.
+        """Accumulate the gradient of this rank's micro-batches and return their sums.
 
-        The gradient of an update is the sum over ranks and micro-batches of grad(total) / denominator.
+        The gradient of an update is the sum of grad(total) / denominator over all ranks and micro-batches.
         """
 
     def step(
         self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
     ) -> StepResult:
-        """Clip, step and clear gradients. A non-finite norm skips the step on every rank.
+        """Clip gradients, step and clear gradients. A non-finite norm skips the step on every rank.
 
-        `after` may change the model once it was stepped; parameters are those of the engine, sharded or not.
+        `after` is called with the model after a step that was not skipped. It sees the parameters as the engine holds
+        them, which may be sharded.
         """
 
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
-        """Sums of this rank, without gradients and randomness. Sharded parameters are resharded before it returns."""
+        """Compute the sums of this rank, without gradients or randomness. Parameters are resharded on return."""
 
     def export_state(self) -> CanonicalState:
-        """Collective. This rank's share of the state, to be written or copied before the next step: DTensors whose
-        shards together are everything, or live tensors where there is one process.
+        """Return this rank's share of the state. Collective.
 
-        Every name of `expected_tensors`, and no other; a missing optimizer state is an error.
+        Names are exactly those of `expected_tensors`; missing optimizer state is an error. With several processes the
+        tensors are DTensors that together hold the full state. They may be live, so write or copy them before the next
+        step.
         """
 
     def import_state(self, reader: StateReader) -> None:
-        """Collective. Replace parameters, buffers and optimizer state."""
+        """Replace parameters, buffers and optimizer state by those of a checkpoint. Collective."""
 
     def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """Collective. Replace parameters and buffers by whole tensors, taken one at a time; the same on all ranks."""
+        """Replace parameters and buffers by whole tensors, consumed one at a time; equal on all ranks. Collective."""
 
     def close(self) -> None:
-        """Release what the engine holds."""
+        """Release the resources of the engine."""

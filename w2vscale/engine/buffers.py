@@ -1,4 +1,4 @@
-"""The buffers of a model on every engine: initialised, equal on all ranks, exported and imported."""
+"""Model buffers, handled in the same way by every engine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from w2vscale.distributed.process_group import largest_over_ranks
 
 
 class Buffers:
-    """Remembers the values of a model's buffers while its parameters are laid out.
+    """Keeps the values of model buffers while an engine sets up the parameters.
 
-    An engine that casts a model casts its buffers, and `to_empty` loses them; `lay_out` puts them back.
+    `to_empty` loses the values of buffers, and casting a model also casts its buffers. `lay_out` restores them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -23,7 +23,7 @@ class Buffers:
         self._versions: dict[str, tuple[int, int]] = {}
 
     def lay_out(self, device: torch.device) -> None:
-        """Give the model its buffers, on `device` and in their own types."""
+        """Restore the buffers, on `device` and with their original dtypes."""
         for name, value in self._values.items():
             owner, _, own = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[own] = value.to(device, copy=True)
@@ -31,16 +31,16 @@ class Buffers:
         self._versions = self._now()
 
     def persistent(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor of every buffer that belongs into a checkpoint."""
+        """Yield name and tensor of every persistent buffer."""
         for prefix, module in self.model.named_modules():
             for own, buffer in module._buffers.items():
                 if buffer is not None and own not in module._non_persistent_buffers_set:
                     yield (f"{prefix}.{own}" if prefix else own), buffer
 
     def synchronize(self) -> None:
-        """Give all ranks the buffers of rank 0, where any rank has changed them since the last call. Collective.
+        """Broadcast the buffers that any rank has changed since the last call from rank 0. Collective.
 
-        As in DistributedDataParallel: the statistics of a BatchNorm are those of rank 0.
+        DistributedDataParallel does the same: BatchNorm statistics are those of rank 0.
         """
         if not self._versions or not dist.is_initialized() or dist.get_world_size() == 1:
             return

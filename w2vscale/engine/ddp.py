@@ -1,4 +1,4 @@
-"""DistributedDataParallel, or the plain module where there is one process."""
+"""The DDP engine: DistributedDataParallel, or the plain module in a single process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from w2vscale.optim.canonical import specs_of, stored
 
 
 class DDPEngine(NativeEngine):
-    """Every rank holds everything; gradients are averaged, hence the factor of the world size."""
+    """Every rank holds the full state. DDP averages gradients, so the loss is multiplied by the world size."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class DDPEngine(NativeEngine):
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                # Parameters are the same on all ranks by construction, and buffers are synchronised by the step.
+                # Parameters are equal on all ranks by construction, and `step` synchronises buffers.
                 init_sync=False,
                 broadcast_buffers=False,
                 find_unused_parameters=skips_parameters,
@@ -51,27 +51,24 @@ class DDPEngine(NativeEngine):
         self.rows = Rows(device)
 
     def reducing(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients are reduced in the last backward of a window."""
+        """Reduce gradients only in the last backward of a window."""
         return nullcontext() if last or self.parallel is None else self.parallel.no_sync()
 
     def clear_gradients(self) -> None:
-        """Keep gradients that are views into the buckets of the reduction."""
+        """Clear gradients. Under DDP they are views into the reduction buckets, so they are zeroed and kept."""
         self.optimizer.zero_grad(set_to_none=self.parallel is None)
 
     def export_state(self) -> CanonicalState:
-        """See `Engine.export_state`."""
         return {name: self.rows.own(stored(tensor)) for name, tensor in self.live_state().items()}
 
     @torch.no_grad()
     def import_state(self, reader: StateReader) -> None:
-        """See `Engine.import_state`."""
         state = self.live_state()
         for name, whole in self.rows.read(reader, specs_of(state)):
             state[name].copy_(whole)
 
     @torch.no_grad()
     def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Engine.import_values`."""
         state = self.live_state()
         for name, whole in values:
             state[f"model.{name}"].copy_(whole)

@@ -1,4 +1,7 @@
-"""FSDP2: parameters, gradients and optimizer state sharded by `fully_shard` (Zhao et al. 2023, arXiv:2304.11277)."""
+"""The FSDP2 engine: `fully_shard` shards parameters, gradients and optimizer state.
+
+Zhao et al. 2023, arXiv:2304.11277.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ from w2vscale.optim.canonical import stored
 
 
 class FSDPEngine(NativeEngine):
-    """Every rank holds a share of everything; the parameters of a block are gathered while it computes."""
+    """Every rank holds a shard of the state. The parameters of a block are gathered while it runs."""
 
     def __init__(
         self,
@@ -48,33 +51,31 @@ class FSDPEngine(NativeEngine):
         buffers.lay_out(device)
         super().__init__(model, model, buffers, optim, device)
         if not self.reduce_each:
-            # What follows a backward without reduction expects every unit to have been gathered once; LayerDrop may
-            # have left one out so far.
+            # After a backward without reduction, FSDP expects every unit to have been gathered at least once, but
+            # LayerDrop may have skipped some.
             for unit in self._units():
                 unit.unshard()
                 unit.reshard()
 
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
-        """See `Engine.evaluate`."""
         sums = super().evaluate(batch, objective, step)
-        # No backward follows that would do it. Gathered weights take memory, and outlive an import.
+        # Normally the backward reshards. Without it, gathered weights would take memory and survive an import as stale
+        # copies.
         for unit in self._units():
             unit.reshard()
         return sums
 
     def reducing(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients are sharded after each backward where memory is what counts, otherwise after the last."""
+        """Reduce gradients after the last backward of a window or, to save memory, after each (`reduce_each`)."""
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last or self.reduce_each)
         return nullcontext()
 
     def export_state(self) -> CanonicalState:
-        """See `Engine.export_state`."""
         return {name: self._on_host(stored(tensor)) for name, tensor in self.live_state().items()}
 
     @torch.no_grad()
     def import_state(self, reader: StateReader) -> None:
-        """See `Engine.import_state`."""
         state = self.live_state()
         on_host = {name: self._on_host(tensor) for name, tensor in state.items()}
         reader.read_into(on_host)
@@ -84,7 +85,6 @@ class FSDPEngine(NativeEngine):
 
     @torch.no_grad()
     def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Engine.import_values`."""
         state = self.live_state()
         for name, whole in values:
             own = state[f"model.{name}"]
@@ -93,7 +93,7 @@ class FSDPEngine(NativeEngine):
             _local(own).copy_(_local(whole))
 
     def _units(self) -> Iterator[FSDPModule]:
-        """The modules whose parameters are gathered and resharded together."""
+        """Yield the modules whose parameters are gathered and resharded together."""
         return (module for module in self.model.modules() if isinstance(module, FSDPModule))
 
     def _on_host(self, tensor: Tensor) -> Tensor:
@@ -103,12 +103,13 @@ class FSDPEngine(NativeEngine):
 
 
 def shard(model: Any, mesh: DeviceMesh, config: EngineConfig, dtype: torch.dtype) -> None:
-    """Shard each block, then what is left; gradients are summed over the ranks, in fp32.
+    """Shard each block, then the remaining parameters. Gradients are summed over the ranks, in fp32.
 
-    Activations have the types of the model. Feature encoder and positional convolution keep their parameters in fp32:
-    they are small, and normalisation and weight norm need it.
+    The model decides the dtype of activations. Parameters of blocks and heads are gathered as `dtype`; those of the
+    feature encoder and the positional convolution stay in fp32, because they are small and normalisation and weight
+    norm need it.
     """
-    # Pinned host memory speeds up copies to a device.
+    # Pinned host memory makes copies to a GPU faster.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if config.offload else OffloadPolicy()
     reduced = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = replace(reduced, param_dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Memory of a GPU: how much there is, and the most that a piece of work takes."""
+"""GPU memory: the limit, the peak during some work, and a clear error when it runs out."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from w2vscale.errors import UserError
 
 
 def memory_limit(device: torch.device) -> int:
-    """Bytes of the GPU that this process may have, including what it has."""
+    """Return the bytes of GPU memory available to this process, including what it has reserved."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device)
 
 
 def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
-    """The most bytes that the process has allocated on the GPU during `work`."""
+    """Run `work` and return the peak bytes that this process had allocated on the GPU meanwhile."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     work()
@@ -28,10 +28,10 @@ def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
 
 @contextmanager
 def explain_oom(batch: BatchConfig) -> Iterator[None]:
-    """Name the settings that the memory of a GPU depends on, where it is exhausted.
+    """Replace an out-of-memory error in the block by one that names the settings to change.
 
     Raises:
-        UserError: it was.
+        UserError: the GPU ran out of memory.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the engines of PyTorch share: a module whose parameters an ordinary optimizer steps."""
+"""Base class of the DDP and FSDP2 engines: a PyTorch module stepped by a PyTorch optimizer."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, s
 
 
 class NativeEngine(ABC):
-    """Forward, backward and step over `module`, which wraps or is `model`. Subclasses say how gradients are reduced."""
+    """Runs forward, backward and step of `module`, which is `model` or wraps it. Subclasses reduce the gradients."""
 
     gradient_scale = 1.0
-    """Factor of the loss that makes up for what the reduction of gradients divides by."""
+    """Multiplies the loss, to undo a division in the gradient reduction."""
 
     def __init__(
         self, model: nn.Module, module: nn.Module, buffers: Buffers, optim: OptimConfig, device: torch.device
     ) -> None:
         self.model, self.module, self.buffers, self.device = model, module, buffers, device
-        # Taken once: while parameters are gathered, the model of a sharding engine has other objects in their place.
+        # Collected once, because FSDP puts other objects in their place while parameters are gathered.
         self.parameters = dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         shapes = [(name, parameter.shape) for name, parameter in self.trained.items()]
@@ -39,13 +39,15 @@ class NativeEngine(ABC):
 
     @abstractmethod
     def reducing(self, last: bool) -> AbstractContextManager[None]:
-        """Around one forward and backward (the `last` of a window or not): when gradients are reduced."""
+        """Return the context for one forward and backward; it decides whether gradients are reduced.
+
+        `last`: whether this is the last forward and backward of the window.
+        """
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
         grouping: Grouping, denominator: Tensor,
     ) -> Sums:  # fmt: skip
-        """See `Engine.run_window`."""
         self.module.train()
         scale = self.gradient_scale / denominator
 
@@ -60,10 +62,9 @@ class NativeEngine(ABC):
     def step(
         self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
     ) -> StepResult:
-        """See `Engine.step`."""
         parameters = list(self.trained.values())
         for parameter in parameters:
-            if parameter.grad is None:  # a skipped layer: its gradient is zero on every engine
+            if parameter.grad is None:  # LayerDrop skipped its layer; on every engine this means a zero gradient
                 parameter.grad = torch.zeros_like(parameter)
         total = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm, foreach=True)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
@@ -78,18 +79,17 @@ class NativeEngine(ABC):
         return StepResult(norm, skipped=not finite)
 
     def clear_gradients(self) -> None:
-        """Make ready for the next window."""
+        """Clear gradients for the next window."""
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
-        """See `Engine.evaluate`."""
         self.model.eval()
         run = lambda one: objective.forward(self.model, one.inputs, step=one.step, training=False)  # noqa: E731
         return accumulate([[batch]], step, run, self.device)
 
     def live_state(self) -> CanonicalState:
-        """Parameters, buffers and optimizer state by their canonical names."""
+        """Return parameters, buffers and optimizer state, without copying, by their canonical names."""
         state: CanonicalState = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         state |= {f"model.{name}": buffer for name, buffer in self.buffers.persistent()}
         for name, parameter in self.trained.items():
@@ -98,5 +98,4 @@ class NativeEngine(ABC):
         return state
 
     def close(self) -> None:
-        """See `Engine.close`."""
         self.module = self.model

@@ -1,4 +1,4 @@
-"""Whole tensors split by rows over the ranks: how unsharded state is written and read in parallel."""
+"""Split unsharded tensors by rows over the ranks, so that checkpoints are written and read in parallel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from w2vscale.optim.canonical import Specs, TensorSpec
 
 
 def moved(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
-    """A DTensor with the same shards on a mesh of another device type."""
+    """Copy a DTensor to a mesh of another device type, keeping its placements."""
     assert isinstance(tensor, DTensor)
     local = tensor.to_local().to(mesh.device_type)
     return DTensor.from_local(
@@ -25,7 +25,7 @@ def moved(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 class Rows:
-    """Splits tensors over all ranks."""
+    """Splits tensors by rows over all ranks; in a single process, tensors stay whole."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -35,19 +35,19 @@ class Rows:
             self.device_mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 
     def own(self, whole: Tensor) -> Tensor:
-        """The rows of this rank of a tensor that every rank has, in host memory. A scalar is kept whole."""
+        """Return this rank's rows of a tensor that all ranks hold, in host memory. Scalars stay whole."""
         if self.alone or whole.dim() == 0:
             return whole
         rows = distribute_tensor(whole.detach(), self.device_mesh, [Shard(0)], src_data_rank=None)
         return rows if self.device.type == "cpu" else moved(rows, self.host_mesh)
 
     def copied(self, whole: Tensor) -> Tensor:
-        """As `own`, in memory of its own, so that `whole` can be freed."""
+        """Return a copy of `own(whole)` that shares no memory with `whole`, which can then be freed."""
         rows = self.own(whole)
         return rows.clone() if isinstance(rows, DTensor) else rows.to("cpu", copy=True)
 
     def read(self, reader: StateReader, specs: Specs) -> Iterator[tuple[str, Tensor]]:
-        """Whole tensors on the device, one at a time, from a checkpoint of which every rank reads its rows."""
+        """Read a checkpoint, each rank its own rows, and yield the whole tensors on the device one at a time."""
         state = {name: self._empty(spec) for name, spec in specs.items()}
         reader.read_into(state)
         for name in list(state):

@@ -1,4 +1,4 @@
-"""What every engine does to a model before it lays it out: recompute, compile, shard, in this order."""
+"""Model transforms shared by all engines: activation checkpointing, compilation and sharding, in this order."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from w2vscale.errors import UserError
 
 
 def transform(model: Any, config: EngineConfig, shard: Callable[[Any], None] = lambda model: None) -> None:
-    """Wrap the forwards of modules, from the inside out: recomputation, compilation, then sharding.
+    """Apply activation checkpointing, then compilation, then `shard`; each wraps the one before.
 
     Raises:
-        UserError: blocks are to be compiled, and there is no C++ compiler.
+        UserError: `engine.compile` is set, but there is no C++ compiler.
     """
     _recompute_activations(model, config)
     _compile_blocks(model, config)
@@ -27,8 +27,10 @@ def transform(model: Any, config: EngineConfig, shard: Callable[[Any], None] = l
 
 
 def _recompute_activations(model: Any, config: EngineConfig) -> None:
-    """Have modules keep only their inputs, and run again in the backward with the same dropout (activation
-    checkpointing, Chen et al. 2016, arXiv:1604.06174)."""
+    """Apply activation checkpointing (Chen et al. 2016, arXiv:1604.06174).
+
+    Modules keep only their inputs and are recomputed in the backward, with the same dropout.
+    """
     if config.activation_checkpointing == "none":
         return
     every = {"features": None, "selective": config.activation_checkpointing_every, "full": 1}
@@ -39,10 +41,10 @@ def _recompute_activations(model: Any, config: EngineConfig) -> None:
 
 
 def _compile_blocks(model: Any, config: EngineConfig) -> None:
-    """Compile each block for any number of utterances and frames; all blocks share their code."""
+    """Compile each block for dynamic numbers of utterances and frames. All blocks share the compiled code."""
     if not config.compile:
         return
-    compiler = os.environ.get("CXX", "g++")  # as torch.compile does
+    compiler = os.environ.get("CXX", "g++")  # the one that torch.compile uses
     if shutil.which(compiler) is None:
         raise UserError(f"engine.compile=true: torch.compile needs a C++ compiler, and {compiler} (CXX) was not found")
     for block in model.encoder.transformer.blocks:
@@ -50,5 +52,5 @@ def _compile_blocks(model: Any, config: EngineConfig) -> None:
 
 
 def compiled_graphs() -> int:
-    """Graphs that this process has compiled."""
+    """Return the number of graphs that this process has compiled."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])

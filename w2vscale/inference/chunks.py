@@ -10,6 +10,7 @@ from torch import Tensor
 
 from w2vscale.data.audio import AudioError
 from w2vscale.data.resampling import Samples
+from w2vscale.models.wav2vec2 import Statistics
 
 
 class Chunk(NamedTuple):
@@ -23,11 +24,11 @@ class Chunk(NamedTuple):
 
 
 class Part(NamedTuple):
-    """The samples of a chunk, and the moments of its utterance's taps if they differ from those of the chunk."""
+    """The samples of a chunk, and the GroupNorm statistics of the whole utterance if the chunk is only a part of it."""
 
     chunk: Chunk
     samples: Samples
-    moments_JJ: Tensor | None
+    statistics: Statistics | None
 
 
 class ChunkFeatures(NamedTuple):

@@ -6,7 +6,6 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from w2vscale.data.resampling import Samples, resampled
 from w2vscale.errors import UserError
 from w2vscale.inference.chunks import ChunkFeatures, Part, split_into_chunks
 from w2vscale.interop.importing import form_of
-from w2vscale.models.feature_encoder import WaveformLayer, input_samples, moments_of, output_frames
-from w2vscale.models.wav2vec2 import EncoderOutput
+from w2vscale.models.lengths import input_samples, output_frames
+from w2vscale.models.wav2vec2 import EncoderOutput, Statistics
 from w2vscale.objectives import Objective, build_objective
 
 CHUNK_SECONDS = 30.0
@@ -232,7 +231,7 @@ class Pretrained:
             try:
                 for part in self._parts(audio, chunk_frames, overlap_frames):
                     longest = max([part.samples.size, *(other.samples.size for _, other in batch)])
-                    mixed = batch and (batch[0][1].moments_JJ is None) != (part.moments_JJ is None)
+                    mixed = batch and (batch[0][1].statistics is None) != (part.statistics is None)
                     if batch and (mixed or (len(batch) + 1) * longest > max_samples):
                         yield from run()
                     batch.append((number, part))
@@ -266,7 +265,7 @@ class Pretrained:
             return (((block - mean) / deviation).astype(np.float32) for block in self._blocks(audio))
 
         blocks = normalised()
-        moments_JJ = self._moments(normalised()) if len(chunks) > 1 and config.conv_norm == "group" else None
+        statistics = self._statistics(normalised()) if len(chunks) > 1 and config.conv_norm == "group" else None
         held, position = np.empty(0, np.float32), 0
         for chunk in chunks:
             start = chunk.begin * hop(config)
@@ -274,7 +273,7 @@ class Pretrained:
             while position + held.size < stop:
                 held = np.concatenate([held, next(blocks)])
             held, position = held[start - position :], start
-            yield Part(chunk, held[: stop - start], moments_JJ)
+            yield Part(chunk, held[: stop - start], statistics)
 
     def _samples(self, audio: Audio) -> int:
         """The length of an audio in samples, at the sampling rate of the model."""
@@ -292,21 +291,10 @@ class Pretrained:
             yield block
 
     @torch.no_grad()
-    def _moments(self, blocks: Iterator[Samples]) -> Tensor:
-        """Compute `moments_of` over a whole utterance, block by block: [J, J]."""
-        layer = self.model.encoder.feature_encoder.layers[0]
-        assert isinstance(layer, WaveformLayer)
-        silence = np.zeros(layer.padding, np.float32)
-        sums_JJ, held, count = torch.zeros(()), silence, 0
-        for block in chain(blocks, [silence]):
-            held = np.concatenate([held, block])
-            steps = max((held.size - layer.kernel) // layer.stride + 1, 0)
-            if steps:
-                taps_1TJ = layer.taps(torch.from_numpy(held).unsqueeze(0).to(layer.weight.device))
-                sums_JJ = sums_JJ.to(layer.weight.device) + moments_of(taps_1TJ, None)[0] * steps
-                count += steps
-                held = held[steps * layer.stride :]
-        return sums_JJ / count
+    def _statistics(self, blocks: Iterator[Samples]) -> Statistics:
+        """Compute the statistics of GroupNorm over a whole utterance, block by block."""
+        statistics: Statistics = self.model.encoder.feature_encoder.statistics(map(torch.from_numpy, blocks))
+        return statistics
 
     @torch.no_grad()
     def _encode(self, parts: Sequence[Part], layers: Sequence[int]) -> EncoderOutput:
@@ -318,13 +306,13 @@ class Pretrained:
         for row_S, part in zip(waveforms_BS, parts, strict=True):
             row_S[: part.samples.size] = torch.from_numpy(part.samples)
         padded = len({part.samples.size for part in parts}) > 1
-        given = [part.moments_JJ for part in parts if part.moments_JJ is not None]
+        given = [part.statistics for part in parts if part.statistics is not None]
         encoded: EncoderOutput = self.model.encoder(
             waveforms_BS.to(device, self.model.compute_dtype),
             lengths_B.to(device) if padded else None,
             frames_B.to(device) if padded else None,
             active=[block < max(layers) for block in range(self.config.model.layers)],
-            moments_BJJ=torch.stack(given) if given else None,
+            statistics=tuple(map(torch.cat, zip(*given, strict=True))) if given else None,
         )
         return encoded
 

@@ -1,1 +1,1 @@
-"""State-dict maps to and from other libraries."""
+"""Import models from other libraries, and export models to them."""

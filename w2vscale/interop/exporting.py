@@ -1,4 +1,4 @@
-"""`w2vscale export`: a checkpoint as files that other libraries load."""
+"""`w2vscale export`: convert a checkpoint to files that other libraries load."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMATS = ("huggingface", "torchaudio")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and from which update."""
+    """The files written, and the update of the exported checkpoint."""
 
     files: list[Path]
     update: int
@@ -36,15 +36,16 @@ class Exported:
 def export_checkpoint(
     path: Path, output: Path, *, form: str, log: Callable[[str], None] = lambda text: None
 ) -> Exported:
-    """Write a checkpoint, or the newest usable one of a run, to the folder `output`.
+    """Export a checkpoint, or the newest usable one of a run, to the folder `output`.
 
-    huggingface: `model.safetensors`, `config.json`, `preprocessor_config.json`, the model card `README.md`, and of a
-    fine-tuned model the tokenizer's `vocab.json` and `tokenizer_config.json`.
-    torchaudio: `model.safetensors` with the state of `torchaudio.models.wav2vec2_model`, and its arguments in
-    `model.json`, beside the same `preprocessor_config.json`; the quantizer and the projections have no place in it.
+    huggingface: `model.safetensors`, `config.json`, `preprocessor_config.json` and the model card `README.md`. A
+    fine-tuned model also gets the tokenizer files `vocab.json` and `tokenizer_config.json`.
+    torchaudio: `model.safetensors` with the `state_dict` of `torchaudio.models.wav2vec2_model`, its arguments in
+    `model.json`, and `preprocessor_config.json` as above. The quantizer and the projections are left out.
 
     Raises:
-        UserError: the checkpoint cannot be used, the format has no such model, or a file exists or cannot be written.
+        UserError: the checkpoint cannot be used, the format does not support the model, or a file already exists or
+            cannot be written.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
@@ -84,7 +85,7 @@ def _write(
             save_file({name: tensor.contiguous() for name, tensor in weights.items()}, written[0], {"format": "pt"})
             for path, text in zip(written[1:], texts.values(), strict=True):
                 path.write_text(text, encoding="utf-8")
-            shutil.copymode(written[1], written[0])  # safetensors makes files that only their owner can read
+            shutil.copymode(written[1], written[0])  # safetensors creates files that only the owner can read
             for path, file in zip(written, files, strict=True):
                 path.replace(file)
     except (OSError, SafetensorError) as error:
@@ -93,7 +94,7 @@ def _write(
 
 
 def _run_folder(checkpoint: CheckpointReader) -> Path | None:
-    """The folder of the run that wrote it, if it still lies there."""
+    """Return the folder of the run, if the checkpoint is still in it."""
     folder = checkpoint.path.parent.parent
     return folder if (folder / "metrics.jsonl").is_file() else None
 

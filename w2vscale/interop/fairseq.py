@@ -1,6 +1,6 @@
-"""wav2vec 2.0 checkpoints of fairseq by our names, with our settings.
+"""Convert pretrained wav2vec 2.0 checkpoints of fairseq to our tensor names and settings.
 
-Tensor names and settings are those of fairseq's `models/wav2vec/wav2vec2.py`, from its first release to its last.
+Covers the names and settings in `models/wav2vec/wav2vec2.py` of all fairseq releases.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NAMES = {
     "encoder.transformer.positional": POSITIONAL,
     "encoder.transformer.positional.magnitude": f"{POSITIONAL}.weight_g",
     "encoder.transformer.positional.direction": f"{POSITIONAL}.weight_v",
-    # fairseq has one LayerNorm around the blocks: below them in post-LN models, above them in pre-LN models.
+    # fairseq has a single LayerNorm outside the blocks: before them in post-LN models, after them in pre-LN models.
     "encoder.transformer.embedding_norm": "encoder.layer_norm",
     "encoder.transformer.final_norm": "encoder.layer_norm",
     "encoder.transformer.blocks.{}.attention.qkv": "encoder.layers.{}.self_attn.[qkv]_proj",
@@ -46,14 +46,14 @@ NAMES = {
     "target_projection": "project_q",
 }
 NAMES_WITH_GROUP_NORM = NAMES | {"encoder.feature_encoder.layers.{}.norm": "feature_extractor.conv_layers.{}.2"}
-# What PyTorch's newer weight norm calls its tensors, in checkpoints written after 2023.
+# Tensor names of the newer weight norm in PyTorch, used in checkpoints since 2023.
 PARAMETRISED_NAMES = {
     f"{POSITIONAL}.parametrizations.weight.original0": f"{POSITIONAL}.weight_g",
     f"{POSITIONAL}.parametrizations.weight.original1": f"{POSITIONAL}.weight_v",
 }
 FINE_TUNED_PREFIX = "w2v_encoder."
 
-# fairseq's setting: ours. Neither changes the shape of a tensor.
+# fairseq setting: our setting. None of them affects the shape of a tensor.
 COUNTERPARTS = {
     "sample_rate": "sampling_rate",
     "feature_grad_mult": "feature_grad_mult",
@@ -68,7 +68,7 @@ COUNTERPARTS = {
     "num_negatives": "negatives",
     "logit_temp": "logit_temperature",
 }
-# Settings without a counterpart, and the one value of each that means what our model does.
+# Settings without a counterpart, and the only value of each that our model supports.
 FIXED: dict[str, object] = {
     "quantize_targets": True,
     "quantize_input": False,
@@ -92,23 +92,23 @@ FIXED: dict[str, object] = {
     "mask_dropout": 0,
     "mask_channel_prob": 0,
 }
-# Of the published models, for checkpoints that come without settings.
+# Heads by width, and strides by kernel sizes, of the published models: for checkpoints without settings.
 PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}
 PUBLISHED_STRIDES = {tuple(kernel for _, kernel, _ in BASE_CONV_LAYERS): [stride for _, _, stride in BASE_CONV_LAYERS]}
 
 EXPRESSION_LENGTH = 1000
-"""Characters of a setting that is an expression, and elements of its value, at most."""
+"""Maximum length in characters of a setting that is an expression, and maximum number of elements of its value."""
 
 
 def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, Tensor]]:
-    """Settings and `state_dict` (fp32) of `Wav2Vec2ForPretraining`.
+    """Return the settings and the `state_dict` (fp32) of `Wav2Vec2ForPretraining`.
 
-    Shapes come from the tensors, the rest from the checkpoint's settings. What these do not say is as in the
-    published models (strides, heads; pre-LN blocks and normalised waveforms with LayerNorm in the extractor) or, where
-    it matters in training only, left to our defaults.
+    Sizes come from the tensor shapes, other settings from the checkpoint. Missing settings are taken from the published
+    models (strides, heads; pre-LN blocks and normalised waveforms if the feature extractor has LayerNorm) or, if they
+    matter only in training, from our defaults.
 
     Raises:
-        UserError: our model cannot be the checkpoint's; names the first setting or tensor that says so.
+        UserError: our model does not support the checkpoint; the message names the first such setting or tensor.
     """
     state = {PARAMETRISED_NAMES.get(name, name): tensor for name, tensor in checkpoint.state.items()}
     try:
@@ -128,7 +128,7 @@ def _config(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Config:
     for name, meant in FIXED.items():
         value = _literal(settings.get(name))
         if value is not None and value != meant:
-            raise UserError(f"{name}={value}: our model has {name}={meant!r} only, so this one cannot be represented")
+            raise UserError(f"{name}={value}: cannot be imported, because w2vscale supports only {name}={meant!r}")
     parsed: dict[str, Any] = {}
     for section, values in by_section({**_architecture(state, settings), **_training(settings)}).items():
         try:
@@ -136,12 +136,12 @@ def _config(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Config:
         except ValidationError as error:
             first = error.errors()[0]
             where = "".join(f"{section}.{name}={first['input']!r}: " for name in first["loc"][:1])
-            raise UserError(f"settings that our model cannot have: {where}{first['msg']}") from None
+            raise UserError(f"settings that w2vscale does not support: {where}{first['msg']}") from None
     return Config(**parsed | {"objective": ObjectiveConfig(**parsed["objective"].model_dump())})
 
 
 def _architecture(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What tensors and features depend on."""
+    """Return the settings that determine tensor shapes and features."""
     dim, group_width, positional_kernel = _shape(state, f"{POSITIONAL}.weight_v", 3)
     convolutions = [
         _shape(state, f"feature_extractor.conv_layers.{index}.0.weight", 3)
@@ -179,7 +179,7 @@ def _architecture(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> d
 
 
 def _training(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of masks, losses and dropout, as far as the checkpoint has them."""
+    """Return the settings of masks, losses and dropout that the checkpoint has."""
     found = {
         ours: _literal(settings[theirs]) for theirs, ours in COUNTERPARTS.items() if settings.get(theirs) is not None
     }
@@ -191,19 +191,19 @@ def _training(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _strides(layers: Any, convolutions: list[list[int]]) -> list[int]:
-    """Of each convolution, from fairseq's list of (channels, kernel, stride)."""
+    """Return the stride of each convolution, from the fairseq list of (channels, kernel, stride)."""
     try:
         found = _evaluate(ast.parse(_short(layers), mode="eval").body) if isinstance(layers, str) else layers
         channels_and_kernels = [[channels, kernel] for channels, kernel, _ in found]
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        raise UserError(f"conv_feature_layers={layers!r}: no list of (channels, kernel, stride)") from None
+        raise UserError(f"conv_feature_layers={layers!r}: not a list of (channels, kernel, stride)") from None
     if channels_and_kernels != [[channels, kernel] for channels, _, kernel in convolutions]:
         raise UserError(f"conv_feature_layers={layers!r} does not fit the weights of the feature extractor")
     return [stride for _, _, stride in found]
 
 
 def _evaluate(node: ast.expr) -> list[Any]:
-    """The value of an expression such as "[(512, 10, 5)] + [(512, 3, 2)] * 4", which fairseq gives to `eval`."""
+    """Evaluate an expression such as "[(512, 10, 5)] + [(512, 3, 2)] * 4" safely (fairseq passes it to `eval`)."""
     match node:
         case ast.BinOp(left, ast.Add(), right):
             return _evaluate(left) + _evaluate(right)
@@ -216,7 +216,7 @@ def _evaluate(node: ast.expr) -> list[Any]:
 
 
 def _literal(value: Any) -> Any:
-    """fairseq's command line kept numbers and lists as text."""
+    """Parse a number or list that the fairseq command line stored as text."""
     if not isinstance(value, str):
         return value
     try:
@@ -234,7 +234,7 @@ def _short(text: str) -> str:
 def _numbers(settings: Mapping[str, Any], name: str, count: int) -> list[float]:
     value = _literal(settings[name])
     if not isinstance(value, list | tuple) or len(value) != count:
-        raise UserError(f"{name}={value!r}: our model needs {count} numbers")
+        raise UserError(f"{name}={value!r}: expected {count} numbers")
     return list(value)
 
 
@@ -242,7 +242,7 @@ def _known(settings: Mapping[str, Any], name: str, published: Any = None) -> Any
     value = _literal(settings.get(name))
     value = published if value is None else value
     if value is None:
-        raise UserError(f"its settings do not say {name}, and its weights are of none of the published models")
+        raise UserError(f"its settings lack {name}, and its weights do not have the shapes of a published model")
     return value
 
 

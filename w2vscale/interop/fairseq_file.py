@@ -1,7 +1,7 @@
-"""Reading files that `torch.save` wrote, fairseq's among them, without executing anything in them.
+"""Read files written by `torch.save`, fairseq checkpoints included, without executing anything in them.
 
-Settings come in an `args` Namespace, as in fairseq's first release, or in a `cfg` that omegaconf wrote, as in its last.
-Neither fairseq nor omegaconf is needed.
+Early fairseq releases store settings as an `args` Namespace, later ones as an omegaconf `cfg`. Neither package is
+needed to read them.
 """
 
 from __future__ import annotations
@@ -26,52 +26,56 @@ INERT_NAMES = (
     "argparse.Namespace",
     *(f"builtins.{kind}" for kind in ("bool", "dict", "float", "int", "list", "str", "tuple", "type")),
     *(f"typing.{kind}" for kind in ("Any", "Dict", "List", "Optional", "Tuple", "Union")),
-    "_operator.getitem",  # with builtins.type, how typing.Optional[int] is pickled
+    "_operator.getitem",  # together with builtins.type, used to pickle typing.Optional[int]
     "pathlib.PosixPath",
     "numpy.dtype",
     "numpy.ndarray",
     *(f"numpy.{core}.multiarray.{kind}" for core in ("core", "_core") for kind in ("scalar", "_reconstruct")),
 )
-"""What a checkpoint may name beside tensors and classes of `INERT_PACKAGES`. A stand-in takes the place of each."""
+"""Globals that a checkpoint may reference, besides tensors and `INERT_PACKAGES`. Each is replaced by a stand-in."""
 INERT_PACKAGES = ("fairseq.", "omegaconf.")
 
 
 @dataclass(frozen=True)
 class FairseqCheckpoint:
-    """What a `.pt` file of fairseq says about a model."""
+    """Contents of a fairseq `.pt` file."""
 
     path: Path
     state: dict[str, Tensor]
     settings: dict[str, Any]
-    """Of the model, with those of task and criterion that no setting of the model is called like; may be empty."""
+    """Settings of criterion, task and model; on equal names the model takes precedence. May be empty."""
 
 
 def load_fairseq(path: Path) -> FairseqCheckpoint:
-    """Read a checkpoint, on the CPU. Nothing in the file is executed.
+    """Load a checkpoint to the CPU. Nothing in the file is executed.
 
-    PyTorch's weights-only reader builds tensors and containers; the classes of fairseq's settings are on its list of
-    allowed names, but each name stands for an empty class of ours that keeps what it is given.
+    The weights-only unpickler of PyTorch builds tensors and containers. The classes of fairseq settings are on its
+    allow-list, but each name is mapped to an inert class of ours that only stores its arguments.
 
     Raises:
-        UserError: `path` is no checkpoint of fairseq, is damaged, or names anything that could run code.
+        UserError: `path` is not a fairseq checkpoint, is damaged, or references anything that could run code.
     """
     with _refusals(str(path)):
         found = _read(path, _stand_ins(path))
         state = found.get("model") if isinstance(found, dict) else None
         settings = _settings(found) if state is not None else {}
     if state is None:
-        raise UserError(f'{path}: no checkpoint of fairseq: it has no entry "model"')
+        raise UserError(f'{path}: not a fairseq checkpoint: it has no entry "model"')
     if not _is_state(state):
-        raise UserError(f'{path}: no checkpoint of fairseq: its entry "model" does not hold tensors by name')
+        raise UserError(f'{path}: not a fairseq checkpoint: its entry "model" is not a dictionary of tensors')
     return FairseqCheckpoint(path, dict(state), settings)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a file that `torch.save` wrote; anything else in it is refused, not executed."""
+    """Load a `state_dict` that `torch.save` wrote. Nothing in the file is executed.
+
+    Raises:
+        UserError: the file cannot be read, or holds anything but tensors by name.
+    """
     with _refusals(path.name):
         found = _read(path)
     if not _is_state(found):
-        raise UserError(f"{path.name} does not hold tensors by name")
+        raise UserError(f"{path.name} is not a dictionary of tensors")
     return found
 
 
@@ -89,7 +93,7 @@ def _is_state(found: object) -> TypeGuard[dict[str, Tensor]]:
 
 @contextmanager
 def _refusals(file: str) -> Iterator[None]:
-    """One line for whatever a hand-made file makes the readers stumble over."""
+    """Turn any error of the readers, which a malformed file can cause, into a one-line UserError."""
     try:
         yield
     except OSError as error:
@@ -99,18 +103,19 @@ def _refusals(file: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """In our words: PyTorch's own advise reading the file in a way that executes what it holds."""
+    """Explain a load error. The PyTorch message is not shown, because it suggests settings that execute the file."""
     message = str(error)
     if refused := re.search(r"GLOBAL (\S+) w(?:as not|hose)", message):
-        return f"it names {refused[1]}, which is no part of such a file and could run code"
+        return f"it references {refused[1]}, which does not belong in a checkpoint and could run code"
     if "TorchScript" in message:
         return "it is a TorchScript program, not a checkpoint"
-    if "Unsupported operand 149" in message:  # how protocols from 4 on begin
+    if "Unsupported operand 149" in message:  # the first opcode that only protocols from 4 on have
         return "it was saved with pickle_protocol=4 or above, which cannot be read safely; save it with protocol 2"
     if isinstance(error, RecursionError):
         return "its settings are nested too deeply"
-    told = message.partition("WeightsUnpickler error: ")[2].strip().splitlines()
-    return f"it is no file that PyTorch can read safely, or cut short or damaged{f' ({told[0]})' if told else ''}"
+    detail = message.partition("WeightsUnpickler error: ")[2].strip().splitlines()
+    reason = f" ({detail[0]})" if detail else ""
+    return f"it is not a file that PyTorch can read safely, or it is cut short or damaged{reason}"
 
 
 def _settings(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,7 +127,7 @@ def _settings(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Dicts, lists and scalars out of stand-ins for Namespace, enums and omegaconf's containers and nodes."""
+    """Convert stand-ins for Namespace, enums and omegaconf containers and nodes to dicts, lists and scalars."""
     if isinstance(value, dict):
         return {str(_plain(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -138,7 +143,7 @@ def _plain(value: Any) -> Any:
 
 
 class _StandIn:
-    """An object of any class that a checkpoint may name: keeps what it was made of, and does nothing."""
+    """Replaces objects of the classes that a checkpoint references: stores arguments and state, and does nothing."""
 
     args: tuple[Any, ...]
     state: Any
@@ -153,20 +158,21 @@ class _StandIn:
 
 
 def _empty_dict(*_: Any) -> dict[Any, Any]:
-    """Stands in for defaultdict: the reader fills plain dicts only."""
+    """Replaces defaultdict, because the weights-only unpickler fills only plain dicts."""
     return {}
 
 
 def _stand_ins(path: Path) -> list[Any]:
-    """The allow-list of one file."""
+    """Build the allow-list for one file."""
     named = {name for name in _named_globals(path) if name.startswith(INERT_PACKAGES)}
     return [(_empty_dict, "collections.defaultdict"), *((_StandIn, name) for name in sorted({*INERT_NAMES, *named}))]
 
 
 def _named_globals(path: Path) -> Iterator[str]:
-    """Every "module.name" in the pickles of a file, which are disassembled and not run.
+    """Yield every "module.name" that the pickles of a file reference, by disassembling them, without running them.
 
-    PyTorch's zip files hold one pickle; before 1.6 it wrote three short ones (magic number, protocol, system), then it.
+    The zip files of PyTorch hold one pickle. Before version 1.6, a file held four: magic number, protocol, system
+    information, and the data.
     """
     with path.open("rb") as file:
         pickles: list[io.BufferedReader | io.BytesIO] = [file] * 4

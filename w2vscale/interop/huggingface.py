@@ -1,7 +1,7 @@
-"""Weights and settings in the format of Hugging Face Transformers (5.x), both ways.
+"""Convert weights and settings to and from the format of Hugging Face Transformers (5.x).
 
-Names and shapes only: Transformers itself is not needed. What an objective adds to the encoder has its names in
-`Objective.transformers_head`.
+Maps names and shapes only, so Transformers need not be installed. The names for the heads that an objective adds to
+the encoder are in `Objective.transformers_head`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from w2vscale.objectives.ctc import CtcSettings
 from w2vscale.optim.canonical import model_shapes
 
 PREFIX = "wav2vec2."
-"""Of the encoder in models that have a head."""
+"""Prefix of encoder tensors in models that have a head."""
 
 POSITIONAL = "wav2vec2.encoder.pos_conv_embed.conv"
 NAMES = {
@@ -36,7 +36,7 @@ NAMES = {
     "encoder.transformer.positional": POSITIONAL,
     "encoder.transformer.positional.magnitude": f"{POSITIONAL}.parametrizations.weight.original0",
     "encoder.transformer.positional.direction": f"{POSITIONAL}.parametrizations.weight.original1",
-    # Transformers has one LayerNorm around the blocks: below them in post-LN models, above them in pre-LN models.
+    # Transformers has one LayerNorm outside the blocks: before them in post-LN models, after them in pre-LN models.
     "encoder.transformer.embedding_norm": "wav2vec2.encoder.layer_norm",
     "encoder.transformer.final_norm": "wav2vec2.encoder.layer_norm",
     "encoder.transformer.blocks.{}.attention.qkv": "wav2vec2.encoder.layers.{}.attention.[qkv]_proj",
@@ -48,13 +48,13 @@ NAMES = {
     "encoder.transformer.blocks.{}.feed_forward.output": "wav2vec2.encoder.layers.{}.feed_forward.output_dense",
     "encoder.transformer.blocks.{}.feed_forward_norm": "wav2vec2.encoder.layers.{}.final_layer_norm",
 }
-# What PyTorch's older weight norm called its tensors, as in checkpoints published before 2023.
+# Tensor names of the older weight norm in PyTorch, used in checkpoints published before 2023.
 LEGACY_NAMES = {
     f"{POSITIONAL}.weight_g": f"{POSITIONAL}.parametrizations.weight.original0",
     f"{POSITIONAL}.weight_v": f"{POSITIONAL}.parametrizations.weight.original1",
 }
 
-# Names in Transformers: ours, and what a config.json without them means (transformers 5.23, `Wav2Vec2Config`).
+# Transformers name: our name, and the default that applies if config.json lacks it (5.23, `Wav2Vec2Config`).
 ARCHITECTURE: dict[str, tuple[str, Any]] = {
     "conv_bias": ("conv_bias", False),
     "feat_extract_norm": ("conv_norm", "group"),
@@ -82,10 +82,10 @@ FIXED = {"feat_extract_activation": "gelu", "hidden_act": "gelu", "layer_norm_ep
 
 
 def to_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The `state_dict` of our model as that of the model of Transformers; values and types unchanged.
+    """Convert our `state_dict` to the one of Transformers. Values and dtypes do not change.
 
     Raises:
-        UserError: Transformers has no such model, or `state` is not one of `config`.
+        UserError: Transformers has no such model, or `state` does not fit `config`.
     """
     _refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()
@@ -94,10 +94,10 @@ def to_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Ten
 
 
 def from_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The `state_dict` of the model of Transformers as that of our model, fp32; the inverse of `to_huggingface`.
+    """Convert the `state_dict` of a Transformers model to ours, in fp32. The inverse of `to_huggingface`.
 
     Raises:
-        UserError: Transformers has no such model, or `state` is not one of `config`.
+        UserError: Transformers has no such model, or `state` does not fit `config`.
     """
     _refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()
@@ -106,9 +106,9 @@ def from_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, T
 
 
 def huggingface_config(config: Config) -> dict[str, Any]:
-    """The contents of `config.json`. Settings whose default in Transformers differs are written out.
+    """Return the contents of `config.json`, including every setting whose Transformers default differs from ours.
 
-    The entry "w2vscale" has all our settings of model, regularization and objective.
+    The entry "w2vscale" holds all our settings of model, regularization and objective.
 
     Raises:
         UserError: Transformers has no such model.
@@ -136,7 +136,10 @@ def huggingface_config(config: Config) -> dict[str, Any]:
 
 
 def preprocessor_config(model: ModelConfig, *, tokenizer: bool = False) -> dict[str, Any]:
-    """The contents of `preprocessor_config.json`: how audio was treated in training, and beside a `tokenizer`."""
+    """Return the contents of `preprocessor_config.json`: how to preprocess audio, as in training.
+
+    With `tokenizer`, the feature extractor is declared as part of a processor.
+    """
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "processor_class": "Wav2Vec2Processor" if tokenizer else "Wav2Vec2FeatureExtractor",
@@ -144,27 +147,28 @@ def preprocessor_config(model: ModelConfig, *, tokenizer: bool = False) -> dict[
         "feature_size": 1,
         "padding_side": "right",
         "padding_value": 0.0,
-        # GroupNorm in Transformers counts padding; models that have it were trained, and are used, without a mask.
+        # GroupNorm in Transformers includes padding in its statistics. Models with it are trained and used without an
+        # attention mask.
         "return_attention_mask": model.conv_norm == "layer",
         "sampling_rate": model.sampling_rate,
     }
 
 
 def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> Config:
-    """The settings of a pretraining model from its `config.json` and those of its feature extractor.
+    """Return the settings of a pretraining model, from `config.json` and the config of its feature extractor.
 
-    What the settings of Transformers leave open (masks in pretraining, the schedule of the Gumbel softmax, gradient
-    scale, feature penalty; the normalisation, if `preprocessor` is None) is taken from the entry "w2vscale", or from
-    the published recipe for such a model if there is none or it is of another architecture.
+    Transformers has no setting for pretraining masks, Gumbel temperature, gradient scale and feature penalty, or, if
+    `preprocessor` is None, for waveform normalisation. These come from the entry "w2vscale". If it is missing or
+    belongs to another architecture, they come from the published recipe for such a model.
 
     Raises:
-        UserError: it is not a wav2vec 2.0 that w2vscale has.
+        UserError: the model is not a wav2vec 2.0 model that w2vscale supports.
     """
     if document.get("model_type") != "wav2vec2":
         raise UserError(f"config.json: model_type={document.get('model_type')!r}: only wav2vec2 can be imported")
     for key, wanted in FIXED.items():
         if document.get(key, wanted) != wanted:
-            raise UserError(f"config.json: {key}={document[key]!r}: w2vscale has {wanted!r} only")
+            raise UserError(f"config.json: {key}={document[key]!r}: w2vscale supports only {wanted!r}")
     if document.get("add_adapter"):
         raise UserError("config.json: add_adapter=true: w2vscale has no adapters")
     conv_layers = _conv_layers(document)
@@ -185,7 +189,7 @@ def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, A
         settings |= _translated(preprocessor, PREPROCESSOR)
     sections = by_section(settings)
     try:
-        # Strictly: "48" is not 48.
+        # Strict validation does not accept "48" for 48.
         parsed: Any = {name: kind.model_validate(sections[name], strict=True) for name, kind in PRETRAINING.items()}
     except ValidationError as error:
         raise UserError(_first_error(error)) from None
@@ -193,20 +197,17 @@ def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, A
 
 
 def ctc_config(pretraining: Config, document: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> Config:
-    """The settings of a fine-tuned model: those of its encoder, and its output layer from `config.json` and
-    `vocab.json`, with the blank of CTC first.
+    """Return the settings of a CTC model: `pretraining` with the output layer that config.json and vocab.json describe.
 
     Raises:
-        UserError: they do not fit each other, or the blank is not the first symbol.
+        UserError: `document` and `vocabulary` do not agree, or the CTC blank is not the first symbol.
     """
     numbers = sorted((number, symbol) for symbol, number in vocabulary.items() if isinstance(number, int))
     size = document.get("vocab_size")
     if [number for number, _ in numbers] != list(range(len(vocabulary))) or len(vocabulary) != size:
         raise UserError(f"vocab.json: does not name the {size} symbols of vocab_size in config.json")
     if document.get("pad_token_id", BLANK) != BLANK:
-        raise UserError(
-            f"config.json: pad_token_id={document['pad_token_id']!r}: the blank of CTC must be symbol {BLANK}"
-        )
+        raise UserError(f"config.json: pad_token_id={document['pad_token_id']!r}: the CTC blank must be symbol {BLANK}")
     masks = {key: value for key, value in pretraining.objective.model_dump().items() if key.startswith("mask_")}
     try:
         settings = CtcSettings(
@@ -222,7 +223,7 @@ def ctc_config(pretraining: Config, document: Mapping[str, Any], vocabulary: Map
 
 
 def _own_settings(document: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """What an export of ours noted, unless the architecture was changed since."""
+    """Return our settings from the entry "w2vscale" of an export, unless the architecture was changed since."""
     noted = document.get("w2vscale")
     sections = [noted.get(name) for name in PRETRAINING] if isinstance(noted, dict) else []
     ours = {key: value for section in sections if isinstance(section, dict) for key, value in section.items()}
@@ -236,7 +237,7 @@ def _conv_layers(document: Mapping[str, Any]) -> list[list[Any]]:
         if not isinstance(column, list | tuple) or not column:
             raise UserError(f"config.json: {key}={column!r}: not a list of numbers")
         if len(column) != len(columns["conv_dim"]):
-            raise UserError(f"config.json: {key} is of {len(column)} layers, conv_dim of {len(columns['conv_dim'])}")
+            raise UserError(f"config.json: {key} has {len(column)} entries, conv_dim has {len(columns['conv_dim'])}")
     return [list(layer) for layer in zip(*columns.values(), strict=True)]
 
 
@@ -245,7 +246,7 @@ def _translated(document: Mapping[str, Any], table: Mapping[str, tuple[str, Any]
 
 
 def _first_error(error: ValidationError) -> str:
-    """The first error, by the name that Transformers has for the setting."""
+    """Format the first error, with the Transformers name of the setting."""
     first = error.errors()[0]
     problem = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
@@ -260,7 +261,7 @@ def _first_error(error: ValidationError) -> str:
 
 
 def _refuse_unrepresentable(model: ModelConfig) -> None:
-    """Raise on the first setting without a counterpart in Transformers."""
+    """Raise UserError on the first setting without a counterpart in Transformers."""
     channels = model.conv_layers[0][0]
     obstacles = {
         "model.conv_padding=true": model.conv_padding,

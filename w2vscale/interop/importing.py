@@ -1,4 +1,4 @@
-"""`w2vscale import`: a model of another library as a canonical checkpoint to start from."""
+"""`w2vscale import`: convert a model of another library to a checkpoint to start from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMATS = ("huggingface", "fairseq")
 
 @dataclass(frozen=True)
 class Imported:
-    """The checkpoint that was written."""
+    """The checkpoint written, and its number of parameters."""
 
     checkpoint: Path
     parameters: int
@@ -38,11 +38,11 @@ def import_checkpoint(
 ) -> Imported:
     """Write `output`/checkpoints/update_00000000 with the weights and settings of `source`, without optimizer state.
 
-    huggingface: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, or shards of either.
-    fairseq: a `.pt` file. Nothing in either is ever executed.
+    huggingface: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, sharded or not.
+    fairseq: a `.pt` file. No code in these files is executed.
 
     Raises:
-        UserError: the source cannot be read, or w2vscale has no such model.
+        UserError: the source cannot be read, or w2vscale does not support the model.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
@@ -56,7 +56,7 @@ def import_checkpoint(
 
 
 def form_of(path: Path) -> str | None:
-    """Which library's model a path looks like, if it is one."""
+    """Guess the format of a model from its path; None if it looks like neither."""
     if (path / "config.json").is_file():
         return "huggingface"
     return "fairseq" if path.suffix == ".pt" and path.is_file() else None
@@ -65,7 +65,7 @@ def form_of(path: Path) -> str | None:
 def read_model(
     source: Path, form: str, log: Callable[[str], None] = lambda text: None
 ) -> tuple[Config, dict[str, Tensor]]:
-    """Settings and weights, by our names, of a model of another library: see `import_checkpoint`."""
+    """Read the settings and weights (by our names) of a model of another library; see `import_checkpoint`."""
     config, state = read_huggingface(source, log) if form == "huggingface" else from_fairseq(load_fairseq(source))
     for name, tensor in state.items():
         if tensor.is_meta or not tensor.isfinite().all():
@@ -74,7 +74,11 @@ def read_model(
 
 
 def read_huggingface(folder: Path, log: Callable[[str], None] = lambda text: None) -> tuple[Config, dict[str, Tensor]]:
-    """Settings and weights, by our names, of a folder that `save_pretrained` wrote."""
+    """Read the settings and weights (by our names) from a folder that `save_pretrained` wrote.
+
+    Raises:
+        UserError: a file is missing or invalid, or w2vscale does not support the model.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; download the model first, e.g. with: hf download")
     try:
@@ -98,7 +102,7 @@ def read_huggingface(folder: Path, log: Callable[[str], None] = lambda text: Non
 
 
 def _feature_extractor(folder: Path) -> dict[str, Any] | None:
-    """How audio was treated in training, in the newer or the older file of Transformers."""
+    """Read the config of the feature extractor, from the newer or the older Transformers file; None without either."""
     newer, older = folder / "processor_config.json", folder / "preprocessor_config.json"
     nested = _read_json(newer).get("feature_extractor") if newer.is_file() else None
     if isinstance(nested, dict):
@@ -125,7 +129,7 @@ def _shards(index: Path) -> list[str]:
         raise UserError(f"{index.name}: weight_map does not name a file for each tensor")
     for tensor, name in files.items():
         if not isinstance(name, str) or not name or Path(name).name != name:
-            raise UserError(f"{index.name}: weight_map: {tensor!r}: {name!r} is no name of a file")
+            raise UserError(f"{index.name}: weight_map: {tensor!r}: {name!r} is not a file name")
     return sorted(set(files.values()))
 
 
@@ -139,7 +143,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _refuse_other_kinds(names: Iterable[str]) -> None:
-    """Say what the weights are, where they are another of Transformers' models than the one for pretraining."""
+    """Raise UserError with the kind of model, if the weights are from a Transformers model that cannot be imported."""
     modules = {name.partition(".")[0] for name in names}
     if "quantizer" in modules:
         return
@@ -159,5 +163,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.name} cannot be read: {error}") from None
     if not isinstance(document, dict):
-        raise UserError(f"{path.name} is not an object")
+        raise UserError(f"{path.name} is not a JSON object")
     return document

@@ -1,4 +1,4 @@
-"""The README.md of an exported model, written from the run that made it."""
+"""The model card (README.md) of an exported model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from w2vscale.version import __version__
 
 
 def model_card(checkpoint: CheckpointReader, config: Config, run: Path | None) -> str:
-    """Markdown with the metadata that the Hugging Face hub reads; `run` has the metrics, if it is there."""
+    """Return the model card as Markdown, with the metadata block that the Hugging Face Hub reads.
+
+    `run` is the folder of the run, for its validation metrics; None if it is not available.
+    """
     state, model = checkpoint.state, config.model
     header = yaml.safe_dump(
         {"library_name": "transformers", "tags": ["speech", "audio", "wav2vec2", "w2vscale"]},
@@ -28,7 +31,7 @@ def model_card(checkpoint: CheckpointReader, config: Config, run: Path | None) -
     rows = [
         ("blocks x dim x feed-forward x heads", f"{model.layers} x {model.dim} x {model.ffn_dim} x {model.heads}"),
         ("sampling rate", f"{model.sampling_rate} Hz"),
-        ("audio is normalised", "yes" if model.normalize_waveform else "no"),
+        ("waveform normalisation", "yes" if model.normalize_waveform else "no"),
         *(_training_rows(state, config, run) if trained else [("origin", state.data or "not recorded")]),
     ]
     table = "\n".join(f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows)
@@ -41,7 +44,7 @@ def model_card(checkpoint: CheckpointReader, config: Config, run: Path | None) -
 
 # wav2vec 2.0, {made} with w2vscale {__version__}
 
-{WRITES if fine_tuned else LISTENS}
+{CTC_SUMMARY if fine_tuned else PRETRAINING_SUMMARY}
 
 | | |
 | --- | --- |
@@ -53,13 +56,13 @@ def model_card(checkpoint: CheckpointReader, config: Config, run: Path | None) -
 {PIECES if of_pieces else "" if fine_tuned else MORE}"""
 
 
-LISTENS = """A model that learned from audio without transcripts, by contrastive prediction of masked speech
-([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)). It has no output layer for text: fine-tune it, or use its
-hidden states."""
+PRETRAINING_SUMMARY = """A speech model pretrained on audio without transcripts, by contrastive prediction of masked
+speech ([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)). It has no output layer for text: fine-tune it, or use
+its hidden states."""
 
-WRITES = """A model that writes what is said: pretrained on audio by contrastive prediction of masked speech
-([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)), then fine-tuned on transcripts by connectionist temporal
-classification."""
+CTC_SUMMARY = """A speech recognition model: pretrained on audio by contrastive prediction of masked speech
+([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)), then fine-tuned on transcripts with connectionist temporal
+classification (CTC)."""
 
 ENCODER_EXAMPLE = """# pip install transformers torch soundfile
 import soundfile
@@ -90,11 +93,11 @@ with torch.no_grad():
 print(processor.batch_decode(labels)[0])"""
 
 MORE = """
-`Wav2Vec2ForPreTraining` has the quantizer and the projections, too.
+To load the quantizer and the projections as well, use `Wav2Vec2ForPreTraining`.
 """
 
 PIECES = """
-The tokenizer makes text of labels, and no labels of text: those are the ids of the run's SentencePiece model + 1.
+The tokenizer converts labels to text, but not text to labels. A label is the id in the SentencePiece model + 1.
 """
 
 
@@ -109,7 +112,7 @@ def _training_rows(state: TrainState, config: Config, run: Path | None) -> list[
         ("updates", f"{state.update:,}"),
         ("hours seen", f"{state.audio_seconds / 3600:,.1f}"),
         (
-            "audio per update, at most",
+            "maximum audio per update",
             f"{seconds:,.0f} s ({batch.micro_batches} micro-batches of {batch.max_seconds:g} s)",
         ),
         ("peak learning rate", f"{config.optim.lr:g}"),
@@ -118,7 +121,7 @@ def _training_rows(state: TrainState, config: Config, run: Path | None) -> list[
 
 
 def _validation_rows(run: Path | None, update: int) -> list[tuple[str, str]]:
-    """Loss, accuracy and code perplexities of the last validation up to `update`."""
+    """Return table rows with the metrics of the last validation up to `update`."""
     found = _last_validation(run, update) if run is not None else {}
     wanted = [
         "label_error_rate",

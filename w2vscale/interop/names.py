@@ -1,7 +1,7 @@
-"""Tensors by the names and shapes of other libraries, and settings by section: what all formats share.
+"""Renaming tensors between libraries, and sorting settings into sections: shared by all formats.
 
-Each library has a table {ours: theirs}. An entry names a tensor, or a module whose tensors have the same names in both.
-`{}` is the number of a layer; `[qkv]` stands for three of their tensors, which are the rows of one of ours.
+Each library has a table {our name: their name}. An entry names a tensor, or a module whose tensors have the same names
+in both. `{}` is the number of a layer. `[qkv]` stands for three of their tensors, stacked by rows in one of ours.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PRETRAINING: dict[str, type[Section]] = {
     "regularization": RegularizationConfig,
     "objective": ContrastiveSettings,
 }
-"""The sections of settings of a pretraining model; no two have a setting of the same name."""
+"""Sections of the settings of a pretraining model. Setting names are unique across these sections."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Settings of a pretraining model, sorted into their sections."""
+    """Sort the settings of a pretraining model into their sections."""
     return {
         section: {key: value for key, value in settings.items() if key in kind.model_fields}
         for section, kind in PRETRAINING.items()
@@ -40,12 +40,12 @@ def by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def to_theirs(state: Mapping[str, Tensor], shapes: Shapes, table: Mapping[str, str]) -> dict[str, Tensor]:
-    """The `state_dict` of our model, with these shapes, by the names of `table`; values and types unchanged.
+    """Rename our `state_dict`, which has these `shapes`, by `table`. Values and dtypes do not change.
 
-    Tensors outside the encoder that `table` does not name are left out.
+    Tensors outside the encoder that are not in `table` are left out.
 
     Raises:
-        UserError: `state` does not have these shapes.
+        UserError: the names or shapes of `state` are not those in `shapes`.
     """
     _check_names(state, shapes)
     for name, shape in shapes.items():
@@ -53,7 +53,7 @@ def to_theirs(state: Mapping[str, Tensor], shapes: Shapes, table: Mapping[str, s
             raise UserError(f"tensor {name} has shape {list(state[name].shape)}, but the settings need {list(shape)}")
     theirs: dict[str, Tensor] = {}
     for name, parts in _names(shapes, table).items():
-        # Copies, because safetensors refuses tensors that share memory.
+        # Cloned because safetensors refuses tensors that share memory.
         tensors = [state[name]] if len(parts) == 1 else [part.clone() for part in state[name].chunk(len(parts))]
         theirs.update(zip(parts, tensors, strict=True))
     if CODEVECTORS in state and CODEVECTORS in table:
@@ -62,10 +62,10 @@ def to_theirs(state: Mapping[str, Tensor], shapes: Shapes, table: Mapping[str, s
 
 
 def to_ours(state: Mapping[str, Tensor], shapes: Shapes, table: Mapping[str, str]) -> dict[str, Tensor]:
-    """The `state_dict` of our model, with these shapes and fp32, from one by the names of `table`.
+    """Convert a `state_dict` with the names in `table` to ours, with these `shapes`, in fp32.
 
     Raises:
-        UserError: `state` is not one of such a model.
+        UserError: the names, shapes or dtypes of `state` do not fit.
     """
     names = _names(shapes, table)
     _check_names(state, [part for parts in names.values() for part in parts])

@@ -1,4 +1,4 @@
-"""Tensors and settings as the wav2vec 2.0 of torchaudio has them. torchaudio itself is not needed."""
+"""Convert weights and settings to the wav2vec 2.0 of torchaudio, which need not be installed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ PARTS = {
     "encoder.": "encoder.transformer.",
     "lm_head.": "aux.",
 }
-"""The modules of torchaudio have the names of Transformers, under other parents."""
+"""Transformers prefix: torchaudio prefix. The rest of each name is the same."""
 
 
 def to_torchaudio(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """The `state_dict` of our model as that of `torchaudio.models.Wav2Vec2Model`: the encoder, and the output layer.
+    """Convert our `state_dict` to that of `torchaudio.models.Wav2Vec2Model`: the encoder and the CTC output layer.
 
     Raises:
-        UserError: torchaudio has no such model, or `state` is not one of `config`.
+        UserError: torchaudio has no such model, or `state` does not fit `config`.
     """
     theirs = {name.removeprefix(PREFIX): tensor for name, tensor in to_huggingface(state, config).items()}
     return {
@@ -36,7 +36,7 @@ def to_torchaudio(state: Mapping[str, Tensor], config: Config) -> dict[str, Tens
 
 
 def torchaudio_arguments(config: Config) -> dict[str, Any]:
-    """The arguments of `torchaudio.models.wav2vec2_model`."""
+    """Return the arguments of `torchaudio.models.wav2vec2_model`."""
     model, regularization = config.model, config.regularization
     return {
         "extractor_mode": f"{model.conv_norm}_norm",

@@ -1,1 +1,1 @@
-"""wav2vec 2.0 as modules and pure tensor functions; knows nothing of files, ranks or engines."""
+"""wav2vec 2.0's encoder in plain PyTorch: modules and functions of tensors, without files, ranks or engines."""

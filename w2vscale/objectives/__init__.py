@@ -1,4 +1,4 @@
-"""Training objectives, one file each. This table is the only place that lists them."""
+"""Training objectives, one file each. `OBJECTIVES` is the only place that lists them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def build_objective(config: Config) -> Objective:
-    """The objective that `objective.name` chooses. Reads the files that its settings name.
+    """Build the objective that `objective.name` selects. Reads the files that its settings name.
 
     Raises:
-        UserError: there is no such objective, or one of its settings is not valid; one line.
+        UserError: there is no such objective, or one of its settings is not valid. The message is one line.
     """
     name = config.objective.name
     if name not in OBJECTIVES:
@@ -42,7 +42,7 @@ def build_objective(config: Config) -> Objective:
 
 
 def resolve(config: Config) -> tuple[Config, Objective]:
-    """The settings of a run with every default of its objective and the contents of files, and the objective.
+    """Build the objective, and complete the settings with its defaults and the contents of the files they name.
 
     Raises:
         UserError: see `build_objective`.
@@ -52,7 +52,7 @@ def resolve(config: Config) -> tuple[Config, Objective]:
 
 
 def all_settings() -> dict[str, list[tuple[str, str, str, str]]]:
-    """(key, type, default, description) of every setting by the title of its section, for the documentation."""
+    """Return (key, type, default, description) of every setting, by section title, for the documentation."""
     tables = {}
     for section, default in Config():
         if section == "objective":

@@ -1,6 +1,6 @@
-"""What an objective is: everything that differs between wav2vec 2.0 pretraining, CTC fine-tuning and any other loss.
+"""The interface of an objective: all that differs between wav2vec 2.0 pretraining, CTC fine-tuning and other losses.
 
-Engine, loader, loop, evaluation, export and report ask an objective and never test which one it is.
+Engine, loader, loop, evaluation, export and report use only this interface and never test which objective they have.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from w2vscale.models.wav2vec2 import EncoderOutput
 
 
 class Sums(Protocol):
-    """Sums over micro-batches: a NamedTuple of tensors. `total` is what is differentiated, the others are detached."""
+    """Sums over micro-batches: a NamedTuple of tensors. Only `total` has a gradient; the others are detached."""
 
     @property
     def total(self) -> Tensor:
-        """The summed loss in nats; divide it by the sum of weights."""
+        """Loss in nats, summed over the micro-batches. Divide it by the sum of their weights."""
 
     def __iter__(self) -> Any: ...
 
 
 def add_sums(one: Any, other: Any) -> Any:
-    """Sums over both."""
+    """Add two sums of the same type field by field."""
     return type(one)(*(a + b for a, b in zip(one, other, strict=True)))
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """Which forward this is: all of its randomness follows from here.
+    """Identifies a forward. All of its randomness is a function of these values.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         update: number of the update, from 0.
-        numbers: the micro-batches that share the forward.
-        worst_case: compute and train every layer, as the update does that needs the most memory.
+        numbers: numbers of the micro-batches that share the forward.
+        worst_case: compute and train every layer, to measure the largest memory use.
     """
 
     seed: int
@@ -54,17 +54,17 @@ class StepContext:
     worst_case: bool = False
 
     def seed_dropout(self) -> None:
-        """Seed PyTorch's default generators, which dropout draws from."""
+        """Seed the default generators of PyTorch, which dropout uses."""
         torch.manual_seed(derived_seed(self.seed, Stream.DROPOUT, self.numbers[0]))
 
     def generators(self, stream: Stream, device: torch.device) -> list[torch.Generator]:
-        """A generator on `device` for each micro-batch of the forward."""
+        """Create a generator on `device` for each micro-batch of the forward."""
         return [torch.Generator(device).manual_seed(derived_seed(self.seed, stream, one)) for one in self.numbers]
 
     def active_layers(self, layers: int, layerdrop: float) -> list[bool] | None:
-        """Which transformer blocks the update computes (LayerDrop, Fan et al. 2019); None: all.
+        """Draw which transformer blocks this update computes (LayerDrop, Fan et al. 2019). None means all.
 
-        The same on all ranks and in all forwards of an update.
+        The result is the same on all ranks and in all forwards of an update.
         """
         if layerdrop == 0.0 or self.worst_case:
             return None
@@ -72,13 +72,18 @@ class StepContext:
 
 
 class ObjectiveSettings(Section):
-    """Settings of an objective: the section `objective`."""
+    """Settings of an objective: the section `objective` of the config."""
 
     name: str
 
+    @property
+    def shortest_frames(self) -> int:
+        """Frames of the shortest utterance that can be learned from."""
+        return 1
+
 
 class Target(NamedTuple):
-    """What an objective learns from an utterance beside its audio, and a note for the log of bad audio, if any."""
+    """The target of an utterance (e.g. its labels), and a note for the log of bad audio, if any."""
 
     value: Any = None
     note: tuple[str, str] | None = None  # kind, reason
@@ -89,11 +94,11 @@ class Panel:
     """One plot of a report.
 
     Args:
-        title: a word for the heading of a column.
-        label: of the vertical axis, with its unit.
-        keys: metrics that are drawn, with a name for each; "" for a single one.
-        chance: value of a model that guesses.
-        training: whether the metric exists in training too, not in validation alone.
+        title: short title for the heading of a table column.
+        label: label of the vertical axis, with the unit.
+        keys: metrics to plot, with a name for each in the legend; "" for a single one.
+        chance: value at chance level, if there is one.
+        training: whether the metric exists in training as well as in validation.
     """
 
     title: str
@@ -105,13 +110,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class TransformersHead:
-    """How Hugging Face Transformers names what an objective adds to the encoder.
+    """The Hugging Face Transformers equivalent of the heads that an objective adds to the encoder.
 
     Args:
-        architecture: class of the model.
-        tensors: our names of modules and tensors: theirs (see `interop/names.py`).
+        architecture: name of the model class.
+        tensors: our name of each module or tensor, mapped to theirs (see `interop/names.py`).
         settings: entries of config.json.
-        files: contents of further JSON files.
+        files: contents of additional JSON files, by file name.
     """
 
     architecture: str = "Wav2Vec2Model"
@@ -121,20 +126,20 @@ class TransformersHead:
 
 
 class Objective(ABC):
-    """One training objective, built from the settings of a run.
+    """A training objective, built from the settings of a run.
 
-    A model has a module `encoder` (`models.wav2vec2.Wav2Vec2Encoder`), and computes in `compute_dtype`.
+    Its model must have a module `encoder` (`models.wav2vec2.Wav2Vec2Encoder`) and compute in `compute_dtype`.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
     crops: ClassVar[bool] = True
-    """Whether an utterance may be cropped. Otherwise longer ones are left out."""
+    """Whether utterances longer than `data.max_seconds` may be cropped. Otherwise they are left out."""
 
     vocabulary: Sequence[str] = ()
-    """Symbols of the output layer, the blank of CTC first; empty where the model writes no text."""
+    """Symbols of the output layer, CTC blank first. Empty if the model has no output layer for text."""
 
     code_entries = 0
-    """Entries of each codebook that `codes` chooses from; 0 where the model has no codes."""
+    """Number of entries of each codebook. 0 if the model has no discrete codes."""
 
     def __init__(
         self, settings: Any, model: ModelConfig, regularization: RegularizationConfig, compute_dtype: torch.dtype
@@ -145,25 +150,26 @@ class Objective(ABC):
         self.compute_dtype = compute_dtype
 
     @property
-    @abstractmethod
     def shortest_frames(self) -> int:
         """Frames of the shortest utterance that can be learned from."""
+        frames: int = self.settings.shortest_frames
+        return frames
 
     def check(self, config: Config) -> None:  # noqa: B027 - most objectives have nothing to refuse
-        """Refuse settings of a training run that do not go together.
+        """Check that the settings of a training run are compatible.
 
         Raises:
-            UserError: names the setting.
+            UserError: they are not; the message names the setting.
         """
 
     def unfrozen(self) -> ObjectiveSettings:
-        """The settings, but every parameter learns from the first update on."""
+        """Return the settings with no parameters frozen."""
         settings: ObjectiveSettings = self.settings
         return settings
 
     @abstractmethod
     def build_model(self) -> nn.Module:
-        """Encoder and heads."""
+        """Build the model: encoder and heads."""
 
     @property
     def skips_parameters(self) -> bool:
@@ -171,10 +177,10 @@ class Objective(ABC):
         return self.regularization.layerdrop > 0.0
 
     def read_target(self, cut: Cut, *, samples: int) -> Target:
-        """What is learned from an utterance of `samples` samples beside its audio. Runs in a loader process.
+        """Read the target of an utterance with `samples` samples. Runs in a loader process.
 
         Raises:
-            AudioError: nothing can be learned from it.
+            AudioError: the utterance cannot be used.
         """
         return Target()
 
@@ -182,55 +188,65 @@ class Objective(ABC):
     def make_inputs(
         self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
     ) -> Inputs:
-        """Pad a micro-batch to at least `width` samples, and draw all that is drawn for it. Runs in a loader process.
+        """Pad a micro-batch to at least `width` samples, and make all of its random draws. Runs in a loader process.
 
-        `rng(place)` gives the generator of one utterance. Without any utterance the result is one of silence that can
-        be computed and has no weight.
+        `rng(place)` returns the generator for one utterance. If `utterances` is empty, return a micro-batch of silence
+        with weight 0 that `forward` accepts.
         """
 
-    @abstractmethod
     def forward(self, module: nn.Module, inputs: Any, *, step: StepContext, training: bool) -> Sums:
         """Sums over the micro-batches in `inputs`, on this rank.
 
         `module` is the model or what an engine wraps around it. Without `training` nothing is random.
         """
+        if not training:
+            sums: Sums = module(inputs)
+            return sums
+        step.seed_dropout()
+        active = step.active_layers(self.model.layers, self.regularization.layerdrop)
+        sums = module(inputs, active=active, **self.draws(inputs, step))
+        return sums
+
+    def draws(self, inputs: Any, step: StepContext) -> dict[str, Any]:
+        """Further arguments of the model in training, random or depending on the update."""
+        return {}
 
     def after_step(self, module: nn.Module, update: int) -> None:  # noqa: B027 - most objectives change nothing
         """Change the model after the optimizer step of update `update`, e.g. an EMA teacher."""
 
     @abstractmethod
     def metrics(self, sums: Any) -> dict[str, float]:
-        """Metrics from sums over all ranks. `loss` is in nats per unit of weight."""
+        """Compute metrics from sums over all ranks. `loss` is in nats per unit of weight (masked frame, or label)."""
 
     def scheduled(self, update: int) -> dict[str, float]:
-        """Values that follow from the update alone, beside the learning rate."""
+        """Return values to log that depend only on the update number, besides the learning rate."""
         return {}
 
     @abstractmethod
     def line(self, metrics: Mapping[str, float]) -> str:
-        """The metrics in a log line."""
+        """Format the metrics for a log line."""
 
     @abstractmethod
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """The metrics of an evaluation by name, formatted with their units."""
+        """Format the metrics of an evaluation, by name, with units."""
 
     def warnings(self, metrics: Mapping[str, float]) -> list[str]:
-        """What is wrong with a run that has these metrics in a log line."""
+        """Return a warning for each problem that the metrics of a log line show, such as collapse."""
         return []
 
     @abstractmethod
     def panels(self) -> tuple[Panel, Panel, Panel]:
-        """What a report plots: the loss, its most telling metric, and one more."""
+        """Return the plots of a report: the loss, the most informative metric, and one more."""
 
     def codes(self, module: nn.Module, encoded: EncoderOutput) -> Tensor | None:
-        """The discrete code of each frame by codebook, [B, T, G], where the model has any."""
+        """Return the discrete codes of each frame, [B, T, G] for G codebooks, or None if the model has none."""
         return None
 
     def logits(self, module: Any, hidden_TD: Tensor) -> Tensor:
-        """Logits [T, V] from the output of the last transformer block.
+        """Compute logits [T, V] from the output [T, D] of the last transformer block.
 
         Raises:
-            UserError: the model writes no text.
+            UserError: the model has no output layer for text.
         """
         raise UserError(
             f"objective.name={self.settings.name}: the checkpoint has no output layer for text; "
@@ -238,5 +254,5 @@ class Objective(ABC):
         )
 
     def transformers_head(self) -> TransformersHead:
-        """What Transformers calls the parts beside the encoder; by default nothing of them is exported."""
+        """Return the Transformers names for the heads. By default, only the encoder is exported."""
         return TransformersHead()

@@ -1,11 +1,12 @@
-"""wav2vec 2.0 pretraining (Baevski et al. 2020, arXiv:2006.11477): tell the quantized features of a masked frame from
-those of other masked frames of the same utterance."""
+"""Wav2vec 2.0 pretraining (Baevski et al. 2020, arXiv:2006.11477).
+
+For each masked frame, the model identifies its quantized features among those of other masked frames of the utterance.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -17,40 +18,41 @@ from torch.nn import functional as F
 
 from w2vscale.config import ModelConfig, RegularizationConfig, architecture
 from w2vscale.config.tree import Count, NotNegative, Positive, Probability
-from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
+from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Stream
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import input_samples, valid_mask
 from w2vscale.models.layers import Linear, dropout
-from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder
+from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder, valid_mask
 from w2vscale.objectives.base import Objective, Panel, StepContext, TransformersHead
-from w2vscale.objectives.masking import MaskSettings, mask_frames
+from w2vscale.objectives.masking import MaskSettings, masked_batch
 from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss, perplexity
 from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss, negative_indices
 
 
 class ContrastiveSettings(MaskSettings):
-    """Quantizer, masks and loss."""
+    """Settings of quantizer, masks and loss."""
 
     name: Literal["wav2vec2"] = architecture("wav2vec2", "wav2vec 2.0 pretraining")
     codebooks: Count = architecture(2, "number of codebooks")
-    codebook_entries: Annotated[int, Field(ge=2)] = architecture(320, "entries of each codebook")
-    codevector_dim: Count = architecture(256, "width of the entries of all codebooks together")
+    codebook_entries: Annotated[int, Field(ge=2)] = architecture(320, "number of entries of each codebook")
+    codevector_dim: Count = architecture(256, "width of a quantized vector: the entries of all codebooks, concatenated")
     quantizer_input: Literal["features", "projected"] = architecture(
-        "features", "what is quantized: features after their LayerNorm, or after the projection to model.dim"
+        "features", "input of the quantizer: features after their LayerNorm, or after the projection to model.dim"
     )
     target_projection: bool = architecture(True, "project quantized vectors before comparing them")
     projection_dim: Count = architecture(256, "width of the space in which context and targets are compared")
-    feature_dropout: Probability = Field(0.1, description="dropout of the input of the quantizer")
+    feature_dropout: Probability = Field(0.1, description="dropout on the input of the quantizer")
     gumbel_start: Positive = Field(2.0, description="temperature of the Gumbel softmax at update 0")
     gumbel_end: Positive = Field(0.5, description="lowest temperature of the Gumbel softmax")
     gumbel_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.999995, description="factor of the temperature per update"
+        0.999995, description="multiply the temperature by this factor in every update"
     )
-    negatives: Count = Field(100, description="negatives per masked frame, from the same utterance")
-    logit_temperature: Positive = Field(0.1, description="divisor of the cosine similarities")
-    diversity_weight: NotNegative = Field(0.1, description="weight of the diversity loss of the codebooks")
-    feature_penalty_weight: NotNegative = Field(10.0, description="weight of the mean square of the features")
+    negatives: Count = Field(100, description="number of negatives per masked frame, from the same utterance")
+    logit_temperature: Positive = Field(0.1, description="temperature that divides the cosine similarities")
+    diversity_weight: NotNegative = Field(0.1, description="weight of the codebook diversity loss")
+    feature_penalty_weight: NotNegative = Field(
+        10.0, description="weight of the feature penalty, the mean square of the features"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ContrastiveSettings:
@@ -66,44 +68,43 @@ class ContrastiveSettings(MaskSettings):
         return self
 
     def temperature(self, update: int) -> float:
-        """Temperature of the Gumbel softmax in an update: max(start * decay^update, end)."""
+        """Return the temperature of the Gumbel softmax in `update`: max(start * decay^update, end)."""
         return max(self.gumbel_start * self.gumbel_decay**update, self.gumbel_end)
 
 
 class ContrastiveInputs(NamedTuple):
-    """Utterances with M masked frames in all, listed utterance by utterance, and K negatives for each."""
+    """B utterances with M masked frames in total, listed utterance by utterance, and K negatives for each frame."""
 
     audio: AudioBatch
-    masked_B: Tensor  # masked frames of each utterance
-    frame_M: Tensor  # frame in its utterance
-    slot_M: Tensor  # place among the masked frames of its utterance
-    negatives_MK: Tensor  # slots of the negatives
-    masked: tuple[int, ...]  # masked_B as numbers that the host can read
+    masked_B: Tensor  # number of masked frames of each utterance
+    frame_M: Tensor  # index of the frame in its utterance
+    slot_M: Tensor  # index among the masked frames of its utterance
+    negatives_MK: Tensor  # slots of the negatives, in the same utterance
+    masked: tuple[int, ...]  # masked_B as Python numbers, so that reading them does not synchronise the GPU
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """Masked frames of each micro-batch."""
-        ends = accumulate(self.audio.utterances, initial=0)
-        return tuple(sum(self.masked[start:end]) for start, end in pairwise(ends))
+        """Number of masked frames of each micro-batch."""
+        return self.audio.per_micro_batch(self.masked)
 
 
 class ContrastiveSums(NamedTuple):
-    """Sums over masked frames; divide them by the global number of masked frames in an update."""
+    """Sums over masked frames. Divide them by the number of masked frames of the update, over all ranks."""
 
-    total: Tensor  # contrastive + weighted diversity and feature penalty, nats
-    contrastive: Tensor  # nats
-    diversity: Tensor  # of each micro-batch, times its masked frames
-    feature_penalty: Tensor  # mean square of the features of each micro-batch, times its masked frames
-    correct: Tensor
-    masked: Tensor
+    total: Tensor  # contrastive + weighted diversity + weighted feature penalty, in nats
+    contrastive: Tensor  # in nats
+    diversity: Tensor  # diversity loss of each micro-batch times its masked frames
+    feature_penalty: Tensor  # mean square of the features of each micro-batch times its masked frames
+    correct: Tensor  # frames whose positive has the highest similarity
+    masked: Tensor  # masked frames
     code_counts_GV: Tensor
     probability_sums_GV: Tensor
 
 
 class Wav2Vec2ForPretraining(nn.Module):
-    """The encoder, the quantizer and the loss of masked contrastive prediction.
+    """The encoder and the quantizer, trained by masked contrastive prediction.
 
-    Activations and matrix products have the type `compute_dtype`; similarities, Gumbel softmax and losses are fp32.
+    Activations and matrix products are in `compute_dtype`; similarities, Gumbel softmax and losses are in fp32.
     """
 
     def __init__(
@@ -134,7 +135,10 @@ class Wav2Vec2ForPretraining(nn.Module):
         temperature: float = 1.0,
         active: Sequence[bool] | None = None,
     ) -> ContrastiveSums:
-        """Loss sums of the micro-batches in `inputs`; without Gumbel noise the quantizer takes the argmax."""
+        """Compute the loss sums of the micro-batches in `inputs`.
+
+        Without Gumbel noise the quantizer takes the argmax. `active` says which transformer blocks to compute.
+        """
         settings, audio = self.settings, inputs.audio
         lengths_B, frames_B = audio.lengths
         encoded = self.encoder(
@@ -173,38 +177,27 @@ class Wav2Vec2ForPretraining(nn.Module):
         )
 
     def quantizer_inputs(self, encoded: EncoderOutput) -> Tensor:
-        """What the quantizer chooses codes for [B, T, C]; never masked."""
+        """Return the unmasked features that the quantizer takes as input, [B, T, C]."""
         return encoded.projected_BTD if self.settings.quantizer_input == "projected" else encoded.normalised_BTC
 
 
 class Contrastive(Objective):
-    """wav2vec 2.0 pretraining."""
+    """The objective of wav2vec 2.0 pretraining."""
 
     Settings = ContrastiveSettings
     settings: ContrastiveSettings
 
     @property
-    def shortest_frames(self) -> int:
-        """See `Objective.shortest_frames`."""
-        return self.settings.shortest_frames
-
-    @property
     def code_entries(self) -> int:  # type: ignore[override]
-        """See `Objective.code_entries`."""
         return self.settings.codebook_entries
 
     def build_model(self) -> Wav2Vec2ForPretraining:
-        """See `Objective.build_model`."""
         return Wav2Vec2ForPretraining(self.model, self.regularization, self.settings, self.compute_dtype)
 
     def make_inputs(
         self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
     ) -> ContrastiveInputs:
-        """See `Objective.make_inputs`."""
-        silence = np.zeros(input_samples(self.shortest_frames, self.model), dtype=np.float32)
-        waveforms = [utterance.waveform for utterance in utterances] or [silence]
-        audio = audio_batch(waveforms, self.model, width=width)
-        generators = mask_frames(audio, [utterance.place for utterance in utterances], self.settings, rng)
+        audio, generators = masked_batch(utterances, self.model, self.settings, rng=rng, width=width)
         masks_BT = audio.mask_BT.numpy()
         masked_B = masks_BT.sum(axis=1)
         utterance_M, frame_M = masks_BT.nonzero()
@@ -221,35 +214,21 @@ class Contrastive(Objective):
             masked=tuple(masked_B.tolist()),
         )
 
-    def forward(
-        self, module: nn.Module, inputs: ContrastiveInputs, *, step: StepContext, training: bool
-    ) -> ContrastiveSums:
-        """See `Objective.forward`."""
-        if not training:
-            return module(inputs)
-        step.seed_dropout()
-        return module(
-            inputs,
-            noise_MGV=self._gumbel_noise(inputs, step),
-            temperature=self.settings.temperature(step.update),
-            active=step.active_layers(self.model.layers, self.regularization.layerdrop),
-        )
-
-    def _gumbel_noise(self, inputs: ContrastiveInputs, step: StepContext) -> Tensor:
-        """Standard Gumbel noise [M, G, V] fp32; each micro-batch has its own generator."""
+    def draws(self, inputs: ContrastiveInputs, step: StepContext) -> dict[str, Any]:
         device = inputs.frame_M.device
         shape = (self.settings.codebooks, self.settings.codebook_entries)
+        # Standard Gumbel noise [M, G, V] fp32; each micro-batch has its own generator.
         noise = [
             -torch.empty(weight, *shape, device=device).exponential_(generator=draws).log()
             for weight, draws in zip(inputs.weights, step.generators(Stream.GUMBEL, device), strict=True)
         ]
-        return torch.cat(noise)
+        return {"noise_MGV": torch.cat(noise), "temperature": self.settings.temperature(step.update)}
 
     def metrics(self, sums: ContrastiveSums) -> dict[str, float]:
-        """Metrics per masked frame; NaN where there is none.
+        """Compute metrics per masked frame; NaN if there is none.
 
-        Losses are in nats, `*_bits` in bits. `code_perplexity_g` is the effective number of entries of codebook g
-        among the chosen codes, `probability_perplexity_g` in the mean of the softmax.
+        Losses are in nats, `*_bits` in bits. `code_perplexity_g` is the effective number of entries of codebook g in
+        use, computed from the selected codes; `probability_perplexity_g` is computed from the mean softmax.
         """
         frames = float(sums.masked) or math.nan
         values = {
@@ -272,11 +251,9 @@ class Contrastive(Objective):
         return values
 
     def scheduled(self, update: int) -> dict[str, float]:
-        """See `Objective.scheduled`."""
         return {"temperature": self.settings.temperature(update)}
 
     def line(self, metrics: Mapping[str, float]) -> str:
-        """See `Objective.line`."""
         codes = "/".join(f"{metrics[f'code_perplexity_{one}']:.0f}" for one in range(self.settings.codebooks))
         return (
             f"loss {metrics['loss']:.3f}  contrastive {metrics['contrastive_bits']:.3f} bits"
@@ -284,7 +261,6 @@ class Contrastive(Objective):
         )
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """See `Objective.table`."""
         return {
             "contrastive loss": f"{metrics['contrastive']:.4f} nats = {metrics['contrastive_bits']:.4f} bits",
             "contrastive accuracy": f"{metrics['accuracy']:.4f}",
@@ -298,7 +274,7 @@ class Contrastive(Objective):
         }
 
     def warnings(self, metrics: Mapping[str, float]) -> list[str]:
-        """See `Objective.warnings`: collapse of the codebooks or of the features."""
+        """Collapse of the codebooks or of the features."""
         found = []
         for codebook in range(self.settings.codebooks):
             used = metrics[f"code_perplexity_{codebook}"]
@@ -315,7 +291,6 @@ class Contrastive(Objective):
         return found
 
     def panels(self) -> tuple[Panel, Panel, Panel]:
-        """See `Objective.panels`."""
         chance = 1.0 / (1 + self.settings.negatives)
         codes = {f"code_perplexity_{one}": f"codebook {one}" for one in range(self.settings.codebooks)}
         return (
@@ -325,17 +300,15 @@ class Contrastive(Objective):
         )
 
     def codes(self, module: nn.Module, encoded: EncoderOutput) -> Tensor:
-        """See `Objective.codes`: the choices of the quantizer."""
+        """The entries that the quantizer selects."""
         model: Any = module
         inputs_BTC = model.quantizer_inputs(encoded)
         codes_MG: Tensor = model.quantizer(inputs_BTC.flatten(0, 1), None, 1.0).codes_MG
         return codes_MG.unflatten(0, inputs_BTC.shape[:2])
 
     def transformers_head(self) -> TransformersHead:
-        """See `Objective.transformers_head`.
-
-        Raises:
-            UserError: Transformers has no such quantizer.
+        """Raises:
+        UserError: Transformers has no such quantizer.
         """
         settings = self.settings
         if settings.quantizer_input != "features" or not settings.target_projection:
@@ -372,11 +345,11 @@ TRANSFORMERS_SETTINGS: dict[str, tuple[str, Any]] = {
     "contrastive_logits_temperature": ("logit_temperature", 0.1),
     "diversity_loss_weight": ("diversity_weight", 0.1),
 }
-"""Names in Transformers: ours, and what a config.json without them means (transformers 5.23, `Wav2Vec2Config`)."""
+"""Transformers name: our name, and the default that applies if config.json lacks it (5.23, `Wav2Vec2Config`)."""
 
 
 def _diversity_sum(probabilities_MGV: Tensor, masked: Sequence[int]) -> Tensor:
-    """The diversity loss of each micro-batch times its masked frames."""
+    """Sum over micro-batches of the diversity loss times the number of masked frames."""
     parts = [
         diversity_loss(part_MGV.mean(dim=0)) * part_MGV.shape[0]
         for part_MGV in probabilities_MGV.split(list(masked))
@@ -386,7 +359,7 @@ def _diversity_sum(probabilities_MGV: Tensor, masked: Sequence[int]) -> Tensor:
 
 
 def _feature_penalty_sum(features_BTC: Tensor, frames_B: Tensor | None, inputs: ContrastiveInputs) -> Tensor:
-    """The mean square of valid features (before LayerNorm) of each micro-batch times its masked frames."""
+    """Sum over micro-batches of the mean square of features (before LayerNorm) times the number of masked frames."""
     square_BT = features_BTC.float().square().mean(dim=2)
     if frames_B is not None:
         square_BT = square_BT * valid_mask(frames_B, square_BT.shape[1])

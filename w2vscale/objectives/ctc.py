@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,23 +17,22 @@ from torch.nn import functional as F
 
 from w2vscale.config import Config, ModelConfig, RegularizationConfig, architecture
 from w2vscale.config.tree import Count, CountOrZero, Fraction, Probability
-from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
+from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
 from w2vscale.data.transcripts import BLANK, PIECE_SPACE, SPACE, UNKNOWN, Transcripts, refuse_too_many, transcript
 from w2vscale.errors import UserError
-from w2vscale.models.feature_encoder import input_samples, output_frames
 from w2vscale.models.layers import Linear, dropout
-from w2vscale.models.transformer import BERT_STD
-from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
+from w2vscale.models.lengths import output_frames
+from w2vscale.models.wav2vec2 import BERT_STD, Wav2Vec2Encoder
 from w2vscale.objectives.base import Objective, Panel, StepContext, Target, TransformersHead
-from w2vscale.objectives.masking import MaskSettings, mask_frames, span_mask
+from w2vscale.objectives.masking import MaskSettings, masked_batch, span_mask
 
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
-"""The vocabulary of the published English models, in their order; `|` is the space."""
+"""Vocabulary of the published English models, in the same order; `|` is the space."""
 
 
 class CtcSettings(MaskSettings):
-    """Vocabulary, masks and what is frozen."""
+    """Settings of vocabulary, masks and freezing."""
 
     name: Literal["ctc"] = architecture("ctc", "fine-tuning for speech recognition with CTC")
     vocabulary: list[str] | Path = architecture(
@@ -47,37 +45,38 @@ class CtcSettings(MaskSettings):
         description="SentencePiece model that splits transcripts; an empty vocabulary becomes the blank and its pieces",
     )
     final_dropout: Probability = Field(0.0, description="dropout before the output layer")
-    channel_mask_probability: Fraction = Field(0.0, description="expected share of masked channels; 0: none")
-    channel_mask_length: Count = Field(64, description="channels of one span")
+    channel_mask_probability: Fraction = Field(
+        0.0, description="expected fraction of channels in masked spans, counted before they overlap"
+    )
+    channel_mask_length: Count = Field(64, description="length of a masked span, in channels")
     freeze_encoder_updates: CountOrZero = Field(0, description="train only the output layer for this many updates")
 
 
 class CtcInputs(NamedTuple):
-    """Utterances with L labels in all, listed utterance by utterance."""
+    """B utterances with L labels in total, listed utterance by utterance."""
 
     audio: AudioBatch
     channel_mask_BD: Tensor
     labels_L: Tensor
     label_lengths_B: Tensor
-    labels: tuple[int, ...]  # label_lengths_B as numbers that the host can read
+    labels: tuple[int, ...]  # label_lengths_B as Python numbers, so that reading them does not synchronise the GPU
 
     @property
     def weights(self) -> tuple[int, ...]:
-        """Labels of each micro-batch."""
-        ends = accumulate(self.audio.utterances, initial=0)
-        return tuple(sum(self.labels[start:end]) for start, end in pairwise(ends))
+        """Number of labels of each micro-batch."""
+        return self.audio.per_micro_batch(self.labels)
 
 
 class CtcSums(NamedTuple):
-    """Sums over labels; divide them by the global number of labels in an update."""
+    """Sums over labels. Divide them by the number of labels of the update, over all ranks."""
 
-    total: Tensor  # nats
-    labels: Tensor
-    errors: Tensor  # edit distance of the greedy labels; 0 in training, where nothing is decoded
+    total: Tensor  # in nats
+    labels: Tensor  # number of labels
+    errors: Tensor  # edit distance between greedy and reference labels; 0 in training, which does not decode
 
 
 class Wav2Vec2ForCTC(nn.Module):
-    """The encoder, and logits of a vocabulary for every frame."""
+    """The encoder with a linear output layer over the vocabulary."""
 
     def __init__(
         self,
@@ -95,7 +94,10 @@ class Wav2Vec2ForCTC(nn.Module):
         self.head = Linear(model.dim, symbols, std=BERT_STD)
 
     def forward(self, inputs: CtcInputs, *, active: Sequence[bool] | None = None, frozen: bool = False) -> CtcSums:
-        """Loss sums; with `frozen`, only the head learns. In evaluation nothing is masked, and errors are counted."""
+        """Compute the loss sums. With `frozen`, only the head gets gradients. In evaluation nothing is masked.
+
+        Label errors are counted in evaluation only. `active` says which transformer blocks to compute.
+        """
         audio = inputs.audio
         lengths_B, frames_B = audio.lengths
         masks = (audio.mask_BT, inputs.channel_mask_BD) if self.training else (None, None)
@@ -113,18 +115,18 @@ class Wav2Vec2ForCTC(nn.Module):
         )
 
     def logits(self, waveforms_BS: Tensor, lengths_B: Tensor | None = None, frames_B: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V]; `lengths_B` (samples) and `frames_B` are None where no utterance is padded."""
+        """Compute logits [B, T, V]. `lengths_B` (in samples) and `frames_B` are None if no utterance is padded."""
         encoded = self.encoder(waveforms_BS.to(self.compute_dtype), lengths_B, frames_B)
         logits_BTV: Tensor = self.head(encoded.context_BTD)
         return logits_BTV
 
 
 class Ctc(Objective):
-    """Fine-tuning for speech recognition."""
+    """The objective of fine-tuning for speech recognition with CTC."""
 
     Settings = CtcSettings
     settings: CtcSettings
-    crops = False  # the transcript belongs to the whole utterance
+    crops = False  # the transcript is of the whole utterance
 
     def __init__(
         self,
@@ -140,22 +142,15 @@ class Ctc(Objective):
 
     @cached_property
     def transcripts(self) -> Transcripts:
-        """Turns transcripts into labels."""
+        """Converter from transcripts to labels."""
         return Transcripts(self.vocabulary, self.settings.sentencepiece)
 
     @property
-    def shortest_frames(self) -> int:
-        """See `Objective.shortest_frames`."""
-        return self.settings.shortest_frames
-
-    @property
     def skips_parameters(self) -> bool:
-        """See `Objective.skips_parameters`."""
         return super().skips_parameters or self.settings.freeze_encoder_updates > 0
 
     def check(self, config: Config) -> None:
-        """See `Objective.check`."""
-        assert self.transcripts  # the SentencePiece model can be read, and belongs to the vocabulary
+        assert self.transcripts  # loads the SentencePiece model, and raises if it does not fit the vocabulary
         frozen_updates = self.settings.freeze_encoder_updates
         if config.trainer.init_from is None and (frozen_updates or config.regularization.feature_grad_mult == 0.0):
             raise UserError(
@@ -169,11 +164,9 @@ class Ctc(Objective):
             )
 
     def unfrozen(self) -> CtcSettings:
-        """See `Objective.unfrozen`."""
         return self.settings.model_copy(update={"freeze_encoder_updates": 0})
 
     def build_model(self) -> Wav2Vec2ForCTC:
-        """See `Objective.build_model`."""
         return Wav2Vec2ForCTC(
             self.model,
             self.regularization,
@@ -183,7 +176,7 @@ class Ctc(Objective):
         )
 
     def read_target(self, cut: Cut, *, samples: int) -> Target:
-        """See `Objective.read_target`: the labels, and a note about characters that the vocabulary lacks."""
+        """The labels, and a note about characters that are not in the vocabulary."""
         labels, unknown = self.transcripts.labels(transcript(cut))
         refuse_too_many(labels, output_frames(samples, self.model))
         if not unknown:
@@ -194,13 +187,9 @@ class Ctc(Objective):
     def make_inputs(
         self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
     ) -> CtcInputs:
-        """See `Objective.make_inputs`."""
-        silence = np.zeros(input_samples(self.shortest_frames, self.model), dtype=np.float32)
-        waveforms = [utterance.waveform for utterance in utterances] or [silence]
+        audio, generators = masked_batch(utterances, self.model, self.settings, rng=rng, width=width)
         labels: list[list[int]] = [utterance.target for utterance in utterances] or [[]]
-        audio = audio_batch(waveforms, self.model, width=width)
-        generators = mask_frames(audio, [utterance.place for utterance in utterances], self.settings, rng)
-        channel_masks_BD = np.zeros((len(waveforms), self.model.dim), dtype=np.bool_)
+        channel_masks_BD = np.zeros((len(labels), self.model.dim), dtype=np.bool_)
         if self.settings.channel_mask_probability > 0.0:
             for row, draws in enumerate(generators):
                 channel_masks_BD[row] = span_mask(
@@ -219,21 +208,13 @@ class Ctc(Objective):
             labels=counts,
         )
 
-    def forward(self, module: nn.Module, inputs: CtcInputs, *, step: StepContext, training: bool) -> CtcSums:
-        """See `Objective.forward`."""
-        if not training:
-            return module(inputs)
-        step.seed_dropout()
-        return module(
-            inputs,
-            active=step.active_layers(self.model.layers, self.regularization.layerdrop),
-            frozen=step.update < self.settings.freeze_encoder_updates and not step.worst_case,
-        )
+    def draws(self, inputs: CtcInputs, step: StepContext) -> dict[str, Any]:
+        return {"frozen": step.update < self.settings.freeze_encoder_updates and not step.worst_case}
 
     def metrics(self, sums: CtcSums) -> dict[str, float]:
-        """Metrics per label; NaN where there is none.
+        """Compute metrics per label; NaN if there is none.
 
-        `loss` is in nats. `label_error_rate` is that of the greedy labels, spaces included; 0 in training.
+        `loss` is in nats. `label_error_rate` is the error rate of greedy decoding, spaces included; 0 in training.
         """
         labels = float(sums.labels) or math.nan
         return {
@@ -243,16 +224,13 @@ class Ctc(Objective):
         }
 
     def scheduled(self, update: int) -> dict[str, float]:
-        """See `Objective.scheduled`."""
         return {"encoder_frozen": float(update < self.settings.freeze_encoder_updates)}
 
     def line(self, metrics: Mapping[str, float]) -> str:
-        """See `Objective.line`."""
         errors = f"  label errors {metrics['label_error_rate']:.1%}" if "utterances" in metrics else ""
         return f"loss {metrics['loss']:.3f} per label{errors}"
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """See `Objective.table`."""
         return {
             "loss per label": f"{metrics['loss']:.4f} nats",
             "label error rate, greedy": f"{metrics['label_error_rate']:.2%}",
@@ -260,7 +238,6 @@ class Ctc(Objective):
         }
 
     def panels(self) -> tuple[Panel, Panel, Panel]:
-        """See `Objective.panels`."""
         return (
             Panel("loss", "loss per label (nats)", {"loss": ""}),
             Panel("label errors", "label error rate, validation", {"label_error_rate": ""}, training=False),
@@ -268,16 +245,12 @@ class Ctc(Objective):
         )
 
     def logits(self, module: Any, hidden_TD: Tensor) -> Tensor:
-        """See `Objective.logits`."""
         norm = module.encoder.transformer.final_norm
         logits_TV: Tensor = module.head(hidden_TD if norm is None else norm(hidden_TD))
         return logits_TV
 
     def transformers_head(self) -> TransformersHead:
-        """See `Objective.transformers_head`.
-
-        The tokenizer of Transformers joins symbols as they are, so sentence pieces have real spaces there.
-        """
+        """In vocab.json `▁` becomes a space, because the tokenizer of Transformers only concatenates symbols."""
         settings, vocabulary = self.settings, list(self.vocabulary)
         marks = {"pad": vocabulary[BLANK], "bos": "<s>", "eos": "</s>", "unk": UNKNOWN}
         tokens = {name: symbol if symbol in vocabulary else None for name, symbol in marks.items()}
@@ -315,10 +288,10 @@ class Ctc(Objective):
 
 
 def read_vocabulary(settings: CtcSettings) -> list[str]:
-    """The symbols that the settings name.
+    """Return the symbols of the vocabulary that the settings name.
 
     Raises:
-        UserError: there are none, one is there twice, or their file cannot be read.
+        UserError: the vocabulary has fewer than two symbols or a repeated one, or its file cannot be read.
     """
     named = settings.vocabulary
     if isinstance(named, list):
@@ -344,15 +317,15 @@ def _symbols_in(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"objective.vocabulary={path}: neither `letters` nor a readable file of symbols ({reason})"
+            f"objective.vocabulary={path}: must be `letters` or a readable file of symbols ({reason})"
         ) from None
 
 
 def ctc_loss(logits_BTV: Tensor, frames_B: Tensor, labels_L: Tensor, label_lengths_B: Tensor) -> Tensor:
-    """The sum over utterances of -log p(labels), in nats, fp32.
+    """Return the sum over utterances of -log p(labels), in nats, fp32.
 
-    `labels_L` lists the labels of all utterances. An utterance with too few frames for its labels (and for blanks
-    between equal ones), or without labels, counts as 0.
+    `labels_L` lists the labels of all utterances one after another. An utterance without labels, or with too few frames
+    for its labels and the blanks between equal ones, counts as 0.
     """
     log_probabilities_TBV = logits_BTV.float().log_softmax(dim=2).transpose(0, 1)
     losses_B = F.ctc_loss(
@@ -362,13 +335,13 @@ def ctc_loss(logits_BTV: Tensor, frames_B: Tensor, labels_L: Tensor, label_lengt
 
 
 def greedy_labels(logits_TV: Tensor) -> list[int]:
-    """The most probable symbol of each frame, with repetitions merged and blanks removed."""
+    """Decode greedily: take the most probable symbol of each frame, merge repetitions and remove blanks."""
     best = torch.unique_consecutive(logits_TV.argmax(dim=1)).tolist()
     return [symbol for symbol in best if symbol != BLANK]
 
 
 def label_errors(logits_BTV: Tensor, inputs: CtcInputs) -> int:
-    """Edit distance between the greedy labels and the reference labels, over all utterances."""
+    """Return the edit distance between greedy and reference labels, summed over all utterances."""
     from rapidfuzz.distance import Levenshtein
 
     logits_BTV = logits_BTV.float().cpu()

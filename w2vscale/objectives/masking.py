@@ -1,6 +1,6 @@
-"""Which frames and channels are masked, drawn on the CPU with NumPy.
+"""Masks of frames and channels, drawn on the CPU with NumPy.
 
-Baevski et al. 2020, section 3.1 and appendix; fairseq `compute_mask_indices`.
+Sources: Baevski et al. 2020, section 3.1 and appendix; fairseq `compute_mask_indices`.
 """
 
 from __future__ import annotations
@@ -9,37 +9,40 @@ from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from w2vscale.config import ModelConfig
 from w2vscale.config.tree import Count
-from w2vscale.data.inputs import AudioBatch
+from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
+from w2vscale.models.lengths import input_samples
 from w2vscale.objectives.base import ObjectiveSettings
 
 
 class MaskSettings(ObjectiveSettings):
-    """How spans of frames are masked."""
+    """Settings of masks over spans of frames."""
 
     mask_probability: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.65, description="expected share of frames in spans, counted before they overlap"
+        0.65, description="expected fraction of frames in masked spans, counted before they overlap"
     )
-    mask_length: Count = Field(10, description="frames of one span")
-    mask_min_spans: Count = Field(2, description="smallest number of spans in an utterance")
+    mask_length: Count = Field(10, description="length of a masked span, in frames")
+    mask_min_spans: Count = Field(2, description="minimum number of masked spans per utterance")
 
     @property
     def shortest_frames(self) -> int:
-        """Frames of the shortest utterance with room for its spans."""
+        """Minimum number of frames of an utterance that has room for `mask_min_spans` spans."""
         return self.mask_length + self.mask_min_spans
 
 
 def span_mask(
     size: int, *, probability: float, length: int, min_spans: int, generator: np.random.Generator
 ) -> NDArray[np.bool_]:
-    """Which frames (or channels) of an utterance are masked, [size] bool.
+    """Draw which frames (or channels) of an utterance are masked. Returns [size] bool.
 
-    The number of spans is `probability * size / length`, rounded up with the probability of its fraction, and at least
-    `min_spans`. Starts are drawn without replacement from [0, size - length); spans may overlap. Where there is no room
-    for them nothing is masked.
+    The number of spans is `probability * size / length`, rounded up with a probability equal to its fractional part,
+    but at least `min_spans`. Starts are drawn without replacement from [0, size - length), and spans may overlap. If
+    there is no room for the spans, nothing is masked.
     """
     mask = np.zeros(size, dtype=np.bool_)
     starts = size - length
@@ -53,7 +56,7 @@ def span_mask(
 
 
 def frame_mask(frames: int, settings: MaskSettings, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Masked frames of one utterance; one that is too short has none."""
+    """Draw the mask of one utterance, [frames] bool. If it is too short, nothing is masked."""
     return span_mask(
         frames,
         probability=settings.mask_probability,
@@ -63,13 +66,22 @@ def frame_mask(frames: int, settings: MaskSettings, generator: np.random.Generat
     )
 
 
-def mask_frames(
-    audio: AudioBatch, places: Sequence[int], settings: MaskSettings, rng: Callable[[int], np.random.Generator]
-) -> list[np.random.Generator]:
-    """Draw the masks of all utterances into `audio.mask_BT`; returns their generators, for further draws."""
-    generators = [rng(place) for place in places]
-    masks_BT, frames_B = audio.mask_BT.numpy(), audio.frames_B.tolist()
-    # Without utterances there is a row of silence, which is not masked.
-    for mask_T, frames, draws in zip(masks_BT, frames_B, generators, strict=False):
-        mask_T[:frames] = frame_mask(frames, settings, draws)
-    return generators
+def masked_batch(
+    utterances: Sequence[Utterance],
+    model: ModelConfig,
+    settings: MaskSettings,
+    *,
+    rng: Callable[[int], np.random.Generator],
+    width: int,
+) -> tuple[AudioBatch, list[np.random.Generator]]:
+    """Pad utterances and draw their masks; also returns the generator of each, for further draws.
+
+    Without any utterance the batch is one of silence without masks.
+    """
+    silence = np.zeros(input_samples(settings.shortest_frames, model), dtype=np.float32)
+    audio = audio_batch([utterance.waveform for utterance in utterances] or [silence], model, width=width)
+    generators = [rng(utterance.place) for utterance in utterances]
+    for row, draws in enumerate(generators):
+        frames = int(audio.frames_B[row])
+        audio.mask_BT[row, :frames] = torch.from_numpy(frame_mask(frames, settings, draws))
+    return audio, generators

@@ -12,21 +12,21 @@ from w2vscale.models.layers import Linear
 
 
 class Quantized(NamedTuple):
-    """M frames quantized with G codebooks of V entries."""
+    """M frames, quantized with G codebooks of V entries each."""
 
     vectors_MD: Tensor
     codes_MG: Tensor
-    logits_MGV: Tensor  # raw, fp32
+    logits_MGV: Tensor  # fp32, without noise or temperature
 
 
 class Quantizer(nn.Module):
-    """Chooses one entry of each codebook per frame.
+    """Selects one entry of each codebook per frame, and concatenates their vectors.
 
     Args:
-        inputs: width of a frame.
+        inputs: width of the input features.
         codebooks: number of codebooks G.
-        entries: entries V of each codebook.
-        dim: width of the entries of all codebooks together.
+        entries: number of entries V of each codebook.
+        dim: width of the concatenated vectors.
     """
 
     def __init__(self, inputs: int, *, codebooks: int, entries: int, dim: int) -> None:
@@ -40,7 +40,10 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.codevectors)
 
     def forward(self, x_MC: Tensor, noise_MGV: Tensor | None, temperature: float) -> Quantized:
-        """Quantize frames [M, C]: a hard choice with straight-through gradients, or the argmax without noise."""
+        """Quantize frames [M, C].
+
+        With Gumbel noise, the selection is hard, with straight-through gradients. Without, it is the argmax.
+        """
         frames = x_MC.shape[0]
         logits_MGV = self.projection(x_MC).float().view(frames, self.codebooks, self.entries)
         if noise_MGV is None:
@@ -55,7 +58,7 @@ class Quantizer(nn.Module):
 
 
 def code_ids(codes_MG: Tensor, entries: int) -> Tensor:
-    """One integer per combination of codes, [M]."""
+    """Encode the codes of each frame in all codebooks as a single integer, [M]."""
     ids_M = codes_MG[:, 0]
     for group in range(1, codes_MG.shape[1]):
         ids_M = ids_M * entries + codes_MG[:, group]
@@ -63,15 +66,15 @@ def code_ids(codes_MG: Tensor, entries: int) -> Tensor:
 
 
 def diversity_loss(mean_probabilities_GV: Tensor) -> Tensor:
-    """(G V - sum over g of exp H(p_g)) / (G V): 0 if all entries are used equally, near 1 if only one is.
+    """Compute the diversity loss: (G V - sum over g of exp H(p_g)) / (G V).
 
-    p_g is the softmax of the raw logits, averaged over the masked frames of a micro-batch (equation 4 of the paper, in
-    the form that fairseq trains with).
+    It is 0 if all entries are used equally and near 1 if only one is used. p_g is the softmax of the logits of codebook
+    g, averaged over the masked frames of a micro-batch (equation 4 of the paper, in the form that fairseq uses).
     """
     p_GV = mean_probabilities_GV
     return (p_GV.numel() - perplexity(p_GV).sum()) / p_GV.numel()
 
 
 def perplexity(probabilities_GV: Tensor) -> Tensor:
-    """exp of the entropy of each distribution, [G]: the effective number of entries in use."""
+    """Return exp of the entropy of each distribution, [G]: the effective number of entries in use."""
     return torch.exp(-(probabilities_GV * torch.log(probabilities_GV + 1e-7)).sum(dim=-1))

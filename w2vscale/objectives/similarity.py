@@ -1,4 +1,4 @@
-"""The contrastive loss: draws of negatives, cosine similarities with quantized targets, cross entropy."""
+"""The contrastive loss: sampling of negatives, cosine similarities with quantized targets, and cross entropy."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 
 def negative_indices(masked: int, negatives: int, generator: np.random.Generator) -> NDArray[np.integer]:
-    """For each masked frame of one utterance, which of the others are its negatives: [masked, negatives].
+    """Draw the negatives of each masked frame of one utterance. Returns indices of masked frames, [masked, negatives].
 
-    Uniform with replacement over the other masked frames: drawn in [0, masked - 1), plus 1 from the own index on
-    (fairseq `sample_negatives`).
+    They are uniform, with replacement, over the other masked frames: drawn from [0, masked - 1), then increased by 1 if
+    not below the index of the frame itself (fairseq `sample_negatives`).
     """
     if masked < 2:
         return np.zeros((masked, negatives), dtype=np.int16)
-    # Small types, because they travel between processes.
+    # Small integer types, because loader processes send these arrays to the main process.
     dtype = np.int16 if masked <= np.iinfo(np.int16).max else np.int32
     drawn = generator.integers(0, masked - 1, size=(masked, negatives), dtype=dtype)
     own: NDArray[np.int32] = np.arange(masked, dtype=np.int32)[:, None]
@@ -36,10 +36,10 @@ def contrastive_logits(
     slots: int,
     temperature: float,
 ) -> Tensor:
-    """Cosine similarities / temperature, fp32 [M, 1 + K]: the positive first, then the negatives.
+    """Compute cosine similarities / temperature, fp32 [M, 1 + K]: the positive first, then the negatives.
 
-    Within an utterance every similarity is an entry of one matrix product, so the vectors of negatives are never
-    copied. A negative with the same codes as the positive is excluded: its logit is -inf.
+    One matrix product per utterance gives all similarities, so the vectors of negatives are never copied. A negative
+    with the same codes as the positive is excluded: its logit is -inf.
     """
     context_BND = _by_utterance(
         F.normalize(context_MD.float(), dim=1, eps=1e-8), utterance_M, slot_M, utterances, slots
@@ -58,7 +58,7 @@ def contrastive_logits(
 
 
 def contrastive_loss(logits_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """(summed cross entropy in nats, number of frames whose positive has the highest similarity)."""
+    """Return (summed cross entropy in nats, number of frames whose positive has the highest similarity)."""
     wanted_M = torch.zeros(logits_MK.shape[0], dtype=torch.long, device=logits_MK.device)
     loss = F.cross_entropy(logits_MK, wanted_M, reduction="sum")
     return loss, (logits_MK.detach().argmax(dim=1) == 0).sum()

@@ -1,1 +1,1 @@
-"""Parameter groups, fused AdamW, and schedules as pure functions of the update number."""
+"""Parameter groups, fused AdamW, and learning-rate schedules as pure functions of the update number."""

@@ -1,4 +1,4 @@
-"""Fused AdamW over parameter groups that are chosen by regular expressions."""
+"""Fused AdamW, with parameter groups selected by regular expressions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from w2vscale.errors import UserError
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share their settings; `lr_scale` multiplies the schedule's learning rate."""
+    """Parameters with the same optimizer settings; `lr_scale` multiplies the scheduled learning rate."""
 
     names: list[str]
     lr_scale: float
@@ -23,13 +23,13 @@ class ParameterGroup:
 
 
 def parameter_groups(shapes: Sequence[tuple[str, torch.Size]], config: OptimConfig) -> list[ParameterGroup]:
-    """Sort parameters, given by name and shape, into groups.
+    """Sort parameters, given as (name, shape), into groups.
 
-    Each of `optim.groups` takes what its pattern finds (`re.search`) and no earlier one took. Weight decay falls
-    on matrices only: parameters with at least two dimensions above 1.
+    A parameter takes its settings from the first entry of `optim.groups` with a matching pattern (`re.search`). Weight
+    decay applies only to matrices: parameters with at least two dimensions greater than 1.
 
     Raises:
-        UserError: a pattern that finds no parameter.
+        UserError: a pattern selects no parameter.
     """
     settings: dict[tuple[float, float], list[str]] = {}
     found = [False] * len(config.groups)
@@ -47,8 +47,8 @@ def parameter_groups(shapes: Sequence[tuple[str, torch.Size]], config: OptimConf
     for index, group in enumerate(config.groups):
         if not found[index]:
             raise UserError(
-                f"optim.groups.{index}.pattern={group.pattern!r}: finds no parameter (or none that an earlier "
-                f"pattern left); names look like {shapes[0][0]}"
+                f"optim.groups.{index}.pattern={group.pattern!r}: finds no parameter, or only parameters that an "
+                f"earlier pattern finds; names look like {shapes[0][0]}"
             )
     return [ParameterGroup(names, *key) for key, names in settings.items()]
 
@@ -56,7 +56,7 @@ def parameter_groups(shapes: Sequence[tuple[str, torch.Size]], config: OptimConf
 def make_adamw(
     parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig
 ) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019), without state yet."""
+    """Create a fused AdamW (Loshchilov & Hutter 2019). It has no state yet: see `allocate_state`."""
     return torch.optim.AdamW(
         [
             {
@@ -74,8 +74,10 @@ def make_adamw(
 
 
 def allocate_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """AdamW's state of `parameters` before its first step, so that saving and loading never depend on which of them
-    have had a gradient."""
+    """Allocate the AdamW state of all `parameters` before the first step.
+
+    Then saving and loading do not depend on which parameters have already received a gradient.
+    """
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -85,17 +87,18 @@ def allocate_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor
 
 
 def state_of(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> Mapping[str, Tensor]:
-    """What AdamW keeps of the parameter `name`.
+    """Return the AdamW state of `parameter`.
 
     Raises:
-        RuntimeError: `allocate_state` was not given this very tensor. The optimizer itself would invent an empty state.
+        RuntimeError: `allocate_state` was not called with this tensor object. (`optimizer.state[parameter]` would
+            silently create an empty state.)
     """
     if parameter not in optimizer.state:
-        raise RuntimeError(f"{name}: the optimizer has no state of this parameter")
+        raise RuntimeError(f"{name}: the optimizer has no state for this parameter")
     return optimizer.state[parameter]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the schedule's learning rate times its own scale."""
+    """Set the learning rate of every group to `lr` times the scale of the group."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]

@@ -1,4 +1,4 @@
-"""What a checkpoint of a model must hold: the name, shape and type of every tensor."""
+"""Canonical checkpoint contents: the name, shape and dtype of every tensor that a checkpoint must hold."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state with the shape of the parameter; `step` is one value."""
+"""AdamW state tensors that have the shape of the parameter; `step`, the third, is a scalar."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and type of a whole tensor."""
+    """Shape and dtype of a whole (unsharded) tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
@@ -25,10 +25,10 @@ Specs = Mapping[str, TensorSpec]
 
 
 def expected_tensors(model: nn.Module, *, optimizer: bool = True) -> dict[str, TensorSpec]:
-    """Every tensor in a checkpoint of `model`, which may be on the meta device.
+    """List the tensors in a checkpoint of `model`, which may be on the meta device.
 
-    These are its parameters and persistent buffers, in the order of its `state_dict`, and with `optimizer` AdamW's
-    state of each parameter that requires a gradient. A parameter that has several names counts under its first.
+    These are its parameters and persistent buffers, in `state_dict` order, and with `optimizer` the AdamW state of each
+    parameter that requires a gradient. A shared parameter appears once, under its first name.
     """
     parameters = dict(model.named_parameters())
     buffers = dict(model.named_buffers())
@@ -46,37 +46,37 @@ def expected_tensors(model: nn.Module, *, optimizer: bool = True) -> dict[str, T
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type that values of `dtype` have in a checkpoint: fp32 if floating-point, otherwise their own."""
+    """Return the dtype that tensors of `dtype` have in a checkpoint: fp32 if floating-point, otherwise `dtype`."""
     return torch.float32 if dtype.is_floating_point else dtype
 
 
 def stored(tensor: Tensor) -> Tensor:
-    """A tensor in the type that its values have in a checkpoint: itself if it has that type."""
+    """Convert a tensor to its checkpoint dtype; returns the tensor itself if it already has it."""
     return tensor.to(stored_dtype(tensor.dtype))
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """Shape and type of each tensor, of DTensors as a whole."""
+    """Return the shape and dtype of each tensor; a DTensor counts with its global shape."""
     return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def model_only(specs: Specs) -> dict[str, TensorSpec]:
-    """The specs of the model's own tensors, without those of the optimizer."""
+    """Return the specs of the model tensors, without the optimizer state."""
     return {name: spec for name, spec in specs.items() if name.startswith("model.")}
 
 
 def model_shapes(specs: Specs) -> dict[str, tuple[int, ...]]:
-    """Shapes of the model's tensors, by the model's own names."""
+    """Return the shapes of the model tensors, by `state_dict` name."""
     return {name.removeprefix("model."): spec.shape for name, spec in model_only(specs).items()}
 
 
 def has_optimizer_state(names: Iterable[str]) -> bool:
-    """Whether any of these names is of optimizer state. Imported and averaged checkpoints have none."""
+    """Return whether any name belongs to optimizer state. Imported and averaged checkpoints have none."""
     return any(name.startswith("optim.") for name in names)
 
 
 def differences(found: Specs, expected: Specs) -> Iterator[str]:
-    """Each tensor that is missing from `found`, has another shape or type, or is not expected: one line each."""
+    """Yield one line for each tensor that is missing, has the wrong shape or dtype, or is not expected."""
     for name, spec in expected.items():
         if name not in found:
             yield f"{name}: missing"
@@ -90,27 +90,28 @@ def differences(found: Specs, expected: Specs) -> Iterator[str]:
 
 
 def optimizer_problem(found: Specs, expected: Specs) -> str | None:
-    """Why the optimizer state in `found` is not the one that resuming a run needs, or None."""
+    """Explain why a run cannot be resumed from the optimizer state in `found`; None if it can."""
     found = {name: spec for name, spec in found.items() if name.startswith("optim.")}
     expected = {name: spec for name, spec in expected.items() if name.startswith("optim.")}
     if expected and not found:
         return "it holds no optimizer state"
     missing = [name for name in expected if name not in found]
     if missing:
-        of = {name.removeprefix("optim.").rpartition(".")[0] for name in missing}
+        parameters = {name.removeprefix("optim.").rpartition(".")[0] for name in missing}
         return (
-            f"its optimizer state is incomplete ({counted(len(missing), 'tensor')} of {counted(len(of), 'parameter')} "
-            f"{'is' if len(missing) == 1 else 'are'} missing, e.g. {missing[0]})"
+            f"its optimizer state is incomplete ({counted(len(missing), 'tensor')} of "
+            f"{counted(len(parameters), 'parameter')} {'is' if len(missing) == 1 else 'are'} missing, "
+            f"e.g. {missing[0]})"
         )
     wrong = next(differences(found, expected), None)
     return f"its optimizer state does not fit its model ({wrong})" if wrong else None
 
 
 def type_name(dtype: torch.dtype) -> str:
-    """A type without its library: `float32`."""
+    """Return the name of a dtype without the prefix "torch.", e.g. `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
 def counted(count: int, noun: str) -> str:
-    """A number and its noun, with an s unless it is one."""
+    """Format a count with its noun: "1 tensor", "2 tensors"."""
     return f"{count} {noun}{'s' * (count != 1)}"

@@ -1,4 +1,4 @@
-"""The learning rate: a pure function of the update number."""
+"""Learning-rate schedules as pure functions of the update number."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from w2vscale.config import OptimConfig, ScheduleConfig
 
 
 def learning_rate(update: int, *, optim: OptimConfig, schedule: ScheduleConfig, updates: int) -> float:
-    """The learning rate of update `update` (0-based) of `updates`.
+    """Return the learning rate of update `update` (0-based) of `updates`; the peak is `optim.lr`.
 
-    cosine, linear: rises linearly over `warmup_updates`, whose last update has the peak, then falls to
-    `final_ratio` of it at the last update (cosine: Loshchilov & Hutter 2017; a floor of 10 % as in GPT-3).
-    tri_stage: rises linearly from `initial_ratio`, stays, falls exponentially to `final_ratio` at the last update
-    (Park et al. 2019).
+    cosine, linear: linear warm-up that reaches the peak at the last of `warmup_updates`, then decay to `final_ratio`
+    times the peak at the last update (cosine: Loshchilov & Hutter 2017; a floor of 10 % as in GPT-3).
+    tri_stage: linear warm-up from `initial_ratio` times the peak, a constant stage, then exponential decay to
+    `final_ratio` times the peak at the last update (Park et al. 2019). `stages` gives the fractions of `updates`.
     """
     if schedule.kind == "tri_stage":
         return optim.lr * _tri_stage(update, schedule, updates)

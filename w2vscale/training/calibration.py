@@ -1,4 +1,7 @@
-"""How much audio fits into one forward on a GPU: measured before the first update of a run, and kept in its folder."""
+"""`batch.concat=auto`: measure how much audio fits into one forward on this GPU.
+
+Runs before the first update. The result is stored in the folder of the run and reused when the run resumes.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +24,27 @@ from w2vscale.objectives import StepContext
 from w2vscale.training.run import Run
 
 SHARE = 0.9
-"""Share of the memory that is used; the rest is for fragmentation and for what varies."""
+"""Fraction of GPU memory to use. The rest is a margin for fragmentation and variation between batches."""
 
 FILE = "calibration.json"
 
 
 def grouping_of(run: Run, log: Callable[[str], None]) -> Grouping:
-    """What `batch.concat` asks for. Collective.
+    """Return the grouping that `batch.concat` asks for. Collective.
 
-    auto: on a GPU, as measured for this run under the same conditions, or measured now; 1 on a CPU.
+    With auto, a GPU run reads the stored calibration if device and settings are unchanged, and measures otherwise.
+    On a CPU, auto means 1.
     """
     concat = run.config.batch.concat
     if concat != "auto":
         return FixedGrouping(concat)
     if run.device.type != "cuda":
-        log("batch.concat=auto: 1 on a CPU, where longer forwards are not faster")
+        log("batch.concat=auto: using 1, because larger forwards are not faster on a CPU")
         return FixedGrouping(1)
     path, conditions = run.exp / FILE, _conditions(run)
     found: tuple[Capacity, ...] | None = broadcast_from_main(_read(path, conditions) if run.ranks.is_main else None)
     if found is None:
-        log("batch.concat=auto: measuring how much fits into one forward (in steps that are skipped on purpose)")
+        log("batch.concat=auto: measuring how much fits into one forward (its optimizer steps are skipped)")
         found = tuple(_capacity(run, example) for example in run.training_set.examples())
         if run.ranks.is_main:
             document = {"conditions": conditions, "capacities": [capacity._asdict() for capacity in found]}
@@ -55,17 +59,19 @@ def grouping_of(run: Run, log: Callable[[str], None]) -> Grouping:
 
 
 def _capacity(run: Run, example: MicroBatch) -> Capacity:
-    """Extrapolates from the memory that one and two of `example` take: every further one takes as much as the second.
-    The same on all ranks, also where one of them could not read an utterance."""
+    """Return how many padded samples fit into one forward of micro-batches like `example`; equal on all ranks.
+
+    Measures the memory of one and of two copies, and assumes that each further copy takes as much as the second.
+    """
     limit = SHARE * memory_limit(run.device)
     most = run.config.batch.micro_batches // run.ranks.world_size
     take = partial(_take, run, example, most=most)
     fitting = 1
     if most > 1:
-        take(joined=1)  # allocates what is allocated once
+        take(joined=1)  # warm-up: makes the allocations that happen only once
         none = peak_memory(run.device, lambda: None)
         one = peak_memory(run.device, partial(take, joined=1))
-        if largest_over_ranks([2 * one - none - limit])[0] <= 0:  # two fit on every rank
+        if largest_over_ranks([2 * one - none - limit])[0] <= 0:  # two copies fit on every rank
             two = peak_memory(run.device, partial(take, joined=2))
             fitting = min(1 + max(int(limit) - one, 0) // max(two - one, 1), most)
     width = example.inputs.audio.waveforms_BS.shape[1]
@@ -74,8 +80,10 @@ def _capacity(run: Run, example: MicroBatch) -> Capacity:
 
 
 def _take(run: Run, example: MicroBatch, *, joined: int, most: int) -> None:
-    """A forward and backward with `joined` micro-batches, and a second one beside its gradients where `most` allows it.
-    The denominator makes the gradient NaN, so that any engine skips the step."""
+    """Run a forward and backward of `joined` copies, and, if `most` allows, a second one while gradients exist.
+
+    The NaN denominator makes the gradient NaN, so that every engine skips the step.
+    """
     step = StepContext(run.config.trainer.seed, 0, worst_case=True)
     run.engine.run_window(
         [example] * min(2 * joined, most), run.objective, step,
@@ -95,7 +103,7 @@ def _conditions(run: Run) -> dict[str, Any]:
 
 
 def _read(path: Path, conditions: dict[str, Any]) -> tuple[Capacity, ...] | None:
-    """What an earlier calibration found; None if there was none, or under other conditions."""
+    """Read the stored calibration; None if there is none or it was measured under other conditions."""
     try:
         document = json.loads(path.read_text())
         if document["conditions"] != conditions:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar with rates on a terminal, plain lines elsewhere."""
+"""Console output of a training run: a progress bar on a terminal, and log lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.progress import (
 
 
 class Display:
-    """Prints on rank 0; silent elsewhere."""
+    """Prints the progress bar and log lines; silent unless `enabled` (on rank 0)."""
 
     def __init__(self, *, total: int, start: int, enabled: bool) -> None:
         self.console = Console(stderr=False, soft_wrap=True, highlight=False)
@@ -49,16 +49,16 @@ class Display:
         self._progress.stop()
 
     def message(self, text: str, style: str = "") -> None:
-        """One line."""
+        """Print one line."""
         if self.enabled:
             self.console.print(text, style=style, markup=False)
 
     def advance(self, update: int) -> None:
-        """Move the bar."""
+        """Move the progress bar to `update`."""
         self._progress.update(self._task, completed=update)
 
     def training(self, update: int, line: str, values: Mapping[str, float]) -> None:
-        """One line of figures: the objective's `line`, then those that all have."""
+        """Print the training metrics: the objective's own `line`, then those common to all objectives."""
         rate = f"{values['audio_seconds_per_second']:.0f} s/s"
         self._progress.update(self._task, completed=update, rates=rate)
         self.message(
@@ -68,7 +68,7 @@ class Display:
         )
 
     def validation(self, update: int, line: str) -> None:
-        """One line of figures."""
+        """Print the validation metrics."""
         self.message(f"update {update}/{self.total}  validation: {line}", style="bold")
 
     def _left(self, update: int) -> str:

@@ -1,4 +1,4 @@
-"""Everything short of training: builds a run and takes its largest micro-batch forward and backward."""
+"""`--dry-run`: build a run and compute its largest micro-batch, without training."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from w2vscale.training.run import empty_model, initial_state, lay_out, open_data
 
 @dataclass(frozen=True)
 class DryRun:
-    """What the largest forward of a run looks like."""
+    """Result of a dry run: sizes, time and memory of the largest forward."""
 
     parameters: dict[str, int]
-    """Number of parameters by module."""
+    """Number of parameters of each module."""
     shapes: dict[str, tuple[int, ...]]
-    """Shape of each input by its name with a shape suffix."""
+    """Shape of each input tensor; names include the shape suffix."""
     weight: int
-    """Share of the micro-batch in the loss denominator."""
+    """Contribution of the micro-batch to the loss denominator: masked frames, or labels."""
     loss: float
     """Nats per unit of weight."""
     grad_norm: float
@@ -36,10 +36,10 @@ class DryRun:
 
 
 def dry_run(config: Config) -> DryRun | None:
-    """Build data, model and engine; accumulate the largest planned micro-batch twice, and step.
+    """Build data, model and engine, run the largest planned micro-batch twice, and step with a learning rate of 0.
 
-    Twice, and with every layer: a forward beside the gradients of an earlier one needs the most memory.
-    Returns None on all ranks but the first.
+    Memory peaks in the second forward, when the gradients of the first exist; all layers are active. Returns None on
+    all ranks except rank 0.
     """
     with process_group(needed=config.engine.name != "ddp") as (ranks, device):
         config, objective = resolve(config)

@@ -38,17 +38,17 @@ T = TypeVar("T")
 
 
 SLOW_LOADING = 0.3
-"""Fraction of the time spent waiting for data, above which a warning says so."""
+"""Warn when more than this fraction of the time is spent waiting for data."""
 
 
 class Stop(Protocol):
-    """Asks a run to finish its update, save and leave."""
+    """Holds the signal, if any, that asks the run to finish its update, save and exit."""
 
     received: signal.Signals | None
 
 
 class NeverStop:
-    """Nobody asks."""
+    """A run without stop signals."""
 
     received: signal.Signals | None = None
 
@@ -62,18 +62,18 @@ def train(
     stop: Stop | None = None,
     around_updates: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> int:
-    """Train to `trainer.updates`, on all ranks. Returns 0, or 128 + the signal that stopped the run.
+    """Train up to `trainer.updates`, on all ranks. Return 0, or 128 + the number of the signal that stopped the run.
 
     Args:
         config: settings of the run.
         exp: folder of the run.
         resume: see `build_run`.
-        command: arguments of `w2vscale` that run.sh repeats.
-        stop: is asked in every update.
-        around_updates: entered once everything is built, left after the last update.
+        command: arguments of `w2vscale` to write into run.sh.
+        stop: checked in every update.
+        around_updates: context manager entered after everything is built and exited after the last update.
 
     Raises:
-        UserError: something outside the program is wrong; the checkpoints of the run are as they were.
+        UserError: a setting, a file or the environment is wrong. Existing checkpoints are not changed.
     """
     stop = stop or NeverStop()
     with process_group(needed=config.engine.name != "ddp") as (ranks, device):
@@ -92,7 +92,7 @@ def train(
 
 
 class Trainer:
-    """The loop of one run, with what it has seen since it started."""
+    """The training loop of one run, and its state since it started or resumed."""
 
     def __init__(self, run: Run, stop: Stop, grouping: Grouping = FixedGrouping(1)) -> None:  # noqa: B008 - frozen
         config = run.config
@@ -111,12 +111,12 @@ class Trainer:
         self.skipped_in_a_row = 0
 
     def train(self) -> TrainState:
-        """Run all remaining updates, or until a signal asks to stop."""
+        """Run the remaining updates, or stop early after a stop signal. Return the final state."""
         with self.metrics, self.display, loader_processes():
             if self.state.update >= self.total:
                 self.display.message(f"nothing to do: the run has reached trainer.updates={self.total}")
             for window, waited in _timed(self.run.windows()):
-                if self.state.update == self.run.state.update:  # the loader processes were starting
+                if self.state.update == self.run.state.update:  # the first window also waits for loaders to start
                     self.meter.exclude(waited)
                     waited = 0.0
                 stopping = self._update(window, waited)
@@ -131,7 +131,7 @@ class Trainer:
         return self.state
 
     def _update(self, window: list[MicroBatch], waited: float) -> bool:
-        """One update. Returns whether any rank was asked to stop."""
+        """Run one update. Return whether any rank has received a stop signal."""
         config, engine = self.config, self.run.engine
         bad = [audio for batch in window for audio in batch.bad]
         if self.state.update % config.engine.compare_ranks_every == 0:
@@ -177,12 +177,12 @@ class Trainer:
         update, config = self.state.update, self.config
         ended = update == self.total
         saving = ended or stopping or update % config.checkpoint.every == 0
-        # Before each save, so that the metrics of a resumed run start where the checkpoint does.
+        # Log at every save, so that the metrics of a resumed run start exactly at its checkpoint.
         if saving or update % config.logging.every == 0:
             self._log()
             gc.collect()
         began = time.perf_counter()
-        # Before the save, because the checkpoint stores the validation loss.
+        # Validate before saving, because the checkpoint stores the validation loss.
         if self.run.validation_set and (ended or update % config.trainer.validate_every == 0):
             self._validate()
         if saving:
@@ -213,7 +213,7 @@ class Trainer:
 
     def _validate(self) -> None:
         bad: list[BadAudio] = []
-        batches = _noting_bad_audio(self.run.validation(), bad)
+        batches = _collecting_bad_audio(self.run.validation(), bad)
         evaluate = partial(
             self.run.engine.evaluate,
             objective=self.run.objective,
@@ -230,7 +230,7 @@ class Trainer:
         self.display.validation(self.state.update, self.run.objective.line(values))
 
     def _check_step(self, skipped: bool, numbers: list[int]) -> None:
-        """Report a skipped update; stop after too many in a row."""
+        """Report a skipped update, and abort after `trainer.max_skipped_in_a_row` in a row."""
         if not skipped:
             self.skipped_in_a_row = 0
             return
@@ -243,25 +243,25 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_in_a_row:
             raise UserError(
                 f"{self.skipped_in_a_row} updates in a row had gradients that are not finite, the last is update "
-                f"{self.state.update}: lower optim.lr ({self.config.optim.lr:g}), resume from the newest checkpoint"
+                f"{self.state.update}: lower optim.lr ({self.config.optim.lr:g}) and resume from the newest checkpoint"
             )
 
 
 def _after_step(objective: Objective, update: int) -> Callable[[nn.Module], None] | None:
-    """What the objective does to the model after a step, if it does anything."""
+    """Return the objective's `after_step` hook bound to `update`, or None if it has none."""
     if type(objective).after_step is Objective.after_step:
         return None
     return partial(objective.after_step, update=update)
 
 
-def _noting_bad_audio(batches: Iterator[MicroBatch], bad: list[BadAudio]) -> Iterator[MicroBatch]:
+def _collecting_bad_audio(batches: Iterator[MicroBatch], bad: list[BadAudio]) -> Iterator[MicroBatch]:
     for batch in batches:
         bad += batch.bad
         yield batch
 
 
 def _timed(items: Iterator[T]) -> Iterator[tuple[T, float]]:
-    """Each item and the seconds of waiting for it."""
+    """Yield each item with the seconds spent waiting for it."""
     while True:
         began = time.perf_counter()
         item = next(items, None)

@@ -1,4 +1,4 @@
-"""Metrics of training: accumulated between two log lines, written to metrics.jsonl and TensorBoard."""
+"""Training metrics: accumulated between log lines, then written to metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Meter:
-    """Sums and counts of the updates since the last reading, on this rank."""
+    """Accumulates sums, counts and times of this rank since the last `read`."""
 
     def __init__(self, sampling_rate: int) -> None:
         self.sampling_rate = sampling_rate
@@ -39,8 +39,8 @@ class Meter:
         self.started = time.perf_counter()
 
     def add(self, window: Sequence[MicroBatch], sums: Sums, step: StepResult, *, data_seconds: float) -> None:
-        """Add an update that waited `data_seconds` for its window."""
-        if step.skipped:  # values that are not finite must not hide those of other updates
+        """Add one update, which waited `data_seconds` for its window."""
+        if step.skipped:  # its non-finite values would spoil the sums of the other updates
             zero: Any = type(sums)
             sums = zero(*(torch.zeros_like(field) for field in sums))
         self.sums = sums if self.sums is None else add_sums(self.sums, sums)
@@ -54,11 +54,11 @@ class Meter:
         self.data_seconds += data_seconds
 
     def exclude(self, seconds: float) -> None:
-        """Exclude time that was not spent on updates from the rates."""
+        """Exclude `seconds` that were not spent on updates from the rates."""
         self.started += seconds
 
     def read(self, metrics: Callable[[Any], dict[str, float]]) -> dict[str, float]:
-        """Metrics over all ranks since the last reading, and start over. Collective."""
+        """Return the metrics over all ranks since the last `read`, and reset. Collective."""
         assert self.sums is not None
         elapsed = time.perf_counter() - self.started
         values = metrics(reduce_sums(self.sums))
@@ -70,7 +70,7 @@ class Meter:
             "grad_norm_max": max(self.norms, default=math.nan),
             "audio_seconds_per_second": audio / self.sampling_rate / elapsed,
             "updates_per_second": self.updates / elapsed,
-            # The rank that waited longest, for which the others wait.
+            # The slowest rank counts, because all others wait for it.
             "data_wait_fraction": max(gather_from_ranks(self.data_seconds)) / elapsed,
         }
         if torch.cuda.is_available():
@@ -80,7 +80,10 @@ class Meter:
 
 
 class MetricsWriter:
-    """`metrics.jsonl` and TensorBoard, on rank 0. A resumed run drops what was written after its checkpoint."""
+    """Writes `metrics.jsonl` and TensorBoard files on rank 0.
+
+    A resumed run first deletes the metrics that were written after its checkpoint.
+    """
 
     def __init__(self, exp: Path, *, resumed_at: TrainState, tensorboard: bool, enabled: bool) -> None:
         self.path = exp / "metrics.jsonl"
@@ -92,7 +95,7 @@ class MetricsWriter:
         self._drop_after(resumed_at.update)
         self._lines = self.path.open("a")
         if tensorboard:
-            # Imported here: it takes seconds, and most commands need none of it.
+            # Imported here because the import takes seconds and most commands do not need it.
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(exp / "tb"), purge_step=resumed_at.update + 1)
@@ -113,7 +116,7 @@ class MetricsWriter:
                 writer.close()
 
     def write(self, split: str, update: int, values: Mapping[str, float]) -> None:
-        """One line and one point of each curve. Values that are not finite are null in the line."""
+        """Append one line to metrics.jsonl and one point to each curve. Non-finite values become null in the file."""
         if self._lines is None:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -139,5 +142,5 @@ class MetricsWriter:
 def _update_of(line: str) -> float:
     try:
         return float(json.loads(line)["update"])
-    except (ValueError, KeyError, TypeError):  # a line that is incomplete because the process was killed
+    except (ValueError, KeyError, TypeError):  # an incomplete line, left by a process that was killed
         return math.inf

@@ -1,4 +1,4 @@
-"""A run and its parts: data, model, engine, checkpoints, built from the settings; and its folder."""
+"""Build a run from its settings: data, model, engine, checkpoints and folder."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from w2vscale.distributed.process_group import Ranks, broadcast_from_main
 from w2vscale.engine import Engine, build_engine
 from w2vscale.errors import UserError
 from w2vscale.files import write_text
-from w2vscale.models.feature_encoder import input_samples
+from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.models.initialisation import empty_parameters, initial_values
-from w2vscale.models.products import CPU_HAS_BF16
+from w2vscale.models.lengths import input_samples
 from w2vscale.objectives import Objective, resolve
 from w2vscale.optim.canonical import expected_tensors, model_shapes
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
@@ -39,12 +39,12 @@ from w2vscale.training.bad_audio import BadAudioLog
 from w2vscale.training.warm_start import starting_values
 
 CHECKED_AFTER = 1000
-"""Utterances after which `data.max_bad_fraction` is checked, or all of a smaller corpus."""
+"""Check `data.max_bad_fraction` after this many utterances, or after the whole corpus if it is smaller."""
 
 
 @dataclass
 class Run:
-    """Everything that the loop works with."""
+    """Everything that the training loop needs."""
 
     config: Config
     exp: Path
@@ -59,7 +59,7 @@ class Run:
     state: TrainState
 
     def windows(self) -> Iterator[list[MicroBatch]]:
-        """The windows of this rank from the next update of the run to its last."""
+        """Yield this rank's windows, from the next update to the last."""
         updates = range(self.state.update, self.config.trainer.updates)
         return self.training_set.windows(
             updates,
@@ -69,28 +69,31 @@ class Run:
         )
 
     def validation(self) -> Iterator[MicroBatch]:
-        """The validation set, dealt to the ranks."""
+        """Yield this rank's part of the validation set."""
         assert self.validation_set is not None
         return self.validation_set.one_epoch(rank=self.ranks.rank, world_size=self.ranks.world_size)
 
     def save(self, state: TrainState) -> Path:
-        """Write a checkpoint, or start to. Collective."""
+        """Write a checkpoint, or start writing it in the background. Return its path. Collective."""
         return self.store.save(self.engine.export_state(), state, dump_config(self.config))
 
 
 def build_run(
     config: Config, exp: Path, *, ranks: Ranks, device: torch.device, resume: str, log: Callable[[str], None]
 ) -> Run:
-    """Open the data, build model and engine, and load the newest checkpoint if there is one.
+    """Open the data, build model and engine, and load the checkpoint to resume from, if any.
 
-    `resume`: auto (the newest usable checkpoint, or a new run), never (a new run in a folder without
-    checkpoints), or the path of a checkpoint.
+    `resume` is auto (the newest usable checkpoint, or a new run if there is none), never (a new run; the folder must
+    hold no checkpoints), or the path of a checkpoint.
+
+    Raises:
+        UserError: data, settings or checkpoint cannot be used.
     """
     config, objective = resolve(config)
     objective.check(config)
     training_set, validation = open_data(config, objective, ranks)
     model = empty_model(objective)
-    # From the model, not from the engine, which may be wrong.
+    # Taken from the plain model, so that it can be used to check what the engine exports.
     expected = expected_tensors(model)
     store = CheckpointStore(
         exp / "checkpoints",
@@ -108,7 +111,7 @@ def build_run(
         if checkpoint.state.data not in ("", training_set.describe()):
             log(f"data.train has changed: it was {checkpoint.state.data}; it is {training_set.describe()}")
     state = replace(checkpoint.state if checkpoint is not None else TrainState(), data=training_set.describe())
-    # Before the engine is built: ranks that build different ones would wait for each other.
+    # Compared before the engine is built: ranks that build different engines would hang.
     compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
     engine = lay_out(model, config, objective, device)
     if checkpoint is None:
@@ -144,7 +147,7 @@ def build_run(
 
 
 def lay_out(model: nn.Module, config: Config, objective: Objective, device: torch.device) -> Engine:
-    """The engine of a run for its model, without values yet. Collective."""
+    """Build the engine for `model`. Its parameters have no values yet. Collective."""
     return build_engine(
         model,
         config.engine,
@@ -156,21 +159,21 @@ def lay_out(model: nn.Module, config: Config, objective: Objective, device: torc
 
 
 def empty_model(objective: Objective) -> Any:
-    """The model without memory for its parameters."""
+    """Build the model without allocating memory for its parameters."""
     with empty_parameters():
         return objective.build_model()
 
 
 def initial_state(objective: Objective, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """What the parameters and buffers of a new run start from, on any engine and number of processes."""
+    """Yield the initial values of parameters and buffers; the same for any engine and number of processes."""
     return initial_values(empty_model(objective), lambda index: derived_seed(seed, Stream.INITIALISATION, index))
 
 
 def open_data(config: Config, objective: Objective, ranks: Ranks) -> tuple[TrainingData, MicroBatches | None]:
-    """The training set, and the validation set if the settings name one.
+    """Open the training set, and the validation set if the settings name one.
 
     Raises:
-        UserError: a manifest is missing or wrong, or the updates cannot be dealt to the ranks.
+        UserError: a manifest is missing or invalid, or the world size does not divide `batch.micro_batches`.
     """
     if config.batch.micro_batches % ranks.world_size:
         raise UserError(
@@ -185,7 +188,11 @@ def open_data(config: Config, objective: Objective, ranks: Ranks) -> tuple[Train
 
 
 def open_training_set(config: Config, objective: Objective) -> TrainingData:
-    """What `data.train` names, read as `data.mode` says."""
+    """Open the training set `data.train`, in the mode `data.mode`.
+
+    Raises:
+        UserError: a manifest or shard cannot be used, or `augment.speed` does not fit the objective.
+    """
     augment, seed = config.augment, config.trainer.seed
     augmentation = None
     if augment.speed or augment.reverb or augment.noise:
@@ -202,7 +209,7 @@ def open_training_set(config: Config, objective: Objective) -> TrainingData:
         )
     assemble = Assembler(objective, config.model, seed=seed, augmentation=augmentation)
     if config.data.mode == "stream":
-        # Imported here: Lhotse's samplers take a second, and most runs need none.
+        # Imported here because importing Lhotse's samplers takes a second and most runs do not need them.
         from w2vscale.data.stream import StreamedMicroBatches
 
         return StreamedMicroBatches(assemble, model=config.model, data=config.data, batch=config.batch)
@@ -220,7 +227,7 @@ def _open_corpus(paths: Sequence[Path], config: Config, *, setting: str) -> Corp
 
 
 def make_folder(exp: Path, config: Config, ranks: Ranks, command: Sequence[str] | None) -> None:
-    """Make `exp/` with config.yaml and run.sh, which repeats `command` (arguments of `w2vscale`). Collective.
+    """Create `exp/` with config.yaml and a run.sh that runs `w2vscale` with the arguments `command`. Collective.
 
     Raises:
         UserError: the folder cannot be written.
@@ -262,7 +269,11 @@ def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None
 
 
 def _open_to_resume(path: Path, log: Callable[[str], None] = lambda text: None) -> CheckpointReader:
-    """The checkpoint at `path`, or the newest in it, that a run can be continued from."""
+    """Open the checkpoint at `path`, or the newest one in that run folder, to resume from.
+
+    Raises:
+        UserError: there is none, or it lacks optimizer state.
+    """
     try:
         return open_checkpoint(path, log, resuming=True)
     except IncompleteState as error:
@@ -273,14 +284,14 @@ def _open_to_resume(path: Path, log: Callable[[str], None] = lambda text: None) 
 
 
 def stored_settings(exp: Path, resume: str) -> Path | None:
-    """The config file of the run that would be continued; None for a new run."""
+    """Return the config file of the run that would be resumed; None for a new run."""
     if resume == "never" or (resume == "auto" and not committed(exp / "checkpoints")):
         return None
     return _open_to_resume(exp if resume == "auto" else Path(resume)).path / "config.yaml"
 
 
 def _compare_settings(config: Config, checkpoint: CheckpointReader, log: Callable[[str], None]) -> None:
-    """Refuse another model; log other settings that differ, because the curve may change."""
+    """Raise if the architecture differs from the checkpoint's; log other differences, which may change the curve."""
     stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text())
     objective = resolve(config)[1].settings
     fixed = {("model", key) for key in architecture_of(config.model)}

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The utterances of Libri-light's limited supervision, one a line: librilight_ids.sh DIR 10min|1h|10h
-# DIR is the unpacked librispeech_finetuning.tgz: 1h/0 … 1h/5 are ten minutes each, 9h completes ten hours
-# (https://github.com/facebookresearch/libri-light, data_preparation).
+# Prints the utterance ids of the limited-supervision subsets of Libri-light, one per line:
+#   librilight_ids.sh DIR 10min|1h|10h
+# DIR is the unpacked librispeech_finetuning.tgz: 1h/0 … 1h/5 have ten minutes each, and 1h and 9h together are the ten
+# hours (https://github.com/facebookresearch/libri-light, data_preparation).
 set -euo pipefail
 dir=$1
 case $2 in

@@ -215,7 +215,7 @@ def test_deepspeed_checks_its_other_sections(tmp_path: Path, tree: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("zero4", "nor one of zero1, zero2,"), ("nowhere/zero1.json", "no such file")]
+    ("name", "message"), [("zero4", "or one of zero1, zero2,"), ("nowhere/zero1.json", "no such file")]
 )
 def test_a_file_that_is_not_there(name: str, message: str) -> None:
     with pytest.raises(UserError, match=f"engine.deepspeed_config={name}: .*{message}"):

@@ -21,8 +21,14 @@ from tools.bench.phases.measuring import (
     one_ms,
 )
 from w2vscale.config import Config
-from w2vscale.models import convolution, transformer
-from w2vscale.models.feature_encoder import moments_of, output_frames
+from w2vscale.kernels.blocked_convolution import blocked_convolution
+from w2vscale.kernels.folded_group_norm import folded_group_norm
+from w2vscale.kernels.frequency_convolution import frequency_convolution
+from w2vscale.kernels.replaceable import kernels
+from w2vscale.kernels.segment_attention import segment_attention
+from w2vscale.kernels.strided_products import strided_products
+from w2vscale.models.lengths import output_frames
+from w2vscale.models.wav2vec2 import normalized_convolution, valid_mask
 from w2vscale.training.run import empty_model
 
 DROPOUT = 0.1
@@ -55,7 +61,9 @@ def operations(machine: Machine) -> Rows:
                 for form in STRIDED:
                     measure = partial(_strided_ms, machine, config, form, layer, utterances, samples)
                     yield f"{name}/convolution {layer}/{form}", attempt(measure)
-            yield f"{name}/moments", attempt(partial(_moments_ms, machine, config, utterances, samples))
+            for form in FIRST_LAYER:
+                measure = partial(_first_layer_ms, machine, config, form, utterances, samples)
+                yield f"{name}/convolution 0/{form}", attempt(measure)
         yield f"{name}/weights to bf16", attempt(partial(_cast_ms, machine, config))
 
 
@@ -124,8 +132,16 @@ def searched(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
 
 def by_frequency(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
     """Products of spectra in fp32, as on CPUs."""
-    nothing = x_BTD.new_zeros((), dtype=torch.float32)
-    return convolution._by_frequency(x_BTD.float(), weight_DIK.float(), nothing, groups).to(x_BTD.dtype)
+    return frequency_convolution(x_BTD, weight_DIK, _no_bias(x_BTD), groups)
+
+
+def in_blocks(x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
+    """Products of overlapping windows with a banded matrix."""
+    return blocked_convolution(x_BTD, weight_DIK, _no_bias(x_BTD), groups)
+
+
+def _no_bias(x_BTD: Tensor) -> Tensor:
+    return x_BTD.new_zeros(x_BTD.shape[2])
 
 
 POSITIONAL: dict[str, Positional] = {
@@ -133,7 +149,7 @@ POSITIONAL: dict[str, Positional] = {
     "conv1d, searched": searched,
     "conv2d, channels last": channels_last,
     "by frequency": by_frequency,
-    "in blocks": convolution.convolution_in_blocks,
+    "in blocks": in_blocks,
 }
 
 
@@ -157,8 +173,7 @@ def _attend(backend: SDPBackend, *, masked: bool = False, dropout: float = DROPO
     def attend(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, frames_B: Tensor) -> Tensor:
         mask = None
         if masked:
-            steps = torch.arange(q_BTHE.shape[1], device=frames_B.device)
-            mask = (steps < frames_B.unsqueeze(1)).view(len(frames_B), 1, 1, -1)
+            mask = valid_mask(frames_B, q_BTHE.shape[1])[:, None, None]
         with sdpa_kernel(backend):
             y_BHTE = F.scaled_dot_product_attention(
                 q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2), mask, dropout_p=dropout
@@ -169,8 +184,8 @@ def _attend(backend: SDPBackend, *, masked: bool = False, dropout: float = DROPO
 
 
 def _in_segments(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, frames_B: Tensor) -> Tensor:
-    bounds = transformer.segment_bounds(frames_B, q_BTHE.shape[1])
-    return transformer.attention_in_segments(q_BTHE, k_BTHE, v_BTHE, bounds, DROPOUT)
+    q_BHTE, k_BHTE, v_BHTE = (x_BTHE.transpose(1, 2) for x_BTHE in (q_BTHE, k_BTHE, v_BTHE))
+    return segment_attention(q_BHTE, k_BHTE, v_BHTE, valid_mask(frames_B, q_BTHE.shape[1]), DROPOUT).transpose(1, 2)
 
 
 ATTENTION: dict[str, Callable[..., Tensor]] = {
@@ -214,7 +229,7 @@ def _conv2d(x_BTI: Tensor, weight_OIK: Tensor, stride: int) -> Tensor:
 
 
 STRIDED: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
-    "strided products": convolution.strided_convolution,
+    "strided products": lambda x_BTI, weight_OIK, stride: strided_products(x_BTI, weight_OIK, None, stride),
     "conv1d": _conv1d,
     "conv2d, channels last": _conv2d,
 }
@@ -234,10 +249,25 @@ def _strided_ms(machine: Machine, config: Config, form: str, layer: int, utteran
     return median_ms(work, machine.device, repeats=_repeats(machine))
 
 
-def _moments_ms(machine: Machine, config: Config, utterances: int, samples: int) -> float:
-    """GroupNorm's statistics of the first layer, in fp64."""
-    taps_BTJ = torch.randn(utterances, samples // config.model.conv_layers[0][2], 16, device=machine.device).bfloat16()
-    return median_ms(lambda: moments_of(taps_BTJ, None), machine.device, repeats=_repeats(machine))
+FIRST_LAYER: dict[str, Callable[..., Tensor]] = {"folded GroupNorm": folded_group_norm, "plain": normalized_convolution}
+
+
+def _first_layer_ms(machine: Machine, config: Config, form: str, utterances: int, samples: int) -> float:
+    """Convolution and GroupNorm."""
+    model = config.model
+    channels, kernel, stride = model.conv_layers[0]
+    x_BTI = torch.randn(utterances, samples, 1, device=machine.device).bfloat16()
+    shapes = ((channels, 1, kernel), (channels,), (channels,))
+    parameters = [torch.randn(shape, device=machine.device, requires_grad=True) for shape in shapes]
+
+    def convolve(weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return FIRST_LAYER[form](
+            x_BTI, None, weight, None, scale, shift, stride=stride, groups=model.conv_norm_groups, eps=1e-5
+        )
+
+    with kernels("plain"):
+        work = forward_and_backward(convolve, *parameters)
+        return median_ms(work, machine.device, repeats=_repeats(machine))
 
 
 def _cast_ms(machine: Machine, config: Config) -> float:

@@ -107,7 +107,7 @@ def choices(document: Document) -> dict[str, str]:
     found: dict[str, str] = {}
     rows = _rows(document, "operations")
     for name in ("base", "large"):
-        for operation in ("positional", "convolution 1", "convolution 5", "attention"):
+        for operation in ("positional", "convolution 0", "convolution 1", "convolution 5", "attention"):
             if ranking := _ranking(rows, f"{name}/{operation}/"):
                 found[f"{operation} of {name}"] = ranking
     new = _rows(document, "new_shapes")

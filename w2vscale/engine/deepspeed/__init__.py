@@ -1,1 +1,1 @@
-"""DeepSpeed ZeRO."""
+"""The DeepSpeed ZeRO engine and its JSON configuration."""

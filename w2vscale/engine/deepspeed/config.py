@@ -1,4 +1,4 @@
-"""The JSON of DeepSpeed: a file of ds_configs/, merged with the keys that the settings of the run fix."""
+"""The DeepSpeed JSON configuration: a file in ds_configs/, merged with the keys that the settings of the run fix."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.errors import UserError
 
 VERSION = "0.19.8"
-"""Moving state in and out uses private names of this version; pyproject.toml pins it as well."""
+"""Required version, also pinned in pyproject.toml: importing and exporting state uses private names of DeepSpeed."""
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 FOLDERS = (_PACKAGE.parent / "ds_configs", _PACKAGE / "ds_configs")
-"""Where named files are: in a checkout, and in an installed package."""
+"""Folders with named configurations: in a checkout and in an installed package."""
 
 _FREE = {
     "aio", "comms_logger", "csv_monitor", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print",
     "tensorboard", "timers", "wall_clock_breakdown", "wandb", "zero_allow_untested_optimizer", "zero_optimization",
 }  # fmt: skip
-"""Top-level keys that the run does not decide. DeepSpeed ignores unknown keys silently."""
+"""Top-level keys that the file may set freely. Others must be checked, because DeepSpeed ignores unknown keys."""
 
 _SWITCHED = ("amp", "elasticity", "fp16", "torch_autocast")
-"""Sections without effect unless their `enabled` is true."""
+"""Sections that have no effect unless their key `enabled` is true."""
 
 
 def deepspeed_config(config: EngineConfig, optim: OptimConfig, precision: PrecisionConfig) -> dict[str, Any]:
-    """The JSON for DeepSpeed: the keys of the file, and those that the run fixes.
+    """Return the DeepSpeed configuration: the keys of the file and those that the run fixes.
 
-    A value "auto", at any depth, leaves a key to the run, or to the default of DeepSpeed.
+    A key with the value "auto", at any depth, is dropped: the run sets it, or the DeepSpeed default applies.
 
     Raises:
-        UserError: the file is missing or not valid, or one of its keys is unknown or contradicts a setting.
+        UserError: the file is missing or invalid, or a key in it is unknown or contradicts a setting.
     """
     path = _find(config.deepspeed_config)
     tree = _read(path)
@@ -73,10 +73,10 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, precision: Precis
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The package.
+    """Import the deepspeed package.
 
     Raises:
-        UserError: it is not installed, or is another version.
+        UserError: it is not installed, or not in the required version.
     """
     try:
         with environment_for(device):
@@ -91,15 +91,17 @@ def import_deepspeed(device: torch.device) -> Any:
             f"engine.name=deepspeed: DeepSpeed {version} is installed, {VERSION} is needed; "
             "pip install 'w2vscale[deepspeed]'"
         )
-    # An operator for inference, which it would compile on a CPU.
+    # An inference operator that DeepSpeed would otherwise compile on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 @contextmanager
 def environment_for(device: torch.device) -> Iterator[None]:
-    """Inside the block, the environment variables that DeepSpeed reads at import and when it builds an engine, unless
-    they are set already."""
+    """Set the environment variables that DeepSpeed reads when it is imported and when it builds an engine.
+
+    Variables that are already set are kept. The others are removed when the block ends.
+    """
     wanted = {"LOCAL_RANK": str(device.index or 0)}
     if device.type == "cpu":
         wanted |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}
@@ -113,10 +115,10 @@ def environment_for(device: torch.device) -> Iterator[None]:
 
 
 def validate_zero(tree: Mapping[str, Any], path: str) -> None:
-    """Have DeepSpeed, which was imported before, check what `deepspeed_config` returned.
+    """Let DeepSpeed validate what `deepspeed_config` returned. Call `import_deepspeed` first.
 
     Raises:
-        UserError: a key is unknown or a value is not valid; names it.
+        UserError: a key is unknown or a value is invalid; the message names it.
     """
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -128,7 +130,7 @@ def validate_zero(tree: Mapping[str, Any], path: str) -> None:
         section = {"DeepSpeedZeroConfig": "zero_optimization", "CommsLoggerConfig": "comms_logger"}.get(error.title)
         raise UserError(f"{path}: {_first_problem(error, DeepSpeedZeroConfig, section)}") from None
     except Exception as error:
-        # It checks by assertions, type errors and exceptions of its own; --debug shows which.
+        # DeepSpeed reports invalid values by assertions, type errors and its own exceptions.
         raise UserError(f"{path}: refused by DeepSpeed: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
@@ -143,7 +145,7 @@ def _first_problem(error: ValidationError, zero: type[BaseModel], section: str |
 
 
 def _siblings(model: type[BaseModel], loc: list[str]) -> list[str]:
-    """The valid keys at the place `loc` in a tree of pydantic models."""
+    """Return the valid keys next to the key at `loc` in a tree of pydantic models."""
     for part in loc[:-1]:
         annotation = model.model_fields[part].annotation
         model = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
@@ -151,7 +153,7 @@ def _siblings(model: type[BaseModel], loc: list[str]) -> list[str]:
 
 
 def _fixed(optim: OptimConfig, precision: PrecisionConfig) -> dict[str, tuple[Any, str]]:
-    """Keys with the value that the run needs, and the setting that needs it."""
+    """Return the keys that the run sets: for each, the value and the setting that it comes from."""
     max_norm = optim.max_norm
     bf16 = precision.compute == "bf16"
     reduction = "this toolkit's fp32 reduction of gradients"
@@ -171,7 +173,7 @@ def _fixed(optim: OptimConfig, precision: PrecisionConfig) -> dict[str, tuple[An
 
 
 def _implied(stage: int) -> dict[str, tuple[Any, str]]:
-    """Keys that may be left out, but need this value if they are given."""
+    """Return the keys that may be omitted, but must have this value if given, and the setting that requires it."""
     optimizer = "optim.* (one fused AdamW on every engine)"
     keys: dict[str, tuple[Any, str]] = {
         "optimizer.type": ("AdamW", optimizer),
@@ -179,7 +181,7 @@ def _implied(stage: int) -> dict[str, tuple[Any, str]]:
         "zero_optimization.ignore_unused_parameters": (True, "regularization.layerdrop"),
         "zero_optimization.offload_optimizer.ratio": (1.0, optimizer),
         "zero_optimization.offload_optimizer.super_offload": (False, optimizer),
-        # It distributes parameters in an order that moving state in does not follow: wrong values without an error.
+        # With it, ZeRO orders parameters differently from `import_state`, which would silently load wrong values.
         "zero_optimization.round_robin_gradients": (False, "how this toolkit moves state in and out of ZeRO"),
         "zero_optimization.zero_quantized_gradients": (False, "this toolkit's fp32 reduction of gradients"),
         "zero_optimization.zero_quantized_weights": (False, "precision.compute"),
@@ -190,7 +192,7 @@ def _implied(stage: int) -> dict[str, tuple[Any, str]]:
 
 
 def _decided(config: EngineConfig, precision_config: PrecisionConfig) -> dict[str, str]:
-    """Keys and sections that a setting of the run replaces."""
+    """Return the keys and sections that the file must not set, and the setting of the run that replaces each."""
     precision = f"precision.compute={precision_config.compute}"
     micro_batches = "batch.micro_batches"
     return {
@@ -218,18 +220,18 @@ def _find(name: str) -> Path:
         if (path := folder / f"{name}.json").is_file():
             return path
     names = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.json")})
-    raise UserError(f"engine.deepspeed_config={name}: neither a path that ends in .json nor one of {', '.join(names)}")
+    raise UserError(f"engine.deepspeed_config={name}: must be a path that ends in .json or one of {', '.join(names)}")
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The keys of the file, without those that have no effect."""
+    """Read the keys of the file, without disabled sections and "auto" values."""
     try:
         tree = json.loads(path.read_text(), object_pairs_hook=_without_auto)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected an object with a section zero_optimization, got a {type(tree).__name__}")
-    if "bfloat16" in tree:  # an older name
+    if "bfloat16" in tree:  # the older name of bf16
         if "bf16" in tree:
             raise UserError(f"{path}: bfloat16 and bf16 are the same section")
         tree["bf16"] = tree.pop("bfloat16")
@@ -240,10 +242,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _without_auto(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object without the keys whose value is "auto".
+    """Build a JSON object without the keys whose value is "auto".
 
     Raises:
-        ValueError: a key is there twice.
+        ValueError: a key occurs twice.
     """
     tree = dict(pairs)
     if len(tree) < len(pairs):
@@ -253,7 +255,11 @@ def _without_auto(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_zero(zero: object, path: Path) -> None:
-    """Check the stage, which everything else depends on, and the devices of offloading."""
+    """Check the ZeRO stage and the offload devices.
+
+    Raises:
+        UserError: one of them is missing or not supported.
+    """
     if not isinstance(zero, dict):
         raise UserError(f"{path}: zero_optimization: expected an object with a stage, got {json.dumps(zero)}")
     stage = zero.get("stage")
@@ -263,14 +269,14 @@ def _check_zero(zero: object, path: Path) -> None:
     for name in ("offload_optimizer", "offload_param"):
         section = zero.get(name)
         device = section.get("device") if isinstance(section, dict) else None
-        if device == "nvme":  # its tensors are not where state would be moved
+        if device == "nvme":  # importing and exporting state does not reach tensors on disk
             raise UserError(f'{path}: zero_optimization.{name}.device="nvme": not supported here; choose "cpu"')
         if device == "cpu" and name == "offload_param" and stage < 3:
             raise UserError(f'{path}: zero_optimization.{name}.device="cpu": needs stage 3, got {stage}')
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of everything that is not an object."""
+    """Yield (dotted key, value) of every value that is not a non-empty object."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")

@@ -1,6 +1,6 @@
-"""DeepSpeed ZeRO stages 1, 2 and 3 (Rajbhandari et al. 2020, arXiv:1910.02054).
+"""The DeepSpeed engine: ZeRO stages 1, 2 and 3 (Rajbhandari et al. 2020, arXiv:1910.02054).
 
-Moving state in and out uses private names of DeepSpeed; pyproject.toml pins the version that has them.
+Importing and exporting state uses private names of DeepSpeed, so its version is pinned in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from w2vscale.optim.canonical import MOMENTS, expected_tensors, stored
 
 
 class DeepSpeedEngine:
-    """ZeRO shards optimizer state (1), gradients too (2), parameters too (3)."""
+    """Stage 1 shards the optimizer state, stage 2 also gradients, stage 3 also parameters."""
 
     def __init__(
         self,
@@ -64,7 +64,8 @@ class DeepSpeedEngine:
                 config=document,
                 dist_init_required=False,
             )[0]
-        # It has cast everything to the type of activations. Nothing else keeps what is not trained in fp32.
+        # DeepSpeed has cast everything to the activation dtype. Restore fp32 for buffers and frozen parameters, which
+        # have no fp32 master copy.
         self.buffers.lay_out(device)
         for name, parameter in self.parameters.items():
             if name not in self.trained and self.stage < 3:
@@ -79,9 +80,9 @@ class DeepSpeedEngine:
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
         grouping: Grouping, denominator: Tensor,
     ) -> Sums:  # fmt: skip
-        """See `Engine.run_window`. DeepSpeed averages gradients, hence the factor of the world size."""
+        """DeepSpeed averages gradients, so the loss is multiplied by the world size."""
         self.engine.train()
-        self._forget_gradients()
+        self._discard_gradients()
         scale = self.world_size / denominator
 
         def run(one: Forward) -> Sums:
@@ -94,10 +95,8 @@ class DeepSpeedEngine:
     def step(
         self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
     ) -> StepResult:
-        """See `Engine.step`.
-
-        Raises:
-            UserError: the model is to be changed after the step.
+        """Raises:
+        UserError: `after` is given; ZeRO does not allow changes to the model.
         """
         if after is not None:
             raise UserError(
@@ -112,13 +111,12 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
-        """See `Engine.evaluate`."""
         self.engine.eval()
         run = lambda one: objective.forward(self.engine, one.inputs, step=one.step, training=False)  # noqa: E731
         return accumulate([[batch]], step, run, self.device)
 
     def export_state(self) -> CanonicalState:
-        """See `Engine.export_state`. Gathers one tensor at a time; each rank keeps its rows of it."""
+        """Gathers one tensor at a time, and keeps only the rows of this rank."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         state: CanonicalState = {}
@@ -136,7 +134,6 @@ class DeepSpeedEngine:
         return state | {f"model.{name}": self.rows.copied(stored(buffer)) for name, buffer in self.buffers.persistent()}
 
     def import_state(self, reader: StateReader) -> None:
-        """See `Engine.import_state`."""
         buffers = dict(self.buffers.persistent())
         for name, whole in self.rows.read(reader, self.expected):
             kind, _, name = name.partition(".")
@@ -144,7 +141,7 @@ class DeepSpeedEngine:
                 self._set_value(name, whole, buffers)
                 continue
             name, _, key = name.rpartition(".")
-            if key == "step":  # the same for all parameters
+            if key == "step":  # equal for all parameters
                 for state in self.zero.optimizer.state.values():
                     state["step"].copy_(whole)
             else:
@@ -152,27 +149,25 @@ class DeepSpeedEngine:
         self._refresh_working_weights()
 
     def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Engine.import_values`."""
         buffers = dict(self.buffers.persistent())
         for name, whole in values:
             self._set_value(name, whole.to(self.device), buffers)
         self._refresh_working_weights()
 
     def close(self) -> None:
-        """See `Engine.close`."""
         self.engine.destroy()
 
     def _partitions(self) -> list[Tensor]:
-        """The flat fp32 tensors that this rank's optimizer steps."""
+        """Return the flat fp32 tensors that the optimizer of this rank steps."""
         if self.stage == 3:
             return list(self.zero.fp32_partitioned_groups_flat)
-        if hasattr(self.zero, "fp32_groups_flat_partition"):  # the optimizer for stage 1 in bf16
+        if hasattr(self.zero, "fp32_groups_flat_partition"):  # stage 1 in bf16 uses another optimizer class
             return list(self.zero.fp32_groups_flat_partition)
         return list(self.zero.single_partition_of_fp32_groups)
 
     @torch.no_grad()
     def _set_value(self, name: str, whole: Tensor, buffers: dict[str, Tensor]) -> None:
-        """Replace a buffer, or this rank's part of a parameter."""
+        """Set a buffer, or this rank's partition of a parameter, from a whole tensor."""
         if name in buffers:
             buffers[name].copy_(whole)
         elif name in self.trained:
@@ -184,7 +179,7 @@ class DeepSpeedEngine:
             parameter.ds_tensor.copy_(self._part(parameter, whole))
 
     def _gathered(self, parameter: nn.Parameter) -> Tensor:
-        """The whole of a parameter that is not trained."""
+        """Return the whole tensor of a frozen parameter."""
         if self.stage < 3:
             return parameter.detach()
         import deepspeed
@@ -193,13 +188,13 @@ class DeepSpeedEngine:
             return parameter.detach().clone()
 
     def _part(self, parameter: Any, whole: Tensor) -> Tensor:
-        """What this rank holds of a parameter under ZeRO-3."""
-        size = parameter.ds_tensor.numel()  # the same on every rank: the last part is padded
+        """Return this rank's partition of a parameter under ZeRO-3."""
+        size = parameter.ds_tensor.numel()  # equal on every rank; the last partition is padded
         part = whole.flatten()[self.rank * size : (self.rank + 1) * size]
         return F.pad(part, (0, size - part.numel()))
 
     def _set(self, name: str, key: str | None, whole: Tensor) -> None:
-        """Replace this rank's part of a trained parameter, or of its moment `key`."""
+        """Set this rank's partition of a trained parameter or, if `key` is given, of that AdamW moment."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         parameter: Any = self.parameters[name]
@@ -212,9 +207,12 @@ class DeepSpeedEngine:
         else:
             safe_set_local_optimizer_state(parameter, part, key)
 
-    def _forget_gradients(self) -> None:
-        """ZeRO-3, and any stage that offloads, would step the parameters of skipped layers by gradients of an earlier
-        update; ZeRO-2 with offloading in bf16 would keep adding to a gradient that is not finite."""
+    def _discard_gradients(self) -> None:
+        """Discard the gradients of the previous update, which DeepSpeed does not always do itself.
+
+        ZeRO-3, and every stage with offloading, would step the parameters of skipped layers with old gradients. ZeRO-2
+        with offloading in bf16 would keep adding to a non-finite gradient.
+        """
         if self.stage == 3:
             self.zero.grad_partitions_flat_buffer.zero_()
         for partition in self._partitions():
@@ -224,7 +222,7 @@ class DeepSpeedEngine:
             getattr(self.zero, kept, {}).clear()
 
     def _refresh_working_weights(self) -> None:
-        """Copy the fp32 masters to the weights of forward and backward."""
+        """Copy the fp32 master weights to the weights that forward and backward use."""
         if self.stage < 3:
             self.zero.update_lp_params()
             return
@@ -237,7 +235,7 @@ class DeepSpeedEngine:
 def _partition(
     deepspeed: Any, model: nn.Module, document: dict[str, Any], device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Give a model without memory the partitioned parameters of ZeRO-3, module by module; their values come later."""
+    """Allocate an empty model as ZeRO-3 partitions, module by module. The parameters have no values yet."""
     init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=document, dtype=dtype)
     for module in model.modules():
         module.to_empty(device=device, recurse=False)
