@@ -24,7 +24,7 @@ def transformers_loss(folder: Path, batches: Sequence[MicroBatch], config: Confi
     import transformers
 
     places = ("hidden", "attention", "activation", "feat_proj", "feat_quantizer")
-    off = {f"{place}_dropout": 0.0 for place in places}
+    off: dict[str, Any] = {f"{place}_dropout": 0.0 for place in places}
     model = transformers.Wav2Vec2ForPreTraining.from_pretrained(folder, layerdrop=0.0, **off).train()
     model.quantizer.temperature = build_objective(config).settings.gumbel_start
     total, masked = 0.0, 0
@@ -58,7 +58,7 @@ def _with_our_noise(batch: MicroBatch, config: Config) -> Any:
 
 
 def flat_negatives(inputs: Any) -> Tensor:
-    """Our negatives (numbers among the masked frames of an utterance) as Transformers has them (frames of the batch)."""
+    """Our negatives, slots among the masked frames of an utterance, as Transformers has them: frames of the batch."""
     mask_BT = inputs.audio.mask_BT
     batch, frames = mask_BT.shape
     flat_BTK = torch.zeros(batch, frames, inputs.negatives_MK.shape[1], dtype=torch.long)
