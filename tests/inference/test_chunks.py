@@ -108,14 +108,14 @@ def test_chunks_equal_the_whole_away_from_borders(preset: str) -> None:
 
 
 def test_chunks_are_grouped_by_audio() -> None:
-    def chunk(first: int, *, is_final: bool) -> ChunkFeatures:
-        return ChunkFeatures(first, [], None, is_final)
+    def chunk(first: int) -> ChunkFeatures:
+        return ChunkFeatures(first, [], None)
 
     stream: list[tuple[int, ChunkFeatures | AudioError]] = [
-        (0, chunk(0, is_final=False)), (0, chunk(50, is_final=True)),
-        (1, chunk(0, is_final=False)), (1, AudioError("undecodable", "damaged")),
+        (0, chunk(0)), (0, chunk(50)),
+        (1, chunk(0)), (1, AudioError("undecodable", "damaged")),
         (2, AudioError("missing", "no such file")),
-        (3, chunk(0, is_final=True)),
+        (3, chunk(0)),
     ]  # fmt: skip
     found: dict[int, list[int | str]] = {}
     for number, chunks in by_audio(iter(stream)):

@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from w2vscale.analysis.alignment import align, fill_blanks
 from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import BadAudio
-from w2vscale.data.transcripts import SPACE, Transcripts, refuse_too_many, transcript
+from w2vscale.data.transcripts import SPACE, Transcripts, refuse_too_many
 from w2vscale.errors import UserError
 from w2vscale.inference.chunks import by_audio
 from w2vscale.inference.pretrained import Pretrained
@@ -124,23 +124,14 @@ def probe(
     layers: Sequence[int] | None = None,
     updates: int,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> ProbeResult:
-    """Probe a pretrained model with transcribed utterances. The model is run once and does not change.
+    """Train a CTC probe on each of `layers` (default: all) with the manifests `train`, and evaluate it on `test`.
 
-    Args:
-        pretrained: the model.
-        train: manifests to train the probes on.
-        test: manifests to measure the error rate on.
-        vocabulary: the symbols of the transcripts; the first is the CTC blank.
-        layers: the layers to probe; all by default.
-        updates: the number of updates that each probe is trained for.
-        seed: draws the batches of the probes.
-        progress: called with (updates done, updates in total).
-        log: receives messages.
-
-    The features of all layers are held in memory, in fp32. The probe of the best layer aligns characters with frames.
+    The first symbol of `vocabulary` is the CTC blank. The model is run once and does not change; the features of all
+    layers are held in memory, in fp32. The probe of the best layer aligns characters with frames. `seed` draws the
+    batches; `progress` is called with (updates done, updates in total).
 
     Raises:
         UserError: the checkpoint is fine-tuned, a layer does not exist, a manifest is unusable, or no utterance of
@@ -159,10 +150,9 @@ def probe(
             raise UserError(f"{names}: no utterance has both a transcript and usable audio")
     everything = [*train_set, *test_set]
     _standardise(everything, train_set)
-    device = pretrained.model.encoder.mask_embedding.device
     log(f"training a probe of each on {len(train_set):,} utterances")
     weight_LDV, bias_LV = _train(
-        train_set, len(vocabulary), device=device, updates=updates, seed=seed, progress=progress
+        train_set, len(vocabulary), device=pretrained.device, updates=updates, seed=seed, progress=progress
     )
 
     def log_probabilities_LTV(one: EncodedUtterance) -> Tensor:
@@ -191,31 +181,28 @@ def _encode(
     pretrained: Pretrained, manifests: Sequence[Path], layers: Sequence[int], spelling: Transcripts, bad: list[BadAudio]
 ) -> Iterator[EncodedUtterance]:
     """Run the model on the utterances of manifests; those without a transcript or usable audio are added to `bad`."""
-    utterances = utterances_by_name(manifests)
     labels: dict[str, list[int]] = {}
-    for name, utterance in utterances.items():
+    transcribed = []
+    for utterance in utterances_by_name(manifests).values():
         try:
-            labels[name] = spelling.labels(transcript(utterance.cut))[0]
+            labels[utterance.name], _ = spelling.labels(utterance.transcript)
+            transcribed.append(utterance)
         except AudioError as error:
             bad.append(utterance.bad(error))
-    opened, unreadable = open_by_duration([utterances[name] for name in labels])
+    opened, unreadable = open_by_duration(transcribed)
     bad.extend(unreadable)
     stream = pretrained.stream([audio for _, audio in opened], layers=layers, codes=True)
     for number, chunks in by_audio(stream):
         utterance, _ = opened[number]
-        hidden: list[Tensor] = []
-        codes: list[Tensor] = []
         try:
-            for chunk in chunks:
-                assert chunk.codes_TG is not None
-                hidden.append(torch.stack(chunk.hidden))
-                codes.append(chunk.codes_TG)
-            codes_TG = torch.cat(codes).numpy()
+            found = list(chunks)
+            hidden_LTD = torch.cat([torch.stack(chunk.hidden) for chunk in found], dim=1)
+            codes_TG = torch.cat([chunk.codes_TG for chunk in found if chunk.codes_TG is not None])
             refuse_too_many(labels[utterance.name], len(codes_TG))
         except AudioError as error:
             bad.append(utterance.bad(error))
         else:
-            yield EncodedUtterance(utterance.speaker, labels[utterance.name], torch.cat(hidden, dim=1), codes_TG)
+            yield EncodedUtterance(utterance.speaker, labels[utterance.name], hidden_LTD, codes_TG.numpy())
 
 
 def _standardise(utterances: Sequence[EncodedUtterance], reference: Sequence[EncodedUtterance]) -> None:
@@ -239,7 +226,7 @@ def _train(
     device: torch.device,
     updates: int,
     seed: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None],
 ) -> tuple[Tensor, Tensor]:
     """Train the probes of all layers side by side, independently; returns weights [L, D, V] and biases [L, V]."""
     layers, _, dim = utterances[0].hidden_LTD.shape
@@ -254,21 +241,15 @@ def _train(
         frames_B = torch.tensor([len(one.codes_TG) for one in batch], device=device)
         counts_B = torch.tensor([len(one.labels) for one in batch], device=device)
         labels_S = torch.tensor([label for one in batch for label in one.labels], device=device)
-        padded = [F.pad(one.hidden_LTD, (0, 0, 0, int(frames_B.max()) - len(one.codes_TG))) for one in batch]
-        x_LBTD = torch.stack(padded, dim=1).to(device)
-        logits_LBTV = (x_LBTD.flatten(1, 2) @ weight_LDV + bias_LV.unsqueeze(1)).view(*x_LBTD.shape[:3], symbols)
-        loss = ctc_loss(
-            logits_LBTV.flatten(0, 1),
-            frames_B.repeat(layers),
-            labels_S.repeat(layers),
-            counts_B.repeat(layers),
-        )
+        x_BTLD = pad_sequence([one.hidden_LTD.transpose(0, 1) for one in batch], batch_first=True).to(device)
+        logits_LBTV = torch.einsum("btld,ldv->lbtv", x_BTLD, weight_LDV) + bias_LV[:, None, None]
+        given = (labels.repeat(layers) for labels in (frames_B, labels_S, counts_B))
+        loss = ctc_loss(logits_LBTV.flatten(0, 1), *given)
         optimizer.zero_grad()
         (loss / labels_S.numel()).backward()
         optimizer.step()
         schedule.step()
-        if progress is not None:
-            progress(update + 1, updates)
+        progress(update + 1, updates)
     return weight_LDV.detach().cpu(), bias_LV.detach().cpu()
 
 
@@ -299,19 +280,11 @@ def _codebooks(
 
 
 def cooccurrence(classes: NDArray[np.str_], codes: NDArray[np.int64], entries: int) -> Cooccurrence:
-    """Count the frames of each class and code.
-
-    Args:
-        classes: the class of each frame.
-        codes: the code of each frame.
-        entries: the number of codes.
-    """
+    """Count the frames of each class and code, given the class and the code (below `entries`) of each frame."""
     names, numbers = np.unique(classes, return_inverse=True)
-    frames_CV = np.zeros((len(names), entries), dtype=np.int64)
-    np.add.at(frames_CV, (numbers, codes), 1)
-    return Cooccurrence(names.tolist(), frames_CV)
+    counts = np.bincount(numbers * entries + codes, minlength=len(names) * entries)
+    return Cooccurrence(names.tolist(), counts.reshape(len(names), entries))
 
 
 def _entropy(probabilities: NDArray[np.floating]) -> float:
-    positive = probabilities[probabilities > 0.0]
-    return float(-(positive * np.log(positive)).sum())
+    return float(torch.special.entr(torch.from_numpy(probabilities)).sum())

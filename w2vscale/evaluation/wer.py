@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import BadAudio
-from w2vscale.data.transcripts import Transcripts, transcript
+from w2vscale.data.transcripts import Transcripts
 from w2vscale.distributed.process_group import ALONE, Ranks, gather_as_found
 from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import confidence_interval
@@ -78,7 +79,7 @@ def score_checkpoint(
     *,
     search: BeamSearch | None = None,
     ranks: Ranks = ALONE,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Score:
     """Transcribe the utterances of manifests and compare with their transcripts. Collective.
@@ -92,21 +93,18 @@ def score_checkpoint(
             be scored.
     """
     spelling = Transcripts(pretrained.objective.vocabulary)
-    transcribed, bad = {}, []
-    for name, utterance in utterances_by_name(cuts).items():
-        if transcript(utterance.cut).strip():
-            transcribed[name] = utterance
-        else:
-            bad.append(BadAudio(name, utterance.file, "no transcript", "has no transcript"))
+    utterances = utterances_by_name(cuts)
+    transcribed = [one for one in utterances.values() if one.transcript.strip()]
+    missing = AudioError("no transcript", "has no transcript")
+    bad = [one.bad(missing) for one in utterances.values() if not one.transcript.strip()]
     scored = []
-    hypotheses = transcribe(pretrained, [*transcribed.values()], search=search, ranks=ranks, progress=progress, log=log)
+    hypotheses = transcribe(pretrained, transcribed, search=search, ranks=ranks, progress=progress, log=log)
     for found in gather_as_found(hypotheses):
         if isinstance(found, BadAudio):
             bad.append(found)
         else:
-            utterance = transcribed[found.utterance]
-            reference = spelling.normalised(transcript(utterance.cut))
-            scored.append(score(utterance.cut.id, reference, found.text, speaker=utterance.speaker))
+            one = utterances[found.utterance]
+            scored.append(score(one.name, spelling.normalised(one.transcript), found.text, speaker=one.speaker))
     if not scored:
         raise UserError(f"{cuts[0]}: no utterance has both a transcript and usable audio")
     return summarise(sorted(scored, key=lambda one: one.utterance), bad)
@@ -118,19 +116,20 @@ def score(utterance: str, reference: str, hypothesis: str, *, speaker: str = "un
     Raises:
         UserError: jiwer is not installed.
     """
-    jiwer = _jiwer()
-    words = jiwer.process_words([reference], [hypothesis])
-    characters = jiwer.process_characters([reference], [hypothesis])
-    alignment = jiwer.visualize_alignment(words, show_measures=False, skip_correct=False)
-    rows = [line for line in alignment.splitlines() if line.strip() and not line.startswith("===")]
-    return UtteranceScore(
-        utterance, speaker, reference, hypothesis, _counts(words), _counts(characters), "\n".join(rows)
-    )
+    try:
+        import jiwer
+    except ImportError:
+        raise UserError("jiwer is not installed: pip install 'w2vscale[decode]'") from None
+    words = jiwer.process_words(reference, hypothesis)
+    characters = jiwer.process_characters(reference, hypothesis)
+    lines = jiwer.visualize_alignment(words, show_measures=False, skip_correct=False).splitlines()
+    alignment = "\n".join(line for line in lines if line.strip() and not line.startswith("==="))
+    return UtteranceScore(utterance, speaker, reference, hypothesis, _counts(words), _counts(characters), alignment)
 
 
 def summarise(utterances: list[UtteranceScore], bad: list[BadAudio]) -> Score:
     """Add up the scores of utterances."""
-    words, characters = ([getattr(one, unit) for one in utterances] for unit in ("words", "characters"))
+    words, characters = [one.words for one in utterances], [one.characters for one in utterances]
     by_speaker: dict[str, list[EditCounts]] = {}
     for one in utterances:
         by_speaker.setdefault(one.speaker, []).append(one.words)
@@ -145,8 +144,8 @@ def summarise(utterances: list[UtteranceScore], bad: list[BadAudio]) -> Score:
     )
 
 
-def html_page(found: Score, title: str, *, worst: int = 100) -> str:
-    """Format a score as an HTML page: error rates, speakers, and the `worst` utterances with their alignments."""
+def html_page(found: Score, title: str) -> str:
+    """Format a score as an HTML page: error rates, speakers, and the worst 100 utterances with their alignments."""
     rows = "".join(
         f"<tr><td>{html.escape(speaker)}<td>{counts.reference}<td>{counts.rate:.2%}"
         for speaker, counts in found.speakers.items()
@@ -154,7 +153,7 @@ def html_page(found: Score, title: str, *, worst: int = 100) -> str:
     utterances = "".join(
         f"<h3>{html.escape(one.utterance)} ({html.escape(one.speaker)}): {one.words.rate:.1%}</h3>"
         f"<pre>{html.escape(one.alignment)}</pre>"
-        for one in found.worst(worst)
+        for one in found.worst(100)
     )
     return (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"
@@ -176,24 +175,14 @@ def describe_rate(counts: EditCounts, interval: tuple[float, float], unit: str) 
 
 
 def _counts(output: Any) -> EditCounts:
+    """The counts of an output of jiwer."""
     reference = output.hits + output.substitutions + output.deletions
     return EditCounts(reference, output.substitutions, output.deletions, output.insertions)
 
 
 def _sum(counts: Sequence[EditCounts]) -> EditCounts:
-    fields = zip(
-        *((each.reference, each.substitutions, each.deletions, each.insertions) for each in counts), strict=True
-    )
-    return EditCounts(*map(sum, fields))
+    return EditCounts(*map(sum, zip(*map(astuple, counts), strict=True)))
 
 
 def _interval(counts: Sequence[EditCounts]) -> tuple[float, float]:
     return confidence_interval([each.errors for each in counts], [each.reference for each in counts])
-
-
-def _jiwer() -> Any:
-    try:
-        import jiwer
-    except ImportError:
-        raise UserError("jiwer is not installed: pip install 'w2vscale[decode]'") from None
-    return jiwer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,7 +21,6 @@ class Chunk(NamedTuple):
     first: int
     last: int
     end: int
-    is_final: bool
 
 
 class Part(NamedTuple):
@@ -34,35 +34,9 @@ class Part(NamedTuple):
 class ChunkFeatures(NamedTuple):
     """What the model computes for the frames of one chunk of an utterance, on the CPU."""
 
-    first: int
-    """The number of the first frame in the utterance."""
-    hidden: list[Tensor]
-    """Hidden states [frames, dim] of each requested layer, fp32."""
-    codes_TG: Tensor | None
-    """The codebook entries that the quantizer chooses, if requested."""
-    is_final: bool
-    """Whether this chunk ends the utterance."""
-
-
-def by_audio(
-    stream: Iterator[tuple[int, ChunkFeatures | AudioError]],
-) -> Iterator[tuple[int, Iterator[ChunkFeatures]]]:
-    """Group the items of `Pretrained.stream` by audio: pairs of an audio's position and its chunks.
-
-    Iterate over all chunks of an audio before asking for the next audio. Iterating raises the AudioError of the audio.
-    """
-
-    def chunks(item: ChunkFeatures | AudioError) -> Iterator[ChunkFeatures]:
-        while True:
-            if isinstance(item, AudioError):
-                raise item
-            yield item
-            if item.is_final:
-                return
-            _, item = next(stream)
-
-    for number, item in stream:
-        yield number, chunks(item)
+    first: int  # number of the first frame in the utterance
+    hidden: list[Tensor]  # hidden states [frames, dim] of each requested layer, fp32
+    codes_TG: Tensor | None  # codebook entries that the quantizer chooses, if requested
 
 
 def split_into_chunks(frames: int, *, chunk_frames: int, overlap_frames: int) -> list[Chunk]:
@@ -70,6 +44,22 @@ def split_into_chunks(frames: int, *, chunk_frames: int, overlap_frames: int) ->
     count = -(-frames // chunk_frames)
     edges = [frames * number // count for number in range(count + 1)]
     return [
-        Chunk(max(first - overlap_frames, 0), first, last, min(last + overlap_frames, frames), last == frames)
+        Chunk(max(first - overlap_frames, 0), first, last, min(last + overlap_frames, frames))
         for first, last in pairwise(edges)
     ]
+
+
+def by_audio(stream: Iterator[tuple[int, ChunkFeatures | AudioError]]) -> Iterator[tuple[int, Iterator[ChunkFeatures]]]:
+    """Group the items of `Pretrained.stream` by audio: pairs of an audio's position and its chunks.
+
+    Iterate over the chunks of an audio before asking for the next audio. Iterating raises the AudioError of the audio.
+    """
+    for number, items in groupby(stream, key=itemgetter(0)):
+        yield number, _chunks(items)
+
+
+def _chunks(items: Iterator[tuple[int, ChunkFeatures | AudioError]]) -> Iterator[ChunkFeatures]:
+    for _, item in items:
+        if isinstance(item, AudioError):
+            raise item
+        yield item

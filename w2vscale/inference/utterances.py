@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import soundfile
 from lhotse.cut import Cut
@@ -19,6 +18,7 @@ from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.resampling import Samples
+from w2vscale.data.transcripts import transcript
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import BLOCK_SECONDS, Audio
 
@@ -33,25 +33,13 @@ class Utterance:
     """The audio file, for messages."""
     open: Callable[[], Audio]
     """May raise AudioError."""
+    transcript: str = ""
+    speaker: str = "unknown"
+    """The first speaker that a manifest names."""
 
     def bad(self, error: AudioError) -> BadAudio:
         """The record of an utterance whose audio cannot be used."""
         return BadAudio(self.name, self.file, error.kind, str(error))
-
-
-@dataclass(frozen=True)
-class CutUtterance(Utterance):
-    """An utterance of a manifest."""
-
-    cut: Cut
-
-    @property
-    def speaker(self) -> str:
-        """The first speaker that the manifest names, or `unknown`."""
-        return next((str(part.speaker) for part in self.cut.supervisions if part.speaker), "unknown")
-
-
-U = TypeVar("U", bound=Utterance)
 
 
 def find_utterances(path: Path) -> Iterator[Utterance]:
@@ -72,29 +60,31 @@ def find_utterances(path: Path) -> Iterator[Utterance]:
         yield Utterance(path.stem, str(path), partial(_open_file, path))
 
 
-def utterances_by_name(manifests: Sequence[Path]) -> dict[str, CutUtterance]:
+def utterances_by_name(manifests: Sequence[Path]) -> dict[str, Utterance]:
     """Return the utterances of manifests by name.
 
     Raises:
         UserError: a manifest is unusable, an id cannot be a file name, or two utterances have the same name.
     """
-    found: dict[str, CutUtterance] = {}
+    found: dict[str, Utterance] = {}
     for path in manifests:
         for utterance in _cut_utterances(path):
             if found.setdefault(utterance.name, utterance) is not utterance:
                 raise UserError(
-                    f"{path}: the id {utterance.cut.id!r} occurs twice; ids must be unique in all manifests together"
+                    f"{path}: the id {utterance.name!r} occurs twice; ids must be unique in all manifests together"
                 )
     return found
 
 
-def _cut_utterances(path: Path) -> Iterator[CutUtterance]:
+def _cut_utterances(path: Path) -> Iterator[Utterance]:
     build_index(path)
     manifest = Manifest(path)
     for cut in map(manifest.cut, range(len(manifest))):
         if not _is_file_name(cut.id):
             raise UserError(f"{path}: the id {cut.id!r} cannot be a file name in the output folder")
-        yield CutUtterance(os.path.normpath(cut.id), audio_path(cut), partial(_open_cut, cut), cut)
+        speakers = (str(part.speaker) for part in cut.supervisions if part.speaker)
+        name, speaker = os.path.normpath(cut.id), next(speakers, "unknown")
+        yield Utterance(name, audio_path(cut), partial(_open_cut, cut), transcript(cut), speaker)
 
 
 def _is_file_name(identifier: object) -> bool:
@@ -104,13 +94,12 @@ def _is_file_name(identifier: object) -> bool:
     return not identifier.startswith("/") and ".." not in parts and parts[-1] not in ("", ".")
 
 
-def open_by_duration(utterances: Sequence[U]) -> tuple[list[tuple[U, Audio]], list[BadAudio]]:
+def open_by_duration(utterances: Iterable[Utterance]) -> tuple[list[tuple[Utterance, Audio]], list[BadAudio]]:
     """Open utterances and sort them by duration, so that neighbours share a forward pass.
 
     Returns the opened utterances, and those that cannot be opened.
     """
-    opened: list[tuple[U, Audio]] = []
-    bad = []
+    opened, bad = [], []
     for utterance in utterances:
         try:
             opened.append((utterance, utterance.open()))
