@@ -18,8 +18,7 @@ from tests.helpers.micro import MICRO_MODEL
 from tests.helpers.pretrained import difference, micro_pretrained
 from w2vscale.config import load_config
 from w2vscale.data.audio import AudioError
-from w2vscale.inference.chunks import ChunkFeatures, by_audio, split_into_chunks
-from w2vscale.inference.pretrained import Audio, Pretrained
+from w2vscale.inference.pretrained import Audio, ChunkFeatures, Pretrained, by_audio, split_into_chunks
 from w2vscale.models.lengths import input_samples, output_frames
 
 PRESETS = ("base", "large_lv60", "base_prenorm")

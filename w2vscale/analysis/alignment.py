@@ -14,9 +14,7 @@ def align(log_probabilities_TV: NDArray[np.floating], labels: Sequence[int]) -> 
     """Align labels (without blanks) with frames by dynamic programming (Viterbi).
 
     Returns the most probable path [T] that collapses to them: for each frame a position in `labels`, or -1 for blank.
-
-    Raises:
-        ValueError: there are too few frames for the labels and the blanks between equal neighbours.
+    Raises ValueError if there are too few frames for the labels and the blanks between equal neighbours.
     """
     frames = len(log_probabilities_TV)
     symbols = np.full(2 * len(labels) + 1, BLANK)

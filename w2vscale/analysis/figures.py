@@ -17,11 +17,8 @@ if TYPE_CHECKING:
 
     from w2vscale.analysis.probing import Cooccurrence
 
-MAX_CLASSES = 40
-"""The number of rows of a map. Classes with the fewest frames are left out."""
-
-MAX_LIFT = 3.0
-"""The range of the colours, in log2: from an eighth to eight times the average."""
+MAX_CLASSES = 40  # rows of a map; classes with the fewest frames are left out
+MAX_LIFT = 3.0  # range of the colours, in log2: from an eighth to eight times the average
 
 
 def new_figure(*, width: float, height: float) -> Figure:
@@ -32,11 +29,7 @@ def new_figure(*, width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, output: Path) -> None:
-    """Write a figure to a file whose suffix names the format.
-
-    Raises:
-        UserError: the format is unknown, or the file cannot be written.
-    """
+    """Write a figure to a file whose suffix names the format. Raises UserError if it is unknown, or writing fails."""
     file_format = output.suffix.removeprefix(".").lower()
     if file_format not in figure.canvas.get_supported_filetypes():
         raise UserError(f"{output}: not the name of an image file; use a suffix such as .png, .pdf or .svg")

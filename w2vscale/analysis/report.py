@@ -21,11 +21,7 @@ Record = dict[str, Any]
 
 
 def read_metrics(path: Path, split: str) -> list[Record]:
-    """Read the records of one split (`train` or `validation`) of a metrics.jsonl.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Read one split (`train` or `validation`) of a metrics.jsonl. Raises UserError if the file cannot be read."""
     try:
         records = read_records(path)
     except OSError as error:
@@ -52,11 +48,7 @@ class RunMetrics:
 
 
 def read_run(exp: Path) -> RunMetrics:
-    """Read the metrics of a run folder.
-
-    Raises:
-        UserError: it is not a run folder, or has no metrics yet.
-    """
+    """Read the metrics of a run folder. Raises UserError if it is not one, or has no metrics yet."""
     path = exp / "metrics.jsonl"
     train, validation = read_metrics(path, "train"), read_metrics(path, "validation")
     if not train:
@@ -67,10 +59,9 @@ def read_run(exp: Path) -> RunMetrics:
 
 
 def draw_curves(exps: Sequence[Path], output: Path) -> Path:
-    """Draw the curves of one or several runs into one PNG file: the three panels of the objective and gradient norm.
+    """Draw the curves of one or several runs into one image file: the panels of the objective and the gradient norm.
 
-    Raises:
-        UserError: a folder is not a run folder, a run has no metrics yet, or the file cannot be written.
+    Raises UserError if a folder is not a run folder, a run has no metrics yet, or the file cannot be written.
     """
     runs = [read_run(exp) for exp in exps]
     figure = new_figure(width=11, height=7)

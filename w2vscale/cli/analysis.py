@@ -57,17 +57,17 @@ def probe(
     rates = found.error_rates.items()
     marks = {found.best_layer: " best"}
     print_table(("layer", "label error rate"), [(f"{n}", f"{rate:.2%}{marks.get(n, '     ')}") for n, rate in rates])
-    for number, codebook in enumerate(found.codebooks):
+    for number, (letters, speakers) in enumerate(zip(found.letters, found.speakers, strict=True)):
         console.print(
-            f"codebook {number}: normalised mutual information with letters {codebook.letters.information:.1%} "
-            f"(by chance {codebook.letters_by_chance:.1%}), with speakers {codebook.speakers.information:.1%} "
-            f"(by chance {codebook.speakers_by_chance:.1%})"
+            f"codebook {number}: normalised mutual information with letters {letters.information:.1%} "
+            f"(by chance {letters.by_chance:.1%}), with speakers {speakers.information:.1%} "
+            f"(by chance {speakers.by_chance:.1%})"
         )
     document = {"checkpoint": str(checkpoint), **found.metrics()}
     write_text(output / "probe.json", json.dumps(document, indent=2) + "\n")
     draw_layers(found.error_rates, output / "layers.png")
-    draw_codes([codebook.letters for codebook in found.codebooks], output / "codes_letters.png", title="letter")
-    draw_codes([codebook.speakers for codebook in found.codebooks], output / "codes_speakers.png", title="speaker")
+    draw_codes(found.letters, output / "codes_letters.png", title="letter")
+    draw_codes(found.speakers, output / "codes_speakers.png", title="speaker")
     for bad in found.bad[:5]:
         console.print(f"skipped: {bad.utterance}: {bad.reason}")
     console.print(

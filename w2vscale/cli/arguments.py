@@ -48,13 +48,9 @@ BatchSeconds = Annotated[float, typer.Option(help="Padded audio per forward pass
 
 
 def launch_if_asked(context: typer.Context, nproc_per_node: int) -> None:
-    """Run this command line in `nproc_per_node` processes, and exit with their exit code.
+    """Run this command line (`context.obj`) in several processes, and exit with their exit code.
 
-    Does nothing for one process, or in a process that a launcher has started. The arguments are those that `main` gave
-    to the app as `obj`.
-
-    Raises:
-        UserError: the number of processes is not positive.
+    Does nothing for one process, or in a process that a launcher has started.
     """
     from w2vscale.distributed.launch import launch, launched
 

@@ -9,10 +9,9 @@ from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from w2vscale.cli.arguments import Overrides, Source
-from w2vscale.cli.progress import console, print_table
+from w2vscale.cli.progress import print_table
 
 app = typer.Typer(no_args_is_help=True, help="Show settings and presets.")
 
@@ -72,10 +71,4 @@ def keys() -> None:
     from w2vscale.objectives import all_settings
 
     for title, rows in all_settings().items():
-        table = Table(box=None, header_style="bold", title=title, title_justify="left")
-        table.add_column("setting", no_wrap=True)
-        for column in ("type", "default", "meaning"):
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        print_table(("setting", "type", "default", "meaning"), rows, title=title, right=False)

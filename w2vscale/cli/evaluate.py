@@ -9,28 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from w2vscale.cli.arguments import (
-    Beam,
-    Checkpoint,
-    LanguageModel,
-    Lexicon,
-    LmWeight,
-    Processes,
-    WordScore,
-    launch_if_asked,
-)
+from w2vscale.cli import arguments
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError
 from w2vscale.files import write_text
 
 if TYPE_CHECKING:
-    from w2vscale.evaluation.wer import Score
     from w2vscale.inference.decoding import BeamSearch
 
 
 def evaluate(
     context: typer.Context,
-    checkpoint: Checkpoint,
+    checkpoint: arguments.Checkpoint,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override those of the checkpoint."),
@@ -42,19 +32,18 @@ def evaluate(
     wer: Annotated[
         bool, typer.Option("--wer", help="Compute word and character error rates of a fine-tuned model.")
     ] = False,
-    beam: Beam = None,
-    lm: LanguageModel = None,
-    lexicon: Lexicon = None,
-    lm_weight: LmWeight = 2.0,
-    word_score: WordScore = -1.0,
+    beam: arguments.Beam = None,
+    lm: arguments.LanguageModel = None,
+    lexicon: arguments.Lexicon = None,
+    lm_weight: arguments.LmWeight = 2.0,
+    word_score: arguments.WordScore = -1.0,
     worst: Annotated[
         int, typer.Option(min=0, help="With --wer: print the N utterances with the highest WER.", metavar="N")
     ] = 5,
     html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="With --wer: also write a page with speakers and alignments."),
+        Path | None, typer.Option(metavar="FILE", help="With --wer: also write a page with speakers and alignments.")
     ] = None,
-    nproc_per_node: Processes = 1,
+    nproc_per_node: arguments.Processes = 1,
 ) -> None:
     """Compute the validation metrics of a checkpoint, or its word error rate with --wer.
 
@@ -67,7 +56,7 @@ def evaluate(
         given = context.get_parameter_source(option)
         if not wer and given is not None and given.name == "COMMANDLINE":
             raise UserError(f"--{option.replace('_', '-')}: only applies to error rates; add --wer")
-    launch_if_asked(context, nproc_per_node)
+    arguments.launch_if_asked(context, nproc_per_node)
     if wer:
         from w2vscale.inference.decoding import BeamSearch
 
@@ -98,7 +87,7 @@ def _evaluate_wer(
     checkpoint: Path, cuts: list[Path], search: BeamSearch | None, output: Path | None, html: Path | None, *, worst: int
 ) -> None:
     from w2vscale.distributed.process_group import LONG_TIMEOUT, process_group
-    from w2vscale.evaluation.wer import html_page, score_checkpoint
+    from w2vscale.evaluation.wer import describe_rate, html_page, score_checkpoint
     from w2vscale.inference.pretrained import load
 
     if not cuts:
@@ -108,7 +97,13 @@ def _evaluate_wer(
         found = score_checkpoint(pretrained, cuts, search=search, ranks=ranks, progress=progress, log=console.print)
     if not ranks.is_main:
         return
-    _print_score(found, worst=worst)
+    for one in reversed(found.worst(worst)):
+        console.print(f"{one.utterance} ({one.speaker}): {one.words.rate:.1%}\n{one.alignment}\n")
+    rows = [(speaker, f"{counts.reference:,}", f"{counts.rate:.2%}") for speaker, counts in found.speakers.items()]
+    print_table(("speaker", "words", "WER"), rows)
+    console.print(f"{len(found.utterances):,} utterances, {len(found.bad)} skipped")
+    console.print(f"WER {describe_rate(found.words, found.word_interval, 'words')}")
+    console.print(f"CER {describe_rate(found.characters, found.character_interval, 'characters')}")
     if output is not None:
         document = {
             "checkpoint": str(checkpoint),
@@ -121,18 +116,6 @@ def _evaluate_wer(
         write_text(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
     if html is not None:
         write_text(html, html_page(found, f"{checkpoint} on {', '.join(path.name for path in cuts)}"))
-
-
-def _print_score(found: Score, *, worst: int) -> None:
-    from w2vscale.evaluation.wer import describe_rate
-
-    for one in reversed(found.worst(worst)):
-        console.print(f"{one.utterance} ({one.speaker}): {one.words.rate:.1%}\n{one.alignment}\n")
-    rows = [(speaker, f"{counts.reference:,}", f"{counts.rate:.2%}") for speaker, counts in found.speakers.items()]
-    print_table(("speaker", "words", "WER"), rows)
-    console.print(f"{len(found.utterances):,} utterances, {len(found.bad)} skipped")
-    console.print(f"WER {describe_rate(found.words, found.word_interval, 'words')}")
-    console.print(f"CER {describe_rate(found.characters, found.character_interval, 'characters')}")
 
 
 def results(

@@ -11,17 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from w2vscale.cli.arguments import (
-    BatchSeconds,
-    Beam,
-    Checkpoint,
-    LanguageModel,
-    Lexicon,
-    LmWeight,
-    Processes,
-    WordScore,
-    launch_if_asked,
-)
+from w2vscale.cli import arguments
 from w2vscale.cli.progress import console, counted, progress_bar
 from w2vscale.errors import UserError
 
@@ -41,18 +31,18 @@ FORMAT = (
 
 def transcribe(
     context: typer.Context,
-    checkpoint: Checkpoint,
+    checkpoint: arguments.Checkpoint,
     audio: Audio,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object per utterance: utterance, file, text.")
     ] = False,
-    beam: Beam = None,
-    lm: LanguageModel = None,
-    lexicon: Lexicon = None,
-    lm_weight: LmWeight = 2.0,
-    word_score: WordScore = -1.0,
-    batch_seconds: BatchSeconds = 80.0,
-    nproc_per_node: Processes = 1,
+    beam: arguments.Beam = None,
+    lm: arguments.LanguageModel = None,
+    lexicon: arguments.Lexicon = None,
+    lm_weight: arguments.LmWeight = 2.0,
+    word_score: arguments.WordScore = -1.0,
+    batch_seconds: arguments.BatchSeconds = 80.0,
+    nproc_per_node: arguments.Processes = 1,
 ) -> None:
     """Transcribe audio with a fine-tuned model, shortest utterance first.
 
@@ -65,10 +55,10 @@ def transcribe(
     from w2vscale.inference.transcription import transcribe as transcripts
     from w2vscale.inference.utterances import find_utterances
 
-    launch_if_asked(context, nproc_per_node)
+    arguments.launch_if_asked(context, nproc_per_node)
     bad: list[BadAudio] = []
     done = 0
-    with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("utterances") as progress:
+    with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("seconds of audio") as progress:
         stream = transcripts(
             load(checkpoint, device=device),
             [utterance for path in audio for utterance in find_utterances(path)],
@@ -91,12 +81,12 @@ def transcribe(
 
 
 def features(
-    checkpoint: Checkpoint,
+    checkpoint: arguments.Checkpoint,
     audio: Audio,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write to.")],
     layer: Annotated[list[int] | None, typer.Option(help=LAYER, show_default="all")] = None,
     file_format: Annotated[str, typer.Option("--format", metavar="npy|safetensors", help=FORMAT)] = "npy",
-    batch_seconds: BatchSeconds = 80.0,
+    batch_seconds: arguments.BatchSeconds = 80.0,
     chunk_seconds: Annotated[
         float, typer.Option(help="Split longer audio into chunks of at most this length, in seconds.")
     ] = 30.0,

@@ -14,11 +14,14 @@ from rich.table import Table
 console = Console(soft_wrap=True, highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table with the first column aligned to the left and the others to the right."""
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, right: bool = True
+) -> None:
+    """Print a table. The first column is aligned to the left and the others to the right, if `right`."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold", show_header=any(columns))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number == 0)
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     console.print(table)

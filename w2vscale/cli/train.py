@@ -26,8 +26,7 @@ def train(
     resume: Resume = "auto",
     nproc_per_node: Processes = 1,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Run only the largest micro-batch and print its shapes, loss and memory."),
+        bool, typer.Option("--dry-run", help="Run only the largest micro-batch and print its shapes, loss and memory.")
     ] = False,
 ) -> None:
     """Train a model. The same command starts a run and resumes it.
@@ -44,7 +43,7 @@ def train(
         if found := run_dry(config):
             _print_dry_run(found)
     else:
-        _run(config, exp or _default_exp(source), resume, context)
+        _run(config, exp or Path("exp") / Path(source).stem, resume, context)
 
 
 def finetune(
@@ -69,13 +68,9 @@ def finetune(
     from w2vscale.training.run import stored_settings
     from w2vscale.training.warm_start import fine_tuning_config
 
-    exp = exp or _default_exp(source)
+    exp = exp or Path("exp") / Path(source).stem
     config = fine_tuning_config(config, scratch=scratch, stored=stored_settings(exp, resume))
     _run(config, exp, resume, context)
-
-
-def _default_exp(source: str) -> Path:
-    return Path("exp") / Path(source).stem
 
 
 def _run(config: Config, exp: Path, resume: str, context: typer.Context) -> NoReturn:

@@ -62,7 +62,7 @@ def read_audio(cut: Cut, *, sampling_rate: int, offset: int, length: int, normal
     if audio.min() == audio.max():  # a pause in a good utterance, or a silent utterance
         _refuse_silence(_blocks(wanted, whole, source=cut) if cropped else [audio])
     if normalize:
-        mean, variance = moments(_blocks(wanted, whole, source=cut))
+        mean, variance = _moments(_blocks(wanted, whole, source=cut))
         audio = ((audio - mean) / np.sqrt(variance + EPSILON)).astype(np.float32)
     return audio
 
@@ -118,7 +118,7 @@ def _blocks(cut: Cut, samples: int, *, source: Cut) -> Iterator[NDArray[np.float
         yield _decode(part, length, source=source)
 
 
-def moments(blocks: Iterable[NDArray[np.float32]]) -> tuple[float, float]:
+def _moments(blocks: Iterable[NDArray[np.float32]]) -> tuple[float, float]:
     """Mean and variance of all samples."""
     count, total, squares = 0, 0.0, 0.0
     for block in blocks:

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from w2vscale.errors import UserError
 
-RESAMPLES = 1000
-"""The number of bootstrap samples. Each draws as many utterances as there are, with replacement."""
+RESAMPLES = 1000  # bootstrap samples; each draws as many utterances as there are, with replacement
 
 
 def confidence_interval(errors: Sequence[int], references: Sequence[int]) -> tuple[float, float]:
@@ -28,10 +27,7 @@ def relative_reduction(
     """The relative reduction of an error rate against a baseline, and its 95 % interval by paired bootstrap.
 
     Both sides give the errors and the reference length of each utterance. The lower bound is -inf if the baseline makes
-    no errors in many samples.
-
-    Raises:
-        UserError: the utterances or their reference lengths differ.
+    no errors in many samples. Raises UserError if the utterances or their reference lengths differ.
     """
     lengths = [{name: length for name, (_, length) in side.items()} for side in (errors, baseline)]
     if lengths[0] != lengths[1]:

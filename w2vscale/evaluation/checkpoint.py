@@ -30,8 +30,7 @@ class Evaluation:
     checkpoint: Path
     update: int
     metrics: dict[str, float]
-    table: dict[str, str]
-    """The metrics by name, formatted with their units."""
+    table: dict[str, str]  # the metrics by name, formatted with their units
 
 
 def evaluate_checkpoint(
@@ -47,9 +46,7 @@ def evaluate_checkpoint(
     `path` is a checkpoint folder, or a run folder, to evaluate its newest intact checkpoint; `cuts` are indexed
     manifests; `overrides` replace settings (SECTION.KEY=VALUE). `progress` is called with (micro-batches begun,
     micro-batches in total) of this rank. Returns the evaluation on the first rank, None on the others.
-
-    Raises:
-        UserError: the checkpoint or a manifest is unusable, or no utterance could be read.
+    Raises UserError if the checkpoint or a manifest is unusable, or no utterance could be read.
     """
     checkpoint = open_checkpoint(path, log)
     config = load_config(checkpoint.path / "config.yaml", overrides)

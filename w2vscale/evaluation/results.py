@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import relative_reduction
 
-BASELINE = "_scratch"
-"""The suffix of a baseline: the run NAME is compared with the run NAME_scratch."""
-
+BASELINE = "_scratch"  # the run NAME is compared with the run NAME_scratch
 EDITS = ("substitutions", "deletions", "insertions")
 METRIC_KEYS = {"update", "utterances", "table"}
 WER_KEYS = {"wer", "cer", "word_interval", "character_interval", "cuts", "decoding", "utterances"}
@@ -28,11 +26,7 @@ class Result(NamedTuple):
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
-    """Read the metrics of evaluations.
-
-    Raises:
-        UserError: a file cannot be read, or was not written by `w2vscale evaluate --output`.
-    """
+    """Read the output files of `w2vscale evaluate`. Raises UserError if one cannot be read or is something else."""
     found = []
     for path in paths:
         try:

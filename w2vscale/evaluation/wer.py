@@ -24,8 +24,7 @@ from w2vscale.inference.utterances import utterances_by_name
 class EditCounts:
     """The edits that turn the reference into the hypothesis, in words or characters."""
 
-    reference: int
-    """Length of the reference."""
+    reference: int  # length of the reference
     substitutions: int
     deletions: int
     insertions: int
@@ -63,8 +62,7 @@ class Score:
     characters: EditCounts
     word_interval: tuple[float, float]
     character_interval: tuple[float, float]
-    speakers: dict[str, EditCounts]
-    """Word errors of each speaker."""
+    speakers: dict[str, EditCounts]  # word errors of each speaker
     bad: list[BadAudio]
 
     def worst(self, count: int) -> list[UtteranceScore]:
@@ -86,11 +84,8 @@ def score_checkpoint(
 
     Both sides are brought to the letter case of the vocabulary. Utterances without a transcript or usable audio are
     skipped and listed in the score. The ranks share the work, and each returns the whole score. For `search`,
-    `progress` and `log` see `transcribe`.
-
-    Raises:
-        UserError: the model has no output layer, jiwer is not installed, a manifest is unusable, or no utterance could
-            be scored.
+    `progress` and `log` see `transcribe`. Raises UserError if the model has no output layer, jiwer is not installed, a
+    manifest is unusable, or no utterance could be scored.
     """
     spelling = Transcripts(pretrained.objective.vocabulary)
     utterances = utterances_by_name(cuts)
@@ -111,11 +106,7 @@ def score_checkpoint(
 
 
 def score(utterance: str, reference: str, hypothesis: str, *, speaker: str = "unknown") -> UtteranceScore:
-    """Compare a hypothesis with its reference.
-
-    Raises:
-        UserError: jiwer is not installed.
-    """
+    """Compare a hypothesis with its reference. Raises UserError if jiwer is not installed."""
     try:
         import jiwer
     except ImportError:

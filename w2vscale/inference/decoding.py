@@ -17,17 +17,10 @@ from torch import Tensor
 from w2vscale.data.transcripts import BLANK, PIECE_SPACE, SPACE, Transcripts
 from w2vscale.errors import UserError
 
-SPECIAL_TOKENS = {"<s>", "</s>", "<pad>"}
-"""Symbols that are not part of a transcript."""
-
-BEAM_THRESHOLD = 25.0
-"""The search drops hypotheses whose score is lower than the best by more than this."""
-
-IMPOSSIBLE = -1e4
-"""The log probability of a symbol that the search must not choose."""
-
-KENLM_MAGIC = b"mmap lm"
-"""The first bytes of a binary KenLM file."""
+SPECIAL_TOKENS = {"<s>", "</s>", "<pad>"}  # symbols that are not part of a transcript
+BEAM_THRESHOLD = 25.0  # the search drops hypotheses whose score is lower than the best by more than this
+IMPOSSIBLE = -1e4  # log probability of a symbol that the search must not choose
+KENLM_MAGIC = b"mmap lm"  # the first bytes of a binary KenLM file
 
 
 @dataclass(frozen=True)
@@ -48,10 +41,9 @@ class BeamSearch:
     words).
     """
 
-    beam: int = 50
-    """The number of hypotheses that are kept after each frame."""
+    beam: int = 50  # number of hypotheses that are kept after each frame
     lm: Path | None = None
-    """A word n-gram model, in ARPA format (gzipped or not) or KenLM's binary format, which also needs `lexicon`."""
+    """A word n-gram model: ARPA, gzipped or not, or the binary format of KenLM, which also needs `lexicon`."""
     lexicon: Path | None = None
     """A file with one word per line, optionally followed by its spelling in symbols. The output is limited to these
     words; by default to the words of an ARPA model. Words such as `<unk>` are ignored."""
@@ -82,8 +74,7 @@ def build_decoder(
 ) -> Decoder:
     """Return the decoder for a beam search, or a greedy decoder if `search` is None.
 
-    Raises:
-        UserError: flashlight-text is not installed, or the lexicon or language model is unusable.
+    Raises UserError if flashlight-text is not installed, or the lexicon or language model is unusable.
     """
     if search is None:
         return Decoder(
@@ -162,7 +153,6 @@ def _decode(decoder: Any, log_probabilities_TV: Tensor) -> Any:
 
 
 def _flashlight() -> SimpleNamespace:
-    """Import the parts of flashlight-text that are used here."""
     try:
         from flashlight.lib.text import decoder
         from flashlight.lib.text.decoder.kenlm import KenLM

@@ -6,8 +6,9 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,29 +18,19 @@ from torch.nn.utils.rnn import pad_sequence
 
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import Config, ModelConfig, PrecisionConfig
-from w2vscale.data.audio import EPSILON, AudioError, moments
+from w2vscale.data.audio import EPSILON, AudioError
 from w2vscale.data.resampling import Samples, resampled
 from w2vscale.errors import UserError
-from w2vscale.inference.chunks import ChunkFeatures, Part, by_audio, split_into_chunks
 from w2vscale.interop.importing import form_of
 from w2vscale.models.lengths import input_samples, output_frames
-from w2vscale.models.wav2vec2 import EncoderOutput
+from w2vscale.models.wav2vec2 import EncoderOutput, Statistics
 from w2vscale.objectives import Objective, build_objective
 
-CHUNK_SECONDS = 30.0
-"""Longer audio is split into chunks of at most this length."""
-
-OVERLAP_SECONDS = 2.5
-"""Context on either side of a chunk: computed with it, then dropped."""
-
-BATCH_SECONDS = 80.0
-"""Padded audio per forward pass: two chunks with their context."""
-
-BLOCK_SECONDS = 10
-"""Audio is read in blocks of this length."""
-
-SAMPLING_RATES = range(1000, 500_001)
-"""Sampling rates that are accepted, in Hz. A header with another value is taken to be damaged."""
+CHUNK_SECONDS = 30.0  # longer audio is split into chunks of at most this length
+OVERLAP_SECONDS = 2.5  # context on either side of a chunk: computed with it, then dropped
+BATCH_SECONDS = 80.0  # padded audio per forward pass: two chunks with their context
+BLOCK_SECONDS = 10  # audio is read in blocks of this length
+SAMPLING_RATES = range(1000, 500_001)  # in Hz; a header with another value is taken to be damaged
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
@@ -47,9 +38,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
 
     The model is on `device` (by default CUDA if it is available, else the CPU) and in evaluation mode. It computes in
     fp32 regardless of the `precision.compute` that it was trained with, so that features do not depend on the machine.
-
-    Raises:
-        UserError: the checkpoint is missing, damaged or does not fit the model, or the device does not exist.
+    Raises UserError if the checkpoint is missing, damaged or does not fit the model, or the device does not exist.
     """
     try:
         checkpoint = open_checkpoint(Path(path))
@@ -72,21 +61,48 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
 class Audio:
     """Mono audio that is read block by block, and can be read several times.
 
-    Raises:
-        AudioError: the sampling rate is not in SAMPLING_RATES.
+    `blocks` starts reading from the beginning. Its blocks have any length and add up to `samples`. It may raise
+    AudioError; so does the class if the sampling rate is not in SAMPLING_RATES.
     """
 
-    sampling_rate: int
-    """In Hz."""
-    samples: int
-    """Length at `sampling_rate`."""
+    sampling_rate: int  # in Hz
+    samples: int  # length at `sampling_rate`
     blocks: Callable[[], Iterator[Samples]]
-    """Starts reading from the beginning. Blocks have any length and add up to `samples`. May raise AudioError."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling_rate, int) or self.sampling_rate not in SAMPLING_RATES:
             expected = f"a whole number from {SAMPLING_RATES[0]:,} to {SAMPLING_RATES[-1]:,}"
             raise AudioError("sampling rate", f"sampling rate is {self.sampling_rate} Hz, not {expected}")
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return self.samples / self.sampling_rate
+
+
+class Chunk(NamedTuple):
+    """Frames of an utterance: [begin, end) are computed, [first, last) are kept, the others are context."""
+
+    begin: int
+    first: int
+    last: int
+    end: int
+
+
+class Part(NamedTuple):
+    """The samples of a chunk, and the GroupNorm statistics of the whole utterance if the chunk is only a part of it."""
+
+    chunk: Chunk
+    samples: Samples
+    statistics: Statistics | None
+
+
+class ChunkFeatures(NamedTuple):
+    """What the model computes for the frames of one chunk of an utterance, on the CPU."""
+
+    first: int  # number of the first frame in the utterance
+    hidden: list[Tensor]  # hidden states [frames, dim] of each requested layer, fp32
+    codes_TG: Tensor | None  # codebook entries that the quantizer chooses, if requested
 
 
 @dataclass(frozen=True)
@@ -128,10 +144,8 @@ class Pretrained:
         context covers the positional convolution (1.3 s in the published models); above it, attention is limited to
         the chunk and its context.
 
-        Raises:
-            UserError: the waveform has another type or shape, is not finite, or is too short for one frame; the
-                sampling rate or a layer does not exist; a length is not positive; the context alone exceeds
-                `model.max_frames`.
+        Raises UserError if the waveform has another type or shape, is not finite, or is too short for one frame; the
+        sampling rate or a layer does not exist; a length is not positive; the context alone exceeds `model.max_frames`.
         """
         chosen = self.resolve_layers(layers)
         samples = _mono(waveform)
@@ -153,11 +167,7 @@ class Pretrained:
         return found
 
     def resolve_layers(self, layers: int | Iterable[int] | None) -> list[int]:
-        """Return the layers in ascending order without duplicates; None means all.
-
-        Raises:
-            UserError: a layer does not exist, or `layers` is empty.
-        """
+        """Return the layers in ascending order without duplicates; None means all. Raises UserError for bad ones."""
         last = self.config.model.layers
         try:
             chosen = [layers] if isinstance(layers, int | np.integer) else range(last + 1) if layers is None else layers
@@ -186,14 +196,12 @@ class Pretrained:
         batch_seconds: float = BATCH_SECONDS,
         codes: bool = False,
     ) -> Iterator[tuple[int, ChunkFeatures | AudioError]]:
-        """Compute hidden states of several audios: pairs of an audio's position and its next chunk, or its error.
+        """Compute hidden states of several audios: pairs of the position of an audio and its next chunk or error.
 
         Chunks come audio by audio, in order and without gaps; an error is the last item of its audio (see `by_audio`).
         Consecutive chunks share a forward pass of at most `batch_seconds` of padded audio (at least one chunk), so
         sort the audios by length. `codes` adds the discrete codes of the frames, where the model has any.
-
-        Raises:
-            UserError: a length is not positive, or the context alone exceeds `model.max_frames`.
+        Raises UserError if a length is not positive, or the context alone exceeds `model.max_frames`.
         """
         for name, value in (("chunk_seconds", chunk_seconds), ("batch_seconds", batch_seconds)):
             if not 0 < value < math.inf:
@@ -249,10 +257,7 @@ class Pretrained:
                     f"within model.max_frames={limit}; choose a shorter overlap"
                 )
         chunks = split_into_chunks(frames, chunk_frames=chunk_frames, overlap_frames=overlap_frames)
-        mean, deviation = 0.0, 1.0
-        if config.normalize_waveform:
-            mean, variance = moments(self._blocks(audio))
-            deviation = math.sqrt(variance + EPSILON)
+        mean, deviation = _mean_and_deviation(self._blocks(audio)) if config.normalize_waveform else (0.0, 1.0)
 
         def normalised() -> Iterator[Samples]:
             return (((block - mean) / deviation).astype(np.float32) for block in self._blocks(audio))
@@ -301,6 +306,32 @@ class Pretrained:
         return encoded
 
 
+def split_into_chunks(frames: int, *, chunk_frames: int, overlap_frames: int) -> list[Chunk]:
+    """Split an utterance into chunks of about equal length, each with up to `overlap_frames` of context per side."""
+    count = -(-frames // chunk_frames)
+    edges = [frames * number // count for number in range(count + 1)]
+    return [
+        Chunk(max(first - overlap_frames, 0), first, last, min(last + overlap_frames, frames))
+        for first, last in pairwise(edges)
+    ]
+
+
+def by_audio(stream: Iterator[tuple[int, ChunkFeatures | AudioError]]) -> Iterator[tuple[int, Iterator[ChunkFeatures]]]:
+    """Group the items of `Pretrained.stream` by audio: pairs of an audio's position and its chunks.
+
+    Iterate over the chunks of an audio before asking for the next audio. Iterating raises the AudioError of the audio.
+    """
+    for number, items in groupby(stream, key=operator.itemgetter(0)):
+        yield number, _chunks(items)
+
+
+def _chunks(items: Iterator[tuple[int, ChunkFeatures | AudioError]]) -> Iterator[ChunkFeatures]:
+    for _, item in items:
+        if isinstance(item, AudioError):
+            raise item
+        yield item
+
+
 def hop(config: ModelConfig) -> int:
     """The number of samples between consecutive frames."""
     return math.prod(stride for _, _, stride in config.conv_layers)
@@ -321,3 +352,12 @@ def _mono(waveform: NDArray[np.floating] | Tensor) -> Samples:
         raise UserError(f"waveform: shape {shape}: expected [samples] or [channels, samples]")
     samples: Samples = array.astype(np.float32, copy=False)
     return samples if array.ndim == 1 else samples.mean(axis=0)
+
+
+def _mean_and_deviation(blocks: Iterable[Samples]) -> tuple[float, float]:
+    """Mean and standard deviation over all samples."""
+    sums = np.zeros(3)
+    for block in blocks:
+        sums += block.size, block.sum(dtype=np.float64), np.square(block, dtype=np.float64).sum()
+    mean, square = sums[1:] / sums[0]
+    return mean, math.sqrt(max(square - mean**2, 0.0) + EPSILON)

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.distributed.process_group import ALONE, Ranks
 from w2vscale.errors import UserError
-from w2vscale.inference.chunks import by_audio
 from w2vscale.inference.decoding import BeamSearch, build_decoder
-from w2vscale.inference.pretrained import BATCH_SECONDS, Pretrained
-from w2vscale.inference.utterances import Utterance, open_by_duration
+from w2vscale.inference.pretrained import BATCH_SECONDS, Audio, ChunkFeatures, Pretrained
+from w2vscale.inference.utterances import Utterance, map_utterances
 
 
 @dataclass(frozen=True)
@@ -40,30 +38,22 @@ def transcribe(
     """Transcribe utterances, shortest first, with greedy decoding or a beam search.
 
     Yields a transcript for each utterance, or the record of unusable audio. Audio above `CHUNK_SECONDS` is computed in
-    chunks with context. With several ranks, each transcribes every n-th utterance by duration; `progress` is called
-    with (utterances done, utterances in total) of this rank. `log` receives warnings.
-
-    Raises:
-        UserError: the model has no output layer, or a lexicon or language model is unusable.
+    chunks with context. `log` receives warnings; for `ranks` and `progress` see `map_utterances`.
+    Raises UserError if the model has no output layer, or a lexicon or language model is unusable.
     """
-    objective, model = pretrained.objective, pretrained.model
+    objective = pretrained.objective
     if not objective.vocabulary:
         raise UserError(
             "the checkpoint is only pretrained, without an output layer; fine-tune it with w2vscale finetune"
         )
     decoder = build_decoder(objective.vocabulary, search, log)
-    opened, bad = open_by_duration(utterances)
-    if ranks.is_main:
-        yield from bad
-    opened = opened[ranks.rank :: ranks.world_size]
-    last_layer = [pretrained.config.model.layers]
-    stream = pretrained.stream([audio for _, audio in opened], layers=last_layer, batch_seconds=batch_seconds)
-    for number, chunks in by_audio(stream):
-        utterance, _ = opened[number]
-        try:
-            hidden = (chunk.hidden[0].to(pretrained.device) for chunk in chunks)
-            scores = torch.cat([decoder.reduce(objective.logits(model, hidden_TD)) for hidden_TD in hidden])
-            yield Transcript(utterance.name, utterance.file, decoder.text(scores))
-        except AudioError as error:
-            yield utterance.bad(error)
-        progress(number + 1, len(opened))
+
+    def decode(utterance: Utterance, audio: Audio, chunks: Iterator[ChunkFeatures]) -> Transcript:
+        hidden = (chunk.hidden[0].to(pretrained.device) for chunk in chunks)
+        scores = torch.cat([decoder.reduce(objective.logits(pretrained.model, hidden_TD)) for hidden_TD in hidden])
+        return Transcript(utterance.name, utterance.file, decoder.text(scores))
+
+    last = [pretrained.config.model.layers]
+    yield from map_utterances(
+        decode, pretrained, utterances, layers=last, ranks=ranks, batch_seconds=batch_seconds, progress=progress
+    )
