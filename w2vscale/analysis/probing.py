@@ -25,7 +25,7 @@ from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.transcripts import SPACE, Transcripts, refuse_too_many
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import Audio, ChunkFeatures, Pretrained
-from w2vscale.inference.utterances import Utterance, map_utterances, utterances_by_name
+from w2vscale.inference.utterances import Utterance, collect, map_utterances, utterances_by_name
 from w2vscale.objectives.ctc import ctc_loss, greedy_labels
 
 LEARNING_RATE = 0.01
@@ -124,7 +124,7 @@ def probe(
     spelling = Transcripts(vocabulary)
     bad: list[BadAudio] = []
     log(f"computing layers {', '.join(map(str, chosen))} of all utterances")
-    train_set, test_set = ([*_encode(pretrained, paths, chosen, spelling, bad)] for paths in (train, test))
+    train_set, test_set = (_encode(pretrained, paths, chosen, spelling, bad) for paths in (train, test))
     for paths, utterances in ((train, train_set), (test, test_set)):
         if not utterances:
             names = ", ".join(map(str, paths)) or "no manifest"
@@ -159,7 +159,7 @@ def probe(
 
 def _encode(
     pretrained: Pretrained, manifests: Sequence[Path], layers: Sequence[int], spelling: Transcripts, bad: list[BadAudio]
-) -> Iterator[EncodedUtterance]:
+) -> list[EncodedUtterance]:
     """Run the model on the utterances of manifests; those without a transcript or usable audio are added to `bad`."""
     labels: dict[str, list[int]] = {}
     transcribed = []
@@ -177,11 +177,9 @@ def _encode(
         refuse_too_many(labels[utterance.name], len(codes_TG))
         return EncodedUtterance(utterance.speaker, labels[utterance.name], hidden_LTD, codes_TG.numpy())
 
-    for found in map_utterances(encode, pretrained, transcribed, layers=layers, codes=True):
-        if isinstance(found, BadAudio):
-            bad.append(found)
-        else:
-            yield found
+    encoded, unusable = collect(map_utterances(encode, pretrained, transcribed, layers=layers, codes=True))
+    bad.extend(unusable)
+    return encoded
 
 
 def _standardise(utterances: Sequence[EncodedUtterance], reference: Sequence[EncodedUtterance]) -> None:

@@ -17,7 +17,7 @@ from w2vscale.evaluation.bootstrap import confidence_interval
 from w2vscale.inference.decoding import BeamSearch
 from w2vscale.inference.pretrained import Pretrained
 from w2vscale.inference.transcription import transcribe
-from w2vscale.inference.utterances import utterances_by_name
+from w2vscale.inference.utterances import collect, utterances_by_name
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,15 @@ def score_checkpoint(
     transcribed = [one for one in utterances.values() if one.transcript.strip()]
     missing = AudioError("no transcript", "has no transcript")
     bad = [one.bad(missing) for one in utterances.values() if not one.transcript.strip()]
-    scored = []
     hypotheses = transcribe(pretrained, transcribed, search=search, ranks=ranks, progress=progress, log=log)
-    for found in gather_as_found(hypotheses):
-        if isinstance(found, BadAudio):
-            bad.append(found)
-        else:
-            one = utterances[found.utterance]
-            scored.append(score(one.name, spelling.normalised(one.transcript), found.text, speaker=one.speaker))
-    if not scored:
+    found, unusable = collect(gather_as_found(hypotheses))
+    if not found:
         raise UserError(f"{cuts[0]}: no utterance has both a transcript and usable audio")
-    return summarise(sorted(scored, key=lambda one: one.utterance), bad)
+    scored = []
+    for name, text in sorted((one.utterance, one.text) for one in found):
+        reference = spelling.normalised(utterances[name].transcript)
+        scored.append(score(name, reference, text, speaker=utterances[name].speaker))
+    return summarise(scored, bad + unusable)
 
 
 def score(utterance: str, reference: str, hypothesis: str, *, speaker: str = "unknown") -> UtteranceScore:

@@ -20,7 +20,7 @@ from w2vscale.inference.pretrained import (
     ChunkFeatures,
     Pretrained,
 )
-from w2vscale.inference.utterances import Utterance, find_utterances, map_utterances
+from w2vscale.inference.utterances import Utterance, collect, find_utterances, map_utterances
 
 FORMATS = ("npy", "safetensors")
 
@@ -73,8 +73,7 @@ def write_features(
         _write(output / f"{utterance.name}.{file_format}", chosen, shape, chunks)
         return shape[0]
 
-    frames, bad = [], []
-    for found in map_utterances(
+    results = map_utterances(
         write,
         pretrained,
         utterances.values(),
@@ -83,11 +82,8 @@ def write_features(
         overlap_seconds=overlap_seconds,
         batch_seconds=batch_seconds,
         progress=progress,
-    ):
-        if isinstance(found, BadAudio):
-            bad.append(found)
-        else:
-            frames.append(found)
+    )
+    frames, bad = collect(results)
     return WrittenFeatures(len(frames), sum(frames), chosen, bad)
 
 

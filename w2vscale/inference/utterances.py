@@ -134,6 +134,18 @@ def map_utterances(
             yield utterance.bad(error)
 
 
+def collect(results: Iterable[T | BadAudio]) -> tuple[list[T], list[BadAudio]]:
+    """Separate the results of `map_utterances` from the records of audio that cannot be used."""
+    found: list[T] = []
+    bad: list[BadAudio] = []
+    for result in results:
+        if isinstance(result, BadAudio):
+            bad.append(result)
+        else:
+            found.append(result)
+    return found, bad
+
+
 def _open_file(path: Path) -> Audio:
     """Open a file. It is read from its beginning, because seeking in MP3 and Opus is inexact. Averages channels."""
     if not path.is_file():
