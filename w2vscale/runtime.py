@@ -51,10 +51,14 @@ def enter() -> None:
 
 @contextmanager
 def training(*, compiled: bool = False) -> Iterator[StopRequest]:
-    """Set up the process of a training run: memory, kernels, stop signals.
+    """Set up the process of a training run: memory, kernels, stop signals. `compiled`: see `prepare_process`."""
+    prepare_process(compiled=compiled)
+    with StopRequest() as stop:
+        yield stop
 
-    `compiled`: whether the transformer blocks will be compiled.
-    """
+
+def prepare_process(*, compiled: bool = False) -> None:
+    """Set up memory and kernels for training, for as long as the process lives. `compiled`: blocks will be compiled."""
     import torch
 
     if torch.cuda.is_available():
@@ -68,8 +72,6 @@ def training(*, compiled: bool = False) -> Iterator[StopRequest]:
         config.recompile_limit = COMPILED_VARIANTS
         # This would split graphs at the bucket boundaries of DDP, which only helps if a whole model is compiled.
         config.optimize_ddp = False
-    with StopRequest() as stop:
-        yield stop
 
 
 def keep_freed_memory() -> None:

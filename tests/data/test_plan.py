@@ -231,7 +231,7 @@ class TestRanks:
     def test_window_numbers_lists_the_windows_of_its_updates(self) -> None:
         plan = make_plan(varied())
         arguments = {"micro_batches": 6, "rank": 1, "world_size": 3}
-        expected = [(u, n) for u in (4, 5, 6) for n in rank_window(plan, u, **arguments)]
+        expected = [number for update in (4, 5, 6) for number in rank_window(plan, update, **arguments)]
         assert list(window_numbers(plan, updates=range(4, 7), **arguments)) == expected
 
     def test_one_micro_batch_an_update_is_its_own_window(self) -> None:

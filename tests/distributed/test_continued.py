@@ -1,4 +1,4 @@
-"""Continued pretraining of a model of Transformers', in two processes."""
+"""Continued pretraining of a model that Transformers has saved, in two processes."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ from w2vscale.analysis.report import read_metrics
 from w2vscale.config import load_config
 from w2vscale.interop.huggingface import huggingface_config, preprocessor_config
 from w2vscale.interop.importing import import_checkpoint
+from w2vscale.objectives import build_objective
 from w2vscale.training.run import open_training_set
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.distributed
 
 SETTINGS = (
-    "trainer.updates=20", "regularization.layerdrop=0", "regularization.dropout=0", "regularization.attention_dropout=0", "regularization.input_dropout=0",
-    "objective.feature_dropout=0", "data.min_seconds=2",
+    "trainer.updates=20", "regularization.layerdrop=0", "regularization.dropout=0",
+    "regularization.attention_dropout=0", "regularization.input_dropout=0", "objective.feature_dropout=0",
+    "data.min_seconds=2",
 )  # fmt: skip
-"""All utterances are equally long: Transformers' GroupNorm counts padding."""
+"""All utterances are equally long, because the GroupNorm of Transformers counts padding."""
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of Transformers' with random weights, saved by it."""
+    """A model with random weights that Transformers has saved."""
     folder = tmp_path_factory.mktemp("theirs")
-    model = load_config("base", [*MICRO_RUN, *SETTINGS]).model
+    config = load_config("base", [*MICRO_RUN, *SETTINGS])
     torch.manual_seed(4)
-    transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(model))).save_pretrained(
-        folder
-    )
-    transformers.Wav2Vec2FeatureExtractor(**preprocessor_config(model)).save_pretrained(folder)
+    settings = transformers.Wav2Vec2Config(**huggingface_config(config))
+    transformers.Wav2Vec2ForPreTraining(settings).save_pretrained(folder)
+    transformers.Wav2Vec2FeatureExtractor(**preprocessor_config(config.model)).save_pretrained(folder)
     return folder
 
 
@@ -54,6 +55,8 @@ def test_the_first_loss_is_transformers_and_the_run_learns(
     records = read_metrics(tmp_path / "exp" / "metrics.jsonl", "train")
     assert len(records) == 20 and records[-1]["loss"] < records[0]["loss"]
     config = load_config("base", [*MICRO_RUN, f"data.train={small_corpus.train}", *overrides])
-    (window,) = open_training_set(config).windows(range(1), rank=0, world_size=1)
-    mine = records[0]["contrastive"] + config.objective.diversity_weight * records[0]["diversity"]
+    objective = build_objective(config)
+    training_set = open_training_set(config, objective)
+    (window,) = training_set.windows(range(1), micro_batches=config.batch.micro_batches, rank=0, world_size=1)
+    mine = records[0]["contrastive"] + objective.settings.diversity_weight * records[0]["diversity"]
     assert mine == pytest.approx(transformers_loss(theirs, window, config), rel=1e-5)

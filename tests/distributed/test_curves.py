@@ -16,8 +16,9 @@ from tests.helpers.tasks import train_micro
 pytestmark = pytest.mark.distributed
 
 TWENTY = ("trainer.updates=20", "checkpoint.every=1000")
-NO_DROPOUT = tuple(
-    f"model.{name}=0.0" for name in ("dropout", "attention_dropout", "input_dropout", "feature_dropout", "layerdrop")
+NO_DROPOUT = (
+    *(f"regularization.{name}=0.0" for name in ("dropout", "attention_dropout", "input_dropout", "layerdrop")),
+    "objective.feature_dropout=0.0",
 )
 
 

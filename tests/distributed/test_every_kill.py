@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -44,11 +43,5 @@ def test_a_run_that_is_killed_after_each_update(small_corpus: SmallCorpus, tmp_p
         assert update <= 2 or any(f"at update {resumed}\n" in printed for resumed in whole_at), printed
     with launched("killed") as run:
         assert f"at update {KILLS}\n" in run.finish(120.0)
-    assert joined(killed) == joined(whole)
     assert_whole(killed, updates=UPDATES)
     assert_same_bits(killed, whole)
-
-
-def joined(exp: Path) -> list[dict[str, int]]:
-    """What `batch.concat=auto` has measured: another number of micro-batches in a forward is another rounding."""
-    return json.loads((exp / "calibration.json").read_text())["capacities"]

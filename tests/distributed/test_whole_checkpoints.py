@@ -49,7 +49,7 @@ def settings(corpus: SmallCorpus, variant: str, *, updates: int) -> tuple[str, .
     return (
         f"engine={{{VARIANTS[variant]}}}",
         f"data.validation={corpus.validation}",
-        "batch.concat=auto",
+        "batch.concat=2",
         "batch.max_seconds=4",
         "batch.micro_batches=8",
         "trainer.validate_every=2",

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from w2vscale.config import Config
 from w2vscale.data.loading import TrainingData
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine import Engine, StepResult
 from w2vscale.engine.accumulation import FixedGrouping, Grouping
-from w2vscale.objectives import Objective, StepContext, Sums, resolve
+from w2vscale.objectives import Objective, StepContext, Sums, build_objective, resolve
+from w2vscale.training.loop import _after_step
 from w2vscale.training.run import empty_model, initial_state, lay_out, open_training_set
 
 
@@ -43,9 +45,9 @@ class Setup:
         """The sums of one micro-batch."""
         return self.engine.evaluate(batch, self.objective, StepContext(self.config.trainer.seed, 0))
 
-    def step(self, lr: float, max_norm: float | None = 1.0) -> StepResult:
-        """One optimizer step."""
-        return self.engine.step(lr=lr, max_norm=max_norm)
+    def step(self, lr: float, max_norm: float | None = 1.0, *, update: int = 0) -> StepResult:
+        """One optimizer step, and what the objective does after it."""
+        return self.engine.step(lr=lr, max_norm=max_norm, after=_after_step(self.objective, update))
 
     def start_over(self) -> None:
         """Give the engine its initial values."""
@@ -56,9 +58,21 @@ class Setup:
         return [(name, value.clone()) for name, value in initial_state(self.objective, self.config.trainer.seed)]
 
 
-def set_up(config: Config, device: torch.device | str = "cpu") -> Setup:
-    """Build the engine of a run and give it its initial values."""
+def set_up(
+    config: Config, device: torch.device | str = "cpu", *, prepare: Callable[[nn.Module], None] = lambda model: None
+) -> Setup:
+    """Build the engine of a run and give it its initial values. `prepare` changes the model before."""
     config, objective = resolve(config)
-    setup = Setup(config, objective, lay_out(empty_model(objective), config, objective, torch.device(device)))
+    model = empty_model(objective)
+    prepare(model)
+    setup = Setup(config, objective, lay_out(model, config, objective, torch.device(device)))
     setup.start_over()
     return setup
+
+
+def filled_model(config: Config) -> Any:
+    """The model of a run with its initial values, on the CPU."""
+    objective = build_objective(config)
+    model = objective.build_model()
+    model.load_state_dict(dict(initial_state(objective, config.trainer.seed)))
+    return model

@@ -1,4 +1,4 @@
-"""Tiny models of each kind of architecture, and micro-batches for them."""
+"""Tiny models of each published architecture for wav2vec 2.0 pretraining, and micro-batches for them."""
 
 from __future__ import annotations
 
@@ -7,53 +7,47 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2vscale.config import ModelConfig, load_config
-from w2vscale.data.micro_batch import MicroBatch, make_inputs
-from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
+from tests.helpers.batches import inputs_of
+from tests.helpers.micro import SMALL
+from w2vscale.config import load_config
+from w2vscale.data.inputs import join
+from w2vscale.objectives import StepContext, build_objective
+from w2vscale.objectives.contrastive import Contrastive, ContrastiveInputs, ContrastiveSums, Wav2Vec2ForPretraining
 
-CPU = torch.device("cpu")
-SMALL = (
-    "model.conv_layers=[[32,10,5],[32,3,2],[32,3,2],[32,2,2]]",
-    "model.conv_norm_groups=32",
-    "model.layers=3",
-    "model.dim=48",
-    "model.ffn_dim=64",
-    "model.heads=4",
-    "model.positional_kernel=16",
-    "model.positional_groups=4",
-    "model.dropout=0",
-    "model.attention_dropout=0",
-    "model.input_dropout=0",
-    "model.feature_dropout=0",
-    "model.layerdrop=0",
-    "model.codebook_entries=20",
-    "model.codevector_dim=24",
-    "model.projection_dim=24",
-    "model.negatives=20",
+TINY = (
+    *SMALL,
+    "regularization.dropout=0",
+    "regularization.attention_dropout=0",
+    "regularization.input_dropout=0",
+    "regularization.layerdrop=0",
+    "objective.feature_dropout=0",
+    "precision.compute=fp32",
 )
 FAMILIES = {
-    "base": ("base", SMALL),
-    "large_lv60": ("large_lv60", SMALL),
-    "base_prenorm": ("base_prenorm", (*SMALL, "model.conv_norm_groups=8")),
+    "base": ("base", TINY),
+    "large_lv60": ("large_lv60", TINY),
+    "base_prenorm": ("base_prenorm", (*TINY, "model.conv_norm_groups=8")),
     # A layer without padding before one with padding.
     "padded, even kernels": (
         "base_prenorm",
-        (*SMALL, "model.conv_layers=[[32,10,5],[32,2,2],[32,3,2],[32,2,1],[32,5,2]]"),
+        (*TINY, "model.conv_layers=[[32,10,5],[32,2,2],[32,3,2],[32,2,1],[32,5,2]]"),
     ),
 }
 """Preset and overrides: post-LN with GroupNorm, pre-LN with LayerNorm everywhere, padded convolutions."""
 
 
-def family(name: str, *overrides: str) -> ModelConfig:
-    """The settings of a family's tiny model, without dropout."""
+def family(name: str, *overrides: str) -> Contrastive:
+    """The objective of a family with a tiny encoder, without dropout, in fp32."""
     preset, settings = FAMILIES[name]
-    return load_config(preset, (*settings, *overrides)).model
+    objective = build_objective(load_config(preset, (*settings, *overrides)))
+    assert isinstance(objective, Contrastive)
+    return objective
 
 
-def build(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Wav2Vec2ForPretraining:
-    """A model without zero biases and unit scales."""
+def build(objective: Contrastive) -> Wav2Vec2ForPretraining:
+    """A model with random weights, without zero biases and unit scales."""
     torch.manual_seed(1)
-    model = Wav2Vec2ForPretraining(config, dtype)
+    model = objective.build_model()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -62,16 +56,27 @@ def build(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Wav2Vec2Fo
 
 
 def noise(*samples: int, seed: int = 0) -> list[NDArray[np.float32]]:
-    """Waveforms of so many samples."""
+    """White noise, one waveform for each number of samples."""
     draws = np.random.default_rng(seed)
     return [draws.standard_normal(size, dtype=np.float32) for size in samples]
 
 
-def batch(config: ModelConfig, *samples: int, number: int = 0) -> MicroBatch:
-    """A micro-batch of noise."""
-    waveforms = noise(*samples, seed=number)
-    inputs = make_inputs(waveforms, range(len(samples)), number=number, seed=5, config=config)
-    return MicroBatch(update=0, number=number, inputs=inputs, audio_samples=sum(samples))
+def batch(objective: Contrastive, *samples: int, number: int = 0) -> ContrastiveInputs:
+    """Micro-batch `number`, of noise."""
+    inputs: ContrastiveInputs = inputs_of(objective, noise(*samples, seed=number), number=number, seed=5)
+    return inputs
+
+
+def sums_of(
+    objective: Contrastive,
+    model: Wav2Vec2ForPretraining,
+    *parts: ContrastiveInputs,
+    numbers: tuple[int, ...] = (0,),
+    seed: int = 4,
+) -> ContrastiveSums:
+    """The sums of one forward of these micro-batches, in training if the model is in training mode."""
+    step = StepContext(seed, update=0, numbers=numbers)
+    return objective.forward(model, join(parts), step=step, training=model.training)
 
 
 def gradients(model: Wav2Vec2ForPretraining, loss: Tensor) -> dict[str, Tensor]:
@@ -81,13 +86,26 @@ def gradients(model: Wav2Vec2ForPretraining, loss: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def valid_frames(inputs: ContrastiveInputs) -> Tensor:
+    """[B, T] bool: True inside each utterance."""
+    return torch.arange(inputs.audio.mask_BT.shape[1]) < inputs.audio.frames_B.unsqueeze(1)
+
+
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """Equal within `tolerance` of the largest value."""
     assert actual.shape == expected.shape
     assert float((actual - expected).detach().abs().max()) <= tolerance * float(expected.detach().abs().max())
 
 
-def assert_close_sums(actual: LossSums, expected: LossSums) -> None:
-    """Equal but for rounding."""
-    for name, left, right in zip(LossSums._fields, actual, expected, strict=True):
+def assert_close_sums(actual: ContrastiveSums, expected: ContrastiveSums) -> None:
+    """Equal except for rounding."""
+    for name, left, right in zip(ContrastiveSums._fields, actual, expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_close_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal except for rounding, as a share of the norm of each gradient."""
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        # Not of the largest value: gradients through a softmax may cancel to almost nothing.
+        assert float((actual[name] - gradient).norm()) <= 1e-4 * max(float(gradient.norm()), 1e-3), name

@@ -5,13 +5,16 @@ from __future__ import annotations
 import ast
 import multiprocessing
 import os
+import platform
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 Started = Callable[[], list[BaseProcess]]
 """The processes that a test itself has started and that still run."""
 
@@ -19,7 +22,14 @@ FORKS = multiprocessing.get_context("forkserver")
 """Each process of pytest-xdist has one server, which starts with the first process."""
 FORKS.set_forkserver_preload(
     # torch._dynamo: what torch imports when it first draws on the meta device.
-    ["tests.helpers.tasks", "w2vscale.cli.app", "w2vscale.cli.train", "deepspeed", "torch._dynamo"]
+    [
+        "tests.helpers.tasks",
+        "tests.helpers.semantics",
+        "w2vscale.cli.app",
+        "w2vscale.cli.train",
+        "deepspeed",
+        "torch._dynamo",
+    ]
 )
 
 
@@ -85,6 +95,13 @@ sys.exit(int(server.recv(9)))
 """
 
 
+def _setup_key(root: Path) -> str:
+    """What tools/setup.sh writes once an environment is complete, so that it has nothing to do."""
+    files = ("pyproject.toml", "tools/constraints.txt", "tools/setup.sh")
+    hashes = [f"{sha256((root / name).read_bytes()).hexdigest()}  {name}" for name in files]
+    return "\n".join([str(root), f"Python {platform.python_version()}", *hashes]) + "\n"
+
+
 def served_environment(folder: Path) -> BaseProcess:
     """Make `folder` a copy of this environment whose `w2vscale` runs in forks of a process that has made the imports.
 
@@ -92,8 +109,10 @@ def served_environment(folder: Path) -> BaseProcess:
     """
     here, address = Path(sys.prefix), str(folder / "socket")
     (folder / "bin").mkdir(parents=True)
-    for name in (".w2vscale-setup", "pyvenv.cfg", "lib"):
+    for name in ("pyvenv.cfg", "lib"):
         (folder / name).symlink_to(here / name)
+    # A file of its own: a link would let tools/setup.sh write to this environment, or install into it.
+    (folder / ".w2vscale-setup").write_text(_setup_key(ROOT))
     for program in (here / "bin").iterdir():
         if program.name != "w2vscale":
             (folder / "bin" / program.name).symlink_to(program)

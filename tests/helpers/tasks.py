@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,9 +18,10 @@ import torch.distributed as dist
 from lhotse.cut import Cut
 from torch.distributed.tensor import DTensor
 
+from tests.helpers.calibrating import grouping_on_a_gpu
 from tests.helpers.checkpoints import expected_of_parameters, rewrite
 from tests.helpers.engines import set_up
-from tests.helpers.micro import MICRO_RUN
+from tests.helpers.micro import MICRO_ENCODER, MICRO_MODEL, MICRO_RUN, MICRO_TRAINING
 from w2vscale.checkpoint import slices
 from w2vscale.checkpoint import store as store_module
 from w2vscale.checkpoint.format import TrainState
@@ -31,6 +32,7 @@ from w2vscale.data import assembly
 from w2vscale.data.audio import AudioError, read_audio
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main, gather_as_found
 from w2vscale.engine import CanonicalState
+from w2vscale.engine.accumulation import Grouping
 from w2vscale.engine.rows import Rows
 from w2vscale.errors import UserError
 from w2vscale.evaluation.wer import score_checkpoint
@@ -57,13 +59,26 @@ def train_with_loader_processes(corpus: str, exp: str, overrides: tuple[str, ...
         settings["daemon"] = True
 
 
-def train_micro(corpus: str, exp: str, overrides: tuple[str, ...] = (), *, save_first: bool = False) -> list[float]:
+def train_calibrated(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
+    """`train_micro` with `batch.concat=auto` as on a GPU that holds a whole window."""
+    return train_micro(corpus, exp, (*overrides, "batch.concat=auto"), grouping=grouping_on_a_gpu)
+
+
+def train_micro(
+    corpus: str,
+    exp: str,
+    overrides: tuple[str, ...] = (),
+    *,
+    save_first: bool = False,
+    grouping: Callable[[Run], Grouping] | None = None,
+) -> list[float]:
     """Train the micro model on this process group, or alone; the loss of every update, and of validation.
 
-    With `save_first`, there is a checkpoint before the first update, too.
+    With `save_first`, there is a checkpoint before the first update, too. `grouping` replaces that of the run.
     """
-    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
-    return [record["loss"] for record in _train(config, Path(exp), save_first=save_first)]
+    model = MICRO_ENCODER if "objective.name=ctc" in overrides else MICRO_MODEL
+    config = load_config("base", [*model, *MICRO_TRAINING, f"data.train={corpus}", *overrides])
+    return [record["loss"] for record in _train(config, Path(exp), save_first=save_first, grouping=grouping)]
 
 
 def train_tiny(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[tuple[float, float]]:
@@ -72,7 +87,9 @@ def train_tiny(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[tuple[
     return [(record["loss"], record["grad_norm"]) for record in _train(config, Path(exp))]
 
 
-def _train(config: Config, folder: Path, *, save_first: bool = False) -> list[dict[str, float]]:
+def _train(
+    config: Config, folder: Path, *, save_first: bool = False, grouping: Callable[[Run], Grouping] | None = None
+) -> list[dict[str, float]]:
     """What is logged, on rank 0."""
     ranks = Ranks()
     if dist.is_initialized():
@@ -81,15 +98,21 @@ def _train(config: Config, folder: Path, *, save_first: bool = False) -> list[di
     make_folder(folder, run.config, ranks, command=None)
     if save_first:
         run.save(run.state)
-    Trainer(run, NeverStop(), grouping_of(run, lambda text: None)).train()
+    chosen = grouping(run) if grouping is not None else grouping_of(run, lambda text: None)
+    Trainer(run, NeverStop(), chosen).train()
     run.engine.close()
     if not ranks.is_main:
         return []
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
-    """The losses of `train_micro`, where the last rank has no file of one utterance."""
+def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, overrides: tuple[str, ...]) -> Grouping:
+    """How this rank grouped micro-batches in `train_calibrated`, where the last rank has no file of one utterance."""
+    found: list[Grouping] = []
+
+    def grouping(run: Run) -> Grouping:
+        found.append(grouping_on_a_gpu(run))
+        return found[0]
 
     def read(cut: Cut, **settings: Any) -> Any:
         if cut.id == utterance and dist.get_rank() == dist.get_world_size() - 1:
@@ -97,7 +120,8 @@ def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, over
         return read_audio(cut, **settings)
 
     with patch.object(assembly, "read_audio", read):
-        return train_micro(corpus, exp, overrides)
+        train_micro(corpus, exp, (*overrides, "batch.concat=auto"), grouping=grouping)
+    return found[0]
 
 
 def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, ...]) -> tuple[bool, bool, list[float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import resource
 import signal
 from pathlib import Path
@@ -16,65 +15,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.helpers.audio import SmallCorpus
-from tests.helpers.continued import flat_negatives, transformers_loss
-from tests.helpers.micro import MICRO_RUN, SMALL
-from w2vscale.analysis.report import read_metrics
-from w2vscale.checkpoint.format import TrainState
+from tests.helpers.batches import inputs_of
+from tests.helpers.continued import flat_negatives
+from tests.helpers.exported import load_model, save_model, waveforms
 from w2vscale.checkpoint.reader import open_checkpoint
-from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.cli.app import app
-from w2vscale.config import Config, dump_config, load_config
-from w2vscale.data.micro_batch import make_inputs
-from w2vscale.distributed.process_group import Ranks
+from w2vscale.config import Config, load_config
 from w2vscale.errors import UserError
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
-from w2vscale.models.wav2vec2 import Wav2Vec2ForPretraining
-from w2vscale.optim.canonical import specs_of
-from w2vscale.training.loop import train
-from w2vscale.training.run import open_training_set
+from w2vscale.objectives import build_objective
 
 transformers = pytest.importorskip("transformers")
-
-FAMILIES = ("base", "large", "large_lv60", "xlsr_300m")
-
-
-def saved(folder: Path, config: Config, state: dict[str, Tensor]) -> Path:
-    """A checkpoint of these weights."""
-    tensors = {f"model.{name}": tensor for name, tensor in state.items()}
-    store = CheckpointStore(folder / "checkpoints", Ranks(), expected=specs_of(tensors))
-    return store.save(tensors, TrainState(update=700, audio_seconds=90_000.0, data="960.0 hours"), dump_config(config))
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Path]:
-    """A preset's small sibling with random weights: its settings, its checkpoint, and its export to Transformers."""
-    folder = tmp_path_factory.mktemp(request.param)
-    config = load_config(request.param, [*SMALL, "data.train=cuts_train.jsonl"])
-    torch.manual_seed(11)
-    model = Wav2Vec2ForPretraining(config.model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # no bias zero, no scale one: each has to arrive in its place
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    checkpoint = saved(folder, config, model.state_dict())
-    export_checkpoint(checkpoint, folder / "export", form="huggingface")
-    return config, checkpoint, folder / "export"
-
-
-def waveforms(config: Config, sizes: tuple[int, ...]) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
-    draws = np.random.default_rng(5)
-    audio = [draws.standard_normal(size, dtype=np.float32) for size in sizes]
-    if config.model.normalize_waveform:
-        audio = [(one - one.mean()) / np.sqrt(one.var() + 1e-7) for one in audio]
-    return audio
-
-
-def ours(config: Config, checkpoint: Path) -> Wav2Vec2ForPretraining:
-    model = Wav2Vec2ForPretraining(config.model, torch.float32)
-    model.load_state_dict(open_checkpoint(checkpoint).model_tensors())
-    return model.eval()
 
 
 def assert_equal(found: Tensor, expected: Tensor) -> None:
@@ -83,7 +35,7 @@ def assert_equal(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
-def encode(model: Wav2Vec2ForPretraining, inputs: Any) -> Any:
+def encode(model: Any, inputs: Any) -> Any:
     seen: dict[str, Any] = {}
     handle = model.encoder.register_forward_hook(lambda module, args, output: seen.update(encoded=output))
     with torch.no_grad():
@@ -107,24 +59,24 @@ class TestTransformers:
         config, checkpoint, export = family
         # Transformers' GroupNorm counts padding; ours does not.
         sizes = (5000, 5000) if config.model.conv_norm == "group" else (5000, 3777)
-        inputs = make_inputs(waveforms(config, sizes), range(2), number=0, seed=1, config=config.model)
-        seen = encode(ours(config, checkpoint), inputs)
+        inputs = inputs_of(build_objective(config), waveforms(config, sizes), seed=1)
+        seen = encode(load_model(config, checkpoint), inputs)
         other = transformers.Wav2Vec2ForPreTraining.from_pretrained(export).eval()
-        attention_mask = (torch.arange(inputs.waveforms_BS.shape[1]) < inputs.lengths_B.unsqueeze(1)).long()
+        attention_mask = (torch.arange(inputs.audio.waveforms_BS.shape[1]) < inputs.audio.lengths_B.unsqueeze(1)).long()
         with torch.no_grad():
             theirs = other(
-                inputs.waveforms_BS,
-                attention_mask=attention_mask if inputs.padded else None,
-                mask_time_indices=inputs.mask_BT,
+                inputs.audio.waveforms_BS,
+                attention_mask=attention_mask if inputs.audio.padded else None,
+                mask_time_indices=inputs.audio.mask_BT,
                 sampled_negative_indices=flat_negatives(inputs),
                 output_hidden_states=True,
             )
-        valid_BT = torch.arange(inputs.mask_BT.shape[1]) < inputs.frames_B.unsqueeze(1)
+        valid_BT = torch.arange(inputs.audio.mask_BT.shape[1]) < inputs.audio.frames_B.unsqueeze(1)
         for mine, hidden in zip(seen["encoded"].hidden, theirs.hidden_states, strict=True):
             assert_equal(mine[valid_BT], hidden[valid_BT])
         assert_equal(seen["sums"].contrastive, theirs.contrastive_loss)
         # Ours adds the diversity of the mean softmax, theirs of the mean choice.
-        assert seen["sums"].masked == inputs.mask_BT.sum()
+        assert seen["sums"].masked == inputs.audio.mask_BT.sum()
 
     def test_a_processor_loads_and_treats_audio_as_training_did(self, family: tuple[Config, Path, Path]) -> None:
         config, _, export = family
@@ -149,7 +101,8 @@ class TestTransformers:
         config, checkpoint, _ = family
         named = config.model_copy(update={"data": config.data.model_copy(update={"train": [Path("a|b.jsonl")]})})
         run = tmp_path / "run"
-        saved(run, named, open_checkpoint(checkpoint).model_tensors())
+        original = open_checkpoint(checkpoint)
+        save_model(run, named, original.model_tensors(), original.state)
         lines = [
             json.dumps({"split": "validation", "update": update, "accuracy": update / 1000, "contrastive_bits": 5.0})
             for update in (600, 700, 800)
@@ -193,9 +146,9 @@ class TestTransformers:
         before, after = (open_checkpoint(path).model_tensors() for path in (checkpoint, imported.checkpoint))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
-        model = load_config(imported.checkpoint / "config.yaml").model
-        for key in ("conv_layers", "norm_first", "heads", "normalize_waveform", "codebook_entries", "layerdrop"):
-            assert getattr(model, key) == getattr(config.model, key), key
+        again = load_config(imported.checkpoint / "config.yaml")
+        assert (again.model, again.regularization) == (config.model, config.regularization)
+        assert build_objective(again).settings == build_objective(config).settings
         export_checkpoint(tmp_path / "in", tmp_path / "out", form="huggingface")
         one, other = (load_file(folder / "model.safetensors") for folder in (export, tmp_path / "out"))
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -237,165 +190,16 @@ def test_torchaudios_features_are_equal_with_lengths(
     model = torchaudio.models.wav2vec2_model(**arguments).eval()
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     sizes = (5000, 5000) if config.model.conv_norm == "group" else (5000, 3777)
-    inputs = make_inputs(waveforms(config, sizes), range(2), number=0, seed=1, config=config.model)
-    lengths = (inputs.lengths_B, inputs.frames_B) if inputs.padded else (None, None)
+    inputs = inputs_of(build_objective(config), waveforms(config, sizes), seed=1)
+    lengths = (inputs.audio.lengths_B, inputs.audio.frames_B) if inputs.audio.padded else (None, None)
     with torch.no_grad():
-        mine = ours(config, checkpoint).encoder(inputs.waveforms_BS, *lengths)
-        theirs, lengths = model.extract_features(inputs.waveforms_BS, inputs.lengths_B)
-    assert lengths.tolist() == inputs.frames_B.tolist()
-    valid_BT = torch.arange(inputs.mask_BT.shape[1]) < inputs.frames_B.unsqueeze(1)
+        mine = load_model(config, checkpoint).encoder(inputs.audio.waveforms_BS, *lengths)
+        theirs, lengths = model.extract_features(inputs.audio.waveforms_BS, inputs.audio.lengths_B)
+    assert lengths.tolist() == inputs.audio.frames_B.tolist()
+    valid_BT = torch.arange(inputs.audio.mask_BT.shape[1]) < inputs.audio.frames_B.unsqueeze(1)
     assert len(theirs) == config.model.layers
     for number, hidden in enumerate(theirs, start=1):
         assert_equal(mine.hidden[number][valid_BT], hidden[valid_BT])
-
-
-class TestRefused:
-    def source(self, family: tuple[Config, Path, Path], folder: Path, **changes: object) -> Path:
-        _, _, export = family
-        folder.mkdir()
-        document = {**json.loads((export / "config.json").read_text()), **changes}
-        (folder / "config.json").write_text(json.dumps(document))
-        (folder / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes())
-        return folder
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"model_type": "hubert"}, r"model_type='hubert': only wav2vec2 can be imported"),
-            ({"hidden_act": "relu"}, r"hidden_act='relu': w2vscale supports only 'gelu'"),
-            ({"add_adapter": True}, r"add_adapter=true: w2vscale has no adapters"),
-            ({"num_codevectors_per_group": 21}, r"model\.codebook_entries=21"),
-            ({"num_hidden_layers": 4}, r"layers\.3\.\S+ is missing"),
-            ({"num_attention_heads": 7}, r"heads=7 does not divide dim=48"),
-        ],
-    )
-    def test_what_w2vscale_does_not_have(
-        self, family: tuple[Config, Path, Path], tmp_path: Path, change: dict[str, object], message: str
-    ) -> None:
-        with pytest.raises(UserError, match=message) as caught:
-            import_checkpoint(self.source(family, tmp_path / "s", **change), tmp_path / "in", form="huggingface")
-        assert "\n" not in str(caught.value)
-        assert not (tmp_path / "in").exists()
-
-    def test_a_malicious_pickle_does_not_run(self, family: tuple[Config, Path, Path], tmp_path: Path) -> None:
-        source = self.source(family, tmp_path / "s")
-        (source / "model.safetensors").unlink()
-        marker = tmp_path / "ran"
-        with (source / "pytorch_model.bin").open("wb") as file:
-            pickle.dump(_Touch(str(marker)), file)
-        with pytest.raises(UserError, match="is refused") as caught:
-            import_checkpoint(source, tmp_path / "in", form="huggingface")
-        assert "\n" not in str(caught.value)
-        torch.save({"weight": _Touch(str(marker))}, source / "pytorch_model.bin")
-        with pytest.raises(UserError, match="is refused"):
-            import_checkpoint(source, tmp_path / "in", form="huggingface")
-        assert not marker.exists()
-
-    def test_missing_and_existing_files(self, family: tuple[Config, Path, Path], tmp_path: Path) -> None:
-        _, checkpoint, export = family
-        with pytest.raises(UserError, match="no such folder"):
-            import_checkpoint(tmp_path / "none", tmp_path / "in", form="huggingface")
-        with pytest.raises(UserError, match=r"no config\.json in it"):
-            import_checkpoint(tmp_path, tmp_path / "in", form="huggingface")
-        with pytest.raises(UserError, match=r"model\.safetensors: exists; choose another folder"):
-            export_checkpoint(checkpoint, export, form="huggingface")
-        with pytest.raises(UserError, match="--format onnx: choose one of huggingface, torchaudio"):
-            export_checkpoint(checkpoint, tmp_path / "x", form="onnx")
-        with pytest.raises(UserError, match="--format espnet: choose one of huggingface, fairseq"):
-            import_checkpoint(export, tmp_path / "x", form="espnet")
-
-
-class _Touch:
-    """Unpickled, it would make a file."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (self.path, "w")
-
-
-class TestStartingFromACheckpoint:
-    """Continued pretraining: trainer.init_from."""
-
-    @pytest.fixture(scope="class")
-    def source(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("source")
-        config = load_config("base", MICRO_RUN)
-        torch.manual_seed(2)
-        saved(folder, config, Wav2Vec2ForPretraining(config.model).state_dict())
-        return folder
-
-    def settings(self, corpus: SmallCorpus, source: Path, *overrides: str) -> Config:
-        return load_config(
-            "base", [*MICRO_RUN, f"data.train={corpus.train}", f"trainer.init_from={source}", *overrides]
-        )
-
-    @pytest.mark.parametrize("engine", ["engine.name=ddp", "engine={name: deepspeed, deepspeed_config: zero2}"])
-    def test_the_first_loss_is_transformers_loss_of_the_same_batch(
-        self, small_corpus: SmallCorpus, source: Path, tmp_path: Path, engine: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        if "deepspeed" in engine:
-            pytest.importorskip("deepspeed")
-        config = self.settings(
-            small_corpus, source, "trainer.updates=1", "schedule.warmup_updates=1", "regularization.layerdrop=0",
-            "regularization.dropout=0", "regularization.attention_dropout=0", "regularization.input_dropout=0", "objective.feature_dropout=0",
-            "data.min_seconds=2.0", engine,
-        )  # fmt: skip
-        assert train(config, tmp_path / "exp") == 0
-        (record,) = read_metrics(tmp_path / "exp" / "metrics.jsonl", "train")
-        export_checkpoint(source, tmp_path / "hf", form="huggingface")
-        (window,) = open_training_set(config).windows(range(1), rank=0, world_size=1)
-        theirs = transformers_loss(tmp_path / "hf", window, config)
-        mine = record["contrastive"] + config.objective.diversity_weight * record["diversity"]
-        assert mine == pytest.approx(theirs, rel=1e-5)
-        said = " ".join(capsys.readouterr().out.split())
-        assert "tensors of taken missing other shape not used" in said
-        assert "encoder.feature_encoder 9 0 0 0" in said and "quantizer 3 0 0 0" in said
-
-    def test_other_shapes_and_settings_are_errors_unless_named(
-        self, small_corpus: SmallCorpus, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        for override, name in (
-            ("model.ffn_dim=32", "model.ffn_dim is 64 there and 32 here"),
-            ("model.heads=2", "model.heads is 4 there and 2 here"),
-            ("model.normalize_waveform=true", "model.normalize_waveform is False there and True here"),
-        ):
-            with pytest.raises(UserError, match=f"{name};.* if that is meant, name it in trainer.init_allow"):
-                train(self.settings(small_corpus, source, override), tmp_path / "no")
-        allowed = self.settings(
-            small_corpus, source, "objective.codebook_entries=12", "trainer.updates=1", "schedule.warmup_updates=1",
-            "trainer.init_allow=[codebook_entries,quantizer,nosuch]",
-        )  # fmt: skip
-        capsys.readouterr()
-        assert train(allowed, tmp_path / "exp") == 0
-        said = " ".join(capsys.readouterr().out.split())
-        assert "quantizer 0 0 3 0" in said
-        assert "warning: trainer.init_allow: nosuch matches nothing" in said
-        assert "drawn anew: quantizer.codevectors is [2, 16, 8] there and [2, 12, 8] here" in said
-        with pytest.raises(UserError, match=r"quantizer\.\S+ is \[.*\] there and \[.*\] here"):
-            train(
-                self.settings(
-                    small_corpus, source, "objective.codebook_entries=12", "trainer.init_allow=[codebook_entries]"
-                ),
-                tmp_path / "other",
-            )
-
-    def test_a_run_that_was_begun_continues_instead(
-        self, small_corpus: SmallCorpus, source: Path, tmp_path: Path
-    ) -> None:
-        first = ("trainer.updates=2", "schedule.warmup_updates=1")
-        train(self.settings(small_corpus, source, *first), tmp_path)
-        before = open_checkpoint(tmp_path).model_tensors()
-        train(self.settings(small_corpus, tmp_path / "gone", *first), tmp_path)
-        assert all(torch.equal(before[n], t) for n, t in open_checkpoint(tmp_path).model_tensors().items())
-
-    def test_an_import_is_no_run_to_continue(self, small_corpus: SmallCorpus, source: Path) -> None:
-        config = load_config("base", [*MICRO_RUN, f"data.train={small_corpus.train}"])
-        with pytest.raises(
-            UserError, match=r"from its 1 checkpoint; start one .* trainer\.init_from=.*, in another --exp"
-        ):
-            train(config, source)
 
 
 def test_the_command_line(family: tuple[Config, Path, Path], tmp_path: Path) -> None:

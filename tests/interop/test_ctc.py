@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from w2vscale.training.initialisation import open_source, with_architecture_of_source
 
 from tests.helpers.audio import write_audio
+from tests.helpers.batches import inputs_of
+from tests.helpers.exported import FAMILIES, load_model, random_model, save_model
 from tests.helpers.micro import SMALL
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import open_checkpoint
-from w2vscale.checkpoint.store import CheckpointStore
-from w2vscale.config import Config, dump_config, load_config
-from w2vscale.data.transcripts import make_ctc_inputs
-from w2vscale.distributed.process_group import Ranks
+from w2vscale.config import Config, load_config
 from w2vscale.errors import UserError
 from w2vscale.inference.decoding import labels_to_text
 from w2vscale.inference.pretrained import load
@@ -27,37 +25,25 @@ from w2vscale.inference.transcription import Transcript, transcribe
 from w2vscale.inference.utterances import find_utterances
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
-from w2vscale.objectives.ctc import Wav2Vec2ForCTC
-from w2vscale.optim.canonical import specs_of
-from w2vscale.training.warm_start import open_source
+from w2vscale.objectives import build_objective, resolve
+from w2vscale.training.warm_start import fine_tuning_config, open_source
 
 transformers = pytest.importorskip("transformers")
 
 
+ENCODER = tuple(setting for setting in SMALL if setting.startswith("model."))
+CTC = ("objective.name=ctc", "precision.compute=fp32")
 FROZEN = ("regularization.feature_grad_mult=0", "objective.freeze_encoder_updates=5", "optim.weight_decay=0")
 
 
-@pytest.fixture(scope="module", params=["base", "large", "large_lv60", "xlsr_300m"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Path]:
     """A preset's small sibling with random weights: its settings, its checkpoint, and its export to Transformers."""
     folder = tmp_path_factory.mktemp(request.param)
-    config = load_config(request.param, [*SMALL, *FROZEN, "objective.name=ctc", "objective.vocabulary=letters"])
-    torch.manual_seed(3)
-    model = Wav2Vec2ForCTC(config.model, config.ctc)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    store = CheckpointStore(folder / "checkpoints", Ranks(), expected=specs_of(tensors), keep_last=1)
-    checkpoint = store.save(tensors, TrainState(update=7), dump_config(config))
+    config, _ = resolve(load_config(request.param, [*ENCODER, *FROZEN, *CTC, "objective.vocabulary=letters"]))
+    checkpoint = save_model(folder, config, random_model(config, seed=3).state_dict(), TrainState(update=7))
     export_checkpoint(checkpoint, folder / "export", form="huggingface")
     return config, checkpoint, folder / "export"
-
-
-def ours(config: Config, checkpoint: Path) -> Wav2Vec2ForCTC:
-    model = Wav2Vec2ForCTC(config.model, config.ctc)
-    model.load_state_dict(open_checkpoint(checkpoint).model_tensors())
-    return model.eval()
 
 
 def speech(sizes: tuple[int, ...], *, normalised: bool) -> list[np.ndarray[tuple[int], np.dtype[np.float32]]]:
@@ -72,15 +58,15 @@ def test_logits_and_loss_are_transformers(family: tuple[Config, Path, Path]) -> 
     # Transformers' GroupNorm counts padding; ours does not.
     sizes = (8000, 8000) if config.model.conv_norm == "group" else (8000, 6100)
     audio, labels = speech(sizes, normalised=config.model.normalize_waveform), [[5, 6, 6, 4, 7], [8, 9]]
-    inputs = make_ctc_inputs(audio, labels, [0, 1], number=0, seed=0, config=config)
-    attention = (torch.arange(8000) < inputs.lengths_B.unsqueeze(1)).long() if inputs.padded else None
+    inputs = inputs_of(build_objective(config), audio, labels)
+    attention = (torch.arange(8000) < inputs.audio.lengths_B.unsqueeze(1)).long() if inputs.audio.padded else None
     padded_labels = torch.tensor([labels[0], [*labels[1], -100, -100, -100]])
     with torch.no_grad():
-        theirs = other.eval()(inputs.waveforms_BS, attention_mask=attention, labels=padded_labels)
-        model = ours(config, checkpoint)
-        given = (inputs.lengths_B, inputs.frames_B) if inputs.padded else (None, None)
-        logits, sums = model.logits(inputs.waveforms_BS, *given), model(inputs)
-    valid_BT = torch.arange(logits.shape[1]) < inputs.frames_B.unsqueeze(1)
+        theirs = other.eval()(inputs.audio.waveforms_BS, attention_mask=attention, labels=padded_labels)
+        model = load_model(config, checkpoint)
+        given = (inputs.audio.lengths_B, inputs.audio.frames_B) if inputs.audio.padded else (None, None)
+        logits, sums = model.logits(inputs.audio.waveforms_BS, *given), model(inputs)
+    valid_BT = torch.arange(logits.shape[1]) < inputs.audio.frames_B.unsqueeze(1)
     difference = (logits - theirs.logits)[valid_BT].abs().max()
     assert difference <= 1e-5 * theirs.logits[valid_BT].abs().max()
     assert float(sums.total) == pytest.approx(float(theirs.loss), rel=1e-5)
@@ -104,13 +90,9 @@ def test_the_processor_loads_and_writes_the_same_text(family: tuple[Config, Path
 
 def test_sentence_pieces_are_written_with_spaces_and_come_in_again(tmp_path: Path) -> None:
     symbols = ["<pad>", "<unk>", "<s>", "</s>", "▁", "▁THE", "▁C", "AT", "A", "'"]
-    config = load_config("base", [*SMALL, "objective.name=ctc", f"objective.vocabulary={json.dumps(symbols)}"])
-    model = Wav2Vec2ForCTC(config.model, config.ctc)
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    store = CheckpointStore(tmp_path / "checkpoints", Ranks(), expected=specs_of(tensors), keep_last=1)
-    export_checkpoint(
-        store.save(tensors, TrainState(update=1), dump_config(config)), tmp_path / "out", form="huggingface"
-    )
+    config = load_config("base", [*ENCODER, *CTC, f"objective.vocabulary={json.dumps(symbols)}"])
+    checkpoint = save_model(tmp_path, config, random_model(config, seed=3).state_dict(), TrainState(update=1))
+    export_checkpoint(checkpoint, tmp_path / "out", form="huggingface")
     tokenizer = transformers.AutoProcessor.from_pretrained(tmp_path / "out").tokenizer
     labels = [5, 6, 7, 4, 9, 8, 8, 5, 1]
     frames = [frame for label in labels for frame in (label, label, 0)]
@@ -126,17 +108,18 @@ def test_in_again_is_bit_identical(family: tuple[Config, Path, Path], tmp_path: 
     before, after = (open_checkpoint(path).model_tensors() for path in (checkpoint, imported.checkpoint))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     again = load_config(imported.checkpoint / "config.yaml")
-    assert again.model == config.model
-    assert again.ctc == config.ctc.model_copy(update={"freeze_encoder_updates": 0})
+    assert (again.model, again.regularization) == (config.model, config.regularization)
+    settings = build_objective(config).settings
+    assert build_objective(again).settings == settings.model_copy(update={"freeze_encoder_updates": 0})
 
 
 def test_a_run_starts_from_the_folder_as_from_the_checkpoint(family: tuple[Config, Path, Path]) -> None:
     config, checkpoint, export = family
     one, other = open_source(checkpoint), open_source(export)
-    assert one.model == other.model == config.model and one.shapes == other.shapes
+    assert one.config.model == other.config.model == config.model and one.shapes == other.shapes
     assert all(torch.equal(one.tensor(name), other.tensor(name)) for name in one.shapes)
     settings = load_config("ctc_1h", [f"trainer.init_from={export}"])
-    assert with_architecture_of_source(settings).model.conv_layers == config.model.conv_layers
+    assert fine_tuning_config(settings).model.conv_layers == config.model.conv_layers
 
 
 def test_a_model_that_transformers_saved_comes_in(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
@@ -162,7 +145,7 @@ def test_torchaudios_logits_are_equal(
     waveform_1S = torch.from_numpy(audio).unsqueeze(0)
     with torch.no_grad():
         theirs, _ = model(waveform_1S)
-        mine = ours(config, checkpoint).logits(waveform_1S)
+        mine = load_model(config, checkpoint).logits(waveform_1S)
     assert float((mine - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
 
 

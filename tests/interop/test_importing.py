@@ -14,37 +14,44 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from tests.helpers.fairseq import SMALL as FAIRSEQ
+from tests.helpers.fairseq import all_settings, fairseq_state, save_new
 from tests.helpers.micro import SMALL
-from tests.interop.test_fairseq import SMALL as FAIRSEQ
-from tests.interop.test_fairseq import all_settings, fairseq_state, save_new
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
-from w2vscale.config import ModelConfig, load_config
+from w2vscale.config import Config, load_config
 from w2vscale.errors import UserError
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import load_fairseq
 from w2vscale.interop.huggingface import (
     from_huggingface,
     huggingface_config,
-    model_config,
     preprocessor_config,
+    pretraining_config,
     to_huggingface,
 )
 from w2vscale.interop.importing import import_checkpoint
-from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
+from w2vscale.objectives import build_objective, resolve
 
 transformers = pytest.importorskip("transformers")
 
 
-def small(preset: str = "base", *overrides: str) -> ModelConfig:
-    return load_config(preset, [*SMALL, *overrides]).model
+def small(preset: str = "base", *overrides: str) -> Config:
+    """A preset's small sibling, with every setting of its objective."""
+    return resolve(load_config(preset, [*SMALL, *overrides]))[0]
+
+
+def described(config: Config) -> tuple[Any, ...]:
+    """What an import takes over."""
+    return config.model, config.regularization, build_objective(config).settings
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
     """Weights of `small()`, by our names."""
     torch.manual_seed(4)
-    return {name: torch.randn_like(tensor) for name, tensor in Wav2Vec2ForPretraining(small()).state_dict().items()}
+    model = build_objective(small()).build_model()
+    return {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
 
 
 @pytest.fixture
@@ -54,7 +61,7 @@ def source(state: dict[str, Tensor], tmp_path: Path) -> Path:
     folder.mkdir()
     save_file(to_huggingface(state, small()), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(huggingface_config(small())))
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(small())))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(small().model)))
     return folder
 
 
@@ -65,9 +72,9 @@ def change(folder: Path, **settings: object) -> None:
     (folder / "config.json").write_text(json.dumps(document))
 
 
-def take(folder: Path, output: Path, form: str = "huggingface") -> tuple[ModelConfig, dict[str, Tensor]]:
+def take(folder: Path, output: Path, form: str = "huggingface") -> tuple[Config, dict[str, Tensor]]:
     checkpoint = import_checkpoint(folder, output, form=form).checkpoint
-    return load_config(checkpoint / "config.yaml").model, open_checkpoint(checkpoint).model_tensors()
+    return load_config(checkpoint / "config.yaml"), open_checkpoint(checkpoint).model_tensors()
 
 
 def refusal(source: Path, form: str = "huggingface") -> str:
@@ -91,9 +98,9 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_a_fairseq_checkpoint(name: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     path = save_new(tmp_path / "model.pt", fairseq_state(FAIRSEQ[name]), all_settings(FAIRSEQ[name]))
-    model, weights = from_fairseq(load_fairseq(path))
+    config, weights = from_fairseq(load_fairseq(path))
     taken, stored = take(path, tmp_path / "in", form="fairseq")
-    assert taken == model
+    assert described(taken) == described(config)
     assert_same(stored, weights)
 
 
@@ -122,33 +129,38 @@ def test_fairseq_weights_that_are_not_finite_are_refused(number: float, tmp_path
 @pytest.mark.parametrize("preset", ["base", "large", "large_lv60", "xlsr_300m"])
 def test_our_own_export_has_all_settings(preset: str) -> None:
     changed = (
-        "objective.mask_probability=0.5", "objective.mask_length=7", "objective.mask_min_spans=1", "objective.gumbel_start=3",
-        "objective.gumbel_end=0.2", "objective.gumbel_decay=0.9", "regularization.feature_grad_mult=0.3",
-        "objective.feature_penalty_weight=2", "model.normalize_waveform=true", "model.sampling_rate=8000",
+        "objective.mask_probability=0.5", "objective.mask_length=7", "objective.mask_min_spans=1",
+        "objective.gumbel_start=3", "objective.gumbel_end=0.2", "objective.gumbel_decay=0.9",
+        "regularization.feature_grad_mult=0.3", "objective.feature_penalty_weight=2",
+        "model.normalize_waveform=true", "model.sampling_rate=8000",
     )  # fmt: skip
-    for config in (load_config(preset).model, small(preset), small(preset, *changed)):
+    for config in (load_config(preset), small(preset), small(preset, *changed)):
         document = json.loads(json.dumps(huggingface_config(config)))
-        preprocessor = json.loads(json.dumps(preprocessor_config(config)))
-        assert model_config(document, preprocessor) == config
-        assert model_config(document, None) == config
+        preprocessor = json.loads(json.dumps(preprocessor_config(config.model)))
+        assert described(pretraining_config(document, preprocessor)) == described(config)
+        assert described(pretraining_config(document, None)) == described(config)
 
 
 def test_our_settings_do_not_count_where_they_are_of_another_architecture(source: Path) -> None:
     document = json.loads((source / "config.json").read_text())
-    document["w2vscale"] |= {"mask_probability": 0.5, "heads": 2}
-    assert model_config(document, None).mask_probability == 0.65
-    document["w2vscale"]["heads"] = 4
-    assert model_config(document, None).mask_probability == 0.5
-    document["w2vscale"]["maks_length"] = 3
-    with pytest.raises(UserError, match=r"config\.json: w2vscale\.maks_length=3: Extra inputs"):
-        model_config(document, None)
+    ours = document["w2vscale"]
+    ours["objective"]["mask_probability"], ours["model"]["heads"] = 0.5, 2
+    assert pretraining_config(document, None).objective.mask_probability == 0.65
+    ours["model"]["heads"] = 4
+    assert pretraining_config(document, None).objective.mask_probability == 0.5
+    for section in ours:
+        ours[section]["maks_length"] = 3
+        with pytest.raises(UserError, match=rf"config\.json: w2vscale\.{section}\.maks_length=3: unknown setting"):
+            pretraining_config(document, None)
+        del ours[section]["maks_length"]
 
 
 def test_settings_that_transformers_changed_count(source: Path) -> None:
     document = json.loads((source / "config.json").read_text()) | {"hidden_dropout": 0, "mask_time_prob": 0.05}
-    document["w2vscale"]["mask_length"] = 7
-    config = model_config(document, None)
-    assert (config.dropout, config.mask_probability, config.mask_length) == (0.0, 0.65, 7)
+    document["w2vscale"]["objective"]["mask_length"] = 7
+    config = pretraining_config(document, None)
+    assert config.regularization.dropout == 0.0
+    assert (config.objective.mask_probability, config.objective.mask_length) == (0.65, 7)
 
 
 def test_transformers_takes_our_settings_along_without_a_word(source: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -161,7 +173,7 @@ def test_transformers_takes_our_settings_along_without_a_word(source: Path, capl
         model.save_pretrained(source.parent / "again")
     assert not [record for record in caplog.records if "w2vscale" in record.getMessage()]
     assert config.w2vscale == json.loads(json.dumps(huggingface_config(small())))["w2vscale"]
-    assert take(source.parent / "again", source.parent / "in")[0] == small()
+    assert described(take(source.parent / "again", source.parent / "in")[0]) == described(small())
 
 
 @pytest.mark.parametrize("normalised", [True, False])
@@ -172,14 +184,14 @@ def test_the_newer_file_of_a_feature_extractor_counts(normalised: bool, source: 
     (source / "preprocessor_config.json").unlink()
     transformers.Wav2Vec2Processor(extractor, tokenizer).save_pretrained(source)
     assert (source / "processor_config.json").is_file() and not (source / "preprocessor_config.json").exists()
-    model, _ = take(source, tmp_path / "in")
+    model = take(source, tmp_path / "in")[0].model
     assert (model.normalize_waveform, model.sampling_rate) == (normalised, 8000)
 
 
 def test_the_older_file_counts_where_the_newer_does_not_say(source: Path, tmp_path: Path) -> None:
     (source / "processor_config.json").write_text('{"processor_class": "Wav2Vec2Processor"}')
     (source / "preprocessor_config.json").write_text('{"do_normalize": true}')
-    assert take(source, tmp_path / "in")[0].normalize_waveform
+    assert take(source, tmp_path / "in")[0].model.normalize_waveform
 
 
 @pytest.mark.parametrize(("preset", "normalised"), [("base", False), ("large_lv60", True)])
@@ -192,7 +204,7 @@ def test_without_either_file_normalisation_goes_with_the_norm_and_is_told(
     transformers.Wav2Vec2ForPreTraining(config).save_pretrained(folder)
     result = CliRunner().invoke(app, ["import", str(folder), str(tmp_path / "in")])
     assert result.exit_code == 0, result.output
-    said = f"no preprocessor_config.json or processor_config.json in it: taking model.normalize_waveform={normalised}"
+    said = f"no preprocessor_config.json or processor_config.json in it: using model.normalize_waveform={normalised}"
     assert said.lower() in result.output.lower()
     assert load_config(open_checkpoint(tmp_path / "in").path / "config.yaml").model.normalize_waveform == normalised
 
@@ -320,7 +332,7 @@ def test_other_kinds_of_model_are_refused_by_what_they_are(kind: str, told: str,
             torch.full((24,), 1e300, dtype=torch.float64),
             "target_projection.bias has no values, or values that are not fin",
         ),
-        (torch.ones(25), "project_q.bias has shape [25], but the model's settings want [24]"),
+        (torch.ones(25), "project_q.bias has shape [25], but the settings need [24]"),
     ],
 )
 def test_weights_that_are_none_are_refused_by_name(tensor: Tensor, told: str, source: Path) -> None:

@@ -1,4 +1,4 @@
-"""Attention with dropout on CPUs, and within segments as GPUs compute it, against PyTorch's with a mask."""
+"""Attention with dropout on CPUs, and within segments on GPUs, against PyTorch attention with a mask."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.helpers.comparison import assert_same, error, outputs_and_gradients
-from tests.helpers.micro import MICRO_MODEL
+from tests.helpers.micro import MICRO_ENCODER
 from w2vscale.config import load_config
 from w2vscale.kernels.cpu_attention import attention_with_cpu_dropout
 from w2vscale.kernels.segment_attention import segment_attention, segment_bounds, takes_segments
@@ -19,7 +19,7 @@ from w2vscale.models.wav2vec2 import TransformerEncoder, attention, valid_mask
 
 plain = attention.__wrapped__
 TOO_LITTLE = 1e-6
-"""A probability of dropout that drops nothing in 16 bits."""
+"""A dropout probability that drops nothing in 16 bits."""
 
 
 def tensors(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -55,7 +55,7 @@ def test_dropout_keeps_the_mean(padded: bool) -> None:
         torch.testing.assert_close(mean, expected, rtol=0.1, atol=0.15)
 
 
-def test_without_dropout_a_cpu_uses_pytorchs() -> None:
+def test_without_dropout_a_cpu_uses_pytorch() -> None:
     leaves = tensors(2, 2, 9, 8)
     assert attention_with_cpu_dropout(*leaves, None, 0.0) is NotImplemented
     assert_same([attention(*leaves, None, 0.0)], [F.scaled_dot_product_attention(*leaves)])
@@ -124,9 +124,9 @@ class TestOnAGpu:
 
     @pytest.mark.parametrize("compiled", [False, True])
     def test_an_encoder_in_bf16_gives_what_it_gives_in_fp32(self, compiled: bool) -> None:
-        config = load_config("base", [*MICRO_MODEL, "model.dim=64"]).model
+        config = load_config("base", [*MICRO_ENCODER, "model.dim=64"])
         torch.manual_seed(0)
-        encoder = TransformerEncoder(config, config).to("cuda").eval()
+        encoder = TransformerEncoder(config.model, config.regularization).to("cuda").eval()
         x_BTD = torch.randn(3, 50, 64, device="cuda")
         frames_B = torch.tensor([50, 20, 49], device="cuda")
         expected_BTD, _ = encoder(x_BTD, frames_B)

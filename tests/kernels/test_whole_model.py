@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.helpers.comparison import RELATIVE
-from tests.helpers.families import FAMILIES, batch, build, family
-from w2vscale.config import ModelConfig
+from tests.helpers.families import FAMILIES, batch, build, family, gradients, valid_frames
 from w2vscale.kernels import replaceable
 from w2vscale.kernels.replaceable import kernels
 from w2vscale.kernels.table import KERNELS, Kernel
+from w2vscale.objectives.contrastive import ContrastiveInputs, Wav2Vec2ForPretraining
 
-NO_DROPOUT = "model.attention_dropout=1e-7"
-"""Drops nothing, but lets CPUs use the kernel of attention with dropout."""
+NO_DROPOUT = "regularization.attention_dropout=1e-7"
+"""A probability that drops nothing, but makes CPUs use the kernel for attention with dropout."""
 
 
 @pytest.fixture
@@ -35,33 +34,29 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
-def loss_and_gradients(config: ModelConfig, model: nn.Module, samples: tuple[int, ...]) -> dict[str, Tensor]:
-    inputs = batch(config, *samples).inputs
+def loss_and_gradients(model: Wav2Vec2ForPretraining, inputs: ContrastiveInputs) -> dict[str, Tensor]:
     encoded: list[Tensor] = []
     handle = model.encoder.register_forward_hook(lambda module, args, output: encoded.append(output))
-    model.zero_grad(set_to_none=True)
     sums = model(inputs)
     handle.remove()
-    sums.total.backward()
-    valid_BT = torch.arange(inputs.mask_BT.shape[1]) < inputs.frames_B.unsqueeze(1)
-    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    valid_BT = valid_frames(inputs)
     hidden = {f"hidden {index}": state_BTD[valid_BT] for index, state_BTD in enumerate(encoded[0].hidden)}
     features = {"features": encoded[0].features_BTC[valid_BT], "context": encoded[0].context_BTD[valid_BT]}
-    return {"loss": sums.total, **features, **hidden, **found}
+    return {"loss": sums.total, **features, **hidden, **gradients(model, sums.total)}
 
 
 @pytest.mark.parametrize("samples", [(2000, 3100, 2017), (2500, 2500)], ids=["padded", "unpadded"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_kernel_together_equals_none(name: str, samples: tuple[int, ...], used: set[str]) -> None:
-    config = family(name, NO_DROPOUT, "model.feature_penalty_weight=3")
-    model = build(config).train()
+    objective = family(name, NO_DROPOUT, "objective.feature_penalty_weight=3")
+    model, inputs = build(objective).train(), batch(objective, *samples)
     with kernels("fast"):
-        found = loss_and_gradients(config, model, samples)
+        found = loss_and_gradients(model, inputs)
     assert used >= {"attention", "positional_convolution", "strided_convolution"}
-    assert ("normalized_convolution" in used) == (config.conv_norm == "group")
+    assert ("normalized_convolution" in used) == (objective.model.conv_norm == "group")
     used.clear()
     with kernels("plain"):
-        expected = loss_and_gradients(config, model, samples)
+        expected = loss_and_gradients(model, inputs)
     assert not used
     assert found.keys() == expected.keys() and len(found) > 50
     largest = max(float(x.detach().norm()) for x in expected.values())

@@ -6,6 +6,7 @@ that they call on bf16 values, forward and backward, is repeated in float64 with
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,65 +14,64 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from w2vscale.config import Config, load_config
-from w2vscale.config.load import preset_names
-from w2vscale.config.tree import ARCHITECTURE
-from w2vscale.data.inputs import CtcInputs, PretrainingInputs
-from w2vscale.data.micro_batch import make_inputs
+from tests.helpers.batches import inputs_of
+from w2vscale.config import Config, architecture_of, load_config, preset_names
 from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.kernels.replaceable import kernel_of
-from w2vscale.models.build import build_model
 from w2vscale.models.lengths import input_samples
 from w2vscale.models.wav2vec2 import positional_convolution
+from w2vscale.objectives import Objective, StepContext, build_objective
+from w2vscale.objectives.ctc import CtcInputs
 
 ROUNDING = 2**-8
-"""What rounding to bf16 changes at most, as a share."""
+"""Largest relative error of rounding to bf16."""
 
 BOUNDS = {
-    # These round inside, too; the gradients are differences of what they round.
+    # These also round intermediate values, and their gradients are differences of rounded values.
     "_scaled_dot_product_flash_attention_for_cpu": 4 * ROUNDING,
     "_scaled_dot_product_flash_attention_for_cpu_backward": 64 * ROUNDING,
 }
-"""Of operations that round more than their result."""
+"""Error bounds of operations that round more than their result."""
 
 UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-"""Not compared: what they return has no value yet. Views are not, either: they change no value."""
+"""Operations that are not compared because they return uninitialised memory."""
 
 WITHOUT_DROPOUT = {"_scaled_dot_product_flash_attention_for_cpu"}
-"""Operations that could draw random numbers, but do not without dropout."""
+"""Operations that draw random numbers only with dropout."""
 
 ZEROS_AND_ONES = {"bernoulli_"}
-"""Not compared: random numbers that are exact in bf16."""
+"""Operations that are not compared because they draw random numbers. These are exact in bf16."""
 
 EXPECTED = {"gelu", "gelu_backward", "_scaled_dot_product_flash_attention_for_cpu", "addmm", "mm"}
-"""Operations that each model must be seen to run in bf16."""
+"""Operations that every model must run in bf16."""
 
 LAYER_NORM = {"native_layer_norm", "native_layer_norm_backward"}
-"""And these, where LayerNorm has a kernel; otherwise it is computed in fp32."""
+"""Also expected if LayerNorm has a kernel; otherwise it is computed in fp32."""
 
 PIECE = 2**14
-"""Elements that are compared at a time: they stay in the processor's cache."""
+"""Number of elements to compare at a time, so that they stay in the processor cache."""
 
 
-def settings_of(config: Config) -> tuple[object, ...]:
-    """What decides the operations of a model with one block and their shapes."""
-    model = config.model.model_dump(include=ARCHITECTURE - {"layers"})
-    return (*sorted(model.items()), config.model.attention_dropout > 0.0, len(config.ctc.vocabulary))
+def settings_of(config: Config) -> str:
+    """Settings that determine the operations of a model with one block, and their shapes."""
+    architecture = (architecture_of(config.model), architecture_of(build_objective(config).settings))
+    return json.dumps((architecture, config.regularization.attention_dropout > 0.0))
 
 
 def distinct(settings: Callable[[Config], object]) -> dict[str, Config]:
-    """The presets, each with one block, without those whose `settings` are another's.
+    """Return the presets with distinct `settings`, each with one block.
 
-    Where the processor has no bf16, products take minutes, and one kernel computes them at all shapes: the smallest.
+    Where the processor has no bf16, this is the smallest preset only: products take minutes there, and one kernel
+    computes them at all shapes.
     """
     found: dict[object, tuple[str, Config]] = {}
     for name in preset_names() if CPU_HAS_BF16 else ["tiny"]:
-        config = load_config(name, ["model.layers=1", "model.layerdrop=0"])
+        config = load_config(name, ["model.layers=1"])
         found.setdefault(settings(config), (name, config))
     return dict(found.values())
 
@@ -139,7 +139,7 @@ def exact(arguments: Any) -> Any:
 
 
 def difference(found: Any, expected: Any) -> float:
-    """The largest error of an element, as a share of its own size plus its tensor's root mean square."""
+    """The largest error of an element, relative to its own size plus the root mean square of its tensor."""
     pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
     errors = [_difference(one, other) for one, other in pairs if isinstance(one, Tensor) and one.numel()]
     return max(errors, default=0.0)
@@ -155,7 +155,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     rows = max(PIECE * found.shape[0] // found.numel(), 1)
     pieces = zip(found.split(rows), expected.split(rows), strict=True)
     error = float(torch.stack([((one - other).abs_() / other.abs().add_(size)).max() for one, other in pieces]).max())
-    # Where a mask is minus infinity, nothing but equality counts.
+    # Where a mask is minus infinity, only equality counts.
     return 0.0 if math.isnan(error) and bool((found == expected).all()) else error
 
 
@@ -171,7 +171,7 @@ def has_groups(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def is_view(function: Any) -> bool:
-    """Whether the result shares an input's memory unchanged."""
+    """Whether the result is a view of an input. Views are not compared, because they change no value."""
     return any(returned.alias_info and not returned.alias_info.is_write for returned in function._schema.returns)
 
 
@@ -186,37 +186,22 @@ def described(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------- models
 
 
-def model_inputs(config: Config, frames: Sequence[int]) -> PretrainingInputs | CtcInputs:
+def model_inputs(objective: Objective, frames: Sequence[int]) -> Any:
     draws = np.random.default_rng(0)
-    waveforms = [draws.standard_normal(input_samples(count, config.model), dtype=np.float32) for count in frames]
-    inputs = make_inputs(waveforms, range(len(frames)), number=0, seed=0, config=config.model)
-    if not config.ctc.vocabulary:
-        return inputs
-    return CtcInputs(
-        waveforms_BS=inputs.waveforms_BS,
-        lengths_B=inputs.lengths_B,
-        frames_B=inputs.frames_B,
-        mask_BT=inputs.mask_BT,
-        channel_mask_BD=torch.arange(config.model.dim).expand(len(frames), -1) < config.model.dim // 4,
-        labels_L=torch.ones(len(frames), dtype=torch.long),
-        label_lengths_B=torch.ones(len(frames), dtype=torch.long),
-        utterances=inputs.utterances,
-        labels=(len(frames),),
-        padded=inputs.padded,
-    )
-
-
-def loss_of(config: Config, model: nn.Module, inputs: PretrainingInputs | CtcInputs) -> Tensor:
+    waveforms = [draws.standard_normal(input_samples(count, objective.model), dtype=np.float32) for count in frames]
+    inputs = inputs_of(objective, waveforms, [[1]] * len(frames))
     if isinstance(inputs, CtcInputs):
-        loss: Tensor = model(inputs).total
-        return loss
-    noise_MGV = torch.zeros(len(inputs.frame_M), config.model.codebooks, config.model.codebook_entries)
-    loss = model(inputs, noise_MGV=noise_MGV if model.training else None).total
-    return loss
+        dim = objective.model.dim
+        inputs = inputs._replace(channel_mask_BD=torch.arange(dim).expand(len(frames), -1) < dim // 4)
+    return inputs
+
+
+EVERY_LAYER = StepContext(seed=0, update=0, numbers=(0,), worst_case=True)
+"""A step in which no layer is dropped or frozen."""
 
 
 class Precision(NamedTuple):
-    """How a model comes to compute in bf16."""
+    """A way to run a model in bf16."""
 
     weights: torch.dtype
     activations: torch.dtype
@@ -245,18 +230,19 @@ def compared() -> set[str]:
     ],
 )
 def test_every_bf16_operation_is_right_but_for_rounding(preset: str, precision: Precision, compared: set[str]) -> None:
-    config = MODELS[preset]
+    objective = build_objective(MODELS[preset])
     torch.manual_seed(0)
-    model = build_model(config.model, config.ctc, precision.activations).to(precision.weights)
+    model: Any = objective.build_model().to(precision.weights)
+    model.compute_dtype = precision.activations
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast)
     with Bf16Operations(compared) as operations:
         with autocast:
-            loss = loss_of(config, model, model_inputs(config, (37, 12, 1)))
-        loss.backward()
+            sums = objective.forward(model, model_inputs(objective, (37, 12, 1)), step=EVERY_LAYER, training=True)
+        sums.total.backward()
         model.eval()
         for frames in ((12,), (1,)):  # without dropout or padding
             with autocast, torch.no_grad():
-                loss_of(config, model, model_inputs(config, frames))
+                objective.forward(model, model_inputs(objective, frames), step=EVERY_LAYER, training=False)
     assert not operations.wrong, "\n".join(operations.wrong)
     assert operations.names >= (EXPECTED if kernel_of("layer_norm", "cpu") is None else EXPECTED | LAYER_NORM)
 
@@ -300,7 +286,7 @@ def plain_convolution(x_BTD: Tensor, weight_DIK: Tensor, bias_D: Tensor, groups:
 
 
 class Faulty(TorchDispatchMode):
-    """Returns garbage for one operation in bf16, as a processor's faulty kernel does."""
+    """Returns a wrong value from one operation in bf16, as a faulty kernel of a processor does."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The whole pretraining forward, loss and gradients against a second derivation, in float64 and from the formulas.
+"""Forward, loss and gradients of pretraining against a second derivation in float64, written from the formulas.
 
 The derivation below shares no code with the model: one utterance at a time and never padded, with loops over heads,
 groups, codebooks, frames and negatives (Baevski et al. 2020; where the paper is silent, fairseq's wav2vec2.py).
@@ -15,10 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.batches import inputs_of, utterance_of_masked_frames
 from w2vscale.config import ModelConfig, load_config
-from w2vscale.data.inputs import PretrainingInputs, concatenate
-from w2vscale.data.micro_batch import make_inputs
-from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
+from w2vscale.data.inputs import join
+from w2vscale.objectives import build_objective
+from w2vscale.objectives.contrastive import Contrastive, ContrastiveInputs, ContrastiveSettings, ContrastiveSums
 
 Weights = Mapping[str, Tensor]
 
@@ -58,39 +59,42 @@ MICRO_BATCHES = ((700, 1010, 893), (820, 90, 640))
 
 
 def derive(
-    weights: Weights, config: ModelConfig, parts: Sequence[PretrainingInputs], noise_MGV: Tensor
+    weights: Weights, objective: Contrastive, parts: Sequence[ContrastiveInputs], noise_MGV: Tensor
 ) -> dict[str, Tensor]:
     """Loss sums of micro-batches, in float64."""
+    settings = objective.settings
     sums = {name: torch.zeros((), dtype=torch.float64) for name in ("contrastive", "diversity", "feature_penalty")}
-    counts_GV = torch.zeros(config.codebooks, config.codebook_entries, dtype=torch.float64)
+    counts_GV = torch.zeros(settings.codebooks, settings.codebook_entries, dtype=torch.float64)
     probability_sums_GV = torch.zeros_like(counts_GV)
     correct = excluded = 0
     for part in parts:
         noise_of_part, noise_MGV = noise_MGV[: sum(part.masked)], noise_MGV[sum(part.masked) :]
         probabilities: list[Tensor] = []
         squares: list[Tensor] = []
-        for row, samples in enumerate(part.lengths_B.tolist()):
-            mask_T = part.mask_BT[row, : int(part.frames_B[row])]
-            features_TC, context_TD, targets_TC = encode(weights, config, part.waveforms_BS[row, :samples], mask_T)
+        for row, samples in enumerate(part.audio.lengths_B.tolist()):
+            mask_T = part.audio.mask_BT[row, : int(part.audio.frames_B[row])]
+            waveform_S = part.audio.waveforms_BS[row, :samples]
+            features_TC, context_TD, targets_TC = encode(weights, objective, waveform_S, mask_T)
             squares.append((features_TC**2).reshape(-1))
             masked = mask_T.nonzero().squeeze(1).tolist()
             start = len(probabilities)
             codes, vectors = [], []
             for number, frame in enumerate(masked):
-                vector_D, chosen, soft_GV = quantize(weights, config, targets_TC[frame], noise_of_part[start + number])
-                vectors.append(project_target(weights, config, vector_D))
+                noise_GV = noise_of_part[start + number]
+                vector_D, chosen, soft_GV = quantize(weights, settings, targets_TC[frame], noise_GV)
+                vectors.append(project_target(weights, settings, vector_D))
                 codes.append(chosen)
                 probabilities.append(soft_GV)
                 for group, code in enumerate(chosen):
                     counts_GV[group, code] += 1
-            negatives_NK = part.negatives_MK[part.utterance_M == row].tolist()
+            negatives_NK = part.negatives_MK[utterance_of_masked_frames(part) == row].tolist()
             for number, frame in enumerate(masked):
                 context_D = affine(context_TD[frame], weights, "context_projection")
                 candidates = [vectors[number]]
                 candidates += [vectors[other] for other in negatives_NK[number] if codes[other] != codes[number]]
                 excluded += 1 + len(negatives_NK[number]) - len(candidates)
                 similarity = torch.stack([cosine(context_D, vector_D) for vector_D in candidates])
-                logits = similarity / config.logit_temperature
+                logits = similarity / settings.logit_temperature
                 sums["contrastive"] = sums["contrastive"] + torch.log(torch.exp(logits).sum()) - logits[0]
                 correct += bool((logits[1:] <= logits[0]).all())
         probability_sums_GV += torch.stack(probabilities).detach().sum(dim=0)
@@ -99,15 +103,18 @@ def derive(
         sums["feature_penalty"] = sums["feature_penalty"] + torch.cat(squares).mean() * len(probabilities)
     total = (
         sums["contrastive"]
-        + config.diversity_weight * sums["diversity"]
-        + config.feature_penalty_weight * sums["feature_penalty"]
+        + settings.diversity_weight * sums["diversity"]
+        + settings.feature_penalty_weight * sums["feature_penalty"]
     )
     counts = {"correct": torch.tensor(correct), "excluded": torch.tensor(excluded)}
     return {**sums, **counts, "total": total, "code_counts_GV": counts_GV, "probability_sums_GV": probability_sums_GV}
 
 
-def encode(weights: Weights, config: ModelConfig, waveform_S: Tensor, mask_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(features before their LayerNorm, context, what the quantizer sees) of one utterance, each [T, ·]."""
+def encode(
+    weights: Weights, objective: Contrastive, waveform_S: Tensor, mask_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(features before their LayerNorm, context, input of the quantizer) of one utterance, each [T, ·]."""
+    config = objective.model
     x_CT = waveform_S.double().unsqueeze(0)
     for index, (_, kernel, stride) in enumerate(config.conv_layers):
         name = f"encoder.feature_encoder.layers.{index}"
@@ -120,8 +127,8 @@ def encode(weights: Weights, config: ModelConfig, waveform_S: Tensor, mask_T: Te
         elif index == 0:
             x_CT = group_norm(x_CT, weights, f"{name}.norm", config.conv_norm_groups)
         x_CT = gelu(x_CT)
-    # The gradient into the convolutions is scaled, that of the penalty included; the value is not.
-    scale = config.feature_grad_mult
+    # Only the gradient into the convolutions is scaled, including the gradient of the penalty.
+    scale = objective.regularization.feature_grad_mult
     features_TC = scale * x_CT.T + (1 - scale) * x_CT.T.detach()
     normalised_TC = layer_norm(features_TC, weights, "encoder.feature_norm")
     projected_TD = affine(normalised_TC, weights, "encoder.feature_projection")
@@ -141,7 +148,7 @@ def encode(weights: Weights, config: ModelConfig, waveform_S: Tensor, mask_T: Te
             x_TD = layer_norm(x_TD + feed_forward(x_TD, weights, name), weights, f"{name}.feed_forward_norm")
     if config.norm_first:
         x_TD = layer_norm(x_TD, weights, "encoder.transformer.final_norm")
-    return features_TC, x_TD, projected_TD if config.quantizer_input == "projected" else normalised_TC
+    return features_TC, x_TD, projected_TD if objective.settings.quantizer_input == "projected" else normalised_TC
 
 
 def convolve(x_CT: Tensor, weight_OCK: Tensor, *, stride: int, left: int, right: int) -> Tensor:
@@ -161,7 +168,7 @@ def positions(weights: Weights, config: ModelConfig, x_TD: Tensor) -> Tensor:
     groups = []
     for group in range(config.positional_groups):
         rows = slice(group * size, (group + 1) * size)
-        # Padding kernel // 2 on both sides, and an even kernel's one frame too many dropped at the end.
+        # kernel // 2 zeros on both sides; an even kernel gives one frame too many, which is dropped at the end.
         right = kernel // 2 - (kernel + 1) % 2
         groups.append(convolve(x_TD[:, rows].T, weight_OIK[rows], stride=1, left=kernel // 2, right=right))
     return gelu(torch.cat(groups).T + weights[f"{name}.bias"])
@@ -186,12 +193,12 @@ def feed_forward(x_TD: Tensor, weights: Weights, block: str) -> Tensor:
 
 
 def quantize(
-    weights: Weights, config: ModelConfig, x_C: Tensor, noise_GV: Tensor
+    weights: Weights, settings: ContrastiveSettings, x_C: Tensor, noise_GV: Tensor
 ) -> tuple[Tensor, tuple[int, ...], Tensor]:
     """(vector, codes, softmax of the raw logits) of one frame: Gumbel softmax, hard, straight through."""
-    logits_GV = affine(x_C, weights, "quantizer.projection").reshape(config.codebooks, -1)
+    logits_GV = affine(x_C, weights, "quantizer.projection").reshape(settings.codebooks, -1)
     vectors, codes = [], []
-    for group in range(config.codebooks):
+    for group in range(settings.codebooks):
         soft_V = softmax((logits_GV[group] + noise_GV[group]) / TEMPERATURE)
         code = int(soft_V.argmax())
         hard_V = torch.zeros_like(soft_V)
@@ -201,8 +208,8 @@ def quantize(
     return torch.cat(vectors), tuple(codes), softmax(logits_GV)
 
 
-def project_target(weights: Weights, config: ModelConfig, vector_D: Tensor) -> Tensor:
-    return affine(vector_D, weights, "target_projection") if config.target_projection else vector_D
+def project_target(weights: Weights, settings: ContrastiveSettings, vector_D: Tensor) -> Tensor:
+    return affine(vector_D, weights, "target_projection") if settings.target_projection else vector_D
 
 
 def diversity(mean_GV: Tensor) -> Tensor:
@@ -251,41 +258,42 @@ class Case:
 
     def __init__(self, style: str) -> None:
         preset, overrides = STYLES[style]
-        self.config = load_config(preset, overrides).model
+        objective = build_objective(load_config(preset, overrides))
+        assert isinstance(objective, Contrastive)
+        self.objective = objective
         torch.manual_seed(11)
-        self.model = Wav2Vec2ForPretraining(self.config).train()
+        self.model = objective.build_model().train()
         with torch.no_grad():
             for parameter in self.model.parameters():  # away from zero biases, unit scales and near-zero matrices
                 parameter.add_(0.2 * torch.randn_like(parameter))
         draws = np.random.default_rng(5)
         self.parts = [
-            make_inputs(
+            inputs_of(
+                objective,
                 [draws.standard_normal(size, dtype=np.float32) for size in sizes],
-                range(len(sizes)),
                 number=number,
                 seed=2,
-                config=self.config,
             )
             for number, sizes in enumerate(MICRO_BATCHES)
         ]
         masked = sum(sum(part.masked) for part in self.parts)
-        shape = (masked, self.config.codebooks, self.config.codebook_entries)
+        shape = (masked, objective.settings.codebooks, objective.settings.codebook_entries)
         self.noise_MGV = -torch.empty(shape).exponential_().log()
         self.weights = {
             name: parameter.detach().double().requires_grad_() for name, parameter in self.model.named_parameters()
         }
-        self.expected = derive(self.weights, self.config, self.parts, self.noise_MGV.double())
+        self.expected = derive(self.weights, objective, self.parts, self.noise_MGV.double())
         self.expected["total"].backward()
 
-    def run(self, dtype: torch.dtype) -> tuple[LossSums, dict[str, Tensor | None]]:
+    def run(self, dtype: torch.dtype) -> tuple[ContrastiveSums, dict[str, Tensor | None]]:
         """Loss sums and gradients of the model itself."""
         model = copy.deepcopy(self.model).to(dtype)
         model.compute_dtype = dtype
-        sums = model(concatenate(self.parts), noise_MGV=self.noise_MGV.to(dtype), temperature=TEMPERATURE)
+        sums = model(join(self.parts), noise_MGV=self.noise_MGV.to(dtype), temperature=TEMPERATURE)
         sums.total.backward()
         return sums, {name: parameter.grad for name, parameter in model.named_parameters()}
 
-    def assert_sums(self, sums: LossSums, tolerance: float) -> None:
+    def assert_sums(self, sums: ContrastiveSums, tolerance: float) -> None:
         assert torch.equal(sums.code_counts_GV.double(), self.expected["code_counts_GV"])
         torch.testing.assert_close(
             sums.probability_sums_GV.double(), self.expected["probability_sums_GV"], rtol=10 * tolerance, atol=tolerance
@@ -317,7 +325,7 @@ def test_fp32_equals_the_derivation(case: Case) -> None:
 
 
 def test_float64_equals_the_derivation(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but rounding separates the two: with the model's fp32 islands raised to float64, nothing is left."""
+    """With the fp32 parts of the model in float64, the two agree to 1e-9, so they differ only by rounding."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     sums, gradients = case.run(torch.float64)
     case.assert_sums(sums, tolerance=1e-9)
@@ -325,16 +333,16 @@ def test_float64_equals_the_derivation(case: Case, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_cases_hold_what_they_should_test(case: Case) -> None:
-    """Padding, an utterance without masked frames, excluded negatives, several codes, each style's settings."""
-    together = concatenate(case.parts)
-    assert together.padded
-    assert len(set(together.frames_B.tolist())) == 6
-    assert int(together.mask_BT[4].sum()) == 0
+    """Padding, an utterance without masked frames, excluded negatives, several codes, settings of each style."""
+    together = join(case.parts)
+    assert together.audio.padded
+    assert len(set(together.audio.frames_B.tolist())) == 6
+    assert int(together.audio.mask_BT[4].sum()) == 0
     assert 0 < int(case.expected["excluded"]) < together.negatives_MK.numel() / 2
-    assert int((case.expected["code_counts_GV"] > 0).sum()) > 2 * case.config.codebooks
-    config = case.config
-    style = (config.norm_first, config.conv_norm, config.conv_padding, config.quantizer_input, config.target_projection)
-    assert style in (
+    assert int((case.expected["code_counts_GV"] > 0).sum()) > 2 * case.objective.settings.codebooks
+    model, settings = case.objective.model, case.objective.settings
+    encoder = (model.norm_first, model.conv_norm, model.conv_padding)
+    assert (*encoder, settings.quantizer_input, settings.target_projection) in (
         (False, "group", False, "features", True),
         (True, "layer", False, "features", True),
         (True, "group", True, "projected", False),

@@ -1,29 +1,26 @@
-"""Gradients arrive in one order whatever a micro-batch is like: ZeRO-2 adds up what arrives together on the ranks."""
+"""Gradients arrive in the same order for every micro-batch. ZeRO-2 needs this: it reduces them as they arrive."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
+from tests.helpers.batches import inputs_of
+from tests.helpers.families import noise
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import load_config
-from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
-from w2vscale.objectives.contrastive_model import Wav2Vec2ForPretraining
+from w2vscale.objectives import StepContext, build_objective
 
 
 def order_of_arrival(lengths: list[int], *overrides: str, compute: torch.dtype, weights: torch.dtype) -> list[str]:
-    config = load_config("base", [*MICRO_MODEL, *overrides]).model
-    draws = np.random.default_rng(0)
-    waveforms = [draws.standard_normal(length).astype(np.float32) for length in lengths]
-    inputs = make_inputs(waveforms, list(range(len(lengths))), number=0, seed=0, config=config)
-    batch = MicroBatch(0, 0, inputs, sum(lengths))
-    model = Wav2Vec2ForPretraining(config, compute).to(weights)
+    objective = build_objective(load_config("base", [*MICRO_MODEL, "regularization.layerdrop=0", *overrides]))
+    model = objective.build_model().to(weights)
+    model.compute_dtype = compute
     arrived: list[str] = []
     for name, parameter in model.named_parameters():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
-    noise = gumbel_noise([batch], seed=0, config=config, device=torch.device("cpu"))
-    model(inputs, noise_MGV=noise).total.backward()
+    step = StepContext(seed=0, update=0, numbers=(0,))
+    objective.forward(model, inputs_of(objective, noise(*lengths)), step=step, training=True).total.backward()
     return arrived
 
 

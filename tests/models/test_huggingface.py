@@ -1,4 +1,4 @@
-"""The model against Transformers': with the same weights, masks and negatives, everything is equal."""
+"""The model against Hugging Face Transformers, with the same weights, masks and negatives."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.batches import inputs_of
 from tests.helpers.continued import flat_negatives
+from tests.helpers.families import noise, valid_frames
 from tests.helpers.micro import SMALL
-from w2vscale.config import ModelConfig, load_config, preset_names
-from w2vscale.data.inputs import PretrainingInputs
-from w2vscale.data.micro_batch import make_inputs
+from w2vscale.config import Config, load_config, preset_names
 from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import from_huggingface, huggingface_config, to_huggingface
-from w2vscale.objectives.contrastive_model import LossSums, Wav2Vec2ForPretraining
+from w2vscale.objectives import build_objective
+from w2vscale.objectives.contrastive import ContrastiveInputs, ContrastiveSums, Wav2Vec2ForPretraining
 
 transformers = pytest.importorskip("transformers")
 
@@ -52,12 +52,12 @@ MODELS = {
 
 
 class Pair(NamedTuple):
-    """One batch through our model and through Transformers'."""
+    """Outputs of our model and of the Transformers model for one batch."""
 
-    config: ModelConfig
-    inputs: PretrainingInputs
-    ours: LossSums
-    hidden: list[Tensor]  # each [B, T, D], as everything of Transformers' below
+    config: Config
+    inputs: ContrastiveInputs
+    ours: ContrastiveSums
+    hidden: list[Tensor]  # each [B, T, D], like the outputs of Transformers below
     context_BTD: Tensor
     projected_MD: Tensor
     vectors_MD: Tensor
@@ -70,24 +70,32 @@ class Pair(NamedTuple):
 @pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
 def pair(request: pytest.FixtureRequest) -> Pair:
     preset, overrides, samples = request.param
-    config = load_config(preset, overrides).model
-    torch.manual_seed(8)  # of these weights no two codes are nearly as probable: rounding chooses none
-    model = Wav2Vec2ForPretraining(config).eval()
+    config = load_config(preset, [*overrides, "precision.compute=fp32"])
+    torch.manual_seed(8)  # with these weights, no two codes are so close that rounding could decide
+    model = model_of(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # no bias zero, no scale one: each has to arrive in its place
+            if parameter.dim() == 1:  # no zero biases or unit scales, so that a mix-up shows
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    draws = np.random.default_rng(3)
-    waveforms = [draws.standard_normal(size, dtype=np.float32) for size in samples]
-    inputs = make_inputs(waveforms, range(len(samples)), number=0, seed=1, config=config)
+    inputs = inputs_of(build_objective(config), noise(*samples, seed=3), seed=1)
     with torch.device("meta"):
-        other = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config)))
+        other = transformers_model(config)
     other.load_state_dict(to_huggingface(model.state_dict(), config), assign=True)
     return run_both(config, model, other.eval(), inputs)
 
 
+def model_of(config: Config) -> Wav2Vec2ForPretraining:
+    model = build_objective(config).build_model()
+    assert isinstance(model, Wav2Vec2ForPretraining)
+    return model
+
+
+def transformers_model(config: Config) -> Any:
+    return transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config)))
+
+
 @torch.no_grad()
-def run_both(config: ModelConfig, model: Wav2Vec2ForPretraining, other: Any, inputs: PretrainingInputs) -> Pair:
+def run_both(config: Config, model: Wav2Vec2ForPretraining, other: Any, inputs: ContrastiveInputs) -> Pair:
     seen: dict[str, Any] = {}
 
     def keep(name: str) -> Any:
@@ -96,15 +104,16 @@ def run_both(config: ModelConfig, model: Wav2Vec2ForPretraining, other: Any, inp
     model.encoder.register_forward_hook(keep("encoded"))
     model.quantizer.register_forward_hook(keep("quantized"))
     model.context_projection.register_forward_hook(keep("projected"))
-    objective.target_projection.register_forward_hook(keep("projected_vectors"))
+    model.target_projection.register_forward_hook(keep("projected_vectors"))
     other.quantizer.register_forward_hook(keep("their_quantized"))
     other.wav2vec2.register_forward_hook(keep("their_encoded"))
     ours = model(inputs)
-    attention_mask_BS = torch.arange(inputs.waveforms_BS.shape[1]) < inputs.lengths_B.unsqueeze(1)
+    audio = inputs.audio
+    attention_mask_BS = torch.arange(audio.waveforms_BS.shape[1]) < audio.lengths_B.unsqueeze(1)
     theirs = other(
-        inputs.waveforms_BS,
-        attention_mask=attention_mask_BS.long() if inputs.padded else None,
-        mask_time_indices=inputs.mask_BT,
+        audio.waveforms_BS,
+        attention_mask=attention_mask_BS.long() if audio.padded else None,
+        mask_time_indices=audio.mask_BT,
         sampled_negative_indices=flat_negatives(inputs),
         output_hidden_states=True,
     )
@@ -131,20 +140,20 @@ def assert_equal(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def test_every_hidden_state_is_equal(pair: Pair) -> None:
-    valid_BT = torch.arange(pair.inputs.mask_BT.shape[1]) < pair.inputs.frames_B.unsqueeze(1)
-    assert len(pair.hidden) == pair.config.layers + 1
+    valid_BT = valid_frames(pair.inputs)
+    assert len(pair.hidden) == pair.config.model.layers + 1
     for ours, theirs in zip(pair.hidden, pair.theirs.hidden_states, strict=True):
         assert_equal(ours[valid_BT], theirs[valid_BT])
     assert_equal(pair.context_BTD[valid_BT], pair.their_context_BTD[valid_BT])
 
 
 def test_projected_states_are_equal(pair: Pair) -> None:
-    assert_equal(pair.projected_MD, pair.theirs.projected_states[pair.inputs.mask_BT])
+    assert_equal(pair.projected_MD, pair.theirs.projected_states[pair.inputs.audio.mask_BT])
 
 
 def test_quantized_vectors_are_equal(pair: Pair) -> None:
-    assert_equal(pair.vectors_MD, pair.their_vectors_BTD[pair.inputs.mask_BT])
-    assert_equal(pair.projected_vectors_MD, pair.theirs.projected_quantized_states[pair.inputs.mask_BT])
+    assert_equal(pair.vectors_MD, pair.their_vectors_BTD[pair.inputs.audio.mask_BT])
+    assert_equal(pair.projected_vectors_MD, pair.theirs.projected_quantized_states[pair.inputs.audio.mask_BT])
 
 
 def test_the_contrastive_loss_is_equal(pair: Pair) -> None:
@@ -160,21 +169,19 @@ def test_the_perplexity_of_the_codes_is_equal(pair: Pair) -> None:
 
 
 def test_attention_masks_of_a_padded_batch_are_equal() -> None:
-    """Transformers' number of valid frames is ours, for any length."""
-    config = load_config("large_lv60", SMALL).model
+    """Both compute the same number of valid frames for any length."""
+    config = load_config("large_lv60", SMALL)
     with torch.device("meta"):
-        other = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config)))
-    waveforms = [np.zeros(size, dtype=np.float32) for size in range(1500, 1580, 3)]
-    inputs = make_inputs(waveforms, range(len(waveforms)), number=0, seed=0, config=config)
-    assert torch.equal(other._get_feat_extract_output_lengths(inputs.lengths_B), inputs.frames_B)
+        other = transformers_model(config)
+    audio = inputs_of(build_objective(config), noise(*range(1500, 1580, 3))).audio
+    assert torch.equal(other._get_feat_extract_output_lengths(audio.lengths_B), audio.frames_B)
 
 
 @pytest.mark.parametrize("preset", CONVERTIBLE)
 def test_a_preset_has_as_many_parameters_as_theirs(preset: str) -> None:
-    config = load_config(preset).model
+    config = load_config(preset)
     with torch.device("meta"):
-        model = Wav2Vec2ForPretraining(config)
-        other = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config)))
+        model, other = model_of(config), transformers_model(config)
     assert count(model) == other.num_parameters()
     converted = to_huggingface(model.state_dict(), config)
     assert {name: tensor.shape for name, tensor in converted.items()} == {
@@ -184,7 +191,7 @@ def test_a_preset_has_as_many_parameters_as_theirs(preset: str) -> None:
 
 def test_base_has_the_published_number_of_parameters() -> None:
     with torch.device("meta"):
-        assert count(Wav2Vec2ForPretraining(load_config("base").model)) == 95_044_608
+        assert count(model_of(load_config("base"))) == 95_044_608
 
 
 def test_base_prenorm_has_as_many_parameters_as_its_description_adds_up_to() -> None:
@@ -203,7 +210,7 @@ def test_base_prenorm_has_as_many_parameters_as_its_description_adds_up_to() -> 
     quantizer = linear(768, 640) + 2 * 320 * 384
     expected = convolutions + projection + positions + 12 * block + norm(768) + quantizer + linear(768, 768)
     with torch.device("meta"):
-        assert count(Wav2Vec2ForPretraining(load_config("base_prenorm").model)) == expected
+        assert count(model_of(load_config("base_prenorm"))) == expected
     assert math.isclose(expected, 95e6, rel_tol=0.01)
 
 
@@ -211,10 +218,10 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def small_state(preset: str, overrides: Sequence[str] = SMALL) -> tuple[dict[str, Tensor], ModelConfig]:
-    config = load_config(preset, overrides).model
+def small_state(preset: str, overrides: Sequence[str] = SMALL) -> tuple[dict[str, Tensor], Config]:
+    config = load_config(preset, overrides)
     torch.manual_seed(0)
-    return Wav2Vec2ForPretraining(config).state_dict(), config
+    return model_of(config).state_dict(), config
 
 
 @pytest.mark.parametrize("preset", ["base", "large_lv60"])
@@ -227,8 +234,8 @@ def test_there_and_back_is_bit_identical(preset: str) -> None:
 
 
 def test_back_and_there_is_bit_identical() -> None:
-    config = load_config("base", SMALL).model
-    theirs = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config)))
+    config = load_config("base", SMALL)
+    theirs = transformers_model(config)
     again = to_huggingface(from_huggingface(theirs.state_dict(), config), config)
     assert again.keys() == theirs.state_dict().keys()
     for name, tensor in theirs.state_dict().items():
@@ -259,7 +266,8 @@ def test_converted_tensors_share_no_memory_and_keep_their_type() -> None:
 @pytest.mark.parametrize(
     ("preset", "overrides", "setting"),
     [
-        ("base_prenorm", (), "objective.quantizer_input=projected"),
+        ("base_prenorm", (), "model.conv_padding=true"),
+        ("base", ("objective.quantizer_input=projected",), "objective.quantizer_input=projected"),
         ("base", ("objective.target_projection=false",), "objective.target_projection=false"),
         ("base", ("model.conv_padding=true",), "model.conv_padding=true"),
         ("base", ("model.conv_norm_groups=32",), "model.conv_norm_groups=32"),
@@ -271,9 +279,9 @@ def test_converted_tensors_share_no_memory_and_keep_their_type() -> None:
 def test_what_transformers_cannot_represent_is_refused_by_name(
     preset: str, overrides: Sequence[str], setting: str
 ) -> None:
-    config = load_config(preset, overrides).model
+    config = load_config(preset, overrides)
     with torch.device("meta"):
-        state = Wav2Vec2ForPretraining(config).state_dict()
+        state = model_of(config).state_dict()
     for convert in (
         lambda: huggingface_config(config),
         lambda: to_huggingface(state, config),
@@ -286,7 +294,7 @@ def test_what_transformers_cannot_represent_is_refused_by_name(
 
 
 def test_groups_do_not_matter_where_there_is_no_group_norm() -> None:
-    config = load_config("large_lv60", ["model.conv_norm_groups=32"]).model
+    config = load_config("large_lv60", ["model.conv_norm_groups=32"])
     assert huggingface_config(config)["feat_extract_norm"] == "layer"
 
 
@@ -298,12 +306,12 @@ def test_weights_of_another_model_are_refused() -> None:
         from_huggingface(fewer, config)
     with pytest.raises(UserError, match=r"lm_head\.bias is unknown"):
         from_huggingface({**theirs, "lm_head.bias": torch.zeros(32)}, config)
-    with pytest.raises(UserError, match=r"model\.codebook_entries=21"):
-        from_huggingface(theirs, config.model_copy(update={"codebook_entries": 21}))
+    more_entries = load_config("base", [*SMALL, "objective.codebook_entries=21"])
+    wanted = r"quantizer\.codevectors has shape \[1, 40, 12\], but the settings need \[1, 42, 12\]"
+    with pytest.raises(UserError, match=wanted):
+        from_huggingface(theirs, more_entries)
     narrow = {"wav2vec2.encoder.layers.1.attention.k_proj.weight": torch.zeros(48, 47)}
-    with pytest.raises(
-        UserError, match=r"k_proj\.weight has shape \[48, 47\], but the model's settings want \[48, 48\]"
-    ):
+    with pytest.raises(UserError, match=r"k_proj\.weight has shape \[48, 47\], but the settings need \[48, 48\]"):
         from_huggingface({**theirs, **narrow}, config)
     with pytest.raises(
         UserError, match=r"project_q\.bias is torch\.int64 \(torch\.strided\), not dense floating point"
@@ -315,7 +323,7 @@ def test_weights_of_another_model_are_refused() -> None:
 
 @pytest.mark.parametrize("preset", CONVERTIBLE)
 def test_the_config_writes_known_keys_and_the_settings_of_pretraining(preset: str) -> None:
-    config = load_config(preset).model
+    config = load_config(preset)
     written = huggingface_config(config)
     known = {field.name for field in fields(transformers.Wav2Vec2Config)}
     assert written.keys() - known <= {"model_type", "architectures", "w2vscale"}

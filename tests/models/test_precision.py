@@ -1,4 +1,4 @@
-"""Models in bf16: close to fp32, with fp32 where bf16 would lose more than a rounding."""
+"""Models in bf16 are close to fp32, and use fp32 where bf16 would lose more than one rounding."""
 
 from __future__ import annotations
 
@@ -8,48 +8,40 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.helpers.comparison import error
-from tests.helpers.families import (
-    CPU,
-    FAMILIES,
-    batch,
-    build,
-    family,
-    gradients,
-)
-from tests.helpers.micro import MICRO_MODEL
+from tests.helpers.families import FAMILIES, batch, build, family, gradients, sums_of, valid_frames
+from tests.helpers.micro import MICRO_ENCODER
 from w2vscale.config import Config, load_config
 from w2vscale.models.layers import LayerNorm, compute_dtype
 from w2vscale.models.wav2vec2 import ConvLayer, EncoderOutput, PositionalConvolution, Wav2Vec2Encoder
-from w2vscale.objectives.contrastive import contrastive_logits
-from w2vscale.objectives.criterion import PretrainingCriterion
 from w2vscale.objectives.quantizer import Quantizer
+from w2vscale.objectives.similarity import contrastive_logits
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bf16_is_close_to_fp32(name: str) -> None:
-    config = family(name)
-    exact, rounded = build(config).train(), build(config, torch.bfloat16).train()
-    criterion = PretrainingCriterion(config, seed=4)
     seen: list[EncoderOutput] = []
-    for model in (exact, rounded):
+    found = []
+    for precision in ("fp32", "bf16"):
+        objective = family(name, f"precision.compute={precision}")
+        model = build(objective).train()
         model.encoder.register_forward_hook(lambda module, args, output: seen.append(output))
-    part = batch(config, 4000, 6000, 5000)
-    wanted, sums = (criterion(model, [part], device=CPU, training=True) for model in (exact, rounded))
+        inputs = batch(objective, 4000, 6000, 5000)
+        found.append(sums_of(objective, model, inputs))
+    wanted, sums = found
     for field in ("total", "contrastive", "diversity", "feature_penalty"):
         assert getattr(sums, field).item() == pytest.approx(getattr(wanted, field).item(), rel=2e-2), field
-    valid_BT = torch.arange(part.inputs.mask_BT.shape[1]) < part.inputs.frames_B.unsqueeze(1)
-    expected, actual = (output.context_BTD.detach()[valid_BT].float() for output in seen)
+    expected, actual = (output.context_BTD.detach()[valid_frames(inputs)].float() for output in seen)
     assert float((actual - expected).norm() / expected.norm()) < 2e-2
     assert seen[1].context_BTD.dtype == seen[1].normalised_BTC.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_losses_and_gradients_are_fp32_under_bf16(name: str) -> None:
-    config = family(name)
-    model = build(config, torch.bfloat16).train()
+    objective = family(name, "precision.compute=bf16")
+    model = build(objective).train()
     quantized = []
     model.quantizer.register_forward_hook(lambda module, args, output: quantized.append(output))
-    sums = PretrainingCriterion(config, seed=4)(model, [batch(config, 2000, 2600)], device=CPU, training=True)
+    sums = sums_of(objective, model, batch(objective, 2000, 2600))
     assert {value.dtype for value in sums} == {torch.float32}
     assert quantized[0].logits_MGV.dtype == torch.float32
     assert {gradient.dtype for gradient in gradients(model, sums.total).values()} == {torch.float32}
@@ -86,7 +78,7 @@ def test_similarities_and_losses_of_bf16_vectors_are_computed_in_fp32() -> None:
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("padded", [False, True])
 def test_group_norm_is_that_of_the_convolution(padded: bool, groups: int, bias: bool) -> None:
-    """Around a mean of 8 and of 30 samples in a second, values and gradients are PyTorch's."""
+    """Values and gradients equal those of F.group_norm in float64, for waveforms with a mean of 8."""
     torch.manual_seed(0)
     layers = "model.conv_layers=[[4,10,5],[4,2,2]]"
     config = load_config("base", [layers, f"model.conv_norm_groups={groups}", f"model.conv_bias={str(bias).lower()}"])
@@ -113,16 +105,16 @@ def test_group_norm_is_that_of_the_convolution(padded: bool, groups: int, bias: 
     gradients = [
         torch.autograd.grad(torch.cat(side).square().sum().float(), list(layer.parameters())) for side in (found, rows)
     ]
-    # A mean of 8 costs three digits in fp32, and the order in which a processor adds up decides on the fourth.
-    # What the norm takes away again, a bias of a group of its own, has a gradient of rounding errors.
+    # With a mean of 8, fp32 loses three digits, and a fourth depends on the order in which the processor adds.
+    # The norm removes the bias of a group of one channel, so that its gradient is only rounding error.
     largest = max(float(gradient.abs().max()) for gradient in gradients[1])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3 * float(theirs.abs().max()) + 1e-6 * largest)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_group_norm_takes_its_statistics_in_fp32_or_better(padded: bool) -> None:
-    """The mean of many bf16 numbers around 8 would be wrong by far more than the rounding of the result."""
+def test_statistics_of_group_norm_are_computed_in_fp32_or_better(padded: bool) -> None:
+    """In bf16, the mean of many numbers around 8 would be wrong by far more than the rounding of the result."""
     torch.manual_seed(0)
     settings = ("model.conv_layers=[[4,10,5],[4,2,2]]", "model.conv_norm_groups=4")
     layer = ConvLayer(load_config("base", settings).model, 0)
@@ -137,7 +129,7 @@ def test_group_norm_takes_its_statistics_in_fp32_or_better(padded: bool) -> None
         assert float(error.detach()) < 0.05
 
 
-def test_layer_norm_takes_its_statistics_in_fp32() -> None:
+def test_statistics_of_layer_norm_are_computed_in_fp32() -> None:
     torch.manual_seed(0)
     x_TC = (8.0 + torch.randn(5, 4096)).bfloat16()
     y_TC = LayerNorm(4096)(x_TC)
@@ -148,9 +140,9 @@ def test_layer_norm_takes_its_statistics_in_fp32() -> None:
     torch.testing.assert_close(y_TC.double(), expected, rtol=2**-8, atol=1e-5)
 
 
-def test_weight_norm_is_fp32_also_where_weights_are_kept_in_bf16() -> None:
-    """An impulse shows the weights: rounded once, not at every step of their norm."""
-    config = family("base")
+def test_weight_norm_is_computed_in_fp32_for_bf16_weights() -> None:
+    """The response to an impulse is the weights, which are rounded once and not at every step of their norm."""
+    config = family("base").model
     torch.manual_seed(0)
     positional = PositionalConvolution(config).bfloat16()
     positional.magnitude.data.uniform_(0.5, 2.0)
@@ -165,23 +157,22 @@ def test_weight_norm_is_fp32_also_where_weights_are_kept_in_bf16() -> None:
 
 
 def test_gumbel_softmax_is_fp32_and_hard_under_bf16() -> None:
-    config = family("base")
     torch.manual_seed(0)
-    quantizer = Quantizer(config, 32)
-    noise_MGV = -torch.empty(9, config.codebooks, config.codebook_entries).exponential_().log()
+    quantizer = Quantizer(32, codebooks=2, entries=20, dim=24)
+    noise_MGV = -torch.empty(9, 2, 20).exponential_().log()
     result = quantizer(torch.randn(9, 32).bfloat16(), noise_MGV, temperature=0.5)
     assert result.logits_MGV.dtype == torch.float32
     assert result.vectors_MD.dtype == torch.bfloat16
     assert torch.equal(result.codes_MG, (result.logits_MGV + noise_MGV).argmax(dim=2))
-    chosen = [quantizer.codevectors[group][result.codes_MG[:, group]] for group in range(config.codebooks)]
+    chosen = [quantizer.codevectors[group][result.codes_MG[:, group]] for group in range(2)]
     assert torch.equal(result.vectors_MD, torch.cat(chosen, dim=1).bfloat16())
 
 
 @pytest.mark.parametrize("preset", ["base", "large_lv60"])
 def test_under_autocast(preset: str) -> None:
-    config = load_config(preset, list(MICRO_MODEL)).model
+    config = load_config(preset, MICRO_ENCODER)
     torch.manual_seed(0)
-    encoder = Wav2Vec2Encoder(config, config).eval()
+    encoder = Wav2Vec2Encoder(config.model, config.regularization).eval()
     waveforms_BS = torch.randn(2, 8000)
     expected_BTD = encoder(waveforms_BS).context_BTD
     with torch.autocast("cpu", torch.bfloat16):

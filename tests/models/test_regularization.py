@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.families import (
-    CPU,
-    assert_close,
-    batch,
-    build,
-    family,
-    gradients,
-)
-from w2vscale.config import load_config
-from w2vscale.data.micro_batch import gumbel_noise
-from w2vscale.objectives.criterion import PretrainingCriterion, active_layers
+from tests.helpers.families import assert_close, batch, build, family, gradients, sums_of
+from w2vscale.objectives import StepContext
 
 # ---------------------------------------------------------------- LayerDrop and the gradient scale
 
 
 @pytest.mark.parametrize("name", ["base", "large_lv60"])
 def test_a_dropped_layer_is_the_identity_and_gets_no_gradient(name: str) -> None:
-    config = family(name)
-    model = build(config).train()
+    objective = family(name)
+    model = build(objective).train()
     encoded = []
-    calls = [0] * config.layers
+    calls = [0] * objective.model.layers
     model.encoder.register_forward_hook(lambda module, args, output: encoded.append(output))
     for index, block in enumerate(model.encoder.transformer.blocks):
         block.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
-    part = batch(config, 2000)
-    sums = model(
-        part.inputs,
-        noise_MGV=gumbel_noise([part], seed=0, config=config, device=CPU),
-        active=[True, False, True],
-    )
+    inputs = batch(objective, 2000)
+    noise_MGV = objective._gumbel_noise(inputs, StepContext(seed=0, update=0, numbers=(0,)))
+    sums = model(inputs, noise_MGV=noise_MGV, active=[True, False, True])
     (output,) = encoded
     assert calls == [1, 0, 1]
     assert torch.equal(output.hidden[2], output.hidden[1])
@@ -49,34 +35,47 @@ def test_a_dropped_layer_is_the_identity_and_gets_no_gradient(name: str) -> None
 
 
 def test_dropped_layers_are_a_function_of_seed_and_update() -> None:
-    config = load_config("base", ["model.layerdrop=0.2"]).model
-    drawn = [active_layers(update, config, seed=3) for update in range(500)]
-    assert drawn == [active_layers(update, config, seed=3) for update in range(500)]
-    assert drawn[0] is not None and len(drawn[0]) == config.layers
-    assert drawn != [active_layers(update, config, seed=4) for update in range(500)]
+    def draw(seed: int, numbers: tuple[int, ...]) -> list[list[bool] | None]:
+        return [StepContext(seed, update, numbers).active_layers(12, 0.2) for update in range(500)]
+
+    drawn = draw(3, (0,))
+    assert drawn == draw(3, (7, 8)), "all forwards of an update drop the same layers"
+    assert drawn[0] is not None and len(drawn[0]) == 12
+    assert drawn != draw(4, (0,))
     assert np.mean(drawn) == pytest.approx(0.8, abs=0.026)  # five standard deviations
-    assert active_layers(0, load_config("base", ["model.layerdrop=0"]).model, seed=3) is None
+    assert StepContext(3, 0).active_layers(12, 0.0) is None
+    assert StepContext(3, 0, worst_case=True).active_layers(12, 0.2) is None
 
 
-def test_every_layer_runs_in_evaluation() -> None:
-    config = family("base", "model.layerdrop=0.99", "model.dropout=0.5", "model.input_dropout=0.5")
-    model = build(config).eval()
-    criterion = PretrainingCriterion(config, seed=0)
+def test_layers_are_dropped_in_training() -> None:
+    objective = family("base", "regularization.layerdrop=0.99")
+    model = build(objective).train()
     calls: list[int] = []
     for block in model.encoder.transformer.blocks:
         block.register_forward_hook(lambda *_: calls.append(1))
-    criterion(model, [batch(config, 2000)], device=CPU, training=False)
-    assert len(calls) == config.layers
+    sums_of(objective, model, batch(objective, 2000))
+    assert len(calls) < objective.model.layers
+
+
+def test_every_layer_runs_in_evaluation() -> None:
+    settings = ("regularization.layerdrop=0.99", "regularization.dropout=0.5", "regularization.input_dropout=0.5")
+    objective = family("base", *settings)
+    model = build(objective).eval()
+    calls: list[int] = []
+    for block in model.encoder.transformer.blocks:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    sums_of(objective, model, batch(objective, 2000))
+    assert len(calls) == objective.model.layers
 
 
 def test_the_gradient_into_the_feature_encoder_is_scaled_and_nothing_else() -> None:
-    """That of the feature penalty included; the values stay."""
+    """The gradient of the feature penalty is scaled too; the loss does not change."""
     found, losses = [], []
     for scale in (1.0, 0.1):
-        config = family("base", f"model.feature_grad_mult={scale}", "model.feature_penalty_weight=10")
-        model = build(config).train()
-        part = batch(config, 2000, 2400)
-        sums = PretrainingCriterion(config, seed=4)(model, [part], device=CPU, training=True)
+        settings = (f"regularization.feature_grad_mult={scale}", "objective.feature_penalty_weight=10")
+        objective = family("base", *settings)
+        model = build(objective).train()
+        sums = sums_of(objective, model, batch(objective, 2000, 2400))
         found.append(gradients(model, sums.total))
         losses.append(sums.total.item())
     assert losses[0] == losses[1]
@@ -88,9 +87,9 @@ def test_the_gradient_into_the_feature_encoder_is_scaled_and_nothing_else() -> N
 
 @pytest.mark.parametrize("name", ["base", "large_lv60"])
 def test_a_scale_of_zero_freezes_the_feature_encoder(name: str) -> None:
-    config = family(name, "model.feature_grad_mult=0", "model.feature_penalty_weight=10")
-    model = build(config).train()
-    sums = PretrainingCriterion(config, seed=4)(model, [batch(config, 2000, 2400)], device=CPU, training=True)
+    objective = family(name, "regularization.feature_grad_mult=0", "objective.feature_penalty_weight=10")
+    model = build(objective).train()
+    sums = sums_of(objective, model, batch(objective, 2000, 2400))
     learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name, _ in model.named_parameters()} - learned == {
         name for name, _ in model.named_parameters() if name.startswith("encoder.feature_encoder.")
@@ -101,20 +100,25 @@ def test_a_scale_of_zero_freezes_the_feature_encoder(name: str) -> None:
 # ---------------------------------------------------------------- determinism
 
 
-DROPOUT = ("model.dropout=0.1", "model.attention_dropout=0.1", "model.input_dropout=0.1", "model.feature_dropout=0.1")
+DROPOUT = (
+    "regularization.dropout=0.1",
+    "regularization.attention_dropout=0.1",
+    "regularization.activation_dropout=0.1",
+    "regularization.input_dropout=0.1",
+    "objective.feature_dropout=0.1",
+)
 
 
 def test_dropout_is_a_function_of_seed_and_number() -> None:
-    config = family("base", *DROPOUT, "model.activation_dropout=0.1")
-    model = build(config).train()
+    objective = family("base", *DROPOUT)
+    model = build(objective)
     contexts: list[Tensor] = []
     model.encoder.register_forward_hook(lambda module, args, output: contexts.append(output.context_BTD.detach()))
-    part = batch(config, 2000, 2600, number=7)
+    inputs = batch(objective, 2000, 2600, number=7)
 
     def run(seed: int, number: int, training: bool = True) -> tuple[float, Tensor]:
-        torch.rand(3)  # whatever came before does not matter
-        chunk = [replace(part, number=number)]
-        sums = PretrainingCriterion(config, seed=seed)(model.train(training), chunk, device=CPU, training=training)
+        torch.rand(3)  # earlier draws do not matter
+        sums = sums_of(objective, model.train(training), inputs, numbers=(number,), seed=seed)
         return sums.total.item(), contexts.pop()
 
     loss, context = run(seed=1, number=7)
@@ -123,21 +127,21 @@ def test_dropout_is_a_function_of_seed_and_number() -> None:
     for seed, number in ((1, 8), (2, 7)):
         other, other_context = run(seed, number)
         assert other != loss
-        assert not torch.allclose(other_context, context)  # dropout: Gumbel noise does not reach the context
+        assert not torch.allclose(other_context, context)  # dropout, as Gumbel noise does not reach the context
     plain, _ = run(seed=1, number=7, training=False)
     assert plain == run(seed=2, number=8, training=False)[0]
 
 
 @pytest.mark.parametrize("setting", ["dropout", "attention_dropout", "activation_dropout", "input_dropout"])
 def test_every_dropout_of_the_context_has_an_effect_in_training_alone(setting: str) -> None:
-    plain, config = family("base"), family("base", f"model.{setting}=0.3")
-    part = batch(config, 2000)
+    objectives = family("base"), family("base", f"regularization.{setting}=0.3")
+    inputs = batch(objectives[0], 2000)
     contexts: list[Tensor] = []
-    for settings in (plain, config):
-        model = build(settings)
+    for objective in objectives:
+        model = build(objective)
         model.encoder.register_forward_hook(lambda module, args, output: contexts.append(output.context_BTD.detach()))
         for training in (True, False):
-            PretrainingCriterion(settings, seed=1)(model.train(training), [part], device=CPU, training=training)
+            sums_of(objective, model.train(training), inputs)
     without, without_in_evaluation, dropped, in_evaluation = contexts
     assert_close(without, without_in_evaluation)
     assert torch.equal(in_evaluation, without_in_evaluation)
@@ -145,13 +149,13 @@ def test_every_dropout_of_the_context_has_an_effect_in_training_alone(setting: s
 
 
 def test_feature_dropout_reaches_the_quantizer_alone() -> None:
-    plain, config = family("base"), family("base", "model.feature_dropout=0.5")
-    part = batch(config, 2000)
+    objectives = family("base"), family("base", "objective.feature_dropout=0.5")
+    inputs = batch(objectives[0], 2000)
     contexts, logits = [], []
-    for settings in (plain, config):
-        model = build(settings).train()
+    for objective in objectives:
+        model = build(objective).train()
         model.encoder.register_forward_hook(lambda module, args, output: contexts.append(output.context_BTD))
         model.quantizer.register_forward_hook(lambda module, args, output: logits.append(output.logits_MGV))
-        PretrainingCriterion(settings, seed=1)(model, [part], device=CPU, training=True)
+        sums_of(objective, model, inputs)
     assert torch.equal(contexts[0], contexts[1])
     assert not torch.allclose(logits[0], logits[1], rtol=1e-2, atol=1e-2)

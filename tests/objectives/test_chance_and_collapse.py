@@ -1,4 +1,4 @@
-"""The loss of a model that knows nothing, and of one whose codebook has collapsed."""
+"""The loss of an untrained model, and of a model whose codebook has collapsed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.families import (
-    CPU,
-    batch,
-    build,
-    family,
-)
-from w2vscale.objectives.contrastive import contrastive_logits, contrastive_loss
-from w2vscale.objectives.criterion import PretrainingCriterion
+from tests.helpers.families import batch, build, family, sums_of
 from w2vscale.objectives.quantizer import diversity_loss, perplexity
+from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss
 
 
 def equal_similarities(ids_M: Tensor, negatives_MK: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,9 +59,7 @@ def test_the_diversity_loss_runs_from_0_to_638_of_640() -> None:
 
 
 def test_an_untrained_model_is_near_chance() -> None:
-    config = family("base", "model.negatives=100", "model.codebook_entries=320", "model.diversity_weight=0")
-    model = build(config).eval()
-    part = batch(config, 12_000, 12_000)
-    sums = PretrainingCriterion(config, seed=0)(model, [part], device=CPU, training=False)
+    objective = family("base", "objective.negatives=100", "objective.codebook_entries=320")
+    sums = sums_of(objective, build(objective).eval(), batch(objective, 12_000, 12_000))
     assert float(sums.contrastive / sums.masked) == pytest.approx(math.log(101), rel=0.15)
     assert float(sums.correct / sums.masked) < 0.1

@@ -47,7 +47,8 @@ def run(recipe: str, *arguments: str, code: int = 0, environment: str = "none") 
         capture_output=True,
         text=True,
         timeout=240,
-        env=os.environ | {"W2VSCALE_VENV": environment},
+        # The environment is linked to that of the tests, which nothing may install into.
+        env=os.environ | {"W2VSCALE_VENV": environment, "PIP_DRY_RUN": "1"},
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -19,11 +19,9 @@ from rich.table import Table
 
 from tools.bench.contenders import Work, synchronize, work_settings
 from tools.bench.live_memory import LiveMemory
+from tools.bench.running import build
 from tools.bench.script import console, run_script
 from w2vscale.config.tree import EngineConfig
-from w2vscale.engine import build_engine
-from w2vscale.objectives.criterion import PretrainingCriterion
-from w2vscale.training.run import empty_model, initial_values
 
 CHOICES: tuple[str, ...] = get_args(EngineConfig.model_fields["activation_checkpointing"].annotation)
 
@@ -42,18 +40,17 @@ def main(
         fixed = f"engine.activation_checkpointing={choice}"
         config = work_settings(preset, ["precision.compute=fp32", *(settings or []), fixed])
         batch = Work(config, utterances, seconds).batch()
-        engine = build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, device)
-        engine.import_parameters(initial_values(config))
-        engine.run_window([batch], torch.tensor(float(batch.weight)))  # gradients are there from here on
+        setup = build(config, device)
+        setup.window([batch], float(batch.weight))  # gradients are there from here on
         with LiveMemory() as counted:
-            engine.run_window([batch], torch.tensor(float(batch.weight)))
-        engines[choice], memory[choice] = engine, counted.peak
+            setup.window([batch], float(batch.weight))
+        engines[choice], memory[choice] = setup, counted.peak
     times: dict[str, list[float]] = {choice: [] for choice in CHOICES}
     for _ in range(rounds):
-        for choice, engine in engines.items():
+        for choice, setup in engines.items():
             began = time.perf_counter()
-            engine.run_window([batch], torch.tensor(float(batch.weight)))
-            engine.step(lr=1e-5, max_norm=1.0)
+            setup.window([batch], float(batch.weight))
+            setup.step(1e-5)
             synchronize(device)
             times[choice].append(time.perf_counter() - began)
     audio = utterances * seconds

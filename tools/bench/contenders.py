@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from w2vscale.models.build import Wav2Vec2
-from w2vscale.objectives.criterion import PretrainingCriterion
 
+from tests.helpers.batches import inputs_of
+from tests.helpers.continued import flat_negatives
 from tests.helpers.torchaudio import import_torchaudio
+from tools.bench.running import build
 from w2vscale.config import Config, load_config
-from w2vscale.data.inputs import PretrainingInputs, to_device
-from w2vscale.data.micro_batch import MicroBatch, make_inputs
-from w2vscale.engine import build_engine
+from w2vscale.data.inputs import to_device
+from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
 from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
-from w2vscale.training.run import empty_model, initial_values
+from w2vscale.objectives import build_objective
+from w2vscale.objectives.contrastive import Contrastive
+from w2vscale.training.run import empty_model, initial_state
 
 LR = 1e-5
 MATRIX_SECONDS = 5.0
@@ -72,8 +74,8 @@ class Work:
             shares -= draws.beta(1.0, 3.5, size=self.utterances)  # most are near 14 s of 16
         shares[0] = 1.0
         waveforms = [draws.standard_normal(int(share * longest), dtype=np.float32) for share in shares]
-        inputs = make_inputs(waveforms, range(self.utterances), number=number, seed=0, config=self.config.model)
-        return MicroBatch(update=0, number=number, inputs=inputs, audio_samples=sum(map(len, waveforms)))
+        inputs = inputs_of(build_objective(self.config), waveforms, number=number)
+        return MicroBatch(number, inputs, sum(map(len, waveforms)))
 
     def in_fp32(self) -> Config:
         """The settings, with fp32 throughout."""
@@ -86,11 +88,11 @@ class Work:
         Padding is computed, and counts.
         """
         meta = torch.device("meta")
-        model = empty_model(self.in_fp32()).train()
-        inputs = to_device(self.batch().inputs, meta)
-        noise_MGV = torch.empty(
-            sum(inputs.masked), self.config.objective.codebooks, self.config.objective.codebook_entries, device=meta
-        )
+        objective = build_objective(self.in_fp32())
+        model = empty_model(objective).train()
+        inputs: Any = to_device(self.batch().inputs, meta)
+        codes = (objective.settings.codebooks, objective.settings.codebook_entries)
+        noise_MGV = torch.empty((sum(inputs.masked), *codes), device=meta)
         with FlopCounterMode(display=False, custom_mapping=MISCOUNTED) as counter:
             model(inputs, noise_MGV=noise_MGV).total.backward()
         return int(counter.get_total_flops())
@@ -103,34 +105,27 @@ def work_settings(preset: str, settings: Sequence[str]) -> Config:
         UserError: they are of something else.
     """
     config = load_config(preset, [*settings, "regularization.layerdrop=0"])
-    if config.objective.vocabulary:
-        raise UserError(
-            f"{preset}: fine-tunes (objective.vocabulary={config.objective.vocabulary}); a step here is of pretraining"
-        )
+    if not isinstance(build_objective(config), Contrastive):
+        raise UserError(f"{preset}: objective.name={config.objective.name}; a step here is of pretraining (wav2vec2)")
     if config.engine.name != "ddp":
         raise UserError(f"engine.name={config.engine.name}: a step here is of one process, that is ddp")
     return config
 
 
-def filled_model(config: Config) -> Wav2Vec2:
-    """Our model with its initial values, on the CPU."""
-    model = empty_model(config).to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter, (_, value) in zip(model.parameters(), initial_values(config), strict=True):
-            parameter.copy_(value)
-    return model
+def initial_weights(config: Config) -> dict[str, Tensor]:
+    """The initial values of our model, by our names."""
+    return dict(initial_state(build_objective(config), config.trainer.seed))
 
 
 def our_step(config: Config, device: torch.device, *, compiled: bool = False) -> Step:
     """As the training loop has the engine do it."""
     document = config.model_dump(mode="json")
     config = Config.model_validate(document | {"engine": document["engine"] | {"compile": compiled}})
-    engine = build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, device)
-    engine.import_parameters(initial_values(config))
+    setup = build(config, device)
 
     def step(batch: MicroBatch) -> float:
-        sums = engine.run_window([batch], torch.tensor(float(batch.weight), device=device))
-        engine.step(lr=LR, max_norm=config.optim.max_norm)
+        sums = setup.window([batch], float(batch.weight))
+        setup.step(LR, config.optim.max_norm)
         return float(sums.total) / batch.weight
 
     return step
@@ -144,8 +139,8 @@ def transformers_model(config: Config) -> Any:
         raise UserError("Transformers is not installed: pip install transformers") from None
 
     with torch.device("meta"):
-        model = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config.model)))
-    model.load_state_dict(to_huggingface(dict(initial_values(config)), config.model), assign=True)
+        model = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config)))
+    model.load_state_dict(to_huggingface(initial_weights(config), config), assign=True)
     return model
 
 
@@ -159,17 +154,17 @@ def their_step(config: Config, device: torch.device, *, compiled: bool = False) 
     negatives: dict[int, Tensor] = {}
 
     def step(batch: MicroBatch) -> float:
-        inputs = to_device(batch.inputs, device)
-        attend_BS = torch.arange(inputs.waveforms_BS.shape[1], device=device) < inputs.lengths_B.unsqueeze(1)
+        audio = to_device(batch.inputs.audio, device)
+        attend_BS = torch.arange(audio.waveforms_BS.shape[1], device=device) < audio.lengths_B.unsqueeze(1)
         if batch.number not in negatives:  # in the warm-up: translating ours is no part of their step
             negatives[batch.number] = flat_negatives(batch.inputs).to(device)
         negatives_BTK = negatives[batch.number]
 
         def loss() -> Tensor:
             found: Tensor = model(
-                inputs.waveforms_BS,
-                attention_mask=attend_BS.long() if inputs.padded else None,
-                mask_time_indices=inputs.mask_BT,
+                audio.waveforms_BS,
+                attention_mask=attend_BS.long() if audio.padded else None,
+                mask_time_indices=audio.mask_BT,
                 sampled_negative_indices=negatives_BTK,
             ).loss
             return found / batch.weight
@@ -185,15 +180,15 @@ def torchaudio_step(config: Config, device: torch.device) -> Step:
         torchaudio = import_torchaudio()
     except ImportError:
         raise UserError("torchaudio is not installed: tools/setup.sh makes an environment with it") from None
-    model = torchaudio.models.wav2vec2_model(**torchaudio_arguments(config.model, config.ctc))
-    model.load_state_dict(to_torchaudio(dict(initial_values(config)), config.model, config.ctc))
+    model = torchaudio.models.wav2vec2_model(**torchaudio_arguments(config))
+    model.load_state_dict(to_torchaudio(initial_weights(config), config))
     model.to(device).train()
     update = _plain_update(model, config, device)
 
     def step(batch: MicroBatch) -> float:
-        inputs = to_device(batch.inputs, device)
+        audio = to_device(batch.inputs.audio, device)
         return update(
-            lambda: model(inputs.waveforms_BS, inputs.lengths_B if inputs.padded else None)[0].float().square().mean()
+            lambda: model(audio.waveforms_BS, audio.lengths_B if audio.padded else None)[0].float().square().mean()
         )
 
     return step
@@ -217,17 +212,6 @@ def _plain_update(model: nn.Module, config: Config, device: torch.device) -> Cal
         return float(found.detach())
 
     return update
-
-
-def flat_negatives(inputs: PretrainingInputs) -> Tensor:
-    """Our negatives (numbers among an utterance's masked frames) as Transformers' (frames of the flattened batch)."""
-    batch, frames = inputs.mask_BT.shape
-    negatives = inputs.negatives_MK
-    flat_BTK = torch.zeros(batch, frames, negatives.shape[1], dtype=torch.long, device=negatives.device)
-    for row, mask_T in enumerate(inputs.mask_BT):
-        frame_N = mask_T.nonzero().squeeze(1)
-        flat_BTK[row, frame_N] = row * frames + frame_N[negatives[inputs.utterance_M == row].long()]
-    return flat_BTK
 
 
 def matrix_rate(compute: str, device: torch.device) -> float:

@@ -22,13 +22,11 @@ from typing import Annotated
 import torch
 import typer
 
+from tools.bench.running import build
 from tools.bench.script import console, run_script
 from w2vscale.config import Config, load_config
-from w2vscale.engine import build_engine
 from w2vscale.errors import UserError
-from w2vscale.objectives.objective import build_objective
 from w2vscale.optim.schedules import learning_rate
-from w2vscale.training.run import empty_model, initial_values, open_training_set
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.005
@@ -98,20 +96,20 @@ def measure_run(arguments: list[str], exp: Path) -> tuple[float, float]:
 def measure_loop(config: Config, *, first: int) -> float:
     """Seconds of audio a second of the steps alone, after the `first`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engine = build_engine(empty_model(config), build_objective(config).criterion, config, device)
-    engine.import_parameters(initial_values(config))
-    batches = open_training_set(config)
-    windows = batches.windows(range(config.trainer.updates), rank=0, world_size=1)
+    setup = build(config, device)
+    windows = setup.training_set.windows(
+        range(config.trainer.updates), micro_batches=config.batch.micro_batches, rank=0, world_size=1
+    )
     audio, seconds = 0.0, 0.0
     for update, window in enumerate(list(windows)):
         began = time.perf_counter()
-        engine.run_window(window, torch.tensor(float(max(sum(batch.weight for batch in window), 1))))
+        setup.window(window, float(max(sum(batch.weight for batch in window), 1)), update=update)
         lr = learning_rate(update, optim=config.optim, schedule=config.schedule, updates=config.trainer.updates)
-        engine.step(lr=lr, max_norm=config.optim.max_norm)
+        setup.step(lr, config.optim.max_norm)
         if update >= first:
             seconds += time.perf_counter() - began
             audio += sum(batch.audio_samples for batch in window) / config.model.sampling_rate
-    engine.close()
+    setup.engine.close()
     return audio / seconds
 
 

@@ -22,14 +22,17 @@ import torch.distributed as dist
 import typer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from w2vscale.objectives.criterion import PretrainingCriterion
 
+from tests.helpers.batches import inputs_of
+from tools.bench.running import build, filled_model
 from tools.bench.script import run_script
 from w2vscale.config import Config, load_config
-from w2vscale.data.micro_batch import MicroBatch, make_inputs
+from w2vscale.data.inputs import to_device
+from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group
-from w2vscale.engine import build_engine
-from w2vscale.training.run import empty_model, initial_values
+from w2vscale.engine.deepspeed.config import deepspeed_config, import_deepspeed
+from w2vscale.objectives import StepContext, build_objective
+from w2vscale.training.run import empty_model
 
 UPDATES = 2
 """From the second on, DDP has its final buckets and ZeRO-3 knows what to gather ahead."""
@@ -110,35 +113,28 @@ def main(result: Path, settings: Annotated[list[str], typer.Argument(metavar="SE
     )
     with process_group(needed=True) as (ranks, device):
         if config.engine.name == "deepspeed":
-            from w2vscale.engine.deepspeed.config import import_deepspeed
-
-            import_deepspeed(device.type)
-        batches = [
-            micro_batch(config, update=update, number=update * ranks.world_size + ranks.rank)
-            for update in range(UPDATES)
-        ]
+            import_deepspeed(device)
+        batches = [micro_batch(config, number=update * ranks.world_size + ranks.rank) for update in range(UPDATES)]
         activations = plain_forward(config, batches[0], device)
         gc.collect()
         before = memory(device)
         reset_peak(device)
-        model = empty_model(config)
-        count = sum(parameter.numel() for parameter in model.parameters())
+        count = sum(parameter.numel() for parameter in empty_model(build_objective(config)).parameters())
         buffers = working_space(config, activations / FP32 / count, count)
-        engine = build_engine(model, PretrainingCriterion(config.model, seed=0), config, device)
-        engine.import_parameters(initial_values(config))
+        setup = build(config, device)
         peaks = {"build": peak_memory(device) - before}
-        for batch in batches:
+        for update, batch in enumerate(batches):
             reset_peak(device)
-            engine.run_window([batch], torch.tensor(float(batch.weight * ranks.world_size)))
-            peaks[f"backward {batch.update + 1}"] = peak_memory(device) - before
+            setup.window([batch], float(batch.weight * ranks.world_size), update=update)
+            peaks[f"backward {update + 1}"] = peak_memory(device) - before
             now = memory(device) - before
-            kinds = held(engine)
+            kinds = held(setup.engine)
             reset_peak(device)
-            engine.step(lr=1e-4, max_norm=1.0)
-            peaks[f"step {batch.update + 1}"] = peak_memory(device) - before
+            setup.step(1e-4)
+            peaks[f"step {update + 1}"] = peak_memory(device) - before
         figures = {
             "parameters": count,
-            "predicted": asdict(predict(engine.caps.name, ranks.world_size, buffers)),
+            "predicted": asdict(predict(name_of(config), ranks.world_size, buffers)),
             "held": {kind: size / count for kind, size in kinds.items()},
             "resident": now / count,
             "resident_after_step": (memory(device) - before) / count,
@@ -150,23 +146,27 @@ def main(result: Path, settings: Annotated[list[str], typer.Argument(metavar="SE
         dist.all_gather_object(every, figures)
         if ranks.is_main:
             result.write_text(json.dumps(max(every, key=lambda one: float(one["peak"]))))
-        engine.close()
+        setup.engine.close()
 
 
-def micro_batch(config: Config, *, update: int, number: int) -> MicroBatch:
+def name_of(config: Config) -> str:
+    """The engine as `predict` calls it: ZeRO by its stage."""
+    if config.engine.name != "deepspeed":
+        return config.engine.name
+    return f"zero{deepspeed_config(config.engine, config.optim, config.precision)['zero_optimization']['stage']}"
+
+
+def micro_batch(config: Config, *, number: int) -> MicroBatch:
     """One utterance of noise."""
     samples = int(SECONDS * config.model.sampling_rate)
     waveform = np.random.default_rng(number).standard_normal(samples, dtype=np.float32)
-    inputs = make_inputs([waveform], [0], number=number, seed=0, config=config.model)
-    return MicroBatch(update=update, number=number, inputs=inputs, audio_samples=samples)
+    return MicroBatch(number, inputs_of(build_objective(config), [waveform], number=number), samples)
 
 
 def plain_forward(config: Config, batch: MicroBatch, device: torch.device) -> int:
     """Bytes of activations that a forward saves; forward and backward also load what PyTorch loads at first use."""
-    model = empty_model(config).to_empty(device=device)
-    with torch.no_grad():
-        for (_, parameter), (_, value) in zip(model.named_parameters(), initial_values(config), strict=True):
-            parameter.copy_(value)
+    objective, model = build_objective(config), filled_model(config).to(device)
+    inputs = to_device(batch.inputs, device)
     parameters = storages(model.parameters())
     saved: dict[int, int] = {}
 
@@ -175,7 +175,7 @@ def plain_forward(config: Config, batch: MicroBatch, device: torch.device) -> in
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        sums = PretrainingCriterion(config.model, seed=0)(model, [batch], device=device, training=True)
+        sums = objective.forward(model, inputs, step=StepContext(0, 0, (batch.number,)), training=True)
     activations = sum(size for address, size in saved.items() if address not in parameters)
     sums.total.backward()
     return activations
@@ -183,14 +183,12 @@ def plain_forward(config: Config, batch: MicroBatch, device: torch.device) -> in
 
 def working_space(config: Config, activations: float, count: int) -> Buffers:
     """What the settings allow."""
-    model = empty_model(config)
+    model = empty_model(build_objective(config))
     block = next(iter(model.encoder.transformer.blocks))
     unit = sum(parameter.numel() for parameter in block.parameters()) / count
     if config.engine.name != "deepspeed":
         return Buffers(activations, unit)
-    from w2vscale.engine.deepspeed.config import deepspeed_config
-
-    zero = deepspeed_config(config)["zero_optimization"]
+    zero = deepspeed_config(config.engine, config.optim, config.precision)["zero_optimization"]
     return Buffers(
         activations,
         unit,

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,18 +24,17 @@ import typer
 from rich.table import Table
 from torch import Tensor, nn
 
+from tests.helpers.batches import inputs_of
 from tools.bench.engine_parity import ENGINES
+from tools.bench.running import build, filled_model
 from tools.bench.script import console, run_script
 from w2vscale.config import Config, load_config
 from w2vscale.config.tree import OptimConfig
 from w2vscale.data.inputs import to_device
-from w2vscale.data.micro_batch import MicroBatch, gumbel_noise, make_inputs
+from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group
-from w2vscale.engine import build_engine
-from w2vscale.models.build import Wav2Vec2
-from w2vscale.objectives.criterion import PretrainingCriterion
-from w2vscale.optim.schedules import gumbel_temperature
-from w2vscale.training.run import empty_model, initial_values
+from w2vscale.objectives import StepContext, build_objective
+from w2vscale.objectives.contrastive import Contrastive
 
 LR = 1e-4
 WARM_UP = 3
@@ -101,19 +100,19 @@ def main(
 
 def bare_loop(config: Config, device: torch.device) -> Update:
     """The arithmetic of one update, written down."""
-    model = empty_model(config).to_empty(device=device)
-    with torch.no_grad():
-        for parameter, (_, value) in zip(model.parameters(), initial_values(config), strict=True):
-            parameter.copy_(value)
+    objective, model = build_objective(config), filled_model(config).to(device)
+    assert isinstance(objective, Contrastive)
     parameters = list(model.parameters())
     optimizer = bare_adamw(model, config.optim)
     model.train()
 
     def update(batch: MicroBatch) -> tuple[float, float]:
+        inputs: Any = to_device(batch.inputs, device)
+        step = StepContext(config.trainer.seed, batch.number, (batch.number,))
         sums = model(
-            to_device(batch.inputs, device),
-            noise_MGV=gumbel_noise([batch], seed=config.trainer.seed, config=config.model, device=device),
-            temperature=gumbel_temperature(batch.update, config.model),
+            inputs,
+            noise_MGV=objective._gumbel_noise(inputs, step),
+            temperature=objective.settings.temperature(batch.number),
         )
         (sums.total * (1.0 / batch.weight)).backward()
         norm = float(nn.utils.clip_grad_norm_(parameters, config.optim.max_norm or math.inf, foreach=True))
@@ -124,7 +123,7 @@ def bare_loop(config: Config, device: torch.device) -> Update:
     return update
 
 
-def bare_adamw(model: Wav2Vec2, config: OptimConfig) -> torch.optim.AdamW:
+def bare_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW with the preset's settings: vectors do not decay, feature encoder and quantizer learn at a tenth."""
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
@@ -148,13 +147,11 @@ def bare_adamw(model: Wav2Vec2, config: OptimConfig) -> torch.optim.AdamW:
 
 def engine_loop(config: Config, device: torch.device) -> Update:
     """The same update as the training loop has an engine do it."""
-    criterion = PretrainingCriterion(config.model, seed=config.trainer.seed)
-    engine = build_engine(empty_model(config), criterion, config, device)
-    engine.import_parameters(initial_values(config))
+    setup = build(config, device)
 
     def update(batch: MicroBatch) -> tuple[float, float]:
-        sums = engine.run_window([batch], torch.tensor(float(batch.weight)))
-        step = engine.step(lr=LR, max_norm=config.optim.max_norm)
+        sums = setup.window([batch], float(batch.weight), update=batch.number)
+        step = setup.step(LR, config.optim.max_norm)
         return float(sums.total) / batch.weight, step.grad_norm
 
     return update
@@ -166,8 +163,8 @@ def micro_batch(config: Config, number: int, seconds: float) -> MicroBatch:
     longest = int(config.data.max_seconds * config.model.sampling_rate)
     lengths = [longest, *draws.integers(longest // 2, longest, size=max(int(seconds / config.data.max_seconds) - 1, 0))]
     waveforms = [draws.standard_normal(length, dtype=np.float32) for length in lengths]
-    inputs = make_inputs(waveforms, range(len(lengths)), number=number, seed=0, config=config.model)
-    return MicroBatch(update=number, number=number, inputs=inputs, audio_samples=sum(map(len, waveforms)))
+    inputs = inputs_of(build_objective(config), waveforms, number=number)
+    return MicroBatch(number, inputs, sum(map(len, waveforms)))
 
 
 def race(bare: Update, engine: Update, batches: Sequence[MicroBatch]) -> Race:

@@ -30,8 +30,10 @@ from rich.table import Table
 from tools.bench.script import console, run_script
 from w2vscale.config import load_config
 from w2vscale.data.inputs import pack
-from w2vscale.data.loading import MicroBatches, loader_processes, make_plan
+from w2vscale.data.loading import loader_processes
 from w2vscale.data.manifest import Corpus, audio_path
+from w2vscale.objectives import build_objective
+from w2vscale.training.run import open_training_set
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -133,14 +135,14 @@ def load(manifest: Path, workers: int, micro_batches: int, settings: list[str]) 
 
     The clock starts with the first micro-batch, when the processes run.
     """
-    config = load_config("base", [f"data.workers={workers}", "batch.micro_batches=1", *settings])
-    corpus = Corpus([manifest])
-    dataset = MicroBatches(corpus, make_plan(corpus, config, seed=0), config, seed=0)
+    fixed = [f"data.train={manifest}", f"data.workers={workers}", "batch.micro_batches=1"]
+    config = load_config("base", [*fixed, *settings])
+    dataset = open_training_set(config, build_objective(config))
     samples = 0
     began = time.perf_counter()
     with loader_processes():
         # Without end, so that the processes never run out of work before the clock stops.
-        for done, (batch,) in enumerate(dataset.windows(range(10**9))):
+        for done, (batch,) in enumerate(dataset.windows(range(10**9), micro_batches=1, rank=0, world_size=1)):
             if done == 0:
                 began = time.perf_counter()
                 continue

@@ -17,14 +17,17 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from tools.bench.contenders import Work, filled_model, flat_negatives, transformers_model, work_settings
+from tests.helpers.continued import flat_negatives
+from tools.bench.contenders import Work, transformers_model, work_settings
 from tools.bench.live_memory import LiveMemory
+from tools.bench.running import filled_model
 from tools.bench.script import run_script
 from w2vscale.config import Config
-from w2vscale.data.inputs import PretrainingInputs, to_device
+from w2vscale.data.inputs import to_device
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.models.wav2vec2 import EncoderOutput
-from w2vscale.objectives.criterion import PretrainingCriterion
+from w2vscale.objectives import StepContext, build_objective
+from w2vscale.objectives.contrastive import ContrastiveInputs
 
 
 def main(
@@ -44,13 +47,19 @@ def loss_head_memory(work: Work) -> dict[str, float]:
     """The most that each head has allocated in fp32, in bytes, and the ratio of ours to theirs."""
     config, batch = work.in_fp32(), work.batch()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    frames = batch.inputs.mask_BT.shape
+    frames = batch.inputs.audio.mask_BT.shape
     torch.manual_seed(0)
     features_BTC = torch.randn(*frames, config.model.conv_layers[-1][0], device=device)
     context_BTD = torch.randn(*frames, config.model.dim, device=device)
     ours = peak_memory(our_head(config, batch, device), features_BTC, context_BTD)
-    theirs = peak_memory(their_head(config, to_device(batch.inputs, device), device), features_BTC, context_BTD)
+    theirs = peak_memory(their_head(config, _on(batch, device), device), features_BTC, context_BTD)
     return {"w2vscale": ours, "transformers": theirs, "ratio": ours / theirs}
+
+
+def _on(batch: MicroBatch, device: torch.device) -> ContrastiveInputs:
+    inputs = to_device(batch.inputs, device)
+    assert isinstance(inputs, ContrastiveInputs)
+    return inputs
 
 
 Head = Callable[[Tensor, Tensor], Tensor]
@@ -60,19 +69,19 @@ Head = Callable[[Tensor, Tensor], Tensor]
 def our_head(config: Config, batch: MicroBatch, device: torch.device) -> Head:
     """Without the encoder, as the engines run it."""
     model = filled_model(config).to(device)
-    criterion = PretrainingCriterion(config.model, seed=0)
+    objective, inputs = build_objective(config), to_device(batch.inputs, device)
     given = _Given()
-    model.encoder = given  # type: ignore[assignment]
+    model.encoder = given
 
     def loss(features_BTC: Tensor, context_BTD: Tensor) -> Tensor:
         given.output = EncoderOutput(features_BTC, features_BTC, context_BTD, context_BTD, [])
-        total: Tensor = criterion(model.train(), [batch], device=device, training=True).total
-        return total
+        step = StepContext(0, 0, (batch.number,))
+        return objective.forward(model.train(), inputs, step=step, training=True).total
 
     return loss
 
 
-def their_head(config: Config, inputs: PretrainingInputs, device: torch.device) -> Head:
+def their_head(config: Config, inputs: ContrastiveInputs, device: torch.device) -> Head:
     """Without the encoder, as `Wav2Vec2ForPreTraining.forward` is."""
     model = nn.Module.to(transformers_model(config), device).train()
     from transformers.models.wav2vec2.modeling_wav2vec2 import Wav2Vec2BaseModelOutput
@@ -84,7 +93,7 @@ def their_head(config: Config, inputs: PretrainingInputs, device: torch.device) 
     def loss(features_BTC: Tensor, context_BTD: Tensor) -> Tensor:
         given.output = Wav2Vec2BaseModelOutput(last_hidden_state=context_BTD, extract_features=features_BTC)
         found: Tensor = model(
-            inputs.waveforms_BS, mask_time_indices=inputs.mask_BT, sampled_negative_indices=negatives_BTK
+            inputs.audio.waveforms_BS, mask_time_indices=inputs.audio.mask_BT, sampled_negative_indices=negatives_BTK
         ).loss
         return found
 

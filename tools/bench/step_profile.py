@@ -24,13 +24,11 @@ from rich.table import Table
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
-from w2vscale.objectives.criterion import PretrainingCriterion
 
 from tools.bench.contenders import LR, Work, work_settings
+from tools.bench.running import build
 from tools.bench.script import console, run_script
 from w2vscale.analysis.figures import new_figure, save_figure
-from w2vscale.engine import build_engine
-from w2vscale.training.run import empty_model, initial_values
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "module: "
@@ -57,15 +55,12 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = work_settings(preset, ["precision.compute=fp32", *(settings or [])])
     batch = Work(config, utterances, seconds).batch()
-    model = empty_model(config)
-    mark_modules(model)
-    engine = build_engine(model, PretrainingCriterion(config.model, seed=0), config, device)
-    engine.import_parameters(initial_values(config))
+    setup = build(config, device, prepare=mark_modules)
 
     def step() -> None:
-        engine.run_window([batch], torch.tensor(float(batch.weight)))
+        setup.window([batch], float(batch.weight))
         with record_function(MARK + OPTIMIZER):
-            engine.step(lr=LR, max_norm=config.optim.max_norm)
+            setup.step(LR, config.optim.max_norm)
 
     for _ in range(2):
         step()

@@ -70,13 +70,12 @@ class MicroBatches(Dataset[MicroBatch]):
         return self[self.plan.largest()]
 
     def examples(self) -> Iterator[MicroBatch]:
-        """See `TrainingData.examples`: those of epoch 0."""
+        """Those of epoch 0."""
         return (self[number] for number in self.plan.largest_of_buckets(LENGTH_RATIO))
 
     def windows(
         self, updates: range, *, micro_batches: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[list[MicroBatch]]:
-        """See `TrainingData.windows`."""
         numbers = window_numbers(
             self.plan, updates=updates, micro_batches=micro_batches, rank=rank, world_size=world_size
         )

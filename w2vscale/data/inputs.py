@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -58,6 +59,11 @@ class AudioBatch(NamedTuple):
     def padded(self) -> bool:
         """Whether some utterance is shorter than the batch."""
         return min(self.samples) < self.waveforms_BS.shape[1]
+
+    def per_micro_batch(self, counts: Sequence[int]) -> tuple[int, ...]:
+        """Sums over the utterances of each micro-batch, from a number for each utterance."""
+        ends = accumulate(self.utterances, initial=0)
+        return tuple(sum(counts[start:end]) for start, end in pairwise(ends))
 
     @property
     def lengths(self) -> tuple[Tensor | None, Tensor | None]:

@@ -90,11 +90,11 @@ class StreamedMicroBatches:
         return MicroBatch(0, inputs, noise.size)
 
     def examples(self) -> Iterator[MicroBatch]:
-        """See `TrainingData.examples`. Yields only the largest, because the sizes of the others are unknown."""
+        """Yields only the largest, because the sizes of the others are unknown."""
         yield self.largest()
 
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
-        """See `TrainingData.windows`. The utterances depend on rank, world size and the update resumed from."""
+        """The utterances depend on rank, world size and the update resumed from."""
         dataset = _Readers(self, start=updates.start, micro_batches=micro_batches, rank=rank, world_size=world_size)
         per_rank = micro_batches // world_size
         return gather_windows(

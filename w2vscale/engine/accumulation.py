@@ -39,7 +39,6 @@ class FixedGrouping:
     count: int
 
     def groups(self, window: Sequence[MicroBatch]) -> list[Sequence[MicroBatch]]:
-        """See `Grouping.groups`."""
         return [window[start : start + self.count] for start in range(0, len(window), self.count)]
 
 
@@ -50,7 +49,7 @@ class FittingGrouping:
     capacities: tuple[Capacity, ...]
 
     def groups(self, window: Sequence[MicroBatch]) -> list[Sequence[MicroBatch]]:
-        """See `Grouping.groups`. Uses the largest sizes over all ranks, so that all ranks form the same groups."""
+        """Uses the largest sizes over all ranks, so that all ranks form the same groups."""
         shapes = [size for batch in window for size in batch.inputs.audio.waveforms_BS.shape]
         largest = [int(size) for size in largest_over_ranks(shapes)]
         found, start = [], 0

@@ -8,8 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from w2vscale.distributed.process_group import largest_over_ranks
-
 
 class Buffers:
     """Keeps the values of model buffers while an engine sets up the parameters.
@@ -20,7 +18,6 @@ class Buffers:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._values = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        self._versions: dict[str, tuple[int, int]] = {}
 
     def lay_out(self, device: torch.device) -> None:
         """Restore the buffers, on `device` and with their original dtypes."""
@@ -28,7 +25,6 @@ class Buffers:
             owner, _, own = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[own] = value.to(device, copy=True)
         self._values.clear()
-        self._versions = self._now()
 
     def persistent(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and tensor of every persistent buffer."""
@@ -37,19 +33,14 @@ class Buffers:
                 if buffer is not None and own not in module._non_persistent_buffers_set:
                     yield (f"{prefix}.{own}" if prefix else own), buffer
 
+    @torch.no_grad()
     def synchronize(self) -> None:
-        """Broadcast the buffers that any rank has changed since the last call from rank 0. Collective.
+        """Give all ranks the buffers of rank 0. Collective.
 
-        DistributedDataParallel does the same: BatchNorm statistics are those of rank 0.
+        As in DistributedDataParallel: the statistics of a BatchNorm are those of rank 0. Which buffers have changed
+        cannot be known: `F.batch_norm` does not raise the version of a tensor that it changes.
         """
-        if not self._versions or not dist.is_initialized() or dist.get_world_size() == 1:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
             return
-        now = self._now()
-        changed = largest_over_ranks([now[name] != self._versions.get(name) for name in now])
-        for (_, buffer), is_changed in zip(self.model.named_buffers(), changed, strict=True):
-            if is_changed:
-                dist.broadcast(buffer, src=0)
-        self._versions = self._now()
-
-    def _now(self) -> dict[str, tuple[int, int]]:
-        return {name: (id(buffer), buffer._version) for name, buffer in self.model.named_buffers()}
+        for _, buffer in self.model.named_buffers():
+            dist.broadcast(buffer, src=0)

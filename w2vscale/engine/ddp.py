@@ -42,11 +42,11 @@ class DDPEngine(NativeEngine):
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                # Parameters are equal on all ranks by construction, and `step` synchronises buffers.
-                init_sync=False,
-                broadcast_buffers=False,
+                init_sync=False,  # parameters are the same on all ranks by construction
                 find_unused_parameters=skips_parameters,
             )
+            # The step synchronises buffers. Not an argument: PyTorch 2.13 deprecates it, and 2.8 has no other.
+            self.parallel.broadcast_buffers = False
         super().__init__(model, self.parallel or model, buffers, optim, device)
         self.rows = Rows(device)
 
@@ -59,19 +59,16 @@ class DDPEngine(NativeEngine):
         self.optimizer.zero_grad(set_to_none=self.parallel is None)
 
     def export_state(self) -> CanonicalState:
-        """See `Engine.export_state`."""
         return {name: self.rows.own(stored(tensor)) for name, tensor in self.live_state().items()}
 
     @torch.no_grad()
     def import_state(self, reader: StateReader) -> None:
-        """See `Engine.import_state`."""
         state = self.live_state()
         for name, whole in self.rows.read(reader, specs_of(state)):
             state[name].copy_(whole)
 
     @torch.no_grad()
     def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Engine.import_values`."""
         state = self.live_state()
         for name, whole in values:
             state[f"model.{name}"].copy_(whole)

@@ -58,7 +58,6 @@ class FSDPEngine(NativeEngine):
                 unit.reshard()
 
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
-        """See `Engine.evaluate`."""
         sums = super().evaluate(batch, objective, step)
         # Normally the backward reshards. Without it, gathered weights would take memory and survive an import as stale
         # copies.
@@ -73,12 +72,10 @@ class FSDPEngine(NativeEngine):
         return nullcontext()
 
     def export_state(self) -> CanonicalState:
-        """See `Engine.export_state`."""
         return {name: self._on_host(stored(tensor)) for name, tensor in self.live_state().items()}
 
     @torch.no_grad()
     def import_state(self, reader: StateReader) -> None:
-        """See `Engine.import_state`."""
         state = self.live_state()
         on_host = {name: self._on_host(tensor) for name, tensor in state.items()}
         reader.read_into(on_host)
@@ -88,7 +85,6 @@ class FSDPEngine(NativeEngine):
 
     @torch.no_grad()
     def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Engine.import_values`."""
         state = self.live_state()
         for name, whole in values:
             own = state[f"model.{name}"]

@@ -48,7 +48,6 @@ class NativeEngine(ABC):
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
         grouping: Grouping, denominator: Tensor,
     ) -> Sums:  # fmt: skip
-        """See `Engine.run_window`."""
         self.module.train()
         scale = self.gradient_scale / denominator
 
@@ -63,7 +62,6 @@ class NativeEngine(ABC):
     def step(
         self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
     ) -> StepResult:
-        """See `Engine.step`."""
         parameters = list(self.trained.values())
         for parameter in parameters:
             if parameter.grad is None:  # LayerDrop skipped its layer; on every engine this means a zero gradient
@@ -86,7 +84,6 @@ class NativeEngine(ABC):
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
-        """See `Engine.evaluate`."""
         self.model.eval()
         run = lambda one: objective.forward(self.model, one.inputs, step=one.step, training=False)  # noqa: E731
         return accumulate([[batch]], step, run, self.device)
@@ -101,5 +98,4 @@ class NativeEngine(ABC):
         return state
 
     def close(self) -> None:
-        """See `Engine.close`."""
         self.module = self.model

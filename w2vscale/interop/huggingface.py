@@ -223,11 +223,24 @@ def ctc_config(pretraining: Config, document: Mapping[str, Any], vocabulary: Map
 
 
 def _own_settings(document: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our settings from the entry "w2vscale" of an export, unless the architecture was changed since."""
+    """What an export of ours noted, unless the architecture was changed since.
+
+    Raises:
+        UserError: it has a setting that does not exist.
+    """
     noted = document.get("w2vscale")
-    sections = [noted.get(name) for name in PRETRAINING] if isinstance(noted, dict) else []
-    ours = {key: value for section in sections if isinstance(section, dict) for key, value in section.items()}
-    ours.pop("name", None)
+    noted = noted if isinstance(noted, dict) else {}
+    ours: dict[str, Any] = {}
+    for section, kind in PRETRAINING.items():
+        found = noted.get(section)
+        found = dict(found) if isinstance(found, dict) else {}
+        default = kind.model_fields["name"].default if "name" in kind.model_fields else None
+        of_this_kind = found.pop("name", default) == default  # a fine-tuned model has the settings of another objective
+        for key, value in found.items():
+            if key in kind.model_fields:
+                ours[key] = value
+            elif of_this_kind:
+                raise UserError(f"config.json: w2vscale.{section}.{key}={value!r}: unknown setting")
     return ours if all(ours.get(key) == value for key, value in architecture.items()) else {}
 
 

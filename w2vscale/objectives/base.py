@@ -76,6 +76,11 @@ class ObjectiveSettings(Section):
 
     name: str
 
+    @property
+    def shortest_frames(self) -> int:
+        """Frames of the shortest utterance that can be learned from."""
+        return 1
+
 
 class Target(NamedTuple):
     """The target of an utterance (e.g. its labels), and a note for the log of bad audio, if any."""
@@ -145,9 +150,10 @@ class Objective(ABC):
         self.compute_dtype = compute_dtype
 
     @property
-    @abstractmethod
     def shortest_frames(self) -> int:
-        """Minimum number of frames of an utterance that the objective can use."""
+        """Frames of the shortest utterance that can be learned from."""
+        frames: int = self.settings.shortest_frames
+        return frames
 
     def check(self, config: Config) -> None:  # noqa: B027 - most objectives have nothing to refuse
         """Check that the settings of a training run are compatible.
@@ -188,12 +194,22 @@ class Objective(ABC):
         with weight 0 that `forward` accepts.
         """
 
-    @abstractmethod
     def forward(self, module: nn.Module, inputs: Any, *, step: StepContext, training: bool) -> Sums:
-        """Compute the sums over the micro-batches in `inputs`, on this rank.
+        """Sums over the micro-batches in `inputs`, on this rank.
 
-        `module` is the model, or the wrapper of an engine around it. Without `training`, nothing is random.
+        `module` is the model or what an engine wraps around it. Without `training` nothing is random.
         """
+        if not training:
+            sums: Sums = module(inputs)
+            return sums
+        step.seed_dropout()
+        active = step.active_layers(self.model.layers, self.regularization.layerdrop)
+        sums = module(inputs, active=active, **self.draws(inputs, step))
+        return sums
+
+    def draws(self, inputs: Any, step: StepContext) -> dict[str, Any]:
+        """Further arguments of the model in training, random or depending on the update."""
+        return {}
 
     def after_step(self, module: nn.Module, update: int) -> None:  # noqa: B027 - most objectives change nothing
         """Change the model after the optimizer step of update `update`, e.g. an EMA teacher."""

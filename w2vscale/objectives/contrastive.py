@@ -1,4 +1,4 @@
-"""wav2vec 2.0 pretraining (Baevski et al. 2020, arXiv:2006.11477).
+"""Wav2vec 2.0 pretraining (Baevski et al. 2020, arXiv:2006.11477).
 
 For each masked frame, the model identifies its quantized features among those of other masked frames of the utterance.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate, pairwise
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,15 +18,14 @@ from torch.nn import functional as F
 
 from w2vscale.config import ModelConfig, RegularizationConfig, architecture
 from w2vscale.config.tree import Count, NotNegative, Positive, Probability
-from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
+from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Stream
 from w2vscale.errors import UserError
 from w2vscale.models.layers import Linear, dropout
-from w2vscale.models.lengths import input_samples
 from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder, valid_mask
 from w2vscale.objectives.base import Objective, Panel, StepContext, TransformersHead
-from w2vscale.objectives.masking import MaskSettings, mask_frames
-from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss, perplexity
+from w2vscale.objectives.masking import MaskSettings, masked_batch
+from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss_sum, perplexity
 from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss, negative_indices
 
 
@@ -87,8 +85,7 @@ class ContrastiveInputs(NamedTuple):
     @property
     def weights(self) -> tuple[int, ...]:
         """Number of masked frames of each micro-batch."""
-        ends = accumulate(self.audio.utterances, initial=0)
-        return tuple(sum(self.masked[start:end]) for start, end in pairwise(ends))
+        return self.audio.per_micro_batch(self.masked)
 
 
 class ContrastiveSums(NamedTuple):
@@ -164,7 +161,7 @@ class Wav2Vec2ForPretraining(nn.Module):
         )
         contrastive, correct = contrastive_loss(logits_MK)
         probabilities_MGV = quantized.logits_MGV.softmax(dim=2)
-        diversity = _diversity_sum(probabilities_MGV, inputs.weights)
+        diversity = diversity_loss_sum(probabilities_MGV, inputs.weights)
         penalty = _feature_penalty_sum(encoded.features_BTC, frames_B, inputs)
         total = contrastive + settings.diversity_weight * diversity + settings.feature_penalty_weight * penalty
         codes_GVM = F.one_hot(quantized.codes_MG, settings.codebook_entries)
@@ -191,27 +188,16 @@ class Contrastive(Objective):
     settings: ContrastiveSettings
 
     @property
-    def shortest_frames(self) -> int:
-        """See `Objective.shortest_frames`."""
-        return self.settings.shortest_frames
-
-    @property
     def code_entries(self) -> int:  # type: ignore[override]
-        """See `Objective.code_entries`."""
         return self.settings.codebook_entries
 
     def build_model(self) -> Wav2Vec2ForPretraining:
-        """See `Objective.build_model`."""
         return Wav2Vec2ForPretraining(self.model, self.regularization, self.settings, self.compute_dtype)
 
     def make_inputs(
         self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
     ) -> ContrastiveInputs:
-        """See `Objective.make_inputs`."""
-        silence = np.zeros(input_samples(self.shortest_frames, self.model), dtype=np.float32)
-        waveforms = [utterance.waveform for utterance in utterances] or [silence]
-        audio = audio_batch(waveforms, self.model, width=width)
-        generators = mask_frames(audio, [utterance.place for utterance in utterances], self.settings, rng)
+        audio, generators = masked_batch(utterances, self.model, self.settings, rng=rng, width=width)
         masks_BT = audio.mask_BT.numpy()
         masked_B = masks_BT.sum(axis=1)
         utterance_M, frame_M = masks_BT.nonzero()
@@ -228,22 +214,11 @@ class Contrastive(Objective):
             masked=tuple(masked_B.tolist()),
         )
 
-    def forward(
-        self, module: nn.Module, inputs: ContrastiveInputs, *, step: StepContext, training: bool
-    ) -> ContrastiveSums:
-        """See `Objective.forward`."""
-        if not training:
-            return module(inputs)
-        step.seed_dropout()
-        return module(
-            inputs,
-            noise_MGV=self._gumbel_noise(inputs, step),
-            temperature=self.settings.temperature(step.update),
-            active=step.active_layers(self.model.layers, self.regularization.layerdrop),
-        )
+    def draws(self, inputs: ContrastiveInputs, step: StepContext) -> dict[str, Any]:
+        return {"noise_MGV": self._gumbel_noise(inputs, step), "temperature": self.settings.temperature(step.update)}
 
     def _gumbel_noise(self, inputs: ContrastiveInputs, step: StepContext) -> Tensor:
-        """Draw standard Gumbel noise [M, G, V] in fp32, with a separate generator for each micro-batch."""
+        """Standard Gumbel noise [M, G, V] fp32; each micro-batch has its own generator."""
         device = inputs.frame_M.device
         shape = (self.settings.codebooks, self.settings.codebook_entries)
         noise = [
@@ -279,11 +254,9 @@ class Contrastive(Objective):
         return values
 
     def scheduled(self, update: int) -> dict[str, float]:
-        """See `Objective.scheduled`."""
         return {"temperature": self.settings.temperature(update)}
 
     def line(self, metrics: Mapping[str, float]) -> str:
-        """See `Objective.line`."""
         codes = "/".join(f"{metrics[f'code_perplexity_{one}']:.0f}" for one in range(self.settings.codebooks))
         return (
             f"loss {metrics['loss']:.3f}  contrastive {metrics['contrastive_bits']:.3f} bits"
@@ -291,7 +264,6 @@ class Contrastive(Objective):
         )
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """See `Objective.table`."""
         return {
             "contrastive loss": f"{metrics['contrastive']:.4f} nats = {metrics['contrastive_bits']:.4f} bits",
             "contrastive accuracy": f"{metrics['accuracy']:.4f}",
@@ -305,7 +277,7 @@ class Contrastive(Objective):
         }
 
     def warnings(self, metrics: Mapping[str, float]) -> list[str]:
-        """See `Objective.warnings`: collapse of the codebooks or of the features."""
+        """Collapse of the codebooks or of the features."""
         found = []
         for codebook in range(self.settings.codebooks):
             used = metrics[f"code_perplexity_{codebook}"]
@@ -322,7 +294,6 @@ class Contrastive(Objective):
         return found
 
     def panels(self) -> tuple[Panel, Panel, Panel]:
-        """See `Objective.panels`."""
         chance = 1.0 / (1 + self.settings.negatives)
         codes = {f"code_perplexity_{one}": f"codebook {one}" for one in range(self.settings.codebooks)}
         return (
@@ -332,25 +303,27 @@ class Contrastive(Objective):
         )
 
     def codes(self, module: nn.Module, encoded: EncoderOutput) -> Tensor:
-        """See `Objective.codes`: the entries that the quantizer selects."""
+        """The entries that the quantizer selects."""
         model: Any = module
         inputs_BTC = model.quantizer_inputs(encoded)
         codes_MG: Tensor = model.quantizer(inputs_BTC.flatten(0, 1), None, 1.0).codes_MG
         return codes_MG.unflatten(0, inputs_BTC.shape[:2])
 
     def transformers_head(self) -> TransformersHead:
-        """See `Objective.transformers_head`.
-
-        Raises:
-            UserError: Transformers has no such quantizer.
+        """Raises:
+        UserError: Transformers has no such quantizer.
         """
         settings = self.settings
-        if settings.quantizer_input != "features" or not settings.target_projection:
-            raise UserError(
-                f"objective.quantizer_input={settings.quantizer_input} and objective.target_projection="
-                f"{str(settings.target_projection).lower()}: Hugging Face Transformers has no such wav2vec 2.0; "
-                "only models of the published architectures can be converted"
-            )
+        obstacles = {
+            "objective.quantizer_input=projected": settings.quantizer_input == "projected",
+            "objective.target_projection=false": not settings.target_projection,
+        }
+        for setting, present in obstacles.items():
+            if present:
+                raise UserError(
+                    f"{setting}: Hugging Face Transformers has no such wav2vec 2.0; "
+                    "only models of the published architectures can be converted"
+                )
         return TransformersHead(
             architecture="Wav2Vec2ForPreTraining",
             tensors={
@@ -380,16 +353,6 @@ TRANSFORMERS_SETTINGS: dict[str, tuple[str, Any]] = {
     "diversity_loss_weight": ("diversity_weight", 0.1),
 }
 """Transformers name: our name, and the default that applies if config.json lacks it (5.23, `Wav2Vec2Config`)."""
-
-
-def _diversity_sum(probabilities_MGV: Tensor, masked: Sequence[int]) -> Tensor:
-    """Sum over micro-batches of the diversity loss times the number of masked frames."""
-    parts = [
-        diversity_loss(part_MGV.mean(dim=0)) * part_MGV.shape[0]
-        for part_MGV in probabilities_MGV.split(list(masked))
-        if part_MGV.shape[0]
-    ]
-    return torch.stack(parts).sum() if parts else probabilities_MGV.sum()
 
 
 def _feature_penalty_sum(features_BTC: Tensor, frames_B: Tensor | None, inputs: ContrastiveInputs) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,15 +17,15 @@ from torch.nn import functional as F
 
 from w2vscale.config import Config, ModelConfig, RegularizationConfig, architecture
 from w2vscale.config.tree import Count, CountOrZero, Fraction, Probability
-from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
+from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
 from w2vscale.data.transcripts import BLANK, PIECE_SPACE, SPACE, UNKNOWN, Transcripts, refuse_too_many, transcript
 from w2vscale.errors import UserError
 from w2vscale.models.layers import Linear, dropout
-from w2vscale.models.lengths import input_samples, output_frames
+from w2vscale.models.lengths import output_frames
 from w2vscale.models.wav2vec2 import BERT_STD, Wav2Vec2Encoder
 from w2vscale.objectives.base import Objective, Panel, StepContext, Target, TransformersHead
-from w2vscale.objectives.masking import MaskSettings, mask_frames, span_mask
+from w2vscale.objectives.masking import MaskSettings, masked_batch, span_mask
 
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 """Vocabulary of the published English models, in the same order; `|` is the space."""
@@ -65,8 +64,7 @@ class CtcInputs(NamedTuple):
     @property
     def weights(self) -> tuple[int, ...]:
         """Number of labels of each micro-batch."""
-        ends = accumulate(self.audio.utterances, initial=0)
-        return tuple(sum(self.labels[start:end]) for start, end in pairwise(ends))
+        return self.audio.per_micro_batch(self.labels)
 
 
 class CtcSums(NamedTuple):
@@ -148,17 +146,10 @@ class Ctc(Objective):
         return Transcripts(self.vocabulary, self.settings.sentencepiece)
 
     @property
-    def shortest_frames(self) -> int:
-        """See `Objective.shortest_frames`."""
-        return self.settings.shortest_frames
-
-    @property
     def skips_parameters(self) -> bool:
-        """See `Objective.skips_parameters`."""
         return super().skips_parameters or self.settings.freeze_encoder_updates > 0
 
     def check(self, config: Config) -> None:
-        """See `Objective.check`."""
         assert self.transcripts  # loads the SentencePiece model, and raises if it does not fit the vocabulary
         frozen_updates = self.settings.freeze_encoder_updates
         if config.trainer.init_from is None and (frozen_updates or config.regularization.feature_grad_mult == 0.0):
@@ -173,11 +164,9 @@ class Ctc(Objective):
             )
 
     def unfrozen(self) -> CtcSettings:
-        """See `Objective.unfrozen`."""
         return self.settings.model_copy(update={"freeze_encoder_updates": 0})
 
     def build_model(self) -> Wav2Vec2ForCTC:
-        """See `Objective.build_model`."""
         return Wav2Vec2ForCTC(
             self.model,
             self.regularization,
@@ -187,7 +176,7 @@ class Ctc(Objective):
         )
 
     def read_target(self, cut: Cut, *, samples: int) -> Target:
-        """See `Objective.read_target`: the labels, and a note about characters that are not in the vocabulary."""
+        """The labels, and a note about characters that are not in the vocabulary."""
         labels, unknown = self.transcripts.labels(transcript(cut))
         refuse_too_many(labels, output_frames(samples, self.model))
         if not unknown:
@@ -198,13 +187,9 @@ class Ctc(Objective):
     def make_inputs(
         self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
     ) -> CtcInputs:
-        """See `Objective.make_inputs`."""
-        silence = np.zeros(input_samples(self.shortest_frames, self.model), dtype=np.float32)
-        waveforms = [utterance.waveform for utterance in utterances] or [silence]
+        audio, generators = masked_batch(utterances, self.model, self.settings, rng=rng, width=width)
         labels: list[list[int]] = [utterance.target for utterance in utterances] or [[]]
-        audio = audio_batch(waveforms, self.model, width=width)
-        generators = mask_frames(audio, [utterance.place for utterance in utterances], self.settings, rng)
-        channel_masks_BD = np.zeros((len(waveforms), self.model.dim), dtype=np.bool_)
+        channel_masks_BD = np.zeros((len(labels), self.model.dim), dtype=np.bool_)
         if self.settings.channel_mask_probability > 0.0:
             for row, draws in enumerate(generators):
                 channel_masks_BD[row] = span_mask(
@@ -223,16 +208,8 @@ class Ctc(Objective):
             labels=counts,
         )
 
-    def forward(self, module: nn.Module, inputs: CtcInputs, *, step: StepContext, training: bool) -> CtcSums:
-        """See `Objective.forward`."""
-        if not training:
-            return module(inputs)
-        step.seed_dropout()
-        return module(
-            inputs,
-            active=step.active_layers(self.model.layers, self.regularization.layerdrop),
-            frozen=step.update < self.settings.freeze_encoder_updates and not step.worst_case,
-        )
+    def draws(self, inputs: CtcInputs, step: StepContext) -> dict[str, Any]:
+        return {"frozen": step.update < self.settings.freeze_encoder_updates and not step.worst_case}
 
     def metrics(self, sums: CtcSums) -> dict[str, float]:
         """Compute metrics per label; NaN if there is none.
@@ -247,16 +224,13 @@ class Ctc(Objective):
         }
 
     def scheduled(self, update: int) -> dict[str, float]:
-        """See `Objective.scheduled`."""
         return {"encoder_frozen": float(update < self.settings.freeze_encoder_updates)}
 
     def line(self, metrics: Mapping[str, float]) -> str:
-        """See `Objective.line`."""
         errors = f"  label errors {metrics['label_error_rate']:.1%}" if "utterances" in metrics else ""
         return f"loss {metrics['loss']:.3f} per label{errors}"
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
-        """See `Objective.table`."""
         return {
             "loss per label": f"{metrics['loss']:.4f} nats",
             "label error rate, greedy": f"{metrics['label_error_rate']:.2%}",
@@ -264,7 +238,6 @@ class Ctc(Objective):
         }
 
     def panels(self) -> tuple[Panel, Panel, Panel]:
-        """See `Objective.panels`."""
         return (
             Panel("loss", "loss per label (nats)", {"loss": ""}),
             Panel("label errors", "label error rate, validation", {"label_error_rate": ""}, training=False),
@@ -272,17 +245,12 @@ class Ctc(Objective):
         )
 
     def logits(self, module: Any, hidden_TD: Tensor) -> Tensor:
-        """See `Objective.logits`."""
         norm = module.encoder.transformer.final_norm
         logits_TV: Tensor = module.head(hidden_TD if norm is None else norm(hidden_TD))
         return logits_TV
 
     def transformers_head(self) -> TransformersHead:
-        """See `Objective.transformers_head`.
-
-        In vocab.json, `▁` in sentence pieces becomes a space, because the Transformers tokenizer concatenates symbols
-        unchanged.
-        """
+        """In vocab.json `▁` becomes a space, because the tokenizer of Transformers only concatenates symbols."""
         settings, vocabulary = self.settings, list(self.vocabulary)
         marks = {"pad": vocabulary[BLANK], "bos": "<s>", "eos": "</s>", "unk": UNKNOWN}
         tokens = {name: symbol if symbol in vocabulary else None for name, symbol in marks.items()}

@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from w2vscale.config import ModelConfig
 from w2vscale.config.tree import Count
-from w2vscale.data.inputs import AudioBatch
+from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
+from w2vscale.models.lengths import input_samples
 from w2vscale.objectives.base import ObjectiveSettings
 
 
@@ -63,13 +66,22 @@ def frame_mask(frames: int, settings: MaskSettings, generator: np.random.Generat
     )
 
 
-def mask_frames(
-    audio: AudioBatch, places: Sequence[int], settings: MaskSettings, rng: Callable[[int], np.random.Generator]
-) -> list[np.random.Generator]:
-    """Draw the masks of all utterances into `audio.mask_BT`, in place. Returns their generators, for further draws."""
-    generators = [rng(place) for place in places]
-    masks_BT, frames_B = audio.mask_BT.numpy(), audio.frames_B.tolist()
-    # Without utterances there is a row of silence, which is not masked.
-    for mask_T, frames, draws in zip(masks_BT, frames_B, generators, strict=False):
-        mask_T[:frames] = frame_mask(frames, settings, draws)
-    return generators
+def masked_batch(
+    utterances: Sequence[Utterance],
+    model: ModelConfig,
+    settings: MaskSettings,
+    *,
+    rng: Callable[[int], np.random.Generator],
+    width: int,
+) -> tuple[AudioBatch, list[np.random.Generator]]:
+    """Pad utterances and draw their masks; also returns the generator of each, for further draws.
+
+    Without any utterance the batch is one of silence without masks.
+    """
+    silence = np.zeros(input_samples(settings.shortest_frames, model), dtype=np.float32)
+    audio = audio_batch([utterance.waveform for utterance in utterances] or [silence], model, width=width)
+    generators = [rng(utterance.place) for utterance in utterances]
+    for row, draws in enumerate(generators):
+        frames = int(audio.frames_B[row])
+        audio.mask_BT[row, :frames] = torch.from_numpy(frame_mask(frames, settings, draws))
+    return audio, generators

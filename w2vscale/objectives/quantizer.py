@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,16 @@ def diversity_loss(mean_probabilities_GV: Tensor) -> Tensor:
     """
     p_GV = mean_probabilities_GV
     return (p_GV.numel() - perplexity(p_GV).sum()) / p_GV.numel()
+
+
+def diversity_loss_sum(probabilities_MGV: Tensor, masked: Sequence[int]) -> Tensor:
+    """Sum over micro-batches of the diversity loss times the number of masked frames."""
+    parts = [
+        diversity_loss(part_MGV.mean(dim=0)) * part_MGV.shape[0]
+        for part_MGV in probabilities_MGV.split(list(masked))
+        if part_MGV.shape[0]
+    ]
+    return torch.stack(parts).sum() if parts else probabilities_MGV.sum()
 
 
 def perplexity(probabilities_GV: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from w2vscale.config import Config, load_config
 from w2vscale.engine.deepspeed import config as module
@@ -29,6 +30,10 @@ def config_for(path: Path | str, *overrides: str) -> Config:
     return load_config("base", [f"engine.deepspeed_config={path}", *overrides])
 
 
+def document_of(config: Config) -> dict[str, Any]:
+    return deepspeed_config(config.engine, config.optim, config.precision)
+
+
 def write(folder: Path, tree: Any) -> Path:
     path = folder / "zero.json"
     path.write_text(tree if isinstance(tree, str) else json.dumps(tree))
@@ -36,20 +41,20 @@ def write(folder: Path, tree: Any) -> Path:
 
 
 def merged(folder: Path, tree: Any, *overrides: str) -> dict[str, Any]:
-    return deepspeed_config(config_for(write(folder, tree), *overrides))
+    return document_of(config_for(write(folder, tree), *overrides))
 
 
 def refused(folder: Path, tree: Any, *overrides: str, by_deepspeed: bool = False) -> str:
     """What is said about a file, without the file's name, which must come first."""
     path = write(folder, tree)
     if by_deepspeed:
-        import_deepspeed("cpu")
-        document = deepspeed_config(config_for(path, *overrides))
+        import_deepspeed(torch.device("cpu"))
+        document = document_of(config_for(path, *overrides))
         with pytest.raises(UserError) as caught:
             validate_zero(document, str(path))
     else:
         with pytest.raises(UserError) as caught:
-            deepspeed_config(config_for(path, *overrides))
+            document_of(config_for(path, *overrides))
     text = str(caught.value)
     assert "\n" not in text
     assert text.startswith(f"{path}: ")
@@ -62,7 +67,7 @@ def test_there_is_a_file_for_each_stage_and_kind_of_offloading() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_our_files_are_merged_with_what_the_run_fixes(name: str) -> None:
-    document = deepspeed_config(config_for(name, "optim.max_norm=2.5", "precision.compute=bf16"))
+    document = document_of(config_for(name, "optim.max_norm=2.5", "precision.compute=bf16"))
     assert document["zero_optimization"]["stage"] == int(name[4])
     assert document["gradient_clipping"] == 2.5
     assert document["bf16"] == {"enabled": True}
@@ -74,12 +79,12 @@ def test_our_files_are_merged_with_what_the_run_fixes(name: str) -> None:
 @needs_deepspeed
 @pytest.mark.parametrize("name", NAMES)
 def test_deepspeed_accepts_our_files(name: str) -> None:
-    import_deepspeed("cpu")
-    validate_zero(deepspeed_config(config_for(name)), name)
+    import_deepspeed(torch.device("cpu"))
+    validate_zero(document_of(config_for(name)), name)
 
 
 def test_a_run_that_never_clips_says_so_since_deepspeed_clips_by_default() -> None:
-    assert deepspeed_config(config_for("zero1", "optim.max_norm=null"))["gradient_clipping"] == 0.0
+    assert document_of(config_for("zero1", "optim.max_norm=null"))["gradient_clipping"] == 0.0
 
 
 def test_what_agrees_is_taken(tmp_path: Path) -> None:
@@ -117,14 +122,14 @@ def test_auto_is_left_to_the_run_and_to_deepspeed(tmp_path: Path) -> None:
     assert not {"fp16", "optimizer", "scheduler", "train_batch_size"} & document.keys()
     tree["scheduler"] = {"type": "WarmupLR"}
     said = refused(tmp_path, tree)
-    assert said == 'scheduler.type="WarmupLR": decided by schedule.kind=cosine; remove it from this file'
+    assert said == 'scheduler.type="WarmupLR": decided by schedule.kind; remove it from this file'
 
 
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
         ("{", "not valid JSON: "),
-        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "not valid JSON: stage is there twice"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "not valid JSON: stage is given twice"),
         ("[]", "expected an object with a section zero_optimization, got a list"),
         ({}, "zero_optimization: expected an object with a stage, got null"),
         ({"zero_optimization": True}, "zero_optimization: expected an object with a stage, got true"),
@@ -142,8 +147,8 @@ def test_a_file_that_is_no_zero_json(tmp_path: Path, tree: Any, message: str) ->
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"gradient_cliping": 1.0}, "gradient_cliping: unknown key, or one without a use here; did you mean gradient"),
-        ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention.mode: unknown key, or one without a use here"),
+        ({"gradient_cliping": 1.0}, "gradient_cliping: unknown key, or one that has no effect here; did you mean gr"),
+        ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention.mode: unknown key, or one that has no effect here"),
         ({"gradient_clipping": 0.5}, "gradient_clipping=0.5 contradicts optim.max_norm=1.0, which needs 1.0"),
         ({"gradient_clipping": True}, "gradient_clipping=true contradicts optim.max_norm=1.0, which needs 1.0"),
         ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8 contradicts batch.max_seconds"),
@@ -153,13 +158,10 @@ def test_a_file_that_is_no_zero_json(tmp_path: Path, tree: Any, message: str) ->
         ({"bf16": {}, "bfloat16": {}}, "bfloat16 and bf16 are the same section"),
         ({"fp16": {"enabled": True}}, "fp16.enabled=true: decided by precision.compute=bf16"),
         ({"data_types": {"param_dtype": "fp32"}}, 'data_types.param_dtype="fp32": decided by precision.compute=bf16'),
-        ({"train_batch_size": 64}, "train_batch_size=64: decided by batch.micro_batches=64"),
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4: decided by batch.micro_batches=64"),
+        ({"train_batch_size": 64}, "train_batch_size=64: decided by batch.micro_batches"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4: decided by batch.micro_batches"),
         ({"optimizer": {"type": "Lamb"}}, 'optimizer.type="Lamb" contradicts optim.* (one fused AdamW on'),
         ({"optimizer": {"params": {"weight_decay": 0}}}, "optimizer.params.weight_decay=0: decided by optim.*"),
-        ({"wall_clock_breakdown": "yes"}, 'wall_clock_breakdown="yes": wall_clock_breakdown must be true or false'),
-        ({"steps_per_print": True}, "steps_per_print=true: steps_per_print must be a whole number"),
-        ({"aio": [1]}, "aio=[1]: aio must be an object"),
     ],
 )  # fmt: skip
 def test_unknown_keys_and_contradictions(tmp_path: Path, tree: dict[str, Any], message: str) -> None:
@@ -219,13 +221,13 @@ def test_deepspeed_checks_its_other_sections(tmp_path: Path, tree: dict[str, Any
 )
 def test_a_file_that_is_not_there(name: str, message: str) -> None:
     with pytest.raises(UserError, match=f"engine.deepspeed_config={name}: .*{message}"):
-        deepspeed_config(config_for(name))
+        document_of(config_for(name))
 
 
 def test_another_version_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(__version__="0.17.0"))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(__version__="0.17.0", get_accelerator=lambda: None))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"DeepSpeed 0\.17\.0 is installed, {re.escape(VERSION)} is needed"):
-        import_deepspeed("cpu")
+        import_deepspeed(torch.device("cpu"))
 
 
 def test_the_version_is_the_one_that_is_installed_with_us() -> None:
@@ -239,7 +241,7 @@ def test_an_installed_package_finds_its_files(tmp_path: Path, monkeypatch: pytes
     assert wheel["force-include"] == {"ds_configs": "w2vscale/ds_configs"}
     assert FOLDERS == (ROOT / "ds_configs", ROOT / "w2vscale" / "ds_configs")
     monkeypatch.setattr(module, "FOLDERS", (tmp_path / "nowhere", FOLDERS[0]))
-    assert deepspeed_config(config_for("zero3"))["zero_optimization"]["stage"] == 3
+    assert document_of(config_for("zero3"))["zero_optimization"]["stage"] == 3
 
 
 def test_compiled_blocks_are_not_for_zero3(tmp_path: Path) -> None:
@@ -247,5 +249,5 @@ def test_compiled_blocks_are_not_for_zero3(tmp_path: Path) -> None:
     assert merged(tmp_path, {"zero_optimization": {"stage": 2}})
     path = write(tmp_path, {"zero_optimization": {"stage": 3}})
     config = load_config("base", [*compiled, f"engine.deepspeed_config={path}"])
-    with pytest.raises(UserError, match=r"engine\.compile=true: ZeRO-3 gathers parameters inside of blocks"):
-        deepspeed_config(config)
+    with pytest.raises(UserError, match=r"engine\.compile=true: ZeRO-3 gathers parameters inside blocks"):
+        document_of(config)

@@ -17,31 +17,31 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor
 
 from tools.bench.contenders import Work
 from tools.bench.engine_parity import ENGINES, relative_difference
 from tools.bench.phases.measuring import Machine, Rows, process_context
+from tools.bench.running import Setup, build
 from tools.bench.script import end_with_parent
 from w2vscale.checkpoint.expected import expected_of
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config
-from w2vscale.data.inputs import concatenate, to_device
-from w2vscale.data.micro_batch import MicroBatch, gumbel_noise
+from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import Ranks, process_group
-from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.deepspeed.config import import_deepspeed
-from w2vscale.models.wav2vec2 import LossSums
-from w2vscale.objectives.criterion import PretrainingCriterion
-from w2vscale.optim.schedules import gumbel_temperature
-from w2vscale.training.run import empty_model, initial_values
+from w2vscale.objectives import StepContext
+from w2vscale.objectives.contrastive import Contrastive, ContrastiveInputs
 
 UPDATES, SAVED = 6, 3
 """Updates of each run, and the one after which it saves a checkpoint for another engine to resume."""
 
-QUIET = tuple(f"model.{name}=0" for name in ("dropout", "attention_dropout", "input_dropout", "feature_dropout"))
+QUIET = (
+    *(f"regularization.{name}=0" for name in ("dropout", "attention_dropout", "input_dropout")),
+    "objective.feature_dropout=0",
+)
 """Without noise that the CPU and a GPU draw differently."""
 
 PRECISIONS = ("fp32", "bf16")
@@ -69,7 +69,7 @@ def correctness(machine: Machine) -> Rows:
     """
     context = process_context(machine)
     if not machine.on_gpu:  # slow imports, once before the forks
-        import_deepspeed("cpu")
+        import_deepspeed(torch.device("cpu"))
         for module in (
             "torch._dynamo",
             "w2vscale.engine.fsdp",
@@ -172,15 +172,14 @@ def _curves(
 ) -> dict[str, list[float]]:
     engine_name, before, precision = run
     batches = [_padded_batch(config, number, tiny=tiny) for number in range(2 * UPDATES)]
-    engine = _build(config, device)
-    engine.import_parameters(initial_values(config))
+    setup = _build(config, device)
     saved = folder / f"{engine_name}-{precision}-{device.type}"
     gradients = folder / f"gradients-{precision}-{device.type}.safetensors" if engine_name == "ddp" else None
-    losses, norms = _updates(engine, batches, device, range(SAVED), gradients)
+    losses, norms = _updates(setup, batches, range(SAVED), gradients)
     store = CheckpointStore(saved, ranks, expected=expected_of(config))
-    store.save(engine.export_state(), TrainState(update=SAVED), dump_config(config))
-    more_losses, more_norms = _updates(engine, batches, device, range(SAVED, UPDATES))
-    engine.close()
+    store.save(setup.engine.export_state(), TrainState(update=SAVED), dump_config(config))
+    more_losses, more_norms = _updates(setup, batches, range(SAVED, UPDATES))
+    setup.engine.close()
     curves = {"losses": losses + more_losses, "norms": norms + more_norms}
     if before:
         other = folder / f"{before}-{precision}-{device.type}" / f"update_{SAVED:08d}"
@@ -189,33 +188,30 @@ def _curves(
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{before} saved no checkpoint in {WAIT:.0f} s")
             time.sleep(0.05)
-        engine = _build(config, device)
-        engine.import_state(open_checkpoint(other))
-        curves["continued_losses"], curves["continued_norms"] = _updates(engine, batches, device, range(SAVED, UPDATES))
-        engine.close()
+        setup = _build(config, device)
+        setup.engine.import_state(open_checkpoint(other))
+        curves["continued_losses"], curves["continued_norms"] = _updates(setup, batches, range(SAVED, UPDATES))
+        setup.engine.close()
     return curves
 
 
-def _build(config: Config, device: torch.device) -> Engine:
-    return build_engine(empty_model(config), _HostNoise(config.model, seed=0), config, device)
+def _build(config: Config, device: torch.device) -> Setup:
+    setup = build(config, device)
+    one = setup.objective
+    setup.objective = _HostNoise(one.settings, one.model, one.regularization, one.compute_dtype)
+    return setup
 
 
-class _HostNoise(PretrainingCriterion):
+class _HostNoise(Contrastive):
     """The objective with Gumbel noise drawn on the CPU, so that it is the same on every device."""
 
-    def __call__(
-        self, module: nn.Module, chunk: Sequence[MicroBatch], *, device: torch.device, training: bool
-    ) -> LossSums:
-        sums: LossSums = module(
-            concatenate([to_device(batch.inputs, device) for batch in chunk]),
-            noise_MGV=gumbel_noise(chunk, seed=0, config=self.config, device=torch.device("cpu")).to(device),
-            temperature=gumbel_temperature(chunk[0].update, self.config),
-        )
-        return sums
+    def _gumbel_noise(self, inputs: ContrastiveInputs, step: StepContext) -> Tensor:
+        on_host = inputs._replace(frame_M=inputs.frame_M.cpu())
+        return super()._gumbel_noise(on_host, step).to(inputs.frame_M.device)
 
 
 def _updates(
-    engine: Any, batches: Sequence[MicroBatch], device: torch.device, numbers: range, gradients: Path | None = None
+    setup: Setup, batches: Sequence[MicroBatch], numbers: range, gradients: Path | None = None
 ) -> tuple[list[float], list[float]]:
     """Losses per masked frame, and norms, of updates of two micro-batches each; the first update's gradients, in a
     file."""
@@ -223,10 +219,11 @@ def _updates(
     for number in numbers:
         window = batches[2 * number : 2 * number + 2]
         weight = sum(batch.weight for batch in window)
-        sums = engine.run_window(window, torch.tensor(float(weight), device=device))
+        sums = setup.window(window, float(weight), update=number)
         if number == 0 and gradients is not None:
+            engine: Any = setup.engine
             save_file({name: x.grad.cpu() for name, x in engine.parameters.items() if x.grad is not None}, gradients)
-        norms.append(engine.step(lr=1e-4, max_norm=1.0).grad_norm)
+        norms.append(setup.step(1e-4).grad_norm)
         losses.append(float(sums.total) / weight)
     assert all(map(math.isfinite, losses + norms))
     return losses, norms
@@ -245,25 +242,24 @@ def synchronisations(machine: Machine) -> Rows:
     """
     config = machine.config("base", "precision.compute=bf16")
     device = machine.device
-    engine = build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, device)
-    engine.import_parameters(initial_values(config))
+    setup = build(config, device)
     work = Work(config, 2, 2.0 if machine.tiny else 15.0, "bucket")
     window = [work.batch(number) for number in range(2)]
     if machine.on_gpu:
         window = [batch.pin_memory() for batch in window]
-    denominator = torch.tensor(float(sum(batch.weight for batch in window)))
+    denominator = float(sum(batch.weight for batch in window))
     for _ in range(2):
-        engine.run_window(window, denominator)
-        engine.step(lr=1e-4, max_norm=1.0)
+        setup.window(window, denominator)
+        setup.step(1e-4)
     if not machine.on_gpu:
         yield from (("places", None), ("syncs_per_update", None))  # a CPU waits for nothing
         return
     found = {}
     with _waits() as places:
-        engine.run_window(window, denominator)
+        setup.window(window, denominator)
     found["window"] = list(places)
     with _waits() as places:
-        engine.step(lr=1e-4, max_norm=1.0)
+        setup.step(1e-4)
     found["step"] = list(places)
     yield "places", found
     yield "syncs_per_update", sum(map(len, found.values()))

@@ -29,6 +29,7 @@ from w2vscale.kernels.segment_attention import segment_attention
 from w2vscale.kernels.strided_products import strided_products
 from w2vscale.models.lengths import output_frames
 from w2vscale.models.wav2vec2 import normalized_convolution, valid_mask
+from w2vscale.objectives import build_objective
 from w2vscale.training.run import empty_model
 
 DROPOUT = 0.1
@@ -272,7 +273,8 @@ def _first_layer_ms(machine: Machine, config: Config, form: str, utterances: int
 
 def _cast_ms(machine: Machine, config: Config) -> float:
     """All weights from fp32 to bf16, one by one: what each forward pays, launches included."""
-    weights = [torch.ones_like(x, device=machine.device) for x in empty_model(config).parameters() if x.dim() > 1]
+    model = empty_model(build_objective(config))
+    weights = [torch.ones_like(x, device=machine.device) for x in model.parameters() if x.dim() > 1]
     return median_ms(lambda: [x.bfloat16() for x in weights], machine.device, repeats=_repeats(machine))
 
 

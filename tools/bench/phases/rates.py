@@ -19,12 +19,10 @@ from tools.bench import step_profile
 from tools.bench.contenders import LR, Work, synchronize, their_step
 from tools.bench.phases.environment import matrix_flops
 from tools.bench.phases.measuring import PEAK_FLOPS, Machine, Rows, attempt, release_memory
+from tools.bench.running import Setup, build
 from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine import Engine, build_engine
-from w2vscale.engine.compilation import compiled_graphs
-from w2vscale.objectives.criterion import PretrainingCriterion
-from w2vscale.training.run import empty_model, initial_values
+from w2vscale.engine.transforms import compiled_graphs
 
 Lengths = Literal["equal", "bucket"]
 
@@ -77,26 +75,20 @@ def _rates(machine: Machine, name: str) -> Rows:
         config = machine.config(name, "precision.compute=bf16", f"engine.compile={str(compiled).lower()}")
         forms = _forms(machine, name)
         skipped = compiled and machine.tiny  # takes a minute on a CPU
-        engine = None if skipped else _engine(config, machine.device)
+        setup = None if skipped else build(config, machine.device)
         for utterances, lengths in forms.all():
             key = f"{'compiled' if compiled else 'eager'}/{forms.name(utterances)}/{lengths}"
-            measure = partial(_rate, machine, config, engine, forms, utterances, lengths)
+            measure = partial(_rate, machine, config, setup, forms, utterances, lengths)
             yield key, None if skipped else attempt(measure)
             del measure
-        if engine is not None:
-            engine.close()
-        del engine
+        if setup is not None:
+            setup.engine.close()
+        del setup
         release_memory()
 
 
 def _forms(machine: Machine, name: str) -> Forms:
     return TINY if machine.tiny else FORMS[name]
-
-
-def _engine(config: Config, device: torch.device) -> Engine:
-    engine = build_engine(empty_model(config), PretrainingCriterion(config.model, seed=0), config, device)
-    engine.import_parameters(initial_values(config))
-    return engine
 
 
 def _batches(machine: Machine, work: Work, count: int) -> list[MicroBatch]:
@@ -105,12 +97,12 @@ def _batches(machine: Machine, work: Work, count: int) -> list[MicroBatch]:
 
 
 def _rate(
-    machine: Machine, config: Config, engine: Engine | None, forms: Forms, utterances: int, lengths: Lengths
+    machine: Machine, config: Config, setup: Setup | None, forms: Forms, utterances: int, lengths: Lengths
 ) -> dict[str, Any]:
-    assert engine is not None
+    assert setup is not None
     device, most = machine.device, max(forms.utterances)
     window = _batches(machine, Work(config, utterances, forms.seconds, lengths), most // utterances)
-    weight = torch.tensor(float(sum(batch.weight for batch in window)), device=device)
+    weight = float(sum(batch.weight for batch in window))
     audio = sum(batch.audio_samples for batch in window) / config.model.sampling_rate
     # Padding is computed, and counts.
     flops = most * Work(config, 1, forms.seconds).flops()
@@ -120,11 +112,11 @@ def _rate(
     for number in range(2 + (1 if machine.tiny else UPDATES)):
         synchronize(device)
         began = time.perf_counter()
-        engine.run_window(window, weight)
+        setup.window(window, weight)
         asked = time.perf_counter()
         synchronize(device)
         computed = time.perf_counter()
-        engine.step(lr=LR, max_norm=config.optim.max_norm)
+        setup.step(LR, config.optim.max_norm)
         synchronize(device)
         if number >= 2:
             host.append(asked - began)
@@ -191,24 +183,21 @@ def profile(machine: Machine) -> Rows:
     """Of one update: time by module and by kernel, kernels launched, and the time in which the device was busy."""
     for name in ("base", "large"):
         forms, config = _forms(machine, name), machine.config(name, "precision.compute=bf16")
-        model = empty_model(config)
-        step_profile.mark_modules(model)
-        engine = build_engine(model, PretrainingCriterion(config.model, seed=0), config, machine.device)
-        engine.import_parameters(initial_values(config))
+        setup = build(config, machine.device, prepare=step_profile.mark_modules)
         for utterances in forms.utterances[:2]:
             work = Work(config, utterances, forms.seconds, "bucket")
-            yield f"{name}/{forms.name(utterances)}", attempt(partial(_profile, machine, engine, work))
-        engine.close()
+            yield f"{name}/{forms.name(utterances)}", attempt(partial(_profile, machine, setup, work))
+        setup.engine.close()
 
 
-def _profile(machine: Machine, engine: Engine, work: Work) -> dict[str, Any]:
+def _profile(machine: Machine, setup: Setup, work: Work) -> dict[str, Any]:
     window = _batches(machine, work, 1)
-    weight = torch.tensor(float(window[0].weight), device=machine.device)
+    weight = float(window[0].weight)
 
     def update() -> None:
-        engine.run_window(window, weight)
+        setup.window(window, weight)
         with torch.profiler.record_function(step_profile.MARK + step_profile.OPTIMIZER):
-            engine.step(lr=LR, max_norm=work.config.optim.max_norm)
+            setup.step(LR, work.config.optim.max_norm)
         synchronize(machine.device)
 
     update()
@@ -242,7 +231,7 @@ def recompilations(machine: Machine) -> Rows:
         yield from (("graphs", None), ("compiling_seconds", None), ("median_ms", None))
         return
     config = machine.config("base", "precision.compute=bf16", "engine.compile=true", "model.layers=3")
-    engine = _engine(config, machine.device)
+    setup = build(config, machine.device)
     draws = np.random.default_rng(0)
     compiling = 0.0
     graphs: dict[int, int] = {}
@@ -251,7 +240,7 @@ def recompilations(machine: Machine) -> Rows:
         seconds = float(draws.uniform(3.0, 15.6))
         work = Work(config, max(1, int(78 / seconds)), seconds, "bucket" if number % 2 else "equal")
         batch = work.batch(number).pin_memory()
-        took = _timed(partial(engine.run_window, [batch], torch.tensor(1.0)), machine.device)
+        took = _timed(partial(setup.window, [batch], 1.0), machine.device)
         times.append(took)
         if compiled_graphs() > graphs.get(len(times) - 1, 0):
             compiling += took

@@ -51,7 +51,8 @@ class DeepSpeedEngine:
         self.buffers = Buffers(model)
         transform(model, config)
         if self.stage == 3:
-            _partition(deepspeed, model, document, device, compute_dtype(precision))
+            with environment_for(device):
+                _partition(deepspeed, model, document, device, compute_dtype(precision))
         else:
             model.to_empty(device=device)
         self.parameters = dict(model.named_parameters())
@@ -80,7 +81,7 @@ class DeepSpeedEngine:
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
         grouping: Grouping, denominator: Tensor,
     ) -> Sums:  # fmt: skip
-        """See `Engine.run_window`. DeepSpeed averages gradients, so the loss is multiplied by the world size."""
+        """DeepSpeed averages gradients, so the loss is multiplied by the world size."""
         self.engine.train()
         self._discard_gradients()
         scale = self.world_size / denominator
@@ -95,10 +96,8 @@ class DeepSpeedEngine:
     def step(
         self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
     ) -> StepResult:
-        """See `Engine.step`.
-
-        Raises:
-            UserError: `after` is given; ZeRO does not allow changes to the model.
+        """Raises:
+        UserError: `after` is given; ZeRO does not allow changes to the model.
         """
         if after is not None:
             raise UserError(
@@ -113,13 +112,12 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
-        """See `Engine.evaluate`."""
         self.engine.eval()
         run = lambda one: objective.forward(self.engine, one.inputs, step=one.step, training=False)  # noqa: E731
         return accumulate([[batch]], step, run, self.device)
 
     def export_state(self) -> CanonicalState:
-        """See `Engine.export_state`. Gathers one tensor at a time, and keeps only the rows of this rank."""
+        """Gathers one tensor at a time, and keeps only the rows of this rank."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         state: CanonicalState = {}
@@ -137,7 +135,6 @@ class DeepSpeedEngine:
         return state | {f"model.{name}": self.rows.copied(stored(buffer)) for name, buffer in self.buffers.persistent()}
 
     def import_state(self, reader: StateReader) -> None:
-        """See `Engine.import_state`."""
         buffers = dict(self.buffers.persistent())
         for name, whole in self.rows.read(reader, self.expected):
             kind, _, name = name.partition(".")
@@ -153,14 +150,12 @@ class DeepSpeedEngine:
         self._refresh_working_weights()
 
     def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """See `Engine.import_values`."""
         buffers = dict(self.buffers.persistent())
         for name, whole in values:
             self._set_value(name, whole.to(self.device), buffers)
         self._refresh_working_weights()
 
     def close(self) -> None:
-        """See `Engine.close`."""
         self.engine.destroy()
 
     def _partitions(self) -> list[Tensor]:

@@ -1,0 +1,134 @@
+"""`w2vscale data`: manifests of folders and corpora, their index, validation and statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
+from tests.helpers.commands import error_of
+from w2vscale.data.manifest import index_path
+
+
+class TestPrepare:
+    def test_folder_then_index_then_validate_then_stats(
+        self, mixed_audio: Path, tmp_path: Path, run: Callable[..., str]
+    ) -> None:
+        cuts = tmp_path / "data" / "cuts_train.jsonl"
+        printed = run("data", "prepare", "folder", mixed_audio, cuts.parent, "--jobs", 2)
+        assert printed == f"{cuts}: 6 utterances, 0.01 hours\n"
+        assert run("data", "index", cuts) == f"{index_path(cuts)}: 6 utterances\n"
+        assert run("data", "validate", cuts) == f"{cuts}: no problem found in 6 utterances\n"
+        printed = run("data", "stats", cuts, "--config", "tiny", "--set", "data.min_seconds=2.2")
+        assert re.search(r"utterances +6\b", printed)
+        assert re.search(r"speakers +3\b", printed)
+        assert re.search(r"transcribed +2\b", printed)
+        assert "44100 Hz (2)" in printed and "8000 Hz (1)" in printed
+        assert "1 shorter than 2.2 s left out" in printed
+        assert "█" in printed  # the histogram
+
+    def test_validation_share_makes_two_manifests(
+        self, mixed_audio: Path, tmp_path: Path, run: Callable[..., str]
+    ) -> None:
+        printed = run(
+            "data", "prepare", "folder", mixed_audio, tmp_path, "--validation-share", 0.5, "--segment-seconds", 2
+        )
+        assert [line.partition(":")[0] for line in printed.splitlines()] == [
+            str(tmp_path / "cuts_train.jsonl"),
+            str(tmp_path / "cuts_validation.jsonl"),
+        ]
+
+    def test_mini_librispeech(self, shared_data: Path, tmp_path: Path, run: Callable[..., str]) -> None:
+        printed = run("data", "prepare", "mini_librispeech", shared_data, tmp_path, "--part", "dev-clean-2")
+        assert printed == f"{tmp_path / 'cuts_dev-clean-2.jsonl'}: 58 utterances, 0.20 hours\n"
+
+    def test_a_text_file_named_flac(self, tmp_path: Path, run: Callable[..., str]) -> None:
+        write_audio(tmp_path / "audio" / "good.flac", noise(1.0))
+        bad = write_text(tmp_path / "audio" / "bad.flac")
+        message = error_of("data", "prepare", "folder", tmp_path / "audio", tmp_path)
+        assert message == (
+            f"{bad}: not readable as audio: Format not recognised; leave such files out with --skip-unreadable"
+        )
+        printed = run("data", "prepare", "folder", tmp_path / "audio", tmp_path, "--skip-unreadable")
+        assert "1 utterance, 0.00 hours, 1 unreadable file left out" in printed
+
+    def test_an_empty_or_missing_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        assert "no audio files" in error_of("data", "prepare", "folder", tmp_path / "empty", tmp_path)
+        assert "no such folder" in error_of("data", "prepare", "folder", tmp_path / "no", tmp_path)
+        assert "contains no part of the corpus" in error_of(
+            "data", "prepare", "librispeech", tmp_path / "empty", tmp_path
+        )
+
+    def test_an_output_that_cannot_be_written(self, mixed_audio: Path, tmp_path: Path) -> None:
+        blocked = write_text(tmp_path / "file")
+        message = error_of("data", "prepare", "folder", mixed_audio, blocked)
+        assert message.startswith(f"{blocked / 'cuts_train.jsonl'}: cannot be written: ")
+
+
+class TestManifests:
+    def test_validate_prints_problems_and_ends_with_the_first(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        cuts = [cut_of(write_audio(tmp_path / f"u{n}.wav", noise(0.5, seed=n))) for n in range(40)]
+        manifest = write_manifest(tmp_path / "cuts.jsonl", cuts)
+        for number in range(30):
+            (tmp_path / f"u{number}.wav").unlink()
+        assert error_of("data", "validate", manifest) == (
+            f"{manifest}: 30 bad utterances of 40, listed in {manifest}.bad_audio; "
+            f"the first one: u0 ({tmp_path / 'u0.wav'}): no such file"
+        )
+        printed = capsys.readouterr().out.splitlines()
+        assert printed == [f"u{n} ({tmp_path / f'u{n}.wav'}): no such file" for n in range(1, 20)]
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"sampling_rate": 8_000, "num_samples": 24_000}, "sampling rate is 16000 Hz, the manifest says 8000 Hz"),
+            ({"duration": 4.0, "num_samples": 64_000}, "duration is 3.000 s, the manifest says 4.000 s"),
+        ],
+    )
+    def test_a_manifest_with_a_wrong_rate_or_duration(
+        self, changes: dict[str, float], reason: str, tmp_path: Path
+    ) -> None:
+        cut = cut_of(write_audio(tmp_path / "a.flac", noise(3.0)))
+        recording = dataclasses.replace(cut.recording, **changes)
+        wrong = dataclasses.replace(cut, recording=recording, duration=recording.duration)
+        manifest = write_manifest(tmp_path / "cuts.jsonl", [wrong])
+        assert error_of("data", "validate", manifest).endswith(f"({tmp_path / 'a.flac'}): {reason}")
+        # The same error stops training before it starts.
+        message = error_of("train", "tiny", f"data.train={manifest}", "--exp", tmp_path / "exp")
+        assert reason in message and "w2vscale data validate" in message
+
+    def test_several_manifests(self, small_corpus: SmallCorpus, run: Callable[..., str]) -> None:
+        printed = run("data", "validate", small_corpus.train, small_corpus.validation)
+        assert "24 utterances" in printed and "6 utterances" in printed
+        assert re.search(r"utterances +30\b", run("data", "stats", small_corpus.train, small_corpus.validation))
+
+    @pytest.mark.parametrize("name", ["index", "validate", "stats"])
+    def test_every_command_names_missing_empty_and_wrong_files(self, name: str, tmp_path: Path) -> None:
+        empty = tmp_path / "empty.jsonl"
+        empty.touch()
+        text = write_text(tmp_path / "text.jsonl")
+        missing = tmp_path / "missing.jsonl"
+        for path in (empty, text, missing):
+            assert error_of("data", name, path).startswith(f"{path}: ")
+
+    def test_stats_without_an_index_says_how_to_create_it(self, corpus: Path) -> None:
+        index_path(corpus).unlink()
+        assert error_of("data", "stats", corpus) == (
+            f"{corpus}: has no index; create it with: w2vscale data index {corpus}"
+        )
+
+    def test_stats_with_settings_that_leave_out_everything(self, corpus: Path) -> None:
+        message = error_of("data", "stats", corpus, "--set", "data.min_seconds=12")
+        assert message.startswith(f"{corpus}: no utterance is long enough")
+
+    def test_an_index_that_cannot_be_written(self, corpus: Path) -> None:
+        index_path(corpus).unlink()
+        index_path(corpus).mkdir()
+        assert error_of("data", "index", corpus).startswith(f"{index_path(corpus)}: cannot be written")

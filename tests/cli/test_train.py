@@ -1,0 +1,85 @@
+"""Errors of `w2vscale train` and of the commands after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.audio import cut_of, noise, write_audio, write_manifest, write_text
+from tests.helpers.commands import error_of
+from w2vscale.data.manifest import index_path
+
+
+class TestTrain:
+    @pytest.fixture(autouse=True)
+    def _alone(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.delenv("RANK", raising=False)
+        monkeypatch.chdir(tmp_path)
+
+    def error(self, *arguments: object) -> str:
+        return error_of("train", "tiny", *arguments)
+
+    def test_without_a_corpus_the_error_names_the_setting(self) -> None:
+        assert self.error("--exp", "exp") == "data.train names no manifest: set data.train=CUTS.jsonl"
+
+    def test_a_wrong_key_or_value_creates_no_folder(self, tmp_path: Path) -> None:
+        assert "did you mean optim.lr?" in self.error("optim.lrr=3", "--exp", "exp")
+        assert "optim.lr='fast'" in self.error("optim.lr=fast", "--exp", "exp")
+        assert "did you mean objective.negatives?" in self.error("objective.negative=3", "--exp", "exp")
+        assert not (tmp_path / "exp").exists()
+
+    def test_a_fine_tuning_preset_needs_a_model_to_start_from(self, corpus: Path, tmp_path: Path) -> None:
+        for command in ("train", "finetune"):
+            message = error_of(command, "ctc_1h", f"data.train={corpus}", "--exp", "exp")
+            assert message.startswith("the encoder is frozen but randomly initialised; set trainer.init_from")
+        assert not (tmp_path / "exp").exists()
+
+    def test_a_missing_manifest_or_index_and_a_stale_index(self, corpus: Path) -> None:
+        assert self.error("data.train=no.jsonl") == "no.jsonl: no such manifest"
+        index = index_path(corpus).read_bytes()
+        index_path(corpus).unlink()
+        assert "w2vscale data index" in self.error(f"data.train={corpus}")
+        index_path(corpus).write_bytes(index)
+        with corpus.open("a") as lines:
+            lines.write(corpus.read_text().splitlines()[0] + "\n")
+        assert self.error(f"data.train={corpus}").startswith(f"{corpus}: changed since it was indexed")
+
+    def test_an_empty_corpus(self, corpus: Path, tmp_path: Path) -> None:
+        empty = tmp_path / "empty.jsonl"
+        empty.touch()
+        assert self.error(f"data.train={empty}") == f"{empty}: the manifest is empty"
+        message = self.error(f"data.train={corpus}", "data.max_seconds=30", "data.min_seconds=20")
+        assert message.startswith(f"{corpus}: no utterance is long enough")
+
+    def test_a_missing_validation_manifest(self, corpus: Path) -> None:
+        assert self.error(f"data.train={corpus}", "data.validation=no.jsonl") == "no.jsonl: no such manifest"
+
+    def test_audio_that_is_text(self, tmp_path: Path) -> None:
+        path = write_audio(tmp_path / "a.flac", noise(3.0))
+        manifest = write_manifest(tmp_path / "cuts.jsonl", [cut_of(path)])
+        write_text(path)
+        assert f"the first: a ({path}): not readable as audio" in self.error(f"data.train={manifest}")
+
+    def test_an_experiment_folder_that_cannot_be_written(self, corpus: Path, tmp_path: Path) -> None:
+        blocked = write_text(tmp_path / "file")
+        for exp in (blocked, blocked / "deeper"):
+            assert self.error(f"data.train={corpus}", "--exp", exp).startswith(
+                f"{exp}: the folder of the run cannot be"
+            )
+
+    def test_a_checkpoint_that_does_not_exist(self, corpus: Path) -> None:
+        assert "no/checkpoint" in self.error(f"data.train={corpus}", "--resume", "no/checkpoint")
+
+    def test_crops_too_short_for_the_objective(self, corpus: Path) -> None:
+        message = self.error(f"data.train={corpus}", "data.max_seconds=0.2", "data.min_seconds=0.1")
+        assert message.startswith("data.max_seconds=0.2: shorter than 12 frames")
+
+    def test_zero_processes(self, corpus: Path) -> None:
+        assert self.error(f"data.train={corpus}", "--nproc-per-node", 0) == "--nproc-per-node 0: must be at least 1"
+
+
+class TestOtherCommands:
+    def test_evaluate_and_report_name_a_missing_folder(self, corpus: Path, tmp_path: Path) -> None:
+        assert str(tmp_path / "no") in error_of("evaluate", tmp_path / "no", "--cuts", corpus)
+        assert str(tmp_path / "no") in error_of("report", tmp_path / "no")
