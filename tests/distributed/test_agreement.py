@@ -87,4 +87,4 @@ def test_deepspeeds_json_of_one_name_and_another_content_is_seen(tmp_path: Path)
         path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
         grounds.append(common_ground(config, "8 utterances"))
     differing = [fact for fact in grounds[0] if grounds[0][fact] != grounds[1][fact]]
-    assert differing == ["DeepSpeed's JSON"]
+    assert differing == ["the JSON for DeepSpeed"]

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.exported import random_model, save_model
+from tests.helpers.micro import MICRO_RUN
 from tests.helpers.pool import Pool
 from tests.helpers.spelled import SPELLING, some_texts, write_spelled
 from tests.helpers.tasks import gather_unevenly, train_micro, word_errors
 from tests.training.test_finetuning import settings
 from tools.bench.engine_parity import ENGINES
+from w2vscale.checkpoint.format import TrainState
+from w2vscale.config import load_config
 from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.inference.pretrained import load
 from w2vscale.training.loop import train
@@ -41,18 +45,27 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuning(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The settings, with a pretrained model (of random weights) to start from."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    config = load_config("base", MICRO_RUN)
+    save_model(folder, config, random_model(config, seed=6).state_dict(), TrainState(update=9))
+    return (*TUNING, f"trainer.init_from={folder}")
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: Path, tuning: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one process."""
     exp = tmp_path_factory.mktemp("alone") / "exp"
-    train(settings(corpus, *TUNING), exp)
+    train(settings(corpus, *tuning), exp)
     return exp
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3"])
 def test_two_processes_learn_what_one_does(
-    pool: Callable[[int], Pool], corpus: Path, alone: Path, tmp_path: Path, engine: str
+    pool: Callable[[int], Pool], corpus: Path, alone: Path, tuning: tuple[str, ...], tmp_path: Path, engine: str
 ) -> None:
-    pool(2).run(train_micro, str(corpus), str(tmp_path), (*TUNING, ENGINES[engine]))
+    pool(2).run(train_micro, str(corpus), str(tmp_path), (*tuning, ENGINES[engine]))
     found, expected = figures(tmp_path), figures(alone)
     assert len(found) == 6
     for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
@@ -61,12 +74,12 @@ def test_two_processes_learn_what_one_does(
 
 
 def test_a_run_of_one_process_goes_on_in_two(
-    pool: Callable[[int], Pool], corpus: Path, alone: Path, tmp_path: Path
+    pool: Callable[[int], Pool], corpus: Path, alone: Path, tuning: tuple[str, ...], tmp_path: Path
 ) -> None:
     exp = tmp_path / "exp"
     shutil.copytree(alone, exp, symlinks=True)
     shutil.rmtree(exp / "checkpoints" / "update_00000006")
-    pool(2).run(train_micro, str(corpus), str(exp), (*TUNING, ENGINES["fsdp"]))
+    pool(2).run(train_micro, str(corpus), str(exp), (*tuning, ENGINES["fsdp"]))
     for (loss, norm), (expected_loss, expected_norm) in zip(figures(exp), figures(alone), strict=True):
         assert (loss, norm) == (pytest.approx(expected_loss, rel=1e-5), pytest.approx(expected_norm, rel=1e-5))
 

@@ -1,4 +1,4 @@
-"""A kernel beside its plain operation: outputs and gradients, and how far they are apart."""
+"""Compare outputs and gradients of a kernel with those of the plain operation."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 RELATIVE = 1e-5
-"""How far a kernel may be from the plain operation in fp32, as a share of a tensor's norm."""
+"""Largest allowed difference in fp32, relative to the norm of the tensor."""
 
 
 def outputs_and_gradients(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """`function(*leaves)`, then the gradient of each leaf, for one and the same random gradient of the output."""
+    """`function(*leaves)`, then the gradient of each leaf. The gradient of the output is random, from a fixed seed."""
     leaves = [x.detach().clone().requires_grad_() for x in leaves]
     y = function(*leaves)
     given = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()  # exact in every type
@@ -20,7 +20,7 @@ def outputs_and_gradients(function: Callable[..., Tensor], leaves: Sequence[Tens
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """The norm of the difference as a share of the expected norm."""
+    """Norm of the difference, relative to the norm of `expected`."""
     assert found.shape == expected.shape
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     norm = float(expected.norm())
@@ -28,7 +28,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = RELATIVE) -> None:
-    """Equal types and shapes, and equal values but for `tolerance` (relative)."""
+    """Assert that types and shapes are equal, and values within `tolerance` (relative)."""
     for number, (one, other) in enumerate(zip(found, expected, strict=True)):
         assert one.dtype == other.dtype
         assert error(one, other) <= tolerance, number

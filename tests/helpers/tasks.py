@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from tests.helpers.calibrating import grouping_on_a_gpu
 from tests.helpers.checkpoints import expected_of_parameters, rewrite
 from tests.helpers.engines import set_up
-from tests.helpers.micro import MICRO_RUN
+from tests.helpers.micro import MICRO_ENCODER, MICRO_MODEL, MICRO_RUN, MICRO_TRAINING
 from w2vscale.checkpoint import slices
 from w2vscale.checkpoint import store as store_module
 from w2vscale.checkpoint.format import TrainState
@@ -76,7 +76,8 @@ def train_micro(
 
     With `save_first`, there is a checkpoint before the first update, too. `grouping` replaces that of the run.
     """
-    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    model = MICRO_ENCODER if "objective.name=ctc" in overrides else MICRO_MODEL
+    config = load_config("base", [*model, *MICRO_TRAINING, f"data.train={corpus}", *overrides])
     return [record["loss"] for record in _train(config, Path(exp), save_first=save_first, grouping=grouping)]
 
 
@@ -105,8 +106,13 @@ def _train(
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
-    """The losses of `train_calibrated`, where the last rank has no file of one utterance."""
+def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, overrides: tuple[str, ...]) -> Grouping:
+    """How this rank grouped micro-batches in `train_calibrated`, where the last rank has no file of one utterance."""
+    found: list[Grouping] = []
+
+    def grouping(run: Run) -> Grouping:
+        found.append(grouping_on_a_gpu(run))
+        return found[0]
 
     def read(cut: Cut, **settings: Any) -> Any:
         if cut.id == utterance and dist.get_rank() == dist.get_world_size() - 1:
@@ -114,7 +120,8 @@ def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, over
         return read_audio(cut, **settings)
 
     with patch.object(assembly, "read_audio", read):
-        return train_calibrated(corpus, exp, overrides)
+        train_micro(corpus, exp, (*overrides, "batch.concat=auto"), grouping=grouping)
+    return found[0]
 
 
 def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, ...]) -> tuple[bool, bool, list[float]]:

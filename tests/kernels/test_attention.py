@@ -1,4 +1,4 @@
-"""Attention with dropout on CPUs, and within segments as GPUs compute it, against PyTorch's with a mask."""
+"""Attention with dropout on CPUs, and within segments on GPUs, against PyTorch attention with a mask."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from w2vscale.models.wav2vec2 import TransformerEncoder, attention, valid_mask
 
 plain = attention.__wrapped__
 TOO_LITTLE = 1e-6
-"""A probability of dropout that drops nothing in 16 bits."""
+"""A dropout probability that drops nothing in 16 bits."""
 
 
 def tensors(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -55,7 +55,7 @@ def test_dropout_keeps_the_mean(padded: bool) -> None:
         torch.testing.assert_close(mean, expected, rtol=0.1, atol=0.15)
 
 
-def test_without_dropout_a_cpu_uses_pytorchs() -> None:
+def test_without_dropout_a_cpu_uses_pytorch() -> None:
     leaves = tensors(2, 2, 9, 8)
     assert attention_with_cpu_dropout(*leaves, None, 0.0) is NotImplemented
     assert_same([attention(*leaves, None, 0.0)], [F.scaled_dot_product_attention(*leaves)])

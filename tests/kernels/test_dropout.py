@@ -1,4 +1,4 @@
-"""Dropout on CPUs: the same distribution as PyTorch's, repeatable with PyTorch's generator."""
+"""Dropout on CPUs has the distribution of PyTorch dropout, and is repeatable with its generator."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from w2vscale.kernels.sixteen_bit_dropout import sixteen_bit_dropout
 from w2vscale.models.layers import dropout
 
 FORMS = [sixteen_bit_dropout, dropout.__wrapped__]
-"""What holds for PyTorch's dropout, holds for the kernel."""
+"""The kernel passes the same tests as PyTorch dropout."""
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("probability", [0.05, 0.1, 0.5])
 def test_a_share_is_dropped_and_the_rest_is_scaled(probability: float, form: Callable[..., Tensor]) -> None:
     torch.manual_seed(0)
-    x = torch.rand(997, 1001, requires_grad=True)  # a number of elements that four does not divide
+    x = torch.rand(997, 1001, requires_grad=True)  # four does not divide the number of elements
     y = form(x, probability, True)
     kept = y != 0
     share = 1.0 - float(kept.double().mean())

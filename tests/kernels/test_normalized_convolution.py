@@ -46,7 +46,7 @@ def run(
             statistics=statistics,
         )
 
-    with kernels("plain"):  # the plain one is built of a convolution that has a kernel, too
+    with kernels("plain"):  # the convolution inside the plain operation has a kernel too
         return outputs_and_gradients(normalised, parameters)
 
 
@@ -68,7 +68,7 @@ def test_it_is_the_plain_one(samples: int, kernel: int, padded: bool, groups: in
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         given = [x.to(dtype) for x in parameters]
         folded, plain = (run(form, waveforms_BS.to(dtype), given, steps_B=steps_B, groups=groups) for form in FORMS)
-        # A bias that every channel of a group shares is removed again: its gradient may be nothing but rounding.
+        # The norm removes a bias that all channels of a group share, so that its gradient may be only rounding error.
         size = max(float(x.norm()) for x in plain[1:])
         for one, other in zip(folded, plain, strict=True):
             assert one.dtype == dtype and one.shape == other.shape
@@ -83,7 +83,7 @@ def test_frames_behind_an_utterance_are_zero(form: Callable[..., Tensor]) -> Non
 
 @pytest.mark.parametrize("form", FORMS)
 def test_statistics_may_be_given(form: Callable[..., Tensor]) -> None:
-    """Half of a waveform with the statistics of the whole, beside half of the whole."""
+    """Encoding half of a waveform with the statistics of the whole gives half of the result."""
     parameters = parameters_of(7, bias=True)
     waveforms_BS = torch.randn(1, 2 * 50 * STRIDE + 2)
     y_1OT = F.conv1d(waveforms_BS.unsqueeze(1), parameters[0], parameters[1], STRIDE)
@@ -114,7 +114,7 @@ def test_statistics_are_the_plain_ones(groups: int, bias: bool) -> None:
 def test_in_bf16_an_offset_of_the_waveform_leaves_nothing_behind(
     offset: float, kernel: int, form: Callable[..., Tensor]
 ) -> None:
-    """GroupNorm takes the mean away; the mean of weights that were rounded afterwards would be another."""
+    """GroupNorm removes the mean. If weights were rounded after folding, they would have another mean."""
     weight_O1K = torch.nn.init.kaiming_normal_(parameters_of(kernel, bias=False)[0])
     waveforms_BS = (offset + 0.1 * torch.randn(2, 4000)).bfloat16()
     found_BTO, *_ = run(form, waveforms_BS, [weight_O1K, torch.ones(CHANNELS), torch.zeros(CHANNELS)])

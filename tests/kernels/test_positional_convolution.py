@@ -32,7 +32,7 @@ def run(convolve: Callable[..., Tensor], leaves: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("kernel", [1, 2, 5, 16, 128])
 @pytest.mark.parametrize("convolve", [positional_convolution, blocked_convolution])
 def test_it_is_the_plain_one(convolve: Callable[..., Tensor], kernel: int, frames: int) -> None:
-    """`positional_convolution` is the CPU's: by frequency, where there are enough frames."""
+    """On a CPU, `positional_convolution` works by frequency if there are enough frames."""
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-5)):
         leaves = tensors(frames, kernel, dtype=dtype)
         assert_same(run(convolve, leaves), run(plain, leaves), tolerance)
@@ -66,7 +66,7 @@ def test_taps_that_see_padding_alone_have_no_gradient() -> None:
 
 
 def test_in_blocks_no_value_is_asked_for() -> None:
-    """On the meta device, where nothing has one."""
+    """It runs on the meta device, where tensors have no values."""
     leaves = [x.to("meta").requires_grad_() for x in tensors(50, 16)]
     blocked_convolution(*leaves, GROUPS).sum().backward()
     assert all(x.grad is not None for x in leaves)

@@ -13,7 +13,7 @@ from w2vscale.kernels.table import KERNELS, Kernel
 from w2vscale.objectives.contrastive import ContrastiveInputs, Wav2Vec2ForPretraining
 
 NO_DROPOUT = "regularization.attention_dropout=1e-7"
-"""Drops nothing, but lets CPUs use the kernel of attention with dropout."""
+"""A probability that drops nothing, but makes CPUs use the kernel for attention with dropout."""
 
 
 @pytest.fixture

@@ -29,44 +29,45 @@ from w2vscale.objectives import Objective, StepContext, build_objective
 from w2vscale.objectives.ctc import CtcInputs
 
 ROUNDING = 2**-8
-"""What rounding to bf16 changes at most, as a share."""
+"""Largest relative error of rounding to bf16."""
 
 BOUNDS = {
-    # These round inside, too; the gradients are differences of what they round.
+    # These also round intermediate values, and their gradients are differences of rounded values.
     "_scaled_dot_product_flash_attention_for_cpu": 4 * ROUNDING,
     "_scaled_dot_product_flash_attention_for_cpu_backward": 64 * ROUNDING,
 }
-"""Of operations that round more than their result."""
+"""Error bounds of operations that round more than their result."""
 
 UNINITIALISED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-"""Not compared: what they return has no value yet. Views are not, either: they change no value."""
+"""Operations that are not compared because they return uninitialised memory."""
 
 WITHOUT_DROPOUT = {"_scaled_dot_product_flash_attention_for_cpu"}
-"""Operations that could draw random numbers, but do not without dropout."""
+"""Operations that draw random numbers only with dropout."""
 
 ZEROS_AND_ONES = {"bernoulli_"}
-"""Not compared: random numbers that are exact in bf16."""
+"""Operations that are not compared because they draw random numbers. These are exact in bf16."""
 
 EXPECTED = {"gelu", "gelu_backward", "_scaled_dot_product_flash_attention_for_cpu", "addmm", "mm"}
-"""Operations that each model must be seen to run in bf16."""
+"""Operations that every model must run in bf16."""
 
 LAYER_NORM = {"native_layer_norm", "native_layer_norm_backward"}
-"""And these, where LayerNorm has a kernel; otherwise it is computed in fp32."""
+"""Also expected if LayerNorm has a kernel; otherwise it is computed in fp32."""
 
 PIECE = 2**14
-"""Elements that are compared at a time: they stay in the processor's cache."""
+"""Number of elements to compare at a time, so that they stay in the processor cache."""
 
 
 def settings_of(config: Config) -> str:
-    """What decides the operations of a model with one block and their shapes."""
+    """Settings that determine the operations of a model with one block, and their shapes."""
     architecture = (architecture_of(config.model), architecture_of(build_objective(config).settings))
     return json.dumps((architecture, config.regularization.attention_dropout > 0.0))
 
 
 def distinct(settings: Callable[[Config], object]) -> dict[str, Config]:
-    """The presets, each with one block, without those whose `settings` are another's.
+    """Return the presets with distinct `settings`, each with one block.
 
-    Where the processor has no bf16, products take minutes, and one kernel computes them at all shapes: the smallest.
+    Where the processor has no bf16, this is the smallest preset only: products take minutes there, and one kernel
+    computes them at all shapes.
     """
     found: dict[object, tuple[str, Config]] = {}
     for name in preset_names() if CPU_HAS_BF16 else ["tiny"]:
@@ -138,7 +139,7 @@ def exact(arguments: Any) -> Any:
 
 
 def difference(found: Any, expected: Any) -> float:
-    """The largest error of an element, as a share of its own size plus its tensor's root mean square."""
+    """The largest error of an element, relative to its own size plus the root mean square of its tensor."""
     pairs = zip(tree_leaves(found), tree_leaves(expected), strict=True)
     errors = [_difference(one, other) for one, other in pairs if isinstance(one, Tensor) and one.numel()]
     return max(errors, default=0.0)
@@ -154,7 +155,7 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     rows = max(PIECE * found.shape[0] // found.numel(), 1)
     pieces = zip(found.split(rows), expected.split(rows), strict=True)
     error = float(torch.stack([((one - other).abs_() / other.abs().add_(size)).max() for one, other in pieces]).max())
-    # Where a mask is minus infinity, nothing but equality counts.
+    # Where a mask is minus infinity, only equality counts.
     return 0.0 if math.isnan(error) and bool((found == expected).all()) else error
 
 
@@ -170,7 +171,7 @@ def has_groups(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 
 
 def is_view(function: Any) -> bool:
-    """Whether the result shares an input's memory unchanged."""
+    """Whether the result is a view of an input. Views are not compared, because they change no value."""
     return any(returned.alias_info and not returned.alias_info.is_write for returned in function._schema.returns)
 
 
@@ -200,7 +201,7 @@ EVERY_LAYER = StepContext(seed=0, update=0, numbers=(0,), worst_case=True)
 
 
 class Precision(NamedTuple):
-    """How a model comes to compute in bf16."""
+    """A way to run a model in bf16."""
 
     weights: torch.dtype
     activations: torch.dtype
@@ -285,7 +286,7 @@ def plain_convolution(x_BTD: Tensor, weight_DIK: Tensor, bias_D: Tensor, groups:
 
 
 class Faulty(TorchDispatchMode):
-    """Returns garbage for one operation in bf16, as a processor's faulty kernel does."""
+    """Returns a wrong value from one operation in bf16, as a faulty kernel of a processor does."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

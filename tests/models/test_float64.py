@@ -1,4 +1,4 @@
-"""The whole pretraining forward, loss and gradients against a second derivation, in float64 and from the formulas.
+"""Forward, loss and gradients of pretraining against a second derivation in float64, written from the formulas.
 
 The derivation below shares no code with the model: one utterance at a time and never padded, with loops over heads,
 groups, codebooks, frames and negatives (Baevski et al. 2020; where the paper is silent, fairseq's wav2vec2.py).
@@ -113,7 +113,7 @@ def derive(
 def encode(
     weights: Weights, objective: Contrastive, waveform_S: Tensor, mask_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(features before their LayerNorm, context, what the quantizer sees) of one utterance, each [T, ·]."""
+    """(features before their LayerNorm, context, input of the quantizer) of one utterance, each [T, ·]."""
     config = objective.model
     x_CT = waveform_S.double().unsqueeze(0)
     for index, (_, kernel, stride) in enumerate(config.conv_layers):
@@ -127,7 +127,7 @@ def encode(
         elif index == 0:
             x_CT = group_norm(x_CT, weights, f"{name}.norm", config.conv_norm_groups)
         x_CT = gelu(x_CT)
-    # The gradient into the convolutions is scaled, that of the penalty included; the value is not.
+    # Only the gradient into the convolutions is scaled, including the gradient of the penalty.
     scale = objective.regularization.feature_grad_mult
     features_TC = scale * x_CT.T + (1 - scale) * x_CT.T.detach()
     normalised_TC = layer_norm(features_TC, weights, "encoder.feature_norm")
@@ -168,7 +168,7 @@ def positions(weights: Weights, config: ModelConfig, x_TD: Tensor) -> Tensor:
     groups = []
     for group in range(config.positional_groups):
         rows = slice(group * size, (group + 1) * size)
-        # Padding kernel // 2 on both sides, and an even kernel's one frame too many dropped at the end.
+        # kernel // 2 zeros on both sides; an even kernel gives one frame too many, which is dropped at the end.
         right = kernel // 2 - (kernel + 1) % 2
         groups.append(convolve(x_TD[:, rows].T, weight_OIK[rows], stride=1, left=kernel // 2, right=right))
     return gelu(torch.cat(groups).T + weights[f"{name}.bias"])
@@ -325,7 +325,7 @@ def test_fp32_equals_the_derivation(case: Case) -> None:
 
 
 def test_float64_equals_the_derivation(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing but rounding separates the two: with the model's fp32 islands raised to float64, nothing is left."""
+    """With the fp32 parts of the model in float64, the two agree to 1e-9, so they differ only by rounding."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     sums, gradients = case.run(torch.float64)
     case.assert_sums(sums, tolerance=1e-9)
@@ -333,7 +333,7 @@ def test_float64_equals_the_derivation(case: Case, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_cases_hold_what_they_should_test(case: Case) -> None:
-    """Padding, an utterance without masked frames, excluded negatives, several codes, each style's settings."""
+    """Padding, an utterance without masked frames, excluded negatives, several codes, settings of each style."""
     together = join(case.parts)
     assert together.audio.padded
     assert len(set(together.audio.frames_B.tolist())) == 6

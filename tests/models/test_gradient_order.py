@@ -1,4 +1,4 @@
-"""Gradients arrive in one order whatever a micro-batch is like: ZeRO-2 adds up what arrives together on the ranks."""
+"""Gradients arrive in the same order for every micro-batch. ZeRO-2 needs this: it reduces them as they arrive."""
 
 from __future__ import annotations
 

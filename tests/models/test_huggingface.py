@@ -1,4 +1,4 @@
-"""The model against Transformers': with the same weights, masks and negatives, everything is equal."""
+"""The model against Hugging Face Transformers, with the same weights, masks and negatives."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ MODELS = {
 
 
 class Pair(NamedTuple):
-    """One batch through our model and through Transformers'."""
+    """Outputs of our model and of the Transformers model for one batch."""
 
     config: Config
     inputs: ContrastiveInputs
     ours: ContrastiveSums
-    hidden: list[Tensor]  # each [B, T, D], as everything of Transformers' below
+    hidden: list[Tensor]  # each [B, T, D], like the outputs of Transformers below
     context_BTD: Tensor
     projected_MD: Tensor
     vectors_MD: Tensor
@@ -71,11 +71,11 @@ class Pair(NamedTuple):
 def pair(request: pytest.FixtureRequest) -> Pair:
     preset, overrides, samples = request.param
     config = load_config(preset, [*overrides, "precision.compute=fp32"])
-    torch.manual_seed(8)  # of these weights no two codes are nearly as probable: rounding chooses none
+    torch.manual_seed(8)  # with these weights, no two codes are so close that rounding could decide
     model = model_of(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # no bias zero, no scale one: each has to arrive in its place
+            if parameter.dim() == 1:  # no zero biases or unit scales, so that a mix-up shows
                 parameter.add_(0.1 * torch.randn_like(parameter))
     inputs = inputs_of(build_objective(config), noise(*samples, seed=3), seed=1)
     with torch.device("meta"):
@@ -169,7 +169,7 @@ def test_the_perplexity_of_the_codes_is_equal(pair: Pair) -> None:
 
 
 def test_attention_masks_of_a_padded_batch_are_equal() -> None:
-    """Transformers' number of valid frames is ours, for any length."""
+    """Both compute the same number of valid frames for any length."""
     config = load_config("large_lv60", SMALL)
     with torch.device("meta"):
         other = transformers_model(config)

@@ -1,4 +1,4 @@
-"""Initial values: a function of the seed and the architecture, drawn without the model ever being whole."""
+"""Initial values are a function of seed and architecture, and are drawn module by module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def values(config: Config, *, seed: int = 0) -> dict[str, torch.Tensor]:
     with empty_parameters():
         model = build_objective(config).build_model()
     found = {name: tensor.clone() for name, tensor in initial_values(model, lambda index: 1000 * seed + index)}
-    assert all(parameter.is_meta for parameter in model.parameters()), "memory is given back module by module"
+    assert all(parameter.is_meta for parameter in model.parameters()), "the memory of each module is freed"
     return found
 
 
@@ -45,8 +45,8 @@ def test_the_seed_decides() -> None:
     assert not torch.equal(*blocks)
 
 
-def test_distributions_are_the_reference_s() -> None:
-    """Those of fairseq's wav2vec 2.0, and PyTorch's where it states none."""
+def test_distributions_are_those_of_fairseq() -> None:
+    """Where fairseq states none, the distribution is the default of PyTorch."""
     found = values(load_config("base", ["model.layers=1"]))
     block = "encoder.transformer.blocks.0"
     for name in (f"{block}.attention.qkv.weight", f"{block}.feed_forward.output.weight"):
@@ -62,7 +62,7 @@ def test_distributions_are_the_reference_s() -> None:
         assert 0 <= float(found[name].min()) < 0.05 and 0.95 < float(found[name].max()) <= 1
     kernel = found["encoder.feature_encoder.layers.1.weight"]  # Kaiming: variance 2 / fan-in
     assert abs(float(kernel.std()) / math.sqrt(2 / (512 * 3)) - 1) < 0.01
-    bound = 1 / math.sqrt(512)  # PyTorch's default for a Linear of 512 inputs
+    bound = 1 / math.sqrt(512)  # default of PyTorch for nn.Linear with 512 inputs
     assert bound * 0.99 < float(found["encoder.feature_projection.weight"].abs().max()) <= bound
     assert found["encoder.feature_norm.weight"].eq(1).all() and found["encoder.feature_norm.bias"].eq(0).all()
 

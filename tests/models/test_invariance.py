@@ -1,4 +1,4 @@
-"""What must not change the result: padding, other utterances in a batch, joined forwards."""
+"""The result depends neither on padding or other utterances of a batch, nor on joined forwards."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from w2vscale.objectives.quantizer import diversity_loss
 
 @torch.no_grad()
 def encode(model: Wav2Vec2ForPretraining, waveforms: Sequence[NDArray[np.float32]]) -> tuple[EncoderOutput, list[int]]:
-    """What the encoder makes of a batch, and the frames of each utterance."""
+    """Encode a padded batch. Returns the output, and the number of frames of each utterance."""
     lengths = [waveform.size for waveform in waveforms]
     frames = [output_frames(length, model.encoder.config) for length in lengths]
     padded = torch.zeros(len(waveforms), max(lengths))
@@ -78,7 +78,7 @@ def test_every_length_has_as_many_frames_as_the_encoder_makes(name: str) -> None
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_losses_of_a_padded_batch_are_those_of_its_utterances_alone(name: str) -> None:
-    """Of the contrastive loss, which utterances add up to; the codes are their own."""
+    """The contrastive loss is the sum over utterances, and their codes are the same."""
     objective = family(name)
     model = build(objective).eval()
     waveforms = noise(2000, 3100, 2600)
@@ -99,8 +99,8 @@ def test_the_longest_input_is_enforced() -> None:
 
 @pytest.mark.parametrize("name", ["base", "base_prenorm"])
 @pytest.mark.parametrize("sizes", [(400,), (3, 4, 1, 900, 92), (700, 6, 294)])
-def test_group_norm_s_statistics_may_be_taken_in_blocks(name: str, sizes: tuple[int, ...]) -> None:
-    """Those of a whole waveform, of which parts can then be encoded."""
+def test_statistics_of_group_norm_can_be_computed_in_blocks(name: str, sizes: tuple[int, ...]) -> None:
+    """They are those of the whole waveform, so that its parts can then be encoded separately."""
     encoder = build(family(name)).encoder.feature_encoder
     waveform_S = 0.5 + torch.from_numpy(noise(sum(sizes))[0])
     whole_1TC = encoder(waveform_S.unsqueeze(0), None)
@@ -127,8 +127,8 @@ def test_joined_micro_batches_have_the_losses_and_gradients_of_separate_forwards
 
 
 @torch.no_grad()
-def test_diversity_is_taken_per_micro_batch() -> None:
-    """Not of the joined probabilities: two micro-batches that use different codes are each no more diverse for it."""
+def test_diversity_is_computed_per_micro_batch() -> None:
+    """Joining two micro-batches that use different codes does not make either of them more diverse."""
     objective = family("base")
     model = build(objective).eval()
     parts = [batch(objective, 2000, number=number) for number in (0, 1)]

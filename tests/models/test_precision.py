@@ -1,4 +1,4 @@
-"""Models in bf16: close to fp32, with fp32 where bf16 would lose more than a rounding."""
+"""Models in bf16 are close to fp32, and use fp32 where bf16 would lose more than one rounding."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_similarities_and_losses_of_bf16_vectors_are_computed_in_fp32() -> None:
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("padded", [False, True])
 def test_group_norm_is_that_of_the_convolution(padded: bool, groups: int, bias: bool) -> None:
-    """Around a mean of 8 and of 30 samples in a second, values and gradients are PyTorch's."""
+    """Values and gradients equal those of F.group_norm in float64, for waveforms with a mean of 8."""
     torch.manual_seed(0)
     layers = "model.conv_layers=[[4,10,5],[4,2,2]]"
     config = load_config("base", [layers, f"model.conv_norm_groups={groups}", f"model.conv_bias={str(bias).lower()}"])
@@ -105,16 +105,16 @@ def test_group_norm_is_that_of_the_convolution(padded: bool, groups: int, bias: 
     gradients = [
         torch.autograd.grad(torch.cat(side).square().sum().float(), list(layer.parameters())) for side in (found, rows)
     ]
-    # A mean of 8 costs three digits in fp32, and the order in which a processor adds up decides on the fourth.
-    # What the norm takes away again, a bias of a group of its own, has a gradient of rounding errors.
+    # With a mean of 8, fp32 loses three digits, and a fourth depends on the order in which the processor adds.
+    # The norm removes the bias of a group of one channel, so that its gradient is only rounding error.
     largest = max(float(gradient.abs().max()) for gradient in gradients[1])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3 * float(theirs.abs().max()) + 1e-6 * largest)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_group_norm_takes_its_statistics_in_fp32_or_better(padded: bool) -> None:
-    """The mean of many bf16 numbers around 8 would be wrong by far more than the rounding of the result."""
+def test_statistics_of_group_norm_are_computed_in_fp32_or_better(padded: bool) -> None:
+    """In bf16, the mean of many numbers around 8 would be wrong by far more than the rounding of the result."""
     torch.manual_seed(0)
     settings = ("model.conv_layers=[[4,10,5],[4,2,2]]", "model.conv_norm_groups=4")
     layer = ConvLayer(load_config("base", settings).model, 0)
@@ -129,7 +129,7 @@ def test_group_norm_takes_its_statistics_in_fp32_or_better(padded: bool) -> None
         assert float(error.detach()) < 0.05
 
 
-def test_layer_norm_takes_its_statistics_in_fp32() -> None:
+def test_statistics_of_layer_norm_are_computed_in_fp32() -> None:
     torch.manual_seed(0)
     x_TC = (8.0 + torch.randn(5, 4096)).bfloat16()
     y_TC = LayerNorm(4096)(x_TC)
@@ -140,8 +140,8 @@ def test_layer_norm_takes_its_statistics_in_fp32() -> None:
     torch.testing.assert_close(y_TC.double(), expected, rtol=2**-8, atol=1e-5)
 
 
-def test_weight_norm_is_fp32_also_where_weights_are_kept_in_bf16() -> None:
-    """An impulse shows the weights: rounded once, not at every step of their norm."""
+def test_weight_norm_is_computed_in_fp32_for_bf16_weights() -> None:
+    """The response to an impulse is the weights, which are rounded once and not at every step of their norm."""
     config = family("base").model
     torch.manual_seed(0)
     positional = PositionalConvolution(config).bfloat16()

@@ -69,7 +69,7 @@ def test_every_layer_runs_in_evaluation() -> None:
 
 
 def test_the_gradient_into_the_feature_encoder_is_scaled_and_nothing_else() -> None:
-    """That of the feature penalty included; the values stay."""
+    """The gradient of the feature penalty is scaled too; the loss does not change."""
     found, losses = [], []
     for scale in (1.0, 0.1):
         settings = (f"regularization.feature_grad_mult={scale}", "objective.feature_penalty_weight=10")
@@ -117,7 +117,7 @@ def test_dropout_is_a_function_of_seed_and_number() -> None:
     inputs = batch(objective, 2000, 2600, number=7)
 
     def run(seed: int, number: int, training: bool = True) -> tuple[float, Tensor]:
-        torch.rand(3)  # whatever came before does not matter
+        torch.rand(3)  # earlier draws do not matter
         sums = sums_of(objective, model.train(training), inputs, numbers=(number,), seed=seed)
         return sums.total.item(), contexts.pop()
 
@@ -127,7 +127,7 @@ def test_dropout_is_a_function_of_seed_and_number() -> None:
     for seed, number in ((1, 8), (2, 7)):
         other, other_context = run(seed, number)
         assert other != loss
-        assert not torch.allclose(other_context, context)  # dropout: Gumbel noise does not reach the context
+        assert not torch.allclose(other_context, context)  # dropout, as Gumbel noise does not reach the context
     plain, _ = run(seed=1, number=7, training=False)
     assert plain == run(seed=2, number=8, training=False)[0]
 

@@ -1,4 +1,4 @@
-"""The loss of a model that knows nothing, and of one whose codebook has collapsed."""
+"""The loss of an untrained model, and of a model whose codebook has collapsed."""
 
 from __future__ import annotations
 

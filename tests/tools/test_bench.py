@@ -208,7 +208,10 @@ def test_operations_are_counted_as_the_model_is_defined() -> None:
 
 
 def test_a_step_here_is_of_pretraining_alone() -> None:
-    for preset, settings, said in (("ctc_1h", (), "fine-tunes"), ("base", ("engine.name=fsdp",), "one process")):
+    for preset, settings, said in (
+        ("ctc_1h", (), "objective.name=ctc; a step here is of pretraining"),
+        ("base", ("engine.name=fsdp",), "one process"),
+    ):
         with pytest.raises(UserError, match=said):
             work_settings(preset, settings)
 

@@ -24,7 +24,6 @@ from tools.bench.phases.operations import ATTENTION, FIRST_LAYER, POSITIONAL, ST
 from tools.bench.phases.report import choices, headline, main_figures
 from w2vscale.errors import UserError
 from w2vscale.models import wav2vec2
-from w2vscale.training.run import initial_values
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Machine("cpu", tiny=True)
@@ -232,11 +231,10 @@ def test_a_wrong_operation_in_bf16_shows_in_the_gradients(
     monkeypatch.setattr(wav2vec2, "positional_convolution", convolve)
     for precision in engines.PRECISIONS:
         config = CPU.config("base", *engines.QUIET, f"precision.compute={precision}")
-        engine = engines._build(config, CPU.device)
-        engine.import_parameters(initial_values(config))
+        setup = engines._build(config, CPU.device)
         batches = [engines._padded_batch(config, number, tiny=True) for number in range(2)]
         file = tmp_path / f"gradients-{precision}-cpu.safetensors"
-        engines._updates(engine, batches, CPU.device, range(1), file)
+        engines._updates(setup, batches, range(1), file)
     differences = engines.gradient_differences(tmp_path, CPU)
     assert differences["fp32"] == 0.0
     assert (differences["bf16"] > engines.AGREE_GRADIENTS_TINY["bf16"]) is broken

@@ -42,11 +42,11 @@ class DDPEngine(NativeEngine):
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                # Parameters are equal on all ranks by construction, and `step` synchronises buffers.
-                init_sync=False,
-                broadcast_buffers=False,
+                init_sync=False,  # parameters are the same on all ranks by construction
                 find_unused_parameters=skips_parameters,
             )
+            # The step synchronises buffers. Not an argument: PyTorch 2.13 deprecates it, and 2.8 has no other.
+            self.parallel.broadcast_buffers = False
         super().__init__(model, self.parallel or model, buffers, optim, device)
         self.rows = Rows(device)
 

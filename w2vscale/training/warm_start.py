@@ -99,19 +99,20 @@ def starting_values(
         yield from drawn
         return
     source = open_source(config.trainer.init_from, log)
-    missing = {name: "is missing" for name in shapes if name not in source.shapes}
-    reshaped = {
-        name: f"is {list(source.shapes[name])} there and {list(shape)} here"
-        for name, shape in shapes.items()
-        if name in source.shapes and source.shapes[name] != shape
-    }
     same_objective = source.config.objective.name == config.objective.name
-    other = _different_head(source, objective) if same_objective else "objective.name"
-    heads = [name for name in shapes if not name.startswith(ENCODER)]
-    # With the same objective, shapes show which heads another setting is about; if none does, it is about all.
-    if other and not (same_objective and any(name in reshaped for name in heads)):
-        fitting = (name for name in heads if name not in reshaped | missing)
-        reshaped |= dict.fromkeys(fitting, f"is for another {other} there")
+    # The heads of another objective mean something else, whatever their shapes.
+    there = {name: shape for name, shape in source.shapes.items() if same_objective or name.startswith(ENCODER)}
+    missing = {name: "is missing" for name in shapes if name not in there}
+    reshaped = {
+        name: f"is {list(there[name])} there and {list(shape)} here"
+        for name, shape in shapes.items()
+        if name in there and there[name] != shape
+    }
+    heads = [name for name in shapes if name in there and not name.startswith(ENCODER)]
+    other = _different_head(source, objective) if same_objective else None
+    # Shapes show which heads another setting is about; if none does, it is about all.
+    if other and not any(name in reshaped for name in heads):
+        reshaped |= dict.fromkeys(heads, f"is for another {other} there")
     theirs, ours = architecture_of(source.config.model), architecture_of(config.model)
     settings = {
         f"model.{key}": f"is {theirs[key]} there and {value} here"
@@ -122,7 +123,7 @@ def starting_values(
     _refuse_unless_allowed(
         settings | reshaped | {name: what for name, what in missing.items() if name not in new_heads}, config, log
     )
-    unused = {name for name in source.shapes if name not in shapes}
+    unused = {name for name in source.shapes if name not in shapes or name not in there}
     for line in _table(shapes, missing=set(missing), reshaped=set(reshaped), unused=unused):
         log(line)
     for name, problem in (reshaped | missing).items():

@@ -51,7 +51,8 @@ class DeepSpeedEngine:
         self.buffers = Buffers(model)
         transform(model, config)
         if self.stage == 3:
-            _partition(deepspeed, model, document, device, compute_dtype(precision))
+            with environment_for(device):
+                _partition(deepspeed, model, document, device, compute_dtype(precision))
         else:
             model.to_empty(device=device)
         self.parameters = dict(model.named_parameters())
