@@ -199,7 +199,8 @@ def test_a_folder_of_any_audio_and_another_with_transcripts(environment: str, tm
         write_audio(tmp_path / "transcribed" / f"{number}.ogg", noise(2.0, seed=9 + number))
         (tmp_path / "transcribed" / f"{number}.txt").write_text("one two")
     options = (
-        "--audio", str(tmp_path / "audio"), "--transcribed", str(tmp_path / "transcribed"), "--data", str(tmp_path / "data"),
+        "--audio", str(tmp_path / "audio"), "--transcribed", str(tmp_path / "transcribed"),
+        "--data", str(tmp_path / "data"),
         "--exp", str(tmp_path / "exp"), "--validation-share", "0.3", "--test-share", "0.3",
         "--finetune-settings", TUNING,
     )  # fmt: skip
