@@ -57,7 +57,7 @@ before = state()
 import w2vscale
 from pathlib import Path
 from w2vscale.config import load_config
-from w2vscale.evaluation.checkpoint import evaluate_checkpoint
+from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.training.loop import train
 exp, corpus, *overrides = sys.argv[1:]
 assert train(load_config("base", [*overrides, f"data.train={corpus}", f"data.validation={corpus}"]), Path(exp)) == 0

@@ -26,7 +26,7 @@ from w2vscale.config import Config, architecture, load_config
 from w2vscale.data.audio import AudioError
 from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
 from w2vscale.errors import UserError
-from w2vscale.evaluation.checkpoint import evaluate_checkpoint
+from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.inference.pretrained import load
 from w2vscale.models.layers import Linear
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder

@@ -22,7 +22,7 @@ from w2vscale.config import Config, load_config
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.sentence_pieces import train_pieces
 from w2vscale.errors import UserError
-from w2vscale.evaluation.checkpoint import evaluate_checkpoint
+from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.inference.pretrained import load
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train

@@ -17,7 +17,7 @@ from w2vscale.checkpoint.format import committed, update_of
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
-from w2vscale.evaluation.checkpoint import evaluate_checkpoint
+from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.training import loop
 
 

@@ -67,7 +67,7 @@ def evaluate(
 
 
 def _evaluate_loss(checkpoint: Path, cuts: list[Path], overrides: list[str], output: Path | None) -> None:
-    from w2vscale.evaluation.checkpoint import evaluate_checkpoint
+    from w2vscale.evaluation.validation import evaluate_checkpoint
 
     with progress_bar("evaluating") as progress:
         found = evaluate_checkpoint(checkpoint, cuts, overrides, progress=progress, log=console.print)

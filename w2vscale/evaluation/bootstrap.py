@@ -13,11 +13,10 @@ from w2vscale.errors import UserError
 RESAMPLES = 1000  # bootstrap samples; each draws as many utterances as there are, with replacement
 
 
-def confidence_interval(errors: Sequence[int], references: Sequence[int]) -> tuple[float, float]:
+def confidence_interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
     """The 95 % interval of an error rate, from the errors and the reference length of each utterance."""
-    samples = _bootstrap(len(errors))
-    rates = np.array(errors)[samples].sum(axis=1) / np.maximum(np.array(references)[samples].sum(axis=1), 1)
-    low, high = np.percentile(rates, [2.5, 97.5])
+    errors, references = np.array(counts)[_bootstrap(len(counts))].sum(axis=1).T
+    low, high = np.percentile(errors / np.maximum(references, 1), [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -1,23 +1,77 @@
-"""Validate a model on a whole corpus, over all ranks."""
+"""Validation metrics of an objective on whole manifests, over all ranks: during a run, or of a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.config import load_config
+from w2vscale.data.indexed import VALIDATION_SEED, check_sample, validation_set
+from w2vscale.data.inputs import to_device
+from w2vscale.data.loading import loader_processes
+from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.distributed.process_group import sum_over_ranks
-from w2vscale.objectives import Sums, add_sums
+from w2vscale.distributed.process_group import process_group, sum_over_ranks
+from w2vscale.errors import UserError
+from w2vscale.objectives import StepContext, Sums, add_sums, build_objective
 
 
-def reduce_sums(sums: Any) -> Any:
-    """Add up sums over all ranks, in float64 on the CPU. Collective."""
-    flat = torch.cat([field.detach().double().flatten().cpu() for field in sums])
-    reduced = torch.tensor(sum_over_ranks(flat.tolist()), dtype=torch.float64)
-    parts = reduced.split([field.numel() for field in sums])
-    return type(sums)(*(part.view(field.shape) for part, field in zip(parts, sums, strict=True)))
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of a checkpoint."""
+
+    checkpoint: Path
+    update: int
+    metrics: dict[str, float]
+    table: dict[str, str]  # the metrics by name, formatted with their units
+
+
+def evaluate_checkpoint(
+    path: Path,
+    cuts: Sequence[Path],
+    overrides: Sequence[str] = (),
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    log: Callable[[str], None] = lambda text: None,
+) -> Evaluation | None:
+    """Evaluate a checkpoint with the settings it was trained with, on fixed crops, masks and negatives. Collective.
+
+    `path` is a checkpoint folder, or a run folder, to evaluate its newest intact checkpoint; `cuts` are indexed
+    manifests; `overrides` replace settings (SECTION.KEY=VALUE). `progress` is called with (micro-batches begun,
+    micro-batches in total) of this rank. Returns the evaluation on the first rank, None on the others.
+    Raises UserError if the checkpoint or a manifest is unusable, or no utterance could be read.
+    """
+    checkpoint = open_checkpoint(path, log)
+    config = load_config(checkpoint.path / "config.yaml", overrides)
+    corpus = Corpus(cuts, setting="--cuts")
+    check_sample(corpus, sampling_rate=config.model.sampling_rate)
+    objective = build_objective(config)
+    dataset = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
+    with process_group() as (ranks, device), torch.no_grad(), loader_processes():
+        model = objective.build_model().to(device)
+        checkpoint.load_model(model)
+        model.eval()
+        total, numbers = -(-dataset.micro_batches // ranks.world_size), count(1)
+
+        def evaluate(batch: MicroBatch) -> Sums:
+            progress(next(numbers), total)
+            step = StepContext(VALIDATION_SEED, 0, (batch.number,))
+            return objective.forward(model, to_device(batch.inputs, device), step=step, training=False)
+
+        batches = dataset.one_epoch(rank=ranks.rank, world_size=ranks.world_size)
+        metrics = validate(evaluate, batches, objective.metrics)
+    if not ranks.is_main:
+        return None
+    if math.isnan(metrics["loss"]):
+        raise UserError(f"{cuts[0]}: no utterance could be evaluated")
+    return Evaluation(checkpoint.path, checkpoint.state.update, metrics, objective.table(metrics))
 
 
 def validate(
@@ -35,3 +89,11 @@ def validate(
     values = metrics(reduce_sums(total))
     values["utterances"], values["unusable_utterances"] = sum_over_ranks([utterances, unusable])
     return values
+
+
+def reduce_sums(sums: Any) -> Any:
+    """Add up sums over all ranks, in float64 on the CPU. Collective."""
+    flat = torch.cat([field.detach().double().flatten().cpu() for field in sums])
+    reduced = torch.tensor(sum_over_ranks(flat.tolist()), dtype=torch.float64)
+    parts = reduced.split([field.numel() for field in sums])
+    return type(sums)(*(part.view(field.shape) for part, field in zip(parts, sums, strict=True)))

@@ -119,6 +119,7 @@ def score(utterance: str, reference: str, hypothesis: str, *, speaker: str = "un
 def summarise(utterances: list[UtteranceScore], bad: list[BadAudio]) -> Score:
     """Add up the scores of utterances."""
     words, characters = [one.words for one in utterances], [one.characters for one in utterances]
+    word_errors, character_errors = ([(one.errors, one.reference) for one in unit] for unit in (words, characters))
     by_speaker: dict[str, list[EditCounts]] = {}
     for one in utterances:
         by_speaker.setdefault(one.speaker, []).append(one.words)
@@ -126,8 +127,8 @@ def summarise(utterances: list[UtteranceScore], bad: list[BadAudio]) -> Score:
         utterances=utterances,
         words=_sum(words),
         characters=_sum(characters),
-        word_interval=_interval(words),
-        character_interval=_interval(characters),
+        word_interval=confidence_interval(word_errors),
+        character_interval=confidence_interval(character_errors),
         speakers={speaker: _sum(counts) for speaker, counts in sorted(by_speaker.items())},
         bad=bad,
     )
@@ -164,14 +165,9 @@ def describe_rate(counts: EditCounts, interval: tuple[float, float], unit: str) 
 
 
 def _counts(output: Any) -> EditCounts:
-    """The counts of an output of jiwer."""
     reference = output.hits + output.substitutions + output.deletions
     return EditCounts(reference, output.substitutions, output.deletions, output.insertions)
 
 
 def _sum(counts: Sequence[EditCounts]) -> EditCounts:
     return EditCounts(*map(sum, zip(*map(astuple, counts), strict=True)))
-
-
-def _interval(counts: Sequence[EditCounts]) -> tuple[float, float]:
-    return confidence_interval([each.errors for each in counts], [each.reference for each in counts])

@@ -38,15 +38,13 @@ class BeamSearch:
     """Settings of a beam search, as flashlight-text defines them; the defaults are those of fairseq for wav2vec 2.0.
 
     The score of a hypothesis is log p(symbols | frames) + `lm_weight` * log10 p(words) + `word_score` * (number of
-    words).
+    words). `lexicon` has one word per line, optionally followed by its spelling in symbols. The output is limited to
+    these words; by default to the words of an ARPA model. Words such as `<unk>` are ignored.
     """
 
     beam: int = 50  # number of hypotheses that are kept after each frame
-    lm: Path | None = None
-    """A word n-gram model: ARPA, gzipped or not, or the binary format of KenLM, which also needs `lexicon`."""
+    lm: Path | None = None  # word n-gram model: ARPA, gzipped or not, or KenLM binary, which also needs `lexicon`
     lexicon: Path | None = None
-    """A file with one word per line, optionally followed by its spelling in symbols. The output is limited to these
-    words; by default to the words of an ARPA model. Words such as `<unk>` are ignored."""
     lm_weight: float = 2.0
     word_score: float = -1.0
 

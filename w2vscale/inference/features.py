@@ -52,8 +52,7 @@ def write_features(
     `audio` names audio files, folders of them, or Lhotse cut manifests. A file in `output` is named after the audio
     file, after its path below a folder, or after the id of a cut; an existing one is replaced. `npy` is an array
     [layers, frames, dim] with ascending layers, or [frames, dim] for a single layer; `safetensors` has a tensor
-    `layer_N` [frames, dim] for each layer. For the layers and seconds see `Pretrained.features` and
-    `Pretrained.stream`, for `progress` `map_utterances`.
+    `layer_N` [frames, dim] for each layer. For the other arguments see `Pretrained.features` and `map_utterances`.
 
     Memory does not depend on the length of the audio. Audio that cannot be used is skipped and listed in the result.
     Raises UserError if a folder contains no audio, a manifest is unusable, two utterances have the same name, an

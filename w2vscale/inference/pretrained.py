@@ -133,16 +133,14 @@ class Pretrained:
         `waveform` is floating point from -1 to 1, [samples] or [channels, samples] (channels are averaged), at
         `sampling_rate` Hz. It is resampled, and normalised if the model was trained so (`model.normalize_waveform`).
 
-        Layer 0 is the input of the first block (after the positional convolution, and the LayerNorm of post-LN
-        models); layer n is the output of block n; the default is all. They equal `hidden_states` of Transformers (5.x).
-        In pre-LN models the last layer is the input of the final LayerNorm; apply
+        Layers (default: all) are `hidden_states` of Transformers (5.x): layer 0 is the input of the first block, layer
+        n the output of block n. In pre-LN models the last one is the input of the final LayerNorm; apply
         `model.encoder.transformer.final_norm` to get the `last_hidden_state` of Transformers.
 
         Longer audio is computed in chunks of `chunk_seconds` (`model.max_frames` may make them shorter), with
-        `overlap_seconds` of context on either side, which is dropped. Chunking does not change the number of frames,
-        their times, or statistics over the whole waveform (normalisation, GroupNorm). Layer 0 is unchanged if the
-        context covers the positional convolution (1.3 s in the published models); above it, attention is limited to
-        the chunk and its context.
+        `overlap_seconds` of context on either side. Chunking does not change the number of frames, their times, or
+        statistics over the whole waveform (normalisation, GroupNorm). Layer 0 is unchanged if the context covers the
+        positional convolution (1.3 s in the published models); above it, attention does not see beyond the context.
 
         Raises UserError if the waveform has another type or shape, is not finite, or is too short for one frame; the
         sampling rate or a layer does not exist; a length is not positive; the context alone exceeds `model.max_frames`.

@@ -136,14 +136,9 @@ def map_utterances(
 
 def collect(results: Iterable[T | BadAudio]) -> tuple[list[T], list[BadAudio]]:
     """Separate the results of `map_utterances` from the records of audio that cannot be used."""
-    found: list[T] = []
-    bad: list[BadAudio] = []
-    for result in results:
-        if isinstance(result, BadAudio):
-            bad.append(result)
-        else:
-            found.append(result)
-    return found, bad
+    everything = list(results)
+    bad = [one for one in everything if isinstance(one, BadAudio)]
+    return [one for one in everything if not isinstance(one, BadAudio)], bad
 
 
 def _open_file(path: Path) -> Audio:
