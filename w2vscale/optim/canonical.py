@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW state tensors that have the shape of the parameter; `step`, the third, is a scalar."""
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """Shape and dtype of a whole (unsharded) tensor."""
 
     shape: tuple[int, ...]
