@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from w2vscale.checkpoint.format import DTYPES
+from torch import Tensor
+
+from w2vscale.checkpoint.format import write_safetensors
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.errors import UserError
-from w2vscale.files import new_file, safetensors_header
+from w2vscale.files import new_file
 
 
 class Consolidated(NamedTuple):
@@ -43,15 +45,17 @@ def consolidate(
     for file in (weights, settings):
         if file.exists():
             raise UserError(f"{file}: exists; choose another folder")
-    type_names = {dtype: name for name, dtype in DTYPES.items()}
     part = "" if optimizer else "model."
     specs = {name: spec for name, spec in checkpoint.specs.items() if name.startswith(part)}
-    header = {name.removeprefix(part): (type_names[spec.dtype], spec.shape) for name, spec in specs.items()}
+
+    def tensors() -> Iterator[Tensor]:
+        for done, name in enumerate(specs, start=1):
+            yield checkpoint.tensor(name)
+            progress(done, len(specs))
+
+    named = {name.removeprefix(part): spec for name, spec in specs.items()}
     text_of_config = (checkpoint.path / "config.yaml").read_bytes()
     with new_file(settings, "wb", durable=True) as text, new_file(weights, "wb", durable=True) as data:
         text.write(text_of_config)
-        data.write(safetensors_header(header, {"update": str(checkpoint.state.update)}))
-        for done, name in enumerate(specs, start=1):
-            data.write(checkpoint.tensor(name).numpy().data)
-            progress(done, len(specs))
+        write_safetensors(data, named, tensors(), {"update": str(checkpoint.state.update)})
     return Consolidated(weights, checkpoint.state.update, len(specs))

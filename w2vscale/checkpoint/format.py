@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import IO, Any, NamedTuple, TypedDict
 
 import torch
+from torch import Tensor
 
 from w2vscale.errors import UserError
+from w2vscale.files import safetensors_header
+from w2vscale.optim.canonical import Specs
 
 FORMAT = 2
 FOLDER = re.compile(r"update_(\d{8,})")
@@ -25,6 +28,17 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
 }  # fmt: skip
 """Types by their names in safetensors files."""
+
+
+def write_safetensors(
+    file: IO[bytes], specs: Specs, tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file with these names, shapes and types. `tensors` may be made one at a time."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header = {name: (names[spec.dtype], spec.shape) for name, spec in specs.items()}
+    file.write(safetensors_header(header, metadata))
+    for tensor in tensors:
+        file.write(tensor.contiguous().numpy().data)
 
 
 class FileFacts(TypedDict):

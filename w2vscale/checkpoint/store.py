@@ -13,17 +13,25 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from w2vscale.checkpoint.format import Document, FileFacts, TrainState, committed, encode, file_facts, update_of
+from w2vscale.checkpoint.format import (
+    Document,
+    FileFacts,
+    TrainState,
+    committed,
+    encode,
+    file_facts,
+    update_of,
+    write_safetensors,
+)
 from w2vscale.checkpoint.reader import CheckpointReader, best_first, newest
 from w2vscale.checkpoint.slices import TensorFile, TensorSlice, assemble, faults
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main, errors_on_all_ranks
 from w2vscale.errors import UserError
-from w2vscale.files import sync_folder, write_text
+from w2vscale.files import new_file, sync_folder, write_text
 from w2vscale.optim.canonical import Specs, counted, differences, specs_of
 
 T = TypeVar("T")
@@ -208,25 +216,15 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, group: dist.Proce
     Raises:
         UserError: a file cannot be written, on any rank.
     """
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     if not dist.is_initialized():
-        with _failing_to_write(folder):
-            return _write_alone(dict(tensors), writer)
+        with new_file(folder / "shard-00001-model-00001-of-00001.safetensors", "wb", durable=True) as file:
+            return write_safetensors(file, specs_of(tensors), (each.detach().cpu() for each in tensors.values()))
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group)
     except dcp.api.CheckpointException as error:
         failure, _ = next(iter(error.failures.values()))
         raise UserError(f"{folder}: a checkpoint cannot be written: {failure}") from None
-
-
-def _write_alone(tensors: dict[str, Tensor], writer: HuggingFaceStorageWriter) -> None:
-    """Do what `dcp.save` does in a process without a process group, where it would warn that there is none."""
-    planner = DefaultSavePlanner()
-    planner.set_up_planner(tensors, storage_meta=writer.storage_meta(), is_coordinator=True)
-    writer.set_up_storage_writer(True)
-    local = writer.prepare_local_plan(planner.create_local_plan())
-    (plan,) = writer.prepare_global_plan(planner.create_global_plan([local])[0])
-    writer.write_data(planner.finish_plan(plan), planner).wait()
 
 
 def _written_by(rank: int, folder: Path) -> Written | str:
@@ -242,7 +240,7 @@ def _written_by(rank: int, folder: Path) -> Written | str:
 def _failing_to_write(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as failure:
+    except OSError as failure:
         raise UserError(f"{folder}: a checkpoint cannot be written: {failure}") from None
 
 
