@@ -43,9 +43,8 @@ def average(
     and floating-point buffers are averaged in float64. Other buffers, settings, update and hours seen are those of the
     newest of the checkpoints. Holds the result, and one more tensor.
 
-    Raises:
-        UserError: not exactly one of `last` and `best` is given, there are fewer checkpoints, they are of different
-            models or incomplete, or `output` already has checkpoints.
+    Raises UserError if not exactly one of `last` and `best` is given, there are fewer checkpoints, they are of
+    different models or incomplete, or `output` already has checkpoints.
     """
     if (last is None) == (best is None) or not (last or best):
         raise UserError("choose either --last N or --best N")

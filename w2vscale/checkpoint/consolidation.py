@@ -36,8 +36,7 @@ def consolidate(
     own. They have the model's own names; with `optimizer`, those of the checkpoint: `model.NAME`,
     `optim.NAME.exp_avg`, …. Holds one tensor at a time.
 
-    Raises:
-        UserError: the checkpoint cannot be used, or `output` cannot be written or already has one of the files.
+    Raises UserError if the checkpoint cannot be used, or `output` cannot be written or already has one of the files.
     """
     checkpoint = open_checkpoint(path, log)
     checkpoint.require_model(optimizer=optimizer)

@@ -36,13 +36,10 @@ class IncompleteState(UserError):
 
 
 class CheckpointReader:
-    """A checkpoint on disk. The header of each of its files is read at most once.
+    """A checkpoint on disk. The header of each of its files is read at most once. UserError if one is damaged.
 
     `state` is the state of the run, `files` the size and checksum of each file but train_state.json by name, and
     `ranks` the number of processes that wrote it.
-
-    Raises:
-        UserError: it does not exist, or its train_state.json cannot be read; later, that another file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -99,12 +96,7 @@ class CheckpointReader:
             raise UserError(f"{self.path}: {fault}")
 
     def require_state(self) -> None:
-        """Check that a run can be resumed from it.
-
-        Raises:
-            IncompleteState: its optimizer state is incomplete, or of another model.
-            UserError: its model is.
-        """
+        """Raise IncompleteState if no run can be resumed from it; UserError if its model is incomplete too."""
         if fault := next(self.faults("model."), None):
             raise UserError(f"{self.path}: damaged: {fault}")
         if problem := optimizer_problem(self.specs, self.expected) or next(self.faults("optim."), None):
@@ -133,9 +125,8 @@ class CheckpointReader:
     def read_into(self, state: Mapping[str, Tensor]) -> None:
         """Collective. Fill the tensors of `state` in place; of DTensors, each rank reads its own shard.
 
-        Raises:
-            UserError: on any rank, a tensor is missing, has another shape or type, is not whole, or cannot be read.
-                Every rank raises the same error.
+        Every rank raises the same UserError if one of them finds a tensor that is missing, of another shape or type, or
+        not whole, or cannot read it.
         """
         with errors_on_all_ranks():
             self._read_into(state)
@@ -187,11 +178,8 @@ def open_checkpoint(
 ) -> CheckpointReader:
     """Open one checkpoint folder (or a link to one), or the newest usable one of a run or a folder of checkpoints.
 
-    Not collective. `resuming`: a run must be resumable from it.
-
-    Raises:
-        IncompleteState: `resuming`, and its optimizer state is incomplete or of another model.
-        UserError: it is missing, incomplete or damaged; the message says how.
+    Not collective. A UserError says how it is missing or damaged. `resuming`: a run must be resumable from it, or else
+    IncompleteState is raised.
     """
     if not (path / "train_state.json").is_file():
         for folder in (path, path / "checkpoints"):
@@ -210,10 +198,8 @@ def open_checkpoint(
 def newest(folder: Path, log: Callable[[str], None], *, resuming: bool = False) -> CheckpointReader | None:
     """The newest usable checkpoint in `folder`, or None if it has none at all. Not collective.
 
-    `resuming`: a run must be resumable from it. The log names the newer ones that are skipped, and why.
-
-    Raises:
-        UserError: there are checkpoints, and none can be used, or all were set aside.
+    `resuming`: a run must be resumable from it. The log names the newer ones that are skipped, and why. Raises
+    UserError if there are checkpoints, and none can be used, or all were set aside.
     """
     paths = committed(folder)
     incomplete: list[Path] = []

@@ -92,8 +92,7 @@ def faults(tensors: Mapping[str, StoredTensor], expected: Specs) -> Iterator[str
 class TensorFile:
     """An opened tensor file, and the slices in it by the names of their tensors. Reads the header only.
 
-    Raises:
-        UserError: the file is damaged, or its header does not describe slices of tensors.
+    Raises UserError if the file is damaged, or its header does not describe slices of tensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -117,8 +116,7 @@ class TensorFile:
 def assemble(files: Iterable[Mapping[str, TensorSlice]]) -> dict[str, StoredTensor]:
     """The tensors that the slices of all files make up, by name.
 
-    Raises:
-        UserError: slices of one tensor differ in their number of dimensions.
+    Raises UserError if slices of one tensor differ in their number of dimensions.
     """
     tensors: dict[str, StoredTensor] = {}
     for slices in files:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -35,13 +35,6 @@ from w2vscale.files import new_file, sync_folder, write_text
 from w2vscale.optim.canonical import Specs, counted, differences, specs_of
 
 T = TypeVar("T")
-
-
-class Written(NamedTuple):
-    """What a rank reads back from the files that it has written: sizes and checksums, and the slices of tensors."""
-
-    files: dict[str, FileFacts]
-    slices: list[dict[str, TensorSlice]]
 
 
 @dataclass(eq=False)
@@ -73,11 +66,8 @@ class CheckpointStore:
     def save(self, tensors: Mapping[str, Tensor], state: TrainState, config_yaml: str) -> Path:
         """Write a checkpoint, commit it, point `latest` at it and delete checkpoints that need not be kept.
 
-        An asynchronous store waits for the previous checkpoint, copies `tensors` and returns.
-
-        Raises:
-            UserError: on any rank, `tensors` or the written files are not as expected, or the files cannot be written.
-                Older checkpoints are unchanged.
+        An asynchronous store waits for the previous checkpoint, copies `tensors` and returns. Raises UserError on all
+        ranks if on any rank `tensors` or the written files are not as expected, or the files cannot be written.
         """
         began = time.perf_counter()
         self.wait()
@@ -108,11 +98,7 @@ class CheckpointStore:
         return final
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
-
-        Raises:
-            UserError: the last checkpoint could not be written, on any rank.
-        """
+        """Wait until nothing is being written. UserError if the last checkpoint could not be written, on any rank."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             with errors_on_all_ranks():
@@ -126,10 +112,7 @@ class CheckpointStore:
     def find(self, log: Callable[[str], None]) -> CheckpointReader | None:
         """The newest checkpoint that a run can be resumed from. The log names newer ones and why they are skipped.
 
-        Rank 0 looks for it; the other ranks need not read any header.
-
-        Raises:
-            UserError: there are checkpoints, and none can be used.
+        Rank 0 looks for it. Raises UserError if there are checkpoints, and none can be used.
         """
         found = None
         with errors_on_all_ranks():
@@ -150,8 +133,8 @@ class CheckpointStore:
         for written in self._on_main_from_all(_written_by(self.ranks.rank, partial), self._group):
             if isinstance(written, str):
                 raise UserError(f"{partial}: a checkpoint cannot be written: {written}")
-            files |= written.files
-            slices += written.slices
+            files |= written[0]
+            slices += written[1]
         if not self.ranks.is_main:
             return
         problems = [*faults(assemble(slices), self.expected)]
@@ -211,11 +194,7 @@ def folder_for_one(output: Path) -> Path:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
-    """Collective in `group`. Write what this rank holds of each tensor; one of several ranks that hold it writes it.
-
-    Raises:
-        UserError: a file cannot be written, on any rank.
-    """
+    """Collective in `group`. Write what this rank holds of each tensor; one of several ranks that hold it writes it."""
     if not dist.is_initialized():
         with new_file(folder / "shard-00001-model-00001-of-00001.safetensors", "wb", durable=True) as file:
             return write_safetensors(file, specs_of(tensors), (each.detach().cpu() for each in tensors.values()))
@@ -227,11 +206,11 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, group: dist.Proce
         raise UserError(f"{folder}: a checkpoint cannot be written: {failure}") from None
 
 
-def _written_by(rank: int, folder: Path) -> Written | str:
+def _written_by(rank: int, folder: Path) -> tuple[dict[str, FileFacts], list[dict[str, TensorSlice]]] | str:
     """Read back a rank's own files, since other ranks' may not be visible on this machine yet. Or what went wrong."""
     try:
         paths = sorted(folder.glob(f"shard-{rank + 1:05d}-*.safetensors"))
-        return Written({path.name: file_facts(path) for path in paths}, [TensorFile(path).slices for path in paths])
+        return {path.name: file_facts(path) for path in paths}, [TensorFile(path).slices for path in paths]
     except (OSError, UserError) as failure:
         return str(failure)
 

@@ -25,8 +25,7 @@ def verify(path: Path, *, progress: Callable[[int, int], None] = lambda done, to
     also checks that they hold every tensor of the model, and of its optimizer unless they hold no optimizer state at
     all. Holds one tensor at a time. `progress` gets the bytes read so far, and those of the whole checkpoint.
 
-    Raises:
-        UserError: there is no checkpoint, or its train_state.json or config.yaml cannot be read.
+    Raises UserError if there is no checkpoint, or its train_state.json or config.yaml cannot be read.
     """
     *_, newest = path, *committed(path / "checkpoints"), *committed(path)
     checkpoint = CheckpointReader(newest)

@@ -35,24 +35,22 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     `objective.name` resets the section `objective` to the defaults of the new objective. The other settings of this
     section are validated by `w2vscale.objectives.build_objective`.
 
-    Raises:
-        UserError: the source does not exist, or a key or value is not valid. The message is one line.
+    Raises UserError if the source does not exist, or a key or value is not valid. The message is one line.
     """
     tree = _read_source(str(source))
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = _merge(changes, _parse_override(override))
-    # An override does not hide that a section of the file has no settings, but e.g. a number.
+    # An override must not hide that a section of the file is not a section.
     changes = {name: change for name, change in changes.items() if isinstance(tree.get(name, {}), Mapping)}
     try:
         return Config.model_validate(_on_top(tree, changes))
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"]))
         replaced = [override.partition("=")[0].strip() for override in overrides]
-        by_override = any(f"{key}.".startswith(f"{path}.") for path in replaced) or (
-            key in changes and key not in Config.model_fields
-        )
-        raise UserError(f"{'override' if by_override else source}: {first_problem(error, Config)}") from None
+        replaced += changes.keys() - Config.model_fields.keys()
+        where = "override" if any(f"{key}.".startswith(f"{path}.") for path in replaced) else source
+        raise UserError(f"{where}: {first_problem(error, Config)}") from None
 
 
 def dump_config(config: BaseModel) -> str:
@@ -125,11 +123,7 @@ def _merge(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_section(kind: type[S], values: Mapping[str, Any], *, name: str) -> S:
-    """Validate the settings of section `name` with the class `kind`.
-
-    Raises:
-        UserError: a key or value is not valid. The message is one line.
-    """
+    """Validate the settings of section `name` with the class `kind`. UserError if a key or value is not valid."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:

@@ -8,8 +8,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from w2vscale.checkpoint.format import write_safetensors
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.errors import UserError
@@ -40,45 +38,32 @@ def export_checkpoint(
     torchaudio: `model.safetensors` with the `state_dict` of `torchaudio.models.wav2vec2_model`, its arguments in
     `model.json`, and `preprocessor_config.json` as above. The quantizer and the projections are left out.
 
-    Raises:
-        UserError: the checkpoint cannot be used, the format does not support the model, or a file already exists or
-            cannot be written.
+    Raises UserError if the checkpoint cannot be used, the format does not support the model, or a file already exists
+    or cannot be written.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
     checkpoint = open_checkpoint(path, log)
     config = checkpoint.config
     state = checkpoint.model_tensors()
-    texts: dict[str, str]
+    documents: dict[str, Mapping[str, Any]]
     if form == "huggingface":
         weights = to_huggingface(state, config)
-        files = build_objective(config).transformers_head().files
-        texts = {
-            "config.json": _json(huggingface_config(config)),
-            "preprocessor_config.json": _json(preprocessor_config(config.model, tokenizer=bool(files))),
-            **{name: _json(document) for name, document in files.items()},
-            "README.md": model_card(checkpoint),
-        }
+        tokenizer = build_objective(config).transformers_head().files
+        preprocessor = preprocessor_config(config.model, tokenizer=bool(tokenizer))
+        documents = {"config.json": huggingface_config(config), "preprocessor_config.json": preprocessor, **tokenizer}
     else:
         weights = to_torchaudio(state, config)
-        texts = {
-            "model.json": _json(torchaudio_arguments(config)),
-            "preprocessor_config.json": _json(preprocessor_config(config.model)),
-        }
-    return Exported(_write(output, weights, texts), checkpoint.state.update)
-
-
-def _write(output: Path, weights: Mapping[str, Tensor], texts: Mapping[str, str]) -> list[Path]:
-    files = [output / name for name in ("model.safetensors", *texts)]
+        preprocessor = preprocessor_config(config.model)
+        documents = {"model.json": torchaudio_arguments(config), "preprocessor_config.json": preprocessor}
+    texts = {output / name: json.dumps(document, indent=2) + "\n" for name, document in documents.items()}
+    if form == "huggingface":
+        texts[output / "README.md"] = model_card(checkpoint)
+    files = [output / "model.safetensors", *texts]
     if existing := [file for file in files if file.exists()]:
         raise UserError(f"{existing[0]}: exists; choose another folder")
     with ExitStack() as together:
-        for path, text in zip(files[1:], texts.values(), strict=True):
-            together.enter_context(new_file(path)).write(text)
-        weights_file = together.enter_context(new_file(files[0], "wb"))
-        write_safetensors(weights_file, specs_of(weights), weights.values())
-    return files
-
-
-def _json(tree: Mapping[str, Any]) -> str:
-    return json.dumps(tree, indent=2) + "\n"
+        for file, text in texts.items():
+            together.enter_context(new_file(file)).write(text)
+        write_safetensors(together.enter_context(new_file(files[0], "wb")), specs_of(weights), weights.values())
+    return Exported(files, checkpoint.state.update)

@@ -51,28 +51,12 @@ COUNTERPARTS_OF_LISTS = {
 }
 # Settings without a counterpart, and the only value of each that our model supports.
 FIXED: dict[str, object] = {
-    "quantize_targets": True,
-    "quantize_input": False,
-    "same_quantizer": False,
-    "quantizer_depth": 1,
-    "target_glu": False,
-    "negatives_from_everywhere": False,
-    "cross_sample_negatives": 0,
-    "codebook_negatives": 0,
-    "infonce": True,
-    "activation_fn": "gelu",
-    "layer_type": "transformer",
-    "attn_type": "",
-    "pos_enc_type": "abs",
-    "pos_conv_depth": 1,
-    "conv_pos_batch_norm": False,
-    "crop_seq_to_multiple": 1,
-    "mask_selection": "static",
-    "mask_other": 0,
-    "no_mask_overlap": False,
-    "mask_dropout": 0,
-    "mask_channel_prob": 0,
-}
+    "quantize_targets": True, "quantize_input": False, "same_quantizer": False, "quantizer_depth": 1,
+    "target_glu": False, "negatives_from_everywhere": False, "cross_sample_negatives": 0, "codebook_negatives": 0,
+    "infonce": True, "activation_fn": "gelu", "layer_type": "transformer", "attn_type": "", "pos_enc_type": "abs",
+    "pos_conv_depth": 1, "conv_pos_batch_norm": False, "crop_seq_to_multiple": 1,
+    "mask_selection": "static", "mask_other": 0, "no_mask_overlap": False, "mask_dropout": 0, "mask_channel_prob": 0,
+}  # fmt: skip
 # Heads of the published models by width, for checkpoints without settings.
 PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}
 
@@ -87,8 +71,7 @@ def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, Tenso
     models (strides, heads; pre-LN blocks and normalised waveforms if the feature extractor has LayerNorm) or, if they
     matter only in training, from our defaults.
 
-    Raises:
-        UserError: our model does not support the checkpoint; the message names the first such setting or tensor.
+    Raises UserError if our model does not support the checkpoint; the message names the first such setting or tensor.
     """
     state = {
         name.replace(MAGNITUDE, "weight_g").replace(DIRECTION, "weight_v"): tensor
@@ -116,6 +99,7 @@ def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, Tenso
 def _architecture(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that determine tensor shapes and features."""
     dim, group_width, positional_kernel = _shape(state, f"{POSITIONAL}.weight_v", 3)
+    heads = _known(settings, "encoder_attention_heads", PUBLISHED_HEADS.get(dim))
     conv_layers = _conv_layers(state, settings)
     conv_norm = "layer" if "feature_extractor.conv_layers.0.2.1.weight" in state else "group"
     norm_first = _known(settings, "layer_norm_first", conv_norm == "layer")
@@ -130,7 +114,7 @@ def _architecture(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> d
         "layers": _count(state, "encoder.layers"),
         "dim": dim,
         "ffn_dim": _shape(state, "encoder.layers.0.fc1.weight", 2)[0],
-        "heads": _known(settings, "encoder_attention_heads", PUBLISHED_HEADS.get(dim)),
+        "heads": heads,
         "norm_first": norm_first,
         "embedding_norm": not norm_first,
         "positional_kernel": positional_kernel,

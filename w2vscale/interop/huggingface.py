@@ -54,8 +54,7 @@ FIXED = {"feat_extract_activation": "gelu", "hidden_act": "gelu", "layer_norm_ep
 def to_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Convert our `state_dict` to the one of Transformers. Values and dtypes do not change.
 
-    Raises:
-        UserError: Transformers has no such model, or `state` does not fit `config`.
+    Raises UserError if Transformers has no such model, or `state` does not fit `config`.
     """
     _refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()
@@ -64,11 +63,7 @@ def to_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Ten
 
 
 def from_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Convert the `state_dict` of a Transformers model to ours, in fp32. The inverse of `to_huggingface`.
-
-    Raises:
-        UserError: Transformers has no such model, or `state` does not fit `config`.
-    """
+    """Convert the `state_dict` of a Transformers model to ours, in fp32. The inverse of `to_huggingface`."""
     _refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()
     named = {name.replace("weight_g", MAGNITUDE).replace("weight_v", DIRECTION): state[name] for name in state}
@@ -78,10 +73,7 @@ def from_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, T
 def huggingface_config(config: Config) -> dict[str, Any]:
     """Return the contents of `config.json`, including every setting whose Transformers default differs from ours.
 
-    The entry "w2vscale" holds all our settings of model, regularization and objective.
-
-    Raises:
-        UserError: Transformers has no such model.
+    The entry "w2vscale" holds all our settings. Raises UserError if Transformers has no such model.
     """
     model = config.model
     _refuse_unrepresentable(model)
@@ -106,10 +98,7 @@ def huggingface_config(config: Config) -> dict[str, Any]:
 
 
 def preprocessor_config(model: ModelConfig, *, tokenizer: bool = False) -> dict[str, Any]:
-    """Return the contents of `preprocessor_config.json`: how to preprocess audio, as in training.
-
-    With `tokenizer`, the feature extractor is declared as part of a processor.
-    """
+    """Return the contents of `preprocessor_config.json`, for a feature extractor with or without a tokenizer."""
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "processor_class": "Wav2Vec2Processor" if tokenizer else "Wav2Vec2FeatureExtractor",
@@ -131,8 +120,7 @@ def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, A
     `preprocessor` is None, for waveform normalisation. These come from the entry "w2vscale". If it is missing or
     belongs to another architecture, they come from the published recipe for such a model.
 
-    Raises:
-        UserError: the model is not a wav2vec 2.0 model that w2vscale supports.
+    Raises UserError if the model is not a wav2vec 2.0 model that w2vscale supports.
     """
     if document.get("model_type") != "wav2vec2":
         raise UserError(f"config.json: model_type={document.get('model_type')!r}: only wav2vec2 can be imported")
@@ -164,11 +152,7 @@ def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, A
 
 
 def ctc_config(pretraining: Config, document: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> Config:
-    """Return the settings of a CTC model: `pretraining` with the output layer that config.json and vocab.json describe.
-
-    Raises:
-        UserError: `document` and `vocabulary` do not agree, or the CTC blank is not the first symbol.
-    """
+    """Return the settings of a CTC model: `pretraining` and the output layer in config.json and vocab.json."""
     numbers = sorted((number, symbol) for symbol, number in vocabulary.items() if isinstance(number, int))
     size = document.get("vocab_size")
     if [number for number, _ in numbers] != list(range(len(vocabulary))) or len(vocabulary) != size:
@@ -188,11 +172,7 @@ def ctc_config(pretraining: Config, document: Mapping[str, Any], vocabulary: Map
 
 
 def _own_settings(document: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our settings from the entry "w2vscale" of an export, unless the architecture was changed since.
-
-    Raises:
-        UserError: it has a setting that does not exist.
-    """
+    """Return our settings from the entry "w2vscale" of an export, unless the architecture was changed since."""
     noted: Any = document.get("w2vscale")
     ours: dict[str, Any] = {}
     for section, kind in KINDS.items() if isinstance(noted, dict) else ():
@@ -237,19 +217,18 @@ def _first_problem(error: ValidationError) -> str:
 
 def _refuse_unrepresentable(model: ModelConfig) -> None:
     """Raise UserError on the first setting without a counterpart in Transformers."""
-    channels = model.conv_layers[0][0]
-    groups, norms = model.conv_norm_groups, (model.embedding_norm, model.norm_first)
-    obstacles = {
-        "model.conv_padding=true": model.conv_padding,
-        f"model.conv_norm_groups={groups} (with {channels} channels)": model.conv_norm == "group"
-        and groups != channels,
-        "model.embedding_norm={} with model.norm_first={}".format(*(str(n).lower() for n in norms)): len(set(norms))
-        == 1,
-        f"model.max_frames={model.max_frames}": model.max_frames is not None,
-    }
-    for setting, present in obstacles.items():
-        if present:
-            raise UserError(
-                f"{setting}: Hugging Face Transformers has no such wav2vec 2.0; "
-                "only models of the published architectures can be converted"
-            )
+    channels, norm_first = model.conv_layers[0][0], str(model.norm_first).lower()
+    if model.conv_padding:
+        setting = "model.conv_padding=true"
+    elif model.conv_norm == "group" and model.conv_norm_groups != channels:
+        setting = f"model.conv_norm_groups={model.conv_norm_groups} (with {channels} channels)"
+    elif model.embedding_norm == model.norm_first:
+        setting = f"model.embedding_norm={norm_first} with model.norm_first={norm_first}"
+    elif model.max_frames is not None:
+        setting = f"model.max_frames={model.max_frames}"
+    else:
+        return
+    raise UserError(
+        f"{setting}: Hugging Face Transformers has no such wav2vec 2.0; "
+        "only models of the published architectures can be converted"
+    )

@@ -69,23 +69,19 @@ class Pretraining(BaseModel):
     objective: ContrastiveSettings
 
 
-KINDS: dict[str, Any] = {name: field.annotation for name, field in Pretraining.model_fields.items()}
-"""The class of each section."""
+KINDS: dict[str, Any] = {section: field.annotation for section, field in Pretraining.model_fields.items()}
 
 
 def pretraining_model(settings: Mapping[str, Any], *, strict: bool = False) -> Config:
     """Return the `Config` of a pretraining model with these settings; unknown ones are left out.
 
-    Raises:
-        pydantic.ValidationError: a value is not valid. `strict`: "48" is not valid for 48.
+    Raises pydantic's ValidationError if a value is not valid. `strict`: "48" is not valid for 48.
     """
     tree = {
-        section: {key: value for key, value in settings.items() if key in kind.model_fields}
-        for section, kind in KINDS.items()
+        section: {key: settings[key] for key in settings if key in KINDS[section].model_fields} for section in KINDS
     }
     found = Pretraining.model_validate(tree, strict=strict)
-    objective = ObjectiveConfig(**found.objective.model_dump())
-    return Config(model=found.model, regularization=found.regularization, objective=objective)
+    return Config(**dict(found) | {"objective": ObjectiveConfig(**found.objective.model_dump())})
 
 
 def to_theirs(state: Mapping[str, Tensor], config: Config, table: Mapping[str, str]) -> dict[str, Tensor]:
@@ -93,8 +89,7 @@ def to_theirs(state: Mapping[str, Tensor], config: Config, table: Mapping[str, s
 
     Tensors outside the encoder that are not in `table` are left out.
 
-    Raises:
-        UserError: the names or shapes of `state` do not fit `config`.
+    Raises UserError if the names or shapes of `state` do not fit `config`.
     """
     shapes = model_shapes(expected_of(config, optimizer=False))
     _check_names(state, shapes)
@@ -113,8 +108,7 @@ def to_theirs(state: Mapping[str, Tensor], config: Config, table: Mapping[str, s
 def to_ours(state: Mapping[str, Tensor], config: Config, table: Mapping[str, str]) -> dict[str, Tensor]:
     """Convert a `state_dict` with the names in `table` to ours, in fp32.
 
-    Raises:
-        UserError: the names or shapes of `state` do not fit `config`, or a tensor is not dense floating point.
+    Raises UserError if the names or shapes of `state` do not fit `config`, or a tensor is not dense floating point.
     """
     shapes = model_shapes(expected_of(config, optimizer=False))
     names = _names(shapes, table)
@@ -123,15 +117,13 @@ def to_ours(state: Mapping[str, Tensor], config: Config, table: Mapping[str, str
     for name, parts in names.items():
         rows, *rest = shapes[name]
         wanted = (1, rows * rest[0], rest[1]) if name == CODEVECTORS else (rows // len(parts), *rest)
-        for part in parts:
-            if state[part].dtype not in FLOATS or state[part].layout != torch.strided:
-                raise UserError(
-                    f"tensor {part} is {state[part].dtype} ({state[part].layout}), not dense floating point"
-                )
-            _check_shape(part, state[part], wanted)
-        tensors = [state[part].detach().float() for part in parts]
-        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        ours[name] = whole.reshape(shapes[name]).contiguous()
+        tensors = [state[part] for part in parts]
+        for part, tensor in zip(parts, tensors, strict=True):
+            if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+                raise UserError(f"tensor {part} is {tensor.dtype} ({tensor.layout}), not dense floating point")
+            _check_shape(part, tensor, wanted)
+        whole = tensors[0].detach() if len(tensors) == 1 else torch.cat(tensors).detach()
+        ours[name] = whole.float().reshape(shapes[name]).contiguous()
     return ours
 
 
