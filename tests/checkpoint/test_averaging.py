@@ -79,9 +79,9 @@ def refusal(run: Path, *arguments: object) -> str:
 
 def test_the_mean_is_that_of_float64(made: Path, tmp_path: Path) -> None:
     found = average(made, tmp_path / "out", last=3)
-    assert found.updates == [4, 6, 8]
+    assert [*found.losses] == [4, 6, 8]
     stored = open_checkpoint(tmp_path / "out").model_tensors()
-    originals = [content(update) for update in found.updates]
+    originals = [content(update) for update in found.losses]
     assert {f"model.{name}" for name in stored} == {name for name in originals[0] if name.startswith("model.")}
     for name, tensor in stored.items():
         expected = sum(tensors[f"model.{name}"].numpy().astype(np.float64) for tensors in originals) / 3
@@ -138,7 +138,7 @@ def test_the_command_says_what_it_took(options: list[str], printed: list[str], m
 def test_what_cannot_be_used_is_skipped(run: Path, tmp_path: Path) -> None:
     next((run / "checkpoints" / "update_00000006").glob("*.safetensors")).unlink()
     said: list[str] = []
-    assert average(run, tmp_path / "out", last=2, log=said.append).updates == [4, 8]
+    assert [*average(run, tmp_path / "out", last=2, log=said.append).losses] == [4, 8]
     assert said[0].startswith("skipping unusable checkpoint: ") and "update_00000006" in said[0]
     shutil.rmtree(run / "checkpoints" / "update_00000004")
     assert refusal(run, tmp_path / "new", "--last", 3).endswith(

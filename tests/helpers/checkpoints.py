@@ -55,8 +55,9 @@ def rewrite(file: Path, change: Change) -> None:
     """Change the tensors of a checkpoint's file, and their offsets, as if they had been written so."""
     tensors = load_file(file)
     with safe_open(file, framework="pt") as opened:
-        places = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-    offsets = {name: place["saved_offsets"] for name, place in places.items()}
+        places = json.loads(opened.metadata().get("DCP_SHARDING_INFO", "{}"))
+    offsets = {name: [0] * tensor.dim() for name, tensor in tensors.items()}
+    offsets |= {name: place["saved_offsets"] for name, place in places.items()}
     change(tensors, offsets)
     places = {name: {"saved_offsets": offsets[name]} for name in tensors}
     save_file(tensors, file, metadata={"DCP_SHARDING_INFO": json.dumps(places)})

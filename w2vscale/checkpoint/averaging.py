@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,14 +21,11 @@ from w2vscale.objectives import build_objective
 from w2vscale.optim.canonical import counted, model_only
 
 
-@dataclass(frozen=True)
-class Averaged:
-    """The checkpoint that was written, and the updates of those that were averaged, oldest first."""
+class Averaged(NamedTuple):
+    """The checkpoint that was written, and the validation losses of those averaged, by update, oldest first."""
 
     checkpoint: Path
-    updates: list[int]
-    losses: Mapping[int, float]
-    """The validation loss at each of these updates, if the best were averaged."""
+    losses: dict[int, float | None]
 
 
 def average(
@@ -36,7 +34,7 @@ def average(
     *,
     last: int | None = None,
     best: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Averaged:
     """Write `output`/checkpoints/update_… with the mean of the newest `last` or the `best` usable checkpoints of a run.
@@ -45,28 +43,24 @@ def average(
     and floating-point buffers are averaged in float64. Other buffers, settings, update and hours seen are those of the
     newest of the checkpoints. Holds the result, and one more tensor.
 
-    Raises:
-        UserError: not exactly one of `last` and `best` is given, there are fewer checkpoints, they are of different
-            models or incomplete, or `output` already has checkpoints.
+    Raises UserError if not exactly one of `last` and `best` is given, there are fewer checkpoints, they are of
+    different models or incomplete, or `output` already has checkpoints.
     """
     if (last is None) == (best is None) or not (last or best):
         raise UserError("choose either --last N or --best N")
     folder = folder_for_one(output)
     chosen = sorted(_choose(run, last, best, log), key=lambda checkpoint: checkpoint.state.update)
     _require_one_model(chosen)
-    newest, updates = chosen[-1], [checkpoint.state.update for checkpoint in chosen]
+    newest, losses = chosen[-1], {each.state.update: each.state.validation_loss for each in chosen}
     names = [*model_only(newest.specs)]
     means: dict[str, Tensor] = {}
     for name in names:
-        means[name] = mean(name, chosen)
-        if progress is not None:
-            progress(len(means), len(names))
-    origin = "; ".join(filter(None, (newest.state.data, f"the mean of the weights at {_listed(updates)}")))
-    path = CheckpointStore(folder, Ranks(), expected=expected_of(newest.config, optimizer=False), log=log).save(
-        means, replace(newest.state, data=origin, validation_loss=None), dump_config(newest.config)
-    )
-    losses = {each.state.update: each.state.validation_loss for each in chosen if best is not None}
-    return Averaged(path, updates, {update: loss for update, loss in losses.items() if loss is not None})
+        means[name] = _mean(name, chosen)
+        progress(len(means), len(names))
+    origin = "; ".join(filter(None, (newest.state.data, f"the mean of the weights at {_listed(losses)}")))
+    store = CheckpointStore(folder, Ranks(), expected=expected_of(newest.config, optimizer=False), log=log)
+    path = store.save(means, replace(newest.state, data=origin, validation_loss=None), dump_config(newest.config))
+    return Averaged(path, losses)
 
 
 def _choose(run: Path, last: int | None, best: int | None, log: Callable[[str], None]) -> list[CheckpointReader]:
@@ -82,7 +76,7 @@ def _choose(run: Path, last: int | None, best: int | None, log: Callable[[str], 
     count = last or best or 0
     found = list(islice(_usable(paths, log), count))
     if len(found) < count:
-        which = f" ({_listed(sorted(each.state.update for each in found))})" if found else ""
+        which = f" ({_listed(each.state.update for each in found)})" if found else ""
         raise UserError(f"{run}: {counted(count, kind)} requested, but it has {len(found)}{which}")
     return found
 
@@ -96,11 +90,7 @@ def _usable(paths: Sequence[Path], log: Callable[[str], None]) -> Iterator[Check
 
 
 def _require_one_model(checkpoints: Sequence[CheckpointReader]) -> None:
-    """Check that all checkpoints are complete and of one model.
-
-    Raises:
-        UserError: they are not.
-    """
+    """Raise a UserError unless all checkpoints are complete and of one model."""
     first, *others = checkpoints
     ours = _architecture(first)
     for other in others:
@@ -124,7 +114,7 @@ def _architecture(checkpoint: CheckpointReader) -> dict[str, object]:
     }
 
 
-def mean(name: str, checkpoints: Sequence[CheckpointReader]) -> Tensor:
+def _mean(name: str, checkpoints: Sequence[CheckpointReader]) -> Tensor:
     """The mean of a floating-point tensor over several checkpoints, summed in float64; of another the last one's."""
     if not checkpoints[-1].specs[name].dtype.is_floating_point:
         return checkpoints[-1].tensor(name)
@@ -137,5 +127,5 @@ def mean(name: str, checkpoints: Sequence[CheckpointReader]) -> Tensor:
 
 def _listed(updates: Iterable[int]) -> str:
     """`updates 2, 4`."""
-    numbers = [str(update) for update in updates]
-    return f"update{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
+    numbers = sorted(updates)
+    return f"update{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"

@@ -9,32 +9,36 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import IO, Any, NamedTuple, TypedDict
 
 import torch
+from torch import Tensor
 
 from w2vscale.errors import UserError
+from w2vscale.files import safetensors_header
+from w2vscale.optim.canonical import Specs
 
 FORMAT = 2
 FOLDER = re.compile(r"update_(\d{8,})")
 DTYPES = {
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+}  # fmt: skip
 """Types by their names in safetensors files."""
 
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+def write_safetensors(
+    file: IO[bytes], specs: Specs, tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file with these names, shapes and types. `tensors` may be made one at a time."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header = {name: (names[spec.dtype], spec.shape) for name, spec in specs.items()}
+    file.write(safetensors_header(header, metadata))
+    for tensor in tensors:
+        file.write(tensor.contiguous().numpy().data)
 
 
 class FileFacts(TypedDict):
@@ -74,30 +78,24 @@ def encode(document: Document) -> str:
 
 
 def read_document(path: Path) -> Document:
-    """Read train_state.json in the checkpoint folder `path`.
-
-    Raises:
-        UserError: it does not exist or cannot be read.
-    """
+    """Read train_state.json in the checkpoint folder `path`. A UserError says why it cannot be read."""
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint")
     file = path / "train_state.json"
     if not file.is_file():
         raise UserError(f"{path}: not a checkpoint: it has no train_state.json")
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise UserError(f"{file}: format {content['format']}; this version of w2vscale reads format {FORMAT}")
-        facts = {"data": "", "validation_loss": None} | content
-        return Document(
-            TrainState(**{field.name: facts[field.name] for field in fields(TrainState)}),
-            {name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"]) for name, facts in content["files"].items()},
-            content["ranks"],
-        )
-    except UserError:
-        raise
+        content: dict[str, Any] = {"data": "", "validation_loss": None} | json.loads(file.read_text(encoding="utf-8"))
+        if content["format"] == FORMAT:
+            state = TrainState(**{field.name: content[field.name] for field in fields(TrainState)})
+            files = {
+                name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"])
+                for name, facts in content["files"].items()
+            }
+            return Document(state, files, content["ranks"])
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(f"{file}: damaged ({type(error).__name__}: {error})") from None
+    raise UserError(f"{file}: format {content['format']}; this version of w2vscale reads format {FORMAT}")
 
 
 def file_facts(path: Path) -> FileFacts:
@@ -119,12 +117,9 @@ def committed(folder: Path) -> list[Path]:
     """The committed checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    paths = [path for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()]
-    return sorted(paths, key=update_of)
+    return sorted((path for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()), key=update_of)
 
 
 def update_of(path: Path) -> int:
     """The update in the name of a checkpoint folder."""
-    match = FOLDER.fullmatch(path.name)
-    assert match is not None
-    return int(match.group(1))
+    return int(path.name.removeprefix("update_"))

@@ -5,9 +5,8 @@ A checkpoint's tensors lie in several files, in slices: each process that wrote 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,16 @@ from torch.distributed.tensor import DTensor
 
 from w2vscale.checkpoint.expected import expected_of, meta_model
 from w2vscale.checkpoint.format import committed, read_document, size_problem
-from w2vscale.checkpoint.slices import Range, StoredTensor, assemble, faults, intersection, open_tensors, slices_in
+from w2vscale.checkpoint.slices import Block, StoredTensor, TensorFile, assemble, block_at, faults, intersection
 from w2vscale.config import Config, load_config
-from w2vscale.distributed.process_group import raise_anywhere
+from w2vscale.distributed.process_group import errors_on_all_ranks
 from w2vscale.errors import UserError
 from w2vscale.optim.canonical import (
     TensorSpec,
     counted,
     has_optimizer_state,
+    model_only,
     optimizer_problem,
-    specs_of,
     stored_dtype,
 )
 
@@ -37,22 +36,16 @@ class IncompleteState(UserError):
 
 
 class CheckpointReader:
-    """A checkpoint on disk. The header of each of its files is read at most once.
+    """A checkpoint on disk. The header of each of its files is read at most once. UserError if one is damaged.
 
-    Attributes:
-        path: its folder.
-        state: the state of the run, from train_state.json.
-        files: size and checksum of each of its files but train_state.json, by name.
-        ranks: how many processes wrote it.
-
-    Raises:
-        UserError: it does not exist, or its train_state.json cannot be read.
+    `state` is the state of the run, `files` the size and checksum of each file but train_state.json by name, and
+    `ranks` the number of processes that wrote it.
     """
 
     def __init__(self, path: Path) -> None:
         self.state, self.files, self.ranks = read_document(path)
         self.path = path.resolve()
-        self._opened: dict[Path, Any] = {}
+        self._opened: dict[Path, TensorFile] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_opened": {}}  # open files cannot be sent to other ranks
@@ -62,28 +55,16 @@ class CheckpointReader:
         """Size of all files but train_state.json."""
         return sum(facts["bytes"] for facts in self.files.values())
 
-    @property
-    def tensor_files(self) -> list[Path]:
-        """The files with tensors."""
-        return sorted(self.path / name for name in self.files if name.endswith(".safetensors"))
-
     @cached_property
     def config(self) -> Config:
-        """The settings it was made with.
-
-        Raises:
-            UserError: its config.yaml cannot be read.
-        """
+        """The settings it was made with."""
         return load_config(self.path / "config.yaml")
 
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
-        """Its tensors by name, as the headers of its files describe them.
-
-        Raises:
-            UserError: a file is damaged.
-        """
-        return assemble(slices_in(file, self._open(file)) for file in self.tensor_files)
+        """Its tensors by name, as the headers of its files describe them."""
+        names = sorted(name for name in self.files if name.endswith(".safetensors"))
+        return assemble(self.file(self.path / name).slices for name in names)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -100,48 +81,29 @@ class CheckpointReader:
         """Number of values in the parameters of its model."""
         return sum(parameter.numel() for parameter in meta_model(self.config).parameters())
 
-    def faults(self, *, model: bool = True, optimizer: bool = True) -> Iterator[str]:
-        """What is wrong with its tensors, by name, compared with the model that its settings describe: one line each.
+    def faults(self, part: str = "") -> Iterator[str]:
+        """What is wrong with its tensors, compared with the model that its settings describe: one line each.
 
-        Optimizer state is expected only if it holds any. `model` and `optimizer` choose what is looked at.
+        Optimizer state is expected only if it holds any. `part`: look only at "model." or "optim.".
         """
-        optimizer = optimizer and has_optimizer_state(self.tensors)
+        found = {name: tensor for name, tensor in self.tensors.items() if name.startswith(part)}
+        expected = {name: spec for name, spec in self.expected.items() if name.startswith(part)}
+        return faults(found, expected if has_optimizer_state(self.tensors) else model_only(expected))
 
-        def chosen(name: str) -> bool:
-            return optimizer if name.startswith("optim.") else model
-
-        found = {name: tensor for name, tensor in self.tensors.items() if chosen(name)}
-        return faults(found, {name: spec for name, spec in self.expected.items() if chosen(name)})
-
-    def require_model(self) -> None:
-        """Check that it holds every tensor of its model.
-
-        Raises:
-            UserError: it does not; the message names the first fault.
-        """
-        if fault := next(self.faults(optimizer=False), None):
+    def require_model(self, *, optimizer: bool = False) -> None:
+        """Raise a UserError unless it holds every tensor of its model. `optimizer`: see also to its optimizer state."""
+        if fault := next(self.faults("" if optimizer else "model."), None):
             raise UserError(f"{self.path}: {fault}")
 
     def require_state(self) -> None:
-        """Check that a run can be resumed from it.
-
-        Raises:
-            IncompleteState: its optimizer state is incomplete, or of another model.
-            UserError: its model is.
-        """
-        if fault := next(self.faults(optimizer=False), None):
+        """Raise IncompleteState if no run can be resumed from it; UserError if its model is incomplete too."""
+        if fault := next(self.faults("model."), None):
             raise UserError(f"{self.path}: damaged: {fault}")
-        if problem := optimizer_problem(self.specs, self.expected):
+        if problem := optimizer_problem(self.specs, self.expected) or next(self.faults("optim."), None):
             raise IncompleteState(f"{self.path}: {problem}")
-        if fault := next(self.faults(model=False), None):
-            raise IncompleteState(f"{self.path}: {fault}")
 
     def tensor(self, name: str) -> Tensor:
-        """One whole tensor, in memory of its own.
-
-        Raises:
-            UserError: there is none of this name, or it is not whole.
-        """
+        """One whole tensor, in memory of its own."""
         if name not in self.tensors:
             raise UserError(f"{self.path}: has no tensor {name}")
         if fault := self.tensors[name].fault():
@@ -152,35 +114,22 @@ class CheckpointReader:
         return whole
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """All tensors of its model, whole, by the model's own names.
-
-        Raises:
-            UserError: it does not hold every tensor of its model.
-        """
+        """All tensors of its model, whole, by the model's own names."""
         self.require_model()
         return {name.removeprefix("model."): self.tensor(name) for name in self.tensors if name.startswith("model.")}
 
     def load_model(self, model: nn.Module) -> None:
-        """Fill the parameters and persistent buffers of a model that this process holds whole. Not collective.
-
-        Raises:
-            UserError: a tensor is missing, has another shape or type, or is not whole.
-        """
+        """Fill the parameters and persistent buffers of a model that this process holds whole. Not collective."""
         self._read_into({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
 
     def read_into(self, state: Mapping[str, Tensor]) -> None:
         """Collective. Fill the tensors of `state` in place; of DTensors, each rank reads its own shard.
 
-        Raises:
-            UserError: on any rank, a tensor is missing, has another shape or type, is not whole, or cannot be read.
-                Every rank raises the same error.
+        Every rank raises the same UserError if one of them finds a tensor that is missing, of another shape or type, or
+        not whole, or cannot read it.
         """
-        error = None
-        try:
+        with errors_on_all_ranks():
             self._read_into(state)
-        except UserError as failure:
-            error = str(failure)
-        raise_anywhere(error)
 
     @torch.no_grad()
     def _read_into(self, state: Mapping[str, Tensor]) -> None:
@@ -189,49 +138,39 @@ class CheckpointReader:
                 f"{self.path}: holds no optimizer state; start a run from its weights with trainer.init_from, in "
                 "another --exp"
             )
-        wanted = {name: TensorSpec(spec.shape, stored_dtype(spec.dtype)) for name, spec in specs_of(state).items()}
+        wanted = {name: TensorSpec(tuple(t.shape), stored_dtype(t.dtype)) for name, t in state.items()}
         found = {name: tensor for name, tensor in self.tensors.items() if name in wanted}
         if fault := next(faults(found, wanted), None):
             raise UserError(f"{self.path}: {fault}; the checkpoint is of another model, or damaged")
         for name, tensor in state.items():
             if isinstance(tensor, DTensor):
                 (shard,) = tensor.__create_chunk_list__()
-                self._fill(name, tensor.to_local(), tuple(shard.offsets))
+                self._fill(name, tensor.to_local(), shard.offsets)
             else:
                 self._fill(name, tensor)
 
-    def _fill(self, name: str, block: Tensor, offsets: tuple[int, ...] = ()) -> None:
+    def _fill(self, name: str, values: Tensor, offsets: Sequence[int] | None = None) -> None:
         """Read the block of a tensor that starts at `offsets` (default: its beginning)."""
-        offsets = offsets or (0,) * block.dim()
-        ends = tuple(map(add, offsets, block.shape))
+        wanted = block_at(offsets or [0] * values.dim(), values.shape)
         for part in self.tensors[name].slices:
-            shared = intersection(part.offsets, part.ends, offsets, ends)
-            if shared is not None:
+            shared = intersection(part.block, wanted)
+            if all(shared):
                 try:
-                    values = self._open(part.file).get_slice(name)[_within(shared, part.offsets)]
+                    found = self.file(part.file).opened.get_slice(name)[_within(part.block, shared)]
                 except (SafetensorError, OSError) as error:
                     raise UserError(f"{part.file}: cannot be read ({error})") from None
-                block[_within(shared, offsets)].copy_(values)
+                values[_within(wanted, shared)].copy_(found)
 
-    def values_in(self, file: Path) -> Iterator[tuple[str, Tensor]]:
-        """The slices in one of its files, one at a time, with the names of their tensors.
-
-        Raises:
-            UserError: the file is damaged.
-        """
-        opened = self._open(file)
-        for name in slices_in(file, opened):
-            yield name, opened.get_tensor(name)
-
-    def _open(self, file: Path) -> Any:
-        if file not in self._opened:
-            self._opened[file] = open_tensors(file)
-        return self._opened[file]
+    def file(self, path: Path) -> TensorFile:
+        """One of its files with tensors."""
+        if path not in self._opened:
+            self._opened[path] = TensorFile(path)
+        return self._opened[path]
 
 
-def _within(shared: Range, offsets: Iterable[int]) -> tuple[slice, ...]:
-    """The index of a part of a tensor in a block of it that starts at `offsets`."""
-    return tuple(slice(start - first, end - first) for (start, end), first in zip(shared, offsets, strict=True))
+def _within(block: Block, part: Block) -> tuple[slice, ...]:
+    """The index of a part of a tensor in a block of it."""
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(part, block, strict=True))
 
 
 def open_checkpoint(
@@ -239,11 +178,8 @@ def open_checkpoint(
 ) -> CheckpointReader:
     """Open one checkpoint folder (or a link to one), or the newest usable one of a run or a folder of checkpoints.
 
-    Not collective. `resuming`: a run must be resumable from it.
-
-    Raises:
-        IncompleteState: `resuming`, and its optimizer state is incomplete or of another model.
-        UserError: it is missing, incomplete or damaged; the message says how.
+    Not collective. A UserError says how it is missing or damaged. `resuming`: a run must be resumable from it, or else
+    IncompleteState is raised.
     """
     if not (path / "train_state.json").is_file():
         for folder in (path, path / "checkpoints"):
@@ -262,10 +198,8 @@ def open_checkpoint(
 def newest(folder: Path, log: Callable[[str], None], *, resuming: bool = False) -> CheckpointReader | None:
     """The newest usable checkpoint in `folder`, or None if it has none at all. Not collective.
 
-    `resuming`: a run must be resumable from it. The log names the newer ones that are skipped, and why.
-
-    Raises:
-        UserError: there are checkpoints, and none can be used, or all were set aside.
+    `resuming`: a run must be resumable from it. The log names the newer ones that are skipped, and why. Raises
+    UserError if there are checkpoints, and none can be used, or all were set aside.
     """
     paths = committed(folder)
     incomplete: list[Path] = []
@@ -276,15 +210,14 @@ def newest(folder: Path, log: Callable[[str], None], *, resuming: bool = False) 
             log(f"skipping unusable checkpoint: {error}")
             if isinstance(error, IncompleteState):
                 incomplete.append(path)
+    count = counted(len(paths), "checkpoint")
     if incomplete:
         raise UserError(
-            f"{folder}: no run can be resumed from its {counted(len(paths), 'checkpoint')}; start one from the "
-            f"weights of the newest with trainer.init_from={incomplete[0]}, in another --exp"
+            f"{folder}: no run can be resumed from its {count}; start one from the weights of the newest with "
+            f"trainer.init_from={incomplete[0]}, in another --exp"
         )
     if paths:
-        raise UserError(
-            f"{folder}: none of its {counted(len(paths), 'checkpoint')} can be used; move them away to start a new run"
-        )
+        raise UserError(f"{folder}: none of its {count} can be used; move them away to start a new run")
     if aside := sorted(folder.glob("abandoned_update_*")):
         # A kill just before the checkpoint that replaces them got its name.
         raise UserError(f"{folder}: all checkpoints were set aside; use --resume {aside[-1]}, or move them away")
@@ -296,10 +229,8 @@ def best_first(paths: Sequence[Path], log: Callable[[str], None] = lambda text: 
     losses: dict[Path, float] = {}
     for path in paths:
         try:
-            loss = CheckpointReader(path).state.validation_loss
+            if (loss := CheckpointReader(path).state.validation_loss) is not None:
+                losses[path] = loss
         except UserError as error:
             log(f"skipping unusable checkpoint: {error}")
-            continue
-        if loss is not None:
-            losses[path] = loss
     return sorted(losses, key=losses.__getitem__)

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from w2vscale.checkpoint.format import FileFacts, committed, file_facts, size_problem
 from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.errors import UserError
 
 
-@dataclass(frozen=True)
-class Verification:
+class Verification(NamedTuple):
     """The checkpoint that was read, and what is wrong with it: one line each."""
 
     checkpoint: CheckpointReader
     problems: list[str]
 
 
-def verify(path: Path, *, progress: Callable[[int, int], None] | None = None) -> Verification:
-    """Read all of a checkpoint, or of the newest one of a run, and look for problems.
+def verify(path: Path, *, progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
+    """Read all of a checkpoint, or of the newest one of a run, usable or not, and look for problems.
 
     Compares files with their recorded sizes and checksums, and checks that values are finite. If all files are intact,
     also checks that they hold every tensor of the model, and of its optimizer unless they hold no optimizer state at
     all. Holds one tensor at a time. `progress` gets the bytes read so far, and those of the whole checkpoint.
 
-    Raises:
-        UserError: there is no checkpoint, or its train_state.json or config.yaml cannot be read.
+    Raises UserError if there is no checkpoint, or its train_state.json or config.yaml cannot be read.
     """
-    checkpoint = CheckpointReader(_newest_folder(path))
+    *_, newest = path, *committed(path / "checkpoints"), *committed(path)
+    checkpoint = CheckpointReader(newest)
     problems = [
         f"{file.name}: not listed in train_state.json"
         for file in sorted(checkpoint.path.glob("*.safetensors"))
@@ -39,18 +38,16 @@ def verify(path: Path, *, progress: Callable[[int, int], None] | None = None) ->
     done = 0
     for name, facts in sorted(checkpoint.files.items()):
         file = checkpoint.path / name
-        if damage := _damage(file, facts):
-            intact = False
-            problems.append(f"{name}: {damage}")
-        elif file.suffix == ".safetensors":
-            try:
+        try:
+            if damage := _damage(file, facts):
+                raise UserError(f"{file}: {damage}")
+            if file.suffix == ".safetensors":
                 problems += [f"{name}: {problem}" for problem in _not_finite(checkpoint, file)]
-            except UserError as error:
-                intact = False
-                problems.append(str(error).replace(str(file), name, 1))
+        except UserError as error:
+            intact = False
+            problems.append(str(error).replace(str(file), name, 1))
         done += facts["bytes"]
-        if progress is not None:
-            progress(done, checkpoint.bytes)
+        progress(done, checkpoint.bytes)
     if intact:
         problems += checkpoint.faults()
     return Verification(checkpoint, problems)
@@ -60,22 +57,14 @@ def _damage(file: Path, facts: FileFacts) -> str | None:
     try:
         if problem := size_problem(file, facts):
             return problem
-        if file_facts(file) != facts:
-            return "its content is not what was written (SHA-256)"
+        return None if file_facts(file) == facts else "its content is not what was written (SHA-256)"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return None
 
 
-def _not_finite(checkpoint: CheckpointReader, file: Path) -> Iterator[str]:
-    for name, values in checkpoint.values_in(file):
+def _not_finite(checkpoint: CheckpointReader, path: Path) -> Iterator[str]:
+    file = checkpoint.file(path)
+    for name in file.slices:
+        values = file.opened.get_tensor(name)
         if count := values.numel() - int(values.isfinite().sum()):
             yield f"{name}: {count} of {values.numel()} values are not finite"
-
-
-def _newest_folder(path: Path) -> Path:
-    """`path`, or the newest checkpoint in it, usable or not."""
-    for folder in (path, path / "checkpoints"):
-        if paths := committed(folder):
-            return paths[-1]
-    return path

@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
+from rich.table import Table
 
 from w2vscale.cli.arguments import Checkpoint
+from w2vscale.cli.progress import console, counted, progress_bar
+from w2vscale.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, verify and convert checkpoints.")
+
+_print = partial(console.print, markup=False)
 
 
 @app.command()
@@ -19,13 +25,10 @@ def show(
     tensors: Annotated[bool, typer.Option("--tensors", help="Also list every tensor.")] = False,
 ) -> None:
     """Show what a checkpoint holds and how it was made."""
-    from rich.filesize import decimal
-    from rich.table import Table
-
     from w2vscale.checkpoint.reader import open_checkpoint
-    from w2vscale.cli.progress import console
+    from w2vscale.optim.canonical import type_name
 
-    checkpoint = open_checkpoint(path, log=partial(console.print, markup=False))
+    checkpoint = open_checkpoint(path, log=_print)
     state, model, engine = checkpoint.state, checkpoint.config.model, checkpoint.config.engine
     kinds = [name.partition(".")[0] for name in checkpoint.tensors]
     table = Table(title=str(checkpoint.path), title_justify="left", box=None, show_header=False)
@@ -46,18 +49,16 @@ def show(
         ("files", f"{len(checkpoint.files):,}, {decimal(checkpoint.bytes)}"),
     ):
         table.add_row(name, value)
-    console.print(table, markup=False)
+    _print(table)
     if tensors:
-        from w2vscale.optim.canonical import type_name
-
         table = Table(box=None, header_style="bold")
         table.add_column("tensor", no_wrap=True)
         for column in ("shape", "type", "bytes", "slices"):
             table.add_column(column, justify="right", no_wrap=True)
         for name, tensor in sorted(checkpoint.tensors.items()):
-            shape, dtype = "x".join(map(str, tensor.spec.shape)), type_name(tensor.spec.dtype)
-            table.add_row(name, shape, dtype, f"{tensor.bytes:,}", str(len(tensor.slices)))
-        console.print(table, markup=False)
+            shape, size = "x".join(map(str, tensor.spec.shape)), f"{tensor.numel * tensor.spec.dtype.itemsize:,}"
+            table.add_row(name, shape, type_name(tensor.spec.dtype), size, str(len(tensor.slices)))
+        _print(table)
 
 
 @app.command()
@@ -67,24 +68,18 @@ def verify(path: Checkpoint) -> None:
     Checks the checksum of every file, that all values are finite, and that no tensor is missing. Prints what is wrong
     and exits with code 2 if anything is. In a run's folder, the newest checkpoint is read, even if it is unusable.
     """
-    from rich.filesize import decimal
-
     from w2vscale.checkpoint.verification import verify as verify_checkpoint
-    from w2vscale.cli.progress import console, progress_bar
-    from w2vscale.errors import UserError
 
     with progress_bar("reading (MiB)") as progress:
-        found = verify_checkpoint(path, progress=lambda done, total: progress(done >> 20, total >> 20))
-    checkpoint, problems = found.checkpoint, found.problems
+        checkpoint, problems = verify_checkpoint(path, progress=lambda done, total: progress(done >> 20, total >> 20))
     for problem in problems[1:20]:
-        console.print(problem, markup=False)
+        _print(problem)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{checkpoint.path}: {problems[0]}{more}")
-    console.print(
+    _print(
         f"OK {checkpoint.path}: update {checkpoint.state.update}, {len(checkpoint.tensors)} tensors, "
-        f"{len(checkpoint.files)} files, {decimal(checkpoint.bytes)}",
-        markup=False,
+        f"{len(checkpoint.files)} files, {decimal(checkpoint.bytes)}"
     )
 
 
@@ -103,16 +98,11 @@ def consolidate(
     Tensors have the names of the model's parameters and buffers (NAME). With --optimizer they have the names that they
     have in the checkpoint: model.NAME, optim.NAME.exp_avg, optim.NAME.exp_avg_sq and optim.NAME.step.
     """
-    from rich.filesize import decimal
-
     from w2vscale.checkpoint.consolidation import consolidate as consolidate_checkpoint
-    from w2vscale.cli.progress import console, progress_bar
 
     with progress_bar("writing") as progress:
-        found = consolidate_checkpoint(
-            path, output, optimizer=optimizer, progress=progress, log=partial(console.print, markup=False)
-        )
-    console.print(f"{found.file}: update {found.update}, {found.tensors} tensors, {decimal(found.bytes)}", markup=False)
+        found = consolidate_checkpoint(path, output, optimizer=optimizer, progress=progress, log=_print)
+    _print(f"{found.file}: update {found.update}, {found.tensors} tensors, {decimal(found.file.stat().st_size)}")
 
 
 @app.command()
@@ -130,14 +120,9 @@ def average(
     determine which checkpoints a run keeps.
     """
     from w2vscale.checkpoint.averaging import average as average_checkpoints
-    from w2vscale.cli.progress import console, progress_bar
 
     with progress_bar("averaging") as progress:
-        found = average_checkpoints(
-            run, output, last=last, best=best, progress=progress, log=partial(console.print, markup=False)
-        )
-    for update in found.updates:
-        loss = f": validation loss {found.losses[update]:.6g}" if update in found.losses else ""
-        console.print(f"update {update}{loss}", markup=False)
-    count = len(found.updates)
-    console.print(f"{found.checkpoint}: the mean of {count} checkpoint{'s' * (count > 1)}", markup=False)
+        found = average_checkpoints(run, output, last=last, best=best, progress=progress, log=_print)
+    for update, loss in found.losses.items():
+        _print(f"update {update}{f': validation loss {loss:.6g}' if best else ''}")
+    _print(f"{found.checkpoint}: the mean of {counted(len(found.losses), 'checkpoint')}")

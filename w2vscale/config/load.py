@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from w2vscale.config.tree import Config, ParameterGroupConfig, Section
+from w2vscale.config.tree import Config, Section
 from w2vscale.errors import UserError
 
 PRESETS = resources.files("w2vscale.config") / "presets"
@@ -35,21 +35,22 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     `objective.name` resets the section `objective` to the defaults of the new objective. The other settings of this
     section are validated by `w2vscale.objectives.build_objective`.
 
-    Raises:
-        UserError: the source does not exist, or a key or value is not valid. The message is one line.
+    Raises UserError if the source does not exist, or a key or value is not valid. The message is one line.
     """
     tree = _read_source(str(source))
-    _refuse_unknown_keys(tree, where=str(source))
     changes: dict[str, Any] = {}
     for override in overrides:
-        change = _parse_override(override)
-        _refuse_unknown_keys(change, where="override")
-        changes = _merge(changes, change)
-    tree = _on_top(tree, changes)
+        changes = _merge(changes, _parse_override(override))
+    # An override must not hide that a section of the file is not a section.
+    changes = {name: change for name, change in changes.items() if isinstance(tree.get(name, {}), Mapping)}
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(_on_top(tree, changes))
     except ValidationError as error:
-        raise UserError(_one_line(error, source=str(source), overrides=overrides)) from None
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        replaced = [override.partition("=")[0].strip() for override in overrides]
+        replaced += changes.keys() - Config.model_fields.keys()
+        where = "override" if any(f"{key}.".startswith(f"{path}.") for path in replaced) else source
+        raise UserError(f"{where}: {first_problem(error, Config)}") from None
 
 
 def dump_config(config: BaseModel) -> str:
@@ -64,7 +65,7 @@ def _read_source(source: str) -> dict[str, Any]:
     try:
         tree = _parse_yaml(path.read_text(), where=source)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        hint = _nearest(path.stem, preset_names())
+        hint = nearest(path.stem, preset_names())
         raise UserError(f"{source}: neither a file nor a preset{hint} (presets: {', '.join(preset_names())})") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read as a configuration: {error}") from None
@@ -72,7 +73,7 @@ def _read_source(source: str) -> dict[str, Any]:
     if preset is None:
         return tree
     if preset not in preset_names():
-        raise UserError(f"{source}: preset: {preset}: unknown{_nearest(str(preset), preset_names())}")
+        raise UserError(f"{source}: preset: {preset}: unknown{nearest(str(preset), preset_names())}")
     return _on_top(_read_source(preset), tree)
 
 
@@ -81,12 +82,10 @@ def _parse_yaml(text: str, *, where: str) -> dict[str, Any]:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict | None):
         raise UserError(f"{where}: expected sections with settings, got a {type(tree).__name__}")
     # YAML gives None for a section whose settings are all commented out.
-    return {str(name): section for name, section in tree.items() if section is not None}
+    return {str(name): section for name, section in (tree or {}).items() if section is not None}
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -98,10 +97,9 @@ def _parse_override(override: str) -> dict[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    tree: Any = value
     for key in reversed(keys):
-        tree = {key: tree}
-    return dict(tree)
+        value = {key: value}
+    return dict(value)
 
 
 def _on_top(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,117 +122,81 @@ def _merge(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _refuse_unknown_keys(tree: Mapping[str, Any], *, where: str) -> None:
-    """Raise UserError on an unknown section or setting, and suggest the nearest valid one (pydantic does not)."""
-    sections = Config.model_fields
-    valid = [f"{name}.{key}" for name in sections for key in _keys_of(name)]
-    for name, section in tree.items():
-        if name not in sections:
-            given = f"{name}.{next(iter(section))}" if isinstance(section, Mapping) and section else name
-            bare = [key for key in valid if given == name and key.endswith(f".{name}")]
-            hint = f"; did you mean {bare[0]}?" if bare else _nearest(name, list(sections))
-            raise UserError(f"{where}: {given}: no section named {name}{hint} (sections: {', '.join(sections)})")
-        if not isinstance(section, Mapping):
-            raise UserError(f"{where}: {name}: expected settings of the form {name}.key=value, got {section!r}")
-        if _section_class(name).model_config.get("extra") == "allow":
-            continue
-        for key in section:
-            if key not in _keys_of(name):
-                hint = _nearest(f"{name}.{key}", [f"{name}.{other}" for other in _keys_of(name)], among=valid)
-                hint = hint or f" ({name} has: {', '.join(_keys_of(name))})"
-                raise UserError(f"{where}: {name}.{key}: unknown setting{hint}")
-
-
 def parse_section(kind: type[S], values: Mapping[str, Any], *, name: str) -> S:
-    """Validate the settings of section `name` with the class `kind`.
-
-    Raises:
-        UserError: a key or value is not valid. The message is one line.
-    """
-    valid = [f"{name}.{key}" for key in kind.model_fields]
-    for key in values:
-        if key not in kind.model_fields:
-            hint = _nearest(f"{name}.{key}", valid) or f" ({name} has: {', '.join(kind.model_fields)})"
-            raise UserError(f"{name}.{key}: unknown setting{hint}")
+    """Validate the settings of section `name` with the class `kind`. UserError if a key or value is not valid."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        return _raise_first(error, name)
+        raise UserError(first_problem(error, kind, name)) from None
 
 
-def _raise_first(error: ValidationError, section: str) -> NoReturn:
+def first_problem(error: ValidationError, kind: type[BaseModel], section: str = "") -> str:
+    """Return the first problem that pydantic found in a `kind`, as one line: `section.key=value: what is wrong`.
+
+    An unknown key comes with the nearest valid one, which pydantic does not name.
+    """
     first = error.errors()[0]
-    key = ".".join([section, *map(str, first["loc"])])
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        raise UserError(f"{key}: {message}")
-    raise UserError(f"{key}={first['input']!r}: {message[0].lower() + message[1:]}")
+    place = [*filter(None, [section]), *map(str, first["loc"])]
+    key, message, value = ".".join(place), first["msg"].removeprefix("Value error, "), first["input"]
+    if kind is Config and len(place) == 1 and first["type"] == "model_type":
+        return f"{key}: expected settings of the form {key}.key=value, got {value!r}"
+    if kind is Config and len(place) == 1 and first["type"] == "extra_forbidden":
+        return _unknown_section(key, value)
+    if first["type"] == "extra_forbidden":
+        parent, valid = ".".join(place[:-1]), keys_beside(kind, first["loc"])
+        others = _all_keys() if kind is Config else []
+        hint = nearest(key, [f"{parent}.{name}" for name in valid], others) or f" ({parent} has: {', '.join(valid)})"
+        return f"{key}: unknown setting{hint}"
+    if first["type"] == "value_error" or not key:
+        return f"{key}: {message}".removeprefix(": ")
+    return f"{key}={value!r}: {message}"
 
 
-def _section_class(section: str) -> type[Section]:
-    annotation = Config.model_fields[section].annotation
-    assert isinstance(annotation, type) and issubclass(annotation, Section)
-    return annotation
+def _unknown_section(name: str, value: object) -> str:
+    given = f"{name}.{next(iter(value))}" if isinstance(value, Mapping) and value else name
+    bare = [key for key in _all_keys() if given == name and key.endswith(f".{name}")]
+    hint = f"; did you mean {bare[0]}?" if bare else nearest(name, Config.model_fields)
+    return f"{given}: no section named {name}{hint} (sections: {', '.join(Config.model_fields)})"
 
 
-def _keys_of(section: str) -> list[str]:
-    return list(_section_class(section).model_fields)
+def _all_keys() -> list[str]:
+    return [f"{name}.{key}" for name in Config.model_fields for key in keys_beside(Config, (name, ""))]
 
 
-def _nearest(name: str, candidates: Sequence[str], *, among: Sequence[str] = ()) -> str:
-    """Return `; did you mean X?` for the closest candidate, or an empty string."""
-    leaf = name.rsplit(".", 1)[-1]
-    here = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
-    anywhere = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed([*candidates, *among])}
+def keys_beside(kind: Any, loc: Sequence[int | str]) -> list[str]:
+    """Return the valid keys at the place `loc` in a tree of pydantic models."""
+    for part in loc[:-1]:
+        if isinstance(part, str):
+            annotation = kind.model_fields[part].annotation
+            kind = next(each for each in (annotation, *get_args(annotation)) if hasattr(each, "model_fields"))
+    return [name for field, info in kind.model_fields.items() for name in (info.alias, field) if name]
+
+
+def nearest(name: str, candidates: Iterable[str], others: Iterable[str] = ()) -> str:
+    """Return `; did you mean X?` for the candidate, or else the other, with the closest last part; "" if none is."""
+    here = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
+    anywhere = {other.rpartition(".")[2]: other for other in reversed([*others])} | here
     for by_leaf, cutoff in ((here, 0.75), (anywhere, 0.75), (here, 0.5)):
-        if matches := difflib.get_close_matches(leaf, list(by_leaf), n=1, cutoff=cutoff):
+        if matches := difflib.get_close_matches(name.rpartition(".")[2], by_leaf, n=1, cutoff=cutoff):
             return f"; did you mean {by_leaf[matches[0]]}?"
     return ""
 
 
-def _one_line(error: ValidationError, *, source: str, overrides: Sequence[str]) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    replaced = [override.partition("=")[0].strip() + "." for override in overrides]
-    where = "override" if any(f"{key}.".startswith(path) for path in replaced) else source
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if not key or first["type"] == "value_error":
-        return f"{where}: {key + ': ' if key else ''}{message}"
-    if first["type"] == "extra_forbidden":  # only parameter groups: keys of sections were checked before
-        return f"{where}: {key}: unknown setting{_nearest(key, list(ParameterGroupConfig.model_fields))}"
-    message = message[0].lower() + message[1:]
-    return f"{where}: {key}={first['input']!r}: {message}"
-
-
 def settings_of(kind: type[Section], name: str) -> list[tuple[str, str, str, str]]:
     """Return (key, type, default, description) of every setting in a section, for the documentation."""
-    default = kind()
     rows = []
-    for key, field in kind.model_fields.items():
-        value = getattr(default, key)
-        shown = yaml.safe_dump(default.model_dump(mode="json")[key], default_flow_style=True, width=1000)
-        rows.append(
-            (
-                f"{name}.{key}",
-                _type_name(field.annotation),
-                shown.removesuffix("...\n").strip() if value is not None else "null",
-                field.description or "",
-            )
-        )
+    for (key, field), value in zip(kind.model_fields.items(), kind().model_dump(mode="json").values(), strict=True):
+        default = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+        rows.append((f"{name}.{key}", _type_name(field.annotation), default, field.description or ""))
     return rows
 
 
 def _type_name(annotation: Any) -> str:
-    origin = get_origin(annotation)
-    if origin is None:
-        return str(getattr(annotation, "__name__", annotation))
-    if str(origin) == "typing.Literal":
-        return " or ".join(str(value) for value in get_args(annotation))
-    if origin in (types.UnionType,) or str(origin) == "typing.Union":
-        return " or ".join(
-            "null" if part is type(None) else _type_name(get_args(part)[0] if get_args(part) else part)
-            for part in get_args(annotation)
-        )
-    if origin in (list, tuple):
-        return "list"
-    return _type_name(get_args(annotation)[0])
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin in (Union, UnionType):
+        return " or ".join("null" if part is NoneType else _type_name(part) for part in arguments)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    return "list" if origin in (list, tuple) else str(annotation.__name__)

@@ -14,11 +14,9 @@ from contextlib import suppress
 
 from w2vscale.errors import UserError
 
+# Seconds that ranks have to exit, after which they are killed: when another one has failed, and on a stop signal.
 FAILURE_GRACE = 10.0
-"""Seconds that the other ranks have to exit after one has failed. Then they are killed."""
-
 STOP_GRACE = 600.0
-"""Seconds that the ranks have to save and exit after a stop signal. Then they are killed."""
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
 """Signals that the launcher passes on to the ranks: the stop signals, and SIGQUIT."""
@@ -39,9 +37,6 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     If a process fails, the others are stopped, the failed rank is printed, and its exit code is returned (128 + the
     signal number if a signal killed it). Signals to this process are passed on to all ranks, which then have
     `STOP_GRACE` seconds to save.
-
-    Raises:
-        UserError: `processes` is less than 1.
     """
     if processes < 1:
         raise UserError(f"--nproc-per-node {processes}: must be at least 1")
@@ -101,12 +96,14 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: list[int]) -> int:
             failed = next(rank for rank, code in enumerate(codes) if code)
             deadline = min(deadline, time.monotonic() + FAILURE_GRACE)
             if not forwarded:
-                _send(signal.SIGTERM, ranks)
+                for process in ranks:
+                    process.send_signal(signal.SIGTERM)  # does nothing if the process has already exited
         if None not in codes or time.monotonic() > deadline:
             break
         while signals:
             number = signals.pop(0)
-            _send(number, ranks)
+            for process in ranks:
+                process.send_signal(number)
             if failed is None:
                 # A second signal means that the user does not want to wait.
                 deadline = time.monotonic() + (FAILURE_GRACE if forwarded else STOP_GRACE)
@@ -122,11 +119,6 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: list[int]) -> int:
     if -code not in forwarded and (line := _failure(failed, code)):
         print(line, file=sys.stderr)
     return code if code > 0 else 128 - code
-
-
-def _send(number: int, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    for process in ranks:
-        process.send_signal(number)  # does nothing if the process has already exited
 
 
 def _failure(rank: int, code: int) -> str | None:

@@ -19,7 +19,6 @@ from w2vscale.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)
 """Longest time that a rank waits for the others in a collective."""
-
 LONG_TIMEOUT = timedelta(days=1)
 """The same for commands in which a single utterance may take hours."""
 
@@ -48,10 +47,9 @@ def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
     Empty if torchrun has set them already, or if SLURM did not start this process as one of several tasks.
     """
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        return {}
+    by_torchrun = "RANK" in environment and "WORLD_SIZE" in environment
     # Only srun sets SLURM_STEP_NUM_TASKS. A batch script also has SLURM_NTASKS and SLURM_PROCID, but is one process.
-    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) <= 1 or "SLURM_PROCID" not in environment:
+    if by_torchrun or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) <= 1 or "SLURM_PROCID" not in environment:
         return {}
     return {
         "RANK": environment["SLURM_PROCID"],
@@ -91,27 +89,22 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
     implied = launch_environment(os.environ)
     environment = {**os.environ, **implied}
     if "RANK" not in environment or int(environment.get("WORLD_SIZE", "1")) == 1:
-        device = _device(0)
+        device, backend = _device(0)
         if needed:
-            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
             yield Ranks(), device
         finally:
             if needed:
                 dist.destroy_process_group()
         return
-    ranks = Ranks(
-        rank=int(environment["RANK"]),
-        local_rank=int(environment.get("LOCAL_RANK", "0")),
-        world_size=int(environment["WORLD_SIZE"]),
-    )
+    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    ranks = Ranks(rank, int(environment.get("LOCAL_RANK", "0")), world_size)
     # The torchrun agent may already serve the store; only env:// uses it.
     init_method = f"tcp://{implied['MASTER_ADDR']}:{implied['MASTER_PORT']}" if implied else "env://"
-    device = _device(ranks.local_rank)
+    device, backend = _device(ranks.local_rank)
     try:
-        dist.init_process_group(
-            _backend(device), init_method, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout
-        )
+        dist.init_process_group(backend, init_method, rank=rank, world_size=world_size, timeout=timeout)
         yield ranks, device
     except RuntimeError as error:
         # gloo raises a plain RuntimeError whose message contains the path of its source file.
@@ -122,35 +115,27 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
     dist.destroy_process_group()
 
 
-def _backend(device: torch.device) -> str:
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-def _device(local_rank: int) -> torch.device:
+def _device(local_rank: int) -> tuple[torch.device, str]:
+    """Return the device of a rank, and the backend for its collectives."""
     if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPUs; start fewer processes"
-        )
+        return torch.device("cpu"), "gloo"
+    if local_rank >= (count := torch.cuda.device_count()):
+        raise UserError(f"local rank {local_rank}: this machine has {count} GPUs; start fewer processes")
     torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
 
 
-def sum_over_ranks(values: Sequence[float]) -> list[float]:
+def sum_over_ranks(values: Sequence[float], operation: Any = dist.ReduceOp.SUM) -> list[float]:
     """Sum each number over all ranks, in float64 on the CPU, without synchronising a GPU. Collective."""
     tensor = torch.tensor(values, dtype=torch.float64)
     if dist.is_initialized():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, operation)
     return [float(value) for value in tensor]
 
 
 def largest_over_ranks(values: Sequence[float]) -> list[float]:
-    """Return the maximum of each number over all ranks, computed on the CPU. Collective."""
-    tensor = torch.tensor(values, dtype=torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return [float(value) for value in tensor]
+    """Like `sum_over_ranks`, but return the maximum of each number. Collective."""
+    return sum_over_ranks(values, dist.ReduceOp.MAX)
 
 
 def gather_from_ranks(value: T) -> list[T]:
@@ -162,12 +147,14 @@ def gather_from_ranks(value: T) -> list[T]:
     return values
 
 
-def raise_anywhere(error: str | None) -> None:
-    """Raise the same error on every rank if any rank has one: that of the lowest such rank. Collective.
-
-    Raises:
-        UserError: `error` is not None on some rank.
-    """
+@contextmanager
+def errors_on_all_ranks() -> Iterator[None]:
+    """If the block raises a UserError on any rank, raise it on every rank: that of the lowest such rank. Collective."""
+    error = None
+    try:
+        yield
+    except UserError as own:
+        error = str(own)
     for found in gather_from_ranks(error):
         if found is not None:
             raise UserError(found)

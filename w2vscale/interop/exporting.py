@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
-from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
-from w2vscale.config import Config
+from w2vscale.checkpoint.format import write_safetensors
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.errors import UserError
+from w2vscale.files import new_file
 from w2vscale.interop.huggingface import huggingface_config, preprocessor_config, to_huggingface
 from w2vscale.interop.model_card import model_card
 from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
 from w2vscale.objectives import build_objective
+from w2vscale.optim.canonical import specs_of
 
 FORMATS = ("huggingface", "torchaudio")
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(NamedTuple):
     """The files written, and the update of the exported checkpoint."""
 
     files: list[Path]
@@ -43,61 +38,32 @@ def export_checkpoint(
     torchaudio: `model.safetensors` with the `state_dict` of `torchaudio.models.wav2vec2_model`, its arguments in
     `model.json`, and `preprocessor_config.json` as above. The quantizer and the projections are left out.
 
-    Raises:
-        UserError: the checkpoint cannot be used, the format does not support the model, or a file already exists or
-            cannot be written.
+    Raises UserError if the checkpoint cannot be used, the format does not support the model, or a file already exists
+    or cannot be written.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
     checkpoint = open_checkpoint(path, log)
     config = checkpoint.config
     state = checkpoint.model_tensors()
-    texts: dict[str, str]
+    documents: dict[str, Mapping[str, Any]]
     if form == "huggingface":
         weights = to_huggingface(state, config)
-        files = build_objective(config).transformers_head().files
-        texts = {
-            "config.json": _json(huggingface_config(config)),
-            "preprocessor_config.json": _json(preprocessor_config(config.model, tokenizer=bool(files))),
-            **{name: _json(document) for name, document in files.items()},
-            "README.md": model_card(checkpoint, config, _run_folder(checkpoint)),
-        }
+        tokenizer = build_objective(config).transformers_head().files
+        preprocessor = preprocessor_config(config.model, tokenizer=bool(tokenizer))
+        documents = {"config.json": huggingface_config(config), "preprocessor_config.json": preprocessor, **tokenizer}
     else:
         weights = to_torchaudio(state, config)
-        texts = {
-            "model.json": _json(torchaudio_arguments(config)),
-            "preprocessor_config.json": _json(preprocessor_config(config.model)),
-        }
-    written = _write(output, weights, texts, checkpoint, config)
-    return Exported(written, checkpoint.state.update)
-
-
-def _write(
-    output: Path, weights: dict[str, Tensor], texts: dict[str, str], checkpoint: CheckpointReader, config: Config
-) -> list[Path]:
-    files = [output / name for name in ("model.safetensors", *texts)]
+        preprocessor = preprocessor_config(config.model)
+        documents = {"model.json": torchaudio_arguments(config), "preprocessor_config.json": preprocessor}
+    texts = {output / name: json.dumps(document, indent=2) + "\n" for name, document in documents.items()}
+    if form == "huggingface":
+        texts[output / "README.md"] = model_card(checkpoint)
+    files = [output / "model.safetensors", *texts]
     if existing := [file for file in files if file.exists()]:
         raise UserError(f"{existing[0]}: exists; choose another folder")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".export-", dir=output) as folder:
-            written = [Path(folder) / file.name for file in files]
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, written[0], {"format": "pt"})
-            for path, text in zip(written[1:], texts.values(), strict=True):
-                path.write_text(text, encoding="utf-8")
-            shutil.copymode(written[1], written[0])  # safetensors creates files that only the owner can read
-            for path, file in zip(written, files, strict=True):
-                path.replace(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{output}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    return files
-
-
-def _run_folder(checkpoint: CheckpointReader) -> Path | None:
-    """Return the folder of the run, if the checkpoint is still in it."""
-    folder = checkpoint.path.parent.parent
-    return folder if (folder / "metrics.jsonl").is_file() else None
-
-
-def _json(tree: Mapping[str, Any]) -> str:
-    return json.dumps(tree, indent=2) + "\n"
+    with ExitStack() as together:
+        for file, text in texts.items():
+            together.enter_context(new_file(file)).write(text)
+        write_safetensors(together.enter_context(new_file(files[0], "wb")), specs_of(weights), weights.values())
+    return Exported(files, checkpoint.state.update)

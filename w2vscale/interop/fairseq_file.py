@@ -13,9 +13,8 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import IO, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,8 +35,7 @@ INERT_NAMES = (
 INERT_PACKAGES = ("fairseq.", "omegaconf.")
 
 
-@dataclass(frozen=True)
-class FairseqCheckpoint:
+class FairseqCheckpoint(NamedTuple):
     """Contents of a fairseq `.pt` file."""
 
     path: Path
@@ -52,8 +50,7 @@ def load_fairseq(path: Path) -> FairseqCheckpoint:
     The weights-only unpickler of PyTorch builds tensors and containers. The classes of fairseq settings are on its
     allow-list, but each name is mapped to an inert class of ours that only stores its arguments.
 
-    Raises:
-        UserError: `path` is not a fairseq checkpoint, is damaged, or references anything that could run code.
+    Raises UserError if `path` is not a fairseq checkpoint, is damaged, or references anything that could run code.
     """
     with _refusals(str(path)):
         found = _read(path, _stand_ins(path))
@@ -67,19 +64,15 @@ def load_fairseq(path: Path) -> FairseqCheckpoint:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Load a `state_dict` that `torch.save` wrote. Nothing in the file is executed.
-
-    Raises:
-        UserError: the file cannot be read, or holds anything but tensors by name.
-    """
+    """Load a `state_dict` that `torch.save` wrote, without executing anything in it. UserError if it is not one."""
     with _refusals(path.name):
-        found = _read(path)
+        found = _read(path, ())
     if not _is_state(found):
         raise UserError(f"{path.name} is not a dictionary of tensors")
     return found
 
 
-def _read(path: Path, allowed: Iterable[Any] = ()) -> Any:
+def _read(path: Path, allowed: Iterable[Any]) -> Any:
     with warnings.catch_warnings(), torch.serialization.safe_globals(list(allowed)):
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -146,11 +139,11 @@ class _StandIn:
     """Replaces objects of the classes that a checkpoint references: stores arguments and state, and does nothing."""
 
     args: tuple[Any, ...]
-    state: Any
+    state: Any = None
 
     def __new__(cls, *args: Any) -> _StandIn:
         made = super().__new__(cls)
-        made.args, made.state = args, None
+        made.args = args
         return made
 
     def __setstate__(self, state: Any) -> None:
@@ -164,8 +157,8 @@ def _empty_dict(*_: Any) -> dict[Any, Any]:
 
 def _stand_ins(path: Path) -> list[Any]:
     """Build the allow-list for one file."""
-    named = {name for name in _named_globals(path) if name.startswith(INERT_PACKAGES)}
-    return [(_empty_dict, "collections.defaultdict"), *((_StandIn, name) for name in sorted({*INERT_NAMES, *named}))]
+    names = {*INERT_NAMES, *(name for name in _named_globals(path) if name.startswith(INERT_PACKAGES))}
+    return [(_empty_dict, "collections.defaultdict"), *((_StandIn, name) for name in sorted(names))]
 
 
 def _named_globals(path: Path) -> Iterator[str]:
@@ -175,11 +168,10 @@ def _named_globals(path: Path) -> Iterator[str]:
     information, and the data.
     """
     with path.open("rb") as file:
-        pickles: list[io.BufferedReader | io.BytesIO] = [file] * 4
+        pickles: list[IO[bytes]] = [file] * 4
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
-                records = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-                pickles = [io.BytesIO(archive.read(name)) for name in records]
+                pickles = [io.BytesIO(archive.read(n)) for n in archive.namelist() if n.endswith("/data.pkl")]
         else:
             file.seek(0)
         for stream in pickles:

@@ -12,47 +12,16 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from w2vscale.checkpoint.expected import expected_of
-from w2vscale.config import Config, ModelConfig, ObjectiveConfig
+from w2vscale.config import Config, ModelConfig, ObjectiveConfig, parse_section
 from w2vscale.config.tree import BASE_CONV_LAYERS
 from w2vscale.data.transcripts import BLANK, PIECE_SPACE
 from w2vscale.errors import UserError
-from w2vscale.interop.names import PRETRAINING, by_section, to_ours, to_theirs
+from w2vscale.interop.names import DIRECTION, HUGGINGFACE, KINDS, MAGNITUDE, pretraining_model, to_ours, to_theirs
 from w2vscale.objectives import build_objective
 from w2vscale.objectives.contrastive import TRANSFORMERS_SETTINGS
 from w2vscale.objectives.ctc import CtcSettings
-from w2vscale.optim.canonical import model_shapes
 
-PREFIX = "wav2vec2."
-"""Prefix of encoder tensors in models that have a head."""
-
-POSITIONAL = "wav2vec2.encoder.pos_conv_embed.conv"
-NAMES = {
-    "encoder.mask_embedding": "wav2vec2.masked_spec_embed",
-    "encoder.feature_encoder.layers.{}": "wav2vec2.feature_extractor.conv_layers.{}.conv",
-    "encoder.feature_encoder.layers.{}.norm": "wav2vec2.feature_extractor.conv_layers.{}.layer_norm",
-    "encoder.feature_norm": "wav2vec2.feature_projection.layer_norm",
-    "encoder.feature_projection": "wav2vec2.feature_projection.projection",
-    "encoder.transformer.positional": POSITIONAL,
-    "encoder.transformer.positional.magnitude": f"{POSITIONAL}.parametrizations.weight.original0",
-    "encoder.transformer.positional.direction": f"{POSITIONAL}.parametrizations.weight.original1",
-    # Transformers has one LayerNorm outside the blocks: before them in post-LN models, after them in pre-LN models.
-    "encoder.transformer.embedding_norm": "wav2vec2.encoder.layer_norm",
-    "encoder.transformer.final_norm": "wav2vec2.encoder.layer_norm",
-    "encoder.transformer.blocks.{}.attention.qkv": "wav2vec2.encoder.layers.{}.attention.[qkv]_proj",
-    "encoder.transformer.blocks.{}.attention.out": "wav2vec2.encoder.layers.{}.attention.out_proj",
-    "encoder.transformer.blocks.{}.attention_norm": "wav2vec2.encoder.layers.{}.layer_norm",
-    "encoder.transformer.blocks.{}.feed_forward.intermediate": (
-        "wav2vec2.encoder.layers.{}.feed_forward.intermediate_dense"
-    ),
-    "encoder.transformer.blocks.{}.feed_forward.output": "wav2vec2.encoder.layers.{}.feed_forward.output_dense",
-    "encoder.transformer.blocks.{}.feed_forward_norm": "wav2vec2.encoder.layers.{}.final_layer_norm",
-}
-# Tensor names of the older weight norm in PyTorch, used in checkpoints published before 2023.
-LEGACY_NAMES = {
-    f"{POSITIONAL}.weight_g": f"{POSITIONAL}.parametrizations.weight.original0",
-    f"{POSITIONAL}.weight_v": f"{POSITIONAL}.parametrizations.weight.original1",
-}
+PREFIX = "wav2vec2."  # of encoder tensors in models that have a head
 
 # Transformers name: our name, and the default that applies if config.json lacks it (5.23, `Wav2Vec2Config`).
 ARCHITECTURE: dict[str, tuple[str, Any]] = {
@@ -77,6 +46,7 @@ PREPROCESSOR: dict[str, tuple[str, Any]] = {
     "sampling_rate": ("sampling_rate", 16_000),
     "do_normalize": ("normalize_waveform", True),
 }
+SETTINGS = ARCHITECTURE | REGULARIZATION | TRANSFORMERS_SETTINGS
 CONVOLUTIONS = dict(zip(("conv_dim", "conv_kernel", "conv_stride"), zip(*BASE_CONV_LAYERS, strict=True), strict=True))
 FIXED = {"feat_extract_activation": "gelu", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
 
@@ -84,34 +54,26 @@ FIXED = {"feat_extract_activation": "gelu", "hidden_act": "gelu", "layer_norm_ep
 def to_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Convert our `state_dict` to the one of Transformers. Values and dtypes do not change.
 
-    Raises:
-        UserError: Transformers has no such model, or `state` does not fit `config`.
+    Raises UserError if Transformers has no such model, or `state` does not fit `config`.
     """
     _refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()
-    theirs = to_theirs(state, model_shapes(expected_of(config, optimizer=False)), {**NAMES, **head.tensors})
+    theirs = to_theirs(state, config, {**HUGGINGFACE, **head.tensors})
     return theirs if head.tensors else {name.removeprefix(PREFIX): tensor for name, tensor in theirs.items()}
 
 
 def from_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
-    """Convert the `state_dict` of a Transformers model to ours, in fp32. The inverse of `to_huggingface`.
-
-    Raises:
-        UserError: Transformers has no such model, or `state` does not fit `config`.
-    """
+    """Convert the `state_dict` of a Transformers model to ours, in fp32. The inverse of `to_huggingface`."""
     _refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()
-    named = {LEGACY_NAMES.get(name, name): tensor for name, tensor in state.items()}
-    return to_ours(named, model_shapes(expected_of(config, optimizer=False)), {**NAMES, **head.tensors})
+    named = {name.replace("weight_g", MAGNITUDE).replace("weight_v", DIRECTION): state[name] for name in state}
+    return to_ours(named, config, {**HUGGINGFACE, **head.tensors})
 
 
 def huggingface_config(config: Config) -> dict[str, Any]:
     """Return the contents of `config.json`, including every setting whose Transformers default differs from ours.
 
-    The entry "w2vscale" holds all our settings of model, regularization and objective.
-
-    Raises:
-        UserError: Transformers has no such model.
+    The entry "w2vscale" holds all our settings. Raises UserError if Transformers has no such model.
     """
     model = config.model
     _refuse_unrepresentable(model)
@@ -136,10 +98,7 @@ def huggingface_config(config: Config) -> dict[str, Any]:
 
 
 def preprocessor_config(model: ModelConfig, *, tokenizer: bool = False) -> dict[str, Any]:
-    """Return the contents of `preprocessor_config.json`: how to preprocess audio, as in training.
-
-    With `tokenizer`, the feature extractor is declared as part of a processor.
-    """
+    """Return the contents of `preprocessor_config.json`, for a feature extractor with or without a tokenizer."""
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "processor_class": "Wav2Vec2Processor" if tokenizer else "Wav2Vec2FeatureExtractor",
@@ -161,8 +120,7 @@ def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, A
     `preprocessor` is None, for waveform normalisation. These come from the entry "w2vscale". If it is missing or
     belongs to another architecture, they come from the published recipe for such a model.
 
-    Raises:
-        UserError: the model is not a wav2vec 2.0 model that w2vscale supports.
+    Raises UserError if the model is not a wav2vec 2.0 model that w2vscale supports.
     """
     if document.get("model_type") != "wav2vec2":
         raise UserError(f"config.json: model_type={document.get('model_type')!r}: only wav2vec2 can be imported")
@@ -172,10 +130,10 @@ def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, A
     if document.get("add_adapter"):
         raise UserError("config.json: add_adapter=true: w2vscale has no adapters")
     conv_layers = _conv_layers(document)
-    found = _translated(document, ARCHITECTURE | REGULARIZATION | TRANSFORMERS_SETTINGS)
+    found = _translated(document, SETTINGS)
     norm_first = found["norm_first"]
     is_base = isinstance(found["dim"], int) and found["dim"] <= 768 and not norm_first
-    left_open = {
+    published = {
         "normalize_waveform": found["conv_norm"] == "layer",
         "conv_norm_groups": conv_layers[0][0],
         "gumbel_end": 0.5 if is_base else 0.1,
@@ -183,25 +141,18 @@ def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, A
         "feature_penalty_weight": 0.0 if norm_first else 10.0,
     }
     architecture = {"conv_layers": conv_layers} | {ours: found[ours] for ours, _ in ARCHITECTURE.values()}
-    left_open |= _own_settings(document, architecture)
-    settings = {**left_open, **found, "conv_layers": tuple(map(tuple, conv_layers)), "embedding_norm": not norm_first}
+    settings = published | _own_settings(document, architecture) | found
+    settings |= {"conv_layers": tuple(map(tuple, conv_layers)), "embedding_norm": not norm_first}
     if preprocessor is not None:
         settings |= _translated(preprocessor, PREPROCESSOR)
-    sections = by_section(settings)
     try:
-        # Strict validation does not accept "48" for 48.
-        parsed: Any = {name: kind.model_validate(sections[name], strict=True) for name, kind in PRETRAINING.items()}
+        return pretraining_model(settings, strict=True)
     except ValidationError as error:
-        raise UserError(_first_error(error)) from None
-    return Config(**parsed | {"objective": ObjectiveConfig(**parsed["objective"].model_dump())})
+        raise UserError(_first_problem(error)) from None
 
 
 def ctc_config(pretraining: Config, document: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> Config:
-    """Return the settings of a CTC model: `pretraining` with the output layer that config.json and vocab.json describe.
-
-    Raises:
-        UserError: `document` and `vocabulary` do not agree, or the CTC blank is not the first symbol.
-    """
+    """Return the settings of a CTC model: `pretraining` and the output layer in config.json and vocab.json."""
     numbers = sorted((number, symbol) for symbol, number in vocabulary.items() if isinstance(number, int))
     size = document.get("vocab_size")
     if [number for number, _ in numbers] != list(range(len(vocabulary))) or len(vocabulary) != size:
@@ -209,37 +160,30 @@ def ctc_config(pretraining: Config, document: Mapping[str, Any], vocabulary: Map
     if document.get("pad_token_id", BLANK) != BLANK:
         raise UserError(f"config.json: pad_token_id={document['pad_token_id']!r}: the CTC blank must be symbol {BLANK}")
     masks = {key: value for key, value in pretraining.objective.model_dump().items() if key.startswith("mask_")}
-    try:
-        settings = CtcSettings(
-            vocabulary=[symbol.replace(" ", PIECE_SPACE) for _, symbol in numbers],
-            final_dropout=document.get("final_dropout", 0.1),
-            channel_mask_probability=document.get("mask_feature_prob", 0.0),
-            channel_mask_length=document.get("mask_feature_length", 10),
-            **masks,
-        )
-    except ValidationError as error:
-        raise UserError(f"config.json: {error.errors()[0]['msg']}") from None
+    values = {
+        "vocabulary": [symbol.replace(" ", PIECE_SPACE) for _, symbol in numbers],
+        "final_dropout": document.get("final_dropout", 0.1),
+        "channel_mask_probability": document.get("mask_feature_prob", 0.0),
+        "channel_mask_length": document.get("mask_feature_length", 10),
+        **masks,
+    }
+    settings = parse_section(CtcSettings, values, name="objective")
     return pretraining.model_copy(update={"objective": ObjectiveConfig(**settings.model_dump())})
 
 
 def _own_settings(document: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """What an export of ours noted, unless the architecture was changed since.
-
-    Raises:
-        UserError: it has a setting that does not exist.
-    """
-    noted = document.get("w2vscale")
-    noted = noted if isinstance(noted, dict) else {}
+    """Return our settings from the entry "w2vscale" of an export, unless the architecture was changed since."""
+    noted: Any = document.get("w2vscale")
     ours: dict[str, Any] = {}
-    for section, kind in PRETRAINING.items():
+    for section, kind in KINDS.items() if isinstance(noted, dict) else ():
         found = noted.get(section)
         found = dict(found) if isinstance(found, dict) else {}
-        default = kind.model_fields["name"].default if "name" in kind.model_fields else None
-        of_this_kind = found.pop("name", default) == default  # a fine-tuned model has the settings of another objective
+        # A fine-tuned model has the settings of another objective.
+        other = "name" in found and found.pop("name") != kind.model_fields["name"].default
         for key, value in found.items():
             if key in kind.model_fields:
                 ours[key] = value
-            elif of_this_kind:
+            elif not other:
                 raise UserError(f"config.json: w2vscale.{section}.{key}={value!r}: unknown setting")
     return ours if all(ours.get(key) == value for key, value in architecture.items()) else {}
 
@@ -258,36 +202,34 @@ def _translated(document: Mapping[str, Any], table: Mapping[str, tuple[str, Any]
     return {ours: document.get(theirs, default) for theirs, (ours, default) in table.items()}
 
 
-def _first_error(error: ValidationError) -> str:
-    """Format the first error, with the Transformers name of the setting."""
+def _first_problem(error: ValidationError) -> str:
+    """Format the first problem, with the Transformers name of the setting."""
     first = error.errors()[0]
     problem = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
+    _, *place = first["loc"]
+    if not place:
         return f"config.json: {problem}"
-    setting, *place = map(str, first["loc"])
-    tables = ARCHITECTURE | REGULARIZATION | TRANSFORMERS_SETTINGS | PREPROCESSOR
-    theirs = {ours: key for key, (ours, _) in tables.items()}
-    key = theirs.get(setting, f"w2vscale: {setting}")
-    if setting == "conv_layers":
-        key = tuple(CONVOLUTIONS)[int(place[1])]
+    theirs = {ours: key for key, (ours, _) in (SETTINGS | PREPROCESSOR).items()}
+    key = theirs.get(str(place[0]), f"w2vscale: {place[0]}")
+    if place[0] == "conv_layers":
+        key = tuple(CONVOLUTIONS)[int(place[2])]
     return f"{'feature extractor' if key in PREPROCESSOR else 'config.json'}: {key}={first['input']!r}: {problem}"
 
 
 def _refuse_unrepresentable(model: ModelConfig) -> None:
     """Raise UserError on the first setting without a counterpart in Transformers."""
-    channels = model.conv_layers[0][0]
-    obstacles = {
-        "model.conv_padding=true": model.conv_padding,
-        f"model.conv_norm_groups={model.conv_norm_groups} (with {channels} channels)": (
-            model.conv_norm == "group" and model.conv_norm_groups != channels
-        ),
-        f"model.embedding_norm={str(model.embedding_norm).lower()} with "
-        f"model.norm_first={str(model.norm_first).lower()}": model.embedding_norm == model.norm_first,
-        f"model.max_frames={model.max_frames}": model.max_frames is not None,
-    }
-    for setting, present in obstacles.items():
-        if present:
-            raise UserError(
-                f"{setting}: Hugging Face Transformers has no such wav2vec 2.0; "
-                "only models of the published architectures can be converted"
-            )
+    channels, norm_first = model.conv_layers[0][0], str(model.norm_first).lower()
+    if model.conv_padding:
+        setting = "model.conv_padding=true"
+    elif model.conv_norm == "group" and model.conv_norm_groups != channels:
+        setting = f"model.conv_norm_groups={model.conv_norm_groups} (with {channels} channels)"
+    elif model.embedding_norm == model.norm_first:
+        setting = f"model.embedding_norm={norm_first} with model.norm_first={norm_first}"
+    elif model.max_frames is not None:
+        setting = f"model.max_frames={model.max_frames}"
+    else:
+        return
+    raise UserError(
+        f"{setting}: Hugging Face Transformers has no such wav2vec 2.0; "
+        "only models of the published architectures can be converted"
+    )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,8 +24,7 @@ from w2vscale.interop.huggingface import ctc_config, from_huggingface, pretraini
 FORMATS = ("huggingface", "fairseq")
 
 
-@dataclass(frozen=True)
-class Imported:
+class Imported(NamedTuple):
     """The checkpoint written, and its number of parameters."""
 
     checkpoint: Path
@@ -41,8 +39,7 @@ def import_checkpoint(
     huggingface: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, sharded or not.
     fairseq: a `.pt` file. No code in these files is executed.
 
-    Raises:
-        UserError: the source cannot be read, or w2vscale does not support the model.
+    Raises UserError if the source cannot be read, or w2vscale does not support the model.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
@@ -65,20 +62,16 @@ def form_of(path: Path) -> str | None:
 def read_model(
     source: Path, form: str, log: Callable[[str], None] = lambda text: None
 ) -> tuple[Config, dict[str, Tensor]]:
-    """Read the settings and weights (by our names) of a model of another library; see `import_checkpoint`."""
-    config, state = read_huggingface(source, log) if form == "huggingface" else from_fairseq(load_fairseq(source))
+    """Read the settings and weights (by our names, in fp32) of a model of another library; see `import_checkpoint`."""
+    config, state = _read_huggingface(source, log) if form == "huggingface" else from_fairseq(load_fairseq(source))
     for name, tensor in state.items():
         if tensor.is_meta or not tensor.isfinite().all():
             raise UserError(f"{source}: {name} has no values, or values that are not finite")
     return config, state
 
 
-def read_huggingface(folder: Path, log: Callable[[str], None] = lambda text: None) -> tuple[Config, dict[str, Tensor]]:
-    """Read the settings and weights (by our names) from a folder that `save_pretrained` wrote.
-
-    Raises:
-        UserError: a file is missing or invalid, or w2vscale does not support the model.
-    """
+def _read_huggingface(folder: Path, log: Callable[[str], None]) -> tuple[Config, dict[str, Tensor]]:
+    """Read a folder that `save_pretrained` wrote."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; download the model first, e.g. with: hf download")
     try:
@@ -89,7 +82,7 @@ def read_huggingface(folder: Path, log: Callable[[str], None] = lambda text: Non
         if "lm_head.weight" in state:
             config = ctc_config(config, document, _read_json(folder / "vocab.json"))
         else:
-            _refuse_other_kinds(state)
+            _refuse_other_kinds({name.partition(".")[0] for name in state})
         ours = from_huggingface(state, config)
     except UserError as error:
         raise UserError(" ".join(f"{folder}: {error}".split())) from None
@@ -112,14 +105,10 @@ def _feature_extractor(folder: Path) -> dict[str, Any] | None:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return _read_file(folder / name)
         index = folder / f"{name}.index.json"
-        if index.is_file():
-            state: dict[str, Tensor] = {}
-            for shard in _shards(index):
-                state |= _read_file(folder / shard)
-            return state
+        files = [name] if (folder / name).is_file() else _shards(index) if index.is_file() else []
+        if files:
+            return {name: tensor for file in files for name, tensor in _read_file(folder / file).items()}
     raise UserError("no model.safetensors and no pytorch_model.bin in it")
 
 
@@ -142,17 +131,13 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path.name} cannot be read: {error}") from None
 
 
-def _refuse_other_kinds(names: Iterable[str]) -> None:
-    """Raise UserError with the kind of model, if the weights are from a Transformers model that cannot be imported."""
-    modules = {name.partition(".")[0] for name in names}
-    if "quantizer" in modules:
+def _refuse_other_kinds(modules: set[str]) -> None:
+    """Raise UserError with the kind of model, if it is one of Transformers that cannot be imported."""
+    if "quantizer" in modules or not modules & {"feature_extractor", "wav2vec2"}:
         return
-    for module, kind in (
-        ("feature_extractor", "an encoder alone (Wav2Vec2Model)"),
-        ("wav2vec2", "an encoder with an output layer of another task"),
-    ):
-        if module in modules:
-            raise UserError(f"{kind}: only Wav2Vec2ForPreTraining and Wav2Vec2ForCTC can be imported")
+    alone = "feature_extractor" in modules
+    kind = "an encoder alone (Wav2Vec2Model)" if alone else "an encoder with an output layer of another task"
+    raise UserError(f"{kind}: only Wav2Vec2ForPreTraining and Wav2Vec2ForCTC can be imported")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import CheckpointReader
-from w2vscale.config import Config
 from w2vscale.data.transcripts import PIECE_SPACE
 from w2vscale.errors import UserError
 from w2vscale.files import read_records
@@ -17,22 +12,18 @@ from w2vscale.objectives import build_objective
 from w2vscale.version import __version__
 
 
-def model_card(checkpoint: CheckpointReader, config: Config, run: Path | None) -> str:
+def model_card(checkpoint: CheckpointReader) -> str:
     """Return the model card as Markdown, with the metadata block that the Hugging Face Hub reads.
 
-    `run` is the folder of the run, for its validation metrics; None if it is not available.
+    It has the validation metrics of the run if the checkpoint is still in its folder.
     """
-    state, model = checkpoint.state, config.model
-    header = yaml.safe_dump(
-        {"library_name": "transformers", "tags": ["speech", "audio", "wav2vec2", "w2vscale"]},
-        sort_keys=False,
-    )
+    state, config, model = checkpoint.state, checkpoint.config, checkpoint.config.model
     trained = state.update > 0
     rows = [
         ("blocks x dim x feed-forward x heads", f"{model.layers} x {model.dim} x {model.ffn_dim} x {model.heads}"),
         ("sampling rate", f"{model.sampling_rate} Hz"),
         ("waveform normalisation", "yes" if model.normalize_waveform else "no"),
-        *(_training_rows(state, config, run) if trained else [("origin", state.data or "not recorded")]),
+        *(_training_rows(checkpoint) if trained else [("origin", state.data or "not recorded")]),
     ]
     table = "\n".join(f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows)
     vocabulary = build_objective(config).vocabulary
@@ -40,7 +31,13 @@ def model_card(checkpoint: CheckpointReader, config: Config, run: Path | None) -
     of_pieces = any(PIECE_SPACE in symbol for symbol in vocabulary)
     made = ("fine-tuned" if fine_tuned else "pretrained") if trained else "converted"
     return f"""---
-{header}---
+library_name: transformers
+tags:
+- speech
+- audio
+- wav2vec2
+- w2vscale
+---
 
 # wav2vec 2.0, {made} with w2vscale {__version__}
 
@@ -51,7 +48,7 @@ def model_card(checkpoint: CheckpointReader, config: Config, run: Path | None) -
 {table}
 
 ```python
-{(CTC_EXAMPLE if fine_tuned else ENCODER_EXAMPLE).format(rate=model.sampling_rate, dim=model.dim)}
+{EXAMPLE.format(rate=model.sampling_rate, **(CTC_USE if fine_tuned else ENCODER_USE))}
 ```
 {PIECES if of_pieces else "" if fine_tuned else MORE}"""
 
@@ -64,33 +61,30 @@ CTC_SUMMARY = """A speech recognition model: pretrained on audio by contrastive 
 ([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)), then fine-tuned on transcripts with connectionist temporal
 classification (CTC)."""
 
-ENCODER_EXAMPLE = """# pip install transformers torch soundfile
+EXAMPLE = """# pip install transformers torch soundfile
 import soundfile
 import torch
-from transformers import AutoFeatureExtractor, Wav2Vec2Model
+from transformers import {processor}, {model}
 
 folder = "."  # this folder, or its name on the Hugging Face Hub
-extractor = AutoFeatureExtractor.from_pretrained(folder)
-model = Wav2Vec2Model.from_pretrained(folder).eval()
-waveform, rate = soundfile.read("speech.wav", dtype="float32")  # your audio: mono, {rate} Hz
-inputs = extractor(waveform, sampling_rate=rate, return_tensors="pt")
-with torch.no_grad():
-    hidden = model(**inputs).last_hidden_state
-print(hidden.shape)  # [1, frames, {dim}]"""
-
-CTC_EXAMPLE = """# pip install transformers torch soundfile
-import soundfile
-import torch
-from transformers import AutoProcessor, Wav2Vec2ForCTC
-
-folder = "."  # this folder, or its name on the Hugging Face Hub
-processor = AutoProcessor.from_pretrained(folder)
-model = Wav2Vec2ForCTC.from_pretrained(folder).eval()
+processor = {processor}.from_pretrained(folder)
+model = {model}.from_pretrained(folder).eval()
 waveform, rate = soundfile.read("speech.wav", dtype="float32")  # your audio: mono, {rate} Hz
 inputs = processor(waveform, sampling_rate=rate, return_tensors="pt")
 with torch.no_grad():
-    labels = model(**inputs).logits.argmax(dim=-1)
-print(processor.batch_decode(labels)[0])"""
+    outputs = model(**inputs)
+{result}"""
+
+ENCODER_USE = {
+    "processor": "AutoFeatureExtractor",
+    "model": "Wav2Vec2Model",
+    "result": "print(outputs.last_hidden_state.shape)  # [1, frames, width of the transformer]",
+}
+CTC_USE = {
+    "processor": "AutoProcessor",
+    "model": "Wav2Vec2ForCTC",
+    "result": "print(processor.batch_decode(outputs.logits.argmax(dim=-1))[0])",
+}
 
 MORE = """
 To load the quantizer and the projections as well, use `Wav2Vec2ForPreTraining`.
@@ -101,44 +95,30 @@ The tokenizer converts labels to text, but not text to labels. A label is the id
 """
 
 
-def _training_rows(state: TrainState, config: Config, run: Path | None) -> list[tuple[str, str]]:
-    batch = config.batch
-    seconds = batch.max_seconds * batch.micro_batches
+def _training_rows(checkpoint: CheckpointReader) -> list[tuple[str, str]]:
+    state, config, batch = checkpoint.state, checkpoint.config, checkpoint.config.batch
     names = ", ".join(Path(path).name for path in config.data.train)
     started = config.trainer.init_from
+    audio = f"{batch.max_seconds * batch.micro_batches:,.0f} s"
     return [
         ("training data", f"{names or 'not recorded'}{f' ({state.data})' * bool(state.data)}"),
         ("started from", f"{started.parent.name}/{started.name}" if started else "random weights"),
         ("updates", f"{state.update:,}"),
         ("hours seen", f"{state.audio_seconds / 3600:,.1f}"),
-        (
-            "maximum audio per update",
-            f"{seconds:,.0f} s ({batch.micro_batches} micro-batches of {batch.max_seconds:g} s)",
-        ),
+        ("maximum audio per update", f"{audio} ({batch.micro_batches} micro-batches of {batch.max_seconds:g} s)"),
         ("peak learning rate", f"{config.optim.lr:g}"),
-        *_validation_rows(run, state.update),
+        *_validation_rows(checkpoint.path.parent.parent / "metrics.jsonl", state.update),
     ]
 
 
-def _validation_rows(run: Path | None, update: int) -> list[tuple[str, str]]:
-    """Return table rows with the metrics of the last validation up to `update`."""
-    found = _last_validation(run, update) if run is not None else {}
-    wanted = [
-        "label_error_rate",
-        "contrastive_bits",
-        "accuracy",
-        *(key for key in found if key.startswith("code_perplexity_")),
-    ]
-    return [
-        (f"validation {key.replace('_', ' ')}", f"{found[key]:.4g}") for key in wanted if found.get(key) is not None
-    ]
-
-
-def _last_validation(run: Path, update: int) -> dict[str, Any]:
-    path = run / "metrics.jsonl"
+def _validation_rows(log: Path, update: int) -> list[tuple[str, str]]:
+    """Return table rows with the metrics of the last validation up to `update`, if there is a log of the run."""
     try:
-        records = read_records(path)
+        records = read_records(log) if log.is_file() else []
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{log}: cannot be read: {error.strerror}") from None
     validated = (record for record in reversed(records) if record.get("split") == "validation")
-    return next((record for record in validated if record["update"] <= update), {})
+    found = next((record for record in validated if record["update"] <= update), dict[str, float]())
+    perplexities = [key for key in found if key.startswith("code_perplexity_")]
+    keys = ["label_error_rate", "contrastive_bits", "accuracy", *perplexities]
+    return [(f"validation {key.replace('_', ' ')}", f"{found[key]:.4g}") for key in keys if found.get(key) is not None]

@@ -1,7 +1,7 @@
 """Renaming tensors between libraries, and sorting settings into sections: shared by all formats.
 
-Each library has a table {our name: their name}. An entry names a tensor, or a module whose tensors have the same names
-in both. `{}` is the number of a layer. `[qkv]` stands for three of their tensors, stacked by rows in one of ours.
+An entry of a table {our name: their name} names a tensor, or a module whose tensors have the same names in both. `{}`
+is the number of a layer. `[qkv]` stands for three of their tensors, stacked by rows in one of ours.
 """
 
 from __future__ import annotations
@@ -11,47 +11,91 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
-from w2vscale.config import ModelConfig, RegularizationConfig, Section
+from w2vscale.checkpoint.expected import expected_of
+from w2vscale.config import Config, ModelConfig, ObjectiveConfig, RegularizationConfig
 from w2vscale.errors import UserError
 from w2vscale.objectives.contrastive import ContrastiveSettings
+from w2vscale.optim.canonical import model_shapes
+
+# PyTorch's weight norm calls them so since 2023, and weight_g and weight_v before.
+MAGNITUDE, DIRECTION = "parametrizations.weight.original0", "parametrizations.weight.original1"
+
+# Names in a block of our encoder, in Transformers and in fairseq.
+BLOCK = [
+    ("attention.qkv", "attention.[qkv]_proj", "self_attn.[qkv]_proj"),
+    ("attention.out", "attention.out_proj", "self_attn.out_proj"),
+    ("attention_norm", "layer_norm", "self_attn_layer_norm"),
+    ("feed_forward.intermediate", "feed_forward.intermediate_dense", "fc1"),
+    ("feed_forward.output", "feed_forward.output_dense", "fc2"),
+    ("feed_forward_norm", "final_layer_norm", "final_layer_norm"),
+]
+# Names in our encoder, in Transformers (after "wav2vec2.") and in fairseq. The two libraries have one LayerNorm outside
+# the blocks: before them in post-LN models, after them in pre-LN models.
+ENCODER = [
+    ("mask_embedding", "masked_spec_embed", "mask_emb"),
+    ("feature_encoder.layers.{}", "feature_extractor.conv_layers.{}.conv", "feature_extractor.conv_layers.{}.0"),
+    (
+        "feature_encoder.layers.{}.norm",
+        "feature_extractor.conv_layers.{}.layer_norm",
+        "feature_extractor.conv_layers.{}.2.1",
+    ),
+    ("feature_norm", "feature_projection.layer_norm", "layer_norm"),
+    ("feature_projection", "feature_projection.projection", "post_extract_proj"),
+    ("transformer.positional", "encoder.pos_conv_embed.conv", "encoder.pos_conv.0"),
+    ("transformer.positional.magnitude", f"encoder.pos_conv_embed.conv.{MAGNITUDE}", "encoder.pos_conv.0.weight_g"),
+    ("transformer.positional.direction", f"encoder.pos_conv_embed.conv.{DIRECTION}", "encoder.pos_conv.0.weight_v"),
+    ("transformer.embedding_norm", "encoder.layer_norm", "encoder.layer_norm"),
+    ("transformer.final_norm", "encoder.layer_norm", "encoder.layer_norm"),
+    *(
+        (f"transformer.blocks.{{}}.{ours}", f"encoder.layers.{{}}.{huggingface}", f"encoder.layers.{{}}.{fairseq}")
+        for ours, huggingface, fairseq in BLOCK
+    ),
+]
+HUGGINGFACE = {f"encoder.{ours}": f"wav2vec2.{theirs}" for ours, theirs, _ in ENCODER}
+FAIRSEQ = {f"encoder.{ours}": theirs for ours, _, theirs in ENCODER}
 
 CODEVECTORS = "quantizer.codevectors"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-PRETRAINING: dict[str, type[Section]] = {
-    "model": ModelConfig,
-    "regularization": RegularizationConfig,
-    "objective": ContrastiveSettings,
-}
-"""Sections of the settings of a pretraining model. Setting names are unique across these sections."""
+class Pretraining(BaseModel):
+    """Sections of the settings of a pretraining model. Setting names are unique across these sections."""
 
-Shapes = Mapping[str, tuple[int, ...]]
+    model: ModelConfig
+    regularization: RegularizationConfig
+    objective: ContrastiveSettings
 
 
-def by_section(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Sort the settings of a pretraining model into their sections."""
-    return {
-        section: {key: value for key, value in settings.items() if key in kind.model_fields}
-        for section, kind in PRETRAINING.items()
+KINDS: dict[str, Any] = {section: field.annotation for section, field in Pretraining.model_fields.items()}
+
+
+def pretraining_model(settings: Mapping[str, Any], *, strict: bool = False) -> Config:
+    """Return the `Config` of a pretraining model with these settings; unknown ones are left out.
+
+    Raises pydantic's ValidationError if a value is not valid. `strict`: "48" is not valid for 48.
+    """
+    tree = {
+        section: {key: settings[key] for key in settings if key in KINDS[section].model_fields} for section in KINDS
     }
+    found = Pretraining.model_validate(tree, strict=strict)
+    return Config(**dict(found) | {"objective": ObjectiveConfig(**found.objective.model_dump())})
 
 
-def to_theirs(state: Mapping[str, Tensor], shapes: Shapes, table: Mapping[str, str]) -> dict[str, Tensor]:
-    """Rename our `state_dict`, which has these `shapes`, by `table`. Values and dtypes do not change.
+def to_theirs(state: Mapping[str, Tensor], config: Config, table: Mapping[str, str]) -> dict[str, Tensor]:
+    """Rename our `state_dict` of a model with these settings by `table`. Values and dtypes do not change.
 
     Tensors outside the encoder that are not in `table` are left out.
 
-    Raises:
-        UserError: the names or shapes of `state` are not those in `shapes`.
+    Raises UserError if the names or shapes of `state` do not fit `config`.
     """
+    shapes = model_shapes(expected_of(config, optimizer=False))
     _check_names(state, shapes)
-    for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise UserError(f"tensor {name} has shape {list(state[name].shape)}, but the settings need {list(shape)}")
     theirs: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        _check_shape(name, state[name], shape)
     for name, parts in _names(shapes, table).items():
         # Cloned because safetensors refuses tensors that share memory.
         tensors = [state[name]] if len(parts) == 1 else [part.clone() for part in state[name].chunk(len(parts))]
@@ -61,27 +105,25 @@ def to_theirs(state: Mapping[str, Tensor], shapes: Shapes, table: Mapping[str, s
     return theirs
 
 
-def to_ours(state: Mapping[str, Tensor], shapes: Shapes, table: Mapping[str, str]) -> dict[str, Tensor]:
-    """Convert a `state_dict` with the names in `table` to ours, with these `shapes`, in fp32.
+def to_ours(state: Mapping[str, Tensor], config: Config, table: Mapping[str, str]) -> dict[str, Tensor]:
+    """Convert a `state_dict` with the names in `table` to ours, in fp32.
 
-    Raises:
-        UserError: the names, shapes or dtypes of `state` do not fit.
+    Raises UserError if the names or shapes of `state` do not fit `config`, or a tensor is not dense floating point.
     """
+    shapes = model_shapes(expected_of(config, optimizer=False))
     names = _names(shapes, table)
     _check_names(state, [part for parts in names.values() for part in parts])
     ours: dict[str, Tensor] = {}
     for name, parts in names.items():
         rows, *rest = shapes[name]
-        wanted = [1, rows * rest[0], rest[1]] if name == CODEVECTORS else [rows // len(parts), *rest]
-        for part in parts:
-            tensor = state[part]
+        wanted = (1, rows * rest[0], rest[1]) if name == CODEVECTORS else (rows // len(parts), *rest)
+        tensors = [state[part] for part in parts]
+        for part, tensor in zip(parts, tensors, strict=True):
             if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
                 raise UserError(f"tensor {part} is {tensor.dtype} ({tensor.layout}), not dense floating point")
-            if list(tensor.shape) != wanted:
-                raise UserError(f"tensor {part} has shape {list(tensor.shape)}, but the settings need {wanted}")
-        tensors = [state[part].detach().float() for part in parts]
-        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        ours[name] = whole.reshape(shapes[name]).contiguous()
+            _check_shape(part, tensor, wanted)
+        whole = tensors[0].detach() if len(tensors) == 1 else torch.cat(tensors).detach()
+        ours[name] = whole.float().reshape(shapes[name]).contiguous()
     return ours
 
 
@@ -105,3 +147,8 @@ def _check_names(state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
         if names:
             counted = f"tensor {min(names)} is {what} ({len(names)} {what} in all)"
             raise UserError(f"{counted}: not a wav2vec 2.0 model, or one with other settings")
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise UserError(f"tensor {name} has shape {list(tensor.shape)}, but the settings need {list(shape)}")

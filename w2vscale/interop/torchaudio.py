@@ -23,8 +23,7 @@ PARTS = {
 def to_torchaudio(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
     """Convert our `state_dict` to that of `torchaudio.models.Wav2Vec2Model`: the encoder and the CTC output layer.
 
-    Raises:
-        UserError: torchaudio has no such model, or `state` does not fit `config`.
+    Raises UserError if torchaudio has no such model, or `state` does not fit `config`.
     """
     theirs = {name.removeprefix(PREFIX): tensor for name, tensor in to_huggingface(state, config).items()}
     return {

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from w2vscale.config.tree import OptimConfig
+from w2vscale.config.tree import OptimConfig, ParameterGroupConfig
 from w2vscale.errors import UserError
 
 
-@dataclass(frozen=True)
-class ParameterGroup:
+class ParameterGroup(NamedTuple):
     """Parameters with the same optimizer settings; `lr_scale` multiplies the scheduled learning rate."""
 
     names: list[str]
@@ -23,31 +22,24 @@ class ParameterGroup:
 
 
 def parameter_groups(shapes: Sequence[tuple[str, torch.Size]], config: OptimConfig) -> list[ParameterGroup]:
-    """Sort parameters, given as (name, shape), into groups.
+    """Sort parameters, given as (name, shape), into groups. UserError if a pattern selects no parameter.
 
     A parameter takes its settings from the first entry of `optim.groups` with a matching pattern (`re.search`). Weight
     decay applies only to matrices: parameters with at least two dimensions greater than 1.
-
-    Raises:
-        UserError: a pattern selects no parameter.
     """
+    entries = [*config.groups, ParameterGroupConfig(pattern="")]  # the last one matches every name
+    selecting = set()
     settings: dict[tuple[float, float], list[str]] = {}
-    found = [False] * len(config.groups)
     for name, shape in shapes:
-        lr_scale, weight_decay = 1.0, config.weight_decay
-        for index, group in enumerate(config.groups):
-            if re.search(group.pattern, name):
-                found[index] = True
-                lr_scale = group.lr_scale
-                weight_decay = config.weight_decay if group.weight_decay is None else group.weight_decay
-                break
-        if sum(size > 1 for size in shape) < 2:
-            weight_decay = 0.0
-        settings.setdefault((lr_scale, weight_decay), []).append(name)
-    for index, group in enumerate(config.groups):
-        if not found[index]:
+        index, entry = next(each for each in enumerate(entries) if re.search(each[1].pattern, name))
+        selecting.add(index)
+        weight_decay = config.weight_decay if entry.weight_decay is None else entry.weight_decay
+        is_matrix = sum(size > 1 for size in shape) >= 2
+        settings.setdefault((entry.lr_scale, weight_decay if is_matrix else 0.0), []).append(name)
+    for index, entry in enumerate(config.groups):
+        if index not in selecting:
             raise UserError(
-                f"optim.groups.{index}.pattern={group.pattern!r}: finds no parameter, or only parameters that an "
+                f"optim.groups.{index}.pattern={entry.pattern!r}: finds no parameter, or only parameters that an "
                 f"earlier pattern finds; names look like {shapes[0][0]}"
             )
     return [ParameterGroup(names, *key) for key, names in settings.items()]
@@ -57,20 +49,11 @@ def make_adamw(
     parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig
 ) -> torch.optim.AdamW:
     """Create a fused AdamW (Loshchilov & Hutter 2019). It has no state yet: see `allocate_state`."""
-    return torch.optim.AdamW(
-        [
-            {
-                "params": [parameters[name] for name in group.names],
-                "lr_scale": group.lr_scale,
-                "weight_decay": group.weight_decay,
-            }
-            for group in groups
-        ],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
+    options = [
+        {"params": [parameters[name] for name in names], "lr_scale": lr_scale, "weight_decay": weight_decay}
+        for names, lr_scale, weight_decay in groups
+    ]
+    return torch.optim.AdamW(options, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def allocate_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
@@ -87,13 +70,8 @@ def allocate_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor
 
 
 def state_of(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> Mapping[str, Tensor]:
-    """Return the AdamW state of `parameter`.
-
-    Raises:
-        RuntimeError: `allocate_state` was not called with this tensor object. (`optimizer.state[parameter]` would
-            silently create an empty state.)
-    """
-    if parameter not in optimizer.state:
+    """Return the AdamW state of `parameter`. RuntimeError if `allocate_state` was not called with this very tensor."""
+    if parameter not in optimizer.state:  # `optimizer.state[parameter]` would silently create an empty state
         raise RuntimeError(f"{name}: the optimizer has no state for this parameter")
     return optimizer.state[parameter]
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW state tensors that have the shape of the parameter; `step`, the third, is a scalar."""
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in the shape of the parameter; `step`, the third, is a scalar
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """Shape and dtype of a whole (unsharded) tensor."""
 
     shape: tuple[int, ...]
@@ -31,17 +29,15 @@ def expected_tensors(model: nn.Module, *, optimizer: bool = True) -> dict[str, T
     parameter that requires a gradient. A shared parameter appears once, under its first name.
     """
     parameters = dict(model.named_parameters())
-    buffers = dict(model.named_buffers())
+    unique = parameters | dict(model.named_buffers())
     specs: dict[str, TensorSpec] = {}
     for name in model.state_dict():
-        if name in parameters:
-            shape = tuple(parameters[name].shape)
-            specs[f"model.{name}"] = TensorSpec(shape)
-            if optimizer and parameters[name].requires_grad:
+        if name in unique:
+            shape = tuple(unique[name].shape)
+            specs[f"model.{name}"] = TensorSpec(shape, stored_dtype(unique[name].dtype))
+            if optimizer and name in parameters and parameters[name].requires_grad:
                 specs |= {f"optim.{name}.{key}": TensorSpec(shape) for key in MOMENTS}
                 specs[f"optim.{name}.step"] = TensorSpec(())
-        elif name in buffers:
-            specs[f"model.{name}"] = TensorSpec(tuple(buffers[name].shape), stored_dtype(buffers[name].dtype))
     return specs
 
 
@@ -91,18 +87,16 @@ def differences(found: Specs, expected: Specs) -> Iterator[str]:
 
 def optimizer_problem(found: Specs, expected: Specs) -> str | None:
     """Explain why a run cannot be resumed from the optimizer state in `found`; None if it can."""
-    found = {name: spec for name, spec in found.items() if name.startswith("optim.")}
-    expected = {name: spec for name, spec in expected.items() if name.startswith("optim.")}
+    found, expected = (
+        {name: spec for name, spec in specs.items() if name.startswith("optim.")} for specs in (found, expected)
+    )
     if expected and not found:
         return "it holds no optimizer state"
-    missing = [name for name in expected if name not in found]
-    if missing:
-        parameters = {name.removeprefix("optim.").rpartition(".")[0] for name in missing}
-        return (
-            f"its optimizer state is incomplete ({counted(len(missing), 'tensor')} of "
-            f"{counted(len(parameters), 'parameter')} {'is' if len(missing) == 1 else 'are'} missing, "
-            f"e.g. {missing[0]})"
-        )
+    if missing := [name for name in expected if name not in found]:
+        parameters = {name.rpartition(".")[0] for name in missing}
+        which = f"{counted(len(missing), 'tensor')} of {counted(len(parameters), 'parameter')}"
+        are = "is" if len(missing) == 1 else "are"
+        return f"its optimizer state is incomplete ({which} {are} missing, e.g. {missing[0]})"
     wrong = next(differences(found, expected), None)
     return f"its optimizer state does not fit its model ({wrong})" if wrong else None
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
 
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
+from w2vscale.config.load import keys_beside, nearest
 from w2vscale.errors import UserError
 
 VERSION = "0.19.8"
@@ -39,32 +39,31 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, precision: Precis
 
     A key with the value "auto", at any depth, is dropped: the run sets it, or the DeepSpeed default applies.
 
-    Raises:
-        UserError: the file is missing or invalid, or a key in it is unknown or contradicts a setting.
+    Raises UserError if the file is missing or invalid, or a key in it is unknown or contradicts a setting.
     """
     path = _find(config.deepspeed_config)
     tree = _read(path)
-    _check_zero(tree.get("zero_optimization"), path)
-    stage = tree["zero_optimization"]["stage"]
+    stage = _checked_stage(tree.get("zero_optimization"), path)
     if config.compile and stage == 3:
         raise UserError(
             f"{path}: engine.compile=true: ZeRO-3 gathers parameters inside blocks, which then cannot be compiled; "
             "choose engine.name=fsdp, or zero2"
         )
-    fixed, implied, decided = _fixed(optim, precision), _implied(stage), _decided(config, precision)
+    fixed, decided = _fixed(optim, precision), _decided(config, precision)
+    needed = fixed | _implied(stage)
     for key, value in _leaves(tree):
         given = f"{path}: {key}={json.dumps(value)}"
         top = key.partition(".")[0]
-        if key in fixed or key in implied:
-            needed, source = fixed.get(key) or implied[key]
-            if value != needed or isinstance(value, bool) != isinstance(needed, bool):
-                raise UserError(f"{given} contradicts {source}, which needs {json.dumps(needed)}")
+        if key in needed:
+            wanted, source = needed[key]
+            if value != wanted or isinstance(value, bool) != isinstance(wanted, bool):
+                raise UserError(f"{given} contradicts {source}, which needs {json.dumps(wanted)}")
         elif setting := next((decided[name] for name in decided if f"{key}.".startswith(f"{name}.")), None):
             if not (value is None or value is False or value == {}):
                 raise UserError(f"{given}: decided by {setting}; remove it from this file")
         elif top not in _FREE:
-            near = _nearest(top, [*_FREE, *fixed, *decided])
-            raise UserError(f"{path}: {key}: unknown key, or one that has no effect here{near}")
+            hint = nearest(top, [*_FREE, *fixed, *decided])
+            raise UserError(f"{path}: {key}: unknown key, or one that has no effect here{hint}")
     merged = {key: value for key, value in tree.items() if key in _FREE}
     for key, (value, _) in fixed.items():
         section, _, leaf = key.rpartition(".")
@@ -73,11 +72,7 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, precision: Precis
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """Import the deepspeed package.
-
-    Raises:
-        UserError: it is not installed, or not in the required version.
-    """
+    """Import the deepspeed package. UserError if it is not installed, or not in the required version."""
     try:
         with environment_for(device):
             deepspeed = importlib.import_module("deepspeed")
@@ -117,8 +112,7 @@ def environment_for(device: torch.device) -> Iterator[None]:
 def validate_zero(tree: Mapping[str, Any], path: str) -> None:
     """Let DeepSpeed validate what `deepspeed_config` returned. Call `import_deepspeed` first.
 
-    Raises:
-        UserError: a key is unknown or a value is invalid; the message names it.
+    Raises UserError if a key is unknown or a value is invalid; the message names it.
     """
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -127,87 +121,71 @@ def validate_zero(tree: Mapping[str, Any], path: str) -> None:
         DeepSpeedZeroConfig(**tree["zero_optimization"])
         DeepSpeedConfig(dict(tree))
     except ValidationError as error:
-        section = {"DeepSpeedZeroConfig": "zero_optimization", "CommsLoggerConfig": "comms_logger"}.get(error.title)
-        raise UserError(f"{path}: {_first_problem(error, DeepSpeedZeroConfig, section)}") from None
+        first = error.errors()[0]
+        sections = {"DeepSpeedZeroConfig": ["zero_optimization"], "CommsLoggerConfig": ["comms_logger"]}
+        key = ".".join(map(str, [*sections.get(error.title, []), *first["loc"]]))
+        if first["type"] == "extra_forbidden":
+            zero = error.title == "DeepSpeedZeroConfig"
+            problem = f": unknown key{nearest(key, keys_beside(DeepSpeedZeroConfig, first['loc'])) if zero else ''}"
+        else:
+            given = "" if isinstance(first["input"], BaseModel | dict) else f"={json.dumps(first['input'])}"
+            problem = f"{given}: {first['msg']}"
+        raise UserError(f"{path}: {key}{problem}") from None
     except Exception as error:
         # DeepSpeed reports invalid values by assertions, type errors and its own exceptions.
         raise UserError(f"{path}: refused by DeepSpeed: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
-def _first_problem(error: ValidationError, zero: type[BaseModel], section: str | None) -> str:
-    first = error.errors()[0]
-    loc = [str(part) for part in first["loc"]]
-    key = ".".join([*([section] if section else []), *loc])
-    if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(loc[-1], _siblings(zero, loc)) if section == 'zero_optimization' else ''}"
-    given = "" if isinstance(first["input"], BaseModel | dict) else f"={json.dumps(first['input'])}"
-    return f"{key}{given}: {first['msg']}"
-
-
-def _siblings(model: type[BaseModel], loc: list[str]) -> list[str]:
-    """Return the valid keys next to the key at `loc` in a tree of pydantic models."""
-    for part in loc[:-1]:
-        annotation = model.model_fields[part].annotation
-        model = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
-    return [name for field, info in model.model_fields.items() for name in (info.alias, field) if name]
+_REDUCTION = "this toolkit's fp32 reduction of gradients"
+_ACCUMULATION = "this toolkit's own accumulation (batch.micro_batches)"
+_OPTIMIZER = "optim.* (one fused AdamW on every engine)"
 
 
 def _fixed(optim: OptimConfig, precision: PrecisionConfig) -> dict[str, tuple[Any, str]]:
     """Return the keys that the run sets: for each, the value and the setting that it comes from."""
     max_norm = optim.max_norm
-    bf16 = precision.compute == "bf16"
-    reduction = "this toolkit's fp32 reduction of gradients"
-    accumulation = "this toolkit's own accumulation (batch.micro_batches)"
     return {
         "train_micro_batch_size_per_gpu": (1, "batch.max_seconds (a forward is one sample to DeepSpeed)"),
-        "managed_gradient_accumulation": (False, accumulation),
+        "managed_gradient_accumulation": (False, _ACCUMULATION),
         "gradient_clipping": (max_norm or 0.0, f"optim.max_norm={'null' if max_norm is None else max_norm}"),
-        "bf16.enabled": (bf16, f"precision.compute={precision.compute}"),
-        "communication_data_type": ("fp32", reduction),
-        "data_types.grad_accum_dtype": ("fp32", reduction),
-        "gradient_allreduce_op": ("mean", accumulation),
-        "gradient_predivide_factor": (1.0, accumulation),
-        "prescale_gradients": (False, accumulation),
-        "zero_force_ds_cpu_optimizer": (False, "optim.* (one fused AdamW on every engine)"),
+        "bf16.enabled": (precision.compute == "bf16", f"precision.compute={precision.compute}"),
+        "communication_data_type": ("fp32", _REDUCTION),
+        "data_types.grad_accum_dtype": ("fp32", _REDUCTION),
+        "gradient_allreduce_op": ("mean", _ACCUMULATION),
+        "gradient_predivide_factor": (1.0, _ACCUMULATION),
+        "prescale_gradients": (False, _ACCUMULATION),
+        "zero_force_ds_cpu_optimizer": (False, _OPTIMIZER),
     }
 
 
 def _implied(stage: int) -> dict[str, tuple[Any, str]]:
     """Return the keys that may be omitted, but must have this value if given, and the setting that requires it."""
-    optimizer = "optim.* (one fused AdamW on every engine)"
     keys: dict[str, tuple[Any, str]] = {
-        "optimizer.type": ("AdamW", optimizer),
-        "zero_optimization.compute_grad_norm": (True, "optim.max_norm and the metric grad_norm"),
-        "zero_optimization.ignore_unused_parameters": (True, "regularization.layerdrop"),
-        "zero_optimization.offload_optimizer.ratio": (1.0, optimizer),
-        "zero_optimization.offload_optimizer.super_offload": (False, optimizer),
+        "compute_grad_norm": (True, "optim.max_norm and the metric grad_norm"),
+        "ignore_unused_parameters": (True, "regularization.layerdrop"),
+        "offload_optimizer.ratio": (1.0, _OPTIMIZER),
+        "offload_optimizer.super_offload": (False, _OPTIMIZER),
         # With it, ZeRO orders parameters differently from `import_state`, which would silently load wrong values.
-        "zero_optimization.round_robin_gradients": (False, "how this toolkit moves state in and out of ZeRO"),
-        "zero_optimization.zero_quantized_gradients": (False, "this toolkit's fp32 reduction of gradients"),
-        "zero_optimization.zero_quantized_weights": (False, "precision.compute"),
+        "round_robin_gradients": (False, "how this toolkit moves state in and out of ZeRO"),
+        "zero_quantized_gradients": (False, _REDUCTION),
+        "zero_quantized_weights": (False, "precision.compute"),
     }
     if stage == 1:
-        keys["zero_optimization.overlap_comm"] = (False, "stage 1 with accumulation by batch.micro_batches")
-    return keys
+        keys["overlap_comm"] = (False, "stage 1 with accumulation by batch.micro_batches")
+    return {f"zero_optimization.{key}": needed for key, needed in keys.items()} | {
+        "optimizer.type": ("AdamW", _OPTIMIZER)
+    }
 
 
-def _decided(config: EngineConfig, precision_config: PrecisionConfig) -> dict[str, str]:
+def _decided(config: EngineConfig, precision: PrecisionConfig) -> dict[str, str]:
     """Return the keys and sections that the file must not set, and the setting of the run that replaces each."""
-    precision = f"precision.compute={precision_config.compute}"
-    micro_batches = "batch.micro_batches"
+    types = ("amp", "bf16", "data_types", "fp16", "torch_autocast")
     return {
         "activation_checkpointing": f"engine.activation_checkpointing={config.activation_checkpointing}",
-        "amp": precision,
-        "bf16": precision,
-        "data_types": precision,
-        "elasticity": micro_batches,
-        "fp16": precision,
-        "gradient_accumulation_steps": micro_batches,
-        "optimizer": "optim.*",
         "scheduler": "schedule.kind",
-        "torch_autocast": precision,
-        "train_batch_size": micro_batches,
-        "zero_optimization.zenflow": "optim.*",
+        **dict.fromkeys(("optimizer", "zero_optimization.zenflow"), "optim.*"),
+        **dict.fromkeys(("elasticity", "gradient_accumulation_steps", "train_batch_size"), "batch.micro_batches"),
+        **dict.fromkeys(types, f"precision.compute={precision.compute}"),
     }
 
 
@@ -231,35 +209,23 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected an object with a section zero_optimization, got a {type(tree).__name__}")
-    if "bfloat16" in tree:  # the older name of bf16
-        if "bf16" in tree:
-            raise UserError(f"{path}: bfloat16 and bf16 are the same section")
-        tree["bf16"] = tree.pop("bfloat16")
-    for name in _SWITCHED:
-        if isinstance(tree.get(name), dict) and not tree[name].get("enabled"):
-            del tree[name]
-    return tree
+    if "bfloat16" in tree and "bf16" in tree:
+        raise UserError(f"{path}: bfloat16 and bf16 are the same section")
+    tree = {"bf16" if name == "bfloat16" else name: value for name, value in tree.items()}
+    off = [name for name in _SWITCHED if isinstance(tree.get(name), dict) and not tree[name].get("enabled")]
+    return {name: value for name, value in tree.items() if name not in off}
 
 
 def _without_auto(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object without the keys whose value is "auto".
-
-    Raises:
-        ValueError: a key occurs twice.
-    """
-    tree = dict(pairs)
-    if len(tree) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
-    return {key: value for key, value in tree.items() if value != "auto"}
+    """Build a JSON object without the keys whose value is "auto". A key that occurs twice is a ValueError."""
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{twice[0]} is given twice")
+    return {key: value for key, value in pairs if value != "auto"}
 
 
-def _check_zero(zero: object, path: Path) -> None:
-    """Check the ZeRO stage and the offload devices.
-
-    Raises:
-        UserError: one of them is missing or not supported.
-    """
+def _checked_stage(zero: object, path: Path) -> int:
+    """Return the ZeRO stage, or raise a UserError if it or a device for offloading is missing or not supported."""
     if not isinstance(zero, dict):
         raise UserError(f"{path}: zero_optimization: expected an object with a stage, got {json.dumps(zero)}")
     stage = zero.get("stage")
@@ -267,12 +233,12 @@ def _check_zero(zero: object, path: Path) -> None:
         hint = "; for stage 0 choose engine.name=ddp" if type(stage) is int and stage == 0 else ""
         raise UserError(f"{path}: zero_optimization.stage={json.dumps(stage)}: must be 1, 2 or 3{hint}")
     for name in ("offload_optimizer", "offload_param"):
-        section = zero.get(name)
-        device = section.get("device") if isinstance(section, dict) else None
+        device = zero[name].get("device") if isinstance(zero.get(name), dict) else None
         if device == "nvme":  # importing and exporting state does not reach tensors on disk
             raise UserError(f'{path}: zero_optimization.{name}.device="nvme": not supported here; choose "cpu"')
         if device == "cpu" and name == "offload_param" and stage < 3:
             raise UserError(f'{path}: zero_optimization.{name}.device="cpu": needs stage 3, got {stage}')
+    return stage
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -282,8 +248,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
