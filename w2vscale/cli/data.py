@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from w2vscale.cli.progress import console, counted, progress_bar
+from w2vscale.cli.progress import counted, progress_bar, show
 
 if TYPE_CHECKING:
     from w2vscale.corpora.manifests import PreparedManifest
@@ -32,13 +32,17 @@ Parts = Annotated[
 @prepare_app.command()
 def librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs = 1) -> None:
     """Prepare LibriSpeech: write OUT/cuts_PART.jsonl for each part."""
-    _prepare_librispeech(corpus, output, part, jobs, mini=False)
+    from w2vscale.corpora.librispeech import prepare_librispeech
+
+    _show_written(prepare_librispeech(corpus, output, parts=part, jobs=jobs))
 
 
 @prepare_app.command("mini_librispeech")
 def mini_librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs = 1) -> None:
     """Prepare mini LibriSpeech: train-clean-5 and dev-clean-2."""
-    _prepare_librispeech(corpus, output, part, jobs, mini=True)
+    from w2vscale.corpora.librispeech import prepare_librispeech
+
+    _show_written(prepare_librispeech(corpus, output, parts=part, jobs=jobs, mini=True))
 
 
 @prepare_app.command()
@@ -72,28 +76,16 @@ def folder(
             skip_unreadable=skip_unreadable,
             progress=progress,
         )
-    _print_written(written)
+    _show_written(written)
 
 
-def _prepare_librispeech(corpus: Path, output: Path, parts: list[str] | None, jobs: int, *, mini: bool) -> None:
-    from w2vscale.corpora.librispeech import prepare_librispeech
-
-    _print_written(prepare_librispeech(corpus, output, parts=parts, mini=mini, jobs=jobs))
-
-
-def _print_written(written: list[PreparedManifest]) -> None:
-    for manifest in written:
-        left_out = f", {counted(manifest.unreadable, 'unreadable file')} left out" if manifest.unreadable else ""
-        console.print(
-            f"{manifest.path}: {counted(manifest.utterances, 'utterance')}, {manifest.hours:.2f} hours{left_out}",
-            markup=False,
-        )
-    if written[0].unchanged:
-        console.print(
-            f"headers: {counted(written[0].read, 'audio file')} read, {written[0].unchanged:,} unchanged since an "
-            "earlier call",
-            markup=False,
-        )
+def _show_written(written: list[PreparedManifest]) -> None:
+    for one in written:
+        left_out = f", {counted(one.unreadable, 'unreadable file')} left out" if one.unreadable else ""
+        show(f"{one.path}: {counted(one.utterances, 'utterance')}, {one.hours:.2f} hours{left_out}")
+    read, unchanged = counted(written[0].read, "audio file"), written[0].unchanged
+    if unchanged:
+        show(f"headers: {read} read, {unchanged:,} unchanged since an earlier call")
 
 
 @app.command()
@@ -105,7 +97,7 @@ def index(manifests: Manifests, jobs: Jobs = 1) -> None:
     for manifest in manifests:
         with progress_bar(f"indexing {manifest.name}") as progress:
             count = build_index(manifest, progress, jobs=jobs)
-        console.print(f"{index_path(manifest)}: {counted(count, 'utterance')}", markup=False)
+        show(f"{index_path(manifest)}: {counted(count, 'utterance')}")
 
 
 @app.command()
@@ -125,14 +117,13 @@ def validate(
         with progress_bar(f"validating {manifest.name}") as progress:
             found = validate_manifest(manifest, jobs=jobs, audio=audio, progress=progress)
         for bad in found.first[1:]:
-            console.print(f"{bad.utterance} ({bad.file}): {bad.reason}", markup=False)
+            show(bad)
         if found.bad:
-            first = found.first[0]
             raise UserError(
                 f"{manifest}: {counted(found.bad, 'bad utterance')} of {found.utterances:,}, listed in "
-                f"{found.listing}; the first one: {first.utterance} ({first.file}): {first.reason}"
+                f"{found.listing}; the first one: {found.first[0]}"
             )
-        console.print(f"{manifest}: no problem found in {counted(found.utterances, 'utterance')}", markup=False)
+        show(f"{manifest}: no problem found in {counted(found.utterances, 'utterance')}")
 
 
 @app.command()
@@ -152,16 +143,10 @@ def shar(
             manifest, output, shard_size=shard_size, form=form, seed=seed, jobs=jobs, progress=progress
         )
     for bad in written.bad[:20]:
-        console.print(f"{bad.utterance} ({bad.file}): {bad.reason}", markup=False)
-    left_out = (
-        f", {counted(len(written.bad), 'bad utterance')} left out, listed in {output}/bad_audio.*.jsonl"
-        if written.bad
-        else ""
-    )
-    console.print(
-        f"{output}: {counted(written.shards, 'shard')}, {counted(written.utterances, 'utterance')}{left_out}",
-        markup=False,
-    )
+        show(bad)
+    left_out = f", {counted(len(written.bad), 'bad utterance')} left out, listed in {output}/bad_audio.*.jsonl"
+    total = f"{counted(written.shards, 'shard')}, {counted(written.utterances, 'utterance')}"
+    show(f"{output}: {total}{left_out if written.bad else ''}")
 
 
 @app.command()
@@ -191,7 +176,7 @@ def subset(
         manifest, output, hours=hours, balanced=balanced_speakers, identifiers=identifiers, seed=seed
     )
     build_index(output)
-    console.print(f"{output}: {counted(written.utterances, 'utterance')}, {written.hours:.2f} hours", markup=False)
+    _show_written([written])
 
 
 @app.command()
@@ -205,10 +190,8 @@ def pieces(
     """Train a SentencePiece model for objective.sentencepiece from the transcripts of manifests."""
     from w2vscale.corpora.sentence_pieces import train_pieces
 
-    trained = train_pieces(manifests, output, size=size)
-    console.print(
-        f"{output}: {counted(trained.pieces, 'piece')} from {counted(trained.transcripts, 'transcript')}", markup=False
-    )
+    transcripts = train_pieces(manifests, output, size=size)
+    show(f"{output}: {counted(size, 'piece')} from {counted(transcripts, 'transcript')}")
 
 
 @app.command()

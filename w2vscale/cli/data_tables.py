@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from rich.bar import Bar
 from rich.markup import escape
 from rich.table import Table
@@ -12,76 +13,65 @@ from w2vscale.corpora.stats import CorpusStats
 
 
 def print_stats(stats: CorpusStats, config: Config) -> None:
-    """Print totals, a histogram of durations, and the buckets of the plan."""
+    """Print totals, a histogram of durations, the buckets of the plan, and the shares of a mix."""
+    plan, settings = stats.plan, config.data
     console.print(_totals(stats))
     console.print()
     console.print(_histogram(stats))
     console.print()
-    console.print(_buckets(stats))
+    console.print(_buckets(stats, config.model.sampling_rate))
     if stats.mix:
         console.print()
-        console.print(_mix(stats, config))
+        console.print(_mix(stats, config.mix.by))
     console.print(
-        f"plan: {counted(len(stats.buckets), 'bucket')}, {counted(stats.micro_batches, 'micro-batch')} of at most "
-        f"{config.batch.max_seconds:g} s per epoch, {stats.padding:.2%} padding; utterances cropped to "
-        f"{config.data.max_seconds:g} s, {stats.left_out:,} shorter than {config.data.min_seconds:g} s left out"
+        f"plan: {counted(len(plan.buckets), 'bucket')}, {counted(plan.per_epoch, 'micro-batch')} of at most "
+        f"{config.batch.max_seconds:g} s per epoch, {plan.padding():.2%} padding; utterances cropped to "
+        f"{settings.max_seconds:g} s, {plan.left_out:,} shorter than {settings.min_seconds:g} s left out"
     )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _totals(stats: CorpusStats) -> Table:
     table = Table(box=None, show_header=False)
-    rates = ", ".join(f"{rate} Hz ({count:,})" for rate, count in sorted(stats.sampling_rates.items()))
-    for name, value in (
-        ("utterances", f"{stats.utterances:,}"),
-        ("hours", f"{stats.hours:,.2f}"),
-        ("speakers", f"{stats.speakers:,}"),
-        ("transcribed", f"{stats.transcribed:,}"),
-        ("sampling rates", rates),
-        (
-            "seconds",
-            f"{stats.shortest:.2f} shortest, {stats.median:.2f} median, {stats.mean:.2f} mean, "
-            f"{stats.longest:.2f} longest",
-        ),
-    ):
-        table.add_row(name, value)
+    seconds = stats.durations
+    table.add_row("utterances", f"{seconds.size:,}")
+    table.add_row("hours", f"{seconds.sum() / 3600:,.2f}")
+    table.add_row("speakers", f"{stats.speakers:,}")
+    table.add_row("transcribed", f"{stats.transcribed:,}")
+    rates = sorted(stats.sampling_rates.items())
+    table.add_row("sampling rates", ", ".join(f"{rate} Hz ({count:,})" for rate, count in rates))
+    averages = f"{np.median(seconds):.2f} median, {seconds.mean():.2f} mean"
+    table.add_row("seconds", f"{seconds.min():.2f} shortest, {averages}, {seconds.max():.2f} longest")
     return table
 
 
 def _histogram(stats: CorpusStats) -> Table:
-    table = Table(box=None, header_style="bold")
-    table.add_column("seconds", justify="right")
-    table.add_column("utterances", justify="right")
-    table.add_column("hours", justify="right")
-    table.add_column("")
-    most = max(count for _, _, count, _ in stats.histogram)
-    for start, end, count, hours in stats.histogram:
+    table = _table("seconds", "utterances", "hours", "")
+    rows = stats.histogram()
+    most = max(count for _, _, count, _ in rows)
+    for start, end, count, hours in rows:
         table.add_row(f"{start:.1f} - {end:.1f}", f"{count:,}", f"{hours:,.2f}", Bar(most, 0, count, width=40))
     return table
 
 
-def _buckets(stats: CorpusStats) -> Table:
-    table = Table(box=None, header_style="bold")
-    for column in ("bucket", "up to (s)", "utterances", "per micro-batch"):
-        table.add_column(column, justify="right")
-    shown = list(enumerate(stats.buckets))
+def _buckets(stats: CorpusStats, rate: int) -> Table:
+    table = _table("bucket", "up to (s)", "utterances", "per micro-batch")
+    shown = list(enumerate(stats.plan.buckets))
     for number, bucket in shown if len(shown) <= 12 else shown[:6] + shown[-6:]:
-        table.add_row(
-            str(number),
-            f"{bucket.longest_seconds:.2f}",
-            f"{bucket.utterances:,}",
-            str(bucket.per_micro_batch),
-        )
+        longest = f"{bucket.longest / rate:.2f}"
+        table.add_row(str(number), longest, f"{bucket.count:,}", str(bucket.per_micro_batch))
     return table
 
 
-def _mix(stats: CorpusStats, config: Config) -> Table:
-    table = Table(box=None, header_style="bold")
-    table.add_column(config.mix.by)
-    for column in ("hours", "share of corpus", "share of epoch", "draws per epoch"):
-        table.add_column(column, justify="right")
-    for group in stats.mix:
-        name = escape(group.name)
-        table.add_row(
-            name, f"{group.hours:,.2f}", f"{group.share:.1%}", f"{group.epoch_share:.1%}", f"{group.draws:.2f}"
-        )
+def _mix(stats: CorpusStats, by: str) -> Table:
+    table = _table(by, "hours", "share of corpus", "share of epoch", "draws per epoch")
+    table.columns[0].justify = "left"
+    for name, hours, share, epoch_share, draws in stats.mix:
+        table.add_row(escape(name), f"{hours:,.2f}", f"{share:.1%}", f"{epoch_share:.1%}", f"{draws:.2f}")
     return table

@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # Wide, so that tables in a file or a pipe are not cut to 80 columns.
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
+
+show = partial(console.print, markup=False)
+"""Print a line in which square brackets are text."""
 
 
 def counted(number: int, noun: str) -> str:

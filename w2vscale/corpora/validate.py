@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from w2vscale.config.tree import ModelConfig
 from w2vscale.corpora.index import build_index
-from w2vscale.corpora.parallel import WorkerDied, parallel_map
+from w2vscale.corpora.parallel import Progress, WorkerDied, chunked, no_progress, parallel_map
 from w2vscale.data.audio import AudioError, check_header, read_audio
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
@@ -41,7 +41,7 @@ def listing_path(manifest: Path) -> Path:
 
 
 def validate_manifest(
-    path: Path, *, jobs: int = 4, audio: bool = False, progress: Callable[[int, int], None] | None = None
+    path: Path, *, jobs: int = 4, audio: bool = False, progress: Progress = no_progress
 ) -> Validation:
     """Compare each utterance with the header of its file: existence, format, sampling rate, channels, duration.
 
@@ -49,8 +49,7 @@ def validate_manifest(
     silent. Bad utterances are listed in the order of the manifest, followed by repeated ids. A missing or outdated
     index is built.
 
-    Raises:
-        UserError: the manifest cannot be read, the list cannot be written, or a process died.
+    Raises UserError if the manifest cannot be read, the list cannot be written, or a process died.
     """
     build_index(path, jobs=jobs)
     manifest = Manifest(path)
@@ -68,7 +67,7 @@ def validate_manifest(
             append_records(listing, map(asdict, bad))
 
     size = 16 if audio else 256
-    chunks = [range(start, min(start + size, len(manifest))) for start in range(0, len(manifest), size)]
+    chunks = list(chunked(range(len(manifest)), size))
     jobs = min(jobs, len(chunks))
     identifiers = np.empty(len(manifest), np.int64)
     is_bad = np.zeros(len(manifest), bool)
@@ -80,8 +79,7 @@ def validate_manifest(
                 identifiers[done], is_bad[done] = identifier, bad is not None
                 done += 1
             report([bad for _, bad in found if bad is not None])
-            if progress is not None:
-                progress(done, len(manifest))
+            progress(done, len(manifest))
     except WorkerDied as error:
         last = min(done + 2 * jobs * size, len(manifest)) - 1
         between = f"{_id_of(manifest, done)} and {_id_of(manifest, last)}"
@@ -90,7 +88,7 @@ def validate_manifest(
     return Validation(len(manifest), count, first, listing)
 
 
-def _check(manifest: Manifest, audio: bool, numbers: range) -> list[tuple[int, BadAudio | None]]:
+def _check(manifest: Manifest, audio: bool, numbers: Sequence[int]) -> list[tuple[int, BadAudio | None]]:
     """A hash of the id of each utterance, equal in all forked processes, and what is wrong with the utterance."""
     if audio:
         torch.set_num_threads(1)
@@ -104,12 +102,11 @@ def _check(manifest: Manifest, audio: bool, numbers: range) -> list[tuple[int, B
         bad = None
         try:
             if audio:
-                whole = round(cut.duration * SAMPLING_RATE)
-                read_audio(cut, sampling_rate=SAMPLING_RATE, offset=0, length=whole, normalize=False)
+                read_audio(cut, sampling_rate=SAMPLING_RATE)
             else:
                 check_header(cut)
         except AudioError as error:
-            bad = BadAudio(cut.id, audio_path(cut), error.kind, str(error))
+            bad = BadAudio.of(cut, error)
         found.append((hash(cut.id), bad))
     return found
 
