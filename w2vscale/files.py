@@ -13,8 +13,8 @@ from typing import IO, Any
 
 from w2vscale.errors import UserError
 
+# Bytes per value of the types that safetensors files name.
 BYTES_OF = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Bytes per value of the types that safetensors files name."""
 
 
 @contextmanager

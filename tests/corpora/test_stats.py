@@ -30,6 +30,7 @@ def test_totals_speakers_transcripts_and_rates_of_a_folder(mixed_audio: Path, tm
     found = stats_of([written.path])
     assert (found.durations.size, found.speakers, found.transcribed) == (6, 3, 2)
     assert found.sampling_rates == {8_000: 1, 16_000: 2, 44_100: 2, 48_000: 1}
+    assert (found.median, found.durations.mean()) == pytest.approx((3.25, 3.5), abs=0.01)
     assert sorted(found.durations) == pytest.approx([2.0, 2.5, 3.0, 3.5, 4.0, 6.0], abs=0.01)
 
 

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.bar import Bar
+from rich.markup import escape
+from rich.table import Table
 
-from w2vscale.cli.progress import counted, progress_bar, show
+from w2vscale.cli.progress import console, counted, progress_bar, show
+from w2vscale.errors import UserError
 
 if TYPE_CHECKING:
+    from w2vscale.config import Config
     from w2vscale.corpora.manifests import PreparedManifest
+    from w2vscale.corpora.stats import CorpusStats
 
 app = typer.Typer(no_args_is_help=True, help="Prepare, index and check corpora.")
 prepare_app = typer.Typer(no_args_is_help=True, help="Write Lhotse cut manifests of a corpus.")
@@ -111,7 +117,6 @@ def validate(
     If they disagree, list the bad utterances in CUTS.jsonl.bad_audio and exit with code 2.
     """
     from w2vscale.corpora.validate import validate_manifest
-    from w2vscale.errors import UserError
 
     for manifest in manifests:
         with progress_bar(f"validating {manifest.name}") as progress:
@@ -166,7 +171,6 @@ def subset(
     """Select a subset of a manifest, for example for fine-tuning with little transcribed speech."""
     from w2vscale.corpora.index import build_index
     from w2vscale.corpora.subset import write_subset
-    from w2vscale.errors import UserError
 
     if hours is None and identifiers is None:
         raise UserError("data subset: no subset given; use --hours, --ids or both")
@@ -206,10 +210,64 @@ def stats(
     ] = None,
 ) -> None:
     """Show hours, speakers and durations of a corpus, and the buckets and padding of its plan."""
-    from w2vscale.cli.data_tables import print_stats
     from w2vscale.config import load_config
     from w2vscale.corpora.stats import corpus_stats
     from w2vscale.objectives import build_objective
 
     settings = load_config(config, override or [])
-    print_stats(corpus_stats(manifests, settings, build_objective(settings)), settings)
+    _show_stats(corpus_stats(manifests, settings, build_objective(settings)), settings)
+
+
+def _show_stats(stats: CorpusStats, config: Config) -> None:
+    """Show totals, a histogram of durations, the buckets of the plan, and the shares of a mix."""
+    plan, seconds, rate = stats.plan, stats.durations, config.model.sampling_rate
+    averages = f"{stats.median:.2f} median, {seconds.mean():.2f} mean"
+    totals = {
+        "utterances": f"{seconds.size:,}",
+        "hours": f"{seconds.sum() / 3600:,.2f}",
+        "speakers": f"{stats.speakers:,}",
+        "transcribed": f"{stats.transcribed:,}",
+        "sampling rates": ", ".join(f"{hz} Hz ({count:,})" for hz, count in sorted(stats.sampling_rates.items())),
+        "seconds": f"{seconds.min():.2f} shortest, {averages}, {seconds.max():.2f} longest",
+    }
+    table = Table(box=None, show_header=False)
+    for row in totals.items():
+        table.add_row(*row)
+    console.print(table)
+
+    histogram = stats.histogram()
+    most = max(count for _, _, count, _ in histogram)
+    console.print()
+    table = _table("seconds", "utterances", "hours", "")
+    for start, end, count, hours in histogram:
+        table.add_row(f"{start:.1f} - {end:.1f}", f"{count:,}", f"{hours:,.2f}", Bar(most, 0, count, width=40))
+    console.print(table)
+
+    console.print()
+    table = _table("bucket", "up to (s)", "utterances", "per micro-batch")
+    buckets = list(enumerate(plan.buckets))
+    for number, bucket in buckets if len(buckets) <= 12 else buckets[:6] + buckets[-6:]:
+        longest, size = f"{bucket.longest / rate:.2f}", str(bucket.per_micro_batch)
+        table.add_row(str(number), longest, f"{bucket.count:,}", size)
+    console.print(table)
+
+    if stats.mix:
+        console.print()
+        table = _table(config.mix.by, "hours", "share of corpus", "share of epoch", "draws per epoch")
+        table.columns[0].justify = "left"
+        for name, hours, share, epoch_share, draws in stats.mix:
+            table.add_row(escape(name), f"{hours:,.2f}", f"{share:.1%}", f"{epoch_share:.1%}", f"{draws:.2f}")
+        console.print(table)
+
+    show(
+        f"plan: {counted(len(plan.buckets), 'bucket')}, {counted(plan.per_epoch, 'micro-batch')} of at most "
+        f"{config.batch.max_seconds:g} s per epoch, {plan.padding():.2%} padding; utterances cropped to "
+        f"{config.data.max_seconds:g} s, {plan.left_out:,} shorter than {config.data.min_seconds:g} s left out"
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

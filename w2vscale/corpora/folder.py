@@ -29,8 +29,7 @@ from w2vscale.data.audio import AudioError
 from w2vscale.errors import UserError
 from w2vscale.files import new_file, writing
 
-FILES_PER_CHUNK = 256
-"""Audio files that one process handles at a time."""
+FILES_PER_CHUNK = 256  # audio files that one process handles at a time
 
 
 def prepare_folder(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import zlib
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,8 @@ from w2vscale.errors import UserError
 from w2vscale.files import new_file
 
 MAX_LANGUAGES = 65_535
-RANGE_BYTES = 64 * 2**20
-"""Bytes of a manifest that one process parses at a time."""
-
-PARSED_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("language", "<i8")])
-"""As INDEX_DTYPE, with room for any number of languages."""
+RANGE_BYTES = 64 * 2**20  # of a manifest that one process parses at a time
+PARSED_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("language", "<i8")])  # any number of languages
 
 
 def build_index(manifest: Path, progress: Progress = no_progress, *, jobs: int = 1) -> int:
@@ -35,13 +30,14 @@ def build_index(manifest: Path, progress: Progress = no_progress, *, jobs: int =
     empty, has a line that is not a cut or too many languages, or if the index cannot be written.
     """
     size = check_manifest(manifest)
-    parts, names = _indexed_beginning(manifest, size)
-    checksum, done = (int(parts[0]["duration"][-1]), int(parts[0]["offset"][-1])) if parts else (0, 0)
+    content = np.memmap(manifest, np.uint8, "r", shape=(size,))
+    old = _reusable_index(manifest, content)
+    done, checksum = int(old["offset"][-1]), int(old["duration"][-1])
     progress(done, size)
     if done == size:
-        return int(parts[0].size) - 1
-    parts = [part[:-1] for part in parts]
-    numbers = {name: number for number, name in enumerate(names)}
+        return old.size - 1
+    parts = [old[:-1]]
+    numbers = {name: number for number, name in enumerate(_languages(manifest, parts[0]))}
     step = min(RANGE_BYTES, -(-(size - done) // jobs))
     ranges = [(start, min(start + step, size)) for start in range(done, size, step)]
     try:
@@ -52,10 +48,11 @@ def build_index(manifest: Path, progress: Progress = no_progress, *, jobs: int =
                 raise UserError(f"{manifest}: has more than {MAX_LANGUAGES} languages, the most that an index can hold")
             part["language"] = codes[part["language"]]
             parts.append(part.astype(INDEX_DTYPE))
-            checksum = _checksum(manifest, start, end, checksum)
+            checksum = zlib.crc32(content[start:end].data, checksum)
             progress(end, size)
     except _NotACut as error:
-        number = 1 + sum(block.count(b"\n") for block in _blocks(manifest, 0, error.args[0]))
+        before = np.array_split(content[: error.args[0]], 1 + error.args[0] // 2**20)
+        number = 1 + sum(np.count_nonzero(block == ord("\n")) for block in before)
         raise UserError(
             f"{manifest}: line {number} is not a Lhotse cut of a recording with a duration above zero"
         ) from None
@@ -100,34 +97,23 @@ def _duration_and_language(cut: dict[str, Any]) -> tuple[float, str]:
     return duration, language_of(cut)
 
 
-def _indexed_beginning(manifest: Path, size: int) -> tuple[list[NDArray[np.void]], list[str]]:
-    """The existing index and its language names if it describes the beginning of the manifest, otherwise nothing."""
+def _reusable_index(manifest: Path, content: NDArray[np.uint8]) -> NDArray[np.void]:
+    """The existing index if it describes the beginning of a manifest, otherwise the index of no lines."""
     try:
         index = open_index(manifest)
     except UserError:
-        return [], []
+        return np.zeros(1, INDEX_DTYPE)
     end = int(index["offset"][-1])
+    whole_lines = end == content.size or (0 < end < content.size and content[end - 1] == ord("\n"))
+    same = whole_lines and zlib.crc32(content[:end].data) == index["duration"][-1]
+    return index if same else np.zeros(1, INDEX_DTYPE)
+
+
+def _languages(manifest: Path, records: NDArray[np.void]) -> list[str]:
+    """Language names by number, each from the first line that has it."""
+    names = []
     with manifest.open("rb") as file:
-        if not 0 < end <= size or (end < size and os.pread(file.fileno(), 1, end - 1) != b"\n"):
-            return [], []
-        if _checksum(manifest, 0, end) != index["duration"][-1]:
-            return [], []
-        names = []
-        for number in np.unique(index["language"][:-1], return_index=True)[1]:
-            file.seek(int(index["offset"][number]))
+        for number in np.unique(records["language"], return_index=True)[1]:
+            file.seek(int(records["offset"][number]))
             names.append(language_of(json.loads(file.readline())))
-    return [index], names
-
-
-def _checksum(path: Path, start: int, end: int, value: int = 0) -> int:
-    """CRC-32 of a range of bytes, continued from `value`, the checksum of the bytes before it."""
-    for block in _blocks(path, start, end):
-        value = zlib.crc32(block, value)
-    return value
-
-
-def _blocks(path: Path, start: int, end: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(start)
-        while block := file.read(min(2**20, end - file.tell())):
-            yield block
+    return names

@@ -20,9 +20,7 @@ from w2vscale.errors import UserError
 from w2vscale.files import append_records, read_records, write_text, writing
 
 FORMATS = ("flac", "wav", "opus", "mp3")
-
-OPUS_RATE = 48_000
-"""Sampling rate of Opus files in Hz; Opus supports only a few."""
+OPUS_RATE = 48_000  # Hz; Opus supports only a few rates
 
 
 @dataclass(frozen=True)

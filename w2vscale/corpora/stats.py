@@ -24,27 +24,26 @@ class GroupStats(NamedTuple):
 
     name: str
     hours: float
-    share: float
-    """Fraction of all audio."""
-    epoch_share: float
-    """Fraction of the audio of an epoch."""
-    draws: float
-    """Average number of times that an epoch uses each utterance of the group."""
+    share: float  # of all audio
+    epoch_share: float  # of the audio of an epoch
+    draws: float  # of each utterance of the group in an epoch, on average
 
 
 @dataclass(frozen=True)
 class CorpusStats:
     """Statistics of a corpus, and its plan."""
 
-    durations: NDArray[np.float64]
-    """Of each utterance, in seconds."""
+    durations: NDArray[np.float64]  # of each utterance, in seconds
     speakers: int
-    transcribed: int
-    """Number of utterances with a transcript."""
-    sampling_rates: dict[int, int]
-    """Number of utterances by sampling rate in Hz."""
+    transcribed: int  # utterances with a transcript
+    sampling_rates: dict[int, int]  # number of utterances by sampling rate in Hz
     plan: Plan
     mix: list[GroupStats]
+
+    @property
+    def median(self) -> float:
+        """Median duration in seconds."""
+        return float(np.median(self.durations))
 
     def histogram(self, bins: int = 16) -> list[tuple[float, float, int, float]]:
         """Equally wide ranges of durations: from, to (in seconds), utterances, hours."""
@@ -69,15 +68,8 @@ def corpus_stats(paths: Sequence[Path], config: Config, maker: InputMaker) -> Co
             speakers.update(s["speaker"] for s in supervisions if s.get("speaker"))
             transcribed += any(s.get("text") for s in supervisions)
             rates[int(cut["recording"]["sampling_rate"])] += 1
-    plan = make_plan(
-        corpus,
-        maker,
-        model=config.model,
-        data=config.data,
-        batch=config.batch,
-        seed=config.trainer.seed,
-        mix=config.mix,
-    )
+    model, data, batch, seed = config.model, config.data, config.batch, config.trainer.seed
+    plan = make_plan(corpus, maker, model=model, data=data, batch=batch, seed=seed, mix=config.mix)
     mix = _mix(corpus, plan, config) if config.mix.by != "nothing" else []
     return CorpusStats(corpus.durations, len(speakers), transcribed, dict(rates), plan, mix)
 

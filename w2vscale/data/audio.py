@@ -13,20 +13,11 @@ from lhotse.utils import compute_num_samples
 from w2vscale.data.manifest import audio_path
 from w2vscale.data.resampling import Samples, at_rate
 
-LENGTH_TOLERANCE = 0.02
-"""Allowed difference between decoded audio and its manifest in seconds: resampling and MP3 frames round."""
-
-HEADER_TOLERANCE = 0.025
-"""Allowed difference between the header of a file and its manifest in seconds."""
-
-SEEKABLE_SUFFIXES = {".flac", ".wav"}
-"""Formats in which every decoder seeks to the exact sample."""
-
-BLOCK_SECONDS = 60
-"""Long utterances are read in blocks of this many seconds."""
-
-EPSILON = 1e-7
-"""Added to the variance, as in the feature extractor of Transformers."""
+LENGTH_TOLERANCE = 0.02  # seconds between decoded audio and its manifest: resampling and MP3 frames round
+HEADER_TOLERANCE = 0.025  # seconds between the header of a file and its manifest
+SEEKABLE_SUFFIXES = {".flac", ".wav"}  # formats in which every decoder seeks to the exact sample
+BLOCK_SECONDS = 60  # long utterances are read in blocks of this duration
+EPSILON = 1e-7  # added to the variance, as in the feature extractor of Transformers
 
 
 class AudioError(ValueError):
@@ -53,8 +44,7 @@ def read_audio(
     length = whole if length is None else length
     if length >= whole or (normalize and whole <= BLOCK_SECONDS * sampling_rate):
         audio = _decode(wanted, max(whole, length), source=cut)
-        if audio.min() == audio.max():
-            raise _silent()
+        _refuse_silence(audio.min(), audio.max())
         return standardize(audio)[offset : offset + length] if normalize else audio
     audio = _decode_part(wanted, offset, length, source=cut)
     if normalize or audio.min() == audio.max():  # a pause in a good utterance, or a silent utterance
@@ -64,10 +54,7 @@ def read_audio(
 
 
 def check_header(cut: Cut) -> None:
-    """Compare an utterance with the header of its file, without decoding.
-
-    Raises AudioError if the file is missing, unreadable, or disagrees with the manifest.
-    """
+    """Compare an utterance with the header of its file. Raises AudioError if it is missing, unreadable or different."""
     recording = cut.recording
     if cut.start < 0 or cut.end > recording.duration + 1e-3:
         end = f"ends at {cut.end:.3f} s, after the end of its recording ({recording.duration:.3f} s)"
@@ -102,8 +89,9 @@ def standardize(audio: Samples) -> Samples:
     return standard
 
 
-def _silent() -> AudioError:
-    return AudioError("silent", "is silent: all samples are equal")
+def _refuse_silence(low: float, high: float) -> None:
+    if low == high:
+        raise AudioError("silent", "is silent: all samples are equal")
 
 
 def _mean_and_deviation(cut: Cut, samples: int, *, source: Cut) -> tuple[float, float]:
@@ -115,8 +103,7 @@ def _mean_and_deviation(cut: Cut, samples: int, *, source: Cut) -> tuple[float, 
         total += float(block.sum(dtype=np.float64))
         squares += float(np.square(block, dtype=np.float64).sum())
         low, high = min(low, block.min()), max(high, block.max())
-    if low == high:
-        raise _silent()
+    _refuse_silence(low, high)
     mean = total / samples
     return mean, np.sqrt(max(squares / samples - mean**2, 0.0) + EPSILON)
 

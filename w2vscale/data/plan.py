@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,7 @@ from numpy.typing import NDArray
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.errors import UserError
 
-MICRO_BATCHES_PER_BUCKET = 4
-"""Minimum number of micro-batches per bucket, so that even in a small corpus micro-batches change between epochs."""
+MICRO_BATCHES_PER_BUCKET = 4  # at least, so that even in a small corpus micro-batches change between epochs
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,11 @@ class Bucket:
         return -(-self.count // self.per_micro_batch)
 
 
-@dataclass(frozen=True)
-class Mix:
-    """How often an epoch draws the utterances of each group.
+class Mix(NamedTuple):
+    """How often an epoch draws the utterances of each group."""
 
-    `group` is the group of each utterance, `rate` the mean number of draws per utterance and epoch of each group.
-    """
-
-    group: NDArray[np.integer]
-    rate: NDArray[np.float64]
+    group: NDArray[np.integer]  # of each utterance
+    rate: NDArray[np.float64]  # mean number of draws per utterance and epoch, of each group
 
 
 class _MixedDraws:
@@ -74,8 +70,7 @@ class _MixedDraws:
         index = np.arange(owner.size) - np.repeat(np.cumsum(self._draws) - self._draws, self._draws)
         longest = lengths[self._first[owner] + index * self._utterances[owner] // self._draws[owner]]
         order = np.argsort(-longest, kind="stable")
-        self.longest = longest[order]
-        """Length in samples of the longest utterance that each draw takes in any epoch, descending."""
+        self.longest = longest[order]  # samples of the longest utterance that each draw takes in any epoch, descending
         self._owner = owner[order]
         self._index = index[order].astype(np.int32)
 

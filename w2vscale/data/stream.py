@@ -7,6 +7,7 @@ DynamicBucketingSampler forms micro-batches. The stream is endless, so all ranks
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +31,8 @@ from w2vscale.data.randomness import Stream, derived_seed, generator
 from w2vscale.errors import UserError
 from w2vscale.models.lengths import input_samples
 
-UTTERANCES_PER_BUCKET = 50
-"""Utterances in the buffer of a loader process per duration bucket; with fewer, buckets would rarely fill a batch."""
-
-EMPTY_PASSES = 10
-"""Give up after this many passes without a usable utterance."""
+UTTERANCES_PER_BUCKET = 50  # in the buffer of a loader process; with fewer, buckets would rarely fill a batch
+EMPTY_PASSES = 10  # give up after this many passes without a usable utterance
 
 
 class Shard(NamedTuple):
@@ -47,8 +45,7 @@ class Shard(NamedTuple):
 class StreamedMicroBatches:
     """An endless stream of micro-batches of the shards in `data.train`.
 
-    Raises UserError if a folder holds no shards, no shard holds a cut that is long enough, or the objective does not
-    support cropped utterances.
+    Raises UserError if no shard holds a cut that is long enough, or the objective does not support cropped utterances.
     """
 
     utterances = micro_batches = None  # unknown without reading all shards
@@ -86,7 +83,7 @@ class StreamedMicroBatches:
 
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """The utterances depend on rank, world size and the update resumed from."""
-        dataset = _Readers(self, updates.start, micro_batches=micro_batches, rank=rank, world_size=world_size)
+        dataset = _Readers(self, updates.start, micro_batches, rank, world_size)
         per_rank = micro_batches // world_size
         loader = DataLoader(dataset, **loader_settings(self.data, per_rank=per_rank))
         return gather_windows(loader, updates, per_rank=per_rank)
@@ -121,17 +118,15 @@ class StreamedMicroBatches:
         return bounds.tolist()
 
 
+@dataclass(eq=False)
 class _Readers(IterableDataset[MicroBatch]):
     """The part of the stream for one rank; each loader process has its own `Reader`."""
 
-    def __init__(
-        self, source: StreamedMicroBatches, start: int, *, micro_batches: int, rank: int, world_size: int
-    ) -> None:
-        self.source = source
-        self.start = start
-        self.total = micro_batches
-        self.rank = rank
-        self.world_size = world_size
+    source: StreamedMicroBatches
+    start: int
+    micro_batches: int
+    rank: int
+    world_size: int
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yield every n-th micro-batch of this rank, where n is the number of loader processes.
@@ -141,26 +136,25 @@ class _Readers(IterableDataset[MicroBatch]):
         worker = get_worker_info()
         here, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         reader = Reader(self.source, self.start, place=self.rank * workers + here, readers=self.world_size * workers)
-        per_rank = self.total // self.world_size
+        per_rank = self.micro_batches // self.world_size
         for position, crops in zip(count(here, workers), reader.micro_batches(), strict=False):
             update, step = self.start + position // per_rank, position % per_rank
-            number = update * self.total + step * self.world_size + self.rank
+            number = update * self.micro_batches + step * self.world_size + self.rank
             yield self.source.assemble(number, crops)
 
 
+@dataclass(eq=False)
 class Reader:
     """Reader `place` of all `readers`. Iterating over it yields the utterances of its shards, without end.
 
     Its randomness is a function of (seed, update that the run started or resumed at, place).
     """
 
-    def __init__(self, source: StreamedMicroBatches, start: int, *, place: int, readers: int) -> None:
-        self.source = source
-        self.start = start
-        self.place = place
-        self.readers = readers
-        self.lost: list[BadAudio] = []
-        """Utterances since the last micro-batch that could not be read from their shards."""
+    source: StreamedMicroBatches
+    start: int
+    place: int
+    readers: int
+    lost: list[BadAudio] = field(default_factory=list)  # unreadable utterances since the last micro-batch
 
     def __iter__(self) -> Iterator[Cut]:
         return self.utterances()
@@ -210,9 +204,8 @@ class Reader:
                     empty = 0
                     yield cropped
             if empty == EMPTY_PASSES and self.lost:
-                raise UserError(
-                    f"{self.lost[-1].file}: {self.lost[-1].reason}; this loader process could read none of its shards"
-                )
+                lost = self.lost[-1]
+                raise UserError(f"{lost.file}: {lost.reason}; this loader process could read none of its shards")
             if empty == EMPTY_PASSES:
                 raise UserError(
                     f"loader process {self.place} of {self.readers} finds no utterance of data.min_seconds="
@@ -222,10 +215,7 @@ class Reader:
 
 
 def find_shards(folder: Path) -> list[Shard]:
-    """Find the shards of a folder, in order of their numbers.
-
-    Raises UserError if the folder does not exist, holds no shards, or lacks the audio of one.
-    """
+    """The shards of a folder by number. Raises UserError if it does not exist, has none, or lacks the audio of one."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of shards; make one with: w2vscale data shar CUTS.jsonl {folder}")
     manifests = sorted(folder.glob("cuts.*.jsonl*"))
