@@ -58,10 +58,7 @@ def prepare_folder(
         raise UserError(f"--validation-share {validation_share}: must be at least 0 and below 1")
     if segment_seconds is not None and not segment_seconds > 0:
         raise UserError(f"--segment-seconds {segment_seconds}: must be above 0")
-    files = list(audio_files(audio))
-    if not files:
-        raise UserError(f"{audio}: no audio files (looked for {', '.join(sorted(AUDIO_SUFFIXES))})")
-    _refuse_duplicates(files, audio)
+    files = _find_files(audio)
     paths = [output / f"cuts_{name}.jsonl" for name in ("train", "validation")][: 2 if validation_share else 1]
     with writing(paths[0]):
         output.mkdir(parents=True, exist_ok=True)
@@ -96,12 +93,16 @@ def prepare_folder(
     ]
 
 
-def _refuse_duplicates(files: Sequence[str], folder: Path) -> None:
-    seen: dict[str, str] = {}
-    for file in files:
-        other = seen.setdefault(identifier_of(file), file)
+def _find_files(folder: Path) -> list[str]:
+    """The audio files below a folder, which have different ids."""
+    files: dict[str, str] = {}
+    for file in audio_files(folder):
+        other = files.setdefault(identifier_of(file), file)
         if other is not file:
             raise UserError(f"{folder / file}: has the same id as {folder / other}; rename one of them")
+    if not files:
+        raise UserError(f"{folder}: no audio files (looked for {', '.join(sorted(AUDIO_SUFFIXES))})")
+    return list(files.values())
 
 
 def _read_headers(
