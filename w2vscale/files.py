@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,17 +13,13 @@ from typing import IO, Any
 
 from w2vscale.errors import UserError
 
+# Bytes per value of the types that safetensors files name.
 BYTES_OF = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Bytes per value of the types that safetensors files name."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Report a failure to write as one line that names `path`.
-
-    Raises:
-        UserError: for any OSError in the block.
-    """
+    """Turn any OSError in the block into a UserError: one line that names `path`."""
     try:
         yield
     except OSError as error:
@@ -33,10 +30,8 @@ def writing(path: Path) -> Iterator[None]:
 def new_file(path: Path, mode: str = "w", *, durable: bool = False) -> Iterator[IO[Any]]:
     """Open a file that appears at `path` when the block ends without an error, and replaces one that is there.
 
-    Makes the folders above it. `durable`: its content is on disk before it gets its name.
-
-    Raises:
-        UserError: it cannot be written.
+    Makes the folders above it. `durable`: its content is on disk before it gets its name. Raises UserError if it
+    cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -71,8 +66,7 @@ def sync_folder(path: Path) -> None:
 def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Append JSON objects to a log, one per line. A line that an earlier process left incomplete is ended first.
 
-    Raises:
-        UserError: it cannot be written.
+    Raises UserError if it cannot be written.
     """
     with writing(path), path.open("a+b") as log:
         if log.tell():
@@ -85,8 +79,7 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a log. Lines that are incomplete because a process was killed are skipped.
 
-    Raises:
-        OSError: the file cannot be read.
+    Raises OSError if the file cannot be read.
     """
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -103,9 +96,7 @@ def safetensors_header(
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, (dtype, shape) in tensors.items():
-        size = BYTES_OF[dtype]
-        for length in shape:
-            size *= length
+        size = BYTES_OF[dtype] * math.prod(shape)
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from w2vscale.data import plan as plan_module
-from w2vscale.data.plan import Bucket, Plan, PlannedMicroBatch, rank_window, window_numbers
+from w2vscale.data.plan import Bucket, Plan, PlannedMicroBatch, rank_window
 from w2vscale.errors import UserError
 
 MAX_SAMPLES = 100
@@ -228,12 +228,6 @@ class TestRanks:
         pairs = [rank_window(plan, 5, micro_batches=12, rank=r, world_size=2) for r in (0, 1)]
         assert alone == [number for pair in zip(*pairs, strict=True) for number in pair]
 
-    def test_window_numbers_lists_the_windows_of_its_updates(self) -> None:
-        plan = make_plan(varied())
-        arguments = {"micro_batches": 6, "rank": 1, "world_size": 3}
-        expected = [number for update in (4, 5, 6) for number in rank_window(plan, update, **arguments)]
-        assert list(window_numbers(plan, updates=range(4, 7), **arguments)) == expected
-
     def test_one_micro_batch_an_update_is_its_own_window(self) -> None:
         assert rank_window(make_plan(varied()), 7, micro_batches=1, rank=0, world_size=1) == [7]
 
@@ -261,8 +255,8 @@ class TestSeeking:
         plan = make_plan(varied())
         for number in range(0, 200 * plan.per_epoch, 7):
             plan.micro_batch(number)
-        assert plan._epoch_order.cache_info().currsize <= 2
-        assert plan._bucket_order.cache_info().currsize <= 2 * len(plan.buckets)
+        # At most two orders of the epoch and of each bucket.
+        assert plan._order.cache_info().currsize <= 2 * (1 + len(plan.buckets))
 
 
 class TestPurity:

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.bar import Bar
 
-from w2vscale.cli.progress import console, counted, progress_bar
+from w2vscale.cli.progress import console, counted, print_table, progress_bar
+from w2vscale.errors import UserError
 
 if TYPE_CHECKING:
+    from w2vscale.config import Config
     from w2vscale.corpora.manifests import PreparedManifest
+    from w2vscale.corpora.stats import CorpusStats
 
 app = typer.Typer(no_args_is_help=True, help="Prepare, index and check corpora.")
 prepare_app = typer.Typer(no_args_is_help=True, help="Write Lhotse cut manifests of a corpus.")
@@ -32,13 +36,17 @@ Parts = Annotated[
 @prepare_app.command()
 def librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs = 1) -> None:
     """Prepare LibriSpeech: write OUT/cuts_PART.jsonl for each part."""
-    _prepare_librispeech(corpus, output, part, jobs, mini=False)
+    from w2vscale.corpora.librispeech import prepare_librispeech
+
+    _show_written(prepare_librispeech(corpus, output, parts=part, jobs=jobs))
 
 
 @prepare_app.command("mini_librispeech")
 def mini_librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs = 1) -> None:
     """Prepare mini LibriSpeech: train-clean-5 and dev-clean-2."""
-    _prepare_librispeech(corpus, output, part, jobs, mini=True)
+    from w2vscale.corpora.librispeech import prepare_librispeech
+
+    _show_written(prepare_librispeech(corpus, output, parts=part, jobs=jobs, mini=True))
 
 
 @prepare_app.command()
@@ -72,28 +80,16 @@ def folder(
             skip_unreadable=skip_unreadable,
             progress=progress,
         )
-    _print_written(written)
+    _show_written(written)
 
 
-def _prepare_librispeech(corpus: Path, output: Path, parts: list[str] | None, jobs: int, *, mini: bool) -> None:
-    from w2vscale.corpora.librispeech import prepare_librispeech
-
-    _print_written(prepare_librispeech(corpus, output, parts=parts, mini=mini, jobs=jobs))
-
-
-def _print_written(written: list[PreparedManifest]) -> None:
-    for manifest in written:
-        left_out = f", {counted(manifest.unreadable, 'unreadable file')} left out" if manifest.unreadable else ""
-        console.print(
-            f"{manifest.path}: {counted(manifest.utterances, 'utterance')}, {manifest.hours:.2f} hours{left_out}",
-            markup=False,
-        )
-    if written[0].unchanged:
-        console.print(
-            f"headers: {counted(written[0].read, 'audio file')} read, {written[0].unchanged:,} unchanged since an "
-            "earlier call",
-            markup=False,
-        )
+def _show_written(written: list[PreparedManifest]) -> None:
+    for one in written:
+        left_out = f", {counted(one.unreadable, 'unreadable file')} left out" if one.unreadable else ""
+        console.print(f"{one.path}: {counted(one.utterances, 'utterance')}, {one.hours:.2f} hours{left_out}")
+    read, unchanged = counted(written[0].read, "audio file"), written[0].unchanged
+    if unchanged:
+        console.print(f"headers: {read} read, {unchanged:,} unchanged since an earlier call")
 
 
 @app.command()
@@ -105,7 +101,7 @@ def index(manifests: Manifests, jobs: Jobs = 1) -> None:
     for manifest in manifests:
         with progress_bar(f"indexing {manifest.name}") as progress:
             count = build_index(manifest, progress, jobs=jobs)
-        console.print(f"{index_path(manifest)}: {counted(count, 'utterance')}", markup=False)
+        console.print(f"{index_path(manifest)}: {counted(count, 'utterance')}")
 
 
 @app.command()
@@ -119,20 +115,18 @@ def validate(
     If they disagree, list the bad utterances in CUTS.jsonl.bad_audio and exit with code 2.
     """
     from w2vscale.corpora.validate import validate_manifest
-    from w2vscale.errors import UserError
 
     for manifest in manifests:
         with progress_bar(f"validating {manifest.name}") as progress:
             found = validate_manifest(manifest, jobs=jobs, audio=audio, progress=progress)
         for bad in found.first[1:]:
-            console.print(f"{bad.utterance} ({bad.file}): {bad.reason}", markup=False)
+            console.print(bad)
         if found.bad:
-            first = found.first[0]
             raise UserError(
                 f"{manifest}: {counted(found.bad, 'bad utterance')} of {found.utterances:,}, listed in "
-                f"{found.listing}; the first one: {first.utterance} ({first.file}): {first.reason}"
+                f"{found.listing}; the first one: {found.first[0]}"
             )
-        console.print(f"{manifest}: no problem found in {counted(found.utterances, 'utterance')}", markup=False)
+        console.print(f"{manifest}: no problem found in {counted(found.utterances, 'utterance')}")
 
 
 @app.command()
@@ -152,16 +146,10 @@ def shar(
             manifest, output, shard_size=shard_size, form=form, seed=seed, jobs=jobs, progress=progress
         )
     for bad in written.bad[:20]:
-        console.print(f"{bad.utterance} ({bad.file}): {bad.reason}", markup=False)
-    left_out = (
-        f", {counted(len(written.bad), 'bad utterance')} left out, listed in {output}/bad_audio.*.jsonl"
-        if written.bad
-        else ""
-    )
-    console.print(
-        f"{output}: {counted(written.shards, 'shard')}, {counted(written.utterances, 'utterance')}{left_out}",
-        markup=False,
-    )
+        console.print(bad)
+    left_out = f", {counted(len(written.bad), 'bad utterance')} left out, listed in {output}/bad_audio.*.jsonl"
+    total = f"{counted(written.shards, 'shard')}, {counted(written.utterances, 'utterance')}"
+    console.print(f"{output}: {total}{left_out if written.bad else ''}")
 
 
 @app.command()
@@ -181,7 +169,6 @@ def subset(
     """Select a subset of a manifest, for example for fine-tuning with little transcribed speech."""
     from w2vscale.corpora.index import build_index
     from w2vscale.corpora.subset import write_subset
-    from w2vscale.errors import UserError
 
     if hours is None and identifiers is None:
         raise UserError("data subset: no subset given; use --hours, --ids or both")
@@ -191,7 +178,7 @@ def subset(
         manifest, output, hours=hours, balanced=balanced_speakers, identifiers=identifiers, seed=seed
     )
     build_index(output)
-    console.print(f"{output}: {counted(written.utterances, 'utterance')}, {written.hours:.2f} hours", markup=False)
+    _show_written([written])
 
 
 @app.command()
@@ -205,10 +192,8 @@ def pieces(
     """Train a SentencePiece model for objective.sentencepiece from the transcripts of manifests."""
     from w2vscale.corpora.sentence_pieces import train_pieces
 
-    trained = train_pieces(manifests, output, size=size)
-    console.print(
-        f"{output}: {counted(trained.pieces, 'piece')} from {counted(trained.transcripts, 'transcript')}", markup=False
-    )
+    transcripts = train_pieces(manifests, output, size=size)
+    console.print(f"{output}: {counted(size, 'piece')} from {counted(transcripts, 'transcript')}")
 
 
 @app.command()
@@ -223,10 +208,61 @@ def stats(
     ] = None,
 ) -> None:
     """Show hours, speakers and durations of a corpus, and the buckets and padding of its plan."""
-    from w2vscale.cli.data_tables import print_stats
     from w2vscale.config import load_config
     from w2vscale.corpora.stats import corpus_stats
     from w2vscale.objectives import build_objective
 
     settings = load_config(config, override or [])
-    print_stats(corpus_stats(manifests, settings, build_objective(settings)), settings)
+    _show_stats(corpus_stats(manifests, settings, build_objective(settings)), settings)
+
+
+def _show_stats(stats: CorpusStats, config: Config) -> None:
+    """Show totals, a histogram of durations, the buckets of the plan, and the shares of a mix."""
+    plan, seconds, rate = stats.plan, stats.durations, config.model.sampling_rate
+    averages = f"{stats.median:.2f} median, {seconds.mean():.2f} mean"
+    totals = {
+        "utterances": f"{seconds.size:,}",
+        "hours": f"{seconds.sum() / 3600:,.2f}",
+        "speakers": f"{stats.speakers:,}",
+        "transcribed": f"{stats.transcribed:,}",
+        "sampling rates": ", ".join(f"{hz} Hz ({count:,})" for hz, count in sorted(stats.sampling_rates.items())),
+        "seconds": f"{seconds.min():.2f} shortest, {averages}, {seconds.max():.2f} longest",
+    }
+    print_table(("", ""), totals.items(), right=False)
+
+    histogram = stats.histogram()
+    most = max(count for _, _, count, _ in histogram)
+    console.print()
+    print_table(
+        ("seconds", "utterances", "hours", ""),
+        (
+            (f"{start:.1f} - {end:.1f}", f"{count:,}", f"{hours:,.2f}", Bar(most, 0, count, width=40))
+            for start, end, count, hours in histogram
+        ),
+    )
+
+    console.print()
+    buckets = list(enumerate(plan.buckets))
+    print_table(
+        ("bucket", "up to (s)", "utterances", "per micro-batch"),
+        (
+            (str(number), f"{bucket.longest / rate:.2f}", f"{bucket.count:,}", str(bucket.per_micro_batch))
+            for number, bucket in (buckets if len(buckets) <= 12 else buckets[:6] + buckets[-6:])
+        ),
+    )
+
+    if stats.mix:
+        console.print()
+        print_table(
+            (config.mix.by, "hours", "share of corpus", "share of epoch", "draws per epoch"),
+            (
+                (name, f"{hours:,.2f}", f"{share:.1%}", f"{epoch_share:.1%}", f"{draws:.2f}")
+                for name, hours, share, epoch_share, draws in stats.mix
+            ),
+        )
+
+    console.print(
+        f"plan: {counted(len(plan.buckets), 'bucket')}, {counted(plan.per_epoch, 'micro-batch')} of at most "
+        f"{config.batch.max_seconds:g} s per epoch, {plan.padding():.2%} padding; utterances cropped to "
+        f"{config.data.max_seconds:g} s, {plan.left_out:,} shorter than {config.data.min_seconds:g} s left out"
+    )

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -15,7 +15,7 @@ console = Console(soft_wrap=True, highlight=False, markup=False, width=None if s
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, right: bool = True
+    columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, title: str | None = None, right: bool = True
 ) -> None:
     """Print a table. The first column is aligned to the left and the others to the right, if `right`."""
     table = Table(title=title, title_justify="left", box=None, header_style="bold", show_header=any(columns))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,22 @@ from typing import Any
 import numpy as np
 from lhotse.serialization import deserialize_item
 
-from w2vscale.corpora.audio_files import AUDIO_SUFFIXES, audio_files, cut_of_file, existing_folder, identifier_of
 from w2vscale.corpora.header_cache import Header, HeaderCache
-from w2vscale.corpora.manifests import PreparedManifest, line_of
-from w2vscale.corpora.parallel import parallel_map
+from w2vscale.corpora.manifests import (
+    AUDIO_SUFFIXES,
+    PreparedManifest,
+    audio_files,
+    cut_of_file,
+    existing_folder,
+    identifier_of,
+    line_of,
+)
+from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_map
 from w2vscale.data.audio import AudioError
 from w2vscale.errors import UserError
 from w2vscale.files import new_file, writing
 
-FILES_PER_CHUNK = 256
-"""Audio files that one process handles at a time."""
+FILES_PER_CHUNK = 256  # audio files that one process handles at a time
 
 
 def prepare_folder(
@@ -35,37 +40,27 @@ def prepare_folder(
     segment_seconds: float | None = None,
     validation_share: float = 0.0,
     skip_unreadable: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> list[PreparedManifest]:
     """Write `cuts_train.jsonl`, and `cuts_validation.jsonl` if wanted, for all audio files below a folder.
 
-    The folder of a file is its speaker; a .txt file of the same name beside it is its transcript. The headers of the
-    files are kept in `headers.sqlite`, so that a later call, or one after a kill, reads only files that are new,
-    unreadable, or have another size or modification time. The manifests do not depend on the cache or on `jobs`.
+    The folder of a file is its speaker; a .txt file of the same name beside it is its transcript. `segment_seconds`
+    splits longer recordings. `validation_share` is a fraction of the recordings, chosen by a hash of their names.
+    The headers of the files are kept in `headers.sqlite`, so that a later call, or one after a kill, reads only files
+    that are new, unreadable, or have another size or modification time. The manifests do not depend on this cache or
+    on `jobs`. Each file has two steps in `progress`: its header and its cut.
 
-    Args:
-        audio: The folder.
-        output: Where the manifests are written.
-        jobs: Parallel processes.
-        segment_seconds: Split longer recordings into segments of this duration.
-        validation_share: Fraction of the recordings for the validation manifest, chosen by a hash of their names.
-        skip_unreadable: Leave out files that are not readable as audio.
-        progress: Called with (steps done, total steps). Each file has two steps: its header and its cut.
-
-    Raises:
-        UserError: no audio; an unreadable file (unless `skip_unreadable`); two files with the same id; the output
-            cannot be written.
+    Raises UserError if there is no audio, a file is unreadable (unless `skip_unreadable`), two files have the same id,
+    or the output cannot be written.
     """
     audio = existing_folder(audio)
     if not 0.0 <= validation_share < 1.0:
         raise UserError(f"--validation-share {validation_share}: must be at least 0 and below 1")
     if segment_seconds is not None and not segment_seconds > 0:
         raise UserError(f"--segment-seconds {segment_seconds}: must be above 0")
-    files = list(audio_files(audio))
-    if not files:
-        raise UserError(f"{audio}: no audio files (looked for {', '.join(sorted(AUDIO_SUFFIXES))})")
-    _refuse_duplicates(files, audio)
-    with writing(output / "cuts_train.jsonl"):
+    files = _find_files(audio)
+    paths = [output / f"cuts_{name}.jsonl" for name in ("train", "validation")][: 2 if validation_share else 1]
+    with writing(paths[0]):
         output.mkdir(parents=True, exist_ok=True)
     with closing(HeaderCache(output / "headers.sqlite", audio)) as cache:
         read, unreadable = _read_headers(files, audio, cache, jobs=jobs, progress=progress)
@@ -76,59 +71,56 @@ def prepare_folder(
             advice = "no readable file is left" if skip_unreadable else "leave such files out with --skip-unreadable"
             raise UserError(f"{next(iter(unreadable.values()))}{others}; {advice}")
         limit = _validation_limit(readable, validation_share)
-        headers = ([header for file in chunk if (header := cache.get(file))] for chunk in _chunks(readable))
-        found = parallel_map(partial(_lines_of, audio, limit, segment_seconds), headers, jobs=jobs, source=audio)
-        names = ("train", "validation") if validation_share else ("train",)
+        chunks = list(chunked(readable, FILES_PER_CHUNK))
+        headers = ([header for file in chunk if (header := cache.get(file))] for chunk in chunks)
+        found = parallel_map(partial(_cuts_of, audio, limit, segment_seconds), headers, jobs=jobs, source=audio)
+        done, counts, seconds = len(files) + len(unreadable), [0, 0], [0.0, 0.0]
+        for path in paths:
+            for stale in output.glob(f".{path.name}.*.partial"):  # of a killed call: the cache is locked
+                stale.unlink()
+        with ExitStack() as stack:
+            manifests = [stack.enter_context(new_file(path)) for path in paths]
+            for chunk, cuts in zip(chunks, found, strict=True):
+                for which, line, duration in cuts:
+                    manifests[which].write(line)
+                    counts[which] += 1
+                    seconds[which] += duration
+                done += len(chunk)
+                progress(done, 2 * len(files))
+    return [
+        PreparedManifest(path, count, total / 3600, len(unreadable), read, len(files) - read)
+        for path, count, total in zip(paths, counts, seconds, strict=False)
+    ]
 
-        def report(chunks: int) -> None:
-            if progress is not None:
-                progress(2 * len(files) - max(len(readable) - chunks * FILES_PER_CHUNK, 0), 2 * len(files))
 
-        written = _write_manifests([output / f"cuts_{name}.jsonl" for name in names], found, report)
-    return [replace(one, unreadable=len(unreadable), read=read, unchanged=len(files) - read) for one in written]
-
-
-@dataclass(frozen=True)
-class _Lines:
-    """Some lines of a manifest."""
-
-    text: str
-    utterances: int
-    hours: float
-
-
-def _refuse_duplicates(files: Sequence[str], folder: Path) -> None:
-    seen: dict[str, str] = {}
-    for file in files:
-        other = seen.setdefault(identifier_of(file), file)
+def _find_files(folder: Path) -> list[str]:
+    """The audio files below a folder, which have different ids."""
+    files: dict[str, str] = {}
+    for file in audio_files(folder):
+        other = files.setdefault(identifier_of(file), file)
         if other is not file:
             raise UserError(f"{folder / file}: has the same id as {folder / other}; rename one of them")
-
-
-def _chunks(files: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (files[start : start + FILES_PER_CHUNK] for start in range(0, len(files), FILES_PER_CHUNK))
+    if not files:
+        raise UserError(f"{folder}: no audio files (looked for {', '.join(sorted(AUDIO_SUFFIXES))})")
+    return list(files.values())
 
 
 def _read_headers(
-    files: Sequence[str],
-    folder: Path,
-    cache: HeaderCache,
-    *,
-    jobs: int,
-    progress: Callable[[int, int], None] | None,
+    files: Sequence[str], folder: Path, cache: HeaderCache, *, jobs: int, progress: Progress
 ) -> tuple[int, dict[str, str]]:
     """Update the cache; returns how many headers were read, and the reason for each unreadable file."""
-    known = ([(file, cache.get(file)) for file in chunk] for chunk in _chunks(files))
+    chunks = list(chunked(files, FILES_PER_CHUNK))
+    known = ([(file, cache.get(file)) for file in chunk] for chunk in chunks)
     read, done = 0, 0
     unreadable: dict[str, str] = {}
-    for headers, reasons in parallel_map(partial(_changed_headers, folder), known, jobs=jobs, source=folder):
+    found = parallel_map(partial(_changed_headers, folder), known, jobs=jobs, source=folder)
+    for chunk, (headers, reasons) in zip(chunks, found, strict=True):
         if headers:
             cache.add(headers)
         unreadable |= reasons
         read += len(headers) + len(reasons)
-        done = min(done + FILES_PER_CHUNK, len(files))
-        if progress is not None:
-            progress(done, 2 * len(files))
+        done += len(chunk)
+        progress(done, 2 * len(files))
     return read, unreadable
 
 
@@ -165,25 +157,19 @@ def _validation_limit(files: Sequence[str], share: float) -> float:
     return limit
 
 
-def _lines_of(
+def _cuts_of(
     folder: Path, limit: float, segment_seconds: float | None, headers: Sequence[Header]
-) -> tuple[_Lines, _Lines]:
-    """The lines of some files for the training and the validation manifest."""
-    texts: tuple[list[str], list[str]] = ([], [])
-    seconds = [0.0, 0.0]
+) -> list[tuple[bool, str, float]]:
+    """The cuts of some files: whether it is for validation, its line in the manifest, and its duration in seconds."""
+    cuts = []
     for header in headers:
         cut = json.loads(header.cut)
         transcript = _transcript(folder / f"{os.path.splitext(header.file)[0]}.txt")
         if transcript is not None:
             cut["supervisions"][0]["text"] = transcript
-        which = int(_hash(cut["id"]) < limit)
-        for segment in _segments(cut, segment_seconds):
-            texts[which].append(line_of(segment))
-            seconds[which] += segment["duration"]
-    train, validation = (
-        _Lines("".join(text), len(text), total / 3600) for text, total in zip(texts, seconds, strict=True)
-    )
-    return train, validation
+        held_out = _hash(cut["id"]) < limit
+        cuts += [(held_out, line_of(segment), segment["duration"]) for segment in _segments(cut, segment_seconds)]
+    return cuts
 
 
 def _transcript(path: Path) -> str | None:
@@ -200,24 +186,3 @@ def _segments(cut: dict[str, Any], seconds: float | None) -> list[dict[str, Any]
         return [cut]
     segments = deserialize_item(cut).cut_into_windows(seconds, keep_excessive_supervisions=True)
     return [segment.to_dict() for segment in segments]
-
-
-def _write_manifests(
-    paths: Sequence[Path], found: Iterable[Sequence[_Lines]], report: Callable[[int], None]
-) -> list[PreparedManifest]:
-    """Write several manifests in parallel, and report the number of chunks written."""
-    written = [PreparedManifest(path, 0, 0.0) for path in paths]
-    with ExitStack() as stack:
-        for path in paths:
-            for partial_file in path.parent.glob(f".{path.name}.*.partial"):  # of a killed call: the cache is locked
-                partial_file.unlink()
-        files = [stack.enter_context(new_file(path)) for path in paths]
-        for done, sets in enumerate(found, start=1):
-            for number, (file, lines) in enumerate(zip(files, sets, strict=False)):
-                file.write(lines.text)
-                so_far = written[number]
-                written[number] = replace(
-                    so_far, utterances=so_far.utterances + lines.utterances, hours=so_far.hours + lines.hours
-                )
-            report(done)
-    return written

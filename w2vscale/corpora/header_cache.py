@@ -25,10 +25,7 @@ class HeaderCache:
     """The headers of the audio files of one folder, in an SQLite database.
 
     What `add` has stored survives a kill of the process. The cache starts empty if it is damaged or belongs to another
-    folder. One process at a time can use it.
-
-    Raises:
-        UserError: the cache cannot be read or written, or another process uses it.
+    folder. Raises UserError if it cannot be read or written, or if another process uses it.
     """
 
     def __init__(self, path: Path, folder: Path) -> None:
@@ -45,31 +42,26 @@ class HeaderCache:
 
     def get(self, file: str) -> Header | None:
         """The header of a file, as it was when it was stored."""
+        query = "SELECT size, mtime_ns, cut FROM headers WHERE file = ?"
         with self._errors():
-            found = self._database.execute(
-                "SELECT size, mtime_ns, cut FROM headers WHERE file = ?", (os.fsencode(file),)
-            ).fetchone()
+            found = self._database.execute(query, (os.fsencode(file),)).fetchone()
         return found and Header(file, *found)
 
     def add(self, headers: Iterable[Header]) -> None:
         """Store headers, replacing older ones of the same files."""
+        rows = ((os.fsencode(file), *rest) for file, *rest in headers)
         with self._errors(), self._database:
-            self._database.executemany(
-                "INSERT OR REPLACE INTO headers VALUES (?, ?, ?, ?)",
-                ((os.fsencode(file), *rest) for file, *rest in headers),
-            )
+            self._database.executemany("INSERT OR REPLACE INTO headers VALUES (?, ?, ?, ?)", rows)
 
     def keep_only(self, files: Sequence[str]) -> None:
         """Remove the headers of all other files."""
         kept = set(map(os.fsencode, files))
         with self._errors(), self._database:
             stored = self._database.execute("SELECT file FROM headers").fetchall()
-            self._database.executemany(
-                "DELETE FROM headers WHERE file = ?", ((file,) for (file,) in stored if file not in kept)
-            )
+            removed = (row for row in stored if row[0] not in kept)
+            self._database.executemany("DELETE FROM headers WHERE file = ?", removed)
 
     def close(self) -> None:
-        """Close the database."""
         self._database.close()
 
     def _open(self, folder: bytes) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lhotse import CutSet, RecordingSet, SupervisionSet
+from lhotse import CutSet
 
-from w2vscale.corpora.audio_files import audio_files, cut_of_file, existing_folder
-from w2vscale.corpora.manifests import PreparedManifest, write_cuts
+from w2vscale.corpora.manifests import PreparedManifest, audio_files, cut_of_file, existing_folder, write_cuts
 from w2vscale.data.audio import AudioError, libsndfile_reason
 from w2vscale.errors import UserError
 
@@ -17,8 +16,7 @@ def prepare_librispeech(
 ) -> list[PreparedManifest]:
     """Write `cuts_PART.jsonl` for each part of LibriSpeech or mini LibriSpeech found in `corpus`.
 
-    Raises:
-        UserError: the folder or a part is missing, a part has no utterances, or the output cannot be written.
+    Raises UserError if the folder or a part is missing, a part has no utterances, or the output cannot be written.
     """
     # Imported here: the module imports the recipes of all corpora that Lhotse supports.
     from lhotse.recipes.librispeech import LIBRISPEECH, MINI_LIBRISPEECH, prepare_librispeech
@@ -28,13 +26,12 @@ def prepare_librispeech(
     if not any((corpus / part).is_dir() for part in known) and (corpus / "LibriSpeech").is_dir():
         corpus = corpus / "LibriSpeech"
     wanted = parts or [part for part in known if (corpus / part).is_dir()]
+    if not wanted:
+        raise UserError(f"{corpus}: contains no part of the corpus (looked for {', '.join(known)})")
     for part in wanted:
         if part not in known:
             raise UserError(f"--part {part}: not a part of the corpus; choose from {', '.join(known)}")
-        if not (corpus / part).is_dir():
-            raise UserError(f"{corpus / part}: no such folder")
-    if not wanted:
-        raise UserError(f"{corpus}: contains no part of the corpus (looked for {', '.join(known)})")
+        existing_folder(corpus / part)
     written = []
     for part in wanted:
         try:
@@ -42,13 +39,10 @@ def prepare_librispeech(
         except Exception as error:
             reason = f"{corpus / part}: no usable utterance with a transcript: {libsndfile_reason(error)}"
             raise UserError(_first_unreadable(corpus / part) or reason) from None
-        recordings, supervisions = sets["recordings"], sets["supervisions"]
-        assert isinstance(recordings, RecordingSet) and isinstance(supervisions, SupervisionSet)
-        if len(recordings) == 0:
+        if len(sets["recordings"]) == 0:
             raise UserError(f"{corpus / part}: no utterance with a transcript")
         # One recording is one utterance. Its own id is kept; Lhotse would append a number to it.
-        cuts = CutSet.from_manifests(recordings=recordings, supervisions=supervisions)
-        named = [cut.with_id(cut.recording.id) for cut in cuts]
+        named = [cut.with_id(cut.recording.id) for cut in CutSet.from_manifests(**sets)]
         written.append(write_cuts(sorted(named, key=lambda cut: cut.id), output / f"cuts_{part}.jsonl"))
     return written
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -19,11 +19,23 @@ from w2vscale.errors import UserError
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
 
+Progress = Callable[[int, int], None]
+"""Called with (done, total)."""
+
 _function: Callable[[Any], Any]
 
 
 class WorkerDied(UserError):
     """A worker process ended without a result."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Report nothing."""
+
+
+def chunked(items: Sequence[Chunk], size: int) -> Iterator[Sequence[Chunk]]:
+    """Cut `items` into chunks of `size`; the last one may be smaller."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def parallel_map(
@@ -33,10 +45,7 @@ def parallel_map(
 
     At most 2 × `jobs` chunks are in progress. Chunks and results are pickled; `function` is not, because the processes
     are forked. A single job runs in this process, unless `isolate` protects it from crashes of `function`. No worker
-    outlives its parent.
-
-    Raises:
-        WorkerDied: a worker was killed or crashed; the message names `source`.
+    outlives its parent. Raises WorkerDied, naming `source`, if a worker was killed or crashed.
     """
     if jobs == 1 and not isolate:
         yield from map(function, chunks)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from w2vscale.corpora.index import build_index
@@ -16,23 +15,14 @@ from w2vscale.errors import UserError
 from w2vscale.files import new_file
 
 
-@dataclass(frozen=True)
-class TrainedPieces:
-    """The number of transcripts that a model was trained on, and of its pieces."""
-
-    transcripts: int
-    pieces: int
-
-
-def train_pieces(manifests: Sequence[Path], output: Path, *, size: int) -> TrainedPieces:
+def train_pieces(manifests: Sequence[Path], output: Path, *, size: int) -> int:
     """Train a unigram model (Kudo 2018, arXiv:1804.10959) of `size` pieces that covers all characters.
 
-    Transcripts are used as they are, except that white space becomes single spaces. The same transcripts always give
-    the same file.
+    Returns the number of transcripts. They are used as they are, except that white space becomes single spaces. The
+    same transcripts always give the same file.
 
-    Raises:
-        UserError: `output` exists or cannot be written; a manifest cannot be used; there are no transcripts, or `size`
-            is too large or too small for them; sentencepiece is not installed.
+    Raises UserError if `output` exists or cannot be written, a manifest cannot be used, there are no transcripts,
+    `size` is too large or too small for them, or sentencepiece is not installed.
     """
     if output.exists():
         raise UserError(f"{output}: exists; choose another name")
@@ -57,7 +47,7 @@ def train_pieces(manifests: Sequence[Path], output: Path, *, size: int) -> Train
         raise UserError(f"--size {size}: {_reason(str(error))}") from None
     with new_file(output, "wb") as file:
         file.write(model.getvalue())
-    return TrainedPieces(len(texts), size)
+    return len(texts)
 
 
 def _transcripts(path: Path) -> Iterator[str]:

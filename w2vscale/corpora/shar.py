@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from lhotse.shar import SharWriter
 
-from w2vscale.corpora.parallel import parallel_map
+from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_map
 from w2vscale.data.audio import AudioError, read_audio
-from w2vscale.data.manifest import Manifest, audio_path
+from w2vscale.data.manifest import Manifest
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.data.resampling import at_rate
@@ -19,9 +20,7 @@ from w2vscale.errors import UserError
 from w2vscale.files import append_records, read_records, write_text, writing
 
 FORMATS = ("flac", "wav", "opus", "mp3")
-
-OPUS_RATE = 48_000
-"""Sampling rate of Opus files in Hz; Opus supports only a few."""
+OPUS_RATE = 48_000  # Hz; Opus supports only a few rates
 
 
 @dataclass(frozen=True)
@@ -33,17 +32,6 @@ class WrittenShards:
     bad: list[BadAudio]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One shard to write: some utterances of a manifest."""
-
-    manifest: Path
-    utterances: list[int]
-    folder: Path
-    number: str
-    form: str
-
-
 def write_shards(
     manifest: Path,
     folder: Path,
@@ -52,45 +40,30 @@ def write_shards(
     form: str = "flac",
     seed: int = 0,
     jobs: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> WrittenShards:
-    """Write the utterances of an indexed manifest as shards of `shard_size`, in a random order.
+    """Write the utterances of an indexed manifest as shards of `shard_size` utterances, in a random order.
 
-    Utterances without usable audio are left out. Complete shards of an earlier call that was stopped are kept.
+    Utterances without usable audio are left out. Complete shards of an earlier call that was stopped are kept. `form`
+    is flac, wav, opus or mp3; `progress` counts shards.
 
-    Args:
-        manifest: An indexed manifest.
-        folder: Where the shards are written.
-        shard_size: Utterances per shard.
-        form: Audio format of the shards: flac, wav, opus or mp3.
-        seed: Seed of the order of utterances.
-        jobs: Parallel processes.
-        progress: Called with (shards done, total shards).
-
-    Raises:
-        UserError: the manifest has no index, none of its audio can be used, or the folder cannot be written.
+    Raises UserError if the manifest has no index, none of its audio can be used, or the folder cannot be written.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
     total = len(Manifest(manifest))
-    order = generator(seed, Stream.SHARDS).permutation(total)
+    order = generator(seed, Stream.SHARDS).permutation(total).tolist()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _claim(folder, f"{manifest.resolve()}, {total} utterances, {shard_size} per shard, {form}, seed {seed}")
-    jobs_of_shards = [
-        _Job(manifest, order[start : start + shard_size].tolist(), folder, f"{number:06d}", form)
-        for number, start in enumerate(range(0, total, shard_size))
-    ]
+    shards = list(enumerate(chunked(order, shard_size)))
     bad: list[BadAudio] = []
-    for done, found in enumerate(parallel_map(_write_shard, jobs_of_shards, jobs=jobs, source=manifest), start=1):
-        bad += found
-        if progress is not None:
-            progress(done, len(jobs_of_shards))
+    found = parallel_map(partial(_write_shard, manifest, folder, form), shards, jobs=jobs, source=manifest)
+    for done, left_out in enumerate(found, start=1):
+        bad += left_out
+        progress(done, len(shards))
     if len(bad) == total:
-        raise UserError(
-            f"{manifest}: no utterance can be used, so no shards were written; the first one: "
-            f"{bad[0].utterance} ({bad[0].file}): {bad[0].reason}"
-        )
+        raise UserError(f"{manifest}: no utterance can be used, so no shards were written; the first one: {bad[0]}")
     return WrittenShards(sum(1 for _ in folder.glob("cuts.*.jsonl.gz")), total - len(bad), bad)
 
 
@@ -105,37 +78,31 @@ def _claim(folder: Path, contents: str) -> None:
         raise UserError(f"{folder}: contains other shards ({found}); choose another folder")
 
 
-def _write_shard(job: _Job) -> list[BadAudio]:
+def _write_shard(path: Path, folder: Path, form: str, shard: tuple[int, Sequence[int]]) -> list[BadAudio]:
     """Write a shard and a list of the utterances left out, first in a temporary folder; returns these utterances."""
-    cuts, recording, log = (
-        job.folder / name
-        for name in (f"cuts.{job.number}.jsonl.gz", f"recording.{job.number}.tar", f"bad_audio.{job.number}.jsonl")
-    )
+    suffix = f"{shard[0]:06d}"
+    cuts, log = folder / f"cuts.{suffix}.jsonl.gz", folder / f"bad_audio.{suffix}.jsonl"
     if cuts.is_file():
         return [BadAudio(**record) for record in read_records(log)] if log.is_file() else []
-    manifest = Manifest(job.manifest)
+    manifest = Manifest(path)
     bad = []
-    partial = job.folder / f"partial.{job.number}"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial_folder = folder / f"partial.{suffix}"
+    shutil.rmtree(partial_folder, ignore_errors=True)
     with writing(cuts):
-        partial.mkdir()
-        with SharWriter(
-            str(partial), {"recording": job.form}, shard_size=None, shard_suffix=f".{job.number}"
-        ) as writer:
-            for number in job.utterances:
-                cut = manifest.cut(number)
+        partial_folder.mkdir()
+        with SharWriter(str(partial_folder), {"recording": form}, shard_size=None, shard_suffix=f".{suffix}") as writer:
+            for cut in map(manifest.cut, shard[1]):
                 try:
-                    rate = cut.sampling_rate
-                    read_audio(cut, sampling_rate=rate, offset=0, length=round(cut.duration * rate), normalize=False)
+                    read_audio(cut, sampling_rate=cut.sampling_rate)
                 except AudioError as error:
-                    bad.append(BadAudio(cut.id, audio_path(cut), error.kind, str(error)))
+                    bad.append(BadAudio.of(cut, error))
                 else:
-                    writer.write(at_rate(cut, OPUS_RATE if job.form == "opus" else rate))
+                    writer.write(at_rate(cut, OPUS_RATE if form == "opus" else cut.sampling_rate))
         if bad:
-            append_records(partial / log.name, map(asdict, bad))
+            append_records(partial_folder / log.name, map(asdict, bad))
         # The cuts last: they mark a complete shard.
-        for path in (log, recording, cuts):
-            if (partial / path.name).is_file():
-                (partial / path.name).replace(path)
-        partial.rmdir()
+        for name in (log.name, f"recording.{suffix}.tar", cuts.name):
+            if (partial_folder / name).is_file():
+                (partial_folder / name).replace(folder / name)
+        partial_folder.rmdir()
     return bad

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import heapq
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from w2vscale.corpora.manifests import PreparedManifest
 from w2vscale.data.manifest import Manifest
@@ -15,16 +16,8 @@ from w2vscale.errors import UserError
 from w2vscale.files import new_file
 
 
-@dataclass(frozen=True)
-class _Utterance:
-    number: int  # in the manifest
-    identifier: str
-    speaker: str
-    seconds: float
-
-
 def write_subset(
-    manifest: Path,
+    path: Path,
     output: Path,
     *,
     hours: float | None = None,
@@ -34,72 +27,50 @@ def write_subset(
 ) -> PreparedManifest:
     """Write a subset of an indexed manifest to `output`, in the order of the manifest.
 
-    Args:
-        manifest: An indexed manifest.
-        output: The new manifest.
-        hours: Size of the subset, sampled with `seed`. For one seed, a larger subset contains the smaller ones.
-        balanced: Give all speakers about the same duration, instead of sampling all utterances uniformly.
-        identifiers: A file with one utterance id per line, to select from these utterances only.
-        seed: Seed for sampling.
+    `identifiers` is a file with one utterance id per line, to select from these utterances only. `hours` are sampled
+    with `seed`: uniformly, or, if `balanced`, with about the same duration for all speakers. For one seed, a larger
+    subset contains the smaller ones.
 
-    Raises:
-        UserError: the manifest has fewer hours or lacks one of the utterances; a file cannot be read or written.
+    Raises UserError if the manifest has fewer hours or lacks an utterance, or a file cannot be read or written.
     """
-    Manifest(manifest)  # check that it is complete and unchanged
-    # Not splitlines: a transcript may contain other Unicode line separators.
-    lines = [f"{line}\n" for line in manifest.read_text(encoding="utf-8").split("\n") if line.strip()]
-    utterances = [_parse(number, line) for number, line in enumerate(lines)]
-    if identifiers is not None:
-        utterances = _listed(utterances, identifiers, manifest)
+    manifest = Manifest(path)
+    numbers = np.arange(len(manifest)) if identifiers is None else _listed(manifest, identifiers)
     if hours is not None:
-        utterances = _sampled(utterances, hours, balanced=balanced, seed=seed, manifest=manifest)
-    with new_file(output) as file:
-        file.writelines(lines[number] for number in sorted(utterance.number for utterance in utterances))
-    return PreparedManifest(output, len(utterances), sum(utterance.seconds for utterance in utterances) / 3600)
+        numbers = numbers[generator(seed, Stream.SUBSET).permutation(numbers.size)]
+        if balanced:
+            numbers = _by_speaker_in_turn(manifest, numbers)
+        seconds = np.cumsum([0.0, *manifest.durations[numbers]])
+        if seconds[-1] < 3600 * hours:
+            raise UserError(f"{path}: has {seconds[-1] / 3600:.2f} hours, fewer than --hours {hours:g}")
+        numbers = np.sort(numbers[: np.searchsorted(seconds, 3600 * hours)])
+    with new_file(output, "wb") as file:
+        file.writelines(manifest.line(number).strip() + b"\n" for number in numbers)
+    return PreparedManifest(output, numbers.size, float(manifest.durations[numbers].sum()) / 3600)
 
 
-def _parse(number: int, line: str) -> _Utterance:
-    cut = json.loads(line)
-    supervisions = cut.get("supervisions") or [{}]
-    return _Utterance(number, str(cut["id"]), str(supervisions[0].get("speaker")), float(cut["duration"]))
-
-
-def _listed(utterances: list[_Utterance], identifiers: Path, manifest: Path) -> list[_Utterance]:
+def _listed(manifest: Manifest, identifiers: Path) -> NDArray[np.int64]:
     try:
         wanted = set(identifiers.read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{identifiers}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if absent := wanted - {utterance.identifier for utterance in utterances}:
+    ids = [manifest.read(number, lambda cut: str(cut["id"])) for number in range(len(manifest))]
+    if absent := wanted.difference(ids):
         others = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
-        raise UserError(f"{identifiers}: utterance {min(absent)}{others} is not in {manifest}")
-    return [utterance for utterance in utterances if utterance.identifier in wanted]
+        raise UserError(f"{identifiers}: utterance {min(absent)}{others} is not in {manifest.path}")
+    return np.flatnonzero([identifier in wanted for identifier in ids])
 
 
-def _sampled(
-    utterances: list[_Utterance], hours: float, *, balanced: bool, seed: int, manifest: Path
-) -> list[_Utterance]:
-    shuffled = [utterances[place] for place in generator(seed, Stream.SUBSET).permutation(len(utterances))]
-    sampled: list[_Utterance] = []
-    seconds = 0.0
-    for utterance in _by_speaker_in_turn(shuffled) if balanced else shuffled:
-        if seconds >= 3600 * hours:
-            break
-        sampled.append(utterance)
-        seconds += utterance.seconds
-    if seconds < 3600 * hours:
-        raise UserError(f"{manifest}: has {seconds / 3600:.2f} hours, fewer than --hours {hours:g}")
-    return sampled
+def _by_speaker_in_turn(manifest: Manifest, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Reorder utterances so that the next one is always from the speaker with the least duration so far."""
+    so_far: dict[str, float] = defaultdict(float)
+    starts = []
+    for number in numbers:
+        speaker = manifest.read(number, _speaker_of)
+        starts.append(so_far[speaker])
+        so_far[speaker] += manifest.durations[number]
+    return numbers[np.argsort(starts, kind="stable")]
 
 
-def _by_speaker_in_turn(utterances: list[_Utterance]) -> Iterator[_Utterance]:
-    """All utterances; the next one is always from the speaker with the least duration so far."""
-    of_speaker: dict[str, list[_Utterance]] = {}
-    for utterance in reversed(utterances):
-        of_speaker.setdefault(utterance.speaker, []).append(utterance)
-    queue = [(0.0, number, remaining) for number, remaining in enumerate(of_speaker.values())]
-    while queue:
-        seconds, number, remaining = heapq.heappop(queue)
-        utterance = remaining.pop()
-        yield utterance
-        if remaining:
-            heapq.heappush(queue, (seconds + utterance.seconds, number, remaining))
+def _speaker_of(cut: dict[str, Any]) -> str:
+    supervisions = cut.get("supervisions") or [{}]
+    return str(supervisions[0].get("speaker"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from w2vscale.config.tree import ModelConfig
 from w2vscale.corpora.index import build_index
-from w2vscale.corpora.parallel import WorkerDied, parallel_map
+from w2vscale.corpora.parallel import Progress, WorkerDied, chunked, no_progress, parallel_map
 from w2vscale.data.audio import AudioError, check_header, read_audio
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
@@ -21,8 +21,7 @@ from w2vscale.errors import UserError
 from w2vscale.files import append_records, writing
 
 SAMPLING_RATE = ModelConfig().sampling_rate
-SHOWN = 20
-"""Number of bad utterances that are kept in memory."""
+SHOWN = 20  # bad utterances that are kept in memory
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def listing_path(manifest: Path) -> Path:
 
 
 def validate_manifest(
-    path: Path, *, jobs: int = 4, audio: bool = False, progress: Callable[[int, int], None] | None = None
+    path: Path, *, jobs: int = 4, audio: bool = False, progress: Progress = no_progress
 ) -> Validation:
     """Compare each utterance with the header of its file: existence, format, sampling rate, channels, duration.
 
@@ -49,83 +48,74 @@ def validate_manifest(
     silent. Bad utterances are listed in the order of the manifest, followed by repeated ids. A missing or outdated
     index is built.
 
-    Raises:
-        UserError: the manifest cannot be read, the list cannot be written, or a process died.
+    Raises UserError if the manifest cannot be read, the list cannot be written, or a process died.
     """
     build_index(path, jobs=jobs)
-    manifest = Manifest(path)
-    listing = listing_path(path)
+    manifest, listing = Manifest(path), listing_path(path)
     with writing(listing):
         listing.unlink(missing_ok=True)
-    count = 0
     first: list[BadAudio] = []
+    bad_numbers: set[int] = set()
 
-    def report(bad: Sequence[BadAudio]) -> None:
-        nonlocal count
-        count += len(bad)
-        first.extend(bad[: SHOWN - len(first)])
-        if bad:
-            append_records(listing, map(asdict, bad))
+    def report(found: dict[int, BadAudio]) -> None:
+        new = [bad for number, bad in found.items() if number not in bad_numbers]
+        bad_numbers.update(found)
+        first.extend(new[: SHOWN - len(first)])
+        if new:
+            append_records(listing, map(asdict, new))
 
     size = 16 if audio else 256
-    chunks = [range(start, min(start + size, len(manifest))) for start in range(0, len(manifest), size)]
+    chunks = list(chunked(range(len(manifest)), size))
     jobs = min(jobs, len(chunks))
-    identifiers = np.empty(len(manifest), np.int64)
-    is_bad = np.zeros(len(manifest), bool)
+    hashes = np.empty(len(manifest), np.int64)
     done = 0
     try:
         # Isolated, because a file may crash the decoder.
-        for found in parallel_map(partial(_check, manifest, audio), chunks, jobs=jobs, source=path, isolate=audio):
-            for identifier, bad in found:
-                identifiers[done], is_bad[done] = identifier, bad is not None
-                done += 1
-            report([bad for _, bad in found if bad is not None])
-            if progress is not None:
-                progress(done, len(manifest))
+        found = parallel_map(partial(_check, manifest, audio), chunks, jobs=jobs, source=path, isolate=audio)
+        for checked, bad in found:
+            hashes[done : done + len(checked)] = checked
+            done += len(checked)
+            report(bad)
+            progress(done, len(manifest))
     except WorkerDied as error:
         last = min(done + 2 * jobs * size, len(manifest)) - 1
-        between = f"{_id_of(manifest, done)} and {_id_of(manifest, last)}"
-        raise UserError(f"{error}; it was reading an utterance between {between}") from None
-    report([bad for number, bad in _repeated(manifest, identifiers) if not is_bad[number]])
-    return Validation(len(manifest), count, first, listing)
+        one, other = (manifest.read(number, dict).get("id", f"number {number}") for number in (done, last))
+        raise UserError(f"{error}; it was reading an utterance between {one} and {other}") from None
+    report(_repeated(manifest, hashes))
+    return Validation(len(manifest), len(bad_numbers), first, listing)
 
 
-def _check(manifest: Manifest, audio: bool, numbers: range) -> list[tuple[int, BadAudio | None]]:
-    """A hash of the id of each utterance, equal in all forked processes, and what is wrong with the utterance."""
+def _check(manifest: Manifest, audio: bool, numbers: Sequence[int]) -> tuple[list[int], dict[int, BadAudio]]:
+    """A hash of the id of each utterance, equal in all forked processes, and what is wrong with the bad ones."""
     if audio:
         torch.set_num_threads(1)
-    found: list[tuple[int, BadAudio | None]] = []
+    hashes: list[int] = []
+    bad: dict[int, BadAudio] = {}
     for number in numbers:
         try:
             cut = manifest.cut(number)
         except UserError as error:
-            found.append((hash((number,)), BadAudio(f"number {number}", str(manifest.path), "mismatched", str(error))))
+            hashes.append(hash((number,)))
+            bad[number] = BadAudio(f"number {number}", str(manifest.path), "mismatched", str(error))
             continue
-        bad = None
+        hashes.append(hash(cut.id))
         try:
             if audio:
-                whole = round(cut.duration * SAMPLING_RATE)
-                read_audio(cut, sampling_rate=SAMPLING_RATE, offset=0, length=whole, normalize=False)
+                read_audio(cut, sampling_rate=SAMPLING_RATE)
             else:
                 check_header(cut)
         except AudioError as error:
-            bad = BadAudio(cut.id, audio_path(cut), error.kind, str(error))
-        found.append((hash(cut.id), bad))
-    return found
+            bad[number] = BadAudio.of(cut, error)
+    return hashes, bad
 
 
-def _repeated(manifest: Manifest, identifiers: NDArray[np.int64]) -> Iterator[tuple[int, BadAudio]]:
+def _repeated(manifest: Manifest, hashes: NDArray[np.int64]) -> dict[int, BadAudio]:
     """Utterances with the id of an earlier utterance."""
-    order = np.argsort(identifiers, kind="stable")
-    same = np.flatnonzero(identifiers[order[1:]] == identifiers[order[:-1]])
+    order = np.argsort(hashes, kind="stable")
+    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    found = {}
     for number, earlier in sorted(zip(order[same + 1].tolist(), order[same].tolist(), strict=True)):
         cut = manifest.cut(number)
         if cut.id == manifest.cut(earlier).id:
-            yield number, BadAudio(cut.id, audio_path(cut), "repeated", f"the id {cut.id} occurs twice")
-
-
-def _id_of(manifest: Manifest, number: int) -> str:
-    try:
-        return str(manifest.cut(number).id)
-    except UserError:
-        return f"number {number}"
+            found[number] = BadAudio(cut.id, audio_path(cut), "repeated", f"the id {cut.id} occurs twice")
+    return found

@@ -67,7 +67,7 @@ class Assembler:
             try:
                 utterances.append(self._utterance(crop, number, place, bad))
             except AudioError as error:
-                bad.append(BadAudio(crop.cut.id, audio_path(crop.cut), error.kind, str(error)))
+                bad.append(BadAudio.of(crop.cut, error))
         inputs = self.maker.make_inputs(
             utterances, rng=lambda place: generator(self.seed, Stream.MASK, number, place), width=width
         )

@@ -8,27 +8,19 @@ from __future__ import annotations
 import numpy as np
 from lhotse.audio.mixer import AudioMixer
 from lhotse.augmentation import ReverbWithImpulseResponse, Speed
-from numpy.typing import NDArray
 
 from w2vscale.config.tree import AugmentConfig
 from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio
-from w2vscale.data.manifest import Corpus, audio_path
+from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.randomness import Stream, generator
-from w2vscale.data.resampling import at_rate
+from w2vscale.data.resampling import Samples, at_rate
 
 
 class Augmentation:
-    """Augments training utterances.
+    """Augments training utterances, of which the shortest that the objective can use has `shortest` samples.
 
-    Args:
-        config: which augmentations to apply, and how often.
-        sampling_rate: sampling rate of the audio, in Hz.
-        shortest: length of the shortest utterance that the objective can use, in samples.
-        seed: seed of the run.
-
-    Raises:
-        UserError: a manifest of noises or impulse responses cannot be used.
+    Raises UserError if a manifest of noises or impulse responses cannot be used.
     """
 
     def __init__(self, config: AugmentConfig, *, sampling_rate: int, shortest: int, seed: int) -> None:
@@ -36,12 +28,10 @@ class Augmentation:
         self.seed = seed
         self.rate = sampling_rate
         self.shortest = shortest
-        self.noises = Corpus(self.config.noise, setting="augment.noise") if self.config.noise else None
-        self.responses = Corpus(self.config.reverb, setting="augment.reverb") if self.config.reverb else None
+        self.noises = Corpus(config.noise, setting="augment.noise") if config.noise else None
+        self.responses = Corpus(config.reverb, setting="augment.reverb") if config.reverb else None
 
-    def __call__(
-        self, audio: NDArray[np.float32], *, number: int, place: int
-    ) -> tuple[NDArray[np.float32], list[BadAudio]]:
+    def __call__(self, audio: Samples, *, number: int, place: int) -> tuple[Samples, list[BadAudio]]:
         """Augment utterance `place` of micro-batch `number`. Also return unusable noises and impulse responses.
 
         The result is not longer than `audio`, and is `audio` itself if nothing was changed.
@@ -59,26 +49,21 @@ class Augmentation:
         if self.responses is not None and reverberate:
             response = self.responses.cut(int(which_response * len(self.responses)))
             try:
-                whole = round(response.duration * self.rate)
-                read_audio(response, sampling_rate=self.rate, offset=0, length=whole, normalize=False)
+                read_audio(response, sampling_rate=self.rate)  # Lhotse would not check it
                 samples = ReverbWithImpulseResponse(rir=at_rate(response, self.rate))(samples, self.rate)
             except Exception as error:
-                kind = error.kind if isinstance(error, AudioError) else "undecodable"
-                bad.append(BadAudio(response.id, audio_path(response), kind, libsndfile_reason(error), left_out=False))
+                unread = AudioError("undecodable", libsndfile_reason(error))
+                problem = error if isinstance(error, AudioError) else unread
+                bad.append(BadAudio.of(response, problem, left_out=False))
         if self.noises is not None and add_noise:
             noise = self.noises.cut(int(which_noise * len(self.noises)))
-            length = round(noise.duration * self.rate)
-            wanted = min(samples.shape[1], length)
+            whole = round(noise.duration * self.rate)
+            length = min(samples.shape[1], whole)
+            offset = int(where * (whole - length + 1))
             try:
-                part = read_audio(
-                    noise,
-                    sampling_rate=self.rate,
-                    offset=int(where * (length - wanted + 1)),
-                    length=wanted,
-                    normalize=False,
-                )
+                part = read_audio(noise, sampling_rate=self.rate, offset=offset, length=length)
             except AudioError as error:
-                bad.append(BadAudio(noise.id, audio_path(noise), error.kind, str(error), left_out=False))
+                bad.append(BadAudio.of(noise, error, left_out=False))
             else:
                 mixer = AudioMixer(samples, self.rate)
                 mixer.add_to_mix(np.resize(part, samples.shape), snr=float(snr))

@@ -14,10 +14,10 @@ from w2vscale.config.tree import MixConfig
 from w2vscale.data.assembly import Assembler, Crop, InputMaker
 from w2vscale.data.audio import BLOCK_SECONDS, AudioError, read_audio
 from w2vscale.data.loading import gather_windows, loader_settings
-from w2vscale.data.manifest import Corpus, audio_path
+from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.mixing import draw_rates, groups
-from w2vscale.data.plan import Mix, Plan, window_numbers
+from w2vscale.data.plan import Mix, Plan, rank_window
 from w2vscale.errors import UserError
 from w2vscale.models.lengths import input_samples, output_frames
 
@@ -60,9 +60,10 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def describe(self) -> str:
         """What all ranks must agree on."""
+        hours = self.corpus.durations.sum() / 3600
         return (
-            f"{self.corpus.hours:.1f} hours, {self.utterances} utterances and {self.micro_batches} micro-batches an "
-            f"epoch, of manifests {self.corpus.fingerprint}"
+            f"{hours:.1f} hours, {self.utterances} utterances and {self.micro_batches} micro-batches an epoch, of "
+            f"manifests {self.corpus.fingerprint}"
         )
 
     def largest(self) -> MicroBatch:
@@ -76,8 +77,10 @@ class MicroBatches(Dataset[MicroBatch]):
     def windows(
         self, updates: range, *, micro_batches: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[list[MicroBatch]]:
-        numbers = window_numbers(
-            self.plan, updates=updates, micro_batches=micro_batches, rank=rank, world_size=world_size
+        numbers = (
+            number
+            for update in updates
+            for number in rank_window(self.plan, update, micro_batches=micro_batches, rank=rank, world_size=world_size)
         )
         per_rank = micro_batches // world_size
         return gather_windows(self._loader(numbers, per_rank=per_rank), updates, per_rank=per_rank)
@@ -181,10 +184,10 @@ def check_sample(corpus: Corpus, *, sampling_rate: int, count: int = 8) -> None:
         cut = corpus.cut(int(start))
         try:
             samples = round(min(cut.duration, BLOCK_SECONDS) * sampling_rate)
-            read_audio(cut, sampling_rate=sampling_rate, offset=0, length=samples, normalize=False)
+            read_audio(cut, sampling_rate=sampling_rate, length=samples)
             return
         except AudioError as error:
-            reasons.append(f"{cut.id} ({audio_path(cut)}): {error}")
+            reasons.append(str(BadAudio.of(cut, error)))
     raise UserError(
         f"{corpus.manifests[0].path}: none of {len(reasons)} sampled utterances can be read; the first: {reasons[0]}; "
         f"check the manifest with: w2vscale data validate {corpus.manifests[0].path}"

@@ -23,7 +23,7 @@ Languages are numbered from 0 in order of first appearance. A final record holds
 its offset, and the CRC-32 of the manifest as its duration.
 """
 
-Read = TypeVar("Read")
+T = TypeVar("T")
 
 
 def index_path(manifest: Path) -> Path:
@@ -31,27 +31,32 @@ def index_path(manifest: Path) -> Path:
     return manifest.with_name(manifest.name + ".index.npy")
 
 
+def open_index(manifest: Path) -> NDArray[np.void]:
+    """Map the index of a manifest into memory. Raises UserError if it is missing or not an index."""
+    path, command = index_path(manifest), f"w2vscale data index {manifest}"
+    try:
+        index: NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise UserError(f"{manifest}: has no index; create it with: {command}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not an index ({error}); replace it with: {command}") from None
+    if index.dtype != INDEX_DTYPE or index.size < 2:
+        raise UserError(f"{path}: not an index of this version of w2vscale; replace it with: {command}")
+    return index
+
+
 class Manifest:
     """An indexed cut manifest; opening it reads no cut.
 
-    Raises:
-        UserError: the manifest or its index is missing, or the manifest has changed since it was indexed.
+    Raises UserError if the manifest or its index is missing, or if the manifest has changed since it was indexed.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         size = check_manifest(path)
-        command = f"w2vscale data index {path}"
-        try:
-            self._index = np.lib.format.open_memmap(index_path(path), mode="r")
-        except FileNotFoundError:
-            raise UserError(f"{path}: has no index; create it with: {command}") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{index_path(path)}: not an index ({error}); replace it with: {command}") from None
-        if self._index.dtype != INDEX_DTYPE or self._index.size < 2:
-            raise UserError(f"{index_path(path)}: not an index of this version of w2vscale; replace it with: {command}")
+        self._index = open_index(path)
         if int(self._index["offset"][-1]) != size:
-            raise UserError(f"{path}: changed since it was indexed; update its index with: {command}")
+            raise UserError(f"{path}: changed since it was indexed; update its index with: w2vscale data index {path}")
         # Kept open, so that it stays the file that was indexed even if another file takes its name. `pread` uses no
         # shared position, so forked loader processes can share the descriptor.
         self._descriptor = os.open(path, os.O_RDONLY)
@@ -59,6 +64,9 @@ class Manifest:
 
     def __len__(self) -> int:
         return int(self._index.size) - 1
+
+    def __reduce__(self) -> tuple[type[Manifest], tuple[Path]]:
+        return Manifest, (self.path,)
 
     @property
     def durations(self) -> NDArray[np.float64]:
@@ -71,37 +79,27 @@ class Manifest:
         return int(self._index["duration"][-1])
 
     def languages(self) -> tuple[NDArray[np.uint16], list[str]]:
-        """The language number of each utterance, and the language names by number ("" for cuts without a language).
-
-        Raises:
-            UserError: a line that must be read for a name does not hold a cut.
-        """
+        """The language number of each utterance, and the language names by number ("" for cuts without a language)."""
         codes = self._index["language"][:-1]
-        # The index has no names, which vary in length, so read one line for each.
-        return codes, [self._read(number, language_of) for number in first_of_each(codes)]
+        # The index has no names, which vary in length, so read the first line of each.
+        return codes, [self.read(int(number), language_of) for number in np.unique(codes, return_index=True)[1]]
 
     def cut(self, number: int) -> Cut:
-        """Read utterance `number`.
+        """Read utterance `number`. Raises UserError if its line does not hold a cut."""
+        return self.read(number, deserialize_item)
 
-        Raises:
-            UserError: its line does not hold a cut.
-        """
-        return self._read(number, deserialize_item)
-
-    def _read(self, number: int, convert: Callable[[dict[str, Any]], Read]) -> Read:
-        start, end = (int(offset) for offset in self._index["offset"][number : number + 2])
-        line = os.pread(self._descriptor, end - start, start)
+    def read(self, number: int, convert: Callable[[dict[str, Any]], T]) -> T:
+        """Convert the JSON object of utterance `number`. Raises UserError if its line does not hold a cut."""
         try:
-            return convert(json.loads(line))
+            return convert(json.loads(self.line(number)))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{self.path}: utterance {number} is not a Lhotse cut ({reason})") from None
 
-    def __getstate__(self) -> dict[str, object]:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict[str, Path]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+    def line(self, number: int) -> bytes:
+        """The line of utterance `number`, with the line end and blank lines after it."""
+        start, end = (int(offset) for offset in self._index["offset"][number : number + 2])
+        return os.pread(self._descriptor, end - start, start)
 
 
 class Corpus:
@@ -117,9 +115,9 @@ class Corpus:
         return int(self._starts[-1])
 
     @property
-    def hours(self) -> float:
-        """Total duration of all utterances, uncropped."""
-        return float(sum(manifest.durations.sum() for manifest in self.manifests)) / 3600
+    def durations(self) -> NDArray[np.float64]:
+        """Duration of each utterance in seconds, uncropped."""
+        return np.concatenate([manifest.durations for manifest in self.manifests])
 
     @property
     def fingerprint(self) -> str:
@@ -128,8 +126,7 @@ class Corpus:
 
     def samples(self, sampling_rate: int) -> NDArray[np.int64]:
         """Length of each utterance in samples at `sampling_rate` (Hz)."""
-        durations = np.concatenate([manifest.durations for manifest in self.manifests])
-        return np.rint(durations * sampling_rate).astype(np.int64)
+        return np.rint(self.durations * sampling_rate).astype(np.int64)
 
     def cut(self, number: int) -> Cut:
         """Read utterance `number`."""
@@ -144,11 +141,7 @@ def audio_path(cut: Cut) -> str:
 
 
 def check_manifest(path: Path) -> int:
-    """The size of a manifest in bytes.
-
-    Raises:
-        UserError: it is missing, unreadable, compressed or empty.
-    """
+    """The size of a manifest in bytes. Raises UserError if it is missing, unreadable, compressed or empty."""
     if not path.is_file():
         raise UserError(f"{path}: no such manifest")
     if not os.access(path, os.R_OK):
@@ -170,9 +163,3 @@ def language_of(cut: dict[str, Any]) -> str:
     if language is None and custom:
         language = custom.get("language")
     return "" if language is None else str(language)
-
-
-def first_of_each(codes: NDArray[np.uint16]) -> list[int]:
-    """The position of the first occurrence of each number; numbers first occur in ascending order."""
-    so_far = np.maximum.accumulate(codes)
-    return [int(place) for place in np.searchsorted(so_far, np.arange(int(so_far[-1]) + 1, dtype=codes.dtype))]

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lhotse.cut import Cut
+
+from w2vscale.data.audio import AudioError
 from w2vscale.data.inputs import Inputs, pack, pin, unpack
+from w2vscale.data.manifest import audio_path
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,14 @@ class BadAudio:
     kind: str
     reason: str
     left_out: bool = True
+
+    @classmethod
+    def of(cls, cut: Cut, error: AudioError, *, left_out: bool = True) -> BadAudio:
+        """The record of an utterance whose audio cannot be used."""
+        return cls(cut.id, audio_path(cut), error.kind, str(error), left_out)
+
+    def __str__(self) -> str:
+        return f"{self.utterance} ({self.file}): {self.reason}"
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ similar length.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,7 @@ from numpy.typing import NDArray
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.errors import UserError
 
-MICRO_BATCHES_PER_BUCKET = 4
-"""Minimum number of micro-batches per bucket, so that even in a small corpus micro-batches change between epochs."""
+MICRO_BATCHES_PER_BUCKET = 4  # at least, so that even in a small corpus micro-batches change between epochs
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,11 @@ class Bucket:
         return -(-self.count // self.per_micro_batch)
 
 
-@dataclass(frozen=True)
-class Mix:
-    """How often an epoch draws the utterances of each group.
+class Mix(NamedTuple):
+    """How often an epoch draws the utterances of each group."""
 
-    `group` is the group of each utterance, `rate` the mean number of draws per utterance and epoch of each group.
-    """
-
-    group: NDArray[np.integer]
-    rate: NDArray[np.float64]
+    group: NDArray[np.integer]  # of each utterance
+    rate: NDArray[np.float64]  # mean number of draws per utterance and epoch, of each group
 
 
 class _MixedDraws:
@@ -59,13 +55,9 @@ class _MixedDraws:
     Think of a group with n utterances and D draws per epoch as a row of n * D points, D consecutive points for each
     utterance. An epoch takes every n-th point, and each epoch starts D points after the previous one. After E epochs,
     every utterance has been drawn E * D / n times, rounded down or up, and each draw has taken utterances of similar
-    length. A group has at least one draw per epoch.
+    length. A group has at least one draw per epoch, and a random starting point.
 
-    Args:
-        group: group of each utterance, ascending.
-        lengths: length of each utterance in samples, descending within a group.
-        rate: mean draws per utterance and epoch, by group.
-        seed: seed of the random starting point of each group.
+    Utterances are sorted by `group` and then by falling length; `lengths` are in samples.
     """
 
     def __init__(
@@ -78,8 +70,7 @@ class _MixedDraws:
         index = np.arange(owner.size) - np.repeat(np.cumsum(self._draws) - self._draws, self._draws)
         longest = lengths[self._first[owner] + index * self._utterances[owner] // self._draws[owner]]
         order = np.argsort(-longest, kind="stable")
-        self.longest = longest[order]
-        """Length in samples of the longest utterance that each draw takes in any epoch, descending."""
+        self.longest = longest[order]  # samples of the longest utterance that each draw takes in any epoch, descending
         self._owner = owner[order]
         self._index = index[order].astype(np.int32)
 
@@ -113,20 +104,14 @@ class PlannedMicroBatch:
 
 
 class Plan:
-    """The endless stream of micro-batches of one corpus.
+    """The endless stream of micro-batches of one corpus, whose utterances have the lengths `samples`.
 
-    Args:
-        samples: length of each utterance, in samples.
-        max_samples: crop longer utterances to this length, at a random offset.
-        min_samples: leave out shorter utterances.
-        budget_samples: maximum padded samples of one micro-batch.
-        buckets: maximum number of duration buckets.
-        seed: seed of order and crops.
-        pad_to_bucket: pad to the longest utterance of the bucket instead of the micro-batch, to get fewer shapes.
-        mix: how often each utterance is drawn per epoch; by default, once.
+    Utterances shorter than `min_samples` are left out, those longer than `max_samples` cropped at a random offset.
+    Micro-batches have at most `budget_samples`, including padding: to the longest utterance of the micro-batch, or,
+    with `pad_to_bucket`, of the bucket, to get fewer shapes. There are at most `buckets` buckets. Without `mix`, every
+    utterance is drawn once per epoch.
 
-    Raises:
-        UserError: no utterance is long enough.
+    Raises UserError if no utterance is long enough.
     """
 
     def __init__(
@@ -164,22 +149,23 @@ class Plan:
         last = self.buckets[-1]
         self.per_epoch = last.first_micro_batch + last.micro_batches
         self._firsts = np.array([bucket.first_micro_batch for bucket in self.buckets])
-        self._make_caches()
 
     def __len__(self) -> int:
         """Number of utterances drawn per epoch."""
         return sum(bucket.count for bucket in self.buckets)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_epoch_order", "_bucket_order")}
+        return {name: value for name, value in self.__dict__.items() if name != "_order"}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._make_caches()
+    @cached_property
+    def _order(self) -> Callable[..., NDArray[np.int32]]:
+        return lru_cache(maxsize=2 * (len(self.buckets) + 1))(self._shuffle)  # what two epochs need
 
-    def _make_caches(self) -> None:
-        self._epoch_order = lru_cache(maxsize=2)(self._shuffle_epoch)
-        self._bucket_order = lru_cache(maxsize=2 * len(self.buckets))(self._shuffle_bucket)
+    def _shuffle(self, count: int, stream: Stream, *numbers: int) -> NDArray[np.int32]:
+        return generator(self.seed, stream, *numbers).permutation(np.arange(count, dtype=np.int32))
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int32]:
+        return self._order(self.per_epoch, Stream.EPOCH_ORDER, epoch)
 
     def micro_batch(self, number: int) -> PlannedMicroBatch:
         """Return micro-batch `number` (0, 1, …, without end), in constant time."""
@@ -188,8 +174,7 @@ class Plan:
         which = int(np.searchsorted(self._firsts, index, side="right")) - 1
         bucket = self.buckets[which]
         first = (index - bucket.first_micro_batch) * bucket.per_micro_batch
-        draws = bucket.start + self._bucket_order(epoch, which)[first : first + bucket.per_micro_batch]
-        members = self._taken(draws, epoch)
+        members = self._members(epoch, which, slice(first, first + bucket.per_micro_batch))
         utterances, lengths, room = (
             part[members].astype(np.int64) for part in (self._utterances, self._lengths, self._rooms)
         )
@@ -197,14 +182,8 @@ class Plan:
         if room.any():
             draws = generator(self.seed, Stream.CROP, number).random(room.size)
             offsets = np.minimum(np.floor(draws * (room + 1)).astype(np.int64), room)
-        return PlannedMicroBatch(
-            number,
-            epoch,
-            utterances,
-            offsets,
-            lengths,
-            width=bucket.longest if self._pad_to_bucket else 0,
-        )
+        width = bucket.longest if self._pad_to_bucket else 0
+        return PlannedMicroBatch(number, epoch, utterances, offsets, lengths, width)
 
     def largest(self) -> int:
         """Return the number of the micro-batch of epoch 0 with the most padded samples, which needs the most memory."""
@@ -225,9 +204,8 @@ class Plan:
 
     def padding(self) -> float:
         """Return the fraction of padded samples in epoch 0 that are padding."""
-        audio = sum(
-            int(self._lengths[self._members(0, which)].sum(dtype=np.int64)) for which in range(len(self.buckets))
-        )
+        members = (self._members(0, which) for which in range(len(self.buckets)))
+        audio = sum(int(self._lengths[part].sum(dtype=np.int64)) for part in members)
         return 1.0 - audio / int(self._padded_samples().sum())
 
     def epoch_draws(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -235,12 +213,10 @@ class Plan:
         members = np.concatenate([self._members(0, which) for which in range(len(self.buckets))])
         return self._utterances[members].astype(np.int64), self._lengths[members].astype(np.int64)
 
-    def _members(self, epoch: int, which: int) -> NDArray[np.integer]:
-        """Return the utterances of a bucket in the order of `epoch`, as positions in the sorted arrays."""
-        return self._taken(self.buckets[which].start + self._bucket_order(epoch, which), epoch)
-
-    def _taken(self, draws: NDArray[np.integer], epoch: int) -> NDArray[np.integer]:
-        """Return the utterances that `draws` take in `epoch`, as positions in the sorted arrays."""
+    def _members(self, epoch: int, which: int, part: slice = slice(None)) -> NDArray[np.integer]:
+        """Return the utterances of (part of) a bucket in the order of `epoch`, as positions in the sorted arrays."""
+        bucket = self.buckets[which]
+        draws = bucket.start + self._order(bucket.count, Stream.BUCKET_ORDER, epoch, which)[part]
         return self._mixed.places(draws, epoch) if self._mixed else draws
 
     def _padded_samples(self) -> NDArray[np.int64]:
@@ -255,14 +231,6 @@ class Plan:
                 lengths = self._lengths[self._members(0, which)]
                 padded.append(np.maximum.reduceat(lengths, starts).astype(np.int64) * sizes)
         return np.concatenate(padded)
-
-    def _shuffle_epoch(self, epoch: int) -> NDArray[np.int32]:
-        order = np.arange(self.per_epoch, dtype=np.int32)
-        return generator(self.seed, Stream.EPOCH_ORDER, epoch).permutation(order)
-
-    def _shuffle_bucket(self, epoch: int, which: int) -> NDArray[np.int32]:
-        order = np.arange(self.buckets[which].count, dtype=np.int32)
-        return generator(self.seed, Stream.BUCKET_ORDER, epoch, which).permutation(order)
 
 
 def make_buckets(lengths: NDArray[np.integer], *, budget_samples: int, buckets: int) -> list[Bucket]:
@@ -283,10 +251,9 @@ def make_buckets(lengths: NDArray[np.integer], *, budget_samples: int, buckets: 
         count = -(-wanted // per_micro_batch) * per_micro_batch
         if total - start - count < count // 2:
             count = total - start
-        bucket = Bucket(start, count, longest, per_micro_batch, first)
-        found.append(bucket)
+        found.append(Bucket(start, count, longest, per_micro_batch, first))
         start += count
-        first += bucket.micro_batches
+        first += found[-1].micro_batches
     return found
 
 
@@ -301,11 +268,4 @@ def rank_window(plan: Plan, update: int, *, micro_batches: int, rank: int, world
     numbers = range(update * micro_batches, (update + 1) * micro_batches)
     if micro_batches == 1:
         return list(numbers)
-    ordered = sorted(numbers, key=lambda number: (-plan.micro_batch(number).longest, number))
-    return ordered[rank::world_size]
-
-
-def window_numbers(plan: Plan, *, updates: range, micro_batches: int, rank: int, world_size: int) -> Iterator[int]:
-    """Yield the number of every micro-batch that `rank` runs in `updates`, in order."""
-    for update in updates:
-        yield from rank_window(plan, update, micro_batches=micro_batches, rank=rank, world_size=world_size)
+    return sorted(numbers, key=lambda number: -plan.micro_batch(number).longest)[rank::world_size]

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from lhotse.augmentation import AudioTransform, Resample, get_or_create_resampler
+from lhotse.augmentation import Resample, get_or_create_resampler
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 from numpy.lib.stride_tricks import sliding_window_view
@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 Samples = NDArray[np.float32]
 
-MAX_DENSE_STEPS = 1000
-"""Largest `steps` for which the filters of Lhotse are used; their memory grows with its square."""
+MAX_DENSE_STEPS = 1000  # largest `steps` for which Lhotse's filters are used; their memory grows with its square
 
 
 @dataclass
@@ -29,9 +28,9 @@ class SincResample(Resample):
     which gives different samples.
     """
 
-    def __call__(self, samples: NDArray[np.float32], sampling_rate: int | None = None) -> NDArray[np.float32]:
+    def __call__(self, samples: Samples, sampling_rate: int | None = None) -> Samples:
         if self.resampler is None:  # LHOTSE_RESAMPLING_BACKEND=sox
-            changed: NDArray[np.float32] = super().__call__(samples, sampling_rate)
+            changed: Samples = super().__call__(samples, sampling_rate)
         else:
             changed = self.resampler(torch.from_numpy(samples)).numpy()
         return changed
@@ -41,17 +40,13 @@ def at_rate(cut: Cut, sampling_rate: int) -> Cut:
     """`cut`, resampled to `sampling_rate` (Hz) when its audio is loaded, whether or not torchaudio is installed."""
     if cut.sampling_rate != sampling_rate:
         cut = cut.resample(sampling_rate)
-    recording = cut.recording
-    if not recording.transforms:
+    if not cut.recording.transforms:
         return cut
-    transforms = [_without_torchaudio(transform) for transform in recording.transforms]
-    return fastcopy(cut, recording=fastcopy(recording, transforms=transforms))
-
-
-def _without_torchaudio(transform: AudioTransform) -> AudioTransform:
-    if type(transform) is Resample:
-        return SincResample(transform.source_sampling_rate, transform.target_sampling_rate)
-    return transform
+    transforms = [
+        SincResample(change.source_sampling_rate, change.target_sampling_rate) if type(change) is Resample else change
+        for change in cut.recording.transforms
+    ]
+    return fastcopy(cut, recording=fastcopy(cut.recording, transforms=transforms))
 
 
 def resampled(blocks: Iterator[Samples], rate: int, target_rate: int) -> Iterator[Samples]:
@@ -74,8 +69,7 @@ def resampled(blocks: Iterator[Samples], rate: int, target_rate: int) -> Iterato
         count = -(-samples * target_steps // steps)
         return resample(signal)[start : start + count]
 
-    silence = np.zeros(context, np.float32)
-    held = silence
+    silence = held = np.zeros(context, np.float32)
     for block in blocks:
         held = np.concatenate([held, block])
         ready = (held.size - 2 * context) // steps * steps
@@ -99,13 +93,11 @@ def _interpolated(signal: Samples, filters: Samples, steps: int) -> Samples:
     target_steps, taps = filters.shape
     neighbours = sliding_window_view(np.pad(signal, taps // 2), taps)
     resampled = np.empty(-(-signal.size * target_steps // steps), np.float32)
-    positions_at_once = 2**18 // taps
-    for start in range(0, resampled.size, positions_at_once):
-        positions = np.arange(start, min(start + positions_at_once, resampled.size))
+    size = 2**18 // taps
+    for start in range(0, resampled.size, size):
+        positions = np.arange(start, min(start + size, resampled.size))
         found = neighbours[positions * steps // target_steps + 1]
-        np.einsum(
-            "nt,nt->n", found, filters[positions % target_steps], out=resampled[start : start + positions_at_once]
-        )
+        resampled[positions] = np.einsum("nt,nt->n", found, filters[positions % target_steps])
     return resampled
 
 

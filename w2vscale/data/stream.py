@@ -7,10 +7,10 @@ DynamicBucketingSampler forms micro-batches. The stream is endless, so all ranks
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lhotse import CutSet
@@ -31,15 +31,11 @@ from w2vscale.data.randomness import Stream, derived_seed, generator
 from w2vscale.errors import UserError
 from w2vscale.models.lengths import input_samples
 
-UTTERANCES_PER_BUCKET = 50
-"""Utterances in the buffer of a loader process per duration bucket; with fewer, buckets would rarely fill a batch."""
-
-EMPTY_PASSES = 10
-"""Give up after this many passes without a usable utterance."""
+UTTERANCES_PER_BUCKET = 50  # in the buffer of a loader process; with fewer, buckets would rarely fill a batch
+EMPTY_PASSES = 10  # give up after this many passes without a usable utterance
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """One Shar shard: a manifest of cuts and a tar archive of their audio."""
 
     cuts: Path
@@ -49,10 +45,10 @@ class Shard:
 class StreamedMicroBatches:
     """An endless stream of micro-batches of the shards in `data.train`.
 
-    Raises:
-        UserError: a folder holds no shards, no shard holds a cut that is long enough, or the objective does not
-            support cropped utterances.
+    Raises UserError if no shard holds a cut that is long enough, or the objective does not support cropped utterances.
     """
+
+    utterances = micro_batches = None  # unknown without reading all shards
 
     def __init__(self, assemble: Assembler, *, model: ModelConfig, data: DataConfig, batch: BatchConfig) -> None:
         if not assemble.maker.crops:
@@ -67,14 +63,6 @@ class StreamedMicroBatches:
         if not self.shards:
             raise UserError("data.train names no folder of shards: set data.train=DIR (made by: w2vscale data shar)")
         self.bounds = self._duration_bounds()
-
-    @property
-    def utterances(self) -> None:
-        """None: the number is unknown without reading all shards."""
-
-    @property
-    def micro_batches(self) -> None:
-        """None: the number is unknown without reading all shards."""
 
     def describe(self) -> str:
         """Describe the data, to check that all ranks have the same and to log a change when a run resumes."""
@@ -95,56 +83,50 @@ class StreamedMicroBatches:
 
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """The utterances depend on rank, world size and the update resumed from."""
-        dataset = _Readers(self, start=updates.start, micro_batches=micro_batches, rank=rank, world_size=world_size)
+        dataset = _Readers(self, updates.start, micro_batches, rank, world_size)
         per_rank = micro_batches // world_size
-        return gather_windows(
-            DataLoader(dataset, **loader_settings(self.data, per_rank=per_rank)), updates, per_rank=per_rank
-        )
+        loader = DataLoader(dataset, **loader_settings(self.data, per_rank=per_rank))
+        return gather_windows(loader, updates, per_rank=per_rank)
 
     def crop(self, cut: Cut, crops: np.random.Generator) -> Cut | None:
         """Crop `cut` to at most `data.max_seconds` at a random offset. Returns None if it is too short."""
-        place = crops.random()
+        place, longest = crops.random(), self.data.max_seconds
         if cut.duration < self.shortest_seconds:
             return None
-        longest = self.data.max_seconds
         if cut.duration <= longest:
             return cut
         return cut.truncate(offset=place * (cut.duration - longest), duration=longest, preserve_id=True)
 
     def _duration_bounds(self) -> list[float]:
         """Choose bucket bounds in seconds, so that each bucket holds equally much audio of the first usable shard."""
-        problem = ""
+        problems = []
         for shard in self.shards:
             try:
                 durations = np.array([cut.duration for cut in LazyManifestIterator(shard.cuts)])
             except Exception as error:  # damaged files raise many types of errors, as in _read
-                problem = problem or f"{shard.cuts}: cannot be read: {' '.join(str(error).split())[:200]}"
+                problems.append(f"{shard.cuts}: cannot be read: {_in_one_line(error)}")
                 continue
             kept = np.sort(np.minimum(durations[durations >= self.shortest_seconds], self.data.max_seconds))
             if kept.size:
                 break
-            problem = (
-                problem or f"{shard.cuts}: no utterance lasts {self.shortest_seconds:g} seconds (data.min_seconds)"
-            )
+            problems.append(f"{shard.cuts}: no utterance lasts {self.shortest_seconds:g} seconds (data.min_seconds)")
         else:
-            raise UserError(f"{problem}; the other {len(self.shards) - 1} shards have none either")
+            raise UserError(f"{problems[0]}; the other {len(self.shards) - 1} shards have none either")
         buckets = max(1, min(self.batch.buckets, self.data.stream_buffer // UTTERANCES_PER_BUCKET, kept.size))
         shares = np.arange(1, buckets) / buckets
         bounds: NDArray[np.float64] = np.unique(kept[np.searchsorted(np.cumsum(kept), shares * kept.sum())])
         return bounds.tolist()
 
 
+@dataclass(eq=False)
 class _Readers(IterableDataset[MicroBatch]):
     """The part of the stream for one rank; each loader process has its own `Reader`."""
 
-    def __init__(
-        self, source: StreamedMicroBatches, *, start: int, micro_batches: int, rank: int, world_size: int
-    ) -> None:
-        self.source = source
-        self.start = start
-        self.total = micro_batches
-        self.rank = rank
-        self.world_size = world_size
+    source: StreamedMicroBatches
+    start: int
+    micro_batches: int
+    rank: int
+    world_size: int
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Yield every n-th micro-batch of this rank, where n is the number of loader processes.
@@ -154,30 +136,32 @@ class _Readers(IterableDataset[MicroBatch]):
         worker = get_worker_info()
         here, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         reader = Reader(self.source, self.start, place=self.rank * workers + here, readers=self.world_size * workers)
-        per_rank = self.total // self.world_size
-        for position, crops in zip(count(here, workers), reader, strict=False):
+        per_rank = self.micro_batches // self.world_size
+        for position, crops in zip(count(here, workers), reader.micro_batches(), strict=False):
             update, step = self.start + position // per_rank, position % per_rank
-            number = update * self.total + step * self.world_size + self.rank
+            number = update * self.micro_batches + step * self.world_size + self.rank
             yield self.source.assemble(number, crops)
 
 
+@dataclass(eq=False)
 class Reader:
-    """Reader `place` of all `readers`: yields, without end, the crops of a micro-batch and utterances lost meanwhile.
+    """Reader `place` of all `readers`. Iterating over it yields the utterances of its shards, without end.
 
     Its randomness is a function of (seed, update that the run started or resumed at, place).
     """
 
-    def __init__(self, source: StreamedMicroBatches, start: int, *, place: int, readers: int) -> None:
-        self.source = source
-        self.start = start
-        self.place = place
-        self.readers = readers
-        self.lost: list[BadAudio] = []
-        """Utterances since the last micro-batch that could not be read from their shards."""
+    source: StreamedMicroBatches
+    start: int
+    place: int
+    readers: int
+    lost: list[BadAudio] = field(default_factory=list)  # unreadable utterances since the last micro-batch
 
-    def __iter__(self) -> Iterator[list[Crop | BadAudio]]:
+    def __iter__(self) -> Iterator[Cut]:
+        return self.utterances()
+
+    def micro_batches(self) -> Iterator[list[Crop | BadAudio]]:
+        """Yield, without end, the crops of a micro-batch and the utterances lost meanwhile."""
         source, data = self.source, self.source.data
-        rate = source.model.sampling_rate
         # Each bucket has a fixed number of utterances, because Lhotse's batches by total duration could exceed
         # batch.max_seconds after padding.
         sizes = FixedBucketBatchSizeConstraint(
@@ -185,7 +169,7 @@ class Reader:
             batch_sizes=[int(source.batch.max_seconds / longest) for longest in [*source.bounds, data.max_seconds]],
         )
         sampler = DynamicBucketingSampler(
-            CutSet(_Endless(self)),
+            CutSet(self),
             constraint=sizes,
             duration_bins=source.bounds,
             buffer_size=data.stream_buffer,
@@ -195,38 +179,33 @@ class Reader:
             world_size=1,
         )
         for cuts in sampler:
-            yield [*(Crop(cut, 0, round(cut.duration * rate)) for cut in cuts), *self.lost]
+            crops = [Crop(cut, 0, round(cut.duration * source.model.sampling_rate)) for cut in cuts]
+            yield [*crops, *self.lost]
             self.lost.clear()
 
     def utterances(self, *, passes: int | None = None) -> Iterator[Cut]:
         """Yield the usable utterances of this reader, cropped, in endless passes (or `passes`) over its shards.
 
-        Raises:
-            UserError: the shards of this reader hold no usable utterance.
+        Raises UserError if the shards of this reader hold no usable utterance.
         """
         shards, seed = self.source.shards, self.source.seed
         crops = generator(seed, Stream.CROP, self.start, self.place)
         # With fewer shards than readers, several readers share a shard and take its utterances in turn.
-        sharing = max(1, len(range(self.place % len(shards), self.readers, len(shards))))
-        turn = self.place // len(shards)
+        turn, mine = divmod(self.place, len(shards))
+        sharing = max(1, len(range(mine, self.readers, len(shards))))
         empty = 0
-        for number in count() if passes is None else range(passes):
+        for number in islice(count(), passes):
             order = generator(seed, Stream.SHARDS, self.start, number).permutation(len(shards))
-            mine = order[self.place % len(shards) :: self.readers]
-            found = False
-            for position, cut in enumerate(_read([shards[shard] for shard in mine])):
-                if position % sharing != turn:
-                    continue
+            empty += 1
+            for cut in islice(_read([shards[shard] for shard in order[mine :: self.readers]]), turn, None, sharing):
                 if isinstance(cut, BadAudio):
                     self.lost.append(cut)
                 elif (cropped := self.source.crop(cut, crops)) is not None:
-                    found = True
+                    empty = 0
                     yield cropped
-            empty = 0 if found else empty + 1
             if empty == EMPTY_PASSES and self.lost:
-                raise UserError(
-                    f"{self.lost[-1].file}: {self.lost[-1].reason}; this loader process could read none of its shards"
-                )
+                lost = self.lost[-1]
+                raise UserError(f"{lost.file}: {lost.reason}; this loader process could read none of its shards")
             if empty == EMPTY_PASSES:
                 raise UserError(
                     f"loader process {self.place} of {self.readers} finds no utterance of data.min_seconds="
@@ -235,22 +214,8 @@ class Reader:
                 )
 
 
-class _Endless:
-    """Adapts a reader to the iterable that `CutSet` takes."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-
-    def __iter__(self) -> Iterator[Cut]:
-        return self.reader.utterances()
-
-
 def find_shards(folder: Path) -> list[Shard]:
-    """Find the shards of a folder, in order of their numbers.
-
-    Raises:
-        UserError: the folder does not exist, holds no shards, or lacks the audio of one.
-    """
+    """The shards of a folder by number. Raises UserError if it does not exist, has none, or lacks the audio of one."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of shards; make one with: w2vscale data shar CUTS.jsonl {folder}")
     manifests = sorted(folder.glob("cuts.*.jsonl*"))
@@ -275,14 +240,17 @@ def _read(shards: Iterable[Shard]) -> Iterator[Cut | BadAudio]:
                 read += 1
                 yield cut
         except Exception as error:  # damaged gzip, JSON, tar and audio data raise many types of errors
-            yield from _lost(shard, read, error)
+            yield from _lost(shard, read, f"its shard cannot be read: {_in_one_line(error)}")
 
 
-def _lost(shard: Shard, read: int, error: Exception) -> list[BadAudio]:
+def _lost(shard: Shard, read: int, reason: str) -> list[BadAudio]:
     """List the utterances of a damaged shard after the first `read`, or the shard itself if its manifest is damaged."""
-    reason = "its shard cannot be read: " + (" ".join(str(error).split())[:200] or type(error).__name__)
     try:
         names = [cut.id for cut in islice(LazyManifestIterator(shard.cuts), read, None)]
     except Exception:
         return [BadAudio(shard.cuts.name, str(shard.cuts), "undecodable", reason)]
     return [BadAudio(name, str(shard.recording), "undecodable", reason) for name in names]
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -14,8 +14,8 @@ import soundfile
 from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples
 
-from w2vscale.corpora.audio_files import AUDIO_SUFFIXES
 from w2vscale.corpora.index import build_index
+from w2vscale.corpora.manifests import AUDIO_SUFFIXES
 from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
