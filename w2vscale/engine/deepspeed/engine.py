@@ -51,7 +51,8 @@ class DeepSpeedEngine:
         self.buffers = Buffers(model)
         transform(model, config)
         if self.stage == 3:
-            _partition(deepspeed, model, document, device, compute_dtype(precision))
+            with environment_for(device):
+                _partition(deepspeed, model, document, device, compute_dtype(precision))
         else:
             model.to_empty(device=device)
         self.parameters = dict(model.named_parameters())
@@ -90,7 +91,8 @@ class DeepSpeedEngine:
             self.engine.backward(sums.total * scale, scale_wrt_gas=False)
             return sums
 
-        return accumulate(grouping.groups(window), step, run, self.device)
+        with environment_for(self.device):
+            return accumulate(grouping.groups(window), step, run, self.device)
 
     def step(
         self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
@@ -113,7 +115,8 @@ class DeepSpeedEngine:
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
         self.engine.eval()
         run = lambda one: objective.forward(self.engine, one.inputs, step=one.step, training=False)  # noqa: E731
-        return accumulate([[batch]], step, run, self.device)
+        with environment_for(self.device):
+            return accumulate([[batch]], step, run, self.device)
 
     def export_state(self) -> CanonicalState:
         """Gathers one tensor at a time, and keeps only the rows of this rank."""
