@@ -39,7 +39,7 @@ def test_drawing_does_not_load_pyplot(tmp_path: Path) -> None:
     script = f"""
 import sys
 from pathlib import Path
-from w2vscale.analysis.probe_plots import draw_layers
+from w2vscale.analysis.figures import draw_layers
 before = "matplotlib" in sys.modules
 draw_layers({{0: 0.5, 1: 0.25}}, Path({str(tmp_path / "layers.png")!r}))
 print(before, "matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)

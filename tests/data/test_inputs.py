@@ -44,7 +44,7 @@ class Outer(NamedTuple):
 
 
 def tensor(dtype: torch.dtype, *shape: int, seed: int) -> Tensor:
-    """Random numbers of any type, none of them zero, so that padding can be told apart."""
+    """Random numbers of any type, none of them zero, so that they differ from padding."""
     numbers = torch.from_numpy(np.random.default_rng(seed).integers(1, 100, shape))
     return numbers.to(dtype)
 

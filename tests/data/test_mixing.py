@@ -168,8 +168,8 @@ def manifests(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def _spoken(audio: Path, name: str, language: str | None) -> Cut:
     cut = cut_of(audio, identifier=name)
-    said = SupervisionSegment(id=name, recording_id=name, start=0.0, duration=cut.duration, language=language)
-    return replace(cut, id=name, supervisions=[said])
+    spoken = SupervisionSegment(id=name, recording_id=name, start=0.0, duration=cut.duration, language=language)
+    return replace(cut, id=name, supervisions=[spoken])
 
 
 def settings(*overrides: str) -> Config:

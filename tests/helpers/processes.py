@@ -34,7 +34,7 @@ FORKS.set_forkserver_preload(
 
 
 class Command:
-    """`w2vscale ARGUMENTS` at work; what it says goes to a file."""
+    """A running `w2vscale ARGUMENTS` whose output goes to a file."""
 
     def __init__(self, output: Path, *arguments: str) -> None:
         self.output = output
@@ -50,11 +50,11 @@ class Command:
         self.process.kill()
 
     def finish(self, *, code: int, timeout: float) -> str:
-        """Wait until it has ended with `code` (minus a signal that killed it); what it said."""
+        """Wait until it ends with `code` (minus the signal that killed it); returns its output."""
         self.process.join(timeout)
-        said = self.output.read_text()
-        assert self.process.exitcode == code, f"{self.process.exitcode}\n{said}"
-        return said
+        printed = self.output.read_text()
+        assert self.process.exitcode == code, f"{self.process.exitcode}\n{printed}"
+        return printed
 
 
 def running(process: int) -> bool:

@@ -34,9 +34,11 @@ def write_spelled(folder: Path, texts: list[str], *, speakers: int = 0) -> Path:
     cuts = []
     for number, text in enumerate(texts):
         cut = cut_of(write_audio(folder / f"u{number:02d}.flac", spoken(text or "ABCDABCD", seed=number)))
-        said = SupervisionSegment(id=cut.id, recording_id=cut.recording_id, start=0.0, duration=cut.duration, text=text)
-        said.speaker = f"speaker{number % speakers}" if speakers else None
-        cut.supervisions = [said]
+        spelled = SupervisionSegment(
+            id=cut.id, recording_id=cut.recording_id, start=0.0, duration=cut.duration, text=text
+        )
+        spelled.speaker = f"speaker{number % speakers}" if speakers else None
+        cut.supervisions = [spelled]
         cuts.append(cut)
     return write_manifest(folder / "cuts.jsonl", cuts)
 

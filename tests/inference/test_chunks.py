@@ -18,8 +18,7 @@ from tests.helpers.micro import MICRO_MODEL
 from tests.helpers.pretrained import difference, micro_pretrained
 from w2vscale.config import load_config
 from w2vscale.data.audio import AudioError
-from w2vscale.inference.chunks import ChunkFeatures, by_audio, split_into_chunks
-from w2vscale.inference.pretrained import Audio, Pretrained
+from w2vscale.inference.pretrained import Audio, ChunkFeatures, Pretrained, by_audio, split_into_chunks
 from w2vscale.models.lengths import input_samples, output_frames
 
 PRESETS = ("base", "large_lv60", "base_prenorm")
@@ -108,14 +107,14 @@ def test_chunks_equal_the_whole_away_from_borders(preset: str) -> None:
 
 
 def test_chunks_are_grouped_by_audio() -> None:
-    def chunk(first: int, *, is_final: bool) -> ChunkFeatures:
-        return ChunkFeatures(first, [], None, is_final)
+    def chunk(first: int) -> ChunkFeatures:
+        return ChunkFeatures(first, [], None)
 
     stream: list[tuple[int, ChunkFeatures | AudioError]] = [
-        (0, chunk(0, is_final=False)), (0, chunk(50, is_final=True)),
-        (1, chunk(0, is_final=False)), (1, AudioError("undecodable", "damaged")),
+        (0, chunk(0)), (0, chunk(50)),
+        (1, chunk(0)), (1, AudioError("undecodable", "damaged")),
         (2, AudioError("missing", "no such file")),
-        (3, chunk(0, is_final=True)),
+        (3, chunk(0)),
     ]  # fmt: skip
     found: dict[int, list[int | str]] = {}
     for number, chunks in by_audio(iter(stream)):

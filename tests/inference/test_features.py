@@ -68,7 +68,7 @@ def test_the_command_and_both_formats(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_has_the_defaults_of_the_library() -> None:
-    from w2vscale.cli.features import features
+    from w2vscale.cli.inference import features
 
     command, library = inspect.signature(features).parameters, inspect.signature(write_features).parameters
     for name in ("chunk_seconds", "overlap_seconds", "batch_seconds", "file_format"):

@@ -41,7 +41,7 @@ OBJECTIVE = objective_with()
 def ctc_inputs(
     objective: Ctc, sizes: list[int], labels: list[list[int]], *, places: list[int] | None = None, number: int = 0
 ) -> CtcInputs:
-    """Noise of so many samples, labelled."""
+    """Labelled noise; `sizes` are in samples."""
     audio = [np.random.default_rng(size).standard_normal(size).astype(np.float32) for size in sizes]
     inputs: CtcInputs = inputs_of(objective, audio, labels, places=places, number=number)
     return inputs

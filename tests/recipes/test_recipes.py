@@ -1,4 +1,4 @@
-"""The recipes themselves: options, settings, a short run of the demo, and what is particular to the others."""
+"""The recipes: options, settings, and short runs of all stages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SHORT = (
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """In place of .venv/ of the checkout, which path.sh sets up: the tests' own, without waiting for imports."""
+    """The environment of the tests in place of .venv/, which path.sh sets up; commands need not wait for imports."""
     if not (Path(sys.prefix) / ".w2vscale-setup").is_file():
         pytest.skip("recipes run in the environment that tools/setup.sh makes, and this is another")
     folder = tmp_path_factory.mktemp("environment")
@@ -63,8 +63,8 @@ def test_settings_are_valid(path: Path) -> None:
 
 @pytest.mark.parametrize("recipe", NAMES)
 def test_a_wrong_option_fails_and_help_lists_the_right_ones(recipe: str) -> None:
-    said = run(recipe, "--bogus", "1", code=2)
-    assert "--bogus" in said
+    printed = run(recipe, "--bogus", "1", code=2)
+    assert "--bogus" in printed
     shown = run(recipe, "--help")
     assert "--stop-stage" in shown
     assert "--nproc" in shown
@@ -75,7 +75,7 @@ def test_a_wrong_option_fails_and_help_lists_the_right_ones(recipe: str) -> None
     [(recipe, "lm") for recipe in NAMES]
     + [("librispeech", "corpus"), ("librispeech", "librilight"), ("folder", "audio"), ("folder", "transcribed")],
 )
-def test_a_path_where_nothing_is_ends_a_recipe(recipe: str, option: str, tmp_path: Path) -> None:
+def test_a_missing_path_ends_a_recipe(recipe: str, option: str, tmp_path: Path) -> None:
     there = ("--audio", str(tmp_path)) if recipe == "folder" and option != "audio" else ()
     assert f"run.sh: --{option} nowhere: no such file or folder" in run(
         recipe, *there, f"--{option}", "nowhere", "--stop-stage", "-1", code=2
@@ -105,13 +105,13 @@ ngram 2=1
 
 
 @pytest.mark.slow
-def test_the_demo_goes_through_all_stages_and_repeats_nothing(environment: str, tmp_path: Path) -> None:
+def test_the_demo_runs_all_stages_and_repeats_none(environment: str, tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader", reason="synthetic speech needs the extra w2vscale[synth]")
     options = ("--data", str(tmp_path / "data"), "--exp", str(tmp_path / "exp"), "--label-minutes", "0.2")
     small = ("--train-minutes", "0.6", "--validation-minutes", "0.4", "--speakers", "2")
-    said = run("demo", *options, *small, "--finetune-settings", TUNING, *SHORT, environment=environment)
+    printed = run("demo", *options, *small, "--finetune-settings", TUNING, *SHORT, environment=environment)
     for number in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10):
-        assert f"stage {number}: done in" in said
+        assert f"stage {number}: done in" in printed
     results = tmp_path / "exp_0.2min" / "RESULTS.md"
     assert "| exp | 3 |" in results.read_text() and "`exp_0.2min` against `exp_0.2min_scratch`" in results.read_text()
     assert (tmp_path / "exp_0.2min" / "huggingface" / "tokenizer_config.json").is_file()
@@ -132,7 +132,7 @@ def test_the_demo_goes_through_all_stages_and_repeats_nothing(environment: str, 
 
 
 def write_librispeech(corpus: Path) -> None:
-    """Noise by two speakers to learn from and another to decode, as LibriSpeech lies in folders."""
+    """Noise by two speakers for training and one for decoding, in the folders of LibriSpeech."""
     for part, speakers in (("train-clean-5", (1, 2)), ("dev-clean-2", (3,))):
         for speaker in speakers:
             folder = corpus / part / str(speaker) / "7"
@@ -143,7 +143,7 @@ def write_librispeech(corpus: Path) -> None:
 
 
 @pytest.mark.slow
-def test_librispeech_goes_through_all_stages_with_shards_and_official_lists(environment: str, tmp_path: Path) -> None:
+def test_librispeech_runs_all_stages_with_shards_and_official_lists(environment: str, tmp_path: Path) -> None:
     pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
     write_librispeech(tmp_path / "corpus")
     listed = tmp_path / "librilight" / "1h" / "0" / "clean" / "1" / "7"
@@ -156,9 +156,9 @@ def test_librispeech_goes_through_all_stages_with_shards_and_official_lists(envi
         "--librilight", str(tmp_path / "librilight"), "--amount", "10min", "--shar", "true", "--jobs", "1",
         "--conf", "large", "--lm", str(tmp_path / "toy.arpa"), "--finetune-settings", TUNING,
     )  # fmt: skip
-    said = run("librispeech", *options, *SHORT, *SMALL_BATCH, environment=environment)
+    printed = run("librispeech", *options, *SHORT, *SMALL_BATCH, environment=environment)
     for number in range(1, 11):
-        assert f"stage {number}: done in" in said
+        assert f"stage {number}: done in" in printed
     manifests = tmp_path / "data" / "manifests"
     assert [json.loads(line)["id"] for line in (manifests / "cuts_10min.jsonl").read_text().splitlines()] == [
         "1-7-0000", "1-7-0002",
@@ -183,12 +183,12 @@ def test_librispeech_does_not_validate_on_test_sets(environment: str, tmp_path: 
 @pytest.mark.slow
 def test_real_speech_is_prepared_and_indexed(environment: str, shared_data: Path, tmp_path: Path) -> None:
     options = ("--corpus", os.path.relpath(shared_data / "LibriSpeech"), "--data", str(tmp_path / "data"))
-    said = run("mini_librispeech", *options, "--stop-stage", "1", environment=environment)
-    assert "stage 1: done in" in said
-    assert "stage 2" not in said
-    said = run("mini_librispeech", *options, "--stage", "2", "--stop-stage", "2", environment=environment)
-    assert "stage 2: done in" in said
-    assert "stage 1" not in said
+    printed = run("mini_librispeech", *options, "--stop-stage", "1", environment=environment)
+    assert "stage 1: done in" in printed
+    assert "stage 2" not in printed
+    printed = run("mini_librispeech", *options, "--stage", "2", "--stop-stage", "2", environment=environment)
+    assert "stage 2: done in" in printed
+    assert "stage 1" not in printed
     assert (tmp_path / "data" / "manifests" / "cuts_train-clean-5.jsonl.index.npy").is_file()
 
 
@@ -196,17 +196,18 @@ def test_real_speech_is_prepared_and_indexed(environment: str, shared_data: Path
 def test_a_folder_of_any_audio_and_another_with_transcripts(environment: str, tmp_path: Path) -> None:
     for number in range(6):
         write_audio(tmp_path / "audio" / f"{number}.wav", noise(2.0, seed=number))
-        write_audio(tmp_path / "said" / f"{number}.ogg", noise(2.0, seed=9 + number))
-        (tmp_path / "said" / f"{number}.txt").write_text("one two")
+        write_audio(tmp_path / "transcribed" / f"{number}.ogg", noise(2.0, seed=9 + number))
+        (tmp_path / "transcribed" / f"{number}.txt").write_text("one two")
     options = (
-        "--audio", str(tmp_path / "audio"), "--transcribed", str(tmp_path / "said"), "--data", str(tmp_path / "data"),
+        "--audio", str(tmp_path / "audio"), "--transcribed", str(tmp_path / "transcribed"),
+        "--data", str(tmp_path / "data"),
         "--exp", str(tmp_path / "exp"), "--validation-share", "0.3", "--test-share", "0.3",
         "--finetune-settings", TUNING,
     )  # fmt: skip
-    said = run("folder", *options, *SHORT, *SMALL_BATCH, environment=environment)
+    printed = run("folder", *options, *SHORT, *SMALL_BATCH, environment=environment)
     for number in (1, 2, 4, 5, 6, 7, 8, 9, 10):
-        assert f"stage {number}: done in" in said
-    assert "per epoch" in said
+        assert f"stage {number}: done in" in printed
+    assert "per epoch" in printed
     page = (tmp_path / "exp_transcribed" / "RESULTS.md").read_text()
     assert page.startswith("# audio\n") and "`exp_transcribed` against `exp_transcribed_scratch`" in page
     assert (tmp_path / "exp_transcribed" / "huggingface" / "tokenizer_config.json").is_file()

@@ -15,7 +15,7 @@ import torch
 
 from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
 from tests.helpers.micro import MICRO_RUN
-from w2vscale.analysis.report import draw_curves, read_metrics, summarise
+from w2vscale.analysis.report import draw_curves, read_metrics, read_run
 from w2vscale.config import Config, load_config
 from w2vscale.data.indexed import MicroBatches
 from w2vscale.data.micro_batch import MicroBatch
@@ -220,7 +220,7 @@ def test_a_skipped_update_does_not_hide_the_metrics_of_the_others(small_corpus: 
     assert first["skipped_updates"] >= 2
     assert first["loss"] > 0.0
     assert second["loss"] is None, "all four were skipped"
-    assert summarise(tmp_path).training == [[None], [None], [None, None]]
+    assert read_run(tmp_path).latest()[0] == [[None], [None], [None, None]]
 
 
 def test_an_incomplete_last_line_of_metrics_is_ignored(finished: Path, tmp_path: Path) -> None:

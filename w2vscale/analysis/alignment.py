@@ -11,25 +11,18 @@ from w2vscale.objectives.ctc import BLANK
 
 
 def align(log_probabilities_TV: NDArray[np.floating], labels: Sequence[int]) -> NDArray[np.int64]:
-    """Align labels with frames by dynamic programming (Viterbi).
+    """Align labels (without blanks) with frames by dynamic programming (Viterbi).
 
-    Args:
-        log_probabilities_TV: log probabilities of the symbols in each frame.
-        labels: the labels, without blanks.
-
-    Returns:
-        The most probable path [T] that collapses to `labels`: for each frame a position in `labels`, or -1 for blank.
-
-    Raises:
-        ValueError: there are too few frames for the labels and the blanks between equal neighbours.
+    Returns the most probable path [T] that collapses to them: for each frame a position in `labels`, or -1 for blank.
+    Raises ValueError if there are too few frames for the labels and the blanks between equal neighbours.
     """
     frames = len(log_probabilities_TV)
     symbols = np.full(2 * len(labels) + 1, BLANK)
     symbols[1::2] = labels
     states = len(symbols)
     # The blank between two labels may be skipped if they differ.
-    skips = np.zeros(states, dtype=bool)
-    skips[3::2] = symbols[3::2] != symbols[1:-2:2]
+    skips = np.full(states, -np.inf)
+    skips[3::2] = np.where(symbols[3::2] != symbols[1:-2:2], 0.0, -np.inf)
     best = np.full(states, -np.inf)
     best[:2] = log_probabilities_TV[0, symbols[:2]]
     steps = np.zeros((frames, states), dtype=np.int8)
@@ -37,7 +30,7 @@ def align(log_probabilities_TV: NDArray[np.floating], labels: Sequence[int]) -> 
         reached = np.full((3, states), -np.inf)
         reached[0] = best
         reached[1, 1:] = best[:-1]
-        reached[2, 2:] = np.where(skips[2:], best[:-2], -np.inf)
+        reached[2, 2:] = best[:-2] + skips[2:]
         steps[frame] = reached.argmax(axis=0)
         best = reached.max(axis=0) + log_probabilities_TV[frame, symbols]
     ends = [states - 1, states - 2] if labels else [0]
@@ -60,9 +53,7 @@ def fill_blanks(path: NDArray[np.int64], reach: int) -> NDArray[np.int64]:
     if not labelled.size:
         return path
     frames = np.arange(path.size)
-    after = np.searchsorted(labelled, frames).clip(max=labelled.size - 1)
-    before = (np.searchsorted(labelled, frames, side="right") - 1).clip(min=0)
-    nearest = np.where(
-        np.abs(labelled[after] - frames) < np.abs(frames - labelled[before]), labelled[after], labelled[before]
-    )
+    after = labelled[np.searchsorted(labelled, frames).clip(max=labelled.size - 1)]
+    before = labelled[(np.searchsorted(labelled, frames, side="right") - 1).clip(min=0)]
+    nearest = np.where(np.abs(after - frames) < np.abs(frames - before), after, before)
     return np.where(np.abs(nearest - frames) <= reach, path[nearest], -1)

@@ -17,26 +17,21 @@ import torch
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from w2vscale.analysis.alignment import align, fill_blanks
 from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import BadAudio
-from w2vscale.data.transcripts import SPACE, Transcripts, refuse_too_many, transcript
+from w2vscale.data.transcripts import SPACE, Transcripts, refuse_too_many
 from w2vscale.errors import UserError
-from w2vscale.inference.chunks import by_audio
-from w2vscale.inference.pretrained import Pretrained
-from w2vscale.inference.utterances import open_by_duration, utterances_by_name
+from w2vscale.inference.pretrained import Audio, ChunkFeatures, Pretrained
+from w2vscale.inference.utterances import Utterance, collect, map_utterances, utterances_by_name
 from w2vscale.objectives.ctc import ctc_loss, greedy_labels
 
 LEARNING_RATE = 0.01
 BATCH_UTTERANCES = 4
-
-REACH = 2
-"""A frame belongs to a character if the probe marks the character at most this many frames away."""
-
-SILENCE = "·"
-"""The class of a frame that belongs to no character."""
+REACH = 2  # a frame belongs to a character if the probe marks the character at most this many frames away
+SILENCE = "·"  # the class of a frame that belongs to no character
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,7 @@ class Cooccurrence:
 
     classes: list[str]
     frames_CV: NDArray[np.int64]
+    by_chance: float = 0.0  # the information that remains when the codes are shuffled over the frames
 
     @property
     def information(self) -> float:
@@ -67,23 +63,12 @@ class Cooccurrence:
 
 
 @dataclass(frozen=True)
-class Codebook:
-    """The co-occurrence of the entries of a codebook with characters and speakers."""
-
-    letters: Cooccurrence
-    speakers: Cooccurrence
-    letters_by_chance: float
-    """The information that remains when the codes are shuffled over the frames."""
-    speakers_by_chance: float
-
-
-@dataclass(frozen=True)
 class ProbeResult:
     """The result of probing a model."""
 
-    error_rates: dict[int, float]
-    """The label error rate of the probe of each layer on the test set, with greedy decoding."""
-    codebooks: list[Codebook]
+    error_rates: dict[int, float]  # label error rate of the probe of each layer on the test set, greedy decoding
+    letters: list[Cooccurrence]  # of the entries of each codebook
+    speakers: list[Cooccurrence]
     frames: int
     train_utterances: int
     test_utterances: int
@@ -96,12 +81,12 @@ class ProbeResult:
             "best_layer": self.best_layer,
             "codebooks": [
                 {
-                    "letters": codebook.letters.information,
-                    "letters_by_chance": codebook.letters_by_chance,
-                    "speakers": codebook.speakers.information,
-                    "speakers_by_chance": codebook.speakers_by_chance,
+                    "letters": letters.information,
+                    "letters_by_chance": letters.by_chance,
+                    "speakers": speakers.information,
+                    "speakers_by_chance": speakers.by_chance,
                 }
-                for codebook in self.codebooks
+                for letters, speakers in zip(self.letters, self.speakers, strict=True)
             ],
             "train_utterances": self.train_utterances,
             "test_utterances": self.test_utterances,
@@ -123,28 +108,15 @@ def probe(
     vocabulary: Sequence[str],
     layers: Sequence[int] | None = None,
     updates: int,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> ProbeResult:
-    """Probe a pretrained model with transcribed utterances. The model is run once and does not change.
+    """Train a CTC probe on each of `layers` (default: all) with the manifests `train`, and evaluate it on `test`.
 
-    Args:
-        pretrained: the model.
-        train: manifests to train the probes on.
-        test: manifests to measure the error rate on.
-        vocabulary: the symbols of the transcripts; the first is the CTC blank.
-        layers: the layers to probe; all by default.
-        updates: the number of updates that each probe is trained for.
-        seed: draws the batches of the probes.
-        progress: called with (updates done, updates in total).
-        log: receives messages.
-
-    The features of all layers are held in memory, in fp32. The probe of the best layer aligns characters with frames.
-
-    Raises:
-        UserError: the checkpoint is fine-tuned, a layer does not exist, a manifest is unusable, or no utterance of
-            `train` or `test` can be used.
+    The first symbol of `vocabulary` is the CTC blank. The model is run once and does not change; the features of all
+    layers are held in memory, in fp32. The probe of the best layer aligns characters with frames. `progress` is called
+    with (updates done, updates in total). Raises UserError if the checkpoint is fine-tuned, a layer does not exist, a
+    manifest is unusable, or no utterance of `train` or `test` can be used.
     """
     if pretrained.objective.vocabulary:
         raise UserError("the checkpoint is fine-tuned; probes need a pretrained one")
@@ -152,18 +124,15 @@ def probe(
     spelling = Transcripts(vocabulary)
     bad: list[BadAudio] = []
     log(f"computing layers {', '.join(map(str, chosen))} of all utterances")
-    train_set, test_set = ([*_encode(pretrained, paths, chosen, spelling, bad)] for paths in (train, test))
+    train_set, test_set = (_encode(pretrained, paths, chosen, spelling, bad) for paths in (train, test))
     for paths, utterances in ((train, train_set), (test, test_set)):
         if not utterances:
             names = ", ".join(map(str, paths)) or "no manifest"
             raise UserError(f"{names}: no utterance has both a transcript and usable audio")
     everything = [*train_set, *test_set]
     _standardise(everything, train_set)
-    device = pretrained.model.encoder.mask_embedding.device
     log(f"training a probe of each on {len(train_set):,} utterances")
-    weight_LDV, bias_LV = _train(
-        train_set, len(vocabulary), device=device, updates=updates, seed=seed, progress=progress
-    )
+    weight_LDV, bias_LV = _train(train_set, len(vocabulary), pretrained.device, updates, progress)
 
     def log_probabilities_LTV(one: EncodedUtterance) -> Tensor:
         return (one.hidden_LTD @ weight_LDV + bias_LV.unsqueeze(1)).log_softmax(dim=2)
@@ -174,13 +143,14 @@ def probe(
         errors_L += [Levenshtein.distance(greedy_labels(scores_TV), one.labels) for scores_TV in scores_LTV]
         labels += len(one.labels)
     best = int(errors_L.argmin())
-    letters = np.concatenate(
-        [_align_letters(log_probabilities_LTV(one)[best].numpy(), one.labels, vocabulary) for one in everything]
-    )
+    letters = [_frame_letters(log_probabilities_LTV(one)[best].numpy(), one.labels, vocabulary) for one in everything]
+    speakers = [np.full(len(one.codes_TG), one.speaker) for one in everything]
+    codes_GT, entries = np.concatenate([one.codes_TG for one in everything]).T, pretrained.objective.code_entries
     return ProbeResult(
         error_rates={layer: int(errors) / labels for layer, errors in zip(chosen, errors_L, strict=True)},
-        codebooks=_codebooks(everything, letters, pretrained.objective.code_entries, seed),
-        frames=letters.size,
+        letters=[cooccurrence(np.concatenate(letters), codes_T, entries) for codes_T in codes_GT],
+        speakers=[cooccurrence(np.concatenate(speakers), codes_T, entries) for codes_T in codes_GT],
+        frames=codes_GT.shape[1],
         train_utterances=len(train_set),
         test_utterances=len(test_set),
         bad=bad,
@@ -189,33 +159,27 @@ def probe(
 
 def _encode(
     pretrained: Pretrained, manifests: Sequence[Path], layers: Sequence[int], spelling: Transcripts, bad: list[BadAudio]
-) -> Iterator[EncodedUtterance]:
+) -> list[EncodedUtterance]:
     """Run the model on the utterances of manifests; those without a transcript or usable audio are added to `bad`."""
-    utterances = utterances_by_name(manifests)
     labels: dict[str, list[int]] = {}
-    for name, utterance in utterances.items():
+    transcribed = []
+    for utterance in utterances_by_name(manifests).values():
         try:
-            labels[name] = spelling.labels(transcript(utterance.cut))[0]
+            labels[utterance.name], _ = spelling.labels(utterance.transcript)
+            transcribed.append(utterance)
         except AudioError as error:
             bad.append(utterance.bad(error))
-    opened, unreadable = open_by_duration([utterances[name] for name in labels])
-    bad.extend(unreadable)
-    stream = pretrained.stream([audio for _, audio in opened], layers=layers, codes=True)
-    for number, chunks in by_audio(stream):
-        utterance, _ = opened[number]
-        hidden: list[Tensor] = []
-        codes: list[Tensor] = []
-        try:
-            for chunk in chunks:
-                assert chunk.codes_TG is not None
-                hidden.append(torch.stack(chunk.hidden))
-                codes.append(chunk.codes_TG)
-            codes_TG = torch.cat(codes).numpy()
-            refuse_too_many(labels[utterance.name], len(codes_TG))
-        except AudioError as error:
-            bad.append(utterance.bad(error))
-        else:
-            yield EncodedUtterance(utterance.speaker, labels[utterance.name], torch.cat(hidden, dim=1), codes_TG)
+
+    def encode(utterance: Utterance, audio: Audio, chunks: Iterator[ChunkFeatures]) -> EncodedUtterance:
+        found = list(chunks)
+        hidden_LTD = torch.cat([torch.stack(chunk.hidden) for chunk in found], dim=1)
+        codes_TG = torch.cat([chunk.codes_TG for chunk in found if chunk.codes_TG is not None])
+        refuse_too_many(labels[utterance.name], len(codes_TG))
+        return EncodedUtterance(utterance.speaker, labels[utterance.name], hidden_LTD, codes_TG.numpy())
+
+    encoded, unusable = collect(map_utterances(encode, pretrained, transcribed, layers=layers, codes=True))
+    bad.extend(unusable)
+    return encoded
 
 
 def _standardise(utterances: Sequence[EncodedUtterance], reference: Sequence[EncodedUtterance]) -> None:
@@ -223,23 +187,19 @@ def _standardise(utterances: Sequence[EncodedUtterance], reference: Sequence[Enc
 
     A linear probe can express the same functions as before, and one learning rate suits all layers.
     """
-    count = sum(len(one.codes_TG) for one in reference)
-    zero_L1D = torch.zeros_like(reference[0].hidden_LTD[:, :1], dtype=torch.float64)
-    mean_L1D = sum((one.hidden_LTD.double().sum(dim=1, keepdim=True) for one in reference), zero_L1D) / count
-    squares = ((one.hidden_LTD - mean_L1D).square().sum(dim=1, keepdim=True) for one in reference)
-    scale_L1D = (sum(squares, zero_L1D) / count + 1e-8).rsqrt()
-    for one in utterances:
-        one.hidden_LTD.sub_(mean_L1D).mul_(scale_L1D)
+    for layer in range(len(reference[0].hidden_LTD)):
+        whole_TD = torch.cat([one.hidden_LTD[layer] for one in reference])
+        variance_D, mean_D = torch.var_mean(whole_TD, dim=0, correction=0)
+        for one in utterances:
+            one.hidden_LTD[layer].sub_(mean_D).mul_((variance_D + 1e-8).rsqrt())
 
 
 def _train(
     utterances: Sequence[EncodedUtterance],
     symbols: int,
-    *,
     device: torch.device,
     updates: int,
-    seed: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Callable[[int, int], None],
 ) -> tuple[Tensor, Tensor]:
     """Train the probes of all layers side by side, independently; returns weights [L, D, V] and biases [L, V]."""
     layers, _, dim = utterances[0].hidden_LTD.shape
@@ -247,32 +207,26 @@ def _train(
     bias_LV = torch.zeros(layers, symbols, device=device, requires_grad=True)
     optimizer = torch.optim.AdamW([weight_LDV, bias_LV], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=updates)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     size = min(BATCH_UTTERANCES, len(utterances))
     for update in range(updates):
         batch = [utterances[index] for index in random.choice(len(utterances), size, replace=False)]
         frames_B = torch.tensor([len(one.codes_TG) for one in batch], device=device)
         counts_B = torch.tensor([len(one.labels) for one in batch], device=device)
         labels_S = torch.tensor([label for one in batch for label in one.labels], device=device)
-        padded = [F.pad(one.hidden_LTD, (0, 0, 0, int(frames_B.max()) - len(one.codes_TG))) for one in batch]
-        x_LBTD = torch.stack(padded, dim=1).to(device)
-        logits_LBTV = (x_LBTD.flatten(1, 2) @ weight_LDV + bias_LV.unsqueeze(1)).view(*x_LBTD.shape[:3], symbols)
-        loss = ctc_loss(
-            logits_LBTV.flatten(0, 1),
-            frames_B.repeat(layers),
-            labels_S.repeat(layers),
-            counts_B.repeat(layers),
-        )
+        x_BTLD = pad_sequence([one.hidden_LTD.transpose(0, 1) for one in batch], batch_first=True).to(device)
+        logits_LBTV = torch.einsum("btld,ldv->lbtv", x_BTLD, weight_LDV) + bias_LV[:, None, None]
+        given = (labels.repeat(layers) for labels in (frames_B, labels_S, counts_B))
+        loss = ctc_loss(logits_LBTV.flatten(0, 1), *given)
         optimizer.zero_grad()
         (loss / labels_S.numel()).backward()
         optimizer.step()
         schedule.step()
-        if progress is not None:
-            progress(update + 1, updates)
+        progress(update + 1, updates)
     return weight_LDV.detach().cpu(), bias_LV.detach().cpu()
 
 
-def _align_letters(
+def _frame_letters(
     log_probabilities_TV: NDArray[np.floating], labels: Sequence[int], vocabulary: Sequence[str]
 ) -> NDArray[np.str_]:
     """Return the character of each frame by forced alignment. The space between words counts as silence."""
@@ -281,37 +235,16 @@ def _align_letters(
     return np.array([*names, SILENCE])[fill_blanks(align(log_probabilities_TV, labels), REACH)]
 
 
-def _codebooks(
-    utterances: Sequence[EncodedUtterance], letters: NDArray[np.str_], entries: int, seed: int
-) -> list[Codebook]:
-    codes_TG = np.concatenate([one.codes_TG for one in utterances])
-    speakers = np.concatenate([np.full(len(one.codes_TG), one.speaker) for one in utterances])
-    shuffled_TG = np.random.default_rng(seed).permutation(codes_TG)
-    return [
-        Codebook(
-            letters=cooccurrence(letters, codes_T, entries),
-            speakers=cooccurrence(speakers, codes_T, entries),
-            letters_by_chance=cooccurrence(letters, shuffled_T, entries).information,
-            speakers_by_chance=cooccurrence(speakers, shuffled_T, entries).information,
-        )
-        for codes_T, shuffled_T in zip(codes_TG.T, shuffled_TG.T, strict=True)
-    ]
-
-
 def cooccurrence(classes: NDArray[np.str_], codes: NDArray[np.int64], entries: int) -> Cooccurrence:
-    """Count the frames of each class and code.
-
-    Args:
-        classes: the class of each frame.
-        codes: the code of each frame.
-        entries: the number of codes.
-    """
+    """Count the frames of each class and code, given the class and the code (below `entries`) of each frame."""
     names, numbers = np.unique(classes, return_inverse=True)
-    frames_CV = np.zeros((len(names), entries), dtype=np.int64)
-    np.add.at(frames_CV, (numbers, codes), 1)
-    return Cooccurrence(names.tolist(), frames_CV)
+
+    def count(codes: NDArray[np.int64], by_chance: float) -> Cooccurrence:
+        counts = np.bincount(numbers * entries + codes, minlength=len(names) * entries)
+        return Cooccurrence(names.tolist(), counts.reshape(len(names), entries), by_chance)
+
+    return count(codes, by_chance=count(np.random.default_rng(0).permutation(codes), 0.0).information)
 
 
 def _entropy(probabilities: NDArray[np.floating]) -> float:
-    positive = probabilities[probabilities > 0.0]
-    return float(-(positive * np.log(positive)).sum())
+    return float(torch.special.entr(torch.from_numpy(probabilities)).sum())

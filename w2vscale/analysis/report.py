@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from w2vscale.analysis.figures import new_figure, save_figure
+from w2vscale.analysis.figures import add_grid, new_figure, save_figure
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.files import read_records
@@ -21,11 +21,7 @@ Record = dict[str, Any]
 
 
 def read_metrics(path: Path, split: str) -> list[Record]:
-    """Read the records of one split (`train` or `validation`) of a metrics.jsonl.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """Read one split (`train` or `validation`) of a metrics.jsonl. Raises UserError if the file cannot be read."""
     try:
         records = read_records(path)
     except OSError as error:
@@ -34,69 +30,40 @@ def read_metrics(path: Path, split: str) -> list[Record]:
 
 
 @dataclass(frozen=True)
-class Curves:
-    """The metrics of a run, and how its objective plots them."""
+class RunMetrics:
+    """The metrics of a run, and the panels in which its objective plots them."""
 
     exp: Path
     train: list[Record]
     validation: list[Record]
     panels: tuple[Panel, Panel, Panel]
 
-
-@dataclass(frozen=True)
-class RunSummary:
-    """The progress of a run, and its latest metrics by the panels of its objective.
-
-    A panel has a list of values, one for each of its metrics; None where it was not measured.
-    """
-
-    update: int
-    hours_seen: float
-    panels: tuple[Panel, Panel, Panel]
-    training: list[list[float | None]]
-    validation: list[list[float | None]]
+    def latest(self) -> tuple[list[list[float | None]], list[list[float | None]]]:
+        """The latest training and validation metrics: the values of each panel, None where they were not measured."""
+        last, validation = self.train[-1], self.validation[-1] if self.validation else {}
+        return (
+            [[last.get(key) if panel.training else None for key in panel.keys] for panel in self.panels],
+            [[validation.get(key) for key in panel.keys] for panel in self.panels],
+        )
 
 
-def read_curves(exp: Path) -> Curves:
-    """Read the metrics of a run folder.
-
-    Raises:
-        UserError: it is not a run folder, or has no metrics yet.
-    """
+def read_run(exp: Path) -> RunMetrics:
+    """Read the metrics of a run folder. Raises UserError if it is not one, or has no metrics yet."""
     path = exp / "metrics.jsonl"
     train, validation = read_metrics(path, "train"), read_metrics(path, "validation")
     if not train:
         raise UserError(f"{exp}: no metrics yet; the run has logged no update")
     if not (exp / "config.yaml").is_file():
         raise UserError(f"{exp}: not a run folder: it contains no config.yaml")
-    return Curves(exp, train, validation, build_objective(load_config(exp / "config.yaml")).panels())
-
-
-def summarise(exp: Path) -> RunSummary:
-    """Return the latest training and validation metrics of a run.
-
-    Raises:
-        UserError: it is not a run folder, or has no metrics yet.
-    """
-    run = read_curves(exp)
-    last = run.train[-1]
-    validation = run.validation[-1] if run.validation else {}
-    return RunSummary(
-        update=int(last["update"]),
-        hours_seen=last["hours_seen"],
-        panels=run.panels,
-        training=[[last.get(key) if panel.training else None for key in panel.keys] for panel in run.panels],
-        validation=[[validation.get(key) for key in panel.keys] for panel in run.panels],
-    )
+    return RunMetrics(exp, train, validation, build_objective(load_config(exp / "config.yaml")).panels())
 
 
 def draw_curves(exps: Sequence[Path], output: Path) -> Path:
-    """Draw the curves of one or several runs into one PNG file: the three panels of the objective and gradient norm.
+    """Draw the curves of one or several runs into one image file: the panels of the objective and the gradient norm.
 
-    Raises:
-        UserError: a folder is not a run folder, a run has no metrics yet, or the file cannot be written.
+    Raises UserError if a folder is not a run folder, a run has no metrics yet, or the file cannot be written.
     """
-    runs = [read_curves(exp) for exp in exps]
+    runs = [read_run(exp) for exp in exps]
     figure = new_figure(width=11, height=7)
     grid = figure.subplots(2, 2, sharex=True)
     *panel_axes, norm = grid.flat
@@ -109,16 +76,14 @@ def draw_curves(exps: Sequence[Path], output: Path) -> Path:
         if panel.chance is not None:
             axes.axhline(panel.chance, color="grey", linewidth=0.8, linestyle=":", label="chance")
     panel_axes[2].set_ylim(bottom=0)
-    norm.set_ylabel("gradient norm, before clipping")
-    norm.set_yscale("log")
+    norm.set(ylabel="gradient norm, before clipping", yscale="log")
     for axes in grid[1]:
         axes.set_xlabel("update")
     for axes in (panel_axes[0], panel_axes[2]):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize="small", frameon=False)
     for axes in figure.axes:
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        add_grid(axes)
     if len(runs) == 1:
         last = runs[0].train[-1]
         figure.suptitle(f"{exps[0].name}: {last['hours_seen']:.2f} hours seen in {last['update']} updates")
@@ -126,7 +91,7 @@ def draw_curves(exps: Sequence[Path], output: Path) -> Path:
     return output
 
 
-def _draw_panel(axes: Axes, panel: Panel, run: Curves, color: str) -> None:
+def _draw_panel(axes: Axes, panel: Panel, run: RunMetrics, color: str) -> None:
     """Training and validation of a single metric, or training of several metrics."""
     name = run.exp.name
     for number, (key, label) in enumerate(panel.keys.items()):

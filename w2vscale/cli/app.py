@@ -13,20 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from w2vscale import runtime
-from w2vscale.cli import (
-    checkpoint,
-    config,
-    convert,
-    data,
-    evaluate,
-    features,
-    finetune,
-    probe,
-    report,
-    results,
-    train,
-    transcribe,
-)
+from w2vscale.cli import analysis, checkpoint, config, convert, data, evaluate, inference, train
 from w2vscale.distributed.launch import LostRanks, launched
 from w2vscale.errors import UserError
 from w2vscale.version import __version__
@@ -40,15 +27,15 @@ app = typer.Typer(
 )
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
-app.command("train")(train.train)
-app.command("finetune")(finetune.finetune)
-app.command("evaluate")(evaluate.evaluate)
-app.command("transcribe")(transcribe.transcribe)
-app.command("probe")(probe.probe)
-app.command("features")(features.features)
-app.command("report")(report.report)
-app.command("results")(results.results)
-app.command("export")(convert.export)
+app.command()(train.train)
+app.command()(train.finetune)
+app.command()(evaluate.evaluate)
+app.command()(inference.transcribe)
+app.command()(analysis.probe)
+app.command()(inference.features)
+app.command()(analysis.report)
+app.command()(evaluate.results)
+app.command()(convert.export)
 app.command("import")(convert.import_)
 app.add_typer(checkpoint.app, name="checkpoint")
 
@@ -87,7 +74,9 @@ def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
     if user and not debug:
         text = f"error: {' '.join(str(error).splitlines())}\n"
     elif isinstance(error, LostRanks) and not debug:
-        text = f"rank {rank}: lost the other processes ({_reason(error)})\n"
+        # The message of gloo or NCCL, without source location and advice.
+        reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
+        text = f"rank {rank}: lost the other processes ({reason})\n"
     else:
         text = textwrap.indent("".join(traceback.format_exception(error)), f"[rank {rank}] ", lambda line: True)
     try:
@@ -99,8 +88,3 @@ def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
         sys.stderr.flush()
     finally:
         os._exit(2 if user else 1)
-
-
-def _reason(error: LostRanks) -> str:
-    """Return the message of gloo or NCCL without source location and advice."""
-    return re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]

@@ -25,49 +25,32 @@ Processes = Annotated[
     typer.Option("--nproc-per-node", help="Number of processes to start on this machine. Omit under torchrun or srun."),
 ]
 Checkpoint = Annotated[
-    Path,
-    typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or a run folder (its newest checkpoint)."),
-]
-Audio = Annotated[
-    list[Path],
-    typer.Argument(metavar="AUDIO...", help="Audio files, folders of audio files, or Lhotse cut manifests (*.jsonl)."),
+    Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or a run folder (its newest checkpoint).")
 ]
 Beam = Annotated[
     int | None,
     typer.Option(
-        "--beam",
-        min=1,
-        help="Beam size: number of hypotheses to keep.",
-        show_default="greedy; 50 with --lm or --lexicon",
+        min=1, help="Beam size: number of hypotheses to keep.", show_default="greedy; 50 with --lm or --lexicon"
     ),
 ]
 LanguageModel = Annotated[
-    Path | None, typer.Option("--lm", metavar="FILE", help="Word n-gram model: ARPA, .arpa.gz or KenLM binary.")
+    Path | None, typer.Option(metavar="FILE", help="Word n-gram model: ARPA, .arpa.gz or KenLM binary.")
 ]
 Lexicon = Annotated[
     Path | None,
     typer.Option(
-        "--lexicon",
-        metavar="FILE",
-        help="Limit the output to these words, one per line.",
-        show_default="the words of an ARPA model",
+        metavar="FILE", help="Limit the output to these words, one per line.", show_default="the words of an ARPA model"
     ),
 ]
-LmWeight = Annotated[float, typer.Option("--lm-weight", help="Language-model weight (applied to log10 probabilities).")]
-WordScore = Annotated[
-    float, typer.Option("--word-score", help="Score added per word (applies with --lm or --lexicon).")
-]
+LmWeight = Annotated[float, typer.Option(help="Language-model weight (applied to log10 probabilities).")]
+WordScore = Annotated[float, typer.Option(help="Score added per word (applies with --lm or --lexicon).")]
 BatchSeconds = Annotated[float, typer.Option(help="Padded audio per forward pass, in seconds.")]
 
 
 def launch_if_asked(context: typer.Context, nproc_per_node: int) -> None:
-    """Run this command line in `nproc_per_node` processes, and exit with their exit code.
+    """Run this command line (`context.obj`) in several processes, and exit with their exit code.
 
-    Does nothing for one process, or in a process that a launcher has started. The arguments are those that `main` gave
-    to the app as `obj`.
-
-    Raises:
-        UserError: the number of processes is not positive.
+    Does nothing for one process, or in a process that a launcher has started.
     """
     from w2vscale.distributed.launch import launch, launched
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from w2vscale.cli.arguments import Overrides, Source
+from w2vscale.cli.progress import print_table
 
 app = typer.Typer(no_args_is_help=True, help="Show settings and presets.")
 
@@ -47,46 +48,27 @@ def show(
 def presets() -> None:
     """List the presets with model size and main settings (shape: layers x dim x ffn_dim x heads)."""
     import torch
-    from rich.table import Table
 
-    from w2vscale.cli.progress import console
     from w2vscale.config import load_config, preset_names
     from w2vscale.objectives import build_objective
 
-    table = Table(box=None, header_style="bold")
-    table.add_column("preset", no_wrap=True)
-    for column in ("parameters", "shape", "audio/update", "updates", "peak lr"):
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = []
     for name in preset_names():
         config = load_config(name)
         with torch.device("meta"):
             model = build_objective(config).build_model()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
         shape = f"{config.model.layers}x{config.model.dim}x{config.model.ffn_dim}x{config.model.heads}"
         seconds = config.batch.max_seconds * config.batch.micro_batches
-        table.add_row(
-            name,
-            f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-            shape,
-            f"{seconds:.0f} s" if seconds < 3600 else f"{seconds / 3600:.2f} h",
-            f"{config.trainer.updates:,}",
-            f"{config.optim.lr:g}",
-        )
-    console.print(table)
+        audio = f"{seconds:.0f} s" if seconds < 3600 else f"{seconds / 3600:.2f} h"
+        rows.append((name, f"{parameters:,}", shape, audio, f"{config.trainer.updates:,}", f"{config.optim.lr:g}"))
+    print_table(("preset", "parameters", "shape", "audio/update", "updates", "peak lr"), rows)
 
 
 @app.command()
 def keys() -> None:
     """List every setting with its type, default and meaning."""
-    from rich.table import Table
-
-    from w2vscale.cli.progress import console
     from w2vscale.objectives import all_settings
 
     for title, rows in all_settings().items():
-        table = Table(box=None, header_style="bold", title=title, title_justify="left")
-        table.add_column("setting", no_wrap=True)
-        for column in ("type", "default", "meaning"):
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table, markup=False)
+        print_table(("setting", "type", "default", "meaning"), rows, title=title, right=False)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from w2vscale.cli.arguments import Checkpoint
 from w2vscale.cli.progress import console
 
 
 def export(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or a run folder (its newest checkpoint).")
-    ],
+    checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write to.")],
     form: Annotated[str, typer.Option("--format", help="huggingface or torchaudio.")] = "huggingface",
 ) -> None:
@@ -24,9 +22,8 @@ def export(
     """
     from w2vscale.interop.exporting import export_checkpoint
 
-    written = export_checkpoint(checkpoint, output, form=form, log=partial(console.print, markup=False))
-    for file in written.files:
-        console.print(f"{file}: {file.stat().st_size:,} bytes", markup=False)
+    for file in export_checkpoint(checkpoint, output, form=form, log=console.print).files:
+        console.print(f"{file}: {file.stat().st_size:,} bytes")
 
 
 def import_(
@@ -42,5 +39,5 @@ def import_(
     """
     from w2vscale.interop.importing import import_checkpoint
 
-    imported = import_checkpoint(source, output, form=form, log=partial(console.print, markup=False))
-    console.print(f"{imported.checkpoint}: {imported.parameters:,} parameters", markup=False)
+    imported = import_checkpoint(source, output, form=form, log=console.print)
+    console.print(f"{imported.checkpoint}: {imported.parameters:,} parameters")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from rich.bar import Bar
-from rich.markup import escape
 from rich.table import Table
 
 from w2vscale.cli.progress import console, counted
@@ -80,8 +79,6 @@ def _mix(stats: CorpusStats, config: Config) -> Table:
     for column in ("hours", "share of corpus", "share of epoch", "draws per epoch"):
         table.add_column(column, justify="right")
     for group in stats.mix:
-        name = escape(group.name)
-        table.add_row(
-            name, f"{group.hours:,.2f}", f"{group.share:.1%}", f"{group.epoch_share:.1%}", f"{group.draws:.2f}"
-        )
+        shares = (f"{share:.1%}" for share in (group.share, group.epoch_share))
+        table.add_row(group.name, f"{group.hours:,.2f}", *shares, f"{group.draws:.2f}")
     return table

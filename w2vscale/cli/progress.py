@@ -1,16 +1,30 @@
-"""The console, counts in words, and a progress bar for long steps."""
+"""The console, tables, counts in words, and a progress bar for long steps."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-# Wide, so that tables in a file or a pipe are not cut to 80 columns.
-console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
+# Wide, so that tables in a file or a pipe are not cut to 80 columns. No markup: names may contain brackets.
+console = Console(soft_wrap=True, highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str | None = None, right: bool = True
+) -> None:
+    """Print a table. The first column is aligned to the left and the others to the right, if `right`."""
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", show_header=any(columns))
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
 
 
 def counted(number: int, noun: str) -> str:

@@ -1,18 +1,21 @@
-"""`w2vscale train`."""
+"""`w2vscale train` and `w2vscale finetune`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
-from rich.markup import escape
 
 from w2vscale.cli.arguments import Exp, Overrides, Processes, Resume, Source, launch_if_asked
+from w2vscale.cli.progress import print_table
 
 if TYPE_CHECKING:
+    from w2vscale.config import Config
     from w2vscale.training.dry_run import DryRun
+
+SCRATCH = "Train a baseline from random weights, with the architecture of trainer.init_from and nothing frozen."
 
 
 def train(
@@ -23,15 +26,13 @@ def train(
     resume: Resume = "auto",
     nproc_per_node: Processes = 1,
     dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Run only the largest micro-batch and print its shapes, loss and memory."),
+        bool, typer.Option("--dry-run", help="Run only the largest micro-batch and print its shapes, loss and memory.")
     ] = False,
 ) -> None:
     """Train a model. The same command starts a run and resumes it.
 
     Example: w2vscale train base data.train=cuts_train.jsonl batch.micro_batches=32 --exp exp/base
     """
-    from w2vscale import runtime
     from w2vscale.config import load_config
 
     config = load_config(source, overrides or [])
@@ -41,39 +42,58 @@ def train(
 
         if found := run_dry(config):
             _print_dry_run(found)
-        return
-    from w2vscale.training.loop import train as run_training
+    else:
+        _run(config, exp or Path("exp") / Path(source).stem, resume, context)
 
+
+def finetune(
+    context: typer.Context,
+    source: Source,
+    overrides: Overrides = None,
+    exp: Exp = None,
+    resume: Resume = "auto",
+    scratch: Annotated[bool, typer.Option("--scratch", help=SCRATCH)] = False,
+    nproc_per_node: Processes = 1,
+) -> None:
+    """Fine-tune for speech recognition with CTC. The same command starts a run and resumes it.
+
+    The model has the architecture of trainer.init_from.
+
+    Example: w2vscale finetune ctc_1h trainer.init_from=exp/base data.train=cuts_1h.jsonl --exp exp/base_1h
+    """
+    from w2vscale.config import load_config
+
+    config = load_config(source, overrides or [])
+    launch_if_asked(context, nproc_per_node)
+    from w2vscale.training.run import stored_settings
+    from w2vscale.training.warm_start import fine_tuning_config
+
+    exp = exp or Path("exp") / Path(source).stem
+    config = fine_tuning_config(config, scratch=scratch, stored=stored_settings(exp, resume))
+    _run(config, exp, resume, context)
+
+
+def _run(config: Config, exp: Path, resume: str, context: typer.Context) -> NoReturn:
+    from w2vscale import runtime
+    from w2vscale.training.loop import train
+
+    between_steps = runtime.collected_between_steps
     with runtime.training(compiled=config.engine.compile) as stop:
-        code = run_training(
-            config,
-            exp or Path("exp") / Path(source).stem,
-            resume=resume,
-            command=context.obj,
-            stop=stop,
-            around_updates=runtime.collected_between_steps,
-        )
+        code = train(config, exp, resume=resume, command=context.obj, stop=stop, around_updates=between_steps)
     sys.exit(code)
 
 
 def _print_dry_run(found: DryRun) -> None:
-    from rich.table import Table
-
-    from w2vscale.cli.progress import console
-
-    table = Table(title="dry run: the largest micro-batch, forward and backward", box=None, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, count in found.parameters.items():
-        table.add_row(f"parameters in {name}", f"{count:,}")
-    table.add_row("parameters", f"{sum(found.parameters.values()):,}")
-    for name, shape in found.shapes.items():
-        table.add_row(escape(name), " x ".join(f"{size:,}" for size in shape))
-    table.add_row("weight in the loss (masked frames, or labels)", f"{found.weight:,}")
-    table.add_row("loss per unit of weight", f"{found.loss:.3f} nats")
-    table.add_row("gradient norm", f"{found.grad_norm:.3f}")
-    table.add_row("time for two forward and backward passes and a step", f"{found.seconds:.2f} s")
-    table.add_row("peak memory", f"{found.peak_memory_bytes / 2**30:.2f} GiB")
+    rows = [(f"parameters in {name}", f"{count:,}") for name, count in found.parameters.items()]
+    rows.append(("parameters", f"{sum(found.parameters.values()):,}"))
+    rows += [(name, " x ".join(f"{size:,}" for size in shape)) for name, shape in found.shapes.items()]
+    rows += [
+        ("weight in the loss (masked frames, or labels)", f"{found.weight:,}"),
+        ("loss per unit of weight", f"{found.loss:.3f} nats"),
+        ("gradient norm", f"{found.grad_norm:.3f}"),
+        ("time for two forward and backward passes and a step", f"{found.seconds:.2f} s"),
+        ("peak memory", f"{found.peak_memory_bytes / 2**30:.2f} GiB"),
+    ]
     if found.micro_batches_per_epoch is not None:
-        table.add_row("micro-batches per epoch", f"{found.micro_batches_per_epoch:,}")
-    console.print(table)
+        rows.append(("micro-batches per epoch", f"{found.micro_batches_per_epoch:,}"))
+    print_table(("", ""), rows, title="dry run: the largest micro-batch, forward and backward")

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from w2vscale.errors import UserError
 
-RESAMPLES = 1000
-"""The number of bootstrap samples. Each draws as many utterances as there are, with replacement."""
+RESAMPLES = 1000  # bootstrap samples; each draws as many utterances as there are, with replacement
 
 
 def confidence_interval(errors: Sequence[int], references: Sequence[int]) -> tuple[float, float]:
@@ -27,22 +26,16 @@ def relative_reduction(
 ) -> tuple[float, float, float]:
     """The relative reduction of an error rate against a baseline, and its 95 % interval by paired bootstrap.
 
-    Args:
-        errors: the errors and the reference length of each utterance.
-        baseline: the same for the baseline. Both are evaluated on the same bootstrap samples.
-
-    The lower bound is -inf if the baseline makes no errors in many samples.
-
-    Raises:
-        UserError: the utterances or their reference lengths differ.
+    Both sides give the errors and the reference length of each utterance. The lower bound is -inf if the baseline makes
+    no errors in many samples. Raises UserError if the utterances or their reference lengths differ.
     """
     lengths = [{name: length for name, (_, length) in side.items()} for side in (errors, baseline)]
     if lengths[0] != lengths[1]:
         raise UserError("the compared runs were evaluated on different utterances; evaluate both on the same manifest")
-    ours, theirs = (np.array([side[name] for name in errors], dtype=np.float64) for side in (errors, baseline))
+    ours, theirs = (np.array([side[name][0] for name in errors], dtype=np.float64) for side in (errors, baseline))
 
     def reduction(samples: Any) -> Any:
-        our_errors, baseline_errors = (side[samples][..., 0].sum(axis=-1) for side in (ours, theirs))
+        our_errors, baseline_errors = ours[samples].sum(axis=-1), theirs[samples].sum(axis=-1)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(our_errors == baseline_errors, 0.0, 1.0 - our_errors / baseline_errors)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import load_config
@@ -21,7 +20,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import validate
-from w2vscale.objectives import Objective, StepContext, Sums, build_objective
+from w2vscale.objectives import StepContext, Sums, build_objective
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,7 @@ class Evaluation:
     checkpoint: Path
     update: int
     metrics: dict[str, float]
-    table: dict[str, str]
-    """The metrics by name, formatted with their units."""
+    table: dict[str, str]  # the metrics by name, formatted with their units
 
 
 def evaluate_checkpoint(
@@ -40,23 +38,15 @@ def evaluate_checkpoint(
     cuts: Sequence[Path],
     overrides: Sequence[str] = (),
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Evaluation | None:
     """Evaluate a checkpoint with the settings it was trained with, on fixed crops, masks and negatives. Collective.
 
-    Args:
-        path: a checkpoint folder, or a run folder, to evaluate its newest intact checkpoint.
-        cuts: indexed manifests.
-        overrides: settings to replace, as SECTION.KEY=VALUE.
-        progress: called with (micro-batches done, micro-batches in total) of this rank.
-        log: receives warnings.
-
-    Returns:
-        The evaluation on the first rank, None on the others.
-
-    Raises:
-        UserError: the checkpoint or a manifest is unusable, or no utterance could be read.
+    `path` is a checkpoint folder, or a run folder, to evaluate its newest intact checkpoint; `cuts` are indexed
+    manifests; `overrides` replace settings (SECTION.KEY=VALUE). `progress` is called with (micro-batches begun,
+    micro-batches in total) of this rank. Returns the evaluation on the first rank, None on the others.
+    Raises UserError if the checkpoint or a manifest is unusable, or no utterance could be read.
     """
     checkpoint = open_checkpoint(path, log)
     config = load_config(checkpoint.path / "config.yaml", overrides)
@@ -68,25 +58,17 @@ def evaluate_checkpoint(
         model = objective.build_model().to(device)
         checkpoint.load_model(model)
         model.eval()
+        total, numbers = -(-dataset.micro_batches // ranks.world_size), count(1)
+
+        def evaluate(batch: MicroBatch) -> Sums:
+            progress(next(numbers), total)
+            step = StepContext(VALIDATION_SEED, 0, (batch.number,))
+            return objective.forward(model, to_device(batch.inputs, device), step=step, training=False)
+
         batches = dataset.one_epoch(rank=ranks.rank, world_size=ranks.world_size)
-        counted = _counted(batches, -(-dataset.micro_batches // ranks.world_size), progress)
-        metrics = validate(partial(_evaluate, model, objective, device), counted, objective.metrics)
+        metrics = validate(evaluate, batches, objective.metrics)
     if not ranks.is_main:
         return None
     if math.isnan(metrics["loss"]):
         raise UserError(f"{cuts[0]}: no utterance could be evaluated")
     return Evaluation(checkpoint.path, checkpoint.state.update, metrics, objective.table(metrics))
-
-
-def _evaluate(model: nn.Module, objective: Objective, device: torch.device, batch: MicroBatch) -> Sums:
-    step = StepContext(VALIDATION_SEED, 0, (batch.number,))
-    return objective.forward(model, to_device(batch.inputs, device), step=step, training=False)
-
-
-def _counted(
-    batches: Iterator[MicroBatch], total: int, progress: Callable[[int, int], None] | None
-) -> Iterator[MicroBatch]:
-    for done, batch in enumerate(batches, start=1):
-        yield batch
-        if progress is not None:
-            progress(done, total)

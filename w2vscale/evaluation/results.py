@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import relative_reduction
 
-BASELINE = "_scratch"
-"""The suffix of a baseline: the run NAME is compared with the run NAME_scratch."""
-
+BASELINE = "_scratch"  # the run NAME is compared with the run NAME_scratch
 EDITS = ("substitutions", "deletions", "insertions")
 METRIC_KEYS = {"update", "utterances", "table"}
 WER_KEYS = {"wer", "cer", "word_interval", "character_interval", "cuts", "decoding", "utterances"}
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """The metrics of one evaluation; `run` is the name of the folder that holds the file."""
 
     run: str
@@ -29,11 +26,7 @@ class Result:
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
-    """Read the metrics of evaluations.
-
-    Raises:
-        UserError: a file cannot be read, or was not written by `w2vscale evaluate --output`.
-    """
+    """Read the output files of `w2vscale evaluate`. Raises UserError if one cannot be read or is something else."""
     found = []
     for path in paths:
         try:
@@ -51,39 +44,44 @@ def results_page(results: Sequence[Result], title: str) -> str:
 
     Only evaluations with the same manifests and decoding are compared.
     """
+    evaluations = [result for result in results if "table" in result.metrics]
+    scores = [result for result in results if "wer" in result.metrics]
+    names = list(dict.fromkeys(name for result in evaluations for name in result.metrics["table"]))
     lines = [f"# {title}", ""]
-    if evaluations := [result for result in results if "table" in result.metrics]:
-        lines += _metrics_table(evaluations)
-    if scores := [result for result in results if "wer" in result.metrics]:
-        lines += ["| fine-tuned | test set | decoding | WER (95 %) | CER (95 %) |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {result.run} | {', '.join(result.metrics['cuts'])} | {result.metrics['decoding']} "
-            f"| {_rate(result, 'wer', 'word_interval')} | {_rate(result, 'cer', 'character_interval')} |"
-            for result in scores
-        ]
-        lines.append("")
-    for result in scores:
-        for other in scores:
-            comparable = all(result.metrics[key] == other.metrics[key] for key in ("cuts", "decoding"))
-            if comparable and other.run == result.run + BASELINE:
-                lines.append(_comparison(result, other))
+    lines += _table(
+        ("run", "update", "utterances", *names),
+        [
+            (run, f"{found['update']:,}", f"{found['utterances']:,.0f}", *(found["table"].get(n, "") for n in names))
+            for run, found in evaluations
+        ],
+    )
+    lines += _table(
+        ("fine-tuned", "test set", "decoding", "WER (95 %)", "CER (95 %)"),
+        [
+            (
+                run,
+                ", ".join(found["cuts"]),
+                found["decoding"],
+                _rate(found["wer"], *found["word_interval"]),
+                _rate(found["cer"], *found["character_interval"]),
+            )
+            for run, found in scores
+        ],
+    )
+    for result, other in permutations(scores, 2):
+        comparable = all(result.metrics[key] == other.metrics[key] for key in ("cuts", "decoding"))
+        if comparable and other.run == result.run + BASELINE:
+            lines.append(_comparison(result, other))
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _metrics_table(results: Sequence[Result]) -> list[str]:
-    """The validation metrics of runs; a run has the columns of its objective."""
-    names = list(dict.fromkeys(name for result in results for name in result.metrics["table"]))
-    lines = [f"| run | update | utterances | {' | '.join(names)} |", f"|{'---|' * (3 + len(names))}"]
-    for result in results:
-        values = [result.metrics["table"].get(name, "") for name in names]
-        counts = f"{result.metrics['update']:,} | {result.metrics['utterances']:,.0f}"
-        lines.append(f"| {result.run} | {counts} | {' | '.join(values)} |")
-    return [*lines, ""]
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ("---",) * len(heading)
+    return [*(f"| {' | '.join(row)} |" for row in (heading, rule, *rows)), ""] if rows else []
 
 
-def _rate(result: Result, rate: str, interval: str) -> str:
-    low, high = result.metrics[interval]
-    return f"{result.metrics[rate]:.1%} ({low:.1%} to {high:.1%})"
+def _rate(rate: float, low: float, high: float) -> str:
+    return f"{rate:.1%} ({low:.1%} to {high:.1%})"
 
 
 def _comparison(result: Result, baseline: Result) -> str:

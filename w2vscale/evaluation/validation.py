@@ -21,9 +21,7 @@ def reduce_sums(sums: Any) -> Any:
 
 
 def validate(
-    evaluate: Callable[[MicroBatch], Sums],
-    batches: Iterable[MicroBatch],
-    metrics: Callable[[Any], dict[str, float]],
+    evaluate: Callable[[MicroBatch], Sums], batches: Iterable[MicroBatch], metrics: Callable[[Any], dict[str, float]]
 ) -> dict[str, float]:
     """Metrics over the batches of all ranks. Collective."""
     total: Any = None

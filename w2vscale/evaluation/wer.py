@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import BadAudio
-from w2vscale.data.transcripts import Transcripts, transcript
+from w2vscale.data.transcripts import Transcripts
 from w2vscale.distributed.process_group import ALONE, Ranks, gather_as_found
 from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import confidence_interval
 from w2vscale.inference.decoding import BeamSearch
 from w2vscale.inference.pretrained import Pretrained
 from w2vscale.inference.transcription import transcribe
-from w2vscale.inference.utterances import utterances_by_name
+from w2vscale.inference.utterances import collect, utterances_by_name
 
 
 @dataclass(frozen=True)
 class EditCounts:
     """The edits that turn the reference into the hypothesis, in words or characters."""
 
-    reference: int
-    """Length of the reference."""
+    reference: int  # length of the reference
     substitutions: int
     deletions: int
     insertions: int
@@ -62,8 +62,7 @@ class Score:
     characters: EditCounts
     word_interval: tuple[float, float]
     character_interval: tuple[float, float]
-    speakers: dict[str, EditCounts]
-    """Word errors of each speaker."""
+    speakers: dict[str, EditCounts]  # word errors of each speaker
     bad: list[BadAudio]
 
     def worst(self, count: int) -> list[UtteranceScore]:
@@ -78,59 +77,48 @@ def score_checkpoint(
     *,
     search: BeamSearch | None = None,
     ranks: Ranks = ALONE,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Score:
     """Transcribe the utterances of manifests and compare with their transcripts. Collective.
 
     Both sides are brought to the letter case of the vocabulary. Utterances without a transcript or usable audio are
     skipped and listed in the score. The ranks share the work, and each returns the whole score. For `search`,
-    `progress` and `log` see `transcribe`.
-
-    Raises:
-        UserError: the model has no output layer, jiwer is not installed, a manifest is unusable, or no utterance could
-            be scored.
+    `progress` and `log` see `transcribe`. Raises UserError if the model has no output layer, jiwer is not installed, a
+    manifest is unusable, or no utterance could be scored.
     """
     spelling = Transcripts(pretrained.objective.vocabulary)
-    transcribed, bad = {}, []
-    for name, utterance in utterances_by_name(cuts).items():
-        if transcript(utterance.cut).strip():
-            transcribed[name] = utterance
-        else:
-            bad.append(BadAudio(name, utterance.file, "no transcript", "has no transcript"))
-    scored = []
-    hypotheses = transcribe(pretrained, [*transcribed.values()], search=search, ranks=ranks, progress=progress, log=log)
-    for found in gather_as_found(hypotheses):
-        if isinstance(found, BadAudio):
-            bad.append(found)
-        else:
-            utterance = transcribed[found.utterance]
-            reference = spelling.normalised(transcript(utterance.cut))
-            scored.append(score(utterance.cut.id, reference, found.text, speaker=utterance.speaker))
-    if not scored:
+    utterances = utterances_by_name(cuts)
+    transcribed = [one for one in utterances.values() if one.transcript.strip()]
+    missing = AudioError("no transcript", "has no transcript")
+    bad = [one.bad(missing) for one in utterances.values() if not one.transcript.strip()]
+    hypotheses = transcribe(pretrained, transcribed, search=search, ranks=ranks, progress=progress, log=log)
+    found, unusable = collect(gather_as_found(hypotheses))
+    if not found:
         raise UserError(f"{cuts[0]}: no utterance has both a transcript and usable audio")
-    return summarise(sorted(scored, key=lambda one: one.utterance), bad)
+    scored = []
+    for name, text in sorted((one.utterance, one.text) for one in found):
+        reference = spelling.normalised(utterances[name].transcript)
+        scored.append(score(name, reference, text, speaker=utterances[name].speaker))
+    return summarise(scored, bad + unusable)
 
 
 def score(utterance: str, reference: str, hypothesis: str, *, speaker: str = "unknown") -> UtteranceScore:
-    """Compare a hypothesis with its reference.
-
-    Raises:
-        UserError: jiwer is not installed.
-    """
-    jiwer = _jiwer()
-    words = jiwer.process_words([reference], [hypothesis])
-    characters = jiwer.process_characters([reference], [hypothesis])
-    alignment = jiwer.visualize_alignment(words, show_measures=False, skip_correct=False)
-    rows = [line for line in alignment.splitlines() if line.strip() and not line.startswith("===")]
-    return UtteranceScore(
-        utterance, speaker, reference, hypothesis, _counts(words), _counts(characters), "\n".join(rows)
-    )
+    """Compare a hypothesis with its reference. Raises UserError if jiwer is not installed."""
+    try:
+        import jiwer
+    except ImportError:
+        raise UserError("jiwer is not installed: pip install 'w2vscale[decode]'") from None
+    words = jiwer.process_words(reference, hypothesis)
+    characters = jiwer.process_characters(reference, hypothesis)
+    lines = jiwer.visualize_alignment(words, show_measures=False, skip_correct=False).splitlines()
+    alignment = "\n".join(line for line in lines if line.strip() and not line.startswith("==="))
+    return UtteranceScore(utterance, speaker, reference, hypothesis, _counts(words), _counts(characters), alignment)
 
 
 def summarise(utterances: list[UtteranceScore], bad: list[BadAudio]) -> Score:
     """Add up the scores of utterances."""
-    words, characters = ([getattr(one, unit) for one in utterances] for unit in ("words", "characters"))
+    words, characters = [one.words for one in utterances], [one.characters for one in utterances]
     by_speaker: dict[str, list[EditCounts]] = {}
     for one in utterances:
         by_speaker.setdefault(one.speaker, []).append(one.words)
@@ -145,8 +133,8 @@ def summarise(utterances: list[UtteranceScore], bad: list[BadAudio]) -> Score:
     )
 
 
-def html_page(found: Score, title: str, *, worst: int = 100) -> str:
-    """Format a score as an HTML page: error rates, speakers, and the `worst` utterances with their alignments."""
+def html_page(found: Score, title: str) -> str:
+    """Format a score as an HTML page: error rates, speakers, and the worst 100 utterances with their alignments."""
     rows = "".join(
         f"<tr><td>{html.escape(speaker)}<td>{counts.reference}<td>{counts.rate:.2%}"
         for speaker, counts in found.speakers.items()
@@ -154,7 +142,7 @@ def html_page(found: Score, title: str, *, worst: int = 100) -> str:
     utterances = "".join(
         f"<h3>{html.escape(one.utterance)} ({html.escape(one.speaker)}): {one.words.rate:.1%}</h3>"
         f"<pre>{html.escape(one.alignment)}</pre>"
-        for one in found.worst(worst)
+        for one in found.worst(100)
     )
     return (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"
@@ -176,24 +164,14 @@ def describe_rate(counts: EditCounts, interval: tuple[float, float], unit: str) 
 
 
 def _counts(output: Any) -> EditCounts:
+    """The counts of an output of jiwer."""
     reference = output.hits + output.substitutions + output.deletions
     return EditCounts(reference, output.substitutions, output.deletions, output.insertions)
 
 
 def _sum(counts: Sequence[EditCounts]) -> EditCounts:
-    fields = zip(
-        *((each.reference, each.substitutions, each.deletions, each.insertions) for each in counts), strict=True
-    )
-    return EditCounts(*map(sum, fields))
+    return EditCounts(*map(sum, zip(*map(astuple, counts), strict=True)))
 
 
 def _interval(counts: Sequence[EditCounts]) -> tuple[float, float]:
     return confidence_interval([each.errors for each in counts], [each.reference for each in counts])
-
-
-def _jiwer() -> Any:
-    try:
-        import jiwer
-    except ImportError:
-        raise UserError("jiwer is not installed: pip install 'w2vscale[decode]'") from None
-    return jiwer

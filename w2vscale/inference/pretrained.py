@@ -6,58 +6,46 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import Config, ModelConfig, PrecisionConfig
 from w2vscale.data.audio import EPSILON, AudioError
 from w2vscale.data.resampling import Samples, resampled
 from w2vscale.errors import UserError
-from w2vscale.inference.chunks import ChunkFeatures, Part, split_into_chunks
 from w2vscale.interop.importing import form_of
 from w2vscale.models.lengths import input_samples, output_frames
 from w2vscale.models.wav2vec2 import EncoderOutput, Statistics
 from w2vscale.objectives import Objective, build_objective
 
-CHUNK_SECONDS = 30.0
-"""Longer audio is split into chunks of at most this length."""
-
-OVERLAP_SECONDS = 2.5
-"""Context on either side of a chunk: computed with it, then dropped."""
-
-BATCH_SECONDS = 80.0
-"""Padded audio per forward pass: two chunks with their context."""
-
-BLOCK_SECONDS = 10
-"""Audio is read in blocks of this length."""
-
-SAMPLING_RATES = range(1000, 500_001)
-"""Sampling rates that are accepted, in Hz. A header with another value is taken to be damaged."""
+CHUNK_SECONDS = 30.0  # longer audio is split into chunks of at most this length
+OVERLAP_SECONDS = 2.5  # context on either side of a chunk: computed with it, then dropped
+BATCH_SECONDS = 80.0  # padded audio per forward pass: two chunks with their context
+BLOCK_SECONDS = 10  # audio is read in blocks of this length
+SAMPLING_RATES = range(1000, 500_001)  # in Hz; a header with another value is taken to be damaged
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
-    """Load a checkpoint for inference.
+    """Load a checkpoint folder; or from a run folder or its `checkpoints` folder, the newest intact checkpoint.
 
-    Args:
-        path: a checkpoint folder; or a run folder or its `checkpoints` folder, to load the newest intact checkpoint.
-        device: where to run the model; by default CUDA if it is available, else the CPU.
-
-    The model is in evaluation mode and computes in fp32 regardless of the `precision.compute` that it was trained
-    with, so that features do not depend on the machine.
-
-    Raises:
-        UserError: the checkpoint is missing, damaged or does not fit the model, or the device does not exist.
+    The model is on `device` (by default CUDA if it is available, else the CPU) and in evaluation mode. It computes in
+    fp32 regardless of the `precision.compute` that it was trained with, so that features do not depend on the machine.
+    Raises UserError if the checkpoint is missing, damaged or does not fit the model, or the device does not exist.
     """
     try:
         checkpoint = open_checkpoint(Path(path))
     except UserError as error:
-        raise UserError(f"{error}{_import_hint(Path(path))}") from None
+        form = form_of(Path(path))
+        hint = f"; convert it with: w2vscale import {path} DIR --format {form}" if form is not None else ""
+        raise UserError(f"{error}{hint}") from None
     config = checkpoint.config
     objective = build_objective(config.model_copy(update={"precision": PrecisionConfig(compute="fp32")}))
     model = objective.build_model()
@@ -69,32 +57,52 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
         raise UserError(f"device {chosen}: {str(error).splitlines()[0]}") from None
 
 
-def _import_hint(path: Path) -> str:
-    form = form_of(path)
-    if form is None:
-        return ""
-    return f"; convert it with: w2vscale import {path} DIR --format {form}"
-
-
 @dataclass(frozen=True)
 class Audio:
     """Mono audio that is read block by block, and can be read several times.
 
-    Raises:
-        AudioError: the sampling rate is not in SAMPLING_RATES.
+    `blocks` starts reading from the beginning. Its blocks have any length and add up to `samples`. It may raise
+    AudioError; so does the class if the sampling rate is not in SAMPLING_RATES.
     """
 
-    sampling_rate: int
-    """In Hz."""
-    samples: int
-    """Length at `sampling_rate`."""
+    sampling_rate: int  # in Hz
+    samples: int  # length at `sampling_rate`
     blocks: Callable[[], Iterator[Samples]]
-    """Starts reading from the beginning. Blocks have any length and add up to `samples`. May raise AudioError."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling_rate, int) or self.sampling_rate not in SAMPLING_RATES:
             expected = f"a whole number from {SAMPLING_RATES[0]:,} to {SAMPLING_RATES[-1]:,}"
             raise AudioError("sampling rate", f"sampling rate is {self.sampling_rate} Hz, not {expected}")
+
+    @property
+    def seconds(self) -> float:
+        """Duration."""
+        return self.samples / self.sampling_rate
+
+
+class Chunk(NamedTuple):
+    """Frames of an utterance: [begin, end) are computed, [first, last) are kept, the others are context."""
+
+    begin: int
+    first: int
+    last: int
+    end: int
+
+
+class Part(NamedTuple):
+    """The samples of a chunk, and the GroupNorm statistics of the whole utterance if the chunk is only a part of it."""
+
+    chunk: Chunk
+    samples: Samples
+    statistics: Statistics | None
+
+
+class ChunkFeatures(NamedTuple):
+    """What the model computes for the frames of one chunk of an utterance, on the CPU."""
+
+    first: int  # number of the first frame in the utterance
+    hidden: list[Tensor]  # hidden states [frames, dim] of each requested layer, fp32
+    codes_TG: Tensor | None  # codebook entries that the quantizer chooses, if requested
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,12 @@ class Pretrained:
     config: Config
     objective: Objective
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        device: torch.device = self.model.encoder.mask_embedding.device
+        return device
+
     def features(
         self,
         waveform: NDArray[np.floating] | Tensor,
@@ -114,60 +128,46 @@ class Pretrained:
         chunk_seconds: float = CHUNK_SECONDS,
         overlap_seconds: float = OVERLAP_SECONDS,
     ) -> dict[int, Tensor]:
-        """Compute hidden states of a waveform.
+        """Compute hidden states of a waveform: a tensor [frames, dim] for each layer, fp32, on the CPU.
 
-        Args:
-            waveform: floating point from -1 to 1, [samples] or [channels, samples] (channels are averaged).
-            sampling_rate: of the waveform, in Hz. It is resampled to the model's rate, and normalised to zero mean and
-                unit variance if the model was trained so (`model.normalize_waveform`).
-            layers: one or several layers; all by default. Layer 0 is the input of the first block (after the
-                positional convolution, and the LayerNorm of post-LN models); layer n is the output of block n.
-            chunk_seconds: longer audio is computed in chunks of this length (`model.max_frames` may make them shorter).
-            overlap_seconds: context on either side of a chunk, computed and then dropped.
+        `waveform` is floating point from -1 to 1, [samples] or [channels, samples] (channels are averaged), at
+        `sampling_rate` Hz. It is resampled, and normalised if the model was trained so (`model.normalize_waveform`).
 
-        Returns:
-            A tensor [frames, dim] for each layer, fp32, on the CPU. They equal `hidden_states` of Transformers (5.x).
-            In pre-LN models the last layer is the input of the final LayerNorm; apply
-            `model.encoder.transformer.final_norm` to get Transformers' `last_hidden_state`.
+        Layer 0 is the input of the first block (after the positional convolution, and the LayerNorm of post-LN
+        models); layer n is the output of block n; the default is all. They equal `hidden_states` of Transformers (5.x).
+        In pre-LN models the last layer is the input of the final LayerNorm; apply
+        `model.encoder.transformer.final_norm` to get the `last_hidden_state` of Transformers.
 
-        Chunking does not change the number of frames, their times, or statistics over the whole waveform
-        (normalisation, GroupNorm). Layer 0 is unchanged if the context covers the positional convolution (1.3 s in the
-        published models); above it, attention is limited to the chunk and its context.
+        Longer audio is computed in chunks of `chunk_seconds` (`model.max_frames` may make them shorter), with
+        `overlap_seconds` of context on either side, which is dropped. Chunking does not change the number of frames,
+        their times, or statistics over the whole waveform (normalisation, GroupNorm). Layer 0 is unchanged if the
+        context covers the positional convolution (1.3 s in the published models); above it, attention is limited to
+        the chunk and its context.
 
-        Raises:
-            UserError: the waveform has another type or shape, is not finite, or is too short for one frame; the
-                sampling rate or a layer does not exist; a length is not positive; the context alone exceeds
-                `model.max_frames`.
+        Raises UserError if the waveform has another type or shape, is not finite, or is too short for one frame; the
+        sampling rate or a layer does not exist; a length is not positive; the context alone exceeds `model.max_frames`.
         """
         chosen = self.resolve_layers(layers)
         samples = _mono(waveform)
         try:
-            block = BLOCK_SECONDS * operator.index(sampling_rate)
-            audio = Audio(
-                sampling_rate=operator.index(sampling_rate),
-                samples=samples.size,
-                blocks=lambda: (samples[start : start + block] for start in range(0, samples.size, block)),
-            )
+            rate = operator.index(sampling_rate)
         except TypeError:
             raise UserError(f"sampling_rate={sampling_rate!r}: expected a whole number of Hz") from None
+        try:
+            block = BLOCK_SECONDS * rate
+            audio = Audio(rate, samples.size, lambda: (samples[n : n + block] for n in range(0, samples.size, block)))
+            found = {layer: torch.empty(self.frames(audio), self.config.model.dim) for layer in chosen}
+            stream = self.stream([audio], layers=chosen, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
+            _, chunks = next(by_audio(stream))
+            for chunk in chunks:
+                for whole_TD, chunk_TD in zip(found.values(), chunk.hidden, strict=True):
+                    whole_TD[chunk.first : chunk.first + len(chunk_TD)] = chunk_TD
         except AudioError as error:
             raise UserError(f"waveform: {error}") from None
-        frames = self.frames(audio)
-        found = {layer: torch.empty(frames, self.config.model.dim) for layer in chosen}
-        stream = self.stream([audio], layers=chosen, chunk_seconds=chunk_seconds, overlap_seconds=overlap_seconds)
-        for _, chunk in stream:
-            if isinstance(chunk, AudioError):
-                raise UserError(f"waveform: {chunk}")
-            for whole_TD, chunk_TD in zip(found.values(), chunk.hidden, strict=True):
-                whole_TD[chunk.first : chunk.first + len(chunk_TD)] = chunk_TD
         return found
 
     def resolve_layers(self, layers: int | Iterable[int] | None) -> list[int]:
-        """Return the layers in ascending order without duplicates; None means all.
-
-        Raises:
-            UserError: a layer does not exist, or `layers` is empty.
-        """
+        """Return the layers in ascending order without duplicates; None means all. Raises UserError for bad ones."""
         last = self.config.model.layers
         try:
             chosen = [layers] if isinstance(layers, int | np.integer) else range(last + 1) if layers is None else layers
@@ -185,6 +185,7 @@ class Pretrained:
         """The number of frames of an audio; 0 if it is too short."""
         return output_frames(self._samples(audio), self.config.model)
 
+    @torch.no_grad()
     def stream(
         self,
         audios: Iterable[Audio],
@@ -195,14 +196,12 @@ class Pretrained:
         batch_seconds: float = BATCH_SECONDS,
         codes: bool = False,
     ) -> Iterator[tuple[int, ChunkFeatures | AudioError]]:
-        """Compute hidden states of several audios: pairs of an audio's position and its next chunk, or its error.
+        """Compute hidden states of several audios: pairs of the position of an audio and its next chunk or error.
 
         Chunks come audio by audio, in order and without gaps; an error is the last item of its audio (see `by_audio`).
         Consecutive chunks share a forward pass of at most `batch_seconds` of padded audio (at least one chunk), so
         sort the audios by length. `codes` adds the discrete codes of the frames, where the model has any.
-
-        Raises:
-            UserError: a length is not positive, or the context alone exceeds `model.max_frames`.
+        Raises UserError if a length is not positive, or the context alone exceeds `model.max_frames`.
         """
         for name, value in (("chunk_seconds", chunk_seconds), ("batch_seconds", batch_seconds)):
             if not 0 < value < math.inf:
@@ -218,13 +217,12 @@ class Pretrained:
 
         def run() -> Iterator[tuple[int, ChunkFeatures]]:
             encoded = self._encode([part for _, part in batch], layers)
-            codes_BTG = self._codes(encoded) if codes else None
+            codes_BTG = self.objective.codes(self.model, encoded) if codes else None
             hidden = [encoded.hidden[layer].float().cpu() for layer in layers]
             for row, (number, (chunk, _, _)) in enumerate(batch):
                 kept = (row, slice(chunk.first - chunk.begin, chunk.last - chunk.begin))
-                states = [state_BTD[kept] for state_BTD in hidden]
-                kept_codes_TG = None if codes_BTG is None else codes_BTG[kept]
-                yield number, ChunkFeatures(chunk.first, states, kept_codes_TG, chunk.is_final)
+                codes_TG = None if codes_BTG is None else codes_BTG[kept].cpu()
+                yield number, ChunkFeatures(chunk.first, [state_BTD[kept] for state_BTD in hidden], codes_TG)
             batch.clear()
 
         for number, audio in enumerate(audios):
@@ -264,8 +262,10 @@ class Pretrained:
         def normalised() -> Iterator[Samples]:
             return (((block - mean) / deviation).astype(np.float32) for block in self._blocks(audio))
 
+        statistics = None
+        if len(chunks) > 1 and config.conv_norm == "group":
+            statistics = self.model.encoder.feature_encoder.statistics(map(torch.from_numpy, normalised()))
         blocks = normalised()
-        statistics = self._statistics(normalised()) if len(chunks) > 1 and config.conv_norm == "group" else None
         held, position = np.empty(0, np.float32), 0
         for chunk in chunks:
             start = chunk.begin * hop(config)
@@ -280,47 +280,56 @@ class Pretrained:
         return -(-audio.samples * self.config.model.sampling_rate // audio.sampling_rate)
 
     def _blocks(self, audio: Audio) -> Iterator[Samples]:
-        """Read an audio, resampled to the sampling rate of the model.
-
-        Raises:
-            AudioError: the audio cannot be read, or is not finite.
-        """
+        """Read an audio, resampled to the sampling rate of the model."""
         for block in resampled(audio.blocks(), audio.sampling_rate, self.config.model.sampling_rate):
             if not np.isfinite(block).all():
                 raise AudioError("not finite", "contains samples that are not finite")
             yield block
 
-    @torch.no_grad()
-    def _statistics(self, blocks: Iterator[Samples]) -> Statistics:
-        """Compute the statistics of GroupNorm over a whole utterance, block by block."""
-        statistics: Statistics = self.model.encoder.feature_encoder.statistics(map(torch.from_numpy, blocks))
-        return statistics
-
-    @torch.no_grad()
     def _encode(self, parts: Sequence[Part], layers: Sequence[int]) -> EncoderOutput:
         """Run the encoder on a batch of chunks, up to the highest requested layer."""
-        device = self.model.encoder.mask_embedding.device
-        lengths_B = torch.tensor([part.samples.size for part in parts])
-        frames_B = torch.tensor([output_frames(part.samples.size, self.config.model) for part in parts])
-        waveforms_BS = torch.zeros(len(parts), int(lengths_B.max()))
-        for row_S, part in zip(waveforms_BS, parts, strict=True):
-            row_S[: part.samples.size] = torch.from_numpy(part.samples)
-        padded = len({part.samples.size for part in parts}) > 1
+        config = self.config.model
+        sizes = [part.samples.size for part in parts]
+        waveforms_BS = pad_sequence([torch.from_numpy(part.samples) for part in parts], batch_first=True)
+        lengths_B = frames_B = None
+        if len(set(sizes)) > 1:
+            lengths_B = torch.tensor(sizes, device=self.device)
+            frames_B = torch.tensor([output_frames(size, config) for size in sizes], device=self.device)
         given = [part.statistics for part in parts if part.statistics is not None]
         encoded: EncoderOutput = self.model.encoder(
-            waveforms_BS.to(device, self.model.compute_dtype),
-            lengths_B.to(device) if padded else None,
-            frames_B.to(device) if padded else None,
-            active=[block < max(layers) for block in range(self.config.model.layers)],
+            waveforms_BS.to(self.device, self.model.compute_dtype),
+            lengths_B,
+            frames_B,
+            active=[block < max(layers) for block in range(config.layers)],
             statistics=tuple(map(torch.cat, zip(*given, strict=True))) if given else None,
         )
         return encoded
 
-    @torch.no_grad()
-    def _codes(self, encoded: EncoderOutput) -> Tensor | None:
-        """The codes [B, T, G], on the CPU."""
-        codes_BTG = self.objective.codes(self.model, encoded)
-        return None if codes_BTG is None else codes_BTG.cpu()
+
+def split_into_chunks(frames: int, *, chunk_frames: int, overlap_frames: int) -> list[Chunk]:
+    """Split an utterance into chunks of about equal length, each with up to `overlap_frames` of context per side."""
+    count = -(-frames // chunk_frames)
+    edges = [frames * number // count for number in range(count + 1)]
+    return [
+        Chunk(max(first - overlap_frames, 0), first, last, min(last + overlap_frames, frames))
+        for first, last in pairwise(edges)
+    ]
+
+
+def by_audio(stream: Iterator[tuple[int, ChunkFeatures | AudioError]]) -> Iterator[tuple[int, Iterator[ChunkFeatures]]]:
+    """Group the items of `Pretrained.stream` by audio: pairs of an audio's position and its chunks.
+
+    Iterate over the chunks of an audio before asking for the next audio. Iterating raises the AudioError of the audio.
+    """
+    for number, items in groupby(stream, key=operator.itemgetter(0)):
+        yield number, _chunks(items)
+
+
+def _chunks(items: Iterator[tuple[int, ChunkFeatures | AudioError]]) -> Iterator[ChunkFeatures]:
+    for _, item in items:
+        if isinstance(item, AudioError):
+            raise item
+        yield item
 
 
 def hop(config: ModelConfig) -> int:
@@ -347,10 +356,8 @@ def _mono(waveform: NDArray[np.floating] | Tensor) -> Samples:
 
 def _mean_and_deviation(blocks: Iterable[Samples]) -> tuple[float, float]:
     """Mean and standard deviation over all samples."""
-    count, total, squares = 0, 0.0, 0.0
+    sums = np.zeros(3)
     for block in blocks:
-        count += block.size
-        total += float(block.sum(dtype=np.float64))
-        squares += float(np.square(block, dtype=np.float64).sum())
-    mean = total / count
-    return mean, math.sqrt(max(squares / count - mean**2, 0.0) + EPSILON)
+        sums += block.size, block.sum(dtype=np.float64), np.square(block, dtype=np.float64).sum()
+    mean, square = sums[1:] / sums[0]
+    return mean, math.sqrt(max(square - mean**2, 0.0) + EPSILON)

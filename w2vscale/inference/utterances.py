@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import soundfile
 from lhotse.cut import Cut
@@ -19,46 +20,33 @@ from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.resampling import Samples
+from w2vscale.data.transcripts import transcript
+from w2vscale.distributed.process_group import ALONE, Ranks
 from w2vscale.errors import UserError
-from w2vscale.inference.pretrained import BLOCK_SECONDS, Audio
+from w2vscale.inference.pretrained import BLOCK_SECONDS, Audio, ChunkFeatures, Pretrained, by_audio
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Utterance:
     """An utterance whose audio has not been opened yet."""
 
-    name: str
-    """A path relative to an output folder, without suffix."""
-    file: str
-    """The audio file, for messages."""
-    open: Callable[[], Audio]
-    """May raise AudioError."""
+    name: str  # a path relative to an output folder, without suffix
+    file: str  # the audio file, for messages
+    open: Callable[[], Audio]  # may raise AudioError
+    transcript: str = ""
+    speaker: str = "unknown"  # the first one that a manifest names
 
     def bad(self, error: AudioError) -> BadAudio:
         """The record of an utterance whose audio cannot be used."""
         return BadAudio(self.name, self.file, error.kind, str(error))
 
 
-@dataclass(frozen=True)
-class CutUtterance(Utterance):
-    """An utterance of a manifest."""
-
-    cut: Cut
-
-    @property
-    def speaker(self) -> str:
-        """The first speaker that the manifest names, or `unknown`."""
-        return next((str(part.speaker) for part in self.cut.supervisions if part.speaker), "unknown")
-
-
-U = TypeVar("U", bound=Utterance)
-
-
 def find_utterances(path: Path) -> Iterator[Utterance]:
     """Yield the utterances of an audio file, a folder of audio files, or a manifest.
 
-    Raises:
-        UserError: a folder contains no audio, a manifest is unusable, or an id cannot be a file name.
+    Raises UserError if a folder contains no audio, a manifest is unusable, or an id cannot be a file name.
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
@@ -72,51 +60,90 @@ def find_utterances(path: Path) -> Iterator[Utterance]:
         yield Utterance(path.stem, str(path), partial(_open_file, path))
 
 
-def utterances_by_name(manifests: Sequence[Path]) -> dict[str, CutUtterance]:
+def utterances_by_name(manifests: Sequence[Path]) -> dict[str, Utterance]:
     """Return the utterances of manifests by name.
 
-    Raises:
-        UserError: a manifest is unusable, an id cannot be a file name, or two utterances have the same name.
+    Raises UserError if a manifest is unusable, an id cannot be a file name, or two utterances have the same name.
     """
-    found: dict[str, CutUtterance] = {}
+    found: dict[str, Utterance] = {}
     for path in manifests:
         for utterance in _cut_utterances(path):
             if found.setdefault(utterance.name, utterance) is not utterance:
                 raise UserError(
-                    f"{path}: the id {utterance.cut.id!r} occurs twice; ids must be unique in all manifests together"
+                    f"{path}: the id {utterance.name!r} occurs twice; ids must be unique in all manifests together"
                 )
     return found
 
 
-def _cut_utterances(path: Path) -> Iterator[CutUtterance]:
+def _cut_utterances(path: Path) -> Iterator[Utterance]:
     build_index(path)
     manifest = Manifest(path)
     for cut in map(manifest.cut, range(len(manifest))):
         if not _is_file_name(cut.id):
             raise UserError(f"{path}: the id {cut.id!r} cannot be a file name in the output folder")
-        yield CutUtterance(os.path.normpath(cut.id), audio_path(cut), partial(_open_cut, cut), cut)
+        speakers = (str(part.speaker) for part in cut.supervisions if part.speaker)
+        name, speaker = os.path.normpath(cut.id), next(speakers, "unknown")
+        yield Utterance(name, audio_path(cut), partial(_open_cut, cut), transcript(cut), speaker)
 
 
 def _is_file_name(identifier: object) -> bool:
-    if not isinstance(identifier, str) or "\0" in identifier:
+    if not isinstance(identifier, str) or "\0" in identifier or identifier.startswith("/"):
         return False
-    parts = identifier.split("/")
-    return not identifier.startswith("/") and ".." not in parts and parts[-1] not in ("", ".")
+    *folders, name = identifier.split("/")
+    return ".." not in folders and name not in ("", ".", "..")
 
 
-def open_by_duration(utterances: Sequence[U]) -> tuple[list[tuple[U, Audio]], list[BadAudio]]:
-    """Open utterances and sort them by duration, so that neighbours share a forward pass.
+def map_utterances(
+    function: Callable[[Utterance, Audio, Iterator[ChunkFeatures]], T],
+    pretrained: Pretrained,
+    utterances: Iterable[Utterance],
+    *,
+    ranks: Ranks = ALONE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
+) -> Iterator[T | BadAudio]:
+    """Call a function with each utterance, its audio, and what `Pretrained.stream` with `settings` computes for it.
 
-    Returns the opened utterances, and those that cannot be opened.
+    Yields the results, or the record of audio that cannot be used. The shortest utterance comes first, so that
+    neighbours share a forward pass. With several ranks, each has every n-th utterance. `progress` is called with
+    (seconds of audio done, seconds in total) of this rank.
     """
-    opened: list[tuple[U, Audio]] = []
-    bad = []
+    opened = []
     for utterance in utterances:
         try:
             opened.append((utterance, utterance.open()))
         except AudioError as error:
-            bad.append(utterance.bad(error))
-    return sorted(opened, key=lambda pair: pair[1].samples / pair[1].sampling_rate), bad
+            if ranks.is_main:
+                yield utterance.bad(error)
+    opened = sorted(opened, key=lambda pair: pair[1].seconds)[ranks.rank :: ranks.world_size]
+    audios = [audio for _, audio in opened]
+    ends = list(accumulate((audio.seconds for audio in audios), initial=0.0))
+
+    def stream() -> Iterator[tuple[int, ChunkFeatures | AudioError]]:
+        for number, item in pretrained.stream(audios, **settings):
+            yield number, item
+            frames = max(pretrained.frames(audios[number]), 1)
+            done = frames if isinstance(item, AudioError) else item.first + len(item.hidden[0])
+            progress(round(ends[number] + done / frames * audios[number].seconds), round(ends[-1]))
+
+    for number, chunks in by_audio(stream()):
+        utterance, audio = opened[number]
+        try:
+            yield function(utterance, audio, chunks)
+        except AudioError as error:
+            yield utterance.bad(error)
+
+
+def collect(results: Iterable[T | BadAudio]) -> tuple[list[T], list[BadAudio]]:
+    """Separate the results of `map_utterances` from the records of audio that cannot be used."""
+    found: list[T] = []
+    bad: list[BadAudio] = []
+    for result in results:
+        if isinstance(result, BadAudio):
+            bad.append(result)
+        else:
+            found.append(result)
+    return found, bad
 
 
 def _open_file(path: Path) -> Audio:

@@ -98,7 +98,7 @@ def import_deepspeed(device: torch.device) -> Any:
 
 @contextmanager
 def environment_for(device: torch.device) -> Iterator[None]:
-    """Set the environment variables that DeepSpeed reads when it is imported, builds an engine and runs a forward.
+    """Set the environment variables that DeepSpeed reads at import, when it builds an engine, and in every forward.
 
     Variables that are already set are kept. The others are removed when the block ends.
     """

@@ -6,6 +6,7 @@ Importing and exporting state uses private names of DeepSpeed, so its version is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ class DeepSpeedEngine:
         device: torch.device,
     ) -> None:
         document = deepspeed_config(config, optim, precision)
+        # DeepSpeed reads them in every forward, too.
+        self.environment = ExitStack()
+        self.environment.enter_context(environment_for(device))
         deepspeed = import_deepspeed(device)
         validate_zero(document, config.deepspeed_config)
         self.stage = int(document["zero_optimization"]["stage"])
@@ -51,20 +55,18 @@ class DeepSpeedEngine:
         self.buffers = Buffers(model)
         transform(model, config)
         if self.stage == 3:
-            with environment_for(device):
-                _partition(deepspeed, model, document, device, compute_dtype(precision))
+            _partition(deepspeed, model, document, device, compute_dtype(precision))
         else:
             model.to_empty(device=device)
         self.parameters = dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         groups = parameter_groups([(name, self.shapes[name]) for name in self.trained], optim)
-        with environment_for(device):
-            self.engine: Any = deepspeed.initialize(
-                model=model,
-                optimizer=make_adamw(self.trained, groups, optim),
-                config=document,
-                dist_init_required=False,
-            )[0]
+        self.engine: Any = deepspeed.initialize(
+            model=model,
+            optimizer=make_adamw(self.trained, groups, optim),
+            config=document,
+            dist_init_required=False,
+        )[0]
         # DeepSpeed has cast everything to the activation dtype. Restore fp32 for buffers and frozen parameters, which
         # have no fp32 master copy.
         self.buffers.lay_out(device)
@@ -91,8 +93,7 @@ class DeepSpeedEngine:
             self.engine.backward(sums.total * scale, scale_wrt_gas=False)
             return sums
 
-        with environment_for(self.device):
-            return accumulate(grouping.groups(window), step, run, self.device)
+        return accumulate(grouping.groups(window), step, run, self.device)
 
     def step(
         self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
@@ -115,8 +116,7 @@ class DeepSpeedEngine:
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
         self.engine.eval()
         run = lambda one: objective.forward(self.engine, one.inputs, step=one.step, training=False)  # noqa: E731
-        with environment_for(self.device):
-            return accumulate([[batch]], step, run, self.device)
+        return accumulate([[batch]], step, run, self.device)
 
     def export_state(self) -> CanonicalState:
         """Gathers one tensor at a time, and keeps only the rows of this rank."""
@@ -159,6 +159,7 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self.engine.destroy()
+        self.environment.close()
 
     def _partitions(self) -> list[Tensor]:
         """Return the flat fp32 tensors that the optimizer of this rank steps."""

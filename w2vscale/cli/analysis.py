@@ -1,0 +1,104 @@
+"""`w2vscale probe` and `w2vscale report`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from w2vscale.cli.arguments import Checkpoint
+from w2vscale.cli.progress import console, print_table, progress_bar
+
+LAYER = "Layer to probe; repeatable. 0: input of the first block; N: output of block N."
+
+
+def probe(
+    checkpoint: Checkpoint,
+    train: Annotated[
+        list[Path], typer.Option(metavar="CUTS.jsonl", help="Manifest to train the probes on; repeatable.")
+    ],
+    test: Annotated[
+        list[Path], typer.Option(metavar="CUTS.jsonl", help="Manifest to measure the error rate on; repeatable.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="The folder for probe.json and the plots.")
+    ],
+    layer: Annotated[list[int] | None, typer.Option(help=LAYER, show_default="all")] = None,
+    updates: Annotated[int, typer.Option(min=1, help="Number of updates that each probe is trained for.")] = 500,
+    vocabulary: Annotated[
+        str, typer.Option(help="letters (A to Z, apostrophe, space), or a file with one symbol per line.")
+    ] = "letters",
+) -> None:
+    """Train a linear CTC probe on each layer and measure what the codes encode.
+
+    Needs a pretrained checkpoint and manifests with transcripts. Writes the label error rate of each layer, and how
+    much information the codes carry about letters and speakers.
+    """
+    from w2vscale.analysis import probing
+    from w2vscale.analysis.figures import draw_codes, draw_layers
+    from w2vscale.files import write_text
+    from w2vscale.inference.pretrained import load
+    from w2vscale.objectives.ctc import CtcSettings, read_vocabulary
+
+    symbols = read_vocabulary(CtcSettings(vocabulary=Path(vocabulary)))
+    with progress_bar("updates of the probes") as progress:
+        found = probing.probe(
+            load(checkpoint),
+            train,
+            test,
+            layers=layer,
+            vocabulary=symbols,
+            updates=updates,
+            progress=progress,
+            log=console.print,
+        )
+    rates = found.error_rates.items()
+    marks = {found.best_layer: " best"}
+    print_table(("layer", "label error rate"), [(f"{n}", f"{rate:.2%}{marks.get(n, '     ')}") for n, rate in rates])
+    for number, (letters, speakers) in enumerate(zip(found.letters, found.speakers, strict=True)):
+        console.print(
+            f"codebook {number}: normalised mutual information with letters {letters.information:.1%} "
+            f"(by chance {letters.by_chance:.1%}), with speakers {speakers.information:.1%} "
+            f"(by chance {speakers.by_chance:.1%})"
+        )
+    document = {"checkpoint": str(checkpoint), **found.metrics()}
+    write_text(output / "probe.json", json.dumps(document, indent=2) + "\n")
+    draw_layers(found.error_rates, output / "layers.png")
+    draw_codes(found.letters, output / "codes_letters.png", title="letter")
+    draw_codes(found.speakers, output / "codes_speakers.png", title="speaker")
+    for bad in found.bad[:5]:
+        console.print(f"skipped: {bad.utterance}: {bad.reason}")
+    console.print(
+        f"{found.train_utterances:,} training utterances, {found.test_utterances:,} test utterances, "
+        f"{len(found.bad):,} skipped; plots: {output}"
+    )
+
+
+def report(
+    exps: Annotated[list[Path], typer.Argument(metavar="EXP...", help="Run folders to draw in one figure.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The image file to write.", show_default="EXP/curves.png"),
+    ] = None,
+) -> None:
+    """Draw the curves of one or several runs, and print their latest metrics."""
+    from w2vscale.analysis.report import draw_curves, read_run
+
+    picture = draw_curves(exps, output or exps[0] / "curves.png")
+    runs = [read_run(exp) for exp in exps]
+    rows = []
+    for run in runs:
+        training, validation = run.latest()
+        last = validation[2] if any(value is not None for value in validation[2]) else training[2]
+        values = ("/".join(map(_number, panel)) for panel in (*training[:2], *validation[:2], last))
+        rows.append((run.exp.name, f"{run.train[-1]['update']:,}", f"{run.train[-1]['hours_seen']:,.2f}", *values))
+    loss, telling, other = (panel.title for panel in runs[0].panels)
+    metrics = (f"training {loss}", telling, f"validation {loss}", telling, other)
+    print_table(("run", "updates", "hours seen", *metrics), rows)
+    console.print(f"curves: {picture}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.0f}"

@@ -1,0 +1,123 @@
+"""`w2vscale transcribe` and `w2vscale features`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from w2vscale.cli import arguments
+from w2vscale.cli.progress import console, counted, progress_bar
+from w2vscale.errors import UserError
+
+if TYPE_CHECKING:
+    from w2vscale.data.micro_batch import BadAudio
+
+Audio = Annotated[
+    list[Path],
+    typer.Argument(metavar="AUDIO...", help="Audio files, folders of audio files, or Lhotse cut manifests (*.jsonl)."),
+]
+LAYER = "Layer to write; repeatable. 0: input of the first block; N: output of block N."
+FORMAT = (
+    "npy: an array of layers x frames x dim (frames x dim for one layer); "
+    "safetensors: a tensor layer_N of frames x dim for each layer."
+)
+
+
+def transcribe(
+    context: typer.Context,
+    checkpoint: arguments.Checkpoint,
+    audio: Audio,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object per utterance: utterance, file, text.")
+    ] = False,
+    beam: arguments.Beam = None,
+    lm: arguments.LanguageModel = None,
+    lexicon: arguments.Lexicon = None,
+    lm_weight: arguments.LmWeight = 2.0,
+    word_score: arguments.WordScore = -1.0,
+    batch_seconds: arguments.BatchSeconds = 80.0,
+    nproc_per_node: arguments.Processes = 1,
+) -> None:
+    """Transcribe audio with a fine-tuned model, shortest utterance first.
+
+    Prints a line per utterance: name, tab, text. Exits with code 2 if some audio could not be used.
+    """
+    from w2vscale.data.micro_batch import BadAudio
+    from w2vscale.distributed.process_group import LONG_TIMEOUT, gather_as_found, process_group
+    from w2vscale.inference.decoding import BeamSearch
+    from w2vscale.inference.pretrained import load
+    from w2vscale.inference.transcription import transcribe as transcripts
+    from w2vscale.inference.utterances import find_utterances
+
+    arguments.launch_if_asked(context, nproc_per_node)
+    bad: list[BadAudio] = []
+    done = 0
+    with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("seconds of audio") as progress:
+        stream = transcripts(
+            load(checkpoint, device=device),
+            [utterance for path in audio for utterance in find_utterances(path)],
+            search=BeamSearch.from_options(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score),
+            ranks=ranks,
+            batch_seconds=batch_seconds,
+            progress=progress,
+            log=partial(typer.echo, err=True) if ranks.is_main else lambda text: None,
+        )
+        for found in gather_as_found(stream):
+            if not ranks.is_main:
+                continue
+            if isinstance(found, BadAudio):
+                bad.append(found)
+                continue
+            done += 1
+            line = json.dumps(asdict(found), ensure_ascii=False) if as_json else f"{found.utterance}\t{found.text}"
+            typer.echo(line)
+    _refuse_bad(bad, done)
+
+
+def features(
+    checkpoint: arguments.Checkpoint,
+    audio: Audio,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write to.")],
+    layer: Annotated[list[int] | None, typer.Option(help=LAYER, show_default="all")] = None,
+    file_format: Annotated[str, typer.Option("--format", metavar="npy|safetensors", help=FORMAT)] = "npy",
+    batch_seconds: arguments.BatchSeconds = 80.0,
+    chunk_seconds: Annotated[
+        float, typer.Option(help="Split longer audio into chunks of at most this length, in seconds.")
+    ] = 30.0,
+    overlap_seconds: Annotated[float, typer.Option(help="Context on either side of a chunk, in seconds.")] = 2.5,
+) -> None:
+    """Write the hidden states of audio of any length, a file per utterance.
+
+    Exits with code 2 if some audio could not be used.
+    """
+    from w2vscale.inference.features import write_features
+    from w2vscale.inference.pretrained import load
+
+    with progress_bar("seconds of audio") as progress:
+        found = write_features(
+            load(checkpoint),
+            audio,
+            output,
+            layers=layer,
+            file_format=file_format,
+            chunk_seconds=chunk_seconds,
+            overlap_seconds=overlap_seconds,
+            batch_seconds=batch_seconds,
+            progress=progress,
+        )
+    console.print(f"{output}: {found.files:,} files, {found.frames:,} frames of {counted(len(found.layers), 'layer')}")
+    _refuse_bad(found.bad, found.files)
+
+
+def _refuse_bad(bad: Sequence[BadAudio], used: int) -> None:
+    """List the audio that could not be used, and raise an error that names the first and counts all."""
+    for one in bad[1:]:
+        typer.echo(f"{one.file}: {one.reason}", err=True)
+    if bad:
+        raise UserError(f"{bad[0].file}: {bad[0].reason}; {len(bad)} of {used + len(bad)} utterances could not be used")
