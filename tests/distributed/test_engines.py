@@ -15,7 +15,12 @@ import torch
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
-from tests.helpers.tasks import step_after_a_gradient_that_is_not_finite, train_and_save_first, train_micro
+from tests.helpers.tasks import (
+    step_after_a_gradient_that_is_not_finite,
+    train_and_save_first,
+    train_micro,
+    update_without_a_launcher,
+)
 from tools.bench.engine_parity import ENGINES
 from w2vscale.checkpoint.reader import open_checkpoint
 
@@ -235,3 +240,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     )
     assert skipped and unchanged
     assert 0 < norms[0] < math.inf and norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_process_that_nobody_launched(pool: Callable[[int], Pool], small_corpus: SmallCorpus, engine: str) -> None:
+    """DeepSpeed reads variables that torchrun sets, also in each forward."""
+    assert pool(1).run(update_without_a_launcher, str(small_corpus.train), (ENGINES[engine],)) == [True]

@@ -146,6 +146,26 @@ def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, 
     return skipped, unchanged, norms
 
 
+def update_without_a_launcher(corpus: str, overrides: tuple[str, ...]) -> bool:
+    """Whether an engine takes steps and evaluates where nothing has set LOCAL_RANK, and leaves the environment as it
+    was."""
+    given = {name: os.environ.pop(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    before = dict(os.environ)
+    try:
+        setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
+        batch = setup.training_set.largest()
+        for _ in range(2):
+            setup.window([batch, batch], 100.0)
+            assert not setup.step(1e-3).skipped
+            setup.evaluate(batch)
+        setup.engine.export_state()
+        setup.start_over()
+        setup.engine.close()
+        return dict(os.environ) == before
+    finally:
+        os.environ.update(given)
+
+
 def gather_unevenly(counts: tuple[int, ...]) -> list[tuple[int, int]]:
     """Each rank finds so many items, the more the slower."""
     rank = dist.get_rank()
