@@ -24,6 +24,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 ONE_REQUEST_SECONDS = 2.0
 """Signals within this time count as one request: a scheduler may signal the ranks directly and through the launcher."""
 
+DEBUG = "W2VSCALE_DEBUG"
+"""Set if errors show their traceback. An environment variable, so that launched processes inherit it."""
+
 FULL_COLLECTIONS = 10
 """Default of Python for the third threshold of garbage collection."""
 
@@ -36,8 +39,10 @@ M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
 
 
-def enter() -> None:
+def enter(*, debug: bool = False) -> None:
     """Set up the process of a command: silence the logs of libraries and, unless on a terminal, their progress bars."""
+    if debug:
+        os.environ[DEBUG] = "1"
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     # DeepSpeed logs at import, on every rank.

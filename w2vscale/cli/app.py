@@ -54,15 +54,13 @@ def _root(
 def main() -> None:
     """Run the command line. A user error prints one line and exits with code 2."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    if len(arguments) < len(sys.argv) - 1:
-        os.environ["W2VSCALE_DEBUG"] = "1"  # an environment variable, so that launched processes inherit it
-    runtime.enter()
+    runtime.enter(debug="--debug" in sys.argv)
     try:
         app(args=arguments, prog_name="w2vscale", obj=arguments)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        debug = "W2VSCALE_DEBUG" in os.environ
+        debug = runtime.DEBUG in os.environ
         if not launched() and (debug or not isinstance(error, UserError)):
             raise
         _leave(error, rank=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), debug=debug)
