@@ -151,5 +151,5 @@ class TestCalibration:
     def test_on_a_cpu_each_micro_batch_runs_alone(self, run: Callable[..., Run]) -> None:
         built, said = run(), []
         assert calibration.grouping_of(built, said.append) == FixedGrouping(1)
-        assert said == ["batch.concat=auto: 1 on a CPU, where longer forwards are not faster"]
+        assert said == ["batch.concat=auto: using 1, because larger forwards are not faster on a CPU"]
         assert not (built.exp / calibration.FILE).exists()

@@ -44,7 +44,7 @@ def test_settings_are_empty_where_there_are_none(tmp_path: Path) -> None:
     torch.save({"model": fairseq_state(SMALL["base"])}, tmp_path / "model.pt")
     checkpoint = load_fairseq(tmp_path / "model.pt")
     assert checkpoint.settings == {}
-    with pytest.raises(UserError, match="do not say encoder_attention_heads"):
+    with pytest.raises(UserError, match="lack encoder_attention_heads"):
         from_fairseq(checkpoint)
 
 
@@ -77,14 +77,14 @@ def refusal(act: Callable[[], object]) -> str:
         ({"mask_prob": 0.0}, "objective.mask_probability=0.0"),
         ({"dropout": "${model.x}"}, "regularization.dropout='${model.x}'"),
         ({"encoder_attention_heads": 5}, "heads=5 does not divide dim=48"),
-        ({"encoder_attention_heads": None}, "do not say encoder_attention_heads"),
-        ({"conv_feature_layers": None}, "do not say conv_feature_layers"),
+        ({"encoder_attention_heads": None}, "lack encoder_attention_heads"),
+        ({"conv_feature_layers": None}, "lack conv_feature_layers"),
         ({"conv_feature_layers": "[(32, 10, 5)] * 4"}, "does not fit the weights"),
-        ({"conv_feature_layers": "[(32, 10, 5)] * 10 ** 9"}, "no list of (channels, kernel, stride)"),
-        ({"conv_feature_layers": "[(32, 10, 5)] * 999 * 999"}, "no list of (channels, kernel, stride)"),
-        ({"conv_feature_layers": "__import__('os').getpid()"}, "no list of (channels, kernel, stride)"),
-        ({"conv_feature_layers": "(" * 900}, "no list of (channels, kernel, stride)"),
-        ({"conv_feature_layers": 7}, "no list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": "[(32, 10, 5)] * 10 ** 9"}, "not a list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": "[(32, 10, 5)] * 999 * 999"}, "not a list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": "__import__('os').getpid()"}, "not a list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": "(" * 900}, "not a list of (channels, kernel, stride)"),
+        ({"conv_feature_layers": 7}, "not a list of (channels, kernel, stride)"),
     ],
 )
 def test_what_our_model_cannot_be_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
@@ -138,7 +138,7 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
         assert 'no entry "model"' in refusal(lambda: load_fairseq(path))
     for found in ({"model": {"weight": 3}}, {"model": {3: torch.ones(1)}}, {"model": [torch.ones(1)]}):
         torch.save(found, path)
-        assert "does not hold tensors by name" in refusal(lambda: load_fairseq(path))
+        assert "is not a dictionary of tensors" in refusal(lambda: load_fairseq(path))
     state, cfg = fairseq_state(SMALL["base"]), all_settings(SMALL["base"])
     for zipped in (True, False):
         contents = save_old(path, state, cfg, zipped=zipped).read_bytes()
@@ -269,7 +269,7 @@ def test_a_stand_in_does_not_take_the_place_of_a_tensor(tmp_path: Path) -> None:
 
     with modules(fairseq__tensor={"Tensor": Tensor}):
         torch.save({"model": {"mask_emb": Tensor()}}, tmp_path / "model.pt")
-    assert "does not hold tensors by name" in refusal(lambda: load_fairseq(tmp_path / "model.pt"))
+    assert "is not a dictionary of tensors" in refusal(lambda: load_fairseq(tmp_path / "model.pt"))
 
 
 def test_settings_that_contain_themselves_are_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def changed(family: tuple[Config, Path, Path], folder: Path, **changes: object) 
     ("change", "message"),
     [
         ({"model_type": "hubert"}, r"model_type='hubert': only wav2vec2 can be imported"),
-        ({"hidden_act": "relu"}, r"hidden_act='relu': w2vscale has 'gelu' only"),
+        ({"hidden_act": "relu"}, r"hidden_act='relu': w2vscale supports only 'gelu'"),
         ({"add_adapter": True}, r"add_adapter=true: w2vscale has no adapters"),
         (
             {"num_codevectors_per_group": 21},

@@ -166,7 +166,7 @@ class ConvLayer(nn.Module):
         if config.conv_norm == "layer":
             self.norm = LayerNorm(channels)
         elif index == 0:
-            self.norm = nn.GroupNorm(config.conv_norm_groups, channels)
+            self.norm = GroupNorm(config.conv_norm_groups, channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -185,18 +185,7 @@ class ConvLayer(nn.Module):
             lengths_B = (lengths_B + (2 * self.padding - self.kernel)).div(self.stride, rounding_mode="floor") + 1
             valid_BT = valid_mask(lengths_B, (x_BTC.shape[1] - self.kernel) // self.stride + 1)
         if isinstance(self.norm, nn.GroupNorm):
-            x_BTC = normalized_convolution(
-                x_BTC,
-                valid_BT,
-                self.weight,
-                self.bias,
-                self.norm.weight,
-                self.norm.bias,
-                stride=self.stride,
-                groups=self.norm.num_groups,
-                eps=self.norm.eps,
-                statistics=statistics,
-            )
+            x_BTC = self.norm(x_BTC, valid_BT, self.weight, self.bias, stride=self.stride, statistics=statistics)
         else:
             x_BTC = strided_convolution(x_BTC, self.weight, self.bias, self.stride)
             if self.norm is not None:
@@ -211,6 +200,25 @@ class ConvLayer(nn.Module):
         """GroupNorm's statistics for an input without padded utterances that has the convolution's padding already."""
         assert isinstance(self.norm, nn.GroupNorm)
         return convolution_statistics(x_BTC, self.weight, self.bias, stride=self.stride, groups=self.norm.num_groups)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm of a convolution, see `normalized_convolution`. A module, so that ZeRO-3 sees that it is used."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BTI: Tensor,
+        valid_BT: Tensor | None,
+        weight_OIK: Tensor,
+        bias_O: Tensor | None,
+        *,
+        stride: int,
+        statistics: Statistics | None = None,
+    ) -> Tensor:
+        return normalized_convolution(
+            x_BTI, valid_BT, weight_OIK, bias_O, self.weight, self.bias,
+            stride=stride, groups=self.num_groups, eps=self.eps, statistics=statistics,
+        )  # fmt: skip
 
 
 @replaceable
