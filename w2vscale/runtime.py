@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to finish its update, save and exit."""
@@ -24,9 +24,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 ONE_REQUEST_SECONDS = 2.0
 """Signals within this time count as one request: a scheduler may signal the ranks directly and through the launcher."""
 
-FULL_COLLECTIONS = 10
-"""Default of Python for the third threshold of garbage collection."""
-
+FULL_COLLECTIONS = 10  # default of Python for the third threshold of garbage collection
 NEVER = 2**31 - 1
 
 COMPILED_VARIANTS = 64
@@ -126,9 +124,7 @@ class StopRequest:
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
