@@ -40,10 +40,6 @@ class DDPEngine(NativeEngine):
         if self.parallel is not None:
             self.parallel.require_backward_grad_sync = last
 
-    def clear_gradients(self) -> None:
-        """Clear gradients. Under DDP they are views into the reduction buckets, so they are zeroed and kept."""
-        self.optimizer.zero_grad(set_to_none=self.parallel is None)
-
     def export_state(self) -> CanonicalState:
         return {name: self.rows.own(stored(tensor)) for name, tensor in self.live_state().items()}
 

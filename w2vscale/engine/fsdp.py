@@ -39,7 +39,7 @@ class FSDPEngine(NativeEngine):
         if not self.reduce_each:
             # After a backward without reduction, FSDP expects every unit to have been gathered at least once, but
             # LayerDrop may have skipped some.
-            for unit in self._units():
+            for unit in _units(self.model):
                 unit.unshard()
                 unit.reshard()
 
@@ -47,7 +47,7 @@ class FSDPEngine(NativeEngine):
         sums = super().evaluate(batch, objective, step)
         # Normally the backward reshards. Without it, gathered weights would take memory and survive an import as stale
         # copies.
-        for unit in self._units():
+        for unit in _units(self.model):
             unit.reshard()
         return sums
 
@@ -75,10 +75,6 @@ class FSDPEngine(NativeEngine):
             if isinstance(own, DTensor):
                 whole = distribute_tensor(whole, self.host_mesh, own.placements, src_data_rank=None)
             _local(own).copy_(_local(whole))
-
-    def _units(self) -> Iterator[FSDPModule]:
-        """Yield the modules whose parameters are gathered and resharded together."""
-        return (module for module in self.model.modules() if isinstance(module, FSDPModule))
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         return moved(tensor, self.host_mesh) if isinstance(tensor, DTensor) else tensor.cpu()
@@ -110,10 +106,14 @@ def shard(model: Any, mesh: DeviceMesh, config: EngineConfig, dtype: torch.dtype
             offload_policy=offload,
             reshard_after_forward=config.reshard_after_forward and module is not model,
         )
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for unit in _units(model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def _units(model: nn.Module) -> Iterator[FSDPModule]:
+    """Yield the modules whose parameters are gathered and resharded together."""
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def _mesh(device_type: str, shard_size: int | None) -> DeviceMesh:

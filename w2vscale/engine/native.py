@@ -75,13 +75,10 @@ class NativeEngine(ABC):
             if after is not None:
                 with torch.no_grad():
                     after(self.model)
-        self.clear_gradients()
+        # The gradients of a wrapped model are views into the buckets of its reduction: they are zeroed and kept.
+        self.optimizer.zero_grad(set_to_none=self.module is self.model)
         self.buffers.synchronize()
         return StepResult(norm, skipped=not finite)
-
-    def clear_gradients(self) -> None:
-        """Clear gradients for the next window."""
-        self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:

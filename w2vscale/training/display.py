@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from rich import progress
 from rich.console import Console
@@ -12,11 +13,10 @@ from rich.console import Console
 class Display:
     """Prints the progress bar and log lines; silent unless `enabled` (on rank 0)."""
 
-    def __init__(self, *, total: int, start: int, enabled: bool) -> None:
+    def __init__(self, *, total: int, enabled: bool) -> None:
         self.console = Console(stderr=False, soft_wrap=True, highlight=False)
         self.enabled = enabled
         self.total = total
-        self._began = (start, time.monotonic())
         self._progress = progress.Progress(
             progress.TextColumn("[bold]update"),
             progress.MofNCompleteColumn(),
@@ -29,14 +29,14 @@ class Display:
             disable=not (enabled and self.console.is_terminal),
             transient=True,
         )
-        self._task = self._progress.add_task("", total=total, completed=start, rates="")
 
-    def __enter__(self) -> Display:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
+    @contextmanager
+    def updating(self, start: int) -> Iterator[None]:
+        """Show the progress bar during the block, which runs the updates from `start` on."""
+        self._began = (start, time.monotonic())
+        self._task = self._progress.add_task("", total=self.total, completed=start, rates="")
+        with self._progress:
+            yield
 
     def message(self, text: str, style: str = "") -> None:
         """Print one line."""

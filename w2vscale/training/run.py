@@ -119,6 +119,7 @@ def build_run(
     if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
         longer = "" if objective.crops else " or longer than data.max_seconds"
         log(f"left out {left_out} of {len(training_set.corpus)} utterances: shorter than data.min_seconds{longer}")
+    enough = min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER)
     return Run(
         config=config,
         exp=exp,
@@ -129,12 +130,7 @@ def build_run(
         objective=objective,
         engine=engine,
         store=store,
-        bad_audio=BadAudioLog(
-            exp,
-            ranks,
-            limit=config.data.max_bad_fraction,
-            enough=min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER),
-        ),
+        bad_audio=BadAudioLog(exp, ranks, limit=config.data.max_bad_fraction, enough=enough),
         state=state,
     )
 

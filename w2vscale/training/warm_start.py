@@ -111,10 +111,8 @@ def starting_values(
         for key, value in ours.items()
         if theirs[key] != value
     }
-    new_heads = {name for name in missing if not (same_objective or name.startswith(ENCODER))}
-    _refuse_unless_allowed(
-        settings | reshaped | {name: what for name, what in missing.items() if name not in new_heads}, config, log
-    )
+    expected = {name: what for name, what in missing.items() if same_objective or name.startswith(ENCODER)}
+    _refuse_unless_allowed(settings | reshaped | expected, config, log)
     unused = {name for name in source.shapes if name not in shapes or name not in there}
     for line in _table(shapes, missing=set(missing), reshaped=set(reshaped), unused=unused):
         log(line)
