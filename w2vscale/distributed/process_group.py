@@ -88,7 +88,7 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
         if needed:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
-            yield Ranks(), device
+            yield ALONE, device
         finally:
             if needed:
                 dist.destroy_process_group()

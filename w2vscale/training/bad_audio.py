@@ -45,8 +45,7 @@ class BadAudioLog:
         self.seen += seen
         self.unusable += unusable
         if self.seen >= self.enough and self.unusable > self.limit * self.seen:
-            last = self._last
-            example = f"; the last: {last}" if last else ""
+            example = f"; the last: {self._last}" if self._last else ""
             raise UserError(
                 f"{self.unusable} of {self.seen} utterances are unusable, above data.max_bad_fraction={self.limit:g}"
                 f"{example}; all are listed in {self.path}"

@@ -176,14 +176,12 @@ class Trainer:
         }
         self.metrics.write("train", self.state.update, values)
         self.display.training(self.state.update, self.run.objective.line(values), values)
-        for warning in self.run.objective.warnings(values):
+        warnings = list(self.run.objective.warnings(values))
+        if (waiting := values["data_wait_fraction"]) > SLOW_LOADING:
+            advice = "Raise data.workers, or use faster storage"
+            warnings.append(f"{waiting:.0%} of the time was spent waiting for data. {advice}")
+        for warning in warnings:
             self.display.message(f"warning: {warning}", "yellow")
-        if values["data_wait_fraction"] > SLOW_LOADING:
-            self.display.message(
-                f"warning: {values['data_wait_fraction']:.0%} of the time was spent waiting for data. Raise "
-                "data.workers, or use faster storage",
-                "yellow",
-            )
 
     def _validate(self) -> None:
         bad: list[BadAudio] = []

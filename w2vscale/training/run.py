@@ -164,10 +164,7 @@ def open_data(config: Config, objective: Objective, ranks: Ranks) -> tuple[Train
 
 
 def open_training_set(config: Config, objective: Objective) -> TrainingData:
-    """Open the training set `data.train`, in the mode `data.mode`.
-
-    Raises UserError if a manifest or shard cannot be used, or `augment.speed` does not fit the objective.
-    """
+    """Open the training set `data.train`. Raises UserError if a manifest, a shard or `augment.speed` cannot be used."""
     augment, seed = config.augment, config.trainer.seed
     augmentation = None
     if augment.speed or augment.reverb or augment.noise:
@@ -241,10 +238,7 @@ def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None
 
 
 def _open_to_resume(path: Path, log: Callable[[str], None] = lambda text: None) -> CheckpointReader:
-    """Open the checkpoint at `path`, or the newest one in that run folder, to resume from.
-
-    Raises UserError if there is none, or it lacks optimizer state.
-    """
+    """Open the checkpoint at `path`, or the newest one in that run folder. Raises UserError if none can be resumed."""
     try:
         return open_checkpoint(path, log, resuming=True)
     except IncompleteState as error:
