@@ -90,7 +90,9 @@ class MetricsWriter:
         self._curves: tuple[SummaryWriter, SummaryWriter] | None = None  # by updates, and by seconds of audio seen
         if not enabled:
             return
-        self._drop_after(resumed_at.update)
+        if self.path.is_file():
+            kept = [line for line in read_records(self.path) if line.get("update", math.inf) <= resumed_at.update]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = self.path.open("a")
         if tensorboard:
             # Imported here because the import takes seconds and most commands do not need it.
@@ -123,8 +125,3 @@ class MetricsWriter:
                 by_seconds.add_scalar(f"{split}/{key}", values[key], round(values["hours_seen"] * 3600))
             by_updates.flush()
             by_seconds.flush()
-
-    def _drop_after(self, update: int) -> None:
-        if self.path.is_file():
-            kept = [record for record in read_records(self.path) if record.get("update", math.inf) <= update]
-            write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
