@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to finish its update, save and exit."""
@@ -27,9 +27,7 @@ ONE_REQUEST_SECONDS = 2.0
 DEBUG = "W2VSCALE_DEBUG"
 """Set if errors show their traceback. An environment variable, so that launched processes inherit it."""
 
-FULL_COLLECTIONS = 10
-"""Default of Python for the third threshold of garbage collection."""
-
+FULL_COLLECTIONS = 10  # default of Python for the third threshold of garbage collection
 NEVER = 2**31 - 1
 
 COMPILED_VARIANTS = 64
@@ -131,9 +129,7 @@ class StopRequest:
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from w2vscale.config import Config
 from w2vscale.data.loading import TrainingData
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine import Engine, StepResult
+from w2vscale.engine import Engine, StepResult, build_engine
 from w2vscale.engine.accumulation import FixedGrouping, Grouping
 from w2vscale.objectives import Objective, StepContext, Sums, build_objective, resolve
 from w2vscale.training.loop import _after_step
-from w2vscale.training.run import empty_model, initial_state, lay_out, open_training_set
+from w2vscale.training.run import empty_model, initial_state, open_training_set
 
 
 @dataclass
@@ -65,7 +65,7 @@ def set_up(
     config, objective = resolve(config)
     model = empty_model(objective)
     prepare(model)
-    setup = Setup(config, objective, lay_out(model, config, objective, torch.device(device)))
+    setup = Setup(config, objective, build_engine(model, config, objective, torch.device(device)))
     setup.start_over()
     return setup
 

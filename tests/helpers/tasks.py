@@ -39,8 +39,10 @@ from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import transcribe
 from w2vscale.inference.utterances import find_utterances
+from w2vscale.runtime import StopRequest
 from w2vscale.training.calibration import grouping_of
-from w2vscale.training.loop import NeverStop, Trainer
+from w2vscale.training.display import Display
+from w2vscale.training.loop import Trainer
 from w2vscale.training.run import Run, build_run, make_folder
 
 
@@ -99,7 +101,7 @@ def _train(
     if save_first:
         run.save(run.state)
     chosen = grouping(run) if grouping is not None else grouping_of(run, lambda text: None)
-    Trainer(run, NeverStop(), chosen).train()
+    Trainer(run, StopRequest(), chosen, Display(total=config.trainer.updates, enabled=ranks.is_main)).train()
     run.engine.close()
     if not ranks.is_main:
         return []

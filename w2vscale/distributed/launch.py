@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from w2vscale.errors import UserError
+from w2vscale.runtime import STOP_SIGNALS
 
 # Seconds that ranks have to exit, after which they are killed: when another one has failed, and on a stop signal.
 FAILURE_GRACE = 10.0
 STOP_GRACE = 600.0
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
-"""Signals that the launcher passes on to the ranks: the stop signals, and SIGQUIT."""
+FORWARDED = (*STOP_SIGNALS, signal.SIGQUIT)  # signals that the launcher passes on to the ranks
 
 
 class LostRanks(RuntimeError):

@@ -17,10 +17,8 @@ import torch.distributed as dist
 from w2vscale.distributed.launch import LostRanks
 from w2vscale.errors import UserError
 
-TIMEOUT = timedelta(minutes=10)
-"""Longest time that a rank waits for the others in a collective."""
-LONG_TIMEOUT = timedelta(days=1)
-"""The same for commands in which a single utterance may take hours."""
+TIMEOUT = timedelta(minutes=10)  # longest time that a rank waits for the others in a collective
+LONG_TIMEOUT = timedelta(days=1)  # the same for commands in which a single utterance may take hours
 
 T = TypeVar("T")
 
@@ -80,11 +78,8 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
     """Join the process group that the launcher describes, and leave it when the block ends.
 
     A single process joins no group, unless `needed`: then it gets a group with one rank. A collective fails if a rank
-    waits longer than `timeout` for the others.
-
-    Raises:
-        LostRanks: the other ranks cannot be reached, or the connection to them broke.
-        UserError: there are more processes than GPUs on this machine.
+    waits longer than `timeout` for the others. Raises LostRanks if the other ranks cannot be reached or the connection
+    to them breaks, and UserError if there are more processes than GPUs on this machine.
     """
     implied = launch_environment(os.environ)
     environment = {**os.environ, **implied}
@@ -93,7 +88,7 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
         if needed:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
-            yield Ranks(), device
+            yield ALONE, device
         finally:
             if needed:
                 dist.destroy_process_group()

@@ -14,8 +14,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import largest_over_ranks
 from w2vscale.objectives import StepContext, Sums, add_sums
 
-ADDED_PADDING = 0.05
-"""Maximum padding that grouping may add, as a fraction of the samples."""
+ADDED_PADDING = 0.05  # maximum padding that grouping may add, as a fraction of the samples
 
 
 class Capacity(NamedTuple):
@@ -77,24 +76,18 @@ class Forward(NamedTuple):
 
     inputs: Any
     step: StepContext
-    last: bool
-    """Whether this is the last forward of the window."""
+    last: bool  # whether this is the last forward of the window
 
 
 def accumulate(
-    groups: Sequence[Sequence[MicroBatch]],
-    step: StepContext,
-    run: Callable[[Forward], Sums],
-    device: torch.device,
+    groups: Sequence[Sequence[MicroBatch]], step: StepContext, run: Callable[[Forward], Sums], device: torch.device
 ) -> Sums:
     """Run each group with `run` (one forward and backward) and return the sums over the window."""
     total: Any = None
     for number, (group, inputs) in enumerate(_copied_ahead(groups, device), start=1):
         # Joined on the device, because a joined copy on the host would not be in pinned memory.
-        one = Forward(
-            join(inputs), replace(step, numbers=tuple(batch.number for batch in group)), number == len(groups)
-        )
-        sums: Any = run(one)
+        context = replace(step, numbers=tuple(batch.number for batch in group))
+        sums: Any = run(Forward(join(inputs), context, last=number == len(groups)))
         sums = sums._replace(total=sums.total.detach())
         total = sums if total is None else add_sums(total, sums)
     assert total is not None

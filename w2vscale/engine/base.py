@@ -18,6 +18,9 @@ CanonicalState = dict[str, Tensor]
 Floating-point tensors are fp32. Tensors may be sharded in any way.
 """
 
+AfterStep = Callable[[nn.Module], None]
+"""Changes the model after a step. It sees the parameters as the engine holds them, which may be sharded."""
+
 
 class StateReader(Protocol):
     """Reads the tensors of a canonical state from a checkpoint, in place."""
@@ -50,13 +53,10 @@ class Engine(Protocol):
         The gradient of an update is the sum of grad(total) / denominator over all ranks and micro-batches.
         """
 
-    def step(
-        self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
-    ) -> StepResult:
+    def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> StepResult:
         """Clip gradients, step and clear gradients. A non-finite norm skips the step on every rank.
 
-        `after` is called with the model after a step that was not skipped. It sees the parameters as the engine holds
-        them, which may be sharded.
+        `after` is called after a step that was not skipped.
         """
 
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:

@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from w2vscale.config import EngineConfig, OptimConfig
+from w2vscale.config import Config
 from w2vscale.engine.base import CanonicalState, StateReader
-from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.rows import Rows
-from w2vscale.engine.transforms import transform
 from w2vscale.optim.canonical import specs_of, stored
 
 
 class DDPEngine(NativeEngine):
     """Every rank holds the full state. DDP averages gradients, so the loss is multiplied by the world size."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: EngineConfig,
-        *,
-        optim: OptimConfig,
-        device: torch.device,
-        skips_parameters: bool,
-    ) -> None:
-        buffers = Buffers(model)
-        transform(model, config)
-        model.to_empty(device=device)
-        buffers.lay_out(device)
+    def __init__(self, model: nn.Module, config: Config, device: torch.device, *, skips_parameters: bool) -> None:
+        super().__init__(model, config, device)
+        self.rows = Rows(device)
         self.parallel: DistributedDataParallel | None = None
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if not self.rows.alone:
             self.gradient_scale = dist.get_world_size()
-            self.parallel = DistributedDataParallel(
+            self.module = self.parallel = DistributedDataParallel(
                 model,
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
@@ -47,16 +34,11 @@ class DDPEngine(NativeEngine):
             )
             # The step synchronises buffers. Not an argument: PyTorch 2.13 deprecates it, and 2.8 has no other.
             self.parallel.broadcast_buffers = False
-        super().__init__(model, self.parallel or model, buffers, optim, device)
-        self.rows = Rows(device)
 
-    def reducing(self, last: bool) -> AbstractContextManager[None]:
-        """Reduce gradients only in the last backward of a window."""
-        return nullcontext() if last or self.parallel is None else self.parallel.no_sync()
-
-    def clear_gradients(self) -> None:
-        """Clear gradients. Under DDP they are views into the reduction buckets, so they are zeroed and kept."""
-        self.optimizer.zero_grad(set_to_none=self.parallel is None)
+    def reduce_gradients(self, last: bool) -> None:
+        """Reduce gradients only in the last backward of a window, as with `no_sync`."""
+        if self.parallel is not None:
+            self.parallel.require_backward_grad_sync = last
 
     def export_state(self) -> CanonicalState:
         return {name: self.rows.own(stored(tensor)) for name, tensor in self.live_state().items()}

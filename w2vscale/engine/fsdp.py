@@ -6,7 +6,6 @@ Zhao et al. 2023, arXiv:2304.11277.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
+from w2vscale.config import Config, EngineConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import CanonicalState, StateReader
-from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.rows import moved
-from w2vscale.engine.transforms import transform
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives import Objective, StepContext, Sums
@@ -33,27 +30,16 @@ from w2vscale.optim.canonical import stored
 class FSDPEngine(NativeEngine):
     """Every rank holds a shard of the state. The parameters of a block are gathered while it runs."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: EngineConfig,
-        *,
-        optim: OptimConfig,
-        precision: PrecisionConfig,
-        device: torch.device,
-    ) -> None:
-        self.mesh = _mesh(device.type, config.shard_size)
-        self.host_mesh = _mesh("cpu", config.shard_size)
-        self.reduce_each = config.reshard_after_forward
-        buffers = Buffers(model)
-        transform(model, config, lambda model: shard(model, self.mesh, config, compute_dtype(precision)))
-        model.to_empty(device="cpu" if config.offload else device)
-        buffers.lay_out(device)
-        super().__init__(model, model, buffers, optim, device)
+    def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
+        mesh = _mesh(device.type, config.engine.shard_size)
+        self.host_mesh = _mesh("cpu", config.engine.shard_size)
+        self.reduce_each = config.engine.reshard_after_forward
+        dtype = compute_dtype(config.precision)
+        super().__init__(model, config, device, lambda model: shard(model, mesh, config.engine, dtype))
         if not self.reduce_each:
             # After a backward without reduction, FSDP expects every unit to have been gathered at least once, but
             # LayerDrop may have skipped some.
-            for unit in self._units():
+            for unit in _units(self.model):
                 unit.unshard()
                 unit.reshard()
 
@@ -61,15 +47,14 @@ class FSDPEngine(NativeEngine):
         sums = super().evaluate(batch, objective, step)
         # Normally the backward reshards. Without it, gathered weights would take memory and survive an import as stale
         # copies.
-        for unit in self._units():
+        for unit in _units(self.model):
             unit.reshard()
         return sums
 
-    def reducing(self, last: bool) -> AbstractContextManager[None]:
+    def reduce_gradients(self, last: bool) -> None:
         """Reduce gradients after the last backward of a window or, to save memory, after each (`reduce_each`)."""
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last or self.reduce_each)
-        return nullcontext()
 
     def export_state(self) -> CanonicalState:
         return {name: self._on_host(stored(tensor)) for name, tensor in self.live_state().items()}
@@ -80,8 +65,7 @@ class FSDPEngine(NativeEngine):
         on_host = {name: self._on_host(tensor) for name, tensor in state.items()}
         reader.read_into(on_host)
         for name, tensor in state.items():
-            if tensor is not on_host[name]:
-                _local(tensor).copy_(_local(on_host[name]))
+            _local(tensor).copy_(_local(on_host[name]))
 
     @torch.no_grad()
     def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
@@ -92,13 +76,7 @@ class FSDPEngine(NativeEngine):
                 whole = distribute_tensor(whole, self.host_mesh, own.placements, src_data_rank=None)
             _local(own).copy_(_local(whole))
 
-    def _units(self) -> Iterator[FSDPModule]:
-        """Yield the modules whose parameters are gathered and resharded together."""
-        return (module for module in self.model.modules() if isinstance(module, FSDPModule))
-
     def _on_host(self, tensor: Tensor) -> Tensor:
-        if _local(tensor).device.type == "cpu" and not isinstance(tensor, DTensor):
-            return tensor
         return moved(tensor, self.host_mesh) if isinstance(tensor, DTensor) else tensor.cpu()
 
 
@@ -128,10 +106,14 @@ def shard(model: Any, mesh: DeviceMesh, config: EngineConfig, dtype: torch.dtype
             offload_policy=offload,
             reshard_after_forward=config.reshard_after_forward and module is not model,
         )
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for unit in _units(model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def _units(model: nn.Module) -> Iterator[FSDPModule]:
+    """Yield the modules whose parameters are gathered and resharded together."""
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def _mesh(device_type: str, shard_size: int | None) -> DeviceMesh:

@@ -28,11 +28,7 @@ def peak_memory(device: torch.device, work: Callable[[], object]) -> int:
 
 @contextmanager
 def explain_oom(batch: BatchConfig) -> Iterator[None]:
-    """Replace an out-of-memory error in the block by one that names the settings to change.
-
-    Raises:
-        UserError: the GPU ran out of memory.
-    """
+    """Turn an out-of-memory error of the GPU in the block into a UserError that names the settings to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from w2vscale.config import OptimConfig
+from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, Grouping, accumulate
-from w2vscale.engine.base import CanonicalState, StepResult
+from w2vscale.engine.base import AfterStep, CanonicalState, StepResult
 from w2vscale.engine.buffers import Buffers
+from w2vscale.engine.transforms import transform
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate, state_of
 
@@ -27,22 +28,24 @@ class NativeEngine(ABC):
     """Multiplies the loss, to undo a division in the gradient reduction."""
 
     def __init__(
-        self, model: nn.Module, module: nn.Module, buffers: Buffers, optim: OptimConfig, device: torch.device
+        self, model: nn.Module, config: Config, device: torch.device, shard: Callable[[Any], None] = lambda model: None
     ) -> None:
-        self.model, self.module, self.buffers, self.device = model, module, buffers, device
+        self.model = self.module = model
+        self.device = device
+        self.buffers = Buffers(model)
+        transform(model, config.engine, shard)
+        model.to_empty(device="cpu" if config.engine.offload else device)
+        self.buffers.lay_out(device)
         # Collected once, because FSDP puts other objects in their place while parameters are gathered.
         self.parameters = dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         shapes = [(name, parameter.shape) for name, parameter in self.trained.items()]
-        self.optimizer = make_adamw(self.trained, parameter_groups(shapes, optim), optim)
+        self.optimizer = make_adamw(self.trained, parameter_groups(shapes, config.optim), config.optim)
         allocate_state(self.optimizer, self.trained.values())
 
     @abstractmethod
-    def reducing(self, last: bool) -> AbstractContextManager[None]:
-        """Return the context for one forward and backward; it decides whether gradients are reduced.
-
-        `last`: whether this is the last forward and backward of the window.
-        """
+    def reduce_gradients(self, last: bool) -> None:
+        """Decide whether the next backward reduces gradients. `last`: it is the last one of the window."""
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
@@ -52,16 +55,14 @@ class NativeEngine(ABC):
         scale = self.gradient_scale / denominator
 
         def run(one: Forward) -> Sums:
-            with self.reducing(one.last):
-                sums = objective.forward(self.module, one.inputs, step=one.step, training=True)
-                (sums.total * scale).backward()
+            self.reduce_gradients(one.last)
+            sums = objective.forward(self.module, one.inputs, step=one.step, training=True)
+            (sums.total * scale).backward()
             return sums
 
         return accumulate(grouping.groups(window), step, run, self.device)
 
-    def step(
-        self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
-    ) -> StepResult:
+    def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> StepResult:
         parameters = list(self.trained.values())
         for parameter in parameters:
             if parameter.grad is None:  # LayerDrop skipped its layer; on every engine this means a zero gradient
@@ -74,13 +75,10 @@ class NativeEngine(ABC):
             if after is not None:
                 with torch.no_grad():
                     after(self.model)
-        self.clear_gradients()
+        # The gradients of a wrapped model are views into the buckets of its reduction: they are zeroed and kept.
+        self.optimizer.zero_grad(set_to_none=self.module is self.model)
         self.buffers.synchronize()
         return StepResult(norm, skipped=not finite)
-
-    def clear_gradients(self) -> None:
-        """Clear gradients for the next window."""
-        self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:

@@ -15,9 +15,8 @@ from w2vscale.engine.base import StateReader
 from w2vscale.optim.canonical import Specs, TensorSpec
 
 
-def moved(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+def moved(tensor: DTensor, mesh: DeviceMesh) -> DTensor:
     """Copy a DTensor to a mesh of another device type, keeping its placements."""
-    assert isinstance(tensor, DTensor)
     local = tensor.to_local().to(mesh.device_type)
     return DTensor.from_local(
         local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()

@@ -18,8 +18,7 @@ from w2vscale.errors import UserError
 def transform(model: Any, config: EngineConfig, shard: Callable[[Any], None] = lambda model: None) -> None:
     """Apply activation checkpointing, then compilation, then `shard`; each wraps the one before.
 
-    Raises:
-        UserError: `engine.compile` is set, but there is no C++ compiler.
+    Raises UserError if `engine.compile` is set but there is no C++ compiler.
     """
     _recompute_activations(model, config)
     _compile_blocks(model, config)

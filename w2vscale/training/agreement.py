@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy
 import torch
-import torch.distributed as dist
 
 from w2vscale.config import Config, dump_config
+from w2vscale.distributed.process_group import gather_from_ranks
 from w2vscale.engine.deepspeed.config import deepspeed_config
 from w2vscale.errors import UserError
 from w2vscale.objectives import StepContext
@@ -58,15 +58,8 @@ def _digest(text: str) -> str:
 
 
 def compare_ranks(work: Mapping[str, str]) -> None:
-    """Compare on all ranks. Collective.
-
-    Raises:
-        UserError: on every rank, names the first difference and the ranks that differ from rank 0.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    of_ranks: list[Mapping[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, dict(work))
+    """Compare on all ranks. Raises UserError on every rank if they differ, with the first difference. Collective."""
+    of_ranks = gather_from_ranks(dict(work))
     for fact, here in of_ranks[0].items():
         others = {rank: of_rank.get(fact) for rank, of_rank in enumerate(of_ranks) if of_rank.get(fact) != here}
         if others:

@@ -15,12 +15,10 @@ from w2vscale.files import append_records, read_records
 
 
 class BadAudioLog:
-    """`logs/bad_audio.jsonl`, written by rank 0, and the limit on what it may hold.
+    """`logs/bad_audio.jsonl` in the run folder `exp`, written by rank 0, and the limit on what it may hold.
 
-    Args:
-        exp: folder of the run.
-        limit: largest fraction of utterances that may be unusable (`data.max_bad_fraction`).
-        enough: utterances after which the fraction is checked.
+    `limit` is the largest fraction of utterances that may be unusable (`data.max_bad_fraction`). It is checked after
+    `enough` utterances.
     """
 
     def __init__(self, exp: Path, ranks: Ranks, *, limit: float, enough: int) -> None:
@@ -43,16 +41,11 @@ class BadAudioLog:
         self._last = everything[-1] if everything else self._last
 
     def count(self, *, seen: int, unusable: int) -> None:
-        """Add what an update has met on all ranks.
-
-        Raises:
-            UserError: too many utterances are unusable.
-        """
+        """Add what an update has met on all ranks. Raises UserError if too many utterances are unusable."""
         self.seen += seen
         self.unusable += unusable
         if self.seen >= self.enough and self.unusable > self.limit * self.seen:
-            last = self._last
-            example = f"; the last: {last}" if last else ""
+            example = f"; the last: {self._last}" if self._last else ""
             raise UserError(
                 f"{self.unusable} of {self.seen} utterances are unusable, above data.max_bad_fraction={self.limit:g}"
                 f"{example}; all are listed in {self.path}"

@@ -23,9 +23,7 @@ from w2vscale.files import write_text
 from w2vscale.objectives import StepContext
 from w2vscale.training.run import Run
 
-SHARE = 0.9
-"""Fraction of GPU memory to use. The rest is a margin for fragmentation and variation between batches."""
-
+SHARE = 0.9  # of GPU memory to use; the rest is a margin for fragmentation and variation between batches
 FILE = "calibration.json"
 
 

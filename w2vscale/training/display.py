@@ -3,50 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 
 class Display:
     """Prints the progress bar and log lines; silent unless `enabled` (on rank 0)."""
 
-    def __init__(self, *, total: int, start: int, enabled: bool) -> None:
+    def __init__(self, *, total: int, enabled: bool) -> None:
         self.console = Console(stderr=False, soft_wrap=True, highlight=False)
         self.enabled = enabled
         self.total = total
-        self._began = (start, time.monotonic())
-        self._progress = Progress(
-            TextColumn("[bold]update"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[rates]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+        self._progress = progress.Progress(
+            progress.TextColumn("[bold]update"),
+            progress.MofNCompleteColumn(),
+            progress.BarColumn(bar_width=None),
+            progress.TextColumn("{task.fields[rates]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
             console=self.console,
             disable=not (enabled and self.console.is_terminal),
             transient=True,
         )
-        self._task = self._progress.add_task("", total=total, completed=start, rates="")
 
-    def __enter__(self) -> Display:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
+    @contextmanager
+    def updating(self, start: int) -> Iterator[None]:
+        """Show the progress bar during the block, which runs the updates from `start` on."""
+        self._began = (start, time.monotonic())
+        self._task = self._progress.add_task("", total=self.total, completed=start, rates="")
+        with self._progress:
+            yield
 
     def message(self, text: str, style: str = "") -> None:
         """Print one line."""

@@ -11,24 +11,21 @@ import torch
 from w2vscale.config import Config
 from w2vscale.data.inputs import tensors_of
 from w2vscale.distributed.process_group import process_group
+from w2vscale.engine import build_engine
 from w2vscale.engine.accumulation import FixedGrouping
 from w2vscale.engine.memory import explain_oom
 from w2vscale.objectives import StepContext, resolve
-from w2vscale.training.run import empty_model, initial_state, lay_out, open_data
+from w2vscale.training.run import empty_model, initial_state, open_data
 
 
 @dataclass(frozen=True)
 class DryRun:
     """Result of a dry run: sizes, time and memory of the largest forward."""
 
-    parameters: dict[str, int]
-    """Number of parameters of each module."""
-    shapes: dict[str, tuple[int, ...]]
-    """Shape of each input tensor; names include the shape suffix."""
-    weight: int
-    """Contribution of the micro-batch to the loss denominator: masked frames, or labels."""
-    loss: float
-    """Nats per unit of weight."""
+    parameters: dict[str, int]  # number of parameters of each module
+    shapes: dict[str, tuple[int, ...]]  # of each input tensor, by names that include the shape suffix
+    weight: int  # contribution of the micro-batch to the loss denominator: masked frames, or labels
+    loss: float  # nats per unit of weight
     grad_norm: float
     seconds: float
     peak_memory_bytes: int
@@ -52,7 +49,7 @@ def dry_run(config: Config) -> DryRun | None:
             if name != "encoder"
         }
         parameters["mask_embedding"] = model.encoder.mask_embedding.numel()
-        engine = lay_out(model, config, objective, device)
+        engine = build_engine(model, config, objective, device)
         engine.import_values(initial_state(objective, config.trainer.seed))
         batch = training_set.largest()
         joined = 1 if config.batch.concat == "auto" else config.batch.concat

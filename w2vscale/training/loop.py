@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -21,36 +19,21 @@ from w2vscale.config import Config
 from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
-from w2vscale.engine.accumulation import FixedGrouping, Grouping
+from w2vscale.engine.accumulation import Grouping
 from w2vscale.engine.memory import explain_oom
 from w2vscale.engine.transforms import compiled_graphs
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import validate
-from w2vscale.objectives import Objective, StepContext
+from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.schedules import learning_rate
+from w2vscale.runtime import StopRequest
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import grouping_of
 from w2vscale.training.display import Display
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.run import Run, build_run, make_folder
 
-T = TypeVar("T")
-
-
-SLOW_LOADING = 0.3
-"""Warn when more than this fraction of the time is spent waiting for data."""
-
-
-class Stop(Protocol):
-    """Holds the signal, if any, that asks the run to finish its update, save and exit."""
-
-    received: signal.Signals | None
-
-
-class NeverStop:
-    """A run without stop signals."""
-
-    received: signal.Signals | None = None
+SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
 
 
 def train(
@@ -59,32 +42,26 @@ def train(
     *,
     resume: str = "auto",
     command: Sequence[str] | None = None,
-    stop: Stop | None = None,
+    stop: StopRequest | None = None,
     around_updates: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> int:
     """Train up to `trainer.updates`, on all ranks. Return 0, or 128 + the number of the signal that stopped the run.
 
-    Args:
-        config: settings of the run.
-        exp: folder of the run.
-        resume: see `build_run`.
-        command: arguments of `w2vscale` to write into run.sh.
-        stop: checked in every update.
-        around_updates: context manager entered after everything is built and exited after the last update.
-
-    Raises:
-        UserError: a setting, a file or the environment is wrong. Existing checkpoints are not changed.
+    `exp` is the folder of the run; for `resume` see `build_run`; `command` are arguments of `w2vscale` to write into
+    run.sh. `stop` is checked in every update. `around_updates` makes a context that is entered after everything is
+    built and exited after the last update. Raises UserError if a setting, a file or the environment is wrong; existing
+    checkpoints are not changed.
     """
-    stop = stop or NeverStop()
+    stop = stop or StopRequest()
     with process_group(needed=config.engine.name != "ddp") as (ranks, device):
-        display = Display(total=config.trainer.updates, start=0, enabled=ranks.is_main)
+        display = Display(total=config.trainer.updates, enabled=ranks.is_main)
         run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
         make_folder(exp, run.config, ranks, command)
         try:
             with explain_oom(config.batch):
                 grouping = grouping_of(run, display.message)
                 with around_updates():
-                    state = Trainer(run, stop, grouping).train()
+                    state = Trainer(run, stop, grouping, display).train()
         finally:
             run.engine.close()
         finished = state.update >= config.trainer.updates
@@ -94,25 +71,22 @@ def train(
 class Trainer:
     """The training loop of one run, and its state since it started or resumed."""
 
-    def __init__(self, run: Run, stop: Stop, grouping: Grouping = FixedGrouping(1)) -> None:  # noqa: B008 - frozen
+    def __init__(self, run: Run, stop: StopRequest, grouping: Grouping, display: Display) -> None:
         config = run.config
         self.run, self.config, self.stop, self.grouping = run, config, stop, grouping
         self.state = run.state
         self.total = config.trainer.updates
         self.meter = Meter(config.model.sampling_rate)
         self.metrics = MetricsWriter(
-            run.exp,
-            resumed_at=self.state,
-            tensorboard=config.logging.tensorboard,
-            enabled=run.ranks.is_main,
+            run.exp, resumed_at=self.state, tensorboard=config.logging.tensorboard, enabled=run.ranks.is_main
         )
-        self.display = Display(total=self.total, start=self.state.update, enabled=run.ranks.is_main)
+        self.display = display
         self.lr = 0.0
         self.skipped_in_a_row = 0
 
     def train(self) -> TrainState:
         """Run the remaining updates, or stop early after a stop signal. Return the final state."""
-        with self.metrics, self.display, loader_processes():
+        with closing(self.metrics), self.display.updating(self.state.update), loader_processes():
             if self.state.update >= self.total:
                 self.display.message(f"nothing to do: the run has reached trainer.updates={self.total}")
             for window, waited in _timed(self.run.windows()):
@@ -202,24 +176,22 @@ class Trainer:
         }
         self.metrics.write("train", self.state.update, values)
         self.display.training(self.state.update, self.run.objective.line(values), values)
-        for warning in self.run.objective.warnings(values):
+        warnings = list(self.run.objective.warnings(values))
+        if (waiting := values["data_wait_fraction"]) > SLOW_LOADING:
+            advice = "Raise data.workers, or use faster storage"
+            warnings.append(f"{waiting:.0%} of the time was spent waiting for data. {advice}")
+        for warning in warnings:
             self.display.message(f"warning: {warning}", "yellow")
-        if values["data_wait_fraction"] > SLOW_LOADING:
-            self.display.message(
-                f"warning: {values['data_wait_fraction']:.0%} of the time was spent waiting for data. Raise "
-                "data.workers, or use faster storage",
-                "yellow",
-            )
 
     def _validate(self) -> None:
         bad: list[BadAudio] = []
-        batches = _collecting_bad_audio(self.run.validation(), bad)
-        evaluate = partial(
-            self.run.engine.evaluate,
-            objective=self.run.objective,
-            step=StepContext(self.config.trainer.seed, self.state.update),
-        )
-        values = validate(evaluate, batches, self.run.objective.metrics)
+        step = StepContext(self.config.trainer.seed, self.state.update)
+
+        def evaluate(batch: MicroBatch) -> Sums:
+            bad.extend(batch.bad)
+            return self.run.engine.evaluate(batch, self.run.objective, step)
+
+        values = validate(evaluate, self.run.validation(), self.run.objective.metrics)
         if values["unusable_utterances"]:
             self.run.bad_audio.report(bad)
         if math.isnan(values["loss"]):
@@ -254,17 +226,11 @@ def _after_step(objective: Objective, update: int) -> Callable[[nn.Module], None
     return partial(objective.after_step, update=update)
 
 
-def _collecting_bad_audio(batches: Iterator[MicroBatch], bad: list[BadAudio]) -> Iterator[MicroBatch]:
-    for batch in batches:
-        bad += batch.bad
-        yield batch
-
-
-def _timed(items: Iterator[T]) -> Iterator[tuple[T, float]]:
-    """Yield each item with the seconds spent waiting for it."""
+def _timed(windows: Iterator[list[MicroBatch]]) -> Iterator[tuple[list[MicroBatch], float]]:
+    """Yield each window with the seconds spent waiting for it."""
     while True:
         began = time.perf_counter()
-        item = next(items, None)
-        if item is None:
+        window = next(windows, None)
+        if window is None:
             return
-        yield item, time.perf_counter() - began
+        yield window, time.perf_counter() - began

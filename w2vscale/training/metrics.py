@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
@@ -17,7 +16,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
 from w2vscale.engine import StepResult
 from w2vscale.evaluation.validation import reduce_sums
-from w2vscale.files import new_file
+from w2vscale.files import read_records, write_text
 from w2vscale.objectives import Sums, add_sums
 
 if TYPE_CHECKING:
@@ -88,32 +87,28 @@ class MetricsWriter:
     def __init__(self, exp: Path, *, resumed_at: TrainState, tensorboard: bool, enabled: bool) -> None:
         self.path = exp / "metrics.jsonl"
         self._lines: TextIO | None = None
-        self._tensorboard: SummaryWriter | None = None
-        self._by_hours: SummaryWriter | None = None
+        self._curves: tuple[SummaryWriter, SummaryWriter] | None = None  # by updates, and by seconds of audio seen
         if not enabled:
             return
-        self._drop_after(resumed_at.update)
+        if self.path.is_file():
+            kept = [line for line in read_records(self.path) if line.get("update", math.inf) <= resumed_at.update]
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._lines = self.path.open("a")
         if tensorboard:
             # Imported here because the import takes seconds and most commands do not need it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(exp / "tb"), purge_step=resumed_at.update + 1)
-            self._by_hours = SummaryWriter(
-                str(exp / "tb" / "by_seconds_seen"), purge_step=int(resumed_at.audio_seconds) + 1
+            self._curves = (
+                SummaryWriter(str(exp / "tb"), purge_step=resumed_at.update + 1),
+                SummaryWriter(str(exp / "tb" / "by_seconds_seen"), purge_step=int(resumed_at.audio_seconds) + 1),
             )
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the files."""
         if self._lines is not None:
             self._lines.close()
-        for writer in (self._tensorboard, self._by_hours):
-            if writer is not None:
-                writer.close()
+        for curves in self._curves or ():
+            curves.close()
 
     def write(self, split: str, update: int, values: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl and one point to each curve. Non-finite values become null in the file."""
@@ -122,25 +117,11 @@ class MetricsWriter:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._lines.write(json.dumps({"split": split, "update": update, **finite}) + "\n")
         self._lines.flush()
-        if self._tensorboard is not None:
+        if self._curves is not None:
+            by_updates, by_seconds = self._curves
             for key, value in values.items():
-                self._tensorboard.add_scalar(f"{split}/{key}", value, update)
-            self._tensorboard.flush()
-        if self._by_hours is not None:
+                by_updates.add_scalar(f"{split}/{key}", value, update)
             for key in {"loss", "accuracy", "label_error_rate"} & values.keys():
-                self._by_hours.add_scalar(f"{split}/{key}", values[key], round(values["hours_seen"] * 3600))
-            self._by_hours.flush()
-
-    def _drop_after(self, update: int) -> None:
-        if not self.path.is_file():
-            return
-        kept = [line for line in self.path.read_text().splitlines() if _update_of(line) <= update]
-        with new_file(self.path) as file:
-            file.writelines(line + "\n" for line in kept)
-
-
-def _update_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["update"])
-    except (ValueError, KeyError, TypeError):  # an incomplete line, left by a process that was killed
-        return math.inf
+                by_seconds.add_scalar(f"{split}/{key}", values[key], round(values["hours_seen"] * 3600))
+            by_updates.flush()
+            by_seconds.flush()

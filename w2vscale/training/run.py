@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from w2vscale.checkpoint.format import TrainState, committed
 from w2vscale.checkpoint.reader import CheckpointReader, IncompleteState, open_checkpoint
@@ -25,7 +25,7 @@ from w2vscale.data.loading import TrainingData
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed
-from w2vscale.distributed.process_group import Ranks, broadcast_from_main
+from w2vscale.distributed.process_group import Ranks, errors_on_all_ranks
 from w2vscale.engine import Engine, build_engine
 from w2vscale.errors import UserError
 from w2vscale.files import write_text
@@ -38,8 +38,7 @@ from w2vscale.training.agreement import common_ground, compare_ranks, planned_wo
 from w2vscale.training.bad_audio import BadAudioLog
 from w2vscale.training.warm_start import starting_values
 
-CHECKED_AFTER = 1000
-"""Check `data.max_bad_fraction` after this many utterances, or after the whole corpus if it is smaller."""
+CHECKED_AFTER = 1000  # check `data.max_bad_fraction` after this many utterances, or all of a smaller corpus
 
 
 @dataclass
@@ -60,12 +59,9 @@ class Run:
 
     def windows(self) -> Iterator[list[MicroBatch]]:
         """Yield this rank's windows, from the next update to the last."""
-        updates = range(self.state.update, self.config.trainer.updates)
+        updates, count = range(self.state.update, self.config.trainer.updates), self.config.batch.micro_batches
         return self.training_set.windows(
-            updates,
-            micro_batches=self.config.batch.micro_batches,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            updates, micro_batches=count, rank=self.ranks.rank, world_size=self.ranks.world_size
         )
 
     def validation(self) -> Iterator[MicroBatch]:
@@ -84,10 +80,7 @@ def build_run(
     """Open the data, build model and engine, and load the checkpoint to resume from, if any.
 
     `resume` is auto (the newest usable checkpoint, or a new run if there is none), never (a new run; the folder must
-    hold no checkpoints), or the path of a checkpoint.
-
-    Raises:
-        UserError: data, settings or checkpoint cannot be used.
+    hold no checkpoints), or the path of a checkpoint. Raises UserError if data, settings or checkpoint cannot be used.
     """
     config, objective = resolve(config)
     objective.check(config)
@@ -113,7 +106,7 @@ def build_run(
     state = replace(checkpoint.state if checkpoint is not None else TrainState(), data=training_set.describe())
     # Compared before the engine is built: ranks that build different engines would hang.
     compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
-    engine = lay_out(model, config, objective, device)
+    engine = build_engine(model, config, objective, device)
     if checkpoint is None:
         shapes = model_shapes(expected)
         drawn = initial_state(objective, config.trainer.seed)
@@ -126,6 +119,7 @@ def build_run(
     if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
         longer = "" if objective.crops else " or longer than data.max_seconds"
         log(f"left out {left_out} of {len(training_set.corpus)} utterances: shorter than data.min_seconds{longer}")
+    enough = min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER)
     return Run(
         config=config,
         exp=exp,
@@ -136,25 +130,8 @@ def build_run(
         objective=objective,
         engine=engine,
         store=store,
-        bad_audio=BadAudioLog(
-            exp,
-            ranks,
-            limit=config.data.max_bad_fraction,
-            enough=min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER),
-        ),
+        bad_audio=BadAudioLog(exp, ranks, limit=config.data.max_bad_fraction, enough=enough),
         state=state,
-    )
-
-
-def lay_out(model: nn.Module, config: Config, objective: Objective, device: torch.device) -> Engine:
-    """Build the engine for `model`. Its parameters have no values yet. Collective."""
-    return build_engine(
-        model,
-        config.engine,
-        optim=config.optim,
-        precision=config.precision,
-        device=device,
-        skips_parameters=objective.skips_parameters,
     )
 
 
@@ -172,8 +149,7 @@ def initial_state(objective: Objective, seed: int) -> Iterator[tuple[str, Tensor
 def open_data(config: Config, objective: Objective, ranks: Ranks) -> tuple[TrainingData, MicroBatches | None]:
     """Open the training set, and the validation set if the settings name one.
 
-    Raises:
-        UserError: a manifest is missing or invalid, or the world size does not divide `batch.micro_batches`.
+    Raises UserError if a manifest is missing or invalid, or the world size does not divide `batch.micro_batches`.
     """
     if config.batch.micro_batches % ranks.world_size:
         raise UserError(
@@ -188,11 +164,7 @@ def open_data(config: Config, objective: Objective, ranks: Ranks) -> tuple[Train
 
 
 def open_training_set(config: Config, objective: Objective) -> TrainingData:
-    """Open the training set `data.train`, in the mode `data.mode`.
-
-    Raises:
-        UserError: a manifest or shard cannot be used, or `augment.speed` does not fit the objective.
-    """
+    """Open the training set `data.train`. Raises UserError if a manifest, a shard or `augment.speed` cannot be used."""
     augment, seed = config.augment, config.trainer.seed
     augmentation = None
     if augment.speed or augment.reverb or augment.noise:
@@ -229,23 +201,20 @@ def _open_corpus(paths: Sequence[Path], config: Config, *, setting: str) -> Corp
 def make_folder(exp: Path, config: Config, ranks: Ranks, command: Sequence[str] | None) -> None:
     """Create `exp/` with config.yaml and a run.sh that runs `w2vscale` with the arguments `command`. Collective.
 
-    Raises:
-        UserError: the folder cannot be written.
+    Raises UserError on every rank if rank 0 cannot write the folder.
     """
-    error = None
-    if ranks.is_main:
-        try:
-            (exp / "logs").mkdir(parents=True, exist_ok=True)
-            (exp / "checkpoints").mkdir(exist_ok=True)
-            write_text(exp / "config.yaml", dump_config(config))
-            given = command or ["train", str((exp / "config.yaml").resolve()), "--exp", str(exp.resolve())]
-            write_text(exp / "run.sh", _run_script(given))
-            (exp / "run.sh").chmod(0o755)
-        except (OSError, UserError) as failure:
-            error = f"{exp}: the folder of the run cannot be written: {getattr(failure, 'strerror', None) or failure}"
-    error = broadcast_from_main(error)
-    if error is not None:
-        raise UserError(error)
+    with errors_on_all_ranks():
+        if ranks.is_main:
+            try:
+                (exp / "logs").mkdir(parents=True, exist_ok=True)
+                (exp / "checkpoints").mkdir(exist_ok=True)
+                write_text(exp / "config.yaml", dump_config(config))
+                given = command or ["train", str((exp / "config.yaml").resolve()), "--exp", str(exp.resolve())]
+                write_text(exp / "run.sh", _run_script(given))
+                (exp / "run.sh").chmod(0o755)
+            except (OSError, UserError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"{exp}: the folder of the run cannot be written: {reason}") from None
 
 
 def _run_script(command: Sequence[str]) -> str:
@@ -269,11 +238,7 @@ def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None
 
 
 def _open_to_resume(path: Path, log: Callable[[str], None] = lambda text: None) -> CheckpointReader:
-    """Open the checkpoint at `path`, or the newest one in that run folder, to resume from.
-
-    Raises:
-        UserError: there is none, or it lacks optimizer state.
-    """
+    """Open the checkpoint at `path`, or the newest one in that run folder. Raises UserError if none can be resumed."""
     try:
         return open_checkpoint(path, log, resuming=True)
     except IncompleteState as error:

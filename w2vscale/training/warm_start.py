@@ -17,8 +17,7 @@ from w2vscale.interop.importing import form_of, read_model
 from w2vscale.objectives import Objective, build_objective
 from w2vscale.optim.canonical import model_shapes
 
-ENCODER = "encoder."
-"""Prefix of the tensors that every objective shares; the others are heads."""
+ENCODER = "encoder."  # prefix of the tensors that every objective shares; the others are heads
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ class Source:
 def open_source(path: Path, log: Callable[[str], None] = lambda text: None) -> Source:
     """Open a checkpoint, a folder that `save_pretrained` of Transformers wrote, or a `.pt` file of fairseq.
 
-    Raises:
-        UserError: it cannot be used.
+    Raises UserError if it cannot be used.
     """
     form = form_of(path)
     if form is not None:
@@ -51,11 +49,8 @@ def fine_tuning_config(config: Config, *, scratch: bool = False, stored: Path | 
     """The settings of a fine-tuning run, with the architecture of the model in `trainer.init_from`.
 
     `scratch`: the baseline with the same architecture, randomly initialised and with nothing frozen. `stored`: config
-    file of the run that is resumed, whose `trainer.init_from` need not exist any more.
-
-    Raises:
-        UserError: the objective is not one for fine-tuning, the source cannot be used, or the settings do not fit its
-            model.
+    file of the run that is resumed, whose `trainer.init_from` need not exist any more. Raises UserError if the
+    objective is not one for fine-tuning, the source cannot be used, or the settings do not fit its model.
     """
     objective = build_objective(config)
     if not objective.vocabulary:
@@ -89,11 +84,8 @@ def starting_values(
     """Each of `drawn`, or in its place the tensor of `trainer.init_from`, one whole tensor at a time.
 
     `shapes` are those of `drawn`. Logs a table of what is loaded, missing, of another shape, and not used. Heads are
-    drawn if the source was trained for another objective.
-
-    Raises:
-        UserError: tensors are missing there or have other shapes, or the architecture differs, and
-            `trainer.init_allow` does not name them.
+    drawn if the source was trained for another objective. Raises UserError if tensors are missing there or have other
+    shapes, or the architecture differs, and `trainer.init_allow` does not name them.
     """
     if config.trainer.init_from is None:
         yield from drawn
@@ -119,10 +111,8 @@ def starting_values(
         for key, value in ours.items()
         if theirs[key] != value
     }
-    new_heads = {name for name in missing if not (same_objective or name.startswith(ENCODER))}
-    _refuse_unless_allowed(
-        settings | reshaped | {name: what for name, what in missing.items() if name not in new_heads}, config, log
-    )
+    expected = {name: what for name, what in missing.items() if same_objective or name.startswith(ENCODER)}
+    _refuse_unless_allowed(settings | reshaped | expected, config, log)
     unused = {name for name in source.shapes if name not in shapes or name not in there}
     for line in _table(shapes, missing=set(missing), reshaped=set(reshaped), unused=unused):
         log(line)

@@ -5,7 +5,7 @@ Importing and exporting state uses private names of DeepSpeed, so its version is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
+from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, Grouping, accumulate
-from w2vscale.engine.base import CanonicalState, StateReader, StepResult
+from w2vscale.engine.base import AfterStep, CanonicalState, StateReader, StepResult
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.deepspeed.config import deepspeed_config, environment_for, import_deepspeed, validate_zero
 from w2vscale.engine.rows import Rows
@@ -32,38 +32,30 @@ from w2vscale.optim.canonical import MOMENTS, expected_tensors, stored
 class DeepSpeedEngine:
     """Stage 1 shards the optimizer state, stage 2 also gradients, stage 3 also parameters."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: EngineConfig,
-        *,
-        optim: OptimConfig,
-        precision: PrecisionConfig,
-        device: torch.device,
-    ) -> None:
-        document = deepspeed_config(config, optim, precision)
+    def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
+        document = deepspeed_config(config.engine, config.optim, config.precision)
         # DeepSpeed reads them in every forward, too.
         self.environment = ExitStack()
         self.environment.enter_context(environment_for(device))
         deepspeed = import_deepspeed(device)
-        validate_zero(document, config.deepspeed_config)
+        validate_zero(document, config.engine.deepspeed_config)
         self.stage = int(document["zero_optimization"]["stage"])
         self.device = device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.expected = expected_tensors(model)
         self.buffers = Buffers(model)
-        transform(model, config)
+        transform(model, config.engine)
         if self.stage == 3:
-            _partition(deepspeed, model, document, device, compute_dtype(precision))
+            _partition(deepspeed, model, document, device, compute_dtype(config.precision))
         else:
             model.to_empty(device=device)
         self.parameters = dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
-        groups = parameter_groups([(name, self.shapes[name]) for name in self.trained], optim)
+        groups = parameter_groups([(name, self.shapes[name]) for name in self.trained], config.optim)
         self.engine: Any = deepspeed.initialize(
             model=model,
-            optimizer=make_adamw(self.trained, groups, optim),
+            optimizer=make_adamw(self.trained, groups, config.optim),
             config=document,
             dist_init_required=False,
         )[0]
@@ -95,12 +87,8 @@ class DeepSpeedEngine:
 
         return accumulate(grouping.groups(window), step, run, self.device)
 
-    def step(
-        self, *, lr: float, max_norm: float | None, after: Callable[[nn.Module], None] | None = None
-    ) -> StepResult:
-        """Raises:
-        UserError: `after` is given; ZeRO does not allow changes to the model.
-        """
+    def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> StepResult:
+        """Raises UserError if `after` is given, because ZeRO does not allow changes to the model."""
         if after is not None:
             raise UserError(
                 "engine.name=deepspeed: this objective changes the model after each step, which ZeRO does not allow; "
