@@ -120,7 +120,7 @@ def validate(
         with progress_bar(f"validating {manifest.name}") as progress:
             found = validate_manifest(manifest, jobs=jobs, audio=audio, progress=progress)
         for bad in found.first[1:]:
-            console.print(bad)
+            console.print(str(bad))
         if found.bad:
             raise UserError(
                 f"{manifest}: {counted(found.bad, 'bad utterance')} of {found.utterances:,}, listed in "
@@ -146,7 +146,7 @@ def shar(
             manifest, output, shard_size=shard_size, form=form, seed=seed, jobs=jobs, progress=progress
         )
     for bad in written.bad[:20]:
-        console.print(bad)
+        console.print(str(bad))
     left_out = f", {counted(len(written.bad), 'bad utterance')} left out, listed in {output}/bad_audio.*.jsonl"
     total = f"{counted(written.shards, 'shard')}, {counted(written.utterances, 'utterance')}"
     console.print(f"{output}: {total}{left_out if written.bad else ''}")
