@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from w2vscale.cli.arguments import Checkpoint
+from w2vscale.cli.arguments import Checkpoint, Layers
 from w2vscale.cli.progress import console, print_table, progress_bar
-
-LAYER = "Layer to probe; repeatable. 0: input of the first block; N: output of block N."
 
 
 def probe(
@@ -25,7 +23,7 @@ def probe(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The folder for probe.json and the plots.")
     ],
-    layer: Annotated[list[int] | None, typer.Option(help=LAYER, show_default="all")] = None,
+    layer: Layers = None,
     updates: Annotated[int, typer.Option(min=1, help="Number of updates that each probe is trained for.")] = 500,
     vocabulary: Annotated[
         str, typer.Option(help="letters (A to Z, apostrophe, space), or a file with one symbol per line.")

@@ -44,14 +44,15 @@ Lexicon = Annotated[
 ]
 LmWeight = Annotated[float, typer.Option(help="Language-model weight (applied to log10 probabilities).")]
 WordScore = Annotated[float, typer.Option(help="Score added per word (applies with --lm or --lexicon).")]
+Layers = Annotated[
+    list[int] | None,
+    typer.Option(help="Layer; repeatable. 0: input of the first block; N: output of block N.", show_default="all"),
+]
 BatchSeconds = Annotated[float, typer.Option(help="Padded audio per forward pass, in seconds.")]
 
 
 def launch_if_asked(context: typer.Context, nproc_per_node: int) -> None:
-    """Run this command line (`context.obj`) in several processes, and exit with their exit code.
-
-    Does nothing for one process, or in a process that a launcher has started.
-    """
+    """Run this command line (`context.obj`) in several processes and exit, unless a launcher has started this one."""
     from w2vscale.distributed.launch import launch, launched
 
     if nproc_per_node != 1 and not launched():

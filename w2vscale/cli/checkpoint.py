@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.filesize import decimal
-from rich.table import Table
 
 from w2vscale.cli.arguments import Checkpoint
-from w2vscale.cli.progress import console, counted, progress_bar
+from w2vscale.cli.progress import console, counted, print_table, progress_bar
 from w2vscale.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, verify and convert checkpoints.")
-
-_print = partial(console.print, markup=False)
 
 
 @app.command()
@@ -28,11 +24,10 @@ def show(
     from w2vscale.checkpoint.reader import open_checkpoint
     from w2vscale.optim.canonical import type_name
 
-    checkpoint = open_checkpoint(path, log=_print)
+    checkpoint = open_checkpoint(path, log=console.print)
     state, model, engine = checkpoint.state, checkpoint.config.model, checkpoint.config.engine
     kinds = [name.partition(".")[0] for name in checkpoint.tensors]
-    table = Table(title=str(checkpoint.path), title_justify="left", box=None, show_header=False)
-    for name, value in (
+    rows = [
         ("update", f"{state.update:,} of {checkpoint.config.trainer.updates:,}"),
         ("hours seen", f"{state.audio_seconds / 3600:,.2f}"),
         ("validation loss", "none" if state.validation_loss is None else f"{state.validation_loss:.6g}"),
@@ -47,18 +42,14 @@ def show(
         ),
         ("tensors", f"{kinds.count('model'):,} of the model, {kinds.count('optim'):,} of the optimizer"),
         ("files", f"{len(checkpoint.files):,}, {decimal(checkpoint.bytes)}"),
-    ):
-        table.add_row(name, value)
-    _print(table)
+    ]
+    print_table(("", ""), rows, title=str(checkpoint.path), right=False)
     if tensors:
-        table = Table(box=None, header_style="bold")
-        table.add_column("tensor", no_wrap=True)
-        for column in ("shape", "type", "bytes", "slices"):
-            table.add_column(column, justify="right", no_wrap=True)
+        listed = []
         for name, tensor in sorted(checkpoint.tensors.items()):
             shape, size = "x".join(map(str, tensor.spec.shape)), f"{tensor.numel * tensor.spec.dtype.itemsize:,}"
-            table.add_row(name, shape, type_name(tensor.spec.dtype), size, str(len(tensor.slices)))
-        _print(table)
+            listed.append((name, shape, type_name(tensor.spec.dtype), size, str(len(tensor.slices))))
+        print_table(("tensor", "shape", "type", "bytes", "slices"), listed)
 
 
 @app.command()
@@ -73,11 +64,11 @@ def verify(path: Checkpoint) -> None:
     with progress_bar("reading (MiB)") as progress:
         checkpoint, problems = verify_checkpoint(path, progress=lambda done, total: progress(done >> 20, total >> 20))
     for problem in problems[1:20]:
-        _print(problem)
+        console.print(problem)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{checkpoint.path}: {problems[0]}{more}")
-    _print(
+    console.print(
         f"OK {checkpoint.path}: update {checkpoint.state.update}, {len(checkpoint.tensors)} tensors, "
         f"{len(checkpoint.files)} files, {decimal(checkpoint.bytes)}"
     )
@@ -101,8 +92,8 @@ def consolidate(
     from w2vscale.checkpoint.consolidation import consolidate as consolidate_checkpoint
 
     with progress_bar("writing") as progress:
-        found = consolidate_checkpoint(path, output, optimizer=optimizer, progress=progress, log=_print)
-    _print(f"{found.file}: update {found.update}, {found.tensors} tensors, {decimal(found.file.stat().st_size)}")
+        found = consolidate_checkpoint(path, output, optimizer=optimizer, progress=progress, log=console.print)
+    console.print(f"{found.file}: update {found.update}, {found.tensors} tensors, {decimal(found.file.stat().st_size)}")
 
 
 @app.command()
@@ -122,7 +113,7 @@ def average(
     from w2vscale.checkpoint.averaging import average as average_checkpoints
 
     with progress_bar("averaging") as progress:
-        found = average_checkpoints(run, output, last=last, best=best, progress=progress, log=_print)
+        found = average_checkpoints(run, output, last=last, best=best, progress=progress, log=console.print)
     for update, loss in found.losses.items():
-        _print(f"update {update}{f': validation loss {loss:.6g}' if best else ''}")
-    _print(f"{found.checkpoint}: the mean of {counted(len(found.losses), 'checkpoint')}")
+        console.print(f"update {update}{f': validation loss {loss:.6g}' if best else ''}")
+    console.print(f"{found.checkpoint}: the mean of {counted(len(found.losses), 'checkpoint')}")

@@ -22,7 +22,6 @@ Audio = Annotated[
     list[Path],
     typer.Argument(metavar="AUDIO...", help="Audio files, folders of audio files, or Lhotse cut manifests (*.jsonl)."),
 ]
-LAYER = "Layer to write; repeatable. 0: input of the first block; N: output of block N."
 FORMAT = (
     "npy: an array of layers x frames x dim (frames x dim for one layer); "
     "safetensors: a tensor layer_N of frames x dim for each layer."
@@ -84,7 +83,7 @@ def features(
     checkpoint: arguments.Checkpoint,
     audio: Audio,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write to.")],
-    layer: Annotated[list[int] | None, typer.Option(help=LAYER, show_default="all")] = None,
+    layer: arguments.Layers = None,
     file_format: Annotated[str, typer.Option("--format", metavar="npy|safetensors", help=FORMAT)] = "npy",
     batch_seconds: arguments.BatchSeconds = 80.0,
     chunk_seconds: Annotated[

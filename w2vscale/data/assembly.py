@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 from lhotse.cut import Cut
 
 from w2vscale.config import ModelConfig
@@ -14,7 +14,7 @@ from w2vscale.data.augmentation import Augmentation
 from w2vscale.data.inputs import Inputs, Utterance
 from w2vscale.data.manifest import audio_path
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
-from w2vscale.data.randomness import Stream, generator
+from w2vscale.data.randomness import Generators, Stream, generator
 
 
 class InputMaker(Protocol):
@@ -29,12 +29,10 @@ class InputMaker(Protocol):
         """Frames of the shortest utterance that can be learned from."""
 
     def read_target(self, cut: Cut, *, samples: int) -> Any:
-        """What is learned from an utterance beside its audio; may raise AudioError."""
+        """Read the target of an utterance. Raises AudioError if the utterance cannot be used."""
 
-    def make_inputs(
-        self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
-    ) -> Inputs:
-        """Pad a micro-batch, and draw all that is drawn for it."""
+    def make_inputs(self, utterances: Sequence[Utterance], *, rng: Generators, width: int = 0) -> Inputs:
+        """Pad a micro-batch, and make all of its random draws."""
 
 
 class Crop(NamedTuple):
@@ -45,19 +43,17 @@ class Crop(NamedTuple):
     length: int
 
 
+@dataclass(frozen=True)
 class Assembler:
     """Makes micro-batches of crops. A pure function of its arguments and the audio."""
 
-    def __init__(
-        self, maker: InputMaker, model: ModelConfig, *, seed: int, augmentation: Augmentation | None = None
-    ) -> None:
-        self.maker = maker
-        self.model = model
-        self.seed = seed
-        self.augmentation = augmentation
+    maker: InputMaker
+    model: ModelConfig
+    seed: int
+    augmentation: Augmentation | None = None
 
     def __call__(self, number: int, crops: Sequence[Crop | BadAudio], *, width: int = 0) -> MicroBatch:
-        """Micro-batch `number`, at least `width` samples wide; utterances that are unusable are left out."""
+        """Make micro-batch `number`, at least `width` samples wide. Leaves out unusable utterances."""
         utterances: list[Utterance] = []
         bad: list[BadAudio] = []
         for place, crop in enumerate(crops):

@@ -165,10 +165,7 @@ def _read_with_lhotse(cut: Cut) -> Samples:
 
 
 def _decoding_problem(cut: Cut, error: Exception) -> str:
-    """Why a file with a correct header cannot be decoded, according to libsndfile.
-
-    Lhotse also tries other libraries, and may report only that these are missing.
-    """
+    """Why libsndfile cannot decode a file. Lhotse tries more libraries, and may report only that these are missing."""
     if cut.recording.sources[0].type == "file":
         try:
             frames = len(soundfile.read(audio_path(cut))[0])

@@ -18,10 +18,7 @@ from w2vscale.data.resampling import Samples, at_rate
 
 
 class Augmentation:
-    """Augments training utterances, of which the shortest that the objective can use has `shortest` samples.
-
-    Raises UserError if a manifest of noises or impulse responses cannot be used.
-    """
+    """Augments utterances, which keep at least `shortest` samples. Raises UserError if a manifest cannot be used."""
 
     def __init__(self, config: AugmentConfig, *, sampling_rate: int, shortest: int, seed: int) -> None:
         self.config = config

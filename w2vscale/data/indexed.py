@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from w2vscale.config import BatchConfig, DataConfig, ModelConfig
 from w2vscale.config.tree import MixConfig
@@ -21,11 +21,8 @@ from w2vscale.data.plan import Mix, Plan, rank_window
 from w2vscale.errors import UserError
 from w2vscale.models.lengths import input_samples, output_frames
 
-VALIDATION_SEED = 20
-"""Validation draws its order, crops, masks and negatives from this seed, so that all runs validate on the same."""
-
-LENGTH_RATIO = 0.8
-"""Upper limit of the length of one example of `MicroBatches.examples`, as a share of the one before it."""
+VALIDATION_SEED = 20  # for order, crops, masks and negatives of validation, so that all runs validate on the same
+LENGTH_RATIO = 0.8  # largest length of an example of `MicroBatches.examples` relative to the one before it
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -36,6 +33,7 @@ class MicroBatches(Dataset[MicroBatch]):
         self.plan = plan
         self.assemble = assemble
         self.data = data
+        self.utterances, self.micro_batches = len(plan), plan.per_epoch
 
     def __getitem__(self, number: int) -> MicroBatch:
         planned = self.plan.micro_batch(number)
@@ -48,18 +46,8 @@ class MicroBatches(Dataset[MicroBatch]):
         except UserError as error:  # the manifest was changed while the run used it
             return BadAudio(f"number {utterance}", "", "mismatched", str(error))
 
-    @property
-    def utterances(self) -> int:
-        """In one epoch."""
-        return len(self.plan)
-
-    @property
-    def micro_batches(self) -> int:
-        """In one epoch."""
-        return self.plan.per_epoch
-
     def describe(self) -> str:
-        """What all ranks must agree on."""
+        """Describe the data, to check that all ranks have the same and to log a change when a run resumes."""
         hours = self.corpus.durations.sum() / 3600
         return (
             f"{hours:.1f} hours, {self.utterances} utterances and {self.micro_batches} micro-batches an epoch, of "
@@ -67,11 +55,11 @@ class MicroBatches(Dataset[MicroBatch]):
         )
 
     def largest(self) -> MicroBatch:
-        """The first of epoch 0 with the most padded samples."""
+        """Load the micro-batch of epoch 0 with the most padded samples."""
         return self[self.plan.largest()]
 
     def examples(self) -> Iterator[MicroBatch]:
-        """Those of epoch 0."""
+        """Load the largest micro-batch of each bucket of epoch 0, with gaps in length of at least `LENGTH_RATIO`."""
         return (self[number] for number in self.plan.largest_of_buckets(LENGTH_RATIO))
 
     def windows(
@@ -86,26 +74,15 @@ class MicroBatches(Dataset[MicroBatch]):
         return gather_windows(self._loader(numbers, per_rank=per_rank), updates, per_rank=per_rank)
 
     def one_epoch(self, *, rank: int = 0, world_size: int = 1) -> Iterator[MicroBatch]:
-        """One pass over the corpus, dealt to the ranks. All have equally many; the last may be empty ones."""
+        """Load one epoch, dealt to the ranks. All ranks have equally many micro-batches; the last may be empty."""
         total = self.plan.per_epoch
-        numbers = range(rank, world_size * -(-total // world_size), world_size)
-        yield from self._loader(number for number in numbers if number < total)
-        for number in numbers:
-            if number >= total:
-                yield self.assemble(number, [])
+        numbers = range(rank, total, world_size)
+        yield from self._loader(numbers)
+        for number in range(rank, world_size * -(-total // world_size), world_size)[len(numbers) :]:
+            yield self.assemble(number, [])
 
-    def _loader(self, numbers: Iterator[int], *, per_rank: int = 1) -> DataLoader[MicroBatch]:
-        return DataLoader(self, sampler=_Sequence(numbers), **loader_settings(self.data, per_rank=per_rank))
-
-
-class _Sequence(Sampler[int]):
-    """Gives the DataLoader the numbers of one rank, in order."""
-
-    def __init__(self, numbers: Iterator[int]) -> None:
-        self.numbers = numbers
-
-    def __iter__(self) -> Iterator[int]:
-        return self.numbers
+    def _loader(self, numbers: Iterable[int], *, per_rank: int = 1) -> DataLoader[MicroBatch]:
+        return DataLoader(self, sampler=numbers, **loader_settings(self.data, per_rank=per_rank))
 
 
 def make_plan(
@@ -118,10 +95,9 @@ def make_plan(
     seed: int,
     mix: MixConfig | None = None,
 ) -> Plan:
-    """The plan of a corpus; with `mix`, balanced by it.
+    """Plan the micro-batches of a corpus, balanced by `mix` if it is given.
 
-    Raises:
-        UserError: crops are too short for the objective or too long for the model, or no utterance is long enough.
+    Raises UserError if crops are too short for the objective or too long for the model, or no utterance is long enough.
     """
     rate = model.sampling_rate
     max_samples, shortest = int(data.max_seconds * rate), input_samples(maker.shortest_frames, model)
@@ -163,21 +139,13 @@ def make_plan(
 def validation_set(
     corpus: Corpus, maker: InputMaker, *, model: ModelConfig, data: DataConfig, batch: BatchConfig
 ) -> MicroBatches:
-    """A corpus on which every run is validated in the same way.
-
-    Raises:
-        UserError: see `make_plan`.
-    """
+    """Plan a corpus such that every run validates on the same micro-batches. Raises UserError like `make_plan`."""
     plan = make_plan(corpus, maker, model=model, data=data, batch=batch, seed=VALIDATION_SEED)
     return MicroBatches(corpus, plan, Assembler(maker, model, seed=VALIDATION_SEED), data)
 
 
 def check_sample(corpus: Corpus, *, sampling_rate: int, count: int = 8) -> None:
-    """Read a few utterances spread over the corpus, so that a wrong manifest fails before the run starts.
-
-    Raises:
-        UserError: none of them can be read.
-    """
+    """Read a few utterances spread over the corpus. Raises UserError if none of them can be read."""
     bounds = np.linspace(0, len(corpus), min(count, len(corpus)) + 1).astype(int)
     reasons = []
     for start, _ in pairwise(bounds):

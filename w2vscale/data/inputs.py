@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -21,28 +21,19 @@ from torch.nn import functional as F
 from w2vscale.config import ModelConfig
 from w2vscale.models.lengths import output_frames
 
-ALIGNMENT = 64
-"""Bytes between the beginnings of tensors in a shared buffer are a multiple of this."""
+ALIGNMENT = 64  # the start of a tensor in a shared buffer is a multiple of this many bytes
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in a buffer."""
+    """The place of a tensor in a buffer; `start` and `end` are in bytes."""
 
+    start: int
+    end: int
     dtype: torch.dtype
     shape: torch.Size
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.shape.numel() * self.dtype.itemsize
-
-    @property
-    def room(self) -> int:
-        """Bytes from its beginning to that of the next tensor."""
-        return self.size + -self.size % ALIGNMENT
 
 
 class AudioBatch(NamedTuple):
@@ -57,11 +48,11 @@ class AudioBatch(NamedTuple):
 
     @property
     def padded(self) -> bool:
-        """Whether some utterance is shorter than the batch."""
+        """Whether an utterance is shorter than the batch."""
         return min(self.samples) < self.waveforms_BS.shape[1]
 
     def per_micro_batch(self, counts: Sequence[int]) -> tuple[int, ...]:
-        """Sums over the utterances of each micro-batch, from a number for each utterance."""
+        """Sum a number of each utterance over the utterances of each micro-batch."""
         ends = accumulate(self.utterances, initial=0)
         return tuple(sum(counts[start:end]) for start, end in pairwise(ends))
 
@@ -85,60 +76,54 @@ class Inputs(Protocol):
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance of a micro-batch, and what the objective has read from its cut."""
+    """One utterance of a micro-batch, and the target that the objective has read from its cut."""
 
     waveform: NDArray[np.float32]
     target: Any
-    place: int
-    """Its place in the planned micro-batch, which its random draws depend on: leaving out another changes nothing."""
+    place: int  # in the planned micro-batch; decides its random draws, so that leaving out another changes nothing
 
 
 def audio_batch(waveforms: Sequence[NDArray[np.float32]], config: ModelConfig, *, width: int) -> AudioBatch:
     """Pad utterances to the longest, and to at least `width` samples. No frame is masked."""
-    lengths = np.array([waveform.size for waveform in waveforms])
-    padded = torch.zeros(len(waveforms), max(width, int(lengths.max())))
+    samples = tuple(waveform.size for waveform in waveforms)
+    padded = torch.zeros(len(waveforms), max(width, *samples))
     for row_S, waveform in zip(padded, waveforms, strict=True):
         row_S[: waveform.size] = torch.from_numpy(waveform)
-    frames = [output_frames(int(length), config) for length in lengths]
     return AudioBatch(
         waveforms_BS=padded,
-        lengths_B=torch.from_numpy(lengths),
-        frames_B=torch.tensor(frames),
+        lengths_B=torch.tensor(samples),
+        frames_B=torch.tensor([output_frames(size, config) for size in samples]),
         mask_BT=torch.zeros(len(waveforms), output_frames(padded.shape[1], config), dtype=torch.bool),
-        samples=tuple(lengths.tolist()),
+        samples=samples,
         utterances=(len(waveforms),),
     )
 
 
 def join(parts: Sequence[T]) -> T:
-    """Join the inputs of micro-batches for one forward.
-
-    Tensors are padded to the same second dimension and concatenated; tuples of numbers are concatenated.
-    """
-    first: Any = parts[0]
+    """Join the inputs of micro-batches for one forward: pad tensors to the same second dimension, and concatenate."""
+    first, values = parts[0], list[Any](parts)
     if len(parts) == 1:
-        return parts[0]
+        return first
     if isinstance(first, Tensor):
-        tensors: Any = parts
         if first.dim() > 1:
-            width = max(tensor.shape[1] for tensor in tensors)
-            tensors = [_pad(tensor, width) for tensor in tensors]
-        joined: Any = torch.cat(tensors)
+            width = max(tensor.shape[1] for tensor in values)
+            values = [_pad(tensor, width) for tensor in values]
+        joined: Any = torch.cat(values)
     elif _is_named(first):
-        joined = type(first)(*(join(fields) for fields in zip(*parts, strict=True)))
+        joined = type(first)(*map(join, zip(*values, strict=True)))
     else:
-        joined = tuple(number for part in parts for number in part)  # type: ignore[attr-defined]
+        joined = tuple(chain.from_iterable(values))
     result: T = joined
     return result
 
 
 def to_device(inputs: T, device: torch.device) -> T:
-    """A copy on `device`; asynchronous from pinned memory."""
+    """Copy inputs to `device`; asynchronous from pinned memory."""
     return _replace(Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
 
 
 def tensors_of(inputs: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in `inputs` with the name of its field."""
+    """Yield every tensor in `inputs` with the name of its field."""
     if isinstance(inputs, Tensor):
         yield name, inputs
     elif _is_named(inputs):
@@ -147,42 +132,38 @@ def tensors_of(inputs: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def pack(inputs: object) -> tuple[Tensor, Any]:
-    """All tensors in one buffer of bytes, and what `unpack` needs beside it.
+    """Copy all tensors into one buffer of bytes; also returns the layout that `unpack` needs.
 
     Between processes and into pinned memory, one piece of memory moves in a fraction of the time of eight.
     """
-    layout = _replace(Tensor, lambda tensor: Place(tensor.dtype, tensor.shape), inputs)
-    tensors = [tensor for _, tensor in tensors_of(inputs)]
-    places = [Place(tensor.dtype, tensor.shape) for tensor in tensors]
-    buffer = torch.empty(sum(place.room for place in places), dtype=torch.uint8)
-    start = 0
-    for tensor, place in zip(tensors, places, strict=True):
-        buffer[start : start + place.size].view(place.dtype).view(place.shape).copy_(tensor)
-        start += place.room
+    size = 0
+
+    def place(tensor: Tensor) -> Place:
+        nonlocal size
+        start, size = size, size + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        return Place(start, start + tensor.nbytes, tensor.dtype, tensor.shape)
+
+    layout = _replace(Tensor, place, inputs)
+    buffer = torch.empty(size, dtype=torch.uint8)
+    for (_, copy), (_, tensor) in zip(tensors_of(unpack(buffer, layout)), tensors_of(inputs), strict=True):
+        copy.copy_(tensor)
     return buffer, layout
 
 
 def unpack(buffer: Tensor, layout: Any) -> Any:
-    """The inverse of `pack`: inputs whose tensors share `buffer`."""
-    start = 0
-
-    def take(place: Place) -> Tensor:
-        nonlocal start
-        begin, start = start, start + place.room
-        return buffer[begin : begin + place.size].view(place.dtype).view(place.shape)
-
-    return _replace(Place, take, layout)
+    """Return the inputs that `pack` has packed; their tensors share `buffer`."""
+    return _replace(Place, lambda at: buffer[at.start : at.end].view(at.dtype).view(at.shape), layout)
 
 
 def pin(inputs: T) -> T:
-    """A copy in pinned memory."""
+    """Copy inputs to pinned memory."""
     buffer, layout = pack(inputs)
     pinned: T = unpack(buffer.pin_memory(), layout)
     return pinned
 
 
 def _replace(kind: type[Any], change: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with every part of type `kind` changed, in named tuples of any depth."""
+    """Change every part of type `kind` in named tuples of any depth."""
     if isinstance(value, kind):
         return change(value)
     if _is_named(value):

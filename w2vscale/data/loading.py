@@ -24,34 +24,34 @@ class TrainingData(Protocol):
 
     @property
     def utterances(self) -> int | None:
-        """In one epoch; None if that is not known."""
+        """Number per epoch; None if unknown."""
 
     @property
     def micro_batches(self) -> int | None:
-        """In one epoch; None if that is not known."""
+        """Number per epoch; None if unknown."""
 
     def describe(self) -> str:
-        """What all ranks must agree on."""
+        """Describe the data, to check that all ranks have the same."""
 
     def largest(self) -> MicroBatch:
-        """One that needs as much memory as any."""
+        """Load a micro-batch that needs as much memory as any."""
 
     def examples(self) -> Iterator[MicroBatch]:
-        """Micro-batches of decreasing length, each as large as any of its length."""
+        """Load micro-batches of decreasing length, each as large as any of its length."""
 
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
-        """For each update the micro-batches of its `micro_batches` that this rank runs, loaded ahead."""
+        """Yield the micro-batches that this rank runs in each update, of `micro_batches` in all. Loads them ahead."""
 
 
 def gather_windows(loader: Iterable[MicroBatch], updates: range, *, per_rank: int) -> Iterator[list[MicroBatch]]:
-    """The stream of micro-batches of a rank, update by update."""
+    """Group the stream of micro-batches of a rank by update."""
     stream = iter(loader)
     for _ in updates:
         yield [next(stream) for _ in range(per_rank)]
 
 
 def loader_settings(data: DataConfig, *, per_rank: int = 1) -> dict[str, Any]:
-    """Arguments of a DataLoader for any dataset. A whole window of `per_rank` micro-batches is loaded ahead."""
+    """Return arguments of a DataLoader, which loads at least one window of `per_rank` micro-batches ahead."""
     return {
         "batch_size": None,
         "num_workers": data.workers,
@@ -63,11 +63,7 @@ def loader_settings(data: DataConfig, *, per_rank: int = 1) -> dict[str, Any]:
 
 @contextmanager
 def loader_processes() -> Iterator[None]:
-    """End the loader processes that were started inside, and report errors of PyTorch about them in one line.
-
-    Raises:
-        UserError: a process died, or failed for a reason outside the program.
-    """
+    """End the loader processes that were started inside. Raises UserError if a process died or raised UserError."""
     before = set(multiprocessing.active_children())
     try:
         yield
@@ -104,8 +100,10 @@ def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
 
 
 def _prepare_loader_process(worker: int) -> None:
-    """A launcher signals the whole process group, but the trainer still needs its loaders to finish the update. The
-    trainer may also collect garbage at moments of its own choice, which a loader does not have."""
+    """Ignore the signals of a launcher, because the trainer needs its loaders to finish the update.
+
+    Also collect garbage automatically: the trainer may do it between steps, which a loader does not have.
+    """
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, FULL_COLLECTIONS)
     for number in STOP_SIGNALS:

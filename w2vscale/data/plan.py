@@ -85,16 +85,13 @@ class _MixedDraws:
 
 @dataclass(frozen=True)
 class PlannedMicroBatch:
-    """Micro-batch `number`: utterances (indices into the corpus), and their crop offsets and lengths in samples.
-
-    All are padded to the longest of them, and to at least `width` samples.
-    """
+    """Micro-batch `number`: crops of utterances, padded to the longest of them and to at least `width` samples."""
 
     number: int
     epoch: int
-    utterances: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    lengths: NDArray[np.int64]
+    utterances: NDArray[np.int64]  # indices into the corpus
+    offsets: NDArray[np.int64]  # in samples
+    lengths: NDArray[np.int64]  # in samples
     width: int
 
     @property
@@ -204,9 +201,8 @@ class Plan:
 
     def padding(self) -> float:
         """Return the fraction of padded samples in epoch 0 that are padding."""
-        members = (self._members(0, which) for which in range(len(self.buckets)))
-        audio = sum(int(self._lengths[part].sum(dtype=np.int64)) for part in members)
-        return 1.0 - audio / int(self._padded_samples().sum())
+        _, lengths = self.epoch_draws()
+        return 1.0 - int(lengths.sum()) / int(self._padded_samples().sum())
 
     def epoch_draws(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the utterances (indices into the corpus) of epoch 0 and their lengths in samples, in no set order."""
@@ -266,6 +262,4 @@ def rank_window(plan: Plan, update: int, *, micro_batches: int, rank: int, world
     """
     assert micro_batches % world_size == 0
     numbers = range(update * micro_batches, (update + 1) * micro_batches)
-    if micro_batches == 1:
-        return list(numbers)
     return sorted(numbers, key=lambda number: -plan.micro_batch(number).longest)[rank::world_size]

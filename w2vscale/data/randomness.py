@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
+
+Generators = Callable[[int], np.random.Generator]  # gives the generator of the utterance at a place in a micro-batch
 
 
 class Stream(IntEnum):

@@ -13,12 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_pieces(path: Path) -> SentencePieceProcessor:
-    """Load the model at `path`.
-
-    Raises:
-        UserError: sentencepiece is not installed, or the file cannot be read, is not a SentencePiece model, or was
-            trained with byte fallback.
-    """
+    """Load the model at `path`. Raises UserError if it cannot be used or sentencepiece is not installed."""
     pieces = sentencepiece().SentencePieceProcessor()
     try:
         pieces.LoadFromSerializedProto(path.read_bytes())
@@ -37,11 +32,7 @@ def vocabulary_of(pieces: SentencePieceProcessor) -> list[str]:
 
 
 def sentencepiece() -> ModuleType:
-    """Import the sentencepiece package.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import the sentencepiece package. Raises UserError if it is not installed."""
     try:
         import sentencepiece
     except ImportError:

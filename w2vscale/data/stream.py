@@ -184,10 +184,7 @@ class Reader:
             self.lost.clear()
 
     def utterances(self, *, passes: int | None = None) -> Iterator[Cut]:
-        """Yield the usable utterances of this reader, cropped, in endless passes (or `passes`) over its shards.
-
-        Raises UserError if the shards of this reader hold no usable utterance.
-        """
+        """Yield usable utterances, cropped, in endless passes (or `passes`). Raises UserError if there are none."""
         shards, seed = self.source.shards, self.source.seed
         crops = generator(seed, Stream.CROP, self.start, self.place)
         # With fewer shards than readers, several readers share a shard and take its utterances in turn.

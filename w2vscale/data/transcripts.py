@@ -16,14 +16,9 @@ from w2vscale.errors import UserError
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-BLANK = 0
-"""Label of the CTC blank: the first symbol of every vocabulary."""
-
-SPACE = "|"
-"""The symbol for a space in character vocabularies."""
-PIECE_SPACE = "▁"
-"""The symbol for a space in SentencePiece vocabularies."""
-
+BLANK = 0  # label of the CTC blank: the first symbol of every vocabulary
+SPACE = "|"  # symbol for a space in character vocabularies
+PIECE_SPACE = "▁"  # symbol for a space in SentencePiece vocabularies
 UNKNOWN = "<unk>"
 
 
@@ -33,8 +28,7 @@ class Transcripts:
     If all letters of the vocabulary have the same case, transcripts are converted to it. Sentence pieces need the
     SentencePiece model; for case conversion alone (`normalised`), the vocabulary is enough.
 
-    Raises:
-        UserError: sentencepiece is not installed, or the model cannot be read or does not fit the vocabulary.
+    Raises UserError if sentencepiece is not installed, or the model cannot be read or does not fit the vocabulary.
     """
 
     def __init__(self, vocabulary: Sequence[str], sentencepiece: Path | None = None) -> None:
@@ -60,10 +54,8 @@ class Transcripts:
     def labels(self, text: str) -> tuple[list[int], str]:
         """Return the labels of `text`, and the characters that are not in the vocabulary and became `<unk>`.
 
-        With sentence pieces, adjacent unknown characters share one `<unk>`.
-
-        Raises:
-            AudioError: the text is empty, or has unknown characters and the vocabulary has no `<unk>`.
+        With sentence pieces, adjacent unknown characters share one `<unk>`. Raises AudioError if the text is empty, or
+        has unknown characters and the vocabulary has no `<unk>`.
         """
         text = self.normalised(text)
         if not text:
@@ -94,11 +86,7 @@ def transcript(cut: Cut) -> str:
 
 
 def refuse_too_many(labels: Sequence[int], frames: int) -> None:
-    """Check that an utterance has enough frames for its labels, and for a blank between equal adjacent labels.
-
-    Raises:
-        AudioError: it has too few frames.
-    """
+    """Raise AudioError if an utterance has too few frames for its labels and a blank between equal adjacent labels."""
     needed = len(labels) + sum(one == other for one, other in pairwise(labels))
     if needed > frames:
         raise AudioError("too short", f"its {frames} frames are too few for the {len(labels)} labels of its transcript")

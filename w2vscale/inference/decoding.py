@@ -27,10 +27,8 @@ KENLM_MAGIC = b"mmap lm"  # the first bytes of a binary KenLM file
 class Decoder:
     """Two pure functions that turn the logits of an utterance into text."""
 
-    reduce: Callable[[Tensor], Tensor]
-    """Reduces the logits [T, V] of some frames to what decoding needs: [T, ...], on the CPU."""
-    text: Callable[[Tensor], str]
-    """Decodes an utterance, given the reduced logits of all its frames."""
+    reduce: Callable[[Tensor], Tensor]  # reduces logits [T, V] to what decoding needs: [T, ...] on the CPU
+    text: Callable[[Tensor], str]  # decodes an utterance, given the reduced logits of all its frames
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import Config, ModelConfig, PrecisionConfig
 from w2vscale.data.audio import EPSILON, AudioError
+from w2vscale.data.inputs import audio_batch, to_device
 from w2vscale.data.resampling import Samples, resampled
 from w2vscale.errors import UserError
 from w2vscale.interop.importing import form_of
@@ -59,15 +59,11 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
 
 @dataclass(frozen=True)
 class Audio:
-    """Mono audio that is read block by block, and can be read several times.
-
-    `blocks` starts reading from the beginning. Its blocks have any length and add up to `samples`. It may raise
-    AudioError; so does the class if the sampling rate is not in SAMPLING_RATES.
-    """
+    """Mono audio that is read block by block. Raises AudioError if the sampling rate is not in SAMPLING_RATES."""
 
     sampling_rate: int  # in Hz
     samples: int  # length at `sampling_rate`
-    blocks: Callable[[], Iterator[Samples]]
+    blocks: Callable[[], Iterator[Samples]]  # reads from the beginning, in blocks of any length; may raise AudioError
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling_rate, int) or self.sampling_rate not in SAMPLING_RATES:
@@ -287,17 +283,11 @@ class Pretrained:
     def _encode(self, parts: Sequence[Part], layers: Sequence[int]) -> EncoderOutput:
         """Run the encoder on a batch of chunks, up to the highest requested layer."""
         config = self.config.model
-        sizes = [part.samples.size for part in parts]
-        waveforms_BS = pad_sequence([torch.from_numpy(part.samples) for part in parts], batch_first=True)
-        lengths_B = frames_B = None
-        if len(set(sizes)) > 1:
-            lengths_B = torch.tensor(sizes, device=self.device)
-            frames_B = torch.tensor([output_frames(size, config) for size in sizes], device=self.device)
+        audio = to_device(audio_batch([part.samples for part in parts], config, width=0), self.device)
         given = [part.statistics for part in parts if part.statistics is not None]
         encoded: EncoderOutput = self.model.encoder(
-            waveforms_BS.to(self.device, self.model.compute_dtype),
-            lengths_B,
-            frames_B,
+            audio.waveforms_BS.to(self.model.compute_dtype),
+            *audio.lengths,
             active=[block < max(layers) for block in range(config.layers)],
             statistics=tuple(map(torch.cat, zip(*given, strict=True))) if given else None,
         )

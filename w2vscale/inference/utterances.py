@@ -61,10 +61,7 @@ def find_utterances(path: Path) -> Iterator[Utterance]:
 
 
 def utterances_by_name(manifests: Sequence[Path]) -> dict[str, Utterance]:
-    """Return the utterances of manifests by name.
-
-    Raises UserError if a manifest is unusable, an id cannot be a file name, or two utterances have the same name.
-    """
+    """Map names to the utterances of manifests. Raises UserError if a manifest or id is unusable, or an id repeats."""
     found: dict[str, Utterance] = {}
     for path in manifests:
         for utterance in _cut_utterances(path):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from w2vscale.kernels.precision import without_autocast
 
+# Output frames of one window. More add arithmetic, fewer copy more: on an H100 16 and 32 were slower (docs/lab).
 BLOCK = 8
-"""Output frames of one window. More add arithmetic, fewer copy more: on an H100 16 and 32 were slower (docs/lab)."""
 
 
 def blocked_convolution(x_BTD: Tensor, weight_DIK: Tensor, bias_D: Tensor, groups: int) -> Tensor:
@@ -31,7 +31,7 @@ class _BlockedConvolution(torch.autograd.Function):
     def forward(ctx: Any, x_BTD: Tensor, weight_DIK: Tensor, groups: int) -> Tensor:
         ctx.save_for_backward(x_BTD, weight_DIK)
         ctx.groups = groups
-        return _in_blocks(x_BTD, _grouped(weight_DIK, groups), before=weight_DIK.shape[2] // 2)
+        return _in_blocks(x_BTD, weight_DIK.unflatten(0, (groups, -1)), before=weight_DIK.shape[2] // 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -41,7 +41,7 @@ class _BlockedConvolution(torch.autograd.Function):
         with without_autocast(x_BTD):
             if ctx.needs_input_grad[0]:
                 # A convolution with the flipped kernel: left and right padding swap.
-                flipped_GIOK = _grouped(weight_DIK, ctx.groups).transpose(1, 2).flip(3)
+                flipped_GIOK = weight_DIK.unflatten(0, (ctx.groups, -1)).transpose(1, 2).flip(3)
                 of_x_BTD = _in_blocks(gradients[0], flipped_GIOK, before=kernel - 1 - kernel // 2)
             if ctx.needs_input_grad[1]:
                 of_weight_DIK = _weight_gradient(x_BTD, gradients[0], ctx.groups, kernel).to(weight_DIK.dtype)
@@ -49,7 +49,7 @@ class _BlockedConvolution(torch.autograd.Function):
 
 
 def _weight_gradient(x_BTD: Tensor, gradient_BTD: Tensor, groups: int, kernel: int) -> Tensor:
-    """[D, D / groups, K]: the banded matrix's gradient, added up along its diagonals in fp32."""
+    """Sum the gradient of the banded matrix along its diagonals, in fp32: [D, D / groups, K]."""
     windows_GNJ = _overlapping_windows(x_BTD, groups, kernel, before=kernel // 2)
     blocks_GNP = _overlapping_windows(gradient_BTD, groups, kernel=1, before=0)
     of_band_GJP = windows_GNJ.transpose(1, 2) @ blocks_GNP
@@ -61,12 +61,8 @@ def _weight_gradient(x_BTD: Tensor, gradient_BTD: Tensor, groups: int, kernel: i
     return of_weight_GKIO.permute(0, 3, 2, 1).flatten(0, 1)
 
 
-def _grouped(weight_DIK: Tensor, groups: int) -> Tensor:
-    return weight_DIK.unflatten(0, (groups, -1))
-
-
 def _in_blocks(x_BTD: Tensor, weight_GOIK: Tensor, *, before: int) -> Tensor:
-    """A convolution with `before` frames of padding before the first frame; as many frames out as in."""
+    """Convolve with `before` frames of padding before the first frame; the number of frames stays the same."""
     groups, outputs, inputs, kernel = weight_GOIK.shape
     weight_GOKI = weight_GOIK.transpose(2, 3)
     shifted = [F.pad(weight_GOKI, (0, 0, shift, BLOCK - 1 - shift)) for shift in range(BLOCK)]
@@ -78,7 +74,7 @@ def _in_blocks(x_BTD: Tensor, weight_GOIK: Tensor, *, before: int) -> Tensor:
 
 
 def _overlapping_windows(x_BTD: Tensor, groups: int, kernel: int, *, before: int) -> Tensor:
-    """The input of each block of output frames, by group: a copy [G, N, (BLOCK + K - 1) x I] of N blocks."""
+    """Copy the input of each of N blocks of output frames, by group: [G, N, (BLOCK + K - 1) x I]."""
     batch, steps, _ = x_BTD.shape
     blocks = -(-steps // BLOCK)
     padded_BTD = F.pad(x_BTD, (0, 0, before, blocks * BLOCK + kernel - 1 - before - steps))

@@ -1,9 +1,4 @@
-"""How a plain operation finds its kernel: by its name and the device of its first argument.
-
-@replaceable
-def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    return F.dropout(x, probability, training)
-"""
+"""How an operation with the decorator `@replaceable` finds its kernel: by its name and the device of its input."""
 
 from __future__ import annotations
 
@@ -18,22 +13,17 @@ import torch
 from w2vscale.errors import UserError
 from w2vscale.kernels.table import KERNELS, Kernel
 
-VARIABLE = "W2VSCALE_KERNELS"
-"""Environment variable, read at import: `plain` for no kernels at all, `fast` (the default) for those of the table."""
+VARIABLE = "W2VSCALE_KERNELS"  # read at import: `plain` for no kernels, `fast` (the default) for those of the table
 
 
 def kernels_of(choice: str) -> dict[tuple[str, str], Kernel]:
-    """The kernels by (operation, type of device) for a value of W2VSCALE_KERNELS.
-
-    Raises:
-        UserError: there is no such choice.
-    """
+    """Return the kernels for a value of W2VSCALE_KERNELS. Raises UserError if there is no such choice."""
     if choice not in ("fast", "plain"):
         raise UserError(f"{VARIABLE}={choice}: choose fast or plain")
     return KERNELS if choice == "fast" else {}
 
 
-_chosen = dict(kernels_of(os.environ.get(VARIABLE, "fast")))
+_chosen = kernels_of(os.environ.get(VARIABLE, "fast"))
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,11 +54,9 @@ def kernel_of(operation: str, device_type: str) -> Kernel | None:
 @contextmanager
 def kernels(choice: str) -> Iterator[None]:
     """Use `fast` or `plain` operations inside, whatever the environment says (for tests and benchmarks)."""
-    before = dict(_chosen)
-    _chosen.clear()
-    _chosen.update(kernels_of(choice))
+    global _chosen
+    before, _chosen = _chosen, kernels_of(choice)
     try:
         yield
     finally:
-        _chosen.clear()
-        _chosen.update(before)
+        _chosen = before

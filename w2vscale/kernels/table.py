@@ -16,14 +16,10 @@ from w2vscale.kernels.strided_products import strided_products
 
 
 class Kernel(NamedTuple):
-    """A function with the signature of the operation that it replaces.
+    """A function with the signature of the operation that it replaces."""
 
-    It returns NotImplemented for arguments that it does not handle. torch.compile traces it if it is `traceable`;
-    otherwise compiled code holds the plain operation.
-    """
-
-    function: Callable[..., Any]
-    traceable: bool = False
+    function: Callable[..., Any]  # returns NotImplemented for arguments that it does not handle
+    traceable: bool = False  # whether torch.compile traces it; otherwise compiled code holds the plain operation
 
 
 KERNELS = {

@@ -36,9 +36,7 @@ def initial_values(model: nn.Module, seed_of: Callable[[int], int]) -> Iterator[
 
     `model` was built with `empty_parameters` and is used up. A module with parameters of its own draws them in
     `reset_parameters`, which may also set its buffers; the i-th such module draws from `seed_of(i)`.
-
-    Raises:
-        TypeError: a module has parameters and no `reset_parameters`.
+    Raises TypeError if a module has parameters and no `reset_parameters`.
     """
     owners = [
         (name, module)
@@ -49,8 +47,7 @@ def initial_values(model: nn.Module, seed_of: Callable[[int], int]) -> Iterator[
         prefix = f"{name}." if name else ""
         parameters = {own: value for own, value in module._parameters.items() if value is not None}
         for own, parameter in parameters.items():
-            value = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=parameter.requires_grad)
-            module._parameters[own] = value
+            module._parameters[own] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
         if hasattr(module, "reset_parameters"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed_of(index))

@@ -22,10 +22,7 @@ def compute_dtype(precision: PrecisionConfig) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """nn.Linear in the input's type.
-
-    With `std`, weights start from N(0, std) and biases from 0; otherwise as PyTorch's.
-    """
+    """nn.Linear in the type of the input. With `std`, weights start from N(0, std) and biases from 0."""
 
     def __init__(self, inputs: int, outputs: int, *, std: float | None = None) -> None:
         self.std = std
@@ -44,9 +41,6 @@ class Linear(nn.Linear):
 
 class LayerNorm(nn.LayerNorm):
     """nn.LayerNorm (Ba et al. 2016) over the last dimension, computed in fp32."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)

@@ -9,18 +9,6 @@ from w2vscale.objectives.base import Objective, StepContext, Sums, TransformersH
 from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.objectives.ctc import Ctc
 
-__all__ = [
-    "OBJECTIVES",
-    "Objective",
-    "StepContext",
-    "Sums",
-    "TransformersHead",
-    "add_sums",
-    "all_settings",
-    "build_objective",
-    "resolve",
-]
-
 OBJECTIVES: dict[str, type[Objective]] = {
     "wav2vec2": Contrastive,
     "ctc": Ctc,
@@ -30,8 +18,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 def build_objective(config: Config) -> Objective:
     """Build the objective that `objective.name` selects. Reads the files that its settings name.
 
-    Raises:
-        UserError: there is no such objective, or one of its settings is not valid. The message is one line.
+    Raises UserError if there is no such objective or one of its settings is not valid. The message is one line.
     """
     name = config.objective.name
     if name not in OBJECTIVES:
@@ -42,11 +29,7 @@ def build_objective(config: Config) -> Objective:
 
 
 def resolve(config: Config) -> tuple[Config, Objective]:
-    """Build the objective, and complete the settings with its defaults and the contents of the files they name.
-
-    Raises:
-        UserError: see `build_objective`.
-    """
+    """Build the objective, and complete the settings with its defaults and the contents of the files they name."""
     objective = build_objective(config)
     return config.model_copy(update={"objective": ObjectiveConfig(**objective.settings.model_dump())}), objective
 

@@ -6,18 +6,17 @@ Engine, loader, loop, evaluation, export and report use only this interface and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from lhotse.cut import Cut
 from torch import Tensor, nn
 
 from w2vscale.config import Config, ModelConfig, RegularizationConfig, Section
 from w2vscale.data.inputs import Inputs, Utterance
-from w2vscale.data.randomness import Stream, derived_seed, generator
+from w2vscale.data.randomness import Generators, Stream, derived_seed, generator
 from w2vscale.errors import UserError
 from w2vscale.models.wav2vec2 import EncoderOutput
 
@@ -39,19 +38,12 @@ def add_sums(one: Any, other: Any) -> Any:
 
 @dataclass(frozen=True)
 class StepContext:
-    """Identifies a forward. All of its randomness is a function of these values.
+    """Identifies a forward. All of its randomness is a function of these values."""
 
-    Args:
-        seed: seed of the run.
-        update: number of the update, from 0.
-        numbers: numbers of the micro-batches that share the forward.
-        worst_case: compute and train every layer, to measure the largest memory use.
-    """
-
-    seed: int
-    update: int
-    numbers: tuple[int, ...] = ()
-    worst_case: bool = False
+    seed: int  # of the run
+    update: int  # from 0
+    numbers: tuple[int, ...] = ()  # numbers of the micro-batches that share the forward
+    worst_case: bool = False  # compute and train every layer, to measure the largest memory use
 
     def seed_dropout(self) -> None:
         """Seed the default generators of PyTorch, which dropout uses."""
@@ -91,55 +83,32 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot of a report.
+    """One plot of a report."""
 
-    Args:
-        title: short title for the heading of a table column.
-        label: label of the vertical axis, with the unit.
-        keys: metrics to plot, with a name for each in the legend; "" for a single one.
-        chance: value at chance level, if there is one.
-        training: whether the metric exists in training as well as in validation.
-    """
-
-    title: str
-    label: str
-    keys: Mapping[str, str]
-    chance: float | None = None
-    training: bool = True
+    title: str  # short, for the heading of a table column
+    label: str  # of the vertical axis, with the unit
+    keys: Mapping[str, str]  # metrics to plot, with a name for each in the legend; "" for a single one
+    chance: float | None = None  # value at chance level, if there is one
+    training: bool = True  # whether the metric exists in training as well as in validation
 
 
 @dataclass(frozen=True)
 class TransformersHead:
-    """The Hugging Face Transformers equivalent of the heads that an objective adds to the encoder.
+    """The Hugging Face Transformers equivalent of the heads that an objective adds to the encoder."""
 
-    Args:
-        architecture: name of the model class.
-        tensors: our name of each module or tensor, mapped to theirs (see `interop/names.py`).
-        settings: entries of config.json.
-        files: contents of additional JSON files, by file name.
-    """
-
-    architecture: str = "Wav2Vec2Model"
-    tensors: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    architecture: str = "Wav2Vec2Model"  # name of the model class
+    tensors: Mapping[str, str] = field(default_factory=dict)  # our name of each module or tensor, mapped to theirs
+    settings: Mapping[str, Any] = field(default_factory=dict)  # entries of config.json
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # additional JSON files, by name
 
 
 class Objective(ABC):
-    """A training objective, built from the settings of a run.
-
-    Its model must have a module `encoder` (`models.wav2vec2.Wav2Vec2Encoder`) and compute in `compute_dtype`.
-    """
+    """A training objective. Its model has a module `encoder` (`Wav2Vec2Encoder`) and computes in `compute_dtype`."""
 
     Settings: ClassVar[type[ObjectiveSettings]]
-    crops: ClassVar[bool] = True
-    """Whether utterances longer than `data.max_seconds` may be cropped. Otherwise they are left out."""
-
-    vocabulary: Sequence[str] = ()
-    """Symbols of the output layer, CTC blank first. Empty if the model has no output layer for text."""
-
-    code_entries = 0
-    """Number of entries of each codebook. 0 if the model has no discrete codes."""
+    crops: ClassVar[bool] = True  # whether to crop utterances longer than `data.max_seconds`, or to leave them out
+    vocabulary: Sequence[str] = ()  # symbols of the output layer, CTC blank first; empty if it does not output text
+    code_entries = 0  # number of entries of each codebook; 0 if the model has no discrete codes
 
     def __init__(
         self, settings: Any, model: ModelConfig, regularization: RegularizationConfig, compute_dtype: torch.dtype
@@ -152,15 +121,10 @@ class Objective(ABC):
     @property
     def shortest_frames(self) -> int:
         """Frames of the shortest utterance that can be learned from."""
-        frames: int = self.settings.shortest_frames
-        return frames
+        return int(self.settings.shortest_frames)
 
     def check(self, config: Config) -> None:  # noqa: B027 - most objectives have nothing to refuse
-        """Check that the settings of a training run are compatible.
-
-        Raises:
-            UserError: they are not; the message names the setting.
-        """
+        """Check that the settings of a training run are compatible. Raises a UserError that names the setting."""
 
     def unfrozen(self) -> ObjectiveSettings:
         """Return the settings with no parameters frozen."""
@@ -177,25 +141,18 @@ class Objective(ABC):
         return self.regularization.layerdrop > 0.0
 
     def read_target(self, cut: Cut, *, samples: int) -> Target:
-        """Read the target of an utterance with `samples` samples. Runs in a loader process.
-
-        Raises:
-            AudioError: the utterance cannot be used.
-        """
+        """Read the target of an utterance, in a loader process. Raises AudioError if the utterance cannot be used."""
         return Target()
 
     @abstractmethod
-    def make_inputs(
-        self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
-    ) -> Inputs:
+    def make_inputs(self, utterances: Sequence[Utterance], *, rng: Generators, width: int = 0) -> Inputs:
         """Pad a micro-batch to at least `width` samples, and make all of its random draws. Runs in a loader process.
 
-        `rng(place)` returns the generator for one utterance. If `utterances` is empty, return a micro-batch of silence
-        with weight 0 that `forward` accepts.
+        If `utterances` is empty, return a micro-batch of silence with weight 0 that `forward` accepts.
         """
 
     def forward(self, module: nn.Module, inputs: Any, *, step: StepContext, training: bool) -> Sums:
-        """Sums over the micro-batches in `inputs`, on this rank.
+        """Compute sums over the micro-batches in `inputs`, on this rank.
 
         `module` is the model or what an engine wraps around it. Without `training` nothing is random.
         """
@@ -243,11 +200,7 @@ class Objective(ABC):
         return None
 
     def logits(self, module: Any, hidden_TD: Tensor) -> Tensor:
-        """Compute logits [T, V] from the output [T, D] of the last transformer block.
-
-        Raises:
-            UserError: the model has no output layer for text.
-        """
+        """Compute logits [T, V] from the output [T, D] of the last block. Raises UserError without output layer."""
         raise UserError(
             f"objective.name={self.settings.name}: the checkpoint has no output layer for text; "
             "fine-tune it first: w2vscale finetune"

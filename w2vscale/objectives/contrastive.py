@@ -6,7 +6,7 @@ For each masked frame, the model identifies its quantized features among those o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from w2vscale.config import ModelConfig, RegularizationConfig, architecture
 from w2vscale.config.tree import Count, NotNegative, Positive, Probability
 from w2vscale.data.inputs import AudioBatch, Utterance
-from w2vscale.data.randomness import Stream
+from w2vscale.data.randomness import Generators, Stream
 from w2vscale.errors import UserError
 from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder, valid_mask
@@ -112,7 +112,7 @@ class Wav2Vec2ForPretraining(nn.Module):
         model: ModelConfig,
         regularization: RegularizationConfig,
         settings: ContrastiveSettings,
-        compute_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.settings = settings
@@ -194,9 +194,7 @@ class Contrastive(Objective):
     def build_model(self) -> Wav2Vec2ForPretraining:
         return Wav2Vec2ForPretraining(self.model, self.regularization, self.settings, self.compute_dtype)
 
-    def make_inputs(
-        self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
-    ) -> ContrastiveInputs:
+    def make_inputs(self, utterances: Sequence[Utterance], *, rng: Generators, width: int = 0) -> ContrastiveInputs:
         audio, generators = masked_batch(utterances, self.model, self.settings, rng=rng, width=width)
         masks_BT = audio.mask_BT.numpy()
         masked_B = masks_BT.sum(axis=1)
@@ -234,16 +232,17 @@ class Contrastive(Objective):
         use, computed from the selected codes; `probability_perplexity_g` is computed from the mean softmax.
         """
         frames = float(sums.masked) or math.nan
+        loss, contrastive = float(sums.total) / frames, float(sums.contrastive) / frames
         values = {
-            "loss": float(sums.total) / frames,
-            "contrastive": float(sums.contrastive) / frames,
+            "loss": loss,
+            "contrastive": contrastive,
             "diversity": float(sums.diversity) / frames,
             "feature_penalty": float(sums.feature_penalty) / frames,
             "accuracy": float(sums.correct) / frames,
+            "masked_frames": float(sums.masked),
+            "loss_bits": loss / math.log(2),
+            "contrastive_bits": contrastive / math.log(2),
         }
-        values["masked_frames"] = float(sums.masked)
-        values["loss_bits"] = values["loss"] / math.log(2)
-        values["contrastive_bits"] = values["contrastive"] / math.log(2)
         code_perplexity_G = perplexity(sums.code_counts_GV.double() / frames)
         probability_perplexity_G = perplexity(sums.probability_sums_GV.double() / frames)
         used_G = (sums.code_counts_GV > 0).sum(dim=1)
@@ -277,7 +276,7 @@ class Contrastive(Objective):
         }
 
     def warnings(self, metrics: Mapping[str, float]) -> list[str]:
-        """Collapse of the codebooks or of the features."""
+        """Warn of collapse of the codebooks or of the features."""
         found = []
         for codebook in range(self.settings.codebooks):
             used = metrics[f"code_perplexity_{codebook}"]
@@ -303,27 +302,24 @@ class Contrastive(Objective):
         )
 
     def codes(self, module: nn.Module, encoded: EncoderOutput) -> Tensor:
-        """The entries that the quantizer selects."""
+        """Return the entries that the quantizer selects."""
         model: Any = module
         inputs_BTC = model.quantizer_inputs(encoded)
         codes_MG: Tensor = model.quantizer(inputs_BTC.flatten(0, 1), None, 1.0).codes_MG
         return codes_MG.unflatten(0, inputs_BTC.shape[:2])
 
     def transformers_head(self) -> TransformersHead:
-        """Raises:
-        UserError: Transformers has no such quantizer.
-        """
+        """Return the Transformers names for the heads. Raises UserError if Transformers has no such quantizer."""
         settings = self.settings
         obstacles = {
             "objective.quantizer_input=projected": settings.quantizer_input == "projected",
             "objective.target_projection=false": not settings.target_projection,
         }
-        for setting, present in obstacles.items():
-            if present:
-                raise UserError(
-                    f"{setting}: Hugging Face Transformers has no such wav2vec 2.0; "
-                    "only models of the published architectures can be converted"
-                )
+        if present := [setting for setting, found in obstacles.items() if found]:
+            raise UserError(
+                f"{present[0]}: Hugging Face Transformers has no such wav2vec 2.0; "
+                "only models of the published architectures can be converted"
+            )
         return TransformersHead(
             architecture="Wav2Vec2ForPreTraining",
             tensors={

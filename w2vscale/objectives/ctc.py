@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from w2vscale.config import Config, ModelConfig, RegularizationConfig, architecture
 from w2vscale.config.tree import Count, CountOrZero, Fraction, Probability
 from w2vscale.data.inputs import AudioBatch, Utterance
+from w2vscale.data.randomness import Generators
 from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
 from w2vscale.data.transcripts import BLANK, PIECE_SPACE, SPACE, UNKNOWN, Transcripts, refuse_too_many, transcript
 from w2vscale.errors import UserError
@@ -82,16 +83,14 @@ class Wav2Vec2ForCTC(nn.Module):
         self,
         model: ModelConfig,
         regularization: RegularizationConfig,
-        symbols: int,
-        *,
-        final_dropout: float = 0.0,
-        compute_dtype: torch.dtype = torch.float32,
+        settings: CtcSettings,
+        compute_dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.final_dropout = final_dropout
+        self.final_dropout = settings.final_dropout
         self.compute_dtype = compute_dtype
         self.encoder = Wav2Vec2Encoder(model, regularization)
-        self.head = Linear(model.dim, symbols, std=BERT_STD)
+        self.head = Linear(model.dim, len(read_vocabulary(settings)), std=BERT_STD)
 
     def forward(self, inputs: CtcInputs, *, active: Sequence[bool] | None = None, frozen: bool = False) -> CtcSums:
         """Compute the loss sums. With `frozen`, only the head gets gradients. In evaluation nothing is masked.
@@ -99,12 +98,9 @@ class Wav2Vec2ForCTC(nn.Module):
         Label errors are counted in evaluation only. `active` says which transformer blocks to compute.
         """
         audio = inputs.audio
-        lengths_B, frames_B = audio.lengths
         masks = (audio.mask_BT, inputs.channel_mask_BD) if self.training else (None, None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            encoded = self.encoder(
-                audio.waveforms_BS.to(self.compute_dtype), lengths_B, frames_B, *masks, active=active
-            )
+            encoded = self.encoder(audio.waveforms_BS.to(self.compute_dtype), *audio.lengths, *masks, active=active)
         logits_BTV = self.head(dropout(encoded.context_BTD, self.final_dropout, self.training))
         total = ctc_loss(logits_BTV, audio.frames_B, inputs.labels_L, inputs.label_lengths_B)
         errors = 0 if self.training else label_errors(logits_BTV, inputs)
@@ -128,17 +124,9 @@ class Ctc(Objective):
     settings: CtcSettings
     crops = False  # the transcript is of the whole utterance
 
-    def __init__(
-        self,
-        settings: CtcSettings,
-        model: ModelConfig,
-        regularization: RegularizationConfig,
-        compute_dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, settings: CtcSettings, *others: Any) -> None:
         self.vocabulary = read_vocabulary(settings)
-        super().__init__(
-            settings.model_copy(update={"vocabulary": self.vocabulary}), model, regularization, compute_dtype
-        )
+        super().__init__(settings.model_copy(update={"vocabulary": self.vocabulary}), *others)
 
     @cached_property
     def transcripts(self) -> Transcripts:
@@ -167,16 +155,10 @@ class Ctc(Objective):
         return self.settings.model_copy(update={"freeze_encoder_updates": 0})
 
     def build_model(self) -> Wav2Vec2ForCTC:
-        return Wav2Vec2ForCTC(
-            self.model,
-            self.regularization,
-            len(self.vocabulary),
-            final_dropout=self.settings.final_dropout,
-            compute_dtype=self.compute_dtype,
-        )
+        return Wav2Vec2ForCTC(self.model, self.regularization, self.settings, self.compute_dtype)
 
     def read_target(self, cut: Cut, *, samples: int) -> Target:
-        """The labels, and a note about characters that are not in the vocabulary."""
+        """Return the labels, and a note about characters that are not in the vocabulary."""
         labels, unknown = self.transcripts.labels(transcript(cut))
         refuse_too_many(labels, output_frames(samples, self.model))
         if not unknown:
@@ -184,9 +166,7 @@ class Ctc(Objective):
         reason = f"its transcript has {unknown!r}, not in objective.vocabulary; used {UNKNOWN}"
         return Target(labels, ("unknown symbols", reason))
 
-    def make_inputs(
-        self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
-    ) -> CtcInputs:
+    def make_inputs(self, utterances: Sequence[Utterance], *, rng: Generators, width: int = 0) -> CtcInputs:
         audio, generators = masked_batch(utterances, self.model, self.settings, rng=rng, width=width)
         labels: list[list[int]] = [utterance.target for utterance in utterances] or [[]]
         channel_masks_BD = np.zeros((len(labels), self.model.dim), dtype=np.bool_)
@@ -288,11 +268,7 @@ class Ctc(Objective):
 
 
 def read_vocabulary(settings: CtcSettings) -> list[str]:
-    """Return the symbols of the vocabulary that the settings name.
-
-    Raises:
-        UserError: the vocabulary has fewer than two symbols or a repeated one, or its file cannot be read.
-    """
+    """Return the vocabulary that the settings name. Raises UserError if it is invalid or its file cannot be read."""
     named = settings.vocabulary
     if isinstance(named, list):
         symbols = named

@@ -5,7 +5,7 @@ Sources: Baevski et al. 2020, section 3.1 and appendix; fairseq `compute_mask_in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -16,6 +16,7 @@ from pydantic import Field
 from w2vscale.config import ModelConfig
 from w2vscale.config.tree import Count
 from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
+from w2vscale.data.randomness import Generators
 from w2vscale.models.lengths import input_samples
 from w2vscale.objectives.base import ObjectiveSettings
 
@@ -71,13 +72,10 @@ def masked_batch(
     model: ModelConfig,
     settings: MaskSettings,
     *,
-    rng: Callable[[int], np.random.Generator],
+    rng: Generators,
     width: int,
 ) -> tuple[AudioBatch, list[np.random.Generator]]:
-    """Pad utterances and draw their masks; also returns the generator of each, for further draws.
-
-    Without any utterance the batch is one of silence without masks.
-    """
+    """Pad utterances (or one of silence, if there are none) and draw masks; also return the generator of each."""
     silence = np.zeros(input_samples(settings.shortest_frames, model), dtype=np.float32)
     audio = audio_batch([utterance.waveform for utterance in utterances] or [silence], model, width=width)
     generators = [rng(utterance.place) for utterance in utterances]

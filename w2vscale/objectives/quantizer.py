@@ -21,14 +21,7 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """Selects one entry of each codebook per frame, and concatenates their vectors.
-
-    Args:
-        inputs: width of the input features.
-        codebooks: number of codebooks G.
-        entries: number of entries V of each codebook.
-        dim: width of the concatenated vectors.
-    """
+    """Selects one of V `entries` of each of G `codebooks` per frame, and concatenates their vectors to width `dim`."""
 
     def __init__(self, inputs: int, *, codebooks: int, entries: int, dim: int) -> None:
         super().__init__()
@@ -41,10 +34,7 @@ class Quantizer(nn.Module):
         nn.init.uniform_(self.codevectors)
 
     def forward(self, x_MC: Tensor, noise_MGV: Tensor | None, temperature: float) -> Quantized:
-        """Quantize frames [M, C].
-
-        With Gumbel noise, the selection is hard, with straight-through gradients. Without, it is the argmax.
-        """
+        """Quantize frames [M, C] by a hard selection with straight-through gradients; without noise by the argmax."""
         frames = x_MC.shape[0]
         logits_MGV = self.projection(x_MC).float().view(frames, self.codebooks, self.entries)
         if noise_MGV is None:

@@ -41,19 +41,19 @@ def contrastive_logits(
     One matrix product per utterance gives all similarities, so the vectors of negatives are never copied. A negative
     with the same codes as the positive is excluded: its logit is -inf.
     """
-    context_BND = _by_utterance(
-        F.normalize(context_MD.float(), dim=1, eps=1e-8), utterance_M, slot_M, utterances, slots
-    )
-    targets_BND = _by_utterance(
-        F.normalize(targets_MD.float(), dim=1, eps=1e-8), utterance_M, slot_M, utterances, slots
-    )
+
+    def unit_vectors(x_MD: Tensor) -> Tensor:
+        """Return the vectors scaled to length 1, by utterance: [B, N, D]."""
+        unit_MD = F.normalize(x_MD.float(), dim=1, eps=1e-8)
+        return unit_MD.new_zeros(utterances, slots, x_MD.shape[1]).index_put((utterance_M, slot_M), unit_MD)
+
+    context_BND, targets_BND = unit_vectors(context_MD), unit_vectors(targets_MD)
     similarities_MN = torch.bmm(context_BND, targets_BND.transpose(1, 2))[utterance_M, slot_M]
     ids_BN = ids_M.new_zeros(utterances, slots).index_put((utterance_M, slot_M), ids_M)
     same_MN = ids_BN[utterance_M] == ids_M.unsqueeze(1)
     logits_MN = similarities_MN / temperature
-    negatives_MK = negatives_MK.long()
     positive_M1 = logits_MN.gather(1, slot_M.unsqueeze(1))
-    negative_MK = logits_MN.masked_fill(same_MN, -torch.inf).gather(1, negatives_MK)
+    negative_MK = logits_MN.masked_fill(same_MN, -torch.inf).gather(1, negatives_MK.long())
     return torch.cat([positive_M1, negative_MK], dim=1)
 
 
@@ -62,7 +62,3 @@ def contrastive_loss(logits_MK: Tensor) -> tuple[Tensor, Tensor]:
     wanted_M = torch.zeros(logits_MK.shape[0], dtype=torch.long, device=logits_MK.device)
     loss = F.cross_entropy(logits_MK, wanted_M, reduction="sum")
     return loss, (logits_MK.detach().argmax(dim=1) == 0).sum()
-
-
-def _by_utterance(x_MD: Tensor, utterance_M: Tensor, slot_M: Tensor, utterances: int, slots: int) -> Tensor:
-    return x_MD.new_zeros(utterances, slots, x_MD.shape[1]).index_put((utterance_M, slot_M), x_MD)
