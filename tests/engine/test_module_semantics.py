@@ -41,6 +41,24 @@ class TestBuffers:
         buffers.lay_out(torch.device("cpu"))
         assert model.scale.all()
 
+    def test_one_with_two_names_stays_one(self) -> None:
+        model = nn.Sequential(Extras(4), Extras(4))
+        model[1]._buffers["scale"] = model[0].scale
+        buffers, value = Buffers(model), model[0].scale.clone()
+        model.to_empty(device="cpu")
+        buffers.lay_out(torch.device("cpu"))
+        assert model[1].scale is model[0].scale and torch.equal(model[0].scale, value)
+        names = [name for name, _ in buffers.persistent()]
+        assert "0.scale" in names and "1.scale" not in names
+        assert {f"model.{name}" for name in names} < expected_tensors(model).keys()
+
+    def test_a_block_may_leave_them_unchanged(self) -> None:
+        model = nn.BatchNorm1d(3)
+        with Buffers(model).unchanged():
+            model(torch.randn(5, 3))
+            assert model.running_mean is not None and model.running_mean.any()
+        assert not model.running_mean.any() and int(model.num_batches_tracked) == 0  # type: ignore[arg-type]
+
     def test_the_persistent_ones_are_those_of_a_state_dict(self) -> None:
         model = nn.Sequential(Extras(4), nn.Linear(2, 2), nn.BatchNorm1d(3, affine=False))
         names = [name for name, _ in Buffers(model).persistent()]

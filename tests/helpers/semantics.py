@@ -218,11 +218,9 @@ def resumed_with(kind: type[Contrastive], corpus: str, overrides: tuple[str, ...
 
 
 def refusal_of_a_teacher(corpus: str, overrides: tuple[str, ...]) -> str:
-    """What an engine says to a model that is to be changed after the step."""
-    with built(WithTeacher, corpus, overrides) as setup:
-        setup.window([setup.training_set.largest()], 100.0)
-        try:
-            setup.step(LR)
-        except UserError as error:
-            return str(error)
-    return ""
+    """What an engine says, before it is built, to a model that is to be changed after the step."""
+    try:
+        with built(WithTeacher, corpus, overrides):
+            return ""
+    except UserError as error:
+        return str(error)

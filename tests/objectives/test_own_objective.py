@@ -23,6 +23,7 @@ from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import Config, architecture, load_config
+from w2vscale.corpora.shar import write_shards
 from w2vscale.data.audio import AudioError
 from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
 from w2vscale.errors import UserError
@@ -100,10 +101,14 @@ class Loudness(Objective):
     def build_model(self) -> LoudnessModel:
         return LoudnessModel(self)
 
-    def read_target(self, cut: Cut, *, samples: int) -> Target:
+    def read_target(self, cut: Cut, *, offset: int, samples: int) -> Target:
+        assert 0 <= offset <= round(cut.duration * 16_000) - samples
         if cut.id.endswith("03"):
             raise AudioError("unlucky", "its number is 3")
         return Target(float(samples))
+
+    def largest_target(self, samples: int) -> float:
+        return float(samples)
 
     def make_inputs(
         self, utterances: Sequence[Utterance], *, rng: Callable[[int], np.random.Generator], width: int = 0
@@ -217,6 +222,12 @@ def test_a_dry_run_shows_its_parts(small_corpus: SmallCorpus) -> None:
     assert found is not None
     assert {"hidden", "output", "feature_encoder", "transformer"} <= found.parameters.keys()
     assert found.shapes["power_B"] == (found.weight,)
+
+
+def test_a_stream_has_a_largest_micro_batch_with_targets(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    write_shards(small_corpus.train, tmp_path, shard_size=10)
+    found = dry_run(config_of(small_corpus, "data.mode=stream", f"data.train={tmp_path}"))
+    assert found is not None and found.shapes["power_B"] == (found.weight,)
 
 
 def test_micro_batches_may_share_a_forward(small_corpus: SmallCorpus, tmp_path: Path) -> None:

@@ -230,12 +230,8 @@ def _refuse(final: Path, what: str, problems: Sequence[str]) -> None:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor.detach().to("cpu", copy=True)
-    local = tensor.to_local().to("cpu", copy=True)
-    return DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
+    # DTensors leave an engine in host memory.
+    return tensor.detach().clone() if isinstance(tensor, DTensor) else tensor.detach().to("cpu", copy=True)
 
 
 def _remove(folder: Path) -> None:

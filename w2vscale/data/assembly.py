@@ -28,8 +28,11 @@ class InputMaker(Protocol):
     def shortest_frames(self) -> int:
         """Frames of the shortest utterance that can be learned from."""
 
-    def read_target(self, cut: Cut, *, samples: int) -> Any:
-        """Read the target of an utterance. Raises AudioError if the utterance cannot be used."""
+    def read_target(self, cut: Cut, *, offset: int, samples: int) -> Any:
+        """Read the target of a part of an utterance. Raises AudioError if the utterance cannot be used."""
+
+    def largest_target(self, samples: int) -> Any:
+        """Return the largest target that `samples` samples of noise may have."""
 
     def make_inputs(self, utterances: Sequence[Utterance], *, rng: Generators, width: int = 0) -> Inputs:
         """Pad a micro-batch, and make all of its random draws."""
@@ -71,7 +74,7 @@ class Assembler:
         return MicroBatch(number, inputs, samples, tuple(bad))
 
     def _utterance(self, crop: Crop, number: int, place: int, bad: list[BadAudio]) -> Utterance:
-        target = self.maker.read_target(crop.cut, samples=crop.length)
+        target = self.maker.read_target(crop.cut, offset=crop.offset, samples=crop.length)
         audio = read_audio(
             crop.cut,
             sampling_rate=self.model.sampling_rate,

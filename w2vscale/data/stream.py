@@ -70,11 +70,11 @@ class StreamedMicroBatches:
 
     def largest(self) -> MicroBatch:
         """Make a micro-batch of noise with the maximum size: as many of the longest utterances as fit."""
-        samples = int(self.data.max_seconds * self.model.sampling_rate)
+        maker, samples = self.assemble.maker, int(self.data.max_seconds * self.model.sampling_rate)
         rows = int(self.batch.max_seconds / self.data.max_seconds)
         noise = np.random.default_rng(0).standard_normal((rows, samples), dtype=np.float32)
-        utterances = [Utterance(waveform, None, place) for place, waveform in enumerate(noise)]
-        inputs = self.assemble.maker.make_inputs(utterances, rng=lambda place: generator(0, Stream.MASK, 0, place))
+        utterances = [Utterance(waveform, maker.largest_target(samples), place) for place, waveform in enumerate(noise)]
+        inputs = maker.make_inputs(utterances, rng=lambda place: generator(0, Stream.MASK, 0, place))
         return MicroBatch(0, inputs, noise.size)
 
     def examples(self) -> Iterator[MicroBatch]:

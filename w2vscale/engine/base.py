@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Grouping
+from w2vscale.engine.buffers import Buffers
 from w2vscale.objectives import Objective, StepContext, Sums
 
 CanonicalState = dict[str, Tensor]
@@ -43,6 +44,8 @@ class Engine(Protocol):
     Parameters with `requires_grad=False` never change and have no optimizer state. Buffers keep their initial values
     until training changes them, are equal on all ranks after every step, and are part of the exported state.
     """
+
+    buffers: Buffers
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -17,21 +18,22 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._values = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        self._stored = [name for name, _ in model.named_buffers() if name in model.state_dict()]
+        self._values = {buffer: buffer.detach().clone() for buffer in model.buffers()}
+        self._names = dict(model.named_buffers(remove_duplicate=False))  # a buffer may have several
 
     def lay_out(self, device: torch.device) -> None:
         """Restore the buffers, on `device` and with their original dtypes."""
-        for name, value in self._values.items():
+        values = {buffer: value.to(device, copy=True) for buffer, value in self._values.items()}
+        for name, buffer in self._names.items():
             owner, _, own = name.rpartition(".")
-            self.model.get_submodule(owner)._buffers[own] = value.to(device, copy=True)
+            self.model.get_submodule(owner)._buffers[own] = values[buffer]
         self._values.clear()
+        self._names.clear()
 
     def persistent(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and tensor of every persistent buffer."""
-        for prefix, module in self.model.named_modules():
-            for own, buffer in module._buffers.items():
-                if buffer is not None and own not in module._non_persistent_buffers_set:
-                    yield (f"{prefix}.{own}" if prefix else own), buffer
+        """Yield name and tensor of every persistent buffer; one with several names comes under the first."""
+        return ((name, self.model.get_buffer(name)) for name in self._stored)
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -42,5 +44,14 @@ class Buffers:
         """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
-        for _, buffer in self.model.named_buffers():
+        for buffer in self.model.buffers():
             dist.broadcast(buffer, src=0)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Give all buffers their present values again when the block ends."""
+        values = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        yield
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)

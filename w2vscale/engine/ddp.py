@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from w2vscale.config import Config
+from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.engine.base import CanonicalState, StateReader
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.rows import Rows
@@ -19,8 +19,17 @@ from w2vscale.optim.canonical import specs_of, stored
 class DDPEngine(NativeEngine):
     """Every rank holds the full state. DDP averages gradients, so the loss is multiplied by the world size."""
 
-    def __init__(self, model: nn.Module, config: Config, device: torch.device, *, skips_parameters: bool) -> None:
-        super().__init__(model, config, device)
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        precision: PrecisionConfig,
+        device: torch.device,
+        *,
+        skips_parameters: bool,
+    ) -> None:
+        super().__init__(model, engine, optim, device)
         self.rows = Rows(device)
         self.parallel: DistributedDataParallel | None = None
         if not self.rows.alone:

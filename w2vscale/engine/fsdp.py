@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from w2vscale.config import Config, EngineConfig
+from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import CanonicalState, StateReader
 from w2vscale.engine.native import NativeEngine
@@ -30,12 +30,19 @@ from w2vscale.optim.canonical import stored
 class FSDPEngine(NativeEngine):
     """Every rank holds a shard of the state. The parameters of a block are gathered while it runs."""
 
-    def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
-        mesh = _mesh(device.type, config.engine.shard_size)
-        self.host_mesh = _mesh("cpu", config.engine.shard_size)
-        self.reduce_each = config.engine.reshard_after_forward
-        dtype = compute_dtype(config.precision)
-        super().__init__(model, config, device, lambda model: shard(model, mesh, config.engine, dtype))
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        precision: PrecisionConfig,
+        device: torch.device,
+    ) -> None:
+        mesh = _mesh(device.type, engine.shard_size)
+        self.host_mesh = _mesh("cpu", engine.shard_size)
+        self.reduce_each = engine.reshard_after_forward
+        dtype = compute_dtype(precision)
+        super().__init__(model, engine, optim, device, lambda model: shard(model, mesh, engine, dtype))
         if not self.reduce_each:
             # After a backward without reduction, FSDP expects every unit to have been gathered at least once, but
             # LayerDrop may have skipped some.

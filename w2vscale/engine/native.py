@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from w2vscale.config import Config
+from w2vscale.config import EngineConfig, OptimConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, Grouping, accumulate
 from w2vscale.engine.base import AfterStep, CanonicalState, StepResult
@@ -28,19 +28,24 @@ class NativeEngine(ABC):
     """Multiplies the loss, to undo a division in the gradient reduction."""
 
     def __init__(
-        self, model: nn.Module, config: Config, device: torch.device, shard: Callable[[Any], None] = lambda model: None
+        self,
+        model: nn.Module,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        device: torch.device,
+        shard: Callable[[Any], None] = lambda model: None,
     ) -> None:
         self.model = self.module = model
         self.device = device
         self.buffers = Buffers(model)
-        transform(model, config.engine, shard)
-        model.to_empty(device="cpu" if config.engine.offload else device)
+        transform(model, engine, shard)
+        model.to_empty(device="cpu" if engine.offload else device)
         self.buffers.lay_out(device)
         # Collected once, because FSDP puts other objects in their place while parameters are gathered.
         self.parameters = dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         shapes = [(name, parameter.shape) for name, parameter in self.trained.items()]
-        self.optimizer = make_adamw(self.trained, parameter_groups(shapes, config.optim), config.optim)
+        self.optimizer = make_adamw(self.trained, parameter_groups(shapes, optim), optim)
         allocate_state(self.optimizer, self.trained.values())
 
     @abstractmethod

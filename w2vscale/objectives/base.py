@@ -140,9 +140,21 @@ class Objective(ABC):
         """Whether some updates leave parameters without a gradient."""
         return self.regularization.layerdrop > 0.0
 
-    def read_target(self, cut: Cut, *, samples: int) -> Target:
-        """Read the target of an utterance, in a loader process. Raises AudioError if the utterance cannot be used."""
+    @property
+    def changes_model(self) -> bool:
+        """Whether `after_step` changes the model, which not every engine allows."""
+        return type(self).after_step is not Objective.after_step
+
+    def read_target(self, cut: Cut, *, offset: int, samples: int) -> Target:
+        """Read the target of `samples` samples of an utterance, from sample `offset` on. Runs in a loader process.
+
+        Raises AudioError if the utterance cannot be used.
+        """
         return Target()
+
+    def largest_target(self, samples: int) -> Any:
+        """Return the largest target that `samples` samples of noise may have, to measure memory without a corpus."""
+        return None
 
     @abstractmethod
     def make_inputs(self, utterances: Sequence[Utterance], *, rng: Generators, width: int = 0) -> Inputs:

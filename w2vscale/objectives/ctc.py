@@ -157,7 +157,7 @@ class Ctc(Objective):
     def build_model(self) -> Wav2Vec2ForCTC:
         return Wav2Vec2ForCTC(self.model, self.regularization, self.settings, self.compute_dtype)
 
-    def read_target(self, cut: Cut, *, samples: int) -> Target:
+    def read_target(self, cut: Cut, *, offset: int, samples: int) -> Target:
         """Return the labels, and a note about characters that are not in the vocabulary."""
         labels, unknown = self.transcripts.labels(transcript(cut))
         refuse_too_many(labels, output_frames(samples, self.model))

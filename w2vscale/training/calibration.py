@@ -43,7 +43,8 @@ def grouping_of(run: Run, log: Callable[[str], None]) -> Grouping:
     found: tuple[Capacity, ...] | None = broadcast_from_main(_read(path, conditions) if run.ranks.is_main else None)
     if found is None:
         log("batch.concat=auto: measuring how much fits into one forward (its optimizer steps are skipped)")
-        found = tuple(_capacity(run, example) for example in run.training_set.examples())
+        with run.engine.buffers.unchanged():
+            found = tuple(_capacity(run, example) for example in run.training_set.examples())
         if run.ranks.is_main:
             document = {"conditions": conditions, "capacities": [capacity._asdict() for capacity in found]}
             try:

@@ -221,7 +221,7 @@ class Trainer:
 
 def _after_step(objective: Objective, update: int) -> Callable[[nn.Module], None] | None:
     """Return the objective's `after_step` hook bound to `update`, or None if it has none."""
-    if type(objective).after_step is Objective.after_step:
+    if not objective.changes_model:
         return None
     return partial(objective.after_step, update=update)
 

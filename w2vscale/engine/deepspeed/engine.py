@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config import Config
+from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, Grouping, accumulate
 from w2vscale.engine.base import AfterStep, CanonicalState, StateReader, StepResult
@@ -22,7 +22,6 @@ from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.deepspeed.config import deepspeed_config, environment_for, import_deepspeed, validate_zero
 from w2vscale.engine.rows import Rows
 from w2vscale.engine.transforms import transform
-from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
@@ -32,30 +31,37 @@ from w2vscale.optim.canonical import MOMENTS, expected_tensors, stored
 class DeepSpeedEngine:
     """Stage 1 shards the optimizer state, stage 2 also gradients, stage 3 also parameters."""
 
-    def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
-        document = deepspeed_config(config.engine, config.optim, config.precision)
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        precision: PrecisionConfig,
+        device: torch.device,
+    ) -> None:
+        document = deepspeed_config(engine, optim, precision)
         # DeepSpeed reads them in every forward, too.
         self.environment = ExitStack()
         self.environment.enter_context(environment_for(device))
         deepspeed = import_deepspeed(device)
-        validate_zero(document, config.engine.deepspeed_config)
+        validate_zero(document, engine.deepspeed_config)
         self.stage = int(document["zero_optimization"]["stage"])
         self.device = device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.expected = expected_tensors(model)
         self.buffers = Buffers(model)
-        transform(model, config.engine)
+        transform(model, engine)
         if self.stage == 3:
-            _partition(deepspeed, model, document, device, compute_dtype(config.precision))
+            _partition(deepspeed, model, document, device, compute_dtype(precision))
         else:
             model.to_empty(device=device)
         self.parameters = dict(model.named_parameters())
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
-        groups = parameter_groups([(name, self.shapes[name]) for name in self.trained], config.optim)
+        groups = parameter_groups([(name, self.shapes[name]) for name in self.trained], optim)
         self.engine: Any = deepspeed.initialize(
             model=model,
-            optimizer=make_adamw(self.trained, groups, config.optim),
+            optimizer=make_adamw(self.trained, groups, optim),
             config=document,
             dist_init_required=False,
         )[0]
@@ -88,12 +94,7 @@ class DeepSpeedEngine:
         return accumulate(grouping.groups(window), step, run, self.device)
 
     def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> StepResult:
-        """Raises UserError if `after` is given, because ZeRO does not allow changes to the model."""
-        if after is not None:
-            raise UserError(
-                "engine.name=deepspeed: this objective changes the model after each step, which ZeRO does not allow; "
-                "choose engine.name=ddp or fsdp"
-            )
+        assert after is None, "see `build_engine`"
         self.zero.clip_grad = max_norm or 0.0
         set_learning_rate(self.zero, lr)
         self.engine.step()
