@@ -2,7 +2,7 @@
 # Runs all checks: the linters, then pytest with the given arguments. A failure does not stop the checks after it.
 #
 #   bash tools/test.sh              linters and all tests except those marked `long`
-#   bash tools/test.sh --slow       only the tests marked `long` (--slow must come first)
+#   bash tools/test.sh --slow       the tests marked `long`, and numerical tests without kernels (--slow must come first)
 #   bash tools/test.sh -k plan      linters and the tests whose names contain "plan"
 #   bash tools/test.sh -n 0         linters and tests, in one process instead of two
 set -euo pipefail
@@ -44,6 +44,10 @@ if [[ $tier != long ]]; then
   check "lint-imports" lint-imports --no-logo
   check "shellcheck" shellcheck --external-sources --source-path=SCRIPTDIR "${scripts[@]}"
   check "docs" env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$(mktemp -d)"
+fi
+if [[ $tier == long && $# -eq 0 ]]; then
+  check "without kernels" env W2VSCALE_KERNELS=plain python -m pytest -q -n 2 --dist loadfile -m "not long" \
+    tests/models tests/objectives tests/inference tests/distributed/test_golden.py
 fi
 
 # The log ends with the summary line of pytest; another line follows only if something failed.

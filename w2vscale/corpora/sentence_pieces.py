@@ -1,4 +1,4 @@
-"""Train the SentencePiece model for `ctc.sentencepiece` from transcripts."""
+"""Train the SentencePiece model for `objective.sentencepiece` from transcripts."""
 
 from __future__ import annotations
 
