@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from w2vscale.checkpoint.reader import open_checkpoint
-from w2vscale.config import Config, ModelConfig, PrecisionConfig
+from w2vscale.config import Config, PrecisionConfig
 from w2vscale.data.audio import EPSILON, AudioError
 from w2vscale.data.inputs import audio_batch, to_device
 from w2vscale.data.resampling import Samples, resampled
 from w2vscale.errors import UserError
 from w2vscale.interop.importing import form_of
-from w2vscale.models.lengths import input_samples, output_frames
+from w2vscale.models.lengths import hop, input_samples, output_frames
 from w2vscale.models.wav2vec2 import EncoderOutput, Statistics
 from w2vscale.objectives import Objective, build_objective
 
@@ -318,11 +318,6 @@ def _chunks(items: Iterator[tuple[int, ChunkFeatures | AudioError]]) -> Iterator
         if isinstance(item, AudioError):
             raise item
         yield item
-
-
-def hop(config: ModelConfig) -> int:
-    """The number of samples between consecutive frames."""
-    return math.prod(stride for _, _, stride in config.conv_layers)
 
 
 def _mono(waveform: NDArray[np.floating] | Tensor) -> Samples:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from w2vscale.config.tree import ModelConfig
+
+
+def hop(config: ModelConfig) -> int:
+    """Samples between the beginnings of consecutive frames."""
+    return math.prod(stride for _, _, stride in config.conv_layers)
 
 
 def output_frames(samples: int, config: ModelConfig) -> int:
