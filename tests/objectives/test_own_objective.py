@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_ENCODER, MICRO_TRAINING
+from tests.helpers.spelled import some_texts, write_spelled
 from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
@@ -210,6 +211,14 @@ def test_it_is_evaluated_loaded_and_reported(small_corpus: SmallCorpus, trained:
     assert set(load(trained).features(np.random.default_rng(0).standard_normal(16_000) * 0.1, 16_000)) == {0, 1, 2, 3}
     report = CliRunner().invoke(app, ["report", str(trained), "-o", str(tmp_path / "curves.png")])
     assert report.exit_code == 0 and "training loss" in report.output
+
+
+def test_it_is_probed_without_codes(trained: Path, tmp_path: Path) -> None:
+    cuts = str(write_spelled(tmp_path / "spelled", some_texts(4)))
+    command = ["probe", str(trained), "--train", cuts, "--test", cuts, "--updates", "2"]
+    result = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "codebook" not in result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"probe.json", "layers.png"}
 
 
 def test_a_dry_run_shows_its_parts(small_corpus: SmallCorpus) -> None:
