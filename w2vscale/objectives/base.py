@@ -97,6 +97,10 @@ class TransformersHead:
     """The Hugging Face Transformers equivalent of the heads that an objective adds to the encoder."""
 
     architecture: str = "Wav2Vec2Model"  # name of the model class
+    summary: str = (  # for the model card, in Markdown: what the model learned, with a citation
+        "A speech model pretrained on audio without transcripts. It has no output layer for text: fine-tune it, or use "
+        "its hidden states."
+    )
     tensors: Mapping[str, str] = field(default_factory=dict)  # our name of each module or tensor, mapped to theirs
     settings: Mapping[str, Any] = field(default_factory=dict)  # entries of config.json
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # additional JSON files, by name
