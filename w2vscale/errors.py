@@ -1,4 +1,7 @@
-"""The exception for all errors that a user can fix. The CLI prints it as a single line and exits with code 2."""
+"""The exception for all errors that a user can fix, and counts in messages.
+
+The CLI prints the exception as a single line and exits with code 2.
+"""
 
 
 class UserError(ValueError):
@@ -6,3 +9,10 @@ class UserError(ValueError):
 
     The message names the thing, its value, where it came from and what to do about it.
     """
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 utterance", "24 utterances", "2 micro-batches"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}{'es' if noun.endswith('ch') else 's'}"

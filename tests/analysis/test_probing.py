@@ -94,9 +94,17 @@ def test_unusable_input_is_refused(pretrained: Path, corpus: tuple[Path, Path], 
     assert refused(pretrained, silent) == f"{silent}: no utterance has both a transcript and usable audio"
     assert "layer 9: the model has layers 0 to 3" in refused(pretrained, corpus[0], "--layer", "9")
     assert "no_such.txt" in refused(pretrained, corpus[0], "--vocabulary", "no_such.txt")
-    tuned = tmp_path / "tuned"
+
+
+def test_a_model_without_codes_gets_error_rates_alone(corpus: tuple[Path, Path], tmp_path: Path) -> None:
+    tuned, output = tmp_path / "tuned", tmp_path / "out"
     train(load_config("base", [*SPELLING, f"data.train={corpus[0]}", "trainer.updates=4"]), tuned)
-    assert "the checkpoint is fine-tuned" in refused(tuned, corpus[0])
+    command = ["probe", str(tuned), "--train", str(corpus[0]), "--test", str(corpus[1]), "-o", str(output)]
+    result = CliRunner().invoke(app, [*command, "--updates", "4"], catch_exceptions=False)
+    assert result.exit_code == 0 and "label error rate" in result.output and "codebook" not in result.output
+    found = json.loads((output / "probe.json").read_text())
+    assert found["codebooks"] == [] and found["frames"] > 40 * 30
+    assert {path.name for path in output.iterdir()} == {"probe.json", "layers.png"}
 
 
 def test_information_is_relative_to_the_entropy_of_the_classes() -> None:

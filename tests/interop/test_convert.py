@@ -94,6 +94,8 @@ class TestTransformers:
         for row in ("| updates | 700 |", "| hours seen | 25.0 |", "| training data | cuts_train.jsonl (960.0 hours) |"):
             assert row in card
         assert "| started from | random weights |" in card
+        assert "# wav2vec 2.0, pretrained with w2vscale" in card and "contrastive prediction of masked speech" in card
+        assert "(`quantizer`, `project_hid`, `project_q`), use `Wav2Vec2ForPreTraining`" in card
 
     def test_the_card_has_the_last_validation_before_the_checkpoint(
         self, family: tuple[Config, Path, Path], tmp_path: Path
@@ -103,15 +105,31 @@ class TestTransformers:
         run = tmp_path / "run"
         original = open_checkpoint(checkpoint)
         save_model(run, named, original.model_tensors(), original.state)
+        codes = ("used_entries", "code_perplexity")
+        metrics = dict.fromkeys(("contrastive", "contrastive_bits", "diversity", "masked_frames"), 5.0)
+        metrics |= {f"{key}_{one}": 7.0 for key in codes for one in range(2)}
         lines = [
-            json.dumps({"split": "validation", "update": update, "accuracy": update / 1000, "contrastive_bits": 5.0})
+            json.dumps({"split": "validation", "update": update, "accuracy": update / 1000, **metrics})
             for update in (600, 700, 800)
         ]
         (run / "metrics.jsonl").write_text("\n".join([*lines, '{"update": 900, "spl']))
         export_checkpoint(run, tmp_path / "out", form="huggingface")
         card = (tmp_path / "out" / "README.md").read_text()
-        assert "| validation accuracy | 0.7 |" in card and "| validation contrastive bits | 5 |" in card
+        assert "| validation contrastive accuracy | 0.7000 |" in card
+        assert "| validation contrastive loss | 5.0000 nats = 5.0000 bits |" in card
         assert "| training data | a&#124;b.jsonl (960.0 hours) |" in card
+
+    def test_the_card_leaves_out_a_validation_with_missing_metrics(
+        self, family: tuple[Config, Path, Path], tmp_path: Path
+    ) -> None:
+        config, checkpoint, _ = family
+        original = open_checkpoint(checkpoint)
+        save_model(tmp_path, config, original.model_tensors(), original.state)
+        line = {"split": "validation", "update": 700, "accuracy": 0.7, "contrastive": None}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        export_checkpoint(tmp_path, tmp_path / "out", form="huggingface")
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "| updates | 700 |" in card and "validation" not in card
 
     def test_an_imported_models_card_claims_no_training(
         self, family: tuple[Config, Path, Path], tmp_path: Path

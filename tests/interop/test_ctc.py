@@ -40,7 +40,11 @@ FROZEN = ("regularization.feature_grad_mult=0", "objective.freeze_encoder_update
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path, Path]:
     """A preset's small sibling with random weights: its settings, its checkpoint, and its export to Transformers."""
     folder = tmp_path_factory.mktemp(request.param)
-    config, _ = resolve(load_config(request.param, [*ENCODER, *FROZEN, *CTC, "objective.vocabulary=letters"]))
+    config, _ = resolve(
+        load_config(
+            request.param, [*ENCODER, *FROZEN, *CTC, "objective.vocabulary=letters", "trainer.init_from=exp/base"]
+        )
+    )
     checkpoint = save_model(folder, config, random_model(config, seed=3).state_dict(), TrainState(update=7))
     export_checkpoint(checkpoint, folder / "export", form="huggingface")
     return config, checkpoint, folder / "export"
@@ -154,6 +158,8 @@ def test_the_card_says_how_to_write_with_it(family: tuple[Config, Path, Path]) -
     card = (export / "README.md").read_text()
     assert "# wav2vec 2.0, fine-tuned with w2vscale" in card and "Wav2Vec2ForCTC.from_pretrained" in card
     assert "no output layer" not in card and "but not text to labels" not in card
+    assert "connectionist temporal classification" in card and "contrastive" not in card
+    assert "| objective | ctc |" in card and "| started from | exp/base |" in card
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_ENCODER, MICRO_TRAINING
+from tests.helpers.spelled import some_texts, write_spelled
 from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
@@ -28,7 +29,10 @@ from w2vscale.data.audio import AudioError
 from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import evaluate_checkpoint
+from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.inference.pretrained import load
+from w2vscale.inference.transcription import transcribe
+from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.models.layers import Linear
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 from w2vscale.objectives import OBJECTIVES, Objective, StepContext
@@ -215,6 +219,36 @@ def test_it_is_evaluated_loaded_and_reported(small_corpus: SmallCorpus, trained:
     assert set(load(trained).features(np.random.default_rng(0).standard_normal(16_000) * 0.1, 16_000)) == {0, 1, 2, 3}
     report = CliRunner().invoke(app, ["report", str(trained), "-o", str(tmp_path / "curves.png")])
     assert report.exit_code == 0 and "training loss" in report.output
+
+
+def test_its_encoder_is_exported_with_a_card(trained: Path, tmp_path: Path) -> None:
+    export_checkpoint(trained, tmp_path / "transformers", form="huggingface")
+    config = json.loads((tmp_path / "transformers" / "config.json").read_text())
+    assert config["architectures"] == ["Wav2Vec2Model"]
+    card = (tmp_path / "transformers" / "README.md").read_text()
+    assert "# wav2vec 2.0 encoder, pretrained with w2vscale" in card and "| objective | loudness |" in card
+    last = read_metrics(trained / "metrics.jsonl", "validation")[-1]
+    assert f"| validation squared error | {last['loss']:.4f} |" in card
+    assert "model = Wav2Vec2Model.from_pretrained" in card
+    assert not any(word in card for word in ("contrastive", "Baevski", "Wav2Vec2ForPreTraining", "Wav2Vec2ForCTC"))
+    export_checkpoint(trained, tmp_path / "torchaudio", form="torchaudio")
+    assert json.loads((tmp_path / "torchaudio" / "model.json").read_text())["aux_num_out"] is None
+
+
+def test_it_does_not_transcribe(small_corpus: SmallCorpus, trained: Path) -> None:
+    message = r"objective\.name=loudness: the model does not output text; fine-tune it"
+    with pytest.raises(UserError, match=message):
+        next(iter(transcribe(load(trained), [])))
+    with pytest.raises(UserError, match=message):
+        score_checkpoint(load(trained), [small_corpus.validation])
+
+
+def test_it_is_probed_without_codes(trained: Path, tmp_path: Path) -> None:
+    cuts = str(write_spelled(tmp_path / "spelled", some_texts(4)))
+    command = ["probe", str(trained), "--train", cuts, "--test", cuts, "--updates", "2"]
+    result = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "codebook" not in result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"probe.json", "layers.png"}
 
 
 def test_a_dry_run_shows_its_parts(small_corpus: SmallCorpus) -> None:

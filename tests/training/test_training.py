@@ -89,6 +89,20 @@ def test_tensorboard_has_the_same_curve(finished: Path) -> None:
     assert curve == [(record["update"], pytest.approx(record["loss"], rel=1e-6)) for record in records]
 
 
+def test_tensorboard_has_the_metrics_of_the_report_by_audio_seen(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tb" / "by_seconds_seen"))
+    events.Reload()
+    keys = {key for panel in read_run(finished).panels for key in panel.keys}
+    assert set(events.Tags()["scalars"]) == {f"{split}/{key}" for split in ("train", "validation") for key in keys}
+    curve = [(event.step, event.value) for event in events.Scalars("train/contrastive_bits")]
+    records = read_metrics(finished / "metrics.jsonl", "train")
+    assert curve == [
+        (round(record["hours_seen"] * 3600), pytest.approx(record["contrastive_bits"], rel=1e-6)) for record in records
+    ]
+
+
 def test_resuming_with_other_data_is_reported(
     small_corpus: SmallCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,7 @@
-"""Train a linear CTC probe on each layer of a pretrained model, and measure what its codes encode.
+"""Train a linear CTC probe on each layer of a trained model, and measure what its discrete codes encode, if any.
 
 The error rate of the probes shows which layer separates characters best (Pasad et al. 2021 compare layers in more
-ways). The co-occurrence of the codes of the quantizer with characters and speakers shows what the codes stand for
+ways). The co-occurrence of the codes with characters and speakers shows what the codes stand for
 (Baevski et al. 2020, appendix D, uses phonemes).
 """
 
@@ -41,7 +41,12 @@ class EncodedUtterance:
     speaker: str
     labels: list[int]
     hidden_LTD: Tensor
-    codes_TG: NDArray[np.int64]
+    codes_TG: NDArray[np.int64]  # G = 0 if the model has no codes
+
+    @property
+    def frames(self) -> int:
+        """The number of frames."""
+        return self.hidden_LTD.shape[1]
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class ProbeResult:
     """The result of probing a model."""
 
     error_rates: dict[int, float]  # label error rate of the probe of each layer on the test set, greedy decoding
-    letters: list[Cooccurrence]  # of the entries of each codebook
+    letters: list[Cooccurrence]  # of the entries of each codebook; empty if the model has no codes
     speakers: list[Cooccurrence]
     frames: int
     train_utterances: int
@@ -114,12 +119,10 @@ def probe(
     """Train a CTC probe on each of `layers` (default: all) with the manifests `train`, and evaluate it on `test`.
 
     The first symbol of `vocabulary` is the CTC blank. The model is run once and does not change; the features of all
-    layers are held in memory, in fp32. The probe of the best layer aligns characters with frames. `progress` is called
-    with (updates done, updates in total). Raises UserError if the checkpoint is fine-tuned, a layer does not exist, a
-    manifest is unusable, or no utterance of `train` or `test` can be used.
+    layers are held in memory, in fp32. If the model has discrete codes, the probe of the best layer aligns characters
+    with frames. `progress` is called with (updates done, updates in total). Raises UserError if a layer does not exist,
+    a manifest is unusable, or no utterance of `train` or `test` can be used.
     """
-    if pretrained.objective.vocabulary:
-        raise UserError("the checkpoint is fine-tuned; probes need a pretrained one")
     chosen = pretrained.resolve_layers(layers)
     spelling = Transcripts(vocabulary)
     bad: list[BadAudio] = []
@@ -143,14 +146,15 @@ def probe(
         errors_L += [Levenshtein.distance(greedy_labels(scores_TV), one.labels) for scores_TV in scores_LTV]
         labels += len(one.labels)
     best = int(errors_L.argmin())
-    letters = [_frame_letters(log_probabilities_LTV(one)[best].numpy(), one.labels, vocabulary) for one in everything]
-    speakers = [np.full(len(one.codes_TG), one.speaker) for one in everything]
     codes_GT, entries = np.concatenate([one.codes_TG for one in everything]).T, pretrained.objective.code_entries
+    aligned = everything if len(codes_GT) else []  # without codes there is nothing to compare with
+    letters = [_frame_letters(log_probabilities_LTV(one)[best].numpy(), one.labels, vocabulary) for one in aligned]
+    speakers = [np.full(one.frames, one.speaker) for one in aligned]
     return ProbeResult(
         error_rates={layer: int(errors) / labels for layer, errors in zip(chosen, errors_L, strict=True)},
         letters=[cooccurrence(np.concatenate(letters), codes_T, entries) for codes_T in codes_GT],
         speakers=[cooccurrence(np.concatenate(speakers), codes_T, entries) for codes_T in codes_GT],
-        frames=codes_GT.shape[1],
+        frames=sum(one.frames for one in everything),
         train_utterances=len(train_set),
         test_utterances=len(test_set),
         bad=bad,
@@ -173,9 +177,11 @@ def _encode(
     def encode(utterance: Utterance, audio: Audio, chunks: Iterator[ChunkFeatures]) -> EncodedUtterance:
         found = list(chunks)
         hidden_LTD = torch.cat([torch.stack(chunk.hidden) for chunk in found], dim=1)
-        codes_TG = torch.cat([chunk.codes_TG for chunk in found if chunk.codes_TG is not None])
-        refuse_too_many(labels[utterance.name], len(codes_TG))
-        return EncodedUtterance(utterance.speaker, labels[utterance.name], hidden_LTD, codes_TG.numpy())
+        frames = hidden_LTD.shape[1]
+        codes = [chunk.codes_TG.numpy() for chunk in found if chunk.codes_TG is not None]
+        codes_TG = np.concatenate(codes) if codes else np.empty((frames, 0), dtype=np.int64)
+        refuse_too_many(labels[utterance.name], frames)
+        return EncodedUtterance(utterance.speaker, labels[utterance.name], hidden_LTD, codes_TG)
 
     encoded, unusable = collect(map_utterances(encode, pretrained, transcribed, layers=layers, codes=True))
     bad.extend(unusable)
@@ -211,7 +217,7 @@ def _train(
     size = min(BATCH_UTTERANCES, len(utterances))
     for update in range(updates):
         batch = [utterances[index] for index in random.choice(len(utterances), size, replace=False)]
-        frames_B = torch.tensor([len(one.codes_TG) for one in batch], device=device)
+        frames_B = torch.tensor([one.frames for one in batch], device=device)
         counts_B = torch.tensor([len(one.labels) for one in batch], device=device)
         labels_S = torch.tensor([label for one in batch for label in one.labels], device=device)
         x_BTLD = pad_sequence([one.hidden_LTD.transpose(0, 1) for one in batch], batch_first=True).to(device)

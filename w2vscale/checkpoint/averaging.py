@@ -16,9 +16,9 @@ from w2vscale.checkpoint.reader import CheckpointReader, best_first, open_checkp
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import architecture_of, dump_config
 from w2vscale.distributed.process_group import Ranks
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, counted
 from w2vscale.objectives import build_objective
-from w2vscale.optim.canonical import counted, model_only
+from w2vscale.optim.canonical import model_only
 
 
 class Averaged(NamedTuple):

@@ -20,10 +20,9 @@ from w2vscale.checkpoint.format import committed, read_document, size_problem
 from w2vscale.checkpoint.slices import Block, StoredTensor, TensorFile, assemble, block_at, faults, intersection
 from w2vscale.config import Config, load_config
 from w2vscale.distributed.process_group import errors_on_all_ranks
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, counted
 from w2vscale.optim.canonical import (
     TensorSpec,
-    counted,
     has_optimizer_state,
     model_only,
     optimizer_problem,

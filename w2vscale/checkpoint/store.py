@@ -30,9 +30,9 @@ from w2vscale.checkpoint.format import (
 from w2vscale.checkpoint.reader import CheckpointReader, best_first, newest
 from w2vscale.checkpoint.slices import TensorFile, TensorSlice, assemble, faults
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main, errors_on_all_ranks
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, counted
 from w2vscale.files import new_file, sync_folder, write_text
-from w2vscale.optim.canonical import Specs, counted, differences, specs_of
+from w2vscale.optim.canonical import Specs, differences, specs_of
 
 T = TypeVar("T")
 

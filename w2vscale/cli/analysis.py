@@ -31,8 +31,8 @@ def probe(
 ) -> None:
     """Train a linear CTC probe on each layer and measure what the codes encode.
 
-    Needs a pretrained checkpoint and manifests with transcripts. Writes the label error rate of each layer, and how
-    much information the codes carry about letters and speakers.
+    Needs manifests with transcripts. Writes the label error rate of each layer and, if the model has discrete codes,
+    how much information they carry about letters and speakers.
     """
     from w2vscale.analysis import probing
     from w2vscale.analysis.figures import draw_codes, draw_layers
@@ -64,8 +64,9 @@ def probe(
     document = {"checkpoint": str(checkpoint), **found.metrics()}
     write_text(output / "probe.json", json.dumps(document, indent=2) + "\n")
     draw_layers(found.error_rates, output / "layers.png")
-    draw_codes(found.letters, output / "codes_letters.png", title="letter")
-    draw_codes(found.speakers, output / "codes_speakers.png", title="speaker")
+    for codebooks, title in ((found.letters, "letter"), (found.speakers, "speaker")):
+        if codebooks:
+            draw_codes(codebooks, output / f"codes_{title}s.png", title=title)
     for bad in found.bad[:5]:
         console.print(f"skipped: {bad.utterance}: {bad.reason}")
     console.print(

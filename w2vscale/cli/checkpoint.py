@@ -9,8 +9,8 @@ import typer
 from rich.filesize import decimal
 
 from w2vscale.cli.arguments import Checkpoint
-from w2vscale.cli.progress import console, counted, print_table, progress_bar
-from w2vscale.errors import UserError
+from w2vscale.cli.progress import console, print_table, progress_bar
+from w2vscale.errors import UserError, counted
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, verify and convert checkpoints.")
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.bar import Bar
 
-from w2vscale.cli.progress import console, counted, print_table, progress_bar
-from w2vscale.errors import UserError
+from w2vscale.cli.progress import console, print_table, progress_bar
+from w2vscale.errors import UserError, counted
 
 if TYPE_CHECKING:
     from w2vscale.config import Config

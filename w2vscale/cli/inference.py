@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from w2vscale.cli import arguments
-from w2vscale.cli.progress import console, counted, progress_bar
-from w2vscale.errors import UserError
+from w2vscale.cli.progress import console, progress_bar
+from w2vscale.errors import UserError, counted
 
 if TYPE_CHECKING:
     from w2vscale.data.micro_batch import BadAudio

@@ -1,4 +1,4 @@
-"""The console, tables, counts in words, and a progress bar for long steps."""
+"""The console, tables, and a progress bar for long steps."""
 
 from __future__ import annotations
 
@@ -25,13 +25,6 @@ def print_table(
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: "1 utterance", "24 utterances", "2 micro-batches"."""
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number:,} {noun}{'es' if noun.endswith('ch') else 's'}"
 
 
 @contextmanager

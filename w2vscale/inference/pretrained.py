@@ -98,7 +98,7 @@ class ChunkFeatures(NamedTuple):
 
     first: int  # number of the first frame in the utterance
     hidden: list[Tensor]  # hidden states [frames, dim] of each requested layer, fp32
-    codes_TG: Tensor | None  # codebook entries that the quantizer chooses, if requested
+    codes_TG: Tensor | None  # discrete codes, if requested and the model has any
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.distributed.process_group import ALONE, Ranks
-from w2vscale.errors import UserError
 from w2vscale.inference.decoding import BeamSearch, build_decoder
 from w2vscale.inference.pretrained import BATCH_SECONDS, Audio, ChunkFeatures, Pretrained
 from w2vscale.inference.utterances import Utterance, map_utterances
@@ -42,10 +41,7 @@ def transcribe(
     Raises UserError if the model has no output layer, or a lexicon or language model is unusable.
     """
     objective = pretrained.objective
-    if not objective.vocabulary:
-        raise UserError(
-            "the checkpoint is only pretrained, without an output layer; fine-tune it with w2vscale finetune"
-        )
+    objective.check_outputs_text()
     decoder = build_decoder(objective.vocabulary, search, log)
 
     def decode(utterance: Utterance, audio: Audio, chunks: Iterator[ChunkFeatures]) -> Transcript:

@@ -36,7 +36,7 @@ def export_checkpoint(
     huggingface: `model.safetensors`, `config.json`, `preprocessor_config.json` and the model card `README.md`. A
     fine-tuned model also gets the tokenizer files `vocab.json` and `tokenizer_config.json`.
     torchaudio: `model.safetensors` with the `state_dict` of `torchaudio.models.wav2vec2_model`, its arguments in
-    `model.json`, and `preprocessor_config.json` as above. The quantizer and the projections are left out.
+    `model.json`, and `preprocessor_config.json` as above. Of the heads, only a CTC output layer is kept.
 
     Raises UserError if the checkpoint cannot be used, the format does not support the model, or a file already exists
     or cannot be written.

@@ -97,6 +97,10 @@ class TransformersHead:
     """The Hugging Face Transformers equivalent of the heads that an objective adds to the encoder."""
 
     architecture: str = "Wav2Vec2Model"  # name of the model class
+    summary: str = (  # for the model card, in Markdown: what the model learned, with a citation
+        "A speech model pretrained on audio without transcripts. It has no output layer for text: fine-tune it, or use "
+        "its hidden states."
+    )
     tensors: Mapping[str, str] = field(default_factory=dict)  # our name of each module or tensor, mapped to theirs
     settings: Mapping[str, Any] = field(default_factory=dict)  # entries of config.json
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # additional JSON files, by name
@@ -211,12 +215,18 @@ class Objective(ABC):
         """Return the discrete codes of each frame, [B, T, G] for G codebooks, or None if the model has none."""
         return None
 
+    def check_outputs_text(self) -> None:
+        """Raise a UserError if the model has no output layer for text."""
+        if not self.vocabulary:
+            raise UserError(
+                f"objective.name={self.settings.name}: the model does not output text; "
+                "fine-tune it first: w2vscale finetune"
+            )
+
     def logits(self, module: Any, hidden_TD: Tensor) -> Tensor:
         """Compute logits [T, V] from the output [T, D] of the last block. Raises UserError without output layer."""
-        raise UserError(
-            f"objective.name={self.settings.name}: the checkpoint has no output layer for text; "
-            "fine-tune it first: w2vscale finetune"
-        )
+        self.check_outputs_text()
+        raise NotImplementedError
 
     def transformers_head(self) -> TransformersHead:
         """Return the Transformers names for the heads. By default, only the encoder is exported."""

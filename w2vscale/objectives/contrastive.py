@@ -322,6 +322,9 @@ class Contrastive(Objective):
             )
         return TransformersHead(
             architecture="Wav2Vec2ForPreTraining",
+            summary="A speech model pretrained on audio without transcripts, by contrastive prediction of masked "
+            "speech ([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)). It has no output layer for text: "
+            "fine-tune it, or use its hidden states.",
             tensors={
                 "quantizer.codevectors": "quantizer.codevectors",
                 "quantizer.projection": "quantizer.weight_proj",

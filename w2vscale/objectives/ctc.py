@@ -236,6 +236,10 @@ class Ctc(Objective):
         tokens = {name: symbol if symbol in vocabulary else None for name, symbol in marks.items()}
         return TransformersHead(
             architecture="Wav2Vec2ForCTC",
+            summary="A speech recognition model: a wav2vec 2.0 encoder "
+            "([Baevski et al. 2020](https://arxiv.org/abs/2006.11477)) with an output layer for text, trained on "
+            "transcripts with connectionist temporal classification "
+            "([CTC, Graves et al. 2006](https://doi.org/10.1145/1143844.1143891)).",
             tensors={"head": "lm_head"},
             settings={
                 "vocab_size": len(vocabulary),

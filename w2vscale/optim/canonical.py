@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from w2vscale.errors import counted
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, in the shape of the parameter; `step`, the third, is a scalar
 
 
@@ -104,8 +106,3 @@ def optimizer_problem(found: Specs, expected: Specs) -> str | None:
 def type_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without the prefix "torch.", e.g. `float32`."""
     return str(dtype).removeprefix("torch.")
-
-
-def counted(count: int, noun: str) -> str:
-    """Format a count with its noun: "1 tensor", "2 tensors"."""
-    return f"{count} {noun}{'s' * (count != 1)}"

@@ -78,7 +78,11 @@ class Trainer:
         self.total = config.trainer.updates
         self.meter = Meter(config.model.sampling_rate)
         self.metrics = MetricsWriter(
-            run.exp, resumed_at=self.state, tensorboard=config.logging.tensorboard, enabled=run.ranks.is_main
+            run.exp,
+            resumed_at=self.state,
+            tensorboard=config.logging.tensorboard,
+            by_audio={"loss", *(key for panel in run.objective.panels() for key in panel.keys)},
+            enabled=run.ranks.is_main,
         )
         self.display = display
         self.lr = 0.0

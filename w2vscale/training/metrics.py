@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -81,11 +81,15 @@ class Meter:
 class MetricsWriter:
     """Writes `metrics.jsonl` and TensorBoard files on rank 0.
 
-    A resumed run first deletes the metrics that were written after its checkpoint.
+    A resumed run first deletes the metrics that were written after its checkpoint. TensorBoard shows all metrics by
+    updates, and those in `by_audio` also by seconds of audio seen.
     """
 
-    def __init__(self, exp: Path, *, resumed_at: TrainState, tensorboard: bool, enabled: bool) -> None:
+    def __init__(
+        self, exp: Path, *, resumed_at: TrainState, tensorboard: bool, by_audio: Collection[str], enabled: bool
+    ) -> None:
         self.path = exp / "metrics.jsonl"
+        self._by_audio = frozenset(by_audio)
         self._lines: TextIO | None = None
         self._curves: tuple[SummaryWriter, SummaryWriter] | None = None  # by updates, and by seconds of audio seen
         if not enabled:
@@ -121,7 +125,7 @@ class MetricsWriter:
             by_updates, by_seconds = self._curves
             for key, value in values.items():
                 by_updates.add_scalar(f"{split}/{key}", value, update)
-            for key in {"loss", "accuracy", "label_error_rate"} & values.keys():
+            for key in self._by_audio & values.keys():
                 by_seconds.add_scalar(f"{split}/{key}", values[key], round(values["hours_seen"] * 3600))
             by_updates.flush()
             by_seconds.flush()
