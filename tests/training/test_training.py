@@ -94,7 +94,7 @@ def test_tensorboard_has_the_metrics_of_the_report_by_audio_seen(finished: Path)
 
     events = EventAccumulator(str(finished / "tb" / "by_seconds_seen"))
     events.Reload()
-    keys = {key for panel in read_run(finished).panels for key in panel.keys}
+    keys = {"loss", *(key for panel in read_run(finished).panels for key in panel.keys)}
     assert set(events.Tags()["scalars"]) == {f"{split}/{key}" for split in ("train", "validation") for key in keys}
     curve = [(event.step, event.value) for event in events.Scalars("train/contrastive_bits")]
     records = read_metrics(finished / "metrics.jsonl", "train")
