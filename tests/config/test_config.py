@@ -6,9 +6,19 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from w2vscale.config import Config, OptimConfig, ParameterGroupConfig, dump_config, load_config, preset_names
+from w2vscale.config import (
+    Config,
+    OptimConfig,
+    ParameterGroupConfig,
+    Section,
+    architecture,
+    architecture_of,
+    dump_config,
+    load_config,
+    preset_names,
+)
 from w2vscale.errors import UserError
 from w2vscale.objectives import OBJECTIVES, all_settings, build_objective, load, resolve
 
@@ -320,6 +330,14 @@ class TestTree:
             "objective.negatives": "int",
             "objective.sentencepiece": "Path or null",
         }.items() <= kinds.items()
+
+    def test_only_settings_marked_as_architecture_are_part_of_it(self) -> None:
+        class Own(Section):
+            width: int = architecture(8, "width of the layer")
+            rate: float = Field(0.5, json_schema_extra={"unit": "Hz"})
+            noted: float = Field(0.5, json_schema_extra={"architecture": False})
+
+        assert architecture_of(Own()) == {"width": 8}
 
     def test_it_cannot_be_changed_after_it_was_checked(self) -> None:
         with pytest.raises(ValidationError):
