@@ -100,7 +100,7 @@ def build_run(
     )
     checkpoint = _resume_point(resume, store, log)
     if checkpoint is not None:
-        _compare_settings(config, checkpoint, log)
+        _compare_settings(config, objective, checkpoint, log)
         if checkpoint.state.data not in ("", training_set.describe()):
             log(f"data.train has changed: it was {checkpoint.state.data}; it is {training_set.describe()}")
     state = replace(checkpoint.state if checkpoint is not None else TrainState(), data=training_set.describe())
@@ -255,12 +255,13 @@ def stored_settings(exp: Path, resume: str) -> Path | None:
     return _open_to_resume(exp if resume == "auto" else Path(resume)).path / "config.yaml"
 
 
-def _compare_settings(config: Config, checkpoint: CheckpointReader, log: Callable[[str], None]) -> None:
+def _compare_settings(
+    config: Config, objective: Objective, checkpoint: CheckpointReader, log: Callable[[str], None]
+) -> None:
     """Raise if the architecture differs from the checkpoint's; log other differences, which may change the curve."""
     stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text())
-    objective = resolve(config)[1].settings
     fixed = {("model", key) for key in architecture_of(config.model)}
-    fixed |= {("objective", key) for key in architecture_of(objective)}
+    fixed |= {("objective", key) for key in architecture_of(objective.settings)}
     for section, now in config.model_dump(mode="json").items():
         then: dict[str, Any] = stored.get(section, {})
         for key, value in now.items():
