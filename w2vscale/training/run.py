@@ -25,6 +25,7 @@ from w2vscale.data.loading import TrainingData
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed
+from w2vscale.distributed.launch import local_processes
 from w2vscale.distributed.process_group import Ranks, errors_on_all_ranks
 from w2vscale.engine import Engine, build_engine
 from w2vscale.errors import UserError
@@ -199,9 +200,10 @@ def _open_corpus(paths: Sequence[Path], config: Config, *, setting: str) -> Corp
 
 
 def make_folder(exp: Path, config: Config, ranks: Ranks, command: Sequence[str] | None) -> None:
-    """Create `exp/` with config.yaml and a run.sh that runs `w2vscale` with the arguments `command`. Collective.
+    """Create `exp/` with config.yaml and run.sh (see `run_script`). Collective.
 
-    Raises UserError on every rank if rank 0 cannot write the folder.
+    `command` are the arguments of `w2vscale` that started the run; None if it was started from Python. Raises
+    UserError on every rank if rank 0 cannot write the folder.
     """
     with errors_on_all_ranks():
         if ranks.is_main:
@@ -210,18 +212,52 @@ def make_folder(exp: Path, config: Config, ranks: Ranks, command: Sequence[str] 
                 (exp / "checkpoints").mkdir(exist_ok=True)
                 write_text(exp / "config.yaml", dump_config(config))
                 given = command or ["train", str((exp / "config.yaml").resolve()), "--exp", str(exp.resolve())]
-                write_text(exp / "run.sh", _run_script(given))
+                write_text(exp / "run.sh", run_script(given, ranks.world_size, local_processes(os.environ)))
                 (exp / "run.sh").chmod(0o755)
             except (OSError, UserError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise UserError(f"{exp}: the folder of the run cannot be written: {reason}") from None
 
 
-def _run_script(command: Sequence[str]) -> str:
-    return (
-        "#!/usr/bin/env bash\n# Repeats or continues this run.\nset -euo pipefail\n"
-        f'cd {shlex.quote(os.getcwd())}\n{shlex.quote(sys.executable)} -m w2vscale {shlex.join(command)} "$@"\n'
+def run_script(command: Sequence[str], processes: int, here: int | None) -> str:
+    """Return a script that runs `w2vscale` with the arguments `command` in the current folder, and continues the run.
+
+    `processes` is the number of processes of the run, and `here` the number on this machine (None: unknown). If all are
+    on this machine, the script starts them itself.
+    """
+    arguments = _without_option(command, "--resume")
+    comments = ["# Repeats or continues this run."]
+    if arguments != list(command):
+        comments.append("# --resume is left out: the script resumes from the newest checkpoint of this run, if any.")
+    if processes > 1 and processes != here:
+        place = "" if here is None else " on several machines"
+        comments += [
+            f"# The run was started as {processes} processes{place} by torchrun, srun or a similar launcher.",
+            "# Start this script with the same launcher: torchrun --no-python ... run.sh, or srun ... run.sh",
+        ]
+    elif processes > 1 and _without_option(arguments, "--nproc-per-node") == arguments:
+        arguments += ["--nproc-per-node", str(processes)]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            *comments,
+            "set -euo pipefail",
+            f"cd {shlex.quote(os.getcwd())}",
+            f'{shlex.quote(sys.executable)} -m w2vscale {shlex.join(arguments)} "$@"\n',
+        ]
     )
+
+
+def _without_option(arguments: Sequence[str], option: str) -> list[str]:
+    """Return the arguments without `option VALUE` and `option=VALUE`."""
+    kept = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == option:
+            next(rest, None)
+        elif not argument.startswith(f"{option}="):
+            kept.append(argument)
+    return kept
 
 
 def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None]) -> CheckpointReader | None:
