@@ -107,20 +107,25 @@ def build_run(
     state = replace(checkpoint.state if checkpoint is not None else TrainState(), data=training_set.describe())
     # Compared before the engine is built: ranks that build different engines would hang.
     compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
+    bad_audio = BadAudioLog(
+        exp,
+        ranks,
+        limit=config.data.max_bad_fraction,
+        enough=min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER),
+    )
     engine = build_engine(model, config, objective, device)
-    if checkpoint is None:
-        shapes = model_shapes(expected)
-        drawn = initial_state(objective, config.trainer.seed)
-        engine.import_values(starting_values(config, objective, shapes, drawn, log))
-    else:
-        engine.import_state(checkpoint)
-        log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
-    if config.precision.compute == "bf16" and device.type == "cpu" and not CPU_HAS_BF16:
-        log("warning: this CPU has no bf16 instructions; precision.compute=fp32 is much faster here")
-    if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
-        longer = "" if objective.crops else " or longer than data.max_seconds"
-        log(f"left out {left_out} of {len(training_set.corpus)} utterances: shorter than data.min_seconds{longer}")
-    enough = min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER)
+    try:
+        if checkpoint is None:
+            shapes = model_shapes(expected)
+            drawn = initial_state(objective, config.trainer.seed)
+            engine.import_values(starting_values(config, objective, shapes, drawn, log))
+        else:
+            engine.import_state(checkpoint)
+            log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
+        _log_advice(config, objective, training_set, device, log)
+    except BaseException:
+        engine.close()
+        raise
     return Run(
         config=config,
         exp=exp,
@@ -131,9 +136,20 @@ def build_run(
         objective=objective,
         engine=engine,
         store=store,
-        bad_audio=BadAudioLog(exp, ranks, limit=config.data.max_bad_fraction, enough=enough),
+        bad_audio=bad_audio,
         state=state,
     )
+
+
+def _log_advice(
+    config: Config, objective: Objective, training_set: TrainingData, device: torch.device, log: Callable[[str], None]
+) -> None:
+    """Log which utterances are left out, and a warning if this machine is slow with the chosen precision."""
+    if config.precision.compute == "bf16" and device.type == "cpu" and not CPU_HAS_BF16:
+        log("warning: this CPU has no bf16 instructions; precision.compute=fp32 is much faster here")
+    if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
+        longer = "" if objective.crops else " or longer than data.max_seconds"
+        log(f"left out {left_out} of {len(training_set.corpus)} utterances: shorter than data.min_seconds{longer}")
 
 
 def empty_model(objective: Objective) -> Any:

@@ -34,11 +34,16 @@ class DeepSpeedEngine:
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device) -> None:
         document = deepspeed_config(config.engine, config.optim, config.precision)
-        # DeepSpeed reads them in every forward, too.
-        self.environment = ExitStack()
-        self.environment.enter_context(environment_for(device))
         deepspeed = import_deepspeed(device)
         validate_zero(document, config.engine.deepspeed_config)
+        with ExitStack() as environment:
+            environment.enter_context(environment_for(device))
+            self._build(deepspeed, document, model, config, device)
+            self.environment = environment.pop_all()  # until `close`: DeepSpeed reads them in every forward
+
+    def _build(
+        self, deepspeed: Any, document: dict[str, Any], model: nn.Module, config: Config, device: torch.device
+    ) -> None:
         self.stage = int(document["zero_optimization"]["stage"])
         self.device = device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
