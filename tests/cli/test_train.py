@@ -9,6 +9,7 @@ import pytest
 from tests.helpers.audio import cut_of, noise, write_audio, write_manifest, write_text
 from tests.helpers.commands import error_of
 from w2vscale.data.manifest import index_path
+from w2vscale.distributed import launch
 
 
 class TestTrain:
@@ -28,6 +29,20 @@ class TestTrain:
         assert "optim.lr='fast'" in self.error("optim.lr=fast", "--exp", "exp")
         assert "did you mean objective.negatives?" in self.error("objective.negative=3", "--exp", "exp")
         assert not (tmp_path / "exp").exists()
+
+    @pytest.mark.parametrize("command", ["train", "finetune"])
+    def test_a_wrong_setting_of_the_objective_is_reported_before_processes_start(
+        self, command: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(launch, "launch", lambda arguments, processes: pytest.fail("processes were started"))
+        for override, message in (
+            ("objective.mask_lengths=3", "override: objective.mask_lengths: unknown setting; did you mean objective."),
+            ("objective.mask_length=0", "override: objective.mask_length=0: "),
+            ("mask_length=3", "override: mask_length: no section named mask_length; did you mean objective.mask_l"),
+            ("objective.name=bert", "override: objective.name='bert': "),
+        ):
+            assert error_of(command, "ctc_1h", override, "--nproc-per-node", 2).startswith(message)
+        assert "no.txt" in error_of(command, "ctc_1h", "objective.vocabulary=no.txt", "--nproc-per-node", 2)
 
     def test_a_fine_tuning_preset_needs_a_model_to_start_from(self, corpus: Path, tmp_path: Path) -> None:
         for command in ("train", "finetune"):
@@ -80,6 +95,10 @@ class TestTrain:
 
 
 class TestOtherCommands:
+    def test_statistics_report_a_wrong_setting_of_the_objective(self, corpus: Path) -> None:
+        message = error_of("data", "stats", corpus, "--set", "objective.negative=3")
+        assert message == "override: objective.negative: unknown setting; did you mean objective.negatives?"
+
     def test_evaluate_and_report_name_a_missing_folder(self, corpus: Path, tmp_path: Path) -> None:
         assert str(tmp_path / "no") in error_of("evaluate", tmp_path / "no", "--cuts", corpus)
         assert str(tmp_path / "no") in error_of("report", tmp_path / "no")

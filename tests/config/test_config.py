@@ -6,17 +6,27 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from w2vscale.config import Config, OptimConfig, ParameterGroupConfig, dump_config, load_config, preset_names
+from w2vscale.config import (
+    Config,
+    OptimConfig,
+    ParameterGroupConfig,
+    Section,
+    architecture,
+    architecture_of,
+    dump_config,
+    load_config,
+    preset_names,
+)
 from w2vscale.errors import UserError
-from w2vscale.objectives import OBJECTIVES, all_settings, resolve
+from w2vscale.objectives import OBJECTIVES, all_settings, build_objective, load, resolve
 
 
 def error_of(source: str | Path, *overrides: str) -> str:
     """The message of an error, which is one line."""
     with pytest.raises(UserError) as caught:
-        resolve(load_config(source, overrides))
+        load(source, overrides)
     message = str(caught.value)
     assert message and "\n" not in message
     return message
@@ -89,6 +99,9 @@ class TestOverrides:
             ("lr=3", "optim.lr"),
             ("train=x.jsonl", "data.train"),
             ("optim.groups=[{pattern: x, lrscale: 2}]", "lr_scale"),
+            ("mask_probability=0.5", "objective.mask_probability"),
+            ("model.mask_probability=0.5", "objective.mask_probability"),
+            ("model.negatives=3", "objective.negatives"),
         ],
     )
     def test_an_unknown_setting_names_the_nearest(self, override: str, nearest: str) -> None:
@@ -140,6 +153,17 @@ class TestOverrides:
         assert error_of(path).startswith(f"{path}: optim.lr='fast'")
         assert error_of("base", "optim.lr=fast").startswith("override: optim.lr='fast'")
         assert load_config(path, ["optim.lr=1"]).optim.lr == 1.0
+
+    def test_so_does_the_message_about_a_setting_of_the_objective(self, tmp_path: Path) -> None:
+        unknown = "objective.negative: unknown setting; did you mean objective.negatives?"
+        path = yaml_file(tmp_path, "objective: {negative: 3}\n")
+        assert error_of(path) == error_of(path, "objective.negatives=3") == f"{path}: {unknown}"
+        assert error_of("base", "objective.negative=3") == f"override: {unknown}"
+        path = yaml_file(tmp_path, "objective: {negatives: many}\n")
+        assert error_of(path).startswith(f"{path}: objective.negatives='many': ")
+        assert load(path, ["objective.negatives=7"])[0].objective.model_dump()["negatives"] == 7
+        path = yaml_file(tmp_path, "objective: {name: wav2vec}\n")
+        assert error_of(path).startswith(f"{path}: objective.name='wav2vec': ")
 
 
 class TestContradictions:
@@ -219,7 +243,7 @@ class TestSources:
 
 
 class TestObjective:
-    """Each objective has its own settings, which are checked when a run is built."""
+    """Each objective has its own settings, which are checked when they are loaded, or else when it is built."""
 
     @pytest.mark.parametrize(
         ("overrides", "message"),
@@ -232,13 +256,21 @@ class TestObjective:
             (["objective.negatives=many"], "objective.negatives='many': "),
             (["objective.negatives=0"], "objective.negatives=0: "),
             (["objective.negatives=yes"], "objective.negatives: True is neither a number nor text"),
-            (["objective.name=wav2vec"], "objective.name=wav2vec: unknown objective (objectives: wav2vec2, ctc"),
+            (["objective.name=wav2vec"], "objective.name='wav2vec': Input should be 'wav2vec2' or 'ctc'"),
             (["objective.name=ctc", "objective.negatives=3"], "objective.negatives: unknown setting"),
             (["objective.vocabulary=letters"], "objective.vocabulary: unknown setting (objective has: name, mask_"),
         ],
     )
     def test_a_mistake_is_one_line(self, overrides: list[str], message: str) -> None:
-        assert error_of("base", *overrides).startswith(message)
+        assert error_of("base", *overrides).startswith(f"override: {message}")
+
+    def test_settings_that_were_not_loaded_with_it_are_refused_too(self) -> None:
+        for override, message in (
+            ("objective.negative=3", "objective.negative: unknown setting; did you mean objective.negatives?"),
+            ("objective.name=wav2vec", r"objective.name=wav2vec: unknown objective \(objectives: wav2vec2, ctc"),
+        ):
+            with pytest.raises(UserError, match=message):
+                build_objective(load_config("base", [override]))
 
     def test_another_objective_starts_from_its_own_defaults(self, tmp_path: Path) -> None:
         for config in (
@@ -298,6 +330,14 @@ class TestTree:
             "objective.negatives": "int",
             "objective.sentencepiece": "Path or null",
         }.items() <= kinds.items()
+
+    def test_only_settings_marked_as_architecture_are_part_of_it(self) -> None:
+        class Own(Section):
+            width: int = architecture(8, "width of the layer")
+            rate: float = Field(0.5, json_schema_extra={"unit": "Hz"})
+            noted: float = Field(0.5, json_schema_extra={"architecture": False})
+
+        assert architecture_of(Own()) == {"width": 8}
 
     def test_it_cannot_be_changed_after_it_was_checked(self) -> None:
         with pytest.raises(ValidationError):

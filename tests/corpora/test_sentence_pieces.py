@@ -121,6 +121,14 @@ class TestVocabulary:
         spelling = Transcripts(opened.vocabulary)
         assert spelling.normalised("A  Cat") == "a cat"
 
+    def test_its_path_is_stored_as_absolute(self, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(model.parent)
+        overrides = ["objective.name=ctc", f"objective.sentencepiece={model.name}"]
+        config, objective = resolve(load_config("base", overrides))
+        assert config.objective.model_dump()["sentencepiece"] == model
+        monkeypatch.chdir("/")
+        assert objective.transcripts.labels("a")[0]
+
     def test_an_unusable_file_is_an_error_that_names_it(self, manifest: Path, model: Path, tmp_path: Path) -> None:
         (tmp_path / "empty").touch()
         (tmp_path / "cut").write_bytes(model.read_bytes()[:100])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from w2vscale.distributed.launch import launch, launched
+from w2vscale.distributed.launch import launch, launched, local_processes
 from w2vscale.distributed.process_group import launch_environment
 from w2vscale.errors import UserError
 
@@ -83,6 +83,20 @@ class TestLaunching:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         assert launched() is expected
+
+    @pytest.mark.parametrize(
+        ("environment", "expected"),
+        [
+            ({}, None),
+            (TORCHRUN, None),
+            ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, 2),
+            ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8"}, 8),
+            ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "3(x2),2"}, 3),
+            ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1", "LOCAL_WORLD_SIZE": "4"}, 4),
+        ],
+    )
+    def test_processes_on_this_machine(self, environment: dict[str, str], expected: int | None) -> None:
+        assert local_processes(environment) == expected
 
     @pytest.mark.parametrize("processes", [0, -1])
     def test_fewer_than_one_process_is_an_error(self, processes: int) -> None:

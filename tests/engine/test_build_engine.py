@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
+from w2vscale.engine.deepspeed.config import import_deepspeed
 from w2vscale.errors import UserError
 from w2vscale.training.loop import train
 
@@ -22,15 +25,35 @@ def settings(*overrides: str) -> Config:
 def test_deepspeed_that_is_not_installed_is_named_with_its_extra(
     small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    environment = dict(os.environ)
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # what Python keeps for a module that cannot be imported
     with pytest.raises(UserError, match=r"engine\.name=deepspeed: .* pip install 'w2vscale\[deepspeed\]'$") as caught:
         train(settings(f"data.train={small_corpus.train}", "engine.name=deepspeed"), tmp_path / "exp")
     assert "\n" not in str(caught.value)
+    assert dict(os.environ) == environment
     assert not torch.distributed.is_initialized()
     config = settings(f"data.train={small_corpus.train}", "engine.name=fsdp", "trainer.updates=1",
                       "schedule.warmup_updates=1")  # fmt: skip
     assert train(config, tmp_path / "exp") == 0
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize("function", ["validate_zero", "make_adamw"])
+def test_a_deepspeed_engine_that_cannot_be_built_leaves_the_environment_as_it_was(
+    function: str, small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_deepspeed(torch.device("cpu"))
+    from w2vscale.engine.deepspeed import engine
+
+    def refuse(*arguments: object) -> None:
+        raise UserError("refused")
+
+    monkeypatch.setattr(engine, function, refuse)
+    environment = dict(os.environ)
+    with pytest.raises(UserError, match="refused"):
+        train(settings(f"data.train={small_corpus.train}", "engine.name=deepspeed"), tmp_path / "exp")
+    assert dict(os.environ) == environment
 
 
 @pytest.mark.parametrize(

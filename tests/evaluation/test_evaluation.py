@@ -44,6 +44,8 @@ def test_evaluating_a_checkpoint_repeats_the_validation_of_its_run(small_corpus:
         evaluate_checkpoint(tmp_path, [tmp_path / "absent.jsonl"])
     with pytest.raises(UserError, match="no such checkpoint"):
         evaluate_checkpoint(tmp_path / "absent", [small_corpus.validation])
+    with pytest.raises(UserError, match=r"^override: objective\.negative: unknown setting; did you mean objective\."):
+        evaluate_checkpoint(tmp_path, [small_corpus.validation], ["objective.negative=3"])
 
 
 def test_metrics_are_sums_over_counts() -> None:

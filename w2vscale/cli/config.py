@@ -25,10 +25,10 @@ def show(
     ] = False,
 ) -> None:
     """Print the resolved settings as YAML."""
-    from w2vscale.config import dump_config, load_config
-    from w2vscale.objectives import resolve
+    from w2vscale.config import dump_config
+    from w2vscale.objectives import load
 
-    config, _ = resolve(load_config(source, overrides or []))
+    config, _ = load(source, overrides or [])
     if not deepspeed:
         typer.echo(dump_config(config), nl=False)
         return
@@ -49,14 +49,14 @@ def presets() -> None:
     """List the presets with model size and main settings (shape: layers x dim x ffn_dim x heads)."""
     import torch
 
-    from w2vscale.config import load_config, preset_names
-    from w2vscale.objectives import build_objective
+    from w2vscale.config import preset_names
+    from w2vscale.objectives import load
 
     rows = []
     for name in preset_names():
-        config = load_config(name)
+        config, objective = load(name)
         with torch.device("meta"):
-            model = build_objective(config).build_model()
+            model = objective.build_model()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         shape = f"{config.model.layers}x{config.model.dim}x{config.model.ffn_dim}x{config.model.heads}"
         seconds = config.batch.max_seconds * config.batch.micro_batches

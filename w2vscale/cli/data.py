@@ -208,12 +208,11 @@ def stats(
     ] = None,
 ) -> None:
     """Show hours, speakers and durations of a corpus, and the buckets and padding of its plan."""
-    from w2vscale.config import load_config
     from w2vscale.corpora.stats import corpus_stats
-    from w2vscale.objectives import build_objective
+    from w2vscale.objectives import load
 
-    settings = load_config(config, override or [])
-    _show_stats(corpus_stats(manifests, settings, build_objective(settings)), settings)
+    settings, objective = load(config, override or [])
+    _show_stats(corpus_stats(manifests, settings, objective), settings)
 
 
 def _show_stats(stats: CorpusStats, config: Config) -> None:

@@ -33,9 +33,9 @@ def train(
 
     Example: w2vscale train base data.train=cuts_train.jsonl batch.micro_batches=32 --exp exp/base
     """
-    from w2vscale.config import load_config
+    from w2vscale.objectives import load
 
-    config = load_config(source, overrides or [])
+    config, _ = load(source, overrides or [])
     launch_if_asked(context, nproc_per_node)
     if dry_run:
         from w2vscale.training.dry_run import dry_run as run_dry
@@ -61,9 +61,9 @@ def finetune(
 
     Example: w2vscale finetune ctc_1h trainer.init_from=exp/base data.train=cuts_1h.jsonl --exp exp/base_1h
     """
-    from w2vscale.config import load_config
+    from w2vscale.objectives import load
 
-    config = load_config(source, overrides or [])
+    config, _ = load(source, overrides or [])
     launch_if_asked(context, nproc_per_node)
     from w2vscale.training.run import stored_settings
     from w2vscale.training.warm_start import fine_tuning_config

@@ -10,9 +10,9 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 
-from w2vscale.config.tree import Config, Section
+from w2vscale.config.tree import Config, ObjectiveConfig, Section
 from w2vscale.errors import UserError
 
 PRESETS = resources.files("w2vscale.config") / "presets"
@@ -28,12 +28,14 @@ def preset_names() -> list[str]:
     return [name for name in order if name in found] + sorted(found - set(order))
 
 
-def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    source: str | Path, overrides: Sequence[str] = (), *, objectives: Mapping[str, type[Section]] | None = None
+) -> Config:
     """Load a preset or a YAML file, apply `section.key=value` overrides, and validate the result.
 
     A YAML file may start from a preset with a top-level line `preset: NAME`. A file or override that changes
-    `objective.name` resets the section `objective` to the defaults of the new objective. The other settings of this
-    section are validated by `w2vscale.objectives.build_objective`.
+    `objective.name` resets the section `objective` to the defaults of the new objective. This section is validated
+    only with `objectives`, the settings class of each objective by name: see `w2vscale.objectives.load`.
 
     Raises UserError if the source does not exist, or a key or value is not valid. The message is one line.
     """
@@ -43,14 +45,29 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
         changes = _merge(changes, _parse_override(override))
     # An override must not hide that a section of the file is not a section.
     changes = {name: change for name, change in changes.items() if isinstance(tree.get(name, {}), Mapping)}
+    tree = _on_top(tree, changes)
+    kind = Config if objectives is None else _config_class(tree, objectives)
     try:
-        return Config.model_validate(_on_top(tree, changes))
+        kind.model_validate(tree)  # checks more than `Config`, but adds the defaults of the objective
+        return Config.model_validate(tree)
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"]))
         replaced = [override.partition("=")[0].strip() for override in overrides]
         replaced += changes.keys() - Config.model_fields.keys()
         where = "override" if any(f"{key}.".startswith(f"{path}.") for path in replaced) else source
-        raise UserError(f"{where}: {first_problem(error, Config)}") from None
+        raise UserError(f"{where}: {first_problem(error, kind)}") from None
+
+
+def _config_class(tree: Mapping[str, Any], objectives: Mapping[str, type[Section]]) -> type[Config]:
+    """Return a `Config` class that also validates the settings of the objective that `tree` names."""
+    section = tree.get("objective", {})
+    default = Config.model_fields["objective"].get_default().name
+    name = section.get("name", default) if isinstance(section, Mapping) else default
+    kind = objectives.get(name) if isinstance(name, str) else None
+    if kind is None:
+        names: Any = Literal.__getitem__(tuple(objectives))
+        kind = create_model("ObjectiveConfig", __base__=ObjectiveConfig, name=(names, default))
+    return create_model("Config", __base__=Config, objective=(kind, kind()))
 
 
 def dump_config(config: BaseModel) -> str:
@@ -138,13 +155,14 @@ def first_problem(error: ValidationError, kind: type[BaseModel], section: str = 
     first = error.errors()[0]
     place = [*filter(None, [section]), *map(str, first["loc"])]
     key, message, value = ".".join(place), first["msg"].removeprefix("Value error, "), first["input"]
-    if kind is Config and len(place) == 1 and first["type"] == "model_type":
+    whole = issubclass(kind, Config)
+    if whole and len(place) == 1 and first["type"] == "model_type":
         return f"{key}: expected settings of the form {key}.key=value, got {value!r}"
-    if kind is Config and len(place) == 1 and first["type"] == "extra_forbidden":
-        return _unknown_section(key, value)
+    if whole and len(place) == 1 and first["type"] == "extra_forbidden":
+        return _unknown_section(key, value, kind)
     if first["type"] == "extra_forbidden":
         parent, valid = ".".join(place[:-1]), keys_beside(kind, first["loc"])
-        others = _all_keys() if kind is Config else []
+        others = _all_keys(kind) if whole else []
         hint = nearest(key, [f"{parent}.{name}" for name in valid], others) or f" ({parent} has: {', '.join(valid)})"
         return f"{key}: unknown setting{hint}"
     if first["type"] == "value_error" or not key:
@@ -152,15 +170,15 @@ def first_problem(error: ValidationError, kind: type[BaseModel], section: str = 
     return f"{key}={value!r}: {message}"
 
 
-def _unknown_section(name: str, value: object) -> str:
+def _unknown_section(name: str, value: object, kind: type[BaseModel]) -> str:
     given = f"{name}.{next(iter(value))}" if isinstance(value, Mapping) and value else name
-    bare = [key for key in _all_keys() if given == name and key.endswith(f".{name}")]
+    bare = [key for key in _all_keys(kind) if given == name and key.endswith(f".{name}")]
     hint = f"; did you mean {bare[0]}?" if bare else nearest(name, Config.model_fields)
     return f"{given}: no section named {name}{hint} (sections: {', '.join(Config.model_fields)})"
 
 
-def _all_keys() -> list[str]:
-    return [f"{name}.{key}" for name in Config.model_fields for key in keys_beside(Config, (name, ""))]
+def _all_keys(kind: type[BaseModel]) -> list[str]:
+    return [f"{name}.{key}" for name in kind.model_fields for key in keys_beside(kind, (name, ""))]
 
 
 def keys_beside(kind: Any, loc: Sequence[int | str]) -> list[str]:

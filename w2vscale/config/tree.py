@@ -68,8 +68,10 @@ def architecture(default: Any, description: str, **limits: Any) -> Any:
 
 def architecture_of(section: Section) -> dict[str, Any]:
     """The settings of a section that are part of the architecture, as plain values."""
-    fields = type(section).model_fields
-    return {name: value for name, value in section.model_dump(mode="json").items() if fields[name].json_schema_extra}
+    marks = {name: field.json_schema_extra for name, field in type(section).model_fields.items()}
+    names = [name for name, mark in marks.items() if isinstance(mark, dict) and mark.get("architecture")]
+    values = section.model_dump(mode="json")
+    return {name: values[name] for name in names}
 
 
 class ModelConfig(Section):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from w2vscale.errors import UserError
@@ -29,6 +30,15 @@ class LostRanks(RuntimeError):
 def launched() -> bool:
     """Return whether a launcher (torchrun, SLURM or this module) started this process."""
     return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def local_processes(environment: Mapping[str, str]) -> int | None:
+    """Return the number of processes that the launcher started on the machine of rank 0, or None if it does not say."""
+    if "LOCAL_WORLD_SIZE" in environment:
+        return int(environment["LOCAL_WORLD_SIZE"])
+    # "4(x2),3" is 4 tasks on each of two machines and 3 on another.
+    first = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return int(first[0]) if first else None
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:

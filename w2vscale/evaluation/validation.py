@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from w2vscale.checkpoint.reader import open_checkpoint
-from w2vscale.config import load_config
 from w2vscale.data.indexed import VALIDATION_SEED, check_sample, validation_set
 from w2vscale.data.inputs import to_device
 from w2vscale.data.loading import loader_processes
@@ -20,7 +19,7 @@ from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
 from w2vscale.errors import UserError
-from w2vscale.objectives import StepContext, Sums, add_sums, build_objective
+from w2vscale.objectives import StepContext, Sums, add_sums, load
 
 
 @dataclass(frozen=True)
@@ -49,10 +48,9 @@ def evaluate_checkpoint(
     Raises UserError if the checkpoint or a manifest is unusable, or no utterance could be read.
     """
     checkpoint = open_checkpoint(path, log)
-    config = load_config(checkpoint.path / "config.yaml", overrides)
+    config, objective = load(checkpoint.path / "config.yaml", overrides)
     corpus = Corpus(cuts, setting="--cuts")
     check_sample(corpus, sampling_rate=config.model.sampling_rate)
-    objective = build_objective(config)
     dataset = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
     with process_group() as (ranks, device), torch.no_grad(), loader_processes():
         model = objective.build_model().to(device)

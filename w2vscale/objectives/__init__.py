@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from w2vscale.config import Config, ObjectiveConfig, parse_section, settings_of
+from collections.abc import Sequence
+from pathlib import Path
+
+from w2vscale.config import Config, ObjectiveConfig, load_config, parse_section, settings_of
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives.base import Objective, StepContext, Sums, TransformersHead, add_sums
@@ -13,6 +16,16 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "wav2vec2": Contrastive,
     "ctc": Ctc,
 }
+
+
+def load(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Objective]:
+    """Load settings with `config.load_config`, validate those of the objective too, and `resolve` them.
+
+    Raises UserError if the source does not exist, a key or value is not valid, or a file that the objective needs
+    cannot be read. The message is one line.
+    """
+    kinds = {name: kind.Settings for name, kind in OBJECTIVES.items()}
+    return resolve(load_config(source, overrides, objectives=kinds))
 
 
 def build_objective(config: Config) -> Objective:

@@ -126,7 +126,10 @@ class Ctc(Objective):
 
     def __init__(self, settings: CtcSettings, *others: Any) -> None:
         self.vocabulary = read_vocabulary(settings)
-        super().__init__(settings.model_copy(update={"vocabulary": self.vocabulary}), *others)
+        # An absolute path, so that the run can be resumed and evaluated from any folder.
+        pieces = settings.sentencepiece and settings.sentencepiece.absolute()
+        resolved = {"vocabulary": self.vocabulary, "sentencepiece": pieces}
+        super().__init__(settings.model_copy(update=resolved), *others)
 
     @cached_property
     def transcripts(self) -> Transcripts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -49,21 +50,20 @@ def dry_run(config: Config) -> DryRun | None:
             if name != "encoder"
         }
         parameters["mask_embedding"] = model.encoder.mask_embedding.numel()
-        engine = build_engine(model, config, objective, device)
-        engine.import_values(initial_state(objective, config.trainer.seed))
-        batch = training_set.largest()
-        joined = 1 if config.batch.concat == "auto" else config.batch.concat
-        window = [batch] * (2 * joined)
-        weight = max(batch.weight * len(window) * ranks.world_size, 1)
-        began = time.perf_counter()
-        with explain_oom(config.batch):
-            sums = engine.run_window(
-                window, objective, StepContext(config.trainer.seed, 0, worst_case=True),
-                grouping=FixedGrouping(joined), denominator=torch.tensor(float(weight)),
-            )  # fmt: skip
-            step = engine.step(lr=0.0, max_norm=config.optim.max_norm)
-        seconds = time.perf_counter() - began
-        engine.close()
+        with closing(build_engine(model, config, objective, device)) as engine:
+            engine.import_values(initial_state(objective, config.trainer.seed))
+            batch = training_set.largest()
+            joined = 1 if config.batch.concat == "auto" else config.batch.concat
+            window = [batch] * (2 * joined)
+            weight = max(batch.weight * len(window) * ranks.world_size, 1)
+            began = time.perf_counter()
+            with explain_oom(config.batch):
+                sums = engine.run_window(
+                    window, objective, StepContext(config.trainer.seed, 0, worst_case=True),
+                    grouping=FixedGrouping(joined), denominator=torch.tensor(float(weight)),
+                )  # fmt: skip
+                step = engine.step(lr=0.0, max_norm=config.optim.max_norm)
+            seconds = time.perf_counter() - began
     if not ranks.is_main:
         return None
     return DryRun(

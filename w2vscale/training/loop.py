@@ -56,14 +56,12 @@ def train(
     with process_group(needed=config.engine.name != "ddp") as (ranks, device):
         display = Display(total=config.trainer.updates, enabled=ranks.is_main)
         run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
-        make_folder(exp, run.config, ranks, command)
-        try:
+        with closing(run.engine):
+            make_folder(exp, run.config, ranks, command)
             with explain_oom(config.batch):
                 grouping = grouping_of(run, display.message)
                 with around_updates():
                     state = Trainer(run, stop, grouping, display).train()
-        finally:
-            run.engine.close()
         finished = state.update >= config.trainer.updates
         return 0 if finished or stop.received is None else 128 + stop.received
 

@@ -25,6 +25,7 @@ from w2vscale.data.loading import TrainingData
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed
+from w2vscale.distributed.launch import local_processes
 from w2vscale.distributed.process_group import Ranks, errors_on_all_ranks
 from w2vscale.engine import Engine, build_engine
 from w2vscale.errors import UserError
@@ -100,26 +101,31 @@ def build_run(
     )
     checkpoint = _resume_point(resume, store, log)
     if checkpoint is not None:
-        _compare_settings(config, checkpoint, log)
+        _compare_settings(config, objective, checkpoint, log)
         if checkpoint.state.data not in ("", training_set.describe()):
             log(f"data.train has changed: it was {checkpoint.state.data}; it is {training_set.describe()}")
     state = replace(checkpoint.state if checkpoint is not None else TrainState(), data=training_set.describe())
     # Compared before the engine is built: ranks that build different engines would hang.
     compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
+    bad_audio = BadAudioLog(
+        exp,
+        ranks,
+        limit=config.data.max_bad_fraction,
+        enough=min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER),
+    )
     engine = build_engine(model, config, objective, device)
-    if checkpoint is None:
-        shapes = model_shapes(expected)
-        drawn = initial_state(objective, config.trainer.seed)
-        engine.import_values(starting_values(config, objective, shapes, drawn, log))
-    else:
-        engine.import_state(checkpoint)
-        log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
-    if config.precision.compute == "bf16" and device.type == "cpu" and not CPU_HAS_BF16:
-        log("warning: this CPU has no bf16 instructions; precision.compute=fp32 is much faster here")
-    if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
-        longer = "" if objective.crops else " or longer than data.max_seconds"
-        log(f"left out {left_out} of {len(training_set.corpus)} utterances: shorter than data.min_seconds{longer}")
-    enough = min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER)
+    try:
+        if checkpoint is None:
+            shapes = model_shapes(expected)
+            drawn = initial_state(objective, config.trainer.seed)
+            engine.import_values(starting_values(config, objective, shapes, drawn, log))
+        else:
+            engine.import_state(checkpoint)
+            log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
+        _log_advice(config, objective, training_set, device, log)
+    except BaseException:
+        engine.close()
+        raise
     return Run(
         config=config,
         exp=exp,
@@ -130,9 +136,20 @@ def build_run(
         objective=objective,
         engine=engine,
         store=store,
-        bad_audio=BadAudioLog(exp, ranks, limit=config.data.max_bad_fraction, enough=enough),
+        bad_audio=bad_audio,
         state=state,
     )
+
+
+def _log_advice(
+    config: Config, objective: Objective, training_set: TrainingData, device: torch.device, log: Callable[[str], None]
+) -> None:
+    """Log which utterances are left out, and a warning if this machine is slow with the chosen precision."""
+    if config.precision.compute == "bf16" and device.type == "cpu" and not CPU_HAS_BF16:
+        log("warning: this CPU has no bf16 instructions; precision.compute=fp32 is much faster here")
+    if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
+        longer = "" if objective.crops else " or longer than data.max_seconds"
+        log(f"left out {left_out} of {len(training_set.corpus)} utterances: shorter than data.min_seconds{longer}")
 
 
 def empty_model(objective: Objective) -> Any:
@@ -199,9 +216,10 @@ def _open_corpus(paths: Sequence[Path], config: Config, *, setting: str) -> Corp
 
 
 def make_folder(exp: Path, config: Config, ranks: Ranks, command: Sequence[str] | None) -> None:
-    """Create `exp/` with config.yaml and a run.sh that runs `w2vscale` with the arguments `command`. Collective.
+    """Create `exp/` with config.yaml and run.sh (see `run_script`). Collective.
 
-    Raises UserError on every rank if rank 0 cannot write the folder.
+    `command` are the arguments of `w2vscale` that started the run; None if it was started from Python. Raises
+    UserError on every rank if rank 0 cannot write the folder.
     """
     with errors_on_all_ranks():
         if ranks.is_main:
@@ -210,18 +228,52 @@ def make_folder(exp: Path, config: Config, ranks: Ranks, command: Sequence[str] 
                 (exp / "checkpoints").mkdir(exist_ok=True)
                 write_text(exp / "config.yaml", dump_config(config))
                 given = command or ["train", str((exp / "config.yaml").resolve()), "--exp", str(exp.resolve())]
-                write_text(exp / "run.sh", _run_script(given))
+                write_text(exp / "run.sh", run_script(given, ranks.world_size, local_processes(os.environ)))
                 (exp / "run.sh").chmod(0o755)
             except (OSError, UserError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise UserError(f"{exp}: the folder of the run cannot be written: {reason}") from None
 
 
-def _run_script(command: Sequence[str]) -> str:
-    return (
-        "#!/usr/bin/env bash\n# Repeats or continues this run.\nset -euo pipefail\n"
-        f'cd {shlex.quote(os.getcwd())}\n{shlex.quote(sys.executable)} -m w2vscale {shlex.join(command)} "$@"\n'
+def run_script(command: Sequence[str], processes: int, here: int | None) -> str:
+    """Return a script that runs `w2vscale` with the arguments `command` in the current folder, and continues the run.
+
+    `processes` is the number of processes of the run, and `here` the number on this machine (None: unknown). If all are
+    on this machine, the script starts them itself.
+    """
+    arguments = _without_option(command, "--resume")
+    comments = ["# Repeats or continues this run."]
+    if arguments != list(command):
+        comments.append("# --resume is left out: the script resumes from the newest checkpoint of this run, if any.")
+    if processes > 1 and processes != here:
+        place = "" if here is None else " on several machines"
+        comments += [
+            f"# The run was started as {processes} processes{place} by torchrun, srun or a similar launcher.",
+            "# Start this script with the same launcher: torchrun --no-python ... run.sh, or srun ... run.sh",
+        ]
+    elif processes > 1 and _without_option(arguments, "--nproc-per-node") == arguments:
+        arguments += ["--nproc-per-node", str(processes)]
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            *comments,
+            "set -euo pipefail",
+            f"cd {shlex.quote(os.getcwd())}",
+            f'{shlex.quote(sys.executable)} -m w2vscale {shlex.join(arguments)} "$@"\n',
+        ]
     )
+
+
+def _without_option(arguments: Sequence[str], option: str) -> list[str]:
+    """Return the arguments without `option VALUE` and `option=VALUE`."""
+    kept = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == option:
+            next(rest, None)
+        elif not argument.startswith(f"{option}="):
+            kept.append(argument)
+    return kept
 
 
 def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None]) -> CheckpointReader | None:
@@ -255,12 +307,13 @@ def stored_settings(exp: Path, resume: str) -> Path | None:
     return _open_to_resume(exp if resume == "auto" else Path(resume)).path / "config.yaml"
 
 
-def _compare_settings(config: Config, checkpoint: CheckpointReader, log: Callable[[str], None]) -> None:
+def _compare_settings(
+    config: Config, objective: Objective, checkpoint: CheckpointReader, log: Callable[[str], None]
+) -> None:
     """Raise if the architecture differs from the checkpoint's; log other differences, which may change the curve."""
     stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text())
-    objective = resolve(config)[1].settings
     fixed = {("model", key) for key in architecture_of(config.model)}
-    fixed |= {("objective", key) for key in architecture_of(objective)}
+    fixed |= {("objective", key) for key in architecture_of(objective.settings)}
     for section, now in config.model_dump(mode="json").items():
         then: dict[str, Any] = stored.get(section, {})
         for key, value in now.items():

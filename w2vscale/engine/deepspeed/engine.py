@@ -40,9 +40,6 @@ class DeepSpeedEngine:
         device: torch.device,
     ) -> None:
         document = deepspeed_config(engine, optim, precision)
-        # DeepSpeed reads them in every forward, too.
-        self.environment = ExitStack()
-        self.environment.enter_context(environment_for(device))
         deepspeed = import_deepspeed(device)
         validate_zero(document, engine.deepspeed_config)
         self.stage = int(document["zero_optimization"]["stage"])
@@ -52,30 +49,33 @@ class DeepSpeedEngine:
         self.expected = expected_tensors(model)
         self.buffers = Buffers(model)
         transform(model, engine)
-        if self.stage == 3:
-            _partition(deepspeed, model, document, device, compute_dtype(precision))
-        else:
-            model.to_empty(device=device)
-        self.parameters = dict(model.named_parameters())
-        self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
-        groups = parameter_groups([(name, self.shapes[name]) for name in self.trained], optim)
-        self.engine: Any = deepspeed.initialize(
-            model=model,
-            optimizer=make_adamw(self.trained, groups, optim),
-            config=document,
-            dist_init_required=False,
-        )[0]
-        # DeepSpeed has cast everything to the activation dtype. Restore fp32 for buffers and frozen parameters, which
-        # have no fp32 master copy.
-        self.buffers.lay_out(device)
-        for name, parameter in self.parameters.items():
-            if name not in self.trained and self.stage < 3:
-                parameter.data = parameter.data.float()
-        self.zero: Any = self.engine.optimizer
-        allocate_state(self.zero.optimizer, self._partitions())
-        if self.stage < 3:
-            self.zero._lazy_init_hp_params_optimizer_state()
-        self.rows = Rows(device)
+        with ExitStack() as environment:
+            environment.enter_context(environment_for(device))
+            if self.stage == 3:
+                _partition(deepspeed, model, document, device, compute_dtype(precision))
+            else:
+                model.to_empty(device=device)
+            self.parameters = dict(model.named_parameters())
+            self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
+            groups = parameter_groups([(name, self.shapes[name]) for name in self.trained], optim)
+            self.engine: Any = deepspeed.initialize(
+                model=model,
+                optimizer=make_adamw(self.trained, groups, optim),
+                config=document,
+                dist_init_required=False,
+            )[0]
+            # DeepSpeed has cast everything to the activation dtype. Buffers and frozen parameters become fp32 again: they
+            # have no master copy.
+            self.buffers.lay_out(device)
+            for name, parameter in self.parameters.items():
+                if name not in self.trained and self.stage < 3:
+                    parameter.data = parameter.data.float()
+            self.zero: Any = self.engine.optimizer
+            allocate_state(self.zero.optimizer, self._partitions())
+            if self.stage < 3:
+                self.zero._lazy_init_hp_params_optimizer_state()
+            self.rows = Rows(device)
+            self.environment = environment.pop_all()  # until `close`: DeepSpeed reads it in every forward
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
