@@ -15,6 +15,7 @@ from tests.helpers.micro import MICRO_RUN
 from w2vscale.training.run import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
+FIRST = "Repeats this run, or continues it from its newest checkpoint."
 COMMAND = ["train", "base", "optim.lr=1e-3", "--exp", "exp/a b"]
 
 
@@ -29,14 +30,12 @@ def parts(script: str) -> tuple[list[str], list[str]]:
 
 
 def test_one_process_repeats_the_command() -> None:
-    assert parts(run_script(COMMAND, 1, None)) == (["Repeats or continues this run."], COMMAND)
+    assert parts(run_script(COMMAND, 1, None)) == ([FIRST], COMMAND)
 
 
 @pytest.mark.parametrize("resume", [["--resume", "exp/other"], ["--resume=never"], ["--resume", "auto"]])
 def test_resume_is_left_out(resume: list[str]) -> None:
-    comments, arguments = parts(run_script([*COMMAND[:2], *resume, *COMMAND[2:]], 1, None))
-    assert arguments == COMMAND
-    assert comments[1:] == ["--resume is left out: the script resumes from the newest checkpoint of this run, if any."]
+    assert parts(run_script([*COMMAND[:2], *resume, *COMMAND[2:]], 1, None)) == ([FIRST], COMMAND)
 
 
 def test_processes_of_another_launcher_are_started_by_the_script() -> None:
@@ -45,17 +44,14 @@ def test_processes_of_another_launcher_are_started_by_the_script() -> None:
 
 @pytest.mark.parametrize("given", [["--nproc-per-node", "4"], ["--nproc-per-node=4"]])
 def test_a_command_that_starts_processes_is_repeated(given: list[str]) -> None:
-    assert parts(run_script([*COMMAND, *given], 4, 4)) == (["Repeats or continues this run."], [*COMMAND, *given])
+    assert parts(run_script([*COMMAND, *given], 4, 4)) == ([FIRST], [*COMMAND, *given])
 
 
-def test_a_run_on_several_machines_needs_its_launcher() -> None:
-    comments, arguments = parts(run_script(COMMAND, 16, 8))
+@pytest.mark.parametrize(("processes", "here"), [(16, 8), (2, None)])
+def test_a_run_on_several_machines_needs_its_launcher(processes: int, here: int | None) -> None:
+    comments, arguments = parts(run_script(COMMAND, processes, here))
     assert arguments == COMMAND
-    assert comments[1].startswith("The run was started as 16 processes on several machines by ")
-    assert "srun ... run.sh" in comments[2] and "torchrun --no-python" in comments[2]
-    comments, arguments = parts(run_script(COMMAND, 2, None))
-    assert arguments == COMMAND
-    assert comments[1].startswith("The run was started as 2 processes by ")
+    assert comments[1].startswith(f"It has {processes} processes: start this script with their launcher")
 
 
 def run(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -241,26 +241,17 @@ def run_script(command: Sequence[str], processes: int, here: int | None) -> str:
     `processes` is the number of processes of the run, and `here` the number on this machine (None: unknown). If all are
     on this machine, the script starts them itself.
     """
-    arguments = _without_option(command, "--resume")
-    comments = ["# Repeats or continues this run."]
-    if arguments != list(command):
-        comments.append("# --resume is left out: the script resumes from the newest checkpoint of this run, if any.")
+    arguments, launcher = _without_option(command, "--resume"), ""
     if processes > 1 and processes != here:
-        place = "" if here is None else " on several machines"
-        comments += [
-            f"# The run was started as {processes} processes{place} by torchrun, srun or a similar launcher.",
-            "# Start this script with the same launcher: torchrun --no-python ... run.sh, or srun ... run.sh",
-        ]
+        launcher = (
+            f"# It has {processes} processes: start this script with their launcher (torchrun --no-python, srun).\n"
+        )
     elif processes > 1 and _without_option(arguments, "--nproc-per-node") == arguments:
         arguments += ["--nproc-per-node", str(processes)]
-    return "\n".join(
-        [
-            "#!/usr/bin/env bash",
-            *comments,
-            "set -euo pipefail",
-            f"cd {shlex.quote(os.getcwd())}",
-            f'{shlex.quote(sys.executable)} -m w2vscale {shlex.join(arguments)} "$@"\n',
-        ]
+    return (
+        f"#!/usr/bin/env bash\n# Repeats this run, or continues it from its newest checkpoint.\n{launcher}"
+        f"set -euo pipefail\ncd {shlex.quote(os.getcwd())}\n"
+        f'{shlex.quote(sys.executable)} -m w2vscale {shlex.join(arguments)} "$@"\n'
     )
 
 

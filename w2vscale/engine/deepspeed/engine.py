@@ -64,8 +64,8 @@ class DeepSpeedEngine:
                 config=document,
                 dist_init_required=False,
             )[0]
-            # DeepSpeed has cast everything to the activation dtype. Buffers and frozen parameters become fp32 again: they
-            # have no master copy.
+            # DeepSpeed has cast everything to the activation dtype. Buffers and frozen parameters become fp32 again:
+            # they have no master copy.
             self.buffers.lay_out(device)
             for name, parameter in self.parameters.items():
                 if name not in self.trained and self.stage < 3:
