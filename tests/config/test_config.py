@@ -256,7 +256,7 @@ class TestObjective:
             (["objective.negatives=many"], "objective.negatives='many': "),
             (["objective.negatives=0"], "objective.negatives=0: "),
             (["objective.negatives=yes"], "objective.negatives: True is neither a number nor text"),
-            (["objective.name=wav2vec"], "objective.name='wav2vec': Input should be 'wav2vec2' or 'ctc'"),
+            (["objective.name=wav2vec"], "objective.name='wav2vec': Input should be 'wav2vec2'"),
             (["objective.name=ctc", "objective.negatives=3"], "objective.negatives: unknown setting"),
             (["objective.vocabulary=letters"], "objective.vocabulary: unknown setting (objective has: name, mask_"),
         ],
