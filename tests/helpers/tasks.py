@@ -78,7 +78,8 @@ def train_micro(
 
     With `save_first`, there is a checkpoint before the first update, too. `grouping` replaces that of the run.
     """
-    model = MICRO_ENCODER if "objective.name=ctc" in overrides else MICRO_MODEL
+    another = any(override.startswith("objective.name=") for override in overrides)
+    model = MICRO_ENCODER if another else MICRO_MODEL
     config = load_config("base", [*model, *MICRO_TRAINING, f"data.train={corpus}", *overrides])
     return [record["loss"] for record in _train(config, Path(exp), save_first=save_first, grouping=grouping)]
 

@@ -9,12 +9,14 @@ from w2vscale.config import Config, ObjectiveConfig, load_config, parse_section,
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives.base import Objective, StepContext, Sums, TransformersHead, add_sums
+from w2vscale.objectives.best_rq import BestRq
 from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.objectives.ctc import Ctc
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "wav2vec2": Contrastive,
     "ctc": Ctc,
+    "best_rq": BestRq,
 }
 
 

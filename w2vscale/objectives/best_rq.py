@@ -1,0 +1,262 @@
+"""BEST-RQ pretraining (Chiu et al. 2022, arXiv:2202.01855).
+
+For each masked frame, the model predicts the codes that a frozen random quantizer gives to its log-mel features. The
+targets are not learned, so they cannot collapse. Several codebooks, each with its own output layer, are those of USM
+(Zhang et al. 2023, arXiv:2303.01037). Masked frames are those of wav2vec 2.0: a mask embedding replaces their projected
+features, where the paper puts noise into the input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from w2vscale.config import Config, ModelConfig, RegularizationConfig, architecture
+from w2vscale.config.tree import Count
+from w2vscale.data.inputs import AudioBatch, Utterance
+from w2vscale.data.randomness import Generators
+from w2vscale.errors import UserError
+from w2vscale.models.layers import Linear
+from w2vscale.models.lengths import hop
+from w2vscale.models.wav2vec2 import Wav2Vec2Encoder, valid_mask
+from w2vscale.objectives.base import Objective, Panel, TransformersHead
+from w2vscale.objectives.masking import MaskSettings, masked_batch
+from w2vscale.objectives.quantizer import perplexity
+
+STACKED = 2
+"""Mel frames that are stacked for each frame of the encoder."""
+
+WINDOW = 2.5
+"""Length of a mel frame in hops: 25 ms for a hop of 10 ms."""
+
+FLOOR = 1e-10
+"""Lowest mel energy, so that silence has a logarithm."""
+
+EPSILON = 1e-5
+"""Added to the variance of a feature, so that silence can be normalised."""
+
+
+class BestRqSettings(MaskSettings):
+    """Settings of the random quantizer and the masks."""
+
+    name: Literal["best_rq"] = architecture("best_rq", "BEST-RQ pretraining")
+    codebooks: Count = architecture(4, "number of random codebooks, each with its own output layer")
+    codebook_entries: Annotated[int, Field(ge=2)] = architecture(8192, "number of entries of each codebook")
+    codebook_dim: Count = architecture(16, "width of a codebook entry")
+    mel_bins: Count = architecture(80, "number of mel bins of the features that give the targets")
+
+
+class BestRqInputs(NamedTuple):
+    """B utterances with M masked frames in total, listed utterance by utterance."""
+
+    audio: AudioBatch
+    masked_B: Tensor  # number of masked frames of each utterance
+    frame_M: Tensor  # index of the frame in its utterance
+    masked: tuple[int, ...]  # masked_B as Python numbers, so that reading them does not synchronise the GPU
+
+    @property
+    def weights(self) -> tuple[int, ...]:
+        """Number of masked frames of each micro-batch."""
+        return self.audio.per_micro_batch(self.masked)
+
+
+class BestRqSums(NamedTuple):
+    """Sums over masked frames. Divide them by the number of masked frames of the update, over all ranks."""
+
+    total: Tensor  # cross entropy in nats, averaged over the codebooks
+    correct: Tensor  # correct predictions, averaged over the codebooks
+    masked: Tensor  # masked frames
+    code_counts_GV: Tensor  # how often each entry is the target
+
+
+class LogMel(nn.Module):
+    """Log-mel features of windows of 25 ms every 10 ms, two of them stacked for each frame of the encoder; fp32."""
+
+    window_S: Tensor
+    filters_FJ: Tensor
+
+    def __init__(self, model: ModelConfig, bins: int) -> None:
+        super().__init__()
+        self.hop = hop(model) // STACKED
+        size = round(WINDOW * self.hop)
+        self.points = 2 ** math.ceil(math.log2(size))
+        self.register_buffer("window_S", torch.hann_window(size, periodic=False), persistent=False)
+        filters_FJ = mel_filters(self.points // 2 + 1, bins, model.sampling_rate)
+        self.register_buffer("filters_FJ", filters_FJ, persistent=False)
+
+    def forward(self, waveforms_BS: Tensor, frames: int) -> Tensor:
+        """Compute features [B, frames, 2 * bins]. Samples after the end of a waveform count as zeros."""
+        size = self.window_S.shape[0]
+        samples = (STACKED * frames - 1) * self.hop + size
+        padded_BS = F.pad(waveforms_BS.float(), (0, max(samples - waveforms_BS.shape[1], 0)))[:, :samples]
+        windows_BNS = padded_BS.unfold(1, size, self.hop) * self.window_S
+        power_BNF = torch.fft.rfft(windows_BNS, n=self.points).abs().square()
+        mel_BNJ = (power_BNF @ self.filters_FJ).clamp(min=FLOOR).log()
+        return mel_BNJ.unflatten(1, (frames, STACKED)).flatten(2)
+
+
+def mel_filters(frequencies: int, bins: int, sampling_rate: int) -> Tensor:
+    """Return triangular filters [frequencies, bins], equally spaced on the mel scale 2595 log10(1 + f / 700) of HTK."""
+    highest = 2595.0 * math.log10(1.0 + sampling_rate / 2 / 700.0)
+    edges = 700.0 * (10.0 ** (torch.linspace(0.0, highest, bins + 2, dtype=torch.float64) / 2595.0) - 1.0)
+    hertz_F1 = torch.linspace(0.0, sampling_rate / 2, frequencies, dtype=torch.float64).unsqueeze(1)
+    rising_FJ = (hertz_F1 - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling_FJ = (edges[2:] - hertz_F1) / (edges[2:] - edges[1:-1])
+    return torch.minimum(rising_FJ, falling_FJ).clamp(min=0.0).float()
+
+
+class RandomQuantizer(nn.Module):
+    """Frozen random projections and codebooks: buffers, drawn from the seed of the run.
+
+    Projections are Xavier-uniform. Entries are drawn from N(0, 1), then scaled to length 1.
+    """
+
+    projection_GJD: Tensor
+    codebook_GVD: Tensor
+
+    def __init__(self, inputs: int, settings: BestRqSettings) -> None:
+        super().__init__()
+        books, entries, dim = settings.codebooks, settings.codebook_entries, settings.codebook_dim
+        self.register_buffer("projection_GJD", torch.empty(books, inputs, dim))
+        self.register_buffer("codebook_GVD", torch.empty(books, entries, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for projection_JD in self.projection_GJD:
+            nn.init.xavier_uniform_(projection_JD)
+        nn.init.normal_(self.codebook_GVD)
+        self.codebook_GVD.copy_(F.normalize(self.codebook_GVD, dim=2))
+
+    @torch.no_grad()
+    def forward(self, features_MJ: Tensor) -> Tensor:
+        """Return the nearest entry of each codebook to features [M, J], as codes [M, G]."""
+        projected_GMD = F.normalize(features_MJ @ self.projection_GJD, dim=2)
+        # All entries have length 1, so the nearest one has the largest product.
+        return (projected_GMD @ self.codebook_GVD.transpose(1, 2)).argmax(dim=2).transpose(0, 1)
+
+
+class Wav2Vec2ForBestRq(nn.Module):
+    """The encoder, the frozen quantizer of its targets, and an output layer for each codebook."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        regularization: RegularizationConfig,
+        settings: BestRqSettings,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.compute_dtype = compute_dtype
+        self.encoder = Wav2Vec2Encoder(model, regularization)
+        self.log_mel = LogMel(model, settings.mel_bins)
+        self.quantizer = RandomQuantizer(STACKED * settings.mel_bins, settings)
+        self.head = Linear(model.dim, settings.codebooks * settings.codebook_entries)
+
+    def forward(self, inputs: BestRqInputs, *, active: Sequence[bool] | None = None) -> BestRqSums:
+        """Compute the loss sums of the micro-batches in `inputs`. `active` says which transformer blocks to compute."""
+        audio = inputs.audio
+        lengths_B, frames_B = audio.lengths
+        encoded = self.encoder(
+            audio.waveforms_BS.to(self.compute_dtype), lengths_B, frames_B, audio.mask_BT, active=active
+        )
+        utterance_M = torch.repeat_interleave(inputs.masked_B, output_size=inputs.frame_M.shape[0])
+        targets_MG = self.quantizer(self.features(audio)[utterance_M, inputs.frame_M])
+        logits_MGV = self.head(encoded.context_BTD[utterance_M, inputs.frame_M]).float()
+        logits_MGV = logits_MGV.unflatten(1, (self.settings.codebooks, self.settings.codebook_entries))
+        loss = F.cross_entropy(logits_MGV.flatten(0, 1), targets_MG.flatten(), reduction="sum")
+        correct = (logits_MGV.detach().argmax(dim=2) == targets_MG).sum()
+        counts_GV = logits_MGV.new_zeros(logits_MGV.shape[1:])
+        counts_GV.scatter_add_(1, targets_MG.T, torch.ones_like(targets_MG.T, dtype=counts_GV.dtype))
+        return BestRqSums(
+            total=loss / self.settings.codebooks,
+            correct=correct / self.settings.codebooks,
+            masked=torch.full_like(loss.detach(), float(sum(inputs.masked))),
+            code_counts_GV=counts_GV,
+        )
+
+    @torch.no_grad()
+    def features(self, audio: AudioBatch) -> Tensor:
+        """Compute log-mel features [B, T, J]. Over an utterance, each dimension has mean 0 and variance 1."""
+        frames = audio.mask_BT.shape[1]
+        valid_BT1 = valid_mask(audio.frames_B, frames).unsqueeze(2)
+        count_B11 = audio.frames_B.view(-1, 1, 1)
+        features_BTJ = self.log_mel(audio.waveforms_BS, frames) * valid_BT1
+        centred_BTJ = (features_BTJ - features_BTJ.sum(dim=1, keepdim=True) / count_B11) * valid_BT1
+        variance_B1J = centred_BTJ.square().sum(dim=1, keepdim=True) / count_B11
+        return centred_BTJ * (variance_B1J + EPSILON).rsqrt()
+
+
+class BestRq(Objective):
+    """The objective of BEST-RQ pretraining."""
+
+    Settings = BestRqSettings
+    settings: BestRqSettings
+
+    def build_model(self) -> Wav2Vec2ForBestRq:
+        return Wav2Vec2ForBestRq(self.model, self.regularization, self.settings, self.compute_dtype)
+
+    def check(self, config: Config) -> None:
+        if hop(self.model) % STACKED:
+            raise UserError(
+                f"model.conv_layers: a frame of {hop(self.model)} samples is not {STACKED} frames of log-mel features; "
+                "choose strides with an even product"
+            )
+
+    def make_inputs(self, utterances: Sequence[Utterance], *, rng: Generators, width: int = 0) -> BestRqInputs:
+        audio, _ = masked_batch(utterances, self.model, self.settings, rng=rng, width=width)
+        masked_B = audio.mask_BT.sum(dim=1)
+        return BestRqInputs(audio, masked_B, audio.mask_BT.nonzero()[:, 1], tuple(masked_B.tolist()))
+
+    def metrics(self, sums: BestRqSums) -> dict[str, float]:
+        """Compute metrics per masked frame; NaN if there is none.
+
+        `loss` (nats) and `loss_bits` are averages over the codebooks. `most_frequent` is the accuracy of a model that
+        always predicts the most frequent code. `code_perplexity_g` is the effective number of entries of codebook g
+        among the targets.
+        """
+        frames = float(sums.masked) or math.nan
+        loss = float(sums.total) / frames
+        values = {
+            "loss": loss,
+            "loss_bits": loss / math.log(2),
+            "accuracy": float(sums.correct) / frames,
+            "most_frequent": float(sums.code_counts_GV.max(dim=1).values.double().mean()) / frames,
+            "masked_frames": float(sums.masked),
+        }
+        perplexity_G = perplexity(sums.code_counts_GV.double() / frames)
+        return values | {f"code_perplexity_{book}": float(value) for book, value in enumerate(perplexity_G)}
+
+    def line(self, metrics: Mapping[str, float]) -> str:
+        return f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.4f}"
+
+    def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
+        return {
+            "cross entropy": f"{metrics['loss']:.4f} nats = {metrics['loss_bits']:.4f} bits",
+            "accuracy": f"{metrics['accuracy']:.4f}",
+            "accuracy of the most frequent code": f"{metrics['most_frequent']:.4f}",
+            "masked frames": f"{int(metrics['masked_frames']):,}",
+        }
+
+    def panels(self) -> tuple[Panel, Panel, Panel]:
+        entries = self.settings.codebook_entries
+        codes = {f"code_perplexity_{book}": f"codebook {book}" for book in range(self.settings.codebooks)}
+        return (
+            Panel("bits", "cross entropy (bits)", {"loss_bits": ""}, chance=math.log2(entries)),
+            Panel("accuracy", "accuracy of masked codes", {"accuracy": ""}, chance=1.0 / entries),
+            Panel("codes", f"perplexity of the targets (of {entries})", codes),
+        )
+
+    def transformers_head(self) -> TransformersHead:
+        """The encoder alone: Transformers has no such heads."""
+        return TransformersHead(
+            summary="A speech model pretrained on audio without transcripts, by predicting the codes of a "
+            "random-projection quantizer (BEST-RQ, [Chiu et al. 2022](https://arxiv.org/abs/2202.01855)). It has no "
+            "output layer for text: fine-tune it, or use its hidden states."
+        )
