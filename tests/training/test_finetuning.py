@@ -152,7 +152,7 @@ def test_a_head_for_another_vocabulary_is_not_loaded_silently(spelled: Path, mem
 
 def test_a_pretrained_model_does_not_transcribe(pretrained: Path, spelled: Path) -> None:
     result = CliRunner().invoke(app, ["transcribe", str(pretrained), str(spelled)])
-    assert isinstance(result.exception, UserError) and "fine-tune it with w2vscale finetune" in str(result.exception)
+    assert isinstance(result.exception, UserError) and "fine-tune it first: w2vscale finetune" in str(result.exception)
 
 
 def test_resuming_is_bit_identical(spelled: Path, pretrained: Path, tmp_path: Path) -> None:
