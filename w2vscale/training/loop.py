@@ -156,7 +156,8 @@ class Trainer:
         # Log at every save, so that the metrics of a resumed run start exactly at its checkpoint.
         if saving or update % config.logging.every == 0:
             self._log()
-            gc.collect()
+            if gc.get_freeze_count():  # in `runtime.collected_between_steps`, so full collections are not automatic
+                gc.collect()
         began = time.perf_counter()
         # Validate before saving, because the checkpoint stores the validation loss.
         if self.run.validation_set and (ended or update % config.trainer.validate_every == 0):
