@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +66,18 @@ def train(pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path_facto
             of_ranks = pool(2).run(updates_with, WithExtras, str(small_corpus.train), overrides, 5, str(folder))
             done[variant] = Found([*map(Updates.unpacked, of_ranks)], folder)
         return done[variant]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def teach(pool: Callable[[int], Pool], small_corpus: SmallCorpus) -> Callable[[str], list[Updates]]:
+    """What two ranks saw in three updates with a teacher, done once."""
+
+    @cache
+    def get(variant: str) -> list[Updates]:
+        arguments = (WithTeacher, str(small_corpus.train), (VARIANTS | BF16)[variant], 3)
+        return [*map(Updates.unpacked, pool(2).run(updates_with, *arguments))]
 
     return get
 
@@ -154,11 +167,8 @@ def test_another_engine_continues_the_checkpoint(
 
 
 @pytest.mark.parametrize("variant", ["ddp", "fsdp", "fsdp_keeping_parameters", "fsdp_offload", "ddp_bf16", "fsdp_bf16"])
-def test_a_teacher_is_the_moving_average_of_the_student(
-    pool: Callable[[int], Pool], small_corpus: SmallCorpus, variant: str
-) -> None:
-    arguments = (WithTeacher, str(small_corpus.train), (VARIANTS | BF16)[variant], 3)
-    for found in map(Updates.unpacked, pool(2).run(updates_with, *arguments)):
+def test_a_teacher_is_the_moving_average_of_the_student(teach: Callable[[str], list[Updates]], variant: str) -> None:
+    for found in teach(variant):
         names = [name.removeprefix("model.teacher.") for name in found.states[0] if name.startswith("model.teacher.")]
         assert len(names) > 20
         for name in names:
@@ -171,6 +181,18 @@ def test_a_teacher_is_the_moving_average_of_the_student(
                 assert f"optim.teacher.{name}.exp_avg" not in state
         moved = "model.teacher.feature_projection.weight"
         assert not torch.equal(found.states[0][moved], found.states[-1][moved])
+
+
+@pytest.mark.parametrize("variant", ["fsdp", "fsdp_keeping_parameters", "fsdp_offload"])
+def test_engines_learn_the_same_from_a_teacher(teach: Callable[[str], list[Updates]], variant: str) -> None:
+    assert teach(variant)[0].losses == pytest.approx(teach("ddp")[0].losses, rel=1e-5)
+
+
+def test_a_teacher_has_the_precision_of_the_student(teach: Callable[[str], list[Updates]]) -> None:
+    """Under FSDP2 too, its feature encoder and positional convolution have fp32 weights."""
+    found, expected = teach("fsdp_bf16")[0].losses, teach("ddp_bf16")[0].losses
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found == pytest.approx(expected, rel=2e-2)
 
 
 @pytest.mark.parametrize("variant", ["zero1", "zero2", "zero3"])

@@ -23,6 +23,7 @@ from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.rows import moved
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
+from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.canonical import stored
 
@@ -88,7 +89,7 @@ class FSDPEngine(NativeEngine):
 
 
 def shard(model: Any, mesh: DeviceMesh, config: EngineConfig, dtype: torch.dtype) -> None:
-    """Shard each block, then the remaining parameters. Gradients are summed over the ranks, in fp32.
+    """Shard each block of each encoder, then the remaining parameters. Gradients are summed over the ranks, in fp32.
 
     The model decides the dtype of activations. Parameters of blocks and heads are gathered as `dtype`; those of the
     feature encoder and the positional convolution stay in fp32, because they are small and normalisation and weight
@@ -98,14 +99,11 @@ def shard(model: Any, mesh: DeviceMesh, config: EngineConfig, dtype: torch.dtype
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if config.offload else OffloadPolicy()
     reduced = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole = replace(reduced, param_dtype=torch.float32)
-    transformer = model.encoder.transformer
-    units: list[tuple[nn.Module, MixedPrecisionPolicy]] = [
-        (model.encoder.feature_encoder, whole),
-        (transformer.positional, whole),
-        *((block, reduced) for block in transformer.blocks),
-        (model, reduced),
-    ]
-    for module, policy in units:
+    units: list[tuple[nn.Module, MixedPrecisionPolicy]] = []
+    for encoder in [module for module in model.modules() if isinstance(module, Wav2Vec2Encoder)]:
+        units += [(encoder.feature_encoder, whole), (encoder.transformer.positional, whole)]
+        units += [(block, reduced) for block in encoder.transformer.blocks]
+    for module, policy in [*units, (model, reduced)]:
         fully_shard(
             module,
             mesh=mesh,

@@ -286,7 +286,7 @@ class Pretrained:
         audio = to_device(audio_batch([part.samples for part in parts], config, width=0), self.device)
         given = [part.statistics for part in parts if part.statistics is not None]
         encoded: EncoderOutput = self.model.encoder(
-            audio.waveforms_BS.to(self.model.compute_dtype),
+            audio.waveforms_BS.to(self.objective.compute_dtype),
             *audio.lengths,
             active=[block < max(layers) for block in range(config.layers)],
             statistics=tuple(map(torch.cat, zip(*given, strict=True))) if given else None,
