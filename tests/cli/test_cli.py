@@ -206,6 +206,8 @@ class TestConfigCommands:
             ),
             (["base", "objective.name=bert"], "override: objective.name='bert': Input should be 'wav2vec2', "),
             (["base", "objective.name=ctc"], "objective.vocabulary is empty; use a fine-tuning preset such as ctc_1h"),
+            (["base", "objective.codebooks=3"], "override: objective: codebooks=3 does not divide codevector_dim=256"),
+            (["base", "trainer.updates=9"], "override: schedule.warmup_updates=32000 is above trainer.updates=9"),
             (["bsae"], "bsae: neither a file nor a preset; did you mean base?"),
             (["missing/run.yaml"], "missing/run.yaml: neither a file nor a preset"),
         ],

@@ -21,7 +21,7 @@ S = TypeVar("S", bound=Section)
 
 
 def preset_names() -> list[str]:
-    """Return the names of the presets in the package: pretraining by model size, then fine-tuning by hours."""
+    """Return the names of the presets: wav2vec 2.0 by model size, fine-tuning by hours, then other objectives."""
     order = ["tiny", "base", "base_prenorm", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b"]
     order += [f"ctc_{labels}" for labels in ("10min", "1h", "10h", "100h", "960h")]
     found = {entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml")}
@@ -54,8 +54,17 @@ def load_config(
         key = ".".join(map(str, error.errors()[0]["loc"]))
         replaced = [override.partition("=")[0].strip() for override in overrides]
         replaced += changes.keys() - Config.model_fields.keys()
-        where = "override" if any(f"{key}.".startswith(f"{path}.") for path in replaced) else source
-        raise UserError(f"{where}: {first_problem(error, kind)}") from None
+        problem = first_problem(error, kind)
+        where = "override" if any(_is_at_fault(path, key, problem) for path in replaced) else source
+        raise UserError(f"{where}: {problem}") from None
+
+
+def _is_at_fault(path: str, key: str, problem: str) -> bool:
+    """Whether the override of `path` may have caused a problem with `key`."""
+    if f"{key}.".startswith(f"{path}."):
+        return True
+    # A check of several settings has the key of their section, or none, and names them in its message.
+    return f"{path}.".startswith(f"{key}." if key else "") and path.removeprefix(f"{key}.") in problem
 
 
 def _config_class(tree: Mapping[str, Any], objectives: Mapping[str, type[Section]]) -> type[Config]:

@@ -35,7 +35,8 @@ def initial_values(model: nn.Module, seed_of: Callable[[int], int]) -> Iterator[
     """Name and initial value of every parameter and persistent buffer, on the CPU.
 
     `model` was built with `empty_parameters` and is used up. A module with parameters of its own draws them in
-    `reset_parameters`, which may also set its buffers; the i-th such module draws from `seed_of(i)`.
+    `reset_parameters`, which may also set its buffers. The i-th module with parameters or buffers draws from
+    `seed_of(i)`.
     Raises TypeError if a module has parameters and no `reset_parameters`.
     """
     owners = [

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config import Config, ModelConfig, RegularizationConfig, architecture
+from w2vscale.config import ModelConfig, RegularizationConfig, architecture
 from w2vscale.config.tree import Count
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Generators
@@ -76,7 +76,10 @@ class BestRqSums(NamedTuple):
 
 
 class LogMel(nn.Module):
-    """Log-mel features of windows of 25 ms every 10 ms, two of them stacked for each frame of the encoder; fp32."""
+    """Log-mel features in fp32: windows of 25 ms every 10 ms at 16 kHz, two of them stacked for each encoder frame.
+
+    The first window of frame t begins at sample t * hop, also in a model with `conv_padding`.
+    """
 
     window_S: Tensor
     filters_FJ: Tensor
@@ -199,15 +202,16 @@ class BestRq(Objective):
     Settings = BestRqSettings
     settings: BestRqSettings
 
-    def build_model(self) -> Wav2Vec2ForBestRq:
-        return Wav2Vec2ForBestRq(self.model, self.regularization, self.settings, self.compute_dtype)
-
-    def check(self, config: Config) -> None:
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         if hop(self.model) % STACKED:
             raise UserError(
                 f"model.conv_layers: a frame of {hop(self.model)} samples is not {STACKED} frames of log-mel features; "
                 "choose strides with an even product"
             )
+
+    def build_model(self) -> Wav2Vec2ForBestRq:
+        return Wav2Vec2ForBestRq(self.model, self.regularization, self.settings, self.compute_dtype)
 
     def make_inputs(self, utterances: Sequence[Utterance], *, rng: Generators, width: int = 0) -> BestRqInputs:
         audio, _ = masked_batch(utterances, self.model, self.settings, rng=rng, width=width)
