@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -64,7 +65,8 @@ def _is_at_fault(path: str, key: str, problem: str) -> bool:
     if f"{key}.".startswith(f"{path}."):
         return True
     # A check of several settings has the key of their section, or none, and names them in its message.
-    return f"{path}.".startswith(f"{key}." if key else "") and path.removeprefix(f"{key}.") in problem
+    name = re.escape(path.removeprefix(f"{key}."))
+    return path.startswith(f"{key}." if key else "") and re.search(rf"\b{name}\b", problem) is not None
 
 
 def _config_class(tree: Mapping[str, Any], objectives: Mapping[str, type[Section]]) -> type[Config]:

@@ -226,7 +226,7 @@ class Objective(ABC):
     def logits(self, module: Any, hidden_TD: Tensor) -> Tensor:
         """Compute logits [T, V] from the output [T, D] of the last block. Raises UserError without output layer."""
         self.check_outputs_text()
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has a vocabulary, so it needs its own `logits`")
 
     def transformers_head(self) -> TransformersHead:
         """Return the Transformers names for the heads. By default, only the encoder is exported."""
