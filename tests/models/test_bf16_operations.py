@@ -35,6 +35,10 @@ BOUNDS = {
     # These also round intermediate values, and their gradients are differences of rounded values.
     "_scaled_dot_product_flash_attention_for_cpu": 4 * ROUNDING,
     "_scaled_dot_product_flash_attention_for_cpu_backward": 64 * ROUNDING,
+    # Products are rounded before they are added.
+    "strided_products": 4 * ROUNDING,
+    "strided_products_of_input": 8 * ROUNDING,
+    "strided_products_of_weight": 8 * ROUNDING,
 }
 """Error bounds of operations that round more than their result."""
 
