@@ -153,8 +153,13 @@ class TestAudioBatch:
         assert found.waveforms_BS.sum(dim=1).tolist() == lengths == list(found.samples)
         assert found.frames_B.tolist() == [output_frames(length, CONFIG.model) for length in lengths]
         assert found.mask_BT.shape == (len(lengths), output_frames(samples, CONFIG.model)) and not found.mask_BT.any()
-        expected = (found.lengths_B, found.frames_B) if min(lengths) < samples else (None, None)
-        assert all(one is other for one, other in zip(found.lengths, expected, strict=True))
+        assert found.frames == tuple(found.frames_B.tolist())
+        if min(lengths) == samples:
+            assert found.lengths is None
+        else:
+            assert found.lengths is not None
+            assert found.lengths[0] is found.lengths_B and found.lengths[1] is found.frames_B
+            assert found.lengths.frames == sum(found.frames)
 
 
 def test_tensors_are_named_by_their_field() -> None:

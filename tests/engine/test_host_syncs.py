@@ -76,7 +76,7 @@ def test_fine_tuning_needs_no_value(lengths: tuple[int, ...]) -> None:
     audio = inputs.audio
     with CopiesToTheDevice() as copies:
         encoded = model.encoder(
-            audio.waveforms_BS.to(torch.bfloat16), *audio.lengths, audio.mask_BT, inputs.channel_mask_BD
+            audio.waveforms_BS.to(torch.bfloat16), audio.lengths, audio.mask_BT, inputs.channel_mask_BD
         )
         model.head(encoded.context_BTD).sum().backward()
     assert copies.found == []

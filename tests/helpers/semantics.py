@@ -110,7 +110,7 @@ class ModelWithTeacher(Wav2Vec2ForPretraining):
         finally:
             handle.remove()
         with torch.no_grad():
-            target = self.teacher(inputs.audio.waveforms_BS.to(self.compute_dtype), *inputs.audio.lengths)
+            target = self.teacher(inputs.audio.waveforms_BS.to(self.compute_dtype), inputs.audio.lengths)
         distance = F.mse_loss(found[0].context_BTD.float(), target.context_BTD.float())
         return sums._replace(total=sums.total + sum(inputs.masked) * distance)
 

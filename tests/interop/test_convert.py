@@ -209,9 +209,8 @@ def test_torchaudios_features_are_equal_with_lengths(
     model.load_state_dict(load_file(tmp_path / "model.safetensors"))
     sizes = (5000, 5000) if config.model.conv_norm == "group" else (5000, 3777)
     inputs = inputs_of(build_objective(config), waveforms(config, sizes), seed=1)
-    lengths = (inputs.audio.lengths_B, inputs.audio.frames_B) if inputs.audio.padded else (None, None)
     with torch.no_grad():
-        mine = load_model(config, checkpoint).encoder(inputs.audio.waveforms_BS, *lengths)
+        mine = load_model(config, checkpoint).encoder(inputs.audio.waveforms_BS, inputs.audio.lengths)
         theirs, lengths = model.extract_features(inputs.audio.waveforms_BS, inputs.audio.lengths_B)
     assert lengths.tolist() == inputs.audio.frames_B.tolist()
     valid_BT = torch.arange(inputs.audio.mask_BT.shape[1]) < inputs.audio.frames_B.unsqueeze(1)

@@ -23,10 +23,10 @@ from tests.helpers.fairseq import (
     save_new,
 )
 from w2vscale.config import Config, load_config
+from w2vscale.data.inputs import audio_batch
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
-from w2vscale.models.lengths import output_frames
 from w2vscale.objectives import build_objective
 
 
@@ -70,14 +70,12 @@ def test_utterances_of_a_padded_batch_are_each_as_fairseq_has_them_alone(shape: 
     model, config = build(save_new(tmp_path / "model.pt", state, all_settings(shape)))
     reference = Reference(state, shape, config.model.heads)
     waveforms = [torch.randn(3000), torch.randn(2100)]
-    lengths_B = torch.tensor([len(waveform) for waveform in waveforms])
-    frames_B = torch.tensor([output_frames(len(waveform), config.model) for waveform in waveforms])
-    padded_BS = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
-    encoded = model.encoder(padded_BS, lengths_B, frames_B)
+    audio = audio_batch([waveform.numpy() for waveform in waveforms], config.model, width=0)
+    encoded = model.encoder(audio.waveforms_BS, audio.lengths)
     for row, waveform in enumerate(waveforms):
         theirs = reference.encode(waveform)
         for our_BTD, their_TD in zip([*encoded.hidden, encoded.context_BTD], theirs, strict=True):
-            assert_equal(our_BTD[row, : frames_B[row]], their_TD)
+            assert_equal(our_BTD[row, : audio.frames[row]], their_TD)
 
 
 @torch.no_grad()

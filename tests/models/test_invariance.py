@@ -24,9 +24,8 @@ from tests.helpers.families import (
     noise,
     sums_of,
 )
-from w2vscale.data.inputs import join
+from w2vscale.data.inputs import audio_batch, join
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.models.lengths import output_frames
 from w2vscale.models.wav2vec2 import EncoderOutput
 from w2vscale.objectives import StepContext, add_sums
 from w2vscale.objectives.contrastive import ContrastiveSums, Wav2Vec2ForPretraining
@@ -38,14 +37,8 @@ from w2vscale.objectives.quantizer import diversity_loss
 @torch.no_grad()
 def encode(model: Wav2Vec2ForPretraining, waveforms: Sequence[NDArray[np.float32]]) -> tuple[EncoderOutput, list[int]]:
     """Encode a padded batch. Returns the output, and the number of frames of each utterance."""
-    lengths = [waveform.size for waveform in waveforms]
-    frames = [output_frames(length, model.encoder.config) for length in lengths]
-    padded = torch.zeros(len(waveforms), max(lengths))
-    for row, waveform in enumerate(waveforms):
-        padded[row, : waveform.size] = torch.from_numpy(waveform)
-    if len(set(lengths)) == 1:
-        return model.encoder(padded), frames
-    return model.encoder(padded, torch.tensor(lengths), torch.tensor(frames)), frames
+    audio = audio_batch(waveforms, model.encoder.config, width=0)
+    return model.encoder(audio.waveforms_BS, audio.lengths), list(audio.frames)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -136,8 +129,9 @@ def test_diversity_is_computed_per_micro_batch() -> None:
     model.quantizer.register_forward_hook(lambda module, args, output: quantized.append(output))
     joined = sums_of(objective, model, *parts)
     first_MGV, second_MGV = quantized[0].logits_MGV.softmax(dim=2).split(list(join(parts).weights))
-    expected = sum(diversity_loss(part_MGV.mean(dim=0)) * part_MGV.shape[0] for part_MGV in (first_MGV, second_MGV))
-    of_all = diversity_loss(torch.cat([first_MGV, second_MGV]).mean(dim=0)) * joined.masked
+    parts_KGV = torch.stack([part_MGV.mean(dim=0) for part_MGV in (first_MGV, second_MGV)])
+    expected = diversity_loss(parts_KGV) @ torch.tensor([float(len(first_MGV)), float(len(second_MGV))])
+    of_all = diversity_loss(torch.cat([first_MGV, second_MGV]).mean(dim=0, keepdim=True)) * joined.masked
     torch.testing.assert_close(joined.diversity, expected)
     assert float((of_all - joined.diversity).abs()) > 1e-3 * float(joined.diversity)
 

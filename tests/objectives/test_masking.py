@@ -225,6 +225,8 @@ def test_an_utterance_with_one_masked_frame_adds_nothing_to_the_contrastive_loss
             frames_B=both.audio.frames_B[:1],
             mask_BT=both.audio.mask_BT[:1],
             samples=both.audio.samples[:1],
+            frames=both.audio.frames[:1],
+            utterances_K=torch.tensor([1]),
             utterances=(1,),
         ),
         masked_B=both.masked_B[:1],

@@ -86,7 +86,7 @@ class LoudnessModel(nn.Module):
 
     def forward(self, inputs: LoudnessInputs) -> LoudnessSums:
         audio = inputs.audio
-        encoded = self.encoder(audio.waveforms_BS.to(self.compute_dtype), *audio.lengths)
+        encoded = self.encoder(audio.waveforms_BS.to(self.compute_dtype), audio.lengths)
         predicted_B = self.output(torch.tanh(self.hidden(encoded.context_BTD.mean(dim=1)))).float().squeeze(1)
         # An empty micro-batch has one utterance of silence, which does not count.
         real_B = inputs.power_B.isfinite()

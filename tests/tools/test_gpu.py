@@ -107,7 +107,8 @@ KEYS = {
 }  # fmt: skip
 
 NOT_ON_A_CPU = {
-    "cuDNN", "cuDNN, masked", "flash", "flash, in segments", "memory-efficient", "memory-efficient, masked",
+    "cuDNN", "cuDNN, masked", "flash", "flash, in segments", "flash, packed", "memory-efficient",
+    "memory-efficient, masked",
 }  # fmt: skip
 """Forms of attention for which a CPU has no kernel."""
 

@@ -107,6 +107,8 @@ def without(batch: MicroBatch, rows: list[int]) -> MicroBatch:
                 frames_B=audio.frames_B[kept],
                 mask_BT=audio.mask_BT[kept, :frames],
                 samples=tuple(audio.lengths_B[kept].tolist()),
+                frames=tuple(audio.frames_B[kept].tolist()),
+                utterances_K=torch.tensor([kept.numel()]),
                 utterances=(kept.numel(),),
             ),
             masked_B=inputs.masked_B[kept],

@@ -25,6 +25,7 @@ from tools.bench.script import run_script
 from w2vscale.config import Config
 from w2vscale.data.inputs import to_device
 from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.kernels.packing import Packing
 from w2vscale.models.wav2vec2 import EncoderOutput
 from w2vscale.objectives import StepContext, build_objective
 from w2vscale.objectives.contrastive import ContrastiveInputs
@@ -74,7 +75,9 @@ def our_head(config: Config, batch: MicroBatch, device: torch.device) -> Head:
     model.encoder = given
 
     def loss(features_BTC: Tensor, context_BTD: Tensor) -> Tensor:
-        given.output = EncoderOutput(features_BTC, features_BTC, context_BTD, context_BTD, [])
+        given.output = EncoderOutput(
+            features_BTC, features_BTC, context_BTD, context_BTD, [], Packing.of(context_BTD, None)
+        )
         step = StepContext(0, 0, (batch.number,))
         return objective.forward(model.train(), inputs, step=step, training=True).total
 

@@ -1,8 +1,8 @@
 """The tensors of one forward: how they are padded, travel between processes, and are joined.
 
 What a forward takes is a NamedTuple of an objective's own, whose field `audio` is an `AudioBatch`. Its other fields are
-tensors whose first dimension lists things utterance by utterance, or tuples of numbers that the host needs. So every
-function here works for any objective.
+tensors whose first dimension lists things utterance by utterance (or micro-batch by micro-batch), or tuples of numbers
+that the host needs. So every function here works for any objective.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from w2vscale.config import ModelConfig
+from w2vscale.kernels.packing import Lengths
 from w2vscale.models.lengths import output_frames
 
 ALIGNMENT = 64  # the start of a tensor in a shared buffer is a multiple of this many bytes
@@ -43,8 +44,10 @@ class AudioBatch(NamedTuple):
     lengths_B: Tensor  # samples
     frames_B: Tensor
     mask_BT: Tensor  # frames whose features are replaced by the mask embedding
-    samples: tuple[int, ...]  # the lengths again, as numbers that the host can read without waiting for a device
-    utterances: tuple[int, ...]  # number of utterances in each micro-batch that shares this forward
+    samples: tuple[int, ...]  # lengths_B again, as numbers that the host can read without waiting for a device
+    frames: tuple[int, ...]  # frames_B again
+    utterances_K: Tensor  # number of utterances in each of the K micro-batches that share this forward
+    utterances: tuple[int, ...]  # the same for the host
 
     @property
     def padded(self) -> bool:
@@ -56,10 +59,15 @@ class AudioBatch(NamedTuple):
         ends = accumulate(self.utterances, initial=0)
         return tuple(sum(counts[start:end]) for start, end in pairwise(ends))
 
+    def membership(self) -> Tensor:
+        """[K, B] fp32: 1 where an utterance belongs to a micro-batch. A product with it sums over each micro-batch."""
+        owner_B = torch.repeat_interleave(self.utterances_K, output_size=len(self.samples))
+        return (owner_B == torch.arange(len(self.utterances), device=owner_B.device).unsqueeze(1)).float()
+
     @property
-    def lengths(self) -> tuple[Tensor | None, Tensor | None]:
-        """`lengths_B` and `frames_B` for the encoder, or None where nothing is padded."""
-        return (self.lengths_B, self.frames_B) if self.padded else (None, None)
+    def lengths(self) -> Lengths | None:
+        """The lengths for the encoder; None where nothing is padded."""
+        return Lengths(self.lengths_B, self.frames_B, sum(self.frames)) if self.padded else None
 
 
 class Inputs(Protocol):
@@ -86,15 +94,18 @@ class Utterance:
 def audio_batch(waveforms: Sequence[NDArray[np.float32]], config: ModelConfig, *, width: int) -> AudioBatch:
     """Pad utterances to the longest, and to at least `width` samples. No frame is masked."""
     samples = tuple(waveform.size for waveform in waveforms)
+    frames = tuple(output_frames(size, config) for size in samples)
     padded = torch.zeros(len(waveforms), max(width, *samples))
     for row_S, waveform in zip(padded, waveforms, strict=True):
         row_S[: waveform.size] = torch.from_numpy(waveform)
     return AudioBatch(
         waveforms_BS=padded,
         lengths_B=torch.tensor(samples),
-        frames_B=torch.tensor([output_frames(size, config) for size in samples]),
+        frames_B=torch.tensor(frames),
         mask_BT=torch.zeros(len(waveforms), output_frames(padded.shape[1], config), dtype=torch.bool),
         samples=samples,
+        frames=frames,
+        utterances_K=torch.tensor([len(waveforms)]),
         utterances=(len(waveforms),),
     )
 

@@ -212,7 +212,8 @@ class Pretrained:
         def run() -> Iterator[tuple[int, ChunkFeatures]]:
             encoded = self._encode([part for _, part in batch], layers)
             codes_BTG = self.objective.codes(self.model, encoded) if codes else None
-            hidden = [encoded.hidden[layer].float().cpu() for layer in layers]
+            states = encoded.hidden
+            hidden = [states[layer].float().cpu() for layer in layers]
             for row, (number, (chunk, _, _)) in enumerate(batch):
                 kept = (row, slice(chunk.first - chunk.begin, chunk.last - chunk.begin))
                 codes_TG = None if codes_BTG is None else codes_BTG[kept].cpu()
@@ -287,7 +288,7 @@ class Pretrained:
         given = [part.statistics for part in parts if part.statistics is not None]
         encoded: EncoderOutput = self.model.encoder(
             audio.waveforms_BS.to(self.objective.compute_dtype),
-            *audio.lengths,
+            audio.lengths,
             active=[block < max(layers) for block in range(config.layers)],
             statistics=tuple(map(torch.cat, zip(*given, strict=True))) if given else None,
         )

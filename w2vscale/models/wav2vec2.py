@@ -4,7 +4,8 @@
 
 Suffixes name dimensions: B utterances, S samples, T frames (of any layer), C, I or O channels, which come last, D the
 width of the blocks, H heads of E channels. An utterance gives the same frames alone and in any batch: `valid_BT` is
-True inside each utterance (it begins its row), or None where no utterance is padded.
+True inside each utterance (it begins its row), or None where no utterance is padded. The blocks compute on the N valid
+frames of all utterances, packed one after another (packing.py).
 
 Functions marked `@replaceable` define what is computed. On some devices a function of w2vscale.kernels with the same
 signature computes it faster.
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2vscale.config import ModelConfig, RegularizationConfig
+from w2vscale.kernels.packing import Lengths, Packing
 from w2vscale.kernels.precision import widen, without_autocast
 from w2vscale.kernels.replaceable import replaceable
 from w2vscale.models.layers import LayerNorm, Linear, dropout
@@ -40,8 +42,14 @@ class EncoderOutput(NamedTuple):
     features_BTC: Tensor  # of the feature encoder, before LayerNorm
     normalised_BTC: Tensor  # features after LayerNorm, never masked
     projected_BTD: Tensor  # normalised features after the projection, never masked
-    context_BTD: Tensor
-    hidden: list[Tensor]  # the input of the first block, then the output of each block
+    context_BTD: Tensor  # zeros where an utterance is padded
+    packed_hidden: list[Tensor]  # [N, D]: the input of the first block, then the output of each block
+    packing: Packing
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """The hidden states with their padding, [B, T, D] each."""
+        return [self.packing.unpack(x_ND) for x_ND in self.packed_hidden]
 
 
 def valid_mask(lengths_B: Tensor, steps: int) -> Tensor:
@@ -73,8 +81,7 @@ class Wav2Vec2Encoder(nn.Module):
     def forward(
         self,
         waveforms_BS: Tensor,
-        lengths_B: Tensor | None = None,
-        frames_B: Tensor | None = None,
+        lengths: Lengths | None = None,
         mask_BT: Tensor | None = None,
         channel_mask_BD: Tensor | None = None,
         active: Sequence[bool] | None = None,
@@ -83,7 +90,7 @@ class Wav2Vec2Encoder(nn.Module):
         """Encode waveforms.
 
         Args:
-            lengths_B: samples of each utterance, and `frames_B` its frames; both None where no utterance is padded.
+            lengths: of the utterances; None where none is padded.
             mask_BT: frames that are replaced by the mask embedding.
             channel_mask_BD: channels of the transformer's input that are zeroed in all frames.
             active: which blocks are computed (LayerDrop, Fan et al. 2019); default: all.
@@ -93,7 +100,8 @@ class Wav2Vec2Encoder(nn.Module):
             ValueError: the waveforms have more frames than the model takes.
         """
         config = self.config
-        features_BTC = self.feature_encoder(waveforms_BS, lengths_B, statistics)
+        samples_B = None if lengths is None else lengths.samples_B
+        features_BTC = self.feature_encoder(waveforms_BS, samples_B, statistics)
         if config.max_frames is not None and features_BTC.shape[1] > config.max_frames:
             raise ValueError(f"{features_BTC.shape[1]} frames: the model takes at most {config.max_frames}")
         if features_BTC.requires_grad and self.feature_grad_mult != 1.0:
@@ -105,8 +113,8 @@ class Wav2Vec2Encoder(nn.Module):
             x_BTD = torch.where(mask_BT.unsqueeze(2), self.mask_embedding.to(x_BTD.dtype), x_BTD)
         if channel_mask_BD is not None:
             x_BTD = x_BTD.masked_fill(channel_mask_BD.unsqueeze(1), 0.0)
-        context_BTD, hidden = self.transformer(x_BTD, frames_B, active)
-        return EncoderOutput(features_BTC, normalised_BTC, projected_BTD, context_BTD, hidden)
+        context_BTD, hidden, packing = self.transformer(x_BTD, lengths, active)
+        return EncoderOutput(features_BTC, normalised_BTC, projected_BTD, context_BTD, hidden, packing)
 
 
 # ---------------------------------------------------------------- feature encoder
@@ -296,27 +304,28 @@ class TransformerEncoder(nn.Module):
         self.final_norm = LayerNorm(config.dim) if config.norm_first else None
 
     def forward(
-        self, x_BTD: Tensor, frames_B: Tensor | None, active: Sequence[bool] | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Context [B, T, D] and the hidden states: the first block's input, then the output of each block.
+        self, x_BTD: Tensor, lengths: Lengths | None, active: Sequence[bool] | None = None
+    ) -> tuple[Tensor, list[Tensor], Packing]:
+        """Context [B, T, D]; the packed hidden states: the first block's input, then the output of each block.
 
         A block whose `active` is False is skipped: it costs nothing and gets no gradient.
         """
-        valid_BT = None if frames_B is None else valid_mask(frames_B, x_BTD.shape[1])
-        if valid_BT is not None:
-            x_BTD = x_BTD * valid_BT.unsqueeze(2)
+        if lengths is not None:
+            x_BTD = x_BTD * valid_mask(lengths.frames_B, x_BTD.shape[1]).unsqueeze(2)
         x_BTD = x_BTD + self.positional(x_BTD)
+        packing = Packing.of(x_BTD, lengths)
+        x_ND = packing.pack(x_BTD)
         if self.embedding_norm is not None:
-            x_BTD = self.embedding_norm(x_BTD)
-        x_BTD = dropout(x_BTD, self.dropout, self.training)
-        hidden = [x_BTD]
+            x_ND = self.embedding_norm(x_ND)
+        x_ND = dropout(x_ND, self.dropout, self.training)
+        hidden = [x_ND]
         for index, block in enumerate(self.blocks):
             if active is None or active[index]:
-                x_BTD = block(x_BTD, valid_BT)
-            hidden.append(x_BTD)
+                x_ND = block(x_ND, packing)
+            hidden.append(x_ND)
         if self.final_norm is not None:
-            x_BTD = self.final_norm(x_BTD)
-        return x_BTD, hidden
+            x_ND = self.final_norm(x_ND)
+        return packing.unpack(x_ND), hidden, packing
 
 
 class PositionalConvolution(nn.Module):
@@ -377,15 +386,15 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config, regularization)
         self.feed_forward_norm = LayerNorm(config.dim)
 
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
+    def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
         if self.norm_first:
-            x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), valid_BT))
-            return x_BTD + self._drop(self.feed_forward(self.feed_forward_norm(x_BTD)))
-        x_BTD = self.attention_norm(x_BTD + self._drop(self.attention(x_BTD, valid_BT)))
-        return self.feed_forward_norm(x_BTD + self._drop(self.feed_forward(x_BTD)))
+            x_ND = x_ND + self._drop(self.attention(self.attention_norm(x_ND), packing))
+            return x_ND + self._drop(self.feed_forward(self.feed_forward_norm(x_ND)))
+        x_ND = self.attention_norm(x_ND + self._drop(self.attention(x_ND, packing)))
+        return self.feed_forward_norm(x_ND + self._drop(self.feed_forward(x_ND)))
 
-    def _drop(self, x_BTD: Tensor) -> Tensor:
-        return dropout(x_BTD, self.dropout, self.training)
+    def _drop(self, x_ND: Tensor) -> Tensor:
+        return dropout(x_ND, self.dropout, self.training)
 
 
 class SelfAttention(nn.Module):
@@ -398,19 +407,20 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(config.dim, 3 * config.dim, std=BERT_STD)
         self.out = Linear(config.dim, config.dim, std=BERT_STD)
 
-    def forward(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
-        batch, frames, dim = x_BTD.shape
-        qkv = self.qkv(x_BTD).view(batch, frames, 3, self.heads, dim // self.heads)
-        q_BHTE, k_BHTE, v_BHTE = qkv.permute(2, 0, 3, 1, 4)
-        y_BHTE = attention(q_BHTE, k_BHTE, v_BHTE, valid_BT, self.dropout if self.training else 0.0)
-        return self.out(y_BHTE.transpose(1, 2).reshape(batch, frames, dim))
+    def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
+        q_NHE, k_NHE, v_NHE = self.qkv(x_ND).unflatten(1, (3, self.heads, -1)).unbind(1)
+        y_NHE = attention(q_NHE, k_NHE, v_NHE, packing, self.dropout if self.training else 0.0)
+        return self.out(y_NHE.flatten(1))
 
 
 @replaceable
-def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, valid_BT: Tensor | None, probability: float) -> Tensor:
-    """Softmax attention to valid frames, with dropout of its weights; what padded frames get is undefined."""
+def attention(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, probability: float) -> Tensor:
+    """Softmax attention within each utterance, with dropout of its weights: [N, H, E]."""
+    q_BHTE, k_BHTE, v_BHTE = (packing.unpack(x_NHE).transpose(1, 2) for x_NHE in (q_NHE, k_NHE, v_NHE))
+    valid_BT = packing.mask()
     mask = None if valid_BT is None else valid_BT[:, None, None]
-    return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=mask, dropout_p=probability)
+    y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=mask, dropout_p=probability)
+    return packing.pack(y_BHTE.transpose(1, 2))
 
 
 class FeedForward(nn.Module):
@@ -422,6 +432,6 @@ class FeedForward(nn.Module):
         self.intermediate = Linear(config.dim, config.ffn_dim, std=BERT_STD)
         self.output = Linear(config.ffn_dim, config.dim, std=BERT_STD)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        hidden = dropout(F.gelu(self.intermediate(x_BTD)), self.activation_dropout, self.training)
+    def forward(self, x_ND: Tensor) -> Tensor:
+        hidden = dropout(F.gelu(self.intermediate(x_ND)), self.activation_dropout, self.training)
         return self.output(hidden)

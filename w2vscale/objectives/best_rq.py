@@ -165,10 +165,7 @@ class Wav2Vec2ForBestRq(nn.Module):
     def forward(self, inputs: BestRqInputs, *, active: Sequence[bool] | None = None) -> BestRqSums:
         """Compute the loss sums of the micro-batches in `inputs`. `active` says which transformer blocks to compute."""
         audio = inputs.audio
-        lengths_B, frames_B = audio.lengths
-        encoded = self.encoder(
-            audio.waveforms_BS.to(self.compute_dtype), lengths_B, frames_B, audio.mask_BT, active=active
-        )
+        encoded = self.encoder(audio.waveforms_BS.to(self.compute_dtype), audio.lengths, audio.mask_BT, active=active)
         utterance_M = torch.repeat_interleave(inputs.masked_B, output_size=inputs.frame_M.shape[0])
         targets_MG = self.quantizer(self.features(audio)[utterance_M, inputs.frame_M])
         logits_MGV = self.head(encoded.context_BTD[utterance_M, inputs.frame_M]).float()

@@ -25,7 +25,7 @@ from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder, valid_mask
 from w2vscale.objectives.base import Objective, Panel, StepContext, TransformersHead
 from w2vscale.objectives.masking import MaskSettings, masked_batch
-from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss_sum, perplexity
+from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss, perplexity
 from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss, negative_indices
 
 
@@ -140,10 +140,7 @@ class Wav2Vec2ForPretraining(nn.Module):
         Without Gumbel noise the quantizer takes the argmax. `active` says which transformer blocks to compute.
         """
         settings, audio = self.settings, inputs.audio
-        lengths_B, frames_B = audio.lengths
-        encoded = self.encoder(
-            audio.waveforms_BS.to(self.compute_dtype), lengths_B, frames_B, audio.mask_BT, active=active
-        )
+        encoded = self.encoder(audio.waveforms_BS.to(self.compute_dtype), audio.lengths, audio.mask_BT, active=active)
         utterance_M = torch.repeat_interleave(inputs.masked_B, output_size=inputs.frame_M.shape[0])
         targets_MC = self.quantizer_inputs(encoded)[utterance_M, inputs.frame_M]
         targets_MC = dropout(targets_MC, settings.feature_dropout, self.training)
@@ -161,8 +158,11 @@ class Wav2Vec2ForPretraining(nn.Module):
         )
         contrastive, correct = contrastive_loss(logits_MK)
         probabilities_MGV = quantized.logits_MGV.softmax(dim=2)
-        diversity = diversity_loss_sum(probabilities_MGV, inputs.weights)
-        penalty = _feature_penalty_sum(encoded.features_BTC, frames_B, inputs)
+        membership_KB = audio.membership()
+        masked_K = membership_KB @ inputs.masked_B.float()
+        sums_KGV = torch.einsum("km,mgv->kgv", membership_KB[:, utterance_M], probabilities_MGV)
+        diversity = diversity_loss(sums_KGV / masked_K.clamp(min=1.0)[:, None, None]) @ masked_K
+        penalty = _mean_squares(encoded.features_BTC, audio, membership_KB) @ masked_K
         total = contrastive + settings.diversity_weight * diversity + settings.feature_penalty_weight * penalty
         codes_GVM = F.one_hot(quantized.codes_MG, settings.codebook_entries)
         return ContrastiveSums(
@@ -173,7 +173,7 @@ class Wav2Vec2ForPretraining(nn.Module):
             correct=correct.float(),
             masked=torch.full_like(contrastive.detach(), float(sum(inputs.masked))),
             code_counts_GV=codes_GVM.sum(dim=0).float(),
-            probability_sums_GV=probabilities_MGV.detach().sum(dim=0),
+            probability_sums_GV=sums_KGV.detach().sum(dim=0),
         )
 
     def quantizer_inputs(self, encoded: EncoderOutput) -> Tensor:
@@ -354,13 +354,9 @@ TRANSFORMERS_SETTINGS: dict[str, tuple[str, Any]] = {
 """Transformers name: our name, and the default that applies if config.json lacks it (5.23, `Wav2Vec2Config`)."""
 
 
-def _feature_penalty_sum(features_BTC: Tensor, frames_B: Tensor | None, inputs: ContrastiveInputs) -> Tensor:
-    """Sum over micro-batches of the mean square of features (before LayerNorm) times the number of masked frames."""
+def _mean_squares(features_BTC: Tensor, audio: AudioBatch, membership_KB: Tensor) -> Tensor:
+    """Mean square of the features (before LayerNorm) of each micro-batch, [K]."""
     square_BT = features_BTC.float().square().mean(dim=2)
-    if frames_B is not None:
-        square_BT = square_BT * valid_mask(frames_B, square_BT.shape[1])
-    utterances = list(inputs.audio.utterances)
-    sums = [part_BT.sum() for part_BT in square_BT.split(utterances)]
-    frames = [part_B.sum() for part_B in inputs.audio.frames_B.split(utterances)]
-    weighted = [s / n * m for s, n, m in zip(sums, frames, inputs.weights, strict=True)]
-    return torch.stack(weighted).sum()
+    if audio.padded:
+        square_BT = square_BT * valid_mask(audio.frames_B, square_BT.shape[1])
+    return (membership_KB @ square_BT.sum(dim=1)) / (membership_KB @ audio.frames_B.float())

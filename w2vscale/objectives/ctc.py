@@ -22,6 +22,7 @@ from w2vscale.data.randomness import Generators
 from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
 from w2vscale.data.transcripts import BLANK, PIECE_SPACE, SPACE, UNKNOWN, Transcripts, refuse_too_many, transcript
 from w2vscale.errors import UserError
+from w2vscale.kernels.packing import Lengths
 from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.lengths import output_frames
 from w2vscale.models.wav2vec2 import BERT_STD, Wav2Vec2Encoder
@@ -100,7 +101,7 @@ class Wav2Vec2ForCTC(nn.Module):
         audio = inputs.audio
         masks = (audio.mask_BT, inputs.channel_mask_BD) if self.training else (None, None)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            encoded = self.encoder(audio.waveforms_BS.to(self.compute_dtype), *audio.lengths, *masks, active=active)
+            encoded = self.encoder(audio.waveforms_BS.to(self.compute_dtype), audio.lengths, *masks, active=active)
         logits_BTV = self.head(dropout(encoded.context_BTD, self.final_dropout, self.training))
         total = ctc_loss(logits_BTV, audio.frames_B, inputs.labels_L, inputs.label_lengths_B)
         errors = 0 if self.training else label_errors(logits_BTV, inputs)
@@ -110,9 +111,9 @@ class Wav2Vec2ForCTC(nn.Module):
             errors=torch.full_like(total.detach(), errors),
         )
 
-    def logits(self, waveforms_BS: Tensor, lengths_B: Tensor | None = None, frames_B: Tensor | None = None) -> Tensor:
-        """Compute logits [B, T, V]. `lengths_B` (in samples) and `frames_B` are None if no utterance is padded."""
-        encoded = self.encoder(waveforms_BS.to(self.compute_dtype), lengths_B, frames_B)
+    def logits(self, waveforms_BS: Tensor, lengths: Lengths | None = None) -> Tensor:
+        """Compute logits [B, T, V]. `lengths` is None if no utterance is padded."""
+        encoded = self.encoder(waveforms_BS.to(self.compute_dtype), lengths)
         logits_BTV: Tensor = self.head(encoded.context_BTD)
         return logits_BTV
 

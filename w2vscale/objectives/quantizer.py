@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,26 +55,16 @@ def code_ids(codes_MG: Tensor, entries: int) -> Tensor:
     return ids_M
 
 
-def diversity_loss(mean_probabilities_GV: Tensor) -> Tensor:
-    """Compute the diversity loss: (G V - sum over g of exp H(p_g)) / (G V).
+def diversity_loss(mean_probabilities_KGV: Tensor) -> Tensor:
+    """Compute the diversity loss of each micro-batch, [K]: (G V - sum over g of exp H(p_g)) / (G V).
 
     It is 0 if all entries are used equally and near 1 if only one is used. p_g is the softmax of the logits of codebook
     g, averaged over the masked frames of a micro-batch (equation 4 of the paper, in the form that fairseq uses).
     """
-    p_GV = mean_probabilities_GV
-    return (p_GV.numel() - perplexity(p_GV).sum()) / p_GV.numel()
+    size = mean_probabilities_KGV.shape[1] * mean_probabilities_KGV.shape[2]
+    return (size - perplexity(mean_probabilities_KGV).sum(dim=1)) / size
 
 
-def diversity_loss_sum(probabilities_MGV: Tensor, masked: Sequence[int]) -> Tensor:
-    """Sum over micro-batches of the diversity loss times the number of masked frames."""
-    parts = [
-        diversity_loss(part_MGV.mean(dim=0)) * part_MGV.shape[0]
-        for part_MGV in probabilities_MGV.split(list(masked))
-        if part_MGV.shape[0]
-    ]
-    return torch.stack(parts).sum() if parts else probabilities_MGV.sum()
-
-
-def perplexity(probabilities_GV: Tensor) -> Tensor:
-    """Return exp of the entropy of each distribution, [G]: the effective number of entries in use."""
-    return torch.exp(-(probabilities_GV * torch.log(probabilities_GV + 1e-7)).sum(dim=-1))
+def perplexity(probabilities: Tensor) -> Tensor:
+    """Return exp of the entropy of each distribution [..., V]: the effective number of entries in use."""
+    return torch.exp(-(probabilities * torch.log(probabilities + 1e-7)).sum(dim=-1))

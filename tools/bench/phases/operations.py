@@ -24,8 +24,9 @@ from w2vscale.config import Config
 from w2vscale.kernels.blocked_convolution import blocked_convolution
 from w2vscale.kernels.folded_group_norm import folded_group_norm
 from w2vscale.kernels.frequency_convolution import frequency_convolution
+from w2vscale.kernels.packed_attention import packed_attention
+from w2vscale.kernels.packing import Lengths, Packing
 from w2vscale.kernels.replaceable import kernels
-from w2vscale.kernels.segment_attention import segment_attention
 from w2vscale.kernels.strided_products import strided_products
 from w2vscale.models.lengths import output_frames
 from w2vscale.models.wav2vec2 import normalized_convolution, valid_mask
@@ -185,9 +186,22 @@ def _attend(backend: SDPBackend, *, masked: bool = False, dropout: float = DROPO
 
 
 def _in_segments(q_BTHE: Tensor, k_BTHE: Tensor, v_BTHE: Tensor, frames_B: Tensor) -> Tensor:
-    q_BHTE, k_BHTE, v_BHTE = (x_BTHE.transpose(1, 2) for x_BTHE in (q_BTHE, k_BTHE, v_BTHE))
-    return segment_attention(q_BHTE, k_BHTE, v_BHTE, valid_mask(frames_B, q_BTHE.shape[1]), DROPOUT).transpose(1, 2)
+    """Nothing is packed: the padding behind each utterance is a sequence of its own."""
+    batch, steps = q_BTHE.shape[:2]
+    bounds = torch.arange(2 * batch + 1, dtype=torch.int32, device=frames_B.device) // 2 * steps
+    bounds[1::2] += frames_B.int()
+    qkv = [x_BTHE.flatten(0, 1) for x_BTHE in (q_BTHE, k_BTHE, v_BTHE)]
+    flash = torch.ops.aten._flash_attention_forward
+    y_NHE: Tensor = flash(*qkv, bounds, bounds, steps, steps, DROPOUT, False, False)[0]
+    return y_NHE
 
+
+def _packed(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing) -> Tensor:
+    return packed_attention(q_NHE, k_NHE, v_NHE, packing, DROPOUT)
+
+
+PACKED = "flash, packed"
+"""The form of attention that takes valid frames only."""
 
 ATTENTION: dict[str, Callable[..., Tensor]] = {
     "cuDNN": _attend(SDPBackend.CUDNN_ATTENTION),
@@ -195,6 +209,7 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
     "flash": _attend(SDPBackend.FLASH_ATTENTION),
     "flash, without dropout": _attend(SDPBackend.FLASH_ATTENTION, dropout=0.0),
     "flash, in segments": _in_segments,
+    PACKED: _packed,
     "memory-efficient": _attend(SDPBackend.EFFICIENT_ATTENTION),
     "memory-efficient, masked": _attend(SDPBackend.EFFICIENT_ATTENTION, masked=True),
     "math, masked": _attend(SDPBackend.MATH, masked=True),
@@ -203,12 +218,16 @@ ATTENTION: dict[str, Callable[..., Tensor]] = {
 
 def _attention(machine: Machine, config: Config, form: str, utterances: int, frames: int) -> Callable[[], None]:
     model, device = config.model, machine.device
-    shape = (utterances, frames, model.heads, model.dim // model.heads)
-    qkv = [_random(*shape, device=device) for _ in range(3)]
-    frames_B = torch.from_numpy(np.random.default_rng(0).integers(int(0.97 * frames), frames + 1, utterances)).to(
-        device
-    )
-    return forward_and_backward(lambda *leaves: ATTENTION[form](*leaves, frames_B), *qkv)
+    on_host = torch.from_numpy(np.random.default_rng(0).integers(int(0.97 * frames), frames + 1, utterances))
+    frames_B, total = on_host.to(device), int(on_host.sum())
+    if form == PACKED:
+        lengths = Lengths(frames_B, frames_B, total)
+        described: Any = Packing.of(torch.empty(utterances, frames, 0, device=device), lengths)
+    else:
+        described = frames_B
+    shape = (total,) if form == PACKED else (utterances, frames)
+    qkv = [_random(*shape, model.heads, model.dim // model.heads, device=device) for _ in range(3)]
+    return forward_and_backward(lambda *leaves: ATTENTION[form](*leaves, described), *qkv)
 
 
 def _attention_ms(machine: Machine, config: Config, form: str, utterances: int, frames: int) -> float:

@@ -1,0 +1,61 @@
+"""Utterances of different lengths without their padding: what the blocks of the transformer compute on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Lengths(NamedTuple):
+    """Lengths of B utterances, of which some are padded."""
+
+    samples_B: Tensor
+    frames_B: Tensor
+    frames: int  # the sum of frames_B, known to the host without waiting for a device
+
+
+class Packing(NamedTuple):
+    """Maps B utterances, padded to T frames, to their N valid frames one after another, and back.
+
+    Nothing here makes the host wait for a device.
+    """
+
+    bounds: Tensor  # [B + 1] int32: utterance b has the packed frames from bounds[b] to bounds[b + 1]
+    steps: int  # T
+    places_N: Tensor | None  # of each valid frame among all B x T frames; None where no frame is padding
+
+    @staticmethod
+    def of(x_BTD: Tensor, lengths: Lengths | None) -> Packing:
+        """The packing of a batch; without `lengths` no utterance is padded."""
+        batch, steps = x_BTD.shape[:2]
+        starts_B = torch.arange(0, batch * steps + 1, steps, dtype=torch.int32, device=x_BTD.device)
+        if lengths is None or lengths.frames == batch * steps:
+            return Packing(starts_B, steps, None)
+        ends_B = lengths.frames_B.cumsum(0)
+        before_B = starts_B[:-1] - (ends_B - lengths.frames_B)  # padding in front of each utterance
+        places_N = torch.arange(lengths.frames, device=x_BTD.device) + torch.repeat_interleave(
+            before_B, lengths.frames_B, output_size=lengths.frames
+        )
+        return Packing(F.pad(ends_B, (1, 0)).int(), steps, places_N)
+
+    def pack(self, x_BTD: Tensor) -> Tensor:
+        """The valid frames [N, …] of x [B, T, …]."""
+        x_ND = x_BTD.flatten(0, 1)
+        return x_ND if self.places_N is None else x_ND.index_select(0, self.places_N)
+
+    def unpack(self, x_ND: Tensor) -> Tensor:
+        """Frames [B, T, …], zeros where an utterance is padded, from its valid frames [N, …]."""
+        batch = self.bounds.shape[0] - 1
+        if self.places_N is not None:
+            padded_ND = x_ND.new_zeros(batch * self.steps, *x_ND.shape[1:])
+            x_ND = padded_ND.index_copy(0, self.places_N, x_ND)
+        return x_ND.unflatten(0, (batch, self.steps))
+
+    def mask(self) -> Tensor | None:
+        """[B, T] bool: True inside each utterance; None where no frame is padding."""
+        if self.places_N is None:
+            return None
+        return torch.arange(self.steps, device=self.bounds.device) < self.bounds.diff().unsqueeze(1)
