@@ -75,9 +75,8 @@ def our_head(config: Config, batch: MicroBatch, device: torch.device) -> Head:
     model.encoder = given
 
     def loss(features_BTC: Tensor, context_BTD: Tensor) -> Tensor:
-        given.output = EncoderOutput(
-            features_BTC, features_BTC, context_BTD, context_BTD, [], Packing.of(context_BTD, None)
-        )
+        packing = Packing.of(context_BTD, None)
+        given.output = EncoderOutput(features_BTC, features_BTC, context_BTD, context_BTD, [], packing)
         step = StepContext(0, 0, (batch.number,))
         return objective.forward(model.train(), inputs, step=step, training=True).total
 
