@@ -110,7 +110,7 @@ class TestTraining:
         monkeypatch.setattr(config, "optimize_ddp", config.optimize_ddp)
         with runtime.training():
             assert (config.recompile_limit, config.optimize_ddp) != (runtime.COMPILED_VARIANTS, False)
-        with runtime.training(compiled=True):
+        with runtime.training(compile=True):
             assert (config.recompile_limit, config.optimize_ddp) == (runtime.COMPILED_VARIANTS, False)
 
     @pytest.mark.cuda

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Literal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to finish its update, save and exit."""
@@ -31,7 +32,7 @@ FULL_COLLECTIONS = 10  # default of Python for the third threshold of garbage co
 NEVER = 2**31 - 1
 
 COMPILED_VARIANTS = 64
-"""Maximum variants of a compiled block: with or without padding, gradients and dropout, one utterance or more."""
+"""Maximum variants of a compiled function: with or without padding, gradients and dropout, one utterance or more."""
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
@@ -53,23 +54,25 @@ def enter(*, debug: bool = False) -> None:
 
 
 @contextmanager
-def training(*, compiled: bool = False) -> Iterator[StopRequest]:
-    """Set up the process of a training run: memory, kernels, stop signals. `compiled`: see `prepare_process`."""
-    prepare_process(compiled=compiled)
+def training(*, compile: bool | Literal["auto"] = False) -> Iterator[StopRequest]:
+    """Set up the process of a training run: memory, kernels, stop signals. `compile`: the setting `engine.compile`."""
+    prepare_process(compile=compile)
     with StopRequest() as stop:
         yield stop
 
 
-def prepare_process(*, compiled: bool = False) -> None:
-    """Set up memory and kernels for training, for as long as the process lives. `compiled`: blocks will be compiled."""
+def prepare_process(*, compile: bool | Literal["auto"] = False) -> None:
+    """Set up memory and kernels for training, for as long as the process lives. `compile`: as in `training`."""
     import torch
 
-    if torch.cuda.is_available():
+    if on_gpu := torch.cuda.is_available():
+        # Forwards differ in shape, and their memory would otherwise break into pieces that fit none of the next ones.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         # From torch 2.11 on, attention on Hopper GPUs prefers cuDNN, which builds a new plan for each batch shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         keep_freed_memory()
-    if compiled:
+    if compile is True or (compile == "auto" and on_gpu):
         from torch._dynamo import config
 
         config.recompile_limit = COMPILED_VARIANTS

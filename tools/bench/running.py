@@ -19,5 +19,5 @@ def build(config: Config, device: torch.device, *, prepare: Callable[[nn.Module]
 
     `prepare` changes the model before.
     """
-    runtime.prepare_process(compiled=config.engine.compile)
+    runtime.prepare_process(compile=config.engine.compile)
     return set_up(config, device, prepare=prepare)

@@ -78,7 +78,7 @@ def _run(config: Config, exp: Path, resume: str, context: typer.Context) -> NoRe
     from w2vscale.training.loop import train
 
     between_steps = runtime.collected_between_steps
-    with runtime.training(compiled=config.engine.compile) as stop:
+    with runtime.training(compile=config.engine.compile) as stop:
         code = train(config, exp, resume=resume, command=context.obj, stop=stop, around_updates=between_steps)
     sys.exit(code)
 

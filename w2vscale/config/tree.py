@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -56,7 +56,8 @@ class Section(BaseModel):
     @classmethod
     def _refuse_boolean_for_number(cls, value: object, info: ValidationInfo) -> object:
         # pydantic takes true for 1, and YAML takes yes and on for true.
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError(f"{value} is neither a number nor text")
         return value
 
@@ -285,7 +286,11 @@ class EngineConfig(Section):
         "block, or also of every block",
     )
     activation_checkpointing_every: Count = Field(2, description="n with activation_checkpointing=selective")
-    compile: bool = Field(False, description="compile the transformer blocks with torch.compile")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="compile feature encoder and transformer blocks with torch.compile; auto: on GPUs, where a C++ "
+        "compiler is installed, but not with ZeRO-3",
+    )
     compare_ranks_every: Count = Field(50, description="updates between checks that all ranks do the same work")
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, Grouping, accumulate
 from w2vscale.engine.base import AfterStep, CanonicalState, StepResult
 from w2vscale.engine.buffers import Buffers
-from w2vscale.engine.transforms import transform
+from w2vscale.engine.transforms import compiles, transform
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate, state_of
 
@@ -33,12 +33,12 @@ class NativeEngine(ABC):
         engine: EngineConfig,
         optim: OptimConfig,
         device: torch.device,
-        shard: Callable[[Any], None] = lambda model: None,
+        shard: Callable[[Any], None] | None = None,
     ) -> None:
         self.model = self.module = model
         self.device = device
         self.buffers = Buffers(model)
-        transform(model, engine, shard)
+        transform(model, engine, compiled=compiles(engine, device), shard=shard)
         model.to_empty(device="cpu" if engine.offload else device)
         self.buffers.lay_out(device)
         # Collected once, because FSDP puts other objects in their place while parameters are gathered.

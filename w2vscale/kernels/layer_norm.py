@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from w2vscale.kernels.precision import cast
+
 
 def native_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See `w2vscale.models.layers.layer_norm`; for GPUs, whose kernel sums in fp32."""
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    return F.layer_norm(x, x.shape[-1:], cast(weight, x.dtype), cast(bias, x.dtype), eps)
 
 
 def bf16_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

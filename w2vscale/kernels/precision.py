@@ -15,6 +15,28 @@ def widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """`parameter` in `dtype`: the copy that `models.layers.weights_cast_once` has made, if any."""
+    copy: Tensor | None = getattr(parameter, "cast_copy", None)
+    if copy is None or copy.dtype != dtype:
+        return parameter.to(dtype)
+    y: Tensor = _UseCopy.apply(parameter, copy)
+    return y
+
+
+class _UseCopy(torch.autograd.Function):
+    """The copy of a parameter, whose gradient goes to the parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype), None
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Keep autocast from changing the types of what is computed on the device of `x`."""
     device = x.device.type

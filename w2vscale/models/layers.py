@@ -1,18 +1,22 @@
 """Linear, LayerNorm and dropout.
 
 Parameters are kept in fp32 and cast to the input's type where they are used: the type of the waveforms decides in which
-type a model computes. Each module's `reset_parameters` draws the initial values of its own parameters (not those of its
-children), so that a model can be built on the meta device and filled module by module.
+type a model computes. Inside `weights_cast_once` all forwards share one copy. Each module's `reset_parameters` draws
+the initial values of its own parameters (not those of its children), so that a model can be built on the meta device
+and filled module by module.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2vscale.config.tree import PrecisionConfig
-from w2vscale.kernels.precision import widen
+from w2vscale.kernels.precision import cast, widen
 from w2vscale.kernels.replaceable import replaceable
 
 
@@ -36,7 +40,30 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return F.linear(x, cast(self.weight, x.dtype), cast(self.bias, x.dtype))
+
+
+@contextmanager
+def weights_cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Cast the parameters of Linear and LayerNorm once for all forwards inside, which must not change them."""
+    parameters: list[Tensor] = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, Linear | LayerNorm)
+        for parameter in module.parameters(recurse=False)
+        if parameter.dtype != dtype
+    ]
+    copies = [torch.empty_like(parameter, dtype=dtype, requires_grad=False) for parameter in parameters]
+    if parameters:
+        with torch.no_grad():
+            torch._foreach_copy_(copies, parameters)
+    for parameter, copy in zip(parameters, copies, strict=True):
+        parameter.cast_copy = copy  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            del parameter.cast_copy  # type: ignore[attr-defined]
 
 
 class LayerNorm(nn.LayerNorm):

@@ -173,7 +173,7 @@ class Trainer:
             "lr": self.lr,
             **self.run.objective.scheduled(self.state.update - 1),
             "hours_seen": self.state.audio_seconds / 3600,
-            **({"compiled_graphs": compiled_graphs()} if self.config.engine.compile else {}),
+            **({"compiled_graphs": graphs} if (graphs := compiled_graphs()) else {}),
             "skipped_updates": self.state.skipped_updates,
             "skipped_utterances": self.state.skipped_utterances,
         }

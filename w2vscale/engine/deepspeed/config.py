@@ -44,7 +44,7 @@ def deepspeed_config(config: EngineConfig, optim: OptimConfig, precision: Precis
     path = _find(config.deepspeed_config)
     tree = _read(path)
     stage = _checked_stage(tree.get("zero_optimization"), path)
-    if config.compile and stage == 3:
+    if config.compile is True and stage == 3:
         raise UserError(
             f"{path}: engine.compile=true: ZeRO-3 gathers parameters inside blocks, which then cannot be compiled; "
             "choose engine.name=fsdp, or zero2"

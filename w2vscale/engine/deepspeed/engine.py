@@ -21,7 +21,7 @@ from w2vscale.engine.base import AfterStep, CanonicalState, StateReader, StepRes
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.deepspeed.config import deepspeed_config, environment_for, import_deepspeed, validate_zero
 from w2vscale.engine.rows import Rows
-from w2vscale.engine.transforms import transform
+from w2vscale.engine.transforms import compiles, transform
 from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
@@ -48,7 +48,8 @@ class DeepSpeedEngine:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.expected = expected_tensors(model)
         self.buffers = Buffers(model)
-        transform(model, engine)
+        compiled = compiles(engine, device) and self.stage < 3  # ZeRO-3 gathers parameters inside blocks
+        transform(model, engine, compiled=compiled)
         with ExitStack() as environment:
             environment.enter_context(environment_for(device))
             if self.stage == 3:
