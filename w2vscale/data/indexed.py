@@ -22,7 +22,6 @@ from w2vscale.errors import UserError
 from w2vscale.models.lengths import input_samples, output_frames
 
 VALIDATION_SEED = 20  # for order, crops, masks and negatives of validation, so that all runs validate on the same
-LENGTH_RATIO = 0.8  # largest length of an example of `MicroBatches.examples` relative to the one before it
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -59,8 +58,8 @@ class MicroBatches(Dataset[MicroBatch]):
         return self[self.plan.largest()]
 
     def examples(self) -> Iterator[MicroBatch]:
-        """Load the largest micro-batch of each bucket of epoch 0, with gaps in length of at least `LENGTH_RATIO`."""
-        return (self[number] for number in self.plan.largest_of_buckets(LENGTH_RATIO))
+        """Load the micro-batches of epoch 0 with the most padded samples and with the longest utterances."""
+        return (self[number] for number in dict.fromkeys([self.plan.largest(), self.plan.longest()]))
 
     def windows(
         self, updates: range, *, micro_batches: int, rank: int = 0, world_size: int = 1

@@ -34,10 +34,10 @@ class TrainingData(Protocol):
         """Describe the data, to check that all ranks have the same."""
 
     def largest(self) -> MicroBatch:
-        """Load a micro-batch that needs as much memory as any."""
+        """Load a micro-batch with the most padded samples."""
 
     def examples(self) -> Iterator[MicroBatch]:
-        """Load micro-batches of decreasing length, each as large as any of its length."""
+        """Load micro-batches of which one needs at least as much memory as any other."""
 
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """Yield the micro-batches that this rank runs in each update, of `micro_batches` in all. Loads them ahead."""
