@@ -206,6 +206,11 @@ class BatchConfig(Section):
 
     max_seconds: Positive = Field(87.5, description="largest micro-batch in seconds of padded audio")
     micro_batches: Count = Field(64, description="micro-batches per update, over all ranks")
+    same_bucket: Count = Field(
+        8,
+        description="consecutive micro-batches from the same duration bucket, so that they can share a forward with "
+        "little padding: the largest divisor of micro_batches up to this number; a small corpus gets fewer",
+    )
     concat: Count | Literal["auto"] = Field(
         1,
         description="micro-batches that share one forward; does not change the result. auto: on a GPU, as many of "
