@@ -212,9 +212,9 @@ class BatchConfig(Section):
         "little padding: the largest divisor of micro_batches up to this number; a small corpus gets fewer",
     )
     concat: Count | Literal["auto"] = Field(
-        1,
-        description="micro-batches that share one forward; does not change the result. auto: on a GPU, as many of "
-        "similar length as fit into its memory, measured before the first update; 1 on a CPU",
+        "auto",
+        description="micro-batches that share one forward; does not change the result. auto: on a GPU, as many of the "
+        "same bucket as fit into its memory, measured before the first update; 1 on a CPU",
     )
     buckets: Count = Field(64, description="largest number of duration buckets")
     pad_to: Literal["longest", "bucket"] = Field(
