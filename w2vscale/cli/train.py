@@ -97,4 +97,4 @@ def _print_dry_run(found: DryRun) -> None:
     ]
     if found.micro_batches_per_epoch is not None:
         rows.append(("micro-batches per epoch", f"{found.micro_batches_per_epoch:,}"))
-    print_table(("", ""), rows, title="dry run: the largest micro-batch, forward and backward")
+    print_table(("", ""), rows, title="dry run: the largest forward and its backward")
