@@ -147,6 +147,12 @@ class TestPresets:
             config.batch.micro_batches,
         ) == TRAINING_NUMBERS[name]
 
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_an_update_has_at_least_four_series(self, name: str) -> None:
+        batch = load_config(name).batch
+        assert batch.concat == "auto"
+        assert batch.same_bucket == 1 if "tiny" in name else batch.micro_batches // batch.same_bucket >= 4
+
     def test_base_prenorm_has_every_number_of_its_description(self) -> None:
         found = settings_of("base_prenorm")
         assert {key: found[key] for key in BASE_PRENORM_NUMBERS} == BASE_PRENORM_NUMBERS

@@ -13,8 +13,8 @@ from tests.helpers.batches import config_with, dataset_of, plan_of, same, window
 from tests.helpers.processes import Started
 from w2vscale.config import load_config
 from w2vscale.data.assembly import Assembler
-from w2vscale.data.indexed import MicroBatches, check_sample
-from w2vscale.data.loading import loader_processes
+from w2vscale.data.indexed import MicroBatches, check_sample, validation_set
+from w2vscale.data.loading import loader_processes, loader_settings
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.plan import rank_window
@@ -162,7 +162,32 @@ class TestCheckSample:
         )
 
 
+@pytest.mark.parametrize(
+    ("workers", "per_rank", "per_item", "ahead"),
+    [(2, 1, 1, 4), (2, 16, 1, 8), (2, 16, 8, 1), (3, 16, 4, 2), (2, 4, 3, 2)],
+)
+def test_each_process_prepares_its_share_of_a_window(workers: int, per_rank: int, per_item: int, ahead: int) -> None:
+    """`data.prefetch` micro-batches or more, counted in items of several."""
+    data = config_with(f"data.workers={workers}", "data.prefetch=4").data
+    assert loader_settings(data, per_rank=per_rank, per_item=per_item)["prefetch_factor"] == ahead
+
+
 class TestPlanOfARun:
+    @pytest.mark.parametrize(
+        ("micro_batches", "same_bucket", "series"), [(12, 4, 4), (12, 5, 4), (12, 1, 1), (2, 8, 2)]
+    )
+    def test_a_series_divides_an_update(
+        self, small_corpus: SmallCorpus, micro_batches: int, same_bucket: int, series: int
+    ) -> None:
+        settings = ("data.max_seconds=1", "batch.max_seconds=2", f"batch.micro_batches={micro_batches}")
+        config = config_with(*settings, f"batch.same_bucket={same_bucket}")
+        assert dataset_of(small_corpus.train, config).series_length == series
+
+    def test_validation_has_no_series(self, small_corpus: SmallCorpus) -> None:
+        config = config_with("data.max_seconds=1", "batch.max_seconds=2", "batch.same_bucket=2")
+        sections = {"model": config.model, "data": config.data, "batch": config.batch}
+        assert validation_set(Corpus([small_corpus.train]), build_objective(config), **sections).series_length == 1
+
     def test_utterances_too_short_for_the_objective_are_left_out_whatever_min_seconds(self, tmp_path: Path) -> None:
         config = config_with("data.min_seconds=0.01")
         shortest = input_samples(build_objective(config).shortest_frames, config.model)

@@ -41,11 +41,15 @@ class TestPlan:
     @given(
         count=st.integers(2, 200),
         rates=st.lists(st.floats(0.05, 8.0), min_size=3, max_size=3),
+        series_length=st.sampled_from([1, 4, 6]),
         seed=st.integers(0, 2**63 - 1),
     )
-    def test_epochs_are_equally_long_and_full(self, count: int, rates: list[float], seed: int) -> None:
+    def test_epochs_are_equally_long_and_full(
+        self, count: int, rates: list[float], series_length: int, seed: int
+    ) -> None:
         random = np.random.default_rng(count)
-        plan = mixed_plan(random.integers(10, 150, count), random.integers(0, 3, count), rates, seed=seed)
+        samples, group = random.integers(10, 150, count), random.integers(0, 3, count)
+        plan = mixed_plan(samples, group, rates, seed=seed, series_length=series_length)
         for epoch in (0, 1, 17):
             batches = [plan.micro_batch(epoch * plan.per_epoch + i) for i in range(plan.per_epoch)]
             assert sum(batch.utterances.size for batch in batches) == len(plan)
@@ -56,14 +60,16 @@ class TestPlan:
         count=st.integers(1, 300),
         rates=st.lists(st.floats(0.01, 5.0), min_size=3, max_size=3),
         epochs=st.integers(1, 12),
+        series_length=st.sampled_from([1, 4, 6]),
         seed=st.integers(0, 2**63 - 1),
     )
     def test_all_utterances_of_a_group_are_drawn_equally_often(
-        self, count: int, rates: list[float], epochs: int, seed: int
+        self, count: int, rates: list[float], epochs: int, series_length: int, seed: int
     ) -> None:
         random = np.random.default_rng(count)
         group = random.integers(0, 3, count)
-        found = draws(mixed_plan(random.integers(10, 150, count), group, rates, seed=seed), range(epochs))
+        plan = mixed_plan(random.integers(10, 150, count), group, rates, seed=seed, series_length=series_length)
+        found = draws(plan, range(epochs))
         for number, rate in enumerate(rates):
             counts = np.array([found[int(u)] for u in np.flatnonzero(group == number)])
             if counts.size:

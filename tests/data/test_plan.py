@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from w2vscale.data import plan as plan_module
-from w2vscale.data.plan import Bucket, Plan, PlannedMicroBatch, rank_window
+from w2vscale.data.plan import Bucket, Plan, PlannedMicroBatch, largest_divisor, rank_window, run_length
+from w2vscale.data.randomness import Stream, generator
 from w2vscale.errors import UserError
 
 MAX_SAMPLES = 100
@@ -28,7 +29,13 @@ class Case:
     samples: NDArray[np.int64]
     budget: int
     buckets: int
+    series_length: int
     plan: Plan
+
+    def again(self, **changes: int) -> Plan:
+        """Another plan of the same corpus and settings, apart from `changes`."""
+        settings = {"budget_samples": self.budget, "buckets": self.buckets, "series_length": self.series_length}
+        return make_plan(self.samples, **{**settings, "seed": self.plan.seed, **changes})
 
     @property
     def kept(self) -> set[int]:
@@ -42,15 +49,17 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """1 to 150 utterances, of few or many different lengths, some too short and some to be cropped."""
+    """1 to 400 utterances, of few or many different lengths, some too short and some to be cropped."""
     longest = draw(st.sampled_from([MIN_SAMPLES, 12, 2 * MAX_SAMPLES]))
-    count = draw(st.integers(1, 150))
+    count = draw(st.integers(1, 150) | st.integers(150, 400))
     samples = np.random.default_rng(draw(st.integers(0, 999))).integers(1, longest + 1, size=count)
     samples[0] = draw(st.integers(MIN_SAMPLES, longest))
     budget = draw(st.sampled_from([MAX_SAMPLES, 150, 999, 10_000]))
     buckets = draw(st.sampled_from([1, 2, 7, 64, 1000]))
+    series_length = draw(st.sampled_from([1, 2, 3, 4, 6, 12]))
     seed = draw(st.integers(0, 2**63 - 1))
-    return Case(samples, budget, buckets, make_plan(samples, budget_samples=budget, buckets=buckets, seed=seed))
+    settings = {"budget_samples": budget, "buckets": buckets, "series_length": series_length}
+    return Case(samples, budget, buckets, series_length, make_plan(samples, seed=seed, **settings))
 
 
 def make_plan(samples: NDArray[np.int64], **changes: int) -> Plan:
@@ -95,30 +104,43 @@ class TestEpochs:
     def test_all_have_equally_many_micro_batches_of_the_same_sizes_whatever_the_seed(
         self, case: Case, seed: int
     ) -> None:
-        other = make_plan(case.samples, budget_samples=case.budget, buckets=case.buckets, seed=seed)
+        other = case.again(seed=seed)
         assert other.per_epoch == case.plan.per_epoch
         found = [epoch(case.plan, 0), epoch(case.plan, 1), epoch(other, 5)]
         sizes = [sorted(batch.utterances.size for batch in batches) for batches in found]
         assert sizes[0] == sizes[1] == sizes[2]
 
     @given(cases())
-    def test_at_most_one_micro_batch_is_partly_filled(self, case: Case) -> None:
+    def test_only_the_last_series_of_an_epoch_can_have_room_left(self, case: Case) -> None:
         bucket_of = case.bucket_of()
-        room = [bucket_of[int(batch.utterances[0])].per_micro_batch for batch in epoch(case.plan, 1)]
-        partly = [n for n, batch in zip(room, epoch(case.plan, 1), strict=True) if batch.utterances.size < n]
-        assert len(partly) <= 1
+        batches = epoch(case.plan, 1)
+        room = [bucket_of[int(batch.utterances[0])].per_micro_batch - batch.utterances.size for batch in batches]
+        series = case.plan.series_length
+        assert min(room) == 0 or len(case.plan.buckets) == 1
+        assert sum(room) < series * case.plan.buckets[-1].per_micro_batch
+        if series == 1:
+            assert sum(left > 0 for left in room) <= 1
 
+    @given(cases())
+    def test_micro_batches_of_the_last_bucket_have_equally_many_utterances_give_or_take_one(self, case: Case) -> None:
+        last, bucket_of = case.plan.buckets[-1], case.bucket_of()
+        sizes = [b.utterances.size for b in epoch(case.plan, 1) if bucket_of[int(b.utterances[0])] is last]
+        assert len(sizes) == last.micro_batches
+        if case.plan.series_length > 1:
+            assert max(sizes) - min(sizes) <= 1
+
+    @pytest.mark.parametrize("series_length", [1, 4])
     @pytest.mark.parametrize("buckets", [2, 3, 5])
     @pytest.mark.parametrize("budget", [350, 999, 1234])
-    def test_buckets_end_on_whole_micro_batches(self, buckets: int, budget: int) -> None:
-        lengths = np.random.default_rng(0).integers(MIN_SAMPLES, MAX_SAMPLES, size=311)
-        plan = make_plan(lengths, budget_samples=budget, buckets=buckets)
-        assert len(plan.buckets) > 1
-        assert all(bucket.count % bucket.per_micro_batch == 0 for bucket in plan.buckets[:-1])
+    def test_buckets_end_on_whole_series(self, buckets: int, budget: int, series_length: int) -> None:
+        lengths = np.random.default_rng(0).integers(MIN_SAMPLES, MAX_SAMPLES, size=1500)
+        plan = make_plan(lengths, budget_samples=budget, buckets=buckets, series_length=series_length)
+        assert len(plan.buckets) > 1 and plan.series_length == series_length
+        assert all(bucket.count % (series_length * bucket.per_micro_batch) == 0 for bucket in plan.buckets[:-1])
 
     def test_the_order_of_buckets_changes_from_one_to_the_next(self) -> None:
         samples = varied()
-        case = Case(samples, 400, 8, make_plan(samples))
+        case = Case(samples, 400, 8, 1, make_plan(samples))
         bucket_of = case.bucket_of()
         orders = [[bucket_of[int(batch.utterances[0])] for batch in epoch(case.plan, number)] for number in range(3)]
         assert orders[0] != orders[1] != orders[2] != orders[0]
@@ -171,6 +193,13 @@ class TestMicroBatches:
         assert 1 <= len(case.plan.buckets) <= case.buckets
         assert sum(bucket.count for bucket in case.plan.buckets) == len(case.plan)
 
+    @given(cases())
+    def test_a_bucket_has_one_width_if_it_is_padded_to(self, case: Case) -> None:
+        plan = case.again(pad_to_bucket=True)
+        bucket_of = case.bucket_of()
+        for batch in epoch(plan, 1):
+            assert batch.width == bucket_of[int(batch.utterances[0])].longest
+
     def test_more_buckets_mean_less_padding(self) -> None:
         samples = varied(3000)
         padding = [make_plan(samples, buckets=buckets).padding() for buckets in (1, 4, 16)]
@@ -180,6 +209,69 @@ class TestMicroBatches:
     def test_utterances_of_one_length_all_mix_with_each_other(self) -> None:
         cropped = np.full(200, 3 * MAX_SAMPLES, dtype=np.int64)
         assert len(make_plan(cropped, buckets=64).buckets) == 1
+
+
+class TestSeries:
+    @given(cases())
+    def test_consecutive_micro_batches_are_of_one_bucket_in_every_epoch(self, case: Case) -> None:
+        bucket_of = case.bucket_of()
+        length = case.plan.series_length
+        assert case.plan.per_epoch % length == 0
+        for number in (0, 1, 1000):
+            found = [bucket_of[int(batch.utterances[0])] for batch in epoch(case.plan, number)]
+            assert all(len(set(found[start : start + length])) == 1 for start in range(0, len(found), length))
+
+    @given(cases())
+    def test_their_length_is_the_largest_divisor_that_adds_few_micro_batches(self, case: Case) -> None:
+        plan, length = case.plan, case.plan.series_length
+        assert case.series_length % length == 0
+        needed = sum(-(-bucket.count // bucket.per_micro_batch) for bucket in plan.buckets)
+        assert plan.per_epoch - needed <= plan_module.ADDED_MICRO_BATCHES * plan.per_epoch
+        for longer in range(length + 1, case.series_length + 1):
+            if case.series_length % longer == 0:
+                assert case.again(series_length=longer).series_length < longer
+
+    @pytest.mark.parametrize(
+        ("utterances", "asked", "found"),
+        [(4000, 8, 8), (100, 8, 4), (99, 8, 1), (90, 8, 2), (90, 12, 6), (8, 8, 8), (7, 8, 1), (1, 8, 1)],
+    )
+    def test_those_of_micro_batches_of_one_utterance_divide_the_corpus(
+        self, utterances: int, asked: int, found: int
+    ) -> None:
+        """Nothing else makes an epoch of whole series without an empty micro-batch."""
+        lengths = np.full(utterances, MAX_SAMPLES, dtype=np.int64)
+        assert make_plan(lengths, budget_samples=MAX_SAMPLES, series_length=asked).series_length == found
+
+    def test_of_one_micro_batch_are_slices_of_shuffled_buckets(self) -> None:
+        """Written out: the plan before there were series, which golden curves and old checkpoints depend on."""
+        samples = varied()
+        plan = make_plan(samples, seed=5)
+        kept = np.flatnonzero(samples >= MIN_SAMPLES)
+        by_length = kept[np.argsort(-np.minimum(samples[kept], MAX_SAMPLES), kind="stable")]
+        for number in range(2 * plan.per_epoch):
+            epoch, position = divmod(number, plan.per_epoch)
+            shuffled = generator(5, Stream.EPOCH_ORDER, epoch).permutation(np.arange(plan.per_epoch, dtype=np.int32))
+            index = shuffled[position]
+            which = max(i for i, bucket in enumerate(plan.buckets) if bucket.first_micro_batch <= index)
+            bucket = plan.buckets[which]
+            inside = generator(5, Stream.BUCKET_ORDER, epoch, which).permutation(
+                np.arange(bucket.count, dtype=np.int32)
+            )
+            first = (index - bucket.first_micro_batch) * bucket.per_micro_batch
+            members = by_length[bucket.start + inside[first : first + bucket.per_micro_batch]]
+            assert plan.micro_batch(number).utterances.tolist() == members.tolist()
+
+    def test_of_several_change_from_one_epoch_to_the_next(self) -> None:
+        plan = make_plan(varied(3000), series_length=4)
+        assert plan.series_length == 4
+        first, second = (
+            [
+                frozenset(u for batch in batches[start : start + 4] for u in batch.utterances.tolist())
+                for start in range(0, len(batches), 4)
+            ]
+            for batches in (epoch(plan, 0), epoch(plan, 1))
+        )
+        assert len(set(first) & set(second)) < len(first) / 10
 
 
 class TestPaddingAndLargest:
@@ -195,10 +287,30 @@ class TestPaddingAndLargest:
         padded = [batch.utterances.size * batch.longest for batch in epoch(case.plan, 0)]
         assert padded[case.plan.largest()] == max(padded)
 
-    def test_no_later_epoch_has_a_larger_one(self) -> None:
-        plan = make_plan(varied())
-        padded = [max(batch.utterances.size * batch.longest for batch in epoch(plan, number)) for number in range(50)]
-        assert max(padded) == padded[0]
+    @given(cases())
+    def test_longest_is_the_largest_micro_batch_of_the_bucket_with_the_longest_utterance(self, case: Case) -> None:
+        bucket_of = case.bucket_of()
+        first = {
+            batch.number: batch.utterances.size * batch.longest
+            for batch in epoch(case.plan, 0)
+            if bucket_of[int(batch.utterances[0])] is case.plan.buckets[0]
+        }
+        assert first[case.plan.longest()] == max(first.values())
+
+    @given(cases())
+    def test_no_later_micro_batch_and_no_series_needs_more_memory(self, case: Case) -> None:
+        """So copies of the largest micro-batch, which calibration measures, need at least as much as any forward."""
+        plan, length = case.plan, case.plan.series_length
+        full = max(bucket.per_micro_batch * bucket.longest for bucket in plan.buckets)
+        if all(bucket.count >= bucket.per_micro_batch * bucket.micro_batches for bucket in plan.buckets):
+            largest = plan.micro_batch(plan.largest())
+            assert largest.utterances.size * largest.longest == full
+        for number in (0, 1, 17):
+            batches = epoch(plan, number)
+            for start in range(0, len(batches), length):
+                series = batches[start : start + length]
+                widest = max(batch.longest for batch in series)
+                assert sum(batch.utterances.size for batch in series) * widest <= length * full
 
 
 class TestRanks:
@@ -214,29 +326,63 @@ class TestRanks:
             dealt = sorted(number for window in windows for number in window)
             assert dealt == list(range(12 * update, 12 * update + 12))
 
+    @given(cases(), st.integers(0, 50), st.sampled_from([1, 2, 3, 4, 6, 12]))
+    def test_each_run_of_a_window_is_of_one_series_longest_first(self, case: Case, update: int, ranks: int) -> None:
+        length = run_length(case.plan.series_length, per_rank=12 // ranks)
+        for rank in range(ranks):
+            window = rank_window(case.plan, update, micro_batches=12, rank=rank, world_size=ranks)
+            for start in range(0, len(window), length):
+                run = window[start : start + length]
+                assert len({number // case.plan.series_length for number in run}) == 1
+                longest = [case.plan.micro_batch(number).longest for number in run]
+                assert longest == sorted(longest, reverse=True)
+
     @given(cases(), st.integers(0, 50), st.sampled_from([2, 3, 4, 6]))
     def test_in_each_sub_step_all_ranks_have_neighbours_in_length(self, case: Case, update: int, ranks: int) -> None:
-        windows = [rank_window(case.plan, update, micro_batches=12, rank=r, world_size=ranks) for r in range(ranks)]
-        longest = [[case.plan.micro_batch(number).longest for number in window] for window in windows]
-        steps = list(zip(*longest, strict=True))
+        """Series are neighbours by their longest micro-batch."""
+        plan, length = case.plan, case.plan.series_length
+
+        def longest_of_series(number: int) -> int:
+            first = number - number % length
+            return max(plan.micro_batch(each).longest for each in range(first, first + length))
+
+        windows = [rank_window(plan, update, micro_batches=12, rank=r, world_size=ranks) for r in range(ranks)]
+        runs = [window[:: run_length(length, per_rank=12 // ranks)] for window in windows]
+        steps = list(zip(*[map(longest_of_series, run) for run in runs], strict=True))
         for now, then in pairwise(steps):
             assert min(now) >= max(then)
 
-    def test_a_larger_world_runs_what_a_smaller_one_runs_in_the_same_update(self) -> None:
-        plan = make_plan(varied())
+    @pytest.mark.parametrize(("series_length", "expected"), [(1, 1), (4, 2), (12, 6)])
+    def test_a_larger_world_runs_what_a_smaller_one_runs_in_the_same_update(
+        self, series_length: int, expected: int
+    ) -> None:
+        plan = make_plan(varied(3000), series_length=series_length)
+        assert plan.series_length == series_length
+        length = run_length(series_length, per_rank=6)
+        assert length == expected
         alone = rank_window(plan, 5, micro_batches=12, rank=0, world_size=1)
         pairs = [rank_window(plan, 5, micro_batches=12, rank=r, world_size=2) for r in (0, 1)]
-        assert alone == [number for pair in zip(*pairs, strict=True) for number in pair]
+        runs = [[window[start : start + length] for start in range(0, 6, length)] for window in pairs]
+        assert alone == [number for pair in zip(*runs, strict=True) for run in pair for number in run]
 
     def test_one_micro_batch_an_update_is_its_own_window(self) -> None:
         assert rank_window(make_plan(varied()), 7, micro_batches=1, rank=0, world_size=1) == [7]
+
+    @given(cases(), st.integers(0, 10**6))
+    def test_lengths_are_those_of_the_micro_batch(self, case: Case, number: int) -> None:
+        assert case.plan.lengths(number).tolist() == case.plan.micro_batch(number).lengths.tolist()
+
+
+def test_the_largest_divisor() -> None:
+    assert [largest_divisor(64, at_most=limit) for limit in (1, 7, 8, 100)] == [1, 4, 8, 64]
+    assert [largest_divisor(7, at_most=limit) for limit in (1, 6, 7)] == [1, 1, 7]
 
 
 class TestSeeking:
     @given(cases(), st.integers(0, 10**9))
     def test_a_fresh_plan_gives_at_any_position_what_one_that_came_there_gives(self, case: Case, first: int) -> None:
         walked = [case.plan.micro_batch(number) for number in range(first, first + 20)]
-        again = make_plan(case.samples, budget_samples=case.budget, buckets=case.buckets, seed=case.plan.seed)
+        again = case.again()
         assert key(again.micro_batch(first + 19)) == key(walked[-1])
         assert [key(again.micro_batch(batch.number)) for batch in reversed(walked)] == [key(b) for b in walked[::-1]]
 

@@ -211,6 +211,30 @@ class TestMicroBatches:
         audio, padded = sum(b.audio_samples for b in found), sum(b.padded_samples for b in found)
         assert 1 - audio / padded < 0.1
 
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize(("world_size", "run"), [(1, 3), (2, 3), (3, 1)])
+    def test_a_series_stays_together_in_the_window_of_a_rank(
+        self, shards: Path, workers: int, world_size: int, run: int
+    ) -> None:
+        """Runs of the greatest common divisor of the series, of three, and the window."""
+        settings = ("batch.same_bucket=3", "data.stream_buffer=400", f"data.workers={workers}")
+        source = stream_of([shards], config_with(*settings))
+        bounds = source.bucket_bounds(run)
+        assert len(bounds) > 2
+        for rank in range(world_size):
+            windows = source.windows(range(4, 9), micro_batches=6, rank=rank, world_size=world_size)
+            found = [batch for window in windows for batch in window]
+            assert [batch.number for batch in found] == list(range(24 + rank, 54, world_size))
+            assert all(0 < batch.padded_samples <= 10 * RATE for batch in found)
+            for start in range(0, len(found), run):
+                samples = [size for batch in found[start : start + run] for size in batch.inputs.audio.samples]
+                assert len(set(np.searchsorted(bounds, np.array(samples) / RATE))) == 1
+
+    def test_longer_series_need_wider_buckets(self, shards: Path) -> None:
+        source = stream_of([shards], config_with("data.stream_buffer=400"))
+        counts = [len(source.bucket_bounds(run)) for run in (1, 4, 30, 1000)]
+        assert counts[0] > counts[1] > counts[2] > counts[3] == 0
+
     def test_the_same_start_gives_the_same_micro_batches(self, shards: Path) -> None:
         config = config_with("data.workers=2")
         again = [self.windows(stream_of([shards], config), updates=range(3)) for _ in range(2)]

@@ -14,14 +14,16 @@ import torch
 from lhotse import CutSet
 
 from tests.helpers.audio import SmallCorpus
-from tests.helpers.calibrating import BASE, EACH, grouping_on_a_gpu, made_up_memory
+from tests.helpers.calibrating import BASE, EACH, made_up_memory, per_forward_on_a_gpu
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_calibrated, train_micro, train_where_one_rank_cannot_read
 from w2vscale.config import load_config
+from w2vscale.data.indexed import MicroBatches
 from w2vscale.distributed.process_group import Ranks
-from w2vscale.engine.accumulation import Capacity, FittingGrouping, FixedGrouping, Grouping
 from w2vscale.training import calibration
+from w2vscale.training import dry_run as dry_run_module
+from w2vscale.training.dry_run import dry_run
 from w2vscale.training.run import Run, build_run
 
 pytestmark = pytest.mark.distributed
@@ -97,8 +99,7 @@ class TestCalibration:
         first, second = pool(2).run(
             train_where_one_rank_cannot_read, longest, str(small_corpus.train), str(tmp_path), settings, timeout=60.0
         )
-        # All eight micro-batches share a forward on one process; on two, four.
-        assert first == second == FittingGrouping((Capacity(24_000, 4 * 48_000),))
+        assert first == second == 4
 
     @pytest.fixture
     def run(self, small_corpus: SmallCorpus, tmp_path: Path) -> Callable[..., Run]:
@@ -117,39 +118,71 @@ class TestCalibration:
 
     @pytest.mark.parametrize(
         ("available", "fitting"),
-        [(0, 1), (BASE + 2 * EACH - 1, 1), (BASE + 2 * EACH, 2), (BASE + 3 * EACH + 99, 3), (10**9, 4)],
+        [(0, 1), (BASE + 2 * EACH - 1, 1), (BASE + 2 * EACH, 2), (BASE + 4 * EACH - 1, 2), (BASE + 4 * EACH, 4)],
     )
-    def test_as_many_as_the_memory_of_two_says(self, run: Callable[..., Run], available: int, fitting: int) -> None:
-        """Each further micro-batch takes as much as the second; a window has four."""
-        built = run()
+    def test_the_largest_divisor_of_a_series_that_fits(
+        self, run: Callable[..., Run], available: int, fitting: int
+    ) -> None:
+        """Each further micro-batch takes as much memory as the second; a series has four."""
+        built, logged = run(), []
+        assert built.training_set.series_length == 4
         limit = math.ceil(available / calibration.SHARE)
         with made_up_memory(limit) as forwards:
-            found = calibration.grouping_of(replace(built, device=torch.device("cuda", 0)), lambda text: None)
-        assert found == FittingGrouping((Capacity(24_000, fitting * 48_000),))
+            on_a_gpu = replace(built, device=torch.device("cuda", 0))
+            assert calibration.micro_batches_per_forward(on_a_gpu, logged.append) == fitting
         # Where there may be no room for two, two are not tried.
         assert set(forwards) == ({1} if fitting == 1 else {1, 2})
+        counted = {1: "1 micro-batch (up to 4 s", 2: "2 micro-batches (up to 8 s", 4: "4 micro-batches (up to 16 s"}
+        assert logged == [f"batch.concat=auto: {counted[fitting]} of audio) per forward"]
+
+    def test_it_measures_the_largest_and_the_longest(
+        self, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        built, measured = run("batch.max_seconds=6", "data.max_seconds=4"), []
+        monkeypatch.setattr(calibration, "_fitting", lambda take, device: measured.append(take.args[2].number) or 8)
+        assert per_forward_on_a_gpu(built) > 1
+        assert isinstance(built.training_set, MicroBatches)
+        plan = built.training_set.plan
+        assert plan.largest() != plan.longest()
+        assert measured == [plan.largest(), plan.longest()]
+
+    def test_without_series_nothing_is_measured(self, run: Callable[..., Run]) -> None:
+        with made_up_memory(10**9) as forwards:
+            assert per_forward_on_a_gpu(run("batch.same_bucket=1")) == 1
+        assert not forwards
 
     def test_it_leaves_the_model_as_it_was(self, run: Callable[..., Run]) -> None:
         built = run()
         before = {name: tensor.clone() for name, tensor in built.engine.export_state().items()}
-        grouping_on_a_gpu(built)
+        assert per_forward_on_a_gpu(built) == 4
         assert all(torch.equal(tensor, before[name]) for name, tensor in built.engine.export_state().items())
 
     def test_it_is_kept_with_the_run_and_holds_under_the_same_conditions(self, run: Callable[..., Run]) -> None:
-        def measure(*settings: str, limit: int = 10**9) -> tuple[Grouping, list[int]]:
+        def measure(*settings: str, limit: int = 10**9) -> tuple[int, list[int]]:
             built = replace(run(*settings), device=torch.device("cuda", 0))
             with made_up_memory(limit) as forwards:
-                return calibration.grouping_of(built, lambda text: None), forwards
+                return calibration.micro_batches_per_forward(built, lambda text: None), forwards
 
         first, forwards = measure()
-        assert forwards
+        assert first == 4 and forwards
         again, forwards = measure(limit=0)
-        assert again == first and not forwards
-        other, forwards = measure("batch.micro_batches=5", limit=0)
-        assert other == FittingGrouping((Capacity(24_000, 48_000),)) and forwards
+        assert again == 4 and not forwards
+        other, forwards = measure("batch.micro_batches=8", limit=0)
+        assert other == 1 and forwards
+
+    def test_a_number_is_taken_as_it_is(self, run: Callable[..., Run]) -> None:
+        logged: list[str] = []
+        assert per_forward_on_a_gpu(run("batch.concat=3"), limit=0, log=logged.append) == 3
+        assert not logged
 
     def test_on_a_cpu_each_micro_batch_runs_alone(self, run: Callable[..., Run]) -> None:
-        built, said = run(), []
-        assert calibration.grouping_of(built, said.append) == FixedGrouping(1)
-        assert said == ["batch.concat=auto: using 1, because larger forwards are not faster on a CPU"]
+        built, logged = run(), []
+        assert calibration.micro_batches_per_forward(built, logged.append) == 1
+        assert not logged
         assert not (built.exp / calibration.FILE).exists()
+
+    def test_a_dry_run_measures_too(self, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+        config = run().config
+        assert (found := dry_run(config)) is not None and found.per_forward == 1
+        monkeypatch.setattr(dry_run_module, "forward_size", lambda *arguments, **named: 4)
+        assert (found := dry_run(config)) is not None and found.per_forward == 4

@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 import torch
 
-from w2vscale.engine.accumulation import Grouping
 from w2vscale.training import calibration
 from w2vscale.training.run import Run
 
@@ -27,9 +26,9 @@ def made_up_memory(limit: int) -> Iterator[list[int]]:
     forwards: list[int] = []
     take = calibration._take
 
-    def taken(run: Run, example: Any, *, joined: int, most: int) -> None:
-        forwards.append(joined)
-        take(run, example, joined=joined, most=most)
+    def taken(engine: Any, objective: Any, example: Any, copies: int, *, per_rank: int) -> None:
+        forwards.append(copies)
+        take(engine, objective, example, copies, per_rank=per_rank)
 
     def peak(device: torch.device, work: Callable[[], object]) -> int:
         before = len(forwards)
@@ -48,7 +47,7 @@ def made_up_memory(limit: int) -> Iterator[list[int]]:
         yield forwards
 
 
-def grouping_on_a_gpu(run: Run, limit: int = 10**9) -> Grouping:
-    """What `batch.concat` asks for where the run has a GPU with `limit` bytes. Collective."""
+def per_forward_on_a_gpu(run: Run, limit: int = 10**9, log: Callable[[str], None] = lambda text: None) -> int:
+    """The micro-batches per forward where the run has a GPU with `limit` bytes. Collective."""
     with made_up_memory(limit):
-        return calibration.grouping_of(replace(run, device=torch.device("cuda", 0)), lambda text: None)
+        return calibration.micro_batches_per_forward(replace(run, device=torch.device("cuda", 0)), log)

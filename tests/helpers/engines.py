@@ -13,7 +13,6 @@ from w2vscale.config import Config
 from w2vscale.data.loading import TrainingData
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine import Engine, StepResult, build_engine
-from w2vscale.engine.accumulation import FixedGrouping, Grouping
 from w2vscale.objectives import Objective, StepContext, Sums, build_objective, resolve
 from w2vscale.training.loop import _after_step
 from w2vscale.training.run import empty_model, initial_state, open_training_set
@@ -33,12 +32,12 @@ class Setup:
         return open_training_set(self.config, self.objective)
 
     def window(
-        self, window: Sequence[MicroBatch], denominator: float, *, update: int = 0, grouping: Grouping | None = None
+        self, window: Sequence[MicroBatch], denominator: float, *, update: int = 0, per_forward: int = 1
     ) -> Sums:
         """The sums of one window, whose gradients are accumulated."""
         return self.engine.run_window(
             window, self.objective, StepContext(self.config.trainer.seed, update),
-            grouping=grouping or FixedGrouping(1), denominator=torch.tensor(denominator),
+            per_forward=per_forward, denominator=torch.tensor(denominator),
         )  # fmt: skip
 
     def evaluate(self, batch: MicroBatch) -> Sums:

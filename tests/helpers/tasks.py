@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lhotse.cut import Cut
 from torch.distributed.tensor import DTensor
 
-from tests.helpers.calibrating import grouping_on_a_gpu
+from tests.helpers.calibrating import per_forward_on_a_gpu
 from tests.helpers.checkpoints import expected_of_parameters, rewrite
 from tests.helpers.engines import set_up
 from tests.helpers.micro import MICRO_ENCODER, MICRO_MODEL, MICRO_RUN, MICRO_TRAINING
@@ -32,7 +32,6 @@ from w2vscale.data import assembly
 from w2vscale.data.audio import AudioError, read_audio
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main, gather_as_found
 from w2vscale.engine import CanonicalState
-from w2vscale.engine.accumulation import Grouping
 from w2vscale.engine.rows import Rows
 from w2vscale.errors import UserError
 from w2vscale.evaluation.wer import score_checkpoint
@@ -40,7 +39,7 @@ from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import transcribe
 from w2vscale.inference.utterances import find_utterances
 from w2vscale.runtime import StopRequest
-from w2vscale.training.calibration import grouping_of
+from w2vscale.training.calibration import micro_batches_per_forward
 from w2vscale.training.display import Display
 from w2vscale.training.loop import Trainer
 from w2vscale.training.run import Run, build_run, make_folder
@@ -63,7 +62,7 @@ def train_with_loader_processes(corpus: str, exp: str, overrides: tuple[str, ...
 
 def train_calibrated(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
     """`train_micro` with `batch.concat=auto` as on a GPU that holds a whole window."""
-    return train_micro(corpus, exp, (*overrides, "batch.concat=auto"), grouping=grouping_on_a_gpu)
+    return train_micro(corpus, exp, (*overrides, "batch.concat=auto"), per_forward=per_forward_on_a_gpu)
 
 
 def train_micro(
@@ -72,16 +71,16 @@ def train_micro(
     overrides: tuple[str, ...] = (),
     *,
     save_first: bool = False,
-    grouping: Callable[[Run], Grouping] | None = None,
+    per_forward: Callable[[Run], int] | None = None,
 ) -> list[float]:
     """Train the micro model on this process group, or alone; the loss of every update, and of validation.
 
-    With `save_first`, there is a checkpoint before the first update, too. `grouping` replaces that of the run.
+    With `save_first`, there is a checkpoint before the first update, too. `per_forward` replaces `batch.concat`.
     """
     another = any(override.startswith("objective.name=") for override in overrides)
     model = MICRO_ENCODER if another else MICRO_MODEL
     config = load_config("base", [*model, *MICRO_TRAINING, f"data.train={corpus}", *overrides])
-    return [record["loss"] for record in _train(config, Path(exp), save_first=save_first, grouping=grouping)]
+    return [record["loss"] for record in _train(config, Path(exp), save_first=save_first, per_forward=per_forward)]
 
 
 def train_tiny(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[tuple[float, float]]:
@@ -91,7 +90,7 @@ def train_tiny(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[tuple[
 
 
 def _train(
-    config: Config, folder: Path, *, save_first: bool = False, grouping: Callable[[Run], Grouping] | None = None
+    config: Config, folder: Path, *, save_first: bool = False, per_forward: Callable[[Run], int] | None = None
 ) -> list[dict[str, float]]:
     """What is logged, on rank 0."""
     ranks = Ranks()
@@ -101,7 +100,7 @@ def _train(
     make_folder(folder, run.config, ranks, command=None)
     if save_first:
         run.save(run.state)
-    chosen = grouping(run) if grouping is not None else grouping_of(run, lambda text: None)
+    chosen = per_forward(run) if per_forward is not None else micro_batches_per_forward(run, lambda text: None)
     Trainer(run, StopRequest(), chosen, Display(total=config.trainer.updates, enabled=ranks.is_main)).train()
     run.engine.close()
     if not ranks.is_main:
@@ -109,12 +108,12 @@ def _train(
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, overrides: tuple[str, ...]) -> Grouping:
-    """How this rank grouped micro-batches in `train_calibrated`, where the last rank has no file of one utterance."""
-    found: list[Grouping] = []
+def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, overrides: tuple[str, ...]) -> int:
+    """Micro-batches per forward of this rank in `train_calibrated`, if the last rank has no file of one utterance."""
+    found: list[int] = []
 
-    def grouping(run: Run) -> Grouping:
-        found.append(grouping_on_a_gpu(run))
+    def per_forward(run: Run) -> int:
+        found.append(per_forward_on_a_gpu(run))
         return found[0]
 
     def read(cut: Cut, **settings: Any) -> Any:
@@ -123,7 +122,7 @@ def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, over
         return read_audio(cut, **settings)
 
     with patch.object(assembly, "read_audio", read):
-        train_micro(corpus, exp, (*overrides, "batch.concat=auto"), grouping=grouping)
+        train_micro(corpus, exp, (*overrides, "batch.concat=auto"), per_forward=per_forward)
     return found[0]
 
 

@@ -141,6 +141,12 @@ def test_live_memory_counts_what_is_there_at_once() -> None:
     assert memory.peak == 400
 
 
+@pytest.fixture
+def few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "UPDATES", 32)
+
+
+@pytest.mark.usefixtures("few_updates")
 def test_the_sampler_bench_compares_both_on_the_same_durations() -> None:
     result = CliRunner().invoke(sampler.app, ["--utterances", "1500", "--rounds", "1"])
     assert result.exit_code == 0, result.output
@@ -149,9 +155,10 @@ def test_the_sampler_bench_compares_both_on_the_same_durations() -> None:
     assert figures["partly_filled"] < 0.05
     for key in ("plan_seconds", "plan_seconds_lhotse", "restore_seconds", "restore_seconds_lhotse"):
         assert figures[key] > 0
-    assert {"memory_mb", "memory_mb_lhotse", "ratio", "ratio_walked", "walk_seconds"} <= set(figures)
+    assert {"memory_mb", "memory_mb_lhotse", "ratio", "ratio_walked", "walk_seconds", *sampler.FORMS} <= set(figures)
 
 
+@pytest.mark.usefixtures("few_updates")
 def test_the_sampler_bench_opens_a_corpus_on_disk(tmp_path: Path) -> None:
     options = ["--utterances", "1000", "--rounds", "1", "--no-lhotse", "--folder", str(tmp_path)]
     result = CliRunner().invoke(sampler.app, options)
@@ -159,6 +166,21 @@ def test_the_sampler_bench_opens_a_corpus_on_disk(tmp_path: Path) -> None:
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures["utterances"] == 1000 and figures["restore_seconds"] > 0
     assert "padding_lhotse" not in figures
+
+
+@pytest.mark.usefixtures("few_updates")
+def test_default_forwards_are_long_and_have_little_padding() -> None:
+    forms = sampler.measure_forwards(sampler.durations(100_000))
+    for preset, budget in (("base", 87.5), ("large", 75.0)):
+        for ranks in ("1", "8", "32"):
+            series, alone, joined = (forms[form][preset][ranks] for form in sampler.FORMS)
+            assert alone["micro_batches"] == 1 and 0.7 * budget < alone["seconds_mean"] <= budget
+            assert series["micro_batches"] == joined["micro_batches"] >= 2
+            assert series["seconds_mean"] == pytest.approx(series["micro_batches"] * alone["seconds_mean"], rel=0.05)
+            assert series["seconds_shortest"] <= series["seconds_p10"] <= series["seconds_mean"]
+            assert series["padding"] < 0.015 < joined["padding"]
+            if ranks != "32":  # where a rank has 64 / 32 or 128 / 32 micro-batches per update
+                assert series["seconds_shortest"] > 300
 
 
 def test_the_loader_bench_counts_audio_and_bytes(small_corpus: SmallCorpus) -> None:

@@ -46,13 +46,13 @@ def test_if_it_fails_in_a_run_or_a_dry_run(
     assert len(closed) == 2
 
 
-def test_if_the_folder_or_a_grouping_cannot_be_made(
+def test_if_the_folder_cannot_be_made_or_calibration_fails(
     small_corpus: SmallCorpus, tmp_path: Path, closed: list[DDPEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="the folder of the run cannot be written"):
         train(settings(small_corpus), tmp_path / "file")
-    monkeypatch.setattr(loop, "grouping_of", refuse)
+    monkeypatch.setattr(loop, "micro_batches_per_forward", refuse)
     with pytest.raises(UserError, match="refused"):
         train(settings(small_corpus), tmp_path / "exp")
     assert len(closed) == 2

@@ -72,11 +72,13 @@ def test_out_of_memory_on_a_gpu_is_reported_in_one_line(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …")
 
     monkeypatch.setattr(Contrastive, "forward", fail)
-    message = r"^CUDA out of memory: lower batch.max_seconds \(.+\) or batch.concat \(1\)"
-    with pytest.raises(UserError, match=message):
-        train(settings(small_corpus.train), tmp_path / "exp")
-    with pytest.raises(UserError, match=message):
-        dry_run(settings(small_corpus.train))
+    for concat, advice in (("auto", "set batch.concat to a number"), ("2", r"lower batch.concat \(2\)")):
+        config = settings(small_corpus.train, f"batch.concat={concat}")
+        message = rf"^CUDA out of memory: lower batch.max_seconds \(8\), {advice}, or recompute activations"
+        with pytest.raises(UserError, match=message):
+            train(config, tmp_path / concat)
+        with pytest.raises(UserError, match=message):
+            dry_run(config)
 
 
 def test_tensorboard_has_the_same_curve(finished: Path) -> None:

@@ -27,6 +27,7 @@ from tools.bench.script import console, run_script
 from w2vscale.config import Config, load_config
 from w2vscale.errors import UserError
 from w2vscale.optim.schedules import learning_rate
+from w2vscale.training.calibration import forward_size
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL = 0.005
@@ -97,13 +98,17 @@ def measure_loop(config: Config, *, first: int) -> float:
     """Seconds of audio a second of the steps alone, after the `first`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setup = build(config, device)
+    per_forward = forward_size(
+        config.batch, setup.engine, setup.objective, setup.training_set, world_size=1, device=device
+    )
     windows = setup.training_set.windows(
         range(config.trainer.updates), micro_batches=config.batch.micro_batches, rank=0, world_size=1
     )
     audio, seconds = 0.0, 0.0
     for update, window in enumerate(list(windows)):
         began = time.perf_counter()
-        setup.window(window, float(max(sum(batch.weight for batch in window), 1)), update=update)
+        weight = float(max(sum(batch.weight for batch in window), 1))
+        setup.window(window, weight, update=update, per_forward=per_forward)
         lr = learning_rate(update, optim=config.optim, schedule=config.schedule, updates=config.trainer.updates)
         setup.step(lr, config.optim.max_norm)
         if update >= first:

@@ -1,4 +1,4 @@
-"""The plan against Lhotse's DynamicBucketingSampler on the same durations: padding, planning, restoring, memory.
+"""The plan against Lhotse's DynamicBucketingSampler on the same durations, and the forwards that it gives.
 
     python tools/bench/sampler.py --utterances 1000000
 
@@ -8,6 +8,10 @@ own, and they alternate. Planning is all that an epoch needs to be decided; Lhot
 the time of taking each micro-batch from the plan, one by one, is given too (of 100,000, for the whole epoch in
 proportion). Restoring is opening the corpus and reaching micro-batch 0.9 of the epoch; Lhotse replays what came before.
 With `--no-lhotse`, which is for tens of millions, the corpus is a manifest on disk that is indexed first.
+
+The second table has the forwards of `base` and `large` on several numbers of ranks: micro-batches of one series share a
+forward, as with the default settings and enough memory. Beside it are two forms without series (`batch.same_bucket=1`):
+forwards of one micro-batch, and forwards of as many micro-batches as with series.
 """
 
 from __future__ import annotations
@@ -26,11 +30,21 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from tools.bench.script import console
+from w2vscale.data.plan import Plan, largest_divisor, rank_window, run_length
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = 16_000
 BUDGET, LONGEST, SHORTEST = 87.5, 15.625, 2.0
 BUCKETS = 64
+
+PRESETS = ("base", "large")
+RANKS = (1, 8, 32)
+UPDATES = 400  # whose forwards are measured, each on one rank
+SERIES, ALONE, JOINED = "forwards", "forwards_alone", "forwards_joined"
+FORMS = {SERIES: "series", ALONE: "no series, alone", JOINED: "no series, joined"}
+
+Forwards = dict[str, dict[str, dict[str, dict[str, float]]]]
+"""Figures by form, preset and number of ranks."""
 
 app = typer.Typer(add_completion=False)
 
@@ -67,6 +81,8 @@ def main(
         side: {key: statistics.median(run[key] for run in found) for key in found[0]} for side, found in sides.items()
     }
     print_figures(figures, utterances)
+    forwards = measure_forwards(durations(utterances))
+    print_forwards(forwards)
     ours = figures["plan"]
     result = {
         "utterances": utterances,
@@ -76,6 +92,7 @@ def main(
         "walk_seconds": ours["walk_seconds"],
         "restore_seconds": ours["restore_seconds"],
         "memory_mb": ours["memory_mb"],
+        **forwards,
     }
     if lhotse:
         theirs = figures["lhotse"]
@@ -117,21 +134,13 @@ def run_side(name: str, utterances: int, source: str) -> dict[str, float]:
 def measure_plan(utterances: int, source: str) -> dict[str, float]:
     """Plan an epoch to its last micro-batch; then open and reach 0.9 of one as a resumed run does."""
     from w2vscale.data.manifest import Manifest
-    from w2vscale.data.plan import Plan
 
     given = durations(utterances) if source == "-" else None
     before = start_counting_memory()
 
     def open_plan() -> Plan:
         seconds = given if given is not None else Manifest(Path(source)).durations
-        return Plan(
-            np.rint(seconds * RATE).astype(np.int64),
-            max_samples=int(LONGEST * RATE),
-            min_samples=int(SHORTEST * RATE),
-            budget_samples=int(BUDGET * RATE),
-            buckets=BUCKETS,
-            seed=0,
-        )
+        return make_plan(seconds, longest=LONGEST, shortest=SHORTEST, budget=BUDGET, buckets=BUCKETS)
 
     began = time.perf_counter()
     plan = open_plan()
@@ -159,6 +168,66 @@ def measure_plan(utterances: int, source: str) -> dict[str, float]:
         "walk_seconds": elapsed + walked * plan.per_epoch / taken,
         "restore_seconds": restored,
         "memory_mb": peak_memory() - before,
+    }
+
+
+def make_plan(
+    seconds: NDArray[np.float64],
+    *,
+    longest: float,
+    shortest: float,
+    budget: float,
+    buckets: int,
+    series_length: int = 1,
+) -> Plan:
+    """The plan of a corpus with these durations; all lengths are in seconds."""
+    return Plan(
+        np.rint(seconds * RATE).astype(np.int64),
+        max_samples=int(longest * RATE),
+        min_samples=int(shortest * RATE),
+        budget_samples=int(budget * RATE),
+        buckets=buckets,
+        seed=0,
+        series_length=series_length,
+    )
+
+
+def measure_forwards(seconds: NDArray[np.float64]) -> Forwards:
+    """Measure the forwards of the presets with their settings."""
+    from w2vscale.config import load_config
+
+    found: Forwards = {form: {preset: {} for preset in PRESETS} for form in FORMS}
+    for preset in PRESETS:
+        data, batch = load_config(preset).data, load_config(preset).batch
+        series, single = (
+            make_plan(
+                seconds, longest=data.max_seconds, shortest=data.min_seconds, budget=batch.max_seconds,
+                buckets=batch.buckets, series_length=length,
+            )
+            for length in (largest_divisor(batch.micro_batches, at_most=batch.same_bucket), 1)
+        )  # fmt: skip
+        for ranks in RANKS:
+            run = run_length(series.series_length, per_rank=batch.micro_batches // ranks)
+            for form, plan, per_forward in ((SERIES, series, run), (ALONE, single, 1), (JOINED, single, run)):
+                found[form][preset][str(ranks)] = forwards_of(plan, batch.micro_batches, ranks, per_forward)
+    return found
+
+
+def forwards_of(plan: Plan, micro_batches: int, ranks: int, per_forward: int) -> dict[str, float]:
+    """Padding and seconds of audio of the forwards of `UPDATES` updates, each on another rank."""
+    padded, samples = 0, []
+    for update in range(UPDATES):
+        window = rank_window(plan, update, micro_batches=micro_batches, rank=update % ranks, world_size=ranks)
+        for start in range(0, len(window), per_forward):
+            lengths = np.concatenate([plan.lengths(number) for number in window[start : start + per_forward]])
+            padded += lengths.size * int(lengths.max())
+            samples.append(int(lengths.sum()))
+    return {
+        "micro_batches": per_forward,
+        "padding": 1 - sum(samples) / padded,
+        "seconds_mean": statistics.mean(samples) / RATE,
+        "seconds_p10": float(np.percentile(samples, 10)) / RATE,
+        "seconds_shortest": min(samples) / RATE,
     }
 
 
@@ -273,6 +342,22 @@ def print_figures(figures: dict[str, dict[str, float]], utterances: int) -> None
             f"{of['restore_seconds']:.2f}",
             f"{of['memory_mb']:.0f}",
         )
+    console.print(table)
+
+
+def print_forwards(forwards: Forwards) -> None:
+    """One row for each preset, number of ranks and form."""
+    table = Table(title="Forwards", box=None, header_style="bold", title_justify="left")
+    for heading in ("preset", "ranks", "form"):
+        table.add_column(heading)
+    for heading in ("micro-batches", "padding", "audio: mean, s", "10th percentile, s", "shortest, s"):
+        table.add_column(heading, justify="right")
+    for preset in PRESETS:
+        for ranks in map(str, RANKS):
+            for form, name in FORMS.items():
+                of = forwards[form][preset][ranks]
+                seconds = (f"{of[f'seconds_{which}']:.0f}" for which in ("mean", "p10", "shortest"))
+                table.add_row(preset, ranks, name, f"{of['micro_batches']:.0f}", f"{of['padding']:.2%}", *seconds)
     console.print(table)
 
 

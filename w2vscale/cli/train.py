@@ -26,7 +26,7 @@ def train(
     resume: Resume = "auto",
     nproc_per_node: Processes = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Run only the largest micro-batch and print its shapes, loss and memory.")
+        bool, typer.Option("--dry-run", help="Run only the largest forward and print its shapes, loss and memory.")
     ] = False,
 ) -> None:
     """Train a model. The same command starts a run and resumes it.
@@ -88,6 +88,7 @@ def _print_dry_run(found: DryRun) -> None:
     rows.append(("parameters", f"{sum(found.parameters.values()):,}"))
     rows += [(name, " x ".join(f"{size:,}" for size in shape)) for name, shape in found.shapes.items()]
     rows += [
+        ("micro-batches per forward", f"{found.per_forward:,}"),
         ("weight in the loss (masked frames, or labels)", f"{found.weight:,}"),
         ("loss per unit of weight", f"{found.loss:.3f} nats"),
         ("gradient norm", f"{found.grad_norm:.3f}"),
@@ -96,4 +97,4 @@ def _print_dry_run(found: DryRun) -> None:
     ]
     if found.micro_batches_per_epoch is not None:
         rows.append(("micro-batches per epoch", f"{found.micro_batches_per_epoch:,}"))
-    print_table(("", ""), rows, title="dry run: the largest micro-batch, forward and backward")
+    print_table(("", ""), rows, title="dry run: the largest forward and its backward")

@@ -17,12 +17,11 @@ from w2vscale.data.loading import gather_windows, loader_settings
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.mixing import draw_rates, groups
-from w2vscale.data.plan import Mix, Plan, rank_window
+from w2vscale.data.plan import Mix, Plan, largest_divisor, rank_window
 from w2vscale.errors import UserError
 from w2vscale.models.lengths import input_samples, output_frames
 
 VALIDATION_SEED = 20  # for order, crops, masks and negatives of validation, so that all runs validate on the same
-LENGTH_RATIO = 0.8  # largest length of an example of `MicroBatches.examples` relative to the one before it
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -34,6 +33,7 @@ class MicroBatches(Dataset[MicroBatch]):
         self.assemble = assemble
         self.data = data
         self.utterances, self.micro_batches = len(plan), plan.per_epoch
+        self.series_length = plan.series_length
 
     def __getitem__(self, number: int) -> MicroBatch:
         planned = self.plan.micro_batch(number)
@@ -59,8 +59,8 @@ class MicroBatches(Dataset[MicroBatch]):
         return self[self.plan.largest()]
 
     def examples(self) -> Iterator[MicroBatch]:
-        """Load the largest micro-batch of each bucket of epoch 0, with gaps in length of at least `LENGTH_RATIO`."""
-        return (self[number] for number in self.plan.largest_of_buckets(LENGTH_RATIO))
+        """Load the micro-batches of epoch 0 with the most padded samples and with the longest utterances."""
+        return (self[number] for number in dict.fromkeys([self.plan.largest(), self.plan.longest()]))
 
     def windows(
         self, updates: range, *, micro_batches: int, rank: int = 0, world_size: int = 1
@@ -129,6 +129,7 @@ def make_plan(
             budget_samples=int(batch.max_seconds * rate),
             buckets=batch.buckets,
             seed=seed,
+            series_length=largest_divisor(batch.micro_batches, at_most=batch.same_bucket),
             pad_to_bucket=batch.pad_to == "bucket",
             mix=mixed,
         )
@@ -140,7 +141,8 @@ def validation_set(
     corpus: Corpus, maker: InputMaker, *, model: ModelConfig, data: DataConfig, batch: BatchConfig
 ) -> MicroBatches:
     """Plan a corpus such that every run validates on the same micro-batches. Raises UserError like `make_plan`."""
-    plan = make_plan(corpus, maker, model=model, data=data, batch=batch, seed=VALIDATION_SEED)
+    alone = batch.model_copy(update={"same_bucket": 1})  # no validation micro-batch shares its forward
+    plan = make_plan(corpus, maker, model=model, data=data, batch=alone, seed=VALIDATION_SEED)
     return MicroBatches(corpus, plan, Assembler(maker, model, seed=VALIDATION_SEED), data)
 
 

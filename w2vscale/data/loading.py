@@ -30,14 +30,18 @@ class TrainingData(Protocol):
     def micro_batches(self) -> int | None:
         """Number per epoch; None if unknown."""
 
+    @property
+    def series_length(self) -> int:
+        """Number of consecutive micro-batches from the same duration bucket."""
+
     def describe(self) -> str:
         """Describe the data, to check that all ranks have the same."""
 
     def largest(self) -> MicroBatch:
-        """Load a micro-batch that needs as much memory as any."""
+        """Load a micro-batch with the most padded samples."""
 
     def examples(self) -> Iterator[MicroBatch]:
-        """Load micro-batches of decreasing length, each as large as any of its length."""
+        """Load micro-batches of which one needs at least as much memory as any other."""
 
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """Yield the micro-batches that this rank runs in each update, of `micro_batches` in all. Loads them ahead."""
@@ -50,13 +54,17 @@ def gather_windows(loader: Iterable[MicroBatch], updates: range, *, per_rank: in
         yield [next(stream) for _ in range(per_rank)]
 
 
-def loader_settings(data: DataConfig, *, per_rank: int = 1) -> dict[str, Any]:
-    """Return arguments of a DataLoader, which loads at least one window of `per_rank` micro-batches ahead."""
+def loader_settings(data: DataConfig, *, per_rank: int = 1, per_item: int = 1) -> dict[str, Any]:
+    """Return arguments of a DataLoader, which loads at least one window of `per_rank` micro-batches ahead.
+
+    It takes `per_item` micro-batches at a time from a loader process.
+    """
+    each = max(data.prefetch, -(-per_rank // max(data.workers, 1)))
     return {
         "batch_size": None,
         "num_workers": data.workers,
         "worker_init_fn": _prepare_loader_process,
-        "prefetch_factor": max(data.prefetch, -(-per_rank // data.workers)) if data.workers else None,
+        "prefetch_factor": -(-each // per_item) if data.workers else None,
         "pin_memory": torch.cuda.is_available(),
     }
 

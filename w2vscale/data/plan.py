@@ -1,8 +1,9 @@
 """The plan: which utterances form micro-batch k of an endless stream, as a pure function of durations and a seed.
 
 Utterances are sorted by length and cut into duration buckets. The longest utterance of a bucket determines how many
-utterances a micro-batch of this bucket holds. Buckets end on whole micro-batches, so at most one micro-batch per epoch
-is partly filled. Every epoch shuffles the utterances inside each bucket, then the micro-batches. The number of
+utterances a micro-batch of this bucket holds. Micro-batches come in series: `series_length` consecutive ones are from
+the same bucket, so that they can share a forward with little padding. Buckets end on whole series, so at most one
+series per epoch has room left. Every epoch shuffles the utterances inside each bucket, then the series. The number of
 micro-batches stays the same, so `epoch, i = divmod(k, plan.per_epoch)` reaches any position without replay.
 
 In a mixed corpus, an epoch draws the utterances of a group more or less often than once. Then the draws are sorted and
@@ -12,10 +13,11 @@ similar length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,9 @@ from w2vscale.data.randomness import Stream, generator
 from w2vscale.errors import UserError
 
 MICRO_BATCHES_PER_BUCKET = 4  # at least, so that even in a small corpus micro-batches change between epochs
+ADDED_MICRO_BATCHES = 0.05  # maximum number that whole series may add to an epoch, as a fraction
+
+Index = TypeVar("Index", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,24 @@ class Bucket:
     start: int
     count: int
     longest: int
-    per_micro_batch: int
+    per_micro_batch: int  # at most
     first_micro_batch: int
+    series_length: int
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches per epoch. Only the last micro-batch of the last bucket may be partly filled."""
-        return -(-self.count // self.per_micro_batch)
+        """Number of micro-batches per epoch: whole series."""
+        return -(-self.count // (self.per_micro_batch * self.series_length)) * self.series_length
+
+    def begin(self, micro_batch: Index) -> Index:
+        """Return the position in the bucket of the first draw of its micro-batch 0, 1, ….
+
+        Only the last bucket can have too few draws to fill its micro-batches. It deals them evenly, or, with series of
+        one micro-batch, fills all micro-batches but the last.
+        """
+        if self.series_length == 1:
+            return micro_batch * self.per_micro_batch
+        return micro_batch * self.count // self.micro_batches
 
 
 class Mix(NamedTuple):
@@ -106,7 +122,7 @@ class Plan:
     Utterances shorter than `min_samples` are left out, those longer than `max_samples` cropped at a random offset.
     Micro-batches have at most `budget_samples`, including padding: to the longest utterance of the micro-batch, or,
     with `pad_to_bucket`, of the bucket, to get fewer shapes. There are at most `buckets` buckets. Without `mix`, every
-    utterance is drawn once per epoch.
+    utterance is drawn once per epoch. A small corpus gets a divisor of `series_length` (see `make_buckets`).
 
     Raises UserError if no utterance is long enough.
     """
@@ -120,6 +136,7 @@ class Plan:
         budget_samples: int,
         buckets: int,
         seed: int,
+        series_length: int = 1,
         pad_to_bucket: bool = False,
         mix: Mix | None = None,
     ) -> None:
@@ -142,8 +159,11 @@ class Plan:
         self._pad_to_bucket = pad_to_bucket
         self._mixed = _MixedDraws(group[order], self._lengths, mix.rate, seed) if mix and group is not None else None
         longest = self._mixed.longest if self._mixed else self._lengths
-        self.buckets = make_buckets(longest, budget_samples=budget_samples, buckets=buckets)
+        self.buckets = make_buckets(
+            longest, budget_samples=budget_samples, buckets=buckets, series_length=series_length
+        )
         last = self.buckets[-1]
+        self.series_length = last.series_length
         self.per_epoch = last.first_micro_batch + last.micro_batches
         self._firsts = np.array([bucket.first_micro_batch for bucket in self.buckets])
 
@@ -162,16 +182,12 @@ class Plan:
         return generator(self.seed, stream, *numbers).permutation(np.arange(count, dtype=np.int32))
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int32]:
-        return self._order(self.per_epoch, Stream.EPOCH_ORDER, epoch)
+        """Return the order of the series of an epoch."""
+        return self._order(self.per_epoch // self.series_length, Stream.EPOCH_ORDER, epoch)
 
     def micro_batch(self, number: int) -> PlannedMicroBatch:
         """Return micro-batch `number` (0, 1, …, without end), in constant time."""
-        epoch, position = divmod(number, self.per_epoch)
-        index = int(self._epoch_order(epoch)[position])
-        which = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        bucket = self.buckets[which]
-        first = (index - bucket.first_micro_batch) * bucket.per_micro_batch
-        members = self._members(epoch, which, slice(first, first + bucket.per_micro_batch))
+        epoch, bucket, members = self._locate(number)
         utterances, lengths, room = (
             part[members].astype(np.int64) for part in (self._utterances, self._lengths, self._rooms)
         )
@@ -182,22 +198,33 @@ class Plan:
         width = bucket.longest if self._pad_to_bucket else 0
         return PlannedMicroBatch(number, epoch, utterances, offsets, lengths, width)
 
+    def lengths(self, number: int) -> NDArray[np.int32]:
+        """Return the lengths of the utterances of micro-batch `number`, in samples."""
+        return self._lengths[self._locate(number)[2]]
+
+    def _locate(self, number: int) -> tuple[int, Bucket, NDArray[np.integer]]:
+        """Return the epoch and bucket of a micro-batch, and its utterances as positions in the sorted arrays."""
+        epoch, position = divmod(number, self.per_epoch)
+        series, place = divmod(position, self.series_length)
+        index = int(self._epoch_order(epoch)[series]) * self.series_length + place
+        which = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        bucket = self.buckets[which]
+        inside = index - bucket.first_micro_batch
+        return epoch, bucket, self._members(epoch, which, slice(bucket.begin(inside), bucket.begin(inside + 1)))
+
     def largest(self) -> int:
-        """Return the number of the micro-batch of epoch 0 with the most padded samples, which needs the most memory."""
-        return int(np.argmax(self._padded_samples()[self._epoch_order(0)]))
+        """Return the number of the micro-batch of epoch 0 with the most padded samples."""
+        return int(np.argmax(self._padded_samples()[self._first_epoch()]))
 
-    def largest_of_buckets(self, falling: float) -> list[int]:
-        """Return the number of the micro-batch of epoch 0 with the most padded samples in each bucket, longest first.
+    def longest(self) -> int:
+        """Return the number of the largest micro-batch of epoch 0 in the bucket of the longest utterances."""
+        index = np.argmax(self._padded_samples()[: self.buckets[0].micro_batches])
+        return int(np.flatnonzero(self._first_epoch() == index)[0])
 
-        Buckets are skipped if their longest utterance is not shorter than `falling` times that of the last one listed.
-        """
-        padded, place = self._padded_samples(), np.argsort(self._epoch_order(0))
-        found, last = [], float("inf")
-        for bucket in self.buckets:
-            if bucket.longest < falling * last:
-                first, last = bucket.first_micro_batch, bucket.longest
-                found.append(int(place[first + np.argmax(padded[first : first + bucket.micro_batches])]))
-        return found
+    def _first_epoch(self) -> NDArray[np.int64]:
+        """Return the place of each micro-batch of epoch 0 before the series are shuffled."""
+        series = self._epoch_order(0).astype(np.int64)
+        return (series[:, None] * self.series_length + np.arange(self.series_length)).ravel()
 
     def padding(self) -> float:
         """Return the fraction of padded samples in epoch 0 that are padding."""
@@ -216,10 +243,10 @@ class Plan:
         return self._mixed.places(draws, epoch) if self._mixed else draws
 
     def _padded_samples(self) -> NDArray[np.int64]:
-        """Return the padded samples of each micro-batch of epoch 0, before the micro-batches are shuffled."""
+        """Return the padded samples of each micro-batch of epoch 0, before the series are shuffled."""
         padded = []
         for which, bucket in enumerate(self.buckets):
-            starts = np.arange(0, bucket.count, bucket.per_micro_batch)
+            starts = bucket.begin(np.arange(bucket.micro_batches))
             sizes = np.diff(starts, append=bucket.count)
             if self._pad_to_bucket:
                 padded.append(bucket.longest * sizes)
@@ -229,8 +256,27 @@ class Plan:
         return np.concatenate(padded)
 
 
-def make_buckets(lengths: NDArray[np.integer], *, budget_samples: int, buckets: int) -> list[Bucket]:
-    """Cut `lengths` (in samples, longest first) into at most `buckets` buckets that end on whole micro-batches.
+def make_buckets(
+    lengths: NDArray[np.integer], *, budget_samples: int, buckets: int, series_length: int = 1
+) -> list[Bucket]:
+    """Cut `lengths` (in samples, longest first) into at most `buckets` buckets that end on whole series.
+
+    Series get the largest divisor of `series_length` with which no micro-batch is empty and an epoch has at most
+    `ADDED_MICRO_BATCHES` more micro-batches than its utterances need.
+    """
+    length = series_length
+    while True:
+        found = _cut(lengths, budget_samples=budget_samples, buckets=buckets, series_length=length)
+        last = found[-1]
+        added = last.micro_batches - -(-last.count // last.per_micro_batch)
+        total = last.first_micro_batch + last.micro_batches
+        if last.count >= last.micro_batches and added <= ADDED_MICRO_BATCHES * total:
+            return found
+        length = largest_divisor(series_length, at_most=length - 1)
+
+
+def _cut(lengths: NDArray[np.integer], *, budget_samples: int, buckets: int, series_length: int) -> list[Bucket]:
+    """Cut `lengths` into buckets.
 
     A bucket includes all utterances as long as its longest one: in a cropped corpus there are many, and they should
     be shuffled together.
@@ -242,12 +288,13 @@ def make_buckets(lengths: NDArray[np.integer], *, budget_samples: int, buckets: 
     while start < total:
         longest = int(lengths[start])
         per_micro_batch = budget_samples // longest
+        per_series = per_micro_batch * series_length
         equally_long = int(np.searchsorted(-lengths, -longest, side="right")) - start
         wanted = max(share, MICRO_BATCHES_PER_BUCKET * per_micro_batch, equally_long)
-        count = -(-wanted // per_micro_batch) * per_micro_batch
+        count = -(-wanted // per_series) * per_series
         if total - start - count < count // 2:
             count = total - start
-        found.append(Bucket(start, count, longest, per_micro_batch, first))
+        found.append(Bucket(start, count, longest, per_micro_batch, first, series_length))
         start += count
         first += found[-1].micro_batches
     return found
@@ -256,10 +303,32 @@ def make_buckets(lengths: NDArray[np.integer], *, budget_samples: int, buckets: 
 def rank_window(plan: Plan, update: int, *, micro_batches: int, rank: int, world_size: int) -> list[int]:
     """Return the micro-batches that `rank` runs in update `update`, longest first.
 
-    The N micro-batches [update * N, (update + 1) * N) of the update are sorted by length and dealt to the ranks in
-    turn, so that in each sub-step all ranks have utterances of similar length. The micro-batches of an update do not
-    depend on the number of ranks.
+    The N micro-batches [update * N, (update + 1) * N) of the update are whole series, which are sorted by length. They
+    are dealt to the ranks in turn, in runs of `run_length` micro-batches, so that in each sub-step all ranks have
+    utterances of similar length. The micro-batches of an update do not depend on the number of ranks.
     """
-    assert micro_batches % world_size == 0
-    numbers = range(update * micro_batches, (update + 1) * micro_batches)
-    return sorted(numbers, key=lambda number: -plan.micro_batch(number).longest)[rank::world_size]
+    assert micro_batches % world_size == 0 and micro_batches % plan.series_length == 0
+    first, length = update * micro_batches, plan.series_length
+    longest = np.array([plan.lengths(number).max() for number in range(first, first + micro_batches)])
+    longest = longest.reshape(-1, length)  # series, place
+    series = np.argsort(-longest.max(axis=1), kind="stable")
+    places = np.argsort(-longest[series], axis=1, kind="stable")
+    runs = (first + length * series[:, None] + places).reshape(
+        -1, world_size, run_length(length, per_rank=micro_batches // world_size)
+    )
+    numbers: list[int] = runs[:, rank].ravel().tolist()
+    return numbers
+
+
+def run_length(series_length: int, *, per_rank: int) -> int:
+    """Return how many consecutive micro-batches of a window are of one series.
+
+    Windows of `per_rank` micro-batches consist of whole runs, and no run crosses a series. So it is the greatest common
+    divisor of both: the smaller one, if both are powers of two.
+    """
+    return math.gcd(series_length, per_rank)
+
+
+def largest_divisor(number: int, *, at_most: int) -> int:
+    """Return the largest divisor of `number` that is at most `at_most`."""
+    return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)

@@ -1,14 +1,15 @@
 """Micro-batches from Lhotse Shar, for corpora that are too large to index or whose storage needs sequential reads.
 
 In every pass the shards are shuffled and dealt to the loader processes of all ranks. In each process, Lhotse's
-DynamicBucketingSampler forms micro-batches. The stream is endless, so all ranks run the same number of updates.
+DynamicBucketingSampler forms runs of micro-batches from one bucket. The stream is endless, so all ranks run the same
+number of updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from w2vscale.data.assembly import Assembler, Crop
 from w2vscale.data.inputs import Utterance
 from w2vscale.data.loading import gather_windows, loader_settings
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
+from w2vscale.data.plan import largest_divisor, run_length
 from w2vscale.data.randomness import Stream, derived_seed, generator
 from w2vscale.errors import UserError
 from w2vscale.models.lengths import input_samples
@@ -56,13 +58,14 @@ class StreamedMicroBatches:
         self.assemble = assemble
         self.model, self.data, self.batch = model, data, batch
         self.seed = assemble.seed
+        self.series_length = largest_divisor(batch.micro_batches, at_most=batch.same_bucket)
         self.shortest_seconds = max(
             data.min_seconds, input_samples(assemble.maker.shortest_frames, model) / model.sampling_rate
         )
         self.shards = [shard for folder in data.train for shard in find_shards(folder)]
         if not self.shards:
             raise UserError("data.train names no folder of shards: set data.train=DIR (made by: w2vscale data shar)")
-        self.bounds = self._duration_bounds()
+        self.durations = self._durations_of_a_shard()
 
     def describe(self) -> str:
         """Describe the data, to check that all ranks have the same and to log a change when a run resumes."""
@@ -83,10 +86,11 @@ class StreamedMicroBatches:
 
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """The utterances depend on rank, world size and the update resumed from."""
-        dataset = _Readers(self, updates.start, micro_batches, rank, world_size)
         per_rank = micro_batches // world_size
-        loader = DataLoader(dataset, **loader_settings(self.data, per_rank=per_rank))
-        return gather_windows(loader, updates, per_rank=per_rank)
+        run = run_length(self.series_length, per_rank=per_rank)
+        dataset = _Readers(self, updates.start, micro_batches, rank, world_size, run)
+        loader = DataLoader(dataset, **loader_settings(self.data, per_rank=per_rank, per_item=run))
+        return gather_windows(chain.from_iterable(loader), updates, per_rank=per_rank)
 
     def crop(self, cut: Cut, crops: np.random.Generator) -> Cut | None:
         """Crop `cut` to at most `data.max_seconds` at a random offset. Returns None if it is too short."""
@@ -97,8 +101,20 @@ class StreamedMicroBatches:
             return cut
         return cut.truncate(offset=place * (cut.duration - longest), duration=longest, preserve_id=True)
 
-    def _duration_bounds(self) -> list[float]:
-        """Choose bucket bounds in seconds, so that each bucket holds equally much audio of the first usable shard."""
+    def bucket_bounds(self, run: int) -> list[float]:
+        """Choose bucket bounds in seconds, for batches of `run` micro-batches.
+
+        Each bucket holds equally much audio of the first usable shard.
+        """
+        kept, per_micro_batch = self.durations, self.batch.max_seconds / self.durations.mean()
+        per_bucket = UTTERANCES_PER_BUCKET + (run - 1) * per_micro_batch
+        buckets = max(1, min(self.batch.buckets, int(self.data.stream_buffer / per_bucket), kept.size))
+        shares = np.arange(1, buckets) / buckets
+        bounds: NDArray[np.float64] = np.unique(kept[np.searchsorted(np.cumsum(kept), shares * kept.sum())])
+        return bounds.tolist()
+
+    def _durations_of_a_shard(self) -> NDArray[np.float64]:
+        """Return the cropped durations in seconds, ascending, of the usable utterances of the first shard with any."""
         problems = []
         for shard in self.shards:
             try:
@@ -106,20 +122,15 @@ class StreamedMicroBatches:
             except Exception as error:  # damaged files raise many types of errors, as in _read
                 problems.append(f"{shard.cuts}: cannot be read: {_in_one_line(error)}")
                 continue
-            kept = np.sort(np.minimum(durations[durations >= self.shortest_seconds], self.data.max_seconds))
+            kept: NDArray[np.float64] = durations[durations >= self.shortest_seconds]
             if kept.size:
-                break
+                return np.sort(np.minimum(kept, self.data.max_seconds))
             problems.append(f"{shard.cuts}: no utterance lasts {self.shortest_seconds:g} seconds (data.min_seconds)")
-        else:
-            raise UserError(f"{problems[0]}; the other {len(self.shards) - 1} shards have none either")
-        buckets = max(1, min(self.batch.buckets, self.data.stream_buffer // UTTERANCES_PER_BUCKET, kept.size))
-        shares = np.arange(1, buckets) / buckets
-        bounds: NDArray[np.float64] = np.unique(kept[np.searchsorted(np.cumsum(kept), shares * kept.sum())])
-        return bounds.tolist()
+        raise UserError(f"{problems[0]}; the other {len(self.shards) - 1} shards have none either")
 
 
 @dataclass(eq=False)
-class _Readers(IterableDataset[MicroBatch]):
+class _Readers(IterableDataset[list[MicroBatch]]):
     """The part of the stream for one rank; each loader process has its own `Reader`."""
 
     source: StreamedMicroBatches
@@ -127,20 +138,24 @@ class _Readers(IterableDataset[MicroBatch]):
     micro_batches: int
     rank: int
     world_size: int
+    run: int
 
-    def __iter__(self) -> Iterator[MicroBatch]:
-        """Yield every n-th micro-batch of this rank, where n is the number of loader processes.
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        """Yield every n-th run of micro-batches of this rank, where n is the number of loader processes.
 
-        The DataLoader takes batches from its processes in turn, so together they yield all of them in order.
+        The DataLoader takes runs from its processes in turn, so together they yield all micro-batches in order.
         """
         worker = get_worker_info()
         here, workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        reader = Reader(self.source, self.start, place=self.rank * workers + here, readers=self.world_size * workers)
-        per_rank = self.micro_batches // self.world_size
-        for position, crops in zip(count(here, workers), reader.micro_batches(), strict=False):
-            update, step = self.start + position // per_rank, position % per_rank
-            number = update * self.micro_batches + step * self.world_size + self.rank
-            yield self.source.assemble(number, crops)
+        place, readers = self.rank * workers + here, self.world_size * workers
+        reader = Reader(self.source, self.start, place=place, readers=readers, run=self.run)
+        for first, crops in zip(count(here * self.run, workers * self.run), reader.runs(), strict=False):
+            yield [self.source.assemble(self._number(at), part) for at, part in enumerate(crops, start=first)]
+
+    def _number(self, position: int) -> int:
+        """Return the number of the micro-batch at `position` among those that this rank has run since the start."""
+        update, step = divmod(position, self.micro_batches // self.world_size)
+        return (self.start + update) * self.micro_batches + step * self.world_size + self.rank
 
 
 @dataclass(eq=False)
@@ -154,24 +169,26 @@ class Reader:
     start: int
     place: int
     readers: int
+    run: int = 1  # number of consecutive micro-batches of one bucket
     lost: list[BadAudio] = field(default_factory=list)  # unreadable utterances since the last micro-batch
 
     def __iter__(self) -> Iterator[Cut]:
         return self.utterances()
 
-    def micro_batches(self) -> Iterator[list[Crop | BadAudio]]:
-        """Yield, without end, the crops of a micro-batch and the utterances lost meanwhile."""
+    def runs(self) -> Iterator[list[list[Crop | BadAudio]]]:
+        """Yield runs of micro-batches, without end. The first micro-batch also has the utterances lost meanwhile."""
         source, data = self.source, self.source.data
+        bounds = source.bucket_bounds(self.run)
         # Each bucket has a fixed number of utterances, because Lhotse's batches by total duration could exceed
         # batch.max_seconds after padding.
         sizes = FixedBucketBatchSizeConstraint(
-            max_seq_len_buckets=[*source.bounds, data.max_seconds + 1e-3],
-            batch_sizes=[int(source.batch.max_seconds / longest) for longest in [*source.bounds, data.max_seconds]],
+            max_seq_len_buckets=[*bounds, data.max_seconds + 1e-3],
+            batch_sizes=[self.run * int(source.batch.max_seconds / end) for end in [*bounds, data.max_seconds]],
         )
         sampler = DynamicBucketingSampler(
             CutSet(self),
             constraint=sizes,
-            duration_bins=source.bounds,
+            duration_bins=bounds,
             buffer_size=data.stream_buffer,
             shuffle=True,
             seed=derived_seed(source.seed, Stream.SHARDS, self.start, self.place) % 2**32,
@@ -180,8 +197,11 @@ class Reader:
         )
         for cuts in sampler:
             crops = [Crop(cut, 0, round(cut.duration * source.model.sampling_rate)) for cut in cuts]
-            yield [*crops, *self.lost]
+            ends = [len(crops) * place // self.run for place in range(self.run + 1)]
+            parts: list[list[Crop | BadAudio]] = [[*crops[start:end]] for start, end in pairwise(ends)]
+            parts[0] += self.lost
             self.lost.clear()
+            yield parts
 
     def utterances(self, *, passes: int | None = None) -> Iterator[Cut]:
         """Yield usable utterances, cropped, in endless passes (or `passes`). Raises UserError if there are none."""

@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine.accumulation import Grouping
 from w2vscale.engine.buffers import Buffers
 from w2vscale.objectives import Objective, StepContext, Sums
 
@@ -49,10 +48,11 @@ class Engine(Protocol):
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
-        grouping: Grouping, denominator: Tensor,
+        per_forward: int, denominator: Tensor,
     ) -> Sums:  # fmt: skip
         """Accumulate the gradient of this rank's micro-batches and return their sums.
 
+        `per_forward` consecutive micro-batches share a forward; the same number on all ranks.
         The gradient of an update is the sum of grad(total) / denominator over all ranks and micro-batches.
         """
 

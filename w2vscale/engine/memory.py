@@ -32,7 +32,8 @@ def explain_oom(batch: BatchConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
+        concat = "set batch.concat to a number" if batch.concat == "auto" else f"lower batch.concat ({batch.concat})"
         raise UserError(
-            f"{str(error).partition('. ')[0]}: lower batch.max_seconds ({batch.max_seconds:g}) or "
-            f"batch.concat ({batch.concat}), or recompute activations (engine.activation_checkpointing)"
+            f"{str(error).partition('. ')[0]}: lower batch.max_seconds ({batch.max_seconds:g}), {concat}, or recompute "
+            "activations (engine.activation_checkpointing)"
         ) from error

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from w2vscale.config import EngineConfig, OptimConfig
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine.accumulation import Forward, Grouping, accumulate
+from w2vscale.engine.accumulation import Forward, accumulate, split
 from w2vscale.engine.base import AfterStep, CanonicalState, StepResult
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.transforms import compiles, transform
@@ -54,7 +54,7 @@ class NativeEngine(ABC):
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
-        grouping: Grouping, denominator: Tensor,
+        per_forward: int, denominator: Tensor,
     ) -> Sums:  # fmt: skip
         self.module.train()
         scale = self.gradient_scale / denominator
@@ -65,7 +65,7 @@ class NativeEngine(ABC):
             (sums.total * scale).backward()
             return sums
 
-        return accumulate(grouping.groups(window), step, run, self.device)
+        return accumulate(split(window, per_forward), step, run, self.device)
 
     def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> StepResult:
         parameters = list(self.trained.values())

@@ -13,18 +13,19 @@ from w2vscale.config import Config
 from w2vscale.data.inputs import tensors_of
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
-from w2vscale.engine.accumulation import FixedGrouping
 from w2vscale.engine.memory import explain_oom
 from w2vscale.objectives import StepContext, resolve
+from w2vscale.training.calibration import forward_size
 from w2vscale.training.run import empty_model, initial_state, open_data
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """Result of a dry run: sizes, time and memory of the largest forward."""
+    """Result of a dry run: sizes, time and memory of the largest forward, of copies of the largest micro-batch."""
 
     parameters: dict[str, int]  # number of parameters of each module
     shapes: dict[str, tuple[int, ...]]  # of each input tensor, by names that include the shape suffix
+    per_forward: int  # number of micro-batches that share a forward
     weight: int  # contribution of the micro-batch to the loss denominator: masked frames, or labels
     loss: float  # nats per unit of weight
     grad_norm: float
@@ -34,10 +35,10 @@ class DryRun:
 
 
 def dry_run(config: Config) -> DryRun | None:
-    """Build data, model and engine, run the largest planned micro-batch twice, and step with a learning rate of 0.
+    """Build data, model and engine, run the largest forward twice, and step with a learning rate of 0.
 
-    Memory peaks in the second forward, when the gradients of the first exist; all layers are active. Returns None on
-    all ranks except rank 0.
+    With `batch.concat=auto`, a GPU measures how many micro-batches fit into a forward. Memory peaks in the second
+    forward, when the gradients of the first exist; all layers are active. Returns None on all ranks except rank 0.
     """
     with process_group(needed=config.engine.name != "ddp") as (ranks, device):
         config, objective = resolve(config)
@@ -53,14 +54,16 @@ def dry_run(config: Config) -> DryRun | None:
         with closing(build_engine(model, config, objective, device)) as engine:
             engine.import_values(initial_state(objective, config.trainer.seed))
             batch = training_set.largest()
-            joined = 1 if config.batch.concat == "auto" else config.batch.concat
-            window = [batch] * (2 * joined)
-            weight = max(batch.weight * len(window) * ranks.world_size, 1)
-            began = time.perf_counter()
             with explain_oom(config.batch):
+                per_forward = forward_size(
+                    config.batch, engine, objective, training_set, world_size=ranks.world_size, device=device
+                )
+                window = [batch] * (2 * per_forward)
+                weight = max(batch.weight * len(window) * ranks.world_size, 1)
+                began = time.perf_counter()
                 sums = engine.run_window(
                     window, objective, StepContext(config.trainer.seed, 0, worst_case=True),
-                    grouping=FixedGrouping(joined), denominator=torch.tensor(float(weight)),
+                    per_forward=per_forward, denominator=torch.tensor(float(weight)),
                 )  # fmt: skip
                 step = engine.step(lr=0.0, max_norm=config.optim.max_norm)
             seconds = time.perf_counter() - began
@@ -69,6 +72,7 @@ def dry_run(config: Config) -> DryRun | None:
     return DryRun(
         parameters=parameters,
         shapes={name: tuple(tensor.shape) for name, tensor in tensors_of(batch.inputs)},
+        per_forward=per_forward,
         weight=batch.weight,
         loss=float(sums.total) / max(batch.weight * len(window), 1),
         grad_norm=step.grad_norm,

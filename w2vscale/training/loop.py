@@ -19,7 +19,6 @@ from w2vscale.config import Config
 from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
-from w2vscale.engine.accumulation import Grouping
 from w2vscale.engine.memory import explain_oom
 from w2vscale.engine.transforms import compiled_graphs
 from w2vscale.errors import UserError
@@ -28,7 +27,7 @@ from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.schedules import learning_rate
 from w2vscale.runtime import StopRequest
 from w2vscale.training.agreement import compare_ranks, planned_work
-from w2vscale.training.calibration import grouping_of
+from w2vscale.training.calibration import micro_batches_per_forward
 from w2vscale.training.display import Display
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.run import Run, build_run, make_folder
@@ -59,9 +58,9 @@ def train(
         with closing(run.engine):
             make_folder(exp, run.config, ranks, command)
             with explain_oom(config.batch):
-                grouping = grouping_of(run, display.message)
+                per_forward = micro_batches_per_forward(run, display.message)
                 with around_updates():
-                    state = Trainer(run, stop, grouping, display).train()
+                    state = Trainer(run, stop, per_forward, display).train()
         finished = state.update >= config.trainer.updates
         return 0 if finished or stop.received is None else 128 + stop.received
 
@@ -69,9 +68,9 @@ def train(
 class Trainer:
     """The training loop of one run, and its state since it started or resumed."""
 
-    def __init__(self, run: Run, stop: StopRequest, grouping: Grouping, display: Display) -> None:
+    def __init__(self, run: Run, stop: StopRequest, per_forward: int, display: Display) -> None:
         config = run.config
-        self.run, self.config, self.stop, self.grouping = run, config, stop, grouping
+        self.run, self.config, self.stop, self.per_forward = run, config, stop, per_forward
         self.state = run.state
         self.total = config.trainer.updates
         self.meter = Meter(config.model.sampling_rate)
@@ -129,7 +128,7 @@ class Trainer:
         update, objective = self.state.update, self.run.objective
         sums = engine.run_window(
             window, objective, StepContext(config.trainer.seed, update),
-            grouping=self.grouping, denominator=torch.tensor(max(weight, 1.0)),
+            per_forward=self.per_forward, denominator=torch.tensor(max(weight, 1.0)),
         )  # fmt: skip
         self.lr = learning_rate(update, optim=config.optim, schedule=config.schedule, updates=self.total)
         step = engine.step(lr=self.lr, max_norm=config.optim.max_norm, after=_after_step(objective, update))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine.accumulation import Forward, Grouping, accumulate
+from w2vscale.engine.accumulation import Forward, accumulate, split
 from w2vscale.engine.base import AfterStep, CanonicalState, StateReader, StepResult
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.deepspeed.config import deepspeed_config, environment_for, import_deepspeed, validate_zero
@@ -80,7 +80,7 @@ class DeepSpeedEngine:
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
-        grouping: Grouping, denominator: Tensor,
+        per_forward: int, denominator: Tensor,
     ) -> Sums:  # fmt: skip
         """DeepSpeed averages gradients, so the loss is multiplied by the world size."""
         self.engine.train()
@@ -92,7 +92,7 @@ class DeepSpeedEngine:
             self.engine.backward(sums.total * scale, scale_wrt_gas=False)
             return sums
 
-        return accumulate(grouping.groups(window), step, run, self.device)
+        return accumulate(split(window, per_forward), step, run, self.device)
 
     def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> StepResult:
         assert after is None, "see `build_engine`"
