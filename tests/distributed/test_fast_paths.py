@@ -61,7 +61,7 @@ def plain(train: Callable[..., Curve], tmp_path_factory: pytest.TempPathFactory)
         ("batch.pad_to=bucket",),
         ("engine.activation_checkpointing=features",),
         ("engine.compile=true",),
-        ("engine={name: fsdp, compile: true}", "batch.concat=2"),
+        pytest.param(("engine={name: fsdp, compile: true}", "batch.concat=2"), marks=pytest.mark.long),
         ("engine={name: deepspeed, deepspeed_config: zero2, compile: true}", "batch.concat=auto"),
     ],
     ids="+".join,
@@ -80,6 +80,7 @@ def test_the_curve_is_the_same(
         assert graphs[0] > 0 and graphs[10:] == [graphs[10]] * 10
 
 
+@pytest.mark.long
 def test_in_bf16(train: Callable[..., Curve], tmp_path: Path) -> None:
     plain = train(tmp_path / "plain", *BF16)
     fast = train(tmp_path / "fast", *BF16, "engine.compile=true", "batch.concat=2", "batch.pad_to=bucket")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from tests.helpers.batches import inputs_of
+from tests.helpers.engines import set_up
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.config import EngineConfig, load_config
-from w2vscale.engine.transforms import transform
+from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.engine.transforms import compiled_graphs, compiles, transform
 from w2vscale.errors import UserError
 from w2vscale.objectives import build_objective
+from w2vscale.runtime import COMPILED_VARIANTS
 from w2vscale.training.run import empty_model
 
 
@@ -27,22 +34,69 @@ def test_activation_checkpointing_takes_the_chosen_blocks(kind: str, every: int,
     model, engine = model_and_engine(
         f"engine.activation_checkpointing={kind}", f"engine.activation_checkpointing_every={every}"
     )
-    transform(model, engine)
+    transform(model, engine, compiled=False)
     changed = [index for index, block in enumerate(model.encoder.transformer.blocks) if "forward" in vars(block)]
     assert changed == recomputed
     assert ("forward" in vars(model.encoder.feature_encoder)) is (kind != "none")
 
 
 def test_sharding_comes_last() -> None:
-    """Every block is compiled by then."""
-    model, engine = model_and_engine("engine.compile=true")
+    """The feature encoder and every block are compiled by then."""
+    model, engine = model_and_engine()
     seen: list[bool] = []
-    transform(model, engine, lambda model: seen.extend("forward" in vars(b) for b in model.encoder.transformer.blocks))
-    assert seen == [True] * 3
+
+    def shard(model: Any) -> None:
+        compiled = (model.encoder.feature_encoder, *model.encoder.transformer.blocks)
+        seen.extend("forward" in vars(module) for module in compiled)
+
+    transform(model, engine, compiled=True, shard=shard)
+    assert seen == [True] * 4
 
 
-def test_compiled_blocks_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("setting", "device", "expected"),
+    [("auto", "cpu", False), ("auto", "cuda", True), ("true", "cpu", True), ("false", "cuda", False)],
+)
+def test_gpus_compile_unless_told_otherwise(setting: str, device: str, expected: bool) -> None:
+    _, engine = model_and_engine(f"engine.compile={setting}")
+    assert compiles(engine, torch.device(device)) is expected
+
+
+def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/no/such/g++")
-    model, engine = model_and_engine("engine.compile=true")
+    _, engine = model_and_engine("engine.compile=true")
     with pytest.raises(UserError, match=r"engine\.compile=true: .* /no/such/g\+\+ \(CXX\) was not found"):
-        transform(model, engine)
+        compiles(engine, torch.device("cpu"))
+    _, engine = model_and_engine("engine.compile=auto")
+    assert not compiles(engine, torch.device("cuda"))
+
+
+SHAPES = [
+    (20_000, 19_000), (15_000,) * 3, (11_000, 10_999, 9000, 8000), (40_000,), (9000,) * 4 + (8000,), (31_000,) * 2,
+    (8000, 7000, 6000, 5000, 4000, 3000), (17_000, 16_001), (22_000,) * 3, (25_000,), (7000,) * 6 + (5000,),
+    (19_999, 5000),
+]  # fmt: skip
+"""Samples of the utterances of twelve forwards: padded, not padded, and single."""
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_few_graphs_compute_forwards_of_any_shape(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    off = [f"regularization.{name}=0" for name in ("dropout", "attention_dropout", "input_dropout")]
+    settings = [*MICRO_MODEL, *off, "objective.feature_dropout=0", "precision.compute=fp32"]
+    compiled, eager = (
+        set_up(load_config("base", [*settings, f"engine.compile={choice}"])) for choice in ("true", "false")
+    )
+    with torch._dynamo.config.patch(recompile_limit=COMPILED_VARIANTS):
+        torch._dynamo.reset()
+        before = compiled_graphs()
+        for number, lengths in enumerate(SHAPES):
+            draws = np.random.default_rng(number)
+            inputs = inputs_of(eager.objective, [draws.standard_normal(n, dtype=np.float32) for n in lengths])
+            batch = MicroBatch(number, inputs, sum(lengths))
+            losses = [float(setup.window([batch], 1000.0).total) for setup in (compiled, eager)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+            norms = [float(setup.step(1e-3).grad_norm) for setup in (compiled, eager)]
+            assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+        assert 0 < compiled_graphs() - before <= 6
+    torch._dynamo.reset()
