@@ -62,7 +62,7 @@ def dry_run(config: Config) -> DryRun | None:
                     window, objective, StepContext(config.trainer.seed, 0, worst_case=True),
                     grouping=FixedGrouping(joined), denominator=torch.tensor(float(weight)),
                 )  # fmt: skip
-                step = engine.step(lr=0.0, max_norm=config.optim.max_norm)
+                norm = engine.step(lr=0.0, max_norm=config.optim.max_norm)
             seconds = time.perf_counter() - began
     if not ranks.is_main:
         return None
@@ -71,7 +71,7 @@ def dry_run(config: Config) -> DryRun | None:
         shapes={name: tuple(tensor.shape) for name, tensor in tensors_of(batch.inputs)},
         weight=batch.weight,
         loss=float(sums.total) / max(batch.weight * len(window), 1),
-        grad_norm=step.grad_norm,
+        grad_norm=float(norm),
         seconds=seconds,
         peak_memory_bytes=_peak_memory(device),
         micro_batches_per_epoch=training_set.micro_batches,
