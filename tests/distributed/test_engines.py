@@ -16,6 +16,7 @@ import torch
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import (
+    order_of_reduction,
     step_after_a_gradient_that_is_not_finite,
     train_and_save_first,
     train_micro,
@@ -240,6 +241,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     )
     assert skipped and unchanged
     assert 0 < norms[0] < math.inf and norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_ddp_reduces_from_the_last_layer_to_the_first(pool: Callable[[int], Pool], small_corpus: SmallCorpus) -> None:
+    """Whichever layers the first updates skip: the backward and the reduction overlap."""
+    settings = (ENGINES["ddp"], "regularization.layerdrop=0.9")
+    (names, orders), _ = pool(2).run(order_of_reduction, str(small_corpus.train), settings)
+    assert orders == [names[::-1]] * 2
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -157,6 +157,28 @@ def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, 
     return skipped, unchanged, norms
 
 
+def order_of_reduction(corpus: str, overrides: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
+    """The trained parameters of a DDP engine, and the order in which each of two updates reduces their gradients."""
+    setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
+    engine: Any = setup.engine
+    names = {parameter: name for name, parameter in engine.trained.items()}
+    found: list[list[str]] = []
+
+    def reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        found[-1] += [names[parameter] for parameter in bucket.parameters()]
+        work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda reduced: reduced.value()[0] / dist.get_world_size())
+
+    reduce.__annotations__.clear()  # DDP refuses annotations that are strings
+    engine.parallel.register_comm_hook(None, reduce)
+    for update in range(2):
+        found.append([])
+        setup.window([setup.training_set.largest()] * 2, 100.0, update=update)
+        assert setup.step(1e-3).isfinite()
+    engine.close()
+    return list(names.values()), found
+
+
 def update_without_a_launcher(corpus: str, overrides: tuple[str, ...]) -> bool:
     """Whether an engine takes steps and evaluates where nothing has set LOCAL_RANK, and leaves the environment as it
     was."""

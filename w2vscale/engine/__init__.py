@@ -37,4 +37,4 @@ def build_engine(model: nn.Module, config: Config, objective: Objective, device:
         return DeepSpeedEngine(model, *sections, device)
     from w2vscale.engine.ddp import DDPEngine
 
-    return DDPEngine(model, *sections, device, skips_parameters=objective.skips_parameters)
+    return DDPEngine(model, *sections, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,23 @@ from w2vscale.engine.rows import Rows
 from w2vscale.optim.canonical import specs_of, stored
 
 
+class _UsingAll(torch.autograd.Function):
+    """Returns `loss`, and makes its backward visit all `parameters`, which get no gradient from here.
+
+    DDP reduces a bucket once the backward has visited all of its parameters, so those of skipped layers must be visited
+    too. They are the same on all ranks, so DDP need not search for them (`find_unused_parameters`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: nn.Parameter) -> Tensor:
+        ctx.count = len(parameters)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, *[None] * ctx.count
+
+
 class DDPEngine(NativeEngine):
     """Every rank holds the full state. DDP averages gradients, so the loss is multiplied by the world size."""
 
@@ -26,8 +44,6 @@ class DDPEngine(NativeEngine):
         optim: OptimConfig,
         precision: PrecisionConfig,
         device: torch.device,
-        *,
-        skips_parameters: bool,
     ) -> None:
         super().__init__(model, engine, optim, device)
         self.rows = Rows(device)
@@ -39,15 +55,32 @@ class DDPEngine(NativeEngine):
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 init_sync=False,  # parameters are the same on all ranks by construction
-                find_unused_parameters=skips_parameters,
             )
             # The step synchronises buffers. Not an argument: PyTorch 2.13 deprecates it, and 2.8 has no other.
             self.parallel.broadcast_buffers = False
+            self._order_buckets(self.parallel)
 
     def reduce_gradients(self, last: bool) -> None:
         """Reduce gradients only in the last backward of a window, as with `no_sync`."""
         if self.parallel is not None:
             self.parallel.require_backward_grad_sync = last
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if last and self.parallel is not None:
+            loss = _UsingAll.apply(loss, *self.trained.values())
+        loss.backward()
+
+    def _order_buckets(self, parallel: DistributedDataParallel) -> None:
+        """Reduce gradients of zero, so that DDP builds its buckets from the last layer to the first. Collective.
+
+        It orders them by the arrival of the first gradients. In an update that skips layers theirs arrive first, and in
+        all later updates no bucket could be reduced before these layers are reached.
+        """
+        loss = torch.zeros((), device=self.device, requires_grad=True)
+        for parameter in self.trained.values():
+            loss = _UsingAll.apply(loss, parameter)
+        parallel.reducer.prepare_for_backward([])
+        loss.backward()
 
     def export_state(self) -> CanonicalState:
         return {name: self.rows.own(stored(tensor)) for name, tensor in self.live_state().items()}

@@ -59,6 +59,10 @@ class NativeEngine(ABC):
     def reduce_gradients(self, last: bool) -> None:
         """Decide whether the next backward reduces gradients. `last`: it is the last one of the window."""
 
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of `loss` to that of the window, and reduce it if `reduce_gradients` says so."""
+        loss.backward()
+
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
         grouping: Grouping, denominator: Tensor,
@@ -69,7 +73,7 @@ class NativeEngine(ABC):
         def run(one: Forward) -> Sums:
             self.reduce_gradients(one.last)
             sums = objective.forward(self.module, one.inputs, step=one.step, training=True)
-            (sums.total * scale).backward()
+            self.backward(sums.total * scale, one.last)
             return sums
 
         return accumulate(grouping.groups(window), step, run, self.device)
