@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from lhotse.cut import Cut
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tests.helpers.calibrating import grouping_on_a_gpu
@@ -177,6 +178,30 @@ def order_of_reduction(corpus: str, overrides: tuple[str, ...]) -> tuple[list[st
         assert setup.step(1e-3).isfinite()
     engine.close()
     return list(names.values()), found
+
+
+def all_reduces_over_replicas(corpus: str, overrides: tuple[str, ...]) -> tuple[int, list[int]]:
+    """The FSDP units of an engine with hybrid sharding, and how often each of two windows reduces over replicas.
+
+    A window has three forwards.
+    """
+    setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
+    engine: Any = setup.engine
+    found: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *arguments: Any, group: Any = None, **named: Any) -> Any:
+        assert group is not None and dist.get_world_size(group) < dist.get_world_size()
+        found[-1] += 1
+        return all_reduce(tensor, *arguments, group=group, **named)
+
+    for update in range(2):
+        found.append(0)
+        with patch.object(dist, "all_reduce", counted):
+            setup.window([setup.training_set.largest()] * 3, 100.0, update=update)
+        assert setup.step(1e-3).isfinite()
+    engine.close()
+    return sum(isinstance(module, FSDPModule) for module in engine.model.modules()), found
 
 
 def update_without_a_launcher(corpus: str, overrides: tuple[str, ...]) -> bool:
