@@ -109,9 +109,9 @@ class Trainer:
         return self.state
 
     def _update(self, window: list[MicroBatch], waited: float) -> bool:
-        """Enqueue one update on the device, then count the previous one. The host is thus at most an update ahead.
+        """Enqueue one update on the device, then wait for the previous one and count it.
 
-        Return whether any rank has received a stop signal.
+        So the host is at most one update ahead of the device. Returns whether any rank has received a stop signal.
         """
         config, engine = self.config, self.run.engine
         arrived = Mark(self.run.device)
@@ -158,7 +158,10 @@ class Trainer:
         return stopping > 0
 
     def _settle(self) -> None:
-        """Wait for the pending update and count it. Abort if it is the last of `trainer.max_skipped_in_a_row`."""
+        """Wait for the pending update and count it.
+
+        Raises UserError if it is the last of `trainer.max_skipped_in_a_row` updates that were skipped.
+        """
         pending, self.pending = self.pending, None
         if pending is None:
             return
