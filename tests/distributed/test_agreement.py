@@ -14,6 +14,7 @@ from tests.helpers.micro import MICRO_RUN
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_micro
 from w2vscale.config import load_config
+from w2vscale.distributed.process_group import refuse_shared_gpus
 from w2vscale.errors import UserError
 from w2vscale.objectives import StepContext
 from w2vscale.training.agreement import common_ground, compare_ranks
@@ -36,6 +37,20 @@ def train_with(corpus: str, exp: str, *of_ranks: str) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def share(*gpus: tuple[str, str]) -> str | None:
+    try:
+        refuse_shared_gpus(*gpus[dist.get_rank()])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_two_ranks_that_would_share_a_gpu_are_named_on_every_rank(pool: Callable[[int], Pool]) -> None:
+    error = "ranks 0, 2 would share one GPU of node1 (GPU-a): start one process per GPU"
+    assert pool(3).run(share, ("node1", "GPU-a"), ("node2", "GPU-b"), ("node1", "GPU-a")) == [error] * 3
+    assert pool(2).run(share, ("node1", "GPU-a"), ("node1", "GPU-b")) == [None] * 2
 
 
 def test_ranks_that_agree_go_on(pool: Callable[[int], Pool]) -> None:

@@ -36,6 +36,15 @@ def test_one_and_two_processes_learn_alike(pool: Callable[[int], Pool], corpus: 
     assert two == pytest.approx(alone, rel=1e-4)
 
 
+def test_four_processes_that_skip_half_of_the_layers_learn_like_one(
+    pool: Callable[[int], Pool], corpus: Path, tmp_path: Path
+) -> None:
+    """DDP is not asked to search for parameters without a gradient. Two micro-batches per process."""
+    settings = ("trainer.updates=8", "regularization.layerdrop=0.5", "batch.micro_batches=8", "batch.max_seconds=4")
+    alone = train_micro(str(corpus), str(tmp_path / "alone"), settings)
+    assert pool(4).run(train_micro, str(corpus), str(tmp_path / "four"), settings)[0] == pytest.approx(alone, rel=1e-4)
+
+
 def test_norms_and_audio_agree_across_processes(pool: Callable[[int], Pool], corpus: Path, tmp_path: Path) -> None:
     records = []
     for name, run in (("alone", lambda *a: train_micro(*a)), ("two", lambda *a: pool(2).run(train_micro, *a)[0])):

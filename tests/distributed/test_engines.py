@@ -16,6 +16,8 @@ import torch
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import (
+    all_reduces_over_replicas,
+    order_of_reduction,
     step_after_a_gradient_that_is_not_finite,
     train_and_save_first,
     train_micro,
@@ -92,6 +94,24 @@ def six_updates(
     return train
 
 
+Continue = Callable[[Path, str, int, int], Path]
+
+
+@pytest.fixture
+def continued(pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path) -> Continue:
+    """The folder of a run that continues another one after three of its six updates."""
+
+    def train(whole: Path, variant: str, processes: int, micro_batches: int) -> Path:
+        exp = tmp_path / "exp"
+        shutil.copytree(whole, exp, symlinks=True)
+        shutil.rmtree(exp / "checkpoints" / "update_00000006")
+        overrides = (*SIX, f"batch.micro_batches={micro_batches}", *VARIANTS[variant])
+        pool(processes).run(train_micro, str(small_corpus.train), str(exp), overrides)
+        return exp
+
+    return train
+
+
 def figures(exp: Path) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every update."""
     records = [json.loads(line) for line in (exp / "metrics.jsonl").read_text().splitlines()]
@@ -126,10 +146,29 @@ def test_one_micro_batch_per_process(six_updates: Train, variant: str) -> None:
     assert_same(six_updates(variant, 2, 2), six_updates("ddp", 2, 2))
 
 
-@pytest.mark.parametrize("micro_batches", [4, 8])
-def test_two_shards_on_each_of_two_replicas(six_updates: Train, micro_batches: int) -> None:
-    """The smallest hybrid that both shards and replicates."""
-    assert_same(six_updates("fsdp_hybrid_of_four", 4, micro_batches), six_updates("ddp", 4, micro_batches))
+class TestHybridSharding:
+    """Two shards on each of two replicas: the smallest hybrid that both shards and replicates."""
+
+    @pytest.mark.parametrize("micro_batches", [4, 12])
+    def test_it_learns_like_ddp(self, six_updates: Train, micro_batches: int) -> None:
+        """One and three forwards per window."""
+        assert_same(six_updates("fsdp_hybrid_of_four", 4, micro_batches), six_updates("ddp", 4, micro_batches))
+
+    @pytest.mark.parametrize(("writer", "reader"), [("ddp", "fsdp_hybrid_of_four"), ("fsdp_hybrid_of_four", "ddp")])
+    def test_checkpoints_move_between_it_and_ddp(
+        self, six_updates: Train, continued: Continue, writer: str, reader: str
+    ) -> None:
+        whole = six_updates(writer, 4, 12)
+        assert_same(continued(whole, reader, 4, 12), whole)
+
+    @pytest.mark.parametrize("reshard", ["true", "false"])
+    def test_replicas_are_reduced_once_per_unit_and_update(
+        self, pool: Callable[[int], Pool], small_corpus: SmallCorpus, reshard: str
+    ) -> None:
+        engine = f"engine={{name: fsdp, shard_size: 2, reshard_after_forward: {reshard}}}"
+        settings = (engine, "regularization.layerdrop=0")
+        for units, reductions in pool(4).run(all_reduces_over_replicas, str(small_corpus.train), settings):
+            assert units == 6 and reductions == [units, units]
 
 
 @pytest.mark.parametrize(
@@ -147,23 +186,10 @@ def test_accumulation(six_updates: Train, variant: str, processes: int) -> None:
     [(*processes, engine) for processes in ((2, 1), (2, 3)) for engine in ENGINES]
     + [(1, 2, engine) for engine in ("fsdp", "zero3")],
 )
-def test_resuming(
-    pool: Callable[[int], Pool],
-    six_updates: Train,
-    small_corpus: SmallCorpus,
-    tmp_path: Path,
-    engine: str,
-    before: int,
-    after: int,
-) -> None:
+def test_resuming(six_updates: Train, continued: Continue, engine: str, before: int, after: int) -> None:
     """Three updates, and three more on another number of processes: the run of six."""
     whole = six_updates(engine, before, 6)
-    exp = tmp_path / "exp"
-    shutil.copytree(whole, exp, symlinks=True)
-    shutil.rmtree(exp / "checkpoints" / "update_00000006")
-    overrides = (*SIX, "batch.micro_batches=6", ENGINES[engine])
-    pool(after).run(train_micro, str(small_corpus.train), str(exp), overrides)
-    assert_same(exp, whole)
+    assert_same(continued(whole, engine, after, 6), whole)
 
 
 def test_each_engine_continues_the_one_before(
@@ -240,6 +266,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     )
     assert skipped and unchanged
     assert 0 < norms[0] < math.inf and norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_ddp_reduces_from_the_last_layer_to_the_first(pool: Callable[[int], Pool], small_corpus: SmallCorpus) -> None:
+    """Whichever layers the first updates skip: the backward and the reduction overlap."""
+    settings = (ENGINES["ddp"], "regularization.layerdrop=0.9")
+    (names, orders), _ = pool(2).run(order_of_reduction, str(small_corpus.train), settings)
+    assert orders == [names[::-1]] * 2
 
 
 @pytest.mark.parametrize("engine", ENGINES)

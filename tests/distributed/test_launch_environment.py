@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from w2vscale.distributed.launch import launch, launched, local_processes
-from w2vscale.distributed.process_group import launch_environment
+from w2vscale.distributed.process_group import gpu_index, launch_environment
 from w2vscale.errors import UserError
 
 TORCHRUN = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -68,6 +68,18 @@ class TestLaunchEnvironment:
     def test_the_jobs_nodes_do_where_the_step_names_none(self) -> None:
         environment = {key: value for key, value in SLURM.items() if key != "SLURM_STEP_NODELIST"}
         assert launch_environment({**environment, "SLURM_JOB_NODELIST": "node9"})["MASTER_ADDR"] == "node9"
+
+
+class TestGpus:
+    def test_a_process_that_sees_one_gpu_uses_it(self) -> None:
+        assert [gpu_index(local_rank, 1) for local_rank in (0, 1, 7)] == [0, 0, 0]
+
+    def test_a_process_that_sees_several_uses_that_of_its_local_rank(self) -> None:
+        assert [gpu_index(local_rank, 8) for local_rank in range(8)] == list(range(8))
+
+    def test_more_processes_than_gpus_are_an_error(self) -> None:
+        with pytest.raises(UserError, match=r"^local rank 2: this process sees 2 GPUs; start fewer processes"):
+            gpu_index(2, 2)
 
 
 class TestLaunching:

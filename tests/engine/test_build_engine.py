@@ -13,7 +13,7 @@ import torch
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
-from w2vscale.engine.deepspeed.config import import_deepspeed
+from w2vscale.engine.deepspeed.config import environment_for, import_deepspeed
 from w2vscale.errors import UserError
 from w2vscale.training.loop import train
 
@@ -54,6 +54,28 @@ def test_a_deepspeed_engine_that_cannot_be_built_leaves_the_environment_as_it_wa
     with pytest.raises(UserError, match="refused"):
         train(settings(f"data.train={small_corpus.train}", "engine.name=deepspeed"), tmp_path / "exp")
     assert dict(os.environ) == environment
+
+
+@pytest.mark.parametrize(
+    ("device", "before", "inside"),
+    [
+        ("cuda:0", {"LOCAL_RANK": "3"}, {"LOCAL_RANK": "0"}),  # a process that sees one GPU
+        ("cuda:3", {}, {"LOCAL_RANK": "3"}),
+        ("cpu", {"LOCAL_RANK": "3"}, {"LOCAL_RANK": "3", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "1"}),
+        ("cpu", {"LOCAL_WORLD_SIZE": "2"}, {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2"}),
+    ],
+)
+def test_deepspeed_is_told_the_device(
+    device: str, before: dict[str, str], inside: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", "DS_ACCELERATOR", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    everything = dict(os.environ)
+    with environment_for(torch.device(device)):
+        assert dict(os.environ) == everything | inside
+    assert dict(os.environ) == everything
 
 
 @pytest.mark.parametrize(

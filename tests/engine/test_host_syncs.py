@@ -1,4 +1,4 @@
-"""A window asks a GPU for no value, so that the host runs ahead of it.
+"""A window and a step ask a GPU for no value, so that the host runs ahead of it.
 
 On the meta device, where nothing has a value, whatever needs one fails: `item`, `nonzero`, masks as indices, copies to
 the host. The code is the GPU's: it asks whether a device is a CPU.
@@ -6,6 +6,7 @@ the host. The code is the GPU's: it asks whether a device is a CPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +24,9 @@ from tests.helpers.micro import MICRO_ENCODER, MICRO_MODEL
 from w2vscale.config import load_config
 from w2vscale.data.inputs import join, to_device
 from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.engine import build_engine
 from w2vscale.objectives import Objective, build_objective
+from w2vscale.training.pending import HostCopy
 from w2vscale.training.run import empty_model
 
 META = torch.device("meta")
@@ -82,15 +86,35 @@ def test_fine_tuning_needs_no_value(lengths: tuple[int, ...]) -> None:
     assert copies.found == []
 
 
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_a_step_needs_no_value(max_norm: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It clips, and skips where the norm is not finite."""
+    monkeypatch.setattr(clip_grad, "_device_has_foreach_support", lambda device: True)  # the meta device, too
+    config = load_config("base", list(MICRO_MODEL))
+    objective = build_objective(config)
+    engine: Any = build_engine(empty_model(objective), config, objective, META)
+    first, *others = engine.parameters.values()
+    for parameter in others:  # the first one has no gradient, as if LayerDrop had skipped it
+        parameter.grad = torch.empty_like(parameter)
+    with CopiesToTheDevice() as copies:
+        norm = engine.step(lr=1e-3, max_norm=max_norm)
+    assert copies.found == []
+    assert norm.device == META and norm.shape == ()
+    assert first.grad is None
+
+
 @pytest.mark.cuda
-def test_a_window_on_a_gpu_waits_for_nothing() -> None:
+def test_updates_on_a_gpu_wait_for_nothing() -> None:
     config = load_config("base", [*MICRO_MODEL, "precision.compute=bf16"])
     setup = set_up(config, torch.device("cuda", torch.cuda.current_device()))
     window = [micro_batch(setup.objective, (16_000, 12_000), number).pin_memory() for number in range(2)]
     first = setup.window(window, 1.0)
+    HostCopy(setup.step(0.0))
     torch.cuda.set_sync_debug_mode("error")
     try:
         second = setup.window(window, 1.0)
+        norm = HostCopy(setup.step(0.0))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert float(second.total) == pytest.approx(float(first.total), rel=1e-3)
+    assert 0.0 < norm.read() < math.inf

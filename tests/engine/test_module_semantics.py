@@ -87,7 +87,7 @@ def test_a_skipped_update_changes_no_parameter_and_calls_nothing_after_it(small_
     with built(WithTeacher, str(small_corpus.train), ()) as setup:
         before = whole_state(setup)
         setup.window([setup.training_set.largest()], float("nan"))
-        assert setup.step(1e-2).skipped
+        assert not setup.step(1e-2).isfinite()
         assert all(torch.equal(tensor, before[name]) for name, tensor in whole_state(setup).items())
 
 

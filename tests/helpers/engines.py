@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from w2vscale.config import Config
 from w2vscale.data.loading import TrainingData
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine import Engine, StepResult, build_engine
+from w2vscale.engine import Engine, build_engine
 from w2vscale.objectives import Objective, StepContext, Sums, build_objective, resolve
 from w2vscale.training.loop import _after_step
 from w2vscale.training.run import empty_model, initial_state, open_training_set
@@ -44,8 +44,8 @@ class Setup:
         """The sums of one micro-batch."""
         return self.engine.evaluate(batch, self.objective, StepContext(self.config.trainer.seed, 0))
 
-    def step(self, lr: float, max_norm: float | None = 1.0, *, update: int = 0) -> StepResult:
-        """One optimizer step, and what the objective does after it."""
+    def step(self, lr: float, max_norm: float | None = 1.0, *, update: int = 0) -> Tensor:
+        """The gradient norm of one optimizer step, with what the objective does after it."""
         return self.engine.step(lr=lr, max_norm=max_norm, after=_after_step(self.objective, update))
 
     def start_over(self) -> None:

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from lhotse.cut import Cut
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tests.helpers.calibrating import per_forward_on_a_gpu
@@ -127,7 +128,10 @@ def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, over
 
 
 def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, ...]) -> tuple[bool, bool, list[float]]:
-    """Whether such a step is skipped and leaves this rank's state as it was, and the norms of the next two steps."""
+    """Whether such steps are skipped and leave this rank's state as it was, and the norms of the next two steps.
+
+    The gradient is NaN on all ranks, then infinite on the last rank only.
+    """
     config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
     setup = set_up(config)
     engine, batch = setup.engine, setup.training_set.largest()
@@ -136,16 +140,67 @@ def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, 
         exported = engine.export_state().values()
         return [(x.to_local() if isinstance(x, DTensor) else x).clone() for x in exported]
 
+    setup.window([batch, batch], 100.0)
+    engine.step(lr=1e-3, max_norm=1.0)  # moments and step counts are no longer zero
     before = state()
-    setup.window([batch, batch], math.nan)
-    skipped = engine.step(lr=1e-3, max_norm=1.0).skipped
-    unchanged = all(map(torch.equal, before, state()))
+    skipped = unchanged = True
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for denominator in (math.nan, 0.0 if last else 100.0):
+        setup.window([batch, batch], denominator)
+        skipped = skipped and not engine.step(lr=1e-3, max_norm=1.0).isfinite()
+        unchanged = unchanged and all(map(torch.equal, before, state()))
     norms = []
     for _ in range(2):
         setup.window([batch, batch], 100.0)
-        norms.append(engine.step(lr=0.0, max_norm=1.0).grad_norm)
+        norms.append(float(engine.step(lr=0.0, max_norm=1.0)))
     engine.close()
     return skipped, unchanged, norms
+
+
+def order_of_reduction(corpus: str, overrides: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
+    """The trained parameters of a DDP engine, and the order in which each of two updates reduces their gradients."""
+    setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
+    engine: Any = setup.engine
+    names = {parameter: name for name, parameter in engine.trained.items()}
+    found: list[list[str]] = []
+
+    def reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        found[-1] += [names[parameter] for parameter in bucket.parameters()]
+        work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
+        return work.get_future().then(lambda reduced: reduced.value()[0] / dist.get_world_size())
+
+    reduce.__annotations__.clear()  # DDP refuses annotations that are strings
+    engine.parallel.register_comm_hook(None, reduce)
+    for update in range(2):
+        found.append([])
+        setup.window([setup.training_set.largest()] * 2, 100.0, update=update)
+        assert setup.step(1e-3).isfinite()
+    engine.close()
+    return list(names.values()), found
+
+
+def all_reduces_over_replicas(corpus: str, overrides: tuple[str, ...]) -> tuple[int, list[int]]:
+    """The FSDP units of an engine with hybrid sharding, and how often each of two windows reduces over replicas.
+
+    A window has three forwards.
+    """
+    setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
+    engine: Any = setup.engine
+    found: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *arguments: Any, group: Any = None, **named: Any) -> Any:
+        assert group is not None and dist.get_world_size(group) < dist.get_world_size()
+        found[-1] += 1
+        return all_reduce(tensor, *arguments, group=group, **named)
+
+    for update in range(2):
+        found.append(0)
+        with patch.object(dist, "all_reduce", counted):
+            setup.window([setup.training_set.largest()] * 3, 100.0, update=update)
+        assert setup.step(1e-3).isfinite()
+    engine.close()
+    return sum(isinstance(module, FSDPModule) for module in engine.model.modules()), found
 
 
 def update_without_a_launcher(corpus: str, overrides: tuple[str, ...]) -> bool:
@@ -158,7 +213,7 @@ def update_without_a_launcher(corpus: str, overrides: tuple[str, ...]) -> bool:
         batch = setup.training_set.largest()
         for _ in range(2):
             setup.window([batch, batch], 100.0)
-            assert not setup.step(1e-3).skipped
+            assert setup.step(1e-3).isfinite()
             setup.evaluate(batch)
         setup.engine.export_state()
         setup.start_over()

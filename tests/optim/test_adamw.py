@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,14 @@ from torch import nn
 from w2vscale.config import OptimConfig, load_config
 from w2vscale.errors import UserError
 from w2vscale.objectives import build_objective
-from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate, state_of
+from w2vscale.optim.adamw import (
+    allocate_state,
+    clip_and_step,
+    make_adamw,
+    parameter_groups,
+    set_learning_rate,
+    state_of,
+)
 
 SHAPES = [
     ("encoder.layer.weight", torch.Size([4, 3])),
@@ -88,10 +97,51 @@ def adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return optimizer
 
 
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+
+
+class TestClipping:
+    def test_it_equals_clip_grad_norm(self) -> None:
+        ours, theirs = small_model(), small_model()
+        optimizer, reference = (adamw(model, config_with(weight_decay=0.1)) for model in (ours, theirs))
+        for step, max_norm in enumerate((0.5, 1e6, None), start=1):
+            for model in (ours, theirs):
+                model(torch.full((2, 5), 1.0 * step)).square().sum().backward()
+            norm = nn.utils.clip_grad_norm_(theirs.parameters(), max_norm or math.inf)
+            assert 0.5 < norm < 1e6
+            reference.step()
+            clip_and_step(optimizer, norm, max_norm)
+            optimizer.zero_grad()
+            reference.zero_grad()
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+    @pytest.mark.parametrize("max_norm", [None, 1.0])
+    def test_a_norm_that_is_not_finite_changes_nothing(self, value: float, max_norm: float | None) -> None:
+        """Not even if each gradient is finite, as 1e30 is."""
+        model = small_model()
+        optimizer = adamw(model, config_with(weight_decay=0.1))
+
+        def everything() -> list[torch.Tensor]:
+            states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+            return [tensor.detach().clone() for tensor in (*model.parameters(), *states)]
+
+        for gradient in (1.0, value):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, gradient)
+            norm = nn.utils.get_total_norm([x.grad for x in model.parameters() if x.grad is not None])
+            before = everything()
+            clip_and_step(optimizer, norm, max_norm)
+        assert not norm.isfinite()
+        assert all(map(torch.equal, before, everything()))
+
+
 class TestOptimizer:
     def model(self) -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3))
+        return small_model()
 
     def test_it_is_fused_and_has_its_state_before_the_first_step(self) -> None:
         model = self.model()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from w2vscale.config import Config, load_config
 from w2vscale.data.indexed import MicroBatches
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.errors import UserError
-from w2vscale.objectives import build_objective
+from w2vscale.objectives import StepContext, build_objective
 from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train
@@ -237,6 +239,69 @@ def test_a_skipped_update_does_not_hide_the_metrics_of_the_others(small_corpus: 
     assert first["loss"] > 0.0
     assert second["loss"] is None, "all four were skipped"
     assert read_run(tmp_path).latest()[0] == [[None], [None], [None, None]]
+
+
+class TestSkippedUpdates:
+    """An update is counted while the next one runs, and before a log line, a validation or a checkpoint."""
+
+    @pytest.fixture
+    def ran(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """The number of each update that ran, in order. The loss of updates 2, 5, 6 and 7 is NaN."""
+        found: list[int] = []
+        forward = Contrastive.forward
+
+        def spoil(self: Contrastive, module: Any, inputs: Any, *, step: StepContext, training: bool) -> Any:
+            sums = forward(self, module, inputs, step=step, training=training)
+            if not training:
+                return sums
+            number = step.update + 1
+            found.extend([number] if number not in found else [])
+            return sums._replace(total=sums.total * math.nan) if number in (2, 5, 6, 7) else sums
+
+        monkeypatch.setattr(Contrastive, "forward", spoil)
+        return found
+
+    def test_counters_are_exact_and_a_resumed_run_continues_bit_for_bit(
+        self, small_corpus: SmallCorpus, tmp_path: Path, ran: list[int]
+    ) -> None:
+        config = settings(
+            small_corpus.train, "logging.every=4", "checkpoint.every=5", "checkpoint.keep_last=9", "trainer.updates=10",
+            f"data.validation={small_corpus.validation}", "trainer.validate_every=6",
+        )  # fmt: skip
+
+        def records() -> list[dict[str, float]]:
+            timed = ("per_second", "data_wait_fraction")
+            lines = read_metrics(tmp_path / "metrics.jsonl", "train")
+            return [{key: line[key] for key in line if not key.endswith(timed)} for line in lines]
+
+        assert train(config, tmp_path) == 0
+        first = records()
+        assert {line["update"]: line["skipped_updates"] for line in first} == {4: 1, 5: 2, 8: 4, 10: 4}
+        assert first[1]["loss"] is None, "update 5 is alone on its line"
+        assert all(line["loss"] > 0 for line in first if line["update"] != 5)
+        checkpoints = tmp_path / "checkpoints"
+        for update, skipped in ((5, 2), (10, 4)):
+            state = json.loads((checkpoints / f"update_{update:08d}" / "train_state.json").read_text())
+            assert state["skipped_updates"] == skipped
+        shutil.rmtree(checkpoints / "update_00000010")
+        del ran[:]
+        assert train(config, tmp_path) == 0
+        assert ran == [6, 7, 8, 9, 10]
+        assert records() == first
+
+    @pytest.mark.parametrize(("every", "last"), [(1, 7), (100, 8)])
+    def test_the_run_stops_at_most_one_update_late(
+        self, small_corpus: SmallCorpus, tmp_path: Path, ran: list[int], capsys: pytest.CaptureFixture[str],
+        every: int, last: int,
+    ) -> None:  # fmt: skip
+        limit = ("trainer.max_skipped_in_a_row=3", f"logging.every={every}", "checkpoint.every=100")
+        with pytest.raises(UserError, match=r"^3 updates in a row had .*, the last is update 7: lower optim.lr"):
+            train(settings(small_corpus.train, *limit), tmp_path)
+        assert ran == [*range(1, last + 1)]
+        printed = " ".join(capsys.readouterr().out.split())
+        for number in (2, 5, 6, 7):
+            numbers = f"micro-batches {4 * (number - 1)} … {4 * number - 1}"
+            assert f"update {number} skipped: its gradient is not finite ({numbers})" in printed
 
 
 def test_an_incomplete_last_line_of_metrics_is_ignored(finished: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def measure_loop(config: Config, *, first: int) -> float:
         weight = float(max(sum(batch.weight for batch in window), 1))
         setup.window(window, weight, update=update, per_forward=per_forward)
         lr = learning_rate(update, optim=config.optim, schedule=config.schedule, updates=config.trainer.updates)
-        setup.step(lr, config.optim.max_norm)
+        float(setup.step(lr, config.optim.max_norm))  # waits for the device
         if update >= first:
             seconds += time.perf_counter() - began
             audio += sum(batch.audio_samples for batch in window) / config.model.sampling_rate

@@ -151,8 +151,8 @@ def engine_loop(config: Config, device: torch.device) -> Update:
 
     def update(batch: MicroBatch) -> tuple[float, float]:
         sums = setup.window([batch], float(batch.weight), update=batch.number)
-        step = setup.step(LR, config.optim.max_norm)
-        return float(sums.total) / batch.weight, step.grad_norm
+        norm = setup.step(LR, config.optim.max_norm)
+        return float(sums.total) / batch.weight, float(norm)
 
     return update
 

@@ -3,9 +3,9 @@
     python tools/bench/launches.py
     python tools/bench/launches.py --preset large --utterances 24 --seconds 20
 
-The update is traced on the meta device, where tensors have no values, with the kernels of a GPU. So it needs no GPU, and
-whatever needs a value, which a host would have to wait for, fails. An operation is at least one kernel launch. Not
-counted: the loss of a fused kernel's own launches, and what torch.compile fuses.
+The update is traced on the meta device, where tensors have no values, with the kernels of a GPU. So it needs no GPU,
+and whatever needs a value, which the host would have to wait for, fails. An operation is one kernel launch or, for
+some, several. torch.compile makes fewer of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import typer
 from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tools.bench.contenders import Work
 from tools.bench.script import console, run_script
@@ -66,13 +67,13 @@ class Operations(TorchDispatchMode):
         name = function.overloadpacket.__name__
         views = any(argument.alias_info is not None and not argument.alias_info.is_write
                     for argument in function._schema.arguments)  # fmt: skip
-        if not views and name not in NO_LAUNCH and _on_meta(y):
+        if not views and name not in NO_LAUNCH and _on_meta(args if y is None else y):
             self.counts[name] += 1
         return y
 
 
-def _on_meta(y: Any) -> bool:
-    return any(isinstance(x, Tensor) and x.device == META for x in (y if isinstance(y, tuple | list) else (y,)))
+def _on_meta(values: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.device == META for x in tree_leaves(values))
 
 
 class _Unseeded(StepContext):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,7 +80,7 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
 
     A single process joins no group, unless `needed`: then it gets a group with one rank. A collective fails if a rank
     waits longer than `timeout` for the others. Raises LostRanks if the other ranks cannot be reached or the connection
-    to them breaks, and UserError if there are more processes than GPUs on this machine.
+    to them breaks, and UserError if this process sees no GPU for its local rank, or several ranks have the same GPU.
     """
     implied = launch_environment(os.environ)
     environment = {**os.environ, **implied}
@@ -100,6 +101,8 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
     device, backend = _device(ranks.local_rank)
     try:
         dist.init_process_group(backend, init_method, rank=rank, world_size=world_size, timeout=timeout)
+        if device.type == "cuda":
+            refuse_shared_gpus(socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
         yield ranks, device
     except RuntimeError as error:
         # gloo raises a plain RuntimeError whose message contains the path of its source file.
@@ -114,10 +117,35 @@ def _device(local_rank: int) -> tuple[torch.device, str]:
     """Return the device of a rank, and the backend for its collectives."""
     if not torch.cuda.is_available():
         return torch.device("cpu"), "gloo"
-    if local_rank >= (count := torch.cuda.device_count()):
-        raise UserError(f"local rank {local_rank}: this machine has {count} GPUs; start fewer processes")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+    index = gpu_index(local_rank, torch.cuda.device_count())
+    # DeviceMesh keeps a device that was set before, and would otherwise set the one of LOCAL_RANK.
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index), "cpu:gloo,cuda:nccl"
+
+
+def gpu_index(local_rank: int, visible: int) -> int:
+    """Return the index of the GPU that a process uses, of the `visible` ones it sees.
+
+    It is the local rank, or 0 if the process sees only one: a launcher may give each process a GPU of its own (srun
+    --gpus-per-task=1). Raises UserError if there is none for the local rank.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise UserError(f"local rank {local_rank}: this process sees {visible} GPUs; start fewer processes per machine")
+    return local_rank
+
+
+def refuse_shared_gpus(host: str, uuid: str) -> None:
+    """Raise a UserError on every rank if several ranks have the same GPU, which NCCL does not allow. Collective.
+
+    `host` and `uuid` are those of the GPU of this rank.
+    """
+    gpus = gather_from_ranks((host, uuid))
+    for gpu in gpus:
+        if gpus.count(gpu) > 1:
+            ranks = ", ".join(str(rank) for rank, other in enumerate(gpus) if other == gpu)
+            raise UserError(f"ranks {ranks} would share one GPU of {gpu[0]} ({gpu[1]}): start one process per GPU")
 
 
 def sum_over_ranks(values: Sequence[float], operation: Any = dist.ReduceOp.SUM) -> list[float]:

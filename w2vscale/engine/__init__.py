@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from w2vscale.config import Config
-from w2vscale.engine.base import CanonicalState, Engine, StateReader, StepResult
+from w2vscale.engine.base import CanonicalState, Engine, StateReader
 from w2vscale.errors import UserError
 from w2vscale.objectives import Objective
 
-__all__ = ["CanonicalState", "Engine", "StateReader", "StepResult", "build_engine"]
+__all__ = ["CanonicalState", "Engine", "StateReader", "build_engine"]
 
 
 def build_engine(model: nn.Module, config: Config, objective: Objective, device: torch.device) -> Engine:
@@ -37,4 +37,4 @@ def build_engine(model: nn.Module, config: Config, objective: Objective, device:
         return DeepSpeedEngine(model, *sections, device)
     from w2vscale.engine.ddp import DDPEngine
 
-    return DDPEngine(model, *sections, device, skips_parameters=objective.skips_parameters)
+    return DDPEngine(model, *sections, device)

@@ -45,7 +45,10 @@ def accumulate(
 def _copied_ahead(
     groups: Sequence[Sequence[MicroBatch]], device: torch.device
 ) -> Iterator[tuple[Sequence[MicroBatch], list[Any]]]:
-    """Yield each group with its inputs on the device. A separate CUDA stream overlaps copies with computation."""
+    """Yield each group with its inputs on the device. A separate CUDA stream overlaps copies with computation.
+
+    The first copy overlaps with the end of the previous update, because the host does not wait for its step.
+    """
     if device.type != "cuda":
         for group in groups:
             yield group, [to_device(batch.inputs, device) for batch in group]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -29,14 +28,6 @@ class StateReader(Protocol):
         """Fill every tensor of `state` with its stored value, or raise an error that names it. Collective."""
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Result of one optimizer step: the global L2 gradient norm before clipping, and whether the step was skipped."""
-
-    grad_norm: float
-    skipped: bool
-
-
 class Engine(Protocol):
     """Owns the model, the optimizer, gradient accumulation and sharding. All ranks must make the same calls.
 
@@ -56,10 +47,12 @@ class Engine(Protocol):
         The gradient of an update is the sum of grad(total) / denominator over all ranks and micro-batches.
         """
 
-    def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> StepResult:
-        """Clip gradients, step and clear gradients. A non-finite norm skips the step on every rank.
+    def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> Tensor:
+        """Clip gradients, step and clear gradients. Return the global L2 norm of the gradient before clipping.
 
-        `after` is called after a step that was not skipped.
+        The norm is a scalar on the device of the engine. If it is not finite, every rank skips the step: parameters and
+        optimizer state stay as they are. `after` is called after a step that was not skipped. Without it, DDP and FSDP2
+        do not wait for the device.
         """
 
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,10 +11,30 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
+from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import CanonicalState, StateReader
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.rows import Rows
+from w2vscale.models.layers import compute_dtype, weights_cast_once
+from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.canonical import specs_of, stored
+
+
+class _UsingAll(torch.autograd.Function):
+    """Returns `loss`, and makes its backward visit all `parameters`, which get no gradient from here.
+
+    DDP reduces a bucket once the backward has visited all of its parameters, so those of skipped layers must be visited
+    too. They are the same on all ranks, so DDP need not search for them (`find_unused_parameters`).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: nn.Parameter) -> Tensor:
+        ctx.count = len(parameters)
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return gradient, *[None] * ctx.count
 
 
 class DDPEngine(NativeEngine):
@@ -26,10 +47,9 @@ class DDPEngine(NativeEngine):
         optim: OptimConfig,
         precision: PrecisionConfig,
         device: torch.device,
-        *,
-        skips_parameters: bool,
     ) -> None:
         super().__init__(model, engine, optim, device)
+        self.compute_dtype = compute_dtype(precision)
         self.rows = Rows(device)
         self.parallel: DistributedDataParallel | None = None
         if not self.rows.alone:
@@ -39,15 +59,39 @@ class DDPEngine(NativeEngine):
                 device_ids=[device] if device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
                 init_sync=False,  # parameters are the same on all ranks by construction
-                find_unused_parameters=skips_parameters,
             )
-            # The step synchronises buffers. Not an argument: PyTorch 2.13 deprecates it, and 2.8 has no other.
+            # The step synchronises buffers. Not an argument: PyTorch 2.13 deprecates it, and 2.11 has no other.
             self.parallel.broadcast_buffers = False
+            self._order_buckets(self.parallel)
+
+    def run_window(
+        self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
+        per_forward: int, denominator: Tensor,
+    ) -> Sums:  # fmt: skip
+        with weights_cast_once(self.model, self.compute_dtype):
+            return super().run_window(window, objective, step, per_forward=per_forward, denominator=denominator)
 
     def reduce_gradients(self, last: bool) -> None:
         """Reduce gradients only in the last backward of a window, as with `no_sync`."""
         if self.parallel is not None:
             self.parallel.require_backward_grad_sync = last
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if last and self.parallel is not None:
+            loss = _UsingAll.apply(loss, *self.trained.values())
+        loss.backward()
+
+    def _order_buckets(self, parallel: DistributedDataParallel) -> None:
+        """Reduce gradients of zero, so that DDP builds its buckets from the last layer to the first. Collective.
+
+        It orders them by the arrival of the first gradients. In an update that skips layers theirs arrive first, and in
+        all later updates no bucket could be reduced before these layers are reached.
+        """
+        loss = torch.zeros((), device=self.device, requires_grad=True)
+        for parameter in self.trained.values():
+            loss = _UsingAll.apply(loss, parameter)
+        parallel.reducer.prepare_for_backward([])
+        loss.backward()
 
     def export_state(self) -> CanonicalState:
         return {name: self.rows.own(stored(tensor)) for name, tensor in self.live_state().items()}

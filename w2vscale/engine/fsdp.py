@@ -60,9 +60,13 @@ class FSDPEngine(NativeEngine):
         return sums
 
     def reduce_gradients(self, last: bool) -> None:
-        """Reduce gradients after the last backward of a window or, to save memory, after each (`reduce_each`)."""
+        """Reduce gradients after the last backward of a window or, to save memory, after each (`reduce_each`).
+
+        With hybrid sharding the latter sums them over the shards only. The replicas follow after the last backward.
+        """
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last or self.reduce_each)
+        self.model.set_requires_all_reduce(last)
 
     def export_state(self) -> CanonicalState:
         return {name: self._on_host(stored(tensor)) for name, tensor in self.live_state().items()}

@@ -14,11 +14,18 @@ from torch.distributed.tensor import DTensor
 from w2vscale.config import EngineConfig, OptimConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, accumulate, split
-from w2vscale.engine.base import AfterStep, CanonicalState, StepResult
+from w2vscale.engine.base import AfterStep, CanonicalState
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.transforms import compiles, transform
 from w2vscale.objectives import Objective, StepContext, Sums
-from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate, state_of
+from w2vscale.optim.adamw import (
+    allocate_state,
+    clip_and_step,
+    make_adamw,
+    parameter_groups,
+    set_learning_rate,
+    state_of,
+)
 
 
 class NativeEngine(ABC):
@@ -52,6 +59,10 @@ class NativeEngine(ABC):
     def reduce_gradients(self, last: bool) -> None:
         """Decide whether the next backward reduces gradients. `last`: it is the last one of the window."""
 
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of `loss` to that of the window, and reduce it if `reduce_gradients` says so."""
+        loss.backward()
+
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
         per_forward: int, denominator: Tensor,
@@ -62,28 +73,29 @@ class NativeEngine(ABC):
         def run(one: Forward) -> Sums:
             self.reduce_gradients(one.last)
             sums = objective.forward(self.module, one.inputs, step=one.step, training=True)
-            (sums.total * scale).backward()
+            self.backward(sums.total * scale, one.last)
             return sums
 
         return accumulate(split(window, per_forward), step, run, self.device)
 
-    def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> StepResult:
-        parameters = list(self.trained.values())
-        for parameter in parameters:
+    def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> Tensor:
+        gradients = []
+        for parameter in self.trained.values():
             if parameter.grad is None:  # LayerDrop skipped its layer; on every engine this means a zero gradient
                 parameter.grad = torch.zeros_like(parameter)
-        total = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm, foreach=True)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
-        if finite := math.isfinite(norm):
-            set_learning_rate(self.optimizer, lr)
-            self.optimizer.step()
-            if after is not None:
-                with torch.no_grad():
-                    after(self.model)
+            gradients.append(parameter.grad)
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        set_learning_rate(self.optimizer, lr)
+        clip_and_step(self.optimizer, norm, max_norm)
+        if after is not None and math.isfinite(norm):  # waits for the device
+            with torch.no_grad():
+                after(self.model)
         # The gradients of a wrapped model are views into the buckets of its reduction: they are zeroed and kept.
         self.optimizer.zero_grad(set_to_none=self.module is self.model)
         self.buffers.synchronize()
-        return StepResult(norm, skipped=not finite)
+        return norm.to(self.device)  # with `engine.offload` it was computed on the host
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:

@@ -140,11 +140,6 @@ class Objective(ABC):
         """Build the model: encoder and heads."""
 
     @property
-    def skips_parameters(self) -> bool:
-        """Whether some updates leave parameters without a gradient."""
-        return self.regularization.layerdrop > 0.0
-
-    @property
     def changes_model(self) -> bool:
         """Whether `after_step` changes the model, which not every engine allows."""
         return type(self).after_step is not Objective.after_step

@@ -137,10 +137,6 @@ class Ctc(Objective):
         """Converter from transcripts to labels."""
         return Transcripts(self.vocabulary, self.settings.sentencepiece)
 
-    @property
-    def skips_parameters(self) -> bool:
-        return super().skips_parameters or self.settings.freeze_encoder_updates > 0
-
     def check(self, config: Config) -> None:
         assert self.transcripts  # loads the SentencePiece model, and raises if it does not fit the vocabulary
         frozen_updates = self.settings.freeze_encoder_updates

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,18 @@ def state_of(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> 
     if parameter not in optimizer.state:  # `optimizer.state[parameter]` would silently create an empty state
         raise RuntimeError(f"{name}: the optimizer has no state for this parameter")
     return optimizer.state[parameter]
+
+
+def clip_and_step(optimizer: torch.optim.Optimizer, norm: Tensor, max_norm: float | None) -> None:
+    """Step fused AdamW with gradients clipped to `max_norm`; if their `norm` is not finite, change nothing.
+
+    `norm` is their global L2 norm before clipping, a scalar. The host need not know it: the fused kernel divides the
+    gradients by `grad_scale`, and does nothing if `found_inf` is 1, as with torch.amp.GradScaler.
+    """
+    fused: Any = optimizer
+    fused.found_inf = (~norm.isfinite()).float()
+    fused.grad_scale = None if max_norm is None else ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    optimizer.step()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

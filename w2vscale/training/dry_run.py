@@ -65,7 +65,7 @@ def dry_run(config: Config) -> DryRun | None:
                     window, objective, StepContext(config.trainer.seed, 0, worst_case=True),
                     per_forward=per_forward, denominator=torch.tensor(float(weight)),
                 )  # fmt: skip
-                step = engine.step(lr=0.0, max_norm=config.optim.max_norm)
+                norm = engine.step(lr=0.0, max_norm=config.optim.max_norm)
             seconds = time.perf_counter() - began
     if not ranks.is_main:
         return None
@@ -75,7 +75,7 @@ def dry_run(config: Config) -> DryRun | None:
         per_forward=per_forward,
         weight=batch.weight,
         loss=float(sums.total) / max(batch.weight * len(window), 1),
-        grad_norm=step.grad_norm,
+        grad_norm=float(norm),
         seconds=seconds,
         peak_memory_bytes=_peak_memory(device),
         micro_batches_per_epoch=training_set.micro_batches,

@@ -30,6 +30,7 @@ from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import micro_batches_per_forward
 from w2vscale.training.display import Display
 from w2vscale.training.metrics import Meter, MetricsWriter
+from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
 from w2vscale.training.run import Run, build_run, make_folder
 
 SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
@@ -83,6 +84,7 @@ class Trainer:
         )
         self.display = display
         self.lr = 0.0
+        self.pending: PendingUpdate | None = None  # the last update, until `_settle`
         self.skipped_in_a_row = 0
 
     def train(self) -> TrainState:
@@ -106,8 +108,12 @@ class Trainer:
         return self.state
 
     def _update(self, window: list[MicroBatch], waited: float) -> bool:
-        """Run one update. Return whether any rank has received a stop signal."""
+        """Enqueue one update on the device, then wait for the previous one and count it.
+
+        So the host is at most one update ahead of the device. Returns whether any rank has received a stop signal.
+        """
         config, engine = self.config, self.run.engine
+        arrived = Mark(self.run.device)
         bad = [audio for batch in window for audio in batch.bad]
         if self.state.update % config.engine.compare_ranks_every == 0:
             compare_ranks(planned_work(config, self.state.update))
@@ -131,35 +137,67 @@ class Trainer:
             per_forward=self.per_forward, denominator=torch.tensor(max(weight, 1.0)),
         )  # fmt: skip
         self.lr = learning_rate(update, optim=config.optim, schedule=config.schedule, updates=self.total)
-        step = engine.step(lr=self.lr, max_norm=config.optim.max_norm, after=_after_step(objective, update))
+        norm = HostCopy(engine.step(lr=self.lr, max_norm=config.optim.max_norm, after=_after_step(objective, update)))
 
         self.state = replace(
             self.state,
             update=self.state.update + 1,
             audio_seconds=self.state.audio_seconds + samples / config.model.sampling_rate,
-            skipped_updates=self.state.skipped_updates + step.skipped,
             skipped_utterances=self.state.skipped_utterances + int(unusable),
             validation_loss=None,
         )
-        self.meter.add(window, sums, step, data_seconds=waited)
+        previous = self.pending
+        self._settle()
+        if previous is not None:  # the host was ahead of the device, which had work for some of that time
+            waited = min(waited, previous.norm.ready.seconds_to(arrived))
+        self.pending = PendingUpdate(self.state.update, window, sums, norm, waited)
         if to_report:
             self.run.bad_audio.report(bad)
         self.run.bad_audio.count(seen=int(utterances + unusable), unusable=int(unusable))
-        self._check_step(step.skipped, [batch.number for batch in window])
         return stopping > 0
+
+    def _settle(self) -> None:
+        """Wait for the pending update and count it.
+
+        Raises UserError if it is the last of `trainer.max_skipped_in_a_row` updates that were skipped.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        norm = pending.norm.read()
+        self.meter.add(pending.window, pending.sums, norm, data_seconds=pending.data_seconds)
+        if math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.state = replace(self.state, skipped_updates=self.state.skipped_updates + 1)
+        self.display.message(
+            f"warning: update {pending.number} skipped: its gradient is not finite "
+            f"(micro-batches {pending.window[0].number} … {pending.window[-1].number})",
+            "yellow",
+        )
+        if self.skipped_in_a_row >= self.config.trainer.max_skipped_in_a_row:
+            raise UserError(
+                f"{self.skipped_in_a_row} updates in a row had gradients that are not finite, the last is update "
+                f"{pending.number}: lower optim.lr ({self.config.optim.lr:g}) and resume from the newest checkpoint"
+            )
 
     def _log_validate_save(self, stopping: bool) -> None:
         update, config = self.state.update, self.config
         ended = update == self.total
         saving = ended or stopping or update % config.checkpoint.every == 0
         # Log at every save, so that the metrics of a resumed run start exactly at its checkpoint.
-        if saving or update % config.logging.every == 0:
+        logging = saving or update % config.logging.every == 0
+        validating = self.run.validation_set is not None and (ended or update % config.trainer.validate_every == 0)
+        if logging or validating:
+            self._settle()
+        if logging:
             self._log()
             if gc.get_freeze_count():  # in `runtime.collected_between_steps`, so full collections are not automatic
                 gc.collect()
         began = time.perf_counter()
         # Validate before saving, because the checkpoint stores the validation loss.
-        if self.run.validation_set and (ended or update % config.trainer.validate_every == 0):
+        if validating:
             self._validate()
         if saving:
             self.run.save(self.state)
@@ -202,23 +240,6 @@ class Trainer:
         values["hours_seen"] = self.state.audio_seconds / 3600
         self.metrics.write("validation", self.state.update, values)
         self.display.validation(self.state.update, self.run.objective.line(values))
-
-    def _check_step(self, skipped: bool, numbers: list[int]) -> None:
-        """Report a skipped update, and abort after `trainer.max_skipped_in_a_row` in a row."""
-        if not skipped:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        self.display.message(
-            f"warning: update {self.state.update} skipped: its gradient is not finite "
-            f"(micro-batches {numbers[0]} … {numbers[-1]})",
-            "yellow",
-        )
-        if self.skipped_in_a_row >= self.config.trainer.max_skipped_in_a_row:
-            raise UserError(
-                f"{self.skipped_in_a_row} updates in a row had gradients that are not finite, the last is update "
-                f"{self.state.update}: lower optim.lr ({self.config.optim.lr:g}) and resume from the newest checkpoint"
-            )
 
 
 def _after_step(objective: Objective, update: int) -> Callable[[nn.Module], None] | None:

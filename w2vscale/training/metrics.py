@@ -14,7 +14,6 @@ import torch
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
-from w2vscale.engine import StepResult
 from w2vscale.evaluation.validation import reduce_sums
 from w2vscale.files import read_records, write_text
 from w2vscale.objectives import Sums, add_sums
@@ -37,19 +36,19 @@ class Meter:
         self.data_seconds = 0.0
         self.started = time.perf_counter()
 
-    def add(self, window: Sequence[MicroBatch], sums: Sums, step: StepResult, *, data_seconds: float) -> None:
-        """Add one update, which waited `data_seconds` for its window."""
-        if step.skipped:  # its non-finite values would spoil the sums of the other updates
+    def add(self, window: Sequence[MicroBatch], sums: Sums, norm: float, *, data_seconds: float) -> None:
+        """Add one update with this gradient norm, which waited `data_seconds` for its window."""
+        if skipped := not math.isfinite(norm):  # its non-finite values would spoil the sums of the other updates
             zero: Any = type(sums)
             sums = zero(*(torch.zeros_like(field) for field in sums))
         self.sums = sums if self.sums is None else add_sums(self.sums, sums)
         self.audio += sum(batch.audio_samples for batch in window)
         self.padded += sum(batch.padded_samples for batch in window)
         self.updates += 1
-        if not step.skipped:
+        if not skipped:
             self.frames += sum(batch.frames for batch in window)
             self.masked += sum(batch.masked_frames for batch in window)
-            self.norms.append(step.grad_norm)
+            self.norms.append(norm)
         self.data_seconds += data_seconds
 
     def exclude(self, seconds: float) -> None:

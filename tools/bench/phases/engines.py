@@ -223,7 +223,7 @@ def _updates(
         if number == 0 and gradients is not None:
             engine: Any = setup.engine
             save_file({name: x.grad.cpu() for name, x in engine.parameters.items() if x.grad is not None}, gradients)
-        norms.append(setup.step(1e-4).grad_norm)
+        norms.append(float(setup.step(1e-4)))
         losses.append(float(sums.total) / weight)
     assert all(map(math.isfinite, losses + norms))
     return losses, norms

@@ -95,18 +95,23 @@ def import_deepspeed(device: torch.device) -> Any:
 def environment_for(device: torch.device) -> Iterator[None]:
     """Set the environment variables that DeepSpeed reads at import, when it builds an engine, and in every forward.
 
-    Variables that are already set are kept. The others are removed when the block ends.
+    They have their previous values again when the block ends.
     """
-    wanted = {"LOCAL_RANK": str(device.index or 0)}
     if device.type == "cpu":
-        wanted |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
+        defaults = {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "LOCAL_SIZE": os.environ.get("LOCAL_WORLD_SIZE", "1")}
+        wanted = {name: value for name, value in defaults.items() if name not in os.environ}
+    else:
+        # DeepSpeed takes it for the index of the GPU, which it is not if this process sees only one.
+        wanted = {"LOCAL_RANK": str(device.index)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        for name in added:
+        for name, value in before.items():
             os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def validate_zero(tree: Mapping[str, Any], path: str) -> None:

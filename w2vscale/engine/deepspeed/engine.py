@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, accumulate, split
-from w2vscale.engine.base import AfterStep, CanonicalState, StateReader, StepResult
+from w2vscale.engine.base import AfterStep, CanonicalState, StateReader
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.deepspeed.config import deepspeed_config, environment_for, import_deepspeed, validate_zero
 from w2vscale.engine.rows import Rows
@@ -94,13 +94,14 @@ class DeepSpeedEngine:
 
         return accumulate(split(window, per_forward), step, run, self.device)
 
-    def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> StepResult:
+    def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> Tensor:
         assert after is None, "see `build_engine`"
         self.zero.clip_grad = max_norm or 0.0
         set_learning_rate(self.zero, lr)
         self.engine.step()
         self.buffers.synchronize()
-        return StepResult(float(self.engine.get_global_grad_norm()), skipped=bool(self.zero.overflow))
+        # A tensor in some stages and a float in others; infinite if the step was skipped.
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
