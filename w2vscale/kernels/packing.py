@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,14 +44,15 @@ class Packing(NamedTuple):
     def pack(self, x_BTD: Tensor) -> Tensor:
         """The valid frames [N, …] of x [B, T, …]."""
         x_ND = x_BTD.flatten(0, 1)
-        return x_ND if self.places_N is None else x_ND.index_select(0, self.places_N)
+        if self.places_N is not None:
+            x_ND = _Select.apply(x_ND, self.places_N)
+        return x_ND
 
     def unpack(self, x_ND: Tensor) -> Tensor:
         """Frames [B, T, …], zeros where an utterance is padded, from its valid frames [N, …]."""
         batch = self.bounds.shape[0] - 1
         if self.places_N is not None:
-            padded_ND = x_ND.new_zeros(batch * self.steps, *x_ND.shape[1:])
-            x_ND = padded_ND.index_copy(0, self.places_N, x_ND)
+            x_ND = _spread(x_ND, self.places_N, batch * self.steps)
         return x_ND.unflatten(0, (batch, self.steps))
 
     def mask(self) -> Tensor | None:
@@ -59,3 +60,23 @@ class Packing(NamedTuple):
         if self.places_N is None:
             return None
         return torch.arange(self.steps, device=self.bounds.device) < self.bounds.diff().unsqueeze(1)
+
+
+class _Select(torch.autograd.Function):
+    """The rows of x at `places`, which are distinct: the gradient is written, not added."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, places_N: Tensor) -> Tensor:
+        ctx.save_for_backward(places_N)
+        ctx.rows = x_RD.shape[0]
+        return x_RD.index_select(0, places_N)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (places_N,) = ctx.saved_tensors
+        return _spread(gradients[0], places_N, ctx.rows), None
+
+
+def _spread(x_ND: Tensor, places_N: Tensor, rows: int) -> Tensor:
+    """`rows` rows: those of x at `places`, and zeros."""
+    return x_ND.new_zeros(rows, *x_ND.shape[1:]).index_copy(0, places_N, x_ND)
