@@ -19,6 +19,7 @@ from tools.bench import gpu
 from tools.bench.engine_parity import ENGINES
 from tools.bench.gpu import Phase, run_phases
 from tools.bench.phases import engines
+from tools.bench.phases.changes import CHANGES
 from tools.bench.phases.measuring import Machine
 from tools.bench.phases.operations import ATTENTION, FIRST_LAYER, POSITIONAL, STRIDED
 from tools.bench.phases.report import choices, headline, main_figures
@@ -98,9 +99,15 @@ KEYS = {
         *(f"{name}/positional/{form}" for name in ("base", "large") for form in POSITIONAL),
         *(f"base/convolution {layer}/{form}" for layer in (1, 5) for form in STRIDED),
         *(f"base/convolution 0/{form}" for form in FIRST_LAYER),
-        "base/weights to bf16", "large/weights to bf16",
     },
-    "new_shapes": {*(f"attention/{form}" for form in ATTENTION), *(f"positional/{form}" for form in POSITIONAL)},
+    "changes": {
+        f"{name}/{change}/{form}" for name in ("base", "large") for change, forms in CHANGES.items() for form in forms
+    },
+    "new_shapes": {
+        f"{kind}/{form}"
+        for kind, forms in (("attention", ATTENTION), ("positional", POSITIONAL), ("second layer", STRIDED))
+        for form in forms
+    },
     "profile": {f"{name}/{forward}" for name in ("base", "large") for forward in ("1x0.5s", "2x0.5s")},
     "recompilations": {"graphs", "compiling_seconds", "median_ms"},
     "loader": {f"processes_{count}" for count in (1, 2, 4, 8)},
@@ -176,14 +183,14 @@ def test_the_ratio_is_of_the_same_work() -> None:
     assert found["engines_agree"] is True and found["syncs_per_update"] == 1
 
 
-def test_choices_rank_the_forms_and_weigh_casts_and_padding() -> None:
+def test_choices_rank_the_forms_and_weigh_padding() -> None:
     document = document_of(
         operations={
             "base/positional/conv1d": 20.0,
             "base/positional/in blocks": 2.5,
             "base/positional/other": {"error": "no such kernel"},
-            "base/weights to bf16": 0.5,
         },
+        changes={"base/weights to bf16/together": 0.2, "base/weights to bf16/each (before)": 0.5},
         new_shapes={
             "attention/cuDNN": {"shapes": 40, "first_ms": 1, "first_ms_worst": 1, "second_ms": 1, "extra_seconds": 5.4},
             "attention/flash": {"shapes": 40, "first_ms": 1, "first_ms_worst": 1, "second_ms": 1, "extra_seconds": 0.0},
@@ -197,9 +204,7 @@ def test_choices_rank_the_forms_and_weigh_casts_and_padding() -> None:
     found = choices(document)
     assert found["positional of base"] == "in blocks 2.50 ms, conv1d 20.00 ms"
     assert found["a new shape, attention"] == "flash 0.0 ms, cuDNN 135.0 ms"
-    assert found["weights of base cast in each forward"] == (
-        "0.50 of 10.0 ms (5.0%) of a short forward and backward; casting once per window of 8 would save 3.5 ms"
-    )
+    assert found["weights to bf16 of base"] == "together 0.20 ms, each (before) 0.50 ms"
     assert found["padding of base, eager"] == "costs 10.0% of the rate at eager/40x15.6s/equal"
     figures = {figure: value for _, figure, value in main_figures(document)}
     assert figures["base/positional/other"] == "no such kernel"

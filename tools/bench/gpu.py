@@ -50,16 +50,18 @@ PHASES = (
     Phase("environment", f"{MODULE}.environment:environment", 40),
     Phase("correctness", f"{MODULE}.engines:correctness", 110),
     Phase("synchronisations", f"{MODULE}.engines:synchronisations", 40),
-    Phase("rates_base", f"{MODULE}.rates:rates_base", 100),
-    Phase("rates_large", f"{MODULE}.rates:rates_large", 100),
+    Phase("rates_base", f"{MODULE}.rates:rates_base", 110),
+    Phase("rates_large", f"{MODULE}.rates:rates_large", 110),
     Phase("transformers_base", f"{MODULE}.rates:transformers_base", 80),
     Phase("transformers_large", f"{MODULE}.rates:transformers_large", 100),
-    Phase("operations", f"{MODULE}.operations:operations", 70),
-    Phase("new_shapes", f"{MODULE}.operations:new_shapes", 50),
     Phase("profile", f"{MODULE}.rates:profile", 50),
+    Phase("changes", f"{MODULE}.changes:changes", 90),
+    Phase("operations", f"{MODULE}.operations:operations", 70),
     Phase("recompilations", f"{MODULE}.rates:recompilations", 60),
+    Phase("new_shapes", f"{MODULE}.operations:new_shapes", 50),
     Phase("loader", f"{MODULE}.loading:loader", 60),
 )
+"""The most important first: the last ones may find no time left."""
 
 PHASE_NAMES = [phase.name for phase in PHASES]
 

@@ -28,10 +28,8 @@ from w2vscale.kernels.packed_attention import packed_attention
 from w2vscale.kernels.packing import Lengths, Packing
 from w2vscale.kernels.replaceable import kernels
 from w2vscale.kernels.strided_products import strided_products
-from w2vscale.models.lengths import output_frames
+from w2vscale.models.lengths import input_samples, output_frames
 from w2vscale.models.wav2vec2 import normalized_convolution, valid_mask
-from w2vscale.objectives import build_objective
-from w2vscale.training.run import empty_model
 
 DROPOUT = 0.1
 SHAPES = 40
@@ -66,7 +64,6 @@ def operations(machine: Machine) -> Rows:
             for form in FIRST_LAYER:
                 measure = partial(_first_layer_ms, machine, config, form, utterances, samples)
                 yield f"{name}/convolution 0/{form}", attempt(measure)
-        yield f"{name}/weights to bf16", attempt(partial(_cast_ms, machine, config))
 
 
 def new_shapes(machine: Machine) -> Rows:
@@ -76,7 +73,12 @@ def new_shapes(machine: Machine) -> Rows:
     count, longest = (2, 40) if machine.tiny else (SHAPES, 780)
     frames = draws.choice(np.arange(longest // 3, longest), size=count, replace=False)
     shapes = [(max(1, int(5 * longest // frame)), int(frame)) for frame in frames]
-    for kind, forms, prepare in (("attention", ATTENTION, _attention), ("positional", POSITIONAL, _positional)):
+    kinds = (
+        ("attention", ATTENTION, _attention),
+        ("positional", POSITIONAL, _positional),
+        ("second layer", STRIDED, _second_layer),
+    )
+    for kind, forms, prepare in kinds:
         for form in forms:
             yield f"{kind}/{form}", attempt(partial(_first_and_second, machine, config, form, prepare, shapes))
 
@@ -255,7 +257,9 @@ STRIDED: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
 }
 
 
-def _strided_ms(machine: Machine, config: Config, form: str, layer: int, utterances: int, samples: int) -> float:
+def _strided(
+    machine: Machine, config: Config, form: str, layer: int, utterances: int, samples: int
+) -> Callable[[], None]:
     steps = samples
     for _, kernel, stride in config.model.conv_layers[:layer]:
         steps = (steps - kernel) // stride + 1
@@ -265,8 +269,16 @@ def _strided_ms(machine: Machine, config: Config, form: str, layer: int, utteran
     if form == "conv1d":
         x_BTI = x_BTI.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     weight_OIK = _random(outputs, inputs, kernel, device=machine.device)
-    work = forward_and_backward(lambda x, weight: STRIDED[form](x, weight, stride), x_BTI, weight_OIK)
+    return forward_and_backward(lambda x, weight: STRIDED[form](x, weight, stride), x_BTI, weight_OIK)
+
+
+def _strided_ms(machine: Machine, config: Config, form: str, layer: int, utterances: int, samples: int) -> float:
+    work = _strided(machine, config, form, layer, utterances, samples)
     return median_ms(work, machine.device, repeats=_repeats(machine))
+
+
+def _second_layer(machine: Machine, config: Config, form: str, utterances: int, frames: int) -> Callable[[], None]:
+    return _strided(machine, config, form, 1, utterances, input_samples(frames, config.model))
 
 
 FIRST_LAYER: dict[str, Callable[..., Tensor]] = {"folded GroupNorm": folded_group_norm, "plain": normalized_convolution}
@@ -288,13 +300,6 @@ def _first_layer_ms(machine: Machine, config: Config, form: str, utterances: int
     with kernels("plain"):
         work = forward_and_backward(convolve, *parameters)
         return median_ms(work, machine.device, repeats=_repeats(machine))
-
-
-def _cast_ms(machine: Machine, config: Config) -> float:
-    """All weights from fp32 to bf16, one by one: what each forward pays, launches included."""
-    model = empty_model(build_objective(config))
-    weights = [torch.ones_like(x, device=machine.device) for x in model.parameters() if x.dim() > 1]
-    return median_ms(lambda: [x.bfloat16() for x in weights], machine.device, repeats=_repeats(machine))
 
 
 def _random(*shape: int, device: torch.device) -> Tensor:

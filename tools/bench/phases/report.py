@@ -110,8 +110,13 @@ def choices(document: Document) -> dict[str, str]:
         for operation in ("positional", "convolution 0", "convolution 1", "convolution 5", "attention"):
             if ranking := _ranking(rows, f"{name}/{operation}/"):
                 found[f"{operation} of {name}"] = ranking
+    changes = _rows(document, "changes")
+    for change in dict.fromkeys(key.rpartition("/")[0] for key in changes):
+        if ranking := _ranking(changes, f"{change}/"):
+            name, _, operation = change.partition("/")
+            found[f"{operation} of {name}"] = ranking
     new = _rows(document, "new_shapes")
-    for kind in ("attention", "positional"):
+    for kind in ("attention", "positional", "second layer"):
         costs = {
             key.partition("/")[2]: row["extra_seconds"] / row["shapes"]
             for key, row in new.items()
@@ -122,15 +127,6 @@ def choices(document: Document) -> dict[str, str]:
             found[f"a new shape, {kind}"] = ", ".join(f"{form} {1000 * cost:.1f} ms" for form, cost in ordered)
     for name in ("base", "large"):
         rates = _rows(document, f"rates_{name}")
-        cast = rows.get(f"{name}/weights to bf16")
-        short = next((row for key, row in rates.items() if key.startswith("eager/") and "window_ms" in row), None)
-        if isinstance(cast, float) and short:
-            forwards = max(1, _forwards(rates, short))
-            one = short["window_ms"] / forwards
-            found[f"weights of {name} cast in each forward"] = (
-                f"{cast:.2f} of {one:.1f} ms ({cast / one:.1%}) of a short forward and backward; casting once per "
-                f"window of {forwards} would save {(forwards - 1) * cast:.1f} ms"
-            )
         for kind in ("eager", "compiled"):
             if (equal := best(rates, f"{kind}/")) and equal[0].endswith("/equal"):
                 padded = rates.get(f"{equal[0].removesuffix('/equal')}/bucket", {})
@@ -138,11 +134,6 @@ def choices(document: Document) -> dict[str, str]:
                     loss = 1 - padded["audio_per_second"] / equal[1]["audio_per_second"]
                     found[f"padding of {name}, {kind}"] = f"costs {loss:.1%} of the rate at {equal[0]}"
     return found
-
-
-def _forwards(rates: Document, short: Mapping[str, Any]) -> int:
-    longest = max(row["forward_seconds"] for row in rates.values() if isinstance(row, Mapping) and "window_ms" in row)
-    return round(longest / short["forward_seconds"])
 
 
 def _ranking(rows: Document, prefix: str) -> str:
