@@ -5,6 +5,7 @@
 #
 #   PYTHON          Python interpreter for the environment (default: python3)
 #   W2VSCALE_VENV   path of the environment (default: .venv/ in this checkout)
+#   TORCH           another version of PyTorch than that of tools/constraints.txt, e.g. 2.11.0
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,7 +28,7 @@ asked() {
 
 # Identifies everything that the environment depends on.
 key() {
-  printf '%s\n%s\n' "$root" "$("$(asked)" -V 2>&1)"
+  printf '%s\n%s\n%s\n' "$root" "$("$(asked)" -V 2>&1)" "${TORCH-}"
   (cd "$root" && sha256 pyproject.toml tools/constraints.txt tools/setup.sh)
 }
 finished() { [[ -s $stamp && $(<"$stamp") == "$(key)" ]]; }
@@ -70,9 +71,15 @@ made_from=$(key) # computed before pip reads the files, which may change meanwhi
 
 # pip COMMAND … prints only errors (-qq).
 pip() { "$venv/bin/python" -m pip "$1" -qq --disable-pip-version-check --no-input "${@:2}"; }
+constraints=$root/tools/constraints.txt
+if [[ -n ${TORCH-} ]]; then
+  constraints=$venv/constraints.txt
+  # PyTorch 2.11 needs an older setuptools than 2.13.
+  { sed -E '/^(torch|setuptools)==/d' "$root/tools/constraints.txt"; echo "torch==$TORCH"; } >"$constraints"
+fi
 # --no-compile: Python compiles modules when they are imported; compiling everything here would double the time.
 install() {
-  pip install --no-compile --constraint "$root/tools/constraints.txt" "$@" ||
+  pip install --no-compile --constraint "$constraints" "$@" ||
     die "the installation failed (see above); run this script again to retry"
 }
 
