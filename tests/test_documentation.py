@@ -35,8 +35,8 @@ def test_commands_exist(page: Path) -> None:
     for words in re.findall(r"^(?:`|)w2vscale ((?:[a-z_]+ ?)+)", page.read_text(), flags=re.MULTILINE):
         command = " ".join(words.split())
         assert any(f"{command} ".startswith(f"{name} ") for name in names), command
-    for script in re.findall(r"(?:bash|python) ((?:recipes|tools)/\S+)", page.read_text()):
-        assert (ROOT / script.rstrip("`:.")).is_file(), script
+    for script in re.findall(r"(?:bash|python) ((?:recipes|tools)/[\w/.-]+)", page.read_text()):
+        assert (ROOT / script.rstrip(".")).is_file(), script
 
 
 def _commands(group, prefix: str = "") -> set[str]:
