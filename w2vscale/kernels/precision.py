@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Asked once: torch.compile of PyTorch 2.11 cannot trace the question.
+WITH_AUTOCAST = frozenset(device for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device))
+
 
 def widen(x: Tensor) -> Tensor:
     """`x` in fp32; float64 stays float64."""
@@ -40,7 +43,7 @@ class _UseCopy(torch.autograd.Function):
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Keep autocast from changing the types of what is computed on the device of `x`."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in WITH_AUTOCAST else nullcontext()
 
 
 def _cpu_has_bf16() -> bool:
