@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from w2vscale.config import ModelConfig, RegularizationConfig, dump_config, load_config, preset_names
+from w2vscale.data.plan import length_of_series
 from w2vscale.objectives import OBJECTIVES, resolve
 
 PRESETS = (
@@ -148,10 +149,12 @@ class TestPresets:
         ) == TRAINING_NUMBERS[name]
 
     @pytest.mark.parametrize("name", PRESETS)
-    def test_an_update_has_at_least_four_series(self, name: str) -> None:
+    def test_forwards_on_a_gpu_are_long(self, name: str) -> None:
+        """A series lasts at least 300 seconds, as far as a micro-batch is filled (to 85 %)."""
         batch = load_config(name).batch
         assert batch.concat == "auto"
-        assert batch.same_bucket == 1 if "tiny" in name else batch.micro_batches // batch.same_bucket >= 4
+        length = length_of_series(batch)
+        assert length == 1 if "tiny" in name else 0.85 * batch.max_seconds * length >= 300
 
     def test_base_prenorm_has_every_number_of_its_description(self) -> None:
         found = settings_of("base_prenorm")

@@ -174,9 +174,9 @@ def test_each_process_prepares_its_share_of_a_window(workers: int, per_rank: int
 
 class TestPlanOfARun:
     @pytest.mark.parametrize(
-        ("micro_batches", "same_bucket", "series"), [(12, 4, 4), (12, 5, 4), (12, 1, 1), (2, 8, 2)]
+        ("micro_batches", "same_bucket", "series"), [(16, 4, 4), (12, 5, 3), (12, 1, 1), (2, 8, 1)]
     )
-    def test_a_series_divides_an_update(
+    def test_whole_series_make_an_update(
         self, small_corpus: SmallCorpus, micro_batches: int, same_bucket: int, series: int
     ) -> None:
         settings = ("data.max_seconds=1", "batch.max_seconds=2", f"batch.micro_batches={micro_batches}")

@@ -13,8 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from w2vscale.config import BatchConfig
 from w2vscale.data import plan as plan_module
-from w2vscale.data.plan import Bucket, Plan, PlannedMicroBatch, largest_divisor, rank_window, run_length
+from w2vscale.data.plan import (
+    Bucket,
+    Plan,
+    PlannedMicroBatch,
+    largest_divisor,
+    length_of_series,
+    rank_window,
+    run_length,
+)
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.errors import UserError
 
@@ -376,6 +385,25 @@ class TestRanks:
 def test_the_largest_divisor() -> None:
     assert [largest_divisor(64, at_most=limit) for limit in (1, 7, 8, 100)] == [1, 4, 8, 64]
     assert [largest_divisor(7, at_most=limit) for limit in (1, 6, 7)] == [1, 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "same_bucket", "expected"),
+    [
+        (64, 8, 8),
+        (64, 7, 4),
+        (128, 8, 8),
+        (16, 8, 4),
+        (8, 8, 2),
+        (4, 8, 1),
+        (1, 8, 1),
+        (36, 8, 6),
+        (37, 8, 1),
+        (64, 1, 1),
+    ],
+)
+def test_an_update_has_at_least_four_series(micro_batches: int, same_bucket: int, expected: int) -> None:
+    assert length_of_series(BatchConfig(micro_batches=micro_batches, same_bucket=same_bucket)) == expected
 
 
 class TestSeeking:

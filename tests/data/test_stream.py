@@ -217,7 +217,12 @@ class TestMicroBatches:
         self, shards: Path, workers: int, world_size: int, run: int
     ) -> None:
         """Runs of the greatest common divisor of the series, of three, and the window."""
-        settings = ("batch.same_bucket=3", "data.stream_buffer=400", f"data.workers={workers}")
+        settings = (
+            "batch.micro_batches=12",
+            "batch.same_bucket=3",
+            "data.stream_buffer=400",
+            f"data.workers={workers}",
+        )
         source = stream_of([shards], config_with(*settings))
         bounds = source.bucket_bounds(run)
         assert len(bounds) > 2

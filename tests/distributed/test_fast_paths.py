@@ -96,7 +96,12 @@ class TestCalibration:
         """FSDP2 has collectives in every forward: ranks that took another number of them would wait for ever."""
         longest = max(CutSet.from_file(small_corpus.train), key=lambda cut: cut.duration).id
         settings = (*TWENTY, "trainer.updates=3", "schedule.warmup_updates=1", "engine.name=fsdp")
-        settings += ("batch.micro_batches=8", "data.max_bad_fraction=1", "regularization.layerdrop=0")
+        settings += (
+            "batch.micro_batches=16",
+            "batch.same_bucket=4",
+            "data.max_bad_fraction=1",
+            "regularization.layerdrop=0",
+        )
         first, second = pool(2).run(
             train_where_one_rank_cannot_read, longest, str(small_corpus.train), str(tmp_path), settings, timeout=60.0
         )
@@ -107,7 +112,8 @@ class TestCalibration:
         """A run in one folder, with these settings."""
 
         def build(*settings: str) -> Run:
-            overrides = [*MICRO_RUN, *TWENTY, f"data.train={small_corpus.train}", "batch.concat=auto", *settings]
+            series_of_four = ("batch.micro_batches=16", "batch.same_bucket=4")
+            overrides = [*MICRO_RUN, *TWENTY, *series_of_four, f"data.train={small_corpus.train}", *settings]
             config = load_config("base", overrides)
             tmp_path.joinpath("exp").mkdir(exist_ok=True)
             device = torch.device("cpu")
@@ -124,23 +130,42 @@ class TestCalibration:
     def test_the_largest_divisor_of_a_series_that_fits(
         self, run: Callable[..., Run], available: int, fitting: int
     ) -> None:
-        """Each further micro-batch takes as much memory as the second; a series has four."""
+        """A series has four micro-batches, of which each takes the same memory."""
         built, logged = run(), []
         assert built.training_set.series_length == 4
         limit = math.ceil(available / calibration.SHARE)
         with made_up_memory(limit) as forwards:
             on_a_gpu = replace(built, device=torch.device("cuda", 0))
             assert calibration.micro_batches_per_forward(on_a_gpu, logged.append) == fitting
-        # Where there may be no room for two, two are not tried.
-        assert set(forwards) == ({1} if fitting == 1 else {1, 2})
+        # A size that may not fit is not tried, and one that was tried is known to fit.
+        assert set(forwards) == {size for size in (1, 2, 4) if size <= fitting}
         counted = {1: "1 micro-batch (up to 4 s", 2: "2 micro-batches (up to 8 s", 4: "4 micro-batches (up to 16 s"}
         assert logged == [f"batch.concat=auto: {counted[fitting]} of audio) per forward"]
+
+    def test_memory_that_grows_faster_than_predicted_is_noticed(self) -> None:
+        """The peak of one is not of its activations; four take more than two predict."""
+        memory = {0: 100, 1: 500, 2: 510, 4: 1200, 8: 3000}
+        taken: list[int] = []
+
+        def peak(device: torch.device, work: Callable[[], object]) -> int:
+            taken.append(0)
+            work()
+            return memory[taken[-1]]
+
+        def largest(limit: int) -> int:
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(calibration, "peak_memory", peak)
+                patched.setattr(calibration, "memory_limit", lambda device: limit / calibration.SHARE)
+                return calibration._largest_fitting(taken.append, [1, 2, 4, 8], torch.device("cpu"))
+
+        assert [largest(limit) for limit in (899, 900, 1199, 1200, 2579, 2580, 3000)] == [1, 2, 2, 4, 4, 4, 8]
 
     def test_it_measures_the_largest_and_the_longest(
         self, run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         built, measured = run("batch.max_seconds=6", "data.max_seconds=4"), []
-        monkeypatch.setattr(calibration, "_fitting", lambda take, device: measured.append(take.args[2].number) or 8)
+        note = lambda take, sizes, device: measured.append(take.args[2].number) or 4  # noqa: E731
+        monkeypatch.setattr(calibration, "_largest_fitting", note)
         assert per_forward_on_a_gpu(built) > 1
         assert isinstance(built.training_set, MicroBatches)
         plan = built.training_set.plan
@@ -168,7 +193,7 @@ class TestCalibration:
         assert first == 4 and forwards
         again, forwards = measure(limit=0)
         assert again == 4 and not forwards
-        other, forwards = measure("batch.micro_batches=8", limit=0)
+        other, forwards = measure("batch.micro_batches=32", limit=0)
         assert other == 1 and forwards
 
     def test_a_number_is_taken_as_it_is(self, run: Callable[..., Run]) -> None:

@@ -38,8 +38,10 @@ def train(
     config, _ = load(source, overrides or [])
     launch_if_asked(context, nproc_per_node)
     if dry_run:
+        from w2vscale import runtime
         from w2vscale.training.dry_run import dry_run as run_dry
 
+        runtime.prepare_process(compile=config.engine.compile)
         if found := run_dry(config):
             _print_dry_run(found)
     else:

@@ -147,7 +147,7 @@ class DataConfig(Section):
     max_seconds: Positive = Field(15.625, description="crop longer utterances to this many seconds, at a random offset")
     min_seconds: Positive = Field(2.0, description="leave out utterances shorter than this many seconds")
     max_bad_fraction: Fraction = Field(0.05, description="abort when more than this fraction of utterances is unusable")
-    # One process loads about 1,500 seconds of audio per second, and BASE takes up to 9,500 on an H100.
+    # One process loads about 1,500 seconds of FLAC per second. BASE took 6,077 on an H100; 9,500 are the roofline.
     workers: CountOrZero = Field(8, description="loader processes per rank; 0: load in the main process")
     prefetch: Count = Field(
         4, description="micro-batches that each loader process prepares ahead; raised where an update needs more"
@@ -210,8 +210,8 @@ class BatchConfig(Section):
     micro_batches: Count = Field(64, description="micro-batches per update, over all ranks")
     same_bucket: Count = Field(
         8,
-        description="consecutive micro-batches from the same duration bucket, so that they can share a forward with "
-        "little padding: the largest divisor of micro_batches up to this number; a small corpus gets fewer",
+        description="draw up to this many consecutive micro-batches from one duration bucket, so that they can share a "
+        "forward with little padding; fewer if an update would have fewer than four such series, or in a small corpus",
     )
     concat: Count | Literal["auto"] = Field(
         "auto",

@@ -17,7 +17,7 @@ from w2vscale.data.loading import gather_windows, loader_settings
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.mixing import draw_rates, groups
-from w2vscale.data.plan import Mix, Plan, largest_divisor, rank_window
+from w2vscale.data.plan import Mix, Plan, length_of_series, rank_window
 from w2vscale.errors import UserError
 from w2vscale.models.lengths import input_samples, output_frames
 
@@ -129,7 +129,7 @@ def make_plan(
             budget_samples=int(batch.max_seconds * rate),
             buckets=batch.buckets,
             seed=seed,
-            series_length=largest_divisor(batch.micro_batches, at_most=batch.same_bucket),
+            series_length=length_of_series(batch),
             pad_to_bucket=batch.pad_to == "bucket",
             mix=mixed,
         )

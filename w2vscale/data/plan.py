@@ -22,10 +22,12 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from w2vscale.config import BatchConfig
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.errors import UserError
 
 MICRO_BATCHES_PER_BUCKET = 4  # at least, so that even in a small corpus micro-batches change between epochs
+SERIES_PER_UPDATE = 4  # at least, so that an update has utterances of several lengths
 ADDED_MICRO_BATCHES = 0.05  # maximum number that whole series may add to an epoch, as a fraction
 
 Index = TypeVar("Index", int, NDArray[np.int64])
@@ -327,6 +329,12 @@ def run_length(series_length: int, *, per_rank: int) -> int:
     divisor of both: the smaller one, if both are powers of two.
     """
     return math.gcd(series_length, per_rank)
+
+
+def length_of_series(batch: BatchConfig) -> int:
+    """Return how many micro-batches form a series: a divisor of `batch.micro_batches`, so that no update cuts one."""
+    most = min(batch.same_bucket, batch.micro_batches // SERIES_PER_UPDATE)
+    return largest_divisor(batch.micro_batches, at_most=max(most, 1))
 
 
 def largest_divisor(number: int, *, at_most: int) -> int:

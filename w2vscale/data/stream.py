@@ -28,7 +28,7 @@ from w2vscale.data.assembly import Assembler, Crop
 from w2vscale.data.inputs import Utterance
 from w2vscale.data.loading import gather_windows, loader_settings
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
-from w2vscale.data.plan import largest_divisor, run_length
+from w2vscale.data.plan import length_of_series, run_length
 from w2vscale.data.randomness import Stream, derived_seed, generator
 from w2vscale.errors import UserError
 from w2vscale.models.lengths import input_samples
@@ -58,7 +58,7 @@ class StreamedMicroBatches:
         self.assemble = assemble
         self.model, self.data, self.batch = model, data, batch
         self.seed = assemble.seed
-        self.series_length = largest_divisor(batch.micro_batches, at_most=batch.same_bucket)
+        self.series_length = length_of_series(batch)
         self.shortest_seconds = max(
             data.min_seconds, input_samples(assemble.maker.shortest_frames, model) / model.sampling_rate
         )

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 
 from w2vscale.config import EngineConfig
@@ -29,14 +32,31 @@ def transform(model: Any, config: EngineConfig, *, compiled: bool, shard: Callab
 
 
 def compiles(config: EngineConfig, device: torch.device) -> bool:
-    """Whether `engine.compile` asks for compilation on `device`. UserError if it is true and there is no compiler."""
+    """Whether `engine.compile` asks for compilation on `device`.
+
+    Raises UserError if it is true and something that torch.compile needs is missing; with auto, nothing is compiled.
+    """
     if config.compile is False or (config.compile == "auto" and device.type != "cuda"):
         return False
-    compiler = os.environ.get("CXX", "g++")  # the one that torch.compile uses
-    found = shutil.which(compiler) is not None
-    if config.compile is True and not found:
-        raise UserError(f"engine.compile=true: torch.compile needs a C++ compiler, and {compiler} (CXX) was not found")
-    return found
+    missing = missing_for_compilation(device)
+    if config.compile is True and missing is not None:
+        raise UserError(f"engine.compile=true: torch.compile needs {missing}")
+    return missing is None
+
+
+def missing_for_compilation(device: torch.device) -> str | None:
+    """Return what torch.compile needs on `device` and does not find, or None."""
+    if device.type != "cuda":
+        compiler = os.environ.get("CXX", "g++")
+        return None if shutil.which(compiler) else f"a C++ compiler, and {compiler} (CXX) was not found"
+    # On GPUs, Triton compiles its kernels, and a C extension that launches them.
+    if not has_triton():
+        return "Triton and a GPU that it supports"
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CC", "gcc"), "clang")):
+        return "a C compiler, and neither gcc nor clang (or that of CC) was found"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "the headers of Python (Python.h, in the package python3-dev)"
+    return None
 
 
 def _recompute_activations(encoder: Wav2Vec2Encoder, config: EngineConfig) -> None:

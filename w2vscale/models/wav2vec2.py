@@ -312,9 +312,8 @@ class TransformerEncoder(nn.Module):
         """
         if lengths is not None:
             x_BTD = x_BTD * valid_mask(lengths.frames_B, x_BTD.shape[1]).unsqueeze(2)
-        x_BTD = x_BTD + self.positional(x_BTD)
         packing = Packing.of(x_BTD, lengths)
-        x_ND = packing.pack(x_BTD)
+        x_ND = packing.pack(x_BTD) + packing.pack(self.positional(x_BTD))
         if self.embedding_norm is not None:
             x_ND = self.embedding_norm(x_ND)
         x_ND = dropout(x_ND, self.dropout, self.training)

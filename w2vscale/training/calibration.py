@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from w2vscale.config import BatchConfig
 from w2vscale.data.loading import TrainingData
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.data.plan import largest_divisor, run_length
+from w2vscale.data.plan import run_length
 from w2vscale.distributed.process_group import broadcast_from_main, largest_over_ranks
 from w2vscale.engine import Engine
 from w2vscale.engine.memory import memory_limit, peak_memory
@@ -73,28 +73,36 @@ def forward_size(
     length = run_length(training_set.series_length, per_rank=per_rank)
     if device.type != "cuda" or length == 1:
         return 1
+    sizes = [size for size in range(1, length + 1) if length % size == 0]
     with engine.buffers.unchanged():
-        fitting = [
-            _fitting(partial(_take, engine, objective, example, per_rank=per_rank), device)
+        return min(
+            _largest_fitting(partial(_take, engine, objective, example, per_rank=per_rank), sizes, device)
             for example in training_set.examples()
-        ]
-    (fewest,) = largest_over_ranks([-min(fitting)])
-    return largest_divisor(length, at_most=-int(fewest))
+        )
 
 
-def _fitting(take: Callable[[int], None], device: torch.device) -> int:
-    """Return how many copies of a micro-batch fit into one forward. `take` runs a number of copies. Collective.
+def _largest_fitting(take: Callable[[int], None], sizes: Sequence[int], device: torch.device) -> int:
+    """Return the largest of `sizes` (ascending, from 1) whose copies of a micro-batch fit into one forward. Collective.
 
-    Measures the memory of one and of two copies, and assumes that each further copy takes as much as the second.
+    `take` runs a number of copies. Before each size is run, its memory is predicted from the two before it.
     """
     limit = SHARE * memory_limit(device)
     take(1)  # warm-up: makes the allocations that happen only once
-    none = peak_memory(device, lambda: None)
-    one = peak_memory(device, partial(take, 1))
-    if largest_over_ranks([2 * one - none - limit])[0] > 0:  # two copies may not fit on every rank
-        return 1
-    two = peak_memory(device, partial(take, 2))
-    return 1 + max(int(limit) - one, 0) // max(two - one, 1)
+    measured = [(0, peak_memory(device, lambda: None)), (1, peak_memory(device, partial(take, 1)))]
+    for size in sizes[1:]:
+        (before, least), (last, most) = measured[-2:]
+        predicted = most + (most - least) * (size - last) / (last - before)
+        if _above(predicted, limit):
+            break
+        measured.append((size, peak_memory(device, partial(take, size))))
+        if _above(measured[-1][1], limit):
+            return last
+    return measured[-1][0]
+
+
+def _above(needed: float, limit: float) -> bool:
+    """Whether the memory that is needed is above the limit on any rank. Collective."""
+    return largest_over_ranks([needed - limit])[0] > 0
 
 
 def _take(engine: Engine, objective: Objective, example: MicroBatch, copies: int, *, per_rank: int) -> None:

@@ -1,4 +1,4 @@
-"""`--dry-run`: build a run and compute its largest micro-batch, without training."""
+"""`--dry-run`: build a run and compute its largest forward, without training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DryRun:
 
 
 def dry_run(config: Config) -> DryRun | None:
-    """Build data, model and engine, run the largest forward twice, and step with a learning rate of 0.
+    """Build data, model and engine, run the largest forward, twice if an update has two, and step with rate 0.
 
     With `batch.concat=auto`, a GPU measures how many micro-batches fit into a forward. Memory peaks in the second
     forward, when the gradients of the first exist; all layers are active. Returns None on all ranks except rank 0.
@@ -58,7 +58,7 @@ def dry_run(config: Config) -> DryRun | None:
                 per_forward = forward_size(
                     config.batch, engine, objective, training_set, world_size=ranks.world_size, device=device
                 )
-                window = [batch] * (2 * per_forward)
+                window = [batch] * min(2 * per_forward, config.batch.micro_batches // ranks.world_size)
                 weight = max(batch.weight * len(window) * ranks.world_size, 1)
                 began = time.perf_counter()
                 sums = engine.run_window(

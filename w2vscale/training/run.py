@@ -28,6 +28,7 @@ from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.distributed.launch import local_processes
 from w2vscale.distributed.process_group import Ranks, errors_on_all_ranks
 from w2vscale.engine import Engine, build_engine
+from w2vscale.engine.transforms import missing_for_compilation
 from w2vscale.errors import UserError
 from w2vscale.files import write_text
 from w2vscale.kernels.precision import CPU_HAS_BF16
@@ -144,9 +145,11 @@ def build_run(
 def _log_advice(
     config: Config, objective: Objective, training_set: TrainingData, device: torch.device, log: Callable[[str], None]
 ) -> None:
-    """Log which utterances are left out, and a warning if this machine is slow with the chosen precision."""
+    """Log which utterances are left out, and what makes this machine slower than it could be."""
     if config.precision.compute == "bf16" and device.type == "cpu" and not CPU_HAS_BF16:
         log("warning: this CPU has no bf16 instructions; precision.compute=fp32 is much faster here")
+    if config.engine.compile == "auto" and device.type == "cuda" and (missing := missing_for_compilation(device)):
+        log(f"engine.compile=auto: nothing is compiled, because torch.compile needs {missing}")
     if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
         longer = "" if objective.crops else " or longer than data.max_seconds"
         log(f"left out {left_out} of {len(training_set.corpus)} utterances: shorter than data.min_seconds{longer}")
@@ -308,7 +311,9 @@ def _compare_settings(
     for section, now in config.model_dump(mode="json").items():
         then: dict[str, Any] = stored.get(section, {})
         for key, value in now.items():
-            if key in then and then[key] != value:
+            if key not in then:
+                log(f"{section}.{key}={value} is a setting that the checkpoint does not have")
+            elif then[key] != value:
                 if (section, key) in fixed:
                     raise UserError(
                         f"{section}.{key}={value}: the checkpoint {checkpoint.path} was made with {then[key]}"
