@@ -33,23 +33,24 @@ MICRO_BATCHES = 8
 
 
 def changes(machine: Machine) -> Rows:
-    """Milliseconds of each form, at the sizes of `base` and `large` and a forward of 20 utterances in bf16."""
+    """Milliseconds of each form, at the sizes of `base` and `large` and a forward of 20 utterances in bf16.
+
+    What decides most comes first: the phase may run out of time.
+    """
     runtime.prepare_process(compile=not machine.tiny)
+    if not machine.tiny:  # compilation takes minutes on a CPU
+        for name, part in (("base", "feature encoder"), ("base", "first layer"), ("base", "loss head"),
+                           ("large_lv60", "feature encoder")):  # fmt: skip
+            config = machine.config(name, "precision.compute=bf16")
+            for form, compiled in (("eager", False), ("compiled", True)):
+                measure = partial(COMPILED[part], machine, config, 20, config.data.max_seconds, compiled=compiled)
+                yield f"{name}/{part}/{form}", attempt(measure)
     for name, seconds in (("base", 15.6), ("large", 20.0)):
         config = machine.config(name, "precision.compute=bf16")
         utterances, seconds = (2, 0.5) if machine.tiny else (20, seconds)
         for change, forms in CHANGES.items():
-            for form, measure in forms.items():
-                yield f"{name}/{change}/{form}", attempt(partial(measure, machine, config, utterances, seconds))
-    if not machine.tiny:  # compilation takes minutes on a CPU
-        for name, seconds in (("base", 15.6), ("large_lv60", 20.0)):
-            config = machine.config(name, "precision.compute=bf16")
-            for compiled in (False, True):
-                form = "compiled" if compiled else "eager"
-                parts = {"feature encoder": _feature_encoder, "first layer": _first_layer, "loss head": _loss_head}
-                for part, measured in parts.items():
-                    measure = partial(measured, machine, config, 20, seconds, compiled=compiled)
-                    yield f"{name}/{part}/{form}", attempt(measure)
+            for form, measured in forms.items():
+                yield f"{name}/{change}/{form}", attempt(partial(measured, machine, config, utterances, seconds))
 
 
 def _time(work: Callable[[], object], machine: Machine) -> float:
@@ -129,8 +130,8 @@ def _casts(machine: Machine, config: Config, utterances: int, seconds: float, *,
     return _time(cast if together else lambda: [x.bfloat16() for x in weights], machine)
 
 
-def _step(machine: Machine, config: Config, utterances: int, seconds: float, *, waiting: bool) -> float:
-    """Clipping and AdamW until the host can go on: with a wait for the norm, or without."""
+def _step(machine: Machine, config: Config, utterances: int, seconds: float, *, waiting: bool, host: bool) -> float:
+    """Clipping and AdamW, with a wait for the norm or without: until the host can go on, or all is done."""
     parameters = dict(_model(machine, config).named_parameters())
     for parameter in parameters.values():
         parameter.grad = torch.full_like(parameter, 1e-3)
@@ -155,6 +156,8 @@ def _step(machine: Machine, config: Config, utterances: int, seconds: float, *, 
         ballast @ ballast  # what is left of the backward
         began = time.perf_counter()
         step()
+        if not host:
+            synchronize(machine.device)
         times.append(1000 * (time.perf_counter() - began))
     return sorted(times)[len(times) // 2]
 
@@ -211,6 +214,20 @@ CHANGES: dict[str, dict[str, Callable[..., float]]] = {
     "moments": {"at once (before)": partial(_moments, in_parts=False), "in parts": partial(_moments, in_parts=True)},
     "diversity": {"loop (before)": partial(_sums, product=False), "product": partial(_sums, product=True)},
     "weights to bf16": {"each (before)": partial(_casts, together=False), "together": partial(_casts, together=True)},
-    "step": {"waiting (before)": partial(_step, waiting=True), "on the device": partial(_step, waiting=False)},
+    "step, host": {
+        "waiting (before)": partial(_step, waiting=True, host=True),
+        "on the device": partial(_step, waiting=False, host=True),
+    },
+    "step, all": {
+        "waiting (before)": partial(_step, waiting=True, host=False),
+        "on the device": partial(_step, waiting=False, host=False),
+    },
 }
 """Forms of each change, by name; arguments: machine, config, utterances, seconds."""
+
+COMPILED: dict[str, Callable[..., float]] = {
+    "feature encoder": _feature_encoder,
+    "first layer": _first_layer,
+    "loss head": _loss_head,
+}
+"""What is measured eager and compiled."""

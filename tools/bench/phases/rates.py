@@ -168,7 +168,7 @@ def transformers_large(machine: Machine) -> Rows:
 def _transformers(machine: Machine, name: str) -> Rows:
     """Seconds of audio per second of training steps of Transformers on the same micro-batches, eager and compiled."""
     forms = _forms(machine, name)
-    for kind, size in (("compiled", 1), ("eager", 1), ("compiled", 0)):
+    for kind, size in (("compiled", 1), ("eager", 1)):
         utterances = forms.utterances[size]
         key = f"{kind}/{forms.name(utterances)}/equal"
         if kind == "compiled" and machine.tiny:  # takes minutes on a CPU
