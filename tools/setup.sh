@@ -28,7 +28,8 @@ asked() {
 
 # Identifies everything that the environment depends on.
 key() {
-  printf '%s\n%s\n%s\n' "$root" "$("$(asked)" -V 2>&1)" "${TORCH-}"
+  printf '%s\n%s\n' "$root" "$("$(asked)" -V 2>&1)"
+  [[ -z ${TORCH-} ]] || printf '%s\n' "$TORCH"
   (cd "$root" && sha256 pyproject.toml tools/constraints.txt tools/setup.sh)
 }
 finished() { [[ -s $stamp && $(<"$stamp") == "$(key)" ]]; }

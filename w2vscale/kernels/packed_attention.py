@@ -1,7 +1,7 @@
 """Attention within packed utterances by FlashAttention (Dao 2023, arXiv:2307.08691), on GPUs.
 
-Replaces `attention` in bf16. With a mask, PyTorch chooses its memory-efficient kernel, which took three times as long as
-FlashAttention on an H100 (docs/performance.md). Held to the plain version by tests/kernels/test_attention.py.
+Replaces `attention` in bf16. With a mask, PyTorch chooses its memory-efficient kernel, which took three times as long
+as FlashAttention on an H100 (docs/performance.md). Held to the plain version by tests/kernels/test_attention.py.
 """
 
 from __future__ import annotations
