@@ -15,7 +15,7 @@ from tests.helpers.processes import running
 
 ROOT = Path(__file__).resolve().parents[2]
 BOUND = 60.0
-"""Seconds within which all ranks have to end, as the project promises."""
+"""Seconds within which all ranks have to end, also on a busy machine."""
 
 HOLD = """
 import os
