@@ -80,7 +80,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def _environment(rank: int, processes: int, *, port: int) -> dict[str, str]:
-    """Return the variables that torchrun sets, and a default for one that the user may set."""
+    """Return the variables that torchrun sets, and defaults for two that the user may set."""
     threads = max((os.cpu_count() or 1) // processes, 1)
     return {
         "RANK": str(rank),
@@ -90,6 +90,8 @@ def _environment(rank: int, processes: int, *, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        # Hides stack traces of connections to a rank that has ended: the launcher says which one failed.
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
 
 
