@@ -130,7 +130,7 @@ class TestCalibration:
     def test_the_largest_divisor_of_a_series_that_fits(
         self, run: Callable[..., Run], available: int, fitting: int
     ) -> None:
-        """A series has four micro-batches, of which each takes the same memory."""
+        """A series has four micro-batches, and each takes the same memory."""
         built, logged = run(), []
         assert built.training_set.series_length == 4
         limit = math.ceil(available / calibration.SHARE)

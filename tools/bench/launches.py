@@ -23,29 +23,19 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.helpers.operators import PARTS
 from tools.bench.contenders import Work
 from tools.bench.script import console, run_script
 from w2vscale.config import Config, load_config
 from w2vscale.data.inputs import to_device
 from w2vscale.data.randomness import Stream
-from w2vscale.kernels import folded_group_norm, packed_attention, strided_products
+from w2vscale.kernels import packed_attention
 from w2vscale.kernels.table import KERNELS, Kernel
 from w2vscale.models.layers import weights_cast_once
 from w2vscale.objectives import StepContext, build_objective
 from w2vscale.training.run import empty_model
 
 META = torch.device("meta")
-
-PARTS = {
-    operator._opoverload: operator._init_fn
-    for operator in (
-        strided_products._convolve,
-        strided_products._gradient_of_input,
-        strided_products._gradient_of_weight,
-        folded_group_norm._products,
-    )
-}
-"""What our own operators consist of."""
 
 NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh"}
 

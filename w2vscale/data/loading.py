@@ -41,7 +41,7 @@ class TrainingData(Protocol):
         """Load a micro-batch with the most padded samples."""
 
     def examples(self) -> Iterator[MicroBatch]:
-        """Load micro-batches of which one needs at least as much memory as any other."""
+        """Load a few micro-batches that include the one with the largest memory use."""
 
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """Yield the micro-batches that this rank runs in each update, of `micro_batches` in all. Loads them ahead."""
