@@ -46,6 +46,7 @@ def micro_batches_per_forward(run: Run, log: Callable[[str], None]) -> int:
     path, conditions = run.exp / FILE, _conditions(run)
     found: int | None = broadcast_from_main(_read(path, conditions) if run.ranks.is_main else None)
     if found is None:
+        log("batch.concat=auto: measuring how many micro-batches fit into one forward; optimizer steps are skipped")
         found = measure()
         if run.ranks.is_main:
             document = {"conditions": conditions, "micro_batches_per_forward": found}

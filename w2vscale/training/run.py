@@ -28,7 +28,7 @@ from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.distributed.launch import local_processes
 from w2vscale.distributed.process_group import Ranks, errors_on_all_ranks
 from w2vscale.engine import Engine, build_engine
-from w2vscale.engine.transforms import missing_for_compilation
+from w2vscale.engine.transforms import compiles, missing_for_compilation
 from w2vscale.errors import UserError
 from w2vscale.files import write_text
 from w2vscale.kernels.precision import CPU_HAS_BF16
@@ -148,6 +148,8 @@ def _log_advice(
     """Log which utterances are left out, and what makes this machine slower than it could be."""
     if config.precision.compute == "bf16" and device.type == "cpu" and not CPU_HAS_BF16:
         log("warning: this CPU has no bf16 instructions; precision.compute=fp32 is much faster here")
+    if config.engine.name != "deepspeed" and compiles(config.engine, device):
+        log("compiling the feature encoder and the transformer blocks: the first updates take longer")
     if config.engine.compile == "auto" and device.type == "cuda" and (missing := missing_for_compilation(device)):
         log(f"engine.compile=auto: nothing is compiled, because torch.compile needs {missing}")
     if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
