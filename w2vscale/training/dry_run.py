@@ -37,8 +37,9 @@ class DryRun:
 def dry_run(config: Config) -> DryRun | None:
     """Build data, model and engine, run the largest forward, and step with a learning rate of 0.
 
-    The forward runs twice if a rank has two per update. With `batch.concat=auto`, a GPU measures how many micro-batches fit into a forward. Memory peaks in the second
-    forward, when the gradients of the first exist; all layers are active. Returns None on all ranks except rank 0.
+    The forward runs twice if a rank has two per update, because memory then peaks in the second one, when the gradients
+    of the first exist. All layers are active. With `batch.concat=auto`, a GPU measures how many micro-batches fit
+    into a forward. Returns None on all ranks except rank 0.
     """
     with process_group(needed=config.engine.name != "ddp") as (ranks, device):
         config, objective = resolve(config)
