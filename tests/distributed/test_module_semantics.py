@@ -39,6 +39,7 @@ VARIANTS = {
     "zero3_offload": ("engine={name: deepspeed, deepspeed_config: zero3_offload}",),
 }
 BF16 = {f"{name}_bf16": (*VARIANTS[name], "precision.compute=bf16") for name in ENGINES}
+EVERY = [*VARIANTS, "ddp_bf16", *(pytest.param(name, marks=pytest.mark.long) for name in BF16 if name != "ddp_bf16")]
 STATISTICS = ("extras.norm.running_mean", "extras.norm.running_var", "extras.norm.num_batches_tracked")
 CONSTANT = ("extras.scale", "extras.order", "extras.offset")
 FROZEN = "extras.frozen"
@@ -93,7 +94,7 @@ def assert_identical(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *BF16])
+@pytest.mark.parametrize("variant", EVERY)
 def test_buffers_are_initialised_and_equal_on_all_ranks(train: Train, variant: str) -> None:
     one, other = train(variant).of_ranks
     expected = initial_buffers()
@@ -106,7 +107,7 @@ def test_buffers_are_initialised_and_equal_on_all_ranks(train: Train, variant: s
     assert int(one.buffers[-1]["extras.norm.num_batches_tracked"]) == 5 * 2  # two micro-batches per rank and update
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *BF16])
+@pytest.mark.parametrize("variant", EVERY)
 def test_frozen_parameters_stay_bit_for_bit_and_have_no_optimizer_state(train: Train, variant: str) -> None:
     one, other = train(variant).of_ranks
     first, *later = one.states
@@ -121,7 +122,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_have_no_optimizer_state(train: T
     assert not torch.equal(later[-1][f"model.{trained}"], first[f"model.{trained}"])
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *BF16])
+@pytest.mark.parametrize("variant", EVERY)
 def test_buffers_are_exported(train: Train, variant: str) -> None:
     one, _ = train(variant).of_ranks
     for state, buffers in zip(one.states, one.buffers, strict=True):
