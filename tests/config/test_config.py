@@ -181,6 +181,8 @@ class TestContradictions:
             (["batch.concat=65"], "batch.concat=65"),
             (["batch.concat=many"], "batch.concat: many is neither auto nor a whole number from 1 on"),
             (["batch.concat=0"], "batch.concat: 0 is neither auto nor"),
+            (["batch.concat=yes"], "batch.concat: True is neither auto nor"),
+            (["engine.compile=maybe"], "engine.compile: maybe is none of auto, true and false"),
             (["batch.max_seconds=2e5"], "batch.max_seconds=200000: a micro-batch has at most 2^31 - 1 samples"),
             (["trainer.updates=100"], "schedule.warmup_updates=32000 is above trainer.updates=100"),
             (["schedule.stages=[0.1, 0.2, 0.3]"], "stages=(0.1, 0.2, 0.3)"),

@@ -237,8 +237,24 @@ class TestMicroBatches:
 
     def test_longer_series_need_wider_buckets(self, shards: Path) -> None:
         source = stream_of([shards], config_with("data.stream_buffer=400"))
-        counts = [len(source.bucket_bounds(run)) for run in (1, 4, 30, 1000)]
+        counts = [len(source.bucket_bounds(run)) for run in (1, 8, 30, 1000)]
         assert counts[0] > counts[1] > counts[2] > counts[3] == 0
+
+    @pytest.mark.parametrize(("buffer", "series"), [(15, 4), (24, 8), (110, 2), (1000, 8)])
+    def test_every_micro_batch_is_full_because_series_are_as_long_as_the_buffer_allows(
+        self, shards: Path, buffer: int, series: int
+    ) -> None:
+        settings = ("batch.micro_batches=32", "batch.same_bucket=8", f"data.stream_buffer={buffer}")
+        source = stream_of([shards], config_with(*settings))
+        assert source.series_length == series
+        bounds = np.array(source.bucket_bounds(series))
+        for batch in next(source.windows(range(1), micro_batches=32, rank=0, world_size=1)):
+            bucket = int(np.searchsorted(bounds, max(batch.inputs.audio.samples) / RATE))
+            assert batch.utterances == int(10 / bounds[bucket])
+
+    def test_a_buffer_that_is_too_small_for_them_is_an_error(self, shards: Path) -> None:
+        with pytest.raises(UserError, match=r"data\.stream_buffer=2: .* 3 are needed"):
+            stream_of([shards], config_with("data.stream_buffer=2"))
 
     def test_the_same_start_gives_the_same_micro_batches(self, shards: Path) -> None:
         config = config_with("data.workers=2")

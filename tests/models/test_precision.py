@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.helpers.comparison import error
 from tests.helpers.families import FAMILIES, batch, build, family, gradients, sums_of, valid_frames
 from tests.helpers.micro import MICRO_ENCODER
 from w2vscale.config import Config, load_config
-from w2vscale.models.layers import LayerNorm, compute_dtype
+from w2vscale.models.layers import LayerNorm, Linear, compute_dtype, weights_cast_once
 from w2vscale.models.wav2vec2 import ConvLayer, EncoderOutput, PositionalConvolution, Wav2Vec2Encoder
 from w2vscale.objectives.quantizer import Quantizer
 from w2vscale.objectives.similarity import contrastive_logits
@@ -50,6 +50,20 @@ def test_losses_and_gradients_are_fp32_under_bf16(name: str) -> None:
 def test_compute_dtype_follows_the_config() -> None:
     assert compute_dtype(Config().precision) == torch.bfloat16
     assert compute_dtype(load_config("base", ["precision.compute=fp32"]).precision) == torch.float32
+
+
+def test_weights_that_are_cast_once_give_the_same_gradients_also_if_they_are_shared() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Linear(4, 4), LayerNorm(4), Linear(4, 4))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    model[2].weight = model[0].weight
+    x = torch.randn(3, 4, dtype=torch.bfloat16)
+    with weights_cast_once(model, torch.bfloat16):
+        found = torch.autograd.grad(model(x).float().sum(), [*model.parameters()])
+    expected = torch.autograd.grad(model(x).float().sum(), [*model.parameters()])
+    assert all(map(torch.equal, found, expected))
+    assert not any(hasattr(parameter, "cast_copy") for parameter in model.parameters())
 
 
 def test_similarities_and_losses_of_bf16_vectors_are_computed_in_fp32() -> None:

@@ -131,6 +131,7 @@ def test_dry_run_runs_the_largest_micro_batch(small_corpus: SmallCorpus) -> None
     utterances, samples = found.shapes["waveforms_BS"]
     assert samples == 32_000
     assert utterances * samples <= 8 * 16_000
+    assert (found.per_series, found.per_forward) == (1, 1)
     assert sum(found.parameters.values()) > 10_000
     assert found.loss > 0.0
     assert found.grad_norm > 0.0
@@ -300,7 +301,7 @@ class TestSkippedUpdates:
         assert ran == [*range(1, last + 1)]
         printed = " ".join(capsys.readouterr().out.split())
         for number in (2, 5, 6, 7):
-            numbers = f"micro-batches {4 * (number - 1)} … {4 * number - 1}"
+            numbers = f"micro-batches {4 * (number - 1)} to {4 * number - 1}"
             assert f"update {number} skipped: its gradient is not finite ({numbers})" in printed
 
 

@@ -99,8 +99,9 @@ def measure_loop(config: Config, *, first: int) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setup = build(config, device)
     per_forward = forward_size(
-        config.batch, setup.engine, setup.objective, setup.training_set, world_size=1, device=device
-    )
+        config.batch, setup.engine, setup.objective, setup.training_set,
+        world_size=1, device=device, log=lambda text: None,
+    )  # fmt: skip
     windows = setup.training_set.windows(
         range(config.trainer.updates), micro_batches=config.batch.micro_batches, rank=0, world_size=1
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from w2vscale.cli.arguments import Exp, Overrides, Processes, Resume, Source, launch_if_asked
-from w2vscale.cli.progress import print_table
+from w2vscale.cli.progress import console, print_table
+from w2vscale.errors import counted
 
 if TYPE_CHECKING:
     from w2vscale.config import Config
@@ -26,7 +28,10 @@ def train(
     resume: Resume = "auto",
     nproc_per_node: Processes = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Run only the largest forward and print its shapes, loss and memory.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Run only the largest forward, backward and a step; print shapes, loss and memory."
+        ),
     ] = False,
 ) -> None:
     """Train a model. The same command starts a run and resumes it.
@@ -42,7 +47,7 @@ def train(
         from w2vscale.training.dry_run import dry_run as run_dry
 
         runtime.prepare_process(compile=config.engine.compile)
-        if found := run_dry(config):
+        if found := run_dry(config, partial(console.print, markup=False)):
             _print_dry_run(found)
     else:
         _run(config, exp or Path("exp") / Path(source).stem, resume, context)
@@ -86,15 +91,18 @@ def _run(config: Config, exp: Path, resume: str, context: typer.Context) -> NoRe
 
 
 def _print_dry_run(found: DryRun) -> None:
+    time = f"time of {counted(found.forwards, 'forward')} with backward, and a step"
+    if found.compiled:
+        time += "; with compilation"
     rows = [(f"parameters in {name}", f"{count:,}") for name, count in found.parameters.items()]
     rows.append(("parameters", f"{sum(found.parameters.values()):,}"))
     rows += [(name, " x ".join(f"{size:,}" for size in shape)) for name, shape in found.shapes.items()]
     rows += [
-        ("micro-batches per forward", f"{found.per_forward:,}"),
+        ("micro-batches per series, per forward", f"{found.per_series:,}, {found.per_forward:,}"),
         ("weight in the loss (masked frames, or labels)", f"{found.weight:,}"),
         ("loss per unit of weight", f"{found.loss:.3f} nats"),
         ("gradient norm", f"{found.grad_norm:.3f}"),
-        ("time for two forward and backward passes and a step", f"{found.seconds:.2f} s"),
+        (time, f"{found.seconds:.2f} s"),
         ("peak memory", f"{found.peak_memory_bytes / 2**30:.2f} GiB"),
     ]
     if found.micro_batches_per_epoch is not None:

@@ -228,7 +228,7 @@ class BatchConfig(Section):
     @field_validator("concat", mode="before")
     @classmethod
     def _check_concat(cls, value: object) -> object:
-        if value != "auto" and not (isinstance(value, int) and value >= 1):
+        if value != "auto" and not (type(value) is int and value >= 1):
             raise ValueError(f"{value} is neither auto nor a whole number from 1 on")
         return value
 
@@ -294,10 +294,17 @@ class EngineConfig(Section):
     activation_checkpointing_every: Count = Field(2, description="n with activation_checkpointing=selective")
     compile: bool | Literal["auto"] = Field(
         "auto",
-        description="compile feature encoder and transformer blocks with torch.compile; auto: on GPUs, where a C++ "
-        "compiler is installed, but not with ZeRO-3",
+        description="compile feature encoder and transformer blocks with torch.compile; auto: on GPUs, if Triton, a C "
+        "compiler and Python.h are installed, but not with ZeRO-3",
     )
     compare_ranks_every: Count = Field(50, description="updates between checks that all ranks do the same work")
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _check_compile(cls, value: object) -> object:
+        if value not in ("auto", True, False):
+            raise ValueError(f"{value} is none of auto, true and false")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> EngineConfig:

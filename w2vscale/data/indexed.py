@@ -49,10 +49,7 @@ class MicroBatches(Dataset[MicroBatch]):
     def describe(self) -> str:
         """Describe the data, to check that all ranks have the same and to log a change when a run resumes."""
         hours = self.corpus.durations.sum() / 3600
-        return (
-            f"{hours:.1f} hours, {self.utterances} utterances and {self.micro_batches} micro-batches an epoch, of "
-            f"manifests {self.corpus.fingerprint}"
-        )
+        return f"{hours:.1f} hours, {self.utterances} utterances, of manifests {self.corpus.fingerprint}"
 
     def largest(self) -> MicroBatch:
         """Load the micro-batch of epoch 0 with the most padded samples."""

@@ -28,12 +28,13 @@ from w2vscale.data.assembly import Assembler, Crop
 from w2vscale.data.inputs import Utterance
 from w2vscale.data.loading import gather_windows, loader_settings
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
-from w2vscale.data.plan import length_of_series, run_length
+from w2vscale.data.plan import largest_divisor, length_of_series, run_length
 from w2vscale.data.randomness import Stream, derived_seed, generator
 from w2vscale.errors import UserError
 from w2vscale.models.lengths import input_samples
 
-UTTERANCES_PER_BUCKET = 50  # in the buffer of a loader process; with fewer, buckets would rarely fill a batch
+UTTERANCES_PER_BUCKET = 50  # at least, in the buffer of a loader process; with fewer, batches would be less random
+ENOUGH_BUCKETS = 8  # series are shortened until there are as many buckets
 EMPTY_PASSES = 10  # give up after this many passes without a usable utterance
 
 
@@ -58,7 +59,6 @@ class StreamedMicroBatches:
         self.assemble = assemble
         self.model, self.data, self.batch = model, data, batch
         self.seed = assemble.seed
-        self.series_length = length_of_series(batch)
         self.shortest_seconds = max(
             data.min_seconds, input_samples(assemble.maker.shortest_frames, model) / model.sampling_rate
         )
@@ -66,6 +66,7 @@ class StreamedMicroBatches:
         if not self.shards:
             raise UserError("data.train names no folder of shards: set data.train=DIR (made by: w2vscale data shar)")
         self.durations = self._durations_of_a_shard()
+        self.series_length = self._length_of_series()
 
     def describe(self) -> str:
         """Describe the data, to check that all ranks have the same and to log a change when a run resumes."""
@@ -102,16 +103,44 @@ class StreamedMicroBatches:
         return cut.truncate(offset=place * (cut.duration - longest), duration=longest, preserve_id=True)
 
     def bucket_bounds(self, run: int) -> list[float]:
-        """Choose bucket bounds in seconds, for batches of `run` micro-batches.
+        """Choose the upper bounds in seconds of duration buckets, for batches of `run` micro-batches.
 
-        Each bucket holds equally much audio of the first usable shard.
+        Buckets hold equally much audio of the first usable shard; there is one more for utterances that are longer than
+        all of these. There are as many as `data.stream_buffer` can fill. As it has room for a batch of each, there
+        always is a full batch. Returns an empty list if it is too small for that.
         """
-        kept, per_micro_batch = self.durations, self.batch.max_seconds / self.durations.mean()
-        per_bucket = UTTERANCES_PER_BUCKET + (run - 1) * per_micro_batch
-        buckets = max(1, min(self.batch.buckets, int(self.data.stream_buffer / per_bucket), kept.size))
-        shares = np.arange(1, buckets) / buckets
-        bounds: NDArray[np.float64] = np.unique(kept[np.searchsorted(np.cumsum(kept), shares * kept.sum())])
-        return bounds.tolist()
+        for buckets in range(min(self.batch.buckets, self.durations.size), 0, -1):
+            bounds = self._bounds(buckets)
+            least = UTTERANCES_PER_BUCKET if buckets > 1 else 0
+            if sum(max(least, rows) + (run - 1) * rows for rows in self.rows(bounds)) <= self.data.stream_buffer:
+                return bounds
+        return []
+
+    def _bounds(self, buckets: int) -> list[float]:
+        kept, shares = self.durations, np.arange(1, buckets + 1) / buckets
+        places = np.searchsorted(np.cumsum(kept), shares * kept.sum()).clip(max=kept.size - 1)
+        bounds: list[float] = np.unique([*kept[places], self.data.max_seconds]).tolist()
+        return bounds
+
+    def rows(self, bounds: list[float]) -> list[int]:
+        """Return the number of utterances of a micro-batch, for each bucket."""
+        return [int(self.batch.max_seconds / bound) for bound in bounds]
+
+    def _length_of_series(self) -> int:
+        """Return the largest divisor of a series of the plan for which the buffer can fill enough buckets.
+
+        Raises UserError if it is too small for micro-batches.
+        """
+        alone = self.bucket_bounds(1)
+        if not alone:
+            raise UserError(
+                f"data.stream_buffer={self.data.stream_buffer}: too few utterances to fill micro-batches of "
+                f"batch.max_seconds={self.batch.max_seconds:g}; {sum(self.rows(self._bounds(1)))} are needed here"
+            )
+        length = length_of_series(self.batch)
+        while len(self.bucket_bounds(length)) < min(len(alone), ENOUGH_BUCKETS):
+            length = largest_divisor(length, at_most=length - 1)
+        return length
 
     def _durations_of_a_shard(self) -> NDArray[np.float64]:
         """Return the cropped durations in seconds, ascending, of the usable utterances of the first shard with any."""
@@ -182,13 +211,13 @@ class Reader:
         # Each bucket has a fixed number of utterances, because Lhotse's batches by total duration could exceed
         # batch.max_seconds after padding.
         sizes = FixedBucketBatchSizeConstraint(
-            max_seq_len_buckets=[*bounds, data.max_seconds + 1e-3],
-            batch_sizes=[self.run * int(source.batch.max_seconds / end) for end in [*bounds, data.max_seconds]],
+            max_seq_len_buckets=[*bounds[:-1], data.max_seconds + 1e-3],
+            batch_sizes=[self.run * rows for rows in source.rows(bounds)],
         )
         sampler = DynamicBucketingSampler(
             CutSet(self),
             constraint=sizes,
-            duration_bins=bounds,
+            duration_bins=bounds[:-1],
             buffer_size=data.stream_buffer,
             shuffle=True,
             seed=derived_seed(source.seed, Stream.SHARDS, self.start, self.place) % 2**32,

@@ -36,6 +36,7 @@ class Engine(Protocol):
     """
 
     buffers: Buffers
+    compiled: bool  # whether the feature encoder and the transformer blocks are compiled
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,

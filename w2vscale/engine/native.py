@@ -45,7 +45,8 @@ class NativeEngine(ABC):
         self.model = self.module = model
         self.device = device
         self.buffers = Buffers(model)
-        transform(model, engine, compiled=compiles(engine, device), shard=shard)
+        self.compiled = compiles(engine, device)
+        transform(model, engine, compiled=self.compiled, shard=shard)
         model.to_empty(device="cpu" if engine.offload else device)
         self.buffers.lay_out(device)
         # Collected once, because FSDP puts other objects in their place while parameters are gathered.

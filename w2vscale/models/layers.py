@@ -46,13 +46,10 @@ class Linear(nn.Linear):
 @contextmanager
 def weights_cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Cast the parameters of Linear and LayerNorm once for all forwards inside, which must not change them."""
-    parameters: list[Tensor] = [
-        parameter
-        for module in model.modules()
-        if isinstance(module, Linear | LayerNorm)
-        for parameter in module.parameters(recurse=False)
-        if parameter.dtype != dtype
-    ]
+    modules = [module for module in model.modules() if isinstance(module, Linear | LayerNorm)]
+    # By identity, because modules may share a parameter.
+    of_modules = dict.fromkeys(parameter for module in modules for parameter in module.parameters(recurse=False))
+    parameters: list[Tensor] = [parameter for parameter in of_modules if parameter.dtype != dtype]
     copies = [torch.empty_like(parameter, dtype=dtype, requires_grad=False) for parameter in parameters]
     if parameters:
         with torch.no_grad():

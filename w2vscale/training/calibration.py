@@ -21,7 +21,7 @@ from w2vscale.data.plan import run_length
 from w2vscale.distributed.process_group import broadcast_from_main, largest_over_ranks
 from w2vscale.engine import Engine
 from w2vscale.engine.memory import memory_limit, peak_memory
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, counted
 from w2vscale.files import write_text
 from w2vscale.objectives import Objective, StepContext
 from w2vscale.training.run import Run
@@ -31,7 +31,7 @@ FILE = "calibration.json"
 
 
 def micro_batches_per_forward(run: Run, log: Callable[[str], None]) -> int:
-    """Return the number that `batch.concat` asks for. Collective.
+    """Return how many micro-batches share a forward, as `batch.concat` asks. Collective.
 
     With auto, a GPU run reads the stored calibration if device, data and settings are unchanged, and measures
     otherwise.
@@ -39,14 +39,13 @@ def micro_batches_per_forward(run: Run, log: Callable[[str], None]) -> int:
     batch = run.config.batch
     measure = partial(
         forward_size, batch, run.engine, run.objective, run.training_set,
-        world_size=run.ranks.world_size, device=run.device,
+        world_size=run.ranks.world_size, device=run.device, log=log,
     )  # fmt: skip
     if batch.concat != "auto" or run.device.type != "cuda":
         return measure()
     path, conditions = run.exp / FILE, _conditions(run)
     found: int | None = broadcast_from_main(_read(path, conditions) if run.ranks.is_main else None)
     if found is None:
-        log("batch.concat=auto: measuring how many micro-batches fit into one forward; optimizer steps are skipped")
         found = measure()
         if run.ranks.is_main:
             document = {"conditions": conditions, "micro_batches_per_forward": found}
@@ -54,26 +53,35 @@ def micro_batches_per_forward(run: Run, log: Callable[[str], None]) -> int:
                 write_text(path, json.dumps(document, indent=2) + "\n")
             except UserError as error:
                 log(f"warning: {error}; a resumed run will measure again")
-    counted = "1 micro-batch" if found == 1 else f"{found} micro-batches"
-    log(f"batch.concat=auto: {counted} (up to {found * batch.max_seconds:g} s of audio) per forward")
     return found
+
+
+def describe_update(run: Run, per_forward: int) -> str:
+    """Describe in a line what an update of this run consists of."""
+    batch, ranks = run.config.batch, counted(run.ranks.world_size, "rank")
+    return (
+        f"{run.config.engine.name} on {ranks}: {counted(batch.micro_batches, 'micro-batch')} per update, "
+        f"in series of {run.training_set.series_length}; {per_forward} per forward "
+        f"(up to {per_forward * batch.max_seconds:g} s of audio)"
+    )
 
 
 def forward_size(
     batch: BatchConfig, engine: Engine, objective: Objective, training_set: TrainingData, *,
-    world_size: int, device: torch.device,
+    world_size: int, device: torch.device, log: Callable[[str], None],
 ) -> int:  # fmt: skip
-    """Return `batch.concat`. With auto, measure how many micro-batches share a forward. Collective.
+    """Return `batch.concat`, or the micro-batches of a rank if they are fewer. With auto, measure. Collective.
 
     On a GPU, it is the largest divisor of the run length that fits into memory on every rank. On a CPU it is 1, because
     longer forwards are not faster. The model does not change, because all optimizer steps are skipped.
     """
-    if batch.concat != "auto":
-        return batch.concat
     per_rank = batch.micro_batches // world_size
+    if batch.concat != "auto":
+        return min(batch.concat, per_rank)
     length = run_length(training_set.series_length, per_rank=per_rank)
     if device.type != "cuda" or length == 1:
         return 1
+    log("batch.concat=auto: measuring how many micro-batches fit into one forward; the model does not change")
     sizes = [size for size in range(1, length + 1) if length % size == 0]
     with engine.buffers.unchanged():
         return min(

@@ -27,7 +27,7 @@ from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.schedules import learning_rate
 from w2vscale.runtime import StopRequest
 from w2vscale.training.agreement import compare_ranks, planned_work
-from w2vscale.training.calibration import micro_batches_per_forward
+from w2vscale.training.calibration import describe_update, micro_batches_per_forward
 from w2vscale.training.display import Display
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
@@ -60,6 +60,7 @@ def train(
             make_folder(exp, run.config, ranks, command)
             with explain_oom(config.batch):
                 per_forward = micro_batches_per_forward(run, display.message)
+                display.message(describe_update(run, per_forward))
                 with around_updates():
                     state = Trainer(run, stop, per_forward, display).train()
         finished = state.update >= config.trainer.updates
@@ -171,9 +172,11 @@ class Trainer:
             return
         self.skipped_in_a_row += 1
         self.state = replace(self.state, skipped_updates=self.state.skipped_updates + 1)
+        count = self.config.batch.micro_batches
+        first = (pending.number - 1) * count
         self.display.message(
             f"warning: update {pending.number} skipped: its gradient is not finite "
-            f"(micro-batches {pending.window[0].number} … {pending.window[-1].number})",
+            f"(micro-batches {first} to {first + count - 1})",
             "yellow",
         )
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_in_a_row:

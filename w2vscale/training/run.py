@@ -28,7 +28,7 @@ from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.distributed.launch import local_processes
 from w2vscale.distributed.process_group import Ranks, errors_on_all_ranks
 from w2vscale.engine import Engine, build_engine
-from w2vscale.engine.transforms import compiles, missing_for_compilation
+from w2vscale.engine.transforms import missing_for_compilation
 from w2vscale.errors import UserError
 from w2vscale.files import write_text
 from w2vscale.kernels.precision import CPU_HAS_BF16
@@ -123,7 +123,7 @@ def build_run(
         else:
             engine.import_state(checkpoint)
             log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
-        _log_advice(config, objective, training_set, device, log)
+        log_advice(config, objective, training_set, engine, device, log)
     except BaseException:
         engine.close()
         raise
@@ -142,14 +142,15 @@ def build_run(
     )
 
 
-def _log_advice(
-    config: Config, objective: Objective, training_set: TrainingData, device: torch.device, log: Callable[[str], None]
-) -> None:
-    """Log which utterances are left out, and what makes this machine slower than it could be."""
+def log_advice(
+    config: Config, objective: Objective, training_set: TrainingData, engine: Engine, device: torch.device,
+    log: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Log which utterances are left out, and what makes the first updates or the whole run slow on this machine."""
     if config.precision.compute == "bf16" and device.type == "cpu" and not CPU_HAS_BF16:
         log("warning: this CPU has no bf16 instructions; precision.compute=fp32 is much faster here")
-    if config.engine.name != "deepspeed" and compiles(config.engine, device):
-        log("compiling the feature encoder and the transformer blocks: the first updates take longer")
+    if engine.compiled:
+        log(f"engine.compile={str(config.engine.compile).lower()}: the first updates also compile the model")
     if config.engine.compile == "auto" and device.type == "cuda" and (missing := missing_for_compilation(device)):
         log(f"engine.compile=auto: nothing is compiled, because torch.compile needs {missing}")
     if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):

@@ -48,8 +48,8 @@ class DeepSpeedEngine:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.expected = expected_tensors(model)
         self.buffers = Buffers(model)
-        compiled = compiles(engine, device) and self.stage < 3  # ZeRO-3 gathers parameters inside blocks
-        transform(model, engine, compiled=compiled)
+        self.compiled = compiles(engine, device) and self.stage < 3  # ZeRO-3 gathers parameters inside blocks
+        transform(model, engine, compiled=self.compiled)
         with ExitStack() as environment:
             environment.enter_context(environment_for(device))
             if self.stage == 3:
