@@ -83,10 +83,10 @@ def main(
     """Measure a GPU and write DIR/gpu.json."""
     if device not in ("cuda", "cpu"):
         raise typer.BadParameter(f"{device}: not one of cuda, cpu", param_hint="--device")
-    if device == "cuda" and not torch.cuda.device_count():
-        raise UserError("--device cuda: this machine has no GPU that PyTorch can use; try --device cpu --tiny")
     if unknown := [name for name in only or [] if name not in PHASE_NAMES]:
         raise typer.BadParameter(f"{unknown[0]}: not one of {', '.join(PHASE_NAMES)}", param_hint="--only")
+    if device == "cuda" and not torch.cuda.device_count():
+        raise UserError("--device cuda: this machine has no GPU that PyTorch can use; try --device cpu --tiny")
     chosen = [phase for phase in PHASES if not only or phase.name in only]
     if tiny:  # the limits are for a GPU; tests run beside others
         chosen = [replace(phase, seconds=4 * phase.seconds) for phase in chosen]

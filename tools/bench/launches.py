@@ -29,6 +29,7 @@ from tools.bench.script import console, run_script
 from w2vscale.config import Config, load_config
 from w2vscale.data.inputs import to_device
 from w2vscale.data.randomness import Stream
+from w2vscale.errors import UserError
 from w2vscale.kernels import packed_attention
 from w2vscale.kernels.table import KERNELS, Kernel
 from w2vscale.models.layers import weights_cast_once
@@ -110,13 +111,15 @@ def count(config: Config, utterances: int, seconds: float) -> dict[str, Counter[
 
 
 def main(
-    preset: Annotated[str, typer.Option(help="Preset of the model.")] = "base",
-    utterances: Annotated[list[int] | None, typer.Option(help="Utterances of a forward; repeatable.")] = None,
-    seconds: Annotated[float, typer.Option(help="Length of the longest utterance.")] = 15.6,
-    most: Annotated[int, typer.Option(help="Print this many of the most frequent operations.")] = 0,
+    preset: Annotated[str, typer.Option(help="Preset of a pretraining run.")] = "base",
+    utterances: Annotated[list[int] | None, typer.Option(min=1, help="Utterances of a forward; repeatable.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of the longest utterance.")] = 15.6,
+    most: Annotated[int, typer.Option(min=0, help="Print this many of the most frequent operations.")] = 0,
 ) -> None:
     """Print the numbers of operations, and JSON as the last line."""
     config = load_config(preset, ["regularization.layerdrop=0", "precision.compute=bf16"])
+    if config.objective.name == "ctc":
+        raise UserError(f"--preset {preset}: fine-tuning, which needs transcripts; choose a preset of pretraining")
     table = Table(title=f"operations of {preset}", box=None, title_justify="left")
     for heading in ("forward", "per window", "in the forward", "in the backward", "per second of audio"):
         table.add_column(heading, justify="right")

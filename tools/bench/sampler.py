@@ -61,10 +61,10 @@ def durations(utterances: int) -> NDArray[np.float64]:
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,
-    utterances: Annotated[int, typer.Option(min=1000)] = 1_000_000,
+    utterances: Annotated[int, typer.Option(min=1000, help="Size of the corpus.")] = 1_000_000,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each side runs; figures are medians.")] = 3,
     lhotse: Annotated[bool, typer.Option(help="Also Lhotse's sampler, which takes minutes per million.")] = True,
-    folder: Annotated[Path, typer.Option(help="For the corpus of a run without Lhotse.")] = ROOT
+    folder: Annotated[Path, typer.Option(file_okay=False, help="For the corpus of a run without Lhotse.")] = ROOT
     / "exp"
     / "bench"
     / "sampler",

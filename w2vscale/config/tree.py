@@ -210,13 +210,14 @@ class BatchConfig(Section):
     micro_batches: Count = Field(64, description="micro-batches per update, over all ranks")
     same_bucket: Count = Field(
         8,
-        description="draw up to this many consecutive micro-batches from one duration bucket, so that they can share a "
-        "forward with little padding; fewer if an update would have fewer than four such series, or in a small corpus",
+        description="draw up to this many consecutive micro-batches (a series) from one duration bucket, so that they "
+        "can share a forward with little padding; series are shorter in a small corpus, and if an update would have "
+        "fewer than four",
     )
     concat: Count | Literal["auto"] = Field(
         "auto",
-        description="micro-batches that share one forward; does not change the result. auto: on a GPU, as many of the "
-        "same bucket as fit into its memory, measured before the first update; 1 on a CPU",
+        description="micro-batches that share one forward; changes the noise of dropout, nothing else. auto: on a GPU, "
+        "as many of the same bucket as fit into its memory, measured before the first update; 1 on a CPU",
     )
     buckets: Count = Field(64, description="largest number of duration buckets")
     pad_to: Literal["longest", "bucket"] = Field(
@@ -393,6 +394,6 @@ class Config(Section):
         if self.schedule.kind != "tri_stage" and self.schedule.warmup_updates > self.trainer.updates:
             raise ValueError(
                 f"schedule.warmup_updates={self.schedule.warmup_updates} is above "
-                f"trainer.updates={self.trainer.updates}"
+                f"trainer.updates={self.trainer.updates}: lower it, too"
             )
         return self

@@ -142,6 +142,8 @@ def audio_path(cut: Cut) -> str:
 
 def check_manifest(path: Path) -> int:
     """The size of a manifest in bytes. Raises UserError if it is missing, unreadable, compressed or empty."""
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a manifest; make one with: w2vscale data prepare folder {path} OUT")
     if not path.is_file():
         raise UserError(f"{path}: no such manifest")
     if not os.access(path, os.R_OK):
