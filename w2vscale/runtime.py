@@ -74,13 +74,10 @@ def prepare_process(*, compile: bool | Literal["auto"] = False) -> None:
         keep_freed_memory()
     if compile is True or (compile == "auto" and on_gpu):
         import torch._dynamo.config as dynamo
-        import torch._functorch.config as functorch
 
         dynamo.recompile_limit = COMPILED_VARIANTS
         # This would split graphs at the bucket boundaries of DDP, which only helps if a whole model is compiled.
         dynamo.optimize_ddp = False
-        # This would give recomputed dropout a generator of its own, which ignores the seed of a forward.
-        functorch.graphsafe_rng_functionalization = False
 
 
 def keep_freed_memory() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tools.bench import gpu
 from tools.bench.engine_parity import ENGINES
 from tools.bench.gpu import Phase, run_phases
 from tools.bench.phases import engines
-from tools.bench.phases.changes import CHANGES
+from tools.bench.phases.changes import CHANGES, COMPILED
 from tools.bench.phases.measuring import Machine
 from tools.bench.phases.operations import ATTENTION, FIRST_LAYER, POSITIONAL, STRIDED
 from tools.bench.phases.report import choices, headline, main_figures
@@ -77,7 +78,7 @@ KEYS = {
     },
     "correctness": {f"{name}_{precision}" for name in ENGINES for precision in ("fp32", "bf16")}
     | {"max_relative_difference", "engines_agree"},
-    "synchronisations": {"places", "syncs_per_update"},
+    "synchronisations": {f"{form}/{row}" for form in ("eager", "compiled") for row in ("places", "syncs_per_update")},
     **{
         f"rates_{name}": {
             "matrix_flops",
@@ -148,6 +149,14 @@ def test_every_phase_measures_on_a_cpu(tmp_path: Path) -> None:
     assert {"positional of base", "attention of large", "a new shape, attention"} <= set(document["choices"])
 
 
+@pytest.mark.parametrize("part", COMPILED)
+def test_what_is_measured_compiled_can_be_compiled(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = CPU.config("base", "precision.compute=bf16")
+    assert COMPILED[part](CPU, config, 2, 0.5, compiled=True) > 0
+    torch._dynamo.reset()
+
+
 def rate(audio_per_second: float, **others: float) -> dict[str, float]:
     measured = {"mfu": 0.3, "flops_per_second": 2e14, "window_ms": 100.0, "host_ms": 40.0, "forward_seconds": 624.0}
     return {"audio_per_second": audio_per_second, **measured, **others}
@@ -172,7 +181,7 @@ def test_the_ratio_is_of_the_same_work() -> None:
         },
         transformers_large={"eager/12x20s/equal": {"audio_per_second": 99999.0}},
         correctness={"engines_agree": True},
-        synchronisations={"syncs_per_update": 1},
+        synchronisations={"eager/syncs_per_update": 2, "compiled/syncs_per_update": 1},
     )
     found = headline(document)
     assert found["base"]["best"] == "compiled/40x15.6s/equal"

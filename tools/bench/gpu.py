@@ -48,8 +48,8 @@ class Phase:
 
 PHASES = (
     Phase("environment", f"{MODULE}.environment:environment", 40),
-    Phase("correctness", f"{MODULE}.engines:correctness", 110),
-    Phase("synchronisations", f"{MODULE}.engines:synchronisations", 40),
+    Phase("correctness", f"{MODULE}.engines:correctness", 140),
+    Phase("synchronisations", f"{MODULE}.engines:synchronisations", 70),
     Phase("rates_base", f"{MODULE}.rates:rates_base", 110),
     Phase("rates_large", f"{MODULE}.rates:rates_large", 110),
     Phase("transformers_base", f"{MODULE}.rates:transformers_base", 80),

@@ -67,18 +67,21 @@ Head = Callable[[Tensor, Tensor], Tensor]
 """From features [B, T, C] and context [B, T, D] to the loss."""
 
 
-def our_head(config: Config, batch: MicroBatch, device: torch.device) -> Head:
-    """Without the encoder, as the engines run it."""
+def our_head(config: Config, batch: MicroBatch, device: torch.device, *, compiled: bool = False) -> Head:
+    """Without the encoder, as the engines run it. Noise is drawn outside of compiled code."""
     model = filled_model(config).to(device)
     objective, inputs = build_objective(config), to_device(batch.inputs, device)
     given = _Given()
     model.encoder = given
+    model.train()
+    forward = torch.compile(model) if compiled else model
 
     def loss(features_BTC: Tensor, context_BTD: Tensor) -> Tensor:
         packing = Packing.of(context_BTD, None)
         given.output = EncoderOutput(features_BTC, features_BTC, context_BTD, context_BTD, [], packing)
-        step = StepContext(0, 0, (batch.number,))
-        return objective.forward(model.train(), inputs, step=step, training=True).total
+        draws = objective.draws(inputs, StepContext(0, 0, (batch.number,)))
+        total: Tensor = forward(inputs, active=None, **draws).total
+        return total
 
     return loss
 

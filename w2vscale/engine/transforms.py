@@ -1,4 +1,4 @@
-"""Model transforms shared by all engines: activation checkpointing, compilation and sharding, in this order."""
+"""Model transforms shared by all engines: compilation, activation checkpointing and sharding, in this order."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 
 
 def transform(model: Any, config: EngineConfig, *, compiled: bool, shard: Callable[[Any], None] | None = None) -> None:
-    """Apply activation checkpointing, then compilation, then `shard`; each wraps the one before."""
+    """Apply compilation, then activation checkpointing, then `shard`; each wraps the one before.
+
+    Checkpointing is outside of compiled code, because PyTorch 2.11 cannot compile recomputed dropout of dynamic sizes.
+    """
     encoders = [module for module in model.modules() if isinstance(module, Wav2Vec2Encoder)]
     for encoder in encoders:
-        _recompute_activations(encoder, config)
         if compiled:
             _compile(encoder)
+        _recompute_activations(encoder, config)
     if shard is not None:
         shard(model)
 
@@ -59,6 +62,12 @@ def missing_for_compilation(device: torch.device) -> str | None:
     return None
 
 
+def _compile(encoder: Wav2Vec2Encoder) -> None:
+    """Compile the feature encoder and each block for any numbers of utterances and frames. Blocks share their code."""
+    for module in (encoder.feature_encoder, *encoder.transformer.blocks):
+        module.forward = torch.compile(module.forward, dynamic=True, fullgraph=True)
+
+
 def _recompute_activations(encoder: Wav2Vec2Encoder, config: EngineConfig) -> None:
     """Apply activation checkpointing (Chen et al. 2016, arXiv:1604.06174).
 
@@ -71,12 +80,6 @@ def _recompute_activations(encoder: Wav2Vec2Encoder, config: EngineConfig) -> No
     blocks = [] if step is None else list(encoder.transformer.blocks)[::step]
     for module in (encoder.feature_encoder, *blocks):
         module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-
-
-def _compile(encoder: Wav2Vec2Encoder) -> None:
-    """Compile the feature encoder and each block for any numbers of utterances and frames. Blocks share their code."""
-    for module in (encoder.feature_encoder, *encoder.transformer.blocks):
-        module.forward = torch.compile(module.forward, dynamic=True, fullgraph=True)
 
 
 def compiled_graphs() -> int:

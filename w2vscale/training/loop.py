@@ -50,7 +50,7 @@ def train(
     `exp` is the folder of the run; for `resume` see `build_run`; `command` are arguments of `w2vscale` to write into
     run.sh. `stop` is checked in every update. `around_updates` makes a context that is entered after everything is
     built and exited after the last update. Raises UserError if a setting, a file or the environment is wrong; existing
-    checkpoints are not changed.
+    checkpoints are not changed. The process must be prepared first: see `runtime.training`.
     """
     stop = stop or StopRequest()
     with process_group(needed=config.engine.name != "ddp") as (ranks, device):

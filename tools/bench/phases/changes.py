@@ -198,12 +198,12 @@ def _first_layer(machine: Machine, config: Config, utterances: int, seconds: flo
 def _loss_head(machine: Machine, config: Config, utterances: int, seconds: float, *, compiled: bool) -> float:
     """Quantizer, similarities and losses, from features and context that are given."""
     batch = Work(config, utterances, seconds, "bucket").batch(0)
-    head = our_head(config, batch, machine.device)
+    head = our_head(config, batch, machine.device, compiled=compiled)
     inputs = to_device(batch.inputs, machine.device)
     frames = inputs.audio.mask_BT.shape[1]
     shapes = [(utterances, frames, config.model.conv_layers[-1][0]), (utterances, frames, config.model.dim)]
     leaves = [torch.randn(shape, device=machine.device).bfloat16().requires_grad_() for shape in shapes]
-    return _time(forward_and_backward(torch.compile(head) if compiled else head, *leaves), machine)
+    return _time(forward_and_backward(head, *leaves), machine)
 
 
 CHANGES: dict[str, dict[str, Callable[..., float]]] = {

@@ -87,6 +87,10 @@ def correctness(machine: Machine) -> Rows:
         }
         if machine.on_gpu:
             runs["ddp", "cpu"] = ("cpu", "ddp", "", "fp32")
+            runs |= {
+                ("ddp_compiled", precision): (machine.device_name, "ddp_compiled", "", precision)
+                for precision in PRECISIONS
+            }
         processes = []
         for (engine, precision), arguments in runs.items():
             result = folder / f"{engine}-{precision}.json"
@@ -107,7 +111,8 @@ def correctness(machine: Machine) -> Rows:
         if ("ddp", precision) not in curves:
             continue
         reference = curves["ddp", precision]
-        of_engines = [curve for (_, other), curve in curves.items() if other == precision]
+        of_engines = [curve for (engine, other), curve in curves.items() if other == precision and engine in ENGINES]
+        compiled = curves.get(("ddp_compiled", precision))
         for figure, limit in AGREE[precision].items():
             from_start = [relative_difference(curve[figure], reference[figure]) for curve in of_engines]
             continued = [
@@ -116,6 +121,8 @@ def correctness(machine: Machine) -> Rows:
             differences[f"{precision}_{figure}"] = max(from_start)
             differences[f"{precision}_continued_{figure}"] = max(continued)
             agree &= max(from_start + continued) <= limit
+            if compiled is not None:  # another order of summation, which `agree` leaves out
+                differences[f"{precision}_compiled_{figure}"] = relative_difference(compiled[figure], reference[figure])
     for precision, difference in gradients.items():
         differences[f"{precision}_gradients"] = difference
         agree &= difference <= (AGREE_GRADIENTS_TINY if machine.tiny else AGREE_GRADIENTS)[precision]
@@ -156,7 +163,14 @@ def _train(device_name: str, engine: str, before: str, precision: str, tiny: boo
         if device_name == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU also where there is a GPU
             torch.set_num_threads(1 if tiny else 4)
-        settings = [*QUIET, "model.layers=2", f"precision.compute={precision}", ENGINES[engine]]
+        name, compiled = engine.removesuffix("_compiled"), engine.endswith("_compiled")
+        settings = [
+            *QUIET,
+            "model.layers=2",
+            f"precision.compute={precision}",
+            ENGINES[name],
+            f"engine.compile={compiled}",
+        ]
         config = Machine(device_name, tiny).config("base", *settings)
         with process_group(needed=True) as (ranks, device):
             found = _curves(config, device, ranks, folder, (engine, before, precision), tiny=tiny)
@@ -240,20 +254,25 @@ def synchronisations(machine: Machine) -> Rows:
 
     An update is a window and a step; what the training loop compares and adds up over ranks goes over the CPU.
     """
-    config = machine.config("base", "precision.compute=bf16")
-    device = machine.device
-    setup = build(config, device)
+    for form in ("eager", "compiled"):
+        if not machine.on_gpu:  # a CPU waits for nothing
+            yield from ((f"{form}/places", None), (f"{form}/syncs_per_update", None))
+            continue
+        places = _places(
+            machine, machine.config("base", "precision.compute=bf16", f"engine.compile={form == 'compiled'}")
+        )
+        yield f"{form}/places", places
+        yield f"{form}/syncs_per_update", sum(map(len, places.values()))
+
+
+def _places(machine: Machine, config: Config) -> dict[str, list[str]]:
+    setup = build(config, machine.device)
     work = Work(config, 2, 2.0 if machine.tiny else 15.0, "bucket")
-    window = [work.batch(number) for number in range(2)]
-    if machine.on_gpu:
-        window = [batch.pin_memory() for batch in window]
+    window = [work.batch(number).pin_memory() for number in range(2)]
     denominator = float(sum(batch.weight for batch in window))
     for _ in range(2):
         setup.window(window, denominator)
         setup.step(1e-4)
-    if not machine.on_gpu:
-        yield from (("places", None), ("syncs_per_update", None))  # a CPU waits for nothing
-        return
     found = {}
     with _waits() as places:
         setup.window(window, denominator)
@@ -261,8 +280,7 @@ def synchronisations(machine: Machine) -> Rows:
     with _waits() as places:
         setup.step(1e-4)
     found["step"] = list(places)
-    yield "places", found
-    yield "syncs_per_update", sum(map(len, found.values()))
+    return found
 
 
 @contextmanager

@@ -42,8 +42,11 @@ class Machine:
         return self.device.type == "cuda"
 
     def config(self, name: str, *settings: str) -> Config:
-        """The settings of preset `name` without LayerDrop; with `tiny`, those of a model of one block instead."""
-        changes = ["regularization.layerdrop=0", *settings]
+        """The settings of preset `name`, without LayerDrop and, unless `settings` say otherwise, without compilation.
+
+        With `tiny`, those of a model of one block instead.
+        """
+        changes = ["regularization.layerdrop=0", "engine.compile=false", *settings]
         if not self.tiny:
             return load_config(name, changes)
         return load_config("tiny", ["model.positional_kernel=16", *changes, "model.layers=1"])

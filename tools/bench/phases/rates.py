@@ -20,6 +20,7 @@ from tools.bench.contenders import LR, Work, synchronize, their_step
 from tools.bench.phases.environment import matrix_flops
 from tools.bench.phases.measuring import PEAK_FLOPS, Machine, Rows, attempt, release_memory
 from tools.bench.running import Setup, build
+from w2vscale import runtime
 from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.transforms import compiled_graphs
@@ -71,6 +72,8 @@ def _rates(machine: Machine, name: str) -> Rows:
 
     An update has the audio of the longest forward, in as many forwards as it takes.
     """
+    # First, because CUDA reads the settings of its allocator only once.
+    runtime.prepare_process(compile=not machine.tiny)
     yield "matrix_flops", matrix_flops(machine.device, 256 if machine.tiny else 8192)
     for compiled in (False, True):
         config = machine.config(name, "precision.compute=bf16", f"engine.compile={str(compiled).lower()}")
@@ -105,8 +108,8 @@ def _rate(
     window = _batches(machine, Work(config, utterances, forms.seconds, lengths), most // utterances)
     weight = float(sum(batch.weight for batch in window))
     audio = sum(batch.audio_samples for batch in window) / config.model.sampling_rate
-    # Padding is computed, and counts.
-    flops = most * Work(config, 1, forms.seconds).flops()
+    # Without padding, which only the feature encoder computes.
+    flops = audio / forms.seconds * Work(config, 1, forms.seconds).flops()
     if machine.on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     host, windows, updates = [], [], []

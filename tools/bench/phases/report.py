@@ -11,7 +11,7 @@ Document = Mapping[str, Any]
 def headline(document: Document) -> dict[str, Any]:
     """The keys that others read; None is what was not measured."""
     agreement = _rows(document, "correctness").get("engines_agree")
-    syncs = _rows(document, "synchronisations").get("syncs_per_update")
+    syncs = _rows(document, "synchronisations").get("compiled/syncs_per_update")
     found: dict[str, Any] = {"engines_agree": agreement, "syncs_per_update": syncs}
     for name in ("base", "large"):
         ours = best(_rows(document, f"rates_{name}"))
