@@ -109,6 +109,24 @@ def _sums(machine: Machine, config: Config, utterances: int, seconds: float, *, 
     return _time(forward_and_backward(loss, probabilities_MGV), machine)
 
 
+def _penalty(machine: Machine, config: Config, utterances: int, seconds: float, *, product: bool) -> float:
+    """Mean square of the features of each micro-batch, forward and backward."""
+    count = min(MICRO_BATCHES, utterances)
+    frames, channels = _frames(config, 1, seconds), config.model.conv_layers[-1][0]
+    features_BTC = torch.randn(utterances, frames, channels, device=machine.device).bfloat16().requires_grad_()
+    parts_B = [len(part) for part in torch.arange(utterances).tensor_split(count)]
+    owner_B = torch.arange(count).repeat_interleave(torch.tensor(parts_B)).to(machine.device)
+    membership_KB = (owner_B == torch.arange(count, device=machine.device).unsqueeze(1)).float()
+
+    def loss(features_BTC: Tensor) -> Tensor:
+        if not product:
+            return torch.stack([part.float().square().mean() for part in features_BTC.split(parts_B)]).sum()
+        sums_B = features_BTC.float().square().mean(dim=2).sum(dim=1)
+        return ((membership_KB @ sums_B) / (frames * membership_KB.sum(dim=1))).sum()
+
+    return _time(forward_and_backward(loss, features_BTC), machine)
+
+
 def _model(machine: Machine, config: Config) -> nn.Module:
     model = empty_model(build_objective(config)).to_empty(device=machine.device)
     for parameter in model.parameters():
@@ -213,6 +231,7 @@ CHANGES: dict[str, dict[str, Callable[..., float]]] = {
     },
     "moments": {"at once (before)": partial(_moments, in_parts=False), "in parts": partial(_moments, in_parts=True)},
     "diversity": {"loop (before)": partial(_sums, product=False), "product": partial(_sums, product=True)},
+    "feature penalty": {"loop (before)": partial(_penalty, product=False), "product": partial(_penalty, product=True)},
     "weights to bf16": {"each (before)": partial(_casts, together=False), "together": partial(_casts, together=True)},
     "step, host": {
         "waiting (before)": partial(_step, waiting=True, host=True),
