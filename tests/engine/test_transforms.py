@@ -1,4 +1,4 @@
-"""What every engine does to a model before it lays it out: recompute, compile, shard."""
+"""What every engine does to a model before it lays it out: compile, recompute, shard."""
 
 from __future__ import annotations
 
