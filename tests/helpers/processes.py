@@ -99,7 +99,8 @@ def _setup_key(root: Path) -> str:
     """What tools/setup.sh writes once an environment is complete, so that it has nothing to do."""
     files = ("pyproject.toml", "tools/constraints.txt", "tools/setup.sh")
     hashes = [f"{sha256((root / name).read_bytes()).hexdigest()}  {name}" for name in files]
-    return "\n".join([str(root), f"Python {platform.python_version()}", *hashes]) + "\n"
+    torch = filter(None, [os.environ.get("TORCH")])
+    return "\n".join([str(root), f"Python {platform.python_version()}", *torch, *hashes]) + "\n"
 
 
 def served_environment(folder: Path) -> BaseProcess:
