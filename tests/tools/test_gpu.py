@@ -157,6 +157,24 @@ def test_what_is_measured_compiled_can_be_compiled(part: str, monkeypatch: pytes
     torch._dynamo.reset()
 
 
+def test_engines_agree_within_limits_that_compiled_code_does_not_have() -> None:
+    def curve(loss: float) -> dict[str, list[float]]:
+        losses, norms = [loss] * engines.UPDATES, [1.0] * engines.UPDATES
+        saved = engines.SAVED
+        return {
+            "losses": losses, "norms": norms, "continued_losses": losses[saved:], "continued_norms": norms[saved:]
+        }  # fmt: skip
+
+    curves = {("ddp", "fp32"): curve(1.0), ("fsdp", "fp32"): curve(1.0 + 1e-6), ("ddp_compiled", "fp32"): curve(1.5)}
+    differences, agree = engines.compare(curves, {}, tiny=True)
+    assert agree
+    assert differences["fp32_losses"] == pytest.approx(1e-6, rel=1e-3)
+    assert differences["fp32_compiled_losses"] == pytest.approx(0.5)
+    assert not engines.compare(curves | {("zero1", "fp32"): curve(1.1)}, {}, tiny=True)[1]
+    assert not engines.compare(curves | {("ddp", "cpu"): curve(1.1)}, {}, tiny=True)[1]
+    assert not engines.compare(curves, {"fp32": 1.0}, tiny=True)[1]
+
+
 def rate(audio_per_second: float, **others: float) -> dict[str, float]:
     measured = {"mfu": 0.3, "flops_per_second": 2e14, "window_ms": 100.0, "host_ms": 40.0, "forward_seconds": 624.0}
     return {"audio_per_second": audio_per_second, **measured, **others}

@@ -10,7 +10,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,26 @@ def correctness(machine: Machine) -> Rows:
         }
     for (engine, precision), curve in curves.items():
         yield f"{engine}_{precision}", curve
+    differences, agree = compare(curves, gradients, tiny=machine.tiny)
+    missing = [run for run in runs if run not in curves]
+    yield "max_relative_difference", differences
+    yield "engines_agree", agree and not any(engine in ENGINES for engine, _ in missing)
+    if missing:
+        named = ", ".join(f"{engine} in {precision}" for engine, precision in missing)
+        raise RuntimeError(f"no result of {named}; see this phase's log")
+
+
+Curves = Mapping[tuple[str, str], Mapping[str, list[float]]]
+"""Losses and norms by engine and precision; ("ddp", "cpu") is DDP in fp32 on the CPU."""
+
+
+def compare(curves: Curves, gradients: Mapping[str, float], *, tiny: bool) -> tuple[dict[str, float], bool]:
+    """The largest relative differences from DDP, and whether all are within their limits.
+
+    Compiled DDP has no limit, because it adds up in another order.
+    """
     differences: dict[str, float] = {}
-    agree = len(curves) == len(runs)
+    agree = True
     for precision in PRECISIONS:
         if ("ddp", precision) not in curves:
             continue
@@ -121,21 +139,17 @@ def correctness(machine: Machine) -> Rows:
             differences[f"{precision}_{figure}"] = max(from_start)
             differences[f"{precision}_continued_{figure}"] = max(continued)
             agree &= max(from_start + continued) <= limit
-            if compiled is not None:  # another order of summation, which `agree` leaves out
+            if compiled is not None:
                 differences[f"{precision}_compiled_{figure}"] = relative_difference(compiled[figure], reference[figure])
     for precision, difference in gradients.items():
         differences[f"{precision}_gradients"] = difference
-        agree &= difference <= (AGREE_GRADIENTS_TINY if machine.tiny else AGREE_GRADIENTS)[precision]
+        agree &= difference <= (AGREE_GRADIENTS_TINY if tiny else AGREE_GRADIENTS)[precision]
     if ("ddp", "cpu") in curves and ("ddp", "fp32") in curves:
         for figure, limit in AGREE_WITH_CPU.items():
             difference = relative_difference(curves["ddp", "fp32"][figure], curves["ddp", "cpu"][figure])
             differences[f"cpu_{figure}"] = difference
             agree &= difference <= limit
-    yield "max_relative_difference", differences
-    yield "engines_agree", agree
-    missing = [f"{engine} in {precision}" for engine, precision in runs if (engine, precision) not in curves]
-    if missing:
-        raise RuntimeError(f"no result of {', '.join(missing)}; see this phase's log")
+    return differences, agree
 
 
 def gradient_differences(folder: Path, machine: Machine) -> dict[str, float]:
