@@ -105,9 +105,9 @@ class StreamedMicroBatches:
     def bucket_bounds(self, run: int) -> list[float]:
         """Choose the upper bounds in seconds of duration buckets, for batches of `run` micro-batches.
 
-        Buckets hold equally much audio of the first usable shard; there is one more for utterances that are longer than
-        all of these. There are as many as `data.stream_buffer` can fill. As it has room for a batch of each, there
-        always is a full batch. Returns an empty list if it is too small for that.
+        Each bucket has the same amount of audio of the first usable shard; the last one is for longer utterances.
+        `data.stream_buffer` has room for a batch of every bucket, so one of them always has a full batch. Returns as
+        many bounds as this allows, and an empty list if the buffer is too small for any.
         """
         for buckets in range(min(self.batch.buckets, self.durations.size), 0, -1):
             bounds = self._bounds(buckets)
@@ -127,9 +127,9 @@ class StreamedMicroBatches:
         return [int(self.batch.max_seconds / bound) for bound in bounds]
 
     def _length_of_series(self) -> int:
-        """Return the largest divisor of a series of the plan for which the buffer can fill enough buckets.
+        """Return the length of a series: as in the plan, or a divisor of it if the buffer could fill too few buckets.
 
-        Raises UserError if it is too small for micro-batches.
+        Raises UserError if the buffer cannot fill a micro-batch.
         """
         alone = self.bucket_bounds(1)
         if not alone:
