@@ -46,7 +46,8 @@ def content(update: int, config: Config = CONFIG) -> dict[str, Tensor]:
 
 
 def save(run: Path, update: int, config: Config = CONFIG, tensors: dict[str, Tensor] | None = None) -> Path:
-    state = TrainState(update=update, audio_seconds=10.0 * update, data="3 hours", validation_loss=LOSSES.get(update))
+    validation = {"loss": LOSSES[update], "wer": 1.0 / update} if update in LOSSES else {}
+    state = TrainState(update=update, audio_seconds=10.0 * update, data="3 hours", validation=validation)
     tensors = tensors or content(update, config)
     store = CheckpointStore(run / "checkpoints", Ranks(), expected=specs_of(tensors), keep_last=9)
     return store.save(tensors, state, dump_config(config))
@@ -79,9 +80,9 @@ def refusal(run: Path, *arguments: object) -> str:
 
 def test_the_mean_is_that_of_float64(made: Path, tmp_path: Path) -> None:
     found = average(made, tmp_path / "out", last=3)
-    assert [*found.losses] == [4, 6, 8]
+    assert [*found.scores] == [4, 6, 8]
     stored = open_checkpoint(tmp_path / "out").model_tensors()
-    originals = [content(update) for update in found.losses]
+    originals = [content(update) for update in found.scores]
     assert {f"model.{name}" for name in stored} == {name for name in originals[0] if name.startswith("model.")}
     for name, tensor in stored.items():
         expected = sum(tensors[f"model.{name}"].numpy().astype(np.float64) for tensors in originals) / 3
@@ -138,7 +139,7 @@ def test_the_command_says_what_it_took(options: list[str], printed: list[str], m
 def test_what_cannot_be_used_is_skipped(run: Path, tmp_path: Path) -> None:
     next((run / "checkpoints" / "update_00000006").glob("*.safetensors")).unlink()
     said: list[str] = []
-    assert [*average(run, tmp_path / "out", last=2, log=said.append).losses] == [4, 8]
+    assert [*average(run, tmp_path / "out", last=2, log=said.append).scores] == [4, 8]
     assert said[0].startswith("skipping unusable checkpoint: ") and "update_00000006" in said[0]
     shutil.rmtree(run / "checkpoints" / "update_00000004")
     assert refusal(run, tmp_path / "new", "--last", 3).endswith(
@@ -165,7 +166,7 @@ def test_a_run_that_was_never_validated_is_refused(tmp_path: Path) -> None:
     for update in (7, 8):
         save(run, update)
     assert refusal(run, tmp_path / "out", "--best", 1) == (
-        f"{run}: none of its 2 checkpoints has a validation loss; use --last N"
+        f"{run}: none of its 2 checkpoints has the validation metric loss (trainer.best_metric); use --last N"
     )
 
 

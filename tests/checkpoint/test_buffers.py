@@ -76,7 +76,9 @@ def trained(seed: int) -> Model:
 
 def save(run: Path, update: int, tensors: dict[str, Tensor], loss: float | None = None) -> Path:
     store = CheckpointStore(run / "checkpoints", Ranks(), expected=expected_tensors(Model()), keep_last=9)
-    return store.save(tensors, TrainState(update=update, validation_loss=loss), dump_config(Config()))
+    return store.save(
+        tensors, TrainState(update=update, validation={} if loss is None else {"loss": loss}), dump_config(Config())
+    )
 
 
 def test_what_is_expected() -> None:

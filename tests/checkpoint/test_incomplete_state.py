@@ -129,7 +129,7 @@ def test_its_weights_can_be_used(exp: Path, trained: Path, tmp_path: Path) -> No
     expected = open_checkpoint(trained).model_tensors()
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
     assert consolidate(exp, tmp_path / "one").tensors == len(expected)
-    assert [*average(exp, tmp_path / "mean", last=2).losses] == [2, 4]
+    assert [*average(exp, tmp_path / "mean", last=2).scores] == [2, 4]
 
 
 def test_verification_names_what_is_missing(exp: Path) -> None:

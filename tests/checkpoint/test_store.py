@@ -86,13 +86,13 @@ def test_keeps_the_last_and_every_multiple(tmp_path: Path) -> None:
 def test_keeps_the_best_that_were_validated(tmp_path: Path) -> None:
     losses = {1: 4.0, 2: 2.0, 3: None, 4: 2.0, 5: 3.0, 6: None, 7: 5.0}
     for update, loss in losses.items():
-        state = TrainState(update=update, validation_loss=loss)
+        state = TrainState(update=update, validation={} if loss is None else {"loss": loss})
         store(tmp_path, keep_best=2, keep_every=3).save(tensors(), state, "")
     kept = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("update"))
     assert kept == [f"update_{update:08d}" for update in (2, 3, 4, 6, 7)]
 
     damage_state(tmp_path / "update_00000004")
-    store(tmp_path, keep_best=2).save(tensors(), TrainState(update=8, validation_loss=6.0), "")
+    store(tmp_path, keep_best=2).save(tensors(), TrainState(update=8, validation={"loss": 6.0}), "")
     kept = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("update"))
     assert kept == [f"update_{update:08d}" for update in (2, 7, 8)]
 

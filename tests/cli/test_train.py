@@ -87,8 +87,8 @@ class TestTrain:
         assert "no/checkpoint" in self.error(f"data.train={corpus}", "--resume", "no/checkpoint")
 
     def test_crops_too_short_for_the_objective(self, corpus: Path) -> None:
-        message = self.error(f"data.train={corpus}", "data.max_seconds=0.2", "data.min_seconds=0.1")
-        assert message.startswith("data.max_seconds=0.2: shorter than 12 frames")
+        message = self.error(f"data.train={corpus}", "data.max_seconds=0.06", "data.min_seconds=0.05")
+        assert message.startswith("data.max_seconds=0.06: shorter than 3 frames")
 
     def test_zero_processes(self, corpus: Path) -> None:
         assert self.error(f"data.train={corpus}", "--nproc-per-node", 0) == "--nproc-per-node 0: must be at least 1"

@@ -46,6 +46,8 @@ MODEL_NUMBERS = {
     "conv_layers": (CONV_LAYERS,) * 6,
     "conv_norm_groups": (512,) * 6,
     "conv_padding": (False,) * 6,
+    "mask_trim": ("none",) * 6,
+    "waveform_eps": (1e-7,) * 6,
     "positional_kernel": (128,) * 6,
     "positional_groups": (16,) * 6,
     "max_frames": (None,) * 6,
@@ -165,7 +167,7 @@ class TestPresets:
         config = load_config(name)
         assert (config.optim.betas, config.optim.eps, config.optim.weight_decay) == ((0.9, 0.98), 1e-6, 0.01)
         assert (config.schedule.kind, config.schedule.warmup_updates) == ("cosine", 32_000)
-        assert (config.schedule.final_ratio, config.optim.max_norm) == (0.1, 1.0)
+        assert (config.schedule.end, config.optim.max_norm) == (0.1, 1.0)
         assert config.precision.compute == "bf16"
 
     @pytest.mark.parametrize("name", PRESETS)

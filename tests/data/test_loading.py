@@ -200,8 +200,8 @@ class TestPlanOfARun:
         assert (len(plan), plan.left_out) == (2, 1)
 
     def test_crops_too_short_for_the_objective_are_an_error(self, small_corpus: SmallCorpus) -> None:
-        config = config_with("data.max_seconds=0.2", "data.min_seconds=0.1")
-        with pytest.raises(UserError, match=r"data.max_seconds=0.2: shorter than 12 frames, .*; set at least 0.2\d+$"):
+        config = config_with("data.max_seconds=0.06", "data.min_seconds=0.05")
+        with pytest.raises(UserError, match=r"data.max_seconds=0.06: shorter than 3 frames, .*; set at least 0.065$"):
             plan_of(Corpus([small_corpus.train]), config)
 
     def test_crops_too_long_for_the_model_are_an_error(self, small_corpus: SmallCorpus) -> None:

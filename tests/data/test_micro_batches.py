@@ -149,7 +149,7 @@ class TestDraws:
             objective = build_objective(config)
             audio = np.ones(input_samples(objective.shortest_frames, config.model), np.float32)
             inputs = inputs_of(objective, [audio])
-            assert inputs.masked[0] > objective.settings.mask_length
+            assert inputs.masked[0] >= objective.settings.mask_min_spans
             assert (inputs.negatives_MK != inputs.slot_M[:, None]).all()
 
 

@@ -187,6 +187,6 @@ def test_options() -> None:
     )
 
 
-def test_text_is_without_special_tokens() -> None:
+def test_text_is_without_blanks_and_has_other_special_symbols() -> None:
     vocabulary = ["<pad>", "<s>", "▁A", "B", "|"]
-    assert labels_to_text([1, 2, 3, 2, 4, 3], vocabulary) == "AB A B"
+    assert labels_to_text([2, 0, 3, 2, 4, 3, 1, 0], vocabulary) == "AB A B<s>"

@@ -51,8 +51,8 @@ STYLES = {
     "base_prenorm": ("base_prenorm", (*TINY, "model.conv_norm_groups=4")),
 }
 TEMPERATURE = 1.7
-# Samples of each utterance; the last but one is too short to be masked.
-MICRO_BATCHES = ((700, 1010, 893), (820, 90, 640))
+# Samples of each utterance; the last but one has one frame, which is not masked with this seed.
+MICRO_BATCHES = ((700, 1010, 893), (820, 30, 640))
 
 
 # ---------------------------------------------------------------- the second derivation

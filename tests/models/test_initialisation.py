@@ -67,6 +67,18 @@ def test_distributions_are_those_of_fairseq() -> None:
     assert found["encoder.feature_norm.weight"].eq(1).all() and found["encoder.feature_norm.bias"].eq(0).all()
 
 
+def test_convolution_biases_have_the_default_of_pytorch_and_the_output_layer_of_ctc_is_xavier() -> None:
+    """In fairseq: `nn.Conv1d` (only its weights are drawn again), and `xavier_uniform_` with biases of 0."""
+    settings = ["model.layers=1", "objective.name=ctc", "objective.vocabulary=letters", "model.norm_first=true"]
+    found = values(load_config("large_lv60", settings))
+    for layer, bound in ((0, 1 / math.sqrt(10)), (1, 1 / math.sqrt(512 * 3))):
+        bias = found[f"encoder.feature_encoder.layers.{layer}.bias"]
+        assert bound * 0.95 < float(bias.abs().max()) <= bound and abs(float(bias.mean())) < bound / 8
+    assert not found["encoder.transformer.positional.bias"].any()
+    bound = math.sqrt(6 / (1024 + 32))
+    assert bound * 0.99 < float(found["head.weight"].abs().max()) <= bound and not found["head.bias"].any()
+
+
 class WithBuffers(nn.Module):
     """A drawn buffer, a constant one, one that is not saved, and a frozen parameter."""
 

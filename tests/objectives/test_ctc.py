@@ -21,10 +21,11 @@ from w2vscale.objectives.ctc import (
     LETTERS,
     Ctc,
     CtcInputs,
+    CtcSums,
     Wav2Vec2ForCTC,
+    count_errors,
     ctc_loss,
     greedy_labels,
-    label_errors,
 )
 
 
@@ -145,7 +146,27 @@ class TestModel:
         inputs = ctc_inputs(OBJECTIVE, [2000], [[5, 6, 7]])
         path = torch.tensor([5, 5, 0, 7, 7, 8][: int(inputs.audio.frames_B)])
         logits = torch.nn.functional.one_hot(path, 32).float().unsqueeze(0)
-        assert label_errors(logits, inputs) == 2  # 6 is missing, 8 is too many
+        assert count_errors(logits, inputs, LETTERS)[0] == 2  # 6 is missing, 8 is too many
+
+    def test_word_errors_are_those_of_the_texts(self) -> None:
+        """Reference: THE CAT SAT, A DOG. Hypothesis: THE CATSAT, A DOG SAT."""
+        texts = {"THE|CAT|SAT": "THE|CATSAT", "A|DOG": "A|DOG|SAT"}
+        labels, paths = ([[LETTERS.index(one) for one in text] for text in side] for side in (texts, texts.values()))
+        inputs = ctc_inputs(OBJECTIVE, [12_000, 9000], labels)
+        logits = torch.zeros(2, inputs.audio.mask_BT.shape[1], 32)
+        logits[:, :, BLANK] = 1.0
+        for row, path in enumerate(paths):
+            logits[row, torch.arange(len(path)) * 2, torch.tensor(path)] = 2.0
+        errors, words, word_errors = count_errors(logits, inputs, LETTERS)
+        assert (errors, words, word_errors) == (1 + 4, 5, 2 + 1)
+        sums = CtcSums(*(torch.tensor(float(one)) for one in (3.0, 16, errors, words, word_errors)))
+        assert OBJECTIVE.metrics(sums)["wer"] == 3 / 5
+
+    def test_in_training_there_is_no_word_error_rate(self, model: Wav2Vec2ForCTC) -> None:
+        inputs = ctc_inputs(OBJECTIVE, [16_000], [[5, 6, 7]])
+        for module, expected in ((model.train(), False), (model.eval(), True)):
+            with torch.no_grad():
+                assert ("wer" in OBJECTIVE.metrics(module.train(not expected)(inputs))) == expected
 
     def test_with_a_frozen_encoder_only_the_head_has_gradients(self, model: Wav2Vec2ForCTC) -> None:
         model.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from numpy.typing import NDArray
 
 from tests.helpers.batches import inputs_of, utterance_of_masked_frames
 from w2vscale.config import load_config
-from w2vscale.models.lengths import output_frames
+from w2vscale.models.lengths import input_samples, output_frames
 from w2vscale.objectives import Objective, StepContext, build_objective
 from w2vscale.objectives.contrastive import ContrastiveInputs
-from w2vscale.objectives.masking import MaskSettings, frame_mask
+from w2vscale.objectives.masking import MaskSettings, draw_masks, span_mask
 from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss, negative_indices
 
 BASE = build_objective(load_config("base")).settings
@@ -24,6 +25,14 @@ BASE = build_objective(load_config("base")).settings
 
 def with_masking(**settings: float) -> MaskSettings:
     return MaskSettings(name="any", **settings)  # type: ignore[arg-type]
+
+
+def frame_mask(frames: int, settings: MaskSettings, draws: np.random.Generator) -> NDArray[np.bool_]:
+    (mask,) = draw_masks(
+        [frames], settings, [draws],
+        probability=settings.mask_probability, length=settings.mask_length, min_spans=settings.mask_min_spans,
+    )  # fmt: skip
+    return mask
 
 
 def spans_of(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
@@ -66,21 +75,39 @@ def test_a_mask_consists_of_spans_inside_the_utterance(
     config = with_masking(mask_length=length, mask_probability=probability, mask_min_spans=least)
     mask = frame_mask(frames, config, np.random.default_rng(seed))
     assert mask.shape == (frames,) and mask.dtype == np.bool_
-    if frames - length < least:
-        assert not mask.any()
-        return
-    runs = spans_of(mask)
-    assert all(end - start >= length for start, end in runs)
-    assert runs[-1][1] <= frames - 1  # the last possible start is frames - length - 1
     most = max(math.ceil(probability * frames / length), least)
-    assert length + least - 1 <= mask.sum() <= most * length  # starts differ, so each span adds a frame
+    assert mask.sum() >= min(length + least - 1, frames - 1)  # starts differ, so each span adds a frame
+    assert mask.sum() <= most * length
+    runs = spans_of(mask)
     assert len(runs) <= most
+    if frames - length > most:
+        assert all(end - start >= length for start, end in runs)
+        assert runs[-1][1] <= frames - 1  # the last possible start is frames - length - 1
 
 
-@pytest.mark.parametrize("frames", range(14))
-def test_an_utterance_too_short_for_two_spans_is_not_masked(frames: int) -> None:
-    mask = frame_mask(frames, BASE, np.random.default_rng(0))
-    assert mask.sum() == 0 if frames < 12 else mask.sum() >= 11
+@pytest.mark.parametrize(("frames", "spans"), [(1, 2), (2, 2), (3, 2), (11, 2), (12, 2), (13, 2), (40, 31)])
+def test_short_utterances_are_masked_as_in_fairseq(frames: int, spans: int) -> None:
+    """There, `spans` starts come from [0, frames - 10), or from [0, spans] if those are not more than `spans`."""
+    starts = frames - 10 if frames - 10 > spans else spans + 1
+    places = [
+        {place for start in chosen for place in range(start, start + 10)}
+        for chosen in combinations(range(starts), spans)
+    ]
+    possible = {tuple(sorted(place for place in each if place < frames)) for each in places}
+    draws = np.random.default_rng(0)
+    seen = {
+        tuple(np.flatnonzero(span_mask(frames, probability=1e-9, length=10, min_spans=spans, generator=draws)).tolist())
+        for _ in range(2000 if spans == 2 else 1)
+    }
+    assert seen <= possible
+    assert spans > 2 or seen == possible
+
+
+def test_an_utterance_of_eleven_frames_is_learned_from() -> None:
+    """Two of the starts 0, 1 and 2: at least ten frames are masked."""
+    waveform = np.random.default_rng(0).standard_normal(input_samples(11, load_config("base").model))
+    inputs = inputs_of(build_objective(load_config("base")), [waveform.astype(np.float32)], number=0, seed=0)
+    assert inputs.audio.frames == (11,) and inputs.masked[0] >= 10
 
 
 def test_starts_are_uniform_over_the_whole_range() -> None:
@@ -150,11 +177,11 @@ def test_without_another_masked_frame_the_shape_is_kept(masked: int) -> None:
 
 
 def test_inputs_list_negatives_of_the_same_utterance() -> None:
-    waveforms = [np.ones(size, dtype=np.float32) for size in (20_000, 40_000, 3_000, 30_000)]
+    waveforms = [np.ones(size, dtype=np.float32) for size in (20_000, 40_000, 399, 30_000)]
     inputs = inputs_of(build_objective(load_config("base", ["objective.negatives=20"])), waveforms, number=3, seed=8)
     mask_BT, utterance_M = inputs.audio.mask_BT, utterance_of_masked_frames(inputs)
     counts = mask_BT.sum(dim=1)
-    assert counts[2] == 0  # too short
+    assert counts[2] == 0  # has no frame
     assert torch.equal(mask_BT[utterance_M, inputs.frame_M], torch.ones(sum(inputs.masked)).bool())
     assert inputs.masked == tuple(counts.tolist())
     for row, count in enumerate(counts.tolist()):

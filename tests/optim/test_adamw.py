@@ -64,9 +64,16 @@ class TestGroups:
 
     def test_a_pattern_sets_scale_and_decay_of_parameters_whose_name_it_finds(self) -> None:
         found = settings_of(config_with(groups=[{"pattern": "layer", "lr_scale": 0.5, "weight_decay": 0.2}]))
-        assert found["encoder.layer.weight"] == (0.5, 0.2)
-        assert found["encoder.layer.bias"] == (0.5, 0.0)
+        assert found["encoder.layer.weight"] == found["encoder.layer.bias"] == (0.5, 0.2)
         assert found["encoder.norm.weight"] == (1.0, 0.0)
+
+    def test_a_pattern_without_its_own_decay_leaves_vectors_without_any(self) -> None:
+        found = settings_of(config_with(groups=[{"pattern": "layer", "lr_scale": 0.5}]))
+        assert (found["encoder.layer.weight"], found["encoder.layer.bias"]) == ((0.5, 0.01), (0.5, 0.0))
+
+    def test_a_pattern_for_all_parameters_makes_one_group(self) -> None:
+        (group,) = parameter_groups(SHAPES, config_with(groups=[{"pattern": ".", "weight_decay": 0.3}]))
+        assert group == ([name for name, _ in SHAPES], 1.0, 0.3)
 
     def test_the_first_matching_pattern_counts(self) -> None:
         groups = [{"pattern": r"^encoder\.layer", "lr_scale": 0.1}, {"pattern": "encoder", "lr_scale": 0.2}]

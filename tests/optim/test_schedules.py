@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +38,7 @@ class TestWarmup:
     def test_may_be_left_out_or_be_the_whole_run(self, kind: str) -> None:
         assert 0.99 < rate(0, kind=kind, warmup_updates=0) < 1.0
         assert rate(UPDATES - 1, kind=kind, warmup_updates=UPDATES) == pytest.approx(1.0)
-        assert rate(0, kind=kind, warmup_updates=0, updates=1) == pytest.approx(0.1)
+        assert rate(0, kind=kind, warmup_updates=0, updates=1, final_ratio=0.2) == pytest.approx(0.2)
 
 
 class TestCosine:
@@ -60,9 +62,34 @@ class TestCosine:
 
 class TestLinear:
     def test_falls_by_equal_steps_to_the_floor(self) -> None:
-        steps = [rate(update, kind="linear") - rate(update + 1, kind="linear") for update in (100, 500, 998)]
+        floor = {"kind": "linear", "final_ratio": 0.1}
+        steps = [rate(update, **floor) - rate(update + 1, **floor) for update in (100, 500, 998)]
         assert steps == pytest.approx([0.9 / 900] * 3)
-        assert rate(UPDATES - 1, kind="linear") == pytest.approx(0.1)
+        assert rate(UPDATES - 1, **floor) == pytest.approx(0.1)
+
+    def test_ends_at_zero_unless_asked_otherwise(self) -> None:
+        assert rate(UPDATES - 1, kind="linear") == rate(10 * UPDATES, kind="linear") == 0.0
+
+
+class TestCountFrom:
+    """fairseq's `polynomial_decay` and Transformers' schedules: update u has our rate of update u - 1."""
+
+    @pytest.mark.parametrize("kind", ["cosine", "linear"])
+    def test_zero_runs_one_update_behind(self, kind: str) -> None:
+        assert rate(0, kind=kind, count_from=0) == 0.0
+        later = [rate(update, kind=kind, count_from=0) for update in range(1, UPDATES)]
+        assert later == [rate(update, kind=kind) for update in range(UPDATES - 1)]
+
+    def test_zero_equals_the_schedule_of_transformers(self) -> None:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARMUP, UPDATES)
+        for update in range(UPDATES):
+            assert rate(update, kind="linear", count_from=0) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+            optimizer.step()
+            schedule.step()
+
+    def test_without_a_warm_up_it_starts_at_the_peak(self) -> None:
+        assert rate(0, kind="linear", count_from=0, warmup_updates=0) == 1.0
 
 
 class TestTriStage:
@@ -76,18 +103,19 @@ class TestTriStage:
         assert self.stage(50) == pytest.approx(0.01 + 0.99 / 2)
 
     def test_stays_at_the_peak(self) -> None:
-        assert [self.stage(update) for update in (100, 300, 498)] == pytest.approx([1.0] * 3)
+        assert [self.stage(update) for update in (100, 300, 499)] == pytest.approx([1.0] * 3)
 
-    def test_decays_exponentially_to_the_final_ratio_at_the_last_update(self) -> None:
-        assert self.stage(749) == pytest.approx(math.sqrt(0.05))
-        assert self.stage(UPDATES - 1) == pytest.approx(0.05)
+    def test_decays_exponentially_to_the_final_ratio_after_the_last_update(self) -> None:
+        assert self.stage(750) == pytest.approx(math.sqrt(0.05))
+        assert self.stage(UPDATES) == self.stage(2 * UPDATES) == pytest.approx(0.05)
+        assert rate(UPDATES, kind="tri_stage") == pytest.approx(0.05)
         ratios = [self.stage(update + 1) / self.stage(update) for update in (500, 700, 997)]
         assert ratios == pytest.approx([0.05 ** (1 / 500)] * 3)
 
     def test_stages_of_no_length_are_left_out(self) -> None:
         assert rate(0, kind="tri_stage", stages=(0.0, 0.5, 0.5)) == 1.0
         assert rate(UPDATES - 1, kind="tri_stage", stages=(0.5, 0.5, 0.0)) == 1.0
-        assert rate(UPDATES - 1, kind="tri_stage", stages=(0.0, 0.0, 1.0), final_ratio=0.2) == pytest.approx(0.2)
+        assert rate(UPDATES, kind="tri_stage", stages=(0.0, 0.0, 1.0), final_ratio=0.2) == pytest.approx(0.2)
 
 
 @given(

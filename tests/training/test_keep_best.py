@@ -38,7 +38,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 def kept(exp: Path) -> dict[int, float | None]:
     """Update and validation loss of each checkpoint."""
     states = {update_of(path): open_checkpoint(path).state for path in sorted(committed(exp / "checkpoints"))}
-    return {update: state.validation_loss for update, state in states.items()}
+    return {update: state.validation.get("loss") for update, state in states.items()}
 
 
 @pytest.mark.parametrize("objective", [SPELLING, (*MICRO_RUN, *SPELLED)], ids=["fine-tuning", "pretraining"])
@@ -62,7 +62,7 @@ def test_the_best_are_kept_over_a_resume_and_averaged(
     validated = {record["update"]: record["loss"] for record in read_metrics(exp / "metrics.jsonl", "validation")}
     assert validated == {2: 1.0, 4: None, 6: 3.0, 7: 4.0, 8: 2.0, 10: 5.0, 11: 6.0}
 
-    assert average(exp, tmp_path / "mean", best=2).losses == {2: 1.0, 8: 2.0}
+    assert average(exp, tmp_path / "mean", best=2).scores == {2: 1.0, 8: 2.0}
     average(exp, tmp_path / "one", best=1)
     mean, one, same = (
         evaluate_checkpoint(path, [corpus])

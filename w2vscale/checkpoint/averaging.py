@@ -22,10 +22,11 @@ from w2vscale.optim.canonical import model_only
 
 
 class Averaged(NamedTuple):
-    """The checkpoint that was written, and the validation losses of those averaged, by update, oldest first."""
+    """The checkpoint that was written, and the values of `metric` of those averaged, by update, oldest first."""
 
     checkpoint: Path
-    losses: dict[int, float | None]
+    metric: str  # trainer.best_metric of the newest
+    scores: dict[int, float | None]
 
 
 def average(
@@ -39,9 +40,9 @@ def average(
 ) -> Averaged:
     """Write `output`/checkpoints/update_… with the mean of the newest `last` or the `best` usable checkpoints of a run.
 
-    The best are those with the lowest validation loss, which checkpoints carry; of equal ones the earlier. Parameters
-    and floating-point buffers are averaged in float64. Other buffers, settings, update and hours seen are those of the
-    newest of the checkpoints. Holds the result, and one more tensor.
+    The best are those with the lowest `trainer.best_metric` (of the newest) in validation; of equal ones the earlier.
+    Parameters and floating-point buffers are averaged in float64. Other buffers, settings, update and hours seen are
+    those of the newest of the checkpoints. Holds the result, and one more tensor.
 
     Raises UserError if not exactly one of `last` and `best` is given, there are fewer checkpoints, they are of
     different models or incomplete, or `output` already has checkpoints.
@@ -51,26 +52,30 @@ def average(
     folder = folder_for_one(output)
     chosen = sorted(_choose(run, last, best, log), key=lambda checkpoint: checkpoint.state.update)
     _require_one_model(chosen)
-    newest, losses = chosen[-1], {each.state.update: each.state.validation_loss for each in chosen}
+    newest = chosen[-1]
+    metric = newest.config.trainer.best_metric
+    scores = {each.state.update: each.state.validation.get(metric) for each in chosen}
     names = [*model_only(newest.specs)]
     means: dict[str, Tensor] = {}
     for name in names:
         means[name] = _mean(name, chosen)
         progress(len(means), len(names))
-    origin = "; ".join(filter(None, (newest.state.data, f"the mean of the weights at {_listed(losses)}")))
+    origin = "; ".join(filter(None, (newest.state.data, f"the mean of the weights at {_listed(scores)}")))
     store = CheckpointStore(folder, Ranks(), expected=expected_of(newest.config, optimizer=False), log=log)
-    path = store.save(means, replace(newest.state, data=origin, validation_loss=None), dump_config(newest.config))
-    return Averaged(path, losses)
+    path = store.save(means, replace(newest.state, data=origin, validation={}), dump_config(newest.config))
+    return Averaged(path, metric, scores)
 
 
 def _choose(run: Path, last: int | None, best: int | None, log: Callable[[str], None]) -> list[CheckpointReader]:
     """The newest `last`, or else the `best` usable checkpoints of a run."""
     paths, kind = committed(run / "checkpoints")[::-1], "usable checkpoint"
     if last is None:
-        validated = best_first(paths[::-1], log)
+        metric = next((one.config.trainer.best_metric for one in _usable(paths, log)), "loss")
+        validated = best_first(paths[::-1], metric)
         if paths and not validated:
             raise UserError(
-                f"{run}: none of its {counted(len(paths), 'checkpoint')} has a validation loss; use --last N"
+                f"{run}: none of its {counted(len(paths), 'checkpoint')} has the validation metric {metric} "
+                "(trainer.best_metric); use --last N"
             )
         paths, kind = validated, "usable validated checkpoint"
     count = last or best or 0

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypedDict
 
@@ -58,8 +58,8 @@ class TrainState:
     skipped_utterances: int = 0
     data: str = ""
     """A description of the training set, with checksums."""
-    validation_loss: float | None = None
-    """At this update; None if there was no validation, or its loss was not finite."""
+    validation: Mapping[str, float] = field(default_factory=dict)
+    """Finite metrics of the validation at this update, by name; empty if there was none."""
 
 
 class Document(NamedTuple):
@@ -85,9 +85,12 @@ def read_document(path: Path) -> Document:
     if not file.is_file():
         raise UserError(f"{path}: not a checkpoint: it has no train_state.json")
     try:
-        content: dict[str, Any] = {"data": "", "validation_loss": None} | json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = {"data": ""} | json.loads(file.read_text(encoding="utf-8"))
         if content["format"] == FORMAT:
-            state = TrainState(**{field.name: content[field.name] for field in fields(TrainState)})
+            if "validation" not in content:  # written before all metrics were kept
+                loss = content.get("validation_loss")
+                content["validation"] = {} if loss is None else {"loss": loss}
+            state = TrainState(**{each.name: content[each.name] for each in fields(TrainState)})
             files = {
                 name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"])
                 for name, facts in content["files"].items()

@@ -223,13 +223,15 @@ def newest(folder: Path, log: Callable[[str], None], *, resuming: bool = False) 
     return None
 
 
-def best_first(paths: Sequence[Path], log: Callable[[str], None] = lambda text: None) -> list[Path]:
-    """Those checkpoints that have a validation loss, by increasing loss; of equal ones the first of `paths` first."""
-    losses: dict[Path, float] = {}
+def best_first(paths: Sequence[Path], metric: str, log: Callable[[str], None] = lambda text: None) -> list[Path]:
+    """Return the checkpoints with this validation metric, lowest value first; of equal ones the first of `paths`."""
+    values: dict[Path, float] = {}
     for path in paths:
         try:
-            if (loss := CheckpointReader(path).state.validation_loss) is not None:
-                losses[path] = loss
+            validation = CheckpointReader(path).state.validation
         except UserError as error:
             log(f"skipping unusable checkpoint: {error}")
-    return sorted(losses, key=losses.__getitem__)
+            continue
+        if metric in validation:
+            values[path] = validation[metric]
+    return sorted(values, key=values.__getitem__)

@@ -42,8 +42,8 @@ class CheckpointStore:
     """The checkpoints of one run. Methods are collective unless they say otherwise.
 
     `expected` describes every tensor that a checkpoint must hold; nothing else is ever committed. `keep_last`,
-    `keep_every` and `keep_best` are the settings `checkpoint.*` of the same names. An `asynchronous` store writes in a
-    thread.
+    `keep_every` and `keep_best` are the settings `checkpoint.*` of the same names, and `best_metric` is that of
+    `trainer`. An `asynchronous` store writes in a thread.
     """
 
     folder: Path
@@ -53,6 +53,7 @@ class CheckpointStore:
     keep_last: int = 1
     keep_every: int = 0
     keep_best: int = 0
+    best_metric: str = "loss"
     asynchronous: bool = False
     log: Callable[[str], None] = lambda text: None
 
@@ -165,7 +166,7 @@ class CheckpointStore:
     def _delete_old(self) -> None:
         """Delete the checkpoints that need not be kept, and what killed processes left. A failure is only logged."""
         paths = committed(self.folder)
-        best = best_first(paths)[: self.keep_best] if self.keep_best else []
+        best = best_first(paths, self.best_metric)[: self.keep_best] if self.keep_best else []
         unneeded = [*self.folder.glob(".update_*.partial")]
         for path in paths[: -self.keep_last]:
             if path not in best and not (self.keep_every and update_of(path) % self.keep_every == 0):

@@ -26,11 +26,12 @@ def show(
 
     checkpoint = open_checkpoint(path, log=console.print)
     state, model, engine = checkpoint.state, checkpoint.config.model, checkpoint.config.engine
+    ranked = [one for one in dict.fromkeys(("loss", checkpoint.config.trainer.best_metric)) if one in state.validation]
     kinds = [name.partition(".")[0] for name in checkpoint.tensors]
     rows = [
         ("update", f"{state.update:,} of {checkpoint.config.trainer.updates:,}"),
         ("hours seen", f"{state.audio_seconds / 3600:,.2f}"),
-        ("validation loss", "none" if state.validation_loss is None else f"{state.validation_loss:.6g}"),
+        *((f"validation {metric}", f"{state.validation[metric]:.6g}") for metric in ranked),
         ("skipped updates", f"{state.skipped_updates:,}"),
         ("skipped utterances", f"{state.skipped_utterances:,}"),
         ("parameters", f"{checkpoint.parameters:,}"),
@@ -102,7 +103,7 @@ def average(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the averaged checkpoint to.")],
     last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Average the N newest checkpoints.")] = None,
     best: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Average the N checkpoints with the lowest validation loss.")
+        int | None, typer.Option(min=1, metavar="N", help="Average the N with the lowest trainer.best_metric.")
     ] = None,
 ) -> None:
     """Average the weights of a run's newest or best checkpoints.
@@ -114,6 +115,6 @@ def average(
 
     with progress_bar("averaging") as progress:
         found = average_checkpoints(run, output, last=last, best=best, progress=progress, log=console.print)
-    for update, loss in found.losses.items():
-        console.print(f"update {update}{f': validation loss {loss:.6g}' if best else ''}")
-    console.print(f"{found.checkpoint}: the mean of {counted(len(found.losses), 'checkpoint')}")
+    for update, score in found.scores.items():
+        console.print(f"update {update}{f': validation {found.metric} {score:.6g}' if best else ''}")
+    console.print(f"{found.checkpoint}: the mean of {counted(len(found.scores), 'checkpoint')}")

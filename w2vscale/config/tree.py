@@ -28,6 +28,7 @@ NotNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
+FINAL_RATIOS = {"cosine": 0.1, "linear": 0.0, "tri_stage": 0.05}  # as in GPT-3; fairseq; fairseq's wav2vec 2.0
 BASE_CONV_LAYERS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
 
 
@@ -80,6 +81,9 @@ class ModelConfig(Section):
 
     sampling_rate: Count = architecture(16_000, "sampling rate in Hz; other audio is resampled")
     normalize_waveform: bool = architecture(False, "normalise each utterance to zero mean and unit variance")
+    waveform_eps: Positive = architecture(
+        1e-7, "added to the variance with normalize_waveform: 1e-7 in Transformers, 1e-5 in fairseq"
+    )
 
     conv_layers: tuple[tuple[Count, Count, Count], ...] = architecture(
         BASE_CONV_LAYERS, "(channels, kernel, stride) of each convolution of the feature encoder", min_length=1
@@ -239,7 +243,9 @@ class ParameterGroupConfig(Section):
 
     pattern: Pattern = Field(description="regular expression that is searched in parameter names")
     lr_scale: NotNegative = Field(1.0, description="factor of the learning rate")
-    weight_decay: NotNegative | None = Field(None, description="weight decay; null: optim.weight_decay")
+    weight_decay: NotNegative | None = Field(
+        None, description="weight decay of all of them, vectors too; null: optim.weight_decay, of matrices only"
+    )
 
 
 class OptimConfig(Section):
@@ -248,7 +254,9 @@ class OptimConfig(Section):
     lr: Positive = Field(5e-4, description="peak learning rate")
     betas: tuple[Probability, Probability] = Field((0.9, 0.98), description="decay rates of the moments")
     eps: Positive = Field(1e-6, description="added to the denominator")
-    weight_decay: NotNegative = Field(0.01, description="weight decay of matrices; vectors have none")
+    weight_decay: NotNegative = Field(
+        0.01, description="weight decay of matrices; vectors have none unless optim.groups gives them one"
+    )
     max_norm: Positive | None = Field(1.0, description="clip gradients to this L2 norm; null: do not clip")
     groups: list[ParameterGroupConfig] = Field(
         [], description="parameter groups with other settings; the first pattern that matches counts"
@@ -260,11 +268,23 @@ class ScheduleConfig(Section):
 
     kind: Literal["cosine", "linear", "tri_stage"] = Field("cosine", description="shape of the schedule")
     warmup_updates: CountOrZero = Field(32_000, description="updates of linear warm-up (cosine, linear)")
-    final_ratio: Fraction = Field(0.1, description="share of the peak at the last update")
+    count_from: Literal[0, 1] = Field(
+        1,
+        description="number of the first update (cosine, linear). 1: it has 1 / warmup_updates of the peak; 0: it has "
+        "rate 0, and the schedule runs one update later, as in fairseq and Transformers",
+    )
+    final_ratio: Fraction | None = Field(
+        None, description="share of the peak at the end; null: 0.1 with cosine, 0 with linear, 0.05 with tri_stage"
+    )
     initial_ratio: Fraction = Field(0.01, description="share of the peak at the first update (tri_stage)")
     stages: tuple[Fraction, Fraction, Fraction] = Field(
         (0.1, 0.4, 0.5), description="shares of warm-up, constant rate and decay (tri_stage)"
     )
+
+    @property
+    def end(self) -> float:
+        """The share of the peak at the end."""
+        return FINAL_RATIOS[self.kind] if self.final_ratio is None else self.final_ratio
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
@@ -329,7 +349,7 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(True, description="write a copy from host memory while training goes on")
     keep_last: Count = Field(2, description="number of newest checkpoints to keep")
     keep_every: CountOrZero = Field(0, description="also keep every checkpoint whose update is a multiple; 0: none")
-    keep_best: CountOrZero = Field(0, description="also keep this many with the lowest validation loss; 0: none")
+    keep_best: CountOrZero = Field(0, description="also keep this many with the lowest trainer.best_metric; 0: none")
 
 
 class LoggingConfig(Section):
@@ -351,6 +371,11 @@ class TrainerConfig(Section):
     )
     init_allow: Annotated[list[Pattern], BeforeValidator(_as_list)] = Field(
         [], description="regular expressions of tensors and settings that may be missing or differ in init_from"
+    )
+    best_metric: str = Field(
+        "loss",
+        description="validation metric that ranks checkpoints (checkpoint.keep_best); lower is better. loss; with "
+        "objective.name=ctc also wer or label_error_rate",
     )
     max_skipped_in_a_row: Count = Field(20, description="stop after this many consecutive non-finite updates")
 

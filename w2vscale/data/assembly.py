@@ -81,6 +81,7 @@ class Assembler:
             offset=crop.offset,
             length=crop.length,
             normalize=self.model.normalize_waveform,
+            eps=self.model.waveform_eps,
         )
         if target.note is not None:
             kind, reason = target.note
@@ -88,5 +89,7 @@ class Assembler:
         if self.augmentation is not None:
             changed, unusable = self.augmentation(audio, number=number, place=place)
             bad += unusable
-            audio = standardize(changed) if self.model.normalize_waveform and changed is not audio else changed
+            if self.model.normalize_waveform and changed is not audio:
+                changed = standardize(changed, self.model.waveform_eps)
+            audio = changed
         return Utterance(audio, target.value, place)

@@ -17,7 +17,7 @@ LENGTH_TOLERANCE = 0.02  # seconds between decoded audio and its manifest: resam
 HEADER_TOLERANCE = 0.025  # seconds between the header of a file and its manifest
 SEEKABLE_SUFFIXES = {".flac", ".wav"}  # formats in which every decoder seeks to the exact sample
 BLOCK_SECONDS = 60  # long utterances are read in blocks of this duration
-EPSILON = 1e-7  # added to the variance, as in the feature extractor of Transformers
+EPSILON = 1e-7  # the default of model.waveform_eps
 
 
 class AudioError(ValueError):
@@ -29,12 +29,18 @@ class AudioError(ValueError):
 
 
 def read_audio(
-    cut: Cut, *, sampling_rate: int, offset: int = 0, length: int | None = None, normalize: bool = False
+    cut: Cut,
+    *,
+    sampling_rate: int,
+    offset: int = 0,
+    length: int | None = None,
+    normalize: bool = False,
+    eps: float = EPSILON,
 ) -> Samples:
     """Read `length` samples (default: all) from sample `offset`, resampled to `sampling_rate` (Hz) and mixed to mono.
 
-    `normalize` gives the whole utterance zero mean and unit variance before cropping. Memory does not depend on the
-    duration of a cropped utterance.
+    `normalize` gives the whole utterance zero mean and unit variance before cropping; `eps` is added to its variance.
+    Memory does not depend on the duration of a cropped utterance.
 
     Raises AudioError if the file cannot be decoded, disagrees with its manifest, or holds no usable signal.
     """
@@ -45,10 +51,10 @@ def read_audio(
     if length >= whole or (normalize and whole <= BLOCK_SECONDS * sampling_rate):
         audio = _decode(wanted, max(whole, length), source=cut)
         _refuse_silence(audio.min(), audio.max())
-        return standardize(audio)[offset : offset + length] if normalize else audio
+        return standardize(audio, eps)[offset : offset + length] if normalize else audio
     audio = _decode_part(wanted, offset, length, source=cut)
     if normalize or audio.min() == audio.max():  # a pause in a good utterance, or a silent utterance
-        mean, deviation = _mean_and_deviation(wanted, whole, source=cut)
+        mean, deviation = _mean_and_deviation(wanted, whole, source=cut, eps=eps)
         audio = ((audio - mean) / deviation).astype(np.float32) if normalize else audio
     return audio
 
@@ -83,9 +89,9 @@ def libsndfile_reason(error: Exception) -> str:
     return " ".join(str(getattr(error, "error_string", error)).split())[:200].removesuffix(".")
 
 
-def standardize(audio: Samples) -> Samples:
+def standardize(audio: Samples, eps: float = EPSILON) -> Samples:
     """Normalise to zero mean and unit variance."""
-    standard: Samples = (audio - audio.mean()) / np.sqrt(audio.var() + EPSILON)
+    standard: Samples = (audio - audio.mean()) / np.sqrt(audio.var() + eps)
     return standard
 
 
@@ -94,7 +100,7 @@ def _refuse_silence(low: float, high: float) -> None:
         raise AudioError("silent", "is silent: all samples are equal")
 
 
-def _mean_and_deviation(cut: Cut, samples: int, *, source: Cut) -> tuple[float, float]:
+def _mean_and_deviation(cut: Cut, samples: int, *, source: Cut, eps: float) -> tuple[float, float]:
     """Mean and standard deviation of a whole utterance, read in blocks. Raises AudioError if it is silent."""
     total, squares, low, high = 0.0, 0.0, np.inf, -np.inf
     size = BLOCK_SECONDS * cut.sampling_rate
@@ -105,7 +111,7 @@ def _mean_and_deviation(cut: Cut, samples: int, *, source: Cut) -> tuple[float, 
         low, high = min(low, block.min()), max(high, block.max())
     _refuse_silence(low, high)
     mean = total / samples
-    return mean, np.sqrt(max(squares / samples - mean**2, 0.0) + EPSILON)
+    return mean, np.sqrt(max(squares / samples - mean**2, 0.0) + eps)
 
 
 def _decode_part(cut: Cut, start: int, samples: int, *, source: Cut) -> Samples:

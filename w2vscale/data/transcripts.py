@@ -80,6 +80,15 @@ def _piece_labels(text: str, pieces: SentencePieceProcessor) -> tuple[list[int],
     return [BLANK + 1 + number for number in numbers], "".join(sorted(unknown))
 
 
+def labels_to_text(labels: Sequence[int], vocabulary: Sequence[str]) -> str:
+    """Join the symbols of labels to a text, with spaces for `|` and `▁` and without blanks.
+
+    As in the tokenizer of Transformers, other special symbols such as `<s>` and `<unk>` stay as they are.
+    """
+    joined = "".join(vocabulary[label] for label in labels if label != BLANK)
+    return " ".join(joined.replace(SPACE, " ").replace(PIECE_SPACE, " ").split())
+
+
 def transcript(cut: Cut) -> str:
     """Return the transcript of an utterance; empty if it has none."""
     return " ".join(supervision.text or "" for supervision in cut.supervisions)

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2vscale.data.transcripts import BLANK, PIECE_SPACE, SPACE, Transcripts
+from w2vscale.data.transcripts import BLANK, SPACE, Transcripts, labels_to_text
 from w2vscale.errors import UserError
 
-SPECIAL_TOKENS = {"<s>", "</s>", "<pad>"}  # symbols that are not part of a transcript
 BEAM_THRESHOLD = 25.0  # the search drops hypotheses whose score is lower than the best by more than this
 IMPOSSIBLE = -1e4  # log probability of a symbol that the search must not choose
 KENLM_MAGIC = b"mmap lm"  # the first bytes of a binary KenLM file
@@ -92,13 +91,6 @@ def build_decoder(
     else:
         text = _word_search(vocabulary, search, options, library, log)
     return Decoder(reduce=lambda logits_TV: logits_TV.float().log_softmax(dim=1).cpu(), text=text)
-
-
-def labels_to_text(labels: Sequence[int], vocabulary: Sequence[str]) -> str:
-    """Join the symbols of labels to a text, with spaces for `|` and `▁` and without blanks and special tokens."""
-    symbols = [vocabulary[label] for label in labels if label != BLANK]
-    joined = "".join(symbol for symbol in symbols if symbol not in SPECIAL_TOKENS)
-    return " ".join(joined.replace(SPACE, " ").replace(PIECE_SPACE, " ").split())
 
 
 def _symbol_search(vocabulary: Sequence[str], options: dict[str, Any], library: Any) -> Callable[[Tensor], str]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import Config, PrecisionConfig
-from w2vscale.data.audio import EPSILON, AudioError
+from w2vscale.data.audio import AudioError
 from w2vscale.data.inputs import audio_batch, to_device
 from w2vscale.data.resampling import Samples, resampled
 from w2vscale.errors import UserError
@@ -252,7 +252,9 @@ class Pretrained:
                     f"within model.max_frames={limit}; choose a shorter overlap"
                 )
         chunks = split_into_chunks(frames, chunk_frames=chunk_frames, overlap_frames=overlap_frames)
-        mean, deviation = _mean_and_deviation(self._blocks(audio)) if config.normalize_waveform else (0.0, 1.0)
+        mean, deviation = 0.0, 1.0
+        if config.normalize_waveform:
+            mean, deviation = _mean_and_deviation(self._blocks(audio), config.waveform_eps)
 
         def normalised() -> Iterator[Samples]:
             return (((block - mean) / deviation).astype(np.float32) for block in self._blocks(audio))
@@ -338,10 +340,10 @@ def _mono(waveform: NDArray[np.floating] | Tensor) -> Samples:
     return samples if array.ndim == 1 else samples.mean(axis=0)
 
 
-def _mean_and_deviation(blocks: Iterable[Samples]) -> tuple[float, float]:
-    """Mean and standard deviation over all samples."""
+def _mean_and_deviation(blocks: Iterable[Samples], eps: float) -> tuple[float, float]:
+    """Mean and standard deviation over all samples; `eps` is added to the variance."""
     sums = np.zeros(3)
     for block in blocks:
         sums += block.size, block.sum(dtype=np.float64), np.square(block, dtype=np.float64).sum()
     mean, square = sums[1:] / sums[0]
-    return mean, math.sqrt(max(square - mean**2, 0.0) + EPSILON)
+    return mean, math.sqrt(max(square - mean**2, 0.0) + eps)

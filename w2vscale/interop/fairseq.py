@@ -108,6 +108,7 @@ def _architecture(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> d
     codebooks = codevector_dim // max(code_width, 1)
     found = {
         "normalize_waveform": _known(settings, "normalize", conv_norm == "layer"),
+        "waveform_eps": 1e-5,  # of torch.nn.functional.layer_norm, which fairseq normalises with
         "conv_layers": conv_layers,
         "conv_norm": conv_norm,
         "conv_bias": "feature_extractor.conv_layers.0.0.bias" in state,

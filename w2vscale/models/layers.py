@@ -8,7 +8,7 @@ and filled module by module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,17 +26,17 @@ def compute_dtype(precision: PrecisionConfig) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """nn.Linear in the type of the input. With `std`, weights start from N(0, std) and biases from 0."""
+    """nn.Linear in the type of the input. `init` draws the initial weights, with biases of 0; default: nn.Linear's."""
 
-    def __init__(self, inputs: int, outputs: int, *, std: float | None = None) -> None:
-        self.std = std
+    def __init__(self, inputs: int, outputs: int, *, init: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.init = init
         super().__init__(inputs, outputs)
 
     def reset_parameters(self) -> None:
-        if self.std is None:
+        if self.init is None:
             super().reset_parameters()
         else:
-            nn.init.normal_(self.weight, std=self.std)
+            self.init(self.weight)
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:

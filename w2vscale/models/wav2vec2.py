@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -29,8 +30,8 @@ from w2vscale.kernels.replaceable import replaceable
 from w2vscale.models.layers import LayerNorm, Linear, dropout
 from w2vscale.models.lengths import conv_padding
 
-BERT_STD = 0.02
-"""Standard deviation of the initial weights of attention and feed-forward (Devlin et al. 2019)."""
+bert = partial(nn.init.normal_, std=0.02)
+"""Draws the initial weights of attention and feed-forward (Devlin et al. 2019)."""
 
 Statistics = tuple[Tensor, Tensor]
 """Mean and variance [B, G] of each utterance and group of channels."""
@@ -180,7 +181,8 @@ class ConvLayer(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.kaiming_normal_(self.weight)
         if self.bias is not None:
-            nn.init.zeros_(self.bias)
+            bound = 1.0 / math.sqrt(self.weight[0].numel())  # as nn.Conv1d does
+            nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
         self, x_BTC: Tensor, lengths_B: Tensor | None, statistics: Statistics | None = None
@@ -403,8 +405,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.dropout = regularization.attention_dropout
-        self.qkv = Linear(config.dim, 3 * config.dim, std=BERT_STD)
-        self.out = Linear(config.dim, config.dim, std=BERT_STD)
+        self.qkv = Linear(config.dim, 3 * config.dim, init=bert)
+        self.out = Linear(config.dim, config.dim, init=bert)
 
     def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
         q_NHE, k_NHE, v_NHE = self.qkv(x_ND).unflatten(1, (3, self.heads, -1)).unbind(1)
@@ -428,8 +430,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, regularization: RegularizationConfig) -> None:
         super().__init__()
         self.activation_dropout = regularization.activation_dropout
-        self.intermediate = Linear(config.dim, config.ffn_dim, std=BERT_STD)
-        self.output = Linear(config.ffn_dim, config.dim, std=BERT_STD)
+        self.intermediate = Linear(config.dim, config.ffn_dim, init=bert)
+        self.output = Linear(config.ffn_dim, config.dim, init=bert)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         hidden = dropout(F.gelu(self.intermediate(x_ND)), self.activation_dropout, self.training)

@@ -112,6 +112,7 @@ class Objective(ABC):
     Settings: ClassVar[type[ObjectiveSettings]]
     crops: ClassVar[bool] = True  # whether to crop utterances longer than `data.max_seconds`, or to leave them out
     vocabulary: Sequence[str] = ()  # symbols of the output layer, CTC blank first; empty if it does not output text
+    error_metrics: ClassVar[Sequence[str]] = ("loss",)  # metrics that can rank checkpoints: lower is better
     code_entries = 0  # number of entries of each codebook; 0 if the model has no discrete codes
 
     def __init__(
@@ -127,8 +128,13 @@ class Objective(ABC):
         """Frames of the shortest utterance that can be learned from."""
         return int(self.settings.shortest_frames)
 
-    def check(self, config: Config) -> None:  # noqa: B027 - most objectives have nothing to refuse
+    def check(self, config: Config) -> None:
         """Check that the settings of a training run are compatible. Raises a UserError that names the setting."""
+        if (metric := config.trainer.best_metric) not in self.error_metrics:
+            raise UserError(
+                f"trainer.best_metric={metric}: objective.name={self.settings.name} has no such error metric; choose "
+                f"{' or '.join(self.error_metrics)}"
+            )
 
     def unfrozen(self) -> ObjectiveSettings:
         """Return the settings with no parameters frozen."""

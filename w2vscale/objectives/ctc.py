@@ -20,14 +20,23 @@ from w2vscale.config.tree import Count, CountOrZero, Fraction, Probability
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Generators
 from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
-from w2vscale.data.transcripts import BLANK, PIECE_SPACE, SPACE, UNKNOWN, Transcripts, refuse_too_many, transcript
+from w2vscale.data.transcripts import (
+    BLANK,
+    PIECE_SPACE,
+    SPACE,
+    UNKNOWN,
+    Transcripts,
+    labels_to_text,
+    refuse_too_many,
+    transcript,
+)
 from w2vscale.errors import UserError
 from w2vscale.kernels.packing import Lengths
 from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.lengths import output_frames
-from w2vscale.models.wav2vec2 import BERT_STD, Wav2Vec2Encoder
+from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 from w2vscale.objectives.base import Objective, Panel, StepContext, Target, TransformersHead
-from w2vscale.objectives.masking import MaskSettings, masked_batch, span_mask
+from w2vscale.objectives.masking import MaskSettings, draw_masks, masked_batch
 
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 """Vocabulary of the published English models, in the same order; `|` is the space."""
@@ -74,7 +83,10 @@ class CtcSums(NamedTuple):
 
     total: Tensor  # in nats
     labels: Tensor  # number of labels
-    errors: Tensor  # edit distance between greedy and reference labels; 0 in training, which does not decode
+    # Training does not decode, so the rest is 0 in training.
+    errors: Tensor  # edit distance between greedy and reference labels
+    words: Tensor  # words of the references
+    word_errors: Tensor  # edit distance between greedy and reference words
 
 
 class Wav2Vec2ForCTC(nn.Module):
@@ -91,12 +103,13 @@ class Wav2Vec2ForCTC(nn.Module):
         self.final_dropout = settings.final_dropout
         self.compute_dtype = compute_dtype
         self.encoder = Wav2Vec2Encoder(model, regularization)
-        self.head = Linear(model.dim, len(read_vocabulary(settings)), std=BERT_STD)
+        self.vocabulary = read_vocabulary(settings)
+        self.head = Linear(model.dim, len(self.vocabulary), init=nn.init.xavier_uniform_)
 
     def forward(self, inputs: CtcInputs, *, active: Sequence[bool] | None = None, frozen: bool = False) -> CtcSums:
         """Compute the loss sums. With `frozen`, only the head gets gradients. In evaluation nothing is masked.
 
-        Label errors are counted in evaluation only. `active` says which transformer blocks to compute.
+        Errors are counted in evaluation only. `active` says which transformer blocks to compute.
         """
         audio = inputs.audio
         masks = (audio.mask_BT, inputs.channel_mask_BD) if self.training else (None, None)
@@ -104,12 +117,10 @@ class Wav2Vec2ForCTC(nn.Module):
             encoded = self.encoder(audio.waveforms_BS.to(self.compute_dtype), audio.lengths, *masks, active=active)
         logits_BTV = self.head(dropout(encoded.context_BTD, self.final_dropout, self.training))
         total = ctc_loss(logits_BTV, audio.frames_B, inputs.labels_L, inputs.label_lengths_B)
-        errors = 0 if self.training else label_errors(logits_BTV, inputs)
-        return CtcSums(
-            total=total,
-            labels=torch.full_like(total.detach(), sum(inputs.labels)),
-            errors=torch.full_like(total.detach(), errors),
-        )
+        counts = (0, 0, 0) if self.training else count_errors(logits_BTV, inputs, self.vocabulary)
+        errors, words, word_errors = (torch.full_like(total.detach(), count) for count in counts)
+        labels = torch.full_like(total.detach(), sum(inputs.labels))
+        return CtcSums(total=total, labels=labels, errors=errors, words=words, word_errors=word_errors)
 
     def logits(self, waveforms_BS: Tensor, lengths: Lengths | None = None) -> Tensor:
         """Compute logits [B, T, V]. `lengths` is None if no utterance is padded."""
@@ -124,6 +135,7 @@ class Ctc(Objective):
     Settings = CtcSettings
     settings: CtcSettings
     crops = False  # the transcript is of the whole utterance
+    error_metrics = ("loss", "label_error_rate", "wer")
 
     def __init__(self, settings: CtcSettings, *others: Any) -> None:
         self.vocabulary = read_vocabulary(settings)
@@ -138,6 +150,7 @@ class Ctc(Objective):
         return Transcripts(self.vocabulary, self.settings.sentencepiece)
 
     def check(self, config: Config) -> None:
+        super().check(config)
         assert self.transcripts  # loads the SentencePiece model, and raises if it does not fit the vocabulary
         frozen_updates = self.settings.freeze_encoder_updates
         if config.trainer.init_from is None and (frozen_updates or config.regularization.feature_grad_mult == 0.0):
@@ -145,11 +158,13 @@ class Ctc(Objective):
                 "the encoder is frozen but randomly initialised; set trainer.init_from, or train from scratch with "
                 "objective.freeze_encoder_updates=0 regularization.feature_grad_mult=1"
             )
-        if frozen_updates and config.optim.weight_decay > 0.0:
-            raise UserError(
-                f"optim.weight_decay={config.optim.weight_decay:g} would shrink the encoder while it is frozen "
-                f"(objective.freeze_encoder_updates={frozen_updates}); set it to 0"
-            )
+        groups = {f"optim.groups.{at}.weight_decay": one.weight_decay for at, one in enumerate(config.optim.groups)}
+        for name, decay in ({"optim.weight_decay": config.optim.weight_decay} | groups).items():
+            if frozen_updates and decay:
+                raise UserError(
+                    f"{name}={decay:g} would shrink the encoder while it is frozen "
+                    f"(objective.freeze_encoder_updates={frozen_updates}); set it to 0"
+                )
 
     def unfrozen(self) -> CtcSettings:
         return self.settings.model_copy(update={"freeze_encoder_updates": 0})
@@ -170,15 +185,15 @@ class Ctc(Objective):
         audio, generators = masked_batch(utterances, self.model, self.settings, rng=rng, width=width)
         labels: list[list[int]] = [utterance.target for utterance in utterances] or [[]]
         channel_masks_BD = np.zeros((len(labels), self.model.dim), dtype=np.bool_)
-        if self.settings.channel_mask_probability > 0.0:
-            for row, draws in enumerate(generators):
-                channel_masks_BD[row] = span_mask(
-                    self.model.dim,
-                    probability=self.settings.channel_mask_probability,
-                    length=self.settings.channel_mask_length,
-                    min_spans=0,
-                    generator=draws,
-                )
+        if self.settings.channel_mask_probability > 0.0 and generators:
+            channel_masks_BD[:] = draw_masks(
+                [self.model.dim] * len(generators),
+                self.settings,
+                generators,
+                probability=self.settings.channel_mask_probability,
+                length=self.settings.channel_mask_length,
+                min_spans=0,
+            )
         counts = tuple(map(len, labels))
         return CtcInputs(
             audio=audio,
@@ -195,11 +210,13 @@ class Ctc(Objective):
         """Compute metrics per label; NaN if there is none.
 
         `loss` is in nats. `label_error_rate` is the error rate of greedy decoding, spaces included; 0 in training.
+        `wer` is that of words, in evaluation only; an unknown character of a reference counts as `<unk>`.
         """
-        labels = float(sums.labels) or math.nan
+        labels, words = float(sums.labels) or math.nan, float(sums.words)
         return {
             "loss": float(sums.total) / labels,
             "label_error_rate": float(sums.errors) / labels,
+            **({"wer": float(sums.word_errors) / words} if words else {}),
             "labels": float(sums.labels),
         }
 
@@ -207,13 +224,16 @@ class Ctc(Objective):
         return {"encoder_frozen": float(update < self.settings.freeze_encoder_updates)}
 
     def line(self, metrics: Mapping[str, float]) -> str:
-        errors = f"  label errors {metrics['label_error_rate']:.1%}" if "utterances" in metrics else ""
+        errors = ""
+        if "wer" in metrics:
+            errors = f"  label errors {metrics['label_error_rate']:.1%}  WER {metrics['wer']:.1%}"
         return f"loss {metrics['loss']:.3f} per label{errors}"
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
         return {
             "loss per label": f"{metrics['loss']:.4f} nats",
             "label error rate, greedy": f"{metrics['label_error_rate']:.2%}",
+            **({"word error rate, greedy": f"{metrics['wer']:.2%}"} if "wer" in metrics else {}),
             "labels": f"{int(metrics['labels']):,}",
         }
 
@@ -320,14 +340,20 @@ def greedy_labels(logits_TV: Tensor) -> list[int]:
     return [symbol for symbol in best if symbol != BLANK]
 
 
-def label_errors(logits_BTV: Tensor, inputs: CtcInputs) -> int:
-    """Return the edit distance between greedy and reference labels, summed over all utterances."""
+def count_errors(logits_BTV: Tensor, inputs: CtcInputs, vocabulary: Sequence[str]) -> tuple[int, int, int]:
+    """Return the edit distance between greedy and reference labels, the number of reference words, and that of words.
+
+    All are sums over the utterances.
+    """
     from rapidfuzz.distance import Levenshtein
 
+    errors = words = word_errors = 0
     logits_BTV = logits_BTV.float().cpu()
     references = inputs.labels_L.cpu().split(inputs.label_lengths_B.tolist())
-    utterances = zip(logits_BTV, inputs.audio.frames_B.tolist(), references, strict=True)
-    return sum(
-        int(Levenshtein.distance(greedy_labels(logits_TV[:frames]), labels.tolist()))
-        for logits_TV, frames, labels in utterances
-    )
+    for logits_TV, frames, labels in zip(logits_BTV, inputs.audio.frames_B.tolist(), references, strict=True):
+        found, wanted = greedy_labels(logits_TV[:frames]), labels.tolist()
+        errors += int(Levenshtein.distance(found, wanted))
+        hypothesis, reference = (labels_to_text(each, vocabulary).split() for each in (found, wanted))
+        words += len(reference)
+        word_errors += int(Levenshtein.distance(hypothesis, reference))
+    return errors, words, word_errors

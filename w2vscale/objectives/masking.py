@@ -1,12 +1,12 @@
 """Masks of frames and channels, drawn on the CPU with NumPy.
 
-Sources: Baevski et al. 2020, section 3.1 and appendix; fairseq `compute_mask_indices`.
+Sources: Baevski et al. 2020, section 3.1 and appendix; `compute_mask_indices` in fairseq's data_utils.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -29,11 +29,16 @@ class MaskSettings(ObjectiveSettings):
     )
     mask_length: Count = Field(10, description="length of a masked span, in frames")
     mask_min_spans: Count = Field(2, description="minimum number of masked spans per utterance")
+    mask_trim: Literal["none", "micro_batch"] = Field(
+        "none",
+        description="micro_batch: unmask single frames and channels at random until all utterances of a micro-batch "
+        "have equally many masked, as fairseq does; none: keep whole spans",
+    )
 
     @property
     def shortest_frames(self) -> int:
-        """Minimum number of frames of an utterance that has room for `mask_min_spans` spans."""
-        return self.mask_length + self.mask_min_spans
+        """Minimum number of frames of an utterance of which at least `mask_min_spans` are always masked."""
+        return self.mask_min_spans + 1
 
 
 def span_mask(
@@ -43,28 +48,33 @@ def span_mask(
 
     The number of spans is `probability * size / length`, rounded up with a probability equal to its fractional part,
     but at least `min_spans`. Starts are drawn without replacement from [0, size - length), and spans may overlap. If
-    there is no room for the spans, nothing is masked.
+    there are not more starts than spans, they are drawn from [0, spans], and spans end with the utterance.
     """
-    mask = np.zeros(size, dtype=np.bool_)
-    starts = size - length
-    if starts < max(min_spans, 1):
-        return mask
-    spans = int(probability * size / length + generator.random())
-    spans = min(max(spans, min_spans), starts)
+    spans = max(int(probability * size / length + generator.random()), min_spans)
+    starts = max(size - length, spans + 1)
     first = generator.permutation(starts)[:spans]
-    mask[(first[:, None] + np.arange(length)).reshape(-1)] = True
+    places = (first[:, None] + np.arange(length)).reshape(-1)
+    mask = np.zeros(size, dtype=np.bool_)
+    mask[places[places < size]] = True
     return mask
 
 
-def frame_mask(frames: int, settings: MaskSettings, generator: np.random.Generator) -> NDArray[np.bool_]:
-    """Draw the mask of one utterance, [frames] bool. If it is too short, nothing is masked."""
-    return span_mask(
-        frames,
-        probability=settings.mask_probability,
-        length=settings.mask_length,
-        min_spans=settings.mask_min_spans,
-        generator=generator,
-    )
+def trim(masks: Sequence[NDArray[np.bool_]], generators: Sequence[np.random.Generator]) -> list[NDArray[np.bool_]]:
+    """Unmask random frames (or channels) of each mask until all masks have as many as the smallest one."""
+    smallest = min((int(mask.sum()) for mask in masks), default=0)
+    trimmed = []
+    for mask, generator in zip(masks, generators, strict=True):
+        kept = generator.choice(np.flatnonzero(mask), smallest, replace=False)
+        trimmed.append(np.isin(np.arange(mask.size), kept))
+    return trimmed
+
+
+def draw_masks(
+    sizes: Sequence[int], settings: MaskSettings, generators: Sequence[np.random.Generator], **spans: Any
+) -> list[NDArray[np.bool_]]:
+    """Draw the masks of the utterances of a micro-batch, [size] bool each. `spans` are arguments of `span_mask`."""
+    masks = [span_mask(size, generator=draws, **spans) for size, draws in zip(sizes, generators, strict=True)]
+    return trim(masks, generators) if settings.mask_trim == "micro_batch" else masks
 
 
 def masked_batch(
@@ -79,7 +89,14 @@ def masked_batch(
     silence = np.zeros(input_samples(settings.shortest_frames, model), dtype=np.float32)
     audio = audio_batch([utterance.waveform for utterance in utterances] or [silence], model, width=width)
     generators = [rng(utterance.place) for utterance in utterances]
-    for row, draws in enumerate(generators):
-        frames = int(audio.frames_B[row])
-        audio.mask_BT[row, :frames] = torch.from_numpy(frame_mask(frames, settings, draws))
+    masks = draw_masks(
+        audio.frames[: len(generators)],
+        settings,
+        generators,
+        probability=settings.mask_probability,
+        length=settings.mask_length,
+        min_spans=settings.mask_min_spans,
+    )
+    for row, mask in enumerate(masks):
+        audio.mask_BT[row, : mask.size] = torch.from_numpy(mask)
     return audio, generators

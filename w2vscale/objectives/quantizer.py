@@ -25,7 +25,7 @@ class Quantizer(nn.Module):
     def __init__(self, inputs: int, *, codebooks: int, entries: int, dim: int) -> None:
         super().__init__()
         self.codebooks, self.entries = codebooks, entries
-        self.projection = Linear(inputs, codebooks * entries, std=1.0)
+        self.projection = Linear(inputs, codebooks * entries, init=nn.init.normal_)
         self.codevectors = nn.Parameter(torch.empty(codebooks, entries, dim // codebooks))
         self.reset_parameters()
 

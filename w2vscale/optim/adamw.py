@@ -24,8 +24,9 @@ class ParameterGroup(NamedTuple):
 def parameter_groups(shapes: Sequence[tuple[str, torch.Size]], config: OptimConfig) -> list[ParameterGroup]:
     """Sort parameters, given as (name, shape), into groups. UserError if a pattern selects no parameter.
 
-    A parameter takes its settings from the first entry of `optim.groups` with a matching pattern (`re.search`). Weight
-    decay applies only to matrices: parameters with at least two dimensions greater than 1.
+    A parameter takes its settings from the first entry of `optim.groups` with a matching pattern (`re.search`). The
+    weight decay of an entry applies to all of its parameters, and `optim.weight_decay` only to matrices: parameters
+    with at least two dimensions greater than 1.
     """
     entries = [*config.groups, ParameterGroupConfig(pattern="")]  # the last one matches every name
     selecting = set()
@@ -33,9 +34,10 @@ def parameter_groups(shapes: Sequence[tuple[str, torch.Size]], config: OptimConf
     for name, shape in shapes:
         index, entry = next(each for each in enumerate(entries) if re.search(each[1].pattern, name))
         selecting.add(index)
-        weight_decay = config.weight_decay if entry.weight_decay is None else entry.weight_decay
-        is_matrix = sum(size > 1 for size in shape) >= 2
-        settings.setdefault((entry.lr_scale, weight_decay if is_matrix else 0.0), []).append(name)
+        weight_decay = entry.weight_decay
+        if weight_decay is None:
+            weight_decay = config.weight_decay if sum(size > 1 for size in shape) >= 2 else 0.0
+        settings.setdefault((entry.lr_scale, weight_decay), []).append(name)
     for index, entry in enumerate(config.groups):
         if index not in selecting:
             raise UserError(

@@ -10,19 +10,21 @@ from w2vscale.config import OptimConfig, ScheduleConfig
 def learning_rate(update: int, *, optim: OptimConfig, schedule: ScheduleConfig, updates: int) -> float:
     """Return the learning rate of update `update` (0-based) of `updates`; the peak is `optim.lr`.
 
-    cosine, linear: linear warm-up that reaches the peak at the last of `warmup_updates`, then decay to `final_ratio`
-    times the peak at the last update (cosine: Loshchilov & Hutter 2017; a floor of 10 % as in GPT-3).
+    cosine, linear: linear warm-up over `warmup_updates`, then decay to `final_ratio` times the peak (cosine: Loshchilov
+    & Hutter 2017; a floor of 10 % as in GPT-3). With `count_from=1` the last update of the warm-up has the peak and the
+    last of all the final rate; with 0 the update after each has it, as in fairseq's `polynomial_decay`.
     tri_stage: linear warm-up from `initial_ratio` times the peak, a constant stage, then exponential decay to
-    `final_ratio` times the peak at the last update (Park et al. 2019). `stages` gives the fractions of `updates`.
+    `final_ratio` times the peak after the last update (Park et al. 2019, as in fairseq). `stages` gives the fractions
+    of `updates`.
     """
     if schedule.kind == "tri_stage":
         return optim.lr * _tri_stage(update, schedule, updates)
-    warmup = schedule.warmup_updates
-    if update < warmup:
-        return optim.lr * (update + 1) / warmup
-    progress = min((update - warmup + 1) / max(updates - warmup, 1), 1.0)
+    step, warmup = update + schedule.count_from, schedule.warmup_updates
+    if step < warmup:
+        return optim.lr * step / warmup
+    progress = min((step - warmup) / max(updates - warmup, 1), 1.0)
     shape = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1.0 - progress
-    return optim.lr * (schedule.final_ratio + (1.0 - schedule.final_ratio) * shape)
+    return optim.lr * (schedule.end + (1.0 - schedule.end) * shape)
 
 
 def _tri_stage(update: int, schedule: ScheduleConfig, updates: int) -> float:
@@ -31,5 +33,5 @@ def _tri_stage(update: int, schedule: ScheduleConfig, updates: int) -> float:
         return schedule.initial_ratio + (1.0 - schedule.initial_ratio) * update / warmup
     if update < warmup + constant or decay == 0.0:
         return 1.0
-    progress = min((update - warmup - constant + 1) / decay, 1.0)
-    return math.exp(progress * math.log(schedule.final_ratio))
+    progress = min((update - warmup - constant) / decay, 1.0)
+    return math.exp(progress * math.log(schedule.end))

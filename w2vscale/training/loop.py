@@ -145,7 +145,7 @@ class Trainer:
             update=self.state.update + 1,
             audio_seconds=self.state.audio_seconds + samples / config.model.sampling_rate,
             skipped_utterances=self.state.skipped_utterances + int(unusable),
-            validation_loss=None,
+            validation={},
         )
         previous = self.pending
         self._settle()
@@ -239,7 +239,7 @@ class Trainer:
             self.run.bad_audio.report(bad)
         if math.isnan(values["loss"]):
             raise UserError(f"data.validation: no utterance could be read; see {self.run.bad_audio.path}")
-        self.state = replace(self.state, validation_loss=values["loss"] if math.isfinite(values["loss"]) else None)
+        self.state = replace(self.state, validation={key: one for key, one in values.items() if math.isfinite(one)})
         values["hours_seen"] = self.state.audio_seconds / 3600
         self.metrics.write("validation", self.state.update, values)
         self.display.validation(self.state.update, self.run.objective.line(values))

@@ -97,6 +97,7 @@ def build_run(
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
+        best_metric=config.trainer.best_metric,
         asynchronous=config.checkpoint.asynchronous,
         log=log,
     )
