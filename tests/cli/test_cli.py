@@ -176,8 +176,39 @@ class TestConfigCommands:
         rows = {line.split()[0]: line for line in run("config", "presets").splitlines()[1:]}
         assert list(rows) == preset_names()
         assert "95,044,608" in rows["base"]
-        counts = [int(re.findall(r"[\d,]{7,}", row)[0].replace(",", "")) for row in rows.values()]
-        assert all(count > 10**6 for count in counts)
+        for name, row in rows.items():
+            if name.startswith("ctc"):
+                assert row.split()[1:3] == ["init_from", "init_from"]
+            else:
+                assert int(row.split()[1].replace(",", "")) > 10**6
+
+    def test_diff_lists_what_differs_between_presets_with_its_meaning(self, run: Callable[..., str]) -> None:
+        lines = run("config", "diff", "base", "fairseq_base").splitlines()
+        assert lines[0].split() == ["setting", "base", "fairseq_base", "meaning"]
+        rows = {line.split()[0]: line.split()[1:4] for line in lines[1:] if line.startswith(" ") and "." in line[:25]}
+        assert rows["optim.max_norm"] == ["1.0", "null", "clip"]
+        assert rows["objective.mask_trim"] == ["none", "micro_batch", "micro_batch:"]
+        assert rows.keys() == {
+            "model.waveform_eps", "objective.mask_trim", "optim.max_norm", "optim.groups", "schedule.kind",
+            "schedule.count_from",
+        }  # fmt: skip
+
+    def test_diff_takes_files_and_runs(self, run: Callable[..., str], tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text("preset: ctc_1h\noptim: {lr: 2.0e-5}\n")
+        (tmp_path / "exp").mkdir()
+        (tmp_path / "exp" / "config.yaml").write_text(run("config", "show", "ctc_1h"))
+        printed = run("config", "diff", tmp_path / "mine.yaml", tmp_path / "exp").splitlines()
+        assert [line.split()[:3] for line in printed[-1:]] == [["optim.lr", "2.0e-05", "5.0e-05"]]
+        assert "have the same settings" in run("config", "diff", "ctc_1h", tmp_path / "exp")
+        assert "neither a file nor a preset" in error_of("config", "diff", "ctc_1h", tmp_path)
+
+    def test_diff_of_two_objectives_leaves_out_what_one_does_not_have(self, run: Callable[..., str]) -> None:
+        lines = run("config", "diff", "base", "best_rq_base").splitlines()
+        rows = {line.split()[0]: line.split()[1:] for line in lines}
+        assert rows["objective.name"] == ["wav2vec2", "best_rq", "training", "objective"]
+        assert rows["objective.codebook_entries"][:2] == ["320", "8192"]
+        assert rows["objective.negatives"][:2] == ["100", "number"]
+        assert rows["objective.mel_bins"][:2] == ["80", "number"]
 
     def test_keys_lists_every_setting_with_its_default(self, run: Callable[..., str]) -> None:
         rows = {line.split()[0]: line for line in run("config", "keys").splitlines()}

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from w2vscale.config import ModelConfig, RegularizationConfig, dump_config, load_config, preset_names
+import w2vscale.config
+from w2vscale.config import Config, ModelConfig, RegularizationConfig, dump_config, load_config, preset_names
 from w2vscale.data.plan import length_of_series
 from w2vscale.objectives import OBJECTIVES, resolve
 
 PRESETS = (
-    "tiny", "base", "base_prenorm", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b",
-    "ctc_10min", "ctc_1h", "ctc_10h", "ctc_100h", "ctc_960h", "best_rq_base", "best_rq_tiny",
+    "tiny", "base", "fairseq_base", "base_prenorm", "large", "fairseq_large", "large_lv60", "fairseq_large_lv60",
+    "xlsr_300m", "xlsr_1b", "xlsr_2b", "ctc_10min", "ctc_1h", "ctc_10h", "ctc_100h", "ctc_960h",
+    "ctc_large_10min", "ctc_large_1h", "ctc_large_10h", "ctc_large_100h", "ctc_large_960h", "ctc_xlsr",
+    "best_rq_base", "best_rq_tiny",
 )  # fmt: skip
 PUBLISHED = ("base", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b")
 CONV_LAYERS = ((512, 10, 5), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 3, 2), (512, 2, 2), (512, 2, 2))
@@ -62,13 +69,21 @@ MODEL_NUMBERS = {
     "mask_min_spans": (2,) * 6,
 }
 
-# Peak learning rate, updates, updates with a frozen encoder, share of masked frames and channels, LayerDrop.
+# fairseq's examples/wav2vec/config/finetuning/{base,vox}_*.yaml and xlsr/config/finetune.yaml: peak learning rate,
+# updates, updates with a frozen encoder, share of masked frames and channels, LayerDrop, samples per GPU, GPUs times
+# update_freq.
 FINE_TUNING_NUMBERS = {
-    "ctc_10min": (5e-5, 13_000, 10_000, 0.65, 0.25, 0.1),
-    "ctc_1h": (5e-5, 13_000, 10_000, 0.65, 0.25, 0.1),
-    "ctc_10h": (5e-5, 20_000, 10_000, 0.65, 0.5, 0.05),
-    "ctc_100h": (3e-5, 80_000, 0, 0.65, 0.5, 0.1),
-    "ctc_960h": (1e-4, 320_000, 0, 0.5, 0.1, 0.1),
+    "ctc_10min": (5e-5, 13_000, 10_000, 0.65, 0.25, 0.1, 3_200_000, 2 * 4),
+    "ctc_1h": (5e-5, 13_000, 10_000, 0.65, 0.25, 0.1, 3_200_000, 2 * 4),
+    "ctc_10h": (5e-5, 20_000, 10_000, 0.65, 0.5, 0.05, 3_200_000, 2 * 4),
+    "ctc_100h": (3e-5, 80_000, 0, 0.65, 0.5, 0.1, 3_200_000, 2 * 4),
+    "ctc_960h": (1e-4, 320_000, 0, 0.5, 0.1, 0.1, 3_200_000, 8),
+    "ctc_large_10min": (1e-4, 13_000, 10_000, 0.65, 0.25, 0.1, 1_280_000, 4 * 5),
+    "ctc_large_1h": (3e-4, 13_000, 10_000, 0.75, 0.25, 0.1, 1_280_000, 4 * 5),
+    "ctc_large_10h": (1e-4, 20_000, 10_000, 0.75, 0.25, 0.1, 1_280_000, 4 * 5),
+    "ctc_large_100h": (3e-5, 80_000, 10_000, 0.5, 0.5, 0.1, 1_280_000, 4 * 5),
+    "ctc_large_960h": (3e-5, 320_000, 10_000, 0.5, 0.25, 0.1, 1_280_000, 24),
+    "ctc_xlsr": (3e-4, 13_000, 10_000, 0.75, 0.25, 0.1, 1_280_000, 4 * 5),
 }
 
 # Peak learning rate, updates, samples of a crop, samples per GPU, GPUs.
@@ -109,6 +124,40 @@ def settings_of(name: str) -> dict[str, Any]:
     return dict(config.model) | dict(config.regularization) | dict(objective.settings)
 
 
+PRESET_FILES = Path(w2vscale.config.__file__).parent / "presets"
+ALL_OURS = "All numbers are ours."
+SOURCE = re.compile(r"(ours|[\w.]+\.(?:yaml|py|md|json|pt)|[A-Z]\w+ et al\. \d{4})\b")
+
+
+def comments_of(text: str) -> str:
+    """The comment lines at the beginning of a file."""
+    return "\n".join(
+        line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("#"), text.splitlines())
+    )
+
+
+def lines_with_numbers(text: str) -> list[str]:
+    """The lines of YAML on which a number is set, or on which a list of numbers ends."""
+    found = set()
+    for node in walk(yaml.compose(text)):
+        if isinstance(node, yaml.ScalarNode) and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+            found.add(node.end_mark.line)
+    lines = text.splitlines()
+    return [lines[number] for number in sorted(found)]
+
+
+def walk(node: Any) -> Iterator[Any]:
+    yield node
+    for child in getattr(node, "value", ()) if isinstance(node, yaml.CollectionNode) else ():
+        for part in child if isinstance(child, tuple) else (child,):
+            yield from walk(part)
+
+
+def test_a_number_without_a_source_is_found() -> None:
+    text = "# A file.\noptim: {lr: 1.0, kind: a} # ours\nbatch:\n  sizes: [1,\n    2]\n  eps: 1.0e-7\n  name: b2\n"
+    assert lines_with_numbers(text) == ["optim: {lr: 1.0, kind: a} # ours", "  sizes: [1,", "    2]", "  eps: 1.0e-7"]
+
+
 class TestPresets:
     def test_all_are_listed_in_order(self) -> None:
         assert preset_names() == list(PRESETS)
@@ -121,14 +170,59 @@ class TestPresets:
 
     @pytest.mark.parametrize("name", FINE_TUNING_NUMBERS)
     def test_fine_tuning_has_the_published_numbers(self, name: str) -> None:
-        config, _ = resolve(load_config(name))
-        masks = (config.objective.mask_probability, config.objective.channel_mask_probability)
-        updates = (config.trainer.updates, config.objective.freeze_encoder_updates)
-        assert (config.optim.lr, *updates, *masks, config.regularization.layerdrop) == FINE_TUNING_NUMBERS[name]
-        assert (config.schedule.kind, config.schedule.stages) == ("tri_stage", (0.1, 0.4, 0.5))
-        assert (config.objective.mask_length, config.objective.channel_mask_length) == (10, 64)
-        assert config.batch.max_seconds * config.batch.micro_batches == 1600
-        assert config.regularization.feature_grad_mult == config.optim.weight_decay == 0
+        config, objective = resolve(load_config(name))
+        settings, schedule, regularization = objective.settings, config.schedule, config.regularization
+        masks = (settings.mask_probability, settings.channel_mask_probability)
+        updates = (config.trainer.updates, settings.freeze_encoder_updates)
+        batch = (config.batch.max_seconds * config.model.sampling_rate, config.batch.micro_batches)
+        found = (config.optim.lr, *updates, *masks, regularization.layerdrop, *batch)
+        assert found == FINE_TUNING_NUMBERS[name]
+        assert (schedule.kind, schedule.stages, schedule.initial_ratio, schedule.end) == (
+            "tri_stage", (0.1, 0.4, 0.5), 0.01, 0.05,
+        )  # fmt: skip
+        assert (settings.mask_length, settings.mask_min_spans, settings.channel_mask_length) == (10, 2, 64)
+        assert (config.optim.betas, config.optim.eps, config.optim.max_norm) == ((0.9, 0.98), 1e-8, None)
+        assert regularization.feature_grad_mult == config.optim.weight_decay == settings.final_dropout == 0
+        assert regularization.dropout == regularization.attention_dropout == regularization.input_dropout == 0
+        assert regularization.activation_dropout == 0.1
+        assert (config.trainer.best_metric, settings.mask_trim) == ("wer", "none")
+
+    def test_base_is_the_default_of_all_settings(self) -> None:
+        assert resolve(load_config("base"))[0] == resolve(Config())[0]
+
+    @pytest.mark.parametrize("name", ["base", "large", "large_lv60"])
+    def test_as_published_differs_from_ours_in_optimisation_and_masks_only(self, name: str) -> None:
+        ours, theirs = (resolve(load_config(each))[0].model_dump() for each in (name, f"fairseq_{name}"))
+        found = {
+            f"{section}.{key}": theirs[section][key]
+            for section in ours for key in ours[section] if ours[section][key] != theirs[section][key]
+        }  # fmt: skip
+        assert found == {
+            "model.waveform_eps": 1e-5,
+            "objective.mask_trim": "micro_batch",
+            "optim.groups": [{"pattern": ".", "lr_scale": 1.0, "weight_decay": 0.01}],
+            "optim.max_norm": None,
+            "schedule.kind": "linear",
+            "schedule.count_from": 0,
+        }
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_every_number_has_a_source(self, name: str) -> None:
+        """A comment on its line starts with a file, a paper or `ours`; or the first lines say that all are ours."""
+        text = (PRESET_FILES / f"{name}.yaml").read_text()
+        sources = [SOURCE.match(line.partition(" # ")[2]) for line in lines_with_numbers(text)]
+        if ALL_OURS in comments_of(text):
+            assert not any(sources)
+            return
+        assert all(sources), [line for line, found in zip(lines_with_numbers(text), sources, strict=True) if not found]
+        files = {found[1] for found in sources if found and found[1] != "ours"}
+        assert all(re.search(rf"\b{re.escape(file)}", comments_of(text)) for file in files)  # the first lines say where
+
+    @pytest.mark.parametrize("name", [one for one in PRESETS if one in PUBLISHED])
+    def test_the_first_lines_say_what_is_ours(self, name: str) -> None:
+        comments = " ".join(comments_of((PRESET_FILES / f"{name}.yaml").read_text()).split())
+        for part in ("cosine to 10 % of", "clipp", "at 1.0", "matrices", "masks", "BF16"):
+            assert part in comments, part
 
     def test_every_setting_of_the_model_is_in_the_table(self) -> None:
         sections = (ModelConfig, RegularizationConfig, OBJECTIVES["wav2vec2"].Settings)
@@ -162,7 +256,7 @@ class TestPresets:
         found = settings_of("base_prenorm")
         assert {key: found[key] for key in BASE_PRENORM_NUMBERS} == BASE_PRENORM_NUMBERS
 
-    @pytest.mark.parametrize("name", [one for one in PRESETS if "tiny" not in one and one not in FINE_TUNING_NUMBERS])
+    @pytest.mark.parametrize("name", [one for one in PRESETS if not re.match("fairseq|ctc|.*tiny", one)])
     def test_optimisation_is_adamw_with_cosine_clipping_and_bf16(self, name: str) -> None:
         config = load_config(name)
         assert (config.optim.betas, config.optim.eps, config.optim.weight_decay) == ((0.9, 0.98), 1e-6, 0.01)

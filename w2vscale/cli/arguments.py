@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a preset.")]
+Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset, a YAML file, or the folder of a run.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override CONFIG.")
 ]

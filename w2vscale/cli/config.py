@@ -46,7 +46,10 @@ def show(
 
 @app.command()
 def presets() -> None:
-    """List the presets with model size and main settings (shape: layers x dim x ffn_dim x heads)."""
+    """List the presets with model size and main settings (shape: layers x dim x ffn_dim x heads).
+
+    init_from: fine-tuning presets take the model from trainer.init_from.
+    """
     import torch
 
     from w2vscale.config import preset_names
@@ -55,14 +58,31 @@ def presets() -> None:
     rows = []
     for name in preset_names():
         config, objective = load(name)
-        with torch.device("meta"):
-            model = objective.build_model()
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        shape = f"{config.model.layers}x{config.model.dim}x{config.model.ffn_dim}x{config.model.heads}"
+        parameters, shape = "init_from", "init_from"
+        if not objective.vocabulary:
+            with torch.device("meta"):
+                model = objective.build_model()
+            parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
+            shape = f"{config.model.layers}x{config.model.dim}x{config.model.ffn_dim}x{config.model.heads}"
         seconds = config.batch.max_seconds * config.batch.micro_batches
         audio = f"{seconds:.0f} s" if seconds < 3600 else f"{seconds / 3600:.2f} h"
-        rows.append((name, f"{parameters:,}", shape, audio, f"{config.trainer.updates:,}", f"{config.optim.lr:g}"))
+        rows.append((name, parameters, shape, audio, f"{config.trainer.updates:,}", f"{config.optim.lr:g}"))
     print_table(("preset", "parameters", "shape", "audio/update", "updates", "peak lr"), rows)
+
+
+@app.command()
+def diff(
+    one: Annotated[str, typer.Argument(metavar="A", help="Preset, YAML file, or folder of a run or checkpoint.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="Preset, YAML file, or folder of a run or checkpoint.")],
+) -> None:
+    """List the settings in which two presets, files or runs differ."""
+    from w2vscale.objectives import differences
+
+    rows = differences(one, other)
+    if not rows:
+        typer.echo(f"{one} and {other} have the same settings")
+        return
+    print_table(("setting", one, other, "meaning"), rows, right=False)
 
 
 @app.command()

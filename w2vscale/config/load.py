@@ -23,8 +23,10 @@ S = TypeVar("S", bound=Section)
 
 def preset_names() -> list[str]:
     """Return the names of the presets: wav2vec 2.0 by model size, fine-tuning by hours, then other objectives."""
-    order = ["tiny", "base", "base_prenorm", "large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b"]
-    order += [f"ctc_{labels}" for labels in ("10min", "1h", "10h", "100h", "960h")]
+    order = ["tiny", "base", "fairseq_base", "base_prenorm", "large", "fairseq_large"]
+    order += ["large_lv60", "fairseq_large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b"]
+    order += [f"ctc_{size}{labels}" for size in ("", "large_") for labels in ("10min", "1h", "10h", "100h", "960h")]
+    order += ["ctc_xlsr"]
     found = {entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml")}
     return [name for name in order if name in found] + sorted(found - set(order))
 
@@ -32,9 +34,10 @@ def preset_names() -> list[str]:
 def load_config(
     source: str | Path, overrides: Sequence[str] = (), *, objectives: Mapping[str, type[Section]] | None = None
 ) -> Config:
-    """Load a preset or a YAML file, apply `section.key=value` overrides, and validate the result.
+    """Load a preset, a YAML file or a run, apply `section.key=value` overrides, and validate the result.
 
-    A YAML file may start from a preset with a top-level line `preset: NAME`. A file or override that changes
+    The folder of a run or checkpoint stands for the config.yaml in it. A YAML file may start from a preset with a
+    top-level line `preset: NAME`. A file or override that changes
     `objective.name` resets the section `objective` to the defaults of the new objective. This section is validated
     only with `objectives`, the settings class of each objective by name: see `w2vscale.objectives.load`.
 
@@ -87,11 +90,13 @@ def dump_config(config: BaseModel) -> str:
 
 
 def _read_source(source: str) -> dict[str, Any]:
-    if source in preset_names():
-        return _parse_yaml((PRESETS / f"{source}.yaml").read_text(), where=f"preset {source}")
+    is_preset = source in preset_names()
     path = Path(source)
     try:
-        tree = _parse_yaml(path.read_text(), where=source)
+        if is_preset:
+            tree = _parse_yaml((PRESETS / f"{source}.yaml").read_text(), where=f"preset {source}")
+        else:
+            tree = _parse_yaml((path / "config.yaml" if path.is_dir() else path).read_text(), where=source)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         hint = nearest(path.stem, preset_names())
         raise UserError(f"{source}: neither a file nor a preset{hint} (presets: {', '.join(preset_names())})") from None
@@ -215,9 +220,13 @@ def settings_of(kind: type[Section], name: str) -> list[tuple[str, str, str, str
     """Return (key, type, default, description) of every setting in a section, for the documentation."""
     rows = []
     for (key, field), value in zip(kind.model_fields.items(), kind().model_dump(mode="json").values(), strict=True):
-        default = yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
-        rows.append((f"{name}.{key}", _type_name(field.annotation), default, field.description or ""))
+        rows.append((f"{name}.{key}", _type_name(field.annotation), in_yaml(value), field.description or ""))
     return rows
+
+
+def in_yaml(value: object) -> str:
+    """Return a plain value as one line of YAML."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
 
 
 def _type_name(annotation: Any) -> str:

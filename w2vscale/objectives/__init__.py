@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from w2vscale.config import Config, ObjectiveConfig, load_config, parse_section, settings_of
+from w2vscale.config import Config, ObjectiveConfig, in_yaml, load_config, parse_section, settings_of
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives.base import Objective, StepContext, Sums, TransformersHead, add_sums
@@ -47,6 +47,27 @@ def resolve(config: Config) -> tuple[Config, Objective]:
     """Build the objective, and complete the settings with its defaults and the contents of the files they name."""
     objective = build_objective(config)
     return config.model_copy(update={"objective": ObjectiveConfig(**objective.settings.model_dump())}), objective
+
+
+def differences(one: str | Path, other: str | Path) -> list[tuple[str, str, str, str]]:
+    """Return (key, value of `one`, value of `other`, description) of every setting in which two sources differ.
+
+    The sources are presets, files or folders of runs, as for `load`, and all defaults count. A setting that only one of
+    two objectives has is empty for the other. UserError as for `load`.
+    """
+    configs = [load(source)[0] for source in (one, other)]
+    rows = []
+    for section, default in Config():
+        ours, theirs = (getattr(config, section).model_dump(mode="json") for config in configs)
+        fields = dict(type(default).model_fields)
+        if section == "objective":
+            for config in configs:
+                fields = {**OBJECTIVES[config.objective.name].Settings.model_fields, **fields}
+        for key in dict.fromkeys([*ours, *theirs]):
+            here, there = (in_yaml(values[key]) if key in values else "" for values in (ours, theirs))
+            if here != there:
+                rows.append((f"{section}.{key}", here, there, fields[key].description or ""))
+    return rows
 
 
 def all_settings() -> dict[str, list[tuple[str, str, str, str]]]:
