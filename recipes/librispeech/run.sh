@@ -3,6 +3,7 @@
 # one of the published amounts of transcripts, and compares its word error rates with training from scratch.
 #
 #   bash recipes/librispeech/run.sh --corpus /corpora/LibriSpeech --nproc 8
+#   bash recipes/librispeech/run.sh --conf fairseq_base                      exactly as published
 #   bash recipes/librispeech/run.sh --conf large --launcher slurm --amount 10h
 #   bash recipes/librispeech/run.sh --stage 6 --amount 100h                  fine-tunes the same model on more data
 #   bash recipes/librispeech/run.sh --exp exp/small batch.micro_batches=16   settings of pretraining follow the options
@@ -17,7 +18,7 @@ data=              # folder for downloads, manifests and shards (default: data/ 
 conf=base          # name of the pretraining settings: conf/$conf.yaml
 exp=               # folder of the run (default: exp/$conf beside this script)
 shar=false         # write Lhotse Shar in stage 3 and pretrain from it, for storage that needs sequential reads
-amount=1h          # transcribed speech: 10min, 1h, 10h, 100h (train-clean-100) or 960h; selects the preset ctc_$amount
+amount=1h          # transcripts: 10min, 1h, 10h, 100h (train-clean-100) or 960h; preset ctc_$amount, or ctc_large_$amount for LARGE
 librilight=        # librispeech_finetuning folder of Libri-light, to use its 10min, 1h and 10h (default: sample them)
 finetune_settings= # SECTION.KEY=VALUE, separated by spaces, to override settings of the preset
 fetch_lm=false     # download the 4-gram language model of OpenSLR 11 in stage 0 (1.3 GB)
@@ -42,11 +43,6 @@ lm=$(given --lm "$lm")
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"
 
-# The presets have the learning rates of BASE. These are the published ones of LARGE.
-if [[ $conf == large* ]]; then
-  declare -A rates=([10min]=1e-4 [1h]=3e-4 [10h]=1e-4 [100h]=3e-5 [960h]=3e-5)
-  finetune_settings="optim.lr=${rates[$amount]} $finetune_settings"
-fi
 manifests=$data/manifests
 labels=$manifests/cuts_$amount.jsonl
 
@@ -108,6 +104,14 @@ choose_labels() {
   esac
 }
 
+# Fine-tunes with the published settings for the amount of transcripts and the size of the pretrained model.
+fine_tune_librispeech() {
+  local size=
+  if (($(setting_of "$exp" model.dim) >= 1024)); then size=large_; fi
+  log "settings: the preset ctc_$size$amount"
+  fine_tune "ctc_$size$amount" "$labels"
+}
+
 find_manifests
 if [[ -z $corpus ]]; then run_stage 0 "download LibriSpeech" "$data" download; fi
 if $fetch_lm; then run_stage 0 "fetch the 4-gram" "$data/lm" fetch_4gram; fi
@@ -124,7 +128,7 @@ if $shar; then run_stage 3 "write Lhotse Shar" "$data/shar" write_shards; fi
 run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain_librispeech "$@"
 run_stage 5 "evaluate on held-out speech and draw the curves" "$exp" evaluate_pretraining
 run_stage 6 "choose $amount of transcribed speech" "${exp}_$amount" choose_labels
-run_stage 7 "fine-tune on it, and train from scratch" "${exp}_$amount" fine_tune "ctc_$amount" "$labels"
+run_stage 7 "fine-tune on it, and train from scratch" "${exp}_$amount" fine_tune_librispeech
 run_stage 8 "decode" "${exp}_$amount" decode
 if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi
 run_stage 9 "compare" "${exp}_$amount" results "LibriSpeech, $conf, $amount"

@@ -37,6 +37,12 @@ subset() {
 # hours MINUTES converts minutes to hours.
 hours() { awk -v minutes="$1" 'BEGIN { print minutes / 60 }'; }
 
+# setting_of RUN SECTION.KEY prints a setting of a run.
+setting_of() {
+  python -c 'import functools, sys; from w2vscale.config import load_config
+print(functools.reduce(getattr, sys.argv[2].split("."), load_config(sys.argv[1])))' "$@"
+}
+
 # fine_tune CONF LABELS fine-tunes the pretrained model on the manifest LABELS and, as a baseline, trains from scratch.
 fine_tune() {
   local conf=$1 labels=$2 settings

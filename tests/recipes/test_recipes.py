@@ -156,7 +156,8 @@ def test_librispeech_runs_all_stages_with_shards_and_official_lists(environment:
         "--librilight", str(tmp_path / "librilight"), "--amount", "10min", "--shar", "true", "--jobs", "1",
         "--conf", "large", "--lm", str(tmp_path / "toy.arpa"), "--finetune-settings", TUNING,
     )  # fmt: skip
-    printed = run("librispeech", *options, *SHORT, *SMALL_BATCH, environment=environment)
+    wide = ("model.layers=1", "model.dim=1024", "model.positional_kernel=16", "model.positional_groups=16")
+    printed = run("librispeech", *options, *SHORT, *SMALL_BATCH, *wide, environment=environment)
     for number in range(1, 11):
         assert f"stage {number}: done in" in printed
     manifests = tmp_path / "data" / "manifests"
@@ -165,7 +166,14 @@ def test_librispeech_runs_all_stages_with_shards_and_official_lists(environment:
     ]  # fmt: skip
     settings = load_config(tmp_path / "exp" / "config.yaml")
     assert (settings.data.mode, settings.data.validation) == ("stream", [manifests / "cuts_dev-clean-2.jsonl"])
-    assert load_config(tmp_path / "exp_10min" / "config.yaml").optim.lr == 1e-4
+    assert "settings: the preset ctc_large_10min" in printed
+    assert load_config(tmp_path / "exp_10min").optim.lr == 1e-4
+
+    base = [one if one != str(tmp_path / "exp") else str(tmp_path / "base") for one in options]
+    run("librispeech", *base, "--stop-stage", "4", *SHORT, *SMALL_BATCH, environment=environment)
+    printed = run("librispeech", *base, "--stage", "7", "--stop-stage", "7", environment=environment)
+    assert "settings: the preset ctc_10min" in printed
+    assert load_config(tmp_path / "base_10min").optim.lr == 5e-5
     page = (tmp_path / "exp_10min" / "RESULTS.md").read_text()
     assert page.count("beam 50, toy.arpa") == 3 and "`exp_10min` against `exp_10min_scratch`" in page
 
