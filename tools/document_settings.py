@@ -1,25 +1,104 @@
-"""Writes the tables of all settings into docs/configuration.md: python tools/document_settings.py."""
+"""Writes the tables in docs/configuration.md and docs/hyperparameters.md: python tools/document_settings.py."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from w2vscale.objectives import all_settings
+import yaml
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+from w2vscale.config import in_yaml, preset_names
+from w2vscale.objectives import all_settings, load
+
+ROOT = Path(__file__).resolve().parents[1]
 MARK = "<!-- The rest is written by tools/document_settings.py. -->\n"
+OTHERS = ROOT / "tools" / "other_recipes.yaml"
+
+# Sections and settings that decide what is learned. The others say how it is computed.
+RECIPE = ("model", "regularization", "objective", "optim", "schedule", "precision")
+RECIPE_SETTINGS = (
+    "data.max_seconds", "data.min_seconds", "batch.max_seconds", "batch.micro_batches", "trainer.updates",
+)  # fmt: skip
+NO_RECIPE = ("model.max_frames", "objective.name", "schedule.initial_ratio", "schedule.stages")
 
 
-def tables() -> str:
-    """A heading and a Markdown table with a row for each setting, for every section."""
+def settings_page() -> str:
+    """A heading and a table with a row for each setting, for every section."""
     lines: list[str] = []
     for title, settings in all_settings().items():
         section, _, choice = title.partition(" with ")
         lines += [f"### {section}" + (f" with `{choice}`" if choice else ""), ""]
-        lines += ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
-        lines += [f"| `{key}` | {kind} | `{default}` | {meaning} |" for key, kind, default, meaning in settings]
-        lines.append("")
+        rows = ((f"`{key}`", kind, f"`{default}`", meaning) for key, kind, default, meaning in settings)
+        lines += [*table(("setting", "type", "default", "meaning"), rows), ""]
     return "\n".join(lines)
 
 
+def hyperparameters_page() -> str:
+    """A table of pretraining BASE in four toolkits, and one of all presets for fine-tuning."""
+    return "\n".join(
+        [
+            "## Pretraining BASE",
+            "",
+            "Bold: not as in `base`.",
+            "",
+            *pretraining(),
+            "",
+            "## Fine-tuning",
+            "",
+            *fine_tuning(),
+            "",
+        ]
+    )
+
+
+def pretraining() -> list[str]:
+    """The table of pretraining BASE."""
+    ours, theirs = recipe("base"), recipe("fairseq_base")
+    others = yaml.safe_load(OTHERS.read_text())
+    rows = []
+    for key, value in ours.items():
+        texts = [value, theirs[key], *map(in_yaml, others.pop(key))] if key in others else [value, theirs[key], "", ""]
+        rows.append((f"`{key}`", *(text if text in (value, "", "model") else f"**{text}**" for text in texts)))
+    assert not others, f"{OTHERS}: unknown settings {[*others]}"
+    return table(("setting", "ours (`base`)", "fairseq (`fairseq_base`)", "Transformers", "NVIDIA"), rows)
+
+
+def fine_tuning() -> list[str]:
+    """The table of the presets for fine-tuning."""
+    rows = []
+    for name in preset_names():
+        config, objective = load(name)
+        settings: Any = objective.settings
+        if objective.vocabulary:
+            masks = (settings.mask_probability, settings.channel_mask_probability, config.regularization.layerdrop)
+            updates = (config.trainer.updates, settings.freeze_encoder_updates)
+            update = f"{config.batch.micro_batches} × {config.batch.max_seconds:g} s"
+            numbers = (f"{config.optim.lr:g}", *(f"{one:,}" for one in updates), *(f"{one:g}" for one in masks))
+            rows.append((f"`{name}`", *numbers, update))
+    heads = ("preset", "peak lr", "updates", "frozen", "frames masked", "channels masked", "LayerDrop", "an update")
+    return table(heads, rows)
+
+
+def recipe(preset: str) -> dict[str, str]:
+    """The hyper-parameters of a preset, as YAML by their keys."""
+    config, _ = load(preset)
+    found = {}
+    for section, values in config.model_dump(mode="json").items():
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if (section in RECIPE and name not in NO_RECIPE) or name in RECIPE_SETTINGS:
+                found[name] = in_yaml(config.schedule.end if name == "schedule.final_ratio" else value)
+    return found
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
+PAGES = {"configuration.md": settings_page, "hyperparameters.md": hyperparameters_page}
+
 if __name__ == "__main__":
-    head = PAGE.read_text().partition(MARK)[0]
-    PAGE.write_text(f"{head}{MARK}\n{tables()}")
+    for name, page in PAGES.items():
+        path = ROOT / "docs" / name
+        head = path.read_text().partition(MARK)[0]
+        path.write_text(f"{head}{MARK}\n{page()}")

@@ -97,6 +97,15 @@ def test_keeps_the_best_that_were_validated(tmp_path: Path) -> None:
     assert kept == [f"update_{update:08d}" for update in (2, 7, 8)]
 
 
+def test_a_validation_loss_of_earlier_versions_is_read(tmp_path: Path) -> None:
+    for stored, expected in ((2.5, {"loss": 2.5}), (None, {})):
+        file = save(tmp_path, 1) / "train_state.json"
+        content = json.loads(file.read_text())
+        del content["validation"]
+        file.write_text(json.dumps({**content, "validation_loss": stored}))
+        assert open_checkpoint(file.parent).state.validation == expected
+
+
 def test_nothing_on_disk_is_a_pickle(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json", ".yaml"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from lhotse.cut import Cut
 from numpy.typing import NDArray
 
@@ -52,6 +53,16 @@ class TestReadingAudio:
         window = cut_of(write_audio(tmp_path / "a.wav", audio)).truncate(offset=1.5, duration=3.0)
         assert np.allclose(read(window), audio[24_000:72_000], atol=1e-4)
         assert np.allclose(read(window, offset=8_000, length=16_000), audio[32_000:48_000], atol=1e-4)
+
+    def test_a_constant_is_added_to_the_variance(self, tmp_path: Path) -> None:
+        """As in `torch.nn.functional.layer_norm`, with which fairseq normalises, and eps=1e-5."""
+        audio = 0.004 * noise(3.0, seed=1) + np.float32(0.01)
+        cut = cut_of(write_audio(tmp_path / "a.wav", audio, subtype="FLOAT"))
+        expected = torch.nn.functional.layer_norm(torch.from_numpy(audio), audio.shape).numpy()
+        for offset, length in ((0, audio.size), (1000, 20_000)):
+            found = read_audio(cut, sampling_rate=RATE, offset=offset, length=length, normalize=True, eps=1e-5)
+            assert np.allclose(found, expected[offset : offset + length], atol=1e-4)
+        assert np.abs(expected).max() < 0.8 * np.abs(read(cut, normalize=True)).max()
 
     def test_normalisation_uses_mean_and_variance_of_the_whole_utterance(self, tmp_path: Path) -> None:
         audio = np.concatenate([0.1 * noise(2.0, seed=1), noise(2.0, seed=2)]) + np.float32(0.05)

@@ -63,6 +63,17 @@ def test_layers_are_transformers_hidden_states(preset: str) -> None:
     assert difference({0: last}, {0: encoded.last_hidden_state[0]})[0] <= 1e-5
 
 
+def test_waveforms_are_normalised_with_the_constant_of_the_model() -> None:
+    model = micro_pretrained("fairseq_large_lv60")
+    quiet = 0.003 * noise(1.0)
+    given = torch.nn.functional.layer_norm(torch.from_numpy(quiet), quiet.shape)
+    with torch.no_grad():
+        expected = {n: h[0] for n, h in enumerate(model.model.encoder(given.unsqueeze(0)).hidden)}
+    found = model.features(quiet, 16_000)
+    assert max(difference(found, expected)) <= 1e-5
+    assert max(difference(micro_pretrained("large_lv60").features(quiet, 16_000), expected)) > 1e-3
+
+
 def test_a_choice_of_layers() -> None:
     model = micro_pretrained("base")
     waveform = noise(1.0)

@@ -139,11 +139,11 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_settings_of_the_published_models_are_those_of_our_presets(preset: str) -> None:
+def test_settings_of_the_published_models_are_those_of_the_presets(preset: str) -> None:
     shape, changes = PUBLISHED[preset]
     checkpoint = published(shape, **changes)
     config, state = from_fairseq(checkpoint)
-    expected = load_config(preset)
+    expected = load_config(f"fairseq_{preset}")
     assert (config.model, config.regularization) == (expected.model, expected.regularization)
     assert build_objective(config).settings == build_objective(expected).settings
     bare, bare_state = from_fairseq(FairseqCheckpoint(checkpoint.path, checkpoint.state, {}))
@@ -158,6 +158,7 @@ def test_settings_of_training_are_taken_over(tmp_path: Path) -> None:
     _, config = build(path)
     settings = config.objective
     assert (settings.mask_probability, settings.mask_length, settings.negatives) == (0.5, 7, 50)
+    assert (settings.mask_trim, config.model.waveform_eps) == ("micro_batch", 1e-5)
     assert (settings.logit_temperature, config.regularization.activation_dropout) == (0.2, 0.3)
     assert (settings.gumbel_start, settings.gumbel_end, settings.gumbel_decay) == (2.0, 0.1, 0.999995)
     assert (settings.codebooks, settings.codebook_entries, settings.codevector_dim) == (3, 10, 36)

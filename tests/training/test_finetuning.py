@@ -204,6 +204,23 @@ def test_sentence_pieces_train_and_resume_and_only_labels_need_the_model(spelled
     assert str(result.exception) == f"objective.sentencepiece={pieces}: cannot be read: No such file or directory"
 
 
+def test_the_source_decides_how_waveforms_are_normalised(spelled: Path, tmp_path: Path) -> None:
+    source = load_config(
+        "fairseq_large_lv60",
+        [
+            *MICRO_RUN,
+            *SPELLED,
+            f"data.train={spelled}",
+            "trainer.updates=1",
+            "schedule.warmup_updates=0",
+            "batch.micro_batches=1",
+        ],
+    )
+    assert train(source, tmp_path) == 0
+    found = fine_tuning_config(load_config("ctc_1h", [f"trainer.init_from={tmp_path}"])).model
+    assert (found.normalize_waveform, found.waveform_eps, found.norm_first) == (True, 1e-5, True)
+
+
 def test_frozen_parameters_stay_bit_for_bit(spelled: Path, pretrained: Path, tmp_path: Path) -> None:
     before = open_checkpoint(pretrained).model_tensors()
     source = (f"trainer.init_from={pretrained}", "checkpoint.every=4", "checkpoint.keep_last=2", "trainer.updates=8")

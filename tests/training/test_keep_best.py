@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
@@ -15,6 +16,7 @@ from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.format import committed, update_of
 from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import evaluate_checkpoint
@@ -77,3 +79,54 @@ def test_the_best_are_kept_over_a_resume_and_averaged(
 def test_without_validation_there_is_no_best() -> None:
     with pytest.raises(UserError, match=r"checkpoint\.keep_best=3 needs data\.validation"):
         load_config("base", ["checkpoint.keep_best=3"])
+
+
+def test_fine_tuning_keeps_the_lowest_word_error_rate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    corpus = write_spelled(tmp_path / "corpus", some_texts(4))
+    settings = [
+        *SPELLING, f"data.train={corpus}", f"data.validation={corpus}", "checkpoint.every=1", "checkpoint.keep_last=1",
+        "checkpoint.keep_best=1", "trainer.validate_every=1", "batch.micro_batches=1", "model.layers=1",
+        "trainer.best_metric=wer", "trainer.updates=4",
+    ]  # fmt: skip
+    to_come = [
+        {"loss": 3.0, "wer": 0.9},
+        {"loss": 2.0, "wer": 0.4},
+        {"loss": 1.0, "wer": 0.6},
+        {"loss": 0.5, "wer": 0.7},
+    ]
+    validate = loop.validate
+    monkeypatch.setattr(loop, "validate", lambda *arguments: validate(*arguments) | to_come.pop(0))
+    exp = tmp_path / "exp"
+    assert loop.train(load_config("base", settings), exp) == 0
+    assert kept(exp) == {2: 2.0, 4: 0.5}
+    found = average(exp, tmp_path / "mean", best=2)
+    assert (found.metric, found.scores) == ("wer", {2: 0.4, 4: 0.7})
+    shown = CliRunner().invoke(app, ["checkpoint", "show", str(exp / "checkpoints" / "update_00000002")]).output
+    assert "validation loss" in shown and "validation wer" in shown and "0.4" in shown
+
+
+def test_real_validation_reports_a_word_error_rate(tmp_path: Path) -> None:
+    corpus = write_spelled(tmp_path / "corpus", some_texts(4))
+    settings = [*SPELLING, f"data.train={corpus}", f"data.validation={corpus}", "trainer.updates=4", "model.layers=1"]
+    assert loop.train(load_config("base", settings), tmp_path / "exp") == 0
+    (record,) = read_metrics(tmp_path / "exp" / "metrics.jsonl", "validation")
+    assert record["wer"] >= 1.0 and record["wer"] == open_checkpoint(tmp_path / "exp").state.validation["wer"]
+    evaluated = evaluate_checkpoint(tmp_path / "exp", [corpus])
+    assert evaluated is not None and evaluated.metrics["wer"] == record["wer"]
+    assert "wer" not in read_metrics(tmp_path / "exp" / "metrics.jsonl", "train")[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (SPELLING, "objective.name=ctc has no such error metric; choose loss or label_error_rate or wer"),
+        ((*MICRO_RUN, *SPELLED), "objective.name=wav2vec2 has no such error metric; choose loss"),
+    ],
+)
+def test_a_metric_that_does_not_exist_is_an_error(settings: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    corpus = write_spelled(tmp_path / "corpus", some_texts(2))
+    config = load_config("base", [*settings, f"data.train={corpus}", "trainer.best_metric=cer"])
+    with pytest.raises(UserError) as caught:
+        loop.train(config, tmp_path / "exp")
+    assert str(caught.value) == f"trainer.best_metric=cer: {message}"
+    assert not (tmp_path / "exp").exists()

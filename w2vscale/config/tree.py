@@ -81,9 +81,6 @@ class ModelConfig(Section):
 
     sampling_rate: Count = architecture(16_000, "sampling rate in Hz; other audio is resampled")
     normalize_waveform: bool = architecture(False, "normalise each utterance to zero mean and unit variance")
-    waveform_eps: Positive = architecture(
-        1e-7, "added to the variance with normalize_waveform: 1e-7 in Transformers, 1e-5 in fairseq"
-    )
 
     conv_layers: tuple[tuple[Count, Count, Count], ...] = architecture(
         BASE_CONV_LAYERS, "(channels, kernel, stride) of each convolution of the feature encoder", min_length=1
@@ -104,6 +101,9 @@ class ModelConfig(Section):
     positional_kernel: Count = architecture(128, "kernel of the positional convolution, in frames")
     positional_groups: Count = architecture(16, "number of groups of the positional convolution")
     max_frames: Count | None = Field(None, description="longest input in frames; null: no limit")
+    waveform_eps: Positive = Field(
+        1e-7, description="added to the variance with normalize_waveform: 1e-7 in Transformers, 1e-5 in fairseq"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

@@ -156,7 +156,7 @@ def _training(settings: Mapping[str, Any]) -> dict[str, Any]:
             if not isinstance(values, list | tuple) or len(values) != len(ours):
                 raise UserError(f"{theirs}={values!r}: expected {len(ours)} numbers")
             found |= zip(ours, values, strict=True)
-    return found
+    return found | {"mask_trim": "micro_batch" if settings.get("require_same_masks", True) else "none"}
 
 
 def _value(setting: Any) -> Any:
