@@ -25,7 +25,9 @@ from w2vscale.objectives.contrastive import ContrastiveInputs, ContrastiveSums, 
 transformers = pytest.importorskip("transformers")
 
 CONVERTIBLE = [
-    name for name in preset_names() if not name.startswith(("base_prenorm", "fairseq")) and load_config(name).objective.name == "wav2vec2"
+    name
+    for name in preset_names()
+    if not name.startswith(("base_prenorm", "fairseq")) and load_config(name).objective.name == "wav2vec2"
 ]
 OTHER = (
     "model.conv_layers=[[24,8,4],[36,3,2],[30,4,3],[20,2,2]]",
