@@ -62,10 +62,9 @@ def span_mask(
 def trim(masks: Sequence[NDArray[np.bool_]], generators: Sequence[np.random.Generator]) -> list[NDArray[np.bool_]]:
     """Unmask random frames (or channels) of each mask until all masks have as many as the smallest one."""
     smallest = min((int(mask.sum()) for mask in masks), default=0)
-    trimmed = []
-    for mask, generator in zip(masks, generators, strict=True):
-        kept = generator.choice(np.flatnonzero(mask), smallest, replace=False)
-        trimmed.append(np.isin(np.arange(mask.size), kept))
+    trimmed = [np.zeros_like(mask) for mask in masks]
+    for mask, kept, generator in zip(masks, trimmed, generators, strict=True):
+        kept[generator.choice(np.flatnonzero(mask), smallest, replace=False)] = True
     return trimmed
 
 
