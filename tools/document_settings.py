@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from w2vscale.config import in_yaml, preset_names
-from w2vscale.objectives import all_settings, load
+from w2vscale.objectives import all_settings, effective, load
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "<!-- The rest is written by tools/document_settings.py. -->\n"
@@ -18,7 +18,8 @@ RECIPE = ("model", "regularization", "objective", "optim", "schedule", "precisio
 RECIPE_SETTINGS = (
     "data.max_seconds", "data.min_seconds", "batch.max_seconds", "batch.micro_batches", "trainer.updates",
 )  # fmt: skip
-NO_RECIPE = ("model.max_frames", "objective.name", "schedule.initial_ratio", "schedule.stages")
+SIZES = ("large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b")
+NO_RECIPE = ("model.max_frames", "objective.name", "optim.groups", "schedule.initial_ratio", "schedule.stages")
 
 
 def settings_page() -> str:
@@ -33,33 +34,40 @@ def settings_page() -> str:
 
 
 def hyperparameters_page() -> str:
-    """A table of pretraining BASE in four toolkits, and one of all presets for fine-tuning."""
-    return "\n".join(
-        [
-            "## Pretraining BASE",
-            "",
-            "Bold: not as in `base`.",
-            "",
-            *pretraining(),
-            "",
-            "## Fine-tuning",
-            "",
-            *fine_tuning(),
-            "",
-        ]
-    )
+    """Tables of pretraining BASE in four toolkits, of our other sizes, and of the presets for fine-tuning."""
+    base = [
+        "## Pretraining BASE",
+        "",
+        "Bold: differs from `base`. Empty: there is no such setting.",
+        "",
+        *pretraining(),
+    ]
+    sizes = ["## Pretraining other sizes", "", "What differs from `base`.", "", *other_sizes()]
+    return "\n".join([*base, "", *sizes, "", "## Fine-tuning", "", *fine_tuning(), ""])
 
 
 def pretraining() -> list[str]:
     """The table of pretraining BASE."""
-    ours, theirs = recipe("base"), recipe("fairseq_base")
-    others = yaml.safe_load(OTHERS.read_text())
+    ours, others = recipe("base"), yaml.safe_load(OTHERS.read_text())
+    others = {name: {key: in_yaml(value) for key, value in found.items()} for name, found in others.items()}
+    assert not (unknown := set().union(*others.values()) - set(ours)), f"{OTHERS}: unknown settings {unknown}"
+    columns = [ours, recipe("fairseq_base") | others["fairseq"], others["transformers"], others["nvidia"]]
     rows = []
     for key, value in ours.items():
-        texts = [value, theirs[key], *map(in_yaml, others.pop(key))] if key in others else [value, theirs[key], "", ""]
+        texts = [column.get(key, "") for column in columns]
         rows.append((f"`{key}`", *(text if text in (value, "", "model") else f"**{text}**" for text in texts)))
-    assert not others, f"{OTHERS}: unknown settings {[*others]}"
     return table(("setting", "ours (`base`)", "fairseq (`fairseq_base`)", "Transformers", "NVIDIA"), rows)
+
+
+def other_sizes() -> list[str]:
+    """The settings in which the presets for pretraining other sizes differ from `base`."""
+    ours, sizes = recipe("base"), {name: recipe(name) for name in SIZES}
+    rows = []
+    for key, value in ours.items():
+        texts = [size[key] for size in sizes.values()]
+        if set(texts) != {value}:
+            rows.append((f"`{key}`", value, *texts))
+    return table(("setting", "`base`", *(f"`{name}`" for name in sizes)), rows)
 
 
 def fine_tuning() -> list[str]:
@@ -80,13 +88,12 @@ def fine_tuning() -> list[str]:
 
 def recipe(preset: str) -> dict[str, str]:
     """The hyper-parameters of a preset, as YAML by their keys."""
-    config, _ = load(preset)
     found = {}
-    for section, values in config.model_dump(mode="json").items():
+    for section, values in effective(load(preset)[0]).items():
         for key, value in values.items():
             name = f"{section}.{key}"
             if (section in RECIPE and name not in NO_RECIPE) or name in RECIPE_SETTINGS:
-                found[name] = in_yaml(config.schedule.end if name == "schedule.final_ratio" else value)
+                found[name] = in_yaml(value)
     return found
 
 

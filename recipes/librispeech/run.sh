@@ -3,7 +3,7 @@
 # one of the published amounts of transcripts, and compares its word error rates with training from scratch.
 #
 #   bash recipes/librispeech/run.sh --corpus /corpora/LibriSpeech --nproc 8
-#   bash recipes/librispeech/run.sh --conf fairseq_base                      exactly as published
+#   bash recipes/librispeech/run.sh --conf fairseq_base                      with the recipe of fairseq
 #   bash recipes/librispeech/run.sh --conf large --launcher slurm --amount 10h
 #   bash recipes/librispeech/run.sh --stage 6 --amount 100h                  fine-tunes the same model on more data
 #   bash recipes/librispeech/run.sh --exp exp/small batch.micro_batches=16   settings of pretraining follow the options
@@ -106,8 +106,9 @@ choose_labels() {
 
 # Fine-tunes with the published settings for the amount of transcripts and the size of the pretrained model.
 fine_tune_librispeech() {
-  local size=
-  if (($(setting_of "$exp" model.dim) >= 1024)); then size=large_; fi
+  local size= width
+  width=$(setting_of "$exp" model.dim)
+  if ((width >= 1024)); then size=large_; fi
   log "settings: the preset ctc_$size$amount"
   fine_tune "ctc_$size$amount" "$labels"
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.expected import expected_of
-from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.format import TrainState, file_facts
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.checkpoint.verification import verify
@@ -87,6 +88,30 @@ def test_the_mean_is_that_of_float64(made: Path, tmp_path: Path) -> None:
     for name, tensor in stored.items():
         expected = sum(tensors[f"model.{name}"].numpy().astype(np.float64) for tensors in originals) / 3
         assert np.array_equal(tensor.numpy(), expected.astype(np.float32)), name
+
+
+def test_the_best_are_ranked_by_the_metric_of_the_newest(made: Path, tmp_path: Path) -> None:
+    """The metric of the run was changed: by `wer` the best are 4 and 6, by `loss` 2 and 4."""
+    run = Path(shutil.copytree(made, tmp_path / "run", symlinks=True))
+    for update in UPDATES:
+        file = run / "checkpoints" / f"update_{update:08d}" / "config.yaml"
+        by_wer = CONFIG.model_copy(update={"trainer": CONFIG.trainer.model_copy(update={"best_metric": "wer"})})
+        file.write_text(dump_config(CONFIG if update == 8 else by_wer))
+        document = json.loads((file.parent / "train_state.json").read_text())
+        document["files"]["config.yaml"] = file_facts(file)
+        (file.parent / "train_state.json").write_text(json.dumps(document))
+    found = average(run, tmp_path / "loss", best=2)
+    assert (found.metric, found.scores) == ("loss", {2: 3.0, 4: 2.0})
+    shutil.rmtree(run / "checkpoints" / "update_00000008")
+    found = average(run, tmp_path / "wer", best=2)
+    assert (found.metric, found.scores) == ("wer", {4: 1 / 4, 6: 1 / 6})
+
+
+def test_a_damaged_checkpoint_is_named_once(run: Path, tmp_path: Path) -> None:
+    (run / "checkpoints" / "update_00000006" / "train_state.json").write_text("{")
+    said: list[str] = []
+    assert [*average(run, tmp_path / "out", best=2, log=said.append).scores] == [2, 4]
+    assert sum("update_00000006" in line for line in said) == 1
 
 
 def test_what_cancels_in_fp32_is_not_lost(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import threading
@@ -95,6 +96,23 @@ def test_keeps_the_best_that_were_validated(tmp_path: Path) -> None:
     store(tmp_path, keep_best=2).save(tensors(), TrainState(update=8, validation={"loss": 6.0}), "")
     kept = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("update"))
     assert kept == [f"update_{update:08d}" for update in (2, 7, 8)]
+
+
+@pytest.mark.parametrize("validation", [None, [1], "x", {"loss": None}, {"loss": "3"}, {"loss": math.nan}, {"a": {}}])
+def test_damaged_validation_metrics_are_named(validation: object, tmp_path: Path) -> None:
+    file = save(tmp_path, 1) / "train_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "validation": validation}))
+    with pytest.raises(UserError, match=r"train_state\.json: damaged"):
+        open_checkpoint(file.parent)
+
+
+def test_the_best_by_loss_are_kept_until_there_are_others(tmp_path: Path) -> None:
+    """After `trainer.best_metric` was changed."""
+    for update, validation in enumerate([{"loss": 1.0}, {"loss": 2.0}, {"loss": 3.0, "wer": 0.5}, {}], start=1):
+        state = TrainState(update=update, validation=validation)
+        store(tmp_path, keep_best=2, best_metric="wer").save(tensors(), state, "")
+    kept = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("update"))
+    assert kept == [f"update_{update:08d}" for update in (1, 3, 4)]
 
 
 def test_a_validation_loss_of_earlier_versions_is_read(tmp_path: Path) -> None:

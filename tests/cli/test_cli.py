@@ -178,7 +178,7 @@ class TestConfigCommands:
         assert "95,044,608" in rows["base"]
         for name, row in rows.items():
             if name.startswith("ctc"):
-                assert row.split()[1:3] == ["init_from", "init_from"]
+                assert row.split()[1:3] == ["of", "init_from"]
             else:
                 assert int(row.split()[1].replace(",", "")) > 10**6
 
@@ -188,9 +188,10 @@ class TestConfigCommands:
         rows = {line.split()[0]: line.split()[1:4] for line in lines[1:] if line.startswith(" ") and "." in line[:25]}
         assert rows["optim.max_norm"] == ["1.0", "null", "clip"]
         assert rows["objective.mask_trim"] == ["none", "micro_batch", "micro_batch:"]
+        assert rows["schedule.final_ratio"][:2] == ["0.1", "0.0"]
         assert rows.keys() == {
-            "model.waveform_eps", "objective.mask_trim", "optim.max_norm", "optim.groups", "schedule.kind",
-            "schedule.count_from",
+            "model.waveform_eps", "objective.mask_trim", "optim.max_norm", "optim.decay_vectors", "schedule.kind",
+            "schedule.first_step", "schedule.final_ratio",
         }  # fmt: skip
 
     def test_diff_takes_files_and_runs(self, run: Callable[..., str], tmp_path: Path) -> None:
@@ -200,7 +201,11 @@ class TestConfigCommands:
         printed = run("config", "diff", tmp_path / "mine.yaml", tmp_path / "exp").splitlines()
         assert [line.split()[:3] for line in printed[-1:]] == [["optim.lr", "2.0e-05", "5.0e-05"]]
         assert "have the same settings" in run("config", "diff", "ctc_1h", tmp_path / "exp")
-        assert "neither a file nor a preset" in error_of("config", "diff", "ctc_1h", tmp_path)
+        (tmp_path / "averaged" / "checkpoints" / "latest").mkdir(parents=True)
+        (tmp_path / "exp" / "config.yaml").rename(tmp_path / "averaged" / "checkpoints" / "latest" / "config.yaml")
+        for path in (tmp_path / "averaged", tmp_path / "averaged" / "checkpoints"):
+            assert "have the same settings" in run("config", "diff", "ctc_1h", path)
+        assert f"{tmp_path}: has no config.yaml; give the folder" in error_of("config", "diff", "ctc_1h", tmp_path)
 
     def test_diff_of_two_objectives_leaves_out_what_one_does_not_have(self, run: Callable[..., str]) -> None:
         lines = run("config", "diff", "base", "best_rq_base").splitlines()

@@ -8,8 +8,10 @@ import pytest
 
 from tests.helpers.audio import cut_of, noise, write_audio, write_manifest, write_text
 from tests.helpers.commands import error_of
+from w2vscale.cli.train import run_folder
 from w2vscale.data.manifest import index_path
 from w2vscale.distributed import launch
+from w2vscale.errors import UserError
 
 
 class TestTrain:
@@ -92,6 +94,27 @@ class TestTrain:
 
     def test_zero_processes(self, corpus: Path) -> None:
         assert self.error(f"data.train={corpus}", "--nproc-per-node", 0) == "--nproc-per-node 0: must be at least 1"
+
+
+class TestRunFolder:
+    def test_it_is_named_by_the_preset_or_file(self, tmp_path: Path) -> None:
+        for source, expected in (("base", "base"), ("conf/my.v2.yaml", "my.v2"), ("conf/my.v2", "my.v2")):
+            assert run_folder(source, None) == Path("exp") / expected
+            assert run_folder(source, tmp_path) == tmp_path
+
+    def test_a_run_continues_in_its_own_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "base.v2").mkdir()
+        (tmp_path / "base.v2" / "config.yaml").write_text("preset: base\n")
+        assert run_folder(str(tmp_path / "base.v2"), None) == tmp_path / "base.v2"
+
+    def test_a_checkpoint_does_not_say_where_a_run_belongs(self, tmp_path: Path) -> None:
+        (tmp_path / "config.yaml").write_text("preset: base\n")
+        (tmp_path / "train_state.json").write_text("{}")
+        (tmp_path / "averaged" / "checkpoints").mkdir(parents=True)
+        for folder in (tmp_path, tmp_path / "averaged"):
+            with pytest.raises(UserError, match="not the folder of a run; choose one with --exp"):
+                run_folder(str(folder), None)
+            assert run_folder(str(folder), Path("x")) == Path("x")
 
 
 class TestOtherCommands:

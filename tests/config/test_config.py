@@ -203,8 +203,9 @@ class TestSources:
         assert all(preset in message for preset in preset_names())
 
     def test_the_error_names_a_missing_file_or_a_folder(self, tmp_path: Path) -> None:
-        for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "none.yaml" / "deeper.yaml"):
+        for path in (tmp_path / "none.yaml", tmp_path / "none.yaml" / "deeper.yaml"):
             assert error_of(path).startswith(f"{path}: neither a file nor a preset")
+        assert error_of(tmp_path).startswith(f"{tmp_path}: has no config.yaml; give the folder of a run or checkpoint")
 
     def test_the_error_names_a_file_below_a_file(self, tmp_path: Path) -> None:
         path = yaml_file(tmp_path, "") / "deeper.yaml"

@@ -162,6 +162,14 @@ class TestModel:
         sums = CtcSums(*(torch.tensor(float(one)) for one in (3.0, 16, errors, words, word_errors)))
         assert OBJECTIVE.metrics(sums)["wer"] == 3 / 5
 
+    def test_the_silence_of_an_empty_micro_batch_has_no_errors(self, model: Wav2Vec2ForCTC) -> None:
+        """It is what a rank computes if the validation set has no micro-batch left for it."""
+        empty = ctc_inputs(OBJECTIVE, [], [])
+        logits = torch.randn(1, empty.audio.mask_BT.shape[1], 32)
+        assert count_errors(logits, empty, LETTERS) == (0, 0, 0)
+        with torch.no_grad():
+            assert [float(one) for one in model.eval()(empty)] == [0.0] * 5
+
     def test_in_training_there_is_no_word_error_rate(self, model: Wav2Vec2ForCTC) -> None:
         inputs = ctc_inputs(OBJECTIVE, [16_000], [[5, 6, 7]])
         for module, expected in ((model.train(), False), (model.eval(), True)):

@@ -17,7 +17,7 @@ from w2vscale.config import load_config
 from w2vscale.models.lengths import input_samples, output_frames
 from w2vscale.objectives import Objective, StepContext, build_objective
 from w2vscale.objectives.contrastive import ContrastiveInputs
-from w2vscale.objectives.masking import MaskSettings, draw_masks, span_mask
+from w2vscale.objectives.masking import MaskSettings, Spans, draw_masks, span_mask
 from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss, negative_indices
 
 BASE = build_objective(load_config("base")).settings
@@ -28,10 +28,8 @@ def with_masking(**settings: float) -> MaskSettings:
 
 
 def frame_mask(frames: int, settings: MaskSettings, draws: np.random.Generator) -> NDArray[np.bool_]:
-    (mask,) = draw_masks(
-        [frames], settings, [draws],
-        probability=settings.mask_probability, length=settings.mask_length, min_spans=settings.mask_min_spans,
-    )  # fmt: skip
+    spans = Spans(settings.mask_probability, settings.mask_length, settings.mask_min_spans)
+    (mask,) = draw_masks([frames], spans, [draws], trimmed=False)
     return mask
 
 
@@ -96,7 +94,7 @@ def test_short_utterances_are_masked_as_in_fairseq(frames: int, spans: int) -> N
     possible = {tuple(sorted(place for place in each if place < frames)) for each in places}
     draws = np.random.default_rng(0)
     seen = {
-        tuple(np.flatnonzero(span_mask(frames, probability=1e-9, length=10, min_spans=spans, generator=draws)).tolist())
+        tuple(np.flatnonzero(span_mask(frames, Spans(1e-9, 10, spans), 0.5, draws)).tolist())
         for _ in range(2000 if spans == 2 else 1)
     }
     assert seen <= possible

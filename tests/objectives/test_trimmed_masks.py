@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -18,38 +19,51 @@ from w2vscale.config import load_config
 from w2vscale.data.inputs import join
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.objectives import build_objective
-from w2vscale.objectives.masking import MaskSettings, draw_masks, trim
+from w2vscale.objectives.masking import Spans, draw_masks, trim
 
 BATCHES = 2000
 REFUSED_AT = 1.95 * (2 / BATCHES) ** 0.5  # two-sample Kolmogorov-Smirnov, p = 0.001
 
-# Size, probability, span, minimum number of spans, utterances in a batch: `base` has 5 crops of 15.6 s in a
-# micro-batch, and `ctc_100h` 16 utterances of 12.5 s.
-TIME = (781, 0.65, 10, 2, 5)
-CHANNELS = (768, 0.5, 64, 0, 16)
 
-Case = tuple[int, float, int, int, int]
+class Case(NamedTuple):
+    """A micro-batch: `base` has 5 crops of 15.6 s, and `ctc_100h` 16 utterances of 12.5 s."""
+
+    size: int
+    spans: Spans
+    rows: int
+    one_rounding: bool = True
 
 
-def batch_of_fairseq(
-    sizes: Sequence[int], probability: float, length: int, least: int, draws: random.Random
-) -> list[set[int]]:
-    """The algorithm of `compute_mask_indices` with `require_same_masks`, written from its description, with sets."""
-    masks = []
-    for size in sizes:
-        count = max(least, int(probability * size / length + draws.random()))
-        starts = draws.sample(range(size - length), count)
+TIME = Case(781, Spans(0.65, 10, 2), 5)
+CASES = {
+    "time": TIME,
+    "time, fine-tuning": Case(624, Spans(0.65, 10, 2), 16, one_rounding=False),
+    "channels of ctc_100h": Case(768, Spans(0.5, 64, 0), 16),
+    "channels of ctc_960h": Case(768, Spans(0.1, 64, 0), 16),  # 1 or 2 spans, in all rows
+    "channels of XLS-R 2B": Case(1920, Spans(0.25, 64, 0), 6),  # 7 or 8
+}
+CHANNELS = CASES["channels of ctc_100h"]
+
+
+def batch_of_fairseq(case: Case, draws: random.Random) -> list[set[int]]:
+    """The algorithm of `compute_mask_indices` with `require_same_masks`, written from its description, with sets.
+
+    The number of spans is rounded once for all rows, or in each row if utterances are padded.
+    """
+    (probability, length, least), masks = case.spans, []
+    rounding = draws.random()
+    for _ in range(case.rows):
+        rounding = rounding if case.one_rounding else draws.random()
+        count = max(least, int(probability * case.size / length + rounding))
+        starts = draws.sample(range(case.size - length), count)
         masks.append({place for start in starts for place in range(start, start + length)})
     smallest = min(map(len, masks))
     return [set(draws.sample(sorted(mask), smallest)) for mask in masks]
 
 
-def batch_of_ours(case: Case, number: int, trimmed: str = "micro_batch") -> list[NDArray[np.bool_]]:
-    size, probability, length, least, rows = case
-    settings = MaskSettings(name="any", mask_trim=trimmed)  # type: ignore[arg-type]
-    generators = [generator(3, Stream.MASK, number, place) for place in range(rows)]
-    spans = {"probability": probability, "length": length, "min_spans": least}
-    return draw_masks([size] * rows, settings, generators, **spans)
+def batch_of_ours(case: Case, number: int, *, trimmed: bool = True) -> list[NDArray[np.bool_]]:
+    generators = [generator(3, Stream.MASK, number, place) for place in range(case.rows)]
+    return draw_masks([case.size] * case.rows, case.spans, generators, trimmed=trimmed, one_rounding=case.one_rounding)
 
 
 def run_lengths(mask: Sequence[bool]) -> list[int]:
@@ -62,11 +76,10 @@ def share_and_run(case: Case, which: str) -> tuple[NDArray[np.float64], NDArray[
     draws, found = random.Random(which), []
     for number in range(BATCHES):
         if which == "fairseq":
-            size, *spans, rows = case
-            marked = batch_of_fairseq([size] * rows, *spans, draws)[0]  # type: ignore[arg-type]
-            mask = [place in marked for place in range(size)]
+            marked = batch_of_fairseq(case, draws)[0]
+            mask = [place in marked for place in range(case.size)]
         else:
-            mask = batch_of_ours(case, number, which)[0].tolist()
+            mask = batch_of_ours(case, number, trimmed=which == "trimmed")[0].tolist()
         found.append((sum(mask) / len(mask), draws.choice(run_lengths(mask))))
     shares, runs = np.array(found).T
     return shares, runs
@@ -80,25 +93,27 @@ def distance(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
 
 
 @pytest.mark.parametrize("what", [0, 1], ids=["share", "run length"])
-@pytest.mark.parametrize("case", [TIME, CHANNELS], ids=["time", "channels"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_masks_have_the_distribution_of_fairseq(case: Case, what: int) -> None:
     theirs = share_and_run(case, "fairseq")[what]
-    assert distance(share_and_run(case, "micro_batch")[what], theirs) < REFUSED_AT
-    assert distance(share_and_run(case, "none")[what], theirs) > 3 * REFUSED_AT  # the test could tell
+    assert distance(share_and_run(case, "trimmed")[what], theirs) < REFUSED_AT
+    assert distance(share_and_run(case, "whole")[what], theirs) > 2 * REFUSED_AT  # the test could tell
 
 
 def test_trimming_masks_less_in_shorter_runs() -> None:
     """The figures of the documentation: docs/hyperparameters.md."""
-    shares = [share_and_run(TIME, which)[0].mean() for which in ("none", "micro_batch")]
-    assert shares == pytest.approx([0.4905, 0.4635], abs=0.004)
+    shares = [share_and_run(TIME, which)[0].mean() for which in ("whole", "trimmed")]
+    assert shares == pytest.approx([0.4905, 0.464], abs=0.004)
     runs = [
-        np.mean(
-            [length for number in range(200) for length in run_lengths(batch_of_ours(TIME, number, which)[0].tolist())]
-        )
-        for which in ("none", "micro_batch")
+        [
+            length
+            for number in range(200)
+            for length in run_lengths(batch_of_ours(TIME, number, trimmed=trimmed)[0].tolist())
+        ]
+        for trimmed in (False, True)
     ]
-    assert runs == pytest.approx([14.6, 8.5], abs=0.4)
-    channels = [share_and_run(CHANNELS, which)[0].mean() for which in ("none", "micro_batch")]
+    assert [np.mean(each) for each in runs] == pytest.approx([14.6, 8.5], abs=0.4)
+    channels = [share_and_run(CHANNELS, which)[0].mean() for which in ("whole", "trimmed")]
     assert channels == pytest.approx([0.404, 0.304], abs=0.01)
 
 

@@ -71,6 +71,12 @@ class TestGroups:
         found = settings_of(config_with(groups=[{"pattern": "layer", "lr_scale": 0.5}]))
         assert (found["encoder.layer.weight"], found["encoder.layer.bias"]) == ((0.5, 0.01), (0.5, 0.0))
 
+    def test_vectors_decay_too_if_asked(self) -> None:
+        (group,) = parameter_groups(SHAPES, config_with(weight_decay=0.3, decay_vectors=True))
+        assert group == ([name for name, _ in SHAPES], 1.0, 0.3)
+        found = settings_of(config_with(decay_vectors=True, groups=[{"pattern": "layer", "weight_decay": 0.2}]))
+        assert found["encoder.layer.bias"] == (1.0, 0.2) and found["encoder.norm.weight"] == (1.0, 0.01)
+
     def test_a_pattern_for_all_parameters_makes_one_group(self) -> None:
         (group,) = parameter_groups(SHAPES, config_with(groups=[{"pattern": ".", "weight_decay": 0.3}]))
         assert group == ([name for name, _ in SHAPES], 1.0, 0.3)

@@ -71,25 +71,25 @@ class TestLinear:
         assert rate(UPDATES - 1, kind="linear") == rate(10 * UPDATES, kind="linear") == 0.0
 
 
-class TestCountFrom:
+class TestFirstStep:
     """fairseq's `polynomial_decay` and Transformers' schedules: update u has our rate of update u - 1."""
 
     @pytest.mark.parametrize("kind", ["cosine", "linear"])
     def test_zero_runs_one_update_behind(self, kind: str) -> None:
-        assert rate(0, kind=kind, count_from=0) == 0.0
-        later = [rate(update, kind=kind, count_from=0) for update in range(1, UPDATES)]
+        assert rate(0, kind=kind, first_step=0) == 0.0
+        later = [rate(update, kind=kind, first_step=0) for update in range(1, UPDATES)]
         assert later == [rate(update, kind=kind) for update in range(UPDATES - 1)]
 
     def test_zero_equals_the_schedule_of_transformers(self) -> None:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARMUP, UPDATES)
         for update in range(UPDATES):
-            assert rate(update, kind="linear", count_from=0) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+            assert rate(update, kind="linear", first_step=0) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
             optimizer.step()
             schedule.step()
 
     def test_without_a_warm_up_it_starts_at_the_peak(self) -> None:
-        assert rate(0, kind="linear", count_from=0, warmup_updates=0) == 1.0
+        assert rate(0, kind="linear", first_step=0, warmup_updates=0) == 1.0
 
 
 class TestTriStage:

@@ -189,8 +189,15 @@ class TestLog:
         assert log.summary() is None
         log.report([BadAudio(f"u{n}", "a", kind, "") for n, kind in enumerate(["silent", "missing", "silent"])])
         assert log.summary() == (
-            f"3 utterances could not be used (2 silent, 1 missing): {tmp_path / 'logs' / 'bad_audio.jsonl'}"
+            f"3 utterances were left out (2 silent, 1 missing): {tmp_path / 'logs' / 'bad_audio.jsonl'}"
         )
+
+    def test_the_summary_counts_utterances_that_were_used_apart(self, tmp_path: Path) -> None:
+        log = self.log(tmp_path)
+        log.report([BadAudio("u1", "a", "unknown symbols", "", left_out=False), BadAudio("u2", "a", "silent", "")])
+        expected = "1 utterances were left out (1 silent); 1 utterances were used, but noted (1 unknown symbols): "
+        for each in (log, self.log(tmp_path)):
+            assert (each.summary() or "").startswith(expected)
 
     def test_the_limit_is_checked_once_enough_utterances_were_seen(self, tmp_path: Path) -> None:
         log = self.log(tmp_path)

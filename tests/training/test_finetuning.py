@@ -219,6 +219,8 @@ def test_the_source_decides_how_waveforms_are_normalised(spelled: Path, tmp_path
     assert train(source, tmp_path) == 0
     found = fine_tuning_config(load_config("ctc_1h", [f"trainer.init_from={tmp_path}"])).model
     assert (found.normalize_waveform, found.waveform_eps, found.norm_first) == (True, 1e-5, True)
+    own = load_config("ctc_1h", [f"trainer.init_from={tmp_path}", "model.waveform_eps=1e-3"])
+    assert fine_tuning_config(own).model.waveform_eps == 1e-3
 
 
 def test_frozen_parameters_stay_bit_for_bit(spelled: Path, pretrained: Path, tmp_path: Path) -> None:
@@ -341,7 +343,15 @@ class TestCommandLine:
         (["regularization.feature_grad_mult=0"], "the encoder is frozen but randomly initialised"),
         (
             ["objective.freeze_encoder_updates=5", "trainer.init_from=exp/base", "optim.weight_decay=0.01"],
-            "optim.weight_decay=0.01 would shrink the encoder while it is frozen",
+            "a weight decay of 0.01 would shrink the encoder while it is frozen .*; set optim.weight_decay=0",
+        ),
+        (
+            [
+                "objective.freeze_encoder_updates=5",
+                "trainer.init_from=exp/base",
+                "optim.groups=[{pattern: mask, weight_decay: 0.2}]",
+            ],
+            "a weight decay of 0.2 would shrink the encoder",
         ),
         (["data.mode=stream"], "data.mode=stream crops utterances, .*; set data.mode=index"),
         (["augment.speed=[0.9]"], r"augment.speed=\[0.9\]: slowed utterances are cropped, which objective.name=ctc"),

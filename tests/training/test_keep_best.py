@@ -105,6 +105,28 @@ def test_fine_tuning_keeps_the_lowest_word_error_rate(monkeypatch: pytest.Monkey
     assert "validation loss" in shown and "validation wer" in shown and "0.4" in shown
 
 
+def test_a_validation_without_the_metric_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_spelled(tmp_path / "corpus", some_texts(4))
+    settings = [*SPELLING, f"data.train={corpus}", f"data.validation={corpus}", "trainer.updates=2", "model.layers=1"]
+    validate = loop.validate
+    monkeypatch.setattr(loop, "validate", lambda *arguments: validate(*arguments) | {"loss": math.nan})
+    assert loop.train(load_config("base", [*settings, "schedule.warmup_updates=1"]), tmp_path / "exp") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warning: the validation has no finite loss (trainer.best_metric)" in printed
+    assert "loss" not in open_checkpoint(tmp_path / "exp").state.validation
+
+
+def test_validations_without_a_checkpoint_are_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = write_spelled(tmp_path / "corpus", some_texts(4))
+    settings = [*SPELLING, f"data.train={corpus}", f"data.validation={corpus}", "trainer.updates=2", "model.layers=1"]
+    own = ["schedule.warmup_updates=1", "checkpoint.keep_best=1", "checkpoint.every=6", "trainer.validate_every=4"]
+    assert loop.train(load_config("base", [*settings, *own]), tmp_path / "exp") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "checkpoint.every=6 does not divide trainer.validate_every=4" in printed
+
+
 def test_real_validation_reports_a_word_error_rate(tmp_path: Path) -> None:
     corpus = write_spelled(tmp_path / "corpus", some_texts(4))
     settings = [*SPELLING, f"data.train={corpus}", f"data.validation={corpus}", "trainer.updates=4", "model.layers=1"]

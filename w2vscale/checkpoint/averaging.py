@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ class Averaged(NamedTuple):
     """The checkpoint that was written, and the values of `metric` of those averaged, by update, oldest first."""
 
     checkpoint: Path
-    metric: str  # trainer.best_metric of the newest
+    metric: str  # trainer.best_metric of the newest usable checkpoint
     scores: dict[int, float | None]
 
 
@@ -40,7 +41,7 @@ def average(
 ) -> Averaged:
     """Write `output`/checkpoints/update_… with the mean of the newest `last` or the `best` usable checkpoints of a run.
 
-    The best are those with the lowest `trainer.best_metric` (of the newest) in validation; of equal ones the earlier.
+    The best have the lowest validation metric `trainer.best_metric` (of the newest); of equal ones the earlier.
     Parameters and floating-point buffers are averaged in float64. Other buffers, settings, update and hours seen are
     those of the newest of the checkpoints. Holds the result, and one more tensor.
 
@@ -50,10 +51,11 @@ def average(
     if (last is None) == (best is None) or not (last or best):
         raise UserError("choose either --last N or --best N")
     folder = folder_for_one(output)
-    chosen = sorted(_choose(run, last, best, log), key=lambda checkpoint: checkpoint.state.update)
+    paths = committed(run / "checkpoints")
+    metric = _metric(paths)
+    chosen = sorted(_choose(run, paths, last, best, metric, log), key=lambda checkpoint: checkpoint.state.update)
     _require_one_model(chosen)
     newest = chosen[-1]
-    metric = newest.config.trainer.best_metric
     scores = {each.state.update: each.state.validation.get(metric) for each in chosen}
     names = [*model_only(newest.specs)]
     means: dict[str, Tensor] = {}
@@ -66,20 +68,29 @@ def average(
     return Averaged(path, metric, scores)
 
 
-def _choose(run: Path, last: int | None, best: int | None, log: Callable[[str], None]) -> list[CheckpointReader]:
-    """The newest `last`, or else the `best` usable checkpoints of a run."""
-    paths, kind = committed(run / "checkpoints")[::-1], "usable checkpoint"
+def _metric(paths: Sequence[Path]) -> str:
+    """Return the setting `trainer.best_metric` of the newest checkpoint whose settings can be read."""
+    for path in reversed(paths):
+        with suppress(UserError):
+            return CheckpointReader(path).config.trainer.best_metric
+    return "loss"
+
+
+def _choose(
+    run: Path, paths: Sequence[Path], last: int | None, best: int | None, metric: str, log: Callable[[str], None]
+) -> list[CheckpointReader]:
+    """Return the newest `last`, or else the `best` usable checkpoints of a run."""
+    candidates, kind = paths[::-1], "usable checkpoint"
     if last is None:
-        metric = next((one.config.trainer.best_metric for one in _usable(paths, log)), "loss")
-        validated = best_first(paths[::-1], metric)
+        validated = best_first(paths, metric, log)
         if paths and not validated:
             raise UserError(
                 f"{run}: none of its {counted(len(paths), 'checkpoint')} has the validation metric {metric} "
                 "(trainer.best_metric); use --last N"
             )
-        paths, kind = validated, "usable validated checkpoint"
+        candidates, kind = validated, "usable validated checkpoint"
     count = last or best or 0
-    found = list(islice(_usable(paths, log), count))
+    found = list(islice(_usable(candidates, log), count))
     if len(found) < count:
         which = f" ({_listed(each.state.update for each in found)})" if found else ""
         raise UserError(f"{run}: {counted(count, kind)} requested, but it has {len(found)}{which}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -90,6 +91,8 @@ def read_document(path: Path) -> Document:
             if "validation" not in content:  # written before all metrics were kept
                 loss = content.get("validation_loss")
                 content["validation"] = {} if loss is None else {"loss": loss}
+            if not all(math.isfinite(value) for value in dict(content["validation"]).values()):
+                raise ValueError("validation: not finite")
             state = TrainState(**{each.name: content[each.name] for each in fields(TrainState)})
             files = {
                 name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -166,7 +167,11 @@ class CheckpointStore:
     def _delete_old(self) -> None:
         """Delete the checkpoints that need not be kept, and what killed processes left. A failure is only logged."""
         paths = committed(self.folder)
-        best = best_first(paths, self.best_metric)[: self.keep_best] if self.keep_best else []
+        best: dict[Path, None] = {}
+        if self.keep_best:
+            # Those with a loss alone were kept before `best_metric` was changed.
+            ranked = dict.fromkeys([*best_first(paths, self.best_metric), *best_first(paths, "loss")])
+            best = dict.fromkeys(islice(ranked, self.keep_best))
         unneeded = [*self.folder.glob(".update_*.partial")]
         for path in paths[: -self.keep_last]:
             if path not in best and not (self.keep_every and update_of(path) % self.keep_every == 0):

@@ -12,7 +12,7 @@ from w2vscale.cli.arguments import Checkpoint
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError, counted
 
-app = typer.Typer(no_args_is_help=True, help="Inspect, verify and convert checkpoints.")
+app = typer.Typer(no_args_is_help=True, help="Inspect, verify, convert and average checkpoints.")
 
 
 @app.command()
@@ -32,6 +32,7 @@ def show(
         ("update", f"{state.update:,} of {checkpoint.config.trainer.updates:,}"),
         ("hours seen", f"{state.audio_seconds / 3600:,.2f}"),
         *((f"validation {metric}", f"{state.validation[metric]:.6g}") for metric in ranked),
+        ("data", state.data or "unknown"),
         ("skipped updates", f"{state.skipped_updates:,}"),
         ("skipped utterances", f"{state.skipped_utterances:,}"),
         ("parameters", f"{checkpoint.parameters:,}"),

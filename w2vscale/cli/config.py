@@ -48,7 +48,7 @@ def show(
 def presets() -> None:
     """List the presets with model size and main settings (shape: layers x dim x ffn_dim x heads).
 
-    init_from: fine-tuning presets take the model from trainer.init_from.
+    Presets for fine-tuning take the model from trainer.init_from.
     """
     import torch
 
@@ -58,7 +58,7 @@ def presets() -> None:
     rows = []
     for name in preset_names():
         config, objective = load(name)
-        parameters, shape = "init_from", "init_from"
+        parameters, shape = "of init_from", ""
         if not objective.vocabulary:
             with torch.device("meta"):
                 model = objective.build_model()
@@ -75,7 +75,10 @@ def diff(
     one: Annotated[str, typer.Argument(metavar="A", help="Preset, YAML file, or folder of a run or checkpoint.")],
     other: Annotated[str, typer.Argument(metavar="B", help="Preset, YAML file, or folder of a run or checkpoint.")],
 ) -> None:
-    """List the settings in which two presets, files or runs differ."""
+    """List the settings in which two presets, files or runs differ, e.g. w2vscale config diff base exp/mine.
+
+    Defaults count. A value is empty if an objective does not have the setting.
+    """
     from w2vscale.objectives import differences
 
     rows = differences(one, other)

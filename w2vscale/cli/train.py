@@ -11,7 +11,7 @@ import typer
 
 from w2vscale.cli.arguments import Exp, Overrides, Processes, Resume, Source, launch_if_asked
 from w2vscale.cli.progress import console, print_table
-from w2vscale.errors import counted
+from w2vscale.errors import UserError, counted
 
 if TYPE_CHECKING:
     from w2vscale.config import Config
@@ -50,7 +50,7 @@ def train(
         if found := run_dry(config, partial(console.print, markup=False)):
             _print_dry_run(found)
     else:
-        _run(config, exp or Path("exp") / Path(source).stem, resume, context)
+        _run(config, run_folder(source, exp), resume, context)
 
 
 def finetune(
@@ -75,9 +75,26 @@ def finetune(
     from w2vscale.training.run import stored_settings
     from w2vscale.training.warm_start import fine_tuning_config
 
-    exp = exp or Path("exp") / Path(source).stem
+    exp = run_folder(source, exp)
     config = fine_tuning_config(config, scratch=scratch, stored=stored_settings(exp, resume))
     _run(config, exp, resume, context)
+
+
+def run_folder(source: str, exp: Path | None) -> Path:
+    """The folder of the run: `exp`, or the run that `source` is, or exp/NAME for a preset or a file.
+
+    Raises UserError if `source` is the folder of a checkpoint, which does not say where a run belongs.
+    """
+    from w2vscale.config import preset_names
+
+    path = Path(source)
+    if exp is not None:
+        return exp
+    if source in preset_names() or not path.is_dir():
+        return Path("exp") / (path.stem if path.suffix in (".yaml", ".yml") else path.name)
+    if (path / "train_state.json").is_file() or not (path / "config.yaml").is_file():
+        raise UserError(f"{source}: not the folder of a run; choose one with --exp")
+    return path
 
 
 def _run(config: Config, exp: Path, resume: str, context: typer.Context) -> NoReturn:

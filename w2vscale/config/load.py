@@ -90,14 +90,13 @@ def dump_config(config: BaseModel) -> str:
 
 
 def _read_source(source: str) -> dict[str, Any]:
-    is_preset = source in preset_names()
     path = Path(source)
     try:
-        if is_preset:
+        if source in preset_names():
             tree = _parse_yaml((PRESETS / f"{source}.yaml").read_text(), where=f"preset {source}")
         else:
-            tree = _parse_yaml((path / "config.yaml" if path.is_dir() else path).read_text(), where=source)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            tree = _parse_yaml((_in_folder(path) if path.is_dir() else path).read_text(), where=source)
+    except (FileNotFoundError, NotADirectoryError):
         hint = nearest(path.stem, preset_names())
         raise UserError(f"{source}: neither a file nor a preset{hint} (presets: {', '.join(preset_names())})") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -110,10 +109,18 @@ def _read_source(source: str) -> dict[str, Any]:
     return _on_top(_read_source(preset), tree)
 
 
+def _in_folder(folder: Path) -> Path:
+    """Return the settings of a run or checkpoint. A run without a config.yaml has those of its newest checkpoint."""
+    for place in ("", "checkpoints/latest", "latest"):
+        if (file := folder / place / "config.yaml").is_file():
+            return file
+    raise UserError(f"{folder}: has no config.yaml; give the folder of a run or checkpoint, a YAML file, or a preset")
+
+
 def _parse_yaml(text: str, *, where: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict | None):
         raise UserError(f"{where}: expected sections with settings, got a {type(tree).__name__}")
@@ -226,7 +233,7 @@ def settings_of(kind: type[Section], name: str) -> list[tuple[str, str, str, str
 
 def in_yaml(value: object) -> str:
     """Return a plain value as one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
 
 
 def _type_name(annotation: Any) -> str:

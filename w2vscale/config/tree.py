@@ -1,7 +1,7 @@
 """The settings of a run, each with its type, default, unit and limits.
 
-Defaults are those of wav2vec 2.0 BASE (Baevski et al. 2020, arXiv:2006.11477) with this project's own
-optimisation (AdamW, cosine, clipping, BF16). Presets state only what differs.
+Defaults are those of the preset `base`: wav2vec 2.0 BASE (Baevski et al. 2020, arXiv:2006.11477) with the optimisation
+of this project (AdamW, cosine, clipping, BF16). presets/base.yaml names the source of each number.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class ParameterGroupConfig(Section):
     pattern: Pattern = Field(description="regular expression that is searched in parameter names")
     lr_scale: NotNegative = Field(1.0, description="factor of the learning rate")
     weight_decay: NotNegative | None = Field(
-        None, description="weight decay of all of them, vectors too; null: optim.weight_decay, of matrices only"
+        None, description="weight decay of all of them, vectors too; null: as in optim.weight_decay"
     )
 
 
@@ -255,8 +255,9 @@ class OptimConfig(Section):
     betas: tuple[Probability, Probability] = Field((0.9, 0.98), description="decay rates of the moments")
     eps: Positive = Field(1e-6, description="added to the denominator")
     weight_decay: NotNegative = Field(
-        0.01, description="weight decay of matrices; vectors have none unless optim.groups gives them one"
+        0.01, description="weight decay of matrices, and of vectors with decay_vectors or by optim.groups"
     )
+    decay_vectors: bool = Field(False, description="apply weight_decay to vectors too: biases, norms, mask embedding")
     max_norm: Positive | None = Field(1.0, description="clip gradients to this L2 norm; null: do not clip")
     groups: list[ParameterGroupConfig] = Field(
         [], description="parameter groups with other settings; the first pattern that matches counts"
@@ -268,10 +269,10 @@ class ScheduleConfig(Section):
 
     kind: Literal["cosine", "linear", "tri_stage"] = Field("cosine", description="shape of the schedule")
     warmup_updates: CountOrZero = Field(32_000, description="updates of linear warm-up (cosine, linear)")
-    count_from: Literal[0, 1] = Field(
+    first_step: Literal[0, 1] = Field(
         1,
-        description="number of the first update (cosine, linear). 1: it has 1 / warmup_updates of the peak; 0: it has "
-        "rate 0, and the schedule runs one update later, as in fairseq and Transformers",
+        description="step of the schedule at the first update (cosine, linear). 1: it has 1 / warmup_updates of the "
+        "peak. 0: it has rate 0, and the schedule runs one update later (fairseq, Transformers)",
     )
     final_ratio: Fraction | None = Field(
         None, description="share of the peak at the end; null: 0.1 with cosine, 0 with linear, 0.05 with tri_stage"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -67,7 +66,7 @@ def evaluate_checkpoint(
         metrics = validate(evaluate, batches, objective.metrics)
     if not ranks.is_main:
         return None
-    if math.isnan(metrics["loss"]):
+    if not metrics["utterances"]:
         raise UserError(f"{cuts[0]}: no utterance could be evaluated")
     return Evaluation(checkpoint.path, checkpoint.state.update, metrics, objective.table(metrics))
 

@@ -68,8 +68,8 @@ def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, Tenso
     """Return the settings and the `state_dict` (fp32) of `Wav2Vec2ForPretraining`.
 
     Sizes come from the tensor shapes, other settings from the checkpoint. Missing settings are taken from the published
-    models (strides, heads; pre-LN blocks and normalised waveforms if the feature extractor has LayerNorm) or, if they
-    matter only in training, from our defaults.
+    models (strides, heads, trimmed masks; pre-LN blocks and normalised waveforms if the feature extractor has
+    LayerNorm) or, if they matter only in training, from our defaults.
 
     Raises UserError if our model does not support the checkpoint; the message names the first such setting or tensor.
     """

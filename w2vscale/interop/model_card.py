@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from w2vscale.checkpoint.reader import CheckpointReader
+from w2vscale.config import ModelConfig
 from w2vscale.data.transcripts import PIECE_SPACE
 from w2vscale.errors import UserError
 from w2vscale.files import read_records
@@ -25,7 +26,7 @@ def model_card(checkpoint: CheckpointReader) -> str:
         ("objective", objective.settings.name),
         ("blocks x dim x feed-forward x heads", f"{model.layers} x {model.dim} x {model.ffn_dim} x {model.heads}"),
         ("sampling rate", f"{model.sampling_rate} Hz"),
-        ("waveform normalisation", "yes" if model.normalize_waveform else "no"),
+        ("waveform normalisation", _normalisation(model)),
         *(_training_rows(checkpoint, objective) if state.update else [("origin", state.data or "not recorded")]),
     ]
     table = "\n".join(f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows)
@@ -84,6 +85,13 @@ CTC_USE = {
 PIECES = """
 The tokenizer converts labels to text, but not text to labels. A label is the id in the SentencePiece model + 1.
 """
+
+
+def _normalisation(model: ModelConfig) -> str:
+    if not model.normalize_waveform:
+        return "no"
+    differs = model.waveform_eps != ModelConfig().waveform_eps
+    return "yes" + differs * f"; {model.waveform_eps:g} was added to the variance, and Transformers adds 1e-07"
 
 
 def _origin(checkpoint: CheckpointReader, objective: Objective) -> str:

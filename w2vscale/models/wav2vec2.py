@@ -30,7 +30,7 @@ from w2vscale.kernels.replaceable import replaceable
 from w2vscale.models.layers import LayerNorm, Linear, dropout
 from w2vscale.models.lengths import conv_padding
 
-bert = partial(nn.init.normal_, std=0.02)
+normal_as_in_bert = partial(nn.init.normal_, std=0.02)
 """Draws the initial weights of attention and feed-forward (Devlin et al. 2019)."""
 
 Statistics = tuple[Tensor, Tensor]
@@ -405,8 +405,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.dropout = regularization.attention_dropout
-        self.qkv = Linear(config.dim, 3 * config.dim, init=bert)
-        self.out = Linear(config.dim, config.dim, init=bert)
+        self.qkv = Linear(config.dim, 3 * config.dim, init=normal_as_in_bert)
+        self.out = Linear(config.dim, config.dim, init=normal_as_in_bert)
 
     def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
         q_NHE, k_NHE, v_NHE = self.qkv(x_ND).unflatten(1, (3, self.heads, -1)).unbind(1)
@@ -430,8 +430,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, regularization: RegularizationConfig) -> None:
         super().__init__()
         self.activation_dropout = regularization.activation_dropout
-        self.intermediate = Linear(config.dim, config.ffn_dim, init=bert)
-        self.output = Linear(config.ffn_dim, config.dim, init=bert)
+        self.intermediate = Linear(config.dim, config.ffn_dim, init=normal_as_in_bert)
+        self.output = Linear(config.ffn_dim, config.dim, init=normal_as_in_bert)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         hidden = dropout(F.gelu(self.intermediate(x_ND)), self.activation_dropout, self.training)

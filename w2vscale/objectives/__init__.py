@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from w2vscale.config import Config, ObjectiveConfig, in_yaml, load_config, parse_section, settings_of
 from w2vscale.errors import UserError
@@ -49,6 +50,13 @@ def resolve(config: Config) -> tuple[Config, Objective]:
     return config.model_copy(update={"objective": ObjectiveConfig(**objective.settings.model_dump())}), objective
 
 
+def effective(config: Config) -> dict[str, dict[str, Any]]:
+    """Return all settings as plain values, with what `schedule.final_ratio=null` stands for."""
+    document = config.model_dump(mode="json")
+    document["schedule"]["final_ratio"] = config.schedule.end
+    return document
+
+
 def differences(one: str | Path, other: str | Path) -> list[tuple[str, str, str, str]]:
     """Return (key, value of `one`, value of `other`, description) of every setting in which two sources differ.
 
@@ -58,7 +66,7 @@ def differences(one: str | Path, other: str | Path) -> list[tuple[str, str, str,
     configs = [load(source)[0] for source in (one, other)]
     rows = []
     for section, default in Config():
-        ours, theirs = (getattr(config, section).model_dump(mode="json") for config in configs)
+        ours, theirs = (effective(config)[section] for config in configs)
         fields = dict(type(default).model_fields)
         if section == "objective":
             for config in configs:

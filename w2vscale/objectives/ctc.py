@@ -32,11 +32,13 @@ from w2vscale.data.transcripts import (
 )
 from w2vscale.errors import UserError
 from w2vscale.kernels.packing import Lengths
+from w2vscale.models.initialisation import empty_parameters
 from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.lengths import output_frames
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 from w2vscale.objectives.base import Objective, Panel, StepContext, Target, TransformersHead
-from w2vscale.objectives.masking import MaskSettings, draw_masks, masked_batch
+from w2vscale.objectives.masking import MaskSettings, Spans, draw_masks, masked_batch
+from w2vscale.optim.adamw import parameter_groups
 
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 """Vocabulary of the published English models, in the same order; `|` is the space."""
@@ -158,12 +160,16 @@ class Ctc(Objective):
                 "the encoder is frozen but randomly initialised; set trainer.init_from, or train from scratch with "
                 "objective.freeze_encoder_updates=0 regularization.feature_grad_mult=1"
             )
-        groups = {f"optim.groups.{at}.weight_decay": one.weight_decay for at, one in enumerate(config.optim.groups)}
-        for name, decay in ({"optim.weight_decay": config.optim.weight_decay} | groups).items():
-            if frozen_updates and decay:
+        if not frozen_updates:
+            return
+        with empty_parameters():
+            shapes = [(name, parameter.shape) for name, parameter in self.build_model().named_parameters()]
+        for group in parameter_groups(shapes, config.optim):
+            if group.weight_decay and any(name.startswith("encoder.") for name in group.names):
                 raise UserError(
-                    f"{name}={decay:g} would shrink the encoder while it is frozen "
-                    f"(objective.freeze_encoder_updates={frozen_updates}); set it to 0"
+                    f"a weight decay of {group.weight_decay:g} would shrink the encoder while it is frozen "
+                    f"(objective.freeze_encoder_updates={frozen_updates}); set optim.weight_decay=0, and none in "
+                    "optim.groups for the encoder"
                 )
 
     def unfrozen(self) -> CtcSettings:
@@ -182,18 +188,15 @@ class Ctc(Objective):
         return Target(labels, ("unknown symbols", reason))
 
     def make_inputs(self, utterances: Sequence[Utterance], *, rng: Generators, width: int = 0) -> CtcInputs:
-        audio, generators = masked_batch(utterances, self.model, self.settings, rng=rng, width=width)
+        settings = self.settings
+        # fairseq rounds the number of spans of each utterance by itself where utterances are padded.
+        audio, generators = masked_batch(utterances, self.model, settings, rng=rng, width=width, one_rounding=False)
         labels: list[list[int]] = [utterance.target for utterance in utterances] or [[]]
         channel_masks_BD = np.zeros((len(labels), self.model.dim), dtype=np.bool_)
-        if self.settings.channel_mask_probability > 0.0 and generators:
-            channel_masks_BD[:] = draw_masks(
-                [self.model.dim] * len(generators),
-                self.settings,
-                generators,
-                probability=self.settings.channel_mask_probability,
-                length=self.settings.channel_mask_length,
-                min_spans=0,
-            )
+        if settings.channel_mask_probability > 0.0 and generators:
+            spans = Spans(settings.channel_mask_probability, settings.channel_mask_length, least=0)
+            trimmed = settings.mask_trim == "micro_batch"
+            channel_masks_BD[:] = draw_masks([self.model.dim] * len(generators), spans, generators, trimmed=trimmed)
         counts = tuple(map(len, labels))
         return CtcInputs(
             audio=audio,
@@ -224,9 +227,8 @@ class Ctc(Objective):
         return {"encoder_frozen": float(update < self.settings.freeze_encoder_updates)}
 
     def line(self, metrics: Mapping[str, float]) -> str:
-        errors = ""
-        if "wer" in metrics:
-            errors = f"  label errors {metrics['label_error_rate']:.1%}  WER {metrics['wer']:.1%}"
+        errors = f"  label errors {metrics['label_error_rate']:.1%}" if "utterances" in metrics else ""
+        errors += f"  WER {metrics['wer']:.1%}" if "wer" in metrics else ""
         return f"loss {metrics['loss']:.3f} per label{errors}"
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
@@ -241,7 +243,7 @@ class Ctc(Objective):
         return (
             Panel("loss", "loss per label (nats)", {"loss": ""}),
             Panel("label errors", "label error rate, validation", {"label_error_rate": ""}, training=False),
-            Panel("lr", "learning rate", {"lr": ""}),
+            Panel("WER", "word error rate, validation", {"wer": ""}, training=False),
         )
 
     def logits(self, module: Any, hidden_TD: Tensor) -> Tensor:
@@ -351,6 +353,8 @@ def count_errors(logits_BTV: Tensor, inputs: CtcInputs, vocabulary: Sequence[str
     logits_BTV = logits_BTV.float().cpu()
     references = inputs.labels_L.cpu().split(inputs.label_lengths_B.tolist())
     for logits_TV, frames, labels in zip(logits_BTV, inputs.audio.frames_B.tolist(), references, strict=True):
+        if not len(labels):  # the silence of a micro-batch without utterances
+            continue
         found, wanted = greedy_labels(logits_TV[:frames]), labels.tolist()
         errors += int(Levenshtein.distance(found, wanted))
         hypothesis, reference = (labels_to_text(each, vocabulary).split() for each in (found, wanted))

@@ -6,7 +6,7 @@ Sources: Baevski et al. 2020, section 3.1 and appendix; `compute_mask_indices` i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -41,19 +41,26 @@ class MaskSettings(ObjectiveSettings):
         return self.mask_min_spans + 1
 
 
-def span_mask(
-    size: int, *, probability: float, length: int, min_spans: int, generator: np.random.Generator
-) -> NDArray[np.bool_]:
+class Spans(NamedTuple):
+    """How frames (or channels) are masked."""
+
+    probability: float  # expected fraction in spans, counted before they overlap
+    length: int
+    least: int  # minimum number of spans
+
+
+def span_mask(size: int, spans: Spans, rounding: float, generator: np.random.Generator) -> NDArray[np.bool_]:
     """Draw which frames (or channels) of an utterance are masked. Returns [size] bool.
 
-    The number of spans is `probability * size / length`, rounded up with a probability equal to its fractional part,
-    but at least `min_spans`. Starts are drawn without replacement from [0, size - length), and spans may overlap. If
-    there are not more starts than spans, they are drawn from [0, spans], and spans end with the utterance.
+    The number of spans is `probability * size / length`, rounded up if its fractional part and `rounding`, from [0, 1),
+    add up to 1; but at least `least`. Starts are drawn without replacement from [0, size - length), and spans may
+    overlap. If there are not more starts than spans, they are drawn from [0, number of spans], and spans are cut at
+    the end of the utterance.
     """
-    spans = max(int(probability * size / length + generator.random()), min_spans)
-    starts = max(size - length, spans + 1)
-    first = generator.permutation(starts)[:spans]
-    places = (first[:, None] + np.arange(length)).reshape(-1)
+    count = max(int(spans.probability * size / spans.length + rounding), spans.least)
+    starts = max(size - spans.length, count + 1)
+    first = generator.permutation(starts)[:count]
+    places = (first[:, None] + np.arange(spans.length)).reshape(-1)
     mask = np.zeros(size, dtype=np.bool_)
     mask[places[places < size]] = True
     return mask
@@ -69,11 +76,24 @@ def trim(masks: Sequence[NDArray[np.bool_]], generators: Sequence[np.random.Gene
 
 
 def draw_masks(
-    sizes: Sequence[int], settings: MaskSettings, generators: Sequence[np.random.Generator], **spans: Any
+    sizes: Sequence[int],
+    spans: Spans,
+    generators: Sequence[np.random.Generator],
+    *,
+    trimmed: bool,
+    one_rounding: bool = True,
 ) -> list[NDArray[np.bool_]]:
-    """Draw the masks of the utterances of a micro-batch, [size] bool each. `spans` are arguments of `span_mask`."""
-    masks = [span_mask(size, generator=draws, **spans) for size, draws in zip(sizes, generators, strict=True)]
-    return trim(masks, generators) if settings.mask_trim == "micro_batch" else masks
+    """Draw the masks of the utterances of a micro-batch, [size] bool each.
+
+    `trimmed`: as fairseq does (`MaskSettings.mask_trim`). Then the numbers of spans of all utterances are rounded with
+    one draw, unless `one_rounding` is false.
+    """
+    roundings = [generator.random() for generator in generators]
+    if trimmed and one_rounding:
+        roundings = roundings[:1] * len(roundings)
+    draws = zip(sizes, roundings, generators, strict=True)
+    masks = [span_mask(size, spans, rounding, generator) for size, rounding, generator in draws]
+    return trim(masks, generators) if trimmed else masks
 
 
 def masked_batch(
@@ -83,19 +103,15 @@ def masked_batch(
     *,
     rng: Generators,
     width: int,
+    one_rounding: bool = True,
 ) -> tuple[AudioBatch, list[np.random.Generator]]:
     """Pad utterances (or one of silence, if there are none) and draw masks; also return the generator of each."""
     silence = np.zeros(input_samples(settings.shortest_frames, model), dtype=np.float32)
     audio = audio_batch([utterance.waveform for utterance in utterances] or [silence], model, width=width)
     generators = [rng(utterance.place) for utterance in utterances]
-    masks = draw_masks(
-        audio.frames[: len(generators)],
-        settings,
-        generators,
-        probability=settings.mask_probability,
-        length=settings.mask_length,
-        min_spans=settings.mask_min_spans,
-    )
+    spans = Spans(settings.mask_probability, settings.mask_length, settings.mask_min_spans)
+    frames, trimmed = audio.frames[: len(generators)], settings.mask_trim == "micro_batch"
+    masks = draw_masks(frames, spans, generators, trimmed=trimmed, one_rounding=one_rounding)
     for row, mask in enumerate(masks):
         audio.mask_BT[row, : mask.size] = torch.from_numpy(mask)
     return audio, generators

@@ -25,8 +25,8 @@ def parameter_groups(shapes: Sequence[tuple[str, torch.Size]], config: OptimConf
     """Sort parameters, given as (name, shape), into groups. UserError if a pattern selects no parameter.
 
     A parameter takes its settings from the first entry of `optim.groups` with a matching pattern (`re.search`). The
-    weight decay of an entry applies to all of its parameters, and `optim.weight_decay` only to matrices: parameters
-    with at least two dimensions greater than 1.
+    weight decay of an entry applies to all of its parameters. `optim.weight_decay` applies to matrices, which have at
+    least two dimensions greater than 1, and with `optim.decay_vectors` to all parameters.
     """
     entries = [*config.groups, ParameterGroupConfig(pattern="")]  # the last one matches every name
     selecting = set()
@@ -36,7 +36,8 @@ def parameter_groups(shapes: Sequence[tuple[str, torch.Size]], config: OptimConf
         selecting.add(index)
         weight_decay = entry.weight_decay
         if weight_decay is None:
-            weight_decay = config.weight_decay if sum(size > 1 for size in shape) >= 2 else 0.0
+            is_matrix = sum(size > 1 for size in shape) >= 2
+            weight_decay = config.weight_decay if is_matrix or config.decay_vectors else 0.0
         settings.setdefault((entry.lr_scale, weight_decay), []).append(name)
     for index, entry in enumerate(config.groups):
         if index not in selecting:

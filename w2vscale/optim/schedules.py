@@ -11,7 +11,7 @@ def learning_rate(update: int, *, optim: OptimConfig, schedule: ScheduleConfig, 
     """Return the learning rate of update `update` (0-based) of `updates`; the peak is `optim.lr`.
 
     cosine, linear: linear warm-up over `warmup_updates`, then decay to `final_ratio` times the peak (cosine: Loshchilov
-    & Hutter 2017; a floor of 10 % as in GPT-3). With `count_from=1` the last update of the warm-up has the peak and the
+    & Hutter 2017; a floor of 10 % as in GPT-3). With `first_step=1` the last update of the warm-up has the peak and the
     last of all the final rate; with 0 the update after each has it, as in fairseq's `polynomial_decay`.
     tri_stage: linear warm-up from `initial_ratio` times the peak, a constant stage, then exponential decay to
     `final_ratio` times the peak after the last update (Park et al. 2019, as in fairseq). `stages` gives the fractions
@@ -19,7 +19,7 @@ def learning_rate(update: int, *, optim: OptimConfig, schedule: ScheduleConfig, 
     """
     if schedule.kind == "tri_stage":
         return optim.lr * _tri_stage(update, schedule, updates)
-    step, warmup = update + schedule.count_from, schedule.warmup_updates
+    step, warmup = update + schedule.first_step, schedule.warmup_updates
     if step < warmup:
         return optim.lr * step / warmup
     progress = min((step - warmup) / max(updates - warmup, 1), 1.0)

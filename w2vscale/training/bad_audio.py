@@ -37,7 +37,7 @@ class BadAudioLog:
         new = {key: audio for key, audio in new.items() if key not in self._reasons}
         if new and self.ranks.is_main:
             append_records(self.path, [asdict(audio) for audio in new.values()])
-        self._reasons |= {key: audio.kind for key, audio in new.items()}
+        self._reasons |= {key: (audio.kind, audio.left_out) for key, audio in new.items()}
         self._last = everything[-1] if everything else self._last
 
     def count(self, *, seen: int, unusable: int) -> None:
@@ -52,18 +52,21 @@ class BadAudioLog:
             )
 
     def summary(self) -> str | None:
-        """The number of unusable utterances so far, by kind of reason; None if there are none."""
-        if not self._reasons:
-            return None
-        kinds = Counter(self._reasons.values()).most_common()
-        listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
-        return f"{len(self._reasons)} utterances could not be used ({listed}): {self.path}"
+        """Say how many utterances were left out and how many only noted, by kind of reason; None if there are none."""
+        parts = []
+        for what, left_out in (("left out", True), ("used, but noted", False)):
+            kinds = Counter(kind for kind, omitted in self._reasons.values() if omitted == left_out)
+            if kinds:
+                listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+                parts.append(f"{kinds.total()} utterances were {what} ({listed})")
+        return f"{'; '.join(parts)}: {self.path}" if parts else None
 
-    def _read(self) -> dict[tuple[str, str], str]:
+    def _read(self) -> dict[tuple[str, str], tuple[str, bool]]:
         """What an earlier part of the run has logged."""
         reasons = {}
         with suppress(FileNotFoundError, NotADirectoryError):
             for record in read_records(self.path):
                 with suppress(KeyError):
-                    reasons[str(record["utterance"]), str(record["file"])] = str(record["kind"])
+                    key = (str(record["utterance"]), str(record["file"]))
+                    reasons[key] = (str(record["kind"]), bool(record["left_out"]))
         return reasons

@@ -199,7 +199,7 @@ class Trainer:
             if gc.get_freeze_count():  # in `runtime.collected_between_steps`, so full collections are not automatic
                 gc.collect()
         began = time.perf_counter()
-        # Validate before saving, because the checkpoint stores the validation loss.
+        # Validate before saving, because the checkpoint stores the metrics.
         if validating:
             self._validate()
         if saving:
@@ -237,8 +237,11 @@ class Trainer:
         values = validate(evaluate, self.run.validation(), self.run.objective.metrics)
         if values["unusable_utterances"]:
             self.run.bad_audio.report(bad)
-        if math.isnan(values["loss"]):
+        if not values["utterances"]:
             raise UserError(f"data.validation: no utterance could be read; see {self.run.bad_audio.path}")
+        metric = self.config.trainer.best_metric
+        if not math.isfinite(values.get(metric, math.nan)):
+            self.display.message(f"warning: the validation has no finite {metric} (trainer.best_metric)", "yellow")
         self.state = replace(self.state, validation={key: one for key, one in values.items() if math.isfinite(one)})
         values["hours_seen"] = self.state.audio_seconds / 3600
         self.metrics.write("validation", self.state.update, values)

@@ -34,7 +34,7 @@ from w2vscale.files import write_text
 from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.models.initialisation import empty_parameters, initial_values
 from w2vscale.models.lengths import input_samples
-from w2vscale.objectives import Objective, resolve
+from w2vscale.objectives import Objective, effective, resolve
 from w2vscale.optim.canonical import expected_tensors, model_shapes
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 from w2vscale.training.bad_audio import BadAudioLog
@@ -154,6 +154,12 @@ def log_advice(
         log(f"engine.compile={str(config.engine.compile).lower()}: the first updates also compile the model")
     if config.engine.compile == "auto" and device.type == "cuda" and (missing := missing_for_compilation(device)):
         log(f"engine.compile=auto: nothing is compiled, because torch.compile needs {missing}")
+    if config.checkpoint.keep_best and config.trainer.validate_every % config.checkpoint.every:
+        log(
+            f"warning: checkpoint.keep_best: some validations have no checkpoint, because "
+            f"checkpoint.every={config.checkpoint.every} does not divide "
+            f"trainer.validate_every={config.trainer.validate_every}"
+        )
     if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
         longer = "" if objective.crops else " or longer than data.max_seconds"
         log(f"left out {left_out} of {len(training_set.corpus)} utterances: shorter than data.min_seconds{longer}")
@@ -310,16 +316,15 @@ def _compare_settings(
 ) -> None:
     """Raise if the architecture differs from the checkpoint's; log other differences, which may change the curve."""
     stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text())
+    before, after = effective(checkpoint.config), effective(config)
     fixed = {("model", key) for key in architecture_of(config.model)}
     fixed |= {("objective", key) for key in architecture_of(objective.settings)}
-    for section, now in config.model_dump(mode="json").items():
-        then: dict[str, Any] = stored.get(section, {})
+    for section, now in after.items():
         for key, value in now.items():
-            if key not in then:
+            then = before[section].get(key)
+            if key not in stored.get(section, {}):
                 log(f"{section}.{key}={value} is a setting that the checkpoint does not have")
-            elif then[key] != value:
+            elif then != value:
                 if (section, key) in fixed:
-                    raise UserError(
-                        f"{section}.{key}={value}: the checkpoint {checkpoint.path} was made with {then[key]}"
-                    )
-                log(f"{section}.{key} was {then[key]} in the checkpoint, is now {value}")
+                    raise UserError(f"{section}.{key}={value}: the checkpoint {checkpoint.path} was made with {then}")
+                log(f"{section}.{key} was {then} in the checkpoint, is now {value}")

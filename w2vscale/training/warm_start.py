@@ -63,7 +63,8 @@ def fine_tuning_config(config: Config, *, scratch: bool = False, stored: Path | 
     document = config.model_dump(mode="json")
     if source is not None:
         theirs = load_config(stored) if stored is not None else open_source(source).config
-        document["model"] = theirs.model.model_dump(mode="json") | {"max_frames": config.model.max_frames}
+        ours = {"max_frames", *(config.model.model_fields_set & {"waveform_eps"})}  # not part of the architecture
+        document["model"] = theirs.model.model_dump(mode="json") | {key: document["model"][key] for key in ours}
     if scratch:
         document["trainer"]["init_from"] = None
         document["objective"] = objective.unfrozen().model_dump(mode="json")
