@@ -106,7 +106,7 @@ choose_labels() {
 
 # Fine-tunes with the published settings for the amount of transcripts and the size of the pretrained model.
 fine_tune_librispeech() {
-  local size= width
+  local width size=
   width=$(setting_of "$exp" model.dim)
   if ((width >= 1024)); then size=large_; fi
   log "settings: the preset ctc_$size$amount"

@@ -185,7 +185,7 @@ class TestPresets:
         assert regularization.feature_grad_mult == config.optim.weight_decay == settings.final_dropout == 0
         assert regularization.dropout == regularization.attention_dropout == regularization.input_dropout == 0
         assert regularization.activation_dropout == 0.1
-        assert (config.trainer.best_metric, settings.mask_trim) == ("wer", "none")
+        assert (config.trainer.best_metric, settings.mask_trim, settings.head_init) == ("wer", "none", "xavier")
 
     def test_base_is_the_default_of_all_settings(self) -> None:
         assert resolve(load_config("base"))[0] == resolve(Config())[0]

@@ -69,7 +69,7 @@ def test_distributions_are_those_of_fairseq() -> None:
 
 def test_convolution_biases_have_the_default_of_pytorch_and_the_output_layer_of_ctc_is_xavier() -> None:
     """In fairseq: `nn.Conv1d` (only its weights are drawn again), and `xavier_uniform_` with biases of 0."""
-    settings = ["model.layers=1", "objective.name=ctc", "objective.vocabulary=letters", "model.norm_first=true"]
+    settings = ["model.layers=1", "objective.name=ctc", "objective.vocabulary=letters", "objective.head_init=xavier"]
     found = values(load_config("large_lv60", settings))
     for layer, bound in ((0, 1 / math.sqrt(10)), (1, 1 / math.sqrt(512 * 3))):
         bias = found[f"encoder.feature_encoder.layers.{layer}.bias"]
@@ -77,6 +77,8 @@ def test_convolution_biases_have_the_default_of_pytorch_and_the_output_layer_of_
     assert not found["encoder.transformer.positional.bias"].any()
     bound = math.sqrt(6 / (1024 + 32))
     assert bound * 0.99 < float(found["head.weight"].abs().max()) <= bound and not found["head.bias"].any()
+    normal = values(load_config("base", ["model.layers=1", *settings[1:3]]))["head.weight"]  # as in Transformers
+    assert float(normal.std()) == pytest.approx(0.02, rel=0.05)
 
 
 class WithBuffers(nn.Module):

@@ -35,7 +35,7 @@ from w2vscale.kernels.packing import Lengths
 from w2vscale.models.initialisation import empty_parameters
 from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.lengths import output_frames
-from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
+from w2vscale.models.wav2vec2 import Wav2Vec2Encoder, normal_as_in_bert
 from w2vscale.objectives.base import Objective, Panel, StepContext, Target, TransformersHead
 from w2vscale.objectives.masking import MaskSettings, Spans, draw_masks, masked_batch
 from w2vscale.optim.adamw import parameter_groups
@@ -56,6 +56,11 @@ class CtcSettings(MaskSettings):
     sentencepiece: Path | None = Field(
         None,
         description="SentencePiece model that splits transcripts; an empty vocabulary becomes the blank and its pieces",
+    )
+    head_init: Literal["normal", "xavier"] = Field(
+        "normal",
+        description="initial weights of the output layer: normal with standard deviation 0.02, as in Transformers, or "
+        "Xavier-uniform, as in fairseq",
     )
     final_dropout: Probability = Field(0.0, description="dropout before the output layer")
     channel_mask_probability: Fraction = Field(
@@ -106,7 +111,8 @@ class Wav2Vec2ForCTC(nn.Module):
         self.compute_dtype = compute_dtype
         self.encoder = Wav2Vec2Encoder(model, regularization)
         self.vocabulary = read_vocabulary(settings)
-        self.head = Linear(model.dim, len(self.vocabulary), init=nn.init.xavier_uniform_)
+        init: Any = nn.init.xavier_uniform_ if settings.head_init == "xavier" else normal_as_in_bert
+        self.head = Linear(model.dim, len(self.vocabulary), init=init)
 
     def forward(self, inputs: CtcInputs, *, active: Sequence[bool] | None = None, frozen: bool = False) -> CtcSums:
         """Compute the loss sums. With `frozen`, only the head gets gradients. In evaluation nothing is masked.
