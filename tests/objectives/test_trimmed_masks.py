@@ -37,7 +37,7 @@ class Case(NamedTuple):
 TIME = Case(781, Spans(0.65, 10, 2), 5)
 CASES = {
     "time": TIME,
-    "time, fine-tuning": Case(624, Spans(0.65, 10, 2), 16, one_rounding=False),
+    "time, fine-tuning": Case(624, Spans(0.65, 10, 2), 6, one_rounding=False),
     "channels of ctc_100h": Case(768, Spans(0.5, 64, 0), 16),
     "channels of ctc_960h": Case(768, Spans(0.1, 64, 0), 16),  # 1 or 2 spans, in all rows
     "channels of XLS-R 2B": Case(1920, Spans(0.25, 64, 0), 6),  # 7 or 8
