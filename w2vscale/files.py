@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -52,6 +53,21 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Write a whole UTF-8 file; see `new_file`."""
     with new_file(path, durable=durable) as file:
         file.write(text)
+
+
+def remove_partials(folder: Path, log: Callable[[str], None]) -> None:
+    """Delete the unfinished files and folders that killed processes left in `folder`. A failure is only logged.
+
+    No other process may write there.
+    """
+    for path in folder.glob(".*.partial"):
+        try:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError as failure:
+            log(f"{path}: cannot be deleted: {failure}")
 
 
 def sync_folder(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from tests.helpers.checkpoints import seal
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.expected import expected_of
-from w2vscale.checkpoint.format import TrainState, file_facts
+from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.checkpoint.verification import verify
@@ -97,9 +97,7 @@ def test_the_best_are_ranked_by_the_metric_of_the_newest(made: Path, tmp_path: P
         file = run / "checkpoints" / f"update_{update:08d}" / "config.yaml"
         by_wer = CONFIG.model_copy(update={"trainer": CONFIG.trainer.model_copy(update={"best_metric": "wer"})})
         file.write_text(dump_config(CONFIG if update == 8 else by_wer))
-        document = json.loads((file.parent / "train_state.json").read_text())
-        document["files"]["config.yaml"] = file_facts(file)
-        (file.parent / "train_state.json").write_text(json.dumps(document))
+        seal(file.parent)
     found = average(run, tmp_path / "loss", best=2)
     assert (found.metric, found.scores) == ("loss", {2: 3.0, 4: 2.0})
     shutil.rmtree(run / "checkpoints" / "update_00000008")

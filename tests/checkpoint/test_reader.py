@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoint.test_verification import content, spread
+from tests.checkpoint.test_verification import content, seal, spread
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.checkpoint import slices
 from w2vscale.checkpoint.averaging import average
@@ -20,6 +20,7 @@ from w2vscale.checkpoint.consolidation import consolidate
 from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
 from w2vscale.checkpoint.verification import verify
 from w2vscale.config import load_config
+from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import load
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.objectives import build_objective
@@ -71,12 +72,12 @@ def test_each_header_is_read_once(
 
 
 def test_settings_are_read_when_they_are_asked_for(path: Path) -> None:
-    text = (path / "config.yaml").read_text()
-    (path / "config.yaml").write_text(text.replace("model:", "medel:", 1))
+    (path / "config.yaml").write_text("medel: {}\n")
+    seal(path)
     checkpoint = open_checkpoint(path)
     assert checkpoint.tensor("model.encoder.mask_embedding").shape == (32,)
-    (path / "config.yaml").write_text(text)
-    assert checkpoint.config == CONFIG
+    with pytest.raises(UserError, match="medel"):
+        _ = checkpoint.config
 
 
 def test_a_tensor_has_memory_of_its_own(path: Path) -> None:

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,10 +99,17 @@ def test_keeps_the_best_that_were_validated(tmp_path: Path) -> None:
     assert kept == [f"update_{update:08d}" for update in (2, 7, 8)]
 
 
+def earlier_format(file: Path) -> dict[str, Any]:
+    """The content of train_state.json as it was before it had a checksum of its own."""
+    content: dict[str, Any] = {**json.loads(file.read_text()), "format": 2}
+    del content["sha256"]
+    return content
+
+
 @pytest.mark.parametrize("validation", [None, [1], "x", {"loss": None}, {"loss": "3"}, {"loss": math.nan}, {"a": {}}])
 def test_damaged_validation_metrics_are_named(validation: object, tmp_path: Path) -> None:
     file = save(tmp_path, 1) / "train_state.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "validation": validation}))
+    file.write_text(json.dumps(earlier_format(file) | {"validation": validation}))
     with pytest.raises(UserError, match=r"train_state\.json: damaged"):
         open_checkpoint(file.parent)
 
@@ -118,7 +126,7 @@ def test_the_best_by_loss_are_kept_until_there_are_others(tmp_path: Path) -> Non
 def test_a_validation_loss_of_earlier_versions_is_read(tmp_path: Path) -> None:
     for stored, expected in ((2.5, {"loss": 2.5}), (None, {})):
         file = save(tmp_path, 1) / "train_state.json"
-        content = json.loads(file.read_text())
+        content = earlier_format(file)
         del content["validation"]
         file.write_text(json.dumps({**content, "validation_loss": stored}))
         assert open_checkpoint(file.parent).state.validation == expected
@@ -221,12 +229,12 @@ def test_another_models_checkpoint_is_refused(tmp_path: Path, change, message: s
 
 
 @pytest.mark.parametrize(
-    "document", [{"format": 3, "files": []}, {"format": 1, "update": 1, "files": {"config.yaml": 10}}]
+    "document", [{"format": 4, "files": []}, {"format": 1, "update": 1, "files": {"config.yaml": 10}}]
 )
 def test_another_format_is_refused(tmp_path: Path, document: dict[str, object]) -> None:
     path = save(tmp_path, 1)
     (path / "train_state.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=f"format {document['format']}; this version of w2vscale reads format 2"):
+    with pytest.raises(UserError, match=f"format {document['format']}; this version of w2vscale reads format 3"):
         open_checkpoint(path)
 
 

@@ -98,7 +98,9 @@ class TestVerify:
         content = bytearray(shard(spoiled, 2).read_bytes())
         content[-2] ^= 1
         shard(spoiled, 2).write_bytes(content)
-        open_checkpoint(spoiled)  # does not read that far
+        with pytest.raises(UserError, match=r"00002-.*: its content is not what was written"):
+            open_checkpoint(spoiled)
+        open_checkpoint(spoiled, hashed=False)  # does not read that far
         assert verify(spoiled).problems == [f"{shard(spoiled, 2).name}: its content is not what was written (SHA-256)"]
 
     def test_changed_settings(self, spoiled: Path) -> None:
@@ -149,8 +151,10 @@ class TestVerify:
         assert verify(spoiled).problems == [f"{BIAS}: its slices have different types (bfloat16, float32)"]
 
     def test_of_a_run_the_newest_is_read_even_if_it_cannot_be_used(self, spoiled: Path) -> None:
-        newest = Path(shutil.copytree(spoiled, spoiled.with_name("update_00000004")))
+        newest = Path(shutil.copytree(spoiled, spoiled.with_name("copy")))
+        checkpoints.seal(newest, update=4)
         (newest / "config.yaml").unlink()
+        newest.rename(spoiled.with_name("update_00000004"))
         assert open_checkpoint(spoiled.parent.parent).path == spoiled
         assert verify(spoiled.parent.parent).problems == ["config.yaml: missing"]
 
@@ -166,9 +170,7 @@ class TestVerify:
 
     def test_a_pickle_in_place_of_tensors(self, spoiled: Path) -> None:
         torch.save({"a": torch.zeros(3)}, shard(spoiled, 2))
-        state = json.loads((spoiled / "train_state.json").read_text())
-        state["files"][shard(spoiled, 2).name] = file_facts(shard(spoiled, 2))
-        (spoiled / "train_state.json").write_text(json.dumps(state))
+        seal(spoiled)
         (problem,) = verify(spoiled).problems
         assert problem.startswith(f"{shard(spoiled, 2).name}: damaged (")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from w2vscale.checkpoint.format import TrainState, file_facts
+from w2vscale.checkpoint.format import Document, TrainState, encode, file_facts, read_document
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.optim.canonical import TensorSpec, expected_tensors
@@ -81,6 +82,11 @@ def change_committed(path: Path, change: Change) -> None:
     """`rewrite` all files of a checkpoint, and what is recorded of them."""
     for file in path.glob("*.safetensors"):
         rewrite(file, change)
-    state = json.loads((path / "train_state.json").read_text())
-    state["files"] = {name: file_facts(path / name) for name in state["files"]}
-    (path / "train_state.json").write_text(json.dumps(state))
+    seal(path)
+
+
+def seal(path: Path, **changes: Any) -> None:
+    """Make train_state.json agree with the files as they are, and change its state."""
+    state, files, ranks = read_document(path)
+    document = Document(replace(state, **changes), {name: file_facts(path / name) for name in files}, ranks)
+    (path / "train_state.json").write_text(encode(document))

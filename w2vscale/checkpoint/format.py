@@ -1,7 +1,7 @@
 """A checkpoint folder on disk: its name, its files, and train_state.json.
 
 A checkpoint holds `*.safetensors`, `config.yaml` and `train_state.json`, which lists the other files with their sizes
-and checksums. Nothing in it is ever unpickled.
+and checksums, and has a checksum of its own. Nothing in it is ever unpickled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypedDict
@@ -22,7 +23,9 @@ from w2vscale.errors import UserError
 from w2vscale.files import safetensors_header
 from w2vscale.optim.canonical import Specs
 
-FORMAT = 2
+FORMAT = 3
+WITHOUT_CHECKSUM = 2  # the format before train_state.json had a checksum of its own
+HASHED_AT_ONCE = 4  # files
 FOLDER = re.compile(r"update_(\d{8,})")
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
@@ -75,7 +78,11 @@ class Document(NamedTuple):
 def encode(document: Document) -> str:
     """The text of train_state.json."""
     content = {"format": FORMAT, **asdict(document.state), "ranks": document.ranks, "files": document.files}
-    return json.dumps(content, indent=2) + "\n"
+    return json.dumps({**content, "sha256": _checksum(content)}, indent=2) + "\n"
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_document(path: Path) -> Document:
@@ -86,28 +93,59 @@ def read_document(path: Path) -> Document:
     if not file.is_file():
         raise UserError(f"{path}: not a checkpoint: it has no train_state.json")
     try:
-        content: dict[str, Any] = {"data": ""} | json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] == FORMAT:
-            if "validation" not in content:  # written before all metrics were kept
-                loss = content.get("validation_loss")
-                content["validation"] = {} if loss is None else {"loss": loss}
-            if not all(math.isfinite(value) for value in dict(content["validation"]).values()):
-                raise ValueError("validation: not finite")
-            state = TrainState(**{each.name: content[each.name] for each in fields(TrainState)})
-            files = {
-                name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"])
-                for name, facts in content["files"].items()
-            }
-            return Document(state, files, content["ranks"])
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = content["format"]
+        if found == FORMAT and content.pop("sha256", None) != _checksum(content):
+            raise ValueError("its content is not what was written (SHA-256)")
+        if found in (FORMAT, WITHOUT_CHECKSUM):
+            document = _document(content)
+            if FOLDER.fullmatch(name := path.resolve().name) and name != folder_name(document.state.update):
+                raise ValueError(f"it is of update {document.state.update}")
+            return document
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{file}: damaged ({type(error).__name__}: {error})") from None
-    raise UserError(f"{file}: format {content['format']}; this version of w2vscale reads format {FORMAT}")
+    raise UserError(f"{file}: format {found}; this version of w2vscale reads format {FORMAT}")
+
+
+def _document(content: dict[str, Any]) -> Document:
+    content.setdefault("data", "")
+    if "validation" not in content:  # written before all metrics were kept
+        loss = content.pop("validation_loss", None)
+        content["validation"] = {} if loss is None else {"loss": loss}
+    if not all(math.isfinite(value) for value in dict(content["validation"]).values()):
+        raise ValueError("validation: not finite")
+    state = TrainState(**{each.name: content.pop(each.name) for each in fields(TrainState)})
+    files = {
+        name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"]) for name, facts in content.pop("files").items()
+    }
+    ranks = content.pop("ranks")
+    if unknown := content.keys() - {"format"}:
+        raise ValueError(f"unknown key {min(unknown)}")
+    return Document(state, files, ranks)
 
 
 def file_facts(path: Path) -> FileFacts:
     """Size and checksum of a file."""
     with path.open("rb") as file:
         return FileFacts(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def damages(folder: Path, files: Mapping[str, FileFacts]) -> Iterator[str]:
+    """What is wrong with files in `folder`, by their sizes and checksums: one line each. Reads several at once."""
+    names = sorted(files)
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        found = pool.map(lambda name: damage(folder / name, files[name]), names)
+        yield from (f"{folder / name}: {problem}" for name, problem in zip(names, found, strict=True) if problem)
+
+
+def damage(file: Path, facts: FileFacts) -> str | None:
+    """Why the content of a file is not what was written, or None."""
+    try:
+        if problem := size_problem(file, facts):
+            return problem
+        return None if file_facts(file) == facts else "its content is not what was written (SHA-256)"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def size_problem(file: Path, facts: FileFacts) -> str | None:
@@ -124,6 +162,11 @@ def committed(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if FOLDER.fullmatch(path.name) and path.is_dir()), key=update_of)
+
+
+def folder_name(update: int) -> str:
+    """The name of the folder of a checkpoint."""
+    return f"update_{update:08d}"
 
 
 def update_of(path: Path) -> int:

@@ -5,7 +5,7 @@ A checkpoint's tensors lie in several files, in slices: each process that wrote 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from w2vscale.checkpoint.expected import expected_of, meta_model
-from w2vscale.checkpoint.format import committed, read_document, size_problem
+from w2vscale.checkpoint.format import FileFacts, committed, damages, read_document, size_problem
 from w2vscale.checkpoint.slices import Block, StoredTensor, TensorFile, assemble, block_at, faults, intersection
 from w2vscale.config import Config, load_config
 from w2vscale.distributed.process_group import errors_on_all_ranks
@@ -50,6 +50,33 @@ class CheckpointReader:
         return self.__dict__ | {"_opened": {}}  # open files cannot be sent to other ranks
 
     @property
+    def tensor_files(self) -> dict[str, FileFacts]:
+        """Size and checksum of its files with tensors, sorted by name: those of rank 0 come first."""
+        return {name: facts for name, facts in sorted(self.files.items()) if name.endswith(".safetensors")}
+
+    def unlisted(self) -> list[str]:
+        """Names of files with tensors that are in its folder and do not belong to it."""
+        return sorted(file.name for file in self.path.glob("*.safetensors") if file.name not in self.files)
+
+    def check(self, *, resuming: bool = False) -> None:
+        """Raise a UserError if a file is missing, added or of another size, or its settings or headers are damaged.
+
+        Reads the headers of the files with tensors, but not the values. `resuming`: also raise IncompleteState if no
+        run can be resumed from it.
+        """
+        if unlisted := self.unlisted():
+            raise UserError(f"{self.path / unlisted[0]}: not listed in train_state.json")
+        for name, facts in self.tensor_files.items():
+            if problem := size_problem(self.path / name, facts):
+                raise UserError(f"{self.path / name}: {problem}")
+        others = {name: facts for name, facts in self.files.items() if name not in self.tensor_files}
+        for problem in damages(self.path, others):
+            raise UserError(problem)
+        _ = self.tensors  # reads the headers
+        if resuming:
+            self.require_state()
+
+    @property
     def bytes(self) -> int:
         """Size of all files but train_state.json."""
         return sum(facts["bytes"] for facts in self.files.values())
@@ -62,8 +89,7 @@ class CheckpointReader:
     @cached_property
     def tensors(self) -> dict[str, StoredTensor]:
         """Its tensors by name, as the headers of its files describe them."""
-        names = sorted(name for name in self.files if name.endswith(".safetensors"))
-        return assemble(self.file(self.path / name).slices for name in names)
+        return assemble(self.file(self.path / name).slices for name in self.tensor_files)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -173,38 +199,63 @@ def _within(block: Block, part: Block) -> tuple[slice, ...]:
 
 
 def open_checkpoint(
-    path: Path, log: Callable[[str], None] = lambda text: None, *, resuming: bool = False
+    path: Path,
+    log: Callable[[str], None] = lambda text: None,
+    *,
+    resuming: bool = False,
+    hashed: bool = True,
 ) -> CheckpointReader:
     """Open one checkpoint folder (or a link to one), or the newest usable one of a run or a folder of checkpoints.
 
-    Not collective. A UserError says how it is missing or damaged. `resuming`: a run must be resumable from it, or else
-    IncompleteState is raised.
+    Not collective. `resuming`: a run must be resumable from it. `hashed`: compare the checksums of all its files;
+    without it, damaged values are not noticed. Raises UserError if there is none that can be used.
     """
-    if not (path / "train_state.json").is_file():
-        for folder in (path, path / "checkpoints"):
-            if found := newest(folder, log, resuming=resuming):
-                return found
-    checkpoint = CheckpointReader(path)
-    for name, facts in checkpoint.files.items():
-        if problem := size_problem(path / name, facts):
-            raise UserError(f"{path / name}: {problem}")
-    _ = checkpoint.tensors  # damaged headers are found now
-    if resuming:
-        checkpoint.require_state()
-    return checkpoint
+    found = candidates(path, log, resuming=resuming)
+    checkpoint = next(found, None)
+    while checkpoint is not None and hashed:
+        problem = next(damages(checkpoint.path, checkpoint.tensor_files), None)
+        if problem is None:
+            break
+        checkpoint = found.throw(UserError(problem))
+    return checkpoint or CheckpointReader(path)
 
 
-def newest(folder: Path, log: Callable[[str], None], *, resuming: bool = False) -> CheckpointReader | None:
-    """The newest usable checkpoint in `folder`, or None if it has none at all. Not collective.
+def candidates(
+    path: Path, log: Callable[[str], None], *, resuming: bool = False
+) -> Generator[CheckpointReader, None, None]:
+    """Yield the checkpoint at `path`, or those of a run or a folder of checkpoints, newest first. Not collective.
 
-    `resuming`: a run must be resumable from it. The log names the newer ones that are skipped, and why. Raises
-    UserError if there are checkpoints, and none can be used, or all were set aside.
+    Each has passed `check`. The caller throws a UserError in if it finds that a checkpoint is damaged; the next one
+    follows. The log names those that are skipped, and why. Yields nothing if there is no checkpoint.
+
+    Raises UserError if there are checkpoints and none can be used, or all were set aside.
     """
+    if (path / "train_state.json").is_file():
+        checkpoint = CheckpointReader(path)
+        try:
+            checkpoint.check(resuming=resuming)
+        except IncompleteState as error:
+            raise UserError(
+                f"{error}; resume from an older checkpoint, or start a run from its weights with "
+                f"trainer.init_from={path}, in another --exp"
+            ) from None
+        yield checkpoint
+        return
+    for folder in (path, path / "checkpoints"):
+        if folder.is_dir():
+            yield from _newest_first(folder, log, resuming=resuming)
+
+
+def _newest_first(
+    folder: Path, log: Callable[[str], None], *, resuming: bool
+) -> Generator[CheckpointReader, None, None]:
     paths = committed(folder)
     incomplete: list[Path] = []
     for path in reversed(paths):
         try:
-            return open_checkpoint(path, resuming=resuming)
+            checkpoint = CheckpointReader(path)
+            checkpoint.check(resuming=resuming)
+            yield checkpoint
         except UserError as error:
             log(f"skipping unusable checkpoint: {error}")
             if isinstance(error, IncompleteState):
@@ -220,7 +271,6 @@ def newest(folder: Path, log: Callable[[str], None], *, resuming: bool = False) 
     if aside := sorted(folder.glob("abandoned_update_*")):
         # A kill just before the checkpoint that replaces them got its name.
         raise UserError(f"{folder}: all checkpoints were set aside; use --resume {aside[-1]}, or move them away")
-    return None
 
 
 def best_first(paths: Sequence[Path], metric: str, log: Callable[[str], None] = lambda text: None) -> list[Path]:

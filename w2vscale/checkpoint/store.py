@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from rich.filesize import decimal
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
@@ -23,16 +25,18 @@ from w2vscale.checkpoint.format import (
     FileFacts,
     TrainState,
     committed,
+    damages,
     encode,
     file_facts,
+    folder_name,
     update_of,
     write_safetensors,
 )
-from w2vscale.checkpoint.reader import CheckpointReader, best_first, newest
+from w2vscale.checkpoint.reader import CheckpointReader, best_first, candidates
 from w2vscale.checkpoint.slices import TensorFile, TensorSlice, assemble, faults
-from w2vscale.distributed.process_group import Ranks, broadcast_from_main, errors_on_all_ranks
+from w2vscale.distributed.process_group import Ranks, broadcast_from_main, errors_on_all_ranks, gather_from_ranks
 from w2vscale.errors import UserError, counted
-from w2vscale.files import new_file, sync_folder, write_text
+from w2vscale.files import new_file, remove_partials, sync_folder, write_text
 from w2vscale.optim.canonical import Specs, differences, specs_of
 
 T = TypeVar("T")
@@ -69,25 +73,33 @@ class CheckpointStore:
         """Write a checkpoint, commit it, point `latest` at it and delete checkpoints that need not be kept.
 
         An asynchronous store waits for the previous checkpoint, copies `tensors` and returns. Raises UserError on all
-        ranks if on any rank `tensors` or the written files are not as expected, or the files cannot be written.
+        ranks if on any rank `tensors` or the written files are not as expected, a value is not finite, or the files
+        cannot be written. What was written of it is then deleted.
         """
         began = time.perf_counter()
         self.wait()
-        final = self.folder / f"update_{state.update:08d}"
+        final = self.folder / folder_name(state.update)
         partial = self.folder / f".{final.name}.partial"
         with errors_on_all_ranks():
             problems = [*differences(specs_of(tensors), self.expected)]
             _refuse(final, "the state to save does not match the model and its optimizer", problems)
         with errors_on_all_ranks(), _failing_to_write(self.folder):
             if self.ranks.is_main:
-                _remove(partial)
-                partial.mkdir(parents=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                remove_partials(self.folder, self.log)
+                self._require_space()
+                partial.mkdir()
         if self._thread is not None:
             tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
         stall = time.perf_counter() - began
 
         def write() -> None:
-            self._write(tensors, partial, final, state, config_yaml)
+            try:
+                self._write(tensors, partial, final, state, config_yaml)
+            except UserError:
+                if self.ranks.is_main:
+                    shutil.rmtree(partial, ignore_errors=True)
+                raise
             if self.ranks.is_main:
                 waited = f", training waited {stall:.2f} s" if self._thread is not None else ""
                 self.log(f"saved {final} in {time.perf_counter() - began:.2f} s{waited}")
@@ -111,16 +123,29 @@ class CheckpointStore:
         """Whether writing in the background has failed on this rank, so that `wait` will raise. Not collective."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def find(self, log: Callable[[str], None]) -> CheckpointReader | None:
-        """The newest checkpoint that a run can be resumed from. The log names newer ones and why they are skipped.
+    def find(self, log: Callable[[str], None], path: Path | None = None) -> CheckpointReader | None:
+        """The newest checkpoint that a run can be resumed from, of the run or folder `path` (default: its own).
 
-        Rank 0 looks for it. Raises UserError if there are checkpoints, and none can be used.
+        The log names newer ones and why they are skipped. If `path` is a checkpoint, only this one will do. Every file
+        is compared with its checksum, each by one rank: with the ranks that wrote the checkpoint, each reads its own.
+
+        Raises UserError if there are checkpoints, and none can be used.
         """
-        found = None
-        with errors_on_all_ranks():
-            if self.ranks.is_main:
-                found = newest(self.folder, log, resuming=True)
-        return broadcast_from_main(found)
+        found = candidates(path or self.folder, log, resuming=True)
+        damaged: str | None = None
+        while True:
+            checkpoint = None
+            with errors_on_all_ranks():
+                if self.ranks.is_main:
+                    checkpoint = found.throw(UserError(damaged)) if damaged else next(found, None)
+            checkpoint = broadcast_from_main(checkpoint)
+            if checkpoint is None:
+                return None
+            names = [*checkpoint.tensor_files][self.ranks.rank :: self.ranks.world_size]
+            own = next(damages(checkpoint.path, {name: checkpoint.files[name] for name in names}), None)
+            damaged = next(filter(None, gather_from_ranks(own)), None)
+            if damaged is None:
+                return checkpoint
 
     def _write(
         self, tensors: Mapping[str, Tensor], partial: Path, final: Path, state: TrainState, config_yaml: str
@@ -129,6 +154,10 @@ class CheckpointStore:
 
         Every rank reaches every collective, whatever file fails on it.
         """
+        if found := next(filter(None, gather_from_ranks(_not_finite(tensors), self._group)), None):
+            newest = committed(self.folder)[-1:]
+            advice = f"lower optim.lr and resume from {newest[0]}" if newest else "there is no earlier checkpoint"
+            raise UserError(f"{final}: not committed: {found} holds values that are not finite; {advice}")
         write_tensors(tensors, partial, self._group)
         files: dict[str, FileFacts] = {}
         slices: list[dict[str, TensorSlice]] = []
@@ -149,6 +178,15 @@ class CheckpointStore:
             sync_folder(partial)
             self._commit(partial, final, state.update)
 
+    def _require_space(self) -> None:
+        """Raise a UserError if the disk has no space for a checkpoint."""
+        needed = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.expected.values())
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise UserError(
+                f"{self.folder}: a checkpoint cannot be written: it needs {decimal(needed)}, and the disk has "
+                f"{decimal(free)} free"
+            )
+
     def _commit(self, partial: Path, final: Path, update: int) -> None:
         for path in committed(self.folder):
             # The same update saved again, or later ones that this run was not resumed from.
@@ -165,14 +203,14 @@ class CheckpointStore:
         self._delete_old()
 
     def _delete_old(self) -> None:
-        """Delete the checkpoints that need not be kept, and what killed processes left. A failure is only logged."""
+        """Delete the checkpoints that need not be kept. A failure is only logged."""
         paths = committed(self.folder)
         best: dict[Path, None] = {}
         if self.keep_best:
             # Those with a loss alone were kept before `best_metric` was changed.
             ranked = dict.fromkeys([*best_first(paths, self.best_metric), *best_first(paths, "loss")])
             best = dict.fromkeys(islice(ranked, self.keep_best))
-        unneeded = [*self.folder.glob(".update_*.partial")]
+        unneeded = []
         for path in paths[: -self.keep_last]:
             if path not in best and not (self.keep_every and update_of(path) % self.keep_every == 0):
                 unneeded.append(path)
@@ -219,6 +257,17 @@ def _written_by(rank: int, folder: Path) -> tuple[dict[str, FileFacts], list[dic
         return {path.name: file_facts(path) for path in paths}, [TensorFile(path).slices for path in paths]
     except (OSError, UserError) as failure:
         return str(failure)
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor whose part on this rank holds a value that is not finite, or None."""
+    for name, tensor in tensors.items():
+        values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if values.is_floating_point() and values.numel():
+            low, high = values.detach().aminmax()  # NaN where any value is
+            if not (low.isfinite() and high.isfinite()):
+                return name
+    return None
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from w2vscale.checkpoint.format import FileFacts, committed, file_facts, size_problem
+from w2vscale.checkpoint.format import committed, damage
 from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.errors import UserError
 
@@ -29,20 +29,16 @@ def verify(path: Path, *, progress: Callable[[int, int], None] = lambda done, to
     """
     *_, newest = path, *committed(path / "checkpoints"), *committed(path)
     checkpoint = CheckpointReader(newest)
-    problems = [
-        f"{file.name}: not listed in train_state.json"
-        for file in sorted(checkpoint.path.glob("*.safetensors"))
-        if file.name not in checkpoint.files
-    ]
+    problems = [f"{name}: not listed in train_state.json" for name in checkpoint.unlisted()]
     intact = True
     done = 0
     for name, facts in sorted(checkpoint.files.items()):
         file = checkpoint.path / name
         try:
-            if damage := _damage(file, facts):
-                raise UserError(f"{file}: {damage}")
+            if problem := damage(file, facts):
+                raise UserError(f"{file}: {problem}")
             if file.suffix == ".safetensors":
-                problems += [f"{name}: {problem}" for problem in _not_finite(checkpoint, file)]
+                problems += [f"{name}: {values}" for values in _not_finite(checkpoint, file)]
         except UserError as error:
             intact = False
             problems.append(str(error).replace(str(file), name, 1))
@@ -51,15 +47,6 @@ def verify(path: Path, *, progress: Callable[[int, int], None] = lambda done, to
     if intact:
         problems += checkpoint.faults()
     return Verification(checkpoint, problems)
-
-
-def _damage(file: Path, facts: FileFacts) -> str | None:
-    try:
-        if problem := size_problem(file, facts):
-            return problem
-        return None if file_facts(file) == facts else "its content is not what was written (SHA-256)"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
 
 
 def _not_finite(checkpoint: CheckpointReader, path: Path) -> Iterator[str]:

@@ -24,7 +24,7 @@ def show(
     from w2vscale.checkpoint.reader import open_checkpoint
     from w2vscale.optim.canonical import type_name
 
-    checkpoint = open_checkpoint(path, log=console.print)
+    checkpoint = open_checkpoint(path, console.print, hashed=False)
     state, model, engine = checkpoint.state, checkpoint.config.model, checkpoint.config.engine
     ranked = [one for one in dict.fromkeys(("loss", checkpoint.config.trainer.best_metric)) if one in state.validation]
     kinds = [name.partition(".")[0] for name in checkpoint.tensors]

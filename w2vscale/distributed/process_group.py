@@ -161,12 +161,12 @@ def largest_over_ranks(values: Sequence[float]) -> list[float]:
     return sum_over_ranks(values, dist.ReduceOp.MAX)
 
 
-def gather_from_ranks(value: T) -> list[T]:
-    """Return the values of all ranks, in rank order. Collective."""
+def gather_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the values of all ranks, in rank order. Collective in `group` (default: all ranks)."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 

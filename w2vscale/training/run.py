@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from w2vscale.checkpoint.format import TrainState, committed
-from w2vscale.checkpoint.reader import CheckpointReader, IncompleteState, open_checkpoint
+from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, architecture_of, dump_config
 from w2vscale.data.assembly import Assembler
@@ -281,8 +281,6 @@ def _without_option(arguments: Sequence[str], option: str) -> list[str]:
 
 
 def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None]) -> CheckpointReader | None:
-    if resume == "auto":
-        return store.find(log)
     if resume == "never":
         if committed(store.folder):
             raise UserError(
@@ -290,25 +288,19 @@ def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None
                 "or choose another --exp"
             )
         return None
-    return _open_to_resume(Path(resume), log)
-
-
-def _open_to_resume(path: Path, log: Callable[[str], None] = lambda text: None) -> CheckpointReader:
-    """Open the checkpoint at `path`, or the newest one in that run folder. Raises UserError if none can be resumed."""
-    try:
-        return open_checkpoint(path, log, resuming=True)
-    except IncompleteState as error:
-        raise UserError(
-            f"{error}; resume from an older checkpoint, or start a run from its weights with trainer.init_from={path}, "
-            "in another --exp"
-        ) from None
+    path = None if resume == "auto" else Path(resume)
+    checkpoint = store.find(log, path)
+    if checkpoint is None and path is not None:
+        raise UserError(f"{path}: no such checkpoint")
+    return checkpoint
 
 
 def stored_settings(exp: Path, resume: str) -> Path | None:
     """Return the config file of the run that would be resumed; None for a new run."""
     if resume == "never" or (resume == "auto" and not committed(exp / "checkpoints")):
         return None
-    return _open_to_resume(exp if resume == "auto" else Path(resume)).path / "config.yaml"
+    path = exp if resume == "auto" else Path(resume)
+    return open_checkpoint(path, resuming=True, hashed=False).path / "config.yaml"
 
 
 def _compare_settings(
