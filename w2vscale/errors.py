@@ -1,6 +1,6 @@
 """The exception for all errors that a user can fix, and counts in messages.
 
-The CLI prints the exception as a single line and exits with code 2.
+The CLI prints the exception as a single line and exits with its code.
 """
 
 
@@ -9,6 +9,14 @@ class UserError(ValueError):
 
     The message names the thing, its value, where it came from and what to do about it.
     """
+
+    exit_code = 2
+
+
+class TemporaryError(UserError):
+    """Something from outside ended a run, such as a lost process. The same command continues it."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def counted(number: int, noun: str) -> str:

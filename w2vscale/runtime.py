@@ -6,27 +6,38 @@ Only the command line sets it up; importing or calling the library never does.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import gc
 import logging
+import multiprocessing.process
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Literal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to finish its update, save and exit."""
 
+SOCKETS = "w2vscale-"
+"""What the names of folders for sockets begin with, in the folder for temporary files."""
+
 ONE_REQUEST_SECONDS = 2.0
 """Signals within this time count as one request: a scheduler may signal the ranks directly and through the launcher."""
 
 DEBUG = "W2VSCALE_DEBUG"
 """Set if errors show their traceback. An environment variable, so that launched processes inherit it."""
+
+LAUNCHER = "W2VSCALE_LAUNCHER"
+"""Set for the processes that a launcher starts: its process id."""
 
 FULL_COLLECTIONS = 10  # default of Python for the third threshold of garbage collection
 NEVER = 2**31 - 1
@@ -36,12 +47,19 @@ COMPILED_VARIANTS = 64
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
+PR_SET_PDEATHSIG = 1
 
 
 def enter(*, debug: bool = False) -> None:
     """Set up the process of a command: silence the logs of libraries and, unless on a terminal, their progress bars."""
     if debug:
         os.environ[DEBUG] = "1"
+    if (launcher := os.environ.pop(LAUNCHER, None)) is not None:
+        end_with_parent()
+        if os.getppid() != int(launcher):  # it has ended already
+            os._exit(1)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+        end_with_parent()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     # DeepSpeed logs at import, on every rank.
@@ -53,12 +71,68 @@ def enter(*, debug: bool = False) -> None:
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 
 
+def end_with_parent() -> None:
+    """Have Linux kill this process when the thread that started it ends. Does nothing on other systems."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 @contextmanager
 def training(*, compile: bool | Literal["auto"] = False) -> Iterator[StopRequest]:
     """Set up the process of a training run: memory, kernels, stop signals. `compile`: the setting `engine.compile`."""
     prepare_process(compile=compile)
     with StopRequest() as stop:
         yield stop
+
+
+@contextmanager
+def socket_folder() -> Iterator[None]:
+    """Have loader processes put their sockets into a folder that is deleted at the end of the block.
+
+    If this process is killed, the next one deletes it. (multiprocessing would leave one folder per killed loader.)
+    """
+    configuration = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+    if "tempdir" in configuration:  # multiprocessing has made its own
+        yield
+        return
+    delete_left_sockets()
+    folder, lock = _locked_folder()
+    configuration["tempdir"] = str(folder)
+    try:
+        yield
+    finally:
+        del configuration["tempdir"]
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def delete_left_sockets() -> None:
+    """Delete the folders that `socket_folder` made in processes that were killed."""
+    for folder in _place_of_sockets().glob(f"{SOCKETS}*"):
+        with suppress(OSError):
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while the process that made it lives
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _place_of_sockets() -> Path:
+    place = Path(tempfile.gettempdir())
+    return place if len(str(place)) < 60 else Path("/tmp")  # the path of a socket has at most 107 bytes
+
+
+def _locked_folder() -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=SOCKETS, dir=_place_of_sockets()))
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        if (folder / "lock").exists():
+            return folder, lock
+        os.close(lock)  # another process took it for one that was left
 
 
 def prepare_process(*, compile: bool | Literal["auto"] = False) -> None:
@@ -114,6 +188,10 @@ def collected_between_steps() -> Iterator[None]:
         gc.unfreeze()
 
 
+class Interrupted(Exception):
+    """A stop signal came while the process was waiting."""
+
+
 class StopRequest:
     """While active, records the first stop signal. A second one raises KeyboardInterrupt.
 
@@ -123,6 +201,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._received_at = 0.0
+        self._waiting = False
+        self._arrived: tuple[signal.Signals, float] | None = None
+        self._pipe: tuple[int, int] | None = None
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -130,15 +211,47 @@ class StopRequest:
             for number in STOP_SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP; leave it ignored
                     self._previous[number] = signal.signal(number, self._handle)
+            self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         return self
 
+    def arrived(self) -> tuple[signal.Signals, float] | None:
+        """Return the first stop signal that reached this process, and when another thread first saw it here.
+
+        The main thread records a signal only when it runs Python code: not while it waits for other ranks.
+        """
+        if self._arrived is None and self._pipe is not None:
+            with suppress(BlockingIOError):
+                numbers = [number for number in os.read(self._pipe[0], 64) if number in STOP_SIGNALS]
+                if numbers:
+                    self._arrived = signal.Signals(numbers[0]), time.monotonic()
+        return self._arrived
+
     def __exit__(self, *error: object) -> None:
+        if self._pipe is not None:
+            signal.set_wakeup_fd(-1)
+            for descriptor in self._pipe:
+                os.close(descriptor)
+            self._pipe = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """In the block, a stop signal raises Interrupted, as does one that has come before."""
+        self._waiting = True
+        try:
+            if self.received is not None:
+                raise Interrupted
+            yield
+        finally:
+            self._waiting = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), now
+            if self._waiting:
+                raise Interrupted
         elif now - self._received_at > ONE_REQUEST_SECONDS:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The real command line in real processes, as a terminal starts it: a launcher and two ranks."""
+"""The real command line in real processes, as a terminal starts it: a launcher and two ranks, or one process."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from tests.helpers.micro import MICRO_RUN
@@ -40,9 +43,10 @@ before the program."""
 
 
 class Launched:
-    """A run of two processes in `folder`/exp, endless unless the settings say otherwise, and what its terminal shows.
+    """A run in `folder`/exp, endless unless the settings say otherwise, and what its terminal shows.
 
-    `hold`: with HOLD, the update after which its ranks wait.
+    `hold`: with HOLD, the update after which its ranks wait. Temporary files go to `temporary`,
+    which has a short path, as sockets need.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class Launched:
         settings: Sequence[str] = ("trainer.updates=100000",),
         sitecustomize: str = "",
         hold: int | None = None,
+        processes: int = 2,
     ) -> None:
         self.folder = folder
         self.metrics = folder / "exp" / "metrics.jsonl"
@@ -61,13 +66,17 @@ class Launched:
         settings = [*MICRO_RUN, f"data.train={corpus}", *settings]
         held = {} if hold is None else {"HOLD": str(hold)}
         command = [sys.executable, "-m", "w2vscale", "train", preset, *settings, "--exp", str(folder / "exp")]
+        self.temporary = Path(tempfile.gettempdir()) / f"t-{zlib.crc32(str(folder).encode()):x}"
+        self.temporary.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
-            [*command, "--nproc-per-node", "2"],
+            [*command, "--nproc-per-node", str(processes)],
             cwd=folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | held | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
+            env=os.environ
+            | held
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "TMPDIR": str(self.temporary)},
         )
 
     def wait_for_update(self, update: int) -> None:
@@ -84,6 +93,13 @@ class Launched:
             environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
             found |= {int(each[5:]): child for each in environment if each.startswith(b"RANK=")}
         return [found[0], found[1]]
+
+    def processes(self) -> list[int]:
+        """The process ids of the launcher, its ranks and their loaders, or those of a single process."""
+        found = [self.process.pid]
+        for process in found:
+            found += children(process)
+        return found
 
     def end(self) -> tuple[int, str]:
         """Exit code and standard error, once all has ended by itself."""
@@ -118,11 +134,29 @@ class Launched:
         return self
 
     def __exit__(self, *error: object) -> None:
+        with suppress(OSError):
+            self.temporary.rmdir()  # if nothing is left in it
         if self.process.poll() is None:
             for process in (*self._children(), self.process.pid):
                 os.kill(process, signal.SIGKILL)
             self.process.communicate()
 
     def _children(self) -> list[int]:
-        launcher = self.process.pid
-        return [int(child) for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+        return children(self.process.pid)
+
+
+def children(process: int) -> list[int]:
+    """The process ids of what a process has started."""
+    found = []
+    with suppress(OSError):
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            found += [int(child) for child in (thread / "children").read_text().split()]
+    return found
+
+
+def wait_until_gone(processes: Sequence[int], *, seconds: float = 10.0) -> None:
+    """Wait until none of the processes runs."""
+    deadline = time.monotonic() + seconds
+    while left := [process for process in processes if running(process)]:
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.02)

@@ -49,9 +49,9 @@ def test_if_it_fails_in_a_run_or_a_dry_run(
 def test_if_the_folder_cannot_be_made_or_calibration_fails(
     small_corpus: SmallCorpus, tmp_path: Path, closed: list[DDPEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").touch()
+    (tmp_path / "full" / "config.yaml").mkdir(parents=True)
     with pytest.raises(UserError, match="the folder of the run cannot be written"):
-        train(settings(small_corpus), tmp_path / "file")
+        train(settings(small_corpus), tmp_path / "full")
     monkeypatch.setattr(loop, "micro_batches_per_forward", refuse)
     with pytest.raises(UserError, match="refused"):
         train(settings(small_corpus), tmp_path / "exp")

@@ -31,7 +31,8 @@ from rich.table import Table
 
 from tools.bench.phases.measuring import Machine, process_context
 from tools.bench.phases.report import choices, headline, main_figures
-from tools.bench.script import console, end_with_parent, run_script
+from tools.bench.script import console, run_script
+from w2vscale import runtime
 from w2vscale.errors import UserError
 
 MODULE = "tools.bench.phases"
@@ -176,7 +177,7 @@ FINISHED = "finished"
 
 def _measure(target: str, machine: Machine, log: Path, rows: Any) -> None:
     """In the phase's process: run it and send its rows."""
-    end_with_parent()
+    runtime.end_with_parent()
     os.setsid()  # so that what it starts can be ended with it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdout = sys.stderr = output = log.open("w", buffering=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,8 +12,6 @@ import typer
 from rich.console import Console
 
 from w2vscale.errors import UserError
-
-PR_SET_PDEATHSIG = 1
 
 console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 
@@ -34,9 +31,3 @@ def run_script(main: Callable[..., Any]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as by an error: what has been started is ended
     with one_line_errors():
         typer.run(main)
-
-
-def end_with_parent() -> None:
-    """Have Linux end this process when the one that started it is gone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -43,7 +43,8 @@ from tools.bench.contenders import (
 )
 from tools.bench.engine_memory import resident
 from tools.bench.loss_head import loss_head_memory
-from tools.bench.script import console, end_with_parent, one_line_errors, run_script
+from tools.bench.script import console, one_line_errors, run_script
+from w2vscale import runtime
 from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.errors import UserError
@@ -183,7 +184,7 @@ class Racer:
 
 def _race(connection: Connection, name: str, work: Work) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    end_with_parent()
+    runtime.end_with_parent()
     with one_line_errors(), suppress(EOFError, OSError):  # the bench has ended
         step = CONTENDERS[name](work.config, device)
         batch = work.batch()

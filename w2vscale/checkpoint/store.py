@@ -188,14 +188,18 @@ class CheckpointStore:
             )
 
     def _commit(self, partial: Path, final: Path, update: int) -> None:
+        replaced = None
         for path in committed(self.folder):
             # The same update saved again, or later ones that this run was not resumed from.
             if update_of(path) >= update:
                 aside = path.with_name(f"abandoned_{path.name}")
                 _remove(aside)
                 path.rename(aside)
+                replaced = aside if path == final else replaced
         partial.rename(final)
         sync_folder(self.folder)
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
         link = self.folder / ".latest.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)

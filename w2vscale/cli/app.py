@@ -69,12 +69,12 @@ def main() -> None:
 def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
     """Print the error and exit without clean-up, which could wait for other ranks."""
     user = isinstance(error, UserError)
-    if user and not debug:
-        text = f"error: {' '.join(str(error).splitlines())}\n"
-    elif isinstance(error, LostRanks) and not debug:
+    if isinstance(error, LostRanks) and not debug:
         # The message of gloo or NCCL, without source location and advice.
         reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
         text = f"rank {rank}: lost the other processes ({reason})\n"
+    elif user and not debug:
+        text = f"error: {' '.join(str(error).splitlines())}\n"
     else:
         text = textwrap.indent("".join(traceback.format_exception(error)), f"[rank {rank}] ", lambda line: True)
     try:
@@ -85,4 +85,4 @@ def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
         sys.stderr.write(text)
         sys.stderr.flush()
     finally:
-        os._exit(2 if user else 1)
+        os._exit(error.exit_code if isinstance(error, UserError) else 1)

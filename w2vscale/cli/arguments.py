@@ -51,9 +51,12 @@ Layers = Annotated[
 BatchSeconds = Annotated[float, typer.Option(help="Padded audio per forward pass, in seconds.")]
 
 
-def launch_if_asked(context: typer.Context, nproc_per_node: int) -> None:
-    """Run this command line (`context.obj`) in several processes and exit, unless a launcher has started this one."""
-    from w2vscale.distributed.launch import launch, launched
+def launch_if_asked(context: typer.Context, nproc_per_node: int, *, grace: float | None = None) -> None:
+    """Run this command line (`context.obj`) in several processes and exit, unless a launcher has started this one.
+
+    `grace`: seconds that the processes have to exit after a stop signal.
+    """
+    from w2vscale.distributed.launch import FAILURE_GRACE, launch, launched
 
     if nproc_per_node != 1 and not launched():
-        sys.exit(launch(context.obj, nproc_per_node))
+        sys.exit(launch(context.obj, nproc_per_node, grace=FAILURE_GRACE if grace is None else grace))

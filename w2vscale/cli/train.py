@@ -38,11 +38,12 @@ def train(
 
     Example: w2vscale train base data.train=cuts_train.jsonl batch.micro_batches=32 --exp exp/base
     """
+    folder = None if dry_run else free_folder(source, exp)
     from w2vscale.objectives import load
 
     config, _ = load(source, overrides or [])
-    launch_if_asked(context, nproc_per_node)
-    if dry_run:
+    launch_if_asked(context, nproc_per_node, grace=config.checkpoint.grace_seconds)
+    if folder is None:
         from w2vscale import runtime
         from w2vscale.training.dry_run import dry_run as run_dry
 
@@ -50,7 +51,7 @@ def train(
         if found := run_dry(config, partial(console.print, markup=False)):
             _print_dry_run(found)
     else:
-        _run(config, run_folder(source, exp), resume, context)
+        _run(config, folder, resume, context)
 
 
 def finetune(
@@ -68,16 +69,27 @@ def finetune(
 
     Example: w2vscale finetune ctc_1h trainer.init_from=exp/base data.train=cuts_1h.jsonl --exp exp/base_1h
     """
+    folder = free_folder(source, exp)
     from w2vscale.objectives import load
 
     config, _ = load(source, overrides or [])
-    launch_if_asked(context, nproc_per_node)
+    launch_if_asked(context, nproc_per_node, grace=config.checkpoint.grace_seconds)
     from w2vscale.training.run import stored_settings
     from w2vscale.training.warm_start import fine_tuning_config
 
-    exp = run_folder(source, exp)
-    config = fine_tuning_config(config, scratch=scratch, stored=stored_settings(exp, resume))
-    _run(config, exp, resume, context)
+    config = fine_tuning_config(config, scratch=scratch, stored=stored_settings(folder, resume))
+    _run(config, folder, resume, context)
+
+
+def free_folder(source: str, exp: Path | None) -> Path:
+    """The folder of the run, see `run_folder`. Raises UserError if another run uses it, before the slow imports."""
+    from w2vscale.distributed.launch import launched
+    from w2vscale.training.lock import refuse_if_locked
+
+    folder = run_folder(source, exp)
+    if not launched():
+        refuse_if_locked(folder)
+    return folder
 
 
 def run_folder(source: str, exp: Path | None) -> Path:

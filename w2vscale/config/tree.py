@@ -348,9 +348,22 @@ class CheckpointConfig(Section):
 
     every: Count = Field(1000, description="updates between checkpoints")
     asynchronous: bool = Field(True, description="write a copy from host memory while training goes on")
+    grace_seconds: Positive = Field(
+        120, description="after a stop signal, save a checkpoint and exit within this many seconds"
+    )
     keep_last: Count = Field(2, description="number of newest checkpoints to keep")
     keep_every: CountOrZero = Field(0, description="also keep every checkpoint whose update is a multiple; 0: none")
     keep_best: CountOrZero = Field(0, description="also keep this many with the lowest trainer.best_metric; 0: none")
+
+
+class WatchdogConfig(Section):
+    """What ends a run that hangs, so that a restart can continue it."""
+
+    seconds: NotNegative = Field(
+        300,
+        description="end the run, and report where each rank is, after this many seconds without progress (ten times "
+        "as many in start-up, the first update and saving), or without a sign of life from a rank; 0: never",
+    )
 
 
 class LoggingConfig(Section):
@@ -396,6 +409,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     logging: LoggingConfig = LoggingConfig()
     trainer: TrainerConfig = TrainerConfig()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import multiprocessing.process
+import os
 import re
 import signal
 from collections.abc import Iterable, Iterator
@@ -15,8 +16,8 @@ import torch
 
 from w2vscale.config import DataConfig
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.errors import UserError
-from w2vscale.runtime import FULL_COLLECTIONS, STOP_SIGNALS
+from w2vscale.errors import TemporaryError, UserError
+from w2vscale.runtime import FULL_COLLECTIONS, STOP_SIGNALS, end_with_parent, socket_folder
 
 
 class TrainingData(Protocol):
@@ -71,31 +72,35 @@ def loader_settings(data: DataConfig, *, per_rank: int = 1, per_item: int = 1) -
 
 @contextmanager
 def loader_processes() -> Iterator[None]:
-    """End the loader processes that were started inside. Raises UserError if a process died or raised UserError."""
-    before = set(multiprocessing.active_children())
-    try:
-        yield
-    except RuntimeError as error:
-        dead = re.search(r"worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?", str(error))
-        if dead is None:
-            raise
-        if "Bus error" in str(error):
-            raise UserError(
-                f"a loader process (pid {dead[1]}) found no space in /dev/shm, which passes micro-batches on: "
-                "enlarge it (docker: --shm-size), or lower data.prefetch or data.workers"
+    """End the loader processes that were started inside.
+
+    Raises TemporaryError if one was killed, and UserError if one raised it or found no space in /dev/shm.
+    """
+    with socket_folder():
+        before = set(multiprocessing.active_children())
+        try:
+            yield
+        except RuntimeError as error:
+            dead = re.search(r"worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?", str(error))
+            if dead is None:
+                raise
+            if "Bus error" in str(error):
+                raise UserError(
+                    f"a loader process (pid {dead[1]}) found no space in /dev/shm, which passes micro-batches on: "
+                    "enlarge it (docker: --shm-size), or lower data.prefetch or data.workers"
+                ) from error
+            how = f"was killed ({dead[2].strip()})" if dead[2] else "died"
+            raise TemporaryError(
+                f"a loader process (pid {dead[1]}) {how}, often for lack of memory: each of data.workers processes "
+                "holds data.prefetch micro-batches; the same command continues from the newest checkpoint"
             ) from error
-        how = f"was killed ({dead[2].strip()})" if dead[2] else "died"
-        raise UserError(
-            f"a loader process (pid {dead[1]}) {how}, often for lack of memory: each of data.workers processes holds "
-            "data.prefetch micro-batches; the same command continues from the newest checkpoint"
-        ) from error
-    except UserError as error:
-        if "Original Traceback" not in str(error):
-            raise
-        # Raised in a loader process: its own message is the last line.
-        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2]) from error
-    finally:
-        _kill(set(multiprocessing.active_children()) - before)
+        except UserError as error:
+            if "Original Traceback" not in str(error):
+                raise
+            # Raised in a loader process: its own message is the last line.
+            raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2]) from error
+        finally:
+            _kill(set(multiprocessing.active_children()) - before)
 
 
 def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
@@ -108,10 +113,14 @@ def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
 
 
 def _prepare_loader_process(worker: int) -> None:
-    """Ignore the signals of a launcher, because the trainer needs its loaders to finish the update.
+    """End with the trainer, and ignore the signals of a launcher: the trainer needs its loaders to finish the update.
 
     Also collect garbage automatically: the trainer may do it between steps, which a loader does not have.
     """
+    end_with_parent()
+    trainer = multiprocessing.parent_process()
+    if trainer is not None and not trainer.is_alive():
+        os._exit(1)
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, FULL_COLLECTIONS)
     for number in STOP_SIGNALS:

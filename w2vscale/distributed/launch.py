@@ -13,17 +13,15 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from w2vscale.errors import UserError
-from w2vscale.runtime import STOP_SIGNALS
+from w2vscale.errors import TemporaryError, UserError
+from w2vscale.runtime import LAUNCHER, STOP_SIGNALS, delete_left_sockets
 
-# Seconds that ranks have to exit, after which they are killed: when another one has failed, and on a stop signal.
-FAILURE_GRACE = 10.0
-STOP_GRACE = 600.0
+FAILURE_GRACE = 10.0  # seconds that ranks have to exit when another one has failed; they are then killed
 
 FORWARDED = (*STOP_SIGNALS, signal.SIGQUIT)  # signals that the launcher passes on to the ranks
 
 
-class LostRanks(RuntimeError):
+class LostRanks(TemporaryError):
     """The connection to the other ranks broke. Usually one of them has failed, and its error is the one to look at."""
 
 
@@ -41,12 +39,12 @@ def local_processes(environment: Mapping[str, str]) -> int | None:
     return int(first[0]) if first else None
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
+def launch(arguments: Sequence[str], processes: int, *, grace: float = FAILURE_GRACE) -> int:
     """Run `python -m w2vscale ARGUMENTS` in `processes` processes and return the exit code.
 
     If a process fails, the others are stopped, the failed rank is printed, and its exit code is returned (128 + the
-    signal number if a signal killed it). Signals to this process are passed on to all ranks, which then have
-    `STOP_GRACE` seconds to save.
+    signal number if a signal killed it). Signals to this process are passed on to all ranks, which then have `grace`
+    seconds to save and exit. If this process is killed, Linux kills the ranks.
     """
     if processes < 1:
         raise UserError(f"--nproc-per-node {processes}: must be at least 1")
@@ -68,7 +66,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                 # Each rank gets its own session, so that Ctrl-C reaches only this process, and killing a rank also
                 # kills its loader processes.
                 ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
-            return _wait(ranks, signals)
+            return _wait(ranks, signals, grace)
         finally:
             for process in ranks:
                 if process.poll() is None:
@@ -77,12 +75,14 @@ def launch(arguments: Sequence[str], processes: int) -> int:
                         process.wait(1.0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
+            delete_left_sockets()
 
 
 def _environment(rank: int, processes: int, *, port: int) -> dict[str, str]:
     """Return the variables that torchrun sets, and defaults for two that the user may set."""
     threads = max((os.cpu_count() or 1) // processes, 1)
     return {
+        LAUNCHER: str(os.getpid()),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(processes),
@@ -95,7 +95,7 @@ def _environment(rank: int, processes: int, *, port: int) -> dict[str, str]:
     }
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: list[int]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: list[int], grace: float) -> int:
     """Wait until all ranks have exited or the deadline has passed. Return the first failed rank's exit code, or 0."""
     failed: int | None = None
     forwarded: set[int] = set()
@@ -116,7 +116,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: list[int]) -> int:
                 process.send_signal(number)
             if failed is None:
                 # A second signal means that the user does not want to wait.
-                deadline = time.monotonic() + (FAILURE_GRACE if forwarded else STOP_GRACE)
+                deadline = time.monotonic() + (FAILURE_GRACE if forwarded else grace)
                 forwarded.add(number)
         time.sleep(0.1)
     if failed is None:
@@ -133,7 +133,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: list[int]) -> int:
 
 def _failure(rank: int, code: int) -> str | None:
     """Return the error line for a failed rank, or None if the rank has printed its own (user errors, stop signals)."""
-    if code == 2 or code > 128:
+    if code in (UserError.exit_code, TemporaryError.exit_code) or code > 128:
         return None
     if code > 0:
         return f"error: rank {rank} failed (see above), exit code {code}"

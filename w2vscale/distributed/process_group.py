@@ -113,6 +113,19 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
     dist.destroy_process_group()
 
 
+def side_store(timeout: timedelta) -> dist.TCPStore:
+    """Connect all ranks to a key-value store in rank 0, apart from the process group. Collective.
+
+    Its operations raise RuntimeError after `timeout`.
+    """
+    host = (os.environ | launch_environment(os.environ)).get("MASTER_ADDR", "localhost")
+    server = None
+    if dist.get_rank() == 0:
+        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+    port = broadcast_from_main(server.port if server is not None else None)
+    return server or dist.TCPStore(host, port, is_master=False, timeout=timeout)
+
+
 def _device(local_rank: int) -> tuple[torch.device, str]:
     """Return the device of a rank, and the backend for its collectives."""
     if not torch.cuda.is_available():

@@ -28,11 +28,17 @@ def split(window: Sequence[MicroBatch], per_forward: int) -> list[Sequence[Micro
 
 
 def accumulate(
-    groups: Sequence[Sequence[MicroBatch]], step: StepContext, run: Callable[[Forward], Sums], device: torch.device
+    groups: Sequence[Sequence[MicroBatch]],
+    step: StepContext,
+    run: Callable[[Forward], Sums],
+    device: torch.device,
+    between_forwards: Callable[[], None] | None = None,
 ) -> Sums:
     """Run each group with `run` (one forward and backward) and return the sums over the window."""
     total: Any = None
     for number, (group, inputs) in enumerate(_copied_ahead(groups, device), start=1):
+        if between_forwards is not None and number > 1:
+            between_forwards()
         # Joined on the device, because a joined copy on the host would not be in pinned memory.
         context = replace(step, numbers=tuple(batch.number for batch in group))
         sums: Any = run(Forward(join(inputs), context, last=number == len(groups)))

@@ -40,11 +40,13 @@ class Engine(Protocol):
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
-        per_forward: int, denominator: Tensor,
+        per_forward: int, denominator: Tensor, between_forwards: Callable[[], None] | None = None,
     ) -> Sums:  # fmt: skip
         """Accumulate the gradient of this rank's micro-batches and return their sums.
 
-        `per_forward` consecutive micro-batches share a forward; the same number on all ranks.
+        `per_forward` consecutive micro-batches share a forward; the same number on all ranks. `between_forwards` is
+        called between two of them. If it raises an error, on all ranks, the gradient is lost and the state can be
+        exported.
         The gradient of an update is the sum of grad(total) / denominator over all ranks and micro-batches.
         """
 

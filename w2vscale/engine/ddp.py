@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,10 +66,13 @@ class DDPEngine(NativeEngine):
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
-        per_forward: int, denominator: Tensor,
+        per_forward: int, denominator: Tensor, between_forwards: Callable[[], None] | None = None,
     ) -> Sums:  # fmt: skip
         with weights_cast_once(self.model, self.compute_dtype):
-            return super().run_window(window, objective, step, per_forward=per_forward, denominator=denominator)
+            return super().run_window(
+                window, objective, step,
+                per_forward=per_forward, denominator=denominator, between_forwards=between_forwards,
+            )  # fmt: skip
 
     def reduce_gradients(self, last: bool) -> None:
         """Reduce gradients only in the last backward of a window, as with `no_sync`."""

@@ -66,7 +66,7 @@ class NativeEngine(ABC):
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
-        per_forward: int, denominator: Tensor,
+        per_forward: int, denominator: Tensor, between_forwards: Callable[[], None] | None = None,
     ) -> Sums:  # fmt: skip
         self.module.train()
         scale = self.gradient_scale / denominator
@@ -77,7 +77,7 @@ class NativeEngine(ABC):
             self.backward(sums.total * scale, one.last)
             return sums
 
-        return accumulate(split(window, per_forward), step, run, self.device)
+        return accumulate(split(window, per_forward), step, run, self.device, between_forwards)
 
     def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> Tensor:
         gradients = []

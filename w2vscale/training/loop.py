@@ -6,34 +6,44 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from w2vscale.checkpoint.format import TrainState
 from w2vscale.config import Config
 from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
-from w2vscale.distributed.process_group import process_group, sum_over_ranks
+from w2vscale.distributed.process_group import (
+    Ranks,
+    errors_on_all_ranks,
+    gather_from_ranks,
+    largest_over_ranks,
+    process_group,
+    sum_over_ranks,
+)
 from w2vscale.engine.memory import explain_oom
 from w2vscale.engine.transforms import compiled_graphs
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import validate
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.schedules import learning_rate
-from w2vscale.runtime import StopRequest
+from w2vscale.runtime import Interrupted, StopRequest
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import describe_update, micro_batches_per_forward
 from w2vscale.training.display import Display
+from w2vscale.training.lock import locked
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
 from w2vscale.training.run import Run, build_run, make_folder
+from w2vscale.training.watchdog import Watchdog
 
 SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
+SLOW_UPDATE = 5.0  # seconds; a stop signal interrupts longer updates between two forwards
 
 
 def train(
@@ -49,31 +59,59 @@ def train(
 
     `exp` is the folder of the run; for `resume` see `build_run`; `command` are arguments of `w2vscale` to write into
     run.sh. `stop` is checked in every update. `around_updates` makes a context that is entered after everything is
-    built and exited after the last update. Raises UserError if a setting, a file or the environment is wrong; existing
-    checkpoints are not changed. The process must be prepared first: see `runtime.training`.
+    built and exited after the last update. Raises UserError if a setting, a file or the environment is wrong, or
+    another run uses the folder; existing checkpoints are not changed. The process must be prepared first: see
+    `runtime.training`.
     """
     stop = stop or StopRequest()
     with process_group(needed=config.engine.name != "ddp") as (ranks, device):
         display = Display(total=config.trainer.updates, enabled=ranks.is_main)
-        run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
-        with closing(run.engine):
-            make_folder(exp, run.config, ranks, command)
-            with explain_oom(config.batch):
-                per_forward = micro_batches_per_forward(run, display.message)
-                display.message(describe_update(run, per_forward))
-                with around_updates():
-                    state = Trainer(run, stop, per_forward, display).train()
-        finished = state.update >= config.trainer.updates
-        return 0 if finished or stop.received is None else 128 + stop.received
+        seconds, grace = config.watchdog.seconds, config.checkpoint.grace_seconds
+        watchdog = Watchdog(ranks, exp / "logs", seconds=seconds, stop=stop, grace=grace)
+        with _locked_by_main(exp, ranks, display.message), watchdog:
+            run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
+            with closing(run.engine):
+                make_folder(exp, run.config, ranks, command)
+                with explain_oom(config.batch):
+                    per_forward = micro_batches_per_forward(run, display.message)
+                    display.message(describe_update(run, per_forward))
+                    with around_updates():
+                        return Trainer(run, stop, watchdog, per_forward, display).train()
+
+
+@contextmanager
+def _locked_by_main(exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iterator[None]:
+    """Have rank 0 hold the lock of the run folder. Collective."""
+    with ExitStack() as held:
+        with errors_on_all_ranks():
+            if ranks.is_main:
+                held.enter_context(locked(exp, log))
+        yield
+
+
+class Agreement(NamedTuple):
+    """What all ranks know of an update before they run it: sums over the ranks."""
+
+    weight: float = 0.0
+    samples: float = 0.0
+    utterances: float = 0.0
+    unusable: float = 0.0
+    to_report: float = 0.0  # bad utterances to list
+    stopping: float = 0.0  # ranks that have received a stop signal
+    unsaved: float = 0.0  # ranks that could not write the last checkpoint
+    seconds: float = 0.0  # of the last update
 
 
 class Trainer:
     """The training loop of one run, and its state since it started or resumed."""
 
-    def __init__(self, run: Run, stop: StopRequest, per_forward: int, display: Display) -> None:
+    def __init__(self, run: Run, stop: StopRequest, watchdog: Watchdog, per_forward: int, display: Display) -> None:
         config = run.config
-        self.run, self.config, self.stop, self.per_forward = run, config, stop, per_forward
+        self.run, self.config, self.per_forward = run, config, per_forward
+        self.stop, self.watchdog = stop, watchdog
         self.state = run.state
+        self.logged = self.saved = run.state.update  # newest update whose metrics or state need no writing
+        self.update_seconds = math.inf  # of the last update; the first one counts as slow
         self.total = config.trainer.updates
         self.meter = Meter(config.model.sampling_rate)
         self.metrics = MetricsWriter(
@@ -88,74 +126,120 @@ class Trainer:
         self.pending: PendingUpdate | None = None  # the last update, until `_settle`
         self.skipped_in_a_row = 0
 
-    def train(self) -> TrainState:
-        """Run the remaining updates, or stop early after a stop signal. Return the final state."""
+    def train(self) -> int:
+        """Run the remaining updates. Return 0, or 128 + the number of the stop signal that ended the run earlier."""
         with closing(self.metrics), self.display.updating(self.state.update), loader_processes():
             if self.state.update >= self.total:
                 self.display.message(f"nothing to do: the run has reached trainer.updates={self.total}")
-            for window, waited in _timed(self.run.windows()):
-                if self.state.update == self.run.state.update:  # the first window also waits for loaders to start
-                    self.meter.exclude(waited)
-                    waited = 0.0
-                stopping = self._update(window, waited)
-                self._log_validate_save(stopping)
-                if stopping:
-                    name = self.stop.received.name if self.stop.received else "a signal to another rank"
-                    self.display.message(f"stopped by {name}; the same command continues from here", "yellow")
-                    break
-            self.run.store.wait()
-            if unusable := self.run.bad_audio.summary():
-                self.display.message(unusable, "yellow")
-        return self.state
+            try:
+                if self.state.update and self._validation_is_due() and not self.state.validation:
+                    self._validate()  # a stop signal has prevented it
+                    self._save()
+                windows = self.run.windows()
+                while self.state.update < self.total:
+                    self._update(windows)
+                    self._log_validate_save()
+            except Interrupted:
+                return self._stop()
+            self._finish()
+        return 0
 
-    def _update(self, window: list[MicroBatch], waited: float) -> bool:
+    def _update(self, windows: Iterator[list[MicroBatch]]) -> None:
         """Enqueue one update on the device, then wait for the previous one and count it.
 
-        So the host is at most one update ahead of the device. Returns whether any rank has received a stop signal.
+        So the host is at most one update ahead of the device. Raises Interrupted on all ranks if one of them has
+        received a stop signal.
         """
-        config, engine = self.config, self.run.engine
+        config, engine, update, objective = self.config, self.run.engine, self.state.update, self.run.objective
+        self.watchdog.at(f"update {update + 1}, waiting for data")
+        window, waited = self._next_window(windows)
+        began = time.perf_counter()
+        first = update == self.run.state.update
+        self.watchdog.at(f"update {update + 1}", slow=first)  # the first one compiles
         arrived = Mark(self.run.device)
         bad = [audio for batch in window for audio in batch.bad]
-        if self.state.update % config.engine.compare_ranks_every == 0:
-            compare_ranks(planned_work(config, self.state.update))
-        weight, samples, utterances, unusable, to_report, stopping, unsaved = sum_over_ranks(
-            [
-                sum(batch.weight for batch in window),
-                sum(batch.audio_samples for batch in window),
-                sum(batch.utterances for batch in window),
-                sum(audio.left_out for audio in bad),
-                len(bad),
-                self.stop.received is not None,
-                self.run.store.failed,
-            ]
-        )
-        if unsaved:
+        if update % config.engine.compare_ranks_every == 0:
+            compare_ranks(planned_work(config, update))
+        agreed = self._agree(window, bad)
+        if agreed.stopping:
+            raise Interrupted
+        if agreed.unsaved:
             self.run.store.wait()
 
-        update, objective = self.state.update, self.run.objective
+        slow = agreed.seconds > SLOW_UPDATE * self.run.ranks.world_size
         sums = engine.run_window(
             window, objective, StepContext(config.trainer.seed, update),
-            per_forward=self.per_forward, denominator=torch.tensor(max(weight, 1.0)),
+            per_forward=self.per_forward, denominator=torch.tensor(max(agreed.weight, 1.0)),
+            between_forwards=self._raise_if_stopping if slow else None,
         )  # fmt: skip
         self.lr = learning_rate(update, optim=config.optim, schedule=config.schedule, updates=self.total)
         norm = HostCopy(engine.step(lr=self.lr, max_norm=config.optim.max_norm, after=_after_step(objective, update)))
 
         self.state = replace(
             self.state,
-            update=self.state.update + 1,
-            audio_seconds=self.state.audio_seconds + samples / config.model.sampling_rate,
-            skipped_utterances=self.state.skipped_utterances + int(unusable),
+            update=update + 1,
+            audio_seconds=self.state.audio_seconds + agreed.samples / config.model.sampling_rate,
+            skipped_utterances=self.state.skipped_utterances + int(agreed.unusable),
             validation={},
         )
         previous = self.pending
         self._settle()
         if previous is not None:  # the host was ahead of the device, which had work for some of that time
             waited = min(waited, previous.norm.ready.seconds_to(arrived))
+        if first:  # it also waits for loaders to start
+            self.meter.exclude(waited)
+            waited = 0.0
         self.pending = PendingUpdate(self.state.update, window, sums, norm, waited)
-        if to_report:
+        if agreed.to_report:
             self.run.bad_audio.report(bad)
-        self.run.bad_audio.count(seen=int(utterances + unusable), unusable=int(unusable))
-        return stopping > 0
+        self.run.bad_audio.count(seen=int(agreed.utterances + agreed.unusable), unusable=int(agreed.unusable))
+        self.update_seconds = time.perf_counter() - began
+
+    def _next_window(self, windows: Iterator[list[MicroBatch]]) -> tuple[list[MicroBatch], float]:
+        """Return the next window and the seconds spent waiting for it. A stop signal ends the wait without a window."""
+        began = time.perf_counter()
+        try:
+            with self.stop.interrupting():
+                return next(windows), time.perf_counter() - began
+        except Interrupted:
+            return [], 0.0
+
+    def _agree(self, window: list[MicroBatch], bad: Sequence[BadAudio]) -> Agreement:
+        """Sum over all ranks what they have to know of an update. Collective."""
+        own = Agreement(
+            weight=sum(batch.weight for batch in window),
+            samples=sum(batch.audio_samples for batch in window),
+            utterances=sum(batch.utterances for batch in window),
+            unusable=sum(audio.left_out for audio in bad),
+            to_report=len(bad),
+            stopping=self.stop.received is not None,
+            unsaved=self.run.store.failed,
+            seconds=self.update_seconds,
+        )
+        return Agreement(*sum_over_ranks(own))
+
+    def _raise_if_stopping(self) -> None:
+        """Raise Interrupted on all ranks if one of them has received a stop signal. Collective."""
+        if largest_over_ranks([self.stop.received is not None])[0]:
+            raise Interrupted
+
+    def _stop(self) -> int:
+        """Save after a stop signal on any rank. Return 128 + its number. Collective."""
+        self._settle()
+        if self.state.update > self.saved:
+            if self.state.update > self.logged:
+                self._log()
+            self._save()
+        received = max(number for number in gather_from_ranks(self.stop.received) if number is not None)
+        self.display.message(f"stopped by {received.name}; the same command continues from here", "yellow")
+        self._finish()
+        return 128 + received
+
+    def _finish(self) -> None:
+        self.watchdog.at("saving", slow=True)
+        self.run.store.wait()
+        if unusable := self.run.bad_audio.summary():
+            self.display.message(unusable, "yellow")
 
     def _settle(self) -> None:
         """Wait for the pending update and count it.
@@ -185,13 +269,12 @@ class Trainer:
                 f"{pending.number}: lower optim.lr ({self.config.optim.lr:g}) and resume from the newest checkpoint"
             )
 
-    def _log_validate_save(self, stopping: bool) -> None:
+    def _log_validate_save(self) -> None:
         update, config = self.state.update, self.config
-        ended = update == self.total
-        saving = ended or stopping or update % config.checkpoint.every == 0
+        saving = update == self.total or update % config.checkpoint.every == 0
         # Log at every save, so that the metrics of a resumed run start exactly at its checkpoint.
         logging = saving or update % config.logging.every == 0
-        validating = self.run.validation_set is not None and (ended or update % config.trainer.validate_every == 0)
+        validating = self._validation_is_due()
         if logging or validating:
             self._settle()
         if logging:
@@ -203,11 +286,21 @@ class Trainer:
         if validating:
             self._validate()
         if saving:
-            self.run.save(self.state)
+            self._save()
         self.meter.exclude(time.perf_counter() - began)
         self.display.advance(update)
 
+    def _validation_is_due(self) -> bool:
+        due = self.state.update == self.total or self.state.update % self.config.trainer.validate_every == 0
+        return due and self.run.validation_set is not None
+
+    def _save(self) -> None:
+        self.watchdog.at("saving", slow=True)
+        self.run.save(self.state)
+        self.saved = self.state.update
+
     def _log(self) -> None:
+        self.logged = self.state.update
         values = self.meter.read(self.run.objective.metrics)
         values |= {
             "lr": self.lr,
@@ -227,10 +320,13 @@ class Trainer:
             self.display.message(f"warning: {warning}", "yellow")
 
     def _validate(self) -> None:
+        """Validate, and keep the metrics in the state. Raises Interrupted on all ranks after a stop signal."""
         bad: list[BadAudio] = []
         step = StepContext(self.config.trainer.seed, self.state.update)
 
         def evaluate(batch: MicroBatch) -> Sums:
+            self.watchdog.at("validation")
+            self._raise_if_stopping()
             bad.extend(batch.bad)
             return self.run.engine.evaluate(batch, self.run.objective, step)
 
@@ -253,13 +349,3 @@ def _after_step(objective: Objective, update: int) -> Callable[[nn.Module], None
     if not objective.changes_model:
         return None
     return partial(objective.after_step, update=update)
-
-
-def _timed(windows: Iterator[list[MicroBatch]]) -> Iterator[tuple[list[MicroBatch], float]]:
-    """Yield each window with the seconds spent waiting for it."""
-    while True:
-        began = time.perf_counter()
-        window = next(windows, None)
-        if window is None:
-            return
-        yield window, time.perf_counter() - began

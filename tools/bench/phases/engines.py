@@ -23,7 +23,7 @@ from tools.bench.contenders import Work
 from tools.bench.engine_parity import ENGINES, relative_difference
 from tools.bench.phases.measuring import Machine, Rows, process_context
 from tools.bench.running import Setup, build
-from tools.bench.script import end_with_parent
+from w2vscale import runtime
 from w2vscale.checkpoint.expected import expected_of
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import open_checkpoint
@@ -172,7 +172,7 @@ def gradient_differences(folder: Path, machine: Machine) -> dict[str, float]:
 
 def _train(device_name: str, engine: str, before: str, precision: str, tiny: bool, folder: Path, result: Path) -> None:
     """In a process of its own: `UPDATES` updates, then those after `SAVED` again from the checkpoint of `before`."""
-    end_with_parent()
+    runtime.end_with_parent()
     try:
         if device_name == "cpu":
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on the CPU also where there is a GPU

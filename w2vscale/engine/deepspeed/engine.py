@@ -5,7 +5,7 @@ Importing and exporting state uses private names of DeepSpeed, so its version is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -80,7 +80,7 @@ class DeepSpeedEngine:
 
     def run_window(
         self, window: Sequence[MicroBatch], objective: Objective, step: StepContext, *,
-        per_forward: int, denominator: Tensor,
+        per_forward: int, denominator: Tensor, between_forwards: Callable[[], None] | None = None,
     ) -> Sums:  # fmt: skip
         """DeepSpeed averages gradients, so the loss is multiplied by the world size."""
         self.engine.train()
@@ -92,7 +92,7 @@ class DeepSpeedEngine:
             self.engine.backward(sums.total * scale, scale_wrt_gas=False)
             return sums
 
-        return accumulate(split(window, per_forward), step, run, self.device)
+        return accumulate(split(window, per_forward), step, run, self.device, between_forwards)
 
     def step(self, *, lr: float, max_norm: float | None, after: AfterStep | None = None) -> Tensor:
         assert after is None, "see `build_engine`"

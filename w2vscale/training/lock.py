@@ -1,0 +1,132 @@
+"""The lock of a run folder: one run at a time writes to it.
+
+The kernel holds it for the process (a POSIX record lock, which NFS has too), so it ends with the process, however that
+ends. The file `lock` in the folder says which process it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from w2vscale.errors import UserError
+from w2vscale.files import remove_partials
+
+HELD = (errno.EAGAIN, errno.EACCES)  # another process holds the lock
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # the file system has none
+PATIENCE = 0.3  # seconds in which a run that was killed lets go of its lock
+
+
+def refuse_if_locked(exp: Path) -> None:
+    """Raise a UserError if a run uses the folder `exp`. Fast, for use before anything is imported."""
+    path = exp / "lock"
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:  # no lock; or no right to write, which the run itself will report
+            return
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in HELD:
+                return
+            holder = _holder(path)
+        finally:
+            os.close(descriptor)
+        if time.monotonic() > deadline:
+            raise _refusal(exp, holder)
+        time.sleep(0.05)
+
+
+@contextmanager
+def locked(exp: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of the folder `exp` in the block; make the folder, and delete unfinished files in it.
+
+    If the folder is still empty at the end, it is deleted. Where the file system has no locks, a run is refused only if
+    another one on the same machine is running. Raises UserError if another run holds the lock, or the folder cannot be
+    written.
+    """
+    missing = [folder for folder in (exp, *exp.parents) if not folder.exists()]
+    path = exp / "lock"
+    try:
+        exp.mkdir(parents=True, exist_ok=True)
+        descriptor = _take(exp, path, log)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}).encode())
+    except OSError as error:
+        raise UserError(f"{exp}: the folder of the run cannot be written: {error.strerror}") from None
+    try:
+        for folder in (exp, exp / "logs", exp / "checkpoints"):
+            remove_partials(folder, log)
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+
+
+def _take(exp: Path, path: Path, log: Callable[[str], None]) -> int:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(path)
+            if error.errno in HELD or (error.errno in NO_LOCKS and _runs_here(holder)):
+                os.close(descriptor)
+                if time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+                raise _refusal(exp, holder) from None
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+            log(f"warning: {exp}: the file system has no locks; make sure that no other run uses this folder")
+            return descriptor
+        with suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)  # the run that held it has just deleted it
+
+
+def _refusal(exp: Path, holder: dict[str, Any]) -> UserError:
+    who = "another process"
+    if holder:
+        who = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
+    return UserError(f"{exp}: in use by {who}; stop that run first, or choose another --exp")
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def _runs_here(holder: dict[str, Any]) -> bool:
+    if holder.get("host") != socket.gethostname() or holder.get("pid") == os.getpid():
+        return False
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except (OSError, KeyError, TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
