@@ -24,9 +24,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -94,7 +95,7 @@ class Chaos:
         targets = self._targets(processes, victim)
         reached = self.updates() if phase not in ("start-up", "load") else before
         for target in targets:
-            with _gone():
+            with suppress(OSError):
                 os.kill(target, signal.SIGKILL)
         process.wait(DEADLINE)
         # Processes that the launcher started in the meantime are not in the list, but have the mark.
@@ -103,7 +104,7 @@ class Chaos:
             if time.monotonic() > deadline:
                 self.left.append(f"{phase}, {victim}: {len(found)} processes")
                 for one in found:
-                    with _gone():
+                    with suppress(OSError):
                         os.kill(one, signal.SIGKILL)
                 break
             time.sleep(0.05)
@@ -142,9 +143,8 @@ class Chaos:
                 return False
             time.sleep(self.choose.uniform(0.0, 1.5))
             return process.poll() is None
-        resumed = self._resumable()
-        target = max(before, resumed) + self.choose.randint(1, EVERY + 1)
-        if not until(lambda: _read(self.exp / "lock") != b"" and self._at(target, resumed)):
+        target = before + self.choose.randint(1, EVERY + 1)
+        if not until(lambda: self.updates() >= target):
             return False
         if phase == "save":
             checkpoints = self.exp / "checkpoints"
@@ -154,10 +154,6 @@ class Chaos:
         if phase == "collective":
             time.sleep(self.choose.uniform(0.0, 0.2))
         return process.poll() is None
-
-    def _at(self, target: int, resumed: int) -> bool:
-        """Whether the run has reached an update, after it has dropped the metrics of the killed one."""
-        return self.updates() >= target
 
     def _resumable(self) -> int:
         try:
@@ -178,19 +174,10 @@ def marked(mark: str) -> list[int]:
     """The processes with this mark in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
-        with _gone():
+        with suppress(OSError):
             if f"{MARK}={mark}".encode() in (path / "environ").read_bytes():
                 found.append(int(path.name))
     return found
-
-
-class _gone:
-    """Ignores that a process has ended."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> bool:
-        return kind is not None and issubclass(kind, OSError)
 
 
 def _read(path: Path) -> bytes:
@@ -224,13 +211,16 @@ def chaos(
             console.print(str(folder))
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    found["left"] += [f"/dev/shm/{name}" for name in sorted(set(os.listdir("/dev/shm")) - shared_memory)]
+    left = found["left"] = [
+        *found["left"],
+        *(f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_memory),
+    ]
     console.print(json.dumps(found))
-    if not found["identical"] or found["left"]:
+    if not found["identical"] or left:
         sys.exit(1)
 
 
-def _run(folder: Path, kills: int, engine: str, asynchronous: bool, seed: int) -> dict[str, object]:
+def _run(folder: Path, kills: int, engine: str, asynchronous: bool, seed: int) -> dict[str, Any]:
     cuts = [
         cut_of(write_audio(folder / "audio" / f"{number:02d}.flac", noise(1.0 + 0.2 * number, seed=number)))
         for number in range(24)
@@ -259,10 +249,8 @@ def _run(folder: Path, kills: int, engine: str, asynchronous: bool, seed: int) -
     log = (killed.folder / "log.txt").read_text()
     if "Traceback" in log:
         killed.left.append(log[log.index("Traceback") :][:2000])
-    killed.left += [str(path.name) for path in (killed.temporary).iterdir()]
-    killed.left += [str(path.name) for path in (killed.exp).rglob(".*.partial")] + ["lock"] * (
-        killed.exp / "lock"
-    ).exists()
+    leftovers = [*killed.temporary.iterdir(), *killed.exp.rglob(".*.partial"), *killed.exp.glob("lock")]
+    killed.left += [path.name for path in leftovers]
     problems = verify(killed.exp).problems
     identical = not problems and same(open_checkpoint(untouched.exp), open_checkpoint(killed.exp))
     curves = [read_records(one.exp / "metrics.jsonl") for one in (untouched, killed)]
@@ -284,9 +272,8 @@ def _print(killed: Chaos) -> None:
     for phase in PHASES:
         table.add_row(phase, *(str(killed.kills[f"{phase}: {victim}"]) for victim in VICTIMS))
     console.print(table)
-    console.print(
-        f"updates lost per kill: {max(killed.lost)} at most, {sum(killed.lost) / len(killed.lost):.1f} on average"
-    )
+    mean = sum(killed.lost) / len(killed.lost)
+    console.print(f"updates lost per kill: {max(killed.lost)} at most, {mean:.1f} on average")
 
 
 if __name__ == "__main__":
