@@ -135,7 +135,8 @@ class TestTheProcess:
         given = [*arguments, "--nproc-per-node", "2"]
         launches: list[tuple[list[str], int]] = []
 
-        def launch(arguments: list[str], processes: int) -> int:
+        def launch(arguments: list[str], processes: int, *, grace: float) -> int:
+            assert grace > 0
             launches.append((arguments, processes))
             return 7
 

@@ -44,6 +44,7 @@ from w2vscale.training.calibration import micro_batches_per_forward
 from w2vscale.training.display import Display
 from w2vscale.training.loop import Trainer
 from w2vscale.training.run import Run, build_run, make_folder
+from w2vscale.training.watchdog import Watchdog
 
 
 def train_and_save_first(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[float]:
@@ -102,7 +103,9 @@ def _train(
     if save_first:
         run.save(run.state)
     chosen = per_forward(run) if per_forward is not None else micro_batches_per_forward(run, lambda text: None)
-    Trainer(run, StopRequest(), chosen, Display(total=config.trainer.updates, enabled=ranks.is_main)).train()
+    display = Display(total=config.trainer.updates, enabled=ranks.is_main)
+    watchdog = Watchdog(ranks, folder / "logs", seconds=0, stop=StopRequest(), grace=600)
+    Trainer(run, StopRequest(), watchdog, chosen, display).train()
     run.engine.close()
     if not ranks.is_main:
         return []

@@ -81,6 +81,20 @@ def finetune(
     _run(config, folder, resume, context)
 
 
+def replay(
+    window: Annotated[Path, typer.Argument(metavar="WINDOW", help="A file that a run kept: EXP/nonfinite/window_….")],
+    overrides: Overrides = None,
+) -> None:
+    """Run the micro-batches of a skipped update again on the CPU, and name the first module that is not finite.
+
+    A run keeps them when it stops after trainer.max_skipped_in_a_row updates whose gradients are not finite.
+    """
+    from w2vscale.training.replay import describe
+    from w2vscale.training.replay import replay as replay_window
+
+    console.print(describe(replay_window(window, overrides or [])))
+
+
 def free_folder(source: str, exp: Path | None) -> Path:
     """The folder of the run, see `run_folder`. Raises UserError if another run uses it, before the slow imports."""
     from w2vscale.distributed.launch import launched

@@ -7,7 +7,7 @@ that the host needs. So every function here works for any objective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -140,6 +140,26 @@ def tensors_of(inputs: object, name: str = "") -> Iterator[tuple[str, Tensor]]:
     elif _is_named(inputs):
         for field, value in zip(inputs._fields, inputs, strict=True):  # type: ignore[attr-defined, call-overload]
             yield from tensors_of(value, field)
+
+
+def leaves_of(inputs: object, name: str) -> Iterator[tuple[str, Any]]:
+    """Yield every part of `inputs` that is not a named tuple, with its path below `name`: `name.audio.frames_B`."""
+    if _is_named(inputs):
+        for field, value in zip(inputs._fields, inputs, strict=True):  # type: ignore[attr-defined, call-overload]
+            yield from leaves_of(value, f"{name}.{field}")
+    else:
+        yield name, inputs
+
+
+def with_leaves(template: T, leaves: Mapping[str, Any], name: str) -> T:
+    """Return inputs of the same types as `template` from the parts that `leaves_of` yields."""
+    if not _is_named(template):
+        value: T = leaves[name]
+        return value
+    fields: Any = template
+    parts = (with_leaves(value, leaves, f"{name}.{field}") for field, value in zip(fields._fields, fields, strict=True))
+    same: T = type(fields)(*parts)
+    return same
 
 
 def pack(inputs: object) -> tuple[Tensor, Any]:

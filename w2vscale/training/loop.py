@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from w2vscale.checkpoint.format import committed
 from w2vscale.config import Config
 from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
@@ -39,6 +40,7 @@ from w2vscale.training.display import Display
 from w2vscale.training.lock import locked
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
+from w2vscale.training.replay import Window, keep_window
 from w2vscale.training.run import Run, build_run, make_folder
 from w2vscale.training.watchdog import Watchdog
 
@@ -189,7 +191,9 @@ class Trainer:
         if first:  # it also waits for loaders to start
             self.meter.exclude(waited)
             waited = 0.0
-        self.pending = PendingUpdate(self.state.update, window, sums, norm, waited)
+        self.pending = PendingUpdate(self.state.update, window, sums, norm, max(agreed.weight, 1.0), waited)
+        if self.skipped_in_a_row + 1 >= config.trainer.max_skipped_in_a_row:
+            self._settle()  # so that, if this is the last skip, the weights are still those of its window
         if agreed.to_report:
             self.run.bad_audio.report(bad)
         self.run.bad_audio.count(seen=int(agreed.utterances + agreed.unusable), unusable=int(agreed.unusable))
@@ -244,7 +248,8 @@ class Trainer:
     def _settle(self) -> None:
         """Wait for the pending update and count it.
 
-        Raises UserError if it is the last of `trainer.max_skipped_in_a_row` updates that were skipped.
+        Raises UserError if it is the last of `trainer.max_skipped_in_a_row` updates that were skipped, and keeps its
+        window.
         """
         pending, self.pending = self.pending, None
         if pending is None:
@@ -264,10 +269,25 @@ class Trainer:
             "yellow",
         )
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_in_a_row:
-            raise UserError(
-                f"{self.skipped_in_a_row} updates in a row had gradients that are not finite, the last is update "
-                f"{pending.number}: lower optim.lr ({self.config.optim.lr:g}) and resume from the newest checkpoint"
-            )
+            raise UserError(self._explain_skips(pending))
+
+    def _explain_skips(self, last: PendingUpdate) -> str:
+        """Keep the window of the last skipped update, and say what to do. Collective."""
+        self.watchdog.at("saving the window of a skipped update", slow=True)
+        self.run.store.wait()
+        newest = committed(self.run.store.folder)[-1:]
+        resume = f"continue from {newest[0]}, which is finite" if newest else "start again"
+        window = Window(last.window, last.number - 1, self.per_forward, last.denominator)
+        finite = all(bool(field.isfinite().all()) for field in last.sums)
+        try:
+            kept = keep_window(self.run, window, finite=finite)
+            cause = f"find the module with: w2vscale replay {kept}"
+        except UserError as error:
+            cause = str(error)
+        return (
+            f"{self.skipped_in_a_row} updates in a row had gradients that are not finite, the last is update "
+            f"{last.number}; {cause}; lower optim.lr ({self.config.optim.lr:g}) and {resume}"
+        )
 
     def _log_validate_save(self) -> None:
         update, config = self.state.update, self.config

@@ -62,4 +62,5 @@ class PendingUpdate:
     window: Sequence[MicroBatch]
     sums: Sums
     norm: HostCopy  # of the gradient before clipping; not finite if the update was skipped
+    denominator: float
     data_seconds: float  # for which the device had nothing to do, because it waited for the window
