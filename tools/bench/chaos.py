@@ -226,7 +226,7 @@ def _run(folder: Path, kills: int, engine: str, asynchronous: bool, seed: int) -
         for number in range(24)
     ]
     corpus = write_manifest(folder / "cuts.jsonl", cuts)
-    updates = 2 * kills + 2 * EVERY
+    updates = 4 * kills + 2 * EVERY
     settings = [
         *MICRO_RUN, f"engine={{{ENGINES[engine]}}}", f"data.train={corpus}", f"data.validation={corpus}",
         f"trainer.updates={updates}", "trainer.validate_every=20", "data.workers=1", f"checkpoint.every={EVERY}",
