@@ -93,13 +93,13 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a log. Lines that are incomplete because a process was killed are skipped.
+    """The JSON objects of a log. Other lines, such as one that a killed process left incomplete, are skipped.
 
     Raises OSError if the file cannot be read.
     """
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             if isinstance(record := json.loads(line), dict):
                 records.append(record)
     return records

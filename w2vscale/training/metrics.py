@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -15,7 +16,7 @@ from w2vscale.checkpoint.format import TrainState
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
 from w2vscale.evaluation.validation import reduce_sums
-from w2vscale.files import read_records, write_text
+from w2vscale.files import read_records, write_text, writing
 from w2vscale.objectives import Sums, add_sums
 
 if TYPE_CHECKING:
@@ -93,38 +94,54 @@ class MetricsWriter:
         self._curves: tuple[SummaryWriter, SummaryWriter] | None = None  # by updates, and by seconds of audio seen
         if not enabled:
             return
-        if self.path.is_file():
-            kept = [line for line in read_records(self.path) if line.get("update", math.inf) <= resumed_at.update]
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._lines = self.path.open("a")
+        with writing(self.path):
+            if self.path.is_file():
+                kept = [line for line in read_records(self.path) if _update_of(line) <= resumed_at.update]
+                write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._lines = self.path.open("a", encoding="utf-8")
         if tensorboard:
             # Imported here because the import takes seconds and most commands do not need it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._curves = (
-                SummaryWriter(str(exp / "tb"), purge_step=resumed_at.update + 1),
-                SummaryWriter(str(exp / "tb" / "by_seconds_seen"), purge_step=int(resumed_at.audio_seconds) + 1),
-            )
+            self._folder = exp / "tb"
+            with writing(self._folder):
+                self._curves = (
+                    SummaryWriter(str(self._folder), purge_step=resumed_at.update + 1),
+                    SummaryWriter(
+                        str(self._folder / "by_seconds_seen"), purge_step=int(resumed_at.audio_seconds) + 1
+                    ),
+                )
 
     def close(self) -> None:
         """Close the files."""
-        if self._lines is not None:
-            self._lines.close()
-        for curves in self._curves or ():
-            curves.close()
+        for file in (self._lines, *(self._curves or ())):
+            with suppress(OSError):  # `write` has reported it
+                if file is not None:
+                    file.close()
 
     def write(self, split: str, update: int, values: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl and one point to each curve. Non-finite values become null in the file."""
+        """Append one line to metrics.jsonl and one point to each curve. Non-finite values become null in the file.
+
+        Raises UserError if a file cannot be written.
+        """
         if self._lines is None:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._lines.write(json.dumps({"split": split, "update": update, **finite}) + "\n")
-        self._lines.flush()
+        with writing(self.path):
+            self._lines.write(json.dumps({"split": split, "update": update, **finite}) + "\n")
+            self._lines.flush()
         if self._curves is not None:
             by_updates, by_seconds = self._curves
-            for key, value in values.items():
-                by_updates.add_scalar(f"{split}/{key}", value, update)
-            for key in self._by_audio & values.keys():
-                by_seconds.add_scalar(f"{split}/{key}", values[key], round(values["hours_seen"] * 3600))
-            by_updates.flush()
-            by_seconds.flush()
+            with writing(self._folder):
+                for key, value in values.items():
+                    by_updates.add_scalar(f"{split}/{key}", value, update)
+                for key in self._by_audio & values.keys():
+                    by_seconds.add_scalar(f"{split}/{key}", values[key], round(values["hours_seen"] * 3600))
+                by_updates.flush()
+                by_seconds.flush()
+
+
+def _update_of(line: Mapping[str, Any]) -> float:
+    """The update of a line of metrics.jsonl; infinite if the line is damaged."""
+    update = line.get("update")
+    return update if isinstance(update, int) else math.inf
