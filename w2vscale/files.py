@@ -105,6 +105,23 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_metrics(path: Path, split: str) -> list[dict[str, Any]]:
+    """Read one split (`train` or `validation`) of a metrics.jsonl. Lines that no run has written are skipped.
+
+    Raises UserError if the file cannot be read.
+    """
+    try:
+        records = read_records(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return [record for record in records if record.get("split") == split and _are_metrics(record)]
+
+
+def _are_metrics(record: Mapping[str, Any]) -> bool:
+    values = [value for key, value in record.items() if key != "split" and value is not None]
+    return type(record.get("update")) is int and all(type(one) in (int, float) and math.isfinite(one) for one in values)
+
+
 def safetensors_header(
     tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:

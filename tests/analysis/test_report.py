@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from w2vscale.analysis.figures import new_figure, save_figure
-from w2vscale.analysis.report import read_metrics
 from w2vscale.errors import UserError
+from w2vscale.files import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,8 +13,8 @@ from tests.helpers.continued import transformers_loss
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_micro
-from w2vscale.analysis.report import read_metrics
 from w2vscale.config import load_config
+from w2vscale.files import read_metrics
 from w2vscale.interop.huggingface import huggingface_config, preprocessor_config
 from w2vscale.interop.importing import import_checkpoint
 from w2vscale.objectives import build_objective

@@ -10,10 +10,10 @@ import torch
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
-from w2vscale.analysis.report import read_metrics
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import evaluate_checkpoint
+from w2vscale.files import read_metrics
 from w2vscale.objectives import build_objective
 from w2vscale.objectives.contrastive import ContrastiveSums
 from w2vscale.training.loop import train

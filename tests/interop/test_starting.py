@@ -11,11 +11,11 @@ from tests.helpers.audio import SmallCorpus
 from tests.helpers.continued import transformers_loss
 from tests.helpers.exported import random_model, save_model
 from tests.helpers.micro import MICRO_RUN
-from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import Config, load_config
 from w2vscale.errors import UserError
+from w2vscale.files import read_metrics
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.objectives import build_objective
 from w2vscale.training.loop import train

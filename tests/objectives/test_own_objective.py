@@ -20,7 +20,6 @@ from typer.testing import CliRunner
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_ENCODER, MICRO_TRAINING
 from tests.helpers.spelled import some_texts, write_spelled
-from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import Config, architecture, load_config
@@ -30,6 +29,7 @@ from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.evaluation.wer import score_checkpoint
+from w2vscale.files import read_metrics
 from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import transcribe
 from w2vscale.interop.exporting import export_checkpoint

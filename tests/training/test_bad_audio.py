@@ -15,13 +15,13 @@ import torch
 from tests.helpers.audio import cut_of, noise, write_audio, write_manifest, write_text
 from tests.helpers.batches import utterance_of_masked_frames
 from tests.helpers.micro import MICRO_RUN
-from w2vscale.analysis.report import read_metrics
 from w2vscale.config import Config, load_config
 from w2vscale.data.indexed import MicroBatches
 from w2vscale.data.inputs import AudioBatch
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
+from w2vscale.files import read_metrics
 from w2vscale.objectives.contrastive import ContrastiveInputs
 from w2vscale.training import run as run_module
 from w2vscale.training.bad_audio import BadAudioLog

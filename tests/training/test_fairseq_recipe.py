@@ -9,10 +9,10 @@ import torch
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_MODEL
-from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import load_config
 from w2vscale.data.indexed import MicroBatches
+from w2vscale.files import read_metrics
 from w2vscale.objectives import StepContext, build_objective
 from w2vscale.optim.adamw import parameter_groups
 from w2vscale.optim.schedules import learning_rate

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
-from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import Config, load_config
@@ -23,6 +22,7 @@ from w2vscale.corpora.index import build_index
 from w2vscale.corpora.sentence_pieces import train_pieces
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import evaluate_checkpoint
+from w2vscale.files import read_metrics
 from w2vscale.inference.pretrained import load
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train

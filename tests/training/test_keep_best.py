@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
-from w2vscale.analysis.report import read_metrics
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.format import committed, update_of
 from w2vscale.checkpoint.reader import open_checkpoint
@@ -20,6 +19,7 @@ from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import evaluate_checkpoint
+from w2vscale.files import read_metrics
 from w2vscale.training import loop
 
 

@@ -17,11 +17,12 @@ import torch
 
 from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
 from tests.helpers.micro import MICRO_RUN
-from w2vscale.analysis.report import draw_curves, read_metrics, read_run
+from w2vscale.analysis.report import draw_curves, read_run
 from w2vscale.config import Config, load_config
 from w2vscale.data.indexed import MicroBatches
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.errors import UserError
+from w2vscale.files import read_metrics
 from w2vscale.objectives import StepContext, build_objective
 from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.training.dry_run import dry_run

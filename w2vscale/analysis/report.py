@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from w2vscale.analysis.figures import add_grid, new_figure, save_figure
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
-from w2vscale.files import read_records
+from w2vscale.files import read_metrics
 from w2vscale.objectives import build_objective
 from w2vscale.objectives.base import Panel
 
@@ -18,15 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Record = dict[str, Any]
-
-
-def read_metrics(path: Path, split: str) -> list[Record]:
-    """Read one split (`train` or `validation`) of a metrics.jsonl. Raises UserError if the file cannot be read."""
-    try:
-        records = read_records(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return [record for record in records if record.get("split") == split]
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,10 @@ class RunMetrics:
 def read_run(exp: Path) -> RunMetrics:
     """Read the metrics of a run folder. Raises UserError if it is not one, or has no metrics yet."""
     path = exp / "metrics.jsonl"
-    train, validation = read_metrics(path, "train"), read_metrics(path, "validation")
+    train, validation = (
+        [record for record in read_metrics(path, split) if record.get("hours_seen") is not None]
+        for split in ("train", "validation")
+    )
     if not train:
         raise UserError(f"{exp}: no metrics yet; the run has logged no update")
     if not (exp / "config.yaml").is_file():

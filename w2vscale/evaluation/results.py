@@ -2,20 +2,59 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
 from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import relative_reduction
 
 BASELINE = "_scratch"  # the run NAME is compared with the run NAME_scratch
 EDITS = ("substitutions", "deletions", "insertions")
-METRIC_KEYS = {"update", "utterances", "table"}
-WER_KEYS = {"wer", "cer", "word_interval", "character_interval", "cuts", "decoding", "utterances"}
+
+
+class Metrics(BaseModel):
+    """What `w2vscale evaluate` writes."""
+
+    update: int
+    utterances: float
+    table: dict[str, str]
+
+
+class Edits(BaseModel):
+    """Edits of an utterance, in words or characters, and the length of its reference."""
+
+    substitutions: int
+    deletions: int
+    insertions: int
+    reference: int
+
+
+class UtteranceEdits(BaseModel):
+    """The edits of one utterance."""
+
+    utterance: str
+    words: Edits
+    characters: Edits
+
+
+class ErrorRates(BaseModel):
+    """What `w2vscale evaluate --wer` writes."""
+
+    wer: float
+    cer: float
+    word_interval: tuple[float, float]
+    character_interval: tuple[float, float]
+    cuts: list[str]
+    decoding: str
+    utterances: list[UtteranceEdits]
+
+
+OUTPUT = TypeAdapter[Metrics | ErrorRates](Metrics | ErrorRates)
 
 
 class Result(NamedTuple):
@@ -30,11 +69,11 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
     found = []
     for path in paths:
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        if not isinstance(metrics, dict) or not (metrics.keys() >= METRIC_KEYS or metrics.keys() >= WER_KEYS):
-            raise UserError(f"{path}: not written by w2vscale evaluate --output")
+            metrics = OUTPUT.validate_json(path.read_bytes()).model_dump()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        except ValidationError:
+            raise UserError(f"{path}: not written by w2vscale evaluate --output") from None
         found.append(Result(path.resolve().parent.name, metrics))
     return found
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.config import ModelConfig
 from w2vscale.data.transcripts import PIECE_SPACE
-from w2vscale.errors import UserError
-from w2vscale.files import read_records
+from w2vscale.files import read_metrics
 from w2vscale.objectives import Objective, TransformersHead, build_objective
 from w2vscale.version import __version__
 
@@ -130,12 +129,8 @@ def _training_rows(checkpoint: CheckpointReader, objective: Objective) -> list[t
 
 def _validation_rows(log: Path, update: int, objective: Objective) -> list[tuple[str, str]]:
     """Return table rows with the metrics of the last validation up to `update`, if there is a log of the run."""
-    try:
-        records = read_records(log) if log.is_file() else []
-    except OSError as error:
-        raise UserError(f"{log}: cannot be read: {error.strerror}") from None
-    validated = (record for record in reversed(records) if record.get("split") == "validation")
-    found = next((record for record in validated if record["update"] <= update), None)
+    validated = read_metrics(log, "validation") if log.is_file() else []
+    found = next((record for record in reversed(validated) if record["update"] <= update), None)
     if found is None:
         return []
     try:

@@ -142,5 +142,5 @@ def _read(path: Path, conditions: dict[str, Any]) -> int | None:
     try:
         document = json.loads(path.read_text())
         return int(document["micro_batches_per_forward"]) if document["conditions"] == conditions else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

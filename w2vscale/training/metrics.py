@@ -107,9 +107,7 @@ class MetricsWriter:
             with writing(self._folder):
                 self._curves = (
                     SummaryWriter(str(self._folder), purge_step=resumed_at.update + 1),
-                    SummaryWriter(
-                        str(self._folder / "by_seconds_seen"), purge_step=int(resumed_at.audio_seconds) + 1
-                    ),
+                    SummaryWriter(str(self._folder / "by_seconds_seen"), purge_step=int(resumed_at.audio_seconds) + 1),
                 )
 
     def close(self) -> None:

@@ -210,7 +210,7 @@ def _read(path: Path) -> dict[str, Any]:
     """Read the keys of the file, without disabled sections and "auto" values."""
     try:
         tree = json.loads(path.read_text(), object_pairs_hook=_without_auto)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected an object with a section zero_optimization, got a {type(tree).__name__}")

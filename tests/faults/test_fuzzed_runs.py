@@ -1,0 +1,162 @@
+"""Any content in any file of a run folder: every command ends with one line, or works. No traceback, nothing new."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.micro import MICRO_RUN
+from w2vscale.cli.app import app
+from w2vscale.config import load_config
+from w2vscale.errors import UserError
+from w2vscale.evaluation.results import Edits, ErrorRates, Metrics, UtteranceEdits
+from w2vscale.training.loop import train
+
+FILES = (
+    "config.yaml", "metrics.jsonl", "lock", "logs/bad_audio.jsonl", "calibration.json",
+    "evaluation.json", "errors.json",
+    "checkpoints/update_00000002/train_state.json", "checkpoints/update_00000002/config.yaml",
+    "checkpoints/update_00000002/shard-00001-model-00001-of-00001.safetensors",
+)  # fmt: skip
+COMMANDS = (
+    "train", "checkpoint show {exp}", "checkpoint verify {exp}", "checkpoint average {exp} {out} --last 1",
+    "checkpoint consolidate {exp} {out}", "report {exp} --output {out}/curves.png", "config show {exp}",
+    "export {exp} {out} --format huggingface", "replay {file}",
+    "results {exp}/evaluation.json {exp}/errors.json --output {out}/RESULTS.md",
+)  # fmt: skip
+
+KEYS = (
+    "update",
+    "hours_seen",
+    "wer",
+    "table",
+    "utterances",
+    "split",
+    "files",
+    "format",
+    "validation",
+    "utterance",
+    "loss",
+    "model",
+    "pid",
+)
+EDITS = Edits(substitutions=1, deletions=0, insertions=0, reference=10)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    max_leaves=8,
+)
+
+
+def _without(document: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in document.items() if name != key}
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> Any:
+    """A function that changes the content of a file."""
+    kind = draw(st.sampled_from(["bytes", "flip", "cut", "json", "value", "deep"]))
+    if kind == "bytes":
+        new = draw(st.binary(max_size=64))
+        return lambda old: new
+    if kind == "flip":
+        place, mask = draw(st.floats(0, 1)), draw(st.integers(1, 255))
+
+        def flip(old: bytes) -> bytes:
+            at = int(place * (len(old) - 1)) if old else 0
+            return old[:at] + bytes([old[at] ^ mask]) + old[at + 1 :] if old else b"x"
+
+        return flip
+    if kind == "cut":
+        share = draw(st.floats(0, 1))
+        return lambda old: old[: int(share * len(old))]
+    if kind == "deep":
+        mark = draw(st.sampled_from(["[", '{"a":', "- "]))
+        return lambda old: (mark * 20_000).encode()
+    value = draw(JSON)
+    if kind == "json":
+        return lambda old: json.dumps(value).encode("utf-8", "surrogatepass")
+    key = draw(
+        st.sampled_from(["update", "split", "files", "format", "validation", "utterance", "loss", "model", "pid"])
+    )
+
+    def replace(old: bytes) -> bytes:
+        lines = []
+        for line in old.decode(errors="replace").splitlines():
+            try:
+                document = json.loads(line)
+                if isinstance(document, dict):
+                    document = {**document, key: value} if value is not None else _without(document, key)
+                lines.append(json.dumps(document))
+            except ValueError:
+                lines.append(f"{key}: {json.dumps(value)}" if line.startswith(f"{key}:") else line)
+        return "\n".join(lines).encode("utf-8", "surrogatepass")
+
+    return replace
+
+
+@pytest.fixture(scope="module")
+def finished(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    exp = tmp_path_factory.mktemp("finished") / "exp"
+    assert train(_config(small_corpus), exp) == 0
+    (exp / "logs" / "bad_audio.jsonl").write_text(
+        json.dumps({"utterance": "a", "file": "b", "kind": "missing", "reason": "c", "left_out": True}) + "\n"
+    )
+    (exp / "calibration.json").write_text("{}")
+    (exp / "evaluation.json").write_text(Metrics(update=2, utterances=3, table={"loss": "2 nats"}).model_dump_json())
+    edits = UtteranceEdits(utterance="a", words=EDITS, characters=EDITS)
+    rates = ErrorRates(
+        wer=0.1, cer=0.1, word_interval=(0.0, 0.2), character_interval=(0.0, 0.2), cuts=["c"], decoding="greedy",
+        utterances=[edits],
+    )  # fmt: skip
+    (exp / "errors.json").write_text(rates.model_dump_json())
+    return exp
+
+
+def _config(corpus: SmallCorpus) -> Any:
+    two = ("trainer.updates=2", "schedule.warmup_updates=1", "checkpoint.every=1")
+    return load_config("base", [*MICRO_RUN, *two, f"data.train={corpus.train}"])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("work")
+
+
+def _check(finished: Path, work: Path, corpus: SmallCorpus, file: str, change: Any, command: str) -> None:
+    shutil.rmtree(work)
+    exp, out = Path(shutil.copytree(finished, work / "exp", symlinks=True)), work / "out"
+    path = exp / file
+    old = path.read_bytes() if path.is_file() else b""
+    path.write_bytes(change(old))
+    before = sorted(os.listdir(work))
+    try:
+        if command == "train":
+            train(_config(corpus), exp)
+        else:
+            arguments = [part.format(exp=exp, out=out, file=path) for part in command.split()]
+            app(args=arguments, standalone_mode=False)
+        return
+    except UserError as caught:
+        error = str(caught)
+    assert "\n" not in error
+    assert not [*out.rglob("*.safetensors")]
+    assert sorted(os.listdir(work)) in (before, sorted([*before, "out"]))
+
+
+@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=[pytest.mark.long, pytest.mark.timeout(900)])])
+def test_any_content_of_any_file(finished: Path, work: Path, small_corpus: SmallCorpus, examples: int) -> None:
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(file=st.sampled_from(FILES), change=changes(), command=st.sampled_from(COMMANDS))
+    def check(file: str, change: Any, command: str) -> None:
+        _check(finished, work, small_corpus, file, change, command)
+
+    check()
