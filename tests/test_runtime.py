@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import platform
 import signal
@@ -215,3 +216,72 @@ print(*(faults() for _ in range(30)))
             pytest.skip(f"the variables of glibc do not keep memory here either: {kept} page faults")
         assert first > 50 and min(later) < first / 10
         assert min(self.faults(MALLOC_ARENA_MAX="2")) > 50
+
+
+class TestStopSignals:
+    def test_waiting_is_interrupted(self) -> None:
+        with StopRequest() as stop:
+            with pytest.raises(runtime.Interrupted), stop.interrupting():
+                os.kill(os.getpid(), signal.SIGUSR1)  # the handler runs before the next line
+            assert stop.received == signal.SIGUSR1
+            with pytest.raises(runtime.Interrupted), stop.interrupting():  # it has come before
+                raise AssertionError("the block must not begin")
+
+    def test_other_work_is_not_interrupted(self) -> None:
+        with StopRequest() as stop:
+            with stop.interrupting():
+                pass
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert stop.received == signal.SIGUSR1
+
+    def test_another_thread_sees_it_while_the_main_thread_is_busy(self) -> None:
+        """The handler in Python runs late, as it does while the main thread waits for other ranks."""
+        with StopRequest() as stop:
+            assert stop.arrived() is None
+            held = signal.pthread_sigmask(signal.SIG_SETMASK, [])
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            found = stop.arrived()
+            assert found is not None and found[0] == signal.SIGTERM
+            assert stop.arrived() == found
+
+
+class TestSockets:
+    """The folder for the sockets of loader processes."""
+
+    @pytest.fixture(autouse=True)
+    def place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setattr(runtime, "_place_of_sockets", lambda: tmp_path)
+        return tmp_path
+
+    def test_it_is_used_and_deleted(self, place: Path) -> None:
+        with runtime.socket_folder():
+            (folder,) = place.iterdir()
+            assert multiprocessing.util.get_temp_dir() == str(folder)
+        assert not [*place.iterdir()]
+
+    def test_that_of_a_killed_process_is_deleted_and_that_of_a_running_one_is_not(self, place: Path) -> None:
+        context = multiprocessing.get_context("fork")
+        held = context.Event()
+        processes = [context.Process(target=_hold_sockets, args=(held,)) for _ in range(2)]
+        for process in processes:
+            held.clear()
+            process.start()
+            assert held.wait(30)
+        (place / "w2vscale-other").symlink_to("/nowhere")
+        assert len([*place.iterdir()]) == 3
+        processes[0].kill()
+        processes[0].join()
+        runtime.delete_left_sockets()
+        assert len([*place.iterdir()]) == 2
+        processes[1].kill()
+        processes[1].join()
+        with runtime.socket_folder():
+            assert len([*place.iterdir()]) == 2
+        (place / "w2vscale-other").unlink()
+
+
+def _hold_sockets(held: object) -> None:
+    with runtime.socket_folder():
+        held.set()  # type: ignore[attr-defined]
+        signal.pause()

@@ -1,0 +1,138 @@
+"""The lock of a run folder, between processes and on file systems without locks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Iterator
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+
+from w2vscale.errors import UserError
+from w2vscale.training import lock
+from w2vscale.training.lock import locked, refuse_if_locked
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(exp: Path, held: Event) -> None:
+    with locked(exp, print):
+        held.set()
+        time.sleep(30)
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[multiprocessing.process.BaseProcess]:
+    """Another process that holds the lock of exp/."""
+    held = FORK.Event()
+    process = FORK.Process(target=hold, args=(tmp_path / "exp", held))
+    process.start()
+    assert held.wait(30)
+    yield process
+    process.kill()
+    process.join()
+
+
+def take(exp: Path, log: list[str] | None = None) -> None:
+    with locked(exp, [].append if log is None else log.append):
+        pass
+
+
+def test_a_second_process_is_refused(holder: multiprocessing.process.BaseProcess, tmp_path: Path) -> None:
+    expected = f"{tmp_path}/exp: in use by process {holder.pid} on {socket.gethostname()} since 20"
+    for attempt in (take, refuse_if_locked):
+        with pytest.raises(UserError) as caught:
+            attempt(tmp_path / "exp")
+        assert str(caught.value).startswith(expected)
+        assert str(caught.value).endswith("; stop that run first, or choose another --exp")
+
+
+def test_a_killed_process_holds_nothing(holder: multiprocessing.process.BaseProcess, tmp_path: Path) -> None:
+    holder.kill()
+    holder.join()
+    assert (tmp_path / "exp" / "lock").is_file()
+    refuse_if_locked(tmp_path / "exp")
+    take(tmp_path / "exp")
+    assert not (tmp_path / "exp" / "lock").exists()
+
+
+def test_a_child_of_the_holder_does_not_hold_it(tmp_path: Path) -> None:
+    """Loader processes that outlive their trainer must not keep the folder."""
+    exp = tmp_path / "exp"
+    with locked(exp, print):
+        child = FORK.Process(target=time.sleep, args=(30,))
+        child.start()
+    try:
+        take(exp)
+        refuse_if_locked(exp)
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_an_empty_folder_is_not_left(tmp_path: Path) -> None:
+    take(tmp_path / "a" / "b")
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "exp").mkdir()
+    take(tmp_path / "exp")
+    assert [*tmp_path.iterdir()] == [tmp_path / "exp"]
+    with locked(tmp_path / "c" / "d", print):
+        (tmp_path / "c" / "d" / "file").touch()
+    assert (tmp_path / "c" / "d" / "file").exists()
+
+
+def test_unfinished_files_are_deleted(tmp_path: Path) -> None:
+    for name in (".config.yaml.17.partial", "checkpoints/.update_00000002.partial/file", "logs/.a.partial"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    take(tmp_path)
+    assert not [*tmp_path.rglob("*.partial")]
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"[1]", b'{"pid": "x", "host": []}', b"\xff\xfe", b"[" * 100_000])
+def test_any_content_of_the_file_is_overwritten(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "lock").write_bytes(content)
+    with locked(tmp_path, print):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+class TestWithoutLocks:
+    """A file system that has none."""
+
+    @pytest.fixture(autouse=True)
+    def without(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def lockf(*arguments: object) -> None:
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        monkeypatch.setattr(lock, "PATIENCE", 0.0)
+
+    def test_it_is_said(self, tmp_path: Path) -> None:
+        log: list[str] = []
+        take(tmp_path, log)
+        assert log == [
+            f"warning: {tmp_path}: the file system has no locks; make sure that no other run uses this folder"
+        ]
+
+    def test_a_process_that_runs_here_is_respected(self, tmp_path: Path) -> None:
+        (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getppid(), "since": "now"}))
+        with pytest.raises(UserError, match=f"in use by process {os.getppid()} on "):
+            take(tmp_path)
+
+    @pytest.mark.parametrize("holder", [{"pid": 1, "host": "elsewhere"}, {"pid": 2**40}, {"pid": None}, {}])
+    def test_others_are_not(self, tmp_path: Path, holder: dict[str, object]) -> None:
+        (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "since": "now"} | holder))
+        take(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/exp: the folder of the run cannot be written: Not a directory"):
+        take(tmp_path / "file" / "exp")
