@@ -65,6 +65,7 @@ class CheckpointStore:
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if self.asynchronous else None
         self._writing: Future[None] | None = None
+        self._intact = -1  # update of the newest checkpoint that this store has written, or has found to be intact
         # A group of its own: the collectives of the thread must not meet those of the training.
         own_group = self.asynchronous and dist.is_initialized()
         self._group = dist.new_group(backend="gloo") if own_group else None
@@ -145,6 +146,7 @@ class CheckpointStore:
             own = next(damages(checkpoint.path, {name: checkpoint.files[name] for name in names}), None)
             damaged = next(filter(None, gather_from_ranks(own)), None)
             if damaged is None:
+                self._intact = checkpoint.state.update
                 return checkpoint
 
     def _write(
@@ -195,11 +197,12 @@ class CheckpointStore:
                 aside = path.with_name(f"abandoned_{path.name}")
                 _remove(aside)
                 path.rename(aside)
-                replaced = aside if path == final else replaced
+                replaced = aside if path == final and update == self._intact else replaced
         partial.rename(final)
         sync_folder(self.folder)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
+        self._intact = update
         link = self.folder / ".latest.partial"
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
