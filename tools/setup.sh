@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Creates .venv/ in this checkout and installs w2vscale into it: editable, with all extras, and with the versions in
-# tools/constraints.txt. Only tests and benchmarks use torchaudio; if it cannot be imported, it goes to .venv/oracles/.
+# Creates .venv/ in this checkout and installs w2vscale into it: editable, with all extras, and with the versions and
+# hashes in tools/constraints.txt. Only tests and benchmarks use torchaudio; if it cannot be imported, it goes to
+# .venv/oracles/.
 # This script can be repeated, interrupted and run several times at once. It is fast if there is nothing to do.
 #
 #   PYTHON          Python interpreter for the environment (default: python3)
 #   W2VSCALE_VENV   path of the environment (default: .venv/ in this checkout)
-#   TORCH           another version of PyTorch than that of tools/constraints.txt, e.g. 2.11.0
+#   TORCH           another version of PyTorch than the one below, e.g. 2.11.0
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -47,9 +48,9 @@ fi
 
 # Use the base interpreter, never the one inside the environment, which a rebuild removes.
 python=$("$(asked)" -c 'import sys; print(getattr(sys, "_base_executable", sys.executable))') ||
-  die "cannot run $(asked); set PYTHON to a Python 3.11 or later"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-  die "$("$python" -V) is too old for the versions in tools/constraints.txt; set PYTHON to a Python 3.11 or later"
+  die "cannot run $(asked); set PYTHON to a Python 3.11 to 3.14"
+"$python" -c 'import sys; sys.exit(not (sys.platform == "linux" and (3, 11) <= sys.version_info < (3, 15)))' ||
+  die "$("$python" -V) on $(uname): tools/constraints.txt has hashes for Python 3.11 to 3.14 on Linux only; set PYTHON"
 
 if [[ -s $stamp && -x $venv/bin/python && $("$venv/bin/python" -V) == "$("$python" -V)" ]]; then
   say "updating $venv to pyproject.toml and tools/constraints.txt"
@@ -72,28 +73,32 @@ made_from=$(key) # computed before pip reads the files, which may change meanwhi
 
 # pip COMMAND … prints only errors (-qq).
 pip() { "$venv/bin/python" -m pip "$1" -qq --disable-pip-version-check --no-input "${@:2}"; }
-constraints=$root/tools/constraints.txt
-if [[ -n ${TORCH-} ]]; then
-  constraints=$venv/constraints.txt
-  # PyTorch 2.11 needs an older setuptools than 2.13.
-  { sed -E '/^(torch|setuptools)==/d' "$root/tools/constraints.txt"; echo "torch==$TORCH"; } >"$constraints"
-fi
 # --no-compile: Python compiles modules when they are imported; compiling everything here would double the time.
 install() {
-  pip install --no-compile --constraint "$constraints" "$@" ||
-    die "the installation failed (see above); run this script again to retry"
+  pip install --no-compile "$@" || die "the installation failed (see above); run this script again to retry"
 }
+constraints=$root/tools/constraints.txt
+# Packages are built with what is installed before: pip does not check the hashes of what it downloads for a build.
+checked() { install --no-deps --require-hashes --no-build-isolation "$@"; }
+# pins REGEX prints the lines of the packages whose names match.
+pins() { sed -nE "/^($1)==/,/[^\]\$/p" "$constraints"; }
 
-# DS_BUILD_OPS=0: DeepSpeed compiles its operators at first use instead of at installation.
-DS_BUILD_OPS=0 install --editable "${root}[all]"
+checked -r <(pins 'setuptools|setuptools-download')
+# DS_BUILD_OPS=0: DeepSpeed compiles its operators at first use instead of at installation. DS_ACCELERATOR=cpu: whether
+# there is a GPU does not change its requirements.
+DS_BUILD_OPS=0 DS_ACCELERATOR=cpu checked -r "$constraints"
+# torch has no hash: the configured package index decides whether it is a CPU or a CUDA build, with or without CUDA
+# libraries. PyTorch 2.11 needs an older setuptools, which has no hash either.
+install "torch==${TORCH:-2.13.0}"
+# --no-index: a requirement without a pin is an error that names it.
+install --no-index --no-build-isolation --editable "${root}[all]"
 
 # The torchaudio wheel is built for CUDA and cannot be imported with a CPU build of torch. Transformers imports
-# torchaudio whenever it is installed, so in that case it must be outside the environment. --no-deps keeps torch.
+# torchaudio whenever it is installed, so in that case it must be outside the environment.
 rm -rf "$venv/oracles"
-install --no-deps torchaudio
 if ! "$venv/bin/python" -I -c 'import torchaudio' 2>/dev/null; then
   pip uninstall --yes torchaudio
-  install --no-deps --target "$venv/oracles" torchaudio
+  checked --target "$venv/oracles" -r <(pins torchaudio)
 fi
 
 printf '%s\n' "$made_from" >"$stamp.new"
