@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import soundfile
 from lhotse import Recording, SupervisionSegment
 from lhotse.cut import Cut
 
-from w2vscale.data.audio import AudioError, check_header, libsndfile_reason
+from w2vscale.data.audio import AudioError, check_header, only_libsndfile
 from w2vscale.errors import UserError
 from w2vscale.files import new_file
 
@@ -75,11 +74,8 @@ def cut_of_file(file: str, folder: Path) -> Cut:
         str(path).encode()
     except UnicodeEncodeError:
         raise AudioError("undecodable", "its name is not UTF-8: rename it") from None
-    try:
-        soundfile.info(path)  # for its error message: Lhotse reports the error of the last library that it tried
+    with only_libsndfile():
         recording = Recording.from_file(path, recording_id=identifier_of(file))
-    except Exception as error:
-        raise AudioError("undecodable", f"not readable as audio: {libsndfile_reason(error)}") from None
     if recording.num_samples <= 0:
         raise AudioError("empty", "holds no audio")
     cut = recording.to_cut()

@@ -11,7 +11,7 @@ from pathlib import Path
 from lhotse.shar import SharWriter
 
 from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_map
-from w2vscale.data.audio import AudioError, read_audio
+from w2vscale.data.audio import AudioError, only_libsndfile, read_audio
 from w2vscale.data.manifest import Manifest
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.randomness import Stream, generator
@@ -97,7 +97,8 @@ def _write_shard(path: Path, folder: Path, form: str, shard: tuple[int, Sequence
                 except AudioError as error:
                     bad.append(BadAudio.of(cut, error))
                 else:
-                    writer.write(at_rate(cut, OPUS_RATE if form == "opus" else cut.sampling_rate))
+                    with only_libsndfile():
+                        writer.write(at_rate(cut, OPUS_RATE if form == "opus" else cut.sampling_rate))
         if bad:
             append_records(partial_folder / log.name, map(asdict, bad))
         # The cuts last: they mark a complete shard.

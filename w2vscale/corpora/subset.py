@@ -31,7 +31,8 @@ def write_subset(
     with `seed`: uniformly, or, if `balanced`, with about the same duration for all speakers. For one seed, a larger
     subset contains the smaller ones.
 
-    Raises UserError if the manifest has fewer hours or lacks an utterance, or a file cannot be read or written.
+    Raises UserError if the manifest has fewer hours or lacks an utterance, a line is not a cut, audio is not in files,
+    or a file cannot be read or written.
     """
     manifest = Manifest(path)
     numbers = np.arange(len(manifest)) if identifiers is None else _listed(manifest, identifiers)
@@ -44,7 +45,9 @@ def write_subset(
             raise UserError(f"{path}: has {seconds[-1] / 3600:.2f} hours, fewer than --hours {hours:g}")
         numbers = np.sort(numbers[: np.searchsorted(seconds, 3600 * hours)])
     with new_file(output, "wb") as file:
-        file.writelines(manifest.line(number).strip() + b"\n" for number in numbers)
+        for number in numbers:
+            manifest.cut(number)  # a line that is not a cut of files is refused
+            file.write(manifest.line(number).strip() + b"\n")
     return PreparedManifest(output, numbers.size, float(manifest.durations[numbers].sum()) / 3600)
 
 
