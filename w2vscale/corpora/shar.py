@@ -47,10 +47,14 @@ def write_shards(
     Utterances without usable audio are left out. Complete shards of an earlier call that was stopped are kept. `form`
     is flac, wav, opus or mp3; `progress` counts shards.
 
-    Raises UserError if the manifest has no index, none of its audio can be used, or the folder cannot be written.
+    Raises UserError if the manifest has no index, a line of it is not a cut of files, none of its audio can be used, or
+    the folder cannot be written.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
+    folder = folder.absolute()  # Lhotse would run a relative path that begins with "pipe:"
+    if "%" in str(folder):
+        raise UserError(f"{folder}: shards cannot be written to a path with a %; choose another folder")
     total = len(Manifest(manifest))
     order = generator(seed, Stream.SHARDS).permutation(total).tolist()
     with writing(folder):
