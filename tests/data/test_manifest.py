@@ -87,7 +87,7 @@ class TestWhatIsRefused:
         build_index(path)
         text = path.read_text()
         for old, new, reason in (
-            ('"start"', '"stars"', "start: Field required"),
+            ('"start"', '"stars"', "MonoCut.start: Field required"),
             ('"duration": 1.0', '"duration": 2.0', "it lasts 2 s, unlike when it was indexed"),
         ):
             path.write_text(text.replace(old, new, 1))

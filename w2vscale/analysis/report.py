@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from w2vscale.analysis.figures import add_grid, new_figure, save_figure
+from w2vscale.analysis.figures import add_grid, new_figure, plain, save_figure
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.files import read_records
@@ -21,12 +22,19 @@ Record = dict[str, Any]
 
 
 def read_metrics(path: Path, split: str) -> list[Record]:
-    """Read one split (`train` or `validation`) of a metrics.jsonl. Raises UserError if the file cannot be read."""
+    """Read one split (`train` or `validation`) of a metrics.jsonl.
+
+    Raises UserError if the file cannot be read, or has records without an update or with values that are not numbers.
+    """
     try:
-        records = read_records(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    return [record for record in records if record.get("split") == split]
+        records = [record for record in read_records(path) if record.get("split") == split]
+    except (OSError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for record in records:
+        numbers = (value for key, value in record.items() if key != "split")
+        if "update" not in record or not all(isinstance(n, int | float) and abs(n) < 1e300 for n in numbers):
+            raise UserError(f"{path}: has a record that is not of a run: {json.dumps(record)[:200]}")
+    return records
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ def read_run(exp: Path) -> RunMetrics:
     train, validation = read_metrics(path, "train"), read_metrics(path, "validation")
     if not train:
         raise UserError(f"{exp}: no metrics yet; the run has logged no update")
+    if "hours_seen" not in train[-1]:
+        raise UserError(f"{path}: the last record of training has no hours_seen")
     if not (exp / "config.yaml").is_file():
         raise UserError(f"{exp}: not a run folder: it contains no config.yaml")
     return RunMetrics(exp, train, validation, build_objective(load_config(exp / "config.yaml")).panels())
@@ -86,14 +96,14 @@ def draw_curves(exps: Sequence[Path], output: Path) -> Path:
         add_grid(axes)
     if len(runs) == 1:
         last = runs[0].train[-1]
-        figure.suptitle(f"{exps[0].name}: {last['hours_seen']:.2f} hours seen in {last['update']} updates")
+        figure.suptitle(f"{plain(exps[0].name)}: {last['hours_seen']:.2f} hours seen in {last['update']} updates")
     save_figure(figure, output)
     return output
 
 
 def _draw_panel(axes: Axes, panel: Panel, run: RunMetrics, color: str) -> None:
     """Training and validation of a single metric, or training of several metrics."""
-    name = run.exp.name
+    name = plain(run.exp.name)
     for number, (key, label) in enumerate(panel.keys.items()):
         if label:
             style = ("-", "--", ":", "-.")[number % 4]

@@ -37,7 +37,7 @@ class PreparedManifest:
 
 def existing_folder(path: Path) -> Path:
     """The absolute path of a folder. Raises UserError if there is no such folder."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path}: no such folder")
     return path.resolve()
 
@@ -55,7 +55,7 @@ def audio_files(folder: Path, below: str = "") -> Iterator[str]:
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             yield from audio_files(folder, f"{below}{entry.name}/")
-        elif os.path.splitext(entry.name)[1].lower() in AUDIO_SUFFIXES and entry.is_file():
+        elif os.path.splitext(entry.name)[1].lower() in AUDIO_SUFFIXES and os.path.isfile(entry):
             yield below + entry.name
 
 

@@ -44,6 +44,8 @@ def write_subset(
         if seconds[-1] < 3600 * hours:
             raise UserError(f"{path}: has {seconds[-1] / 3600:.2f} hours, fewer than --hours {hours:g}")
         numbers = np.sort(numbers[: np.searchsorted(seconds, 3600 * hours)])
+    if not numbers.size:
+        raise UserError(f"{path}: no utterance is selected; choose more hours or ids")
     with new_file(output, "wb") as file:
         for number in numbers:
             manifest.cut(number)  # a line that is not a cut of files is refused
@@ -54,7 +56,7 @@ def write_subset(
 def _listed(manifest: Manifest, identifiers: Path) -> NDArray[np.int64]:
     try:
         wanted = set(identifiers.read_text(encoding="utf-8").split())
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{identifiers}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     ids = [manifest.read(number, lambda cut: str(cut["id"])) for number in range(len(manifest))]
     if absent := wanted.difference(ids):

@@ -70,6 +70,12 @@ def check_header(cut: Cut) -> None:
     if cut.start < 0 or cut.end > recording.duration + 1e-3:
         end = f"ends at {cut.end:.3f} s, after the end of its recording ({recording.duration:.3f} s)"
         raise AudioError("mismatched", end)
+    wanted = cut.channel if isinstance(cut.channel, list) else [cut.channel]
+    has = recording.channel_ids
+    if not recording.transforms:  # reverberation may add channels
+        has = [channel for source in recording.sources for channel in source.channels]
+    if not {*wanted} <= {*recording.channel_ids} <= {*has}:
+        raise AudioError("mismatched", f"has channels {wanted} of a recording with channels {has}")
     if recording.sampling_rate not in SAMPLING_RATES:
         raise AudioError("sampling rate", f"sampling rate is {recording.sampling_rate} Hz, not {RATES_IN_WORDS}")
     for source in recording.sources:

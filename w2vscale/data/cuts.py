@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, refused_value
 
 MAX_SECONDS = 1e8  # three years: a longer cut is taken to be damaged
 
@@ -100,9 +100,7 @@ def _checked(text: bytes, kind: TypeAdapter[Any], where: str, source_types: tupl
     try:
         kind.validate_python(found, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part not in ("MonoCut", "MultiCut", "Cut"))
-        raise not_a_cut(where, f"{place}: {first['msg']}".removeprefix(": ")) from None
+        raise not_a_cut(where, refused_value(error)) from None
     return found
 
 
