@@ -3,6 +3,13 @@
 The CLI prints the exception as a single line and exits with its code.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class UserError(ValueError):
     """A setting, a file or the environment is wrong.
@@ -24,3 +31,9 @@ def counted(number: int, noun: str) -> str:
     if number == 1:
         return f"1 {noun}"
     return f"{number:,} {noun}{'es' if noun.endswith('ch') else 's'}"
+
+
+def refused_value(error: ValidationError) -> str:
+    """The first value that pydantic refuses: where it is in a document, and what is wrong."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

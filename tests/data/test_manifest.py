@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import pickle
 import shutil
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from tests.helpers.audio import SmallCorpus, cut_of, tone, write_audio, write_manifest
 from w2vscale.corpora.index import build_index
+from w2vscale.data.cuts import NotACut
 from w2vscale.data.manifest import INDEX_DTYPE, Corpus, Manifest, audio_path, index_path
 from w2vscale.errors import UserError
 
@@ -80,16 +80,19 @@ def _id_of(number: int) -> str:
 
 
 class TestWhatIsRefused:
-    def test_a_cut_that_lacks_what_lhotse_needs_is_named_when_it_is_read(
+    def test_a_line_that_changed_since_it_was_indexed_is_named_when_it_is_read(
         self, small_corpus: SmallCorpus, tmp_path: Path
     ) -> None:
         path = copy_of(small_corpus, tmp_path)
-        line = json.loads(path.read_text().splitlines()[0])
-        del line["start"]
-        path.write_text(json.dumps(line) + "\n")
         build_index(path)
-        with pytest.raises(UserError, match=f"{path}: utterance 0 is not a Lhotse cut"):
-            Manifest(path).cut(0)
+        text = path.read_text()
+        for old, new, reason in (
+            ('"start"', '"stars"', "MonoCut.start: Field required"),
+            ('"duration": 1.0', '"duration": 2.0', "it lasts 2 s, unlike when it was indexed"),
+        ):
+            path.write_text(text.replace(old, new, 1))
+            with pytest.raises(NotACut, match=f"{path}: utterance 0 is not a Lhotse cut of a recording: {reason}"):
+                Manifest(path).cut(0)
 
     def test_a_missing_index_with_the_command_that_makes_it(self, small_corpus: SmallCorpus, tmp_path: Path) -> None:
         path = copy_of(small_corpus, tmp_path)

@@ -17,7 +17,6 @@ from tests.helpers.micro import MICRO_RUN
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
-from w2vscale.evaluation.results import Edits, ErrorRates, Metrics, UtteranceEdits
 from w2vscale.training.loop import train
 
 FILES = (
@@ -48,7 +47,11 @@ KEYS = (
     "model",
     "pid",
 )
-EDITS = Edits(substitutions=1, deletions=0, insertions=0, reference=10)
+EDITS = {"substitutions": 1, "deletions": 0, "insertions": 0, "reference": 10}
+RATES = {
+    "wer": 0.1, "cer": 0.1, "word_interval": [0.0, 0.2], "character_interval": [0.0, 0.2], "cuts": ["c"],
+    "decoding": "greedy", "utterances": [{"utterance": "a", "words": EDITS, "characters": EDITS}],
+}  # fmt: skip
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
@@ -111,13 +114,8 @@ def finished(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory
         json.dumps({"utterance": "a", "file": "b", "kind": "missing", "reason": "c", "left_out": True}) + "\n"
     )
     (exp / "calibration.json").write_text("{}")
-    (exp / "evaluation.json").write_text(Metrics(update=2, utterances=3, table={"loss": "2 nats"}).model_dump_json())
-    edits = UtteranceEdits(utterance="a", words=EDITS, characters=EDITS)
-    rates = ErrorRates(
-        wer=0.1, cer=0.1, word_interval=(0.0, 0.2), character_interval=(0.0, 0.2), cuts=["c"], decoding="greedy",
-        utterances=[edits],
-    )  # fmt: skip
-    (exp / "errors.json").write_text(rates.model_dump_json())
+    (exp / "evaluation.json").write_text(json.dumps({"update": 2, "utterances": 3.0, "table": {"loss": "2 nats"}}))
+    (exp / "errors.json").write_text(json.dumps(RATES))
     return exp
 
 

@@ -88,7 +88,7 @@ def test_cuts_are_named_by_their_ids(tmp_path: Path) -> None:
         part = samples[start * 22_050 :][: round(seconds * 22_050)]
         expected = model.features(part, 22_050, layers=[1], chunk_seconds=2.0, overlap_seconds=1.0)[1]
         np.testing.assert_allclose(np.load(tmp_path / "out" / f"{name}.npy"), expected.numpy(), rtol=0, atol=1e-5)
-    for identifier in ("../x", "/x", "", ".", "x/", "x/.", "x\0", 7):
+    for identifier in ("../x", "/x", "", ".", "x/", "x/.", "x\0"):
         write_manifest(manifest, [cut.with_id(identifier)], index=False)
         with pytest.raises(UserError, match=r"the id .* cannot be a file name") as error:
             write_features(model, [manifest], tmp_path / "out")

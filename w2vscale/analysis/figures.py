@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from w2vscale.analysis.probing import Cooccurrence
 
+FORMATS = ("jpg", "pdf", "png", "svg")  # matplotlib knows more, but runs LaTeX for one of them
 MAX_CLASSES = 40  # rows of a map; classes with the fewest frames are left out
 MAX_LIFT = 3.0  # range of the colours, in log2: from an eighth to eight times the average
 
@@ -31,11 +32,16 @@ def new_figure(*, width: float, height: float) -> Figure:
 def save_figure(figure: Figure, output: Path) -> None:
     """Write a figure to a file whose suffix names the format. Raises UserError if it is unknown, or writing fails."""
     file_format = output.suffix.removeprefix(".").lower()
-    if file_format not in figure.canvas.get_supported_filetypes():
-        raise UserError(f"{output}: not the name of an image file; use a suffix such as .png, .pdf or .svg")
+    if file_format not in FORMATS:
+        raise UserError(f"{output}: not the name of an image file; use one of the suffixes .{', .'.join(FORMATS)}")
     figure.tight_layout()
     with new_file(output, "wb") as file:
         figure.savefig(file, format=file_format, dpi=110)
+
+
+def plain(text: str) -> str:
+    """Escape a text that matplotlib would read as mathematics."""
+    return text.replace("$", r"\$")
 
 
 def add_grid(axes: Axes) -> None:
@@ -76,7 +82,7 @@ def draw_codes(codebooks: Sequence[Cooccurrence], output: Path, *, title: str) -
         image = axes.imshow(
             lift_CV[:, order], aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=-MAX_LIFT, vmax=MAX_LIFT
         )
-        axes.set_yticks(range(rows), [found.classes[row] for row in shown], fontsize="x-small")
+        axes.set_yticks(range(rows), [plain(found.classes[row]) for row in shown], fontsize="x-small")
         axes.set_xticks([])
         axes.set_xlabel(f"{shares_CV.shape[1]} of {found.frames_CV.shape[1]} entries of codebook {number}")
         figure.colorbar(image, ax=axes, label=f"log2 P({title} | code) / P({title})", pad=0.01)

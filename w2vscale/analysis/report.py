@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from w2vscale.analysis.figures import add_grid, new_figure, save_figure
+from w2vscale.analysis.figures import add_grid, new_figure, plain, save_figure
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
@@ -80,14 +80,14 @@ def draw_curves(exps: Sequence[Path], output: Path) -> Path:
         add_grid(axes)
     if len(runs) == 1:
         last = runs[0].train[-1]
-        figure.suptitle(f"{exps[0].name}: {last['hours_seen']:.2f} hours seen in {last['update']} updates")
+        figure.suptitle(f"{plain(exps[0].name)}: {last['hours_seen']:.2f} hours seen in {last['update']} updates")
     save_figure(figure, output)
     return output
 
 
 def _draw_panel(axes: Axes, panel: Panel, run: RunMetrics, color: str) -> None:
     """Training and validation of a single metric, or training of several metrics."""
-    name = run.exp.name
+    name = plain(run.exp.name)
     for number, (key, label) in enumerate(panel.keys.items()):
         if label:
             style = ("-", "--", ":", "-.")[number % 4]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 import textwrap
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, NoReturn
 
 import typer
@@ -56,8 +59,11 @@ def main() -> None:
     """Run the command line. A user error prints one line and exits with code 2."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     runtime.enter(debug="--debug" in sys.argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        app(args=arguments, prog_name="w2vscale", obj=arguments)
+        with _file_errors():
+            app(args=arguments, prog_name="w2vscale", obj=arguments)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -65,6 +71,20 @@ def main() -> None:
         if not launched() and (debug or not isinstance(error, UserError)):
             raise
         _leave(error, rank=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), debug=debug)
+
+
+@contextmanager
+def _file_errors() -> Iterator[None]:
+    """Turn an error about a file or its name, which no part of a command has expected, into a UserError."""
+    try:
+        yield
+    except UnicodeEncodeError as error:  # Python has half a surrogate pair for each byte that is not UTF-8
+        text = error.object[max(error.start - 40, 0) : error.end + 40]
+        raise UserError(f"{text!r}: cannot be written, because it is not UTF-8; choose another name") from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror}") from error
 
 
 def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:

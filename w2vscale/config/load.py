@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -19,6 +21,10 @@ from w2vscale.errors import UserError
 PRESETS = resources.files("w2vscale.config") / "presets"
 
 S = TypeVar("S", bound=Section)
+
+# For values in messages: an alias of YAML can repeat a value exponentially often.
+VALUES = reprlib.Repr()
+VALUES.maxlevel, VALUES.maxlist, VALUES.maxdict, VALUES.maxstring, VALUES.maxlong = 4, 40, 40, 200, 40
 
 
 def preset_names() -> list[str]:
@@ -90,17 +96,17 @@ def dump_config(config: BaseModel) -> str:
 
 
 def _read_source(source: str) -> dict[str, Any]:
-    path = Path(source)
+    path: Traversable = PRESETS / f"{source}.yaml" if source in preset_names() else Path(source)
+    if path.is_dir():
+        path = _in_folder(Path(source))
     try:
-        if source in preset_names():
-            tree = _parse_yaml((PRESETS / f"{source}.yaml").read_text(), where=f"preset {source}")
-        else:
-            tree = _parse_yaml((_in_folder(path) if path.is_dir() else path).read_text(), where=source)
+        text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        hint = nearest(path.stem, preset_names())
+        hint = nearest(Path(source).stem, preset_names())
         raise UserError(f"{source}: neither a file nor a preset{hint} (presets: {', '.join(preset_names())})") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{source}: cannot be read as a configuration: {error}") from None
+    tree = _parse_yaml(text, where=source)
     preset = tree.pop("preset", None)
     if preset is None:
         return tree
@@ -120,7 +126,7 @@ def _in_folder(folder: Path) -> Path:
 def _parse_yaml(text: str, *, where: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: for example a date without a month
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict | None):
         raise UserError(f"{where}: expected sections with settings, got a {type(tree).__name__}")
@@ -135,8 +141,10 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise UserError(f"{override}: an override has the form section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text
+    except RecursionError:
+        raise UserError(f"{path}: its value is nested too deeply") from None
     for key in reversed(keys):
         value = {key: value}
     return dict(value)
@@ -180,7 +188,7 @@ def first_problem(error: ValidationError, kind: type[BaseModel], section: str = 
     key, message, value = ".".join(place), first["msg"].removeprefix("Value error, "), first["input"]
     whole = issubclass(kind, Config)
     if whole and len(place) == 1 and first["type"] == "model_type":
-        return f"{key}: expected settings of the form {key}.key=value, got {value!r}"
+        return f"{key}: expected settings of the form {key}.key=value, got {VALUES.repr(value)}"
     if whole and len(place) == 1 and first["type"] == "extra_forbidden":
         return _unknown_section(key, value, kind)
     if first["type"] == "extra_forbidden":
@@ -190,7 +198,7 @@ def first_problem(error: ValidationError, kind: type[BaseModel], section: str = 
         return f"{key}: unknown setting{hint}"
     if first["type"] == "value_error" or not key:
         return f"{key}: {message}".removeprefix(": ")
-    return f"{key}={value!r}: {message}"
+    return f"{key}={VALUES.repr(value)}: {message}"
 
 
 def _unknown_section(name: str, value: object, kind: type[BaseModel]) -> str:

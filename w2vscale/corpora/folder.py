@@ -26,10 +26,12 @@ from w2vscale.corpora.manifests import (
 )
 from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_map
 from w2vscale.data.audio import AudioError
+from w2vscale.data.cuts import NotACut, read_cut
 from w2vscale.errors import UserError
 from w2vscale.files import new_file, writing
 
 FILES_PER_CHUNK = 256  # audio files that one process handles at a time
+SHORTEST_SEGMENT = 0.1  # seconds; a recording cut into much shorter ones would fill the disk
 
 
 def prepare_folder(
@@ -56,8 +58,8 @@ def prepare_folder(
     audio = existing_folder(audio)
     if not 0.0 <= validation_share < 1.0:
         raise UserError(f"--validation-share {validation_share}: must be at least 0 and below 1")
-    if segment_seconds is not None and not segment_seconds > 0:
-        raise UserError(f"--segment-seconds {segment_seconds}: must be above 0")
+    if segment_seconds is not None and not segment_seconds >= SHORTEST_SEGMENT:
+        raise UserError(f"--segment-seconds {segment_seconds}: must be at least {SHORTEST_SEGMENT}")
     files = _find_files(audio)
     paths = [output / f"cuts_{name}.jsonl" for name in ("train", "validation")][: 2 if validation_share else 1]
     with writing(paths[0]):
@@ -163,20 +165,25 @@ def _cuts_of(
     """The cuts of some files: whether it is for validation, its line in the manifest, and its duration in seconds."""
     cuts = []
     for header in headers:
-        cut = json.loads(header.cut)
+        try:
+            cut = read_cut(str(header.cut).encode(), where=header.file)
+        except NotACut:
+            raise UserError(
+                f"{folder / header.file}: its entry in headers.sqlite is damaged; delete that file"
+            ) from None
         transcript = _transcript(folder / f"{os.path.splitext(header.file)[0]}.txt")
         if transcript is not None:
-            cut["supervisions"][0]["text"] = transcript
+            cut["supervisions"] = [{**part, "text": transcript} for part in cut["supervisions"]]
         held_out = _hash(cut["id"]) < limit
         cuts += [(held_out, line_of(segment), segment["duration"]) for segment in _segments(cut, segment_seconds)]
     return cuts
 
 
 def _transcript(path: Path) -> str | None:
+    if not os.path.isfile(path):
+        return None
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
-    except (FileNotFoundError, IsADirectoryError):
-        return None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from lhotse import CutSet
 
 from w2vscale.corpora.manifests import PreparedManifest, audio_files, cut_of_file, existing_folder, write_cuts
-from w2vscale.data.audio import AudioError, libsndfile_reason
+from w2vscale.data.audio import AudioError, libsndfile_reason, only_libsndfile
 from w2vscale.errors import UserError
 
 
@@ -35,7 +35,8 @@ def prepare_librispeech(
     written = []
     for part in wanted:
         try:
-            sets = prepare_librispeech(corpus, dataset_parts=[part], num_jobs=jobs)[part]
+            with only_libsndfile():
+                sets = prepare_librispeech(corpus, dataset_parts=[part], num_jobs=jobs)[part]
         except Exception as error:
             reason = f"{corpus / part}: no usable utterance with a transcript: {libsndfile_reason(error)}"
             raise UserError(_first_unreadable(corpus / part) or reason) from None

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import soundfile
 from lhotse import Recording, SupervisionSegment
 from lhotse.cut import Cut
 
-from w2vscale.data.audio import AudioError, check_header, libsndfile_reason
+from w2vscale.data.audio import AudioError, check_header, only_libsndfile
 from w2vscale.errors import UserError
 from w2vscale.files import new_file
 
@@ -38,7 +37,7 @@ class PreparedManifest:
 
 def existing_folder(path: Path) -> Path:
     """The absolute path of a folder. Raises UserError if there is no such folder."""
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"{path}: no such folder")
     return path.resolve()
 
@@ -56,7 +55,7 @@ def audio_files(folder: Path, below: str = "") -> Iterator[str]:
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             yield from audio_files(folder, f"{below}{entry.name}/")
-        elif os.path.splitext(entry.name)[1].lower() in AUDIO_SUFFIXES and entry.is_file():
+        elif os.path.splitext(entry.name)[1].lower() in AUDIO_SUFFIXES and os.path.isfile(entry):
             yield below + entry.name
 
 
@@ -75,11 +74,8 @@ def cut_of_file(file: str, folder: Path) -> Cut:
         str(path).encode()
     except UnicodeEncodeError:
         raise AudioError("undecodable", "its name is not UTF-8: rename it") from None
-    try:
-        soundfile.info(path)  # for its error message: Lhotse reports the error of the last library that it tried
+    with only_libsndfile():
         recording = Recording.from_file(path, recording_id=identifier_of(file))
-    except Exception as error:
-        raise AudioError("undecodable", f"not readable as audio: {libsndfile_reason(error)}") from None
     if recording.num_samples <= 0:
         raise AudioError("empty", "holds no audio")
     cut = recording.to_cut()

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 
 from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_map
-from w2vscale.data.audio import AudioError, read_audio
+from w2vscale.data.audio import AudioError, libsndfile_reason, only_libsndfile, read_audio
+from w2vscale.data.cuts import NotACut
 from w2vscale.data.manifest import Manifest
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.randomness import Stream, generator
@@ -47,10 +49,14 @@ def write_shards(
     Utterances without usable audio are left out. Complete shards of an earlier call that was stopped are kept. `form`
     is flac, wav, opus or mp3; `progress` counts shards.
 
-    Raises UserError if the manifest has no index, none of its audio can be used, or the folder cannot be written.
+    Raises UserError if the manifest has no index, has audio that is not in files or none that can be used, or the
+    folder cannot be written.
     """
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
+    folder = folder.absolute()  # Lhotse would run a relative path that begins with "pipe:"
+    if "%" in str(folder):
+        raise UserError(f"{folder}: shards cannot be written to a path with a %; choose another folder")
     total = len(Manifest(manifest))
     order = generator(seed, Stream.SHARDS).permutation(total).tolist()
     with writing(folder):
@@ -74,7 +80,7 @@ def _claim(folder: Path, contents: str) -> None:
         if any(folder.glob("cuts.*.jsonl*")):
             raise UserError(f"{folder}: already contains shards; choose another folder")
         write_text(note, contents + "\n")
-    elif (found := note.read_text(encoding="utf-8").strip()) != contents:
+    elif (found := note.read_text(encoding="utf-8", errors="replace").strip()) != contents:
         raise UserError(f"{folder}: contains other shards ({found}); choose another folder")
 
 
@@ -83,7 +89,7 @@ def _write_shard(path: Path, folder: Path, form: str, shard: tuple[int, Sequence
     suffix = f"{shard[0]:06d}"
     cuts, log = folder / f"cuts.{suffix}.jsonl.gz", folder / f"bad_audio.{suffix}.jsonl"
     if cuts.is_file():
-        return [BadAudio(**record) for record in read_records(log)] if log.is_file() else []
+        return _listed(log) if log.is_file() else []
     manifest = Manifest(path)
     bad = []
     partial_folder = folder / f"partial.{suffix}"
@@ -91,13 +97,14 @@ def _write_shard(path: Path, folder: Path, form: str, shard: tuple[int, Sequence
     with writing(cuts):
         partial_folder.mkdir()
         with SharWriter(str(partial_folder), {"recording": form}, shard_size=None, shard_suffix=f".{suffix}") as writer:
-            for cut in map(manifest.cut, shard[1]):
+            for number in shard[1]:
                 try:
-                    read_audio(cut, sampling_rate=cut.sampling_rate)
+                    cut = manifest.cut(number)
+                    _write(writer, cut, OPUS_RATE if form == "opus" else cut.sampling_rate)
+                except NotACut as error:
+                    bad.append(BadAudio.of_line(number, error))
                 except AudioError as error:
                     bad.append(BadAudio.of(cut, error))
-                else:
-                    writer.write(at_rate(cut, OPUS_RATE if form == "opus" else cut.sampling_rate))
         if bad:
             append_records(partial_folder / log.name, map(asdict, bad))
         # The cuts last: they mark a complete shard.
@@ -106,3 +113,22 @@ def _write_shard(path: Path, folder: Path, form: str, shard: tuple[int, Sequence
                 (partial_folder / name).replace(folder / name)
         partial_folder.rmdir()
     return bad
+
+
+def _listed(log: Path) -> list[BadAudio]:
+    try:
+        return [BadAudio(**record) for record in read_records(log)]
+    except (TypeError, RecursionError):
+        raise UserError(f"{log}: damaged; delete it, and the shard that it belongs to, to write it again") from None
+
+
+def _write(writer: SharWriter, cut: Cut, sampling_rate: int) -> None:
+    """Raises AudioError, before anything is written, if the cut has no usable audio or it cannot be encoded."""
+    read_audio(cut, sampling_rate=cut.sampling_rate)
+    try:
+        with only_libsndfile():
+            writer.write(at_rate(cut, sampling_rate))
+    except OSError:
+        raise
+    except Exception as error:  # Lhotse raises many types of errors
+        raise AudioError("undecodable", f"cannot be encoded: {libsndfile_reason(error)}") from None

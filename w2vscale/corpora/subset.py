@@ -31,7 +31,8 @@ def write_subset(
     with `seed`: uniformly, or, if `balanced`, with about the same duration for all speakers. For one seed, a larger
     subset contains the smaller ones.
 
-    Raises UserError if the manifest has fewer hours or lacks an utterance, or a file cannot be read or written.
+    Raises UserError if the manifest has fewer hours or lacks an utterance, a line is not a cut, audio is not in files,
+    or a file cannot be read or written.
     """
     manifest = Manifest(path)
     numbers = np.arange(len(manifest)) if identifiers is None else _listed(manifest, identifiers)
@@ -43,15 +44,19 @@ def write_subset(
         if seconds[-1] < 3600 * hours:
             raise UserError(f"{path}: has {seconds[-1] / 3600:.2f} hours, fewer than --hours {hours:g}")
         numbers = np.sort(numbers[: np.searchsorted(seconds, 3600 * hours)])
+    if not numbers.size:
+        raise UserError(f"{path}: no utterance is selected; choose more hours or ids")
     with new_file(output, "wb") as file:
-        file.writelines(manifest.line(number).strip() + b"\n" for number in numbers)
+        for number in numbers:
+            manifest.cut(number)  # a line that is not a cut of files is refused
+            file.write(manifest.line(number).strip() + b"\n")
     return PreparedManifest(output, numbers.size, float(manifest.durations[numbers].sum()) / 3600)
 
 
 def _listed(manifest: Manifest, identifiers: Path) -> NDArray[np.int64]:
     try:
         wanted = set(identifiers.read_text(encoding="utf-8").split())
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{identifiers}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     ids = [manifest.read(number, lambda cut: str(cut["id"])) for number in range(len(manifest))]
     if absent := wanted.difference(ids):

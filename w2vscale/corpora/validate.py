@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from w2vscale.config.tree import ModelConfig
-from w2vscale.corpora.index import build_index
+from w2vscale.corpora.index import index_lines
 from w2vscale.corpora.parallel import Progress, WorkerDied, chunked, no_progress, parallel_map
 from w2vscale.data.audio import AudioError, check_header, read_audio
+from w2vscale.data.cuts import NotACut
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.errors import UserError
@@ -45,13 +46,13 @@ def validate_manifest(
     """Compare each utterance with the header of its file: existence, format, sampling rate, channels, duration.
 
     With `audio`, decode all utterances as training does, which also finds audio that is truncated, not finite or
-    silent. Bad utterances are listed in the order of the manifest, followed by repeated ids. A missing or outdated
-    index is built.
+    silent. Bad utterances are listed in the order of the manifest, followed by repeated ids. A line that is not a cut
+    is a bad utterance. A missing or outdated index is built if there is none.
 
-    Raises UserError if the manifest cannot be read, the list cannot be written, or a process died.
+    Raises UserError if the manifest cannot be read or has audio that is not in files, the list cannot be written, or a
+    process died.
     """
-    build_index(path, jobs=jobs)
-    manifest, listing = Manifest(path), listing_path(path)
+    manifest, listing = Manifest(path, index_lines(path, jobs=jobs, keep_unusable=True)), listing_path(path)
     with writing(listing):
         listing.unlink(missing_ok=True)
     first: list[BadAudio] = []
@@ -79,10 +80,17 @@ def validate_manifest(
             progress(done, len(manifest))
     except WorkerDied as error:
         last = min(done + 2 * jobs * size, len(manifest)) - 1
-        one, other = (manifest.read(number, dict).get("id", f"number {number}") for number in (done, last))
+        one, other = (_name(manifest, number) for number in (done, last))
         raise UserError(f"{error}; it was reading an utterance between {one} and {other}") from None
     report(_repeated(manifest, hashes))
     return Validation(len(manifest), len(bad_numbers), first, listing)
+
+
+def _name(manifest: Manifest, number: int) -> str:
+    try:
+        return manifest.cut(number).id
+    except NotACut:
+        return f"number {number}"
 
 
 def _check(manifest: Manifest, audio: bool, numbers: Sequence[int]) -> tuple[list[int], dict[int, BadAudio]]:
@@ -94,9 +102,9 @@ def _check(manifest: Manifest, audio: bool, numbers: Sequence[int]) -> tuple[lis
     for number in numbers:
         try:
             cut = manifest.cut(number)
-        except UserError as error:
+        except NotACut as error:
             hashes.append(hash((number,)))
-            bad[number] = BadAudio(f"number {number}", str(manifest.path), "mismatched", str(error))
+            bad[number] = BadAudio.of_line(number, error)
             continue
         hashes.append(hash(cut.id))
         try:

@@ -5,12 +5,16 @@ All random choices are a function of (seed, micro-batch, position of the utteran
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from lhotse.audio.mixer import AudioMixer
 from lhotse.augmentation import ReverbWithImpulseResponse, Speed
+from lhotse.cut import Cut
 
 from w2vscale.config.tree import AugmentConfig
-from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio
+from w2vscale.data.audio import AudioError, libsndfile_reason, only_libsndfile, read_audio
+from w2vscale.data.cuts import NotACut
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.randomness import Stream, generator
@@ -44,25 +48,42 @@ class Augmentation:
         if factor != 1.0 and audio.size / factor >= self.shortest:
             samples = Speed(float(factor))(samples, self.rate)[:, : audio.size]
         if self.responses is not None and reverberate:
-            response = self.responses.cut(int(which_response * len(self.responses)))
-            try:
-                read_audio(response, sampling_rate=self.rate)  # Lhotse would not check it
-                samples = ReverbWithImpulseResponse(rir=at_rate(response, self.rate))(samples, self.rate)
-            except Exception as error:
-                unread = AudioError("undecodable", libsndfile_reason(error))
-                problem = error if isinstance(error, AudioError) else unread
-                bad.append(BadAudio.of(response, problem, left_out=False))
+            changed = _mixed(self.responses, which_response, bad, lambda cut: self._reverberated(samples, cut))
+            samples = samples if changed is None else changed
         if self.noises is not None and add_noise:
-            noise = self.noises.cut(int(which_noise * len(self.noises)))
-            whole = round(noise.duration * self.rate)
-            length = min(samples.shape[1], whole)
-            offset = int(where * (whole - length + 1))
-            try:
-                part = read_audio(noise, sampling_rate=self.rate, offset=offset, length=length)
-            except AudioError as error:
-                bad.append(BadAudio.of(noise, error, left_out=False))
-            else:
-                mixer = AudioMixer(samples, self.rate)
-                mixer.add_to_mix(np.resize(part, samples.shape), snr=float(snr))
-                samples = mixer.mixed_mono_audio
+            changed = _mixed(self.noises, which_noise, bad, lambda cut: self._noisy(samples, cut, where, snr))
+            samples = samples if changed is None else changed
         return audio if samples is unchanged else samples[0].astype(np.float32, copy=False), bad
+
+    def _reverberated(self, samples: Samples, response: Cut) -> Samples:
+        read_audio(response, sampling_rate=self.rate)  # Lhotse would not check it
+        with only_libsndfile():
+            found: Samples = ReverbWithImpulseResponse(rir=at_rate(response, self.rate))(samples, self.rate)
+        return found
+
+    def _noisy(self, samples: Samples, noise: Cut, where: float, snr: float) -> Samples:
+        """Add a part of a noise, which begins at the fraction `where` of what can be left out of it."""
+        whole = round(noise.duration * self.rate)
+        length = min(samples.shape[1], whole)
+        offset = int(where * (whole - length + 1))
+        part = read_audio(noise, sampling_rate=self.rate, offset=offset, length=length)
+        mixer = AudioMixer(samples, self.rate)
+        mixer.add_to_mix(np.resize(part, samples.shape), snr=float(snr))
+        mixed: Samples = mixer.mixed_mono_audio
+        return mixed
+
+
+def _mixed(corpus: Corpus, draw: float, bad: list[BadAudio], mix: Callable[[Cut], Samples]) -> Samples | None:
+    """Mix with the utterance that `draw`, from 0 to 1, chooses. Adds it to `bad` if it cannot be used."""
+    number = int(draw * len(corpus))
+    try:
+        cut = corpus.cut(number)
+    except NotACut as error:
+        bad.append(BadAudio.of_line(number, error, left_out=False))
+        return None
+    try:
+        return mix(cut)
+    except Exception as error:  # Lhotse raises many types of errors
+        problem = error if isinstance(error, AudioError) else AudioError("undecodable", libsndfile_reason(error))
+        bad.append(BadAudio.of(cut, problem, left_out=False))
+        return None

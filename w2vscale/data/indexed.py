@@ -13,6 +13,7 @@ from w2vscale.config import BatchConfig, DataConfig, ModelConfig
 from w2vscale.config.tree import MixConfig
 from w2vscale.data.assembly import Assembler, Crop, InputMaker
 from w2vscale.data.audio import BLOCK_SECONDS, AudioError, read_audio
+from w2vscale.data.cuts import NotACut
 from w2vscale.data.loading import gather_windows, loader_settings
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
@@ -43,8 +44,8 @@ class MicroBatches(Dataset[MicroBatch]):
     def _crop(self, utterance: int, offset: int, length: int) -> Crop | BadAudio:
         try:
             return Crop(self.corpus.cut(utterance), offset, length)
-        except UserError as error:  # the manifest was changed while the run used it
-            return BadAudio(f"number {utterance}", "", "mismatched", str(error))
+        except NotACut as error:
+            return BadAudio.of_line(utterance, error)
 
     def describe(self) -> str:
         """Describe the data, to check that all ranks have the same and to log a change when a run resumes."""
@@ -144,17 +145,22 @@ def validation_set(
 
 
 def check_sample(corpus: Corpus, *, sampling_rate: int, count: int = 8) -> None:
-    """Read a few utterances spread over the corpus. Raises UserError if none of them can be read."""
+    """Read a few utterances spread over the corpus.
+
+    Raises UserError if none of them can be read, or the audio of one is not in files.
+    """
     bounds = np.linspace(0, len(corpus), min(count, len(corpus)) + 1).astype(int)
     reasons = []
     for start, _ in pairwise(bounds):
-        cut = corpus.cut(int(start))
         try:
+            cut = corpus.cut(int(start))
             samples = round(min(cut.duration, BLOCK_SECONDS) * sampling_rate)
             read_audio(cut, sampling_rate=sampling_rate, length=samples)
             return
         except AudioError as error:
             reasons.append(str(BadAudio.of(cut, error)))
+        except NotACut as error:
+            reasons.append(str(error))
     raise UserError(
         f"{corpus.manifests[0].path}: none of {len(reasons)} sampled utterances can be read; the first: {reasons[0]}; "
         f"check the manifest with: w2vscale data validate {corpus.manifests[0].path}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 from numpy.typing import NDArray
 
+from w2vscale.data.cuts import MAX_SECONDS, not_a_cut, read_cut
 from w2vscale.errors import UserError
 
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("language", "<u2")])
@@ -32,29 +32,35 @@ def index_path(manifest: Path) -> Path:
 
 
 def open_index(manifest: Path) -> NDArray[np.void]:
-    """Map the index of a manifest into memory. Raises UserError if it is missing or not an index."""
+    """Map the index of a manifest into memory. Raises UserError if it is missing, damaged or not an index."""
     path, command = index_path(manifest), f"w2vscale data index {manifest}"
     try:
         index: NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise UserError(f"{manifest}: has no index; create it with: {command}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not an index ({error}); replace it with: {command}") from None
-    if index.dtype != INDEX_DTYPE or index.size < 2:
+    except Exception as error:  # a damaged header raises many types of errors
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not an index ({reason}); replace it with: {command}") from None
+    if index.dtype != INDEX_DTYPE or index.ndim != 1 or index.size < 2:
         raise UserError(f"{path}: not an index of this version of w2vscale; replace it with: {command}")
+    offsets, durations = index["offset"], index["duration"][:-1]
+    ascending = offsets[0] >= 0 and (offsets[1:] > offsets[:-1]).all()
+    if not (ascending and (durations > 0.0).all() and (durations <= MAX_SECONDS).all()):
+        raise UserError(f"{path}: damaged; replace it with: {command}")
     return index
 
 
 class Manifest:
     """An indexed cut manifest; opening it reads no cut.
 
-    Raises UserError if the manifest or its index is missing, or if the manifest has changed since it was indexed.
+    `index` replaces the index on disk. Raises UserError if the manifest or its index is missing, or if the manifest has
+    changed since it was indexed.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, index: NDArray[np.void] | None = None) -> None:
         self.path = path
         size = check_manifest(path)
-        self._index = open_index(path)
+        self._index = open_index(path) if index is None else index
         if int(self._index["offset"][-1]) != size:
             raise UserError(f"{path}: changed since it was indexed; update its index with: w2vscale data index {path}")
         # Kept open, so that it stays the file that was indexed even if another file takes its name. `pread` uses no
@@ -85,16 +91,23 @@ class Manifest:
         return codes, [self.read(int(number), language_of) for number in np.unique(codes, return_index=True)[1]]
 
     def cut(self, number: int) -> Cut:
-        """Read utterance `number`. Raises UserError if its line does not hold a cut."""
+        """Read utterance `number`. Raises like `read`."""
         return self.read(number, deserialize_item)
 
     def read(self, number: int, convert: Callable[[dict[str, Any]], T]) -> T:
-        """Convert the JSON object of utterance `number`. Raises UserError if its line does not hold a cut."""
+        """Convert the JSON object of utterance `number`.
+
+        Raises NotACut if its line does not hold a cut or not the one that was indexed, and UserError if its audio is
+        not in files.
+        """
+        where = f"{self.path}: utterance {number}"
+        cut = read_cut(self.line(number), where=where)
+        if cut["duration"] != self._index["duration"][number]:
+            raise not_a_cut(where, f"it lasts {cut['duration']:g} s, unlike when it was indexed")
         try:
-            return convert(json.loads(self.line(number)))
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{self.path}: utterance {number} is not a Lhotse cut ({reason})") from None
+            return convert(cut)
+        except Exception as error:  # Lhotse raises many types of errors
+            raise not_a_cut(where, f"{type(error).__name__}: {error}") from None
 
     def line(self, number: int) -> bytes:
         """The line of utterance `number`, with the line end and blank lines after it."""
@@ -129,7 +142,7 @@ class Corpus:
         return np.rint(self.durations * sampling_rate).astype(np.int64)
 
     def cut(self, number: int) -> Cut:
-        """Read utterance `number`."""
+        """Read utterance `number`. Raises like `Manifest.read`."""
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.manifests[which].cut(number - int(self._starts[which]))
 

@@ -8,6 +8,7 @@ from typing import Any
 from lhotse.cut import Cut
 
 from w2vscale.data.audio import AudioError
+from w2vscale.data.cuts import NotACut
 from w2vscale.data.inputs import Inputs, pack, pin, unpack
 from w2vscale.data.manifest import audio_path
 
@@ -26,6 +27,11 @@ class BadAudio:
     def of(cls, cut: Cut, error: AudioError, *, left_out: bool = True) -> BadAudio:
         """The record of an utterance whose audio cannot be used."""
         return cls(cut.id, audio_path(cut), error.kind, str(error), left_out)
+
+    @classmethod
+    def of_line(cls, number: int, error: NotACut, *, left_out: bool = True) -> BadAudio:
+        """The record of line `number` of a manifest, which is not a cut."""
+        return cls(f"number {number}", "", "not a cut", str(error), left_out)
 
     def __str__(self) -> str:
         return f"{self.utterance} ({self.file}): {self.reason}"

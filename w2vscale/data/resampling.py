@@ -29,8 +29,13 @@ class SincResample(Resample):
     """
 
     def __call__(self, samples: Samples, sampling_rate: int | None = None) -> Samples:
-        if self.resampler is None:  # LHOTSE_RESAMPLING_BACKEND=sox
-            changed: Samples = super().__call__(samples, sampling_rate)
+        divisor = math.gcd(self.source_sampling_rate, self.target_sampling_rate)
+        steps, target_steps = self.source_sampling_rate // divisor, self.target_sampling_rate // divisor
+        if steps > MAX_DENSE_STEPS:
+            filters = _filters(steps, target_steps)
+            changed = np.stack([_interpolated(channel, filters, steps) for channel in samples])
+        elif self.resampler is None:  # LHOTSE_RESAMPLING_BACKEND=sox
+            changed = super().__call__(samples, sampling_rate)
         else:
             changed = self.resampler(torch.from_numpy(samples)).numpy()
         return changed

@@ -17,8 +17,9 @@ def open_pieces(path: Path) -> SentencePieceProcessor:
     pieces = sentencepiece().SentencePieceProcessor()
     try:
         pieces.LoadFromSerializedProto(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"objective.sentencepiece={path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"objective.sentencepiece={path}: cannot be read: {reason}") from None
     except RuntimeError:
         raise UserError(f"objective.sentencepiece={path}: not a SentencePiece model") from None
     if any(map(pieces.is_byte, range(len(pieces)))):

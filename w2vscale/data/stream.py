@@ -7,29 +7,27 @@ number of updates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, count, islice, pairwise
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from lhotse import CutSet
 from lhotse.cut import Cut
 from lhotse.dataset import DynamicBucketingSampler
 from lhotse.dataset.sampling.dynamic_bucketing import FixedBucketBatchSizeConstraint
-from lhotse.lazy import LazyManifestIterator
-from lhotse.shar.readers.lazy import LazySharIterator
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from w2vscale.config import BatchConfig, DataConfig, ModelConfig
 from w2vscale.data.assembly import Assembler, Crop
+from w2vscale.data.cuts import NotACut
 from w2vscale.data.inputs import Utterance
 from w2vscale.data.loading import gather_windows, loader_settings
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.plan import largest_divisor, length_of_series, run_length
 from w2vscale.data.randomness import Stream, derived_seed, generator
+from w2vscale.data.shards import find_shards, in_one_line, read_cuts, read_shards
 from w2vscale.errors import UserError
 from w2vscale.models.lengths import input_samples
 
@@ -38,17 +36,11 @@ ENOUGH_BUCKETS = 8  # series are shortened until there are as many buckets
 EMPTY_PASSES = 10  # give up after this many passes without a usable utterance
 
 
-class Shard(NamedTuple):
-    """One Shar shard: a manifest of cuts and a tar archive of their audio."""
-
-    cuts: Path
-    recording: Path
-
-
 class StreamedMicroBatches:
     """An endless stream of micro-batches of the shards in `data.train`.
 
-    Raises UserError if no shard holds a cut that is long enough, or the objective does not support cropped utterances.
+    Raises UserError if no shard holds a cut that is long enough, a cut has audio outside of the archives, or the
+    objective does not support cropped utterances.
     """
 
     utterances = micro_batches = None  # unknown without reading all shards
@@ -147,9 +139,14 @@ class StreamedMicroBatches:
         problems = []
         for shard in self.shards:
             try:
-                durations = np.array([cut.duration for cut in LazyManifestIterator(shard.cuts)])
-            except Exception as error:  # damaged files raise many types of errors, as in _read
-                problems.append(f"{shard.cuts}: cannot be read: {_in_one_line(error)}")
+                durations = np.array([cut.duration for cut in read_cuts(shard.cuts)])
+            except NotACut as error:
+                problems.append(str(error))
+                continue
+            except UserError:
+                raise
+            except Exception as error:  # damaged files raise many types of errors, as in read_shards
+                problems.append(f"{shard.cuts}: cannot be read: {in_one_line(error)}")
                 continue
             kept: NDArray[np.float64] = durations[durations >= self.shortest_seconds]
             if kept.size:
@@ -243,7 +240,9 @@ class Reader:
         for number in islice(count(), passes):
             order = generator(seed, Stream.SHARDS, self.start, number).permutation(len(shards))
             empty += 1
-            for cut in islice(_read([shards[shard] for shard in order[mine :: self.readers]]), turn, None, sharing):
+            for cut in islice(
+                read_shards([shards[shard] for shard in order[mine :: self.readers]]), turn, None, sharing
+            ):
                 if isinstance(cut, BadAudio):
                     self.lost.append(cut)
                 elif (cropped := self.source.crop(cut, crops)) is not None:
@@ -258,45 +257,3 @@ class Reader:
                     f"{self.source.data.min_seconds:g} in its part of {len(shards)} shards: make more shards, or set "
                     "data.workers lower"
                 )
-
-
-def find_shards(folder: Path) -> list[Shard]:
-    """The shards of a folder by number. Raises UserError if it does not exist, has none, or lacks the audio of one."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of shards; make one with: w2vscale data shar CUTS.jsonl {folder}")
-    manifests = sorted(folder.glob("cuts.*.jsonl*"))
-    if not manifests:
-        raise UserError(f"{folder}: holds no shards (cuts.*.jsonl.gz); make some with: w2vscale data shar")
-    shards = []
-    for cuts in manifests:
-        recording = folder / f"recording.{cuts.name.split('.')[1]}.tar"
-        if not recording.is_file():
-            raise UserError(f"{cuts}: its audio is missing: no {recording.name} beside it")
-        shards.append(Shard(cuts, recording))
-    return shards
-
-
-def _read(shards: Iterable[Shard]) -> Iterator[Cut | BadAudio]:
-    """Yield cuts with their encoded audio and, for a damaged shard, a `BadAudio` for each utterance lost."""
-    for shard in shards:
-        fields: dict[str, Any] = {"cuts": [shard.cuts], "recording": [shard.recording]}
-        read = 0
-        try:
-            for cut in LazySharIterator(fields):
-                read += 1
-                yield cut
-        except Exception as error:  # damaged gzip, JSON, tar and audio data raise many types of errors
-            yield from _lost(shard, read, f"its shard cannot be read: {_in_one_line(error)}")
-
-
-def _lost(shard: Shard, read: int, reason: str) -> list[BadAudio]:
-    """List the utterances of a damaged shard after the first `read`, or the shard itself if its manifest is damaged."""
-    try:
-        names = [cut.id for cut in islice(LazyManifestIterator(shard.cuts), read, None)]
-    except Exception:
-        return [BadAudio(shard.cuts.name, str(shard.cuts), "undecodable", reason)]
-    return [BadAudio(name, str(shard.recording), "undecodable", reason) for name in names]
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -2,59 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, refused_value
 from w2vscale.evaluation.bootstrap import relative_reduction
 
 BASELINE = "_scratch"  # the run NAME is compared with the run NAME_scratch
 EDITS = ("substitutions", "deletions", "insertions")
+Number = Annotated[float, Field(ge=0.0, le=1e15)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
-class Metrics(BaseModel):
-    """What `w2vscale evaluate` writes."""
-
-    update: int
-    utterances: float
+class _Evaluation(TypedDict):
+    update: Count
+    utterances: Number
     table: dict[str, str]
 
 
-class Edits(BaseModel):
-    """Edits of an utterance, in words or characters, and the length of its reference."""
-
-    substitutions: int
-    deletions: int
-    insertions: int
-    reference: int
+class _Counts(TypedDict):
+    reference: Count
+    substitutions: Count
+    deletions: Count
+    insertions: Count
 
 
-class UtteranceEdits(BaseModel):
-    """The edits of one utterance."""
-
+class _Utterance(TypedDict):
     utterance: str
-    words: Edits
-    characters: Edits
+    words: _Counts
+    characters: _Counts
 
 
-class ErrorRates(BaseModel):
-    """What `w2vscale evaluate --wer` writes."""
-
-    wer: float
-    cer: float
-    word_interval: tuple[float, float]
-    character_interval: tuple[float, float]
+class _Score(TypedDict):
+    wer: Number
+    cer: Number
+    word_interval: Annotated[list[Number], Field(min_length=2, max_length=2)]
+    character_interval: Annotated[list[Number], Field(min_length=2, max_length=2)]
     cuts: list[str]
     decoding: str
-    utterances: list[UtteranceEdits]
-
-
-OUTPUT = TypeAdapter[Metrics | ErrorRates](Metrics | ErrorRates)
+    utterances: Annotated[list[_Utterance], Field(min_length=1)]
 
 
 class Result(NamedTuple):
@@ -69,11 +62,14 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
     found = []
     for path in paths:
         try:
-            metrics = OUTPUT.validate_json(path.read_bytes()).model_dump()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        except ValidationError:
-            raise UserError(f"{path}: not written by w2vscale evaluate --output") from None
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        kind = _Score if isinstance(metrics, dict) and "wer" in metrics else _Evaluation
+        try:
+            TypeAdapter(kind).validate_python(metrics, strict=True)
+        except ValidationError as error:
+            raise UserError(f"{path}: not written by w2vscale evaluate --output: {refused_value(error)}") from None
         found.append(Result(path.resolve().parent.name, metrics))
     return found
 
@@ -83,7 +79,7 @@ def results_page(results: Sequence[Result], title: str) -> str:
 
     Only evaluations with the same manifests and decoding are compared.
     """
-    evaluations = [result for result in results if "table" in result.metrics]
+    evaluations = [result for result in results if "wer" not in result.metrics]
     scores = [result for result in results if "wer" in result.metrics]
     names = list(dict.fromkeys(name for result in evaluations for name in result.metrics["table"]))
     lines = [f"# {title}", ""]

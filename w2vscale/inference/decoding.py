@@ -154,8 +154,9 @@ def _language_model(path: Path, words: Sequence[str], library: Any) -> Any:
     if not path.is_file():
         raise UserError(f"--lm {path}: no such file")
     try:
-        return library.KenLM(str(path), library.Dictionary([*words, "<unk>"]))
-    except RuntimeError as error:
+        # An absolute path, because KenLM takes `-` for stdin.
+        return library.KenLM(str(path.absolute()), library.Dictionary([*words, "<unk>"]))
+    except (RuntimeError, ValueError) as error:  # ValueError: the message has bytes of the file, which are not UTF-8
         raise UserError(f"--lm {path}: KenLM cannot load it: {str(error).splitlines()[-1]}") from None
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import Config, PrecisionConfig
-from w2vscale.data.audio import AudioError
+from w2vscale.data.audio import RATES_IN_WORDS, SAMPLING_RATES, AudioError
 from w2vscale.data.inputs import audio_batch, to_device
 from w2vscale.data.resampling import Samples, resampled
 from w2vscale.errors import UserError
@@ -30,7 +30,6 @@ CHUNK_SECONDS = 30.0  # longer audio is split into chunks of at most this length
 OVERLAP_SECONDS = 2.5  # context on either side of a chunk: computed with it, then dropped
 BATCH_SECONDS = 80.0  # padded audio per forward pass: two chunks with their context
 BLOCK_SECONDS = 10  # audio is read in blocks of this length
-SAMPLING_RATES = range(1000, 500_001)  # in Hz; a header with another value is taken to be damaged
 
 
 def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
@@ -67,8 +66,7 @@ class Audio:
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampling_rate, int) or self.sampling_rate not in SAMPLING_RATES:
-            expected = f"a whole number from {SAMPLING_RATES[0]:,} to {SAMPLING_RATES[-1]:,}"
-            raise AudioError("sampling rate", f"sampling rate is {self.sampling_rate} Hz, not {expected}")
+            raise AudioError("sampling rate", f"sampling rate is {self.sampling_rate} Hz, not {RATES_IN_WORDS}")
 
     @property
     def seconds(self) -> float:

@@ -16,7 +16,7 @@ from lhotse.utils import compute_num_samples
 
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.manifests import AUDIO_SUFFIXES
-from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio
+from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio, read_header
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.resampling import Samples
@@ -83,8 +83,8 @@ def _cut_utterances(path: Path) -> Iterator[Utterance]:
         yield Utterance(name, audio_path(cut), partial(_open_cut, cut), transcript(cut), speaker)
 
 
-def _is_file_name(identifier: object) -> bool:
-    if not isinstance(identifier, str) or "\0" in identifier or identifier.startswith("/"):
+def _is_file_name(identifier: str) -> bool:
+    if "\0" in identifier or identifier.startswith("/"):
         return False
     *folders, name = identifier.split("/")
     return ".." not in folders and name not in ("", ".", "..")
@@ -140,12 +140,7 @@ def collect(results: Iterable[T | BadAudio]) -> tuple[list[T], list[BadAudio]]:
 
 def _open_file(path: Path) -> Audio:
     """Open a file. It is read from its beginning, because seeking in MP3 and Opus is inexact. Averages channels."""
-    if not path.is_file():
-        raise AudioError("missing", "no such file")
-    try:
-        header = soundfile.info(str(path))
-    except Exception as error:
-        raise AudioError("undecodable", f"not readable as audio: {libsndfile_reason(error)}") from None
+    header = read_header(path)
 
     def blocks() -> Iterator[Samples]:
         done = 0

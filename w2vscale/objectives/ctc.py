@@ -322,7 +322,7 @@ def read_vocabulary(settings: CtcSettings) -> list[str]:
 def _symbols_in(path: Path) -> list[str]:
     try:
         return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"objective.vocabulary={path}: must be `letters` or a readable file of symbols ({reason})"

@@ -1,0 +1,121 @@
+"""Check a cut before Lhotse sees it: its fields have the right types, and its audio lies in files.
+
+Lhotse runs the `command` of a source in a shell and downloads a `url`, also where a source is nested in a transform, a
+track or a custom field. A cut with such a source is an attack, or from a manifest of another kind: it is refused, not
+left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from w2vscale.errors import UserError, refused_value
+
+MAX_SECONDS = 1e8  # three years: a longer cut is taken to be damaged
+
+Duration = Annotated[float, Field(gt=0.0, le=MAX_SECONDS)]
+
+
+class NotACut(UserError):
+    """A line of a manifest is not a cut. Commands that read many cuts count it and go on."""
+
+
+class _Source(TypedDict):
+    type: str
+    channels: Annotated[list[int], Field(min_length=1)]
+    source: str
+
+
+class _Recording(TypedDict):
+    id: str
+    sources: Annotated[list[_Source], Field(min_length=1)]
+    sampling_rate: Annotated[int, Field(gt=0, lt=2**31)]
+    num_samples: Annotated[int, Field(ge=0, lt=2**63)]
+    duration: Duration
+    channel_ids: NotRequired[list[int] | None]
+
+
+class _Supervision(TypedDict):
+    text: NotRequired[str | None]
+    speaker: NotRequired[str | None]
+    language: NotRequired[str | None]
+
+
+class _Cut(TypedDict):
+    id: str
+    start: Annotated[float, Field(ge=-MAX_SECONDS, le=MAX_SECONDS)]
+    duration: Duration
+    recording: _Recording
+    supervisions: NotRequired[list[_Supervision]]
+    custom: NotRequired[dict[str, Any] | None]
+
+
+class _MonoCut(_Cut):
+    type: Literal["MonoCut", "Cut"]
+    channel: int
+
+
+class _MultiCut(_Cut):
+    type: Literal["MultiCut"]
+    channel: list[int]
+
+
+_CUT = TypeAdapter[Any](Annotated[_MonoCut | _MultiCut, Field(discriminator="type")])
+_RECORDING = TypeAdapter[Any](_Recording)
+
+
+def read_cut(line: bytes, *, where: str, source_types: tuple[str, ...] = ("file",)) -> dict[str, Any]:
+    """Parse a line of a manifest, which `where` names, to what Lhotse can deserialise.
+
+    Raises NotACut if it is not a cut of a recording, and UserError if it has a source of a type that is not in
+    `source_types`.
+    """
+    return _checked(line, _CUT, where, source_types)
+
+
+def read_recording(text: bytes, *, where: str, source_types: tuple[str, ...]) -> dict[str, Any]:
+    """Parse the JSON of a recording. Raises like `read_cut`."""
+    return _checked(text, _RECORDING, where, source_types)
+
+
+def _checked(text: bytes, kind: TypeAdapter[Any], where: str, source_types: tuple[str, ...]) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(text.decode().removeprefix("\ufeff"))
+        if b"\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()  # raises UnicodeEncodeError for half of a surrogate pair
+    except (ValueError, RecursionError) as error:
+        raise not_a_cut(where, " ".join(str(error).split())[:200]) from None
+    for source in _sources(found):
+        if source["type"] not in source_types:
+            raise UserError(
+                f"{where}: has audio of type {str(source['type'])[:40]!r}, but only "
+                f"{'files are' if 'file' in source_types else 'the audio in the archive is'} read, and nothing is run "
+                "or downloaded; save the audio as files, and make a manifest with: w2vscale data prepare folder"
+            )
+    try:
+        kind.validate_python(found, strict=True)
+    except ValidationError as error:
+        raise not_a_cut(where, refused_value(error)) from None
+    return found
+
+
+def not_a_cut(where: str, reason: object) -> NotACut:
+    """The error for a line that `where` names."""
+    return NotACut(f"{where} is not a Lhotse cut of a recording: {reason}")
+
+
+def _sources(document: object) -> Iterator[dict[str, Any]]:
+    """Every object, however deep, that Lhotse could take for an audio source."""
+    waiting = [document]
+    for item in waiting:
+        if isinstance(item, dict):
+            if "source" in item and "type" in item and "channels" in item:
+                yield item
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
