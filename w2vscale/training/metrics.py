@@ -81,34 +81,43 @@ class Meter:
 class MetricsWriter:
     """Writes `metrics.jsonl` and TensorBoard files on rank 0.
 
-    A resumed run first deletes the metrics that were written after its checkpoint. TensorBoard shows all metrics by
-    updates, and those in `by_audio` also by seconds of audio seen.
+    A run that continues from a checkpoint first deletes the metrics that were written after it. TensorBoard shows all
+    metrics by updates, and those in `by_audio` also by seconds of audio seen.
     """
 
     def __init__(
         self, exp: Path, *, resumed_at: TrainState, tensorboard: bool, by_audio: Collection[str], enabled: bool
     ) -> None:
-        self.path = exp / "metrics.jsonl"
+        self.path, self._folder = exp / "metrics.jsonl", exp / "tb"
         self._by_audio = frozenset(by_audio)
+        self._enabled, self._tensorboard = enabled, tensorboard
         self._lines: TextIO | None = None
         self._curves: tuple[SummaryWriter, SummaryWriter] | None = None  # by updates, and by seconds of audio seen
-        if not enabled:
+        self.continue_from(resumed_at)
+
+    def continue_from(self, state: TrainState) -> None:
+        """Delete the metrics that were written after `state`. Raises UserError if a file cannot be written."""
+        self.close()
+        if not self._enabled:
             return
         with writing(self.path):
             if self.path.is_file():
-                kept = [line for line in read_records(self.path) if _update_of(line) <= resumed_at.update]
+                kept = [line for line in read_records(self.path) if _update_of(line) <= state.update]
                 write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self._lines = self.path.open("a", encoding="utf-8")
-        if tensorboard:
+        if self._tensorboard:
             # Imported here because the import takes seconds and most commands do not need it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._folder = exp / "tb"
             with writing(self._folder):
                 self._curves = (
-                    SummaryWriter(str(self._folder), purge_step=resumed_at.update + 1),
-                    SummaryWriter(str(self._folder / "by_seconds_seen"), purge_step=int(resumed_at.audio_seconds) + 1),
+                    SummaryWriter(str(self._folder), purge_step=state.update + 1),
+                    SummaryWriter(str(self._folder / "by_seconds_seen"), purge_step=int(state.audio_seconds) + 1),
                 )
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl; none on a rank that does not write it."""
+        return read_records(self.path) if self._enabled else []
 
     def close(self) -> None:
         """Close the files."""
@@ -122,12 +131,8 @@ class MetricsWriter:
 
         Raises UserError if a file cannot be written.
         """
-        if self._lines is None:
-            return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        with writing(self.path):
-            self._lines.write(json.dumps({"split": split, "update": update, **finite}) + "\n")
-            self._lines.flush()
+        self._append({"split": split, "update": update, **finite})
         if self._curves is not None:
             by_updates, by_seconds = self._curves
             with writing(self._folder):
@@ -137,6 +142,16 @@ class MetricsWriter:
                     by_seconds.add_scalar(f"{split}/{key}", values[key], round(values["hours_seen"] * 3600))
                 by_updates.flush()
                 by_seconds.flush()
+
+    def note(self, update: int, **facts: str | int) -> None:
+        """Append a line about an event, with split `event`, to metrics.jsonl. Raises UserError like `write`."""
+        self._append({"split": "event", "update": update, **facts})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if self._lines is not None:
+            with writing(self.path):
+                self._lines.write(json.dumps(line) + "\n")
+                self._lines.flush()
 
 
 def _update_of(line: Mapping[str, Any]) -> float:
