@@ -388,9 +388,10 @@ def replaced_parameters(corpus: str, overrides: tuple[str, ...]) -> list[str]:
 
 def train_with_bad_windows(corpus: str, exp: str, overrides: tuple[str, ...], windows: tuple[int, ...]) -> str:
     """`train_micro` where the loss of these windows is four times what it is; the error it ends with."""
-    with bad_windows(windows, micro_batches=4):
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    with bad_windows(windows, micro_batches=config.batch.micro_batches):
         try:
-            _train(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]), Path(exp))
+            _train(config, Path(exp))
         except UserError as error:
             return str(error)
     return ""
