@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.checkpoints import seal
 from tests.helpers.micro import MICRO_RUN
+from tests.helpers.processes import Started
 from tests.helpers.tasks import bad_windows
 from w2vscale.analysis.report import read_run
 from w2vscale.checkpoint.format import committed, read_document
@@ -93,7 +94,7 @@ def interrupted(run: Run, exp: Path, *settings: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_roll_back", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run(exp, *settings)
+            run(exp, "checkpoint.asynchronous=false", *settings)
     return exp
 
 
@@ -157,8 +158,11 @@ class TestRollBack:
         assert curve == [(line["update"], pytest.approx(line["loss"], rel=1e-6)) for line in train]
         assert read_run(rolled_back).roll_backs == [8]
 
-    def test_the_log_says_what_happens(self, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-        run(tmp_path / "exp", bad=(8, 9, 10, 11))
+    def test_the_log_says_what_happens(
+        self, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], started: Started
+    ) -> None:
+        run(tmp_path / "exp", "data.workers=1", bad=(8, 9, 10, 11))
+        assert started() == [], "loaders of skipped windows have ended"
         printed = " ".join(capsys.readouterr().out.split())
         assert printed.count("warning: the loss spikes") == 2, "once for each time"
         checkpoint = tmp_path / "exp" / "checkpoints" / "update_00000008"

@@ -269,7 +269,7 @@ def _newest_first(
         )
     if paths:
         raise UserError(f"{folder}: none of its {count} can be used; move them away to start a new run")
-    if aside := sorted(folder.glob("abandoned_update_*")):
+    if up_to is None and (aside := sorted(folder.glob("abandoned_update_*"))):
         # A kill just before the checkpoint that replaces them got its name.
         raise UserError(f"{folder}: all checkpoints were set aside; use --resume {aside[-1]}, or move them away")
 

@@ -81,8 +81,8 @@ def fewest_codes(entries: int, share: float) -> float:
 
 
 def collapse(metrics: Mapping[str, float], *, codebooks: int, entries: int, share: float, advice: str) -> list[Finding]:
-    """Find collapse in the metrics `code_perplexity_g`. `share` is the setting `health.min_codes`."""
-    fewest = fewest_codes(entries, share)
+    """Find collapse in the metrics `code_perplexity_g`. `share` is the setting `health.min_codes`; 0: do not look."""
+    fewest = fewest_codes(entries, share) if share else 0.0
     in_use = {book: metrics[f"code_perplexity_{book}"] for book in range(codebooks)}
     collapsed = {str(book): f"{codes:.2f}" for book, codes in in_use.items() if codes < fewest}
     if not collapsed:

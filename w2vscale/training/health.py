@@ -22,8 +22,8 @@ RECENT = 20
 ENOUGH = 5
 """Log lines without which there is no running median."""
 
-SCATTER = 5.0
-"""A spike is also above the running median by this many median absolute deviations: single updates are noisy."""
+SCATTER = 8.0
+"""A spike is also this many median absolute deviations above the running median: losses of small updates are noisy."""
 
 
 @dataclass(frozen=True)
