@@ -58,4 +58,4 @@ def test_all_ranks_stop_with_the_same_error(
     errors = pool(2).run(train_with_bad_windows, str(small_corpus.train), str(tmp_path), overrides, BAD)
     assert len(set(errors)) == 1
     assert errors[0].startswith("stopped at update 9 (health.action=stop): trouble since update 7: the loss spikes")
-    assert errors[0].endswith(f"resume from {tmp_path / 'checkpoints' / 'update_00000006'}")
+    assert errors[0].endswith(f"continue with --resume {tmp_path / 'checkpoints' / 'update_00000006'}")

@@ -205,7 +205,7 @@ class TestStop:
         message = str(caught.value)
         found = re.fullmatch(
             r"stopped at update (\d+) \(health.action=stop\): trouble since update (\d+): codebooks? .* collapsed: .*; "
-            r"resume from (.*)",
+            r"continue with --resume (.*)",
             message,
         )
         assert found is not None, message

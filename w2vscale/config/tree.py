@@ -387,9 +387,10 @@ class HealthConfig(Section):
         description="chance level: predictions are no better than chance after this share of the updates, and after "
         "update 300 (with objective.name=ctc: 1,000)",
     )
-    loss_ratio: AboveOne = Field(1.5, description="spike: the loss is above this multiple of its running median")
+    loss_ratio: AboveOne = Field(1.2, description="spike: the loss is above this multiple of its running median")
     norm_ratio: AboveOne = Field(
-        10.0, description="exploding gradient: its norm is above this multiple of its running median"
+        10.0,
+        description="exploding gradient: its norm is above this multiple of its running median without a falling loss",
     )
 
 

@@ -28,7 +28,7 @@ from w2vscale.objectives.masking import MaskSettings, masked_batch
 from w2vscale.objectives.quantizer import Quantizer, code_ids, collapse, diversity_loss, perplexity
 from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss, negative_indices
 
-AT_CHANCE = 2.0  # an accuracy below this multiple of chance is not better than chance
+AT_CHANCE = 0.99  # a contrastive loss above this share of that of chance is not better than chance
 SOLVED_ACCURACY, SOLVED_LOSS = 0.99, 0.05  # no model that learns speech gets there; the loss is in nats
 
 
@@ -284,14 +284,15 @@ class Contrastive(Objective):
             metrics, codebooks=settings.codebooks, entries=settings.codebook_entries, share=limits.min_codes,
             advice="raise objective.diversity_weight, lower optim.lr, or lengthen schedule.warmup_updates",
         )  # fmt: skip
-        chance, chance_loss = 1.0 / (1 + settings.negatives), math.log(1 + settings.negatives)
-        # Features that are all equal have full accuracy, because the positive is the first of equal similarities.
-        if accuracy < AT_CHANCE * chance or loss >= chance_loss:
+        chance_loss = math.log(1 + settings.negatives)
+        # The accuracy says less: it is above 1 / (1 + negatives) where negatives with the codes of the positive are
+        # excluded, and 1 where all similarities are equal.
+        if loss > AT_CHANCE * chance_loss:
             found.append(
                 Finding(
                     "chance",
-                    f"predictions are no better than chance: accuracy {accuracy:.4f} (chance {chance:.4f}), "
-                    f"contrastive loss {loss:.3f} nats (chance {chance_loss:.3f}); use more audio per update "
+                    f"predictions are no better than chance: contrastive loss {loss:.3f} nats, above {AT_CHANCE:g} "
+                    f"times that of chance ({chance_loss:.3f}), accuracy {accuracy:.4f}; use more audio per update "
                     "(batch.micro_batches), a longer schedule.warmup_updates, or another optim.lr",
                 )
             )

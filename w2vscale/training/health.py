@@ -68,7 +68,10 @@ def examine(
         return history
     if (phase := objective.phase(update - 1)) != history.phase:
         history = History(history.update, phase, troubles=history.troubles)
-    spike, explosion = loss_spike(loss, history.losses, limits), norm_explosion(norm, history.norms, limits)
+    spike = loss_spike(loss, history.losses, limits, lasting="spike" in history.troubles)
+    explosion = None
+    if len(history.losses) >= ENOUGH and loss >= median(history.losses):
+        explosion = norm_explosion(norm, history.norms, limits, lasting="norm" in history.troubles)
     found = [finding for finding in (spike, explosion) if finding is not None]
     troubles: dict[str, Trouble] = {}
     for finding in [*found, *objective.findings(metrics, limits)]:
@@ -99,29 +102,38 @@ def roll_backs_to(update: int, lines: Iterable[Mapping[str, Any]]) -> int:
     return sum(line.get("event") == "roll_back" and line["update"] == update for line in lines)
 
 
-def loss_spike(loss: float, recent: tuple[float, ...], limits: HealthConfig) -> Finding | None:
-    """Compare a loss with recent ones."""
+def loss_spike(loss: float, recent: tuple[float, ...], limits: HealthConfig, *, lasting: bool) -> Finding | None:
+    """Compare a loss with recent ones. A spike is `lasting` until the loss is half-way down from the limit."""
     if len(recent) < ENOUGH:
         return None
     usual = median(recent)
     scatter = median(abs(one - usual) for one in recent)
-    if loss <= usual + max((limits.loss_ratio - 1.0) * abs(usual), SCATTER * scatter):
+    allowed = max((limits.loss_ratio - 1.0) * abs(usual), SCATTER * scatter)
+    if loss - usual <= (allowed / 2 if lasting else allowed):
         return None
     return Finding(
         "spike",
-        f"the loss spikes: {loss:.4g}, above {limits.loss_ratio:g} times its running median of {usual:.4g} "
-        "(health.loss_ratio); if it does not come down again, lower optim.lr",
+        f"the loss spikes: it is {loss:.4g}, and its running median {usual:.4g} (health.loss_ratio="
+        f"{limits.loss_ratio:g}); if it does not come down again, lower optim.lr",
     )
 
 
-def norm_explosion(norm: float, recent: tuple[float, ...], limits: HealthConfig) -> Finding | None:
-    """Compare a gradient norm, the mean of a log line, with recent ones."""
-    if len(recent) < ENOUGH or not norm > limits.norm_ratio * (usual := median(recent)):
+def norm_explosion(norm: float, recent: tuple[float, ...], limits: HealthConfig, *, lasting: bool) -> Finding | None:
+    """Compare the gradient norm of a log line whose loss does not fall with recent ones.
+
+    It also grows when a model leaves the plateau at chance, and then the loss falls. An explosion is `lasting` until
+    the norm is below half of the limit.
+    """
+    if len(recent) < ENOUGH:
+        return None
+    usual = median(recent)
+    if not norm > usual * (limits.norm_ratio / 2 if lasting else limits.norm_ratio):
         return None
     return Finding(
         "norm",
-        f"the gradient norm explodes: {norm:.3g}, above {limits.norm_ratio:g} times its running median of {usual:.3g} "
-        "(health.norm_ratio); if it stays there, lower optim.lr or lengthen schedule.warmup_updates",
+        f"the gradient norm explodes: it is {norm:.3g}, and its running median {usual:.3g} (health.norm_ratio="
+        f"{limits.norm_ratio:g}), while the loss does not fall; if it stays there, lower optim.lr or lengthen "
+        "schedule.warmup_updates",
     )
 
 

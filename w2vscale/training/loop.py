@@ -341,7 +341,7 @@ class Trainer:
         if trouble is not None and health.action == "stop":
             self.run.store.wait()
             before = [path for path in committed(self.run.store.folder) if update_of(path) <= trouble.since]
-            advice = f"resume from {before[-1]}" if before else "no checkpoint is from before it"
+            advice = f"continue with --resume {before[-1]}" if before else "no checkpoint is from before it"
             raise UserError(f"stopped at update {self.state.update} (health.action=stop): {trouble}; {advice}")
         return trouble
 
