@@ -12,8 +12,9 @@ from tests.distributed.test_whole_checkpoints import VARIANTS, assert_same_bits
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_with_bad_windows
-from w2vscale.analysis.report import read_metrics, read_run
+from w2vscale.analysis.report import read_run
 from w2vscale.checkpoint.format import committed, read_document
+from w2vscale.files import read_metrics
 
 pytestmark = pytest.mark.distributed
 

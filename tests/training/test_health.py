@@ -14,7 +14,7 @@ import pytest
 from w2vscale.config import Config, load_config
 from w2vscale.errors import UserError
 from w2vscale.objectives import Objective, load
-from w2vscale.training.health import ENOUGH, RECENT, History, examine, examine_all, roll_backs_to
+from w2vscale.training.health import ENOUGH, RECENT, History, examine, examine_all
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "recorded_runs.json").read_text())
 """Metrics of runs: see the field `source` of each. Of those that are well, they are of every single update."""
@@ -44,7 +44,7 @@ class Course:
     def add(self, *lines: dict[str, float]) -> Course:
         for line in lines:
             update = self.every * (len(self.lines) + 1)
-            self.lines.append({"split": "train", "update": update, **line})
+            self.lines.append({"update": update, **line})
             self.histories.append(after(self.histories[-1], self.lines[-1:], self.config, self.objective))
         return self
 
@@ -176,8 +176,10 @@ class TestChance:
         assert course.add(line | {"encoder_frozen": 0.0, "blank_fraction": 0.998}).now.troubles == {}
 
     def test_lines_of_earlier_versions_are_read(self) -> None:
-        line = {"split": "train", "update": 2000, "loss": 2.9, "grad_norm": 1.0, "encoder_frozen": 0.0}
+        """CTC had no `blank_fraction`. What a line lacks says nothing."""
+        line = {"update": 2000, "loss": 2.9, "grad_norm": 1.0, "encoder_frozen": 0.0}
         config, objective = load("ctc_10min", ["objective.vocabulary=letters"])
+        assert examine_all([line, {"update": 3000}], config=config, objective=objective).update == 2000
         assert examine_all([line], config=config, objective=objective).troubles == {}
 
 
@@ -261,9 +263,9 @@ class TestHistory:
         """Wherever it is interrupted. The lines have been through JSON, which has no NaN."""
         course = self.course()
         lines = [{key: None if value != value else value for key, value in line.items()} for line in course.lines]
-        kept = [{"split": "validation", "update": 100, "loss": 1.0}, *json.loads(json.dumps(lines))]
+        kept = json.loads(json.dumps(lines))
         for count in range(len(lines) + 1):
-            rebuilt = examine_all(kept[: count + 1], config=course.config, objective=course.objective)
+            rebuilt = examine_all(kept[:count], config=course.config, objective=course.objective)
             assert rebuilt == course.histories[count]
             assert after(rebuilt, course.lines[count:], course.config, course.objective) == course.now
 
@@ -279,11 +281,6 @@ class TestHistory:
         lasting = course.now.lasting(3)
         assert lasting is not None and (lasting.finding.kind, lasting.since) == ("collapse", 1200)
         assert str(lasting).startswith("trouble since update 1200: codebook 0 has collapsed")
-
-    def test_roll_backs_are_counted_by_checkpoint(self) -> None:
-        event = {"split": "event", "event": "roll_back"}
-        lines = [{"split": "train", "update": 4}, *({**event, "update": update} for update in (4, 8, 8))]
-        assert [roll_backs_to(update, lines) for update in (0, 4, 8)] == [0, 1, 2]
 
 
 class TestSettings:

@@ -103,10 +103,8 @@ class TestRollBack:
         lines = records(rolled_back)
         assert [line["update"] for line in lines if line["split"] == "train"] == [*range(1, 15)]
         assert max(line["loss"] for line in lines if line["split"] == "train") < 6.0, "no bad window is left"
-        (event,) = (line for line in lines if line["split"] == "event")
-        assert event == {
-            "split": "event", "update": 8, "event": "roll_back", "kind": "spike", "left_at": 10, "skipped_windows": 2,
-        }  # fmt: skip
+        (roll_back,) = (line for line in lines if line["split"] == "roll_back")
+        assert roll_back == {"split": "roll_back", "update": 8, "left_at": 10, "skipped_windows": 2}
         assert [line["skipped_windows"] for line in lines if line["split"] == "train"] == [0] * 8 + [2] * 6
         skipped = [read_document(path).state.skipped_windows for path in committed(rolled_back / "checkpoints")]
         assert skipped == [0, 2, 2, 2]
@@ -223,7 +221,7 @@ class TestStop:
         run(tmp_path / "exp", "health.action=warn", bad=range(8, 12))
         printed = " ".join(capsys.readouterr().out.split())
         assert printed.count("warning: the loss spikes") == 1
-        assert not [line for line in records(tmp_path / "exp") if line["split"] == "event"]
+        assert not [line for line in records(tmp_path / "exp") if line["split"] == "roll_back"]
 
 
 def test_checkpoints_of_earlier_versions_have_skipped_nothing(rolled_back: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def read_run(exp: Path) -> RunMetrics:
     if not (exp / "config.yaml").is_file():
         raise UserError(f"{exp}: not a run folder: it contains no config.yaml")
     panels = build_objective(load_config(exp / "config.yaml")).panels()
-    roll_backs = [event["update"] for event in read_metrics(path, "event") if event["event"] == "roll_back"]
+    roll_backs = [line["update"] for line in read_metrics(path, "roll_back")]
     return RunMetrics(exp, train, validation, panels, roll_backs)
 
 

@@ -258,7 +258,7 @@ class Ctc(Objective):
 
     def findings(self, metrics: Mapping[str, float], limits: HealthConfig) -> list[Finding]:
         """A model at chance level outputs only blanks, which is normal as long as its encoder is frozen."""
-        blanks = metrics.get("blank_fraction", math.nan)  # earlier versions did not log it
+        blanks = metrics["blank_fraction"]
         if metrics["encoder_frozen"] or not blanks > ONLY_BLANKS:
             return []
         return [

@@ -7,6 +7,7 @@ the metrics, the objective says itself (`Objective.findings`). docs/health.md ex
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -88,18 +89,12 @@ def examine(
 
 
 def examine_all(lines: Iterable[Mapping[str, Any]], *, config: Config, objective: Objective) -> History:
-    """Return the history after the lines of a metrics.jsonl, for a run that continues."""
+    """Return the history after log lines from a metrics.jsonl, for a run that continues. What a line lacks is NaN."""
     history = History()
     for line in lines:
-        if line.get("split") == "train":
-            metrics = {key: math.nan if value is None else value for key, value in line.items()}
-            history = examine(history, line["update"], metrics, config=config, objective=objective)
+        metrics = defaultdict(lambda: math.nan, {key: value for key, value in line.items() if value is not None})
+        history = examine(history, line["update"], metrics, config=config, objective=objective)
     return history
-
-
-def roll_backs_to(update: int, lines: Iterable[Mapping[str, Any]]) -> int:
-    """Return how often a run has gone back to the checkpoint of `update`, by the lines of its metrics.jsonl."""
-    return sum(line.get("event") == "roll_back" and line["update"] == update for line in lines)
 
 
 def loss_spike(loss: float, recent: tuple[float, ...], limits: HealthConfig, *, lasting: bool) -> Finding | None:

@@ -38,7 +38,7 @@ from w2vscale.runtime import Interrupted, StopRequest
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import describe_update, micro_batches_per_forward
 from w2vscale.training.display import Display
-from w2vscale.training.health import History, Trouble, examine, examine_all, roll_backs_to
+from w2vscale.training.health import History, Trouble, examine, examine_all
 from w2vscale.training.lock import locked
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
@@ -357,7 +357,8 @@ class Trainer:
         if checkpoint is None:
             raise UserError(f"stopped at update {left.update}: {trouble}; no checkpoint is from before it")
         back = checkpoint.state
-        if broadcast_from_main(roll_backs_to(back.update, self.metrics.read())) >= ROLL_BACKS:
+        times = sum(line["update"] == back.update for line in self.metrics.read("roll_back"))
+        if broadcast_from_main(times) >= ROLL_BACKS:
             raise UserError(
                 f"stopped at update {left.update}: {trouble}; the run has gone back to {checkpoint.path} "
                 f"{ROLL_BACKS} times, and other data did not help"
@@ -373,15 +374,14 @@ class Trainer:
         self._save()
         store.wait()
         self.metrics.continue_from(self.state)
-        kind = trouble.finding.kind
-        self.metrics.note(back.update, event="roll_back", kind=kind, left_at=left.update, skipped_windows=skipped)
+        self.metrics.write("roll_back", back.update, {"left_at": left.update, "skipped_windows": skipped})
         self.history = self._history()
         self.logged, self.skipped_in_a_row = back.update, 0
         self.meter = Meter(self.config.model.sampling_rate)
 
     def _history(self) -> History:
         """Return what the log lines so far say about the next one; on rank 0."""
-        return examine_all(self.metrics.read(), config=self.config, objective=self.run.objective)
+        return examine_all(self.metrics.read("train"), config=self.config, objective=self.run.objective)
 
     def _validation_is_due(self) -> bool:
         due = self.state.update == self.total or self.state.update % self.config.trainer.validate_every == 0

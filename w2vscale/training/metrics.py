@@ -16,7 +16,7 @@ from w2vscale.checkpoint.format import TrainState
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
 from w2vscale.evaluation.validation import reduce_sums
-from w2vscale.files import read_records, write_text, writing
+from w2vscale.files import read_metrics, read_records, write_text, writing
 from w2vscale.objectives import Sums, add_sums
 
 if TYPE_CHECKING:
@@ -115,9 +115,9 @@ class MetricsWriter:
                     SummaryWriter(str(self._folder / "by_seconds_seen"), purge_step=int(state.audio_seconds) + 1),
                 )
 
-    def read(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl; none on a rank that does not write it."""
-        return read_records(self.path) if self._enabled else []
+    def read(self, split: str) -> list[dict[str, Any]]:
+        """Return the lines of one split in metrics.jsonl; none on a rank that does not write it."""
+        return read_metrics(self.path, split) if self._enabled else []
 
     def close(self) -> None:
         """Close the files."""
@@ -131,8 +131,12 @@ class MetricsWriter:
 
         Raises UserError if a file cannot be written.
         """
+        if self._lines is None:
+            return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        self._append({"split": split, "update": update, **finite})
+        with writing(self.path):
+            self._lines.write(json.dumps({"split": split, "update": update, **finite}) + "\n")
+            self._lines.flush()
         if self._curves is not None:
             by_updates, by_seconds = self._curves
             with writing(self._folder):
@@ -142,16 +146,6 @@ class MetricsWriter:
                     by_seconds.add_scalar(f"{split}/{key}", values[key], round(values["hours_seen"] * 3600))
                 by_updates.flush()
                 by_seconds.flush()
-
-    def note(self, update: int, **facts: str | int) -> None:
-        """Append a line about an event, with split `event`, to metrics.jsonl. Raises UserError like `write`."""
-        self._append({"split": "event", "update": update, **facts})
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        if self._lines is not None:
-            with writing(self.path):
-                self._lines.write(json.dumps(line) + "\n")
-                self._lines.flush()
 
 
 def _update_of(line: Mapping[str, Any]) -> float:
