@@ -106,9 +106,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path, split: str) -> list[dict[str, Any]]:
-    """Read one split (`train` or `validation`) of a metrics.jsonl. Lines that no run has written are skipped.
+    """Read one split (`train`, `validation` or `roll_back`) of a metrics.jsonl.
 
-    Raises UserError if the file cannot be read.
+    Lines that no run has written are skipped. Raises UserError if the file cannot be read.
     """
     try:
         records = read_records(path)

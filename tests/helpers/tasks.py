@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -39,6 +40,8 @@ from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import transcribe
 from w2vscale.inference.utterances import find_utterances
+from w2vscale.objectives import StepContext
+from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.runtime import StopRequest
 from w2vscale.training.calibration import micro_batches_per_forward
 from w2vscale.training.display import Display
@@ -381,3 +384,28 @@ def replaced_parameters(corpus: str, overrides: tuple[str, ...]) -> list[str]:
         look("after a step")
     engine.close()
     return found
+
+
+def train_with_bad_windows(corpus: str, exp: str, overrides: tuple[str, ...], windows: tuple[int, ...]) -> str:
+    """`train_micro` where the loss of these windows is four times what it is; the error it ends with."""
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
+    with bad_windows(windows, micro_batches=config.batch.micro_batches):
+        try:
+            _train(config, Path(exp))
+        except UserError as error:
+            return str(error)
+    return ""
+
+
+@contextmanager
+def bad_windows(windows: Collection[int], *, micro_batches: int) -> Iterator[None]:
+    """Have the loss of wav2vec 2.0 pretraining be four times what it is, wherever these windows are used."""
+    working = Contrastive.forward
+
+    def forward(self: Contrastive, module: Any, inputs: Any, *, step: StepContext, training: bool) -> Any:
+        sums = working(self, module, inputs, step=step, training=training)
+        bad = training and step.numbers[0] // micro_batches in windows
+        return sums._replace(total=sums.total * 4.0) if bad else sums
+
+    with patch.object(Contrastive, "forward", forward):
+        yield

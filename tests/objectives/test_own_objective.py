@@ -22,7 +22,7 @@ from tests.helpers.micro import MICRO_ENCODER, MICRO_TRAINING
 from tests.helpers.spelled import some_texts, write_spelled
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
-from w2vscale.config import Config, architecture, load_config
+from w2vscale.config import Config, HealthConfig, architecture, load_config
 from w2vscale.corpora.shar import write_shards
 from w2vscale.data.audio import AudioError
 from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
@@ -36,7 +36,7 @@ from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.models.layers import Linear
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 from w2vscale.objectives import OBJECTIVES, Objective, StepContext
-from w2vscale.objectives.base import ObjectiveSettings, Panel, Target
+from w2vscale.objectives.base import Finding, ObjectiveSettings, Panel, Target
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train
 
@@ -145,8 +145,8 @@ class Loudness(Objective):
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
         return {"squared error": f"{metrics['loss']:.4f}"}
 
-    def warnings(self, metrics: Mapping[str, float]) -> list[str]:
-        return ["it is loud"]
+    def findings(self, metrics: Mapping[str, float], limits: HealthConfig) -> list[Finding]:
+        return [Finding("solved", "it is loud")]
 
     def panels(self) -> tuple[Panel, Panel, Panel]:
         return tuple(Panel(key, key, {key: ""}) for key in ("loss", "lr", "twice"))  # type: ignore[return-value]

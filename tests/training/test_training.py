@@ -23,7 +23,7 @@ from w2vscale.data.indexed import MicroBatches
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
-from w2vscale.objectives import StepContext, build_objective
+from w2vscale.objectives import StepContext
 from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train
@@ -183,20 +183,6 @@ def test_a_failed_start_does_not_change_an_earlier_run(finished: Path, small_cor
     with pytest.raises(UserError, match="was made with 3"):
         train(settings(small_corpus.train, "model.layers=2"), finished)
     assert (finished / "config.yaml").read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("change", "warning"),
-    [
-        ({}, None),
-        ({"code_perplexity_1": 1.2}, "codebook 1 has collapsed"),
-        ({"accuracy": 0.995, "contrastive": 0.01}, "the contrastive task is solved"),
-    ],
-)
-def test_collapse_is_a_warning(change: dict[str, float], warning: str | None) -> None:
-    healthy = {"code_perplexity_0": 100.0, "code_perplexity_1": 90.0, "accuracy": 0.4, "contrastive": 2.5}
-    found = build_objective(load_config("base")).warnings(healthy | change)
-    assert found == [] if warning is None else warning in found[0]
 
 
 def test_slow_loading_is_a_warning(

@@ -28,6 +28,7 @@ class RunMetrics:
     train: list[Record]
     validation: list[Record]
     panels: tuple[Panel, Panel, Panel]
+    roll_backs: list[int]  # updates to which the run went back
 
     def latest(self) -> tuple[list[list[float | None]], list[list[float | None]]]:
         """The latest training and validation metrics: the values of each panel, None where they were not measured."""
@@ -49,12 +50,15 @@ def read_run(exp: Path) -> RunMetrics:
         raise UserError(f"{exp}: no metrics yet; the run has logged no update")
     if not (exp / "config.yaml").is_file():
         raise UserError(f"{exp}: not a run folder: it contains no config.yaml")
-    return RunMetrics(exp, train, validation, build_objective(load_config(exp / "config.yaml")).panels())
+    panels = build_objective(load_config(exp / "config.yaml")).panels()
+    roll_backs = [line["update"] for line in read_metrics(path, "roll_back")]
+    return RunMetrics(exp, train, validation, panels, roll_backs)
 
 
 def draw_curves(exps: Sequence[Path], output: Path) -> Path:
     """Draw the curves of one or several runs into one image file: the panels of the objective and the gradient norm.
 
+    Dashed lines are where a run went back to a checkpoint.
     Raises UserError if a folder is not a run folder, a run has no metrics yet, or the file cannot be written.
     """
     runs = [read_run(exp) for exp in exps]
@@ -65,6 +69,9 @@ def draw_curves(exps: Sequence[Path], output: Path) -> Path:
         for axes, panel in zip(panel_axes, run.panels, strict=True):
             _draw_panel(axes, panel, run, f"C{index}")
         _plot(norm, run.train, "grad_norm", color=f"C{index}")
+        for axes in grid.flat:
+            for update in run.roll_backs:
+                axes.axvline(update, color=f"C{index}", linewidth=0.8, linestyle="--")
     for axes, panel in zip(panel_axes, runs[-1].panels, strict=True):
         axes.set_ylabel(panel.label)
         if panel.chance is not None:

@@ -60,10 +60,17 @@ class TrainState:
     audio_seconds: float = 0.0
     skipped_updates: int = 0
     skipped_utterances: int = 0
+    skipped_windows: int = 0
+    """How many windows a run has left out since it began, because it went back behind them."""
     data: str = ""
     """A description of the training set, with checksums."""
     validation: Mapping[str, float] = field(default_factory=dict)
     """Finite metrics of the validation at this update, by name; empty if there was none."""
+
+    @property
+    def window(self) -> int:
+        """The window, from 0, of the next update."""
+        return self.update + self.skipped_windows
 
 
 class Document(NamedTuple):
@@ -109,6 +116,7 @@ def read_document(path: Path) -> Document:
 
 def _document(content: dict[str, Any]) -> Document:
     content.setdefault("data", "")
+    content.setdefault("skipped_windows", 0)
     if "validation" not in content:  # written before all metrics were kept
         loss = content.pop("validation_loss", None)
         content["validation"] = {} if loss is None else {"loss": loss}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from w2vscale.checkpoint.expected import expected_of, meta_model
-from w2vscale.checkpoint.format import FileFacts, committed, damages, read_document, size_problem
+from w2vscale.checkpoint.format import FileFacts, committed, damages, read_document, size_problem, update_of
 from w2vscale.checkpoint.slices import Block, StoredTensor, TensorFile, assemble, block_at, faults, intersection
 from w2vscale.config import Config, load_config
 from w2vscale.distributed.process_group import errors_on_all_ranks
@@ -221,10 +221,11 @@ def open_checkpoint(
 
 
 def candidates(
-    path: Path, log: Callable[[str], None], *, resuming: bool = False
+    path: Path, log: Callable[[str], None], *, resuming: bool = False, up_to: int | None = None
 ) -> Generator[CheckpointReader, None, None]:
     """Yield the checkpoint at `path`, or those of a run or a folder of checkpoints, newest first. Not collective.
 
+    `up_to`: of a run or a folder, only checkpoints of this update and earlier ones.
     Each has passed `check`. The caller throws a UserError in if it finds that a checkpoint is damaged; the next one
     follows. The log names those that are skipped, and why. Yields nothing if there is no checkpoint.
 
@@ -243,13 +244,13 @@ def candidates(
         return
     for folder in (path, path / "checkpoints"):
         if folder.is_dir():
-            yield from _newest_first(folder, log, resuming=resuming)
+            yield from _newest_first(folder, log, resuming=resuming, up_to=up_to)
 
 
 def _newest_first(
-    folder: Path, log: Callable[[str], None], *, resuming: bool
+    folder: Path, log: Callable[[str], None], *, resuming: bool, up_to: int | None
 ) -> Generator[CheckpointReader, None, None]:
-    paths = committed(folder)
+    paths = [path for path in committed(folder) if up_to is None or update_of(path) <= up_to]
     incomplete: list[Path] = []
     for path in reversed(paths):
         try:
@@ -268,7 +269,7 @@ def _newest_first(
         )
     if paths:
         raise UserError(f"{folder}: none of its {count} can be used; move them away to start a new run")
-    if aside := sorted(folder.glob("abandoned_update_*")):
+    if up_to is None and (aside := sorted(folder.glob("abandoned_update_*"))):
         # A kill just before the checkpoint that replaces them got its name.
         raise UserError(f"{folder}: all checkpoints were set aside; use --resume {aside[-1]}, or move them away")
 

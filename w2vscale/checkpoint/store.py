@@ -124,15 +124,18 @@ class CheckpointStore:
         """Whether writing in the background has failed on this rank, so that `wait` will raise. Not collective."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
-    def find(self, log: Callable[[str], None], path: Path | None = None) -> CheckpointReader | None:
+    def find(
+        self, log: Callable[[str], None], path: Path | None = None, *, up_to: int | None = None
+    ) -> CheckpointReader | None:
         """The newest checkpoint that a run can be resumed from, of the run or folder `path` (default: its own).
 
-        The log names newer ones and why they are skipped. If `path` is a checkpoint, only this one will do. Every file
-        is compared with its checksum, each by one rank: with the ranks that wrote the checkpoint, each reads its own.
+        The log names newer ones and why they are skipped. `up_to`: consider only this update and earlier ones. If
+        `path` is a checkpoint, only this one will do. Every file is compared with its checksum, each by one rank: with
+        the ranks that wrote the checkpoint, each reads its own.
 
         Raises UserError if there are checkpoints, and none can be used.
         """
-        found = candidates(path or self.folder, log, resuming=True)
+        found = candidates(path or self.folder, log, resuming=True, up_to=up_to)
         damaged: str | None = None
         while True:
             checkpoint = None

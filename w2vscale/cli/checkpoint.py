@@ -35,6 +35,7 @@ def show(
         ("data", state.data or "unknown"),
         ("skipped updates", f"{state.skipped_updates:,}"),
         ("skipped utterances", f"{state.skipped_utterances:,}"),
+        ("skipped windows", f"{state.skipped_windows:,}"),
         ("parameters", f"{checkpoint.parameters:,}"),
         ("shape", f"{model.layers}x{model.dim}x{model.ffn_dim}x{model.heads} (layers x dim x ffn_dim x heads)"),
         (

@@ -6,6 +6,7 @@ from w2vscale.config.tree import (
     Config,
     DataConfig,
     EngineConfig,
+    HealthConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,

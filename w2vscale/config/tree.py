@@ -25,6 +25,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NotNegative = Annotated[float, Field(ge=0.0)]
+AboveOne = Annotated[float, Field(gt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
@@ -366,6 +367,33 @@ class WatchdogConfig(Section):
     )
 
 
+class HealthConfig(Section):
+    """What counts as trouble in a log line, and what a run does about it (docs/health.md)."""
+
+    action: Literal["warn", "stop", "roll_back"] = Field(
+        "warn",
+        description="what follows trouble that lasts. warn: nothing but the warning; stop: end the run; roll_back: go "
+        "back to the newest checkpoint from before the trouble, and skip the data since then",
+    )
+    patience: Count = Field(
+        5, description="log lines in a row that show the trouble before the run stops or rolls back"
+    )
+    min_codes: Fraction = Field(
+        0.25,
+        description="collapse: the code perplexity of a codebook is below entries^min_codes (4.2 of 320)",
+    )
+    chance_after: Fraction = Field(
+        0.1,
+        description="chance level: predictions are no better than chance after this share of the updates, and after "
+        "update 300 (with objective.name=ctc: 1,000)",
+    )
+    loss_ratio: AboveOne = Field(1.2, description="spike: the loss is above this multiple of its running median")
+    norm_ratio: AboveOne = Field(
+        10.0,
+        description="exploding gradient: its norm is above this multiple of its running median without a falling loss",
+    )
+
+
 class LoggingConfig(Section):
     """Where and how often metrics are written."""
 
@@ -410,6 +438,7 @@ class Config(Section):
     precision: PrecisionConfig = PrecisionConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    health: HealthConfig = HealthConfig()
     logging: LoggingConfig = LoggingConfig()
     trainer: TrainerConfig = TrainerConfig()
 
@@ -429,6 +458,13 @@ class Config(Section):
             raise ValueError(f"batch.max_seconds={batch.max_seconds:g}: a micro-batch has at most 2^31 - 1 samples")
         if self.checkpoint.keep_best and not data.validation:
             raise ValueError(f"checkpoint.keep_best={self.checkpoint.keep_best} needs data.validation")
+        saved, health = self.checkpoint, self.health
+        if health.action == "roll_back" and (saved.keep_last - 1) * saved.every < health.patience * self.logging.every:
+            raise ValueError(
+                f"health.action=roll_back goes back {health.patience * self.logging.every} updates (health.patience * "
+                f"logging.every), but checkpoint.keep_last={saved.keep_last} and checkpoint.every={saved.every} keep "
+                f"checkpoints of only {(saved.keep_last - 1) * saved.every}: raise checkpoint.keep_last"
+            )
         if batch.concat != "auto" and batch.concat > batch.micro_batches:
             raise ValueError(f"batch.concat={batch.concat} is above batch.micro_batches={batch.micro_batches}")
         if self.schedule.kind != "tri_stage" and self.schedule.warmup_updates > self.trainer.updates:

@@ -45,7 +45,10 @@ class TrainingData(Protocol):
         """Load a few micro-batches that include the one with the largest memory use."""
 
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
-        """Yield the micro-batches that this rank runs in each update, of `micro_batches` in all. Loads them ahead."""
+        """Yield the micro-batches that this rank runs in each update, of `micro_batches` in all. Loads them ahead.
+
+        `updates` are those of a run that has skipped no window.
+        """
 
 
 def gather_windows(loader: Iterable[MicroBatch], updates: range, *, per_rank: int) -> Iterator[list[MicroBatch]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from lhotse.cut import Cut
 from torch import Tensor, nn
 
-from w2vscale.config import Config, ModelConfig, RegularizationConfig, Section
+from w2vscale.config import Config, HealthConfig, ModelConfig, RegularizationConfig, Section
 from w2vscale.data.inputs import Inputs, Utterance
 from w2vscale.data.randomness import Generators, Stream, derived_seed, generator
 from w2vscale.errors import UserError
@@ -81,6 +81,13 @@ class Target(NamedTuple):
     note: tuple[str, str] | None = None  # kind, reason
 
 
+class Finding(NamedTuple):
+    """Trouble that a log line shows. docs/health.md describes each kind."""
+
+    kind: Literal["collapse", "chance", "spike", "norm", "solved"]
+    text: str  # one line: what is seen, the threshold, and what to do
+
+
 @dataclass(frozen=True)
 class Panel:
     """One plot of a report."""
@@ -113,6 +120,7 @@ class Objective(ABC):
     crops: ClassVar[bool] = True  # whether to crop utterances longer than `data.max_seconds`, or to leave them out
     vocabulary: Sequence[str] = ()  # symbols of the output layer, CTC blank first; empty if it does not output text
     error_metrics: ClassVar[Sequence[str]] = ("loss",)  # metrics that can rank checkpoints: lower is better
+    updates_at_chance: ClassVar[int] = 300  # updates in which chance level is normal, also in the shortest runs
     code_entries = 0  # number of entries of each codebook; 0 if the model has no discrete codes
 
     def __init__(
@@ -204,9 +212,17 @@ class Objective(ABC):
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Format the metrics of an evaluation, by name, with units."""
 
-    def warnings(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return a warning for each problem that the metrics of a log line show, such as collapse."""
+    def findings(self, metrics: Mapping[str, float], limits: HealthConfig) -> list[Finding]:
+        """Return what a log line shows of collapse, chance level and a solved task: at most one finding of each kind.
+
+        Chance level is normal early in a run; training/health.py knows until when. It also watches the loss and the
+        gradient norm, for every objective. Metrics may be NaN.
+        """
         return []
+
+    def phase(self, update: int) -> int:
+        """Return the phase of training that `update` belongs to: losses and norms are compared within a phase only."""
+        return 0
 
     @abstractmethod
     def panels(self) -> tuple[Panel, Panel, Panel]:

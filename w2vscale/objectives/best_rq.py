@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config import ModelConfig, RegularizationConfig, architecture
+from w2vscale.config import HealthConfig, ModelConfig, RegularizationConfig, architecture
 from w2vscale.config.tree import Count
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Generators
@@ -25,9 +25,9 @@ from w2vscale.errors import UserError
 from w2vscale.models.layers import Linear
 from w2vscale.models.lengths import hop
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder, valid_mask
-from w2vscale.objectives.base import Objective, Panel, TransformersHead
+from w2vscale.objectives.base import Finding, Objective, Panel, TransformersHead
 from w2vscale.objectives.masking import MaskSettings, masked_batch
-from w2vscale.objectives.quantizer import perplexity
+from w2vscale.objectives.quantizer import collapse, perplexity
 
 STACKED = 2
 """Mel frames that are stacked for each frame of the encoder."""
@@ -244,6 +244,24 @@ class BestRq(Objective):
             "accuracy of the most frequent code": f"{metrics['most_frequent']:.4f}",
             "masked frames": f"{int(metrics['masked_frames']):,}",
         }
+
+    def findings(self, metrics: Mapping[str, float], limits: HealthConfig) -> list[Finding]:
+        """Chance is the accuracy of a model that always predicts the most frequent code."""
+        settings, accuracy, chance = self.settings, metrics["accuracy"], metrics["most_frequent"]
+        found = collapse(
+            metrics, codebooks=settings.codebooks, entries=settings.codebook_entries, share=limits.min_codes,
+            advice="these are the targets, which do not depend on the model: listen to data.train, it may be silent",
+        )  # fmt: skip
+        if accuracy <= chance:
+            found.append(
+                Finding(
+                    "chance",
+                    f"predictions are no better than chance: accuracy {accuracy:.4f}, and always predicting the most "
+                    f"frequent code has {chance:.4f}; use more audio per update (batch.micro_batches), a longer "
+                    "schedule.warmup_updates, or another optim.lr",
+                )
+            )
+        return found
 
     def panels(self) -> tuple[Panel, Panel, Panel]:
         entries = self.settings.codebook_entries

@@ -16,17 +16,20 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config import ModelConfig, RegularizationConfig, architecture
+from w2vscale.config import HealthConfig, ModelConfig, RegularizationConfig, architecture
 from w2vscale.config.tree import Count, NotNegative, Positive, Probability
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Generators, Stream
 from w2vscale.errors import UserError
 from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder, valid_mask
-from w2vscale.objectives.base import Objective, Panel, StepContext, TransformersHead
+from w2vscale.objectives.base import Finding, Objective, Panel, StepContext, TransformersHead
 from w2vscale.objectives.masking import MaskSettings, masked_batch
-from w2vscale.objectives.quantizer import Quantizer, code_ids, diversity_loss, perplexity
+from w2vscale.objectives.quantizer import Quantizer, code_ids, collapse, diversity_loss, perplexity
 from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss, negative_indices
+
+AT_CHANCE = 0.99  # a contrastive loss above this share of that of chance is not better than chance
+SOLVED_ACCURACY, SOLVED_LOSS = 0.99, 0.05  # no model that learns speech gets there; the loss is in nats
 
 
 class ContrastiveSettings(MaskSettings):
@@ -275,20 +278,32 @@ class Contrastive(Objective):
             },
         }
 
-    def warnings(self, metrics: Mapping[str, float]) -> list[str]:
-        """Warn of collapse of the codebooks or of the features."""
-        found = []
-        for codebook in range(self.settings.codebooks):
-            used = metrics[f"code_perplexity_{codebook}"]
-            if used < 2.0:
-                found.append(
-                    f"codebook {codebook} has collapsed: {used:.2f} entries in use. Raise objective.diversity_weight, "
-                    "lower optim.lr, or lengthen schedule.warmup_updates"
-                )
-        if metrics["accuracy"] > 0.99 and metrics["contrastive"] < 0.05:
+    def findings(self, metrics: Mapping[str, float], limits: HealthConfig) -> list[Finding]:
+        settings, accuracy, loss = self.settings, metrics["accuracy"], metrics["contrastive"]
+        found = collapse(
+            metrics, codebooks=settings.codebooks, entries=settings.codebook_entries, share=limits.min_codes,
+            advice="raise objective.diversity_weight, lower optim.lr, or lengthen schedule.warmup_updates",
+        )  # fmt: skip
+        chance_loss = math.log(1 + settings.negatives)
+        # The accuracy says less: it is above 1 / (1 + negatives) where negatives with the codes of the positive are
+        # excluded, and 1 where all similarities are equal.
+        if loss > AT_CHANCE * chance_loss:
             found.append(
-                "the contrastive task is solved (accuracy above 0.99, loss near 0): features have collapsed; "
-                "the model is not learning speech"
+                Finding(
+                    "chance",
+                    f"predictions are no better than chance: contrastive loss {loss:.3f} nats, above {AT_CHANCE:g} "
+                    f"times that of chance ({chance_loss:.3f}), accuracy {accuracy:.4f}; use more audio per update "
+                    "(batch.micro_batches), a longer schedule.warmup_updates, or another optim.lr",
+                )
+            )
+        if accuracy > SOLVED_ACCURACY and loss < SOLVED_LOSS:
+            found.append(
+                Finding(
+                    "solved",
+                    f"the contrastive task is solved: accuracy {accuracy:.4f} (above {SOLVED_ACCURACY:g}), "
+                    f"contrastive loss {loss:.4f} nats (below {SOLVED_LOSS:g}); features have collapsed, and the model "
+                    "is not learning speech: lower optim.lr, or lengthen schedule.warmup_updates",
+                )
             )
         return found
 

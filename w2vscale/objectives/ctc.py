@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config import Config, ModelConfig, RegularizationConfig, architecture
+from w2vscale.config import Config, HealthConfig, ModelConfig, RegularizationConfig, architecture
 from w2vscale.config.tree import Count, CountOrZero, Fraction, Probability
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Generators
@@ -35,13 +36,16 @@ from w2vscale.kernels.packing import Lengths
 from w2vscale.models.initialisation import empty_parameters
 from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.lengths import output_frames
-from w2vscale.models.wav2vec2 import Wav2Vec2Encoder, normal_as_in_bert
-from w2vscale.objectives.base import Objective, Panel, StepContext, Target, TransformersHead
+from w2vscale.models.wav2vec2 import Wav2Vec2Encoder, normal_as_in_bert, valid_mask
+from w2vscale.objectives.base import Finding, Objective, Panel, StepContext, Target, TransformersHead
 from w2vscale.objectives.masking import MaskSettings, Spans, draw_masks, masked_batch
 from w2vscale.optim.adamw import parameter_groups
 
 LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
 """Vocabulary of the published English models, in the same order; `|` is the space."""
+
+ONLY_BLANKS = 0.999
+"""A model whose best symbol is the blank in more than this fraction of frames outputs nothing."""
 
 
 class CtcSettings(MaskSettings):
@@ -90,6 +94,8 @@ class CtcSums(NamedTuple):
 
     total: Tensor  # in nats
     labels: Tensor  # number of labels
+    frames: Tensor  # number of frames, in utterances with labels
+    blanks: Tensor  # those whose most probable symbol is the blank
     # Training does not decode, so the rest is 0 in training.
     errors: Tensor  # edit distance between greedy and reference labels
     words: Tensor  # words of the references
@@ -128,7 +134,9 @@ class Wav2Vec2ForCTC(nn.Module):
         counts = (0, 0, 0) if self.training else count_errors(logits_BTV, inputs, self.vocabulary)
         errors, words, word_errors = (torch.full_like(total.detach(), count) for count in counts)
         labels = torch.full_like(total.detach(), sum(inputs.labels))
-        return CtcSums(total=total, labels=labels, errors=errors, words=words, word_errors=word_errors)
+        frames = torch.full_like(total.detach(), sum(compress(audio.frames, inputs.labels)))
+        blanks = count_blanks(logits_BTV.detach(), inputs).to(frames.dtype)
+        return CtcSums(total, labels, frames, blanks, errors, words, word_errors)
 
     def logits(self, waveforms_BS: Tensor, lengths: Lengths | None = None) -> Tensor:
         """Compute logits [B, T, V]. `lengths` is None if no utterance is padded."""
@@ -144,6 +152,7 @@ class Ctc(Objective):
     settings: CtcSettings
     crops = False  # the transcript is of the whole utterance
     error_metrics = ("loss", "label_error_rate", "wer")
+    updates_at_chance = 1000
 
     def __init__(self, settings: CtcSettings, *others: Any) -> None:
         self.vocabulary = read_vocabulary(settings)
@@ -220,12 +229,14 @@ class Ctc(Objective):
 
         `loss` is in nats. `label_error_rate` is the error rate of greedy decoding, spaces included; 0 in training.
         `wer` is that of words, in evaluation only; an unknown character of a reference counts as `<unk>`.
+        `blank_fraction` is the fraction of frames whose most probable symbol is the blank.
         """
         labels, words = float(sums.labels) or math.nan, float(sums.words)
         return {
             "loss": float(sums.total) / labels,
             "label_error_rate": float(sums.errors) / labels,
             **({"wer": float(sums.word_errors) / words} if words else {}),
+            "blank_fraction": float(sums.blanks) / (float(sums.frames) or math.nan),
             "labels": float(sums.labels),
         }
 
@@ -244,6 +255,23 @@ class Ctc(Objective):
             **({"word error rate, greedy": f"{metrics['wer']:.2%}"} if "wer" in metrics else {}),
             "labels": f"{int(metrics['labels']):,}",
         }
+
+    def findings(self, metrics: Mapping[str, float], limits: HealthConfig) -> list[Finding]:
+        """A model at chance level outputs only blanks, which is normal as long as its encoder is frozen."""
+        blanks = metrics["blank_fraction"]
+        if metrics["encoder_frozen"] or not blanks > ONLY_BLANKS:
+            return []
+        return [
+            Finding(
+                "chance",
+                f"the model outputs only blanks: in {blanks:.2%} of the frames (above {ONLY_BLANKS:.1%}); train longer "
+                "(trainer.updates), try another optim.lr, or start from a pretrained model (trainer.init_from)",
+            )
+        ]
+
+    def phase(self, update: int) -> int:
+        """While the encoder is frozen, only the output layer has a gradient."""
+        return int(update >= self.settings.freeze_encoder_updates)
 
     def panels(self) -> tuple[Panel, Panel, Panel]:
         return (
@@ -346,6 +374,12 @@ def greedy_labels(logits_TV: Tensor) -> list[int]:
     """Decode greedily: take the most probable symbol of each frame, merge repetitions and remove blanks."""
     best = torch.unique_consecutive(logits_TV.argmax(dim=1)).tolist()
     return [symbol for symbol in best if symbol != BLANK]
+
+
+def count_blanks(logits_BTV: Tensor, inputs: CtcInputs) -> Tensor:
+    """Return the number of frames whose most probable symbol is the blank, in utterances with labels."""
+    counted_BT = valid_mask(inputs.audio.frames_B, logits_BTV.shape[1]) & (inputs.label_lengths_B > 0).unsqueeze(1)
+    return ((logits_BTV.argmax(dim=2) == BLANK) & counted_BT).sum()
 
 
 def count_errors(logits_BTV: Tensor, inputs: CtcInputs, vocabulary: Sequence[str]) -> tuple[int, int, int]:

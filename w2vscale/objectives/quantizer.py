@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2vscale.models.layers import Linear
+from w2vscale.objectives.base import Finding
 
 
 class Quantized(NamedTuple):
@@ -68,3 +70,28 @@ def diversity_loss(mean_probabilities_KGV: Tensor) -> Tensor:
 def perplexity(probabilities: Tensor) -> Tensor:
     """Return exp of the entropy of each distribution [..., V]: the effective number of entries in use."""
     return torch.exp(-(probabilities * torch.log(probabilities + 1e-7)).sum(dim=-1))
+
+
+def fewest_codes(entries: int, share: float) -> float:
+    """Return the code perplexity below which a codebook has collapsed: entries^share.
+
+    With it, a code carries `share` of the log2(entries) bits that it carries if all entries are used equally.
+    """
+    return float(entries**share)
+
+
+def collapse(metrics: Mapping[str, float], *, codebooks: int, entries: int, share: float, advice: str) -> list[Finding]:
+    """Find collapse in the metrics `code_perplexity_g`. `share` is the setting `health.min_codes`; 0: do not look."""
+    fewest = fewest_codes(entries, share) if share else 0.0
+    in_use = {book: metrics[f"code_perplexity_{book}"] for book in range(codebooks)}
+    collapsed = {str(book): f"{codes:.2f}" for book, codes in in_use.items() if codes < fewest}
+    if not collapsed:
+        return []
+    books = f"codebook {', '.join(collapsed)} has" if len(collapsed) == 1 else f"codebooks {', '.join(collapsed)} have"
+    return [
+        Finding(
+            "collapse",
+            f"{books} collapsed: {', '.join(collapsed.values())} of {entries} entries in use, fewer than {fewest:.2f} "
+            f"(health.min_codes={share:g}); {advice}",
+        )
+    ]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import torch
 
+from w2vscale.checkpoint.format import TrainState
 from w2vscale.config import Config, dump_config
 from w2vscale.distributed.process_group import gather_from_ranks
 from w2vscale.engine.deepspeed.config import deepspeed_config
@@ -19,12 +20,13 @@ from w2vscale.objectives import StepContext
 from w2vscale.version import __version__
 
 
-def planned_work(config: Config, update: int) -> dict[str, str]:
-    """Update `update` and the layers that it computes (LayerDrop)."""
-    step = StepContext(config.trainer.seed, update)
+def planned_work(config: Config, state: TrainState) -> dict[str, str]:
+    """The next update, the window that it uses and the layers that it computes (LayerDrop)."""
+    step = StepContext(config.trainer.seed, state.update)
     layers = step.active_layers(config.model.layers, config.regularization.layerdrop)
     return {
-        "the update": str(update),
+        "the update": str(state.update),
+        "the window": str(state.window),
         "the layers to compute": "all" if layers is None else "".join(str(int(active)) for active in layers),
     }
 

@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from w2vscale.checkpoint.format import committed
+from w2vscale.checkpoint.format import committed, update_of
 from w2vscale.config import Config
 from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import (
     Ranks,
+    broadcast_from_main,
     errors_on_all_ranks,
     gather_from_ranks,
     largest_over_ranks,
@@ -37,6 +38,7 @@ from w2vscale.runtime import Interrupted, StopRequest
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import describe_update, micro_batches_per_forward
 from w2vscale.training.display import Display
+from w2vscale.training.health import History, Trouble, examine, examine_all
 from w2vscale.training.lock import locked
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
@@ -46,6 +48,7 @@ from w2vscale.training.watchdog import Watchdog
 
 SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
 SLOW_UPDATE = 5.0  # seconds; a stop signal interrupts longer updates between two forwards
+ROLL_BACKS = 3  # to the same checkpoint; trouble that comes back once more ends the run
 
 
 def train(
@@ -123,6 +126,7 @@ class Trainer:
             by_audio={"loss", *(key for panel in run.objective.panels() for key in panel.keys)},
             enabled=run.ranks.is_main,
         )
+        self.history = self._history()
         self.display = display
         self.lr = 0.0
         self.pending: PendingUpdate | None = None  # the last update, until `_settle`
@@ -137,14 +141,22 @@ class Trainer:
                 if self.state.update and self._validation_is_due() and not self.state.validation:
                     self._validate()  # a stop signal has prevented it
                     self._save()
-                windows = self.run.windows()
                 while self.state.update < self.total:
-                    self._update(windows)
-                    self._log_validate_save()
+                    with loader_processes():  # those of windows that a roll back skips end with it
+                        windows = self.run.windows()
+                        self._train_on(windows)
             except Interrupted:
                 return self._stop()
             self._finish()
         return 0
+
+    def _train_on(self, windows: Iterator[list[MicroBatch]]) -> None:
+        """Run updates to the last one, or until the run goes back to a checkpoint."""
+        while self.state.update < self.total:
+            self._update(windows)
+            if trouble := self._log_validate_save():
+                self._roll_back(trouble)
+                return
 
     def _update(self, windows: Iterator[list[MicroBatch]]) -> None:
         """Enqueue one update on the device, then wait for the previous one and count it.
@@ -161,7 +173,7 @@ class Trainer:
         arrived = Mark(self.run.device)
         bad = [audio for batch in window for audio in batch.bad]
         if update % config.engine.compare_ranks_every == 0:
-            compare_ranks(planned_work(config, update))
+            compare_ranks(planned_work(config, self.state))
         agreed = self._agree(window, bad)
         if agreed.stopping:
             raise Interrupted
@@ -262,7 +274,7 @@ class Trainer:
         self.skipped_in_a_row += 1
         self.state = replace(self.state, skipped_updates=self.state.skipped_updates + 1)
         count = self.config.batch.micro_batches
-        first = (pending.number - 1) * count
+        first = (pending.number - 1 + self.state.skipped_windows) * count
         self.display.message(
             f"warning: update {pending.number} skipped: its gradient is not finite "
             f"(micro-batches {first} to {first + count - 1})",
@@ -289,7 +301,11 @@ class Trainer:
             f"{last.number}; {cause}; lower optim.lr ({self.config.optim.lr:g}) and {resume}"
         )
 
-    def _log_validate_save(self) -> None:
+    def _log_validate_save(self) -> Trouble | None:
+        """Log, validate and save if it is time. Return trouble because of which the run has to go back. Collective.
+
+        Raises UserError if the run has to stop because of trouble. Then nothing of this update is saved.
+        """
         update, config = self.state.update, self.config
         saving = update == self.total or update % config.checkpoint.every == 0
         # Log at every save, so that the metrics of a resumed run start exactly at its checkpoint.
@@ -299,6 +315,8 @@ class Trainer:
             self._settle()
         if logging:
             self._log()
+            if trouble := self._lasting_trouble():
+                return trouble
             if gc.get_freeze_count():  # in `runtime.collected_between_steps`, so full collections are not automatic
                 gc.collect()
         began = time.perf_counter()
@@ -309,6 +327,61 @@ class Trainer:
             self._save()
         self.meter.exclude(time.perf_counter() - began)
         self.display.advance(update)
+        return None
+
+    def _lasting_trouble(self) -> Trouble | None:
+        """Return trouble because of which the run has to go back. Raises UserError if it has to stop. Collective.
+
+        Rank 0 decides for all: it alone has the log lines from before the run was resumed.
+        """
+        health = self.config.health
+        if health.action == "warn":
+            return None
+        trouble: Trouble | None = broadcast_from_main(self.history.lasting(health.patience))
+        if trouble is not None and health.action == "stop":
+            self.run.store.wait()
+            before = [path for path in committed(self.run.store.folder) if update_of(path) <= trouble.since]
+            advice = f"continue with --resume {before[-1]}" if before else "no checkpoint is from before it"
+            raise UserError(f"stopped at update {self.state.update} (health.action=stop): {trouble}; {advice}")
+        return trouble
+
+    def _roll_back(self, trouble: Trouble) -> None:
+        """Go back to the newest checkpoint from before `trouble`, and skip the windows since then. Collective.
+
+        Raises UserError if there is none, or trouble has come back to it too often.
+        """
+        self.watchdog.at("going back to a checkpoint", slow=True)
+        store, left = self.run.store, self.state
+        store.wait()
+        checkpoint = store.find(self.display.message, up_to=trouble.since)
+        if checkpoint is None:
+            raise UserError(f"stopped at update {left.update}: {trouble}; no checkpoint is from before it")
+        back = checkpoint.state
+        times = sum(line["update"] == back.update for line in self.metrics.read("roll_back"))
+        if broadcast_from_main(times) >= ROLL_BACKS:
+            raise UserError(
+                f"stopped at update {left.update}: {trouble}; the run has gone back to {checkpoint.path} "
+                f"{ROLL_BACKS} times, and other data did not help"
+            )
+        self.display.message(
+            f"going back from update {left.update} to {checkpoint.path}, and skipping the data since then: {trouble}",
+            "yellow",
+        )
+        self.run.engine.import_state(checkpoint)
+        skipped = left.skipped_windows + left.update - back.update
+        self.run.state = self.state = replace(back, skipped_windows=skipped, data=left.data)
+        # Saved again, so that a killed run skips them, too. Later checkpoints are set aside by this.
+        self._save()
+        store.wait()
+        self.metrics.continue_from(self.state)
+        self.metrics.write("roll_back", back.update, {"left_at": left.update, "skipped_windows": skipped})
+        self.history = self._history()
+        self.logged, self.skipped_in_a_row = back.update, 0
+        self.meter = Meter(self.config.model.sampling_rate)
+
+    def _history(self) -> History:
+        """Return what the log lines so far say about the next one; on rank 0."""
+        return examine_all(self.metrics.read("train"), config=self.config, objective=self.run.objective)
 
     def _validation_is_due(self) -> bool:
         due = self.state.update == self.total or self.state.update % self.config.trainer.validate_every == 0
@@ -329,10 +402,13 @@ class Trainer:
             **({"compiled_graphs": graphs} if (graphs := compiled_graphs()) else {}),
             "skipped_updates": self.state.skipped_updates,
             "skipped_utterances": self.state.skipped_utterances,
+            "skipped_windows": self.state.skipped_windows,
         }
         self.metrics.write("train", self.state.update, values)
         self.display.training(self.state.update, self.run.objective.line(values), values)
-        warnings = list(self.run.objective.warnings(values))
+        earlier, config, objective = self.history, self.config, self.run.objective
+        self.history = examine(earlier, self.state.update, values, config=config, objective=objective)
+        warnings = [finding.text for finding in self.history.new_since(earlier)]
         if (waiting := values["data_wait_fraction"]) > SLOW_LOADING:
             advice = "Raise data.workers, or use faster storage"
             warnings.append(f"{waiting:.0%} of the time was spent waiting for data. {advice}")

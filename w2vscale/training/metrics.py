@@ -16,7 +16,7 @@ from w2vscale.checkpoint.format import TrainState
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
 from w2vscale.evaluation.validation import reduce_sums
-from w2vscale.files import read_records, write_text, writing
+from w2vscale.files import read_metrics, read_records, write_text, writing
 from w2vscale.objectives import Sums, add_sums
 
 if TYPE_CHECKING:
@@ -81,34 +81,43 @@ class Meter:
 class MetricsWriter:
     """Writes `metrics.jsonl` and TensorBoard files on rank 0.
 
-    A resumed run first deletes the metrics that were written after its checkpoint. TensorBoard shows all metrics by
-    updates, and those in `by_audio` also by seconds of audio seen.
+    A run that continues from a checkpoint first deletes the metrics that were written after it. TensorBoard shows all
+    metrics by updates, and those in `by_audio` also by seconds of audio seen.
     """
 
     def __init__(
         self, exp: Path, *, resumed_at: TrainState, tensorboard: bool, by_audio: Collection[str], enabled: bool
     ) -> None:
-        self.path = exp / "metrics.jsonl"
+        self.path, self._folder = exp / "metrics.jsonl", exp / "tb"
         self._by_audio = frozenset(by_audio)
+        self._enabled, self._tensorboard = enabled, tensorboard
         self._lines: TextIO | None = None
         self._curves: tuple[SummaryWriter, SummaryWriter] | None = None  # by updates, and by seconds of audio seen
-        if not enabled:
+        self.continue_from(resumed_at)
+
+    def continue_from(self, state: TrainState) -> None:
+        """Delete the metrics that were written after `state`. Raises UserError if a file cannot be written."""
+        self.close()
+        if not self._enabled:
             return
         with writing(self.path):
             if self.path.is_file():
-                kept = [line for line in read_records(self.path) if _update_of(line) <= resumed_at.update]
+                kept = [line for line in read_records(self.path) if _update_of(line) <= state.update]
                 write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self._lines = self.path.open("a", encoding="utf-8")
-        if tensorboard:
+        if self._tensorboard:
             # Imported here because the import takes seconds and most commands do not need it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._folder = exp / "tb"
             with writing(self._folder):
                 self._curves = (
-                    SummaryWriter(str(self._folder), purge_step=resumed_at.update + 1),
-                    SummaryWriter(str(self._folder / "by_seconds_seen"), purge_step=int(resumed_at.audio_seconds) + 1),
+                    SummaryWriter(str(self._folder), purge_step=state.update + 1),
+                    SummaryWriter(str(self._folder / "by_seconds_seen"), purge_step=int(state.audio_seconds) + 1),
                 )
+
+    def read(self, split: str) -> list[dict[str, Any]]:
+        """Return the lines of one split in metrics.jsonl; none on a rank that does not write it."""
+        return read_metrics(self.path, split) if self._enabled else []
 
     def close(self) -> None:
         """Close the files."""

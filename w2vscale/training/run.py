@@ -60,10 +60,10 @@ class Run:
     state: TrainState
 
     def windows(self) -> Iterator[list[MicroBatch]]:
-        """Yield this rank's windows, from the next update to the last."""
-        updates, count = range(self.state.update, self.config.trainer.updates), self.config.batch.micro_batches
+        """Yield this rank's windows, from that of the next update to that of the last."""
+        last, count = self.config.trainer.updates + self.state.skipped_windows, self.config.batch.micro_batches
         return self.training_set.windows(
-            updates, micro_batches=count, rank=self.ranks.rank, world_size=self.ranks.world_size
+            range(self.state.window, last), micro_batches=count, rank=self.ranks.rank, world_size=self.ranks.world_size
         )
 
     def validation(self) -> Iterator[MicroBatch]:
@@ -108,7 +108,7 @@ def build_run(
             log(f"data.train has changed: it was {checkpoint.state.data}; it is {training_set.describe()}")
     state = replace(checkpoint.state if checkpoint is not None else TrainState(), data=training_set.describe())
     # Compared before the engine is built: ranks that build different engines would hang.
-    compare_ranks(planned_work(config, state.update) | common_ground(config, training_set.describe()))
+    compare_ranks(planned_work(config, state) | common_ground(config, training_set.describe()))
     bad_audio = BadAudioLog(
         exp,
         ranks,
