@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from w2vscale.data.loading import loader_processes, loader_settings
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.plan import rank_window
-from w2vscale.errors import UserError
+from w2vscale.errors import TemporaryError, UserError
 from w2vscale.models.lengths import input_samples
 from w2vscale.objectives import build_objective
 
@@ -213,3 +214,14 @@ class TestPlanOfARun:
         config = config_with("data.max_seconds=9", "data.min_seconds=8")
         with pytest.raises(UserError, match=r"cuts_train.jsonl: .*data.min_seconds"):
             plan_of(Corpus([small_corpus.train]), config)
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionRefusedError(111, "refused"), FileNotFoundError(2, "gone")])
+def test_a_loader_that_dies_while_it_hands_a_tensor_over_is_one_line(error: Exception) -> None:
+    source = compile("def detach(error):\n    raise error\n", "/lib/torch/multiprocessing/reductions.py", "exec")
+    module: dict[str, Any] = {}
+    exec(source, module)
+    with pytest.raises(TemporaryError, match="a loader process was killed or died"), loader_processes():
+        module["detach"](error)
+    with pytest.raises(type(error)), loader_processes():
+        raise error

@@ -8,6 +8,7 @@ import multiprocessing.process
 import os
 import re
 import signal
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -96,6 +97,13 @@ def loader_processes() -> Iterator[None]:
             raise TemporaryError(
                 f"a loader process (pid {dead[1]}) {how}, often for lack of memory: each of data.workers processes "
                 "holds data.prefetch micro-batches; the same command continues from the newest checkpoint"
+            ) from error
+        except (EOFError, OSError) as error:
+            # A loader that is killed while it hands a tensor over shows as a broken connection.
+            if not any("multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+                raise
+            raise TemporaryError(
+                "a loader process was killed or died; the same command continues from the newest checkpoint"
             ) from error
         except UserError as error:
             if "Original Traceback" not in str(error):
