@@ -224,4 +224,4 @@ def test_a_loader_that_dies_while_it_hands_a_tensor_over_is_one_line(error: Exce
     with pytest.raises(TemporaryError, match="a loader process was killed or died"), loader_processes():
         module["detach"](error)
     with pytest.raises(type(error)), loader_processes():
-        raise error
+        raise type(error)(*error.args)
