@@ -252,6 +252,7 @@ class TestSockets:
     @pytest.fixture(autouse=True)
     def place(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(runtime, "_place_of_sockets", lambda: tmp_path)
+        monkeypatch.delitem(multiprocessing.process.current_process()._config, "tempdir", raising=False)
         return tmp_path
 
     def test_it_is_used_and_deleted(self, place: Path) -> None:

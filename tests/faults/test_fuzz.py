@@ -666,7 +666,7 @@ def test_a_damaged_list_of_bad_audio_is_one_line(good: Good, tmp_path: Path) -> 
     manifest.write_bytes(as_lines(*cuts))
     build_index(manifest)
     assert run("data", "shar", manifest, tmp_path / "shards").code == 0
-    for content in (b'{"a": 1}\n', b'{"utterance": []}\n', b"[" * 99_999):
+    for content in (b'{"a": 1}\n', b'{"utterance": []}\n'):
         (tmp_path / "shards" / "bad_audio.000000.jsonl").write_bytes(content)
         found = run("data", "shar", manifest, tmp_path / "shards")
         assert "damaged; delete it, and the shard that it belongs to" in found.errors

@@ -10,7 +10,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -60,7 +60,8 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     runtime.enter(debug="--debug" in sys.argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+        with suppress(OSError):  # a stream that was redirected may refuse
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         with _file_errors():
             app(args=arguments, prog_name="w2vscale", obj=arguments)
