@@ -14,7 +14,7 @@ from tests.helpers.audio import SmallCorpus
 from tests.helpers.checkpoints import seal
 from tests.helpers.launched import Launched
 from w2vscale.checkpoint.expected import expected_of
-from w2vscale.checkpoint.format import FORMAT, TrainState, committed, folder_name
+from w2vscale.checkpoint.format import FORMAT, TrainState, committed, encode, folder_name, read_document
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.distributed.process_group import Ranks
@@ -111,6 +111,19 @@ def test_every_bit_of_the_first_bytes_of_the_state_counts(run: Path, byte: int) 
         assert find(run, []) == OLDER, (byte, bit)
         (newer / "train_state.json").write_bytes(whole)
     assert find(run, []) == NEWER
+
+
+def test_a_file_outside_the_checkpoint(run: Path) -> None:
+    newer = run / "checkpoints" / folder_name(NEWER)
+    last = shard(newer, 3)
+    last.rename(newer.parent / last.name)
+    document = read_document(newer)
+    files = {**document.files, f"../{last.name}": document.files[last.name]}
+    del files[last.name]
+    (newer / "train_state.json").write_text(encode(document._replace(files=files)))
+    log: list[str] = []
+    assert find(run, log) == OLDER
+    assert f"'../{last.name}' is not the name of a file in the folder" in log[0]
 
 
 def test_all_files_of_another_update(run: Path) -> None:

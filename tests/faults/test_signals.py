@@ -13,6 +13,7 @@ import pytest
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.launched import Launched, wait_until_gone
 from w2vscale.checkpoint.format import committed, update_of
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.verification import verify
 
 pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(300)]
@@ -103,3 +104,18 @@ def test_stops_in_time(
     newest = update_of(committed(exp / "checkpoints")[-1])
     assert newest == {"start-up": 2, "loader start": 2, "update": 2, "validation": 3}.get(phase, newest)
     assert newest >= 4 or phase != "save"
+
+
+def test_a_signal_to_one_rank_saves_on_all(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    """As when one machine of several is taken away."""
+    settings = ("trainer.updates=100000", "data.workers=1", "checkpoint.every=100000", "logging.every=1")
+    with Launched(small_corpus.train, tmp_path, settings=settings) as run:
+        run.wait_for_update(4)
+        everything = run.processes()
+        os.kill(run.ranks()[1], signal.SIGTERM)
+        code, errors = run.end()
+        assert code == 128 + signal.SIGTERM, errors
+        assert "Traceback" not in errors
+        wait_until_gone(everything)
+    assert verify(tmp_path / "exp").problems == []
+    assert open_checkpoint(tmp_path / "exp").state.update >= 4

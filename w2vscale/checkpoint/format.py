@@ -126,6 +126,8 @@ def _document(content: dict[str, Any]) -> Document:
     files = {
         name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"]) for name, facts in content.pop("files").items()
     }
+    if outside := [name for name in files if Path(name).name != name]:
+        raise ValueError(f"{outside[0]!r} is not the name of a file in the folder")
     ranks = content.pop("ranks")
     if unknown := content.keys() - {"format"}:
         raise ValueError(f"unknown key {min(unknown)}")

@@ -186,14 +186,14 @@ def gather_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
     """If the block raises a UserError on any rank, raise it on every rank: that of the lowest such rank. Collective."""
-    error = None
+    error: UserError | None = None
     try:
         yield
     except UserError as own:
-        error = str(own)
+        error = type(own)(str(own))  # without its traceback, which cannot be sent
     for found in gather_from_ranks(error):
         if found is not None:
-            raise UserError(found)
+            raise found
 
 
 def gather_as_found(stream: Iterable[T], *, every_seconds: float = 20.0) -> Iterator[T]:
