@@ -101,7 +101,7 @@ def test_a_damaged_file_is_noticed(run: Path, name: str, how: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("byte", range(60))
+@pytest.mark.parametrize("byte", range(0, 60, 5))
 def test_every_bit_of_the_first_bytes_of_the_state_counts(run: Path, byte: int) -> None:
     """Among them the format and the update."""
     newer = run / "checkpoints" / folder_name(NEWER)

@@ -45,7 +45,7 @@ from w2vscale.objectives import all_settings, build_objective
 from w2vscale.objectives.ctc import LETTERS
 from w2vscale.training.loop import train
 
-QUICK, LONG = 20, 140  # inputs of each kind
+QUICK, LONG = 8, 140  # inputs of each kind
 
 # Values and changes that break things.
 
@@ -168,6 +168,8 @@ class Good(NamedTuple):
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Good:
     """Audio in all formats, manifests, shards, models for text, metrics, and runs of both objectives."""
+    import matplotlib.font_manager  # noqa: F401 - its first import on a machine starts a program that lists the fonts
+
     folder = tmp_path_factory.mktemp("good")
     cuts = []
     for number, (suffix, (kind, subtype)) in enumerate(AUDIO_FORMATS.items()):

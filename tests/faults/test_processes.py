@@ -98,8 +98,9 @@ class TestLock:
         assert not (tmp_path / "exp" / "lock").exists()
 
 
+@pytest.mark.long
 class TestWatchdog:
-    @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+    @pytest.mark.parametrize("rank", [0, 1])
     def test_a_stopped_rank_is_named_and_ends_the_run(
         self, small_corpus: SmallCorpus, tmp_path: Path, rank: int
     ) -> None:
@@ -118,7 +119,6 @@ class TestWatchdog:
         wait_until_gone(processes)
         assert verify(tmp_path / "exp").problems == []
 
-    @pytest.mark.long
     @pytest.mark.parametrize("processes", [1, 2])
     def test_a_stopped_loader_is_named(self, small_corpus: SmallCorpus, tmp_path: Path, processes: int) -> None:
         with Launched(small_corpus.train, tmp_path, settings=watched(4), processes=processes) as run:
@@ -132,7 +132,6 @@ class TestWatchdog:
         assert f"process {loader}, a child of rank 0, is stopped (SIGSTOP)" in errors
         wait_until_gone(everything)
 
-    @pytest.mark.long
     def test_a_launcher_ends_in_time_though_a_rank_is_stopped(self, small_corpus: SmallCorpus, tmp_path: Path) -> None:
         settings = (*ENDLESS, "checkpoint.grace_seconds=5")
         with Launched(small_corpus.train, tmp_path, settings=settings) as run:

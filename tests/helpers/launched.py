@@ -136,10 +136,11 @@ class Launched:
     def __exit__(self, *error: object) -> None:
         with suppress(OSError):
             self.temporary.rmdir()  # if nothing is left in it
-        if self.process.poll() is None:
-            for process in (*self._children(), self.process.pid):
-                os.kill(process, signal.SIGKILL)
-            self.process.communicate()
+        with self.process:  # closes its pipes
+            if self.process.poll() is None:
+                for process in (*self._children(), self.process.pid):
+                    os.kill(process, signal.SIGKILL)
+                self.process.communicate()
 
     def _children(self) -> list[int]:
         return children(self.process.pid)
