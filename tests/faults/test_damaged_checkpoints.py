@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ def test_a_file_outside_the_checkpoint(run: Path) -> None:
     document = read_document(newer)
     files = {**document.files, f"../{last.name}": document.files[last.name]}
     del files[last.name]
-    (newer / "train_state.json").write_text(encode(document._replace(files=files)))
+    (newer / "train_state.json").write_text(encode(replace(document, files=files)))
     log: list[str] = []
     assert find(run, log) == OLDER
     assert f"'../{last.name}' is not the name of a file in the folder" in log[0]

@@ -37,6 +37,7 @@ from w2vscale.corpora.index import build_index
 from w2vscale.corpora.shar import write_shards
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.audio import AudioError
+from w2vscale.data.manifest import Corpus
 from w2vscale.data.stream import StreamedMicroBatches
 from w2vscale.errors import UserError
 from w2vscale.inference.decoding import BeamSearch, build_decoder
@@ -300,11 +301,20 @@ def index_files(good: Good) -> SearchStrategy[bytes]:
     return bytes_like(good.bytes(INDEX), 128) | changed()
 
 
+def index_with_checksum(good: Good, value: float) -> bytes:
+    records, buffer = np.load(good.folder / INDEX), io.BytesIO()
+    records["duration"][-1] = value
+    np.save(buffer, records)
+    return buffer.getvalue()
+
+
 def check_index(content: bytes, good: Good) -> None:
     shutil.copy(good.folder / "cuts.jsonl", ".")
     Path(INDEX).write_bytes(content)
     assert_wrote(run("data", "validate", "cuts.jsonl"), always=(LISTING,))
     Path(INDEX).write_bytes(content)
+    with suppress(UserError):
+        assert Corpus([Path("cuts.jsonl")]).fingerprint  # what a run reads of it at its start
     check_indexed_manifest()
     assert_wrote(run("data", "index", "cuts.jsonl"))
 
@@ -634,6 +644,8 @@ ONCE_FAILED: list[tuple[str, Any]] = [
     ("manifest", changed_recording(num_samples=-1)),
     ("manifest", changed_recording(channel_ids=[5])),
     ("manifest", changed_recording(transforms=[{"name": "Resample", "kwargs": {}}])),
+    ("index", lambda good: index_with_checksum(good, math.nan)),
+    ("index", lambda good: index_with_checksum(good, math.inf)),
     ("index", b""),
     ("index", b"\x93NUMPY\x01\x00\x08\x00{'descr'"),
     ("shard", lambda good: (good.bytes(f"shards/{SHARD[0]}"), b"")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -33,8 +34,8 @@ COMMANDS = (
 )  # fmt: skip
 
 KEYS = (
-    "update", "hours_seen", "wer", "table", "utterances", "split", "files", "format", "validation", "utterance",
-    "loss", "model", "pid",
+    "update", "audio_seconds", "skipped_updates", "skipped_windows", "data", "ranks", "hours_seen", "wer", "table",
+    "utterances", "split", "files", "format", "validation", "utterance", "loss", "model", "pid",
 )  # fmt: skip
 EDITS = {"substitutions": 1, "deletions": 0, "insertions": 0, "reference": 10}
 RATES = {
@@ -52,10 +53,22 @@ def _without(document: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in document.items() if name != key}
 
 
+def _sealed(old: bytes, key: str, value: Any) -> bytes:
+    """A train_state.json with another value, and with the checksum of its new content."""
+    try:
+        document = json.loads(old)
+        del document["sha256"]
+    except (ValueError, KeyError, TypeError):
+        return old
+    document = {**document, key: value}
+    checksum = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**document, "sha256": checksum}).encode()
+
+
 @st.composite
 def changes(draw: st.DrawFn) -> Any:
     """A function that changes the content of a file."""
-    kind = draw(st.sampled_from(["bytes", "flip", "cut", "json", "value", "deep"]))
+    kind = draw(st.sampled_from(["bytes", "flip", "cut", "json", "value", "deep", "sealed", "sealed"]))
     if kind == "bytes":
         new = draw(st.binary(max_size=64))
         return lambda old: new
@@ -77,6 +90,8 @@ def changes(draw: st.DrawFn) -> Any:
     if kind == "json":
         return lambda old: json.dumps(value).encode("utf-8", "surrogatepass")
     key = draw(st.sampled_from(KEYS))
+    if kind == "sealed":
+        return lambda old: _sealed(old, key, value)
 
     def replace(old: bytes) -> bytes:
         lines = []

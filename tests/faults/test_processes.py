@@ -124,12 +124,12 @@ class TestWatchdog:
         with Launched(small_corpus.train, tmp_path, settings=watched(4), processes=processes) as run:
             run.wait_for_update(6)
             everything = run.processes()
-            loader = loaders(run, 0)[0] if processes == 2 else everything[-1]
+            loader = loaders(run, 1)[0] if processes == 2 else everything[-1]
             os.kill(loader, signal.SIGSTOP)
             code, errors = run.end()
         assert code == TemporaryError.exit_code
         assert "waiting for data" in errors
-        assert f"process {loader}, a child of rank 0, is stopped (SIGSTOP)" in errors
+        assert f"its child process {loader} is stopped (SIGSTOP)" in errors
         wait_until_gone(everything)
 
     def test_a_launcher_ends_in_time_though_a_rank_is_stopped(self, small_corpus: SmallCorpus, tmp_path: Path) -> None:

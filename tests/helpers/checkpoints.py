@@ -87,6 +87,6 @@ def change_committed(path: Path, change: Change) -> None:
 
 def seal(path: Path, **changes: Any) -> None:
     """Make train_state.json agree with the files as they are, and change its state."""
-    state, files, ranks = read_document(path)
-    document = Document(replace(state, **changes), {name: file_facts(path / name) for name in files}, ranks)
-    (path / "train_state.json").write_text(encode(document))
+    old = read_document(path)
+    new = Document(replace(old.state, **changes), {name: file_facts(path / name) for name in old.files}, old.ranks)
+    (path / "train_state.json").write_text(encode(new))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from w2vscale.config import Config
+from w2vscale.errors import UserError
 from w2vscale.objectives import build_objective
 from w2vscale.optim.canonical import TensorSpec, expected_tensors
 
@@ -16,6 +17,11 @@ def expected_of(config: Config, *, optimizer: bool = True) -> dict[str, TensorSp
 
 
 def meta_model(config: Config) -> nn.Module:
-    """The model that these settings describe, without memory for its values."""
-    with torch.device("meta"):
-        return build_objective(config).build_model()
+    """The model that these settings describe, without memory for its values. UserError if it is too large for that."""
+    objective = build_objective(config)
+    try:
+        with torch.device("meta"):
+            return objective.build_model()
+    except (RuntimeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"no computer can hold the model of these settings: {reason}") from None

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypedDict
+from typing import IO, Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, refused_value
 from w2vscale.files import safetensors_header
 from w2vscale.optim.canonical import Specs
 
@@ -45,10 +46,13 @@ def write_safetensors(
         file.write(tensor.contiguous().numpy().data)
 
 
+Count = Annotated[int, Field(ge=0)]
+
+
 class FileFacts(TypedDict):
     """What train_state.json records of another file."""
 
-    bytes: int
+    bytes: Count
     sha256: str
 
 
@@ -56,11 +60,13 @@ class FileFacts(TypedDict):
 class TrainState:
     """The state of a run besides its tensors and settings."""
 
-    update: int = 0
-    audio_seconds: float = 0.0
-    skipped_updates: int = 0
-    skipped_utterances: int = 0
-    skipped_windows: int = 0
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+
+    update: Count = 0
+    audio_seconds: Annotated[float, Field(ge=0.0)] = 0.0
+    skipped_updates: Count = 0
+    skipped_utterances: Count = 0
+    skipped_windows: Count = 0
     """How many windows a run has left out since it began, because it went back behind them."""
     data: str = ""
     """A description of the training set, with checksums."""
@@ -73,13 +79,17 @@ class TrainState:
         return self.update + self.skipped_windows
 
 
-class Document(NamedTuple):
+@dataclass(frozen=True)
+class Document:
     """The content of train_state.json."""
 
     state: TrainState
     files: Mapping[str, FileFacts]
-    ranks: int
+    ranks: Annotated[int, Field(ge=1)]
     """How many processes wrote the checkpoint."""
+
+
+_DOCUMENT = TypeAdapter(Document)
 
 
 def encode(document: Document) -> str:
@@ -109,6 +119,8 @@ def read_document(path: Path) -> Document:
             if FOLDER.fullmatch(name := path.resolve().name) and name != folder_name(document.state.update):
                 raise ValueError(f"it is of update {document.state.update}")
             return document
+    except ValidationError as error:
+        raise UserError(f"{file}: damaged ({refused_value(error)})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{file}: damaged ({type(error).__name__}: {error})") from None
     raise UserError(f"{file}: format {found}; this version of w2vscale reads format {FORMAT}")
@@ -120,18 +132,16 @@ def _document(content: dict[str, Any]) -> Document:
     if "validation" not in content:  # written before all metrics were kept
         loss = content.pop("validation_loss", None)
         content["validation"] = {} if loss is None else {"loss": loss}
-    if not all(math.isfinite(value) for value in dict(content["validation"]).values()):
-        raise ValueError("validation: not finite")
-    state = TrainState(**{each.name: content.pop(each.name) for each in fields(TrainState)})
-    files = {
-        name: FileFacts(bytes=facts["bytes"], sha256=facts["sha256"]) for name, facts in content.pop("files").items()
-    }
-    if outside := [name for name in files if Path(name).name != name]:
-        raise ValueError(f"{outside[0]!r} is not the name of a file in the folder")
-    ranks = content.pop("ranks")
+    state = {each.name: content.pop(each.name) for each in fields(TrainState)}
+    found = {"state": state, "files": content.pop("files"), "ranks": content.pop("ranks")}
     if unknown := content.keys() - {"format"}:
         raise ValueError(f"unknown key {min(unknown)}")
-    return Document(state, files, ranks)
+    document = _DOCUMENT.validate_json(json.dumps(found), strict=True)
+    if outside := [name for name in document.files if name in ("", ".", "..") or "/" in name]:
+        raise ValueError(f"{outside[0]!r} is not the name of a file in the folder")
+    if "config.yaml" not in document.files:
+        raise ValueError("config.yaml is not listed")
+    return document
 
 
 def file_facts(path: Path) -> FileFacts:

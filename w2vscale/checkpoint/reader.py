@@ -42,7 +42,8 @@ class CheckpointReader:
     """
 
     def __init__(self, path: Path) -> None:
-        self.state, self.files, self.ranks = read_document(path)
+        document = read_document(path)
+        self.state, self.files, self.ranks = document.state, document.files, document.ranks
         self.path = path.resolve()
         self._opened: dict[Path, TensorFile] = {}
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from rich.filesize import decimal
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
@@ -40,6 +41,9 @@ from w2vscale.files import new_file, remove_partials, sync_folder, write_text
 from w2vscale.optim.canonical import Specs, differences, specs_of
 
 T = TypeVar("T")
+
+ABANDONED = "abandoned_"  # before the name of a checkpoint from which the run did not go on
+REPLACED = "replaced_"  # before that of one that is saved again, while the new one gets its name
 
 
 @dataclass(eq=False)
@@ -141,6 +145,8 @@ class CheckpointStore:
             checkpoint = None
             with errors_on_all_ranks():
                 if self.ranks.is_main:
+                    if damaged is None and path is None:
+                        self._restore_replaced()
                     checkpoint = found.throw(UserError(damaged)) if damaged else next(found, None)
             checkpoint = broadcast_from_main(checkpoint)
             if checkpoint is None:
@@ -193,14 +199,11 @@ class CheckpointStore:
             )
 
     def _commit(self, partial: Path, final: Path, update: int) -> None:
-        replaced = None
-        for path in committed(self.folder):
-            # The same update saved again, or later ones that this run was not resumed from.
-            if update_of(path) >= update:
-                aside = path.with_name(f"abandoned_{path.name}")
-                _remove(aside)
-                path.rename(aside)
-                replaced = aside if path == final and update == self._intact else replaced
+        for path in reversed(committed(self.folder)):
+            # Later ones, that this run was not resumed from; then the same update, which is saved again.
+            if update_of(path) > update or (path == final and update != self._intact):
+                _set_aside(path, ABANDONED)
+        replaced = _set_aside(final, REPLACED) if final.exists() else None
         partial.rename(final)
         sync_folder(self.folder)
         if replaced is not None:
@@ -211,6 +214,15 @@ class CheckpointStore:
         link.symlink_to(final.name)
         link.replace(self.folder / "latest")
         self._delete_old()
+
+    def _restore_replaced(self) -> None:
+        """Give a checkpoint its name again if the process was killed just before the one that replaces it got it."""
+        for path in self.folder.glob(f"{REPLACED}*"):
+            with _failing_to_write(self.folder):
+                if (named := path.with_name(path.name.removeprefix(REPLACED))).exists():
+                    shutil.rmtree(path)
+                else:
+                    path.rename(named)
 
     def _delete_old(self) -> None:
         """Delete the checkpoints that need not be kept. A failure is only logged."""
@@ -257,6 +269,8 @@ def write_tensors(tensors: Mapping[str, Tensor], folder: Path, group: dist.Proce
         dcp.save(dict(tensors), storage_writer=writer, process_group=group)
     except dcp.api.CheckpointException as error:
         failure, _ = next(iter(error.failures.values()))
+        if not isinstance(failure, OSError | SafetensorError):
+            raise failure from None  # such as a stop signal, or a loader process that was killed meanwhile
         raise UserError(f"{folder}: a checkpoint cannot be written: {failure}") from None
 
 
@@ -299,6 +313,9 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if isinstance(tensor, DTensor) else tensor.detach().to("cpu", copy=True)
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _set_aside(folder: Path, prefix: str) -> Path:
+    """Put a prefix before the name of a folder, in place of one that has this name."""
+    aside = folder.with_name(prefix + folder.name)
+    if aside.exists():
+        shutil.rmtree(aside)
+    return folder.rename(aside)

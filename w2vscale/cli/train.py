@@ -82,17 +82,21 @@ def finetune(
 
 
 def replay(
-    window: Annotated[Path, typer.Argument(metavar="WINDOW", help="A file that a run kept: EXP/nonfinite/window_….")],
+    window: Annotated[
+        Path, typer.Argument(metavar="WINDOW", help="What a run kept: EXP/nonfinite, or one file window_… in it.")
+    ],
     overrides: Overrides = None,
 ) -> None:
     """Run the micro-batches of a skipped update again on the CPU, and name the first module that is not finite.
 
     A run keeps them when it stops after trainer.max_skipped_in_a_row updates whose gradients are not finite.
     """
-    from w2vscale.training.replay import describe
+    from w2vscale.training.replay import describe, kept_windows
     from w2vscale.training.replay import replay as replay_window
 
-    console.print(describe(replay_window(window, overrides or [])))
+    for file in kept_windows(window):
+        line = describe(replay_window(file, overrides or []))
+        console.print(line if file == window else f"{file.name}: {line}")
 
 
 def free_folder(source: str, exp: Path | None) -> Path:

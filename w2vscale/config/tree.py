@@ -84,7 +84,10 @@ class ModelConfig(Section):
     normalize_waveform: bool = architecture(False, "normalise each utterance to zero mean and unit variance")
 
     conv_layers: tuple[tuple[Count, Count, Count], ...] = architecture(
-        BASE_CONV_LAYERS, "(channels, kernel, stride) of each convolution of the feature encoder", min_length=1
+        BASE_CONV_LAYERS,
+        "(channels, kernel, stride) of each convolution of the feature encoder",
+        min_length=1,
+        max_length=100,
     )
     conv_norm: Literal["group", "layer"] = architecture(
         "group", "normalisation of the convolutions: GroupNorm in the first one, or LayerNorm in every one"
@@ -93,7 +96,7 @@ class ModelConfig(Section):
     conv_bias: bool = architecture(False, "add a bias in the convolutions")
     conv_padding: bool = architecture(False, "pad each convolution by (kernel - 1) // 2 on both sides")
 
-    layers: Count = architecture(12, "number of transformer blocks")
+    layers: Count = architecture(12, "number of transformer blocks", le=1000)
     dim: Count = architecture(768, "width of the transformer")
     ffn_dim: Count = architecture(3072, "width of the feed-forward network")
     heads: Count = architecture(12, "number of attention heads")

@@ -45,7 +45,9 @@ def open_index(manifest: Path) -> NDArray[np.void]:
         raise UserError(f"{path}: not an index of this version of w2vscale; replace it with: {command}")
     offsets, durations = index["offset"], index["duration"][:-1]
     ascending = offsets[0] >= 0 and (offsets[1:] > offsets[:-1]).all()
-    if not (ascending and (durations > 0.0).all() and (durations <= MAX_SECONDS).all()):
+    checksum = float(index["duration"][-1])
+    whole = checksum.is_integer() and 0 <= checksum < 2**32
+    if not (ascending and whole and (durations > 0.0).all() and (durations <= MAX_SECONDS).all()):
         raise UserError(f"{path}: damaged; replace it with: {command}")
     return index
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from w2vscale.errors import TemporaryError, UserError
-from w2vscale.runtime import LAUNCHER, STOP_SIGNALS, delete_left_sockets
+from w2vscale.runtime import LAUNCHER, ONE_REQUEST_SECONDS, STOP_SIGNALS, delete_left_sockets
 
 FAILURE_GRACE = 10.0  # seconds that ranks have to exit when another one has failed; they are then killed
 
@@ -99,7 +99,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: list[int], grace: f
     """Wait until all ranks have exited or the deadline has passed. Return the first failed rank's exit code, or 0."""
     failed: int | None = None
     forwarded: set[int] = set()
-    deadline = math.inf
+    asked = deadline = math.inf
     while True:
         codes = [process.poll() for process in ranks]
         if failed is None and any(codes):
@@ -115,8 +115,11 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: list[int], grace: f
             for process in ranks:
                 process.send_signal(number)
             if failed is None:
-                # A second signal means that the user does not want to wait.
-                deadline = time.monotonic() + (FAILURE_GRACE if forwarded else grace)
+                now = time.monotonic()
+                if not forwarded:
+                    asked, deadline = now, now + grace
+                elif now - asked > ONE_REQUEST_SECONDS:  # the user does not want to wait
+                    deadline = min(deadline, now + FAILURE_GRACE)
                 forwarded.add(number)
         time.sleep(0.1)
     if failed is None:

@@ -46,7 +46,7 @@ class BestRqSettings(MaskSettings):
     """Settings of the random quantizer and the masks."""
 
     name: Literal["best_rq"] = architecture("best_rq", "BEST-RQ pretraining")
-    codebooks: Count = architecture(4, "number of random codebooks, each with its own output layer")
+    codebooks: Count = architecture(4, "number of random codebooks, each with its own output layer", le=1000)
     codebook_entries: Annotated[int, Field(ge=2)] = architecture(8192, "number of entries of each codebook")
     codebook_dim: Count = architecture(16, "width of a codebook entry")
     mel_bins: Count = architecture(80, "number of mel bins of the features that give the targets")

@@ -36,7 +36,7 @@ class ContrastiveSettings(MaskSettings):
     """Settings of quantizer, masks and loss."""
 
     name: Literal["wav2vec2"] = architecture("wav2vec2", "wav2vec 2.0 pretraining")
-    codebooks: Count = architecture(2, "number of codebooks")
+    codebooks: Count = architecture(2, "number of codebooks", le=1000)
     codebook_entries: Annotated[int, Field(ge=2)] = architecture(320, "number of entries of each codebook")
     codevector_dim: Count = architecture(256, "width of a quantized vector: the entries of all codebooks, concatenated")
     quantizer_input: Literal["features", "projected"] = architecture(

@@ -61,13 +61,12 @@ def locked(exp: Path, log: Callable[[str], None]) -> Iterator[None]:
     try:
         exp.mkdir(parents=True, exist_ok=True)
         descriptor = _take(exp, path, log)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}).encode())
     except OSError as error:
         raise UserError(f"{exp}: the folder of the run cannot be written: {error.strerror}") from None
     try:
         for folder in (exp, exp / "logs", exp / "checkpoints"):
             remove_partials(folder, log)
+        _describe(descriptor)
         yield
     finally:
         with suppress(OSError):
@@ -103,6 +102,14 @@ def _take(exp: Path, path: Path, log: Callable[[str], None]) -> int:
         os.close(descriptor)  # the run that held it has just deleted it
 
 
+def _describe(descriptor: int) -> None:
+    """Write this process into the lock, for the message of a run that is refused."""
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with suppress(OSError):  # on a full disk; the lock holds without it
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, json.dumps(holder).encode())
+
+
 def _refusal(exp: Path, holder: dict[str, Any]) -> UserError:
     who = "another process"
     if holder:
@@ -126,7 +133,3 @@ def _runs_here(holder: dict[str, Any]) -> bool:
     except (OSError, KeyError, TypeError, ValueError, OverflowError):
         return False
     return True
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")

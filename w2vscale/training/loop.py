@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from w2vscale.config import Config
 from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import (
+    TIMEOUT,
     Ranks,
     broadcast_from_main,
     errors_on_all_ranks,
@@ -44,7 +46,7 @@ from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
 from w2vscale.training.replay import Window, keep_window
 from w2vscale.training.run import Run, build_run, make_folder
-from w2vscale.training.watchdog import Watchdog
+from w2vscale.training.watchdog import SLOW, Watchdog
 
 SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
 SLOW_UPDATE = 5.0  # seconds; a stop signal interrupts longer updates between two forwards
@@ -69,7 +71,9 @@ def train(
     `runtime.training`.
     """
     stop = stop or StopRequest()
-    with process_group(needed=config.engine.name != "ddp") as (ranks, device):
+    # Ranks wait for each other as long as the watchdog lets the slowest one take.
+    timeout = max(TIMEOUT, timedelta(seconds=SLOW * config.watchdog.seconds + 60))
+    with process_group(needed=config.engine.name != "ddp", timeout=timeout) as (ranks, device):
         display = Display(total=config.trainer.updates, enabled=ranks.is_main)
         seconds, grace = config.watchdog.seconds, config.checkpoint.grace_seconds
         watchdog = Watchdog(ranks, exp / "logs", seconds=seconds, stop=stop, grace=grace)
@@ -165,11 +169,11 @@ class Trainer:
         received a stop signal.
         """
         config, engine, update, objective = self.config, self.run.engine, self.state.update, self.run.objective
-        self.watchdog.at(f"update {update + 1}, waiting for data")
+        first = update == self.run.state.update  # it also waits for loaders to start, and compiles
+        self.watchdog.at(f"update {update + 1}, waiting for data", slow=first)
         window, waited = self._next_window(windows)
         began = time.perf_counter()
-        first = update == self.run.state.update
-        self.watchdog.at(f"update {update + 1}", slow=first)  # the first one compiles
+        self.watchdog.at(f"update {update + 1}", slow=first)
         arrived = Mark(self.run.device)
         bad = [audio for batch in window for audio in batch.bad]
         if update % config.engine.compare_ranks_every == 0:
@@ -180,11 +184,17 @@ class Trainer:
         if agreed.unsaved:
             self.run.store.wait()
 
-        slow = agreed.seconds > SLOW_UPDATE * self.run.ranks.world_size
+        interruptible = agreed.seconds > SLOW_UPDATE * self.run.ranks.world_size
+
+        def between_forwards() -> None:
+            self.watchdog.at(f"update {update + 1}", slow=first)
+            if interruptible:
+                self._raise_if_stopping()
+
         sums = engine.run_window(
             window, objective, StepContext(config.trainer.seed, update),
             per_forward=self.per_forward, denominator=torch.tensor(max(agreed.weight, 1.0)),
-            between_forwards=self._raise_if_stopping if slow else None,
+            between_forwards=between_forwards,
         )  # fmt: skip
         self.lr = learning_rate(update, optim=config.optim, schedule=config.schedule, updates=self.total)
         norm = HostCopy(engine.step(lr=self.lr, max_norm=config.optim.max_norm, after=_after_step(objective, update)))
@@ -200,7 +210,7 @@ class Trainer:
         self._settle()
         if previous is not None:  # the host was ahead of the device, which had work for some of that time
             waited = min(waited, previous.norm.ready.seconds_to(arrived))
-        if first:  # it also waits for loaders to start
+        if first:
             self.meter.exclude(waited)
             waited = 0.0
         self.pending = PendingUpdate(self.state.update, window, sums, norm, max(agreed.weight, 1.0), waited)

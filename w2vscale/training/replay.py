@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
+from w2vscale.checkpoint.format import FOLDER as CHECKPOINT
 from w2vscale.checkpoint.format import write_safetensors
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
@@ -18,7 +22,7 @@ from w2vscale.config import dump_config
 from w2vscale.data.inputs import join, leaves_of, with_leaves
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.randomness import Stream, generator
-from w2vscale.distributed.process_group import gather_from_ranks
+from w2vscale.distributed.process_group import errors_on_all_ranks, gather_from_ranks
 from w2vscale.engine.accumulation import split
 from w2vscale.errors import UserError, counted
 from w2vscale.files import new_file
@@ -28,7 +32,22 @@ from w2vscale.optim.canonical import model_only, specs_of
 from w2vscale.training.run import Run
 
 FOLDER = "nonfinite"  # in the run folder
+NAME = re.compile(r"window_(\d{8,})_rank_(\d+)\.safetensors")
 KEPT = 8  # ranks that keep their windows if the losses do not show which rank had the values
+
+
+class _About(TypedDict):
+    """What the header of the file of a window holds besides tensors."""
+
+    update: Annotated[int, Field(ge=0)]
+    numbers: Annotated[list[int], Field(min_length=1)]
+    per_forward: Annotated[int, Field(ge=1)]
+    denominator: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    checkpoint: Annotated[str, Field(pattern=f"^{CHECKPOINT.pattern}$")]
+    others: dict[str, list[Any]]
+
+
+_ABOUT = TypeAdapter(_About)
 
 
 class Window(NamedTuple):
@@ -43,17 +62,19 @@ class Window(NamedTuple):
 def keep_window(run: Run, window: Window, *, finite: bool) -> Path:
     """Write the weights, and the windows of the ranks whose losses are not `finite`. Collective.
 
-    Returns the file of one window, for `replay`. Raises UserError on all ranks if the weights are not finite, or
-    something cannot be written.
+    If all losses are finite, the windows of the first ranks are written. Returns the file of the only window, or the
+    folder of all, for `replay`. Raises UserError on all ranks if the weights are not finite, or something cannot be
+    written.
     """
     store = CheckpointStore(run.exp / FOLDER, run.ranks, expected=model_only(run.store.expected))
     state = {name: tensor for name, tensor in run.engine.export_state().items() if name.startswith("model.")}
     checkpoint = store.save(state, replace(run.state, update=window.update), dump_config(run.config))
     guilty = [rank for rank, good in enumerate(gather_from_ranks(finite)) if not good] or range(run.ranks.world_size)
     file = checkpoint.parent / f"window_{window.update:08d}_rank_{run.ranks.rank}.safetensors"
-    if run.ranks.rank in guilty[:KEPT]:
-        write_window(file, window, checkpoint.name)
-    return gather_from_ranks(file)[guilty[0]]
+    with errors_on_all_ranks():
+        if run.ranks.rank in guilty[:KEPT]:
+            write_window(file, window, checkpoint.name)
+    return gather_from_ranks(file)[guilty[0]] if len(guilty) == 1 else file.parent
 
 
 def write_window(file: Path, window: Window, checkpoint: str) -> None:
@@ -63,7 +84,7 @@ def write_window(file: Path, window: Window, checkpoint: str) -> None:
     for place, batch in enumerate(window.micro_batches):
         for name, value in leaves_of(batch.inputs, str(place)):
             (tensors if isinstance(value, Tensor) else others)[name] = value
-    about = {
+    about: _About = {
         "update": window.update,
         "numbers": [batch.number for batch in window.micro_batches],
         "per_forward": window.per_forward,
@@ -75,20 +96,31 @@ def write_window(file: Path, window: Window, checkpoint: str) -> None:
         write_safetensors(opened, specs_of(tensors), tensors.values(), {"window": json.dumps(about)})
 
 
+def kept_windows(path: Path) -> list[Path]:
+    """The file of a window itself, or those in a folder that are of its last update, by rank. UserError if none."""
+    if not path.is_dir():
+        return [path]
+    found = [(int(match[1]), int(match[2]), file) for file in path.iterdir() if (match := NAME.fullmatch(file.name))]
+    if not found:
+        raise UserError(f"{path}: holds no windows that a run has kept")
+    last = max(update for update, _, _ in found)
+    return [file for update, _, file in sorted(found) if update == last]
+
+
 def read_window(file: Path, objective: Callable[[Path], Objective]) -> tuple[Window, Path]:
     """Read a window and the path of its checkpoint, whose objective the function returns. UserError if it is none."""
     try:
         with safe_open(file, framework="pt") as opened:
-            about = json.loads((opened.metadata() or {})["window"])
-            checkpoint = file.parent / str(about["checkpoint"])
+            about = _ABOUT.validate_json((opened.metadata() or {})["window"])
+            checkpoint = file.parent / about["checkpoint"]
             template = objective(checkpoint).make_inputs([], rng=lambda place: generator(0, Stream.MASK, 0, place))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
         leaves = {name: tuple(values) for name, values in about["others"].items()} | tensors
         batches = [
-            MicroBatch(int(number), with_leaves(template, leaves, str(place)), 0)
+            MicroBatch(number, with_leaves(template, leaves, str(place)), 0)
             for place, number in enumerate(about["numbers"])
         ]
-        window = Window(batches, int(about["update"]), int(about["per_forward"]), float(about["denominator"]))
+        window = Window(batches, about["update"], about["per_forward"], about["denominator"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: not a window that a run has kept ({error})") from None
     return window, checkpoint

@@ -46,10 +46,11 @@ class Report(NamedTuple):
     place: str
     seconds: float  # without progress
     allowed: float
+    children: str = ""  # those that are stopped
 
     def text(self) -> str:
         """Describe the place of the rank."""
-        return f"{self.place} for {self.seconds:.0f} s"
+        return f"{self.place} for {self.seconds:.0f} s{self.children}"
 
 
 class Watchdog:
@@ -106,7 +107,7 @@ class Watchdog:
                 )
             if self._store is None:
                 if self.seconds and (own := self._report()).seconds > own.allowed:
-                    self._end(f"no progress: {own.text()}{_children()}")
+                    self._end(f"no progress: {own.text()}")
             elif (silence := now - self._answered) > self.seconds:
                 # Rank 0 reports for all, so its silence is reported by the first of the others.
                 self._end(f"rank 0 has not been heard of for {silence:.0f} s", shown=self.ranks.rank == 1)
@@ -132,7 +133,7 @@ class Watchdog:
         progress = self._progress
         self._reports += 1
         allowed = self.seconds * (SLOW if progress.slow else 1)
-        return Report(self._reports, progress.place, time.monotonic() - progress.since, allowed)
+        return Report(self._reports, progress.place, time.monotonic() - progress.since, allowed, _children())
 
     def _send(self) -> None:
         assert self._store is not None
@@ -159,10 +160,10 @@ class Watchdog:
             f"rank {rank}: not heard of for {silent[rank]:.0f} s, last at {reports[rank].place}"
             if rank in silent
             else f"rank {rank}: at {reports[rank].text()}"
-            for rank in sorted(range(len(reports)), key=lambda rank: (rank not in silent, -reports[rank].seconds))
+            for rank in sorted(range(len(reports)), key=lambda rank: (rank not in silent, *_order(reports[rank])))
         ]
         more = f"; and {len(lines) - SHOWN} more ranks" if len(lines) > SHOWN else ""
-        return f"no progress: {'; '.join(lines[:SHOWN])}{more}{_children()}"
+        return f"no progress: {'; '.join(lines[:SHOWN])}{more}"
 
     def _end(
         self, problem: str, *, code: int = TemporaryError.exit_code, shown: bool = True, wait: float = 0.0
@@ -193,15 +194,19 @@ class Watchdog:
                 (self.folder / f"collectives_rank_{self.ranks.rank}.json").write_bytes(trace)
 
 
+def _order(report: Report) -> tuple[bool, float]:
+    return not report.children, -report.seconds
+
+
 def _children() -> str:
-    """Name the child processes that are stopped or wait for a disk."""
+    """Name the child processes of this rank that are stopped or wait for a disk."""
     found = []
     for pid in _pids_of_children():
         with suppress(OSError, IndexError):
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
             if state in STATES:
-                found.append(f"process {pid}, a child of rank 0, {STATES[state]}")
-    return "".join(f"; {each}" for each in found)
+                found.append(f", its child process {pid} {STATES[state]}")
+    return "".join(found)
 
 
 STATES = {"T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger", "D": "waits for a disk or device"}
