@@ -9,7 +9,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,37 @@ def test_a_kill_while_writing_leaves_the_last_one_in_place(tmp_path: Path) -> No
 def test_saving_an_update_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 1)
     assert torch.equal(read(save(tmp_path, 1))["model.bias"], tensors(1.0)["model.bias"])
+
+
+@pytest.mark.parametrize("renames", range(5))
+def test_a_kill_while_a_checkpoint_is_committed_again_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    """As in a roll back from update 4 to 2: the later ones are set aside, and update 2 gets another state."""
+    folder = tmp_path / "checkpoints"
+    for update in (1, 2, 3, 4):
+        save(folder, update, keep_last=4)
+    again = store(folder, keep_last=4)
+    assert again.find(print, up_to=2) is not None
+    left = [renames]
+    rename = Path.rename
+
+    def rename_or_die(path: Path, target: Path) -> Path:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", rename_or_die)
+        with suppress(KeyboardInterrupt):
+            again.save(tensors(2.0), TrainState(update=2, skipped_windows=2), "model: {}\n")
+    found = store(folder).find(print)
+    assert found is not None
+    assert found.state.update == {0: 4, 1: 3, 2: 2}.get(renames, 2)
+    assert found.state.skipped_windows == (2 if renames > 3 else 0)
+    assert store(folder).find(print, up_to=2).state.update == 2  # type: ignore[union-attr]
+    assert not [*folder.glob("replaced_*")]
 
 
 def test_no_checkpoint_is_no_error_for_a_new_run(tmp_path: Path) -> None:

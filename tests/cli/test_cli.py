@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,20 @@ from w2vscale.version import __version__
 
 SETTINGS = [row[0] for table in all_settings().values() for row in table]
 HEAVY = ("torch", "deepspeed", "transformers", "torchaudio", "lhotse", "matplotlib", "tensorboard", "soundfile")
+
+INTERRUPT = """
+import os
+import signal
+import sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+"""
+"""Sends SIGINT when a module is imported, as a `sitecustomize`: a module that Python runs before the program."""
 
 
 class TestHelp:
@@ -87,6 +103,16 @@ print("loaded:", heavy)
 
 
 class TestTheProcess:
+    def test_ctrl_c_during_imports_is_no_traceback(self, tmp_path: Path) -> None:
+        for module in ("typer", "w2vscale.cli.data", "w2vscale.config"):
+            (tmp_path / "sitecustomize.py").write_text(INTERRUPT.format(module=module))
+            path = f"{tmp_path}{os.pathsep}{Path(__file__).parents[2]}"
+            done = subprocess.run(
+                [sys.executable, "-m", "w2vscale", "config", "presets"],
+                env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+            assert (done.returncode, done.stderr) == (130, ""), module
+
     def test_a_user_error_is_one_line_and_exit_code_2(self) -> None:
         done = command("config", "show", "base", "optim.lr=fast")
         assert done.returncode == 2

@@ -109,6 +109,14 @@ class TestLauncher:
         code, errors = launch_shells(f"trap 'exit 3' TERM; touch set; {LOOP}", f"{WAIT_FOR} set; exit 7", "exit 0")
         assert (code, errors) == (7, "error: rank 1 failed (see above), exit code 7\n")
 
+    def test_two_signals_at_once_are_one_request(
+        self, launch_shells: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A scheduler or a closed terminal sends several."""
+        monkeypatch.setattr(launch, "FAILURE_GRACE", 0.1)
+        save = f"trap ':' TERM HUP; touch set; kill -TERM $PPID; kill -HUP $PPID; {WAIT_FOR} set; sleep 1; exit 143"
+        assert launch_shells(save, "exit 0") == (128 + signal.SIGTERM, "")
+
     def test_signals_are_passed_on_once_and_ranks_have_time(
         self, launch_shells: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:

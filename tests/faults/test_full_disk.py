@@ -20,6 +20,7 @@ from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.checkpoint.verification import verify
 from w2vscale.errors import UserError
 from w2vscale.files import read_records
+from w2vscale.training.lock import locked
 
 PAGE = 4096
 
@@ -93,6 +94,19 @@ def test_it_says_how_much_is_needed_and_free(disk: Disk) -> None:
 
 
 @pytest.mark.slow
+def test_unfinished_files_that_fill_the_disk_are_deleted(disk: Disk) -> None:
+    """What a process leaves that was killed while it wrote a checkpoint."""
+    exp = disk.path / "exp"
+    partial = exp / "checkpoints" / ".update_00000004.partial"
+    partial.mkdir(parents=True)
+    (exp / "lock").write_text("")
+    with (partial / "shard").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk.path).free)
+    assert shutil.disk_usage(disk.path).free == 0
+    with locked(exp, print):
+        assert not partial.exists()
+
+
 def test_a_run_on_a_full_disk(disk: Disk, small_corpus: SmallCorpus, tmp_path: Path) -> None:
     """It is repeated on the full disk, with a little room, and with enough."""
     exp = disk.path / "exp"

@@ -20,8 +20,9 @@ from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.files import read_records
+from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.training.loop import train
-from w2vscale.training.replay import replay
+from w2vscale.training.replay import kept_windows, replay
 
 LIMIT = 3
 HUGE = "model.encoder.transformer.blocks.1.feed_forward.intermediate.weight"
@@ -42,6 +43,28 @@ if os.environ.get("RANK") == "1":
     Contrastive.forward = spoiled
 """
 """Makes the loss of rank 1 infinite in some updates, as a `sitecustomize`."""
+
+SPOIL_GRADIENT = """
+from w2vscale.objectives.contrastive import Contrastive
+
+working = Contrastive.forward
+
+def spoil(module, inputs, output):
+    output.register_hook(lambda gradient: gradient * float("inf"))
+
+def spoiled(self, module, inputs, *, step, training):
+    if not (training and step.update >= 5 and step.numbers[0] % 4 == 3):
+        return working(self, module, inputs, step=step, training=training)
+    projection = next(one for name, one in module.named_modules() if name.endswith("feature_projection"))
+    hook = projection.register_forward_hook(spoil)
+    try:
+        return working(self, module, inputs, step=step, training=training)
+    finally:
+        hook.remove()
+
+Contrastive.forward = spoiled
+"""
+"""Makes a gradient infinite in the last micro-batch of an update, which is one of rank 1."""
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +139,27 @@ class TestReplay:
         with pytest.raises(UserError, match="not a window that a run has kept") as caught:
             replay(file)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.long
+@pytest.mark.distributed
+def test_one_rank_with_an_infinite_gradient_and_finite_losses(
+    small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loss tells which rank it was, so the windows of all are kept."""
+    settings = ("trainer.max_skipped_in_a_row=2", "checkpoint.every=2", "trainer.updates=40")
+    with Launched(small_corpus.train, tmp_path, settings=settings, sitecustomize=SPOIL_GRADIENT) as run:
+        code, errors = run.end()
+    assert code == 2 and "Traceback" not in errors
+    folder = tmp_path / "exp" / "nonfinite"
+    assert f"the last is update 7; find the module with: w2vscale replay {folder};" in errors
+    windows = kept_windows(folder)
+    assert [file.name for file in windows] == [f"window_00000006_rank_{rank}.safetensors" for rank in range(2)]
+    monkeypatch.setattr(Contrastive, "forward", Contrastive.forward)
+    exec(SPOIL_GRADIENT, {})  # the same mistake in this process
+    lines = CliRunner().invoke(app, ["replay", str(folder)]).stdout.split("window_")[1:]
+    assert "rank_0.safetensors: update 7, 2 micro-batches from 24: everything is finite here" in lines[0]
+    assert "rank_1.safetensors: update 7, 1 micro-batch from 27: the gradient for the output of" in lines[1]
 
 
 @pytest.mark.long

@@ -20,6 +20,43 @@ from w2vscale.errors import TemporaryError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
+SLOW_WRITE = """
+import os
+import time
+from pathlib import Path
+
+if "RANK" in os.environ:
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    working = HuggingFaceStorageWriter.write_data
+
+    def slow(*arguments):
+        if os.environ["RANK"] == "1":
+            Path("writing").touch()
+            time.sleep(5.0)
+        return working(*arguments)
+
+    HuggingFaceStorageWriter.write_data = slow
+"""
+"""Makes rank 1 slow to write a checkpoint, as a `sitecustomize`: a module that Python runs before the program."""
+
+SLOW_FORWARD = """
+import os
+import time
+
+if "RANK" in os.environ:
+    from w2vscale.objectives.contrastive import Contrastive
+
+    working = Contrastive.forward
+
+    def slow(*arguments, **settings):
+        time.sleep(2.0)
+        return working(*arguments, **settings)
+
+    Contrastive.forward = slow
+"""
+"""Makes an update of two forwards on each rank take more than four seconds."""
+
 ENDLESS = ("trainer.updates=100000", "checkpoint.every=2", "data.workers=1")
 
 
@@ -75,6 +112,21 @@ class TestKilled:
         assert "Traceback" not in errors
         assert not run.temporary.exists()
 
+    @pytest.mark.long
+    def test_a_loader_that_is_killed_during_a_save_is_one_line(self, small_corpus: SmallCorpus, tmp_path: Path) -> None:
+        settings = (*ENDLESS, "checkpoint.asynchronous=false")
+        with Launched(small_corpus.train, tmp_path, settings=settings, sitecustomize=SLOW_WRITE) as run:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "writing").exists():
+                assert run.process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.02)
+            (loader,) = loaders(run, 1)
+            os.kill(loader, signal.SIGKILL)
+            code, errors = run.end()
+        assert code == TemporaryError.exit_code
+        assert f"a loader process (pid {loader}) was killed" in errors
+        assert "Traceback" not in errors
+
 
 class TestLock:
     def test_a_second_run_is_refused_and_the_first_untouched(self, small_corpus: SmallCorpus, tmp_path: Path) -> None:
@@ -100,6 +152,11 @@ class TestLock:
 
 @pytest.mark.long
 class TestWatchdog:
+    def test_long_updates_are_no_hang(self, small_corpus: SmallCorpus, tmp_path: Path) -> None:
+        settings = ("trainer.updates=3", "watchdog.seconds=3", "schedule.warmup_updates=2")
+        with Launched(small_corpus.train, tmp_path, settings=settings, sitecustomize=SLOW_FORWARD) as run:
+            assert "watchdog" not in run.finish(120.0)
+
     @pytest.mark.parametrize("rank", [0, 1])
     def test_a_stopped_rank_is_named_and_ends_the_run(
         self, small_corpus: SmallCorpus, tmp_path: Path, rank: int
