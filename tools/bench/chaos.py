@@ -3,9 +3,10 @@
     python tools/bench/chaos.py --kills 100
     python tools/bench/chaos.py --kills 20 --engine fsdp
 
-Each time, the same command starts the run or continues it: a launcher, two ranks and a loader process for each. At a
-moment that depends on the progress of the run, one of them or all get SIGKILL. Then everything must be gone, and in the
-end the weights and the optimizer state must be those of the untouched run, bit for bit.
+Each time, the same command starts the run or continues it: a launcher, two ranks and a loader process for each. Each
+rank notes in a file what it is doing. When it does what was drawn, one of the processes or all get SIGKILL; what the
+files say afterwards is counted. Then everything must be gone, and the exit code must be one that docs/interruptions.md
+explains. In the end the weights and the optimizer state must be those of the untouched run, bit for bit.
 
 By default checkpoints are written while training waits, so a kill loses at most one interval between checkpoints. With
 --asynchronous they are written in the background, and a kill while one is written also loses the updates made since.
@@ -23,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,7 @@ from tests.helpers.processes import running
 from tools.bench.script import console, run_script
 from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
 from w2vscale.checkpoint.verification import verify
-from w2vscale.errors import UserError
+from w2vscale.errors import TemporaryError, UserError
 from w2vscale.files import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,8 +49,50 @@ ENGINES = {"ddp": "name: ddp", "fsdp": "name: fsdp", "zero2": "name: deepspeed, 
 EVERY = 5  # updates between checkpoints
 PHASES = ("start-up", "load", "update", "collective", "save")
 VICTIMS = ("rank", "loader", "launcher", "all")
+CODES = {-signal.SIGKILL: "killed", 128 + signal.SIGKILL: "137", TemporaryError.exit_code: "75"}
 MARK = "W2VSCALE_CHAOS"  # in the environment of all processes of a run, to find those that are left
 DEADLINE = 120.0  # seconds
+
+NOTES = """
+import os
+import threading
+
+if "RANK" in os.environ and "PHASES" in os.environ:
+    import torch.distributed as dist
+
+    from w2vscale.checkpoint.reader import CheckpointReader
+    from w2vscale.checkpoint.store import CheckpointStore
+    from w2vscale.training.loop import Trainer
+
+    notes = os.open(os.path.join(os.environ["PHASES"], os.environ["RANK"]), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    now = ["start-up", ""]  # in the training itself, and in the thread that writes checkpoints
+
+    def noted(owner, name, phase):
+        function = getattr(owner, name)
+
+        def noting(*arguments, **settings):
+            slot = int(threading.current_thread() is not threading.main_thread())
+            before = now[slot]
+            if phase != "collective" or before == "update":
+                now[slot] = phase
+                os.pwrite(notes, phase.ljust(16).encode(), 16 * slot)
+            try:
+                return function(*arguments, **settings)
+            finally:
+                if now[slot] != before:
+                    now[slot] = before
+                    os.pwrite(notes, before.ljust(16).encode(), 16 * slot)
+
+        setattr(owner, name, noting)
+
+    noted(CheckpointStore, "find", "load")
+    noted(CheckpointReader, "read_into", "load")
+    noted(CheckpointStore, "_write", "save")
+    noted(Trainer, "_update", "update")
+    for name in ("all_reduce", "all_gather_object", "broadcast_object_list"):
+        noted(dist, name, "collective")
+"""
+"""What the ranks of a run do besides training, as a `sitecustomize`: a module that Python runs before the program."""
 
 
 @dataclass
@@ -62,6 +104,7 @@ class Chaos:
     choose: random.Random
     kills: Counter[str] = field(default_factory=Counter)
     lost: list[int] = field(default_factory=list)
+    codes: Counter[str] = field(default_factory=Counter)
     left: list[str] = field(default_factory=list)
     mark: str = ""
 
@@ -70,12 +113,18 @@ class Chaos:
         self.exp = self.folder / "exp"
         self.temporary = self.folder / "tmp"
         self.temporary.mkdir(parents=True)
+        self.phases = self.folder / "phases"
+        self.phases.mkdir()
+        (self.folder / "sitecustomize.py").write_text(NOTES)
 
     def start(self, log: str = "log.txt") -> subprocess.Popen[bytes]:
         """Start the run or continue it."""
         environment = os.environ | {
-            MARK: self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TMPDIR": str(self.temporary),
+            MARK: self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{self.folder}{os.pathsep}{ROOT}",
+            "TMPDIR": str(self.temporary), "PHASES": str(self.phases),
         }  # fmt: skip
+        for notes in self.phases.iterdir():
+            notes.unlink()
         with (self.folder / log).open("ab") as output:
             return subprocess.Popen(self.command, env=environment, stdout=output, stderr=output)
 
@@ -86,74 +135,73 @@ class Chaos:
 
     def kill_once(self) -> bool:
         """Start, wait for a moment, and kill. Returns False if the run ended before."""
-        phase, victim = self.choose.choice(PHASES), self.choose.choice(VICTIMS)
-        before = self.updates()
+        phase, rank = self.choose.choice(PHASES), self.choose.randrange(2)
         process = self.start()
-        if not self._wait(process, phase, before):
+        if not self._wait(process, phase, rank):
             return False
         processes = descendants(process.pid)
-        targets = self._targets(processes, victim)
-        reached = self.updates() if phase not in ("start-up", "load") else before
+        victim, targets = self._targets(processes, self.choose.choice(VICTIMS), rank)
         for target in targets:
             with suppress(OSError):
                 os.kill(target, signal.SIGKILL)
-        process.wait(DEADLINE)
+        hit = self.phase(rank)
+        code = process.wait(DEADLINE)
+        self.codes[CODES.get(code, str(code))] += 1
+        if code not in CODES:
+            self.left.append(f"{hit}, {victim}: exit code {code}")
         # Processes that the launcher started in the meantime are not in the list, but have the mark.
         deadline = time.monotonic() + 20.0
         while found := [p for p in {*processes, *marked(self.mark)} if running(p)]:
             if time.monotonic() > deadline:
-                self.left.append(f"{phase}, {victim}: {len(found)} processes")
+                self.left.append(f"{hit}, {victim}: {len(found)} processes")
                 for one in found:
                     with suppress(OSError):
                         os.kill(one, signal.SIGKILL)
                 break
             time.sleep(0.05)
-        self.kills[f"{phase}: {victim if targets else 'nothing'}"] += 1
-        self.lost.append(reached - self._resumable())
+        self.kills[f"{hit}: {victim}"] += 1
+        # Before its first update a run has nothing to lose; the metrics may still hold what an earlier kill has cost.
+        self.lost.append(self.updates() - self._resumable() if hit not in ("start-up", "load") else 0)
         return True
 
-    def _targets(self, processes: list[int], victim: str) -> list[int]:
-        launcher, ranks = processes[0], children(processes[0])
-        loaders = [process for rank in ranks for process in children(rank)]
-        if victim == "all" or (victim == "loader" and not loaders) or (victim == "rank" and not ranks):
-            return [launcher, *ranks, *loaders]
-        if victim == "launcher":
-            return [launcher]
-        return [self.choose.choice(ranks if victim == "rank" else loaders)]
+    def phase(self, rank: int) -> str:
+        """What a rank is doing, or was when it was killed."""
+        try:
+            notes = (self.phases / str(rank)).read_text()
+        except OSError:
+            return "start-up"
+        return notes[16:].strip() or notes[:16].strip() or "start-up"
 
-    def _wait(self, process: subprocess.Popen[bytes], phase: str, before: int) -> bool:
-        """Wait for the moment of a phase. Returns False if the run ends before."""
+    def _targets(self, processes: list[int], victim: str, rank: int) -> tuple[str, list[int]]:
+        """What to kill. It is everything if there is no such process yet."""
+        launcher, ranks = processes[0], ranks_of(processes[0])
+        match victim:
+            case "launcher":
+                return victim, [launcher]
+            case "rank" if rank in ranks:
+                return victim, [ranks[rank]]
+            case "loader" if rank in ranks and (loaders := children(ranks[rank])):
+                return victim, loaders[:1]
+        return "all", processes
 
-        def until(reached: Callable[[], bool]) -> bool:
-            deadline = time.monotonic() + DEADLINE
-            while not reached():
-                if process.poll() is not None:
-                    return False
-                if time.monotonic() > deadline:
-                    raise UserError(f"{self.folder}: no progress in {DEADLINE:g} s while waiting for: {phase}")
-                time.sleep(0.002)
-            return True
-
+    def _wait(self, process: subprocess.Popen[bytes], phase: str, rank: int) -> bool:
+        """Wait until a rank is in this phase. Returns False if the run ends before."""
         if phase == "start-up":
             time.sleep(self.choose.uniform(0.0, 5.0))
             return process.poll() is None
-        if phase == "load":
-            lock, holder = self.exp / "lock", _read(self.exp / "lock")
-            if not until(lambda: _read(lock) not in (b"", holder)):
-                return False
-            time.sleep(self.choose.uniform(0.0, 1.5))
-            return process.poll() is None
-        target = before + self.choose.randint(1, EVERY + 1)
-        if not until(lambda: self.updates() >= target):
-            return False
-        if phase == "save":
-            checkpoints = self.exp / "checkpoints"
-            if not until(lambda: any(checkpoints.glob(".update_*.partial"))):
-                return False
-            time.sleep(self.choose.uniform(0.0, 0.1))
-        if phase == "collective":
-            time.sleep(self.choose.uniform(0.0, 0.2))
-        return process.poll() is None
+        updates, first = self.choose.randint(1, EVERY + 1), None
+        deadline = time.monotonic() + DEADLINE
+        while process.poll() is None:
+            now = self.phase(rank)
+            if first is None and now not in ("start-up", "load"):
+                first = self.updates()
+            if now == phase and (phase == "load" or (first is not None and self.updates() >= first + updates)):
+                return True
+            if time.monotonic() > deadline:
+                raise UserError(f"{self.folder}: no progress in {DEADLINE:g} s while waiting for: {phase}")
+            if phase != "collective":
+                time.sleep(0.002)
+        return False
 
     def _resumable(self) -> int:
         try:
@@ -167,6 +215,16 @@ def descendants(process: int) -> list[int]:
     found = [process]
     for one in found:
         found += children(one)
+    return found
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """The process of each rank that a launcher has started."""
+    found = {}
+    for process in children(launcher):
+        for each in _read(Path(f"/proc/{process}/environ")).split(b"\0"):
+            if each.startswith(b"RANK="):
+                found[int(each[5:])] = process
     return found
 
 
@@ -216,7 +274,8 @@ def chaos(
         *(f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared_memory),
     ]
     console.print(json.dumps(found))
-    if not found["identical"] or left:
+    allowed = 2 * EVERY if asynchronous else EVERY
+    if not found["identical"] or left or found["updates_lost_max"] > allowed:
         sys.exit(1)
 
 
@@ -261,6 +320,7 @@ def _run(folder: Path, kills: int, engine: str, asynchronous: bool, seed: int) -
         "identical": identical and losses[0] == losses[1],
         "updates_lost_max": max(killed.lost),
         "by_phase": dict(sorted(killed.kills.items())),
+        "exit_codes": dict(sorted(killed.codes.items())),
         "engine": engine,
         "asynchronous": asynchronous,
         "left": killed.left,

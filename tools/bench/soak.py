@@ -34,6 +34,7 @@ from w2vscale.files import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = 5.0  # seconds between samples
+GROWTH = 1.05  # from the second fifth to the last one; more is a leak
 
 
 class Sample(NamedTuple):
@@ -73,6 +74,8 @@ def soak(
     console.print(table)
     ratios = {name.split(" (")[0]: round(after / before, 4) for name, (before, after) in rows.items()}
     console.print(json.dumps({"minutes": minutes, "updates": samples[-1].updates, "engine": engine, **ratios}))
+    if max(ratios["memory"], ratios["open files"], ratios["threads"]) > GROWTH:
+        sys.exit(1)
 
 
 def _run(folder: Path, minutes: float, engine: str) -> list[Sample]:
