@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
+import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -14,8 +16,19 @@ from typing import IO, Any
 
 from w2vscale.errors import UserError
 
+LONGEST_LINE = 2**24  # bytes of a line of a log; a longer one is damaged
+
 # Bytes per value of the types that safetensors files name.
 BYTES_OF = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def regular(path: Path | str, flags: int) -> int:
+    """An opener for `open`: refuses what is not a file, such as a FIFO, which would wait for ever. OSError if so."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "not a file", str(path))
 
 
 @contextmanager
@@ -62,12 +75,17 @@ def remove_partials(folder: Path, log: Callable[[str], None]) -> None:
     """
     for path in folder.glob(".*.partial"):
         try:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            delete(path)
         except OSError as failure:
             log(f"{path}: cannot be deleted: {failure}")
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link, or a folder with all that is in it. OSError if it cannot be deleted."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def sync_folder(path: Path) -> None:
@@ -84,7 +102,7 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
     Raises UserError if it cannot be written.
     """
-    with writing(path), path.open("a+b") as log:
+    with writing(path), open(path, "a+b", opener=regular) as log:
         if log.tell():
             log.seek(-1, os.SEEK_END)
             if log.read() != b"\n":
@@ -98,10 +116,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises OSError if the file cannot be read.
     """
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with suppress(ValueError, RecursionError):
-            if isinstance(record := json.loads(line), dict):
-                records.append(record)
+    with open(path, "rb", opener=regular) as file:
+        while line := file.readline(LONGEST_LINE):
+            with suppress(ValueError, RecursionError):
+                if isinstance(record := json.loads(line.decode(errors="replace")), dict):
+                    records.append(record)
     return records
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import shutil
 import threading
@@ -234,6 +235,23 @@ def test_a_kill_while_a_checkpoint_is_committed_again_loses_nothing(
     assert found.state.skipped_windows == (2 if renames > 3 else 0)
     assert store(folder).find(print, up_to=2).state.update == 2  # type: ignore[union-attr]
     assert not [*folder.glob("replaced_*")]
+
+
+def test_a_file_that_has_the_name_of_the_next_checkpoint_is_set_aside(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    for update, make in ((2, Path.touch), (3, lambda path: path.symlink_to("nowhere"))):
+        make(tmp_path / f"update_{update:08d}")
+        assert save(tmp_path, update).is_dir()
+        assert os.path.lexists(tmp_path / f"abandoned_update_{update:08d}")
+    assert open_checkpoint(tmp_path).state.update == 3
+
+
+def test_a_state_of_thirty_gigabytes_is_not_read(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    os.truncate(save(tmp_path, 2, keep_last=2) / "train_state.json", 30 * 10**9)
+    log: list[str] = []
+    assert open_checkpoint(tmp_path, log.append).state.update == 1
+    assert "train_state.json: damaged (ValueError: has 30000000000 bytes)" in log[0]
 
 
 def test_no_checkpoint_is_no_error_for_a_new_run(tmp_path: Path) -> None:

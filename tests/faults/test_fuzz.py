@@ -646,6 +646,7 @@ ONCE_FAILED: list[tuple[str, Any]] = [
     ("manifest", changed_recording(transforms=[{"name": "Resample", "kwargs": {}}])),
     ("index", lambda good: index_with_checksum(good, math.nan)),
     ("index", lambda good: index_with_checksum(good, math.inf)),
+    ("arguments", ["train", "tiny", "data.train=cuts.jsonl", "--exp", "\udcff"]),
     ("index", b""),
     ("index", b"\x93NUMPY\x01\x00\x08\x00{'descr'"),
     ("shard", lambda good: (good.bytes(f"shards/{SHARD[0]}"), b"")),

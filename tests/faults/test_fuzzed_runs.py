@@ -6,15 +6,20 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.helpers.audio import SmallCorpus
+from tests.helpers.checkpoints import seal
+from tests.helpers.faults import in_time
 from tests.helpers.micro import MICRO_RUN
+from w2vscale.checkpoint.format import committed
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
@@ -121,9 +126,9 @@ def finished(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory
     return exp
 
 
-def _config(corpus: SmallCorpus) -> Any:
+def _config(corpus: SmallCorpus, *more: str) -> Any:
     two = ("trainer.updates=2", "schedule.warmup_updates=1", "checkpoint.every=1")
-    return load_config("base", [*MICRO_RUN, *two, f"data.train={corpus.train}"])
+    return load_config("base", [*MICRO_RUN, *two, f"data.train={corpus.train}", *more])
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +155,38 @@ def _check(finished: Path, work: Path, corpus: SmallCorpus, file: str, change: A
     assert "\n" not in error
     assert not [*out.rglob("*.safetensors")]
     assert sorted(os.listdir(work)) in (before, sorted([*before, "out"]))
+
+
+@pytest.mark.parametrize("file", ["lock", "metrics.jsonl", "logs/bad_audio.jsonl", "config.yaml"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/full")])
+def test_what_is_not_a_file_is_no_hang(
+    finished: Path, work: Path, small_corpus: SmallCorpus, file: str, make: Callable[[Path], None]
+) -> None:
+    shutil.rmtree(work)
+    exp = Path(shutil.copytree(finished, work / "exp", symlinks=True))
+    (exp / file).unlink(missing_ok=True)
+    make(exp / file)
+    for command in (
+        lambda: train(_config(small_corpus, "trainer.updates=3"), exp),
+        lambda: app(args=["report", str(exp), "--output", str(work / "x.png")], standalone_mode=False),
+    ):
+        error = ""
+        try:
+            with in_time(60.0):
+                command()
+        except UserError as caught:
+            error = str(caught)
+        assert "\n" not in error
+
+
+def test_a_section_without_settings_in_a_checkpoint(finished: Path, work: Path, small_corpus: SmallCorpus) -> None:
+    shutil.rmtree(work)
+    exp = Path(shutil.copytree(finished, work / "exp", symlinks=True))
+    newest = committed(exp / "checkpoints")[-1]
+    settings = yaml.safe_load((newest / "config.yaml").read_text())
+    (newest / "config.yaml").write_text(yaml.safe_dump({**settings, "mix": None}))
+    seal(newest)
+    assert train(_config(small_corpus, "trainer.updates=3"), exp) == 0
 
 
 @pytest.mark.parametrize("examples", [20, pytest.param(400, marks=[pytest.mark.long, pytest.mark.timeout(900)])])

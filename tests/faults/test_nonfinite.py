@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.helpers.audio import SmallCorpus
@@ -139,6 +142,36 @@ class TestReplay:
         with pytest.raises(UserError, match="not a window that a run has kept") as caught:
             replay(file)
         assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda tensors, about: about.update(numbers=[-1]),
+            lambda tensors, about: about.update(numbers=[10**30]),
+            lambda tensors, about: about.update(others={name: [] for name in about["others"]}),
+            lambda tensors, about: about.update(others={name: [-5] for name in about["others"]}),
+            lambda tensors, about: about.update(others={name: ["x"] for name in about["others"]}),
+            lambda tensors, about: about.update(others={name: [10**9] for name in about["others"]}),
+            lambda tensors, about: about.update(checkpoint="../../x"),
+            lambda tensors, about: tensors.update({name: one.flatten() for name, one in tensors.items()}),
+            lambda tensors, about: tensors.update({name: one.double() for name, one in tensors.items()}),
+            lambda tensors, about: tensors.clear(),
+        ],
+    )
+    def test_a_window_that_does_not_fit_is_one_line(
+        self, stopped: tuple[Path, str], change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
+    ) -> None:
+        good = window_of(stopped[1])
+        with safe_open(good, framework="pt") as file:
+            about = json.loads(file.metadata()["window"])
+        tensors = load_file(good)
+        change(tensors, about)
+        odd = good.with_name("window_odd.safetensors")
+        save_file(tensors, odd, {"window": json.dumps(about)})
+        with pytest.raises(UserError, match="not a window") as caught:
+            replay(odd)
+        assert "\n" not in str(caught.value)
+        assert "pydantic" not in str(caught.value)
 
 
 @pytest.mark.long

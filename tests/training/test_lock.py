@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
@@ -101,6 +101,43 @@ def test_any_content_of_the_file_is_overwritten(tmp_path: Path, content: bytes) 
     (tmp_path / "lock").write_bytes(content)
     with locked(tmp_path, print):
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_link_does_not_lead_to_another_file(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("do not lose me")
+    (tmp_path / "exp").mkdir()
+    for target in (precious, tmp_path / "new"):
+        (tmp_path / "exp" / "lock").unlink(missing_ok=True)
+        (tmp_path / "exp" / "lock").symlink_to(target)
+        refuse_if_locked(tmp_path / "exp")
+        with pytest.raises(UserError, match="exp/lock: not a file that a run has written; delete it"):
+            take(tmp_path / "exp")
+    assert precious.read_text() == "do not lose me"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_not_a_file_is_named(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "lock")
+    refuse_if_locked(tmp_path)
+    with pytest.raises(UserError, match="/lock: not a file that a run has written; delete it"):
+        take(tmp_path)
+
+
+def test_a_deleted_lock_is_noticed(tmp_path: Path) -> None:
+    """By hand, to start a second run on the same folder."""
+    with locked(tmp_path, print) as require:
+        require()
+        (tmp_path / "lock").unlink()
+        with pytest.raises(UserError, match="/lock: deleted while this run held it"):
+            require()
+        with locked(tmp_path, print):
+            with pytest.raises(UserError, match="/lock: deleted while this run held it"):
+                require()
+            (tmp_path / "lock").rename(tmp_path / "of-the-second")
+        (tmp_path / "of-the-second").rename(tmp_path / "lock")
+    assert (tmp_path / "lock").exists()  # that of the second run is left
 
 
 class TestWithoutLocks:

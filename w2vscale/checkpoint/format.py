@@ -46,13 +46,14 @@ def write_safetensors(
         file.write(tensor.contiguous().numpy().data)
 
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**40)]
+LARGEST_STATE = 2**26  # bytes of train_state.json
 
 
 class FileFacts(TypedDict):
     """What train_state.json records of another file."""
 
-    bytes: Count
+    bytes: Annotated[int, Field(ge=0)]
     sha256: str
 
 
@@ -110,6 +111,8 @@ def read_document(path: Path) -> Document:
     if not file.is_file():
         raise UserError(f"{path}: not a checkpoint: it has no train_state.json")
     try:
+        if (size := file.stat().st_size) > LARGEST_STATE:
+            raise ValueError(f"has {size} bytes")
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         found = content["format"]
         if found == FORMAT and content.pop("sha256", None) != _checksum(content):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from w2vscale.checkpoint.reader import CheckpointReader, best_first, candidates
 from w2vscale.checkpoint.slices import TensorFile, TensorSlice, assemble, faults
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main, errors_on_all_ranks, gather_from_ranks
 from w2vscale.errors import UserError, counted
-from w2vscale.files import new_file, remove_partials, sync_folder, write_text
+from w2vscale.files import delete, new_file, remove_partials, sync_folder, write_text
 from w2vscale.optim.canonical import Specs, differences, specs_of
 
 T = TypeVar("T")
@@ -203,7 +204,11 @@ class CheckpointStore:
             # Later ones, that this run was not resumed from; then the same update, which is saved again.
             if update_of(path) > update or (path == final and update != self._intact):
                 _set_aside(path, ABANDONED)
-        replaced = _set_aside(final, REPLACED) if final.exists() else None
+        replaced = None
+        if final.is_dir() and not final.is_symlink():
+            replaced = _set_aside(final, REPLACED)
+        elif os.path.lexists(final):  # something else has its name
+            _set_aside(final, ABANDONED)
         partial.rename(final)
         sync_folder(self.folder)
         if replaced is not None:
@@ -220,7 +225,7 @@ class CheckpointStore:
         for path in self.folder.glob(f"{REPLACED}*"):
             with _failing_to_write(self.folder):
                 if (named := path.with_name(path.name.removeprefix(REPLACED))).exists():
-                    shutil.rmtree(path)
+                    delete(path)
                 else:
                     path.rename(named)
 
@@ -316,6 +321,6 @@ def _copy(tensor: Tensor) -> Tensor:
 def _set_aside(folder: Path, prefix: str) -> Path:
     """Put a prefix before the name of a folder, in place of one that has this name."""
     aside = folder.with_name(prefix + folder.name)
-    if aside.exists():
-        shutil.rmtree(aside)
+    if os.path.lexists(aside):
+        delete(aside)
     return folder.rename(aside)

@@ -76,12 +76,14 @@ def main() -> None:
 
 @contextmanager
 def _file_errors() -> Iterator[None]:
-    """Turn an error about a file or its name, which no part of a command has expected, into a UserError."""
+    """Turn an error about a file, its name or its size, which no part of a command has expected, into a UserError."""
     try:
         yield
     except UnicodeEncodeError as error:  # Python has half a surrogate pair for each byte that is not UTF-8
         text = error.object[max(error.start - 40, 0) : error.end + 40]
         raise UserError(f"{text!r}: cannot be written, because it is not UTF-8; choose another name") from error
+    except MemoryError as error:
+        raise UserError("the memory of this machine is not enough for this command and its files") from error
     except OSError as error:
         if error.filename is None:
             raise

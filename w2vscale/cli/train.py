@@ -38,7 +38,7 @@ def train(
 
     Example: w2vscale train base data.train=cuts_train.jsonl batch.micro_batches=32 --exp exp/base
     """
-    folder = None if dry_run else free_folder(source, exp)
+    folder = None if dry_run else free_folder(source, exp, context)
     from w2vscale.objectives import load
 
     config, _ = load(source, overrides or [])
@@ -69,7 +69,7 @@ def finetune(
 
     Example: w2vscale finetune ctc_1h trainer.init_from=exp/base data.train=cuts_1h.jsonl --exp exp/base_1h
     """
-    folder = free_folder(source, exp)
+    folder = free_folder(source, exp, context)
     from w2vscale.objectives import load
 
     config, _ = load(source, overrides or [])
@@ -99,11 +99,16 @@ def replay(
         console.print(line if file == window else f"{file.name}: {line}")
 
 
-def free_folder(source: str, exp: Path | None) -> Path:
-    """The folder of the run, see `run_folder`. Raises UserError if another run uses it, before the slow imports."""
+def free_folder(source: str, exp: Path | None, context: typer.Context) -> Path:
+    """The folder of the run, see `run_folder`. Raises UserError if another run uses it, before the slow imports.
+
+    Raises UnicodeEncodeError if an argument is not UTF-8, as run.sh is.
+    """
     from w2vscale.distributed.launch import launched
     from w2vscale.training.lock import refuse_if_locked
 
+    for argument in (str(exp or ""), *(context.obj or ())):
+        argument.encode()
     folder = run_folder(source, exp)
     if not launched():
         refuse_if_locked(folder)

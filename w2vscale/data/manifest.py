@@ -34,6 +34,8 @@ def index_path(manifest: Path) -> Path:
 def open_index(manifest: Path) -> NDArray[np.void]:
     """Map the index of a manifest into memory. Raises UserError if it is missing, damaged or not an index."""
     path, command = index_path(manifest), f"w2vscale data index {manifest}"
+    if path.exists() and not path.is_file():  # a FIFO would wait for ever
+        raise UserError(f"{path}: not a file; replace it with: {command}")
     try:
         index: NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:

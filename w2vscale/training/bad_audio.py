@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from w2vscale.data.micro_batch import BadAudio
-from w2vscale.distributed.process_group import Ranks, gather_from_ranks
+from w2vscale.distributed.process_group import Ranks, errors_on_all_ranks, gather_from_ranks
 from w2vscale.errors import UserError
 from w2vscale.files import append_records, read_records
 
@@ -28,15 +28,17 @@ class BadAudioLog:
         self.enough = enough
         self.seen = self.unusable = 0
         self._last: BadAudio | None = None
-        self._reasons = self._read() if ranks.is_main else {}
+        with errors_on_all_ranks():
+            self._reasons = self._read() if ranks.is_main else {}
 
     def report(self, bad: Sequence[BadAudio]) -> None:
         """Log what all ranks met. Collective."""
         everything = [audio for of_rank in gather_from_ranks(list(bad)) for audio in of_rank]
         new = {(audio.utterance, audio.file): audio for audio in everything}
         new = {key: audio for key, audio in new.items() if key not in self._reasons}
-        if new and self.ranks.is_main:
-            append_records(self.path, [asdict(audio) for audio in new.values()])
+        with errors_on_all_ranks():
+            if new and self.ranks.is_main:
+                append_records(self.path, [asdict(audio) for audio in new.values()])
         self._reasons |= {key: (audio.kind, audio.left_out) for key, audio in new.items()}
         self._last = everything[-1] if everything else self._last
 
@@ -63,10 +65,15 @@ class BadAudioLog:
 
     def _read(self) -> dict[tuple[str, str], tuple[str, bool]]:
         """What an earlier part of the run has logged."""
+        try:
+            records = read_records(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {error.strerror}") from None
         reasons = {}
-        with suppress(FileNotFoundError, NotADirectoryError):
-            for record in read_records(self.path):
-                with suppress(KeyError):
-                    key = (str(record["utterance"]), str(record["file"]))
-                    reasons[key] = (str(record["kind"]), bool(record["left_out"]))
+        for record in records:
+            with suppress(KeyError):
+                key = (str(record["utterance"]), str(record["file"]))
+                reasons[key] = (str(record["kind"]), bool(record["left_out"]))
         return reasons

@@ -14,14 +14,16 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from w2vscale.errors import UserError
-from w2vscale.files import remove_partials
+from w2vscale.files import regular, remove_partials
 
 HELD = (errno.EAGAIN, errno.EACCES)  # another process holds the lock
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # the file system has none
+FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a link would lead to a file that is none of ours
 PATIENCE = 0.3  # seconds in which a run that was killed lets go of its lock
 
 
@@ -31,7 +33,7 @@ def refuse_if_locked(exp: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(path, FLAGS)
         except OSError:  # no lock; or no right to write, which the run itself will report
             return
         try:
@@ -49,12 +51,12 @@ def refuse_if_locked(exp: Path) -> None:
 
 
 @contextmanager
-def locked(exp: Path, log: Callable[[str], None]) -> Iterator[None]:
+def locked(exp: Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Hold the lock of the folder `exp` in the block; make the folder, and delete unfinished files in it.
 
-    If the folder is still empty at the end, it is deleted. Where the file system has no locks, a run is refused only if
-    another one on the same machine is running. Raises UserError if another run holds the lock, or the folder cannot be
-    written.
+    Yields a function that raises a UserError if the lock, or the folder, has been deleted meanwhile. If the folder is
+    still empty at the end, it is deleted. Where the file system has no locks, a run is refused only if another one on
+    the same machine is running. Raises UserError if another run holds the lock, or the folder cannot be written.
     """
     missing = [folder for folder in (exp, *exp.parents) if not folder.exists()]
     path = exp / "lock"
@@ -67,20 +69,30 @@ def locked(exp: Path, log: Callable[[str], None]) -> Iterator[None]:
         for folder in (exp, exp / "logs", exp / "checkpoints"):
             remove_partials(folder, log)
         _describe(descriptor)
-        yield
+        yield partial(_require, exp, descriptor)
     finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+        with suppress(OSError, UserError):
+            _require(exp, descriptor)
+            path.unlink()
         os.close(descriptor)
         with suppress(OSError):
             for folder in missing:
                 folder.rmdir()
 
 
+def _open(path: Path) -> int:
+    try:
+        return regular(path, FLAGS | os.O_CREAT)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.EINVAL, errno.ENXIO):
+            raise UserError(f"{path}: not a file that a run has written; delete it, and repeat the command") from None
+        raise
+
+
 def _take(exp: Path, path: Path, log: Callable[[str], None]) -> int:
     deadline = time.monotonic() + PATIENCE
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = _open(path)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -100,6 +112,13 @@ def _take(exp: Path, path: Path, log: Callable[[str], None]) -> int:
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
         os.close(descriptor)  # the run that held it has just deleted it
+
+
+def _require(exp: Path, descriptor: int) -> None:
+    with suppress(FileNotFoundError):
+        if os.stat(exp / "lock").st_ino == os.fstat(descriptor).st_ino:
+            return
+    raise UserError(f"{exp}/lock: deleted while this run held it, so another run may use the folder; nothing is saved")
 
 
 def _describe(descriptor: int) -> None:

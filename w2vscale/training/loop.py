@@ -77,7 +77,7 @@ def train(
         display = Display(total=config.trainer.updates, enabled=ranks.is_main)
         seconds, grace = config.watchdog.seconds, config.checkpoint.grace_seconds
         watchdog = Watchdog(ranks, exp / "logs", seconds=seconds, stop=stop, grace=grace)
-        with _locked_by_main(exp, ranks, display.message), watchdog:
+        with _locked_by_main(exp, ranks, display.message) as require_lock, watchdog:
             run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
             with closing(run.engine):
                 make_folder(exp, run.config, ranks, command)
@@ -85,17 +85,22 @@ def train(
                     per_forward = micro_batches_per_forward(run, display.message)
                     display.message(describe_update(run, per_forward))
                     with around_updates():
-                        return Trainer(run, stop, watchdog, per_forward, display).train()
+                        return Trainer(run, stop, watchdog, per_forward, display, require_lock).train()
 
 
 @contextmanager
-def _locked_by_main(exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iterator[None]:
-    """Have rank 0 hold the lock of the run folder. Collective."""
+def _locked_by_main(exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Have rank 0 hold the lock of the run folder. Yields a function that raises if it has lost it. Collective."""
+    require_lock = _nothing
     with ExitStack() as held:
         with errors_on_all_ranks():
             if ranks.is_main:
-                held.enter_context(locked(exp, log))
-        yield
+                require_lock = held.enter_context(locked(exp, log))
+        yield require_lock
+
+
+def _nothing() -> None:
+    pass
 
 
 class Agreement(NamedTuple):
@@ -114,10 +119,18 @@ class Agreement(NamedTuple):
 class Trainer:
     """The training loop of one run, and its state since it started or resumed."""
 
-    def __init__(self, run: Run, stop: StopRequest, watchdog: Watchdog, per_forward: int, display: Display) -> None:
+    def __init__(
+        self,
+        run: Run,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        per_forward: int,
+        display: Display,
+        require_lock: Callable[[], None] = _nothing,
+    ) -> None:
         config = run.config
         self.run, self.config, self.per_forward = run, config, per_forward
-        self.stop, self.watchdog = stop, watchdog
+        self.stop, self.watchdog, self.require_lock = stop, watchdog, require_lock
         self.state = run.state
         self.logged = self.saved = run.state.update  # newest update whose metrics or state need no writing
         self.update_seconds = math.inf  # of the last update; the first one counts as slow
@@ -399,6 +412,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.watchdog.at("saving", slow=True)
+        with errors_on_all_ranks():
+            self.require_lock()
         self.run.save(self.state)
         self.saved = self.state.update
 

@@ -16,7 +16,7 @@ from w2vscale.checkpoint.format import TrainState
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
 from w2vscale.evaluation.validation import reduce_sums
-from w2vscale.files import read_metrics, read_records, write_text, writing
+from w2vscale.files import read_metrics, read_records, regular, write_text, writing
 from w2vscale.objectives import Sums, add_sums
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class MetricsWriter:
             if self.path.is_file():
                 kept = [line for line in read_records(self.path) if _update_of(line) <= state.update]
                 write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self._lines = self.path.open("a", encoding="utf-8")
+            self._lines = open(self.path, "a", encoding="utf-8", opener=regular)  # noqa: SIM115
         if self._tensorboard:
             # Imported here because the import takes seconds and most commands do not need it.
             from torch.utils.tensorboard import SummaryWriter

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from typing_extensions import TypedDict
@@ -24,7 +24,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.distributed.process_group import errors_on_all_ranks, gather_from_ranks
 from w2vscale.engine.accumulation import split
-from w2vscale.errors import UserError, counted
+from w2vscale.errors import UserError, counted, refused_value
 from w2vscale.files import new_file
 from w2vscale.kernels.replaceable import kernels
 from w2vscale.objectives import Objective, StepContext, load
@@ -39,8 +39,8 @@ KEPT = 8  # ranks that keep their windows if the losses do not show which rank h
 class _About(TypedDict):
     """What the header of the file of a window holds besides tensors."""
 
-    update: Annotated[int, Field(ge=0)]
-    numbers: Annotated[list[int], Field(min_length=1)]
+    update: Annotated[int, Field(ge=0, lt=2**40)]
+    numbers: Annotated[list[Annotated[int, Field(ge=0, lt=2**62)]], Field(min_length=1)]
     per_forward: Annotated[int, Field(ge=1)]
     denominator: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     checkpoint: Annotated[str, Field(pattern=f"^{CHECKPOINT.pattern}$")]
@@ -122,7 +122,8 @@ def read_window(file: Path, objective: Callable[[Path], Objective]) -> tuple[Win
         ]
         window = Window(batches, about["update"], about["per_forward"], about["denominator"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: not a window that a run has kept ({error})") from None
+        reason = refused_value(error) if isinstance(error, ValidationError) else error
+        raise UserError(f"{file}: not a window that a run has kept ({reason})") from None
     return window, checkpoint
 
 
@@ -140,7 +141,7 @@ def replay(file: Path, overrides: Sequence[str] = ()) -> Replayed:
 
     `overrides` replace settings (SECTION.KEY=VALUE). The first problem in the order of computation is reported: a
     module whose output is not finite, one for whose output the gradient is not finite, or the norm of the gradient.
-    Raises UserError if the window or its checkpoint cannot be read.
+    Raises UserError if the window or its checkpoint cannot be read, or they do not fit.
     """
     window, checkpoint = read_window(file, lambda path: load(open_checkpoint(path).path, overrides)[1])
     opened = open_checkpoint(checkpoint)
@@ -154,7 +155,12 @@ def replay(file: Path, overrides: Sequence[str] = ()) -> Replayed:
         for group in split(window.micro_batches, window.per_forward):
             numbers = tuple(batch.number for batch in group)
             context = replace(step, numbers=numbers)
-            sums = objective.forward(model, join([batch.inputs for batch in group]), step=context, training=True)
+            try:
+                inputs = join([batch.inputs for batch in group])
+                sums = objective.forward(model, inputs, step=context, training=True)
+            except Exception as error:  # wrong sizes, types and values show in many ways
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{file}: not a window of the model in {opened.path} ({reason})") from error
             if watch.problem is None:
                 (sums.total / window.denominator).backward()
             if watch.problem is not None:

@@ -307,14 +307,14 @@ def _compare_settings(
     config: Config, objective: Objective, checkpoint: CheckpointReader, log: Callable[[str], None]
 ) -> None:
     """Raise if the architecture differs from the checkpoint's; log other differences, which may change the curve."""
-    stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text())
+    stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text(encoding="utf-8")) or {}
     before, after = effective(checkpoint.config), effective(config)
     fixed = {("model", key) for key in architecture_of(config.model)}
     fixed |= {("objective", key) for key in architecture_of(objective.settings)}
     for section, now in after.items():
         for key, value in now.items():
             then = before[section].get(key)
-            if key not in stored.get(section, {}):
+            if key not in (stored.get(section) or {}):
                 log(f"{section}.{key}={value} is a setting that the checkpoint does not have")
             elif then != value:
                 if (section, key) in fixed:
