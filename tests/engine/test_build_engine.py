@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.helpers.audio import SmallCorpus
+from tests.helpers.commands import command
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
 from w2vscale.engine.deepspeed.config import environment_for, import_deepspeed
@@ -92,3 +93,22 @@ def test_settings_of_another_engine_are_refused(overrides: list[str], message: s
         settings(*overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_importing_deepspeed_starts_no_compiler_and_makes_no_folder() -> None:
+    """A kill meanwhile would leave the folder behind."""
+    pytest.importorskip("deepspeed")
+    script = """
+import sys
+
+import torch
+
+from w2vscale.engine.deepspeed.config import import_deepspeed
+
+seen = []
+sys.addaudithook(lambda event, arguments: event in ("subprocess.Popen", "tempfile.mkdtemp") and seen.append(event))
+import_deepspeed(torch.device("cpu"))
+print(seen)
+"""
+    done = command(script=script)
+    assert done.stdout.splitlines()[-1] == "[]", done

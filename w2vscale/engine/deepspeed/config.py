@@ -86,8 +86,8 @@ def import_deepspeed(device: torch.device) -> Any:
             f"engine.name=deepspeed: DeepSpeed {version} is installed, {VERSION} is needed; "
             "pip install 'w2vscale[deepspeed]'"
         )
-    # An inference operator that DeepSpeed would otherwise compile on a CPU.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Otherwise DeepSpeed runs a compiler to see which operators it could build, and on a CPU builds one for inference.
+    deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 
