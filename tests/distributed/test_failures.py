@@ -57,6 +57,7 @@ class TestTraining:
         assert "Traceback" not in errors
         assert not any(running(rank) for rank in ranks)
 
+    @pytest.mark.long
     def test_an_exception_of_one_rank_ends_all_and_is_shown(self, small_corpus: SmallCorpus, tmp_path: Path) -> None:
         with Launched(small_corpus.train, tmp_path, sitecustomize=RAISE) as run:
             run.wait_for_update(1)

@@ -108,7 +108,7 @@ SHAPES = [
 @pytest.mark.parametrize(
     ("backend", "preset", "precision", "tolerance"),
     [
-        ("aot_eager", "large_lv60", "fp32", 1e-5),
+        pytest.param("aot_eager", "large_lv60", "fp32", 1e-5, marks=pytest.mark.long),
         ("aot_eager", "base", "bf16", 2e-2),
         pytest.param("inductor", "large_lv60", "fp32", 1e-5, marks=pytest.mark.long),
         pytest.param("inductor", "base", "fp32", 1e-5, marks=pytest.mark.long),

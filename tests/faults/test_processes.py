@@ -75,6 +75,7 @@ def parent(process: int) -> int:
 
 
 class TestKilled:
+    @pytest.mark.long
     def test_ranks_and_loaders_end_with_their_launcher(self, small_corpus: SmallCorpus, tmp_path: Path) -> None:
         with Launched(small_corpus.train, tmp_path, settings=ENDLESS) as run:
             run.wait_for_update(4)

@@ -54,7 +54,8 @@ def test_about_49_percent_of_the_frames_are_masked() -> None:
     """10,000 utterances as long as LibriSpeech's: 2 to 16 seconds, most of them near the long end."""
     draws = np.random.default_rng(0)
     seconds = 2.0 + 14.0 * draws.beta(3.0, 1.2, size=10_000)
-    frames = [output_frames(int(length * 16_000), load_config("base").model) for length in seconds]
+    model = load_config("base").model
+    frames = [output_frames(int(length * 16_000), model) for length in seconds]
     masked = [int(frame_mask(count, BASE, draws).sum()) for count in frames]
     assert sum(masked) / sum(frames) == pytest.approx(0.49, abs=0.01)
 

@@ -121,7 +121,7 @@ NOT_ON_A_CPU = {
 """Forms of attention for which a CPU has no kernel."""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_every_phase_measures_on_a_cpu(tmp_path: Path) -> None:
     finished = subprocess.run(

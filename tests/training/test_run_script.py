@@ -78,7 +78,7 @@ def test_it_continues_from_any_folder(small_corpus: SmallCorpus, tmp_path: Path)
     assert more.returncode == 0 and "resumed from" in more.stdout, more.stdout + more.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 def test_it_starts_the_processes_that_torchrun_started(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
