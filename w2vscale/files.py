@@ -23,7 +23,12 @@ BYTES_OF = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 
 
 
 def regular(path: Path | str, flags: int) -> int:
-    """An opener for `open`: refuses what is not a file, such as a FIFO, which would wait for ever. OSError if so."""
+    """An opener for `open` that refuses what is not a file, such as a FIFO, which would wait for ever. OSError if so.
+
+    It does not write through a link: in a folder from a stranger, a link may lead to any file of the user.
+    """
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        flags |= os.O_NOFOLLOW
     descriptor = os.open(path, flags | os.O_NONBLOCK, 0o666)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.helpers.micro import MICRO_RUN
 from w2vscale.checkpoint.format import committed
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
+from w2vscale.corpora.index import build_index
 from w2vscale.errors import UserError
 from w2vscale.training.loop import train
 
@@ -177,6 +179,30 @@ def test_what_is_not_a_file_is_no_hang(
         except UserError as caught:
             error = str(caught)
         assert "\n" not in error
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "logs/bad_audio.jsonl", "config.yaml", "run.sh", "lock"])
+def test_nothing_is_written_through_a_link(
+    finished: Path, work: Path, small_corpus: SmallCorpus, tmp_path: Path, file: str
+) -> None:
+    """A run folder from a stranger may hold links to files of the user."""
+    lines = small_corpus.train.read_text().splitlines()
+    missing = {**json.loads(lines[0]), "id": "missing"}
+    missing["recording"]["sources"][0]["source"] = "/nope.flac"
+    corpus = tmp_path / "cuts.jsonl"
+    corpus.write_text("\n".join([*lines, json.dumps(missing)]) + "\n")
+    build_index(corpus)
+    for target in (tmp_path / "precious", tmp_path / "new"):
+        shutil.rmtree(work)
+        exp = Path(shutil.copytree(finished, work / "exp", symlinks=True))
+        (exp / file).unlink(missing_ok=True)
+        (exp / file).symlink_to(target)
+        (tmp_path / "precious").write_text("do not touch me\n")
+        with suppress(UserError):
+            config = _config(small_corpus, f"data.train={corpus}", "trainer.updates=12", "data.max_bad_fraction=1")
+            train(config, exp, command=["train"])
+        assert (tmp_path / "precious").read_text() == "do not touch me\n"
+        assert not (tmp_path / "new").exists()
 
 
 def test_a_section_without_settings_in_a_checkpoint(finished: Path, work: Path, small_corpus: SmallCorpus) -> None:

@@ -23,7 +23,6 @@ from w2vscale.files import regular, remove_partials
 
 HELD = (errno.EAGAIN, errno.EACCES)  # another process holds the lock
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # the file system has none
-FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a link would lead to a file that is none of ours
 PATIENCE = 0.3  # seconds in which a run that was killed lets go of its lock
 
 
@@ -33,7 +32,7 @@ def refuse_if_locked(exp: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            descriptor = os.open(path, FLAGS)
+            descriptor = regular(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError:  # no lock; or no right to write, which the run itself will report
             return
         try:
@@ -82,7 +81,7 @@ def locked(exp: Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]
 
 def _open(path: Path) -> int:
     try:
-        return regular(path, FLAGS | os.O_CREAT)
+        return regular(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.EINVAL, errno.ENXIO):
             raise UserError(f"{path}: not a file that a run has written; delete it, and repeat the command") from None

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from w2vscale.distributed.process_group import Ranks, gather_from_ranks, side_store
 from w2vscale.errors import TemporaryError
+from w2vscale.files import regular
 from w2vscale.runtime import StopRequest
 
 TICK = 0.5  # seconds between looks at this process
@@ -173,7 +174,7 @@ class Watchdog:
             return
         stacks = self.folder / f"stacks_rank_{self.ranks.rank}.txt"
         try:
-            with suppress(OSError), stacks.open("w") as file:
+            with suppress(OSError), open(stacks, "w", opener=regular) as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {problem}\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file)
@@ -191,7 +192,8 @@ class Watchdog:
         if self.ranks.world_size > 1 and torch.cuda.is_available():
             with suppress(Exception):
                 trace = torch._C._distributed_c10d._dump_nccl_trace_json()  # type: ignore[attr-defined]
-                (self.folder / f"collectives_rank_{self.ranks.rank}.json").write_bytes(trace)
+                with open(self.folder / f"collectives_rank_{self.ranks.rank}.json", "wb", opener=regular) as file:
+                    file.write(trace)
 
 
 def _order(report: Report) -> tuple[bool, float]:
