@@ -95,9 +95,9 @@ def test_settings_of_another_engine_are_refused(overrides: list[str], message: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_importing_deepspeed_starts_no_compiler_and_makes_no_folder() -> None:
     """A kill meanwhile would leave the folder behind."""
-    pytest.importorskip("deepspeed")
     script = """
 import sys
 

@@ -647,6 +647,7 @@ ONCE_FAILED: list[tuple[str, Any]] = [
     ("index", lambda good: index_with_checksum(good, math.nan)),
     ("index", lambda good: index_with_checksum(good, math.inf)),
     ("arguments", ["train", "tiny", "data.train=cuts.jsonl", "--exp", "\udcff"]),
+    ("arguments", ["train", "tiny", "data.train=cuts.jsonl", "--exp", ""]),
     ("index", b""),
     ("index", b"\x93NUMPY\x01\x00\x08\x00{'descr'"),
     ("shard", lambda good: (good.bytes(f"shards/{SHARD[0]}"), b"")),

@@ -107,8 +107,10 @@ def free_folder(source: str, exp: Path | None, context: typer.Context) -> Path:
     from w2vscale.distributed.launch import launched
     from w2vscale.training.lock import refuse_if_locked
 
-    for argument in (str(exp or ""), *(context.obj or ())):
+    for argument in context.obj or ():
         argument.encode()
+        if argument in ("", "--exp="):
+            raise UserError("an argument is empty; is a variable of the shell not set?")
     folder = run_folder(source, exp)
     if not launched():
         refuse_if_locked(folder)

@@ -89,18 +89,14 @@ def train(
 
 
 @contextmanager
-def _locked_by_main(exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Have rank 0 hold the lock of the run folder. Yields a function that raises if it has lost it. Collective."""
-    require_lock = _nothing
+def _locked_by_main(exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iterator[Callable[[], None] | None]:
+    """Have rank 0 hold the lock of the run folder. Yields it a function that raises if the lock is lost. Collective."""
+    require_lock = None
     with ExitStack() as held:
         with errors_on_all_ranks():
             if ranks.is_main:
                 require_lock = held.enter_context(locked(exp, log))
         yield require_lock
-
-
-def _nothing() -> None:
-    pass
 
 
 class Agreement(NamedTuple):
@@ -126,7 +122,7 @@ class Trainer:
         watchdog: Watchdog,
         per_forward: int,
         display: Display,
-        require_lock: Callable[[], None] = _nothing,
+        require_lock: Callable[[], None] | None = None,
     ) -> None:
         config = run.config
         self.run, self.config, self.per_forward = run, config, per_forward
@@ -413,7 +409,8 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.at("saving", slow=True)
         with errors_on_all_ranks():
-            self.require_lock()
+            if self.require_lock is not None:
+                self.require_lock()
         self.run.save(self.state)
         self.saved = self.state.update
 

@@ -158,8 +158,8 @@ def replay(file: Path, overrides: Sequence[str] = ()) -> Replayed:
             try:
                 inputs = join([batch.inputs for batch in group])
                 sums = objective.forward(model, inputs, step=context, training=True)
-            except Exception as error:  # wrong sizes, types and values show in many ways
-                reason = " ".join(str(error).split())[:200]
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:  # of PyTorch, for sizes that do not fit
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 raise UserError(f"{file}: not a window of the model in {opened.path} ({reason})") from error
             if watch.problem is None:
                 (sums.total / window.denominator).backward()
