@@ -104,15 +104,16 @@ class TestTraining:
             assert [signal.getsignal(number) for number in STOP_SIGNALS] == expected
         assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
-    def test_compiled_blocks_may_have_many_variants(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_compiled_blocks_may_have_many_variants(self) -> None:
         from torch._dynamo import config
 
-        monkeypatch.setattr(config, "recompile_limit", config.recompile_limit)
-        monkeypatch.setattr(config, "optimize_ddp", config.optimize_ddp)
-        with runtime.training():
-            assert (config.recompile_limit, config.optimize_ddp) != (runtime.COMPILED_VARIANTS, False)
-        with runtime.training(compile=True):
-            assert (config.recompile_limit, config.optimize_ddp) == (runtime.COMPILED_VARIANTS, False)
+        before = {"recompile_limit": config.recompile_limit, "optimize_ddp": config.optimize_ddp}
+        with config.patch(before):  # monkeypatch would delete what it set: pytest looks into the module's __dict__
+            with runtime.training():
+                assert (config.recompile_limit, config.optimize_ddp) != (runtime.COMPILED_VARIANTS, False)
+            with runtime.training(compile=True):
+                assert (config.recompile_limit, config.optimize_ddp) == (runtime.COMPILED_VARIANTS, False)
+        assert before == {"recompile_limit": config.recompile_limit, "optimize_ddp": config.optimize_ddp}
 
     @pytest.mark.cuda
     def test_cudnn_attention_is_off_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
