@@ -103,6 +103,7 @@ class TestLoaderProcesses:
         with pytest.raises(RuntimeError, match=r"^a bug$"), loader_processes():
             raise RuntimeError("a bug")
 
+    @pytest.mark.long
     def test_memory_does_not_grow_over_two_thousand_micro_batches(
         self, small_corpus: SmallCorpus, started: Started
     ) -> None:

@@ -174,7 +174,7 @@ class TestHybridSharding:
 @pytest.mark.parametrize(
     ("processes", "variant"),
     [(2, name) for name in ("fsdp", "fsdp_keeping_parameters", "zero1", "zero2", "zero3")]
-    + [(3, name) for name in ("fsdp", "zero3")],
+    + [pytest.param(3, name, marks=pytest.mark.long) for name in ("fsdp", "zero3")],
 )
 def test_accumulation(six_updates: Train, variant: str, processes: int) -> None:
     """Three and two micro-batches per process."""
@@ -184,7 +184,7 @@ def test_accumulation(six_updates: Train, variant: str, processes: int) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "engine"),
     [(*processes, engine) for processes in ((2, 1), (2, 3)) for engine in ENGINES]
-    + [(1, 2, engine) for engine in ("fsdp", "zero3")],
+    + [pytest.param(1, 2, engine, marks=pytest.mark.long) for engine in ("fsdp", "zero3")],
 )
 def test_resuming(six_updates: Train, continued: Continue, engine: str, before: int, after: int) -> None:
     """Three updates, and three more on another number of processes: the run of six."""
@@ -255,7 +255,7 @@ def test_the_first_update_of_a_process_may_skip_a_layer(
     assert fsdp[0] == pytest.approx(ddp[0], rel=1e-5 if precision == "fp32" else 1e-2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", [*ENGINES, "fsdp_offload", "zero2_offload", "zero3_offload"])
 def test_a_gradient_that_is_not_finite_changes_nothing(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, name: str, precision: str

@@ -60,7 +60,7 @@ def plain(train: Callable[..., Curve], tmp_path_factory: pytest.TempPathFactory)
         ("batch.concat=auto",),
         ("batch.pad_to=bucket",),
         ("engine.activation_checkpointing=features",),
-        ("engine.compile=true",),
+        pytest.param(("engine.compile=true",), marks=pytest.mark.long),
         pytest.param(("engine={name: fsdp, compile: true}", "batch.concat=2"), marks=pytest.mark.long),
         ("engine={name: deepspeed, deepspeed_config: zero2, compile: true}", "batch.concat=auto"),
     ],

@@ -39,7 +39,9 @@ VARIANTS = {
     "zero3_offload": ("engine={name: deepspeed, deepspeed_config: zero3_offload}",),
 }
 BF16 = {f"{name}_bf16": (*VARIANTS[name], "precision.compute=bf16") for name in ENGINES}
-EVERY = [*VARIANTS, "ddp_bf16", *(pytest.param(name, marks=pytest.mark.long) for name in BF16 if name != "ddp_bf16")]
+QUICK = {*ENGINES, "ddp_bf16"}
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in (*VARIANTS, *BF16)]
+LONG_FSDP = [pytest.param(f"fsdp_{way}", marks=pytest.mark.long) for way in ("keeping_parameters", "offload")]
 STATISTICS = ("extras.norm.running_mean", "extras.norm.running_var", "extras.norm.num_batches_tracked")
 CONSTANT = ("extras.scale", "extras.order", "extras.offset")
 FROZEN = "extras.frozen"
@@ -131,7 +133,7 @@ def test_buffers_are_exported(train: Train, variant: str) -> None:
         assert "model.extras.offset" not in state
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "ddp"])
+@pytest.mark.parametrize("variant", EVERY[1 : len(VARIANTS)])
 def test_every_engine_learns_the_same(train: Train, variant: str) -> None:
     found, expected = train(variant).of_ranks[0], train("ddp").of_ranks[0]
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
@@ -151,7 +153,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     [
         *zip(ENGINES, [*list(ENGINES)[1:], "ddp"], strict=True),
         ("zero3", "zero1"), ("fsdp", "ddp"), ("zero1", "fsdp"),
-        ("fsdp_offload", "zero3_offload"), ("zero2_offload", "fsdp_hybrid"),
+        pytest.param("fsdp_offload", "zero3_offload", marks=pytest.mark.long),
+        pytest.param("zero2_offload", "fsdp_hybrid", marks=pytest.mark.long),
     ],
 )  # fmt: skip
 def test_another_engine_continues_the_checkpoint(
@@ -167,7 +170,7 @@ def test_another_engine_continues_the_checkpoint(
         assert_close(resumed.states[-1], before.states[-1])
 
 
-@pytest.mark.parametrize("variant", ["ddp", "fsdp", "fsdp_keeping_parameters", "fsdp_offload", "ddp_bf16", "fsdp_bf16"])
+@pytest.mark.parametrize("variant", ["ddp", "fsdp", *LONG_FSDP, "ddp_bf16", "fsdp_bf16"])
 def test_a_teacher_is_the_moving_average_of_the_student(teach: Callable[[str], list[Updates]], variant: str) -> None:
     for found in teach(variant):
         names = [name.removeprefix("model.teacher.") for name in found.states[0] if name.startswith("model.teacher.")]
@@ -184,7 +187,7 @@ def test_a_teacher_is_the_moving_average_of_the_student(teach: Callable[[str], l
         assert not torch.equal(found.states[0][moved], found.states[-1][moved])
 
 
-@pytest.mark.parametrize("variant", ["fsdp", "fsdp_keeping_parameters", "fsdp_offload"])
+@pytest.mark.parametrize("variant", ["fsdp", *LONG_FSDP])
 def test_engines_learn_the_same_from_a_teacher(teach: Callable[[str], list[Updates]], variant: str) -> None:
     assert teach(variant)[0].losses == pytest.approx(teach("ddp")[0].losses, rel=1e-5)
 

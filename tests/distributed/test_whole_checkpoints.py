@@ -80,7 +80,12 @@ def assert_same_bits(found: Path, expected: Path) -> None:
     assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+QUICK = {"ddp", "fsdp", "zero2", "zero3"}
+
+
+@pytest.mark.parametrize(
+    "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in VARIANTS]
+)
 def test_a_killed_run_continues_bit_for_bit(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path, variant: str
 ) -> None:

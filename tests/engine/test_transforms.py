@@ -109,7 +109,7 @@ SHAPES = [
     ("backend", "preset", "precision", "tolerance"),
     [
         pytest.param("aot_eager", "large_lv60", "fp32", 1e-5, marks=pytest.mark.long),
-        ("aot_eager", "base", "bf16", 2e-2),
+        pytest.param("aot_eager", "base", "bf16", 2e-2, marks=pytest.mark.long),
         pytest.param("inductor", "large_lv60", "fp32", 1e-5, marks=pytest.mark.long),
         pytest.param("inductor", "base", "fp32", 1e-5, marks=pytest.mark.long),
     ],

@@ -56,7 +56,7 @@ from w2vscale.objectives import all_settings, build_objective
 from w2vscale.objectives.ctc import LETTERS
 from w2vscale.training.loop import train
 
-QUICK, LONG = 8, 140  # inputs of each kind
+QUICK, LONG = 5, 140  # inputs of each kind
 
 # Good files, of which the damaged ones are made.
 

@@ -21,13 +21,15 @@ Started = Callable[[], list[BaseProcess]]
 FORKS = multiprocessing.get_context("forkserver")
 """Each process of pytest-xdist has one server, which starts with the first process."""
 FORKS.set_forkserver_preload(
-    # torch._dynamo: what torch imports when it first draws on the meta device.
+    # torch._dynamo: what torch imports when it first draws on the meta device. The optimizer: DeepSpeed imports it, and
+    # with it torch's compiler, whenever it builds an engine.
     [
         "tests.helpers.tasks",
         "tests.helpers.semantics",
         "w2vscale.cli.app",
         "w2vscale.cli.train",
         "deepspeed",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
         "torch._dynamo",
     ]
 )

@@ -205,6 +205,7 @@ def test_the_end_to_end_bench_compares_a_run_with_its_steps(small_corpus: SmallC
     assert (tmp_path / "bench" / "run0" / "checkpoints" / "update_00000006").is_dir()
 
 
+@pytest.mark.long
 def test_a_contender_that_fails_leaves_the_others(capfd: pytest.CaptureFixture[str]) -> None:
     work = Work(load_config("base", [*MICRO_MODEL, "precision.compute=fp32"]), 1, 1.0)
     row = step.measure(work, ["w2vscale", "nobody"], device=torch.device("cpu"), rounds=1, limit=60.0)
