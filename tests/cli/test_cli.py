@@ -18,6 +18,7 @@ from w2vscale.cli.app import app, main
 from w2vscale.cli.progress import console
 from w2vscale.config import dump_config, load_config, preset_names
 from w2vscale.objectives import OBJECTIVES, all_settings, resolve
+from w2vscale.terminal import CONTROL
 from w2vscale.version import __version__
 
 SETTINGS = [row[0] for table in all_settings().values() for row in table]
@@ -144,6 +145,18 @@ class TestTheProcess:
             f"error: {manifest}: 1 bad utterance of 1, listed in {manifest}.bad_audio; "
             f"the first one: a ({path}): not readable as audio: Format not recognised\n"
         )
+
+    def test_names_from_a_manifest_do_not_command_the_terminal(self, tmp_path: Path) -> None:
+        """One is printed in the table of what is bad, the other in the error."""
+        path = write_audio(tmp_path / "a.wav", noise(1.0))
+        names = "\x1b]0;another title\x07", "red \x9b31m"
+        manifest = write_manifest(tmp_path / "cuts.jsonl", [cut_of(path, identifier=name) for name in names])
+        write_text(path)
+        done = command("data", "validate", manifest)
+        assert done.returncode == 2
+        printed = done.stdout + done.stderr
+        assert r"\u001b]0;another title\u0007" in printed and r"red \u009b31m" in printed
+        assert not CONTROL.search(printed)
 
     @pytest.mark.parametrize(
         "arguments",

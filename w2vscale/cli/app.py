@@ -19,6 +19,7 @@ from w2vscale import runtime
 from w2vscale.cli import analysis, checkpoint, config, convert, data, evaluate, inference, train
 from w2vscale.distributed.launch import LostRanks, launched
 from w2vscale.errors import UserError
+from w2vscale.terminal import visible
 from w2vscale.version import __version__
 
 app = typer.Typer(
@@ -98,7 +99,7 @@ def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
         reason = re.sub(r"^\[\S+\] ", "", str(error).partition("\n")[0]).partition(". ")[0]
         text = f"rank {rank}: lost the other processes ({reason})\n"
     elif user and not debug:
-        text = f"error: {' '.join(str(error).splitlines())}\n"
+        text = f"error: {visible(' '.join(str(error).splitlines()))}\n"
     else:
         text = textwrap.indent("".join(traceback.format_exception(error)), f"[rank {rank}] ", lambda line: True)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +13,7 @@ import typer
 from w2vscale.cli import arguments
 from w2vscale.cli.progress import console, progress_bar
 from w2vscale.errors import UserError, counted
+from w2vscale.terminal import visible
 
 if TYPE_CHECKING:
     from w2vscale.data.micro_batch import BadAudio
@@ -65,7 +65,7 @@ def transcribe(
             ranks=ranks,
             batch_seconds=batch_seconds,
             progress=progress,
-            log=partial(typer.echo, err=True) if ranks.is_main else lambda text: None,
+            log=(lambda text: typer.echo(visible(text), err=True)) if ranks.is_main else lambda text: None,
         )
         for found in gather_as_found(stream):
             if not ranks.is_main:
@@ -75,7 +75,7 @@ def transcribe(
                 continue
             done += 1
             line = json.dumps(asdict(found), ensure_ascii=False) if as_json else f"{found.utterance}\t{found.text}"
-            typer.echo(line)
+            typer.echo(visible(line))
     _refuse_bad(bad, done)
 
 
@@ -117,6 +117,6 @@ def features(
 def _refuse_bad(bad: Sequence[BadAudio], used: int) -> None:
     """List the audio that could not be used, and raise an error that names the first and counts all."""
     for one in bad[1:]:
-        typer.echo(f"{one.file}: {one.reason}", err=True)
+        typer.echo(visible(f"{one.file}: {one.reason}"), err=True)
     if bad:
         raise UserError(f"{bad[0].file}: {bad[0].reason}; {len(bad)} of {used + len(bad)} utterances could not be used")

@@ -10,8 +10,10 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from w2vscale.terminal import VisibleConsole
+
 # Wide, so that tables in a file or a pipe are not cut to 80 columns. No markup: names may contain brackets.
-console = Console(soft_wrap=True, highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
+console = VisibleConsole(soft_wrap=True, highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
 
 def print_table(

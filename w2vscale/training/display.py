@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from rich import progress
-from rich.console import Console
+
+from w2vscale.terminal import VisibleConsole
 
 
 class Display:
     """Prints the progress bar and log lines; silent unless `enabled` (on rank 0)."""
 
     def __init__(self, *, total: int, enabled: bool) -> None:
-        self.console = Console(stderr=False, soft_wrap=True, highlight=False)
+        self.console = VisibleConsole(stderr=False, soft_wrap=True, highlight=False)
         self.enabled = enabled
         self.total = total
         self._progress = progress.Progress(

@@ -1,0 +1,32 @@
+"""What is printed cannot command a terminal."""
+
+from __future__ import annotations
+
+import json
+
+from w2vscale.terminal import CONTROL, VisibleConsole, visible
+from w2vscale.training.display import Display
+
+TITLE = "\x1b]0;another title\x07"
+
+
+def test_control_characters_are_written_out_and_nothing_else_is_changed() -> None:
+    assert visible(f"{TITLE}\x9b1m\r") == r"\u001b]0;another title\u0007\u009b1m\u000d"
+    plain = "a tab\tand a line\nzwei Töne 語 \u200d \U0001f600 [red]"
+    assert visible(plain) == plain
+
+
+def test_json_keeps_its_values() -> None:
+    values = {"text": f"{TITLE} \x7f \x9b1m"}
+    printed = visible(json.dumps(values, ensure_ascii=False))
+    assert not CONTROL.search(printed)
+    assert json.loads(printed) == values
+
+
+def test_consoles_show_them() -> None:
+    console = VisibleConsole(width=80)
+    display = Display(total=1, enabled=True)
+    with console.capture() as printed, display.console.capture() as messages:
+        console.print(TITLE)
+        display.message(TITLE, "yellow")
+    assert printed.get() == messages.get() == r"\u001b]0;another title\u0007" + "\n"
