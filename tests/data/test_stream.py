@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tarfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -302,6 +303,17 @@ class TestDamagedShards:
         assert {bad.utterance for bad in lost} < in_shard and len(lost) > 3
         assert {(bad.file, bad.left_out) for bad in lost} == {(str(archive), True)}
         assert all(bad.reason.startswith("its shard cannot be read: ") and "\n" not in bad.reason for bad in lost)
+
+    def test_a_member_that_would_fill_the_memory_is_not_read(self, three: Path) -> None:
+        """A compressed archive of a few kilobytes."""
+        first = CutSet.from_jsonl(three / "cuts.000001.jsonl.gz")[0].id
+        header = tarfile.TarInfo(f"{first}.flac")
+        header.size = 10**12
+        (three / "recording.000001.tar").write_bytes(gzip.compress(header.tobuf() + bytes(2**20)))
+        lost = self.lost(three)
+        assert {bad.utterance for bad in lost} <= {cut.id for cut in CutSet.from_jsonl(three / "cuts.000001.jsonl.gz")}
+        assert first in {bad.utterance for bad in lost}
+        assert all("1,000,000,000,000 bytes; at most" in bad.reason for bad in lost)
 
     @pytest.mark.parametrize("damage", ["cut short", "other bytes", "other lines"])
     def test_a_manifest(self, three: Path, damage: str) -> None:

@@ -21,6 +21,8 @@ from w2vscale.errors import UserError
 PLACEHOLDERS = ("shar",)  # the type of the source of audio in an archive
 IN_CUTS = ("shar", "file")  # custom fields of a cut may name files, which are never opened
 EMPTY = (".nodata", ".nometa")  # suffixes of the members of a cut without audio
+LARGEST_MEMBER = 2**30
+"""Bytes. A member is read whole, and a small compressed archive can hold one that fills the memory."""
 
 
 class Shard(NamedTuple):
@@ -98,11 +100,13 @@ def _cuts_with_audio(shard: Shard) -> Iterator[Cut | BadAudio]:
 
 
 def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
-    """The names and contents of an archive. Raises ValueError at its end, or at a member that is not a plain file."""
+    """The names and contents of an archive. Raises ValueError at its end, or if one is no plain file or too large."""
     for member in archive:
         content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
         if content is None:
             raise ValueError(f"{member.name} is not a file")
+        if member.size > LARGEST_MEMBER:
+            raise ValueError(f"{member.name} has {member.size:,} bytes; at most {LARGEST_MEMBER:,} are read")
         yield member.name, content.read()
     raise ValueError("the archive ends early")
 
