@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_micro
+from tests.helpers.tiers import long_except
 from tools.bench.engine_parity import ENGINES
 
 pytestmark = pytest.mark.distributed
@@ -31,7 +32,7 @@ def alone(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -
     return train_micro(str(small_corpus.train), str(tmp_path_factory.mktemp("best-rq")), settings)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", long_except({"ddp", "zero3"}, ENGINES))
 def test_two_processes_learn_what_one_learns(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, alone: list[float], tmp_path: Path, engine: str
 ) -> None:

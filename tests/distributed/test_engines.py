@@ -23,6 +23,7 @@ from tests.helpers.tasks import (
     train_micro,
     update_without_a_launcher,
 )
+from tests.helpers.tiers import long, long_except
 from tools.bench.engine_parity import ENGINES
 from w2vscale.checkpoint.reader import open_checkpoint
 
@@ -140,7 +141,11 @@ def assert_same(found: Path, expected: Path, *, tolerance: float = 1e-5) -> None
 
 
 @pytest.mark.parametrize(
-    "variant", [name for name in VARIANTS if name not in ("ddp", "fsdp_hybrid_of_four") and not name.endswith("bf16")]
+    "variant",
+    long_except(
+        {*ENGINES, "fsdp_keeping_parameters", "fsdp_hybrid"},
+        [name for name in VARIANTS if name not in ("ddp", "fsdp_hybrid_of_four") and not name.endswith("bf16")],
+    ),
 )
 def test_one_micro_batch_per_process(six_updates: Train, variant: str) -> None:
     assert_same(six_updates(variant, 2, 2), six_updates("ddp", 2, 2))
@@ -174,7 +179,7 @@ class TestHybridSharding:
 @pytest.mark.parametrize(
     ("processes", "variant"),
     [(2, name) for name in ("fsdp", "fsdp_keeping_parameters", "zero1", "zero2", "zero3")]
-    + [pytest.param(3, name, marks=pytest.mark.long) for name in ("fsdp", "zero3")],
+    + [long(3, name) for name in ("fsdp", "zero3")],
 )
 def test_accumulation(six_updates: Train, variant: str, processes: int) -> None:
     """Three and two micro-batches per process."""
@@ -183,8 +188,9 @@ def test_accumulation(six_updates: Train, variant: str, processes: int) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "engine"),
-    [(*processes, engine) for processes in ((2, 1), (2, 3)) for engine in ENGINES]
-    + [pytest.param(1, 2, engine, marks=pytest.mark.long) for engine in ("fsdp", "zero3")],
+    [(2, 1, engine) for engine in ENGINES]
+    + [(2, 3, engine) for engine in ("ddp", "fsdp", "zero3")]
+    + [long(*processes) for processes in ((2, 3, "zero1"), (2, 3, "zero2"), (1, 2, "fsdp"), (1, 2, "zero3"))],
 )
 def test_resuming(six_updates: Train, continued: Continue, engine: str, before: int, after: int) -> None:
     """Three updates, and three more on another number of processes: the run of six."""
@@ -206,7 +212,7 @@ def test_each_engine_continues_the_one_before(
     assert_same(tmp_path, six_updates("ddp", 2, 6))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", long("fsdp"), long("zero2"), "zero3"])
 def test_resuming_before_every_layer_was_used(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path, engine: str
 ) -> None:
@@ -226,7 +232,7 @@ def test_resuming_before_every_layer_was_used(
         assert continued == pytest.approx(whole, rel=1e-6)
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp", long("zero1"), long("zero2"), "zero3"])
 def test_bf16(six_updates: Train, engine: str) -> None:
     """One micro-batch per process, large enough that one code weighs little: what is rounded at another place (ZeRO's
     working weights) or added up in another order can flip one."""
@@ -255,7 +261,7 @@ def test_the_first_update_of_a_process_may_skip_a_layer(
     assert fsdp[0] == pytest.approx(ddp[0], rel=1e-5 if precision == "fp32" else 1e-2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
+@pytest.mark.parametrize("precision", ["fp32", long("bf16")])
 @pytest.mark.parametrize("name", [*ENGINES, "fsdp_offload", "zero2_offload", "zero3_offload"])
 def test_a_gradient_that_is_not_finite_changes_nothing(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, name: str, precision: str

@@ -45,7 +45,8 @@ WAIT_FOR = "wait_for() { while [ ! -e $1 ]; do sleep 0.05; done; }; wait_for"
 
 
 class TestTraining:
-    @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+    @pytest.mark.long
+    @pytest.mark.parametrize("rank", [0, 1])
     def test_a_killed_rank_ends_all(self, rank: int, small_corpus: SmallCorpus, tmp_path: Path) -> None:
         with Launched(small_corpus.train, tmp_path) as run:
             run.wait_for_update(2)

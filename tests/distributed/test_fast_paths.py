@@ -18,6 +18,7 @@ from tests.helpers.calibrating import BASE, EACH, made_up_memory, per_forward_on
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_calibrated, train_micro, train_where_one_rank_cannot_read
+from tests.helpers.tiers import long
 from w2vscale.config import load_config
 from w2vscale.data.indexed import MicroBatches
 from w2vscale.distributed.process_group import Ranks
@@ -60,9 +61,9 @@ def plain(train: Callable[..., Curve], tmp_path_factory: pytest.TempPathFactory)
         ("batch.concat=auto",),
         ("batch.pad_to=bucket",),
         ("engine.activation_checkpointing=features",),
-        pytest.param(("engine.compile=true",), marks=pytest.mark.long),
-        pytest.param(("engine={name: fsdp, compile: true}", "batch.concat=2"), marks=pytest.mark.long),
-        ("engine={name: deepspeed, deepspeed_config: zero2, compile: true}", "batch.concat=auto"),
+        long(("engine.compile=true",)),
+        long(("engine={name: fsdp, compile: true}", "batch.concat=2")),
+        long(("engine={name: deepspeed, deepspeed_config: zero2, compile: true}", "batch.concat=auto")),
     ],
     ids="+".join,
 )

@@ -15,6 +15,7 @@ from tests.helpers.micro import MICRO_RUN
 from tests.helpers.pool import Pool
 from tests.helpers.spelled import SPELLING, some_texts, write_spelled
 from tests.helpers.tasks import gather_unevenly, train_micro, word_errors
+from tests.helpers.tiers import long
 from tests.training.test_finetuning import settings
 from tools.bench.engine_parity import ENGINES
 from w2vscale.checkpoint.format import TrainState
@@ -61,7 +62,7 @@ def alone(corpus: Path, tuning: tuple[str, ...], tmp_path_factory: pytest.TempPa
     return exp
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", [long("ddp"), "fsdp", long("zero2"), "zero3"])
 def test_two_processes_learn_what_one_does(
     pool: Callable[[int], Pool], corpus: Path, alone: Path, tuning: tuple[str, ...], tmp_path: Path, engine: str
 ) -> None:

@@ -24,6 +24,7 @@ from tests.helpers.semantics import (
     resumed_with,
     updates_with,
 )
+from tests.helpers.tiers import long, long_except
 from tools.bench.engine_parity import ENGINES
 
 pytestmark = pytest.mark.distributed
@@ -39,9 +40,8 @@ VARIANTS = {
     "zero3_offload": ("engine={name: deepspeed, deepspeed_config: zero3_offload}",),
 }
 BF16 = {f"{name}_bf16": (*VARIANTS[name], "precision.compute=bf16") for name in ENGINES}
-QUICK = {*ENGINES, "ddp_bf16"}
-EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in (*VARIANTS, *BF16)]
-LONG_FSDP = [pytest.param(f"fsdp_{way}", marks=pytest.mark.long) for way in ("keeping_parameters", "offload")]
+EVERY = long_except({*ENGINES, "ddp_bf16"}, [*VARIANTS, *BF16])
+OF_A_TEACHER = long_except({"ddp", "fsdp"}, ["ddp", "fsdp", "fsdp_keeping_parameters", "fsdp_offload"])
 STATISTICS = ("extras.norm.running_mean", "extras.norm.running_var", "extras.norm.num_batches_tracked")
 CONSTANT = ("extras.scale", "extras.order", "extras.offset")
 FROZEN = "extras.frozen"
@@ -152,9 +152,8 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     ("writer", "reader"),
     [
         *zip(ENGINES, [*list(ENGINES)[1:], "ddp"], strict=True),
-        ("zero3", "zero1"), ("fsdp", "ddp"), ("zero1", "fsdp"),
-        pytest.param("fsdp_offload", "zero3_offload", marks=pytest.mark.long),
-        pytest.param("zero2_offload", "fsdp_hybrid", marks=pytest.mark.long),
+        long("zero3", "zero1"), long("fsdp", "ddp"), long("zero1", "fsdp"),
+        long("fsdp_offload", "zero3_offload"), long("zero2_offload", "fsdp_hybrid"),
     ],
 )  # fmt: skip
 def test_another_engine_continues_the_checkpoint(
@@ -170,7 +169,7 @@ def test_another_engine_continues_the_checkpoint(
         assert_close(resumed.states[-1], before.states[-1])
 
 
-@pytest.mark.parametrize("variant", ["ddp", "fsdp", *LONG_FSDP, "ddp_bf16", "fsdp_bf16"])
+@pytest.mark.parametrize("variant", [*OF_A_TEACHER, "ddp_bf16", "fsdp_bf16"])
 def test_a_teacher_is_the_moving_average_of_the_student(teach: Callable[[str], list[Updates]], variant: str) -> None:
     for found in teach(variant):
         names = [name.removeprefix("model.teacher.") for name in found.states[0] if name.startswith("model.teacher.")]
@@ -187,7 +186,7 @@ def test_a_teacher_is_the_moving_average_of_the_student(teach: Callable[[str], l
         assert not torch.equal(found.states[0][moved], found.states[-1][moved])
 
 
-@pytest.mark.parametrize("variant", ["fsdp", *LONG_FSDP])
+@pytest.mark.parametrize("variant", OF_A_TEACHER[1:])
 def test_engines_learn_the_same_from_a_teacher(teach: Callable[[str], list[Updates]], variant: str) -> None:
     assert teach(variant)[0].losses == pytest.approx(teach("ddp")[0].losses, rel=1e-5)
 

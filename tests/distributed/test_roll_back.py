@@ -12,6 +12,7 @@ from tests.distributed.test_whole_checkpoints import VARIANTS, assert_same_bits
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_with_bad_windows
+from tests.helpers.tiers import long_except
 from w2vscale.analysis.report import read_run
 from w2vscale.checkpoint.format import committed, read_document
 from w2vscale.files import read_metrics
@@ -30,9 +31,7 @@ def settings(variant: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "variant", [name if name == "fsdp" else pytest.param(name, marks=pytest.mark.long) for name in VARIANTS]
-)
+@pytest.mark.parametrize("variant", long_except({"fsdp"}, VARIANTS))
 def test_a_roll_back(pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path, variant: str) -> None:
     def run(exp: Path) -> list[float]:
         arguments = (str(small_corpus.train), str(exp), settings(variant), BAD)

@@ -24,6 +24,7 @@ from tests.helpers.tasks import (
     train_until_killed,
     train_with_an_engine_that_drops,
 )
+from tests.helpers.tiers import long_except
 from w2vscale.checkpoint.format import committed, update_of
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.verification import verify
@@ -80,12 +81,7 @@ def assert_same_bits(found: Path, expected: Path) -> None:
     assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
 
 
-QUICK = {"ddp", "fsdp", "zero2", "zero3"}
-
-
-@pytest.mark.parametrize(
-    "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in VARIANTS]
-)
+@pytest.mark.parametrize("variant", long_except({"ddp", "fsdp", "zero2", "zero3"}, VARIANTS))
 def test_a_killed_run_continues_bit_for_bit(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path, variant: str
 ) -> None:
@@ -101,7 +97,7 @@ def test_a_killed_run_continues_bit_for_bit(
     assert_same_bits(killed, whole)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", long_except({"fsdp", "fsdp_keeping_parameters", "zero1", "zero3"}, VARIANTS))
 def test_an_import_after_an_evaluation_is_what_computes(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, variant: str
 ) -> None:

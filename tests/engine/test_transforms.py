@@ -13,6 +13,7 @@ import torch
 from tests.helpers.batches import inputs_of
 from tests.helpers.engines import set_up
 from tests.helpers.micro import MICRO_MODEL
+from tests.helpers.tiers import long
 from w2vscale.config import EngineConfig, load_config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine import transforms
@@ -108,10 +109,10 @@ SHAPES = [
 @pytest.mark.parametrize(
     ("backend", "preset", "precision", "tolerance"),
     [
-        pytest.param("aot_eager", "large_lv60", "fp32", 1e-5, marks=pytest.mark.long),
-        pytest.param("aot_eager", "base", "bf16", 2e-2, marks=pytest.mark.long),
-        pytest.param("inductor", "large_lv60", "fp32", 1e-5, marks=pytest.mark.long),
-        pytest.param("inductor", "base", "fp32", 1e-5, marks=pytest.mark.long),
+        long("aot_eager", "large_lv60", "fp32", 1e-5),
+        ("aot_eager", "base", "bf16", 2e-2),
+        long("inductor", "large_lv60", "fp32", 1e-5),
+        long("inductor", "base", "fp32", 1e-5),
     ],
 )
 def test_few_graphs_compute_forwards_of_any_shape(

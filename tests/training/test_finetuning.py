@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
+from tests.helpers.tiers import long
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import Config, load_config
@@ -377,7 +378,7 @@ class TestRunScript:
         result = CliRunner().invoke(app, list(map(str, arguments)), obj=list(map(str, arguments)))
         assert result.exit_code == 0, result.output
 
-    @pytest.mark.parametrize("options", [[], pytest.param(["--scratch"], marks=pytest.mark.long)])
+    @pytest.mark.parametrize("options", [[], long(["--scratch"])])
     def test_it_repeats_the_command(
         self, spelled: Path, pretrained: Path, tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
