@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests.helpers.audio import cut_of, noise, write_audio, write_manifest, write_text
 from tests.helpers.commands import command, error_of
+from tests.helpers.tiers import long
 from w2vscale.cli.app import app, main
 from w2vscale.cli.progress import console
 from w2vscale.config import dump_config, load_config, preset_names
@@ -121,7 +122,7 @@ class TestTheProcess:
         assert done.stderr.startswith("error: override: optim.lr='fast': ")
         assert done.stderr.count("\n") == 1
 
-    @pytest.mark.parametrize("place", [0, 4], ids=["first", "last"])
+    @pytest.mark.parametrize("place", [long(0), 4], ids=["first", "last"])
     def test_debug_shows_the_traceback(self, place: int) -> None:
         arguments = ["config", "show", "base", "optim.lr=fast"]
         arguments.insert(place, "--debug")

@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_micro
+from tests.helpers.tiers import long
 
 pytestmark = pytest.mark.distributed
 
@@ -61,7 +62,7 @@ def apart(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -
     return train_micro(str(small_corpus.train), str(tmp_path_factory.mktemp("runs") / "apart"), (*TWENTY, *NO_DROPOUT))
 
 
-@pytest.mark.parametrize("concat", [2, 3])
+@pytest.mark.parametrize("concat", [2, long(3)])
 def test_concatenation_does_not_change_the_curve(apart: list[float], corpus: Path, tmp_path: Path, concat: int) -> None:
     together = train_micro(str(corpus), str(tmp_path / "together"), (*TWENTY, *NO_DROPOUT, f"batch.concat={concat}"))
     assert together == pytest.approx(apart, rel=1e-4)

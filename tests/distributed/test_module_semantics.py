@@ -40,7 +40,7 @@ VARIANTS = {
     "zero3_offload": ("engine={name: deepspeed, deepspeed_config: zero3_offload}",),
 }
 BF16 = {f"{name}_bf16": (*VARIANTS[name], "precision.compute=bf16") for name in ENGINES}
-EVERY = long_except({*ENGINES, "ddp_bf16"}, [*VARIANTS, *BF16])
+EVERY = long_except({*ENGINES} - {"zero1"}, [*VARIANTS, *BF16])
 OF_A_TEACHER = long_except({"ddp", "fsdp"}, ["ddp", "fsdp", "fsdp_keeping_parameters", "fsdp_offload"])
 STATISTICS = ("extras.norm.running_mean", "extras.norm.running_var", "extras.norm.num_batches_tracked")
 CONSTANT = ("extras.scale", "extras.order", "extras.offset")

@@ -23,6 +23,7 @@ import soundfile
 from tests.helpers.audio import FORMATS, cut_of, noise, write_audio, write_manifest
 from tests.helpers.batches import config_with, dataset_of
 from tests.helpers.commands import command, error_of
+from tests.helpers.tiers import long
 from w2vscale.config import load_config
 from w2vscale.corpora.shar import write_shards
 from w2vscale.data.assembly import Assembler
@@ -224,7 +225,7 @@ class TestNamesOfFiles:
         "~.wav",
     )
 
-    @pytest.mark.parametrize("absolute", [True, False])
+    @pytest.mark.parametrize("absolute", [True, long(False)])
     def test_they_are_read_and_nothing_else_happens(self, absolute: bool, here: Path) -> None:
         lines = []
         for number, name in enumerate(self.NAMES):

@@ -154,7 +154,7 @@ def test_forwards_are_as_large_as_allowed(monkeypatch: pytest.MonkeyPatch) -> No
     assert shapes == [(2, 16_000), (2, 16_000), (1, 16_000)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_does_not_depend_on_the_length(tmp_path: Path) -> None:
     """20 minutes of audio, whose samples alone are 73 MiB, need no more memory than 2 minutes."""
     done = subprocess.run(

@@ -187,6 +187,7 @@ def test_random_targets_are_frozen_and_come_from_the_seed(trained: Path) -> None
     assert not [name for name in open_checkpoint(trained).specs if name.startswith("optim.quantizer")]
 
 
+@pytest.mark.long
 def test_a_killed_run_continues_bit_for_bit(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     settings = [*MICRO_ENCODER, *MICRO_TRAINING, *OBJECTIVE, f"data.train={small_corpus.train}"]
     found = []

@@ -35,6 +35,7 @@ def phase(name: str, seconds: float = 60.0) -> Phase:
     return Phase(name, f"tests.helpers.phases:{name}", seconds)
 
 
+@pytest.mark.long
 def test_a_phase_that_does_not_finish_loses_its_own_rows_only(tmp_path: Path) -> None:
     phases = [phase("fails"), phase("hangs", 10.0), phase("talks_for_ever", 3.0), phase("dies"), phase("good")]
     document = run_phases(phases, CPU, tmp_path, seconds=120.0)

@@ -115,6 +115,7 @@ def test_another_model_is_refused(corpus: Path, uninterrupted: Path) -> None:
     assert "was made with 3" in printed
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_sigterm_to_the_launcher_stops_all_ranks_with_their_loaders(
     corpus: Path, uninterrupted: Path, tmp_path: Path

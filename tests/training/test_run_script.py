@@ -69,7 +69,7 @@ def started(small_corpus: SmallCorpus, folder: Path, *launcher: object, options:
     return folder / "exp" / "conf"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_continues_from_any_folder(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     exp = started(small_corpus, tmp_path, options=("--resume", "never", "--debug"))
     again = run(exp / "run.sh", cwd=Path("/"))
