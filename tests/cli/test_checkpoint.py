@@ -145,6 +145,8 @@ def test_what_is_no_checkpoint_is_one_line(name: str, tmp_path: Path, exp: Path)
     assert error(tmp_path / "no") == f"{tmp_path / 'no'}: no such checkpoint"
     (tmp_path / "empty").mkdir()
     assert error(tmp_path / "empty") == f"{tmp_path / 'empty'}: not a checkpoint: it has no train_state.json"
+    (tmp_path / "empty" / "checkpoints").mkdir()
+    assert error(tmp_path / "empty").startswith(f"{tmp_path / 'empty'}: this run has no checkpoint yet")
     assert error(exp / "config.yaml") == f"{exp / 'config.yaml'}: no such checkpoint"
     state = exp / "checkpoints" / "update_00000002" / "train_state.json"
     state.write_text("{")

@@ -54,6 +54,9 @@ class TestTrain:
 
     def test_a_missing_manifest_or_index_and_a_stale_index(self, corpus: Path) -> None:
         assert self.error("data.train=no.jsonl") == "no.jsonl: no such manifest"
+        assert self.error("data.train=a.wav") == "a.wav: no such manifest"
+        Path("a.wav").touch()
+        assert self.error("data.train=a.wav").startswith("a.wav: audio, not a manifest; make one with: w2vscale data")
         index = index_path(corpus).read_bytes()
         index_path(corpus).unlink()
         assert "w2vscale data index" in self.error(f"data.train={corpus}")
@@ -80,10 +83,13 @@ class TestTrain:
 
     def test_an_experiment_folder_that_cannot_be_written(self, corpus: Path, tmp_path: Path) -> None:
         blocked = write_text(tmp_path / "file")
-        for exp in (blocked, blocked / "deeper"):
-            assert self.error(f"data.train={corpus}", "--exp", exp).startswith(
-                f"{exp}: the folder of the run cannot be"
-            )
+        content = blocked.read_bytes()
+        for exp, problem in (
+            (blocked, "a file, not the folder of a run"),
+            (blocked / "deeper", "the folder of the run"),
+        ):
+            assert self.error(f"data.train={corpus}", "--exp", exp).startswith(f"{exp}: {problem}")
+        assert blocked.read_bytes() == content
 
     def test_a_checkpoint_that_does_not_exist(self, corpus: Path) -> None:
         assert "no/checkpoint" in self.error(f"data.train={corpus}", "--resume", "no/checkpoint")

@@ -39,10 +39,6 @@ def yaml_file(folder: Path, text: str) -> Path:
 
 
 class TestYaml:
-    def test_an_empty_file_gives_the_defaults(self, tmp_path: Path) -> None:
-        assert load_config(yaml_file(tmp_path, "")) == Config()
-        assert load_config(yaml_file(tmp_path, "# only a comment\n")) == Config()
-
     def test_a_section_with_all_settings_commented_out_keeps_those_of_the_preset(self, tmp_path: Path) -> None:
         assert load_config(yaml_file(tmp_path, "preset: tiny\noptim:\n#  lr: 1\n")) == load_config("tiny")
 
@@ -206,6 +202,12 @@ class TestSources:
         for path in (tmp_path / "none.yaml", tmp_path / "none.yaml" / "deeper.yaml"):
             assert error_of(path).startswith(f"{path}: neither a file nor a preset")
         assert error_of(tmp_path).startswith(f"{tmp_path}: has no config.yaml; give the folder of a run or checkpoint")
+
+    @pytest.mark.parametrize("content", ["", "# nothing\n", "optim:\n  # lr: 1e-3\n"])
+    def test_a_file_without_settings_is_refused(self, content: str, tmp_path: Path) -> None:
+        """It was cut short, or is not the one that was meant: the defaults would be trained for hours."""
+        path = yaml_file(tmp_path, content)
+        assert error_of(path).startswith(f"{path}: has no settings; to start from a preset, write for example: preset:")
 
     def test_the_error_names_a_file_below_a_file(self, tmp_path: Path) -> None:
         path = yaml_file(tmp_path, "") / "deeper.yaml"

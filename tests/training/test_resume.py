@@ -85,13 +85,17 @@ def test_sigterm_saves_and_the_same_command_continues(corpus: Path, uninterrupte
     wait_for_update(exp, 4)
     process.terminate()
     printed = finish(process, code=128 + signal.SIGTERM)
-    assert "stopped by SIGTERM" in printed
+    assert "stopped by SIGTERM; the same command continues from here\n" in printed
     stopped_at = len(curve(exp))
     state = json.loads((exp / "checkpoints" / "latest" / "train_state.json").read_text())
     assert state["update"] == stopped_at < 12
 
-    finish(start(corpus, exp))
+    with (exp / "metrics.jsonl").open("ab") as metrics:
+        metrics.write(b"\xff\xfe\n{\n[")
 
+    printed = finish(start(corpus, exp))
+
+    assert "metrics.jsonl: dropping 3 lines that cannot be read" in printed
     assert curve(exp) == curve(uninterrupted)
     assert weights(exp) == weights(uninterrupted)
 
@@ -101,6 +105,14 @@ def test_run_sh_repeats_the_command_and_finds_the_run_finished(uninterrupted: Pa
     done = subprocess.run([uninterrupted / "run.sh"], capture_output=True, text=True, timeout=DEADLINE, check=True)
     assert "nothing to do" in done.stdout
     assert weights(uninterrupted) == before
+
+
+def test_a_finished_run_keeps_the_settings_it_was_made_with(corpus: Path, uninterrupted: Path) -> None:
+    files = [uninterrupted / "config.yaml", uninterrupted / "run.sh"]
+    before = [file.read_text() for file in files]
+    printed = finish(start(corpus, uninterrupted, "trainer.seed=7"))
+    assert "trainer.seed was 0" in printed and "nothing to do" in printed
+    assert [file.read_text() for file in files] == before
 
 
 def test_never_refuses_a_folder_with_checkpoints(corpus: Path, uninterrupted: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
 from w2vscale.objectives import StepContext
 from w2vscale.objectives.contrastive import Contrastive
+from w2vscale.runtime import StopRequest
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train
 
@@ -183,6 +185,18 @@ def test_a_failed_start_does_not_change_an_earlier_run(finished: Path, small_cor
     with pytest.raises(UserError, match="was made with 3"):
         train(settings(small_corpus.train, "model.layers=2"), finished)
     assert (finished / "config.yaml").read_text() == before
+
+
+def test_a_run_that_is_stopped_before_its_first_update_says_that_nothing_was_to_be_saved(
+    small_corpus: SmallCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        code = train(settings(small_corpus.train), tmp_path, stop=stop)
+    assert code == 128 + signal.SIGTERM
+    printed = capsys.readouterr().out
+    assert printed.endswith("stopped by SIGTERM; the same command starts again: no update was complete\n")
+    assert not [*(tmp_path / "checkpoints").iterdir()]
 
 
 def test_slow_loading_is_a_warning(

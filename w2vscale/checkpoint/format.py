@@ -109,6 +109,8 @@ def read_document(path: Path) -> Document:
         raise UserError(f"{path}: no such checkpoint")
     file = path / "train_state.json"
     if not file.is_file():
+        if (path / "checkpoints").is_dir():
+            raise UserError(f"{path}: this run has no checkpoint yet (checkpoint.every says when it writes one)")
         raise UserError(f"{path}: not a checkpoint: it has no train_state.json")
     try:
         if (size := file.stat().st_size) > LARGEST_STATE:

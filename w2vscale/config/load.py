@@ -107,6 +107,8 @@ def _read_source(source: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: cannot be read as a configuration: {error}") from None
     tree = _parse_yaml(text, where=source)
+    if not tree:
+        raise UserError(f"{source}: has no settings; to start from a preset, write for example: preset: base")
     preset = tree.pop("preset", None)
     if preset is None:
         return tree

@@ -16,7 +16,6 @@ from lhotse.serialization import deserialize_item
 
 from w2vscale.corpora.header_cache import Header, HeaderCache
 from w2vscale.corpora.manifests import (
-    AUDIO_SUFFIXES,
     PreparedManifest,
     audio_files,
     cut_of_file,
@@ -25,7 +24,7 @@ from w2vscale.corpora.manifests import (
     line_of,
 )
 from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_map
-from w2vscale.data.audio import AudioError
+from w2vscale.data.audio import AUDIO_SUFFIXES, AudioError
 from w2vscale.data.cuts import NotACut, read_cut
 from w2vscale.errors import UserError
 from w2vscale.files import new_file, writing

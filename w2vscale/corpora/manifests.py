@@ -12,11 +12,9 @@ from typing import Any
 from lhotse import Recording, SupervisionSegment
 from lhotse.cut import Cut
 
-from w2vscale.data.audio import AudioError, check_header, only_libsndfile
+from w2vscale.data.audio import AUDIO_SUFFIXES, AudioError, check_header, only_libsndfile
 from w2vscale.errors import UserError
 from w2vscale.files import new_file
-
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
 
 
 @dataclass(frozen=True)

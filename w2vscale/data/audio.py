@@ -18,6 +18,7 @@ from w2vscale.data.resampling import Samples, at_rate
 
 LENGTH_TOLERANCE = 0.02  # seconds between decoded audio and its manifest: resampling and MP3 frames round
 HEADER_TOLERANCE = 0.025  # seconds between the header of a file and its manifest
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
 SEEKABLE_SUFFIXES = {".flac", ".wav"}  # formats in which every decoder seeks to the exact sample
 BLOCK_SECONDS = 60  # long utterances are read in blocks of this duration
 SAMPLING_RATES = range(1000, 500_001)  # in Hz; a header with another value is taken to be damaged

@@ -96,15 +96,13 @@ def loader_processes() -> Iterator[None]:
             how = f"was killed ({dead[2].strip()})" if dead[2] else "died"
             raise TemporaryError(
                 f"a loader process (pid {dead[1]}) {how}, often for lack of memory: each of data.workers processes "
-                "holds data.prefetch micro-batches; the same command continues from the newest checkpoint"
+                "holds data.prefetch micro-batches; the same command continues the run"
             ) from error
         except (EOFError, OSError) as error:
             # A loader that is killed while it hands a tensor over shows as a broken connection.
             if not any("multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
                 raise
-            raise TemporaryError(
-                "a loader process was killed or died; the same command continues from the newest checkpoint"
-            ) from error
+            raise TemporaryError("a loader process was killed or died; the same command continues the run") from error
         except UserError as error:
             if "Original Traceback" not in str(error):
                 raise

@@ -13,6 +13,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 from numpy.typing import NDArray
 
+from w2vscale.data.audio import AUDIO_SUFFIXES
 from w2vscale.data.cuts import MAX_SECONDS, not_a_cut, read_cut
 from w2vscale.errors import UserError
 
@@ -165,6 +166,8 @@ def check_manifest(path: Path) -> int:
         raise UserError(f"{path}: no such manifest")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: cannot be read: permission denied")
+    if path.suffix.lower() in AUDIO_SUFFIXES:
+        raise UserError(f"{path}: audio, not a manifest; make one with: w2vscale data prepare folder {path.parent} OUT")
     if path.suffix != ".jsonl":
         raise UserError(
             f"{path}: only uncompressed JSONL (*.jsonl) can be indexed; convert it with: lhotse copy {path} NEW.jsonl"

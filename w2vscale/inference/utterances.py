@@ -15,8 +15,7 @@ from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples
 
 from w2vscale.corpora.index import build_index
-from w2vscale.corpora.manifests import AUDIO_SUFFIXES
-from w2vscale.data.audio import AudioError, libsndfile_reason, read_audio, read_header
+from w2vscale.data.audio import AUDIO_SUFFIXES, AudioError, libsndfile_reason, read_audio, read_header
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.resampling import Samples

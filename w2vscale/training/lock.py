@@ -60,6 +60,8 @@ def locked(exp: Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]
     missing = [folder for folder in (exp, *exp.parents) if not folder.exists()]
     path = exp / "lock"
     try:
+        if exp.exists() and not exp.is_dir():
+            raise UserError(f"{exp}: a file, not the folder of a run; choose another --exp")
         exp.mkdir(parents=True, exist_ok=True)
         descriptor = _take(exp, path, log)
     except OSError as error:

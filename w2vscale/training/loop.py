@@ -80,7 +80,7 @@ def train(
         with _locked_by_main(exp, ranks, display.message) as require_lock, watchdog:
             run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
             with closing(run.engine):
-                make_folder(exp, run.config, ranks, command)
+                make_folder(exp, run.config, ranks, command, finished=run.state.update >= config.trainer.updates)
                 with explain_oom(config.batch):
                     per_forward = micro_batches_per_forward(run, display.message)
                     display.message(describe_update(run, per_forward))
@@ -138,6 +138,7 @@ class Trainer:
             tensorboard=config.logging.tensorboard,
             by_audio={"loss", *(key for panel in run.objective.panels() for key in panel.keys)},
             enabled=run.ranks.is_main,
+            log=display.message,
         )
         self.history = self._history()
         self.display = display
@@ -265,9 +266,10 @@ class Trainer:
             if self.state.update > self.logged:
                 self._log()
             self._save()
-        received = max(number for number in gather_from_ranks(self.stop.received) if number is not None)
-        self.display.message(f"stopped by {received.name}; the same command continues from here", "yellow")
         self._finish()
+        received = max(number for number in gather_from_ranks(self.stop.received) if number is not None)
+        where = "continues from here" if self.state.update else "starts again: no update was complete"
+        self.display.message(f"stopped by {received.name}; the same command {where}", "yellow")
         return 128 + received
 
     def _finish(self) -> None:

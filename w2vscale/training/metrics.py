@@ -15,6 +15,7 @@ import torch
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
+from w2vscale.errors import counted
 from w2vscale.evaluation.validation import reduce_sums
 from w2vscale.files import read_metrics, read_records, regular, write_text, writing
 from w2vscale.objectives import Sums, add_sums
@@ -86,11 +87,18 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, exp: Path, *, resumed_at: TrainState, tensorboard: bool, by_audio: Collection[str], enabled: bool
+        self,
+        exp: Path,
+        *,
+        resumed_at: TrainState,
+        tensorboard: bool,
+        by_audio: Collection[str],
+        enabled: bool,
+        log: Callable[[str], None],
     ) -> None:
         self.path, self._folder = exp / "metrics.jsonl", exp / "tb"
         self._by_audio = frozenset(by_audio)
-        self._enabled, self._tensorboard = enabled, tensorboard
+        self._enabled, self._tensorboard, self._log = enabled, tensorboard, log
         self._lines: TextIO | None = None
         self._curves: tuple[SummaryWriter, SummaryWriter] | None = None  # by updates, and by seconds of audio seen
         self.continue_from(resumed_at)
@@ -102,7 +110,12 @@ class MetricsWriter:
             return
         with writing(self.path):
             if self.path.is_file():
-                kept = [line for line in read_records(self.path) if _update_of(line) <= state.update]
+                records = read_records(self.path)
+                with open(self.path, "rb", opener=regular) as file:
+                    unreadable = sum(1 for _ in file) - len(records)
+                if unreadable > (1 if records else 0):  # a killed process may leave its last line incomplete
+                    self._log(f"warning: {self.path}: dropping {counted(unreadable, 'line')} that cannot be read")
+                kept = [line for line in records if _update_of(line) <= state.update]
                 write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             self._lines = open(self.path, "a", encoding="utf-8", opener=regular)  # noqa: SIM115
         if self._tensorboard:

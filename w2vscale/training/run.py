@@ -228,17 +228,22 @@ def _open_corpus(paths: Sequence[Path], config: Config, *, setting: str) -> Corp
     return corpus
 
 
-def make_folder(exp: Path, config: Config, ranks: Ranks, command: Sequence[str] | None) -> None:
+def make_folder(
+    exp: Path, config: Config, ranks: Ranks, command: Sequence[str] | None, *, finished: bool = False
+) -> None:
     """Create `exp/` with config.yaml and run.sh (see `run_script`). Collective.
 
-    `command` are the arguments of `w2vscale` that started the run; None if it was started from Python. Raises
-    UserError on every rank if rank 0 cannot write the folder.
+    `command` are the arguments of `w2vscale` that started the run; None if it was started from Python. In the folder of
+    a run that is `finished`, existing files stay, because they say how its model was made. Raises UserError on every
+    rank if rank 0 cannot write the folder.
     """
     with errors_on_all_ranks():
         if ranks.is_main:
             try:
                 (exp / "logs").mkdir(parents=True, exist_ok=True)
                 (exp / "checkpoints").mkdir(exist_ok=True)
+                if finished and (exp / "config.yaml").is_file() and (exp / "run.sh").is_file():
+                    return
                 write_text(exp / "config.yaml", dump_config(config))
                 given = command or ["train", str((exp / "config.yaml").resolve()), "--exp", str(exp.resolve())]
                 write_text(exp / "run.sh", run_script(given, ranks.world_size, local_processes(os.environ)))
