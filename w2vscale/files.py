@@ -115,18 +115,24 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         log.write("".join(json.dumps(record) + "\n" for record in records).encode())
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a log. Other lines, such as one that a killed process left incomplete, are skipped.
+def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of a log, and the number of other lines, such as one that a killed process left incomplete.
 
     Raises OSError if the file cannot be read.
     """
-    records = []
+    records, lines = [], 0
     with open(path, "rb", opener=regular) as file:
         while line := file.readline(LONGEST_LINE):
+            lines += 1
             with suppress(ValueError, RecursionError):
                 if isinstance(record := json.loads(line.decode(errors="replace")), dict):
                     records.append(record)
-    return records
+    return records, lines - len(records)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a log; other lines are skipped. Raises OSError if the file cannot be read."""
+    return read_log(path)[0]
 
 
 def read_metrics(path: Path, split: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
 from w2vscale.errors import counted
 from w2vscale.evaluation.validation import reduce_sums
-from w2vscale.files import read_metrics, read_records, regular, write_text, writing
+from w2vscale.files import read_log, read_metrics, regular, write_text, writing
 from w2vscale.objectives import Sums, add_sums
 
 if TYPE_CHECKING:
@@ -110,9 +110,7 @@ class MetricsWriter:
             return
         with writing(self.path):
             if self.path.is_file():
-                records = read_records(self.path)
-                with open(self.path, "rb", opener=regular) as file:
-                    unreadable = sum(1 for _ in file) - len(records)
+                records, unreadable = read_log(self.path)
                 if unreadable > (1 if records else 0):  # a killed process may leave its last line incomplete
                     self._log(f"warning: {self.path}: dropping {counted(unreadable, 'line')} that cannot be read")
                 kept = [line for line in records if _update_of(line) <= state.update]
