@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,71 +15,98 @@ from tests.helpers.batches import config_with, dataset_of, inputs_of, same, wind
 from tests.helpers.spelled import SPELLED, some_texts, write_spelled
 from w2vscale.config import load_config
 from w2vscale.data.inputs import join
-from w2vscale.data.randomness import Stream, generator
 from w2vscale.objectives import build_objective
-from w2vscale.objectives.masking import Spans, draw_masks, trim
+from w2vscale.objectives.masking import trim
 
 BATCHES = 2000
+UNTRIMMED = 400  # batches that show that the test can tell
 REFUSED_AT = 1.95 * (2 / BATCHES) ** 0.5  # two-sample Kolmogorov-Smirnov, p = 0.001
 
 
 class Case(NamedTuple):
-    """A micro-batch: `base` has 5 crops of 15.6 s, and `ctc_100h` 16 utterances of 12.5 s."""
+    """A preset, the frames of the utterances of a micro-batch, and what fairseq's file says about their masks."""
 
-    size: int
-    spans: Spans
-    rows: int
-    one_rounding: bool = True
+    preset: str
+    frames: tuple[int, ...]
+    probability: float
+    length: int = 10
+    least: int = 2
+    channels: int = 0  # > 0: channels are masked, not frames
+    padded: bool = True
 
 
-TIME = Case(781, Spans(0.65, 10, 2), 5)
+LONG = (624, 610, 540, 470, 380, 300, 220, 160)  # 12.5 s and less
 CASES = {
-    "time": TIME,
-    "time, fine-tuning": Case(624, Spans(0.65, 10, 2), 6, one_rounding=False),
-    "channels of ctc_100h": Case(768, Spans(0.5, 64, 0), 16),
-    "channels of ctc_960h": Case(768, Spans(0.1, 64, 0), 16),  # 1 or 2 spans, in all rows
-    "channels of XLS-R 2B": Case(1920, Spans(0.25, 64, 0), 6),  # 7 or 8
+    "fairseq_base": Case("fairseq_base", (781,) * 5, 0.65, padded=False),  # crops of 15.6 s
+    "ctc_100h": Case("ctc_100h", LONG, 0.65),
+    "ctc_large_1h": Case("ctc_large_1h", LONG, 0.75),
+    "utterances of about 10 frames": Case("ctc_large_100h", (9, 11, 14, 25), 0.5),
+    "channels of ctc_100h": Case("ctc_100h", (20,) * 16, 0.5, 64, 0, channels=768),
+    "channels of ctc_960h": Case("ctc_960h", (20,) * 16, 0.1, 64, 0, channels=768),  # 1 or 2 spans, in all rows
+    "channels of XLS-R 2B": Case("ctc_xlsr", (20,) * 6, 0.25, 64, 0, channels=1920),  # 7 or 8
 }
-CHANNELS = CASES["channels of ctc_100h"]
 
 
-def batch_of_fairseq(case: Case, draws: random.Random) -> list[set[int]]:
-    """The algorithm of `compute_mask_indices` with `require_same_masks`, written from its description, with sets.
+def batch_of_fairseq(case: Case, draws: np.random.Generator) -> list[NDArray[np.bool_]]:
+    """The algorithm of `compute_mask_indices` with `require_same_masks`, written from its description.
 
     The number of spans is rounded once for all rows, or in each row if utterances are padded.
     """
-    (probability, length, least), masks = case.spans, []
+    rows, masks = [case.channels] * len(case.frames) if case.channels else case.frames, []
     rounding = draws.random()
-    for _ in range(case.rows):
-        rounding = rounding if case.one_rounding else draws.random()
-        count = max(least, int(probability * case.size / length + rounding))
-        starts = draws.sample(range(case.size - length), count)
-        masks.append({place for start in starts for place in range(start, start + length)})
-    smallest = min(map(len, masks))
-    return [set(draws.sample(sorted(mask), smallest)) for mask in masks]
-
-
-def batch_of_ours(case: Case, number: int, *, trimmed: bool = True) -> list[NDArray[np.bool_]]:
-    generators = [generator(3, Stream.MASK, number, place) for place in range(case.rows)]
-    return draw_masks([case.size] * case.rows, case.spans, generators, trimmed=trimmed, one_rounding=case.one_rounding)
-
-
-def run_lengths(mask: Sequence[bool]) -> list[int]:
-    return [sum(1 for _ in run) for masked, run in groupby(mask) if masked]
+    for size in rows:
+        rounding = draws.random() if case.padded and not case.channels else rounding
+        count = max(case.least, int(case.probability * size / case.length + rounding))
+        room = size - case.length if size - case.length > count else count + 1
+        mask = np.zeros(size, dtype=np.bool_)
+        for start in draws.choice(room, count, replace=False):
+            mask[start : start + case.length] = True
+        masks.append(mask)
+    smallest = min(int(mask.sum()) for mask in masks)
+    for mask in masks:
+        unmasked = draws.choice(np.flatnonzero(mask), int(mask.sum()) - smallest, replace=False)
+        mask[unmasked] = False
+    return masks
 
 
 @cache
-def share_and_run(case: Case, which: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of one utterance of each of 2,000 batches: the share that is masked, and the length of one of its runs."""
-    draws, found = random.Random(which), []
-    for number in range(BATCHES):
-        if which == "fairseq":
-            marked = batch_of_fairseq(case, draws)[0]
-            mask = [place in marked for place in range(case.size)]
-        else:
-            mask = batch_of_ours(case, number, trimmed=which == "trimmed")[0].tolist()
-        found.append((sum(mask) / len(mask), draws.choice(run_lengths(mask))))
-    shares, runs = np.array(found).T
+def batches_of_ours(case: Case, trimmed: str, *overrides: str, batches: int = BATCHES) -> list[list[NDArray[np.bool_]]]:
+    """What the objective of the preset masks. A convolution that makes a frame of each sample replaces the others."""
+    model = [
+        "model.conv_layers=[[8,1,1]]",
+        "model.conv_norm_groups=8",
+        f"model.dim={case.channels or 768}",
+        "model.heads=12",
+    ]
+    objective = build_objective(load_config(case.preset, [*model, f"objective.mask_trim={trimmed}", *overrides]))
+    waveforms = [np.ones(frames, dtype=np.float32) for frames in case.frames]
+    targets = [[5]] * len(waveforms) if case.preset.startswith("ctc") else None
+    found = []
+    for number in range(batches):
+        inputs = inputs_of(objective, waveforms, targets, number=number, seed=3)
+        masks = inputs.channel_mask_BD if case.channels else inputs.audio.mask_BT
+        found.append([row[: case.channels or frames] for row, frames in zip(masks.numpy(), case.frames, strict=True)])
+    return found
+
+
+def pair_of(name: str) -> list[list[list[NDArray[np.bool_]]]]:
+    """Batches of a case without and with trimming."""
+    return [batches_of_ours(CASES[name], "none", batches=UNTRIMMED), batches_of_ours(CASES[name], "micro_batch")]
+
+
+def run_lengths(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    edges = np.diff(mask.astype(np.int8), prepend=0, append=0)
+    return np.flatnonzero(edges == -1) - np.flatnonzero(edges == 1)
+
+
+def shares_and_runs(batches: Sequence[list[NDArray[np.bool_]]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of one utterance of each batch, in turn: the share that is masked, and the length of one of its runs."""
+    draws, found = np.random.default_rng(0), []
+    for number, masks in enumerate(batches):
+        mask = masks[number % len(masks)]
+        runs = run_lengths(mask)
+        found.append((mask.mean(), draws.choice(runs) if runs.size else 0))
+    shares, runs = np.array(found, dtype=np.float64).T
     return shares, runs
 
 
@@ -92,29 +117,34 @@ def distance(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     return float(np.abs(ranks[0] - ranks[1]).max())
 
 
-@pytest.mark.parametrize("what", [0, 1], ids=["share", "run length"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_masks_have_the_distribution_of_fairseq(case: Case, what: int) -> None:
-    theirs = share_and_run(case, "fairseq")[what]
-    assert distance(share_and_run(case, "trimmed")[what], theirs) < REFUSED_AT
-    assert distance(share_and_run(case, "whole")[what], theirs) > 2 * REFUSED_AT  # the test could tell
+def test_masks_have_the_distribution_of_fairseq(case: Case) -> None:
+    draws = np.random.default_rng(1)
+    theirs = shares_and_runs([batch_of_fairseq(case, draws) for _ in range(BATCHES)])
+    trimmed = shares_and_runs(batches_of_ours(case, "micro_batch"))
+    whole = shares_and_runs(batches_of_ours(case, "none", batches=UNTRIMMED))
+    for ours, untrimmed, expected in zip(trimmed, whole, theirs, strict=True):
+        assert distance(ours, expected) < REFUSED_AT
+        assert distance(untrimmed, expected) > 2 * REFUSED_AT  # the test could tell
+
+
+@pytest.mark.parametrize(("preset", "masked"), [("fairseq_base", 1 / 2), ("ctc_1h", 1 / 4)])
+def test_the_number_of_spans_is_rounded_once_per_batch_or_in_each_padded_row(preset: str, masked: float) -> None:
+    """Two rows with one or two spans each: both have two in every second batch, or in every fourth."""
+    spans = ("objective.mask_probability=0.15", "objective.mask_min_spans=1")
+    batches = batches_of_ours(Case(preset, (100, 100), 0.15), "micro_batch", *spans)
+    share = np.mean([masks[0].sum() > 10 for masks in batches])
+    assert share == pytest.approx(masked, abs=5 * (masked * (1 - masked) / BATCHES) ** 0.5)
 
 
 def test_trimming_masks_less_in_shorter_runs() -> None:
     """The figures of the documentation: docs/hyperparameters.md."""
-    shares = [share_and_run(TIME, which)[0].mean() for which in ("whole", "trimmed")]
-    assert shares == pytest.approx([0.4905, 0.464], abs=0.004)
-    runs = [
-        [
-            length
-            for number in range(200)
-            for length in run_lengths(batch_of_ours(TIME, number, trimmed=trimmed)[0].tolist())
-        ]
-        for trimmed in (False, True)
-    ]
-    assert [np.mean(each) for each in runs] == pytest.approx([14.6, 8.5], abs=0.4)
-    channels = [share_and_run(CHANNELS, which)[0].mean() for which in ("whole", "trimmed")]
-    assert channels == pytest.approx([0.404, 0.304], abs=0.01)
+    both = pair_of("fairseq_base")
+    assert [shares_and_runs(found)[0].mean() for found in both] == pytest.approx([0.4905, 0.464], abs=0.004)
+    runs = [np.concatenate([run_lengths(masks[0]) for masks in found]).mean() for found in both]
+    assert runs == pytest.approx([14.6, 8.5], abs=0.4)
+    both = pair_of("channels of ctc_100h")
+    assert [shares_and_runs(found)[0].mean() for found in both] == pytest.approx([0.404, 0.304], abs=0.01)
 
 
 def test_utterances_of_different_lengths_get_the_smallest_count() -> None:
