@@ -19,7 +19,11 @@ RECIPE_SETTINGS = (
     "data.max_seconds", "data.min_seconds", "batch.max_seconds", "batch.micro_batches", "trainer.updates",
 )  # fmt: skip
 SIZES = ("large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b")
-NO_RECIPE = ("model.max_frames", "objective.name", "optim.groups", "schedule.initial_ratio", "schedule.stages")
+NO_RECIPE = ("model.max_frames", "objective.name", "objective.vocabulary", "objective.sentencepiece", "optim.groups")
+ONE_KIND = {  # settings of the schedule that only these kinds have
+    ("tri_stage",): ("schedule.initial_ratio", "schedule.stages"),
+    ("cosine", "linear"): ("schedule.warmup_updates", "schedule.first_step"),
+}
 
 
 def settings_page() -> str:
@@ -34,29 +38,30 @@ def settings_page() -> str:
 
 
 def hyperparameters_page() -> str:
-    """Tables of pretraining BASE in four toolkits, of our other sizes, and of the presets for fine-tuning."""
-    base = [
-        "## Pretraining BASE",
-        "",
-        "Bold: differs from `base`. Empty: there is no such setting.",
-        "",
-        *pretraining(),
-    ]
-    sizes = ["## Pretraining other sizes", "", "What differs from `base`.", "", *other_sizes()]
-    return "\n".join([*base, "", *sizes, "", "## Fine-tuning", "", *fine_tuning(), ""])
+    """Tables of three recipes in four toolkits, of our other sizes, and of the presets for fine-tuning."""
+    sections = (
+        ("Pretraining BASE", four_toolkits("base", "fairseq_base")),
+        ("Pretraining LARGE", four_toolkits("large_lv60", "fairseq_large_lv60")),
+        ("Pretraining other sizes", ["What differs from `base`.", "", *other_sizes()]),
+        ("Fine-tuning", fine_tuning()),
+        ("Fine-tuning BASE with 100 hours", four_toolkits("ctc_100h", "ctc_100h", without=("model.",))),
+    )
+    return "\n".join(line for title, lines in sections for line in (f"## {title}", "", *lines, ""))
 
 
-def pretraining() -> list[str]:
-    """The table of pretraining BASE."""
-    ours, others = recipe("base"), yaml.safe_load(OTHERS.read_text())
+def four_toolkits(name: str, as_published: str, *, without: tuple[str, ...] = ()) -> list[str]:
+    """The table of a recipe here and in three other toolkits."""
+    ours, others = recipe(name), yaml.safe_load(OTHERS.read_text())[name]
     others = {name: {key: in_yaml(value) for key, value in found.items()} for name, found in others.items()}
     assert not (unknown := set().union(*others.values()) - set(ours)), f"{OTHERS}: unknown settings {unknown}"
-    columns = [ours, recipe("fairseq_base") | others["fairseq"], others["transformers"], others["nvidia"]]
+    columns = [ours, recipe(as_published) | others["fairseq"], others["transformers"], others["nvidia"]]
     rows = []
     for key, value in ours.items():
-        texts = [column.get(key, "") for column in columns]
-        rows.append((f"`{key}`", *(text if text in (value, "", "model") else f"**{text}**" for text in texts)))
-    return table(("setting", "ours (`base`)", "fairseq (`fairseq_base`)", "Transformers", "NVIDIA"), rows)
+        if not key.startswith(without):
+            texts = [column.get(key, "") for column in columns]
+            rows.append((f"`{key}`", *(text if text in (value, "", "model") else f"**{text}**" for text in texts)))
+    fairseq = "fairseq" if name == as_published else f"fairseq (`{as_published}`)"
+    return table(("setting", f"ours (`{name}`)", fairseq, "Transformers", "NVIDIA"), rows)
 
 
 def other_sizes() -> list[str]:
@@ -88,11 +93,12 @@ def fine_tuning() -> list[str]:
 
 def recipe(preset: str) -> dict[str, str]:
     """The hyper-parameters of a preset, as YAML by their keys."""
-    found = {}
-    for section, values in effective(load(preset)[0]).items():
+    found, config = {}, load(preset)[0]
+    unused = {name for kinds, names in ONE_KIND.items() if config.schedule.kind not in kinds for name in names}
+    for section, values in effective(config).items():
         for key, value in values.items():
             name = f"{section}.{key}"
-            if (section in RECIPE and name not in NO_RECIPE) or name in RECIPE_SETTINGS:
+            if (section in RECIPE and name not in NO_RECIPE and name not in unused) or name in RECIPE_SETTINGS:
                 found[name] = in_yaml(value)
     return found
 

@@ -104,13 +104,17 @@ choose_labels() {
   esac
 }
 
-# Fine-tunes with the published settings for the amount of transcripts and the size of the pretrained model.
+# Fine-tunes with the published settings for the amount of transcripts and the size of the pretrained model, and keeps the
+# checkpoint with the lowest word error rate in validation.
 fine_tune_librispeech() {
   local width size=
   width=$(setting_of "$exp" model.dim)
   if ((width >= 1024)); then size=large_; fi
   log "settings: the preset ctc_$size$amount"
+  finetune_settings="checkpoint.keep_best=1 $finetune_settings"
+  if [[ $conf == fairseq_* ]]; then finetune_settings="objective.mask_trim=micro_batch $finetune_settings"; fi
   fine_tune "ctc_$size$amount" "$labels"
+  keep_best
 }
 
 find_manifests

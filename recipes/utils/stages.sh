@@ -53,6 +53,17 @@ fine_tune() {
   w2vscale report "${exp}_$amount" "${exp}_${amount}_scratch" --output "${exp}_$amount/curves.png"
 }
 
+# keep_best copies the checkpoint of both runs that had the lowest word error rate in validation to the folder `best` of the run.
+keep_best() {
+  local run
+  for run in "${exp}_$amount" "${exp}_${amount}_scratch"; do
+    if [[ ! -e $run/best/checkpoints/latest ]]; then w2vscale checkpoint average "$run" "$run/best" --best 1; fi
+  done
+}
+
+# best_of RUN prints the folder to use: that of keep_best if it was called, or the run.
+best_of() { if [[ -e $1/best ]]; then echo "$1/best"; else echo "$1"; fi; }
+
 # decode [SUFFIX OPTION…] decodes test_cuts with both runs: greedily, or with options of `w2vscale evaluate --wer`.
 decode() {
   local suffix=${1:-} run name cuts
@@ -60,7 +71,7 @@ decode() {
     for cuts in "${test_cuts[@]}"; do
       name=${cuts##*/cuts_}
       name=${name%.jsonl}$suffix
-      on_ranks evaluate "$run" --cuts "$cuts" --wer --output "$run/wer_$name.json" --html "$run/wer_$name.html" "${@:2}"
+      on_ranks evaluate "$(best_of "$run")" --cuts "$cuts" --wer --output "$run/wer_$name.json" --html "$run/wer_$name.html" "${@:2}"
     done
   done
 }
@@ -80,7 +91,7 @@ results() {
 export_models() {
   local run
   for run in "$exp" "${exp}_$amount"; do
-    if [[ ! -e $run/huggingface ]]; then w2vscale export "$run" "$run/huggingface"; fi
+    if [[ ! -e $run/huggingface ]]; then w2vscale export "$(best_of "$run")" "$run/huggingface"; fi
   done
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,20 @@ def lines_with_numbers(text: str) -> list[str]:
     """The lines of YAML on which a number is set, or on which a list of numbers ends."""
     found = set()
     for node in walk(yaml.compose(text)):
-        if isinstance(node, yaml.ScalarNode) and re.fullmatch(r"[-+]?[.\d][\d_.]*(e[-+]?\d+)?", node.value):
+        if isinstance(node, yaml.ScalarNode) and not isinstance(as_number(node.value), str):
             found.add(node.end_mark.line)
     lines = text.splitlines()
     return [lines[number] for number in sorted(found)]
+
+
+def as_number(value: str) -> float | str:
+    """The number that YAML or Python reads, or the text."""
+    for read in (yaml.safe_load, float):
+        with suppress(ValueError):
+            found = read(value)
+            if isinstance(found, int | float) and not isinstance(found, bool):
+                return float(found)
+    return value
 
 
 def walk(node: Any) -> Iterator[Any]:
@@ -155,7 +166,9 @@ def walk(node: Any) -> Iterator[Any]:
 
 def test_a_number_without_a_source_is_found() -> None:
     text = "# A file.\noptim: {lr: 1.0, kind: a} # ours\nbatch:\n  sizes: [1,\n    2]\n  eps: 1e-7\n  name: b2\n"
-    assert lines_with_numbers(text) == ["optim: {lr: 1.0, kind: a} # ours", "  sizes: [1,", "    2]", "  eps: 1e-7"]
+    text += "  a: 0x7d\n  b: .inf\n"
+    numbers = ["  sizes: [1,", "    2]", "  eps: 1e-7", "  a: 0x7d", "  b: .inf"]
+    assert lines_with_numbers(text) == ["optim: {lr: 1.0, kind: a} # ours", *numbers]
 
 
 class TestPresets:
@@ -218,7 +231,7 @@ class TestPresets:
         files = {found[1] for found in sources if found and found[1] != "ours"}
         assert all(re.search(rf"\b{re.escape(file)}", comments_of(text)) for file in files)  # the first lines say where
 
-    @pytest.mark.parametrize("name", [one for one in PRESETS if one in PUBLISHED])
+    @pytest.mark.parametrize("name", [one for one in PRESETS if not re.match("fairseq|ctc", one)])
     def test_the_first_lines_say_what_is_ours(self, name: str) -> None:
         comments = " ".join(comments_of((PRESET_FILES / f"{name}.yaml").read_text()).split())
         for part in ("cosine to 10 % of", "clipp", "at 1.0", "matrices", "masks", "BF16"):

@@ -169,11 +169,18 @@ def test_librispeech_runs_all_stages_with_shards_and_official_lists(environment:
     assert "settings: the preset ctc_large_10min" in printed
     assert load_config(tmp_path / "exp_10min").optim.lr == 1e-4
 
-    base = [one if one != str(tmp_path / "exp") else str(tmp_path / "base") for one in options]
+    assert dict(load_config(tmp_path / "exp_10min").objective)["mask_trim"] == "none"
+    assert [path.name for path in (tmp_path / "exp_10min" / "best" / "checkpoints").glob("update_*")] == [
+        "update_00000002"
+    ]
+
+    replaced = {str(tmp_path / "exp"): str(tmp_path / "base"), "large": "fairseq_base"}
+    base = [replaced.get(one, one) for one in options]
     run("librispeech", *base, "--stop-stage", "4", *SHORT, *SMALL_BATCH, environment=environment)
     printed = run("librispeech", *base, "--stage", "7", "--stop-stage", "7", environment=environment)
     assert "settings: the preset ctc_10min" in printed
-    assert load_config(tmp_path / "base_10min").optim.lr == 5e-5
+    tuned = load_config(tmp_path / "base_10min")
+    assert (tuned.optim.lr, dict(tuned.objective)["mask_trim"]) == (5e-5, "micro_batch")
     page = (tmp_path / "exp_10min" / "RESULTS.md").read_text()
     assert page.count("beam 50, toy.arpa") == 3 and "`exp_10min` against `exp_10min_scratch`" in page
 
