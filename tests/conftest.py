@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -16,10 +17,14 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+import typer.main
 
 from tests.helpers.audio import SmallCorpus, cut_of, noise, tone, write_audio, write_manifest
 from tests.helpers.processes import Started
 from tests.helpers.torchaudio import import_torchaudio
+
+# Typer builds all commands of the program at each call. A real process calls it once, tests thousands of times.
+typer.main.get_command = cache(typer.main.get_command)
 
 # No deadlines: the first example pays for imports, and the machine is shared.
 settings.register_profile("w2vscale", max_examples=30, deadline=None)
