@@ -43,7 +43,9 @@ if [[ $tier != long ]]; then
   check "mypy" mypy
   check "lint-imports" lint-imports --no-logo
   check "shellcheck" shellcheck --external-sources --source-path=SCRIPTDIR "${scripts[@]}"
-  check "docs" env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$(mktemp -d)"
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  check "docs" env NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$site"
 fi
 if [[ $tier == long && $# -eq 0 ]]; then
   check "without kernels" env W2VSCALE_KERNELS=plain python -m pytest -q -n 2 --dist loadfile -m "not long" \

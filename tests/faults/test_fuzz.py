@@ -314,7 +314,13 @@ def check_shard(files: tuple[bytes, bytes], good: Good) -> None:
     for name, content in zip(SHARD, files, strict=True):
         Path(name).write_bytes(content)
         shutil.copy(good.folder / "shards" / name.replace("000000", "000001"), ".")
-    settings = ["data.mode=stream", "data.max_seconds=2", "data.min_seconds=0.3", "data.workers=0"]
+    settings = [
+        "data.mode=stream",
+        "data.max_seconds=2",
+        "data.min_seconds=0.3",
+        "data.workers=0",
+        "data.stream_buffer=100",
+    ]
     config = load_config("tiny", [*settings, "batch.max_seconds=4"])
     data = config.data.model_copy(update={"train": [Path()]})
     assemble = Assembler(build_objective(config), config.model, seed=0)

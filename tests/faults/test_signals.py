@@ -61,9 +61,12 @@ def begun(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -
     return folder / "exp"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("phase", ["start-up", "loader start", "update", "validation", "save"])
+PHASES = ("start-up", "loader start", "update", "validation", "save")
+TRIES = [(phase, processes, signal.SIGTERM) for phase in PHASES for processes in (1, 2)]
+TRIES += [(phase, 2, number) for phase in ("update", "save") for number in (signal.SIGINT, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize(("phase", "processes", "number"), TRIES)
 def test_stops_in_time(
     small_corpus: SmallCorpus,
     tmp_path: Path,
