@@ -57,7 +57,8 @@ fine_tune() {
 keep_best() {
   local run
   for run in "${exp}_$amount" "${exp}_${amount}_scratch"; do
-    if [[ ! -e $run/best/checkpoints/latest ]]; then w2vscale checkpoint average "$run" "$run/best" --best 1; fi
+    rm -rf "$run/best" # of an earlier fine-tuning
+    w2vscale checkpoint average "$run" "$run/best" --best 1
   done
 }
 
@@ -98,6 +99,7 @@ export_models() {
 made_all() {
   made "settings" "$exp/config.yaml" "pretrained" "$exp/checkpoints/latest" "its evaluation" "$exp/evaluation.json" \
     "its curves" "$exp/curves.png" "TensorBoard" "$exp/tb" "fine-tuned" "${exp}_$amount/checkpoints/latest" \
+    "lowest WER" "${exp}_$amount/best" \
     "its curves" "${exp}_$amount/curves.png" "from scratch" "${exp}_${amount}_scratch/checkpoints/latest" \
     "for Transformers" "${exp}_$amount/huggingface" "results" "${exp}_$amount/RESULTS.md"
 }
