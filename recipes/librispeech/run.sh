@@ -45,6 +45,7 @@ lm=$(given --lm "$lm")
 
 manifests=$data/manifests
 labels=$manifests/cuts_$amount.jsonl
+decode_best=true
 
 # manifests_of PART… prints the manifests that exist. Parts of mini LibriSpeech are accepted, too.
 manifests_of() {
@@ -104,17 +105,15 @@ choose_labels() {
   esac
 }
 
-# Fine-tunes with the published settings for the amount of transcripts and the size of the pretrained model, and keeps the
-# checkpoint with the lowest word error rate in validation.
+# Fine-tunes with the published settings for the amount of transcripts and the size of the pretrained model, keeps the
+# checkpoint with the lowest word error rate in validation, and trims masks if pretraining did.
 fine_tune_librispeech() {
   local width size=
   width=$(setting_of "$exp" model.dim)
   if ((width >= 1024)); then size=large_; fi
-  log "settings: the preset ctc_$size$amount"
-  finetune_settings="checkpoint.keep_best=1 $finetune_settings"
-  if [[ $conf == fairseq_* ]]; then finetune_settings="objective.mask_trim=micro_batch $finetune_settings"; fi
+  finetune_settings="objective.mask_trim=$(setting_of "$exp" objective.mask_trim) checkpoint.keep_best=1 $finetune_settings"
+  log "settings: the preset ctc_$size$amount, $finetune_settings"
   fine_tune "ctc_$size$amount" "$labels"
-  keep_best
 }
 
 find_manifests

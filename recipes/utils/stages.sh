@@ -7,6 +7,7 @@
 #   test_cuts    array of manifests to decode
 #   finetune_settings   SECTION.KEY=VALUE, separated by spaces, to override settings of fine-tuning
 #   lm           n-gram language model for decode_with_lm
+#   decode_best  true: decode and export the checkpoint that was best in validation (needs checkpoint.keep_best)
 
 # pretrain CONF [SETTING…] pretrains on train_cuts.
 pretrain() {
@@ -53,26 +54,26 @@ fine_tune() {
   w2vscale report "${exp}_$amount" "${exp}_${amount}_scratch" --output "${exp}_$amount/curves.png"
 }
 
-# keep_best copies the checkpoint of both runs that had the lowest word error rate in validation to the folder `best` of the run.
-keep_best() {
-  local run
-  for run in "${exp}_$amount" "${exp}_${amount}_scratch"; do
-    rm -rf "$run/best" # of an earlier fine-tuning
-    w2vscale checkpoint average "$run" "$run/best" --best 1
-  done
+# best_of RUN prints its checkpoint with the lowest trainer.best_metric in validation if $decode_best is true, or else RUN.
+best_of() {
+  if ! ${decode_best:-false}; then
+    echo "$1"
+  else
+    python -c 'import sys; from pathlib import Path; from w2vscale.config import load_config
+from w2vscale.checkpoint.format import committed; from w2vscale.checkpoint.reader import best_first
+print(best_first(committed(Path(sys.argv[1], "checkpoints")), load_config(sys.argv[1]).trainer.best_metric)[0])' "$1"
+  fi
 }
-
-# best_of RUN prints the folder to use: that of keep_best if it was called, or the run.
-best_of() { if [[ -e $1/best ]]; then echo "$1/best"; else echo "$1"; fi; }
 
 # decode [SUFFIX OPTION…] decodes test_cuts with both runs: greedily, or with options of `w2vscale evaluate --wer`.
 decode() {
-  local suffix=${1:-} run name cuts
+  local suffix=${1:-} run name cuts checkpoint
   for run in "${exp}_$amount" "${exp}_${amount}_scratch"; do
+    checkpoint=$(best_of "$run")
     for cuts in "${test_cuts[@]}"; do
       name=${cuts##*/cuts_}
       name=${name%.jsonl}$suffix
-      on_ranks evaluate "$(best_of "$run")" --cuts "$cuts" --wer --output "$run/wer_$name.json" --html "$run/wer_$name.html" "${@:2}"
+      on_ranks evaluate "$checkpoint" --cuts "$cuts" --wer --output "$run/wer_$name.json" --html "$run/wer_$name.html" "${@:2}"
     done
   done
 }
@@ -90,16 +91,15 @@ results() {
 }
 
 export_models() {
-  local run
-  for run in "$exp" "${exp}_$amount"; do
-    if [[ ! -e $run/huggingface ]]; then w2vscale export "$(best_of "$run")" "$run/huggingface"; fi
-  done
+  local run=${exp}_$amount checkpoint
+  if [[ ! -e $exp/huggingface ]]; then w2vscale export "$exp" "$exp/huggingface"; fi
+  checkpoint=$(best_of "$run")
+  if [[ ! -e $run/huggingface ]]; then w2vscale export "$checkpoint" "$run/huggingface"; fi
 }
 
 made_all() {
   made "settings" "$exp/config.yaml" "pretrained" "$exp/checkpoints/latest" "its evaluation" "$exp/evaluation.json" \
     "its curves" "$exp/curves.png" "TensorBoard" "$exp/tb" "fine-tuned" "${exp}_$amount/checkpoints/latest" \
-    "lowest WER" "${exp}_$amount/best" \
     "its curves" "${exp}_$amount/curves.png" "from scratch" "${exp}_${amount}_scratch/checkpoints/latest" \
     "for Transformers" "${exp}_$amount/huggingface" "results" "${exp}_$amount/RESULTS.md"
 }

@@ -150,7 +150,7 @@ def lines_with_numbers(text: str) -> list[str]:
 def as_number(value: str) -> float | str:
     """The number that YAML or Python reads, or the text."""
     for read in (yaml.safe_load, float):
-        with suppress(ValueError):
+        with suppress(ValueError, yaml.YAMLError):
             found = read(value)
             if isinstance(found, int | float) and not isinstance(found, bool):
                 return float(found)
