@@ -70,7 +70,10 @@ class TestFolder:
         assert all(Path(cut.recording.sources[0].source).is_file() for cut in cuts_of(written).values())
         assert all(Path(cut.recording.sources[0].source).is_absolute() for cut in cuts_of(written).values())
 
-    def test_several_jobs_write_the_same(self, mixed_audio: Path, tmp_path: Path) -> None:
+    def test_several_jobs_write_the_same(
+        self, mixed_audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("w2vscale.corpora.folder.FILES_PER_CHUNK", 2)
         found = [prepare_folder(mixed_audio, tmp_path / str(jobs), jobs=jobs)[0] for jobs in (1, 3)]
         assert found[0].path.read_bytes() == found[1].path.read_bytes()
 
