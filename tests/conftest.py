@@ -23,7 +23,8 @@ from tests.helpers.audio import SmallCorpus, cut_of, noise, tone, write_audio, w
 from tests.helpers.processes import Started
 from tests.helpers.torchaudio import import_torchaudio
 
-# Typer builds all commands of the program at each call. A real process calls it once, tests thousands of times.
+# Typer builds all commands of the program at each call. A real process calls it once, tests thousands of times. If
+# typer.testing were imported before, it would keep the slow function.
 typer.main.get_command = cache(typer.main.get_command)
 
 # No deadlines: the first example pays for imports, and the machine is shared.

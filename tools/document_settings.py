@@ -39,27 +39,34 @@ def settings_page() -> str:
 
 def hyperparameters_page() -> str:
     """Tables of three recipes in four toolkits, of our other sizes, and of the presets for fine-tuning."""
-    sections = (
-        ("Pretraining BASE", four_toolkits("base", "fairseq_base")),
-        ("Pretraining LARGE", four_toolkits("large_lv60", "fairseq_large_lv60")),
-        ("Pretraining other sizes", ["What differs from `base`.", "", *other_sizes()]),
-        ("Fine-tuning", fine_tuning()),
-        ("Fine-tuning BASE with 100 hours", four_toolkits("ctc_100h", "ctc_100h", without=("model.",))),
+    bold = "Bold: differs from our preset."
+    base = (
+        f"{bold} model: that of patrickvonplaten/wav2vec2-base-v2. NVIDIA shortens the middle layers by 4 (Hourglass)."
     )
-    return "\n".join(line for title, lines in sections for line in (f"## {title}", "", *lines, ""))
+    large = f"{bold} model: that of the model that the user brings."
+    other = f"{bold} absent: no such setting. Transformers trains another model: XLSR-53, on Turkish Common Voice."
+    sections = (
+        ("Pretraining BASE", base, four_toolkits("base", "fairseq_base")),
+        ("Pretraining LARGE", large, four_toolkits("large_lv60", "fairseq_large_lv60")),
+        ("Fine-tuning BASE with 100 hours", other, four_toolkits("ctc_100h", "ctc_100h", without=("model.",))),
+        ("Pretraining other sizes", "What differs from `base`.", other_sizes()),
+        ("Fine-tuning", "The presets. Their other settings are those of `ctc_100h`.", fine_tuning()),
+    )
+    return "\n".join(line for title, about, rows in sections for line in (f"## {title}", "", about, "", *rows, ""))
 
 
 def four_toolkits(name: str, as_published: str, *, without: tuple[str, ...] = ()) -> list[str]:
-    """The table of a recipe here and in three other toolkits."""
-    ours, others = recipe(name), yaml.safe_load(OTHERS.read_text())[name]
+    """The table of a recipe here and in three other toolkits. Each of them has a value for every setting."""
+    ours = {key: value for key, value in recipe(name).items() if not key.startswith(without)}
+    others = yaml.safe_load(OTHERS.read_text())[name]
     others = {name: {key: in_yaml(value) for key, value in found.items()} for name, found in others.items()}
-    assert not (unknown := set().union(*others.values()) - set(ours)), f"{OTHERS}: unknown settings {unknown}"
     columns = [ours, recipe(as_published) | others["fairseq"], others["transformers"], others["nvidia"]]
-    rows = []
-    for key, value in ours.items():
-        if not key.startswith(without):
-            texts = [column.get(key, "") for column in columns]
-            rows.append((f"`{key}`", *(text if text in (value, "", "model") else f"**{text}**" for text in texts)))
+    rows = [
+        (f"`{key}`", *(text if text in (value, "model", "absent") else f"**{text}**" for text in texts))
+        for key, value in ours.items()
+        if (texts := [column[key] for column in columns])
+    ]
+    assert not (unknown := set().union(*others.values()) - set(ours)), f"{OTHERS}: unknown settings {unknown}"
     fairseq = "fairseq" if name == as_published else f"fairseq (`{as_published}`)"
     return table(("setting", f"ours (`{name}`)", fairseq, "Transformers", "NVIDIA"), rows)
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Pretrains wav2vec 2.0 BASE or LARGE on the 960 hours of LibriSpeech (or the parts of it that exist), fine-tunes it on
-# one of the published amounts of transcripts, and compares its word error rates with training from scratch.
+# one of the published amounts of transcripts, and compares its word error rates with training from scratch. It decodes
+# with the checkpoint that had the lowest word error rate in validation.
 #
 #   bash recipes/librispeech/run.sh --corpus /corpora/LibriSpeech --nproc 8
-#   bash recipes/librispeech/run.sh --conf fairseq_base                      with the recipe of fairseq
+#   bash recipes/librispeech/run.sh --conf fairseq_base                      with the recipe of fairseq, also masks in fine-tuning
 #   bash recipes/librispeech/run.sh --conf large --launcher slurm --amount 10h
 #   bash recipes/librispeech/run.sh --stage 6 --amount 100h                  fine-tunes the same model on more data
 #   bash recipes/librispeech/run.sh --exp exp/small batch.micro_batches=16   settings of pretraining follow the options

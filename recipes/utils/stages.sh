@@ -58,11 +58,21 @@ fine_tune() {
 best_of() {
   if ! ${decode_best:-false}; then
     echo "$1"
-  else
-    python -c 'import sys; from pathlib import Path; from w2vscale.config import load_config
-from w2vscale.checkpoint.format import committed; from w2vscale.checkpoint.reader import best_first
-print(best_first(committed(Path(sys.argv[1], "checkpoints")), load_config(sys.argv[1]).trainer.best_metric)[0])' "$1"
+    return
   fi
+  python - "$1" <<'END'
+import sys
+from pathlib import Path
+
+from w2vscale.checkpoint.format import committed
+from w2vscale.checkpoint.reader import best_first
+from w2vscale.config import load_config
+
+run = Path(sys.argv[1])
+metric = load_config(run).trainer.best_metric
+found = best_first(committed(run / "checkpoints"), metric)
+print(found[0] if found else sys.exit(f"error: {run}: no checkpoint has the validation metric {metric}"))
+END
 }
 
 # decode [SUFFIX OPTION…] decodes test_cuts with both runs: greedily, or with options of `w2vscale evaluate --wer`.
