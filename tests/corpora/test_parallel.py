@@ -125,10 +125,3 @@ class TestProcesses:
         assert process.exitcode == 130
         assert not any(lives(worker) for worker in process_ids(tmp_path))
         assert capfd.readouterr().err == ""
-
-
-@pytest.mark.parametrize(("chunks", "isolate", "here"), [(1, False, True), (1, True, False), (2, False, False)])
-def test_a_single_chunk_needs_no_other_process(chunks: int, isolate: bool, here: bool) -> None:
-    found = [*parallel_map(lambda chunk: os.getpid(), range(chunks), jobs=3, source=HERE, isolate=isolate)]
-    assert len(found) == chunks
-    assert all((process == os.getpid()) is here for process in found)

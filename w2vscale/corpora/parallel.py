@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,13 +44,10 @@ def parallel_map(
     """Apply `function` to each chunk with `jobs` processes; yields the results in order.
 
     At most 2 × `jobs` chunks are in progress. Chunks and results are pickled; `function` is not, because the processes
-    are forked. A single job or chunk runs in this process, unless `isolate` protects it from crashes of `function`. No
-    worker outlives its parent. Raises WorkerDied, naming `source`, if a worker was killed or crashed.
+    are forked. A single job runs in this process, unless `isolate` protects it from crashes of `function`. No worker
+    outlives its parent. Raises WorkerDied, naming `source`, if a worker was killed or crashed.
     """
-    chunks = iter(chunks)
-    first = [*islice(chunks, 2)]
-    chunks = chain(first, chunks)
-    if (jobs == 1 or len(first) < 2) and not isolate:
+    if jobs == 1 and not isolate:
         yield from map(function, chunks)
         return
     pool = ProcessPoolExecutor(
