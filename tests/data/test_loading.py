@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest
 from tests.helpers.batches import config_with, dataset_of, plan_of, same, windows_of
@@ -15,13 +18,14 @@ from tests.helpers.processes import Started
 from w2vscale.config import load_config
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.indexed import MicroBatches, check_sample, validation_set
-from w2vscale.data.loading import loader_processes, loader_settings
+from w2vscale.data.loading import _prepare_loader_process, loader_processes, loader_settings
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.plan import rank_window
 from w2vscale.errors import TemporaryError, UserError
 from w2vscale.models.lengths import input_samples
 from w2vscale.objectives import build_objective
+from w2vscale.runtime import Interrupted
 
 RATE = 16_000
 
@@ -98,6 +102,30 @@ class TestLoaderProcesses:
         failing = Failing(corpus, plan_of(corpus, config), assemble, config.data)
         with pytest.raises(UserError, match=r"^shard 7 is gone$"), loader_processes():
             next(windows_of(failing, range(3)))
+
+    def test_a_trainer_that_stops_while_it_takes_a_tensor_leaves_no_traceback(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        def hand_over(queue: Any) -> None:
+            _prepare_loader_process(0)
+            for number in range(3):
+                queue.put(torch.full((100,), number))
+            time.sleep(60)
+
+        def interrupted(*arguments: object) -> None:
+            raise Interrupted
+
+        processes = torch.multiprocessing.get_context("fork")
+        with loader_processes():
+            queue = processes.Queue()
+            processes.Process(target=hand_over, args=(queue,)).start()
+            for step in ("answer_challenge", "deliver_challenge"):
+                with monkeypatch.context() as patch:
+                    patch.setattr(multiprocessing.connection, step, interrupted)
+                    with pytest.raises(Interrupted):
+                        queue.get(timeout=30)
+            assert torch.equal(queue.get(timeout=30), torch.full((100,), 2))  # so it was done with the other two
+        assert capfd.readouterr().err == ""
 
     def test_other_errors_keep_their_traceback(self) -> None:
         with pytest.raises(RuntimeError, match=r"^a bug$"), loader_processes():

@@ -8,9 +8,12 @@ import multiprocessing.process
 import os
 import re
 import signal
+import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -134,3 +137,13 @@ def _prepare_loader_process(worker: int) -> None:
     gc.set_threshold(young, middle, FULL_COLLECTIONS)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = partial(_unless_disconnected, sys.excepthook)
+
+
+def _unless_disconnected(report: Callable[..., object], kind: type, error: Exception, trace: TracebackType) -> None:
+    """Report an error of a thread, unless the trainer has hung up: a stop signal ends its wait for a micro-batch.
+
+    The thread that hands over tensors, `multiprocessing.resource_sharer`, calls `sys.excepthook` for this.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        report(kind, error, trace)
