@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -18,6 +19,7 @@ import torch
 
 from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
 from tests.helpers.micro import MICRO_RUN
+from tests.helpers.processes import Started, running
 from w2vscale.analysis.report import draw_curves, read_run
 from w2vscale.config import Config, load_config
 from w2vscale.data.indexed import MicroBatches
@@ -197,6 +199,30 @@ def test_a_run_that_is_stopped_before_its_first_update_says_that_nothing_was_to_
     printed = capsys.readouterr().out
     assert printed.endswith("stopped by SIGTERM; the same command starts again: no update was complete\n")
     assert not [*(tmp_path / "checkpoints").iterdir()]
+
+
+def test_a_stop_signal_in_the_middle_of_a_fork_loses_no_loader_process(
+    small_corpus: SmallCorpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    started: Started,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    fork, forked = os.fork, []
+
+    def interrupted() -> int:
+        if (process := fork()) > 0:
+            forked.append(process)
+            signal.raise_signal(signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    with StopRequest() as stop:
+        code = train(settings(small_corpus.train, "data.workers=2"), tmp_path, stop=stop)
+    assert code == 128 + signal.SIGTERM
+    assert len(forked) == 2 and not started()
+    assert not any(map(running, forked))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_slow_loading_is_a_warning(

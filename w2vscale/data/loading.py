@@ -51,15 +51,17 @@ class TrainingData(Protocol):
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         """Yield the micro-batches that this rank runs in each update, of `micro_batches` in all. Loads them ahead.
 
-        `updates` are those of a run that has skipped no window.
+        `updates` are those of a run that has skipped no window. The call itself starts the loader processes.
         """
 
 
 def gather_windows(loader: Iterable[MicroBatch], updates: range, *, per_rank: int) -> Iterator[list[MicroBatch]]:
-    """Group the stream of micro-batches of a rank by update."""
+    """Group the stream of micro-batches of a rank by update. Starts the loader processes at once.
+
+    They must not start in the first `next`: a stop signal interrupts that, but must not interrupt a fork.
+    """
     stream = iter(loader)
-    for _ in updates:
-        yield [next(stream) for _ in range(per_rank)]
+    return ([next(stream) for _ in range(per_rank)] for _ in updates)
 
 
 def loader_settings(data: DataConfig, *, per_rank: int = 1, per_item: int = 1) -> dict[str, Any]:
