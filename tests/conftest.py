@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,10 @@ from tests.helpers.torchaudio import import_torchaudio
 # Typer builds all commands of the program at each call. A real process calls it once, tests thousands of times. If
 # typer.testing were imported before, it would keep the slow function.
 typer.main.get_command = cache(typer.main.get_command)
+
+# The shell has its background jobs ignore Ctrl-C, and they pass that on. The tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadlines: the first example pays for imports, and the machine is shared.
 settings.register_profile("w2vscale", max_examples=30, deadline=None)
