@@ -185,6 +185,7 @@ class Racer:
 def _race(connection: Connection, name: str, work: Work) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runtime.end_with_parent()
+    torch.manual_seed(work.config.trainer.seed)  # Transformers draws its quantizer's noise from torch's generator
     with one_line_errors(), suppress(EOFError, OSError):  # the bench has ended
         step = CONTENDERS[name](work.config, device)
         batch = work.batch()
