@@ -28,7 +28,7 @@ from tests.helpers.torchaudio import import_torchaudio
 # typer.testing were imported before, it would keep the slow function.
 typer.main.get_command = cache(typer.main.get_command)
 
-# The shell has its background jobs ignore Ctrl-C, and they pass that on. The tests send it.
+# A shell starts background jobs with Ctrl-C ignored, and their child processes inherit this. Some tests send Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

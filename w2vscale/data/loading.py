@@ -143,9 +143,10 @@ def _prepare_loader_process(worker: int) -> None:
 
 
 def _unless_disconnected(report: Callable[..., object], kind: type, error: Exception, trace: TracebackType) -> None:
-    """Report an error of a thread, unless the trainer has hung up: a stop signal ends its wait for a micro-batch.
+    """Report an error, except a connection that the trainer has closed.
 
-    The thread that hands over tensors, `multiprocessing.resource_sharer`, calls `sys.excepthook` for this.
+    A stop signal can end the trainer's wait while `multiprocessing.resource_sharer`, a thread of the loader, hands a
+    tensor over. That thread reports its errors with `sys.excepthook`.
     """
     if not issubclass(kind, (ConnectionError, EOFError)):
         report(kind, error, trace)

@@ -60,7 +60,7 @@ class Run:
     state: TrainState
 
     def windows(self) -> Iterator[list[MicroBatch]]:
-        """Start the loader processes, and yield this rank's windows, from the next update's to the last one's."""
+        """Start the loader processes, and yield the windows of this rank from the next update to the last."""
         last, count = self.config.trainer.updates + self.state.skipped_windows, self.config.batch.micro_batches
         return self.training_set.windows(
             range(self.state.window, last), micro_batches=count, rank=self.ranks.rank, world_size=self.ranks.world_size
