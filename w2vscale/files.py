@@ -1,7 +1,8 @@
-"""Atomic file writes, append-only logs of JSON records, and the header of safetensors files."""
+"""Text files of any encoding, atomic file writes, append-only logs of JSON records, and the header of safetensors."""
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import math
@@ -34,6 +35,53 @@ def regular(path: Path | str, flags: int) -> int:
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, "not a file", str(path))
+
+
+def read_text(path: Path | str, *, encoding: str | None = None) -> str:
+    """The text of a file that a person or another program has written, without a byte-order mark.
+
+    It is UTF-8, or UTF-16 or UTF-32, which are recognised by their byte-order mark or, for UTF-16, by their zero bytes.
+    `encoding` names another one. Raises OSError if the file cannot be read, and UserError, naming file and line, if it
+    is not text in this encoding.
+    """
+    with open(path, "rb", opener=regular) as file:
+        content = file.read()
+    encoding = encoding or _encoding_of(content)
+    try:
+        text = content.decode(encoding)
+    except LookupError:
+        raise UserError(f"{path}: no encoding has the name {encoding!r}; try for example latin-1 or cp1252") from None
+    except UnicodeDecodeError as error:
+        line = 1 + content[: error.start].decode(encoding, errors="replace").count("\n")
+        found = "ends in the middle of a character" if error.start >= len(content) - 1 else ""
+        found = found or f"byte 0x{content[error.start]:02x} at column {_column(content, error.start)}"
+        raise UserError(
+            f"{path}: line {line} is not {encoding.removesuffix('-sig').upper()} ({found}); convert the file, for "
+            "example with: iconv -f LATIN1 -t UTF-8"
+        ) from None
+    text = text.removeprefix("\ufeff")
+    if "\0" in text:
+        raise UserError(f"{path}: line {1 + text[: text.index(chr(0))].count(chr(10))} has a zero byte: it is not text")
+    return text
+
+
+def _encoding_of(content: bytes) -> str:
+    """The encoding that the first bytes show; UTF-8 if they show none."""
+    marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+    marks |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    for mark, encoding in marks.items():
+        if content.startswith(mark):
+            return encoding
+    # In UTF-16, line ends and spaces have a zero byte, whatever the script. Text in UTF-8 has none.
+    if 0 in content and len(content) % 2 == 0:
+        return "utf-16-be" if content[0::2].count(0) > content[1::2].count(0) else "utf-16-le"
+    return "utf-8"
+
+
+def _column(content: bytes, at: int) -> int:
+    """The column of the byte `at` in its line of UTF-8, counted in characters from 1."""
+    start = content.rfind(b"\n", 0, at) + 1
+    return 1 + len(content[start:at].decode(errors="replace"))
 
 
 @contextmanager

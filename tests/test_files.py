@@ -1,0 +1,55 @@
+"""Text files in any encoding."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from w2vscale.errors import UserError
+from w2vscale.files import read_text
+
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("text", ["zwei Töne\n", "ein Wort \r\nнаука и\n", "一 二\n", "x", ""])
+def test_unicode_is_recognised(tmp_path: Path, encoding: str, text: str) -> None:
+    if encoding.endswith("e") and text == "x":
+        pytest.skip("two bytes, one of them zero")
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    assert read_text(tmp_path / "a.txt") == text
+
+
+@given(text=st.text(st.characters(exclude_categories=("Cs", "Cc", "Cn"))))
+def test_utf_8_is_never_taken_for_something_else(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(text.encode())
+    assert read_text(path) == text.removeprefix("\ufeff")
+
+
+def test_other_bytes_name_file_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("eins\nzwei Töne\n".encode("latin-1"))
+    message = re.escape(f"{path}: line 2 is not UTF-8 (byte 0xf6 at column 7); convert the file")
+    with pytest.raises(UserError, match=message):
+        read_text(path)
+    assert read_text(path, encoding="latin-1") == "eins\nzwei Töne\n"
+    with pytest.raises(UserError, match="no encoding has the name 'latin-99'"):
+        read_text(path, encoding="latin-99")
+
+
+def test_a_cut_off_character_and_zero_bytes_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("eins\nzwei Tö".encode()[:-1])
+    with pytest.raises(UserError, match=r"line 2 is not UTF-8 \(ends in the middle of a character\)"):
+        read_text(path)
+    path.write_bytes("eins\n".encode("utf-16")[:-1])
+    with pytest.raises(UserError, match=r"line 1 is not UTF-16 \(ends in the middle of a character\)"):
+        read_text(path)
+    path.write_bytes(b"RIFF\0\0\1data")
+    with pytest.raises(UserError, match="line 1 has a zero byte: it is not text"):
+        read_text(path)
