@@ -16,10 +16,8 @@ ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-@pytest.mark.parametrize("text", ["zwei Töne\n", "ein Wort \r\nнаука и\n", "一 二\n", "x", ""])
+@pytest.mark.parametrize("text", ["zwei Töne\n", "ein Wort \r\nнаука и\n", "一 二\n", ""])
 def test_unicode_is_recognised(tmp_path: Path, encoding: str, text: str) -> None:
-    if encoding.endswith("e") and text == "x":
-        pytest.skip("two bytes, one of them zero")
     (tmp_path / "a.txt").write_bytes(text.encode(encoding))
     assert read_text(tmp_path / "a.txt") == text
 
