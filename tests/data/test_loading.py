@@ -86,9 +86,7 @@ class TestLoaderProcesses:
         with pytest.raises(UserError) as caught:
             read_until_one_dies()
         message = str(caught.value)
-        assert re.match(r"a loader process \(pid [\d, ]+\) (was killed \(Killed\)|died), .*data\.workers", message), (
-            message
-        )
+        assert re.match(r"a loader process was killed or died( \(Killed\))?, .*data\.workers", message), message
         assert "\n" not in message
         assert not started()
 

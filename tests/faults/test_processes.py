@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -58,8 +57,8 @@ if "RANK" in os.environ:
 """
 """Makes an update of two forwards on each rank take more than four seconds."""
 
-LOADER_ENDED = r"error: a loader process (\(pid {}\) )?(was killed|died)"
-"""PyTorch notices the death of a loader, of pid {}, in several ways, and not all know the process or the cause."""
+LOADER_ENDED = "error: a loader process was killed or died"
+"""PyTorch notices the death of a loader in several ways, and not all know the cause."""
 
 ENDLESS = ("trainer.updates=100000", "checkpoint.every=2", "data.workers=1")
 
@@ -113,7 +112,7 @@ class TestKilled:
             os.kill(loader, signal.SIGKILL)
             code, errors = run.end()
         assert code == TemporaryError.exit_code
-        assert re.search(LOADER_ENDED.format(loader), errors)
+        assert LOADER_ENDED in errors
         assert "Traceback" not in errors
         assert not run.temporary.exists()
 
@@ -129,7 +128,7 @@ class TestKilled:
             os.kill(loader, signal.SIGKILL)
             code, errors = run.end()
         assert code == TemporaryError.exit_code
-        assert re.search(LOADER_ENDED.format(loader), errors)
+        assert LOADER_ENDED in errors
         assert "Traceback" not in errors
 
 

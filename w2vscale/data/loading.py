@@ -90,24 +90,20 @@ def loader_processes() -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            dead = re.search(r"worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([^.]+))?", str(error))
+            dead = re.search(r"worker \(pid(?:\(s\))? [\d, ]+\)(?: is killed by signal: ([^.]+))?", str(error))
             if dead is None:
                 raise
             if "Bus error" in str(error):
                 raise UserError(
-                    f"a loader process (pid {dead[1]}) found no space in /dev/shm, which passes micro-batches on: "
-                    "enlarge it (docker: --shm-size), or lower data.prefetch or data.workers"
+                    "a loader process found no space in /dev/shm, which passes micro-batches on: enlarge it (docker: "
+                    "--shm-size), or lower data.prefetch or data.workers"
                 ) from error
-            how = f"was killed ({dead[2].strip()})" if dead[2] else "died"
-            raise TemporaryError(
-                f"a loader process (pid {dead[1]}) {how}, often for lack of memory: each of data.workers processes "
-                "holds data.prefetch micro-batches; the same command continues the run"
-            ) from error
+            raise _loader_ended(f" ({dead[1].strip()})" if dead[1] else "") from error
         except (EOFError, OSError) as error:
             # A loader that is killed while it hands a tensor over shows as a broken connection.
             if not any("multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
                 raise
-            raise TemporaryError("a loader process was killed or died; the same command continues the run") from error
+            raise _loader_ended() from error
         except UserError as error:
             if "Original Traceback" not in str(error):
                 raise
@@ -115,6 +111,13 @@ def loader_processes() -> Iterator[None]:
             raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2]) from error
         finally:
             _kill(set(multiprocessing.active_children()) - before)
+
+
+def _loader_ended(how: str = "") -> TemporaryError:
+    return TemporaryError(
+        f"a loader process was killed or died{how}, often for lack of memory: each of data.workers processes holds "
+        "data.prefetch micro-batches; the same command continues the run"
+    )
 
 
 def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
