@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pretrains wav2vec 2.0 on any folder of audio (wav, flac, ogg, opus, mp3). With --transcribed, also fine-tunes it,
+# Pretrains wav2vec 2.0 on any folder of audio. With --transcribed, also fine-tunes it,
 # decodes held-out utterances, and compares the error rate with training from scratch.
 #
 #   bash recipes/folder/run.sh --audio /data/recordings --nproc 8
@@ -21,7 +21,8 @@ exp=                    # folder of the run (default: exp/ and the name of --con
 segment_seconds=30      # split longer recordings into segments of this duration, in seconds
 validation_share=0.02   # fraction of the recordings to use for validation
 test_share=0.1          # fraction of the transcribed utterances to use for testing
-skip_unreadable=false   # skip files that are not audio
+vad=false               # cut recordings at pauses, and leave pauses out
+max_bad_fraction=0.05   # stop if more of the files cannot be used
 lm=                     # n-gram language model for a second decoding
 jobs=4                  # parallel jobs for data preparation
 nproc=1                 # processes for training and decoding
@@ -47,12 +48,12 @@ held_out=$manifests/cuts_validation.jsonl
 amount=transcribed
 labels=$data/transcribed/cuts_train.jsonl
 test_cuts=("$data/transcribed/cuts_validation.jsonl")
-skip=()
-if $skip_unreadable; then skip=(--skip-unreadable); fi
+cutting=()
+if $vad; then cutting=(--vad); fi
 
 prepare() {
   w2vscale data prepare folder "$audio" "$manifests" --segment-seconds "$segment_seconds" \
-    --validation-share "$validation_share" --jobs "$jobs" "${skip[@]}"
+    --validation-share "$validation_share" --max-bad-fraction "$max_bad_fraction" --jobs "$jobs" "${cutting[@]}"
 }
 index() {
   w2vscale data index "${train_cuts[@]}" "$held_out"
@@ -61,7 +62,7 @@ index() {
 export_pretrained() { w2vscale export "$exp" "$exp/huggingface"; }
 prepare_transcribed() {
   w2vscale data prepare folder "$transcribed" "$data/transcribed" --validation-share "$test_share" --jobs "$jobs" \
-    "${skip[@]}"
+    --max-bad-fraction "$max_bad_fraction"
   w2vscale data index "$labels" "${test_cuts[@]}"
 }
 fine_tune_transcribed() {

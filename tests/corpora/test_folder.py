@@ -21,12 +21,20 @@ from w2vscale.corpora.folder import prepare_folder
 from w2vscale.corpora.header_cache import HeaderCache
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.manifests import PreparedManifest
+from w2vscale.corpora.preparing import Options
+from w2vscale.corpora.report import Report
 from w2vscale.corpora.validate import validate_manifest
 from w2vscale.errors import UserError
 
 
 def cuts_of(manifest: PreparedManifest) -> dict[str, Cut]:
     return {cut.id: cut for cut in CutSet.from_file(manifest.path)}
+
+
+def prepare(audio: Path, out: Path, **arguments: Any) -> Report:
+    """`prepare_folder` with options as plain arguments."""
+    options = Options(**{name: arguments.pop(name) for name in [*arguments] if name in Options.__dataclass_fields__})
+    return prepare_folder(audio, out, options=options, **arguments)
 
 
 def error_of(call: object, *arguments: object, **options: object) -> str:
@@ -37,9 +45,12 @@ def error_of(call: object, *arguments: object, **options: object) -> str:
     return message
 
 
+WRITTEN = {"headers.sqlite", "cuts_train.jsonl", "prepare_report.json"}
+
+
 class TestFolder:
     def test_every_format_rate_and_channel_count_is_taken(self, mixed_audio: Path, tmp_path: Path) -> None:
-        (written,) = prepare_folder(mixed_audio, tmp_path)
+        (written,) = prepare(mixed_audio, tmp_path).manifests
         found = {cut.id: (cut.sampling_rate, round(cut.duration, 2)) for cut in cuts_of(written).values()}
         assert found == {
             "alice-one": (16_000, 3.0),
@@ -51,11 +62,10 @@ class TestFolder:
         }
         assert written.utterances == 6
         assert written.hours == pytest.approx(21.0 / 3600, abs=1e-4)
-        assert written.unreadable == 0
         assert validate_manifest(written.path).bad == 0
 
     def test_folders_are_speakers_and_texts_beside_files_transcripts(self, mixed_audio: Path, tmp_path: Path) -> None:
-        (written,) = prepare_folder(mixed_audio, tmp_path)
+        (written,) = prepare(mixed_audio, tmp_path).manifests
         found = {id: (cut.supervisions[0].speaker, cut.supervisions[0].text) for id, cut in cuts_of(written).items()}
         assert found["alice-one"] == ("alice", "HELLO THERE")
         assert found["alice-two"] == ("alice", None)
@@ -66,19 +76,19 @@ class TestFolder:
         self, mixed_audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(mixed_audio.parent)
-        (written,) = prepare_folder(Path("audio"), tmp_path)
+        (written,) = prepare(Path("audio"), tmp_path).manifests
         assert all(Path(cut.recording.sources[0].source).is_file() for cut in cuts_of(written).values())
         assert all(Path(cut.recording.sources[0].source).is_absolute() for cut in cuts_of(written).values())
 
     def test_several_jobs_write_the_same(
         self, mixed_audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("w2vscale.corpora.folder.FILES_PER_CHUNK", 2)
-        found = [prepare_folder(mixed_audio, tmp_path / str(jobs), jobs=jobs)[0] for jobs in (1, 3)]
+        monkeypatch.setattr("w2vscale.corpora.preparing.FILES_PER_CHUNK", 2)
+        found = [prepare(mixed_audio, tmp_path / str(jobs), jobs=jobs).manifests[0] for jobs in (1, 3)]
         assert found[0].path.read_bytes() == found[1].path.read_bytes()
 
     def test_lines_are_as_lhotse_writes_them(self, mixed_audio: Path, tmp_path: Path) -> None:
-        (written,) = prepare_folder(mixed_audio, tmp_path)
+        (written,) = prepare(mixed_audio, tmp_path).manifests
         lines = [json.loads(line) for line in written.path.read_text(encoding="utf-8").splitlines()]
         assert lines == [cut.to_dict() for cut in CutSet.from_file(written.path)]
         assert [line["id"] for line in lines] == [
@@ -92,11 +102,11 @@ class TestFolder:
 
     def test_progress_counts_each_files_header_and_cut(self, mixed_audio: Path, tmp_path: Path) -> None:
         seen: list[tuple[int, int]] = []
-        prepare_folder(mixed_audio, tmp_path, progress=lambda done, total: seen.append((done, total)))
+        prepare(mixed_audio, tmp_path, progress=lambda done, total: seen.append((done, total)))
         assert seen == [(6, 12), (12, 12)]
 
     def test_segments_of_long_recordings_lose_nothing(self, mixed_audio: Path, tmp_path: Path) -> None:
-        (written,) = prepare_folder(mixed_audio, tmp_path, segment_seconds=2.5)
+        (written,) = prepare(mixed_audio, tmp_path, segment_seconds=2.5).manifests
         cuts = list(cuts_of(written).values())
         assert written.utterances == len(cuts) == 11  # 3, 3.5, 4 and 6 s give 2, 2, 2 and 3; 2 and 2.5 s are whole
         assert max(cut.duration for cut in cuts) <= 2.5
@@ -111,7 +121,9 @@ class TestFolder:
             write_audio(tmp_path / "audio" / f"{number}.wav", noise(0.5, seed=number))
         ids = []
         for attempt in ("one", "two"):
-            written = prepare_folder(tmp_path / "audio", tmp_path / attempt, validation_share=0.3, segment_seconds=0.2)
+            written = prepare(
+                tmp_path / "audio", tmp_path / attempt, validation_share=0.3, segment_seconds=0.2
+            ).manifests
             assert [manifest.path.name for manifest in written] == ["cuts_train.jsonl", "cuts_validation.jsonl"]
             ids.append([{cut.recording.id for cut in cuts_of(manifest).values()} for manifest in written])
         assert ids[0] == ids[1]
@@ -122,10 +134,10 @@ class TestFolder:
     def test_a_file_added_later_moves_no_other_between_the_sets(self, tmp_path: Path) -> None:
         for number in range(20):
             write_audio(tmp_path / "audio" / f"{number}.wav", noise(0.5, seed=number))
-        before = prepare_folder(tmp_path / "audio", tmp_path / "out", validation_share=0.3)
+        before = prepare(tmp_path / "audio", tmp_path / "out", validation_share=0.3).manifests
         held_out = set(cuts_of(before[1]))
         write_audio(tmp_path / "audio" / "another.wav", noise(0.5, seed=99))
-        after = prepare_folder(tmp_path / "audio", tmp_path / "out", validation_share=0.3)
+        after = prepare(tmp_path / "audio", tmp_path / "out", validation_share=0.3).manifests
         assert held_out - {"another"} == set(cuts_of(after[1])) - {"another"}
 
 
@@ -142,17 +154,17 @@ class TestCalledAgain:
 
     @pytest.fixture(autouse=True)
     def _in_small_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("w2vscale.corpora.folder.FILES_PER_CHUNK", 4)
+        monkeypatch.setattr("w2vscale.corpora.preparing.FILES_PER_CHUNK", 4)
 
     def again(self, audio: Path, out: Path, **options: Any) -> tuple[int, int]:
         """How many files were read and known; what is written is what another call writes from nothing."""
-        written = prepare_folder(audio, out, **options)
-        fresh = prepare_folder(audio, out.with_name(f"{out.name}-fresh"), **options)
+        report = prepare(audio, out, **options)
+        written = report.manifests
+        fresh = prepare(audio, out.with_name(f"{out.name}-fresh"), **options).manifests
         assert [one.path.read_bytes() for one in written] == [one.path.read_bytes() for one in fresh]
         assert [(one.utterances, one.hours) for one in written] == [(one.utterances, one.hours) for one in fresh]
         shutil.rmtree(fresh[0].path.parent)
-        assert len({(one.read, one.unchanged) for one in written}) == 1
-        return written[0].read, written[0].unchanged
+        return report.headers_read, report.headers_unchanged
 
     def test_nothing_is_read_where_nothing_changed(self, audio: Path, tmp_path: Path) -> None:
         assert self.again(audio, tmp_path / "out") == (20, 0)
@@ -161,8 +173,9 @@ class TestCalledAgain:
         before, content = file.stat(), file.read_bytes()
         file.write_bytes(bytes(len(content)))  # not even opened: it would be found unreadable
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-        (written,) = prepare_folder(audio, tmp_path / "out")
-        assert (written.read, written.unchanged, written.unreadable, written.utterances) == (0, 20, 0, 20)
+        report = prepare(audio, tmp_path / "out")
+        assert (report.headers_read, report.headers_unchanged, report.unusable) == (0, 20, [])
+        assert report.manifests[0].utterances == 20
         assert (tmp_path / "out" / "headers.sqlite").read_bytes() == cache
 
     @pytest.mark.parametrize("jobs", [1, 3])
@@ -201,7 +214,7 @@ class TestCalledAgain:
                 if done == 8:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            prepare_folder(audio, tmp_path / "out", jobs=jobs, progress=kill)
+            prepare(audio, tmp_path / "out", jobs=jobs, progress=kill)
 
         process = multiprocessing.get_context("fork").Process(target=killed)
         process.start()
@@ -209,13 +222,17 @@ class TestCalledAgain:
         assert process.exitcode == -signal.SIGKILL
         assert not [*(tmp_path / "out").glob("*cuts*")]
         assert self.again(audio, tmp_path / "out", jobs=jobs) == (12, 8)
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {"headers.sqlite", "cuts_train.jsonl"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            "headers.sqlite",
+            "cuts_train.jsonl",
+            "prepare_report.json",
+        }
 
     @pytest.mark.parametrize("jobs", [1, 3])
     def test_a_call_killed_while_it_writes_leaves_the_manifest_as_it_was(
         self, jobs: int, audio: Path, tmp_path: Path
     ) -> None:
-        (written,) = prepare_folder(audio, tmp_path / "out")
+        (written,) = prepare(audio, tmp_path / "out").manifests
         before = written.path.read_bytes()
 
         def killed() -> None:
@@ -223,7 +240,7 @@ class TestCalledAgain:
                 if done == 32:
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            prepare_folder(audio, tmp_path / "out", jobs=jobs, segment_seconds=0.2, progress=kill)
+            prepare(audio, tmp_path / "out", jobs=jobs, segment_seconds=0.2, progress=kill)
 
         process = multiprocessing.get_context("fork").Process(target=killed)
         process.start()
@@ -231,7 +248,11 @@ class TestCalledAgain:
         assert process.exitcode == -signal.SIGKILL
         assert written.path.read_bytes() == before
         assert self.again(audio, tmp_path / "out", jobs=jobs, segment_seconds=0.2) == (0, 20)
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {"headers.sqlite", "cuts_train.jsonl"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {
+            "headers.sqlite",
+            "cuts_train.jsonl",
+            "prepare_report.json",
+        }
 
     def test_a_damaged_cache_starts_empty(self, audio: Path, tmp_path: Path) -> None:
         self.again(audio, tmp_path / "out")
@@ -247,12 +268,12 @@ class TestCalledAgain:
 
     def test_unreadable_files_are_tried_again(self, audio: Path, tmp_path: Path) -> None:
         bad = write_text(audio / "s2" / "bad.flac")
-        message = error_of(prepare_folder, audio, tmp_path / "out", jobs=2)
+        message = error_of(prepare, audio, tmp_path / "out", jobs=2, strict=True)
         assert message.startswith(f"{bad}: not readable as audio: ")
-        assert [path.name for path in (tmp_path / "out").iterdir()] == ["headers.sqlite"]
-        assert self.again(audio, tmp_path / "out", skip_unreadable=True) == (1, 20)
-        (written,) = prepare_folder(audio, tmp_path / "out", skip_unreadable=True)
-        assert (written.utterances, written.unreadable) == (20, 1)
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"headers.sqlite", "prepare_report.json"}
+        assert self.again(audio, tmp_path / "out") == (1, 20)
+        report = prepare(audio, tmp_path / "out")
+        assert (report.manifests[0].utterances, [one.path for one in report.unusable]) == (20, ["s2/bad.flac"])
         write_audio(bad, noise(1.0))
         assert self.again(audio, tmp_path / "out") == (1, 20)
 
@@ -261,77 +282,87 @@ class TestFoldersThatAreRefused:
     def test_a_missing_folder_and_a_file(self, tmp_path: Path) -> None:
         file = write_text(tmp_path / "file.flac")
         for path in (tmp_path / "no", file):
-            assert error_of(prepare_folder, path, tmp_path) == f"{path}: no such folder"
+            assert error_of(prepare, path, tmp_path) == f"{path}: no such folder"
 
-    def test_a_folder_without_audio(self, tmp_path: Path) -> None:
-        write_text(tmp_path / "audio" / "a.txt")
+    def test_a_folder_without_audio_and_what_is_there_instead(self, tmp_path: Path) -> None:
+        write_text(tmp_path / "audio" / "a.pdf")
         (tmp_path / "audio" / "folder.flac").mkdir()
-        message = error_of(prepare_folder, tmp_path / "audio", tmp_path)
-        assert message == f"{tmp_path / 'audio'}: no audio files (looked for .flac, .mp3, .ogg, .opus, .wav)"
+        message = error_of(prepare, tmp_path / "audio", tmp_path)
+        assert message == f"{tmp_path / 'audio'}: no audio in it (1 .pdf: not audio)"
 
-    @pytest.mark.parametrize("suffix", [".flac", ".wav", ".ogg", ".opus", ".mp3"])
+    @pytest.mark.parametrize("suffix", [".flac", ".wav", ".ogg", ".opus", ".mp3", ".aiff", ".m4a", ".webm"])
     def test_a_text_file_named_as_audio(self, suffix: str, tmp_path: Path) -> None:
         write_audio(tmp_path / "audio" / "good.flac", noise(1.0))
         bad = write_text(tmp_path / "audio" / f"bad{suffix}")
-        assert error_of(prepare_folder, tmp_path / "audio", tmp_path).startswith(f"{bad}: not readable as audio: ")
-        (written,) = prepare_folder(tmp_path / "audio", tmp_path, skip_unreadable=True)
-        assert (written.utterances, written.unreadable) == (1, 1)
+        message = error_of(prepare, tmp_path / "audio", tmp_path, strict=True)
+        assert message.startswith(f"{bad}: not readable as audio: ")
+        report = prepare(tmp_path / "audio", tmp_path)
+        assert report.manifests[0].utterances == 1
+        assert [(one.path, one.kind) for one in report.unusable] == [(bad.name, "undecodable")]
 
-    def test_how_many_are_unreadable_and_how_to_leave_them_out(self, tmp_path: Path) -> None:
+    def test_how_many_are_unusable_and_how_to_leave_them_out(self, tmp_path: Path) -> None:
         write_audio(tmp_path / "audio" / "good.flac", noise(1.0))
         for number in range(3):
             write_text(tmp_path / "audio" / f"bad{number}.flac")
-        message = error_of(prepare_folder, tmp_path / "audio", tmp_path)
-        assert message.endswith(" (and 2 more of 4 files); leave such files out with --skip-unreadable")
+        message = error_of(prepare, tmp_path / "audio", tmp_path, strict=True)
+        assert message.endswith(" (and 2 more of 4 files); without --strict, such files are left out")
 
-    def test_nothing_but_unreadable_files_even_when_they_are_to_be_skipped(self, tmp_path: Path) -> None:
+    def test_nothing_but_unusable_files(self, tmp_path: Path) -> None:
         write_text(tmp_path / "audio" / "bad.flac")
-        message = error_of(prepare_folder, tmp_path / "audio", tmp_path, skip_unreadable=True)
-        assert message.endswith("no readable file is left")
+        assert error_of(prepare, tmp_path / "audio", tmp_path).endswith("no usable file is left")
+
+    def test_too_many_unusable_files(self, tmp_path: Path) -> None:
+        for number in range(11):
+            write_text(tmp_path / "audio" / f"bad{number}.flac")
+            write_audio(tmp_path / "audio" / f"good{number}.flac", noise(0.5))
+        message = error_of(prepare, tmp_path / "audio", tmp_path / "out")
+        assert message.endswith("(and 10 more of 22 files): that is 50.0%, above --max-bad-fraction 0.05")
+        report = json.loads((tmp_path / "out" / "prepare_report.json").read_text())
+        assert len(report["unusable"]) == 11 and not report["manifests"]
+        assert prepare(tmp_path / "audio", tmp_path / "out", max_bad_fraction=0.5).manifests[0].utterances == 11
 
     def test_a_name_that_is_no_text(self, tmp_path: Path) -> None:
         file = write_audio(tmp_path / "audio" / "good.wav", noise(1.0))
         shutil.copy(file, os.fsencode(file.parent) + b"/b\xffd.wav")
-        assert "its name is not UTF-8: rename it" in error_of(prepare_folder, tmp_path / "audio", tmp_path)
-        (written,) = prepare_folder(tmp_path / "audio", tmp_path, skip_unreadable=True)
-        assert (written.utterances, written.unreadable) == (1, 1)
+        report = prepare(tmp_path / "audio", tmp_path)
+        assert [one.reason for one in report.unusable] == ["its name is not UTF-8: rename it"]
+        assert report.manifests[0].utterances == 1
 
     def test_audio_of_no_samples(self, tmp_path: Path) -> None:
         empty = write_audio(tmp_path / "audio" / "a.wav", np.zeros(0, np.float32))
-        assert error_of(prepare_folder, tmp_path / "audio", tmp_path).startswith(f"{empty}: holds no audio")
+        assert error_of(prepare, tmp_path / "audio", tmp_path).startswith(f"{empty}: holds no audio")
 
-    @pytest.mark.parametrize(("one", "other"), [("a.wav", "a.flac"), ("b/a.wav", "b-a.wav"), ("a.wav", "a.WAV")])
-    def test_two_files_that_would_have_one_id(self, one: str, other: str, tmp_path: Path) -> None:
-        for name in (one, other):
+    def test_two_files_that_would_have_one_id(self, tmp_path: Path) -> None:
+        for name in ("b/a.wav", "b-a.wav"):
             write_audio(tmp_path / "audio" / name, noise(1.0))
-        message = error_of(prepare_folder, tmp_path / "audio", tmp_path)
-        assert one in message and other in message and "same id" in message
+        message = error_of(prepare, tmp_path / "audio", tmp_path)
+        assert message == "b/a.wav: its id, b-a.wav, is also that of another file; rename one of them"
 
     @pytest.mark.parametrize("share", [-0.1, 1.0, 2.0, float("nan")])
     def test_a_validation_share_out_of_range(self, share: float, mixed_audio: Path, tmp_path: Path) -> None:
-        message = error_of(prepare_folder, mixed_audio, tmp_path, validation_share=share)
+        message = error_of(prepare, mixed_audio, tmp_path, validation_share=share)
         assert message.startswith(f"--validation-share {share}: ")
 
     def test_a_validation_share_that_leaves_a_set_empty(self, tmp_path: Path) -> None:
         write_audio(tmp_path / "audio" / "a.wav", noise(1.0))
-        message = error_of(prepare_folder, tmp_path / "audio", tmp_path, validation_share=0.5)
+        message = error_of(prepare, tmp_path / "audio", tmp_path, validation_share=0.5)
         assert message == "--validation-share 0.5: leaves no recording for training (number of files: 1)"
 
     @pytest.mark.parametrize("seconds", [0.0, -3.0, float("nan")])
     def test_segments_of_no_length(self, seconds: float, mixed_audio: Path, tmp_path: Path) -> None:
-        message = error_of(prepare_folder, mixed_audio, tmp_path, segment_seconds=seconds)
+        message = error_of(prepare, mixed_audio, tmp_path, segment_seconds=seconds)
         assert message.startswith(f"--segment-seconds {seconds}: ")
 
     def test_an_output_that_cannot_be_written_leaves_nothing_behind(self, mixed_audio: Path, tmp_path: Path) -> None:
         blocked = write_text(tmp_path / "file")
-        assert error_of(prepare_folder, mixed_audio, blocked).startswith(f"{blocked / 'cuts_train.jsonl'}: cannot be")
-        assert error_of(prepare_folder, mixed_audio, blocked / "deeper").startswith(str(blocked / "deeper"))
+        assert error_of(prepare, mixed_audio, blocked).startswith(f"{blocked / 'cuts_train.jsonl'}: cannot be")
+        assert error_of(prepare, mixed_audio, blocked / "deeper").startswith(str(blocked / "deeper"))
         (tmp_path / "out" / "cuts_train.jsonl").mkdir(parents=True)
-        message = error_of(prepare_folder, mixed_audio, tmp_path / "out")
+        message = error_of(prepare, mixed_audio, tmp_path / "out")
         assert message.startswith(f"{tmp_path / 'out' / 'cuts_train.jsonl'}: cannot be written: ")
         assert {path.name for path in (tmp_path / "out").iterdir()} == {"headers.sqlite", "cuts_train.jsonl"}
 
     def test_a_cache_that_cannot_be_written(self, mixed_audio: Path, tmp_path: Path) -> None:
         (tmp_path / "headers.sqlite").mkdir()
-        message = error_of(prepare_folder, mixed_audio, tmp_path)
+        message = error_of(prepare, mixed_audio, tmp_path)
         assert message.startswith(f"{tmp_path / 'headers.sqlite'}: cannot be written: ")

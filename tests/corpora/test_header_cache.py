@@ -16,7 +16,7 @@ from w2vscale.corpora.header_cache import Header, HeaderCache
 from w2vscale.errors import UserError
 
 FOLDER = Path("/audio")
-HEADERS = [Header(f"s{number % 3}/{number}.wav", number, 10**18 + number, f'{{"id": {number}}}') for number in range(9)]
+HEADERS = [Header(f"s{n % 3}/{n}.wav", n, 10**18 + n, 16_000, 1, 100 * n, f"[{n}]") for n in range(9)]
 
 
 def cache_at(path: Path, folder: Path = FOLDER) -> closing[HeaderCache]:
@@ -47,7 +47,7 @@ def test_headers_are_those_that_were_added_last(path: Path) -> None:
 
 
 def test_names_need_not_be_text(path: Path) -> None:
-    header = Header(os.fsdecode(b"b\xffd.wav"), 1, 2, "{}")
+    header = Header(os.fsdecode(b"b\xffd.wav"), 1, 2, 8_000, 2, 3)
     with cache_at(path) as cache:
         cache.add([header])
         assert cache.get(header.file) == header
@@ -93,7 +93,7 @@ def test_a_full_disk_is_one_line(path: Path) -> None:
         pages = cache._database.execute("PRAGMA page_count").fetchone()[0]
         cache._database.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(UserError, match=rf"^{path}: cannot be written: database or disk is full$"):
-            cache.add([Header("large.wav", 1, 1, "x" * 100_000)])
+            cache.add([Header("large.wav", 1, 1, 1, 1, 1, "x" * 100_000)])
     assert files_in(path) == 9
 
 
@@ -104,7 +104,7 @@ def test_what_was_added_survives_a_kill_at_any_moment(milliseconds: int, tmp_pat
     def add(report: Connection) -> None:
         with cache_at(path) as cache:
             for number in range(100_000):
-                cache.add(Header(f"{number}-{n}.wav", n, n, "x" * 600) for n in range(8))
+                cache.add(Header(f"{number}-{n}.wav", n, n, n, n, n, "x" * 600) for n in range(8))
                 report.send(number)
 
     fork = multiprocessing.get_context("fork")
@@ -124,4 +124,4 @@ def test_what_was_added_survives_a_kill_at_any_moment(milliseconds: int, tmp_pat
     with cache_at(path) as cache:
         assert all(cache.get(f"{number}-{n}.wav") for number in range(last + 1) for n in range(8))
     with closing(sqlite3.connect(path)) as database:
-        assert database.execute("SELECT count(*) FROM headers").fetchone()[0] in (8 * (last + 1), 8 * (last + 2))
+        assert database.execute("SELECT count(*) FROM audio").fetchone()[0] in (8 * (last + 1), 8 * (last + 2))

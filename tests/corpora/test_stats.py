@@ -25,7 +25,7 @@ def stats_of(manifests: list[Path]) -> CorpusStats:
 
 
 def test_totals_speakers_transcripts_and_rates_of_a_folder(mixed_audio: Path, tmp_path: Path) -> None:
-    (written,) = prepare_folder(mixed_audio, tmp_path)
+    (written,) = prepare_folder(mixed_audio, tmp_path).manifests
     build_index(written.path)
     found = stats_of([written.path])
     assert (found.durations.size, found.speakers, found.transcribed) == (6, 3, 2)

@@ -116,7 +116,7 @@ class TestReadingAudio:
         assert np.allclose(last, audio[-9_999:], atol=1e-4)
 
     def test_mixed_formats_of_a_prepared_folder_can_all_be_read(self, mixed_audio: Path, tmp_path: Path) -> None:
-        (written,) = prepare_folder(mixed_audio, tmp_path)
+        (written,) = prepare_folder(mixed_audio, tmp_path).manifests
         build_index(written.path)
         dataset = dataset_of(written.path, config_with())
         batches = [dataset[number] for number in range(dataset.plan.per_epoch)]

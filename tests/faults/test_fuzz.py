@@ -125,7 +125,7 @@ ONCE_FAILED: list[tuple[str, Any]] = [
     ("run folder", ("exp", "x.png", as_lines(*METRICS) + b"[" * 99_999)),
     ("results", as_lines({**RESULTS, "wer": [0]})),
     ("arguments", ["data", "prepare", "folder", "folder", "new", "--segment-seconds", "1e-9"]),
-    ("arguments", ["data", "prepare", "folder", "folder", "new", "--skip-unreadable"]),
+    ("arguments", ["data", "prepare", "folder", "folder", "new", "--vad"]),
     ("arguments", ["data", "prepare", "mini_librispeech", "x" * 300, "new"]),
     ("arguments", ["results", "results.json", "--title", "\udcff"]),
     ("arguments", ["config", "show", "\udcff"]),

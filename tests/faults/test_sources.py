@@ -146,7 +146,7 @@ class TestManifests:
         ):
             assert_refused(error_of("data", *arguments), attacked, "line 2")
         with pytest.raises(UserError) as caught:
-            list(find_utterances(attacked))  # of transcribe, features, evaluate --wer and probe
+            find_utterances([attacked])  # of transcribe, features, evaluate --wer and probe
         assert_refused(str(caught.value), attacked, "line 2")
         assert sorted(attacked.parent.iterdir()) == before
 

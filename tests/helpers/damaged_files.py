@@ -159,7 +159,7 @@ def check_audio(file: tuple[str, bytes], good: Good) -> None:
     if not prepared.code:
         run("data", "validate", "out/cuts_train.jsonl", "--audio", "-j", 1)
     with in_time(), no_programs(), suppress(AudioError):
-        (utterance,) = find_utterances(path)
+        (utterance,) = find_utterances([path])
         assert all(block.ndim == 1 for block in utterance.open().blocks())
 
 
@@ -215,6 +215,7 @@ def transcripts(good: Good) -> SearchStrategy[bytes]:
 def check_transcript(content: bytes, good: Good) -> None:
     Path("audio").mkdir()
     shutil.copy(good.folder / "u0.wav", "audio/a.wav")
+    shutil.copy(good.folder / "u0.wav", "audio/b.wav")
     Path("audio/a.txt").write_bytes(content)
     assert_wrote(run("data", "prepare", "folder", "audio", "out"), "out")
     run("data", "validate", "out/cuts_train.jsonl")

@@ -245,7 +245,7 @@ def word_errors(exp: str, cuts: str) -> tuple[int, list[tuple[str, str]]]:
     """How many utterances this rank transcribed, and what the score says of all."""
     pretrained = load(exp)
     ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
-    mine = sum(1 for _ in transcribe(pretrained, [*find_utterances(Path(cuts))], ranks=ranks))
+    mine = sum(1 for _ in transcribe(pretrained, find_utterances([Path(cuts)]), ranks=ranks))
     found = score_checkpoint(pretrained, [Path(cuts)], ranks=ranks)
     return mine, [(one.utterance, one.hypothesis) for one in found.utterances]
 

@@ -84,7 +84,7 @@ def test_the_processor_loads_and_writes_the_same_text(family: tuple[Config, Path
     inputs = processor(0.1 * audio, sampling_rate=16_000, return_tensors="pt")
     with torch.no_grad():
         labels = other(inputs.input_values).logits.argmax(dim=-1)
-    (found,) = transcribe(load(checkpoint), [*find_utterances(path)])
+    (found,) = transcribe(load(checkpoint), find_utterances([path]))
     assert isinstance(found, Transcript) and len(found.text) > 5
     theirs = processor.batch_decode(labels)[0]
     assert found.text == theirs.strip()
@@ -102,7 +102,7 @@ def test_transcribe_and_the_pipeline_of_transformers_agree_on_special_symbols(tm
     export_checkpoint(checkpoint, tmp_path / "out", form="huggingface")
     (audio,) = speech((16_000,), normalised=False)
     path = write_audio(tmp_path / "speech.wav", 0.1 * audio, subtype="FLOAT")
-    (found,) = transcribe(load(checkpoint), [*find_utterances(path)])
+    (found,) = transcribe(load(checkpoint), find_utterances([path]))
     pipeline = transformers.pipeline("automatic-speech-recognition", model=str(tmp_path / "out"), device="cpu")
     theirs = pipeline(0.1 * audio)["text"]
     assert isinstance(found, Transcript) and found.text == " ".join(theirs.split())

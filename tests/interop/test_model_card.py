@@ -63,7 +63,7 @@ def test_the_card_of_a_fine_tuned_model_transcribes(tmp_path: Path) -> None:
     encoder = [setting for setting in SMALL if setting.startswith("model.")]
     config = load_config("large_lv60", [*encoder, "objective.name=ctc", "objective.vocabulary=letters"])
     checkpoint, export = exported(config, tmp_path)
-    (expected,) = transcribe(load(checkpoint), [*find_utterances(export / "speech.wav")])
+    (expected,) = transcribe(load(checkpoint), find_utterances([export / "speech.wav"]))
     assert isinstance(expected, Transcript) and len(expected.text) > 5
     text = output_of_card(export)
     assert text.strip() == expected.text

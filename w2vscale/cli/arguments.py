@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from w2vscale.errors import UserError
+
 Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset, a YAML file, or the folder of a run.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override CONFIG.")
@@ -44,11 +46,28 @@ Lexicon = Annotated[
 ]
 LmWeight = Annotated[float, typer.Option(help="Language-model weight (applied to log10 probabilities).")]
 WordScore = Annotated[float, typer.Option(help="Score added per word (applies with --lm or --lexicon).")]
+Channel = Annotated[
+    str,
+    typer.Option(
+        metavar="mean|first|N", help="For audio with several channels: their mean, the first, or number N, from 0."
+    ),
+]
 Layers = Annotated[
     list[int] | None,
     typer.Option(help="Layer; repeatable. 0: input of the first block; N: output of block N.", show_default="all"),
 ]
 BatchSeconds = Annotated[float, typer.Option(help="Padded audio per forward pass, in seconds.")]
+
+
+def channel_number(name: str) -> int | None:
+    """The number of the channel that `--channel` names; None for the mean of all. Raises UserError if it is neither."""
+    if name == "mean":
+        return None
+    if name == "first":
+        return 0
+    if not name.isdecimal():
+        raise UserError(f"--channel {name}: choose mean, first, or the number of a channel, counted from 0")
+    return int(name)
 
 
 def launch_if_asked(context: typer.Context, nproc_per_node: int, *, grace: float | None = None) -> None:

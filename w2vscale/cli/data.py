@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.bar import Bar
 
+from w2vscale.cli.arguments import Channel, channel_number
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError, counted
 
 if TYPE_CHECKING:
     from w2vscale.config import Config
     from w2vscale.corpora.manifests import PreparedManifest
+    from w2vscale.corpora.report import Report
     from w2vscale.corpora.stats import CorpusStats
 
 app = typer.Typer(no_args_is_help=True, help="Prepare, index and check corpora.")
@@ -25,6 +27,14 @@ IndexedManifest = Annotated[Path, typer.Argument(metavar="CUTS.jsonl", help="An 
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of parallel processes.")]
 Corpus = Annotated[Path, typer.Argument(metavar="CORPUS", help="Folder of the corpus.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the manifests.")]
+Encoding = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Encoding of the transcripts, e.g. latin-1.", show_default="Unicode")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop if a file cannot be used.")]
+MaxBadFraction = Annotated[
+    float,
+    typer.Option(metavar="FRACTION", min=0.0, max=1.0, help="Stop if more of the files cannot be used (at least 11)."),
+]
 Parts = Annotated[
     list[str] | None,
     typer.Option(
@@ -51,45 +61,69 @@ def mini_librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: J
 
 @prepare_app.command()
 def folder(
-    audio: Annotated[
-        Path, typer.Argument(metavar="AUDIO", help="Folder of wav, flac, ogg, opus and mp3 files at any depth.")
-    ],
+    audio: Annotated[Path, typer.Argument(metavar="AUDIO", help="Folder of audio files at any depth.")],
     output: Output,
     segment_seconds: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Split longer recordings into segments of this duration, in seconds."),
+        typer.Option(
+            metavar="SECONDS",
+            help="Split longer recordings into segments of at most this duration, in seconds.",
+            show_default="30 with --vad",
+        ),
     ] = None,
+    vad: Annotated[
+        bool, typer.Option("--vad", help="Cut recordings at pauses, and leave pauses out, with Silero VAD.")
+    ] = False,
+    channel: Channel = "mean",
     validation_share: Annotated[
         float, typer.Option(help="Put this fraction of the recordings, from 0 to 1, into cuts_validation.jsonl.")
     ] = 0.0,
-    skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Leave out files that are not readable as audio.")
-    ] = False,
+    encoding: Encoding = None,
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
     jobs: Jobs = 1,
 ) -> None:
-    """Prepare any folder of audio files; a .txt file beside an audio file is its transcript."""
-    from w2vscale.corpora.folder import prepare_folder
+    """Prepare any folder of audio files.
 
-    with progress_bar("reading headers") as progress:
-        written = prepare_folder(
+    A file of the same name beside an audio file is its transcript: .txt, or with times .ctm, .TextGrid, .srt, .vtt or
+    .json. What is not used is listed in OUT/prepare_report.json.
+    """
+    from w2vscale.corpora.folder import prepare_folder
+    from w2vscale.corpora.preparing import Options
+
+    with progress_bar("looking for speech" if vad else "reading headers") as progress:
+        report = prepare_folder(
             audio,
             output,
-            jobs=jobs,
             segment_seconds=segment_seconds,
             validation_share=validation_share,
-            skip_unreadable=skip_unreadable,
-            progress=progress,
+            encoding=encoding,
+            options=Options(channel_number(channel), vad, strict, max_bad_fraction, jobs, progress),
         )
-    _show_written(written)
+    _show_report(report, output)
 
 
 def _show_written(written: list[PreparedManifest]) -> None:
     for one in written:
-        left_out = f", {counted(one.unreadable, 'unreadable file')} left out" if one.unreadable else ""
-        console.print(f"{one.path}: {counted(one.utterances, 'utterance')}, {one.hours:.2f} hours{left_out}")
-    read, unchanged = counted(written[0].read, "audio file"), written[0].unchanged
-    if unchanged:
-        console.print(f"headers: {read} read, {unchanged:,} unchanged since an earlier call")
+        console.print(f"{one.path}: {counted(one.utterances, 'utterance')}, {one.hours:.2f} hours")
+
+
+def _show_report(report: Report, output: Path) -> None:
+    """Show what was written, and what became of each file if not all were used."""
+    _show_written(report.manifests)
+    if report.headers_unchanged:
+        read = counted(report.headers_read, "audio file")
+        console.print(f"headers: {read} read, {report.headers_unchanged:,} unchanged since an earlier call")
+    if report.seconds:
+        hours, speech = report.seconds / 3600, report.seconds_of_speech / 3600
+        console.print(f"speech: {speech:.2f} of {hours:.2f} hours ({speech / hours:.1%})")
+    for note, count in (+report.notes).items():
+        console.print(f"{count:,} {note}")
+    if report.incomplete:
+        rows = [(suffix, f"{count:,}", what) for suffix, count, what in report.rows()]
+        console.print()
+        print_table(("suffix", "files", ""), rows, right=False)
+        console.print(f"all files that are left out: {output / 'prepare_report.json'}")
 
 
 @app.command()

@@ -40,6 +40,7 @@ def transcribe(
     lexicon: arguments.Lexicon = None,
     lm_weight: arguments.LmWeight = 2.0,
     word_score: arguments.WordScore = -1.0,
+    channel: arguments.Channel = "mean",
     batch_seconds: arguments.BatchSeconds = 80.0,
     nproc_per_node: arguments.Processes = 1,
 ) -> None:
@@ -60,7 +61,7 @@ def transcribe(
     with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("seconds of audio") as progress:
         stream = transcripts(
             load(checkpoint, device=device),
-            [utterance for path in audio for utterance in find_utterances(path)],
+            find_utterances(audio, channel=arguments.channel_number(channel)),
             search=BeamSearch.from_options(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score),
             ranks=ranks,
             batch_seconds=batch_seconds,
@@ -85,6 +86,7 @@ def features(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write to.")],
     layer: arguments.Layers = None,
     file_format: Annotated[str, typer.Option("--format", metavar="npy|safetensors", help=FORMAT)] = "npy",
+    channel: arguments.Channel = "mean",
     batch_seconds: arguments.BatchSeconds = 80.0,
     chunk_seconds: Annotated[
         float, typer.Option(help="Split longer audio into chunks of at most this length, in seconds.")
@@ -103,6 +105,7 @@ def features(
             load(checkpoint),
             audio,
             output,
+            channel=arguments.channel_number(channel),
             layers=layer,
             file_format=file_format,
             chunk_seconds=chunk_seconds,

@@ -2,146 +2,130 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from lhotse.serialization import deserialize_item
+from lhotse.cut import Cut
 
-from w2vscale.corpora.header_cache import Header, HeaderCache
-from w2vscale.corpora.manifests import (
-    PreparedManifest,
-    audio_files,
-    cut_of_file,
-    existing_folder,
-    identifier_of,
-    line_of,
+from w2vscale.corpora.finding import Unusable, find_audio
+from w2vscale.corpora.header_cache import Header
+from w2vscale.corpora.manifests import existing_folder
+from w2vscale.corpora.preparing import (
+    DEFAULTS,
+    Cuts,
+    Options,
+    Text,
+    part_of,
+    speech_of,
+    whole_file,
+    with_text,
+    write_manifests,
 )
-from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_map
-from w2vscale.data.audio import AUDIO_SUFFIXES, AudioError
-from w2vscale.data.cuts import NotACut, read_cut
+from w2vscale.corpora.report import Report
+from w2vscale.corpora.segments import SHORTEST, Segment, Timed, segments_of_speech, windows, words_of
+from w2vscale.corpora.timed_text import read_kaldi_segments, read_timed, text_of_file
+from w2vscale.data.decoding import AudioError
 from w2vscale.errors import UserError
-from w2vscale.files import new_file, writing
 
-FILES_PER_CHUNK = 256  # audio files that one process handles at a time
-SHORTEST_SEGMENT = 0.1  # seconds; a recording cut into much shorter ones would fill the disk
+SHORTEST_WINDOW = 0.1  # seconds; a recording cut into much shorter ones would fill the disk
+LONGEST_OF_SPEECH = 30.0  # seconds of a segment with --vad and without --segment-seconds
+LATE = 1.0  # seconds by which a transcript may end after its recording
+
+WITHOUT_TIMES = "segments without text, because the transcript of their recording has no times"
+OVERHANGING = "segments without text, because a word or phrase of it extends beyond the segment"
+OUTSIDE = "words or phrases that are in no segment, because no speech was found there"
+NOT_A_TRANSCRIPT = "JSON files beside audio without words and times, which are not used as transcripts"
+SAME_NAME = "audio files that share their name with another one, so that their ids are their paths"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What all processes know of a folder that is prepared."""
+
+    path: Path
+    texts: dict[str, str]  # suffix of the transcript beside an audio file, by the path of the audio file
+    names: dict[str, str]  # ids of the files that share their name with another file
+    phrases: dict[str, list[Timed]]  # of Kaldi's files `segments` and `text` in this folder, by recording
+    options: Options
+    segment_seconds: float | None = None
+    encoding: str | None = None
+    validation_limit: float = 0.0
 
 
 def prepare_folder(
     audio: Path,
     output: Path,
     *,
-    jobs: int = 1,
     segment_seconds: float | None = None,
     validation_share: float = 0.0,
-    skip_unreadable: bool = False,
-    progress: Progress = no_progress,
-) -> list[PreparedManifest]:
+    encoding: str | None = None,
+    options: Options = DEFAULTS,
+) -> Report:
     """Write `cuts_train.jsonl`, and `cuts_validation.jsonl` if wanted, for all audio files below a folder.
 
-    The folder of a file is its speaker; a .txt file of the same name beside it is its transcript. `segment_seconds`
-    splits longer recordings. `validation_share` is a fraction of the recordings, chosen by a hash of their names.
-    The headers of the files are kept in `headers.sqlite`, so that a later call, or one after a kill, reads only files
-    that are new, unreadable, or have another size or modification time. The manifests do not depend on this cache or
-    on `jobs`. Each file has two steps in `progress`: its header and its cut.
+    The folder of a file is its speaker. A transcript has the name of its audio file: .txt, or with times .ctm,
+    .TextGrid, .srt, .vtt or .json; `encoding` is theirs if it is not Unicode. `segment_seconds` splits longer
+    recordings, and with `options.vad` the pauses between segments are left out. A segment gets the words that are said
+    in it; if the transcript has no times, it gets no text. `validation_share` is a fraction of the recordings, chosen
+    by a hash of their names.
 
-    Raises UserError if there is no audio, a file is unreadable (unless `skip_unreadable`), two files have the same id,
-    or the output cannot be written.
+    What is not used is in the report, which `output`/prepare_report.json has, too. Raises UserError like
+    `write_manifests`, or if there is no audio or an option is out of range.
     """
     audio = existing_folder(audio)
     if not 0.0 <= validation_share < 1.0:
         raise UserError(f"--validation-share {validation_share}: must be at least 0 and below 1")
-    if segment_seconds is not None and not segment_seconds >= SHORTEST_SEGMENT:
-        raise UserError(f"--segment-seconds {segment_seconds}: must be at least {SHORTEST_SEGMENT}")
-    files = _find_files(audio)
-    paths = [output / f"cuts_{name}.jsonl" for name in ("train", "validation")][: 2 if validation_share else 1]
-    with writing(paths[0]):
-        output.mkdir(parents=True, exist_ok=True)
-    with closing(HeaderCache(output / "headers.sqlite", audio)) as cache:
-        read, unreadable = _read_headers(files, audio, cache, jobs=jobs, progress=progress)
-        readable = [file for file in files if file not in unreadable]
-        cache.keep_only(readable)
-        if unreadable and not (skip_unreadable and readable):
-            others = f" (and {len(unreadable) - 1} more of {len(files)} files)" if len(unreadable) > 1 else ""
-            advice = "no readable file is left" if skip_unreadable else "leave such files out with --skip-unreadable"
-            raise UserError(f"{next(iter(unreadable.values()))}{others}; {advice}")
-        limit = _validation_limit(readable, validation_share)
-        chunks = list(chunked(readable, FILES_PER_CHUNK))
-        headers = ([header for file in chunk if (header := cache.get(file))] for chunk in chunks)
-        found = parallel_map(partial(_cuts_of, audio, limit, segment_seconds), headers, jobs=jobs, source=audio)
-        done, counts, seconds = len(files) + len(unreadable), [0, 0], [0.0, 0.0]
-        for path in paths:
-            for stale in output.glob(f".{path.name}.*.partial"):  # of a killed call: the cache is locked
-                stale.unlink()
-        with ExitStack() as stack:
-            manifests = [stack.enter_context(new_file(path)) for path in paths]
-            for chunk, cuts in zip(chunks, found, strict=True):
-                for which, line, duration in cuts:
-                    manifests[which].write(line)
-                    counts[which] += 1
-                    seconds[which] += duration
-                done += len(chunk)
-                progress(done, 2 * len(files))
-    return [
-        PreparedManifest(path, count, total / 3600, len(unreadable), read, len(files) - read)
-        for path, count, total in zip(paths, counts, seconds, strict=False)
-    ]
+    least = 2 * SHORTEST if options.vad else SHORTEST_WINDOW
+    if segment_seconds is not None and not segment_seconds >= least:
+        raise UserError(f"--segment-seconds {segment_seconds}: must be at least {least}{' with --vad' * options.vad}")
+    found = find_audio(audio)
+    if not found.audio:
+        raise found.no_audio(audio)
+    files = [file.path for file in found.audio]
+    names = _names_of_twins(files)
+    report = Report(unusable=found.unusable, others=found.others)
+    report.notes[SAME_NAME] += len(names)
+    folder = Folder(
+        path=audio,
+        texts={file.path: file.text for file in found.audio if file.text},
+        names=names,
+        phrases=read_kaldi_segments(audio, encoding=encoding),
+        options=options,
+        segment_seconds=segment_seconds,
+        encoding=encoding,
+    )
+
+    def cuts_of(readable: Sequence[str]) -> Callable[[Sequence[Header]], Cuts]:
+        return partial(_cuts_of, replace(folder, validation_limit=_validation_limit(readable, validation_share)))
+
+    splits = ["train", "validation"][: 2 if validation_share else 1]
+    return write_manifests(files, audio, output, splits, cuts_of, report, options)
 
 
-def _find_files(folder: Path) -> list[str]:
-    """The audio files below a folder, which have different ids."""
-    files: dict[str, str] = {}
-    for file in audio_files(folder):
-        other = files.setdefault(identifier_of(file), file)
-        if other is not file:
-            raise UserError(f"{folder / file}: has the same id as {folder / other}; rename one of them")
-    if not files:
-        raise UserError(f"{folder}: no audio files (looked for {', '.join(sorted(AUDIO_SUFFIXES))})")
-    return list(files.values())
+def identifier_of(file: str) -> str:
+    """The id of an audio file, from its path below the folder."""
+    return os.path.splitext(file)[0].replace("/", "-")
 
 
-def _read_headers(
-    files: Sequence[str], folder: Path, cache: HeaderCache, *, jobs: int, progress: Progress
-) -> tuple[int, dict[str, str]]:
-    """Update the cache; returns how many headers were read, and the reason for each unreadable file."""
-    chunks = list(chunked(files, FILES_PER_CHUNK))
-    known = ([(file, cache.get(file)) for file in chunk] for chunk in chunks)
-    read, done = 0, 0
-    unreadable: dict[str, str] = {}
-    found = parallel_map(partial(_changed_headers, folder), known, jobs=jobs, source=folder)
-    for chunk, (headers, reasons) in zip(chunks, found, strict=True):
-        if headers:
-            cache.add(headers)
-        unreadable |= reasons
-        read += len(headers) + len(reasons)
-        done += len(chunk)
-        progress(done, 2 * len(files))
-    return read, unreadable
-
-
-def _changed_headers(folder: Path, known: Sequence[tuple[str, Header | None]]) -> tuple[list[Header], dict[str, str]]:
-    """Read the headers of files that differ from the known ones, and the reason for each unreadable file."""
-    headers: list[Header] = []
-    unreadable: dict[str, str] = {}
-    for file, header in known:
-        try:
-            status = (folder / file).stat()
-            if header is None or (header.size, header.mtime_ns) != (status.st_size, status.st_mtime_ns):
-                cut = json.dumps(cut_of_file(file, folder).to_dict())
-                headers.append(Header(file, status.st_size, status.st_mtime_ns, cut))
-        except (AudioError, OSError) as error:
-            unreadable[file] = f"{folder / file}: {getattr(error, 'strerror', None) or error}"
-    return headers, unreadable
+def _names_of_twins(files: Sequence[str]) -> dict[str, str]:
+    """The ids of files that would share theirs with another file: they keep the suffix."""
+    count = Counter(map(identifier_of, files))
+    twins = {file: file.replace("/", "-") for file in files if count[identifier_of(file)] > 1}
+    for name, times in Counter(twins.values()).items():
+        if times > 1 or name in count:
+            file = next(file for file in twins if twins[file] == name)
+            raise UserError(f"{file}: its id, {name}, is also that of another file; rename one of them")
+    return twins
 
 
 def _hash(identifier: str) -> int:
-    return zlib.crc32(identifier.encode())
+    return zlib.crc32(identifier.encode(errors="surrogateescape"))
 
 
 def _validation_limit(files: Sequence[str], share: float) -> float:
@@ -158,37 +142,97 @@ def _validation_limit(files: Sequence[str], share: float) -> float:
     return limit
 
 
-def _cuts_of(
-    folder: Path, limit: float, segment_seconds: float | None, headers: Sequence[Header]
-) -> list[tuple[bool, str, float]]:
-    """The cuts of some files: whether it is for validation, its line in the manifest, and its duration in seconds."""
-    cuts = []
+def _cuts_of(folder: Folder, headers: Sequence[Header]) -> Cuts:
+    """The cuts of some files."""
+    found = Cuts()
     for header in headers:
         try:
-            cut = read_cut(str(header.cut).encode(), where=header.file)
-        except NotACut:
-            raise UserError(
-                f"{folder / header.file}: its entry in headers.sqlite is damaged; delete that file"
-            ) from None
-        transcript = _transcript(folder / f"{os.path.splitext(header.file)[0]}.txt")
-        if transcript is not None:
-            cut["supervisions"] = [{**part, "text": transcript} for part in cut["supervisions"]]
-        held_out = _hash(cut["id"]) < limit
-        cuts += [(held_out, line_of(segment), segment["duration"]) for segment in _segments(cut, segment_seconds)]
-    return cuts
+            cuts = _cuts_of_file(folder, header, found)
+        except AudioError as error:
+            found.unusable.append(Unusable(header.file, error.kind, str(error)))
+            continue
+        except UserError as error:  # of its transcript
+            path = os.path.splitext(header.file)[0] + folder.texts.get(header.file, "")
+            reason = str(error).removeprefix(f"{folder.path / path}: ")
+            found.unusable.append(Unusable(path, "transcript", f"{reason}; its audio is left out"))
+            continue
+        if folder.options.vad:
+            found.seconds += header.samples / header.sampling_rate
+            found.seconds_of_speech += sum(end - start for start, end in speech_of(header, folder.options.channel))
+        suffix = os.path.splitext(header.file)[1].lower()
+        if not cuts:
+            found.others[suffix, "no speech was found in it"] += 1
+            continue
+        held_out = _hash(identifier_of(header.file)) < folder.validation_limit
+        for cut in cuts:
+            found.add(held_out, cut)
+        found.used[suffix] += 1
+    return found
 
 
-def _transcript(path: Path) -> str | None:
-    if not os.path.isfile(path):
-        return None
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+def _cuts_of_file(folder: Folder, header: Header, notes: Cuts) -> list[Cut]:
+    """The cuts of one file; what is worth knowing is added to `notes`.
+
+    Raises AudioError if the audio cannot be used, and UserError if the transcript cannot.
+    """
+    channel = folder.options.channel
+    identifier = folder.names.get(header.file) or identifier_of(header.file)
+    whole = whole_file(header, folder.path, identifier, channel=channel)
+    speaker = os.path.dirname(header.file) or None
+    units, text = _transcript(folder, header.file, notes)
+    if units and units[-1].start > whole.duration + LATE:
+        raise UserError(f"has words at {units[-1].start:.1f} s, but the audio ends at {whole.duration:.1f} s")
+    segments = _segments(folder, header, whole.duration, units)
+    if segments is None:
+        text = text if units is None else " ".join(unit.text for unit in units)
+        return [with_text(whole, Text(text, speaker))]
+    texts = _texts_of_segments(segments, units, text, notes)
+    return [
+        with_text(part_of(whole, segment, f"{identifier}-{number}"), Text(words, speaker))
+        for number, (segment, words) in enumerate(zip(segments, texts, strict=True))
+    ]
 
 
-def _segments(cut: dict[str, Any], seconds: float | None) -> list[dict[str, Any]]:
-    if seconds is None or cut["duration"] <= seconds:
-        return [cut]
-    segments = deserialize_item(cut).cut_into_windows(seconds, keep_excessive_supervisions=True)
-    return [segment.to_dict() for segment in segments]
+def _texts_of_segments(
+    segments: Sequence[Segment], units: Sequence[Timed] | None, text: str | None, notes: Cuts
+) -> list[str | None]:
+    """What is said in each segment, as far as it is known. `text` is the transcript if it has no times."""
+    if units is None:
+        if len(segments) == 1:  # it has all of the speech
+            return [text]
+        notes.notes[WITHOUT_TIMES] += len(segments) if text else 0
+        return [None] * len(segments)
+    texts: list[str | None] = []
+    outside = len(units)
+    for segment in segments:
+        words, partly = words_of(segment, units)
+        outside -= len(words)
+        notes.notes[OVERHANGING] += bool(partly)
+        texts.append(None if partly else " ".join(word.text for word in words))
+    notes.notes[OUTSIDE] += outside
+    return texts
+
+
+def _segments(folder: Folder, header: Header, duration: float, units: Sequence[Timed] | None) -> list[Segment] | None:
+    """The parts to cut a file into; None if it stays whole."""
+    longest = folder.segment_seconds
+    if not folder.options.vad:
+        return None if longest is None or duration <= longest else windows(duration, longest, units or ())
+    return segments_of_speech(speech_of(header, folder.options.channel), duration, longest or LONGEST_OF_SPEECH)
+
+
+def _transcript(folder: Folder, file: str, notes: Cuts) -> tuple[list[Timed] | None, str | None]:
+    """The words of a file with their times, or else its text, if it has any. Raises UserError if it is unreadable."""
+    stem = os.path.splitext(file)[0]
+    for name in (os.path.basename(stem), identifier_of(file)):
+        if name in folder.phrases:
+            return folder.phrases[name], None
+    suffix = folder.texts.get(file)
+    if suffix is None:
+        return None, None
+    path = folder.path / f"{stem}{suffix}"
+    if suffix.lower() == ".txt":
+        return None, text_of_file(path, encoding=folder.encoding).strip()
+    units = read_timed(path, encoding=folder.encoding)
+    notes.notes[NOT_A_TRANSCRIPT] += units is None
+    return units, None

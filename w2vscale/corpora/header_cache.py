@@ -13,12 +13,19 @@ from w2vscale.errors import UserError
 
 
 class Header(NamedTuple):
-    """What was read from one audio file: its path below the folder, size and modification time, and its cut as JSON."""
+    """What was read from one audio file, by its path: below the folder, or absolute.
+
+    `speech` is JSON with the channel that was listened to and the parts of the file that are speech; empty if these are
+    not known.
+    """
 
     file: str
-    size: int
+    size: int  # bytes
     mtime_ns: int
-    cut: str
+    sampling_rate: int  # Hz
+    channels: int
+    samples: int  # per channel
+    speech: str = ""
 
 
 class HeaderCache:
@@ -42,24 +49,25 @@ class HeaderCache:
 
     def get(self, file: str) -> Header | None:
         """The header of a file, as it was when it was stored."""
-        query = "SELECT size, mtime_ns, cut FROM headers WHERE file = ?"
+        query = "SELECT size, mtime_ns, sampling_rate, channels, samples, speech FROM audio WHERE file = ?"
         with self._errors():
             found = self._database.execute(query, (os.fsencode(file),)).fetchone()
-        return found and Header(file, *found)
+        usable = found and [*map(type, found)] == [int] * 5 + [str]  # or the file was changed by something else
+        return Header(file, *found) if usable else None
 
     def add(self, headers: Iterable[Header]) -> None:
         """Store headers, replacing older ones of the same files."""
         rows = ((os.fsencode(file), *rest) for file, *rest in headers)
         with self._errors(), self._database:
-            self._database.executemany("INSERT OR REPLACE INTO headers VALUES (?, ?, ?, ?)", rows)
+            self._database.executemany("INSERT OR REPLACE INTO audio VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def keep_only(self, files: Sequence[str]) -> None:
         """Remove the headers of all other files."""
         kept = set(map(os.fsencode, files))
         with self._errors(), self._database:
-            stored = self._database.execute("SELECT file FROM headers").fetchall()
+            stored = self._database.execute("SELECT file FROM audio").fetchall()
             removed = (row for row in stored if row[0] not in kept)
-            self._database.executemany("DELETE FROM headers WHERE file = ?", removed)
+            self._database.executemany("DELETE FROM audio WHERE file = ?", removed)
 
     def close(self) -> None:
         self._database.close()
@@ -73,10 +81,11 @@ class HeaderCache:
                 raise sqlite3.DatabaseError
             self._database.execute("CREATE TABLE IF NOT EXISTS folder (path BLOB)")
             self._database.execute(
-                "CREATE TABLE IF NOT EXISTS headers (file BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, cut TEXT)"
+                "CREATE TABLE IF NOT EXISTS audio (file BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, "
+                "sampling_rate INTEGER, channels INTEGER, samples INTEGER, speech TEXT)"
             )
             if self._database.execute("SELECT path FROM folder").fetchall() != [(folder,)]:
-                self._database.execute("DELETE FROM headers")
+                self._database.execute("DELETE FROM audio")
                 self._database.execute("DELETE FROM folder")
                 self._database.execute("INSERT INTO folder VALUES (?)", (folder,))
 

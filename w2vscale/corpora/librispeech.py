@@ -6,8 +6,10 @@ from pathlib import Path
 
 from lhotse import CutSet
 
-from w2vscale.corpora.manifests import PreparedManifest, audio_files, cut_of_file, existing_folder, write_cuts
-from w2vscale.data.audio import AudioError, libsndfile_reason, only_libsndfile
+from w2vscale.corpora.finding import find_audio
+from w2vscale.corpora.manifests import PreparedManifest, existing_folder, write_cuts
+from w2vscale.data.audio import own_decoders
+from w2vscale.data.decoding import AudioError, read_header, reason_of
 from w2vscale.errors import UserError
 
 
@@ -35,10 +37,10 @@ def prepare_librispeech(
     written = []
     for part in wanted:
         try:
-            with only_libsndfile():
+            with own_decoders():
                 sets = prepare_librispeech(corpus, dataset_parts=[part], num_jobs=jobs)[part]
         except Exception as error:
-            reason = f"{corpus / part}: no usable utterance with a transcript: {libsndfile_reason(error)}"
+            reason = f"{corpus / part}: no usable utterance with a transcript: {reason_of(error)}"
             raise UserError(_first_unreadable(corpus / part) or reason) from None
         if len(sets["recordings"]) == 0:
             raise UserError(f"{corpus / part}: no utterance with a transcript")
@@ -50,9 +52,9 @@ def prepare_librispeech(
 
 def _first_unreadable(folder: Path) -> str | None:
     """The first audio file below a folder that cannot be read, with the reason."""
-    for file in audio_files(folder):
+    for file in find_audio(folder).audio:
         try:
-            cut_of_file(file, folder)
+            read_header(folder / file.path)
         except AudioError as error:
-            return f"{folder / file}: {error}"
+            return f"{folder / file.path}: {error}"
     return None

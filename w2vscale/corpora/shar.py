@@ -12,8 +12,9 @@ from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 
 from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_map
-from w2vscale.data.audio import AudioError, libsndfile_reason, only_libsndfile, read_audio
+from w2vscale.data.audio import own_decoders, read_audio
 from w2vscale.data.cuts import NotACut
+from w2vscale.data.decoding import AudioError, reason_of
 from w2vscale.data.manifest import Manifest
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.randomness import Stream, generator
@@ -126,9 +127,9 @@ def _write(writer: SharWriter, cut: Cut, sampling_rate: int) -> None:
     """Raises AudioError, before anything is written, if the cut has no usable audio or it cannot be encoded."""
     read_audio(cut, sampling_rate=cut.sampling_rate)
     try:
-        with only_libsndfile():
+        with own_decoders():
             writer.write(at_rate(cut, sampling_rate))
     except OSError:
         raise
     except Exception as error:  # Lhotse raises many types of errors
-        raise AudioError("undecodable", f"cannot be encoded: {libsndfile_reason(error)}") from None
+        raise AudioError("undecodable", f"cannot be encoded: {reason_of(error)}") from None

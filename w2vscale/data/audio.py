@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from lhotse.audio import AudioSource, Recording, backend
-from lhotse.cut import Cut, MonoCut
+from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples
 
-from w2vscale.data.resampling import Samples, at_rate
+from w2vscale.data.decoding import AudioError, Samples, open_audio, read_header, reason_of
+from w2vscale.data.resampling import at_rate
 
 LENGTH_TOLERANCE = 0.02  # seconds between decoded audio and its manifest: resampling and MP3 frames round
 HEADER_TOLERANCE = 0.025  # seconds between the header of a file and its manifest
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
-SEEKABLE_SUFFIXES = {".flac", ".wav"}  # formats in which every decoder seeks to the exact sample
+CANCELLED = 1e-4  # channels cancel if the energy of their mean is below this fraction of their average energy
 BLOCK_SECONDS = 60  # long utterances are read in blocks of this duration
 SAMPLING_RATES = range(1000, 500_001)  # in Hz; a header with another value is taken to be damaged
 RATES_IN_WORDS = f"a whole number from {SAMPLING_RATES[0]:,} to {SAMPLING_RATES[-1]:,}"
 EPSILON = 1e-7  # the default of model.waveform_eps
-
-
-class AudioError(ValueError):
-    """The audio of an utterance cannot be used. The message is the reason; `kind` classifies it in a word or two."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
 
 
 def read_audio(
@@ -86,71 +75,44 @@ def check_header(cut: Cut) -> None:
 
 def _check_file(source: AudioSource, recording: Recording) -> None:
     header = read_header(source.source)
-    rate = int((recording.transforms and header.samplerate) or recording.sampling_rate)
-    channels, seconds = len(source.channels), header.frames / header.samplerate
-    if header.samplerate != rate:
-        raise AudioError("mismatched", f"sampling rate is {header.samplerate} Hz, the manifest says {rate} Hz")
+    rate = int((recording.transforms and header.sampling_rate) or recording.sampling_rate)
+    channels, seconds = len(source.channels), header.samples / header.sampling_rate
+    if header.sampling_rate != rate:
+        raise AudioError("mismatched", f"sampling rate is {header.sampling_rate} Hz, the manifest says {rate} Hz")
     if channels != header.channels:
         raise AudioError("mismatched", f"number of channels is {header.channels}, the manifest says {channels}")
-    if not recording.transforms and abs(seconds - recording.duration) > HEADER_TOLERANCE:
+    if header.exact and not recording.transforms and abs(seconds - recording.duration) > HEADER_TOLERANCE:
         raise AudioError("mismatched", f"duration is {seconds:.3f} s, the manifest says {recording.duration:.3f} s")
 
 
-def read_header(path: str | Path) -> Any:
-    """The header of an audio file, as `soundfile.info`. Raises AudioError if it is missing or unreadable."""
-    try:
-        return soundfile.info(regular_file(path))
-    except AudioError:
-        raise
-    except Exception as error:  # libsndfile, and names that cannot be encoded
-        raise AudioError("undecodable", f"not readable as audio: {libsndfile_reason(error)}") from None
-
-
-def regular_file(path: str | Path) -> str:
-    """The absolute path of a file; libsndfile takes `-` for stdin. Raises AudioError if there is no such file.
-
-    Pipes and devices are not files: reading them may never end.
-    """
-    if not os.path.isfile(path):
-        raise AudioError("missing", "no such file")
-    return os.path.abspath(path)
-
-
-class _Libsndfile(backend.LibsndfileBackend):
-    """Decodes files, and audio in memory, with libsndfile. Its parent also looks into tar archives."""
+class _OwnDecoders(backend.LibsndfileBackend):
+    """Decodes files, and audio in memory, as `open_audio` does. Its parent also looks into tar archives."""
 
     def read_audio(
         self, path_or_fd: Any, offset: float = 0.0, duration: float | None = None, **settings: object
     ) -> tuple[Samples, int]:
-        given = regular_file(path_or_fd) if isinstance(path_or_fd, str | Path) else path_or_fd
-        with soundfile.SoundFile(given) as file:
-            if offset > 0.0:
-                file.seek(compute_num_samples(offset, file.samplerate))
-            samples = -1 if duration is None else compute_num_samples(duration, file.samplerate)
-            return file.read(samples, dtype="float32", always_2d=True).T, file.samplerate
+        with open_audio(path_or_fd) as decoder:
+            rate, _, samples, _ = decoder.header
+            decoder.skip(compute_num_samples(offset, rate) if offset > 0.0 else 0)
+            return decoder.read(samples if duration is None else compute_num_samples(duration, rate)).T, rate
 
     def info(self, path_or_fd: Any, **settings: object) -> Any:
-        header = read_header(path_or_fd)
-        return backend.LibsndfileCompatibleAudioInfo(header.channels, header.frames, header.samplerate, header.duration)
+        rate, channels, samples, _ = read_header(path_or_fd, count=True)
+        return backend.LibsndfileCompatibleAudioInfo(channels, samples, rate, samples / rate)
 
 
 @contextmanager
-def only_libsndfile() -> Iterator[None]:
-    """Have Lhotse decode with libsndfile alone.
+def own_decoders() -> Iterator[None]:
+    """Have Lhotse decode with `open_audio` alone.
 
     Its other decoders run programs, one with the name of the file in a shell command, or need torchaudio.
     """
     previous = backend.CURRENT_AUDIO_BACKEND
-    backend.set_current_audio_backend(_Libsndfile())
+    backend.set_current_audio_backend(_OwnDecoders())
     try:
         yield
     finally:
         backend.CURRENT_AUDIO_BACKEND = previous
-
-
-def libsndfile_reason(error: Exception) -> str:
-    """The message of an error in one line, without the path of the file, which may be long."""
-    return " ".join(str(getattr(error, "error_string", error)).split())[:200].removesuffix(".")
 
 
 def standardize(audio: Samples, eps: float = EPSILON) -> Samples:
@@ -184,46 +146,53 @@ def _decode(cut: Cut, samples: int, *, source: Cut, start: int | None = None) ->
     try:
         if start is not None:
             cut = cut.truncate(offset=start / rate, duration=samples / rate, preserve_id=True)
-        audio = _read_file(cut) if _is_plain(cut) else _read_with_lhotse(cut)
+        audio = to_mono(_read_file(cut) if _is_plain(cut) else _read_with_lhotse(cut))
+    except AudioError:
+        raise
     except Exception as error:
         raise AudioError("undecodable", f"cannot be decoded: {_decoding_problem(source, error)}") from None
     if audio.size == 0:
         raise AudioError("empty", "holds no audio")
     if abs(audio.size - samples) > LENGTH_TOLERANCE * cut.sampling_rate:
-        raise AudioError("mismatched", f"has {audio.size} samples, the manifest says {samples}")
+        raise AudioError("mismatched", f"has {audio.size} of {samples} samples that the manifest says it has")
     if not np.isfinite(audio.sum()) and not np.isfinite(audio).all():
         raise AudioError("not finite", "holds samples that are not finite")
     return audio[:samples] if audio.size >= samples else np.pad(audio, (0, samples - audio.size))
 
 
-def _is_plain(cut: Cut) -> bool:
-    """Whether the cut is an untransformed part of one mono file in a seekable format."""
-    recording = cut.recording
-    source = recording.sources[0]
-    return (
-        isinstance(cut, MonoCut)
-        and len(recording.sources) == len(source.channels) == 1
-        and source.type == "file"
-        and not recording.transforms
-        and Path(source.source).suffix.lower() in SEEKABLE_SUFFIXES
-    )
-
-
-def _read_file(cut: Cut) -> Samples:
-    """The same samples as `_read_with_lhotse`, with fewer copies."""
-    rate = cut.sampling_rate
-    with soundfile.SoundFile(regular_file(cut.recording.sources[0].source)) as file:
-        file.seek(compute_num_samples(cut.start, rate))
-        audio: Samples = file.read(compute_num_samples(cut.duration, rate), dtype="float32")
+def to_mono(audio_SC: Samples) -> Samples:
+    """The mean of the channels. Raises AudioError if they cancel each other, as with a swapped polarity."""
+    if audio_SC.shape[1] == 1:
+        return audio_SC[:, 0]
+    with np.errstate(invalid="ignore", over="ignore"):  # samples that are not finite
+        audio = audio_SC.mean(axis=1, dtype=np.float32)
+        energy, average = np.square(audio).mean(), np.square(audio_SC).mean()
+    if energy < CANCELLED * average:
+        raise AudioError("cancelling", "its channels cancel each other in the mean; prepare it with --channel first")
     return audio
 
 
+def _is_plain(cut: Cut) -> bool:
+    """Whether the cut is an untransformed part of one file."""
+    recording = cut.recording
+    return len(recording.sources) == 1 and recording.sources[0].type == "file" and not recording.transforms
+
+
+def _read_file(cut: Cut) -> Samples:
+    """The samples [samples, channels] that Lhotse reads, with fewer copies."""
+    source, rate = cut.recording.sources[0], cut.sampling_rate
+    channels = cut.channel if isinstance(cut.channel, list) else [cut.channel]
+    with open_audio(source.source) as decoder:
+        decoder.skip(compute_num_samples(cut.start, rate))
+        audio = decoder.read(compute_num_samples(cut.duration, rate))
+    columns = [source.channels.index(channel) for channel in channels]
+    return audio if columns == [*range(audio.shape[1])] else audio[:, columns]
+
+
 def _read_with_lhotse(cut: Cut) -> Samples:
-    with only_libsndfile():
+    with own_decoders():
         audio = cut.load_audio()
-    if audio is None:
-        return np.empty(0, np.float32)
-    return audio[0] if len(audio) == 1 else audio.mean(axis=0, dtype=np.float32)
+    return np.empty((0, 1), np.float32) if audio is None else audio.T
 
 
 def _decoding_problem(cut: Cut, error: Exception) -> str:
@@ -231,9 +200,9 @@ def _decoding_problem(cut: Cut, error: Exception) -> str:
     source = cut.recording.sources[0]
     if source.type == "file":
         try:
-            frames = len(soundfile.read(regular_file(source.source))[0])
-        except Exception as first:
-            return libsndfile_reason(first)
-        if frames != cut.recording.num_samples:
-            return f"ends after {frames} of {cut.recording.num_samples} samples"
-    return libsndfile_reason(error)
+            samples = read_header(source.source, count=True).samples
+        except AudioError as first:
+            return str(first)
+        if samples != cut.recording.num_samples:
+            return f"ends after {samples} of {cut.recording.num_samples} samples"
+    return reason_of(error)

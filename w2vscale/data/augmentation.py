@@ -13,8 +13,9 @@ from lhotse.augmentation import ReverbWithImpulseResponse, Speed
 from lhotse.cut import Cut
 
 from w2vscale.config.tree import AugmentConfig
-from w2vscale.data.audio import AudioError, libsndfile_reason, only_libsndfile, read_audio
+from w2vscale.data.audio import own_decoders, read_audio
 from w2vscale.data.cuts import NotACut
+from w2vscale.data.decoding import AudioError, reason_of
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.randomness import Stream, generator
@@ -57,7 +58,7 @@ class Augmentation:
 
     def _reverberated(self, samples: Samples, response: Cut) -> Samples:
         read_audio(response, sampling_rate=self.rate)  # Lhotse would not check it
-        with only_libsndfile():
+        with own_decoders():
             found: Samples = ReverbWithImpulseResponse(rir=at_rate(response, self.rate))(samples, self.rate)
         return found
 
@@ -84,6 +85,6 @@ def _mixed(corpus: Corpus, draw: float, bad: list[BadAudio], mix: Callable[[Cut]
     try:
         return mix(cut)
     except Exception as error:  # Lhotse raises many types of errors
-        problem = error if isinstance(error, AudioError) else AudioError("undecodable", libsndfile_reason(error))
+        problem = error if isinstance(error, AudioError) else AudioError("undecodable", reason_of(error))
         bad.append(BadAudio.of(cut, problem, left_out=False))
         return None

@@ -13,8 +13,8 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 from numpy.typing import NDArray
 
-from w2vscale.data.audio import AUDIO_SUFFIXES
 from w2vscale.data.cuts import MAX_SECONDS, not_a_cut, read_cut
+from w2vscale.data.decoding import is_audio
 from w2vscale.errors import UserError
 
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("language", "<u2")])
@@ -166,7 +166,7 @@ def check_manifest(path: Path) -> int:
         raise UserError(f"{path}: no such manifest")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: cannot be read: permission denied")
-    if path.suffix.lower() in AUDIO_SUFFIXES:
+    if is_audio(path.name):
         raise UserError(f"{path}: audio, not a manifest; make one with: w2vscale data prepare folder {path.parent} OUT")
     if path.suffix != ".jsonl":
         raise UserError(

@@ -13,9 +13,8 @@ from lhotse.augmentation import Resample, get_or_create_resampler
 from lhotse.cut import Cut
 from lhotse.utils import fastcopy
 from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
 
-Samples = NDArray[np.float32]
+from w2vscale.data.decoding import Samples
 
 MAX_DENSE_STEPS = 1000  # largest `steps` for which Lhotse's filters are used; their memory grows with its square
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +39,7 @@ def write_features(
     audio: Iterable[Path],
     output: Path,
     *,
+    channel: int | None = None,
     layers: Iterable[int] | None = None,
     file_format: str = "npy",
     chunk_seconds: float = CHUNK_SECONDS,
@@ -49,8 +49,8 @@ def write_features(
 ) -> WrittenFeatures:
     """Write the hidden states of each utterance to a file, in fp32.
 
-    `audio` names audio files, folders of them, or Lhotse cut manifests. A file in `output` is named after the audio
-    file, after its path below a folder, or after the id of a cut; an existing one is replaced. `npy` is an array
+    `audio` names audio files, folders of them, or Lhotse cut manifests. A file in `output` is named after the utterance
+    (see `find_utterances`); an existing one is replaced. `npy` is an array
     [layers, frames, dim] with ascending layers, or [frames, dim] for a single layer; `safetensors` has a tensor
     `layer_N` [frames, dim] for each layer. For the other arguments see `Pretrained.features` and `map_utterances`.
 
@@ -62,7 +62,7 @@ def write_features(
         raise UserError(f"--format {file_format}: choose one of {', '.join(FORMATS)}")
     chosen = pretrained.resolve_layers(layers)
     utterances: dict[str, Utterance] = {}
-    for utterance in chain.from_iterable(map(find_utterances, audio)):
+    for utterance in find_utterances(audio, channel=channel):
         other = utterances.setdefault(utterance.name, utterance)
         if other is not utterance:
             raise UserError(f"{utterance.file}: its output {output / utterance.name} is also that of {other.file}")

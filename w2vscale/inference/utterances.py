@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
-import soundfile
 from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples
 
+from w2vscale.corpora.finding import find_audio
 from w2vscale.corpora.index import build_index
-from w2vscale.data.audio import AUDIO_SUFFIXES, AudioError, libsndfile_reason, read_audio, read_header
+from w2vscale.data.audio import read_audio, to_mono
+from w2vscale.data.decoding import AudioError, open_audio, read_header
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.resampling import Samples
@@ -36,27 +38,40 @@ class Utterance:
     open: Callable[[], Audio]  # may raise AudioError
     transcript: str = ""
     speaker: str = "unknown"  # the first one that a manifest names
+    path: str = ""  # of a file below the folder that was given; empty for an utterance of a manifest
 
     def bad(self, error: AudioError) -> BadAudio:
         """The record of an utterance whose audio cannot be used."""
         return BadAudio(self.name, self.file, error.kind, str(error))
 
 
-def find_utterances(path: Path) -> Iterator[Utterance]:
-    """Yield the utterances of an audio file, a folder of audio files, or a manifest.
+def find_utterances(paths: Iterable[Path], *, channel: int | None = None) -> list[Utterance]:
+    """Find the utterances of audio files, folders of audio files, and manifests.
 
-    Raises UserError if a folder contains no audio, a manifest is unusable, or an id cannot be a file name.
+    The name of a file is its path below the folder without suffix, or that of a file alone its name without suffix.
+    Files that would have the same name keep their suffix, and the path that was given if they still do. `channel` is
+    the channel of files to use; None means the mean of all. Raises UserError if a folder contains no audio, a manifest
+    is unusable, or an id cannot be a file name.
     """
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
-        if not files:
-            raise UserError(f"{path}: no audio in it (looked for {', '.join(sorted(AUDIO_SUFFIXES))})")
-        for file in files:
-            yield Utterance(str(file.relative_to(path).with_suffix("")), str(file), partial(_open_file, file))
-    elif ".jsonl" in path.suffixes:
-        yield from _cut_utterances(path)
-    else:
-        yield Utterance(path.stem, str(path), partial(_open_file, path))
+    found: list[Utterance] = []
+    for path in paths:
+        if path.is_dir():
+            contents = find_audio(path)
+            if not contents.audio:
+                raise contents.no_audio(path)
+            found += [_of_file(path / file.path, file.path, channel) for file in contents.audio]
+        elif ".jsonl" in path.suffixes:
+            found += _cut_utterances(path)
+        else:
+            found.append(_of_file(path, path.name, channel))
+    for name_of in (lambda one: one.path, lambda one: os.path.normpath(one.file).lstrip("/.")):
+        count = Counter(utterance.name for utterance in found)
+        found = [replace(one, name=name_of(one)) if one.path and count[one.name] > 1 else one for one in found]
+    return found
+
+
+def _of_file(path: Path, below: str, channel: int | None) -> Utterance:
+    return Utterance(os.path.splitext(below)[0], str(path), partial(_open_file, path, channel), path=below)
 
 
 def utterances_by_name(manifests: Sequence[Path]) -> dict[str, Utterance]:
@@ -137,26 +152,22 @@ def collect(results: Iterable[T | BadAudio]) -> tuple[list[T], list[BadAudio]]:
     return [one for one in everything if not isinstance(one, BadAudio)], bad
 
 
-def _open_file(path: Path) -> Audio:
-    """Open a file. It is read from its beginning, because seeking in MP3 and Opus is inexact. Averages channels."""
-    header = read_header(path)
+def _open_file(path: Path, channel: int | None) -> Audio:
+    """Open a file. `channel` is the one to use; None means the mean of all."""
+    header = read_header(path, count=True)
+    if channel is not None and channel >= header.channels:
+        raise AudioError("mismatched", f"has {header.channels} channels, numbered from 0, and no channel {channel}")
 
     def blocks() -> Iterator[Samples]:
         done = 0
-        try:
-            with path.open("rb") as stored, soundfile.SoundFile(stored) as file:
-                while (block := file.read(BLOCK_SECONDS * file.samplerate, dtype="float32", always_2d=True)).size:
-                    done += len(block)
-                    # libsndfile guesses the length of an MP3 without a Xing header. A frame starts with eleven ones.
-                    if header.format == "MP3" and done == header.frames and stored.read(2) >= b"\xff\xe0":
-                        raise AudioError("undecodable", f"longer than the {done} samples that libsndfile reports")
-                    yield block.mean(axis=1)
-        except (soundfile.SoundFileError, OSError) as error:
-            raise AudioError("undecodable", f"cannot be decoded: {libsndfile_reason(error)}") from None
-        if done != header.frames:
-            raise AudioError("undecodable", f"cannot be decoded: ends after {done} of {header.frames} samples")
+        with open_audio(path) as decoder:
+            while len(block := decoder.read(BLOCK_SECONDS * header.sampling_rate)):
+                done += len(block)
+                yield to_mono(block if channel is None else block[:, [channel]])
+        if done != header.samples:
+            raise AudioError("undecodable", f"cannot be decoded: ends after {done} of {header.samples} samples")
 
-    return Audio(header.samplerate, header.frames, blocks)
+    return Audio(header.sampling_rate, header.samples, blocks)
 
 
 def _open_cut(cut: Cut) -> Audio:

@@ -1,0 +1,98 @@
+"""What is found below a folder: audio by suffix, transcripts, links, and all the rest by number and reason."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from w2vscale.corpora.finding import AudioFile, find_audio
+from w2vscale.errors import UserError
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def paths_in(folder: Path) -> list[str]:
+    return [file.path for file in find_audio(folder).audio]
+
+
+def test_paths_are_sorted_by_their_parts(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("b/1.wav", "b.wav", "a/z.flac", "a/b/c.opus", "B.WAV", "b-/1.mp3")))
+    assert paths_in(tmp_path) == ["B.WAV", "a/b/c.opus", "a/z.flac", "b/1.wav", "b-/1.mp3", "b.wav"]
+
+
+def test_names_of_every_kind(tmp_path: Path) -> None:
+    names = ["with space.wav", 'quote\'s "x".wav', "new\nline.wav", "naïve ☃.wav", "case.wav", "Case.wav", "-o.wav"]
+    touch(*(tmp_path / name for name in names))
+    assert sorted(paths_in(tmp_path)) == sorted(names)
+
+
+def test_everything_else_is_counted(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("a.wav", "notes.pdf", "b/notes.PDF", "README", "._a.wav", ".git/x.wav")))
+    os.mkfifo(tmp_path / "pipe.wav")
+    os.symlink(tmp_path / "absent.wav", tmp_path / "broken.wav")
+    found = find_audio(tmp_path)
+    assert found.audio == [AudioFile("a.wav")]
+    assert found.others == {
+        (".pdf", "not audio"): 2,
+        ("(no suffix)", "not audio"): 1,
+        (".wav", "hidden"): 1,
+        ("(no suffix)", "hidden"): 1,
+        (".wav", "not a file"): 1,
+        (".wav", "broken link"): 1,
+    }
+
+
+def test_transcripts_with_times_are_preferred(tmp_path: Path) -> None:
+    touch(*(tmp_path / name for name in ("a.wav", "a.TXT", "b.flac", "b.txt", "b.TextGrid", "c.mp3", "d.txt")))
+    found = find_audio(tmp_path)
+    assert found.audio == [AudioFile("a.wav", ".TXT"), AudioFile("b.flac", ".TextGrid"), AudioFile("c.mp3")]
+    unused = "no audio file beside it has its name"
+    assert found.others == {(".txt", "transcript"): 1, (".textgrid", "transcript"): 1, (".txt", unused): 2}
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    corpus, other = tmp_path / "corpus", tmp_path / "other"
+    touch(corpus / "speaker" / "a.wav", other / "b.wav", other / "blob")
+    os.symlink(corpus, corpus / "loop")
+    os.symlink(corpus / "speaker", corpus / "again")
+    os.symlink(other, corpus / "linked")
+    os.symlink(other, corpus / "linked-too")
+    os.symlink(other / "b.wav", corpus / "b-too.wav")
+    os.symlink("../speaker/a.wav", corpus / "speaker" / "same.wav")
+    os.symlink(other / "blob", corpus / "named.wav")  # as in the cache of Hugging Face
+    os.symlink(other / "blob", corpus / "named-too.wav")
+    os.symlink("self", corpus / "self")
+    found = find_audio(corpus)
+    assert [file.path for file in found.audio] == ["linked/b.wav", "named-too.wav", "speaker/a.wav"]
+    anyway = "link to a {} that is used anyway"
+    assert found.others[("(no suffix)", anyway.format("folder"))] == 3
+    assert found.others[(".wav", anyway.format("file"))] == 3
+    assert found.others[("(no suffix)", "broken link")] == 1
+
+
+def test_an_unreadable_folder_is_named_and_the_rest_is_used(tmp_path: Path) -> None:
+    touch(tmp_path / "a.wav", tmp_path / ("x" * 200) / "b.wav")
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    here = os.getcwd()
+    try:  # a path that is too long for the system, whoever the user is
+        os.chdir(deep)
+        for _ in range(25):
+            os.mkdir("y" * 200)
+            os.chdir("y" * 200)
+        found = find_audio(tmp_path)
+    finally:
+        os.chdir(here)
+    assert [file.path for file in found.audio] == ["a.wav", "x" * 200 + "/b.wav"]
+    assert [(one.kind, one.reason) for one in found.unusable] == [("unreadable", "cannot be read: File name too long")]
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: No such file or directory"):
+        find_audio(tmp_path / "no")

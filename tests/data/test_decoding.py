@@ -1,0 +1,151 @@
+"""Decoding of every format: lengths, crops, formats that cannot seek, and the decoder's own words for what is wrong."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from tests.helpers.audio import noise, write_text
+from tests.helpers.containers import FORMATS, write_container
+from w2vscale.data.decoding import AUDIO_SUFFIXES, AudioError, is_audio, open_audio, read_header
+
+LIBSNDFILE = [  # suffix, format, encoding
+    (".wav", "WAV", "PCM_16"),
+    (".wav", "WAV", "GSM610"),
+    (".wav", "WAV", "G721_32"),
+    (".wav", "WAV", "NMS_ADPCM_16"),
+    (".wav", "WAV", "IMA_ADPCM"),
+    (".wav", "WAV", "ULAW"),
+    (".wav", "WAVEX", "PCM_24"),
+    (".rf64", "RF64", "FLOAT"),
+    (".w64", "W64", "MS_ADPCM"),
+    (".flac", "FLAC", "PCM_24"),
+    (".ogg", "OGG", "VORBIS"),
+    (".opus", "OGG", "OPUS"),
+    (".mp3", "MP3", "MPEG_LAYER_III"),
+    (".aiff", "AIFF", "PCM_16"),
+    (".aif", "AIFF", "DWVW_16"),
+    (".au", "AU", "G723_24"),
+    (".sph", "NIST", "ALAW"),
+    (".caf", "CAF", "ALAC_16"),
+    (".voc", "VOC", "PCM_16"),
+    (".sf", "IRCAM", "PCM_32"),
+]
+
+
+def decoded(path: Path, start: int = 0, samples: int = 10**6) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    with open_audio(path) as decoder:
+        decoder.skip(start)
+        return decoder.read(samples)
+
+
+def assert_crops_equal_the_whole(path: Path) -> None:
+    header = read_header(path, count=True)
+    whole = decoded(path)
+    assert header.exact and whole.shape == (header.samples, header.channels)
+    for start in (1, 777, 16_384, header.samples - 3000):
+        # An MP3 is decoded in floating point from another frame on.
+        assert np.allclose(decoded(path, start, 3000), whole[start : start + 3000], atol=1e-6)
+    with open_audio(path) as decoder:
+        blocks = [decoder.read(4999) for _ in range(2 + header.samples // 4999)]
+    assert np.allclose(np.concatenate(blocks), whole, atol=1e-6)
+
+
+@pytest.mark.parametrize(("suffix", "form", "encoding"), LIBSNDFILE)
+def test_a_crop_of_a_file_for_libsndfile_equals_the_whole(
+    suffix: str, form: str, encoding: str, tmp_path: Path
+) -> None:
+    path, audio = tmp_path / f"a{suffix.upper()}", noise(3.0)
+    soundfile.write(path, audio, 8_000 if encoding.startswith("NMS") else 16_000, format=form, subtype=encoding)
+    assert is_audio(path.name)
+    assert abs(read_header(path).samples - audio.size) <= 1024
+    assert_crops_equal_the_whole(path)
+    correlation = np.corrcoef(decoded(path)[: audio.size, 0], audio)[0, 1]
+    assert correlation > 0.5  # of noise, which codecs of speech do not keep well
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_a_crop_of_a_file_for_ffmpeg_equals_the_whole(suffix: str, tmp_path: Path) -> None:
+    path = write_container(
+        tmp_path / f"a{suffix}", np.stack([noise(2.0, rate=48_000), noise(2.0, rate=48_000)], axis=1)
+    )
+    header = read_header(path)
+    assert (header.sampling_rate, header.channels) == (48_000, 2)
+    assert abs(header.samples - 96_000) < 6_000 and not header.exact
+    assert_crops_equal_the_whole(path)
+
+
+def test_encoded_audio_in_memory() -> None:
+    file = io.BytesIO()
+    soundfile.write(file, noise(1.0), 16_000, format="FLAC")
+    file.seek(0)
+    with open_audio(file) as decoder:
+        assert decoder.header == (16_000, 1, 16_000, True)
+        assert decoder.read(20_000).shape == (16_000, 1)
+
+
+@pytest.mark.parametrize("suffix", sorted(AUDIO_SUFFIXES))
+def test_a_file_that_is_not_audio_is_named_in_the_words_of_its_decoder(suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match=r"^(not readable as audio|cannot be decoded): \S") as caught:
+        read_header(write_text(tmp_path / f"a{suffix}"), count=True)
+    message = str(caught.value)
+    assert str(tmp_path) not in message and "\n" not in message
+    for other in ("torch", "ffmpeg", "sox", "lhotse"):
+        assert other not in message.lower()
+
+
+def test_a_damaged_container(tmp_path: Path) -> None:
+    path = write_container(tmp_path / "a.webm", noise(2.0, rate=48_000))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert 30_000 < read_header(path, count=True).samples < 60_000
+    path = write_container(tmp_path / "a.m4a", noise(2.0, rate=48_000))
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(AudioError, match="not readable as audio: Invalid data found when processing input"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{}\n", "ffconcat version 1.0\nfile '{}'\n"]
+)
+def test_a_playlist_is_not_followed(text: str, tmp_path: Path) -> None:
+    secret = write_container(tmp_path / "secret.aac", noise(1.0, rate=48_000))
+    for suffix in FORMATS:
+        path = tmp_path / f"a{suffix}"
+        path.write_text(text.format(secret))
+        with pytest.raises(AudioError):
+            read_header(path, count=True)
+
+
+def test_without_pyav_its_formats_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_container(tmp_path / "a.m4a", noise(1.0, rate=48_000))
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(AudioError, match=r"^\.m4a needs PyAV: pip install 'w2vscale\[av\]'$"):
+        read_header(path)
+
+
+def test_a_video_without_audio(tmp_path: Path) -> None:
+    import av
+
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")))
+        container.mux(stream.encode(None))
+    with pytest.raises(AudioError, match="has no audio track"):
+        read_header(path)
+
+
+def test_missing_files_and_pipes_are_not_opened(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.wav")
+    for path in (tmp_path / "no.wav", tmp_path / "pipe.wav", tmp_path):
+        with pytest.raises(AudioError, match="no such file"):
+            read_header(path)

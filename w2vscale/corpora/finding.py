@@ -1,0 +1,115 @@
+"""Find the audio files below a folder with their transcripts, and count everything else that is there."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from w2vscale.data.decoding import AUDIO_SUFFIXES, is_audio
+from w2vscale.errors import UserError
+
+TEXT_SUFFIXES = (".ctm", ".textgrid", ".srt", ".vtt", ".json", ".txt")
+"""Transcripts beside an audio file, in the order in which they are preferred: those with times come first."""
+
+TRANSCRIPT = "transcript"  # what `FolderContents.others` says of a text that is used
+
+
+class AudioFile(NamedTuple):
+    """An audio file, by its path below the folder, and the suffix of the transcript beside it, as it is written."""
+
+    path: str
+    text: str = ""
+
+
+class Unusable(NamedTuple):
+    """An audio file, a transcript or a folder that cannot be used, by its path, and why."""
+
+    path: str
+    kind: str  # in a word or two
+    reason: str
+
+
+@dataclass
+class FolderContents:
+    """What is below a folder. The audio files are sorted by the parts of their paths."""
+
+    audio: list[AudioFile] = field(default_factory=list)
+    unusable: list[Unusable] = field(default_factory=list)
+    others: Counter[tuple[str, str]] = field(default_factory=Counter)  # by suffix and reason
+
+    def leave_out(self, suffix: str, reason: str) -> None:
+        """Count an entry that is not used."""
+        self.others[suffix.lower() or "(no suffix)", reason] += 1
+
+    def no_audio(self, folder: Path) -> UserError:
+        """The error for a folder without usable audio, which says what is there instead."""
+        if self.unusable:
+            return UserError(f"{folder}: no audio that can be used; {self.unusable[0].path}: {self.unusable[0].reason}")
+        others = "; ".join(f"{count:,} {suffix}: {reason}" for (suffix, reason), count in self.others.most_common(5))
+        return UserError(f"{folder}: no audio in it ({others or 'it is empty'})")
+
+
+def find_audio(folder: Path) -> FolderContents:
+    """Find the audio files below a folder by their suffixes.
+
+    Symbolic links are followed. What several links lead to is taken once, by its own name if it has one below `folder`,
+    so that a loop of links ends. Hidden files are left out: macOS puts files such as `._talk.wav`, which are not audio,
+    beside real ones. Raises UserError if the folder itself cannot be read.
+    """
+    found = FolderContents()
+    folders, folder_links = [""], list[str]()
+    file_links: list[AudioFile] = []
+    visited: set[str] = set()  # real paths of folders
+    while folders or folder_links:
+        below = folders.pop() if folders else folder_links.pop()
+        real = os.path.realpath(folder / below)
+        if real in visited:
+            found.leave_out("", "link to a folder that is used anyway")
+            continue
+        visited.add(real)
+        try:
+            with os.scandir(folder / below) as listing:
+                entries = list(listing)
+        except OSError as error:
+            if not below:
+                raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+            found.unusable.append(Unusable(below, "unreadable", f"cannot be read: {error.strerror}"))
+            continue
+        audio, texts = [], {}
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            is_link = entry.is_symlink()
+            if entry.name.startswith("."):
+                found.leave_out(suffix, "hidden")
+            elif os.path.isdir(entry) if is_link else entry.is_dir():
+                (folder_links if is_link else folders).append(f"{below}{entry.name}/")
+            elif not (os.path.isfile(entry) if is_link else entry.is_file()):
+                found.leave_out(suffix, "not a file" if os.path.exists(entry) else "broken link")
+            elif suffix.lower() in AUDIO_SUFFIXES:
+                audio.append(entry)
+            elif suffix.lower() in TEXT_SUFFIXES:
+                texts[stem, suffix.lower()] = suffix
+            else:
+                found.leave_out(suffix, "not audio")
+        used = set()
+        for entry in audio:
+            stem = os.path.splitext(entry.name)[0]
+            kind = next((kind for kind in TEXT_SUFFIXES if (stem, kind) in texts), "")
+            used.add((stem, kind))
+            file = AudioFile(below + entry.name, texts.get((stem, kind), ""))
+            (file_links if entry.is_symlink() else found.audio).append(file)
+        for stem, kind in texts:
+            found.leave_out(kind, TRANSCRIPT if (stem, kind) in used else "no audio file beside it has its name")
+        folder_links.sort(key=lambda path: path.split("/"), reverse=True)
+    for file in sorted(file_links):
+        place, name = os.path.split(target := os.path.realpath(folder / file.path))
+        if target in visited or (place in visited and is_audio(name) and not name.startswith(".")):
+            found.leave_out(os.path.splitext(file.path)[1], "link to a file that is used anyway")
+        else:
+            visited.add(target)
+            found.audio.append(file)
+    found.audio.sort(key=lambda file: file.path.split("/"))
+    return found

@@ -1,0 +1,202 @@
+"""Read transcripts with times: CTM, TextGrid, SubRip (.srt), WebVTT, JSON with words, and Kaldi's `segments`."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from w2vscale.corpora.segments import Timed
+from w2vscale.errors import UserError
+from w2vscale.files import read_text
+
+SILENCES = {"", "sp", "sil", "<eps>", "<sil>", "SIL"}  # labels of pauses in TextGrid and CTM files of aligners
+WORD_KEYS = ("word", "text", "label", "token")
+TIME = r"(?:(\d+):)?(\d+):(\d+)[.,](\d+)"
+CUE = re.compile(rf"\s*{TIME}\s+-->\s+{TIME}")
+MARKUP = re.compile(r"<[^>]*>|\{\\[^}]*\}")
+TOKEN = re.compile(r'"(?:[^"]|"")*"|(?<![\w\[])[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?(?![\w\]])|<exists>')
+
+
+def read_timed(path: Path, *, encoding: str | None = None) -> list[Timed] | None:
+    """The words or phrases of a transcript file, sorted by time. None for a JSON file that is no transcript.
+
+    Raises UserError, naming file and line, if the file cannot be read or has another form.
+    """
+    text = text_of_file(path, encoding=encoding)
+    parse = PARSERS[path.suffix.lower()]
+    try:
+        units = parse(text, path)
+    except UserError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not a {path.suffix[1:]} transcript: {' '.join(str(error).split())[:200]}") from None
+    if units is None:
+        return None
+    for unit in units:
+        if not 0.0 <= unit.start <= unit.end < math.inf:
+            raise UserError(f"{path}: {unit.text[:40]!r} lasts from {unit.start:g} to {unit.end:g} s")
+    return sorted(units, key=lambda unit: unit[:2])
+
+
+def read_kaldi_segments(folder: Path, *, encoding: str | None = None) -> dict[str, list[Timed]]:
+    """The phrases of each recording of the files `segments` and `text` in a folder; empty if it has none.
+
+    Raises UserError if they cannot be read, or a line of `segments` has another form.
+    """
+    segments, texts = folder / "segments", folder / "text"
+    if not (segments.is_file() and texts.is_file()):
+        return {}
+    words = dict(_first_and_rest(text_of_file(texts, encoding=encoding)))
+    found = defaultdict(list)
+    for number, line in enumerate(text_of_file(segments, encoding=encoding).splitlines(), start=1):
+        try:
+            utterance, recording, start, end = line.split()
+            unit = Timed(float(start), float(end), words.get(utterance, ""))
+        except ValueError:
+            raise UserError(f"{segments}: line {number} is not: utterance recording start end") from None
+        found[recording].append(unit)
+    return {recording: sorted(units, key=lambda unit: unit[:2]) for recording, units in found.items()}
+
+
+def text_of_file(path: Path, *, encoding: str | None = None) -> str:
+    """Like `files.read_text`, but raises UserError also if the file cannot be read."""
+    try:
+        return read_text(path, encoding=encoding)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _first_and_rest(text: str) -> Iterator[tuple[str, str]]:
+    for line in text.splitlines():
+        if line.strip():
+            first, _, rest = line.strip().partition(" ")
+            yield first, rest.strip()
+
+
+def _ctm(text: str, path: Path) -> list[Timed]:
+    """NIST's format: recording, channel, start, duration, word."""
+    by_recording: dict[str, list[Timed]] = defaultdict(list)
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.startswith(";;"):
+            continue
+        try:
+            recording, _, start, duration, word = line.split()[:5]
+            unit = Timed(float(start), float(start) + float(duration), word)
+        except ValueError:
+            raise UserError(f"{path}: line {number} is not: recording channel start duration word") from None
+        by_recording[recording].append(unit)
+    if len(by_recording) > 1 and path.stem not in by_recording:
+        raise UserError(f"{path}: has the recordings {', '.join(sorted(by_recording)[:5])}, but not {path.stem}")
+    units = by_recording[path.stem] if path.stem in by_recording else [*by_recording.values(), []][0]
+    return [unit for unit in units if unit.text not in SILENCES]
+
+
+def _text_grid(text: str, path: Path) -> list[Timed]:
+    """Praat's format, long or short. Takes the tiers whose names end with `word` or `words`, or the only one."""
+    tiers = dict(_interval_tiers(text))
+    words = [name for name in tiers if name.strip().lower().endswith(("word", "words"))]
+    if not words and len(tiers) != 1:
+        raise UserError(
+            f"{path}: name the tier with the words `words`; it has {', '.join(tiers) or 'no interval tier'}"
+        )
+    return [unit for name in words or tiers for unit in tiers[name] if unit.text not in SILENCES]
+
+
+def _interval_tiers(text: str) -> Iterator[tuple[str, list[Timed]]]:
+    """The name and intervals of each interval tier of a TextGrid."""
+    tokens = iter(TOKEN.findall(text))
+
+    def token(quoted: bool) -> str:
+        for found in tokens:
+            if (found[0] == '"') == quoted and found != "<exists>":
+                return found
+        raise ValueError("it ends early")
+
+    def string() -> str:
+        return token(True)[1:-1].replace('""', '"')
+
+    def number() -> float:
+        return float(token(False))
+
+    if [string(), string()] != ["ooTextFile", "TextGrid"]:
+        raise ValueError("it does not begin as a TextGrid of Praat")
+    number(), number()
+    for _ in range(int(number())):
+        kind, name = string(), string()
+        number(), number()
+        size = int(number())
+        if kind == "IntervalTier":
+            yield name, [Timed(number(), number(), string().strip()) for _ in range(size)]
+        else:
+            for _ in range(size):
+                number(), string()
+
+
+def _subtitles(text: str, path: Path) -> list[Timed]:
+    """SubRip and WebVTT: a line with two times, then lines of text up to an empty line."""
+    units = []
+    lines = iter(text.splitlines())
+    for line in lines:
+        if (times := CUE.match(line)) is None:
+            continue
+        spoken = []
+        for row in lines:
+            if not row.strip():
+                break
+            spoken.append(html.unescape(MARKUP.sub("", row)))
+        first, last = (_seconds(*times.groups()[start : start + 4]) for start in (0, 4))
+        units.append(Timed(first, last, " ".join(" ".join(spoken).split())))
+    if not units and text.strip():
+        raise ValueError("it has no line such as 00:00:01,000 --> 00:00:02,500")
+    return units
+
+
+def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str) -> float:
+    return 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds) + float(f"0.{fraction}")
+
+
+def _json(text: str, path: Path) -> list[Timed] | None:
+    """Whisper's and similar forms: words, or segments with or without words; else this file is no transcript."""
+    document = json.loads(text)
+    units = document
+    if isinstance(document, dict):
+        units = next((document[key] for key in ("words", "segments") if isinstance(document.get(key), list)), None)
+    if not isinstance(units, list) or not all(isinstance(unit, dict) for unit in units):
+        return None
+    found = []
+    for unit in units:
+        words = [_timed(word) for word in unit.get("words") or []]
+        whole = _timed(unit)
+        if words and None not in words:
+            found += words
+        elif whole is not None:
+            found.append(whole)
+        else:
+            return None
+    return [unit for unit in found if unit is not None]
+
+
+def _timed(unit: Any) -> Timed | None:
+    """A word or segment of a JSON document, if it has text and times."""
+    text = next((unit[key] for key in WORD_KEYS if isinstance(unit.get(key), str)), None)
+    start, end = (unit.get(key, unit.get(f"{key}_time")) for key in ("start", "end"))
+    if end is None and isinstance(start, int | float) and isinstance(unit.get("duration"), int | float):
+        end = start + unit["duration"]
+    if text is None or not isinstance(start, int | float) or not isinstance(end, int | float):
+        return None
+    return Timed(float(start), float(end), text.strip())
+
+
+PARSERS: dict[str, Callable[[str, Path], list[Timed] | None]] = {
+    ".ctm": _ctm,
+    ".textgrid": _text_grid,
+    ".srt": _subtitles,
+    ".vtt": _subtitles,
+    ".json": _json,
+}

@@ -1,0 +1,219 @@
+"""Decode audio files: most formats with libsndfile, and those of `FFMPEG_FORMATS` with FFmpeg through PyAV.
+
+Which of them decodes a file depends on its suffix alone, so that it is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+Samples = NDArray[np.float32]
+
+LIBSNDFILE_SUFFIXES = frozenset(
+    f".{name}"
+    for names in (
+        "wav wave bwf rf64 w64 flac ogg oga opus mp3 mp2 mpga",
+        "aiff aif aifc au snd sph nist caf voc sf ircam paf pvf avr iff 8svx svx wve xi htk",
+    )
+    for name in names.split()
+)
+FFMPEG_FORMATS = {
+    f".{name}": form
+    for form, names in {
+        "mov": "m4a m4b mp4 m4v mov 3gp 3g2",
+        "matroska": "webm mka mkv",
+        "asf": "wma wmv asf",
+        "aac": "aac",
+        "ac3": "ac3",
+        "amr": "amr",
+        "ape": "ape",
+        "avi": "avi",
+        "flv": "flv",
+        "tta": "tta",
+        "wv": "wv",
+    }.items()
+    for name in names.split()
+}
+"""FFmpeg's name of the container for each suffix. It is not detected: what FFmpeg detects can be a playlist of URLs."""
+
+AUDIO_SUFFIXES = LIBSNDFILE_SUFFIXES | FFMPEG_FORMATS.keys()
+MPEG_SUFFIXES = (".mp3", ".mp2", ".mpga")
+SEQUENTIAL = ("GSM", "G72", "NMS", "DWVW", "DPCM")  # first letters of encodings in which libsndfile cannot seek
+LAST_PAGE = 20  # seconds; libsndfile seeks to a wrong place in the last page of an Ogg Vorbis file
+BLOCK = 2**18  # samples that are decoded at a time
+
+
+class AudioError(ValueError):
+    """The audio of an utterance cannot be used. The message is the reason; `kind` classifies it in a word or two."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+class Header(NamedTuple):
+    """What a file says about its audio. `samples` is the number per channel; in some containers it is an estimate."""
+
+    sampling_rate: int  # Hz
+    channels: int
+    samples: int
+    exact: bool
+
+
+class Decoder(Protocol):
+    """An open audio file. It is read from its beginning to its end."""
+
+    header: Header
+
+    def skip(self, samples: int) -> None:
+        """Go on after the next `samples` samples."""
+
+    def read(self, samples: int) -> Samples:
+        """Decode the next samples, [samples, channels]; fewer at the end of the file."""
+
+
+def is_audio(name: str) -> bool:
+    """Whether a file is audio, by its suffix."""
+    return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
+
+
+def regular_file(path: str | Path) -> str:
+    """The absolute path of a file; libsndfile takes `-` for stdin. Raises AudioError if there is no such file.
+
+    Pipes and devices are not files: reading them may never end.
+    """
+    if not os.path.isfile(path):
+        raise AudioError("missing", "no such file")
+    return os.path.abspath(path)
+
+
+def read_header(path: str | Path, *, count: bool = False) -> Header:
+    """Read the header of an audio file. With `count`, decode it where the header does not have its exact length.
+
+    Raises AudioError if the file is missing, unreadable, or cannot be decoded.
+    """
+    with open_audio(path) as decoder:
+        header = decoder.header
+        if header.exact or not count:
+            return header
+        samples = 0
+        while size := len(decoder.read(BLOCK)):
+            samples += size
+    return header._replace(samples=samples, exact=True)
+
+
+@contextmanager
+def open_audio(source: Any) -> Iterator[Decoder]:
+    """Open an audio file by its path, or encoded audio in a file object.
+
+    Raises AudioError if it is missing or unreadable, and for each error of the decoder while it is open.
+    """
+    opened = False
+    try:
+        with ExitStack() as stack:
+            decoder: Decoder
+            path = regular_file(source) if isinstance(source, str | Path) else ""
+            if (form := FFMPEG_FORMATS.get(os.path.splitext(path)[1].lower())) is not None:
+                decoder = _Ffmpeg(path, form, stack)
+            else:
+                stored = stack.enter_context(open(path, "rb")) if path.lower().endswith(MPEG_SUFFIXES) else None
+                decoder = _Libsndfile(stack.enter_context(_SoundFile(stored or path or source)), stored)
+            opened = True
+            yield decoder
+    except (soundfile.SoundFileError, OSError, UnicodeError) as error:
+        problem = "cannot be decoded" if opened else "not readable as audio"
+        raise AudioError("undecodable", f"{problem}: {reason_of(error)}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """The decoder's own words for an error in one line, without the path of the file, which may be long."""
+    words = getattr(error, "error_string", None) or getattr(error, "strerror", None) or error
+    detail = getattr(error, "log", None)  # of FFmpeg: its level, the part that wrote it, and the message
+    return " ".join(f"{words}{f' ({detail[2]})' if detail else ''}".split())[:200].removesuffix(".")
+
+
+class _SoundFile(soundfile.SoundFile):
+    """A file that is read from its beginning if its encoding cannot seek. `soundfile` seeks after each reading."""
+
+    def seekable(self) -> bool:
+        return not self.subtype.startswith(SEQUENTIAL) and bool(super().seekable())
+
+
+class _Libsndfile:
+    def __init__(self, file: _SoundFile, stored: IO[bytes] | None) -> None:
+        if file.format == "RAW":  # libsndfile takes any file with the suffix .au or .snd
+            raise AudioError("undecodable", "not readable as audio: it has no header")
+        self.file = file
+        self.stored = stored if file.format == "MP3" else None
+        self.header = Header(file.samplerate, file.channels, file.frames, exact=True)
+
+    def skip(self, samples: int) -> None:
+        if self.file.seekable():
+            target = self.file.tell() + samples
+            if self.file.subtype == "VORBIS":
+                target = max(min(target, self.file.frames - LAST_PAGE * self.file.samplerate), self.file.tell())
+            samples -= target - self.file.tell()
+            self.file.seek(target)
+        while samples > 0 and (size := len(self.read(min(samples, BLOCK)))):
+            samples -= size
+
+    def read(self, samples: int) -> Samples:
+        found: Samples = self.file.read(samples, dtype="float32", always_2d=True)
+        # libsndfile guesses the length of an MP3 without a Xing header. A frame starts with eleven ones.
+        if self.stored and self.file.tell() == self.file.frames and self.stored.read(2) >= b"\xff\xe0":
+            raise AudioError("undecodable", f"longer than the {self.file.frames} samples that libsndfile reports")
+        return found
+
+
+class _Ffmpeg:
+    """The first audio track of a container."""
+
+    def __init__(self, path: str, form: str, stack: ExitStack) -> None:
+        try:
+            import av
+        except ImportError:
+            suffix = os.path.splitext(path)[1]
+            raise AudioError("no decoder", f"{suffix} needs PyAV: pip install 'w2vscale[av]'") from None
+        self._errors = (av.FFmpegError, ValueError)  # ValueError: the sampling rate or channels change in the file
+        with self._own_words("not readable as audio"):
+            stored = stack.enter_context(open(path, "rb"))  # noqa: SIM115
+            container: Any = stack.enter_context(av.open(stored, "r", format=form))
+        stream: Any = next(iter(container.streams.audio), None)
+        if stream is None or stream.codec_context is None:
+            raise AudioError("undecodable", "not readable as audio: has no audio track that FFmpeg decodes")
+        context = stream.codec_context
+        seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+        self.header = Header(context.sample_rate, context.channels, round(seconds * context.sample_rate), exact=False)
+        self._as_float = av.AudioResampler(format="fltp", layout=context.layout, rate=context.sample_rate)
+        self._frames: Iterator[Any] = container.decode(stream)
+        self._rest = np.empty((0, context.channels), np.float32)
+
+    def skip(self, samples: int) -> None:
+        while samples > 0 and (size := len(self.read(min(samples, BLOCK)))):
+            samples -= size
+
+    def read(self, samples: int) -> Samples:
+        blocks, size = [self._rest], len(self._rest)
+        with self._own_words("cannot be decoded"):
+            while size < samples and (frame := next(self._frames, None)) is not None:
+                found = [block.to_ndarray().T for block in self._as_float.resample(frame)]
+                blocks += found
+                size += sum(map(len, found))
+        decoded = np.concatenate(blocks)
+        self._rest = decoded[samples:]
+        return decoded[:samples]
+
+    @contextmanager
+    def _own_words(self, problem: str) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            raise AudioError("undecodable", f"{problem}: {reason_of(error)}") from None
