@@ -1,7 +1,8 @@
-"""Text files in any encoding."""
+"""Text files in any encoding, and the nearest path."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2vscale.errors import UserError
-from w2vscale.files import read_text
+from w2vscale.files import NAMES_COMPARED, nearest_path, read_text
 
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32")
 
@@ -51,3 +52,51 @@ def test_a_cut_off_character_and_zero_bytes_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"RIFF\0\0\1data")
     with pytest.raises(UserError, match="line 1 has a zero byte: it is not text"):
         read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("exp/bsae", "exp/base"),
+        ("exp/Base", "exp/base"),
+        ("exp/bsae/checkpoints/latest", "exp/base/checkpoints/latest"),
+        ("exp/bsae/checkpoints/update_3", "exp/base"),
+        ("exp/base/checkpoint/latest", "exp/base/checkpoints/latest"),
+        ("ex/base", "exp/base"),
+        ("./exp/../cuts_trian.jsonl", "exp/../cuts_train.jsonl"),
+        ("cuts.train.jsonl", "cuts_train.jsonl"),
+        ("cuts_train.jsonl ", "cuts_train.jsonl"),
+        ("exp/quite_another", None),
+        ("nowhere/base", None),
+        ("cuts_train.jsonl", None),
+        ("cuts_train.jsonl/below", None),
+        ("exp/base/checkpoints", None),
+        ("exp", None),
+        (".", None),
+        ("..", None),
+        ("", None),
+        ("/", None),
+        ("\0", None),
+        ("\udcff", None),
+        ("x" * 300, None),
+    ],
+)
+def test_the_nearest_path(given: str, nearest: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("exp/base/checkpoints/latest").mkdir(parents=True)
+    Path("cuts_train.jsonl").touch()
+    hint = f"; did you mean {nearest}?" if nearest else ""
+    assert nearest_path(given) == nearest_path(Path(given)) == hint
+    if given and not given.startswith((".", "/")):
+        assert nearest_path(tmp_path / given) == hint.replace(str(nearest), str(tmp_path / (nearest or "")))
+
+
+def test_the_nearest_path_compares_few_names_of_a_large_folder(tmp_path: Path) -> None:
+    for number in range(NAMES_COMPARED + 1):
+        (tmp_path / f"name{number}").touch()
+    with os.scandir(tmp_path) as entries:
+        *_, last = [entry.name for entry in entries]
+    with os.scandir(tmp_path) as entries:
+        first = next(entries).name
+    assert nearest_path(tmp_path / f"{first}_") == f"; did you mean {tmp_path / first}?"
+    assert last not in nearest_path(tmp_path / f"{last}_")

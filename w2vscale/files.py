@@ -1,8 +1,9 @@
-"""Text files of any encoding, atomic file writes, append-only logs of JSON records, and the header of safetensors."""
+"""Files: names like a missing one, text of any encoding, atomic writes, logs of JSON records, safetensors headers."""
 
 from __future__ import annotations
 
 import codecs
+import difflib
 import errno
 import json
 import math
@@ -12,12 +13,14 @@ import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from w2vscale.errors import UserError
 
 LONGEST_LINE = 2**24  # bytes of a line of a log; a longer one is damaged
+NAMES_COMPARED = 2000  # of a folder, in the search for a name like one that does not exist
 
 # Bytes per value of the types that safetensors files name.
 BYTES_OF = {"F32": 4, "F64": 8, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -35,6 +38,27 @@ def regular(path: Path | str, flags: int) -> int:
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, "not a file", str(path))
+
+
+def nearest_path(path: Path | str) -> str:
+    """Return `; did you mean X?` for the existing path that is closest to one that does not exist; "" if none is close.
+
+    X has another name in place of the first part of `path` that does not exist.
+    """
+    path = Path(path)
+    missing = next((part for part in (*reversed(path.parents), path) if not os.path.lexists(part)), None)
+    if missing is None:
+        return ""
+    try:
+        with os.scandir(missing.parent) as entries:
+            names = [entry.name for entry in islice(entries, NAMES_COMPARED)]
+    except OSError:
+        return ""
+    for name in difflib.get_close_matches(missing.name, names, n=1, cutoff=0.75):
+        found = missing.with_name(name)
+        whole = found / path.relative_to(missing)
+        return f"; did you mean {whole if os.path.lexists(whole) else found}?"
+    return ""
 
 
 def read_text(path: Path | str, *, encoding: str | None = None) -> str:
@@ -191,7 +215,7 @@ def read_metrics(path: Path, split: str) -> list[dict[str, Any]]:
     try:
         records = read_records(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}{nearest_path(path)}") from None
     return [record for record in records if record.get("split") == split and _are_metrics(record)]
 
 

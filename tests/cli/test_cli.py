@@ -18,6 +18,7 @@ from tests.helpers.tiers import long
 from w2vscale.cli.app import app, main
 from w2vscale.cli.progress import console
 from w2vscale.config import dump_config, load_config, preset_names
+from w2vscale.data.manifest import index_path
 from w2vscale.objectives import OBJECTIVES, all_settings, resolve
 from w2vscale.terminal import CONTROL
 from w2vscale.version import __version__
@@ -291,3 +292,44 @@ class TestConfigCommands:
     )
     def test_errors_are_one_line(self, arguments: list[str], start: str) -> None:
         assert error_of("config", "show", *arguments).startswith(start)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "tiny", "data.train={cuts_trian.jsonl}"],
+        ["train", "tiny", "data.train={cuts_train.jsonl}", "data.validation=[{cuts_train.jsnol}]"],
+        ["train", "tiny", "data.mode=stream", "data.train={shadrs}"],
+        ["train", "tiny", "data.train={cuts_train.jsonl}", "trainer.init_from={exp/bsae}"],
+        ["train", "tiny", "data.train={cuts_train.jsonl}", "--resume", "{exp/bsae}"],
+        ["config", "show", "ctc_1h", "objective.vocabulary={leters.txt}"],
+        ["evaluate", "{exp/bsae}", "--cuts", "{cuts_train.jsonl}"],
+        ["transcribe", "{exp/bsae}", "{cuts_train.jsonl}"],
+        ["report", "{exp/bsae}"],
+        ["results", "{exp/reslts.json}"],
+        ["replay", "{exp/nonfinte}"],
+        ["export", "{exp/bsae}", "out"],
+        ["import", "{exp/bsae}", "out", "--format", "huggingface"],
+        ["import", "{modle.pt}", "out", "--format", "fairseq"],
+        ["checkpoint", "show", "{exp/bsae/checkpoints/latest}"],
+        ["checkpoint", "verify", "{exp/bsae}"],
+        ["data", "stats", "{cuts_tran.jsonl}"],
+        ["data", "index", "{cuts_tran.jsonl}"],
+        ["data", "prepare", "folder", "{shadrs}", "out"],
+    ],
+    ids=" ".join,
+)
+def test_a_path_that_does_not_exist_names_the_nearest(
+    arguments: list[str], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("exp/base", "exp/nonfinite", "shards"):
+        Path(folder).mkdir(parents=True)
+    for file in ("letters.txt", "exp/results.json", "exp/base/metrics.jsonl", "model.pt"):
+        Path(file).touch()
+    corpus.rename("cuts_train.jsonl")
+    index_path(corpus).rename(index_path(Path("cuts_train.jsonl")))
+    message = error_of(*(argument.replace("{", "").replace("}", "") for argument in arguments))
+    asked = next(match[1] for word in arguments if (match := re.search("{(.*)}", word)) and not Path(match[1]).exists())
+    assert asked in message
+    assert re.search(r"; did you mean (cuts_train.jsonl|shards|letters.txt|model.pt|exp/\w+[^ ]*)\?", message)

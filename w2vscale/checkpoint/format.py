@@ -21,7 +21,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from w2vscale.errors import UserError, refused_value
-from w2vscale.files import safetensors_header
+from w2vscale.files import nearest_path, safetensors_header
 from w2vscale.optim.canonical import Specs
 
 FORMAT = 3
@@ -106,7 +106,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 def read_document(path: Path) -> Document:
     """Read train_state.json in the checkpoint folder `path`. A UserError says why it cannot be read."""
     if not path.is_dir():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint{nearest_path(path)}")
     file = path / "train_state.json"
     if not file.is_file():
         if (path / "checkpoints").is_dir():

@@ -19,6 +19,7 @@ from w2vscale import runtime
 from w2vscale.cli import analysis, checkpoint, config, convert, data, evaluate, inference, train
 from w2vscale.distributed.launch import LostRanks, launched
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 from w2vscale.terminal import visible
 from w2vscale.version import __version__
 
@@ -88,7 +89,8 @@ def _file_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        raise UserError(f"{os.fsdecode(error.filename)}: {error.strerror}") from error
+        name = os.fsdecode(error.filename)
+        raise UserError(f"{name}: {error.strerror}{nearest_path(name)}") from error
 
 
 def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:

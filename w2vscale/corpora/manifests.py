@@ -12,7 +12,7 @@ from typing import Any
 from lhotse.cut import Cut
 
 from w2vscale.errors import UserError
-from w2vscale.files import new_file
+from w2vscale.files import nearest_path, new_file
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PreparedManifest:
 def existing_folder(path: Path) -> Path:
     """The absolute path of a folder. Raises UserError if there is no such folder."""
     if not os.path.isdir(path):
-        raise UserError(f"{path}: no such folder")
+        raise UserError(f"{path}: no such folder{nearest_path(path)}")
     return path.resolve()
 
 

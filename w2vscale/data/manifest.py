@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from w2vscale.data.cuts import MAX_SECONDS, not_a_cut, read_cut
 from w2vscale.data.decoding import is_audio
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("language", "<u2")])
 """One record per cut: the byte offset of its line, its duration in seconds, and its language as a number.
@@ -163,7 +164,7 @@ def check_manifest(path: Path) -> int:
     if path.is_dir():
         raise UserError(f"{path}: a folder, not a manifest; make one with: w2vscale data prepare folder {path} OUT")
     if not path.is_file():
-        raise UserError(f"{path}: no such manifest")
+        raise UserError(f"{path}: no such manifest{nearest_path(path)}")
     if not os.access(path, os.R_OK):
         raise UserError(f"{path}: cannot be read: permission denied")
     if is_audio(path.name):

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -19,7 +20,7 @@ def open_pieces(path: Path) -> SentencePieceProcessor:
         pieces.LoadFromSerializedProto(path.read_bytes())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"objective.sentencepiece={path}: cannot be read: {reason}") from None
+        raise UserError(f"objective.sentencepiece={path}: cannot be read: {reason}{nearest_path(path)}") from None
     except RuntimeError:
         raise UserError(f"objective.sentencepiece={path}: not a SentencePiece model") from None
     if any(map(pieces.is_byte, range(len(pieces)))):

@@ -17,6 +17,7 @@ from lhotse.utils import fastcopy
 from w2vscale.data.cuts import NotACut, read_cut, read_recording
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 
 PLACEHOLDERS = ("shar",)  # the type of the source of audio in an archive
 IN_CUTS = ("shar", "file")  # custom fields of a cut may name files, which are never opened
@@ -35,7 +36,8 @@ class Shard(NamedTuple):
 def find_shards(folder: Path) -> list[Shard]:
     """The shards of a folder by number. Raises UserError if it does not exist, has none, or lacks the audio of one."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of shards; make one with: w2vscale data shar CUTS.jsonl {folder}")
+        hint = nearest_path(folder) or f"; make one with: w2vscale data shar CUTS.jsonl {folder}"
+        raise UserError(f"{folder}: no such folder of shards{hint}")
     manifests = sorted(folder.glob("cuts.*.jsonl*"))
     if not manifests:
         raise UserError(f"{folder}: holds no shards (cuts.*.jsonl.gz); make some with: w2vscale data shar")

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 
 from w2vscale.errors import UserError, refused_value
 from w2vscale.evaluation.bootstrap import relative_reduction
+from w2vscale.files import nearest_path
 
 BASELINE = "_scratch"  # the run NAME is compared with the run NAME_scratch
 EDITS = ("substitutions", "deletions", "insertions")
@@ -64,7 +65,8 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
         try:
             metrics = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path}: cannot be read: {reason}{nearest_path(path)}") from None
         kind = _Score if isinstance(metrics, dict) and "wer" in metrics else _Evaluation
         try:
             TypeAdapter(kind).validate_python(metrics, strict=True)

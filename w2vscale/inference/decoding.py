@@ -16,6 +16,7 @@ from torch import Tensor
 
 from w2vscale.data.transcripts import BLANK, SPACE, Transcripts, labels_to_text
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 
 BEAM_THRESHOLD = 25.0  # the search drops hypotheses whose score is lower than the best by more than this
 IMPOSSIBLE = -1e4  # log probability of a symbol that the search must not choose
@@ -152,7 +153,7 @@ def _flashlight() -> SimpleNamespace:
 
 def _language_model(path: Path, words: Sequence[str], library: Any) -> Any:
     if not path.is_file():
-        raise UserError(f"--lm {path}: no such file")
+        raise UserError(f"--lm {path}: no such file{nearest_path(path)}")
     try:
         # An absolute path, because KenLM takes `-` for stdin.
         return library.KenLM(str(path.absolute()), library.Dictionary([*words, "<unk>"]))
@@ -171,7 +172,8 @@ def _lexicon(
     try:
         entries = list(read(path))
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
-        raise UserError(f"{option} {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{option} {path}: cannot be read: {reason}{nearest_path(path)}") from None
     normalised = Transcripts(vocabulary).normalised
     labels_of = {symbol: label for label, symbol in enumerate(vocabulary) if label != BLANK}
     numbers: dict[str, int] = {}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 
 INERT_NAMES = (
     "argparse.Namespace",
@@ -90,7 +91,7 @@ def _refusals(file: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}{nearest_path(file)}") from None
     except Exception as error:
         raise UserError(" ".join(f"{file} is refused: {_reason(error)}".split())) from None
 

@@ -17,6 +17,7 @@ from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import Config, dump_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import load_fairseq, read_pickle
 from w2vscale.interop.huggingface import ctc_config, from_huggingface, pretraining_config
@@ -73,7 +74,8 @@ def read_model(
 def _read_huggingface(folder: Path, log: Callable[[str], None]) -> tuple[Config, dict[str, Tensor]]:
     """Read a folder that `save_pretrained` wrote."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; download the model first, e.g. with: hf download")
+        hint = nearest_path(folder) or "; download the model first, e.g. with: hf download"
+        raise UserError(f"{folder}: no such folder{hint}")
     try:
         preprocessor = _feature_extractor(folder)
         document = _read_json(folder / "config.json")

@@ -32,6 +32,7 @@ from w2vscale.data.transcripts import (
     transcript,
 )
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 from w2vscale.kernels.packing import Lengths
 from w2vscale.models.initialisation import empty_parameters
 from w2vscale.models.layers import Linear, dropout
@@ -354,6 +355,7 @@ def _symbols_in(path: Path) -> list[str]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"objective.vocabulary={path}: must be `letters` or a readable file of symbols ({reason})"
+            f"{nearest_path(path)}"
         ) from None
 
 

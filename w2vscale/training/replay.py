@@ -25,7 +25,7 @@ from w2vscale.data.randomness import Stream, generator
 from w2vscale.distributed.process_group import errors_on_all_ranks, gather_from_ranks
 from w2vscale.engine.accumulation import split
 from w2vscale.errors import UserError, counted, refused_value
-from w2vscale.files import new_file
+from w2vscale.files import nearest_path, new_file
 from w2vscale.kernels.replaceable import kernels
 from w2vscale.objectives import Objective, StepContext, load
 from w2vscale.optim.canonical import model_only, specs_of
@@ -123,7 +123,7 @@ def read_window(file: Path, objective: Callable[[Path], Objective]) -> tuple[Win
         window = Window(batches, about["update"], about["per_forward"], about["denominator"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = refused_value(error) if isinstance(error, ValidationError) else error
-        raise UserError(f"{file}: not a window that a run has kept ({reason})") from None
+        raise UserError(f"{file}: not a window that a run has kept ({reason}){nearest_path(file)}") from None
     return window, checkpoint
 
 

@@ -30,7 +30,7 @@ from w2vscale.distributed.process_group import Ranks, errors_on_all_ranks
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.transforms import missing_for_compilation
 from w2vscale.errors import UserError
-from w2vscale.files import write_text
+from w2vscale.files import nearest_path, write_text
 from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.models.initialisation import empty_parameters, initial_values
 from w2vscale.models.lengths import input_samples
@@ -296,7 +296,7 @@ def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None
     path = None if resume == "auto" else Path(resume)
     checkpoint = store.find(log, path)
     if checkpoint is None and path is not None:
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint{nearest_path(path)}")
     return checkpoint
 
 

@@ -224,6 +224,12 @@ def test_a_file_that_is_not_there(name: str, message: str) -> None:
         document_of(config_for(name))
 
 
+def test_a_path_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "mine_zero3.json").touch()
+    with pytest.raises(UserError, match=rf"my_zero3\.json: no such file; did you mean {tmp_path}/mine_zero3\.json\?"):
+        document_of(config_for(str(tmp_path / "my_zero3.json")))
+
+
 def test_another_version_of_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(__version__="0.17.0", get_accelerator=lambda: None))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=rf"DeepSpeed 0\.17\.0 is installed, {re.escape(VERSION)} is needed"):

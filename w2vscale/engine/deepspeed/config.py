@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.config.load import keys_beside, nearest
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 
 VERSION = "0.19.8"
 """Required version, also pinned in pyproject.toml: importing and exporting state uses private names of DeepSpeed."""
@@ -197,7 +198,7 @@ def _decided(config: EngineConfig, precision: PrecisionConfig) -> dict[str, str]
 def _find(name: str) -> Path:
     if name.endswith(".json"):
         if not Path(name).is_file():
-            raise UserError(f"engine.deepspeed_config={name}: no such file")
+            raise UserError(f"engine.deepspeed_config={name}: no such file{nearest_path(name)}")
         return Path(name)
     for folder in FOLDERS:
         if (path := folder / f"{name}.json").is_file():
