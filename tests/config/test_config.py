@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
 
 from w2vscale.config import (
@@ -22,6 +24,12 @@ from w2vscale.config import (
 from w2vscale.errors import UserError
 from w2vscale.objectives import OBJECTIVES, all_settings, build_objective, load, resolve
 
+# Values that are something else in YAML.
+LITERAL = (
+    *("my run #3", "#3", "x: y.jsonl", "x:", "0456", "off", "n", "true", "2.50", "1e3", "0x1f", "12:15", "~", "~/x"),
+    *("2024-05-06", "'a'", '"b"', "{a}", "{a: 1}", "!x", "&x", "*x", "- x", "|", "a=b", "%", "[a", "a]", "null.pt"),
+)
+
 
 def error_of(source: str | Path, *overrides: str) -> str:
     """The message of an error, which is one line."""
@@ -30,6 +38,12 @@ def error_of(source: str | Path, *overrides: str) -> str:
     message = str(caught.value)
     assert message and "\n" not in message
     return message
+
+
+def setting(key: str, *overrides: str) -> object:
+    """The value of a setting in the preset tiny with overrides."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(load_config("tiny", overrides), section), name)
 
 
 def yaml_file(folder: Path, text: str) -> Path:
@@ -111,12 +125,22 @@ class TestOverrides:
             ("optim.lr=fast", "optim.lr='fast'"),
             ("optim.lr=", "optim.lr=None"),
             ("optim.lr=[", "optim.lr='['"),
-            ("optim.lr=yes", "optim.lr: True"),
+            ("optim.lr=true", "optim.lr: True"),
+            ("optim.lr=yes", "optim.lr='yes'"),
             ("optim.lr=.nan", "optim.lr=nan"),
             ("optim.lr=.inf", "optim.lr=inf"),
             ("optim.lr=-1", "optim.lr=-1"),
             ("optim.lr.peak=3", "optim.lr={'peak': 3}"),
-            ("trainer.updates=on", "trainer.updates: True"),
+            ("trainer.updates=True", "trainer.updates: True"),
+            ("trainer.updates=on", "trainer.updates='on'"),
+            ("trainer.updates=2:45", "trainer.updates='2:45'"),
+            ("optim.max_norm=1:00:00", "optim.max_norm='1:00:00'"),
+            ("trainer.updates=2030-01-02", "trainer.updates='2030-01-02'"),
+            ("optim.max_norm=off", "optim.max_norm='off'"),
+            ("trainer.init_from=", "trainer.init_from: has no value; is a variable of the shell not set?"),
+            ("data.train= ", "data.train: has no value"),
+            ("mix.weights={sv: 1, no: 2, sv: 3}", "mix.weights: sv is given twice, in line 1"),
+            ("optim.groups=[{pattern: a, pattern: b}]", "optim.groups: pattern is given twice, in line 1"),
             ("trainer.updates=1e3x", "trainer.updates='1e3x'"),
             ("model.layers=12.5", "model.layers=12.5"),
             ("model.layers=0", "model.layers=0"),
@@ -136,9 +160,65 @@ class TestOverrides:
     def test_a_wrong_value_is_reported_with_its_setting(self, override: str, named: str) -> None:
         assert named in error_of("base", override)
 
+    @pytest.mark.parametrize("text", LITERAL)
+    def test_a_path_or_text_is_taken_literally(self, text: str) -> None:
+        for key in ("trainer.init_from", "data.train", "augment.noise", "trainer.best_metric"):
+            assert setting(key, f"{key}={text}") in (text, [text], Path(text), [Path(text)])
+
+    @pytest.mark.parametrize("text", LITERAL)
+    def test_so_is_one_of_the_objective(self, text: str) -> None:
+        kinds = {name: kind.Settings for name, kind in OBJECTIVES.items()}
+        for key in ("objective.vocabulary", "objective.sentencepiece"):
+            config = load_config("ctc_1h", [f"{key}={text}"], objectives=kinds)
+            assert config.objective.model_dump()[key.partition(".")[2]] == text
+            config = load_config("base", [f"{key}={text}", "objective.name=ctc"], objectives=kinds)
+            assert config.objective.model_dump()[key.partition(".")[2]] == text
+
+    @given(text=st.text(st.characters(exclude_categories=("Cs",)), min_size=1))
+    def test_any_text_is_a_path(self, text: str) -> None:
+        if text.strip() and text.strip() != "null":
+            assert setting("trainer.init_from", f"trainer.init_from={text}") == Path(text)
+            if not text.strip().startswith("["):
+                assert setting("data.validation", f"data.validation={text}") == [Path(text)]
+
+    def test_a_list_of_paths_is_yaml_unless_there_is_a_file_of_this_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        key, text = "data.validation", "[0123, 'b #2.jsonl',no]"
+        assert setting(key, f"{key}={text}") == [Path("0123"), Path("b #2.jsonl"), Path("no")]
+        Path(text).touch()
+        assert setting(key, f"{key}={text}") == [Path(text)]
+        assert setting(key, f"{key}=[ab].jsonl") == [Path("[ab].jsonl")]
+        assert setting("trainer.init_from", "trainer.init_from=[a, b]") == Path("[a, b]")
+        for text, patterns in (("[^head, 'a: b']", ["^head", "a: b"]), ("^head #1: [ab]+", ["^head #1: [ab]+"])):
+            assert setting("trainer.init_allow", f"trainer.init_allow={text}") == patterns
+
+    def test_null_is_no_path(self) -> None:
+        assert load_config("tiny", ["trainer.init_from=a", "trainer.init_from=null"]).trainer.init_from is None
+        assert setting("trainer.init_from", "trainer.init_from=./null") == Path("null")
+
+    def test_blanks_around_a_path_count_unless_there_is_one_before_the_sign(self) -> None:
+        key = "trainer.init_from"
+        for override, path in (("= a ", " a "), (" =  a b ", "a b"), (" = #1", "#1")):
+            assert setting(key, f"{key}{override}") == Path(path)
+
     @pytest.mark.parametrize("override", ["optim.lr", "=3", ".lr=3", "optim.=3", "optim..lr=3", ""])
     def test_an_override_of_another_form_is_refused(self, override: str) -> None:
         assert error_of("base", override) == f"{override}: an override has the form section.key=value"
+
+    @pytest.mark.parametrize(
+        "overrides", [["optim.lr", "=", "3"], ["optim.lr", "=3"], ["optim.lr=", "3"], ["optim.lr =", "3"]]
+    )
+    def test_blanks_around_the_sign_are_named(self, overrides: list[str]) -> None:
+        message = error_of("base", *overrides)
+        assert message.endswith(": an override has the form section.key=value, without blanks around =")
+
+    @pytest.mark.parametrize(
+        "override", ["\udcff.lr=3", "optim.\udcff=3", "\udcff=3", "mix.weights.\udcff=3", "objective.\udcff=3"]
+    )
+    def test_a_name_that_is_not_utf_8_is_that_of_the_override(self, override: str) -> None:
+        assert error_of("base", override) == f"override: {override!r}: the name of this setting is not UTF-8"
 
     def test_a_section_set_to_a_number_is_refused(self) -> None:
         assert "optim.key=value" in error_of("base", "optim=3")
@@ -149,6 +229,11 @@ class TestOverrides:
         assert error_of(path).startswith(f"{path}: optim.lr='fast'")
         assert error_of("base", "optim.lr=fast").startswith("override: optim.lr='fast'")
         assert load_config(path, ["optim.lr=1"]).optim.lr == 1.0
+
+    def test_so_does_the_message_about_a_part_of_a_setting(self, tmp_path: Path) -> None:
+        assert error_of("base", "mix.weights.sv=2").startswith("override: mix: weights need mix.by")
+        path = yaml_file(tmp_path, "mix: {weights: {sv: 2}}\n")
+        assert error_of(path, "mix.temperature=0").startswith(f"{path}: mix: weights need mix.by")
 
     def test_so_does_the_message_about_a_setting_of_the_objective(self, tmp_path: Path) -> None:
         unknown = "objective.negative: unknown setting; did you mean objective.negatives?"
@@ -177,7 +262,8 @@ class TestContradictions:
             (["batch.concat=65"], "batch.concat=65"),
             (["batch.concat=many"], "batch.concat: many is neither auto nor a whole number from 1 on"),
             (["batch.concat=0"], "batch.concat: 0 is neither auto nor"),
-            (["batch.concat=yes"], "batch.concat: True is neither auto nor"),
+            (["batch.concat=true"], "batch.concat: True is neither auto nor"),
+            (["batch.concat=yes"], "batch.concat: yes is neither auto nor"),
             (["engine.compile=maybe"], "engine.compile: maybe is none of auto, true and false"),
             (["batch.max_seconds=2e5"], "batch.max_seconds=200000: a micro-batch has at most 2^31 - 1 samples"),
             (["trainer.updates=100"], "schedule.warmup_updates=32000 is above trainer.updates=100"),
@@ -202,6 +288,30 @@ class TestSources:
         for path in (tmp_path / "none.yaml", tmp_path / "none.yaml" / "deeper.yaml"):
             assert error_of(path).startswith(f"{path}: neither a file nor a preset")
         assert error_of(tmp_path).startswith(f"{tmp_path}: has no config.yaml; give the folder of a run or checkpoint")
+
+    def test_a_missing_path_names_the_nearest(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for folder in ("exp/large_2", "conf", "tinny"):
+            Path(folder).mkdir(parents=True)
+        Path("conf/swedish.yaml").touch()
+        for source, nearest in (
+            ("conf/swdish.yaml", "conf/swedish.yaml"),
+            ("exp/lage_2", "exp/large_2"),
+            ("cnof/swedish.yaml", "conf/swedish.yaml"),
+            ("tiny_", "tiny"),
+            ("exp/large_lv60", "large_lv60"),
+        ):
+            assert f"{source}: neither a file nor a preset; did you mean {nearest}?" in error_of(source)
+        Path("exp/large_2/confg.yaml").touch()
+        assert error_of("exp/large_2").endswith("; did you mean exp/large_2/confg.yaml?")
+
+    @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+    def test_a_file_has_any_unicode_encoding(self, encoding: str, tmp_path: Path) -> None:
+        path = tmp_path / "run.yaml"
+        path.write_bytes("preset: tiny\ndata: {train: Töne/наука.jsonl}\n".encode(encoding))
+        assert load_config(path).data.train == [Path("Töne/наука.jsonl")]
+        path.write_bytes("preset: tiny\ndata: {train: Töne.jsonl}\n".encode("latin-1"))
+        assert error_of(path).startswith(f"{path}: line 2 is not UTF-8 (byte 0xf6 at column 16)")
 
     @pytest.mark.parametrize("content", ["", "# nothing\n", "optim:\n  # lr: 1e-3\n"])
     def test_a_file_without_settings_is_refused(self, content: str, tmp_path: Path) -> None:
@@ -260,7 +370,8 @@ class TestObjective:
             ),
             (["objective.negatives=many"], "objective.negatives='many': "),
             (["objective.negatives=0"], "objective.negatives=0: "),
-            (["objective.negatives=yes"], "objective.negatives: True is neither a number nor text"),
+            (["objective.negatives=true"], "objective.negatives: True is neither a number nor text"),
+            (["objective.negatives=yes"], "objective.negatives='yes': "),
             (["objective.name=wav2vec"], "objective.name='wav2vec': Input should be 'wav2vec2'"),
             (["objective.name=ctc", "objective.negatives=3"], "objective.negatives: unknown setting"),
             (["objective.vocabulary=letters"], "objective.vocabulary: unknown setting (objective has: name, mask_"),

@@ -18,3 +18,4 @@ from w2vscale.config.tree import (
     architecture,
     architecture_of,
 )
+from w2vscale.config.yaml_1_2 import load_yaml

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -16,9 +15,11 @@ import yaml
 from pydantic import BaseModel, ValidationError, create_model
 
 from w2vscale.config.tree import Config, ObjectiveConfig, Section
+from w2vscale.config.yaml_1_2 import dump_yaml, load_yaml
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path, read_text
 
-PRESETS = resources.files("w2vscale.config") / "presets"
+PRESETS = Path(__file__).parent / "presets"
 
 S = TypeVar("S", bound=Section)
 
@@ -33,7 +34,7 @@ def preset_names() -> list[str]:
     order += ["large_lv60", "fairseq_large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b"]
     order += [f"ctc_{size}{labels}" for size in ("", "large_") for labels in ("10min", "1h", "10h", "100h", "960h")]
     order += ["ctc_xlsr"]
-    found = {entry.name.removesuffix(".yaml") for entry in PRESETS.iterdir() if entry.name.endswith(".yaml")}
+    found = {path.stem for path in PRESETS.glob("*.yaml")}
     return [name for name in order if name in found] + sorted(found - set(order))
 
 
@@ -49,14 +50,14 @@ def load_config(
 
     Raises UserError if the source does not exist, or a key or value is not valid. The message is one line.
     """
-    tree = _read_source(str(source))
-    changes: dict[str, Any] = {}
-    for override in overrides:
-        changes = _merge(changes, _parse_override(override))
-    # An override must not hide that a section of the file is not a section.
-    changes = {name: change for name, change in changes.items() if isinstance(tree.get(name, {}), Mapping)}
-    tree = _on_top(tree, changes)
-    kind = Config if objectives is None else _config_class(tree, objectives)
+    _check_form(overrides)
+    below = _read_source(str(source))
+    changes = _changes(overrides, below, Config)
+    kind = Config
+    if objectives is not None:
+        kind = _config_class(_on_top(below, changes), objectives)
+        changes = _changes(overrides, below, kind)  # now that the types of the settings of the objective are known
+    tree = _on_top(below, changes)
     try:
         kind.model_validate(tree)  # checks more than `Config`, but adds the defaults of the objective
         return Config.model_validate(tree)
@@ -74,7 +75,8 @@ def _is_at_fault(path: str, key: str, problem: str) -> bool:
     if f"{key}.".startswith(f"{path}."):
         return True
     # A check of several settings has the key of their section, or none, and names them in its message.
-    name = re.escape(path.removeprefix(f"{key}."))
+    setting = ".".join(path.split(".")[:2])
+    name = re.escape(setting.removeprefix(f"{key}."))
     return path.startswith(f"{key}." if key else "") and re.search(rf"\b{name}\b", problem) is not None
 
 
@@ -92,18 +94,21 @@ def _config_class(tree: Mapping[str, Any], objectives: Mapping[str, type[Section
 
 def dump_config(config: BaseModel) -> str:
     """Return all settings as YAML, from which `load_config` gets the same `Config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
+    return dump_yaml(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
 
 
 def _read_source(source: str) -> dict[str, Any]:
-    path: Traversable = PRESETS / f"{source}.yaml" if source in preset_names() else Path(source)
+    path = PRESETS / f"{source}.yaml" if source in preset_names() else Path(source)
     if path.is_dir():
-        path = _in_folder(Path(source))
+        path = _in_folder(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (FileNotFoundError, NotADirectoryError):
-        hint = nearest(Path(source).stem, preset_names())
-        raise UserError(f"{source}: neither a file nor a preset{hint} (presets: {', '.join(preset_names())})") from None
+        raise UserError(
+            f"{source}: neither a file nor a preset{_nearest_source(source)} (presets: {', '.join(preset_names())})"
+        ) from None
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: cannot be read as a configuration: {error}") from None
     tree = _parse_yaml(text, where=source)
@@ -117,39 +122,105 @@ def _read_source(source: str) -> dict[str, Any]:
     return _on_top(_read_source(preset), tree)
 
 
+def _nearest_source(source: str) -> str:
+    """Return `; did you mean X?` for the path or preset that is closest to a source; "" if none is."""
+    path, preset = nearest_path(source), nearest(Path(source).stem, preset_names())
+    return path or preset if "/" in source or source.endswith((".yaml", ".yml")) else preset or path
+
+
 def _in_folder(folder: Path) -> Path:
     """Return the settings of a run or checkpoint. A run without a config.yaml has those of its newest checkpoint."""
     for place in ("", "checkpoints/latest", "latest"):
         if (file := folder / place / "config.yaml").is_file():
             return file
-    raise UserError(f"{folder}: has no config.yaml; give the folder of a run or checkpoint, a YAML file, or a preset")
+    raise UserError(
+        f"{folder}: has no config.yaml; give the folder of a run or checkpoint, a YAML file, or a preset"
+        f"{nearest_path(folder / 'config.yaml')}"
+    )
 
 
 def _parse_yaml(text: str, *, where: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: for example a date without a month
+        tree = load_yaml(text)
+    except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     if not isinstance(tree, dict | None):
         raise UserError(f"{where}: expected sections with settings, got a {type(tree).__name__}")
     # YAML gives None for a section whose settings are all commented out.
-    return {str(name): section for name, section in (tree or {}).items() if section is not None}
+    return {name: section for name, section in (tree or {}).items() if section is not None}
 
 
-def _parse_override(override: str) -> dict[str, Any]:
-    path, separator, text = override.partition("=")
+def _check_form(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        path, separator, _ = override.partition("=")
+        if not separator or not all(path.strip().split(".")):
+            blanks = ", without blanks around =" if re.search(r"\s=|=\s", " ".join(overrides)) else ""
+            raise UserError(f"{override}: an override has the form section.key=value{blanks}")
+        if path.encode(errors="replace").decode() != path:
+            raise UserError(f"override: {override!r}: the name of this setting is not UTF-8")
+
+
+def _changes(overrides: Sequence[str], below: Mapping[str, Any], kind: type[Config]) -> dict[str, Any]:
+    """Return what the overrides of `below` change, with values as the types of the settings in `kind` demand."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        changes = _merge(changes, _parse_override(override, kind))
+    # An override must not hide that a section of the file is not a section.
+    return {name: change for name, change in changes.items() if isinstance(below.get(name, {}), Mapping)}
+
+
+def _parse_override(override: str, kind: type[Config]) -> dict[str, Any]:
+    path, _, text = override.partition("=")
     keys = path.strip().split(".")
-    if not separator or not all(keys):
-        raise UserError(f"{override}: an override has the form section.key=value")
+    # A blank before `=` shows that the one after it is not part of a path.
+    text = text if path == path.rstrip() else text.strip()
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        value = text
-    except RecursionError:
-        raise UserError(f"{path}: its value is nested too deeply") from None
+        value = _value(text, _type_of(keys, kind))
+    except UserError as error:
+        raise UserError(f"override: {'.'.join(keys)}: {error}") from None
     for key in reversed(keys):
         value = {key: value}
     return dict(value)
+
+
+def _type_of(keys: Sequence[str], kind: Any) -> Any:
+    """Return the type of the setting that is called `keys` in a tree of pydantic models; None if there is none."""
+    for key in keys:
+        if key not in getattr(kind, "model_fields", {}):
+            return None
+        kind = kind.model_fields[key].annotation
+    return kind
+
+
+def _value(text: str, kind: Any) -> Any:
+    """Read the value of an override: a path or free text literally, all else as YAML, or as text if it is not YAML.
+
+    A list of paths or texts is YAML, unless a file has this name. `null` stands for no path or text.
+    """
+    if _is_text(kind):
+        plain = text.strip()
+        if not plain:
+            raise UserError("has no value; is a variable of the shell not set?")
+        takes_list = any(get_origin(each) is list for each in (kind, *get_args(kind)))
+        is_list = takes_list and plain.startswith("[") and plain.endswith("]") and not os.path.lexists(text)
+        if plain != "null" and not is_list:
+            return text
+    try:
+        return load_yaml(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a setting of this type is a path or free text, a list of them, or null."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return all(_is_text(each) for each in arguments if each is not NoneType)
+    if origin in (Annotated, list):
+        return _is_text(arguments[0])
+    return kind in (str, Path)
 
 
 def _on_top(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,7 +314,7 @@ def settings_of(kind: type[Section], name: str) -> list[tuple[str, str, str, str
 
 def in_yaml(value: object) -> str:
     """Return a plain value as one line of YAML."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()
+    return dump_yaml(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").rstrip("\n")
 
 
 def _type_name(annotation: Any) -> str:

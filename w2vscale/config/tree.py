@@ -57,7 +57,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_boolean_for_number(cls, value: object, info: ValidationInfo) -> object:
-        # pydantic takes true for 1, and YAML takes yes and on for true.
+        # pydantic takes true for 1.
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError(f"{value} is neither a number nor text")

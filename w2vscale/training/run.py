@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from w2vscale.checkpoint.format import TrainState, committed
 from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
-from w2vscale.config import Config, architecture_of, dump_config
+from w2vscale.config import Config, architecture_of, dump_config, load_yaml
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.augmentation import Augmentation
 from w2vscale.data.indexed import MicroBatches, check_sample, make_plan, validation_set
@@ -312,7 +311,7 @@ def _compare_settings(
     config: Config, objective: Objective, checkpoint: CheckpointReader, log: Callable[[str], None]
 ) -> None:
     """Raise if the architecture differs from the checkpoint's; log other differences, which may change the curve."""
-    stored = yaml.safe_load((checkpoint.path / "config.yaml").read_text(encoding="utf-8")) or {}
+    stored = load_yaml((checkpoint.path / "config.yaml").read_text(encoding="utf-8"))
     before, after = effective(checkpoint.config), effective(config)
     fixed = {("model", key) for key in architecture_of(config.model)}
     fixed |= {("objective", key) for key in architecture_of(objective.settings)}
