@@ -16,9 +16,11 @@ from tests.helpers.audio import cut_of, noise, write_audio, write_manifest, writ
 from tests.helpers.commands import command, error_of
 from tests.helpers.tiers import long
 from w2vscale.cli.app import app, main
+from w2vscale.cli.arguments import check_dashes
 from w2vscale.cli.progress import console
 from w2vscale.config import dump_config, load_config, preset_names
 from w2vscale.data.manifest import index_path
+from w2vscale.errors import UserError
 from w2vscale.objectives import OBJECTIVES, all_settings, resolve
 from w2vscale.terminal import CONTROL
 from w2vscale.version import __version__
@@ -190,6 +192,66 @@ class TestTheProcess:
             main()
         assert end.value.code == 7
         assert launches == [(given, 2)]
+
+
+class TestDashes:
+    @pytest.mark.parametrize(
+        ("arguments", "hint"),
+        [
+            (["train", "tiny", "--data.train=x.jsonl"], "data.train=x.jsonl"),
+            (["train", "tiny", "--optim.lr", "1e-4", "--exp", "a"], "optim.lr=1e-4"),
+            (["train", "tiny", "-batch.concat=2"], "batch.concat=2"),
+            (["train", "tiny", "--mix.weights.sv=2"], "mix.weights.sv=2"),
+            (["train", "tiny", "--data.train", "--exp", "a"], "data.train=VALUE"),
+            (["config", "show", "tiny", "--trainer.seed"], "trainer.seed=VALUE"),
+            (["data", "stats", "a.jsonl", "--set", "--data.min_seconds=1"], "data.min_seconds=1"),
+            (["train", "tiny", "—data.train=a=b"], "data.train=a=b"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_a_setting_with_dashes(self, arguments: list[str], hint: str) -> None:
+        with pytest.raises(UserError, match=rf"^-?\S+: settings are given without dashes: {re.escape(hint)}$"):
+            check_dashes(arguments)
+
+    @pytest.mark.parametrize(
+        ("argument", "name", "meant"),
+        [
+            ("–exp", "EN DASH (U+2013)", "--exp"),
+            ("—resume=never", "EM DASH (U+2014)", "--resume=never"),
+            ("-–exp", "EN DASH (U+2013)", "--exp"),
+            ("−5", "MINUS SIGN (U+2212)", "-5"),
+            ("‐h", "HYPHEN (U+2010)", "-h"),
+            ("--dry‑run", "NON-BREAKING HYPHEN (U+2011)", "--dry-run"),
+            ("--nproc–per—node=2", "EN DASH (U+2013)", "--nproc-per-node=2"),
+            ("――scratch", "HORIZONTAL BAR (U+2015)", "--scratch"),
+        ],
+    )
+    def test_a_dash_of_a_word_processor(self, argument: str, name: str, meant: str) -> None:
+        with pytest.raises(UserError) as caught:
+            check_dashes(["train", "tiny", argument, "exp/a"])
+        assert str(caught.value) == (
+            f"{argument}: has {name} where an option has '-'; write {meant}, or ./{argument} if it is a file"
+        )
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            [],
+            ["train", "tiny", "data.train=a–b.jsonl", "--exp", "exp/a–b", "--exp=–a", "-h", "-", "–", "--", "–x"],
+            ["transcribe", "exp", "--", "--data.train=x", "—"],
+            ["transcribe", "exp", "-speech.wav", "--beam", "5", "exp/–x", "./–x", "–found.wav"],
+        ],
+        ids=" ".join,
+    )
+    def test_other_arguments(self, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("–found.wav").touch()
+        check_dashes(arguments)
+
+    def test_every_command_checks_them(self) -> None:
+        done = command("checkpoint", "show", "exp", "--data.workers=2")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == "error: --data.workers=2: settings are given without dashes: data.workers=2\n"
 
 
 class TestConfigCommands:

@@ -17,6 +17,7 @@ import typer
 
 from w2vscale import runtime
 from w2vscale.cli import analysis, checkpoint, config, convert, data, evaluate, inference, train
+from w2vscale.cli.arguments import check_dashes
 from w2vscale.distributed.launch import LostRanks, launched
 from w2vscale.errors import UserError
 from w2vscale.files import nearest_path
@@ -66,6 +67,7 @@ def main() -> None:
             sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         with _file_errors():
+            check_dashes(arguments)
             app(args=arguments, prog_name="w2vscale", obj=arguments)
     except KeyboardInterrupt:
         sys.exit(130)

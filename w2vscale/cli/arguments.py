@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from w2vscale.errors import UserError
+
+OTHER_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"  # word processors write them for `-`
 
 Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset, a YAML file, or the folder of a run.")]
 Overrides = Annotated[
@@ -79,3 +85,35 @@ def launch_if_asked(context: typer.Context, nproc_per_node: int, *, grace: float
 
     if nproc_per_node != 1 and not launched():
         sys.exit(launch(context.obj, nproc_per_node, grace=FAILURE_GRACE if grace is None else grace))
+
+
+def check_dashes(arguments: Sequence[str]) -> None:
+    """Check what comes before `--` on a command line, for all commands.
+
+    Raises UserError if a setting has dashes, as if it were an option, or an option has dashes of a word processor.
+    """
+    options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
+    for argument, following in zip(options, [*options[1:], ""], strict=False):
+        given, sign, value = argument.partition("=")
+        name = given.lstrip("-" + OTHER_DASHES)
+        if name == given or not name:
+            continue
+        if _is_setting(name):
+            value = value if sign else following if following and following[0] != "-" else "VALUE"
+            raise UserError(f"{argument}: settings are given without dashes: {name}={value}")
+        if (other := re.search(f"[{OTHER_DASHES}]", given)) and not os.path.lexists(argument):
+            dashes = "-" if len(name) == 1 or name[0].isdecimal() else "--"
+            meant = dashes + re.sub(f"[{OTHER_DASHES}]", "-", name) + sign + value
+            raise UserError(
+                f"{argument}: has {unicodedata.name(other[0])} (U+{ord(other[0]):04X}) where an option has '-'; "
+                f"write {meant}, or ./{argument} if it is a file"
+            )
+
+
+def _is_setting(name: str) -> bool:
+    """Whether it has the form of a setting: the name of a section, a point and more."""
+    if "." not in name:
+        return False
+    from w2vscale.config import Config
+
+    return name.partition(".")[0] in Config.model_fields
