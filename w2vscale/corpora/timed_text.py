@@ -102,9 +102,7 @@ def _text_grid(text: str, path: Path) -> list[Timed]:
     tiers = dict(_interval_tiers(text))
     words = [name for name in tiers if name.strip().lower().endswith(("word", "words"))]
     if not words and len(tiers) != 1:
-        raise UserError(
-            f"{path}: name the tier with the words `words`; it has {', '.join(tiers) or 'no interval tier'}"
-        )
+        raise UserError(f"{path}: has the tiers {', '.join(tiers) or '(none)'}; name the one with the words: words")
     return [unit for name in words or tiers for unit in tiers[name] if unit.text not in SILENCES]
 
 

@@ -1,0 +1,101 @@
+"""Where recordings are cut, and which words each segment has."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from w2vscale.corpora.segments import (
+    LONGEST_PAUSE,
+    SHORTEST,
+    Segment,
+    Timed,
+    segments_of_speech,
+    windows,
+    words_of,
+)
+
+times = st.floats(0, 60, allow_nan=False).map(lambda seconds: round(seconds, 3))
+
+
+@st.composite
+def parts(draw: st.DrawFn, longest: float) -> list[tuple[float, float]]:
+    """Sorted parts of a recording that do not overlap."""
+    found, end = [], 0.0
+    for pause, length in draw(st.lists(st.tuples(st.floats(0, 4), st.floats(0.01, longest)), max_size=30)):
+        found.append((end + pause, end + pause + length))
+        end += pause + length
+    return found
+
+
+@given(duration=st.floats(0.1, 100), longest=st.floats(0.5, 40), units=parts(5.0))
+def test_windows_cover_a_recording_and_cut_no_word_that_fits(
+    duration: float, longest: float, units: list[tuple[float, float]]
+) -> None:
+    words = [Timed(*part, "x") for part in units]
+    segments = windows(duration, longest, words)
+    assert segments[0].start == 0.0 and segments[-1].end == duration
+    assert all(one.end == other.start for one, other in pairwise(segments))
+    assert all(0 < segment.end - segment.start <= longest + 1e-9 for segment in segments)
+    for cut in (segment.end for segment in segments[:-1]):
+        assert not [word for word in words if word.start < cut < word.end and word.end - word.start <= longest / 2]
+
+
+def test_windows_end_at_the_limit_or_in_the_last_pause_before_it() -> None:
+    assert windows(12.0, 5.0) == [(0.0, 5.0), (5.0, 10.0), (10.0, 12.0)]
+    words = [Timed(1.0, 2.0, "a"), Timed(3.0, 4.6, "b"), Timed(4.8, 5.4, "c"), Timed(9.0, 9.9, "d")]
+    found = windows(12.0, 5.0, words)
+    assert [segment.start for segment in found] == pytest.approx([0.0, 4.7, 7.2])
+    assert [segment.end for segment in found] == pytest.approx([4.7, 7.2, 12.0])
+
+
+@given(speech=parts(50.0), longest=st.floats(4.0, 40.0), rest=st.floats(0, 10))
+def test_segments_of_speech_keep_all_of_it_within_the_limits(
+    speech: list[tuple[float, float]], longest: float, rest: float
+) -> None:
+    duration = (speech[-1][1] if speech else 0.0) + rest
+    segments = segments_of_speech([Segment(*part) for part in speech], duration, longest)
+    assert all(segment.start >= -1e-9 and segment.end <= duration + 1e-9 for segment in segments)
+    shortest = min(SHORTEST, duration)
+    assert all(shortest - 1e-6 <= segment.end - segment.start <= longest + 1e-6 for segment in segments)
+    assert all(one.end <= other.start + 1e-9 for one, other in pairwise(segments))
+    for start, end in speech:
+        kept = sum(max(min(end, segment.end) - max(start, segment.start), 0.0) for segment in segments)
+        assert kept == pytest.approx(end - start, abs=1e-6)
+
+
+@given(speech=parts(20.0))
+def test_long_pauses_are_left_out(speech: list[tuple[float, float]]) -> None:
+    speech = [(start, end) for start, end in speech if end - start >= SHORTEST]
+    segments = segments_of_speech([Segment(*part) for part in speech], 1000.0, 30.0)
+    pauses = sum(max(other[0] - one[1], 0) for one, other in pairwise(speech))
+    kept = sum(segment.end - segment.start for segment in segments) - sum(end - start for start, end in speech)
+    assert kept <= LONGEST_PAUSE * len(speech) + 1e-6 and kept <= pauses + 1e-6
+
+
+def test_speech_is_cut_in_its_last_pause_before_the_limit() -> None:
+    speech = [Segment(1.0, 6.0), Segment(6.3, 9.0), Segment(9.2, 14.0), Segment(20.0, 20.5)]
+    assert segments_of_speech(speech, 30.0, 10.0) == [
+        (1.0, pytest.approx(9.1)),
+        (pytest.approx(9.1), 14.0),
+        (19.25, 21.25),
+    ]
+
+
+@given(units=parts(3.0), cuts=st.lists(times, max_size=8))
+def test_every_word_is_in_exactly_one_of_adjacent_segments(units: list[tuple[float, float]], cuts: list[float]) -> None:
+    words = [Timed(*part, str(number)) for number, part in enumerate(units)]
+    borders = sorted({0.0, *cuts, 1000.0})
+    segments = [Segment(*pair) for pair in pairwise(borders)]
+    found = [word for segment in segments for word in words_of(segment, words)[0]]
+    assert found == words
+
+
+def test_a_word_that_is_cut_is_partly_in_both_segments() -> None:
+    words = [Timed(0.0, 1.0, "a"), Timed(1.5, 3.5, "b"), Timed(3.9, 4.1, "c")]
+    assert words_of(Segment(0.0, 2.0), words) == ([words[0]], [words[1]])
+    assert words_of(Segment(2.0, 4.0), words) == ([words[1]], [words[1]])
+    assert words_of(Segment(4.0, 5.0), words) == ([words[2]], [])

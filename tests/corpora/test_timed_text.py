@@ -1,0 +1,221 @@
+"""Transcripts with times in every form: what is read, and what is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from w2vscale.corpora.segments import Timed
+from w2vscale.corpora.timed_text import read_kaldi_segments, read_timed
+from w2vscale.errors import UserError
+
+WORDS = [Timed(0.5, 0.9, "GOOD"), Timed(1.0, 1.5, "DAY"), Timed(2.25, 3.0, "TÖNE")]
+
+CTM = """;; made by an aligner
+talk 1 1.00 0.50 DAY 0.98
+talk 1 0.5 0.4 GOOD
+talk 1 1.5 .75 <eps>
+
+talk A 2.25 .75 TÖNE
+"""
+LONG_TEXT_GRID = """File type = "ooTextFile"
+Object class = "TextGrid"
+
+xmin = 0
+xmax = 3.5
+tiers? <exists>
+size = 3
+item []:
+    item [1]:
+        class = "IntervalTier"
+        name = "phones"
+        xmin = 0
+        xmax = 3.5
+        intervals: size = 1
+        intervals [1]:
+            xmin = 0
+            xmax = 3.5
+            text = "g 1 ""x"" [7]"
+    item [2]:
+        class = "TextTier"
+        name = "notes"
+        xmin = 0
+        xmax = 3.5
+        points: size = 1
+        points [1]:
+            number = 1.5
+            mark = "a 9"
+    item [3]:
+        class = "IntervalTier"
+        name = "anna - words"
+        xmin = 0
+        xmax = 3.5
+        intervals: size = 5
+        intervals [1]:
+            xmin = 0
+            xmax = 0.5
+            text = ""
+        intervals [2]:
+            xmin = 0.5
+            xmax = 0.9
+            text = "GOOD"
+        intervals [3]:
+            xmin = 1.0
+            xmax = 1.5
+            text = "DAY"
+        intervals [4]:
+            xmin = 1.5
+            xmax = 2.25
+            text = "sp"
+        intervals [5]:
+            xmin = 2.25
+            xmax = 3
+            text = "TÖNE"
+"""
+SHORT_TEXT_GRID = """File type = "ooTextFile"
+Object class = "TextGrid"
+
+0
+3.5
+<exists>
+1
+"IntervalTier"
+"transcript"
+0
+3.5
+3
+0.5
+0.9
+"GOOD"
+1
+1.5
+"DAY"
+2.25
+3
+"TÖNE"
+"""
+SRT = """1
+00:00:00,500 --> 00:00:00,900
+<i>GOOD</i>
+
+2
+00:00:01,000 --> 00:00:01,500 X1:40 X2:600
+{\\an8}DAY
+
+3
+00:00:02,250 --> 00:00:03,000
+TÖNE
+"""
+VTT = """WEBVTT - some title
+
+NOTE a remark, 00:00 is not a cue
+
+00:00.500 --> 00:00.900 align:start
+<v Anna>GOOD</v>
+
+two
+00:00:01.000 --> 00:00:01.500
+DAY
+
+00:02.250 --> 00:03.000
+T&Ouml;NE
+"""
+WHISPER = {
+    "text": "GOOD DAY TÖNE",
+    "segments": [
+        {
+            "start": 0.5,
+            "end": 1.5,
+            "text": "GOOD DAY",
+            "words": [
+                {"word": " GOOD", "start": 0.5, "end": 0.9},
+                {"word": " DAY", "start": 1.0, "end": 1.5, "probability": 0.9},
+            ],
+        },
+        {"start": 2.25, "end": 3.0, "text": " TÖNE"},
+    ],
+}
+WORD_LIST = [
+    {"text": "GOOD", "start_time": 0.5, "duration": 0.4},
+    {"word": "DAY", "start": 1.0, "end": 1.5},
+    {"word": "TÖNE", "start": 2.25, "end": 3},
+]
+FORMS = {
+    "talk.ctm": CTM,
+    "talk.TextGrid": LONG_TEXT_GRID,
+    "short.TextGrid": SHORT_TEXT_GRID,
+    "talk.srt": SRT,
+    "talk.vtt": VTT,
+    "talk.json": json.dumps(WHISPER),
+    "list.json": json.dumps({"words": WORD_LIST}),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_words_and_times(name: str, encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(FORMS[name].replace("\n", "\r\n" if encoding == "utf-16" else "\n").encode(encoding))
+    found = read_timed(path)
+    assert found is not None and [unit.text for unit in found] == [word.text for word in WORDS]
+    assert [unit[:2] for unit in found] == [pytest.approx(word[:2]) for word in WORDS]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("talk.ctm", "talk 1 0.5\n", "line 1 is not: recording channel start duration word"),
+        ("talk.ctm", "a 1 0.5 1 X\nb 1 0.5 1 X\n", "has the recordings a, b, but not talk"),
+        ("talk.ctm", "talk 1 0.5 -1 X\n", "'X' lasts from 0.5 to -0.5 s"),
+        (
+            "talk.TextGrid",
+            'File type = "ooTextFile"\nObject class = "TextGrid"\n0\n',
+            "not a TextGrid transcript: it ends early",
+        ),
+        ("talk.TextGrid", SHORT_TEXT_GRID[:-12], "it ends early"),
+        ("talk.TextGrid", "hello", "it ends early"),
+        ("talk.TextGrid", '"a" "b" 0 1', "it does not begin as a TextGrid of Praat"),
+        (
+            "talk.TextGrid",
+            LONG_TEXT_GRID.replace("anna - words", "a").replace('"TextTier"', '"IntervalTier"'),
+            "ends early",
+        ),
+        ("talk.srt", "just text\n", "it has no line such as 00:00:01,000 --> 00:00:02,500"),
+        ("talk.json", "{", "not a json transcript"),
+    ],
+)
+def test_other_forms_are_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_timed(path)
+    assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
+
+
+@pytest.mark.parametrize("document", [{"id": 3}, [1, 2], [], {"words": "none"}, {"segments": [{"text": "no times"}]}])
+def test_json_without_words_is_no_transcript(document: object, tmp_path: Path) -> None:
+    (tmp_path / "talk.json").write_text(json.dumps(document))
+    assert not read_timed(tmp_path / "talk.json")
+
+
+def test_a_segment_with_a_word_without_times_is_one_phrase(tmp_path: Path) -> None:
+    words = [{"word": "in", "start": 0.1, "end": 0.2}, {"word": "1999"}]
+    (tmp_path / "talk.json").write_text(
+        json.dumps({"segments": [{"start": 0, "end": 1, "text": "in 1999", "words": words}]})
+    )
+    assert read_timed(tmp_path / "talk.json") == [Timed(0.0, 1.0, "in 1999")]
+
+
+def test_kaldi_segments(tmp_path: Path) -> None:
+    assert read_kaldi_segments(tmp_path) == {}
+    (tmp_path / "segments").write_text("talk-2 talk 2.25 3\ntalk-1 talk 0.5 1.5\nother-1 other 0 1\n")
+    (tmp_path / "text").write_text("talk-1 GOOD  DAY\ntalk-2 TÖNE\n", encoding="utf-8")
+    assert read_kaldi_segments(tmp_path) == {
+        "talk": [Timed(0.5, 1.5, "GOOD  DAY"), Timed(2.25, 3.0, "TÖNE")],
+        "other": [Timed(0.0, 1.0, "")],
+    }
+    (tmp_path / "segments").write_text("talk-1 talk 0.5\n")
+    with pytest.raises(UserError, match="line 1 is not: utterance recording start end"):
+        read_kaldi_segments(tmp_path)
