@@ -97,7 +97,7 @@ sys.exit(int(server.recv(9)))
 """
 
 
-def _setup_key(root: Path) -> str:
+def setup_key(root: Path) -> str:
     """What tools/setup.sh writes once an environment is complete, so that it has nothing to do."""
     files = ("pyproject.toml", "tools/constraints.txt", "tools/setup.sh")
     hashes = [f"{sha256((root / name).read_bytes()).hexdigest()}  {name}" for name in files]
@@ -115,7 +115,7 @@ def served_environment(folder: Path) -> BaseProcess:
     for name in ("pyvenv.cfg", "lib"):
         (folder / name).symlink_to(here / name)
     # A file of its own: a link would let tools/setup.sh write to this environment, or install into it.
-    (folder / ".w2vscale-setup").write_text(_setup_key(ROOT))
+    (folder / ".w2vscale-setup").write_text(setup_key(ROOT))
     for program in (here / "bin").iterdir():
         if program.name != "w2vscale":
             (folder / "bin" / program.name).symlink_to(program)
