@@ -36,6 +36,9 @@ held_out=$manifests/cuts_dev-clean-2.jsonl
 test_cuts=("$held_out")
 amount=${label_minutes}min
 labels=$manifests/cuts_$amount.jsonl
+tuned=("${exp}_$amount" "${exp}_${amount}_scratch")
+# shellcheck disable=SC2034 # stage 1 names it
+synthesis=$data/LibriSpeech/synthesis.json # how the speech was made
 
 synthesise() {
   python "$here/local/synthesise.py" "$data" --text digits --no-hum --speakers "$speakers" --jobs 2 \
@@ -43,20 +46,25 @@ synthesise() {
 }
 prepare() { w2vscale data prepare mini_librispeech "$data/LibriSpeech" "$manifests"; }
 index() { w2vscale data index "${train_cuts[@]}" "$held_out"; }
+choose_labels() { subset "$labels" --hours "$(hours "$label_minutes")" --balanced-speakers; }
 
-run_stage 0 "synthesise $train_minutes + $validation_minutes minutes of speech" "$data" synthesise
-run_stage 1 "write Lhotse manifests" "$manifests" prepare
-run_stage 2 "index them for O(1) access" "$manifests" index
+run_stage 0 "synthesise $train_minutes + $validation_minutes minutes of speech" "$data" \
+  --options "train_minutes validation_minutes speakers" synthesise
+run_stage 1 "write Lhotse manifests" "$manifests" --reads "synthesis" prepare
+run_stage 2 "index them for O(1) access" "$manifests" --reads "train_cuts held_out" index
 # This recipe has no stage 3, which writes shards for streaming.
-run_stage 4 "pretrain" "$exp" pretrain "$here/conf/pretrain.yaml" "$@"
-run_stage 5 "evaluate on other speakers and draw the curves" "$exp" evaluate_pretraining
-run_stage 6 "choose $label_minutes minutes of transcribed speech" "${exp}_$amount" \
-  subset "$labels" --hours "$(hours "$label_minutes")" --balanced-speakers
-run_stage 7 "fine-tune on this subset, and train from scratch" "${exp}_$amount" \
-  fine_tune "$here/conf/finetune.yaml" "$labels"
-run_stage 8 "decode" "${exp}_$amount" decode
-if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi
-run_stage 9 "compare" "${exp}_$amount" results "Demo: spoken digits"
-run_stage 10 "export for Transformers" "${exp}_$amount" export_models
+train_stage 4 "pretrain" "$exp" --reads "train_cuts held_out" pretrain "$here/conf/pretrain.yaml" "$@"
+run_stage 5 "evaluate on other speakers and draw the curves" "$exp" --reads "exp held_out" evaluate_pretraining
+run_stage 6 "choose $label_minutes minutes of transcribed speech" "$labels" \
+  --options "label_minutes" --reads "train_cuts" choose_labels
+train_stage 7 "fine-tune on this subset, and train from scratch" "${tuned[0]}" \
+  --options "finetune_settings" --reads "exp labels held_out" fine_tune "$here/conf/finetune.yaml"
+run_stage 8 "decode" "${tuned[0]}" --reads "tuned test_cuts" decode
+if [[ -n $lm ]]; then
+  run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" decode_with_lm
+fi
+find_scores
+run_stage 9 "compare" "${tuned[0]}" --reads "scores" results "Demo: spoken digits"
+run_stage 10 "export for Transformers" "${tuned[0]}" --reads "exp tuned" export_models
 made "speech" "$data/LibriSpeech" "manifests" "$manifests"
 made_all

@@ -6,7 +6,7 @@
 #   bash recipes/folder/run.sh --audio /data/recordings --transcribed /data/labelled --finetune-conf ctc_10h
 #   bash recipes/folder/run.sh --audio /data/recordings trainer.updates=2000    settings of pretraining follow the options
 #
-# Finished stages are skipped. For another folder or other settings, choose another --data or --exp.
+# Finished stages are skipped. Another folder or other settings are refused: choose another --data or --exp for them.
 set -euo pipefail
 
 stage=0                 # first stage to run
@@ -48,6 +48,7 @@ held_out=$manifests/cuts_validation.jsonl
 amount=transcribed
 labels=$data/transcribed/cuts_train.jsonl
 test_cuts=("$data/transcribed/cuts_validation.jsonl")
+tuned=("${exp}_$amount" "${exp}_${amount}_scratch")
 cutting=()
 if $vad; then cutting=(--vad); fi
 
@@ -59,31 +60,37 @@ index() {
   w2vscale data index "${train_cuts[@]}" "$held_out"
   w2vscale data stats "${train_cuts[@]}" --config "$conf"
 }
-export_pretrained() { w2vscale export "$exp" "$exp/huggingface"; }
+export_pretrained() { export_model "$exp" "$exp/huggingface"; }
 prepare_transcribed() {
   w2vscale data prepare folder "$transcribed" "$data/transcribed" --validation-share "$test_share" --jobs "$jobs" \
     --max-bad-fraction "$max_bad_fraction"
   w2vscale data index "$labels" "${test_cuts[@]}"
 }
+# fine_tune_transcribed CONF
 fine_tune_transcribed() {
-  held_out=${test_cuts[0]}
-  fine_tune "$finetune_conf" "$labels"
+  local held_out=${test_cuts[0]}
+  fine_tune "$@"
 }
 
 # This recipe has no stage 0, which downloads a corpus, and no stage 3, which writes shards for streaming.
-run_stage 1 "write Lhotse manifests" "$manifests" prepare
-run_stage 2 "index them for O(1) access" "$manifests" index
-run_stage 4 "pretrain with $conf" "$exp" pretrain "$conf" "$@"
-run_stage 5 "evaluate on held-out recordings and draw the curves" "$exp" evaluate_pretraining
+run_stage 1 "write Lhotse manifests" "$manifests" --options "audio segment_seconds validation_share" prepare
+run_stage 2 "index them for O(1) access" "$manifests" --reads "train_cuts held_out" index
+train_stage 4 "pretrain with $conf" "$exp" --reads "train_cuts held_out" pretrain "$conf" "$@"
+run_stage 5 "evaluate on held-out recordings and draw the curves" "$exp" --reads "exp held_out" evaluate_pretraining
 if [[ -n $transcribed ]]; then
-  run_stage 6 "write manifests of the transcribed utterances" "$data/transcribed" prepare_transcribed
-  run_stage 7 "fine-tune on them with $finetune_conf, and train from scratch" "${exp}_$amount" fine_tune_transcribed
-  run_stage 8 "decode" "${exp}_$amount" decode
-  if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi
-  run_stage 9 "compare" "${exp}_$amount" results "${audio##*/}"
-  run_stage 10 "export for Transformers" "${exp}_$amount" export_models
+  run_stage 6 "write manifests of the transcribed utterances" "$data/transcribed" \
+    --options "transcribed test_share" prepare_transcribed
+  train_stage 7 "fine-tune on them with $finetune_conf, and train from scratch" "${tuned[0]}" \
+    --options "finetune_settings" --reads "exp labels test_cuts" fine_tune_transcribed "$finetune_conf"
+  run_stage 8 "decode" "${tuned[0]}" --reads "tuned test_cuts" decode
+  if [[ -n $lm ]]; then
+    run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" decode_with_lm
+  fi
+  find_scores
+  run_stage 9 "compare" "${tuned[0]}" --reads "scores" results "${audio##*/}"
+  run_stage 10 "export for Transformers" "${tuned[0]}" --reads "exp tuned" export_models
 else
-  run_stage 10 "export for Transformers" "$exp" export_pretrained
+  run_stage 10 "export for Transformers" "$exp" --reads "exp" export_pretrained
 fi
 made "manifests" "$manifests"
 made_all

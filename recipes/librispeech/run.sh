@@ -9,7 +9,7 @@
 #   bash recipes/librispeech/run.sh --stage 6 --amount 100h                  fine-tunes the same model on more data
 #   bash recipes/librispeech/run.sh --exp exp/small batch.micro_batches=16   settings of pretraining follow the options
 #
-# Finished stages are skipped. For another corpus or other settings, choose another --data or --exp.
+# Finished stages are skipped. Another corpus or other settings are refused: choose another --data or --exp for them.
 set -euo pipefail
 
 stage=0            # first stage to run
@@ -46,6 +46,7 @@ lm=$(given --lm "$lm")
 
 manifests=$data/manifests
 labels=$manifests/cuts_$amount.jsonl
+tuned=("${exp}_$amount" "${exp}_${amount}_scratch")
 decode_best=true
 
 # manifests_of PART… prints the manifests that exist. Parts of mini LibriSpeech are accepted, too.
@@ -64,7 +65,8 @@ find_manifests() {
 download() { lhotse download librispeech --full "$data"; }
 fetch_4gram() { bash "$here/local/fetch_lm.sh" "$data/lm"; }
 prepare() {
-  w2vscale data prepare librispeech "${corpus:-$data/LibriSpeech}" "$manifests" --jobs "$jobs"
+  rm -f "${train_cuts[@]}" "${test_cuts[@]}" # of another corpus, which may have had other parts
+  w2vscale data prepare librispeech "$corpus" "$manifests" --jobs "$jobs"
   find_manifests
   w2vscale data validate "${train_cuts[@]}" "${test_cuts[@]}" --jobs "$jobs"
 }
@@ -81,13 +83,14 @@ write_shards() {
   local cuts
   for cuts in "${train_cuts[@]}"; do w2vscale data shar "$cuts" "$(shards_of "$cuts")" --jobs "$jobs"; done
 }
+# pretrain_librispeech CONF [SETTING…]
 pretrain_librispeech() {
   if $shar; then
     local cuts folders=
     for cuts in "${train_cuts[@]}"; do folders+=$(shards_of "$cuts"),; done
-    set -- data.mode=stream data.train="[${folders%,}]" "$@"
+    set -- "$1" data.mode=stream data.train="[${folders%,}]" "${@:2}"
   fi
-  pretrain "$here/conf/$conf.yaml" "$@"
+  pretrain "$@"
 }
 # Writes the manifest that stage 7 fine-tunes on.
 choose_labels() {
@@ -114,29 +117,37 @@ fine_tune_librispeech() {
   if ((width >= 1024)); then size=large_; fi
   finetune_settings="objective.mask_trim=$(setting_of "$exp" objective.mask_trim) checkpoint.keep_best=1 $finetune_settings"
   log "settings: the preset ctc_$size$amount, $finetune_settings"
-  fine_tune "ctc_$size$amount" "$labels"
+  fine_tune "ctc_$size$amount"
 }
 
 find_manifests
-if [[ -z $corpus ]]; then run_stage 0 "download LibriSpeech" "$data" download; fi
+if [[ -z $corpus ]]; then
+  corpus=$data/LibriSpeech
+  run_stage 0 "download LibriSpeech" "$corpus" download
+fi
 if $fetch_lm; then run_stage 0 "fetch the 4-gram" "$data/lm" fetch_4gram; fi
 fetched=$data/lm/4-gram.arpa.gz
 if [[ -z $lm && -e $fetched ]]; then lm=$fetched; fi
-run_stage 1 "write and validate Lhotse manifests" "$manifests" prepare
+run_stage 1 "write and validate Lhotse manifests" "$manifests" --options "corpus" prepare
 find_manifests
 if ((stop_stage >= 2)) && [[ -z $held_out || -z ${train_cuts[*]} ]]; then
   log "no cuts_train-*.jsonl, or no cuts_dev-clean.jsonl or cuts_dev-clean-2.jsonl in $manifests: run stage 1"
   exit 1
 fi
-run_stage 2 "index them for O(1) access" "$manifests" index
-if $shar; then run_stage 3 "write Lhotse Shar" "$data/shar" write_shards; fi
-run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain_librispeech "$@"
-run_stage 5 "evaluate on held-out speech and draw the curves" "$exp" evaluate_pretraining
-run_stage 6 "choose $amount of transcribed speech" "${exp}_$amount" choose_labels
-run_stage 7 "fine-tune on it, and train from scratch" "${exp}_$amount" fine_tune_librispeech
-run_stage 8 "decode" "${exp}_$amount" decode
-if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi
-run_stage 9 "compare" "${exp}_$amount" results "LibriSpeech, $conf, $amount"
-run_stage 10 "export for Transformers" "${exp}_$amount" export_models
+run_stage 2 "index them for O(1) access" "$manifests" --reads "train_cuts test_cuts" index
+if $shar; then run_stage 3 "write Lhotse Shar" "$data/shar" --reads "train_cuts" write_shards; fi
+train_stage 4 "pretrain with conf/$conf.yaml" "$exp" --options "shar" --reads "train_cuts held_out" \
+  pretrain_librispeech "$here/conf/$conf.yaml" "$@"
+run_stage 5 "evaluate on held-out speech and draw the curves" "$exp" --reads "exp held_out" evaluate_pretraining
+run_stage 6 "choose $amount of transcribed speech" "$labels" --options "librilight" --reads "train_cuts" choose_labels
+train_stage 7 "fine-tune on it, and train from scratch" "${tuned[0]}" \
+  --options "finetune_settings" --reads "exp labels held_out" fine_tune_librispeech
+run_stage 8 "decode" "${tuned[0]}" --reads "tuned test_cuts" decode
+if [[ -n $lm ]]; then
+  run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" decode_with_lm
+fi
+find_scores
+run_stage 9 "compare" "${tuned[0]}" --reads "scores" results "LibriSpeech, $conf, $amount"
+run_stage 10 "export for Transformers" "${tuned[0]}" --reads "exp tuned" export_models
 made "manifests" "$manifests"
 made_all

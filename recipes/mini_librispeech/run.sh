@@ -6,7 +6,7 @@
 #   bash recipes/mini_librispeech/run.sh --corpus DIR --quick true        at most 8 minutes on two cores
 #   bash recipes/mini_librispeech/run.sh --exp exp/other optim.lr=1e-3    settings of pretraining follow the options
 #
-# Finished stages are skipped. For another corpus or other settings, choose another --data or --exp.
+# Finished stages are skipped. Another corpus or other settings are refused: choose another --data or --exp for them.
 set -euo pipefail
 
 stage=0            # first stage to run
@@ -41,30 +41,39 @@ held_out=$manifests/cuts_dev-clean-2.jsonl
 test_cuts=("$held_out")
 amount=${minutes}min
 labels=$manifests/cuts_$amount.jsonl
+tuned=("${exp}_$amount" "${exp}_${amount}_scratch")
 
 download() { lhotse download librispeech --mini "$data"; }
 prepare() {
-  w2vscale data prepare mini_librispeech "${corpus:-$data/LibriSpeech}" "$manifests" --jobs "$jobs"
+  w2vscale data prepare mini_librispeech "$corpus" "$manifests" --jobs "$jobs"
   w2vscale data validate "${train_cuts[@]}" "$held_out"
 }
 index() {
   w2vscale data index "${train_cuts[@]}" "$held_out"
   w2vscale data stats "${train_cuts[@]}" --config "$here/conf/$conf.yaml"
 }
+choose_labels() { subset "$labels" --hours "$(hours "$minutes")" --balanced-speakers; }
 
-if [[ -z $corpus ]]; then run_stage 0 "download mini LibriSpeech" "$data" download; fi
-run_stage 1 "write and validate Lhotse manifests" "$manifests" prepare
-run_stage 2 "index them for O(1) access" "$manifests" index
+if [[ -z $corpus ]]; then
+  corpus=$data/LibriSpeech
+  run_stage 0 "download mini LibriSpeech" "$corpus" download
+fi
+run_stage 1 "write and validate Lhotse manifests" "$manifests" --options "corpus" prepare
+run_stage 2 "index them for O(1) access" "$manifests" --reads "train_cuts held_out" index
 # This recipe has no stage 3, which writes shards for streaming.
-run_stage 4 "pretrain with conf/$conf.yaml" "$exp" pretrain "$here/conf/$conf.yaml" "$@"
-run_stage 5 "evaluate on dev-clean-2 and draw the curves" "$exp" evaluate_pretraining
-run_stage 6 "choose $minutes minutes of transcribed speech" "${exp}_$amount" \
-  subset "$labels" --hours "$(hours "$minutes")" --balanced-speakers
-run_stage 7 "fine-tune on this subset, and train from scratch" "${exp}_$amount" \
-  fine_tune "$here/conf/$finetune_conf.yaml" "$labels"
-run_stage 8 "decode dev-clean-2" "${exp}_$amount" decode
-if [[ -n $lm ]]; then run_stage 8 "decode with ${lm##*/}" "${exp}_$amount" decode_with_lm; fi
-run_stage 9 "compare" "${exp}_$amount" results "Mini LibriSpeech"
-run_stage 10 "export for Transformers" "${exp}_$amount" export_models
+train_stage 4 "pretrain with conf/$conf.yaml" "$exp" --reads "train_cuts held_out" \
+  pretrain "$here/conf/$conf.yaml" "$@"
+run_stage 5 "evaluate on dev-clean-2 and draw the curves" "$exp" --reads "exp held_out" evaluate_pretraining
+run_stage 6 "choose $minutes minutes of transcribed speech" "$labels" \
+  --options "minutes" --reads "train_cuts" choose_labels
+train_stage 7 "fine-tune on this subset, and train from scratch" "${tuned[0]}" \
+  --options "finetune_settings" --reads "exp labels held_out" fine_tune "$here/conf/$finetune_conf.yaml"
+run_stage 8 "decode dev-clean-2" "${tuned[0]}" --reads "tuned test_cuts" decode
+if [[ -n $lm ]]; then
+  run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" decode_with_lm
+fi
+find_scores
+run_stage 9 "compare" "${tuned[0]}" --reads "scores" results "Mini LibriSpeech"
+run_stage 10 "export for Transformers" "${tuned[0]}" --reads "exp tuned" export_models
 made "manifests" "$manifests"
 made_all

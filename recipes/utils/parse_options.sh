@@ -9,7 +9,8 @@
 # `--train-cuts=FILE` sets train_cuts. (`readonly name=…` does not define an option.) If the default is true or false,
 # the option accepts only these two. `--help` prints the first comment block of the script and the options, with their
 # defaults and the comments beside them. Parsing stops at `--` or at the first word that is not an option; the remaining
-# words stay in "$@". A wrong option prints one line and ends the script with exit code 2.
+# words stay in "$@". A wrong option prints one line and ends the script with exit code 2. given_options holds the names
+# of the variables that were set, separated by spaces.
 
 _po_name=${0##*/}
 # The line of the calling script that sources this file, which is also the last line that can define an option.
@@ -77,10 +78,12 @@ _po_set() {
       ;;
   esac
   printf -v "$variable" '%s' "$value"
+  given_options+="$variable "
 }
 
 _po_find_script "${BASH_SOURCE[1]}"
 _po_scan
+given_options=
 
 while (($#)); do
   case $1 in

@@ -1,8 +1,9 @@
 # shellcheck shell=bash disable=SC2154
 # The stages after indexing, shared by all recipes. Source this file below cmd.sh. A recipe sets:
-#   exp          folder of the pretraining run; fine-tuned runs go to ${exp}_$amount and ${exp}_${amount}_scratch
-#   amount       name of the fine-tuning data, e.g. 1h
+#   exp          folder of the pretraining run
+#   tuned        array of the folders of two fine-tuned runs: from the pretrained model, and from scratch
 #   train_cuts   array of manifests for pretraining
+#   labels       manifest for fine-tuning
 #   held_out     manifest for validation
 #   test_cuts    array of manifests to decode
 #   finetune_settings   SECTION.KEY=VALUE, separated by spaces, to override settings of fine-tuning
@@ -44,14 +45,17 @@ setting_of() {
 print(functools.reduce(getattr, sys.argv[2].split("."), load_config(sys.argv[1])))' "$@"
 }
 
-# fine_tune CONF LABELS fine-tunes the pretrained model on the manifest LABELS and, as a baseline, trains from scratch.
+# fine_tune CONF fine-tunes the pretrained model on labels and, as a baseline, trains from scratch.
 fine_tune() {
-  local conf=$1 labels=$2 settings
+  local conf=$1 settings
+  if [[ ! -e ${tuned[0]}/checkpoints && -e ${tuned[1]}/checkpoints ]]; then
+    die "${tuned[1]} was compared with an earlier ${tuned[0]}: rm -r ${tuned[1]} to train it again, too"
+  fi
   read -ra settings <<<"$finetune_settings"
   local common=("$conf" trainer.init_from="$exp" data.train="$labels" data.validation="$held_out" "${settings[@]}")
-  on_ranks finetune "${common[@]}" --exp "${exp}_$amount"
-  on_ranks finetune "${common[@]}" --scratch --exp "${exp}_${amount}_scratch"
-  w2vscale report "${exp}_$amount" "${exp}_${amount}_scratch" --output "${exp}_$amount/curves.png"
+  on_ranks finetune "${common[@]}" --exp "${tuned[0]}"
+  on_ranks finetune "${common[@]}" --scratch --exp "${tuned[1]}"
+  w2vscale report "${tuned[@]}" --output "${tuned[0]}/curves.png"
 }
 
 # best_of RUN prints its checkpoint with the lowest trainer.best_metric in validation if $decode_best is true, or else RUN.
@@ -78,7 +82,9 @@ END
 # decode [SUFFIX OPTION…] decodes test_cuts with both runs: greedily, or with options of `w2vscale evaluate --wer`.
 decode() {
   local suffix=${1:-} run name cuts checkpoint
-  for run in "${exp}_$amount" "${exp}_${amount}_scratch"; do
+  # Results with a language model are of the earlier models. They must not be compared with the new ones.
+  if [[ -z $suffix ]]; then rm -f "${tuned[0]}"/{.decode_with_lm.done,wer_*_lm.*} "${tuned[1]}"/wer_*_lm.*; fi
+  for run in "${tuned[@]}"; do
     checkpoint=$(best_of "$run")
     for cuts in "${test_cuts[@]}"; do
       name=${cuts##*/cuts_}
@@ -88,28 +94,33 @@ decode() {
   done
 }
 
-# Separate from decode, so that it can be run later. Deletes the mark of `results`, so that the table is written again.
-decode_with_lm() {
-  decode _lm --lm "$lm"
-  rm -f "${exp}_$amount/.results.done"
-}
+# Separate from decode, so that it can be run later.
+decode_with_lm() { decode _lm --lm "$lm"; }
+
+# find_scores sets the array scores to the files that `results` compares.
+find_scores() { scores=("$exp/evaluation.json" "${tuned[0]}"/wer_*.json "${tuned[1]}"/wer_*.json); }
 
 # results TITLE writes RESULTS.md.
-results() {
-  w2vscale results "$exp/evaluation.json" "${exp}_$amount"/wer_*.json "${exp}_${amount}_scratch"/wer_*.json \
-    --output "${exp}_$amount/RESULTS.md" --title "$1"
-}
+results() { w2vscale results "${scores[@]}" --output "${tuned[0]}/RESULTS.md" --title "$1"; }
 
+# export_model CHECKPOINT DIR exports to DIR. Files of an earlier export are replaced; other files in DIR stay.
+export_model() {
+  rm -rf "$2.new"
+  w2vscale export "$1" "$2.new"
+  mkdir -p "$2"
+  mv -f "$2.new"/* "$2"
+  rmdir "$2.new"
+}
 export_models() {
-  local run=${exp}_$amount checkpoint
-  if [[ ! -e $exp/huggingface ]]; then w2vscale export "$exp" "$exp/huggingface"; fi
-  checkpoint=$(best_of "$run")
-  if [[ ! -e $run/huggingface ]]; then w2vscale export "$checkpoint" "$run/huggingface"; fi
+  local checkpoint
+  export_model "$exp" "$exp/huggingface"
+  checkpoint=$(best_of "${tuned[0]}")
+  export_model "$checkpoint" "${tuned[0]}/huggingface"
 }
 
 made_all() {
   made "settings" "$exp/config.yaml" "pretrained" "$exp/checkpoints/latest" "its evaluation" "$exp/evaluation.json" \
-    "its curves" "$exp/curves.png" "TensorBoard" "$exp/tb" "fine-tuned" "${exp}_$amount/checkpoints/latest" \
-    "its curves" "${exp}_$amount/curves.png" "from scratch" "${exp}_${amount}_scratch/checkpoints/latest" \
-    "for Transformers" "${exp}_$amount/huggingface" "results" "${exp}_$amount/RESULTS.md"
+    "its curves" "$exp/curves.png" "TensorBoard" "$exp/tb" "fine-tuned" "${tuned[0]}/checkpoints/latest" \
+    "its curves" "${tuned[0]}/curves.png" "from scratch" "${tuned[1]}/checkpoints/latest" \
+    "for Transformers" "${tuned[0]}/huggingface" "results" "${tuned[0]}/RESULTS.md"
 }

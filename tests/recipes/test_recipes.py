@@ -108,8 +108,8 @@ ngram 2=1
 def test_the_demo_runs_all_stages_and_repeats_none(environment: str, tmp_path: Path) -> None:
     pytest.importorskip("espeakng_loader", reason="synthetic speech needs the extra w2vscale[synth]")
     options = ("--data", str(tmp_path / "data"), "--exp", str(tmp_path / "exp"), "--label-minutes", "0.2")
-    small = ("--train-minutes", "0.6", "--validation-minutes", "0.4", "--speakers", "2")
-    printed = run("demo", *options, *small, "--finetune-settings", TUNING, *SHORT, environment=environment)
+    small = ("--train-minutes", "0.6", "--validation-minutes", "0.4", "--speakers", "2", "--finetune-settings", TUNING)
+    printed = run("demo", *options, *small, *SHORT, environment=environment)
     for number in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10):
         assert f"stage {number}: done in" in printed
     results = tmp_path / "exp_0.2min" / "RESULTS.md"
@@ -119,16 +119,25 @@ def test_the_demo_runs_all_stages_and_repeats_none(environment: str, tmp_path: P
     assert figures["update"] == 3
     assert (tmp_path / "exp" / "curves.png").is_file()
 
-    again = run("demo", *options, environment=environment)
+    again = run("demo", *options, *small, *SHORT, environment=environment)
     assert again.count("done already") == 10
     assert "done in" not in again
+    mark = tmp_path / "data" / ".synthesise.done"
+    assert (
+        "run.sh: stage 0 was done with train_minutes=0.6, validation_minutes=0.4, speakers=2, now train_minutes=20, "
+        f"validation_minutes=4, speakers=8: choose another --data, or rm {mark} to redo it\n"
+    ) in run("demo", *options, environment=environment, code=2)
 
     pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
     (tmp_path / "toy.arpa").write_text(LM)
     assert "toy.arpa" not in results.read_text()
-    later = run("demo", *options, "--lm", str(tmp_path / "toy.arpa"), environment=environment)
+    later = run("demo", *options, *small, "--lm", str(tmp_path / "toy.arpa"), *SHORT, environment=environment)
     assert "stage 8: decode with toy.arpa" in later and later.count("done in") == 2
     assert "beam 50, toy.arpa" in results.read_text()
+    # A new greedy decoding may be of other models, so results with the language model are not kept beside it.
+    (tmp_path / "exp_0.2min" / ".decode.done").unlink()
+    later = run("demo", *options, *small, *SHORT, environment=environment)
+    assert later.count("done in") == 2 and "toy.arpa" not in results.read_text()
 
 
 def write_librispeech(corpus: Path) -> None:
@@ -230,6 +239,37 @@ def test_a_folder_of_any_audio_and_another_with_transcripts(environment: str, tm
     page = (tmp_path / "exp_transcribed" / "RESULTS.md").read_text()
     assert page.startswith("# audio\n") and "`exp_transcribed` against `exp_transcribed_scratch`" in page
     assert (tmp_path / "exp_transcribed" / "huggingface" / "tokenizer_config.json").is_file()
+
+    def again(*changes: str, code: int = 0) -> str:
+        return run("folder", *options, *changes, *SHORT, *SMALL_BATCH, environment=environment, code=code)
+
+    same = again()
+    assert same.count("done already") == 9
+    assert "done in" not in same
+    prepared, exported = tmp_path / "data" / "manifests" / ".prepare.done", tmp_path / "exp_transcribed" / "huggingface"
+    assert (
+        f"run.sh: stage 1 was done with audio={tmp_path / 'audio'}, now audio={tmp_path / 'transcribed'}: "
+        f"choose another --data, or rm {prepared} to redo it\n"
+    ) in again("--audio", str(tmp_path / "transcribed"), code=2)
+    assert "run.sh: stage 4 was done without optim.lr, now optim.lr=0.1: choose another --exp" in again(
+        "--", "optim.lr=0.1", code=2
+    )
+
+    # A stage that was redone with the same result changes nothing for the others.
+    (tmp_path / "exp_transcribed" / ".decode.done").unlink()
+    (exported / "notes.txt").touch()
+    (tmp_path / "exp_transcribed" / ".export_models.done").unlink()
+    prepared.unlink()
+    assert again().count("done in") == 3
+    assert (exported / "notes.txt").is_file() and not exported.with_suffix(".new").exists()
+    # Other data under the same name are noticed.
+    for number in range(6):
+        write_audio(tmp_path / "audio" / f"{number}.wav", noise(3.0, seed=number))
+    prepared.unlink()
+    printed = again(code=2)
+    assert printed.count("done in") == 2 and "stage 2: was done with train_cuts=cuts_train.jsonl (checksum" in printed
+    assert "run.sh: stage 4 was done with train_cuts=cuts_train.jsonl (checksum" in printed
+    assert printed.endswith(f": choose another --exp, or rm -r {tmp_path / 'exp'} to train again\n")
 
 
 def local(script: str, *arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
