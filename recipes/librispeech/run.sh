@@ -38,6 +38,10 @@ esac
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/$conf}")
 corpus=$(given --corpus "$corpus")
+. "$here/../utils/librispeech.sh"
+if [[ -n $corpus && ! -s $data/manifests/.prepare.done ]] && in_range 1; then
+  need_parts "$corpus" "train-clean-100|train-clean-360|train-other-500|train-clean-5" "dev-clean|dev-clean-2"
+fi
 librilight=$(given --librilight "$librilight")
 lm=$(given --lm "$lm")
 . "$here/path.sh"
@@ -62,7 +66,6 @@ find_manifests() {
   held_out=$(manifests_of dev-clean dev-clean-2 | head -n 1)
 }
 
-download() { lhotse download librispeech --full "$data"; }
 fetch_4gram() { bash "$here/local/fetch_lm.sh" "$data/lm"; }
 prepare() {
   rm -f "${train_cuts[@]}" "${test_cuts[@]}" # of another corpus, which may have had other parts
@@ -123,7 +126,7 @@ fine_tune_librispeech() {
 find_manifests
 if [[ -z $corpus ]]; then
   corpus=$data/LibriSpeech
-  run_stage 0 "download LibriSpeech" "$corpus" download
+  run_stage 0 "download LibriSpeech" "$corpus" download_librispeech "$data" full
 fi
 if $fetch_lm; then run_stage 0 "fetch the 4-gram" "$data/lm" fetch_4gram; fi
 fetched=$data/lm/4-gram.arpa.gz

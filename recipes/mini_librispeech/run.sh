@@ -30,6 +30,10 @@ if $quick; then conf=quick finetune_conf=finetune_quick; fi
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/$conf}")
 corpus=$(given --corpus "$corpus")
+. "$here/../utils/librispeech.sh"
+if [[ -n $corpus && ! -s $data/manifests/.prepare.done ]] && in_range 1; then
+  need_parts "$corpus" train-clean-5 dev-clean-2
+fi
 lm=$(given --lm "$lm")
 . "$here/path.sh"
 . "$here/cmd.sh"
@@ -43,7 +47,6 @@ amount=${minutes}min
 labels=$manifests/cuts_$amount.jsonl
 tuned=("${exp}_$amount" "${exp}_${amount}_scratch")
 
-download() { lhotse download librispeech --mini "$data"; }
 prepare() {
   w2vscale data prepare mini_librispeech "$corpus" "$manifests" --jobs "$jobs"
   w2vscale data validate "${train_cuts[@]}" "$held_out"
@@ -56,7 +59,7 @@ choose_labels() { subset "$labels" --hours "$(hours "$minutes")" --balanced-spea
 
 if [[ -z $corpus ]]; then
   corpus=$data/LibriSpeech
-  run_stage 0 "download mini LibriSpeech" "$corpus" download
+  run_stage 0 "download mini LibriSpeech" "$corpus" download_librispeech "$data" mini
 fi
 run_stage 1 "write and validate Lhotse manifests" "$manifests" --options "corpus" prepare
 run_stage 2 "index them for O(1) access" "$manifests" --reads "train_cuts held_out" index

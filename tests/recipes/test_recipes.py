@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import tarfile
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -203,9 +209,36 @@ def test_librispeech_does_not_validate_on_test_sets(environment: str, tmp_path: 
     write_librispeech(tmp_path / "corpus")
     (tmp_path / "corpus" / "dev-clean-2").rename(tmp_path / "corpus" / "test-clean")
     options = ("--corpus", str(tmp_path / "corpus"), "--data", str(tmp_path / "data"), "--jobs", "1")
+    printed = run("librispeech", *options, "--stop-stage", "2", environment=environment, code=2)
+    assert f"run.sh: --corpus {tmp_path / 'corpus'}: has no folder dev-clean or dev-clean-2; unpack it there" in printed
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "data" / "manifests").mkdir(parents=True)
+    for part in ("train-clean-5", "test-clean"):
+        (tmp_path / "data" / "manifests" / f"cuts_{part}.jsonl").touch()
     assert "no cuts_dev-clean.jsonl" in run(
-        "librispeech", *options, "--stop-stage", "2", environment=environment, code=1
+        "librispeech", *options, "--stage", "2", "--stop-stage", "2", environment=environment, code=1
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("dev-clean-2", "run.sh: --corpus {corpus}: has no folder dev-clean-2; unpack it there"),
+        ("train-clean-5/1/7/1-7-0002.flac", "{part}: 1 transcripts without audio, such as 1-7-0002; unpack"),
+        (
+            "train-clean-5/2/7/2-7.trans.txt",
+            "{part}: 4 .flac files without a transcript, such as 2-7-0000.flac; unpack",
+        ),
+    ],
+)
+def test_a_partial_corpus_is_named_before_any_work(path: str, message: str, tmp_path: Path) -> None:
+    corpus = tmp_path / "up" / "LibriSpeech"
+    write_librispeech(corpus)
+    (corpus / path).rename(tmp_path / "elsewhere")
+    printed = run("mini_librispeech", "--corpus", str(corpus.parent), "--data", str(tmp_path / "data"), code=2)
+    assert message.format(corpus=corpus.parent, part=corpus / "train-clean-5") in printed
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.slow
@@ -310,3 +343,94 @@ def test_the_language_model_is_fetched_whole_and_once(tmp_path: Path) -> None:
     (tmp_path / "4-gram.arpa.gz").write_bytes(b"<html>not found</html>")
     assert local("fetch_lm.sh", str(tmp_path / "other"), OPENSLR=there, code=1)
     assert not (tmp_path / "other" / "4-gram.arpa.gz").exists()
+
+
+NO_NETWORK = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}  # a port where nothing listens
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_language_model_without_network_is_one_line(tmp_path: Path) -> None:
+    printed = local("fetch_lm.sh", str(tmp_path / "lm"), code=1, **NO_NETWORK).stderr
+    assert printed.splitlines()[-1] == (
+        "fetch_lm.sh: cannot download https://www.openslr.org/resources/11/4-gram.arpa.gz (see above): "
+        "repeat the command to continue, or give a model with --lm"
+    )
+
+
+def downloaded(folder: Path, code: int = 0, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "utils" / "download_librispeech.py"), str(folder), "mini"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_download_without_network_is_one_line(tmp_path: Path) -> None:
+    assert downloaded(tmp_path, 1, **NO_NETWORK) == (
+        "error: cannot download https://www.openslr.org/resources/31/dev-clean-2.tar.gz: "
+        "[Errno 111] Connection refused; repeat the command to continue, or give the folder of an unpacked copy "
+        "with --corpus"
+    )
+
+
+class Archives(BaseHTTPRequestHandler):
+    """Serves parts of mini LibriSpeech; the first answer ends early."""
+
+    requests: list[str | None]
+    damaged = missing = False
+
+    def do_GET(self) -> None:
+        if self.missing:
+            self.send_error(404)
+            return
+        part = self.path.split("/")[-1].removesuffix(".tar.gz")
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w:gz") as archive:
+            noise = tarfile.TarInfo(f"LibriSpeech/{part}/noise")
+            noise.size = 1 << 16
+            archive.addfile(noise, io.BytesIO(random.Random(1).randbytes(noise.size)))
+        first = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        sent = b"<html></html>" if self.damaged else content.getvalue()[first:]
+        self.requests.append(self.headers["Range"])
+        self.send_response(206 if first < len(content.getvalue()) else 416)
+        self.send_header("Content-Range", f"bytes */{len(content.getvalue())}")
+        self.send_header("Content-Length", str(len(sent)))
+        self.end_headers()
+        self.wfile.write(sent[:20_000] if len(self.requests) == 1 else sent)
+
+    def log_message(self, *_: object) -> None:
+        """Print nothing."""
+
+
+def test_an_interrupted_download_continues_and_other_failures_are_one_line(tmp_path: Path) -> None:
+    class Handler(Archives):
+        requests: ClassVar[list[str | None]] = []
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = {"OPENSLR_RESOURCES": f"http://127.0.0.1:{server.server_port}", "no_proxy": "127.0.0.1"}
+        archive = tmp_path / "dev-clean-2.tar.gz"
+        assert downloaded(tmp_path, 1, **here).startswith(f"error: {archive}: the download is not complete; repeat")
+        downloaded(tmp_path, **here)
+        assert Handler.requests[:2] == ["bytes=0-", "bytes=20000-"]
+        assert (tmp_path / "LibriSpeech" / "train-clean-5" / "noise").stat().st_size == 1 << 16
+        count = len(Handler.requests)
+        downloaded(tmp_path, **here)
+        assert len(Handler.requests) == count, "nothing is downloaded twice"
+
+        Handler.damaged = True
+        line = downloaded(tmp_path / "other", 1, **here)
+        assert line.startswith(f"error: {tmp_path}/other/dev-clean-2.tar.gz: the archive is damaged and was deleted;")
+        assert not list((tmp_path / "other").glob("*.tar.gz"))
+        Handler.missing = True
+        line = downloaded(tmp_path / "none", 1, **here)
+        assert line.startswith(
+            f"error: cannot download {here['OPENSLR_RESOURCES']}/31/dev-clean-2.tar.gz: 404 Not Found;"
+        )
+        (tmp_path / "file").touch()
+        assert downloaded(tmp_path / "file" / "in", 1, **here) == f"error: {tmp_path}/file/in: Not a directory"
+        server.shutdown()
