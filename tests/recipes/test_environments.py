@@ -49,22 +49,27 @@ def own(folder: Path, checkout: Path | None) -> Path:
     return folder
 
 
+NAMES = ("W2VSCALE_VENV", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "PYTHON")
+
+
+def clean(**environment: object) -> dict[str, str]:
+    """The variables for a script: none that chooses an environment, and pip installs nothing."""
+    kept = {name: value for name, value in os.environ.items() if name not in NAMES}
+    return kept | {"PIP_NO_INDEX": "1", "PIP_DRY_RUN": "1"} | {name: str(value) for name, value in environment.items()}
+
+
 def run(checkout: Path, code: int = 0, **environment: object) -> tuple[str, list[str]]:
     """The folder of the environment that is used, and the lines on stderr."""
-    clean = {name: value for name, value in os.environ.items() if name not in NAMES}
     done = subprocess.run(
         ["bash", "run.sh"],
         cwd=checkout,
         capture_output=True,
         text=True,
         timeout=60,
-        env=clean | {name: str(value) for name, value in environment.items()},
+        env=clean(**environment),
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout.strip().removesuffix("/bin/python"), done.stderr.splitlines()
-
-
-NAMES = ("W2VSCALE_VENV", "VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONPATH", "PYTHON")
 
 
 def contents(folder: Path) -> dict[Path, float]:
@@ -148,7 +153,7 @@ def test_setup_does_not_use_the_active_environment(checkout: Path, tmp_path: Pat
         capture_output=True,
         text=True,
         timeout=60,
-        env=os.environ | {"VIRTUAL_ENV": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}"},
+        env=clean(VIRTUAL_ENV=folder, PATH=f"{folder}/bin:{os.environ['PATH']}"),
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert contents(folder) == before
