@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pretrains wav2vec 2.0 on any folder of audio. With --transcribed, also fine-tunes it,
-# decodes held-out utterances, and compares the error rate with training from scratch.
+# Pretrains wav2vec 2.0 on any folder of audio. With --transcribed, also fine-tunes it, decodes held-out utterances, and
+# compares the error rate with training from scratch.
 #
 #   bash recipes/folder/run.sh --audio /data/recordings --nproc 8
 #   bash recipes/folder/run.sh --audio /data/recordings --transcribed /data/labelled --finetune-conf ctc_10h
@@ -73,7 +73,7 @@ fine_tune_transcribed() {
 }
 
 # This recipe has no stage 0, which downloads a corpus, and no stage 3, which writes shards for streaming.
-run_stage 1 "write Lhotse manifests" "$manifests" --options "audio segment_seconds validation_share" prepare
+run_stage 1 "write Lhotse manifests" "$manifests" --options "audio segment_seconds vad validation_share" prepare
 run_stage 2 "index them for O(1) access" "$manifests" --reads "train_cuts held_out" index
 train_stage 4 "pretrain with $conf" "$exp" --reads "train_cuts held_out" pretrain "$conf" "$@"
 run_stage 5 "evaluate on held-out recordings and draw the curves" "$exp" --reads "exp held_out" evaluate_pretraining
