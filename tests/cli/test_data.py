@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,25 @@ class TestPrepare:
         blocked = write_text(tmp_path / "file")
         message = error_of("data", "prepare", "folder", mixed_audio, blocked)
         assert message.startswith(f"{blocked / 'cuts_train.jsonl'}: cannot be written: ")
+
+    @pytest.mark.parametrize("command", ["kaldi", "manifest", "fairseq"])
+    def test_lists_of_other_toolkits(self, command: str, tmp_path: Path, run: Callable[..., str]) -> None:
+        audio = write_audio(tmp_path / "audio" / "a.flac", noise(1.0)).parent
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "wav.scp").write_text(f"a {audio}/a.flac\n")
+        (tmp_path / "m.jsonl").write_text(json.dumps({"audio_filepath": f"{audio}/a.flac"}))
+        (tmp_path / "m.tsv").write_text(f"{audio}\na.flac\t16000\n")
+        source = {"kaldi": "data", "manifest": "m.jsonl", "fairseq": "m.tsv"}[command]
+        printed = run("data", "prepare", command, tmp_path / source, tmp_path / "out")
+        assert printed == f"{tmp_path / 'out' / f'cuts_{Path(source).stem}.jsonl'}: 1 utterance, 0.00 hours\n"
+
+    def test_corpora_by_name_and_datasets_that_are_missing(self, tmp_path: Path) -> None:
+        named = "librilight mls commonvoice gigaspeech peoples_speech aishell huggingface kaldi manifest fairseq"
+        for command in named.split():
+            message = error_of("data", "prepare", command, tmp_path / "no" / "x", tmp_path / "out")
+            assert message.startswith(f"{tmp_path / 'no' / 'x'}") and ": no such f" in message
+        message = error_of("data", "prepare", "voxpopuli", tmp_path / "no", tmp_path / "out", "--language", "en")
+        assert message == f"{tmp_path / 'no'}: no such folder"
 
 
 class TestManifests:

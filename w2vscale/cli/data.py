@@ -8,122 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.bar import Bar
 
-from w2vscale.cli.arguments import Channel, channel_number
+from w2vscale.cli import prepare
+from w2vscale.cli.arguments import Jobs
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError, counted
 
 if TYPE_CHECKING:
     from w2vscale.config import Config
-    from w2vscale.corpora.manifests import PreparedManifest
-    from w2vscale.corpora.report import Report
     from w2vscale.corpora.stats import CorpusStats
 
 app = typer.Typer(no_args_is_help=True, help="Prepare, index and check corpora.")
-prepare_app = typer.Typer(no_args_is_help=True, help="Write Lhotse cut manifests of a corpus.")
-app.add_typer(prepare_app, name="prepare")
+app.add_typer(prepare.app, name="prepare")
 
 Manifests = Annotated[list[Path], typer.Argument(metavar="CUTS.jsonl...", help="Lhotse cut manifests.")]
 IndexedManifest = Annotated[Path, typer.Argument(metavar="CUTS.jsonl", help="An indexed Lhotse cut manifest.")]
-Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of parallel processes.")]
-Corpus = Annotated[Path, typer.Argument(metavar="CORPUS", help="Folder of the corpus.")]
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the manifests.")]
-Encoding = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Encoding of the transcripts, e.g. latin-1.", show_default="Unicode")
-]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop if a file cannot be used.")]
-MaxBadFraction = Annotated[
-    float,
-    typer.Option(metavar="FRACTION", min=0.0, max=1.0, help="Stop if more of the files cannot be used (at least 11)."),
-]
-Parts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--part", metavar="PART", help="Prepare only this part, e.g. train-clean-100; repeatable.", show_default="all"
-    ),
-]
-
-
-@prepare_app.command()
-def librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs = 1) -> None:
-    """Prepare LibriSpeech: write OUT/cuts_PART.jsonl for each part."""
-    from w2vscale.corpora.librispeech import prepare_librispeech
-
-    _show_written(prepare_librispeech(corpus, output, parts=part, jobs=jobs))
-
-
-@prepare_app.command("mini_librispeech")
-def mini_librispeech(corpus: Corpus, output: Output, part: Parts = None, jobs: Jobs = 1) -> None:
-    """Prepare mini LibriSpeech: train-clean-5 and dev-clean-2."""
-    from w2vscale.corpora.librispeech import prepare_librispeech
-
-    _show_written(prepare_librispeech(corpus, output, parts=part, jobs=jobs, mini=True))
-
-
-@prepare_app.command()
-def folder(
-    audio: Annotated[Path, typer.Argument(metavar="AUDIO", help="Folder of audio files at any depth.")],
-    output: Output,
-    segment_seconds: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SECONDS",
-            help="Split longer recordings into segments of at most this duration, in seconds.",
-            show_default="30 with --vad",
-        ),
-    ] = None,
-    vad: Annotated[
-        bool, typer.Option("--vad", help="Cut recordings at pauses, and leave pauses out, with Silero VAD.")
-    ] = False,
-    channel: Channel = "mean",
-    validation_share: Annotated[
-        float, typer.Option(help="Put this fraction of the recordings, from 0 to 1, into cuts_validation.jsonl.")
-    ] = 0.0,
-    encoding: Encoding = None,
-    strict: Strict = False,
-    max_bad_fraction: MaxBadFraction = 0.05,
-    jobs: Jobs = 1,
-) -> None:
-    """Prepare any folder of audio files.
-
-    A file of the same name beside an audio file is its transcript: .txt, or with times .ctm, .TextGrid, .srt, .vtt or
-    .json. What is not used is listed in OUT/prepare_report.json.
-    """
-    from w2vscale.corpora.folder import prepare_folder
-    from w2vscale.corpora.preparing import Options
-
-    with progress_bar("looking for speech" if vad else "reading headers") as progress:
-        report = prepare_folder(
-            audio,
-            output,
-            segment_seconds=segment_seconds,
-            validation_share=validation_share,
-            encoding=encoding,
-            options=Options(channel_number(channel), vad, strict, max_bad_fraction, jobs, progress),
-        )
-    _show_report(report, output)
-
-
-def _show_written(written: list[PreparedManifest]) -> None:
-    for one in written:
-        console.print(f"{one.path}: {counted(one.utterances, 'utterance')}, {one.hours:.2f} hours")
-
-
-def _show_report(report: Report, output: Path) -> None:
-    """Show what was written, and what became of each file if not all were used."""
-    _show_written(report.manifests)
-    if report.headers_unchanged:
-        read = counted(report.headers_read, "audio file")
-        console.print(f"headers: {read} read, {report.headers_unchanged:,} unchanged since an earlier call")
-    if report.seconds:
-        hours, speech = report.seconds / 3600, report.seconds_of_speech / 3600
-        console.print(f"speech: {speech:.2f} of {hours:.2f} hours ({speech / hours:.1%})")
-    for note, count in (+report.notes).items():
-        console.print(f"{count:,} {note}")
-    if report.incomplete:
-        rows = [(suffix, f"{count:,}", what) for suffix, count, what in report.rows()]
-        console.print()
-        print_table(("suffix", "files", ""), rows, right=False)
-        console.print(f"all files that are left out: {output / 'prepare_report.json'}")
 
 
 @app.command()
@@ -212,7 +110,7 @@ def subset(
         manifest, output, hours=hours, balanced=balanced_speakers, identifiers=identifiers, seed=seed
     )
     build_index(output)
-    _show_written([written])
+    prepare.show_written([written])
 
 
 @app.command()

@@ -29,7 +29,8 @@ from w2vscale.corpora.preparing import (
 )
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.segments import SHORTEST, Segment, Timed, segments_of_speech, windows, words_of
-from w2vscale.corpora.timed_text import read_kaldi_segments, read_timed, text_of_file
+from w2vscale.corpora.text_files import text_of_file
+from w2vscale.corpora.timed_text import read_kaldi_segments, read_timed
 from w2vscale.data.decoding import AudioError
 from w2vscale.errors import UserError
 
@@ -54,6 +55,7 @@ class Folder:
     phrases: dict[str, list[Timed]]  # of Kaldi's files `segments` and `text` in this folder, by recording
     options: Options
     segment_seconds: float | None = None
+    language: str | None = None
     encoding: str | None = None
     validation_limit: float = 0.0
 
@@ -64,16 +66,17 @@ def prepare_folder(
     *,
     segment_seconds: float | None = None,
     validation_share: float = 0.0,
+    language: str | None = None,
     encoding: str | None = None,
     options: Options = DEFAULTS,
 ) -> Report:
     """Write `cuts_train.jsonl`, and `cuts_validation.jsonl` if wanted, for all audio files below a folder.
 
-    The folder of a file is its speaker. A transcript has the name of its audio file: .txt, or with times .ctm,
-    .TextGrid, .srt, .vtt or .json; `encoding` is theirs if it is not Unicode. `segment_seconds` splits longer
-    recordings, and with `options.vad` the pauses between segments are left out. A segment gets the words that are said
-    in it; if the transcript has no times, it gets no text. `validation_share` is a fraction of the recordings, chosen
-    by a hash of their names.
+    The folder of a file is its speaker; `language` is that of all. A transcript has the name of its audio file: .txt,
+    or with times .ctm, .TextGrid, .srt, .vtt or .json; `encoding` is theirs if it is not Unicode. `segment_seconds`
+    splits longer recordings, and with `options.vad` the pauses between segments are left out. A segment gets the words
+    that are said in it; if the transcript has no times, it gets no text. `validation_share` is a fraction of the
+    recordings, chosen by a hash of their names.
 
     What is not used is in the report, which `output`/prepare_report.json has, too. Raises UserError like
     `write_manifests`, or if there is no audio or an option is out of range.
@@ -98,6 +101,7 @@ def prepare_folder(
         phrases=read_kaldi_segments(audio, encoding=encoding),
         options=options,
         segment_seconds=segment_seconds,
+        language=language,
         encoding=encoding,
     )
 
@@ -185,10 +189,10 @@ def _cuts_of_file(folder: Folder, header: Header, notes: Cuts) -> list[Cut]:
     segments = _segments(folder, header, whole.duration, units)
     if segments is None:
         text = text if units is None else " ".join(unit.text for unit in units)
-        return [with_text(whole, Text(text, speaker))]
+        return [with_text(whole, Text(text, speaker, folder.language))]
     texts = _texts_of_segments(segments, units, text, notes)
     return [
-        with_text(part_of(whole, segment, f"{identifier}-{number}"), Text(words, speaker))
+        with_text(part_of(whole, segment, f"{identifier}-{number}"), Text(words, speaker, folder.language))
         for number, (segment, words) in enumerate(zip(segments, texts, strict=True))
     ]
 

@@ -7,13 +7,13 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from w2vscale.corpora.segments import Timed
+from w2vscale.corpora.text_files import lines_of_file, text_of_file
 from w2vscale.errors import UserError
-from w2vscale.files import read_text
 
 SILENCES = {"", "sp", "sil", "<eps>", "<sil>", "SIL"}  # labels of pauses in TextGrid and CTM files of aligners
 WORD_KEYS = ("word", "text", "label", "token")
@@ -52,9 +52,9 @@ def read_kaldi_segments(folder: Path, *, encoding: str | None = None) -> dict[st
     segments, texts = folder / "segments", folder / "text"
     if not (segments.is_file() and texts.is_file()):
         return {}
-    words = dict(_first_and_rest(text_of_file(texts, encoding=encoding)))
+    words = dict(_first_and_rest(lines_of_file(texts, encoding=encoding)))
     found = defaultdict(list)
-    for number, line in enumerate(text_of_file(segments, encoding=encoding).splitlines(), start=1):
+    for number, line in enumerate(lines_of_file(segments, encoding=encoding), start=1):
         try:
             utterance, recording, start, end = line.split()
             unit = Timed(float(start), float(end), words.get(utterance, ""))
@@ -64,25 +64,17 @@ def read_kaldi_segments(folder: Path, *, encoding: str | None = None) -> dict[st
     return {recording: sorted(units, key=lambda unit: unit[:2]) for recording, units in found.items()}
 
 
-def text_of_file(path: Path, *, encoding: str | None = None) -> str:
-    """Like `files.read_text`, but raises UserError also if the file cannot be read."""
-    try:
-        return read_text(path, encoding=encoding)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _first_and_rest(text: str) -> Iterator[tuple[str, str]]:
-    for line in text.splitlines():
-        if line.strip():
-            first, _, rest = line.strip().partition(" ")
-            yield first, rest.strip()
+def _first_and_rest(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for line in lines:
+        if line:
+            first, rest = [*line.split(maxsplit=1), ""][:2]
+            yield first, rest
 
 
 def _ctm(text: str, path: Path) -> list[Timed]:
     """NIST's format: recording, channel, start, duration, word."""
     by_recording: dict[str, list[Timed]] = defaultdict(list)
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip() or line.startswith(";;"):
             continue
         try:
@@ -139,7 +131,7 @@ def _interval_tiers(text: str) -> Iterator[tuple[str, list[Timed]]]:
 def _subtitles(text: str, path: Path) -> list[Timed]:
     """SubRip and WebVTT: a line with two times, then lines of text up to an empty line."""
     units = []
-    lines = iter(text.splitlines())
+    lines = iter(text.split("\n"))
     for line in lines:
         if (times := CUE.match(line)) is None:
             continue

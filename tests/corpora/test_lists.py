@@ -1,0 +1,202 @@
+"""Lists of other toolkits: Kaldi's data folders, NeMo's manifests and fairseq's .tsv files. Each of them trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lhotse import CutSet
+from lhotse.cut import Cut
+
+from tests.corpora.test_folder import error_of
+from tests.corpora.test_named import said
+from tests.helpers.audio import noise, write_audio
+from tests.helpers.micro import MICRO_MODEL, MICRO_TRAINING
+from w2vscale.config import load_config
+from w2vscale.corpora.index import build_index
+from w2vscale.corpora.lists import prepare_fairseq, prepare_kaldi, prepare_nemo
+from w2vscale.corpora.report import Report
+from w2vscale.corpora.validate import validate_manifest
+from w2vscale.training.loop import train
+
+
+def cuts_in(report: Report) -> dict[str, Cut]:
+    (manifest,) = report.manifests
+    build_index(manifest.path)
+    assert validate_manifest(manifest.path, audio=True).bad == 0
+    return {cut.id: cut for cut in CutSet.from_file(manifest.path)}
+
+
+def trains(manifest: Path, exp: Path) -> None:
+    """Five updates on all utterances of a manifest."""
+    settings = [*MICRO_TRAINING, *MICRO_MODEL, f"data.train={manifest}", "data.min_seconds=0.3", "trainer.updates=5"]
+    assert train(load_config("base", settings), exp) == 0
+    assert not (exp / "logs" / "bad_audio.jsonl").exists()
+
+
+@pytest.fixture
+def audio(tmp_path: Path) -> Path:
+    """A long recording, two short ones, and one with two channels."""
+    write_audio(tmp_path / "audio" / "long.flac", noise(9.0, seed=1))
+    for number in range(2):
+        write_audio(tmp_path / "audio" / "spk" / f"take {number}.wav", noise(1.5, seed=number))
+    stereo = np.stack([noise(2.0, seed=4), noise(2.0, seed=5)], axis=1)
+    write_audio(tmp_path / "audio" / "call.wav", stereo)
+    return tmp_path / "audio"
+
+
+class TestKaldi:
+    def write(self, folder: Path, **files: str) -> Path:
+        folder.mkdir(exist_ok=True)
+        for name, content in files.items():
+            (folder / name.replace("wav_scp", "wav.scp")).write_text(content, encoding="utf-8")
+        return folder
+
+    def test_segments_texts_speakers_and_commands_that_only_decode(self, audio: Path, tmp_path: Path) -> None:
+        data = self.write(
+            tmp_path / "train",
+            wav_scp=f"call-A sph2pipe -f wav -p -c 1 {audio}/call.wav |\n"
+            f"call-B sph2pipe -p -f wav -c 2 {audio}/call.wav|\n"
+            f"long flac -c -d -s {audio}/long.flac |\n"
+            f"take sox '{audio}/spk/take 0.wav' -r 8000 -c 1 -t wav - |\n",
+            segments="call-A-1 call-A 0 2\ncall-B-1 call-B 0.5 -1\nlong-1 long 0.25 2.5\nlong-2 long 4 9.05\n"
+            "take-1 take 0 1.5\nabsent-1 absent 0 1\n",
+            text="long-1 zwei  Töne\nlong-2 drei\ncall-A-1 vier\n",
+            utt2spk="long-1 anna\ncall-A-1 bert\n",
+            utt2lang="long-1 de\n",
+        )
+        report = prepare_kaldi(data, tmp_path / "out")
+        found = cuts_in(report)
+        assert {cut.id: (cut.start, cut.duration) for cut in found.values()} == {
+            "call-A-1": (0.0, 2.0),
+            "call-B-1": (0.5, 1.5),
+            "long-1": (0.25, 2.25),
+            "long-2": (4.0, 5.0),
+            "take-1": (0.0, 1.5),
+        }
+        assert (found["call-A-1"].channel, found["call-B-1"].channel) == (0, 1)
+        assert said(found["long-1"]) == ("zwei  Töne", "anna", "de")
+        assert report.notes["segments of recordings that are not in wav.scp, which are left out"] == 1
+        trains(report.manifests[0].path, tmp_path / "exp")
+
+    def test_without_segments_each_recording_is_an_utterance(
+        self, audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = self.write(tmp_path / "data", wav_scp="take0 ../audio/spk/take 0.wav\n", text="take0 ein Wort\n")
+        assert said(cuts_in(prepare_kaldi(data, tmp_path / "out"))["take0"])[0] == "ein Wort"
+        monkeypatch.chdir(tmp_path)
+        self.write(data, wav_scp="take0 audio/spk/take 0.wav\n")
+        assert list(cuts_in(prepare_kaldi(data, tmp_path / "out"))) == ["take0"]
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            "touch {marker} |",
+            "cat {file} | touch {marker} |",
+            "sox {file} -t wav - trim 0 1 |",
+            "sox {file} -t wav - remix 2 |",
+            "ffmpeg -ss 3 -i {file} -f wav - |",
+            "sph2pipe -f wav -p -t 1:2 {file} |",
+            "flac -cd --skip=3 {file} |",
+            "cat {file} {file} |",
+            "sox 'unclosed |",
+            "-",
+            "{file}.ark:1234",
+        ],
+    )
+    def test_other_commands_are_named_and_never_run(self, command: str, audio: Path, tmp_path: Path) -> None:
+        marker, file = tmp_path / "marker", audio / "long.flac"
+        data = self.write(tmp_path / "data", wav_scp=f"a {command.format(marker=marker, file=file)}\nb {file}\n")
+        report = prepare_kaldi(data, tmp_path / "out")
+        assert [one.kind for one in report.unusable] == ["command"] and report.manifests[0].utterances == 1
+        assert not marker.exists()
+
+    def test_mistakes(self, audio: Path, tmp_path: Path) -> None:
+        message = error_of(prepare_kaldi, audio, tmp_path / "out")
+        assert message.startswith(f"{audio / 'wav.scp'}: no such file")
+        data = self.write(tmp_path / "data", wav_scp=f"a {audio}/long.flac\n", segments="a-1 a 0\n")
+        assert "a-1 is not followed by: recording start end" in error_of(prepare_kaldi, data, tmp_path / "out")
+        self.write(data, segments="a-1 a 3 2\na-2 a 8 12\na-3 a 1 2\n")
+        report = prepare_kaldi(data, tmp_path / "out")
+        assert [one.reason for one in report.unusable] == [
+            "a-1 lasts from 3 to 2 s",
+            "a-2 ends at 12.00 s, but the audio ends at 9.00 s",
+        ]
+        (data / "text").write_bytes("a-3 schön\n".encode("latin-1"))
+        assert "text: line 1 is not UTF-8" in error_of(prepare_kaldi, data, tmp_path / "out")
+        assert said(cuts_in(prepare_kaldi(data, tmp_path / "out", encoding="latin-1"))["a-3"])[0] == "schön"
+
+
+class TestNemo:
+    def write(self, path: Path, *entries: Any) -> Path:
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        return path
+
+    def test_offsets_texts_and_relative_paths(self, audio: Path, tmp_path: Path) -> None:
+        manifest = self.write(
+            tmp_path / "train_manifest.json",
+            {"audio_filepath": "audio/long.flac", "offset": 1.5, "duration": 2.0, "text": "eins", "lang": "de"},
+            {"audio_filepath": "audio/long.flac", "offset": 4, "duration": 3, "text": "zwei", "speaker": 7},
+            {"audio_filepath": str(audio / "spk" / "take 1.wav"), "duration": 1.4999, "text": ""},
+            {"audio_filepath": "audio/call.wav"},
+        )
+        report = prepare_nemo(manifest, tmp_path / "out")
+        found = cuts_in(report)
+        assert report.manifests[0].path.name == "cuts_train_manifest.jsonl"
+        assert {cut.id.rpartition("-audio-")[2]: (cut.start, cut.duration) for cut in found.values()} == {
+            "audio-long-0": (1.5, 2.0),
+            "audio-long-1": (4.0, 3.0),
+            "spk-take 1": (0.0, 1.5),
+            "audio-call": (0.0, 2.0),
+        }
+        assert said(found["audio-long-1"]) == ("zwei", "7", None) and said(found["audio-long-0"])[2] == "de"
+        trains(report.manifests[0].path, tmp_path / "exp")
+
+    @pytest.mark.parametrize(
+        ("entry", "message"),
+        [
+            ({"audio": "x.wav"}, "line 1 is not an utterance of NeMo: has no 'audio_filepath'"),
+            ({"audio_filepath": ["a.wav"]}, "audio_filepath is not text"),
+            ({"audio_filepath": "a.wav", "offset": "x", "duration": 1}, "could not convert"),
+            ([1], "line 1 is not an utterance of NeMo"),
+            ({"audio_filepath": "a.wav", "shard_id": 0}, "line 1 is of audio in a tar archive"),
+        ],
+    )
+    def test_lines_of_another_form(self, entry: object, message: str, tmp_path: Path) -> None:
+        manifest = self.write(tmp_path / "x.jsonl", entry)
+        assert message in error_of(prepare_nemo, manifest, tmp_path / "out")
+
+    def test_a_missing_manifest_suggests_another(self, tmp_path: Path) -> None:
+        self.write(tmp_path / "train.jsonl", {})
+        message = error_of(prepare_nemo, tmp_path / "trian.jsonl", tmp_path / "out")
+        assert message == f"{tmp_path / 'trian.jsonl'}: no such file; did you mean {tmp_path / 'train.jsonl'}?"
+
+
+class TestFairseq:
+    def test_paths_and_letters(self, audio: Path, tmp_path: Path) -> None:
+        (tmp_path / "train.tsv").write_text(f"{audio}\nlong.flac\t144000\nspk/take 0.wav\t24000\n")
+        (tmp_path / "train.ltr").write_text("Z W E I | T Ö N E |\nD R E I |\n", encoding="utf-8")
+        report = prepare_fairseq(tmp_path / "train.tsv", tmp_path / "out")
+        found = cuts_in(report)
+        assert said(found["long"]) == ("ZWEI TÖNE", None, None) and said(found["spk-take 0"]) == ("DREI", "spk", None)
+        trains(report.manifests[0].path, tmp_path / "exp")
+        (tmp_path / "train.wrd").write_text("ZWEI TÖNE\u2028X\nDREI\n", encoding="utf-8")
+        assert said(cuts_in(prepare_fairseq(tmp_path / "train.tsv", tmp_path / "out"))["long"])[0] == "ZWEI TÖNE\u2028X"
+
+    def test_mistakes(self, audio: Path, tmp_path: Path) -> None:
+        manifest = tmp_path / "train.tsv"
+        manifest.write_text("")
+        assert "has no utterance" in error_of(prepare_fairseq, manifest, tmp_path / "out")
+        manifest.write_text("audio\nlong.flac 144000\n")
+        assert "line 2 is not a path, a tab, and a number of samples" in error_of(
+            prepare_fairseq, manifest, tmp_path / "out"
+        )
+        manifest.write_text("audio\nlong.flac\t144000\ngone.flac\t1\n")
+        (tmp_path / "train.wrd").write_text("EINS\n")
+        assert "has 1 lines for the 2 utterances of train.tsv" in error_of(prepare_fairseq, manifest, tmp_path / "out")
+        (tmp_path / "train.wrd").unlink()
+        report = prepare_fairseq(manifest, tmp_path / "out")
+        assert [(one.path, one.reason) for one in report.unusable] == [("gone.flac", "no such file")]

@@ -1,0 +1,382 @@
+"""`w2vscale data prepare`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from w2vscale.cli.arguments import Channel, Jobs, channel_number
+from w2vscale.cli.progress import console, print_table, progress_bar
+from w2vscale.errors import counted
+
+if TYPE_CHECKING:
+    from w2vscale.corpora.manifests import PreparedManifest
+    from w2vscale.corpora.preparing import Options
+    from w2vscale.corpora.report import Report
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Write Lhotse cut manifests of a corpus. Files that are not used are listed in OUT/prepare_report.json.",
+)
+
+Corpus = Annotated[Path, typer.Argument(metavar="CORPUS", help="Folder of the corpus.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the manifests.")]
+Parts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--part", metavar="PART", help="Prepare only this part, e.g. train-clean-100; repeatable.", show_default="all"
+    ),
+]
+SegmentSeconds = Annotated[
+    float, typer.Option(metavar="SECONDS", help="Longest segment of a recording that is cut at pauses, in seconds.")
+]
+Encoding = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Encoding of the transcripts, e.g. latin-1.", show_default="Unicode")
+]
+Language = Annotated[str | None, typer.Option(metavar="NAME", help="Language of all recordings, for mix.by=language.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop if a file cannot be used.")]
+MaxBadFraction = Annotated[
+    float,
+    typer.Option(
+        metavar="FRACTION", min=0.0, max=1.0, help="Stop if more of the files cannot be used (and more than ten)."
+    ),
+]
+
+
+@app.command()
+def folder(
+    audio: Annotated[Path, typer.Argument(metavar="AUDIO", help="Folder of audio files at any depth.")],
+    output: Output,
+    segment_seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Split longer recordings into segments of at most this duration, in seconds.",
+            show_default="30 with --vad",
+        ),
+    ] = None,
+    vad: Annotated[
+        bool, typer.Option("--vad", help="Cut recordings at pauses, and leave pauses out, with Silero VAD.")
+    ] = False,
+    validation_share: Annotated[
+        float, typer.Option(help="Put this fraction of the recordings, from 0 to 1, into cuts_validation.jsonl.")
+    ] = 0.0,
+    language: Language = None,
+    encoding: Encoding = None,
+    channel: Channel = "mean",
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare any folder of audio files.
+
+    A file of the same name beside an audio file is its transcript: .txt, or with times .ctm, .TextGrid, .srt, .vtt or
+    .json.
+    """
+    from w2vscale.corpora.folder import prepare_folder
+    from w2vscale.corpora.preparing import Options
+
+    with progress_bar("looking for speech" if vad else "reading headers") as progress:
+        report = prepare_folder(
+            audio,
+            output,
+            segment_seconds=segment_seconds,
+            validation_share=validation_share,
+            language=language,
+            encoding=encoding,
+            options=Options(channel_number(channel), vad, strict, max_bad_fraction, jobs, progress),
+        )
+    _show_report(report, output)
+
+
+@app.command()
+def librispeech(
+    corpus: Corpus,
+    output: Output,
+    part: Parts = None,
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare LibriSpeech: write OUT/cuts_PART.jsonl for each part."""
+    from w2vscale.corpora.named import prepare_librispeech
+
+    with _options(strict, max_bad_fraction, jobs) as options:
+        report = prepare_librispeech(corpus, output, parts=part or (), options=options)
+    _show_report(report, output)
+
+
+@app.command("mini_librispeech")
+def mini_librispeech(
+    corpus: Corpus,
+    output: Output,
+    part: Parts = None,
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare mini LibriSpeech: train-clean-5 and dev-clean-2."""
+    from w2vscale.corpora.named import prepare_librispeech
+
+    with _options(strict, max_bad_fraction, jobs) as options:
+        report = prepare_librispeech(corpus, output, parts=part or (), mini=True, options=options)
+    _show_report(report, output)
+
+
+@app.command()
+def librilight(
+    corpus: Corpus,
+    output: Output,
+    segment_seconds: SegmentSeconds = 30.0,
+    part: Parts = None,
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare Libri-Light: cut at pauses, by the speech that its JSON files list."""
+    from w2vscale.corpora.named import prepare_librilight
+
+    with _options(strict, max_bad_fraction, jobs) as options:
+        report = prepare_librilight(corpus, output, parts=part or (), segment_seconds=segment_seconds, options=options)
+    _show_report(report, output)
+
+
+@app.command()
+def mls(
+    corpus: Corpus,
+    output: Output,
+    part: Parts = None,
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare Multilingual LibriSpeech: write OUT/cuts_LANGUAGE_PART.jsonl, e.g. cuts_german_train.jsonl."""
+    from w2vscale.corpora.named import prepare_mls
+
+    with _options(strict, max_bad_fraction, jobs) as options:
+        report = prepare_mls(corpus, output, parts=part or (), options=options)
+    _show_report(report, output)
+
+
+@app.command()
+def voxpopuli(
+    corpus: Corpus,
+    output: Output,
+    language: Annotated[str, typer.Option(metavar="CODE", help="Language, e.g. en.")],
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare the transcribed part of VoxPopuli in one language. For its other audio use: data prepare folder."""
+    from w2vscale.corpora.named import prepare_voxpopuli
+
+    with _options(strict, max_bad_fraction, jobs) as options:
+        report = prepare_voxpopuli(corpus, output, language=language, options=options)
+    _show_report(report, output)
+
+
+@app.command()
+def commonvoice(
+    corpus: Corpus,
+    output: Output,
+    part: Parts = None,
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare Common Voice: write OUT/cuts_LANGUAGE_PART.jsonl for train, dev and test of each language."""
+    from w2vscale.corpora.named import prepare_commonvoice
+
+    with _options(strict, max_bad_fraction, jobs) as options:
+        report = prepare_commonvoice(corpus, output, parts=part or (), options=options)
+    _show_report(report, output)
+
+
+@app.command()
+def gigaspeech(
+    corpus: Corpus,
+    output: Output,
+    part: Parts = None,
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare GigaSpeech: XL, DEV and TEST, or other parts."""
+    from w2vscale.corpora.named import prepare_gigaspeech
+
+    with _options(strict, max_bad_fraction, jobs) as options:
+        report = prepare_gigaspeech(corpus, output, parts=part or (), options=options)
+    _show_report(report, output)
+
+
+@app.command("peoples_speech")
+def peoples_speech(
+    corpus: Corpus,
+    output: Output,
+    part: Parts = None,
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare The People's Speech: clean, clean_sa, dirty, dirty_sa, validation and test."""
+    from w2vscale.corpora.named import prepare_peoples_speech
+
+    with _options(strict, max_bad_fraction, jobs) as options:
+        report = prepare_peoples_speech(corpus, output, parts=part or (), options=options)
+    _show_report(report, output)
+
+
+@app.command()
+def aishell(
+    corpus: Corpus,
+    output: Output,
+    part: Parts = None,
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare AISHELL-1: train, dev and test."""
+    from w2vscale.corpora.named import prepare_aishell
+
+    with _options(strict, max_bad_fraction, jobs) as options:
+        report = prepare_aishell(corpus, output, parts=part or (), options=options)
+    _show_report(report, output)
+
+
+@app.command()
+def huggingface(
+    source: Annotated[
+        str, typer.Argument(metavar="DATASET|DIR", help="A folder of Parquet or Arrow files, or a name on the Hub.")
+    ],
+    output: Output,
+    config: Annotated[str | None, typer.Option(metavar="NAME", help="Configuration of a dataset on the Hub.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Prepare only this split; repeatable.", show_default="all")
+    ] = None,
+    audio_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column with audio.", show_default="by its type")
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column with transcripts.", show_default="text, sentence, ...")
+    ] = None,
+    channel: Channel = "mean",
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare a dataset of Hugging Face: write OUT/cuts_SPLIT.jsonl, and the audio to OUT/audio."""
+    from w2vscale.corpora.huggingface import prepare_huggingface
+
+    with _options(strict, max_bad_fraction, jobs, channel) as options:
+        report = prepare_huggingface(
+            source,
+            output,
+            config=config,
+            splits=split or (),
+            audio=audio_column,
+            text=text_column,
+            options=options,
+        )
+    _show_report(report, output)
+
+
+@app.command()
+def kaldi(
+    data: Annotated[Path, typer.Argument(metavar="DIR", help="A data folder of Kaldi, with wav.scp.")],
+    output: Output,
+    encoding: Encoding = None,
+    channel: Channel = "mean",
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare a data folder of Kaldi: write OUT/cuts_DIR.jsonl.
+
+    No command in wav.scp is run. Where it only decodes a file, that file is read.
+    """
+    from w2vscale.corpora.lists import prepare_kaldi
+
+    with _options(strict, max_bad_fraction, jobs, channel) as options:
+        report = prepare_kaldi(data, output, encoding=encoding, options=options)
+    _show_report(report, output)
+
+
+@app.command()
+def manifest(
+    file: Annotated[Path, typer.Argument(metavar="FILE.jsonl", help="A manifest of NeMo.")],
+    output: Output,
+    encoding: Encoding = None,
+    channel: Channel = "mean",
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare a manifest of NeMo: write OUT/cuts_FILE.jsonl."""
+    from w2vscale.corpora.lists import prepare_nemo
+
+    with _options(strict, max_bad_fraction, jobs, channel) as options:
+        report = prepare_nemo(file, output, encoding=encoding, options=options)
+    _show_report(report, output)
+
+
+@app.command()
+def fairseq(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE.tsv", help="A manifest of fairseq; FILE.wrd or FILE.ltr has its text.")
+    ],
+    output: Output,
+    encoding: Encoding = None,
+    channel: Channel = "mean",
+    strict: Strict = False,
+    max_bad_fraction: MaxBadFraction = 0.05,
+    jobs: Jobs = 1,
+) -> None:
+    """Prepare a manifest of fairseq: write OUT/cuts_FILE.jsonl."""
+    from w2vscale.corpora.lists import prepare_fairseq
+
+    with _options(strict, max_bad_fraction, jobs, channel) as options:
+        report = prepare_fairseq(file, output, encoding=encoding, options=options)
+    _show_report(report, output)
+
+
+@contextmanager
+def _options(strict: bool, max_bad_fraction: float, jobs: int, channel: str = "mean") -> Iterator[Options]:
+    """The options of a corpus that lists its utterances, with a progress bar."""
+    from w2vscale.corpora.preparing import Options
+
+    with progress_bar("reading headers") as progress:
+        yield Options(
+            channel=channel_number(channel),
+            strict=strict,
+            max_bad_fraction=max_bad_fraction,
+            jobs=jobs,
+            progress=progress,
+        )
+
+
+def show_written(written: list[PreparedManifest]) -> None:
+    """Show the manifests that were written."""
+    for one in written:
+        console.print(f"{one.path}: {counted(one.utterances, 'utterance')}, {one.hours:.2f} hours")
+
+
+def _show_report(report: Report, output: Path) -> None:
+    """Show what was written, and what became of each file if not all were used."""
+    show_written(report.manifests)
+    if report.headers_unchanged:
+        read = counted(report.headers_read, "audio file")
+        console.print(f"headers: {read} read, {report.headers_unchanged:,} unchanged since an earlier call")
+    if report.seconds:
+        hours, speech = report.seconds / 3600, report.seconds_of_speech / 3600
+        console.print(f"speech: {speech:.2f} of {hours:.2f} hours ({speech / hours:.1%})")
+    for note, count in (+report.notes).items():
+        console.print(f"{count:,} {note}")
+    if report.incomplete:
+        rows = [(suffix, f"{count:,}", what) for suffix, count, what in report.rows()]
+        console.print()
+        print_table(("suffix", "files", ""), rows, right=False)
+        console.print(f"all files that are left out: {output / 'prepare_report.json'}")

@@ -1,0 +1,121 @@
+"""Prepare manifests of a corpus that lists its utterances: file, times, text, speaker and language."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from lhotse.cut import Cut
+
+from w2vscale.corpora.finding import Unusable
+from w2vscale.corpora.header_cache import Header
+from w2vscale.corpora.preparing import Cuts, Options, Text, part_of, whole_file, with_text, write_manifests
+from w2vscale.corpora.report import Report
+from w2vscale.corpora.segments import Segment, segments_of_speech
+from w2vscale.data.decoding import AudioError
+from w2vscale.errors import UserError
+
+LATE = 0.1  # seconds by which a listed utterance may end after its audio
+
+
+class Utterance(NamedTuple):
+    """An utterance in an audio file. `duration` None means up to the end of the file."""
+
+    part: str  # of the corpus: each becomes a manifest
+    identifier: str
+    text: Text = Text()
+    start: float = 0.0  # seconds
+    duration: float | None = None
+    channel: int | None = None  # None: as in `Options`
+
+
+@dataclass
+class Recording:
+    """An audio file of a listing. With `speech`, it is cut into segments of that speech instead of its utterances."""
+
+    identifier: str
+    utterances: list[Utterance] = field(default_factory=list)
+    speech: list[Segment] | None = None
+
+
+@dataclass
+class Listing:
+    """The utterances of a corpus, by the path of their audio file: absolute, or relative to `folder`."""
+
+    folder: Path
+    recordings: dict[str, Recording] = field(default_factory=dict)
+    unusable: list[Unusable] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    longest: float = 30.0  # seconds of a segment of speech
+    _identifiers: set[tuple[str, str]] = field(default_factory=set)
+
+    def add(self, file: str, utterance: Utterance, *, recording: str | None = None) -> None:
+        """Add an utterance of an audio file. A second one with the same id in a part is unusable."""
+        if (key := utterance[:2]) in self._identifiers:
+            reason = f"the id {utterance.identifier} occurs twice"
+            self.unusable.append(Unusable(file, "repeated", reason))
+            return
+        self._identifiers.add(key)
+        name = recording or os.path.splitext(os.path.basename(file))[0]
+        self.recordings.setdefault(file, Recording(name)).utterances.append(utterance)
+
+
+def prepare_listing(listing: Listing, output: Path, parts: Sequence[str], options: Options) -> Report:
+    """Write `cuts_PART.jsonl` for each part of a corpus, in the order of its utterances' ids.
+
+    Audio that cannot be used, and utterances that end after their audio, are left out and reported. Raises UserError
+    like `write_manifests`, or if there is no utterance.
+    """
+    if not listing.recordings:
+        reason = f"; {listing.unusable[0].path}: {listing.unusable[0].reason}" if listing.unusable else ""
+        raise UserError(f"{listing.folder}: no utterance in it{reason}")
+    files = sorted(listing.recordings, key=lambda file: listing.recordings[file].utterances[0].identifier)
+    report = Report(unusable=listing.unusable, notes=listing.notes)
+    numbers = {part: number for number, part in enumerate(parts)}
+    cuts_of = partial(_cuts_of, listing, numbers, options)
+    return write_manifests(files, listing.folder, output, parts, lambda readable: cuts_of, report, options)
+
+
+def _cuts_of(listing: Listing, numbers: dict[str, int], options: Options, headers: Sequence[Header]) -> Cuts:
+    """The cuts of some files."""
+    found = Cuts()
+    for header in headers:
+        recording, used = listing.recordings[header.file], False
+        for utterance in recording.utterances:
+            try:
+                for cut in _cuts_of_utterance(listing, header, utterance, recording, options):
+                    found.add(numbers[utterance.part], cut)
+                    used = True
+            except AudioError as error:
+                found.unusable.append(Unusable(header.file, error.kind, str(error)))
+        found.used[os.path.splitext(header.file)[1].lower()] += used
+    return found
+
+
+def _cuts_of_utterance(
+    listing: Listing, header: Header, utterance: Utterance, recording: Recording, options: Options
+) -> list[Cut]:
+    """The cut of an utterance, or those of the speech in it. Raises AudioError if it is not in the audio."""
+    channel = options.channel if utterance.channel is None else utterance.channel
+    is_whole = utterance.start == 0.0 and utterance.duration is None
+    name = utterance.identifier if is_whole and recording.speech is None else recording.identifier
+    whole = whole_file(header, listing.folder, name, channel=channel)
+    if recording.speech is not None:
+        speech = [Segment(start, min(end, whole.duration)) for start, end in recording.speech if start < whole.duration]
+        segments = segments_of_speech(speech, whole.duration, listing.longest)
+        named = ((part_of(whole, one, f"{utterance.identifier}-{n}"), utterance) for n, one in enumerate(segments))
+        return [with_text(cut, utterance.text) for cut, utterance in named]
+    end = whole.duration if utterance.duration is None else utterance.start + utterance.duration
+    if not 0.0 <= utterance.start < end:
+        raise AudioError("mismatched", f"{utterance.identifier} lasts from {utterance.start:g} to {end:g} s")
+    if end > whole.duration + LATE:
+        reason = f"{utterance.identifier} ends at {end:.2f} s, but the audio ends at {whole.duration:.2f} s"
+        raise AudioError("mismatched", reason)
+    if is_whole:
+        return [with_text(whole, utterance.text)]
+    return [with_text(part_of(whole, Segment(utterance.start, end), utterance.identifier), utterance.text)]

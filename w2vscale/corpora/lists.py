@@ -1,0 +1,212 @@
+"""Read the lists that users of other toolkits have: Kaldi's data folders, NeMo's manifests, fairseq's .tsv files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from w2vscale.corpora.finding import Unusable
+from w2vscale.corpora.listing import Listing, Utterance, prepare_listing
+from w2vscale.corpora.manifests import existing_folder
+from w2vscale.corpora.preparing import DEFAULTS, Options, Text
+from w2vscale.corpora.report import Report
+from w2vscale.corpora.text_files import lines_of_file
+from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
+
+DECODING: dict[str, dict[str, bool]] = {
+    "cat": {},
+    "flac": dict.fromkeys(
+        ["-c", "-d", "-s", "-f", "-cd", "-dc", "-dcs", "-cds", "--decode", "--stdout", "--silent"], False
+    ),
+    "sph2pipe": {"-p": False, "-f": True, "-c": True},
+    "sox": {**dict.fromkeys(["-t", "-r", "-b", "-e", "-c"], True), "-V1": False, "-G": False},
+    "ffmpeg": {
+        **dict.fromkeys(["-i", "-f", "-ar", "-ac", "-acodec", "-c:a", "-v", "-loglevel", "-sample_fmt"], True),
+        **dict.fromkeys(["-nostdin", "-hide_banner", "-y", "-vn"], False),
+    },
+}
+"""Programs in a `wav.scp` that decode a file, with the options that change nothing else, and whether they have a value.
+
+Such a file is read itself. Other rates and the mean of the channels are made when audio is read.
+"""
+
+
+def prepare_kaldi(folder: Path, output: Path, *, encoding: str | None = None, options: Options = DEFAULTS) -> Report:
+    """Write `cuts_FOLDER.jsonl` for a data folder of Kaldi: wav.scp; segments, text, utt2spk and utt2lang if present.
+
+    No command in wav.scp is run: where it only decodes a file, the file is read. Raises UserError if a file is missing
+    or has another form, or like `write_manifests`.
+    """
+    folder = existing_folder(folder)
+    audio = _table(folder / "wav.scp", encoding)
+    if audio is None:
+        raise UserError(f"{folder / 'wav.scp'}: no such file{nearest_path(folder / 'wav.scp')}")
+    texts, speakers, languages = (_table(folder / name, encoding) or {} for name in ("text", "utt2spk", "utt2lang"))
+    listing, part = Listing(folder), folder.name
+    files: dict[str, tuple[str, int | None]] = {}
+    base = _base(folder, audio)
+    for recording, source in audio.items():
+        try:
+            path, channel = _file_of(source)
+            files[recording] = (str(base / path), channel)
+        except ValueError as error:
+            listing.unusable.append(Unusable(source[:200], "command", str(error)))
+    segments = _table(folder / "segments", encoding)
+    utterances = (
+        _segments(folder / "segments", segments) if segments is not None else ((n, n, 0.0, None) for n in audio)
+    )
+    without_audio = 0
+    for name, recording, start, duration in utterances:
+        if recording not in files:
+            without_audio += recording not in audio
+            continue
+        path, channel = files[recording]
+        text = Text(texts.get(name), speakers.get(name), languages.get(name))
+        listing.add(path, Utterance(part, name, text, start, duration, channel), recording=recording)
+    listing.notes["segments of recordings that are not in wav.scp, which are left out"] += without_audio
+    return prepare_listing(listing, output, [part], options)
+
+
+def _table(path: Path, encoding: str | None) -> dict[str, str] | None:
+    """The rest of each line by its first word; None if there is no such file."""
+    if not path.is_file():
+        return None
+    lines = (line.split(maxsplit=1) for line in lines_of_file(path, encoding=encoding))
+    return {line[0]: line[1] if len(line) > 1 else "" for line in lines if line}
+
+
+def _segments(path: Path, lines: dict[str, str]) -> Iterator[tuple[str, str, float, float | None]]:
+    for name, rest in lines.items():
+        try:
+            recording, start, end = rest.split()[:3]
+            yield name, recording, float(start), None if float(end) == -1 else float(end) - float(start)
+        except ValueError:
+            raise UserError(f"{path}: {name} is not followed by: recording start end") from None
+
+
+def _file_of(source: str) -> tuple[str, int | None]:
+    """The file that an entry of wav.scp decodes, and its channel if one is chosen. ValueError if it does more."""
+    if not source.endswith("|"):
+        if source == "-" or (source.rpartition(":")[2].isdecimal() and ".ark:" in source):
+            raise ValueError("audio in archives is not read: save it as files")
+        return source, None
+    program, *words = shlex.split(source[:-1]) or [""]
+    options = DECODING.get(os.path.basename(program))
+    if options is None:
+        raise ValueError("commands are not run; name a file, or run the command and save what it writes")
+    files, chosen = list[str](), None
+    while words:
+        word = words.pop(0)
+        if word.startswith("-") and word != "-":
+            if word not in options:
+                raise ValueError(f"commands are not run, and {word} may change the audio; save what it writes")
+            value = words.pop(0) if options[word] and words else None
+            chosen = value if word == "-c" and os.path.basename(program) == "sph2pipe" else chosen
+            files += [value] if word == "-i" and value else []
+        elif word != "-":
+            files.append(word)
+    if len(files) != 1:
+        raise ValueError("commands are not run, and this one does more than decode one file; save what it writes")
+    return files[0], int(chosen) - 1 if chosen else None
+
+
+def _base(folder: Path, audio: dict[str, str]) -> Path:
+    """What relative paths in wav.scp are relative to: the current folder, as in Kaldi, or the data folder."""
+    for source in audio.values():
+        try:
+            path = _file_of(source)[0]
+        except ValueError:
+            continue
+        return Path.cwd() if os.path.exists(path) or not (folder / path).exists() else folder
+    return folder
+
+
+def prepare_nemo(manifest: Path, output: Path, *, encoding: str | None = None, options: Options = DEFAULTS) -> Report:
+    """Write `cuts_NAME.jsonl` for a manifest NAME.jsonl or NAME.json of NeMo: an object with audio_filepath per line.
+
+    Paths are absolute or relative to the manifest. Raises UserError if a line has another form, or like
+    `write_manifests`.
+    """
+    listing, part = Listing(manifest.absolute().parent), manifest.stem
+    repeated = Counter[str]()
+    for number, line in enumerate(_lines(manifest, encoding), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            path = entry["audio_filepath"]
+            start, duration = float(entry.get("offset") or 0.0), entry.get("duration")
+            if not isinstance(path, str):
+                raise TypeError("audio_filepath is not text")
+            # NeMo rounds the duration, and means the whole file where there is no offset.
+            length = float(duration) if duration is not None and "offset" in entry else None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
+            raise UserError(f"{manifest}: line {number} is not an utterance of NeMo: {reason}") from None
+        if "shard_id" in entry:
+            raise UserError(f"{manifest}: line {number} is of audio in a tar archive; unpack it, and use its manifest")
+        name = str(entry.get("id") or entry.get("utt_id") or os.path.splitext(path)[0].lstrip("./").replace("/", "-"))
+        repeated[name] += 1
+        if length is not None or repeated[name] > 1:
+            name = f"{name}-{repeated[name] - 1}"
+        language = entry.get("lang") or entry.get("language") or entry.get("source_lang")
+        text = Text(_text(entry.get("text")), _text(entry.get("speaker")), _text(language))
+        listing.add(path, Utterance(part, name, text, start, length))
+    return prepare_listing(listing, output, [part], options)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _lines(path: Path, encoding: str | None) -> list[str]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file{nearest_path(path)}")
+    return lines_of_file(path, encoding=encoding)
+
+
+def prepare_fairseq(
+    manifest: Path, output: Path, *, encoding: str | None = None, options: Options = DEFAULTS
+) -> Report:
+    """Write `cuts_NAME.jsonl` for a fairseq manifest NAME.tsv, with the transcripts NAME.wrd or NAME.ltr if present.
+
+    The first line is the folder of the audio, each other line a path and its number of samples. Raises UserError if a
+    line has another form, the transcripts have another number of lines, or like `write_manifests`.
+    """
+    lines = _lines(manifest, encoding)
+    root, entries = Path(lines[0].strip()) if lines else Path(), [line for line in lines[1:] if line.strip()]
+    if not entries:
+        raise UserError(
+            f"{manifest}: has no utterance; the first line is a folder, each other a path, a tab and samples"
+        )
+    if not root.is_absolute():
+        root = manifest.absolute().parent / root
+    texts = _fairseq_texts(manifest, len(entries), encoding)
+    listing, part = Listing(root), manifest.stem
+    for number, (line, text) in enumerate(zip(entries, texts, strict=True), start=2):
+        path, tab, samples = line.partition("\t")
+        if not (tab and samples.strip().isdecimal()):
+            raise UserError(f"{manifest}: line {number} is not a path, a tab, and a number of samples")
+        name = os.path.splitext(path)[0].replace("/", "-")
+        listing.add(path, Utterance(part, name, Text(text, os.path.dirname(path) or None)))
+    return prepare_listing(listing, output, [part], options)
+
+
+def _fairseq_texts(manifest: Path, count: int, encoding: str | None) -> list[str | None]:
+    """The transcript of each utterance: words, or else letters with `|` for the end of a word."""
+    for suffix in (".wrd", ".ltr"):
+        path = manifest.with_suffix(suffix)
+        if path.is_file():
+            texts = lines_of_file(path, encoding=encoding)
+            if len(texts) != count:
+                raise UserError(f"{path}: has {len(texts)} lines for the {count} utterances of {manifest.name}")
+            if suffix == ".ltr":
+                texts = [" ".join("".join(text.split()).replace("|", " ").split()) for text in texts]
+            return list(texts)
+    return [None] * count
