@@ -19,7 +19,10 @@ RECIPE_SETTINGS = (
     "data.max_seconds", "data.min_seconds", "batch.max_seconds", "batch.micro_batches", "trainer.updates",
 )  # fmt: skip
 SIZES = ("large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b")
-NO_RECIPE = ("model.max_frames", "objective.name", "objective.vocabulary", "objective.sentencepiece", "optim.groups")
+NO_RECIPE = (
+    "model.max_frames", "objective.name", "objective.vocabulary", "objective.split", "objective.sentencepiece",
+    "optim.groups",
+)  # fmt: skip
 ONE_KIND = {  # settings of the schedule that only these kinds have
     ("tri_stage",): ("schedule.initial_ratio", "schedule.stages"),
     ("cosine", "linear"): ("schedule.warmup_updates", "schedule.first_step"),

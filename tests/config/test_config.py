@@ -396,7 +396,8 @@ class TestObjective:
             assert config.model == load_config("base_prenorm").model
             assert config.objective.model_dump() == {"name": "ctc", "vocabulary": "letters"}
             settings = resolve(config)[1].settings
-            assert dict(settings) == dict(OBJECTIVES["ctc"].Settings()) | {"vocabulary": settings.vocabulary}
+            resolved = {"vocabulary": settings.vocabulary, "split": "longest"}
+            assert dict(settings) == dict(OBJECTIVES["ctc"].Settings()) | resolved
 
     def test_the_same_objective_keeps_the_settings_below_it(self) -> None:
         config = load_config("base_prenorm", ["objective.name=wav2vec2", "objective.negatives=7"])

@@ -180,7 +180,9 @@ class TestLabels:
         spelling = Transcripts(vocabulary(model), model)
         assert spelling.labels("THE Cat") == spelling.labels("the cat")
         assert Transcripts(["<pad>", "<unk>", "▁THE", "CAT"]).normalised("the cat") == "THE CAT"
-        assert Transcripts(["<pad>", "<unk>", "▁The", "C"]).normalised("the Cat") == "the Cat"
+        # Letters that occur in one case are converted to it, one by one, and those in both stay.
+        assert Transcripts(["<pad>", "<unk>", "▁The", "C"]).normalised("the Cat") == "The CaT"
+        assert Transcripts(["<pad>", "<unk>", "▁The", "▁t", "C", "c", "a"]).normalised("the Cat") == "the Cat"
 
     def test_characters_in_no_piece_become_unknown_and_are_reported(self, model: Path, library: Any) -> None:
         labels, unknown = Transcripts(vocabulary(model), model).labels("the?! cät")

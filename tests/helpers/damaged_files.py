@@ -32,11 +32,11 @@ from w2vscale.data.assembly import Assembler
 from w2vscale.data.audio import AudioError
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.stream import StreamedMicroBatches
+from w2vscale.data.vocabulary import LETTERS
 from w2vscale.errors import UserError
 from w2vscale.inference.decoding import BeamSearch, build_decoder
 from w2vscale.inference.utterances import find_utterances
 from w2vscale.objectives import all_settings, build_objective
-from w2vscale.objectives.ctc import LETTERS
 
 
 def assert_wrote(found: Outcome, *names: str, always: tuple[str, ...] = ()) -> None:

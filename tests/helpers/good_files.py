@@ -17,7 +17,7 @@ from tests.helpers.odd_input import (
 from w2vscale.config import dump_config, load_config
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.shar import write_shards
-from w2vscale.objectives.ctc import LETTERS
+from w2vscale.data.vocabulary import LETTERS
 from w2vscale.training.loop import train
 
 AUDIO_FORMATS = {**FORMATS, ".sph": ("NIST", "PCM_16")}

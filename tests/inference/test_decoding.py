@@ -176,6 +176,28 @@ def test_unusable_files_are_named(lm: Path, tmp_path: Path) -> None:
         build_decoder(["<pad>", "A"], BeamSearch(lm=lm))
 
 
+def test_letters_of_several_characters_spell_words(lm: Path, tmp_path: Path) -> None:
+    vocabulary = ["<pad>", "|", "A", "B", "AB"]
+    (tmp_path / "words.txt").write_bytes("AB\nab\n".encode("utf-16"))
+    logits = torch.full((3, 5), -9.0)
+    logits[range(3), [4, 1, 2]] = 0.0
+    decoder = build_decoder(vocabulary, BeamSearch(lexicon=tmp_path / "words.txt"))
+    assert decoder.text(decoder.reduce(logits[:1])) == "AB"
+    decoder = build_decoder(vocabulary, None)
+    assert decoder.text(decoder.reduce(logits)) == "AB A"
+
+
+def test_phones_have_spaces_between_them_and_no_words(lm: Path) -> None:
+    vocabulary = ["<pad>", "sil", "ax", "t"]
+    logits = torch.full((4, 4), -9.0)
+    logits[range(4), [1, 0, 2, 3]] = 0.0
+    for search in (None, BeamSearch(beam=9)):
+        decoder = build_decoder(vocabulary, search, spaced=True)
+        assert decoder.text(decoder.reduce(logits)) == "sil ax t"
+    with pytest.raises(UserError, match="need a vocabulary of letters; the text of this model is symbols with spaces"):
+        build_decoder(vocabulary, BeamSearch(lm=lm), spaced=True)
+
+
 def test_options() -> None:
     assert BeamSearch.from_options(None, None, None, lm_weight=2.0, word_score=-1.0) is None
     found = BeamSearch.from_options(None, Path("a/4-gram.arpa"), None, lm_weight=1.5, word_score=0.0)
@@ -190,3 +212,4 @@ def test_options() -> None:
 def test_text_is_without_blanks_and_has_other_special_symbols() -> None:
     vocabulary = ["<pad>", "<s>", "▁A", "B", "|"]
     assert labels_to_text([2, 0, 3, 2, 4, 3, 1, 0], vocabulary) == "AB A B<s>"
+    assert labels_to_text([1, 2, 0, 1], ["<pad>", "e", "\u0301"]) == "ée"

@@ -14,11 +14,11 @@ from tests.helpers.micro import MICRO_ENCODER
 from w2vscale.config import load_config
 from w2vscale.data.inputs import join
 from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.data.vocabulary import LETTERS
 from w2vscale.errors import UserError
-from w2vscale.objectives import StepContext, build_objective, resolve
+from w2vscale.objectives import StepContext, build_objective, load, resolve
 from w2vscale.objectives.ctc import (
     BLANK,
-    LETTERS,
     Ctc,
     CtcInputs,
     CtcSums,
@@ -220,9 +220,35 @@ class TestVocabulary:
         path.write_text("<pad> 0\n| 1\n\nä 2\n", encoding="utf-8")
         assert self.vocabulary(path) == ["<pad>", "|", "ä"]
 
+    def test_how_texts_are_split_is_resolved(self) -> None:
+        for symbols, given, found in (
+            ("['<pad>', '|', a, b]", "auto", "longest"),
+            ("['<pad>', sil, ax]", "auto", "spaces"),
+            ("['<pad>', '|', sil, ax]", "longest", "longest"),
+            ("['<pad>', a, b]", "spaces", "spaces"),
+        ):
+            overrides = ["objective.name=ctc", f"objective.vocabulary={symbols}", f"objective.split={given}"]
+            config, objective = load("base", overrides)
+            assert config.objective.model_dump()["split"] == found
+            assert objective.spaced == (found == "spaces")
+            assert resolve(config)[0] == config
+
+    def test_a_list_is_checked_for_a_new_model_and_not_for_a_checkpoint(self) -> None:
+        for symbols, message in (("[a, '|', b]", "its first symbol 'a'"), ("['<pad>', a, b]", "no symbol for the sp")):
+            overrides = ["objective.name=ctc", f"objective.vocabulary={symbols}"]
+            assert len(load("base", overrides, new=False)[1].vocabulary) == 3
+            with pytest.raises(UserError, match=message):
+                load("base", overrides)
+            config, objective = resolve(load_config("base", overrides))
+            with pytest.raises(UserError, match=message):
+                objective.check(config)
+        overrides = ["objective.name=ctc", "objective.vocabulary=['<pad>', '|', a]", "objective.sentencepiece=x.model"]
+        with pytest.raises(UserError, match=r"split=spaces: objective\.sentencepiece splits the transcripts"):
+            load("base", [*overrides, "objective.split=spaces"])
+
     def test_a_resolved_vocabulary_needs_no_file(self, tmp_path: Path) -> None:
         path = tmp_path / "tokens.txt"
-        path.write_text("<pad>\na\n")
+        path.write_text("<pad>\n|\na\n")
         resolved, _ = resolve(load_config("base", ["objective.name=ctc", f"objective.vocabulary={path}"]))
         path.unlink()
         assert resolve(resolved)[0] == resolved

@@ -22,7 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from w2vscale.analysis.alignment import align, fill_blanks
 from w2vscale.data.audio import AudioError
 from w2vscale.data.micro_batch import BadAudio
-from w2vscale.data.transcripts import SPACE, Transcripts, refuse_too_many
+from w2vscale.data.transcripts import Transcripts, refuse_too_many
+from w2vscale.data.vocabulary import SPACE
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import Audio, ChunkFeatures, Pretrained
 from w2vscale.inference.utterances import Utterance, collect, map_utterances, utterances_by_name

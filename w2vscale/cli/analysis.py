@@ -36,11 +36,11 @@ def probe(
     """
     from w2vscale.analysis import probing
     from w2vscale.analysis.figures import draw_codes, draw_layers
+    from w2vscale.data.vocabulary import read_vocabulary
     from w2vscale.files import write_text
     from w2vscale.inference.pretrained import load
-    from w2vscale.objectives.ctc import CtcSettings, read_vocabulary
 
-    symbols = read_vocabulary(CtcSettings(vocabulary=Path(vocabulary)))
+    symbols = read_vocabulary(Path(vocabulary))
     with progress_bar("updates of the probes") as progress:
         found = probing.probe(
             load(checkpoint),

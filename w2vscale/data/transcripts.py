@@ -1,8 +1,11 @@
-"""Convert transcripts to labels of a vocabulary."""
+"""Convert transcripts to labels of a vocabulary, and labels to text. Both texts are in the Unicode normal form NFC."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,28 +13,40 @@ from typing import TYPE_CHECKING
 from lhotse.cut import Cut
 
 from w2vscale.data.audio import AudioError
+from w2vscale.data.letter_case import LetterCase
 from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
+from w2vscale.data.vocabulary import (
+    BLANK,
+    MARKS,
+    PIECE_SPACE,
+    SPACE,
+    is_bracketed,
+    is_control,
+    is_spaced,
+    unknown_symbol,
+)
 from w2vscale.errors import UserError
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
-BLANK = 0  # label of the CTC blank: the first symbol of every vocabulary
-SPACE = "|"  # symbol for a space in character vocabularies
-PIECE_SPACE = "▁"  # symbol for a space in SentencePiece vocabularies
-UNKNOWN = "<unk>"
+OVERHANG = 0.1  # seconds by which a supervision may exceed its utterance: times are rounded
 
 
 class Transcripts:
-    """Converts transcripts to labels: characters, with `|` for a space, or sentence pieces.
+    """Converts transcripts to labels: characters, symbols of several characters, or sentence pieces.
 
-    If all letters of the vocabulary have the same case, transcripts are converted to it. Sentence pieces need the
-    SentencePiece model; for case conversion alone (`normalised`), the vocabulary is enough.
+    The longest symbol that matches is chosen, and `|` is the label of a space. If the text is `spaced` (default: see
+    `is_spaced`), its symbols have spaces between them, as phones do. Letters of the other case than the vocabulary's
+    are converted (`LetterCase`). Special symbols such as `<unk>` are never found in a text, and neither is the blank.
 
+    Sentence pieces need the SentencePiece model; for case conversion alone (`normalised`), the vocabulary is enough.
     Raises UserError if sentencepiece is not installed, or the model cannot be read or does not fit the vocabulary.
     """
 
-    def __init__(self, vocabulary: Sequence[str], sentencepiece: Path | None = None) -> None:
+    def __init__(
+        self, vocabulary: Sequence[str], sentencepiece: Path | None = None, *, spaced: bool | None = None
+    ) -> None:
         self._pieces = None
         if sentencepiece is not None:
             self._pieces = open_pieces(sentencepiece)
@@ -40,58 +55,135 @@ class Transcripts:
                     f"objective.sentencepiece={sentencepiece}: its {len(wanted) - 1} pieces after a blank are not the "
                     f"{len(vocabulary)} symbols of objective.vocabulary; for a new run set objective.vocabulary=[]"
                 )
+        composed = [unicodedata.normalize("NFC", symbol) for symbol in vocabulary]
+        self.unknown = unknown_symbol(composed)  # the symbol for what is not in the vocabulary; None without one
+        self._unknown = composed.index(self.unknown) if self.unknown is not None else BLANK
+        self._spaced = is_spaced(composed, sentencepiece=sentencepiece) if spaced is None else spaced
         # The blank is never a label, even if a transcript contains a character that equals its symbol.
-        self._numbers = {symbol: number for number, symbol in enumerate(vocabulary) if number != BLANK}
-        # Only characters and pieces that begin a word determine the case: special symbols such as <unk> must not.
-        letters = "".join(symbol for symbol in vocabulary if len(symbol) == 1 or PIECE_SPACE in symbol)
-        self._upper, self._lower = letters == letters.upper(), letters == letters.lower()
+        symbols = {
+            symbol: number for number, symbol in enumerate(composed) if number != BLANK and not is_control(symbol)
+        }
+        # Names in brackets are found as they are. Their letters say nothing about the case of the others.
+        self._case = LetterCase({*"".join(symbol for symbol in symbols if not is_bracketed(symbol))} | {" "})
+        names = "|".join(re.escape(symbol) for symbol in symbols if is_bracketed(symbol) and not self._spaced)
+        self._names = re.compile(f"({names})") if names else None
+        if self._spaced:
+            # Where two symbols differ in case alone, as in SAMPA, another case is another symbol.
+            self._one_case = len({symbol.casefold() for symbol in symbols}) == len(symbols)
+            self._numbers = symbols
+            return
+        # A `|` in a transcript is not a space, nor is `▁`.
+        space = symbols.get(SPACE, symbols.get(PIECE_SPACE))
+        self._numbers = {
+            symbol: number for symbol, number in symbols.items() if SPACE not in symbol and PIECE_SPACE not in symbol
+        }
+        if space is not None:
+            self._numbers[" "] = space
+        self._long = any(len(symbol) > 1 for symbol in self._numbers)
 
     def normalised(self, text: str) -> str:
-        """Convert `text` to the case of the vocabulary, and runs of whitespace to single spaces."""
-        text = " ".join(text.split())
-        return text.upper() if self._upper else text.lower() if self._lower else text
+        """Convert `text` to NFC and to the case of the vocabulary, and runs of whitespace to single spaces."""
+        return unicodedata.normalize("NFC", self._converted(text))
 
     def labels(self, text: str) -> tuple[list[int], str]:
-        """Return the labels of `text`, and the characters that are not in the vocabulary and became `<unk>`.
+        """Return the labels of `text`, and what of it is not in the vocabulary and became its unknown symbol.
 
-        With sentence pieces, adjacent unknown characters share one `<unk>`. Raises AudioError if the text is empty, or
-        has unknown characters and the vocabulary has no `<unk>`.
+        With sentence pieces, adjacent unknown characters share one label. Raises AudioError if the text is empty, or
+        has unknown characters and the vocabulary has no symbol for them.
         """
-        text = self.normalised(text)
-        if not text:
+        labels, found = self.encode(text)
+        distinct = sorted(set(found))
+        unknown = ("" if all(len(symbol) == 1 for symbol in distinct) else " ").join(distinct)
+        if not labels:
             raise AudioError("no transcript", "has no transcript")
-        if self._pieces is not None:
-            return _piece_labels(text, self._pieces)
-        spelled = text.replace(" ", SPACE)
-        unknown = "".join(sorted({character for character in spelled if character not in self._numbers}))
-        if unknown and UNKNOWN not in self._numbers:
+        if unknown and self.unknown is None:
             raise AudioError("unknown symbols", f"its transcript has {unknown!r}, which is not in objective.vocabulary")
-        return [self._numbers.get(character, self._numbers.get(UNKNOWN, BLANK)) for character in spelled], unknown
+        return labels, unknown
+
+    def encode(self, text: str) -> tuple[list[int], list[str]]:
+        """Return the labels of `text`, and what of it is unknown, in the order and as often as it occurs.
+
+        The label of what is unknown is that of the unknown symbol, or `BLANK` if there is none.
+        """
+        text = self._converted(text)
+        if self._pieces is not None:
+            return _piece_labels(unicodedata.normalize("NFC", text), self._pieces)
+        numbers = self._numbers
+        symbols = text.split() if self._spaced else self._symbol.findall(text) if self._long else text
+        try:
+            return [numbers[symbol] for symbol in symbols], []
+        except KeyError:
+            # A letter with an unknown mark is an unknown letter.
+            symbols = symbols if self._spaced else self._symbol.findall(text)
+        unknown = [symbol for symbol in symbols if symbol not in numbers]
+        return [numbers.get(symbol, self._unknown) for symbol in symbols], unknown
+
+    def _converted(self, text: str) -> str:
+        """Convert to the case of the vocabulary. What it has only as a base and marks is decomposed."""
+        text = " ".join(unicodedata.normalize("NFC", text).split())
+        if self._spaced:
+            return " ".join(map(self._phone, text.split()))
+        if self._names is None:
+            return self._case(text)
+        parts = self._names.split(text)  # names have odd places
+        return "".join(part if place % 2 else self._case(part) for place, part in enumerate(parts))
+
+    def _phone(self, token: str) -> str:
+        if token in self._numbers or not self._one_case:
+            return token
+        converted = self._case(token)
+        return converted if converted in self._numbers else token
+
+    @cached_property
+    def _symbol(self) -> re.Pattern[str]:
+        """The longest symbol, or a character that is in none. Marks that are unknown belong to the character before."""
+        single = "".join(re.escape(symbol) for symbol in self._numbers if len(symbol) == 1)
+        longer = sorted((symbol for symbol in self._numbers if len(symbol) > 1), key=len, reverse=True)
+        known = "|".join([*map(re.escape, longer), *([f"[{single}]"] if single else [])]) or r"(?!)"
+        marks = f"(?:(?![{single}])[{MARKS}])" if single else f"[{MARKS}]"
+        return re.compile(f"(?:{known})(?!{marks})|.{marks}*", re.DOTALL)
 
 
-def _piece_labels(text: str, pieces: SentencePieceProcessor) -> tuple[list[int], str]:
+def _piece_labels(text: str, pieces: SentencePieceProcessor) -> tuple[list[int], list[str]]:
     numbers = pieces.encode(text)
-    unknown = {
+    unknown = [
         character
         for number, piece in zip(numbers, pieces.encode(text, out_type=str), strict=True)
         if number == pieces.unk_id()
         for character in piece
-    }
-    return [BLANK + 1 + number for number in numbers], "".join(sorted(unknown))
+    ]
+    return [BLANK + 1 + number for number in numbers], unknown
 
 
-def labels_to_text(labels: Sequence[int], vocabulary: Sequence[str]) -> str:
-    """Join the symbols of labels to a text, with spaces for `|` and `▁` and without blanks.
+def labels_to_text(labels: Sequence[int], vocabulary: Sequence[str], *, spaced: bool = False) -> str:
+    """Join the symbols of labels to a text without blanks, in NFC: with spaces for `|` and `▁`.
 
-    As in the tokenizer of Transformers, other special symbols such as `<s>` and `<unk>` stay as they are.
+    If `spaced`, there is a space between all symbols instead. As in the tokenizer of Transformers, other special
+    symbols such as `<s>` and `<unk>` stay as they are.
     """
-    joined = "".join(vocabulary[label] for label in labels if label != BLANK)
-    return " ".join(joined.replace(SPACE, " ").replace(PIECE_SPACE, " ").split())
+    symbols = [vocabulary[label] for label in labels if label != BLANK]
+    if not spaced:
+        symbols = "".join(symbols).replace(SPACE, " ").replace(PIECE_SPACE, " ").split()
+    return unicodedata.normalize("NFC", " ".join(symbols))
 
 
 def transcript(cut: Cut) -> str:
-    """Return the transcript of an utterance; empty if it has none."""
-    return " ".join(supervision.text or "" for supervision in cut.supervisions)
+    """Return the transcript of an utterance, in the order of time; empty if it has none."""
+    parts = sorted(cut.supervisions, key=lambda part: part.start)
+    return " ".join(part.text or "" for part in parts)
+
+
+def refuse_overhang(cut: Cut) -> None:
+    """Raise AudioError if the transcript begins before the utterance or ends after it: not all of it is in the audio.
+
+    Lhotse's `cut_into_windows` makes such cuts.
+    """
+    for part in cut.supervisions:
+        if (part.text or "").strip() and (part.start < -OVERHANG or part.end > cut.duration + OVERHANG):
+            raise AudioError(
+                "overhanging text",
+                f"has text from {part.start:.2f} to {part.end:.2f} s, but lasts from 0 to {cut.duration:.2f} s",
+            )
 
 
 def refuse_too_many(labels: Sequence[int], frames: int) -> None:

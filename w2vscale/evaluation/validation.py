@@ -47,7 +47,7 @@ def evaluate_checkpoint(
     Raises UserError if the checkpoint or a manifest is unusable, or no utterance could be read.
     """
     checkpoint = open_checkpoint(path, log)
-    config, objective = load(checkpoint.path / "config.yaml", overrides)
+    config, objective = load(checkpoint.path / "config.yaml", overrides, new=False)
     corpus = Corpus(cuts, setting="--cuts")
     check_sample(corpus, sampling_rate=config.model.sampling_rate)
     dataset = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)

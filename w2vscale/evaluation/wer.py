@@ -87,7 +87,7 @@ def score_checkpoint(
     `progress` and `log` see `transcribe`. Raises UserError if the model has no output layer, jiwer is not installed, a
     manifest is unusable, or no utterance could be scored.
     """
-    spelling = Transcripts(pretrained.objective.vocabulary)
+    spelling = Transcripts(pretrained.objective.vocabulary, spaced=pretrained.objective.spaced)
     utterances = utterances_by_name(cuts)
     transcribed = [one for one in utterances.values() if one.transcript.strip()]
     missing = AudioError("no transcript", "has no transcript")

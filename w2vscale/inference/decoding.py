@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2vscale.data.transcripts import BLANK, SPACE, Transcripts, labels_to_text
+from w2vscale.data.transcripts import Transcripts, labels_to_text
+from w2vscale.data.vocabulary import BLANK, SPACE
 from w2vscale.errors import UserError
-from w2vscale.files import nearest_path
+from w2vscale.files import nearest_path, read_text
 
 BEAM_THRESHOLD = 25.0  # the search drops hypotheses whose score is lower than the best by more than this
 IMPOSSIBLE = -1e4  # log probability of a symbol that the search must not choose
@@ -66,16 +68,22 @@ class BeamSearch:
 
 
 def build_decoder(
-    vocabulary: Sequence[str], search: BeamSearch | None, log: Callable[[str], None] = lambda text: None
+    vocabulary: Sequence[str],
+    search: BeamSearch | None,
+    log: Callable[[str], None] = lambda text: None,
+    *,
+    spaced: bool = False,
 ) -> Decoder:
     """Return the decoder for a beam search, or a greedy decoder if `search` is None.
 
-    Raises UserError if flashlight-text is not installed, or the lexicon or language model is unusable.
+    If the text is `spaced`, it is the symbols with spaces between them, and has no words to search for.
+
+    Raises UserError if flashlight-text is not installed, or the lexicon or language model cannot be used.
     """
     if search is None:
         return Decoder(
             reduce=lambda logits_TV: logits_TV.argmax(dim=1).cpu(),
-            text=lambda best_T: labels_to_text(torch.unique_consecutive(best_T).tolist(), vocabulary),
+            text=lambda best_T: labels_to_text(torch.unique_consecutive(best_T).tolist(), vocabulary, spaced=spaced),
         )
     library = _flashlight()
     options = {
@@ -88,13 +96,19 @@ def build_decoder(
         "criterion_type": library.CriterionType.CTC,
     }
     if search.lm is None and search.lexicon is None:
-        text = _symbol_search(vocabulary, options, library)
+        text = _symbol_search(vocabulary, options, library, spaced=spaced)
+    elif spaced:
+        raise UserError(
+            "--lm and --lexicon need a vocabulary of letters; the text of this model is symbols with spaces (phones)"
+        )
     else:
         text = _word_search(vocabulary, search, options, library, log)
     return Decoder(reduce=lambda logits_TV: logits_TV.float().log_softmax(dim=1).cpu(), text=text)
 
 
-def _symbol_search(vocabulary: Sequence[str], options: dict[str, Any], library: Any) -> Callable[[Tensor], str]:
+def _symbol_search(
+    vocabulary: Sequence[str], options: dict[str, Any], library: Any, *, spaced: bool
+) -> Callable[[Tensor], str]:
     """Return a search for the most probable sequence of symbols, given log probabilities [T, V]."""
     settings = library.LexiconFreeDecoderOptions(**options)
     decoder = library.LexiconFreeDecoder(settings, library.ZeroLM(), BLANK, BLANK, [])
@@ -102,7 +116,7 @@ def _symbol_search(vocabulary: Sequence[str], options: dict[str, Any], library: 
     def text(log_probabilities_TV: Tensor) -> str:
         # One symbol per frame, plus one before the first and one after the last.
         tokens = _decode(decoder, log_probabilities_TV).tokens
-        return labels_to_text([symbol for symbol, _ in groupby(tokens)], vocabulary)
+        return labels_to_text([symbol for symbol, _ in groupby(tokens)], vocabulary, spaced=spaced)
 
     return text
 
@@ -114,8 +128,9 @@ def _word_search(
     if SPACE not in vocabulary:
         raise UserError(f"--lm and --lexicon need a vocabulary of characters with {SPACE!r} as the space")
     space = vocabulary.index(SPACE)
-    words, spellings = _lexicon(search, vocabulary, log)
-    normalised = list(map(Transcripts(vocabulary).normalised, words))
+    transcripts = Transcripts(vocabulary, spaced=False)
+    words, spellings = _lexicon(search, vocabulary, transcripts, log)
+    normalised = list(map(transcripts.normalised, words))
     lm = library.ZeroLM() if search.lm is None else _language_model(search.lm, words, library)
     trie = library.Trie(len(vocabulary), space)
     start = lm.start(False)
@@ -162,7 +177,7 @@ def _language_model(path: Path, words: Sequence[str], library: Any) -> Any:
 
 
 def _lexicon(
-    search: BeamSearch, vocabulary: Sequence[str], log: Callable[[str], None]
+    search: BeamSearch, vocabulary: Sequence[str], transcripts: Transcripts, log: Callable[[str], None]
 ) -> tuple[list[str], list[tuple[int, tuple[int, ...]]]]:
     """Return the words, and pairs of a word number and the labels of a spelling, including the space at its end."""
     option, path, read = "--lexicon", search.lexicon, _lexicon_entries
@@ -174,22 +189,26 @@ def _lexicon(
     except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{option} {path}: cannot be read: {reason}{nearest_path(path)}") from None
-    normalised = Transcripts(vocabulary).normalised
-    labels_of = {symbol: label for label, symbol in enumerate(vocabulary) if label != BLANK}
+    labels_of = {
+        unicodedata.normalize("NFC", symbol): label for label, symbol in enumerate(vocabulary) if label != BLANK
+    }
+    space = labels_of[SPACE]
     numbers: dict[str, int] = {}
     spellings: dict[tuple[int, tuple[int, ...]], None] = {}  # an ordered set
     skipped = []
     for word, given_symbols in entries:
         if word.startswith("<"):
             continue
-        symbols = given_symbols or list(normalised(word))
-        if symbols[-1] != SPACE:
-            symbols.append(SPACE)
-        if all(symbol in labels_of for symbol in symbols):
-            number = numbers.setdefault(word, len(numbers))
-            spellings[number, tuple(labels_of[symbol] for symbol in symbols)] = None
+        given = [unicodedata.normalize("NFC", symbol) for symbol in given_symbols]
+        if given:
+            labels, unknown = [labels_of.get(symbol, BLANK) for symbol in given], [*{*given} - {*labels_of}]
         else:
+            labels, unknown = transcripts.encode(word)
+        if unknown:
             skipped.append(word)
+            continue
+        number = numbers.setdefault(word, len(numbers))
+        spellings[number, (*labels, space) if labels[-1] != space else tuple(labels)] = None
     if not numbers:
         raise UserError(f"{path}: none of its {len(skipped)} words can be spelled with the vocabulary of the model")
     if skipped:
@@ -199,10 +218,9 @@ def _lexicon(
 
 def _lexicon_entries(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield words and their spellings (empty if not given)."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if fields := line.split():
-                yield fields[0], fields[1:]
+    for line in read_text(path).splitlines():
+        if fields := line.split():
+            yield fields[0], fields[1:]
 
 
 def _arpa_entries(path: Path) -> Iterator[tuple[str, list[str]]]:

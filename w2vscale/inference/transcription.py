@@ -42,7 +42,7 @@ def transcribe(
     """
     objective = pretrained.objective
     objective.check_outputs_text()
-    decoder = build_decoder(objective.vocabulary, search, log)
+    decoder = build_decoder(objective.vocabulary, search, log, spaced=objective.spaced)
 
     def decode(utterance: Utterance, audio: Audio, chunks: Iterator[ChunkFeatures]) -> Transcript:
         hidden = (chunk.hidden[0].to(pretrained.device) for chunk in chunks)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from w2vscale.config import Config, ModelConfig, ObjectiveConfig, parse_section
 from w2vscale.config.tree import BASE_CONV_LAYERS
-from w2vscale.data.transcripts import BLANK, PIECE_SPACE
+from w2vscale.data.vocabulary import BLANK, PIECE_SPACE
 from w2vscale.errors import UserError
 from w2vscale.interop.names import DIRECTION, HUGGINGFACE, KINDS, MAGNITUDE, pretraining_model, to_ours, to_theirs
 from w2vscale.objectives import build_objective

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.config import ModelConfig
-from w2vscale.data.transcripts import PIECE_SPACE
+from w2vscale.data.vocabulary import PIECE_SPACE
 from w2vscale.files import read_metrics
 from w2vscale.objectives import Objective, TransformersHead, build_objective
 from w2vscale.version import __version__

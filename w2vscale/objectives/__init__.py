@@ -21,14 +21,18 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def load(source: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Objective]:
+def load(source: str | Path, overrides: Sequence[str] = (), *, new: bool = True) -> tuple[Config, Objective]:
     """Load settings with `config.load_config`, validate those of the objective too, and `resolve` them.
 
+    Unless they are those of a checkpoint (`new=False`), also check that a model can be trained with them.
     Raises UserError if the source does not exist, a key or value is not valid, or a file that the objective needs
     cannot be read. The message is one line.
     """
     kinds = {name: kind.Settings for name, kind in OBJECTIVES.items()}
-    return resolve(load_config(source, overrides, objectives=kinds))
+    config, objective = resolve(load_config(source, overrides, objectives=kinds))
+    if new:
+        objective.check_settings()
+    return config, objective
 
 
 def build_objective(config: Config) -> Objective:
@@ -63,7 +67,7 @@ def differences(one: str | Path, other: str | Path) -> list[tuple[str, str, str,
     The sources are presets, files or folders of runs, as for `load`, and all defaults count. A setting that only one of
     two objectives has is empty for the other. UserError as for `load`.
     """
-    configs = [load(source)[0] for source in (one, other)]
+    configs = [load(source, new=False)[0] for source in (one, other)]
     rows = []
     for section, default in Config():
         ours, theirs = (effective(config)[section] for config in configs)

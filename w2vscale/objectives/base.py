@@ -119,6 +119,7 @@ class Objective(ABC):
     Settings: ClassVar[type[ObjectiveSettings]]
     crops: ClassVar[bool] = True  # whether to crop utterances longer than `data.max_seconds`, or to leave them out
     vocabulary: Sequence[str] = ()  # symbols of the output layer, CTC blank first; empty if it does not output text
+    spaced: bool = False  # whether its text is these symbols with spaces between them, e.g. phones
     error_metrics: ClassVar[Sequence[str]] = ("loss",)  # metrics that can rank checkpoints: lower is better
     updates_at_chance: ClassVar[int] = 300  # updates in which chance level is normal, also in the shortest runs
     code_entries = 0  # number of entries of each codebook; 0 if the model has no discrete codes
@@ -136,8 +137,15 @@ class Objective(ABC):
         """Frames of the shortest utterance that can be learned from."""
         return int(self.settings.shortest_frames)
 
+    def check_settings(self) -> None:  # noqa: B027 - most objectives have nothing to check
+        """Check that a new model can have the settings of the objective. Raises a UserError that names the setting.
+
+        This is apart from reading them, so that the checkpoints of earlier versions can be opened.
+        """
+
     def check(self, config: Config) -> None:
         """Check that the settings of a training run are compatible. Raises a UserError that names the setting."""
+        self.check_settings()
         if (metric := config.trainer.best_metric) not in self.error_metrics:
             raise UserError(
                 f"trainer.best_metric={metric}: objective.name={self.settings.name} has no such error metric; choose "

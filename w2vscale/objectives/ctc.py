@@ -20,19 +20,17 @@ from w2vscale.config import Config, HealthConfig, ModelConfig, RegularizationCon
 from w2vscale.config.tree import Count, CountOrZero, Fraction, Probability
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Generators
-from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
-from w2vscale.data.transcripts import (
+from w2vscale.data.transcripts import Transcripts, labels_to_text, refuse_overhang, refuse_too_many, transcript
+from w2vscale.data.vocabulary import (
     BLANK,
     PIECE_SPACE,
     SPACE,
-    UNKNOWN,
-    Transcripts,
-    labels_to_text,
-    refuse_too_many,
-    transcript,
+    check_vocabulary,
+    is_spaced,
+    read_vocabulary,
+    unknown_symbol,
 )
 from w2vscale.errors import UserError
-from w2vscale.files import nearest_path
 from w2vscale.kernels.packing import Lengths
 from w2vscale.models.initialisation import empty_parameters
 from w2vscale.models.layers import Linear, dropout
@@ -41,9 +39,6 @@ from w2vscale.models.wav2vec2 import Wav2Vec2Encoder, normal_as_in_bert, valid_m
 from w2vscale.objectives.base import Finding, Objective, Panel, StepContext, Target, TransformersHead
 from w2vscale.objectives.masking import MaskSettings, Spans, draw_masks, masked_batch
 from w2vscale.optim.adamw import parameter_groups
-
-LETTERS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
-"""Vocabulary of the published English models, in the same order; `|` is the space."""
 
 ONLY_BLANKS = 0.999
 """A model whose best symbol is the blank in more than this fraction of frames outputs nothing."""
@@ -55,8 +50,13 @@ class CtcSettings(MaskSettings):
     name: Literal["ctc"] = architecture("ctc", "fine-tuning for speech recognition with CTC")
     vocabulary: list[str] | Path = architecture(
         [],
-        "symbols of the output layer, the blank of CTC first: a list, a file with one symbol per line, or `letters` "
-        "(English capitals, as in the published models)",
+        "symbols of the output layer, the blank of CTC first: a list, a file (one symbol per line, dict.ltr.txt of "
+        "fairseq, or vocab.json of Transformers), or `letters` (English capitals, as in the published models)",
+    )
+    split: Literal["auto", "longest", "spaces"] = architecture(
+        "auto",
+        "how to split transcripts into symbols: by the longest one that matches, at spaces (phones), or `auto`: at "
+        "spaces if a symbol cannot be spelled with the single letters of the vocabulary",
     )
     sentencepiece: Path | None = Field(
         None,
@@ -117,7 +117,8 @@ class Wav2Vec2ForCTC(nn.Module):
         self.final_dropout = settings.final_dropout
         self.compute_dtype = compute_dtype
         self.encoder = Wav2Vec2Encoder(model, regularization)
-        self.vocabulary = read_vocabulary(settings)
+        self.vocabulary = read_vocabulary(settings.vocabulary)
+        self.spaced = settings.split == "spaces"
         init: Any = nn.init.xavier_uniform_ if settings.head_init == "xavier" else normal_as_in_bert
         self.head = Linear(model.dim, len(self.vocabulary), init=init)
 
@@ -132,7 +133,9 @@ class Wav2Vec2ForCTC(nn.Module):
             encoded = self.encoder(audio.waveforms_BS.to(self.compute_dtype), audio.lengths, *masks, active=active)
         logits_BTV = self.head(dropout(encoded.context_BTD, self.final_dropout, self.training))
         total = ctc_loss(logits_BTV, audio.frames_B, inputs.labels_L, inputs.label_lengths_B)
-        counts = (0, 0, 0) if self.training else count_errors(logits_BTV, inputs, self.vocabulary)
+        counts = (0, 0, 0)
+        if not self.training:
+            counts = count_errors(logits_BTV, inputs, self.vocabulary, spaced=self.spaced)
         errors, words, word_errors = (torch.full_like(total.detach(), count) for count in counts)
         labels = torch.full_like(total.detach(), sum(inputs.labels))
         frames = torch.full_like(total.detach(), sum(compress(audio.frames, inputs.labels)))
@@ -156,16 +159,24 @@ class Ctc(Objective):
     updates_at_chance = 1000
 
     def __init__(self, settings: CtcSettings, *others: Any) -> None:
-        self.vocabulary = read_vocabulary(settings)
-        # An absolute path, so that the run can be resumed and evaluated from any folder.
-        pieces = settings.sentencepiece and settings.sentencepiece.absolute()
-        resolved = {"vocabulary": self.vocabulary, "sentencepiece": pieces}
+        named, pieces, split = settings.vocabulary, settings.sentencepiece, settings.split
+        self.vocabulary = read_vocabulary(named, sentencepiece=pieces, split=split)
+        self.spaced = is_spaced(self.vocabulary, sentencepiece=pieces, split=split)
+        resolved = {
+            "vocabulary": self.vocabulary,
+            # An absolute path, so that the run can be resumed and evaluated from any folder.
+            "sentencepiece": pieces and pieces.absolute(),
+            "split": "spaces" if self.spaced else "longest",
+        }
         super().__init__(settings.model_copy(update=resolved), *others)
 
     @cached_property
     def transcripts(self) -> Transcripts:
         """Converter from transcripts to labels."""
-        return Transcripts(self.vocabulary, self.settings.sentencepiece)
+        return Transcripts(self.vocabulary, self.settings.sentencepiece, spaced=self.spaced)
+
+    def check_settings(self) -> None:
+        check_vocabulary(self.vocabulary, sentencepiece=self.settings.sentencepiece, split=self.settings.split)
 
     def check(self, config: Config) -> None:
         super().check(config)
@@ -195,12 +206,13 @@ class Ctc(Objective):
         return Wav2Vec2ForCTC(self.model, self.regularization, self.settings, self.compute_dtype)
 
     def read_target(self, cut: Cut, *, offset: int, samples: int) -> Target:
-        """Return the labels, and a note about characters that are not in the vocabulary."""
+        """Return the labels, and a note about symbols that are not in the vocabulary."""
+        refuse_overhang(cut)
         labels, unknown = self.transcripts.labels(transcript(cut))
         refuse_too_many(labels, output_frames(samples, self.model))
         if not unknown:
             return Target(labels)
-        reason = f"its transcript has {unknown!r}, not in objective.vocabulary; used {UNKNOWN}"
+        reason = f"its transcript has {unknown!r}, not in objective.vocabulary; used {self.transcripts.unknown}"
         return Target(labels, ("unknown symbols", reason))
 
     def make_inputs(self, utterances: Sequence[Utterance], *, rng: Generators, width: int = 0) -> CtcInputs:
@@ -289,7 +301,7 @@ class Ctc(Objective):
     def transformers_head(self) -> TransformersHead:
         """In vocab.json `▁` becomes a space, because the tokenizer of Transformers only concatenates symbols."""
         settings, vocabulary = self.settings, list(self.vocabulary)
-        marks = {"pad": vocabulary[BLANK], "bos": "<s>", "eos": "</s>", "unk": UNKNOWN}
+        marks = {"pad": vocabulary[BLANK], "bos": "<s>", "eos": "</s>", "unk": unknown_symbol(vocabulary)}
         tokens = {name: symbol if symbol in vocabulary else None for name, symbol in marks.items()}
         return TransformersHead(
             architecture="Wav2Vec2ForCTC",
@@ -328,37 +340,6 @@ class Ctc(Objective):
         )
 
 
-def read_vocabulary(settings: CtcSettings) -> list[str]:
-    """Return the vocabulary that the settings name. Raises UserError if it is invalid or its file cannot be read."""
-    named = settings.vocabulary
-    if isinstance(named, list):
-        symbols = named
-    elif str(named) == "letters":
-        symbols = LETTERS
-    else:
-        symbols = _symbols_in(named)
-    if not symbols and settings.sentencepiece is not None:
-        symbols = vocabulary_of(open_pieces(settings.sentencepiece))
-    if not symbols:
-        raise UserError("objective.vocabulary is empty; use a fine-tuning preset such as ctc_1h")
-    if len(symbols) == 1:
-        raise UserError(f"objective.vocabulary={symbols}: has a blank and no other symbol")
-    if repeated := [symbol for symbol in symbols if symbols.count(symbol) > 1]:
-        raise UserError(f"objective.vocabulary: {repeated[0]!r} is in it twice")
-    return symbols
-
-
-def _symbols_in(path: Path) -> list[str]:
-    try:
-        return [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"objective.vocabulary={path}: must be `letters` or a readable file of symbols ({reason})"
-            f"{nearest_path(path)}"
-        ) from None
-
-
 def ctc_loss(logits_BTV: Tensor, frames_B: Tensor, labels_L: Tensor, label_lengths_B: Tensor) -> Tensor:
     """Return the sum over utterances of -log p(labels), in nats, fp32.
 
@@ -384,10 +365,12 @@ def count_blanks(logits_BTV: Tensor, inputs: CtcInputs) -> Tensor:
     return ((logits_BTV.argmax(dim=2) == BLANK) & counted_BT).sum()
 
 
-def count_errors(logits_BTV: Tensor, inputs: CtcInputs, vocabulary: Sequence[str]) -> tuple[int, int, int]:
+def count_errors(
+    logits_BTV: Tensor, inputs: CtcInputs, vocabulary: Sequence[str], *, spaced: bool = False
+) -> tuple[int, int, int]:
     """Return the edit distance between greedy and reference labels, the number of reference words, and that of words.
 
-    All are sums over the utterances.
+    All are sums over the utterances. If the text is `spaced`, each symbol is a word.
     """
     from rapidfuzz.distance import Levenshtein
 
@@ -399,7 +382,7 @@ def count_errors(logits_BTV: Tensor, inputs: CtcInputs, vocabulary: Sequence[str
             continue
         found, wanted = greedy_labels(logits_TV[:frames]), labels.tolist()
         errors += int(Levenshtein.distance(found, wanted))
-        hypothesis, reference = (labels_to_text(each, vocabulary).split() for each in (found, wanted))
+        hypothesis, reference = (labels_to_text(each, vocabulary, spaced=spaced).split() for each in (found, wanted))
         words += len(reference)
         word_errors += int(Levenshtein.distance(hypothesis, reference))
     return errors, words, word_errors

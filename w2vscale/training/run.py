@@ -311,8 +311,8 @@ def _compare_settings(
     config: Config, objective: Objective, checkpoint: CheckpointReader, log: Callable[[str], None]
 ) -> None:
     """Raise if the architecture differs from the checkpoint's; log other differences, which may change the curve."""
-    stored = load_yaml((checkpoint.path / "config.yaml").read_text(encoding="utf-8"))
-    before, after = effective(checkpoint.config), effective(config)
+    stored = load_yaml((checkpoint.path / "config.yaml").read_text(encoding="utf-8")) or {}
+    before, after = effective(resolve(checkpoint.config)[0]), effective(config)
     fixed = {("model", key) for key in architecture_of(config.model)}
     fixed |= {("objective", key) for key in architecture_of(objective.settings)}
     for section, now in after.items():
