@@ -25,6 +25,7 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.files import read_metrics
 from w2vscale.inference.pretrained import load
+from w2vscale.training import run as run_module
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train
 from w2vscale.training.warm_start import fine_tuning_config
@@ -253,6 +254,59 @@ def test_unusable_transcripts_are_reported(tmp_path: Path) -> None:
     assert named["u08"] == ("no transcript", "has no transcript")
     assert named["u09"][1] == "its transcript has '?', which is not in objective.vocabulary"
     assert named["u10"][0] == "too short" and "frames are too few for the 4000 labels" in named["u10"][1]
+
+
+class TestTargetsBeforeTheFirstUpdate:
+    UNKNOWN = "objective.vocabulary=['<pad>', '[UNK]', '|', A, B, C, D]"
+
+    def printed(self, capsys: pytest.CaptureFixture[str]) -> str:
+        return " ".join(capsys.readouterr().out.split())
+
+    def test_labels_unknown_symbols_and_utterances_without_transcript_are_counted(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        manifest = write_spelled(tmp_path, [*some_texts(8), "", "AB?D AB?C!"])
+        labels = sum(map(len, some_texts(8))) + 10
+        found = (
+            f"data.train: {labels} labels in 9 transcripts, {3 / labels:.2%} of them [UNK]: '?' 2, '!' 1; utterances"
+        )
+        config = settings(manifest, self.UNKNOWN, "trainer.updates=4", "data.max_bad_fraction=0.5")
+        train(config, tmp_path / "exp")
+        assert f"{found} left out: 1 without a transcript" in self.printed(capsys)
+        train(config, tmp_path / "exp")
+        assert "labels in" not in self.printed(capsys)  # a finished or resumed run is past its first update
+        lines: list[str] = []
+        dry_run(config, lines.append)
+        assert sum(line.startswith(found) for line in lines) == 1
+
+    def test_too_many_unknown_symbols_are_refused(self, tmp_path: Path) -> None:
+        manifest = write_spelled(tmp_path, ["ABCD ABEF", "ABCD ABCD"])
+        message = (
+            r"data\.train: above objective\.max_unknown_fraction=0\.05: 18 labels in 2 transcripts, 11\.11% of them "
+            r"\[UNK\]: 'E' 1, 'F' 1; make another objective\.vocabulary \(w2vscale data vocabulary CUTS -o FILE\)"
+        )
+        config = settings(manifest, self.UNKNOWN, "trainer.updates=4")
+        for run in (lambda: train(config, tmp_path / "exp"), lambda: dry_run(config)):
+            with pytest.raises(UserError, match=message):
+                run()
+        train(settings(manifest, self.UNKNOWN, "trainer.updates=4", "objective.max_unknown_fraction=0.2"), tmp_path)
+
+    def test_a_corpus_without_transcripts_is_refused(self, tmp_path: Path) -> None:
+        manifest = write_spelled(tmp_path, ["", " "])
+        with pytest.raises(UserError, match=r"data\.train: no utterance has a transcript that can be used: 0 labels"):
+            train(settings(manifest), tmp_path / "exp")
+
+    def test_a_large_corpus_is_sampled(
+        self, spelled: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(run_module, "TARGETS_READ", 4)
+        train(settings(spelled, "trainer.updates=4"), tmp_path)
+        assert "data.train, 4 of 10 utterances: " in self.printed(capsys)
+
+    def test_other_objectives_say_nothing(self, spelled: Path) -> None:
+        lines: list[str] = []
+        dry_run(load_config("base", [*MICRO_RUN, *SPELLED, f"data.train={spelled}"]), lines.append)
+        assert not any("data.train" in line for line in lines)
 
 
 def test_long_utterances_are_left_out_and_not_cropped(

@@ -57,7 +57,9 @@ class Transcripts:
                 )
         composed = [unicodedata.normalize("NFC", symbol) for symbol in vocabulary]
         self.unknown = unknown_symbol(composed)  # the symbol for what is not in the vocabulary; None without one
-        self._unknown = composed.index(self.unknown) if self.unknown is not None else BLANK
+        if self._pieces is not None:
+            self.unknown = str(self._pieces.id_to_piece(self._pieces.unk_id()))
+        self.unknown_label = composed.index(self.unknown) if self.unknown is not None else BLANK
         self._spaced = is_spaced(composed, sentencepiece=sentencepiece) if spaced is None else spaced
         # The blank is never a label, even if a transcript contains a character that equals its symbol.
         symbols = {
@@ -116,7 +118,7 @@ class Transcripts:
             # A letter with an unknown mark is an unknown letter.
             symbols = symbols if self._spaced else self._symbol.findall(text)
         unknown = [symbol for symbol in symbols if symbol not in numbers]
-        return [numbers.get(symbol, self._unknown) for symbol in symbols], unknown
+        return [numbers.get(symbol, self.unknown_label) for symbol in symbols], unknown
 
     def _converted(self, text: str) -> str:
         """Convert to the case of the vocabulary. What it has only as a base and marks is decomposed."""

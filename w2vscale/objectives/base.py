@@ -6,7 +6,7 @@ Engine, loader, loop, evaluation, export and report use only this interface and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -172,6 +172,13 @@ class Objective(ABC):
         Raises AudioError if the utterance cannot be used.
         """
         return Target()
+
+    def describe_targets(self, cuts: Iterable[Cut]) -> list[str]:
+        """Say in a few lines what the targets of these utterances are, before the first update.
+
+        Raises a UserError that says what to do if a model cannot learn from them. By default, reads and says nothing.
+        """
+        return []
 
     def largest_target(self, samples: int) -> Any:
         """Return the largest target that `samples` samples of noise may have, to measure memory without a corpus."""

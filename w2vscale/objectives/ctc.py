@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from w2vscale.config import Config, HealthConfig, ModelConfig, RegularizationConfig, architecture
 from w2vscale.config.tree import Count, CountOrZero, Fraction, Probability
 from w2vscale.data.inputs import AudioBatch, Utterance
+from w2vscale.data.label_counts import count_labels
 from w2vscale.data.randomness import Generators
 from w2vscale.data.transcripts import Transcripts, labels_to_text, refuse_overhang, refuse_too_many, transcript
 from w2vscale.data.vocabulary import (
@@ -61,6 +62,11 @@ class CtcSettings(MaskSettings):
     sentencepiece: Path | None = Field(
         None,
         description="SentencePiece model that splits transcripts; an empty vocabulary becomes the blank and its pieces",
+    )
+    max_unknown_fraction: Fraction = Field(
+        0.05,
+        description="refuse to start when more than this fraction of the symbols of transcripts is not in the "
+        "vocabulary",
     )
     head_init: Literal["normal", "xavier"] = Field(
         "normal",
@@ -214,6 +220,22 @@ class Ctc(Objective):
             return Target(labels)
         reason = f"its transcript has {unknown!r}, not in objective.vocabulary; used {self.transcripts.unknown}"
         return Target(labels, ("unknown symbols", reason))
+
+    def describe_targets(self, cuts: Iterable[Cut]) -> list[str]:
+        """Count the labels, those that are unknown, and the utterances without a usable transcript.
+
+        Raises UserError if there are no transcripts, or more is unknown than `objective.max_unknown_fraction`.
+        """
+        found, limit = count_labels(self.transcripts, cuts), self.settings.max_unknown_fraction
+        summary = found.describe(self.transcripts.unknown)
+        if not found.transcripts:
+            raise UserError(f"no utterance has a transcript that can be used: {summary}")
+        if found.unknown_share > limit:
+            raise UserError(
+                f"above objective.max_unknown_fraction={limit:g}: {summary}; make another objective.vocabulary "
+                "(w2vscale data vocabulary CUTS -o FILE), correct the transcripts, or raise the limit"
+            )
+        return [summary]
 
     def make_inputs(self, utterances: Sequence[Utterance], *, rng: Generators, width: int = 0) -> CtcInputs:
         settings = self.settings

@@ -17,7 +17,7 @@ from w2vscale.engine import build_engine
 from w2vscale.engine.memory import explain_oom
 from w2vscale.objectives import StepContext, resolve
 from w2vscale.training.calibration import forward_size
-from w2vscale.training.run import empty_model, initial_state, log_advice, open_data
+from w2vscale.training.run import empty_model, initial_state, log_advice, log_targets, open_data
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def dry_run(config: Config, log: Callable[[str], None] = lambda text: None) -> D
         config, objective = resolve(config)
         objective.check(config)
         training_set, _ = open_data(config, objective, ranks)
+        log_targets(training_set, objective, ranks, log)
         model = empty_model(objective)
         parameters = {
             name: sum(parameter.numel() for parameter in child.parameters())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from lhotse.cut import Cut
 from torch import Tensor
 
 from w2vscale.checkpoint.format import TrainState, committed
@@ -19,6 +22,7 @@ from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, architecture_of, dump_config, load_yaml
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.augmentation import Augmentation
+from w2vscale.data.cuts import NotACut
 from w2vscale.data.indexed import MicroBatches, check_sample, make_plan, validation_set
 from w2vscale.data.loading import TrainingData
 from w2vscale.data.manifest import Corpus
@@ -39,6 +43,7 @@ from w2vscale.training.agreement import common_ground, compare_ranks, planned_wo
 from w2vscale.training.bad_audio import BadAudioLog
 from w2vscale.training.warm_start import starting_values
 
+TARGETS_READ = 10_000  # utterances whose targets are described before the first update
 CHECKED_AFTER = 1000  # check `data.max_bad_fraction` after this many utterances, or all of a smaller corpus
 
 
@@ -114,6 +119,8 @@ def build_run(
         limit=config.data.max_bad_fraction,
         enough=min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER),
     )
+    if not state.update:
+        log_targets(training_set, objective, ranks, log)
     engine = build_engine(model, config, objective, device)
     try:
         if checkpoint is None:
@@ -162,6 +169,33 @@ def log_advice(
     if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
         longer = "" if objective.crops else " or longer than data.max_seconds"
         log(f"left out {left_out} of {len(training_set.corpus)} utterances: shorter than data.min_seconds{longer}")
+
+
+def log_targets(training_set: TrainingData, objective: Objective, ranks: Ranks, log: Callable[[str], None]) -> None:
+    """Log what the objective says of its targets in the training set, or in a sample of it. Collective.
+
+    Rank 0 reads them. A stream is not read, because that takes a pass through its shards. Raises UserError on every
+    rank if the objective refuses them.
+    """
+    if not isinstance(training_set, MicroBatches):
+        return
+    corpus = training_set.corpus
+    sample = np.linspace(0, len(corpus) - 1, min(len(corpus), TARGETS_READ)).astype(int)
+    what = "data.train" if sample.size == len(corpus) else f"data.train, {sample.size:,} of {len(corpus):,} utterances"
+    with errors_on_all_ranks():
+        if ranks.is_main:
+            try:
+                lines = objective.describe_targets(_readable(corpus, sample))
+            except UserError as error:
+                raise UserError(f"{what}: {error}") from None
+            for line in lines:
+                log(f"{what}: {line}")
+
+
+def _readable(corpus: Corpus, numbers: Iterable[int]) -> Iterator[Cut]:
+    for number in numbers:
+        with suppress(NotACut):  # it will be left out, and listed
+            yield corpus.cut(int(number))
 
 
 def empty_model(objective: Objective) -> Any:
