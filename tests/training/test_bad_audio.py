@@ -189,15 +189,29 @@ class TestLog:
         assert log.summary() is None
         log.report([BadAudio(f"u{n}", "a", kind, "") for n, kind in enumerate(["silent", "missing", "silent"])])
         assert log.summary() == (
-            f"3 utterances were left out (2 silent, 1 missing): {tmp_path / 'logs' / 'bad_audio.jsonl'}"
+            f"3 utterances were left out at least once (2 silent, 1 missing): {tmp_path / 'logs' / 'bad_audio.jsonl'}"
         )
 
     def test_the_summary_counts_utterances_that_were_used_apart(self, tmp_path: Path) -> None:
         log = self.log(tmp_path)
         log.report([BadAudio("u1", "a", "unknown symbols", "", left_out=False), BadAudio("u2", "a", "silent", "")])
-        expected = "1 utterances were left out (1 silent); 1 utterances were used, but noted (1 unknown symbols): "
+        expected = "1 utterance was left out at least once (1 silent); 1 utterance was used, but noted (1 unknown symb"
         for each in (log, self.log(tmp_path)):
             assert (each.summary() or "").startswith(expected)
+
+    def test_an_utterance_left_out_in_one_epoch_and_used_in_another_counts_as_both(self, tmp_path: Path) -> None:
+        log = self.log(tmp_path)
+        left_out = BadAudio("u1", "a", "missing", "no such file")
+        used = BadAudio("u1", "a", "unknown symbols", "has '?'", left_out=False)
+        log.report([left_out])
+        log.report([used, left_out])
+        log.report([replace(used, utterance="u2")])
+        assert self.lines(tmp_path) == ["u1", "u1", "u2"]
+        expected = "1 utterance was left out at least once (1 missing); 2 utterances were used, but noted (2 unknown s"
+        for each in (log, self.log(tmp_path)):
+            each.report([used, left_out])
+            assert (each.summary() or "").startswith(expected)
+        assert self.lines(tmp_path) == ["u1", "u1", "u2"]
 
     def test_the_limit_is_checked_once_enough_utterances_were_seen(self, tmp_path: Path) -> None:
         log = self.log(tmp_path)
