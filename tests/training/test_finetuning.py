@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lhotse import CutSet
 from typer.testing import CliRunner
 
+from tests.helpers.audio import write_manifest
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
 from tests.helpers.tiers import long
@@ -23,8 +25,11 @@ from w2vscale.corpora.index import build_index
 from w2vscale.corpora.sentence_pieces import train_pieces
 from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import evaluate_checkpoint
-from w2vscale.files import read_metrics
+from w2vscale.evaluation.wer import score_checkpoint
+from w2vscale.files import read_log, read_metrics
 from w2vscale.inference.pretrained import load
+from w2vscale.inference.transcription import Transcript, transcribe
+from w2vscale.inference.utterances import find_utterances
 from w2vscale.training import run as run_module
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train
@@ -307,6 +312,45 @@ class TestTargetsBeforeTheFirstUpdate:
         lines: list[str] = []
         dry_run(load_config("base", [*MICRO_RUN, *SPELLED, f"data.train={spelled}"]), lines.append)
         assert not any("data.train" in line for line in lines)
+
+
+def windows(folder: Path, seconds: float) -> Path:
+    """A manifest of windows that Lhotse cuts out of utterances of two words, which keep the whole text."""
+    manifest = write_spelled(folder, ["ABCD ABCD", "ABC"])
+    cuts = [window for cut in CutSet.from_file(manifest) for window in cut.cut_into_windows(seconds)]
+    return write_manifest(folder / "windows.jsonl", cuts)
+
+
+def test_windows_with_the_text_of_the_whole_are_left_out(memorised: Path, tmp_path: Path) -> None:
+    manifest = windows(tmp_path, 0.5)
+    train(settings(manifest, "data.max_bad_fraction=1", "trainer.updates=4", "data.min_seconds=0.2"), tmp_path / "exp")
+    records = read_log(tmp_path / "exp" / "logs" / "bad_audio.jsonl")[0]
+    assert [record["kind"] for record in records] == ["overhanging text"] * 2
+    assert all(record["left_out"] for record in records)
+    assert {record["reason"] for record in records} == {
+        "has text from 0.00 to 0.90 s, but lasts from 0 to 0.50 s",
+        "has text from -0.50 to 0.40 s, but lasts from 0 to 0.40 s",
+    }
+    score = score_checkpoint(load(memorised), [manifest])
+    assert [one.reference for one in score.utterances] == ["ABC"]
+    assert sorted(bad.kind for bad in score.bad) == ["overhanging text"] * 2
+
+
+def test_phones_are_trained_scored_and_transcribed(tmp_path: Path) -> None:
+    manifest = write_spelled(tmp_path, ["ABCD ABCD", "ABC DABC", "BCDA"])
+    cuts = CutSet.from_file(manifest).to_eager()
+    for cut in cuts:
+        cut.supervisions[0].text = " ".join(f"p{letter}" for letter in cut.supervisions[0].text.replace(" ", ""))
+    phones = write_manifest(tmp_path / "phones.jsonl", cuts)
+    overrides = ["objective.vocabulary=['<pad>', '<unk>', pa, pb, pc, pd]", "trainer.updates=4"]
+    train(settings(phones, f"data.validation={phones}", *overrides), tmp_path / "exp")
+    model = load(tmp_path / "exp")
+    assert model.objective.spaced and model.config.objective.model_dump()["split"] == "spaces"
+    score = score_checkpoint(model, [phones])
+    assert score.words.reference == 19 and score.utterances[-1].reference == "pb pc pd pa"
+    assert read_metrics(tmp_path / "exp" / "metrics.jsonl", "validation")[-1]["wer"] > 0.0
+    texts = [one.text for one in transcribe(model, list(find_utterances(phones))) if isinstance(one, Transcript)]
+    assert {*" ".join(texts).split()} <= {"<unk>", "pa", "pb", "pc", "pd"}
 
 
 def test_long_utterances_are_left_out_and_not_cropped(

@@ -26,6 +26,7 @@ from w2vscale.data.transcripts import Transcripts, refuse_too_many
 from w2vscale.data.vocabulary import SPACE
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import Audio, ChunkFeatures, Pretrained
+from w2vscale.inference.references import overhanging
 from w2vscale.inference.utterances import Utterance, collect, map_utterances, utterances_by_name
 from w2vscale.objectives.ctc import ctc_loss, greedy_labels
 
@@ -168,8 +169,11 @@ def _encode(
     """Run the model on the utterances of manifests; those without a transcript or usable audio are added to `bad`."""
     labels: dict[str, list[int]] = {}
     transcribed = []
-    for utterance in utterances_by_name(manifests).values():
+    utterances, unusable_text = utterances_by_name(manifests), overhanging(manifests)
+    for utterance in utterances.values():
         try:
+            if utterance.name in unusable_text:
+                raise unusable_text[utterance.name]
             labels[utterance.name], _ = spelling.labels(utterance.transcript)
             transcribed.append(utterance)
         except AudioError as error:

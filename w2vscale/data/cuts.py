@@ -41,6 +41,8 @@ class _Recording(TypedDict):
 
 
 class _Supervision(TypedDict):
+    start: NotRequired[Annotated[float, Field(ge=-MAX_SECONDS, le=MAX_SECONDS)]]
+    duration: NotRequired[Annotated[float, Field(ge=-MAX_SECONDS, le=MAX_SECONDS)]]
     text: NotRequired[str | None]
     speaker: NotRequired[str | None]
     language: NotRequired[str | None]

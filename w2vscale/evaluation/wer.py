@@ -16,6 +16,7 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import confidence_interval
 from w2vscale.inference.decoding import BeamSearch
 from w2vscale.inference.pretrained import Pretrained
+from w2vscale.inference.references import overhanging
 from w2vscale.inference.transcription import transcribe
 from w2vscale.inference.utterances import collect, utterances_by_name
 
@@ -82,16 +83,20 @@ def score_checkpoint(
 ) -> Score:
     """Transcribe the utterances of manifests and compare with their transcripts. Collective.
 
-    Both sides are brought to the letter case of the vocabulary. Utterances without a transcript or usable audio are
-    skipped and listed in the score. The ranks share the work, and each returns the whole score. For `search`,
-    `progress` and `log` see `transcribe`. Raises UserError if the model has no output layer, jiwer is not installed, a
-    manifest is unusable, or no utterance could be scored.
+    Both sides are in NFC and in the letter case of the vocabulary. If its text is spaced (phones), each symbol counts
+    as a word. Utterances without usable audio, or whose transcript is missing or overhangs the audio, are skipped and
+    listed in the score. The ranks share the work, and each returns the whole score. For `search`, `progress` and `log`
+    see `transcribe`. Raises UserError if the model has no output layer, jiwer is not installed, a manifest is unusable,
+    or no utterance could be scored.
     """
     spelling = Transcripts(pretrained.objective.vocabulary, spaced=pretrained.objective.spaced)
     utterances = utterances_by_name(cuts)
-    transcribed = [one for one in utterances.values() if one.transcript.strip()]
-    missing = AudioError("no transcript", "has no transcript")
-    bad = [one.bad(missing) for one in utterances.values() if not one.transcript.strip()]
+    unscored = overhanging(cuts)
+    for name, one in utterances.items():
+        if not one.transcript.strip():
+            unscored[name] = AudioError("no transcript", "has no transcript")
+    transcribed = [one for name, one in utterances.items() if name not in unscored]
+    bad = [utterances[name].bad(error) for name, error in unscored.items()]
     hypotheses = transcribe(pretrained, transcribed, search=search, ranks=ranks, progress=progress, log=log)
     found, unusable = collect(gather_as_found(hypotheses))
     if not found:
