@@ -18,6 +18,7 @@ from tests.helpers.micro import SMALL
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import Config, load_config
+from w2vscale.data.transcripts import Transcripts
 from w2vscale.errors import UserError
 from w2vscale.inference.decoding import labels_to_text
 from w2vscale.inference.pretrained import load
@@ -121,6 +122,68 @@ def test_sentence_pieces_are_written_with_spaces_and_come_in_again(tmp_path: Pat
     assert "but not text to labels" in (tmp_path / "out" / "README.md").read_text()
     imported = import_checkpoint(tmp_path / "out", tmp_path / "in", form="huggingface")
     assert load_config(imported.checkpoint / "config.yaml").objective.vocabulary == symbols
+
+
+def exported(folder: Path, symbols: list[str], **settings: str) -> Path:
+    overrides = [f"objective.vocabulary={json.dumps(symbols)}", *(f"objective.{k}={v}" for k, v in settings.items())]
+    config, _ = resolve(load_config("base", [*ENCODER, *CTC, *overrides]))
+    checkpoint = save_model(folder, config, random_model(config, seed=3).state_dict(), TrainState(update=1))
+    export_checkpoint(checkpoint, folder / "out", form="huggingface")
+    return folder / "out"
+
+
+def in_again(export: Path, folder: Path) -> tuple[list[str], str]:
+    """The vocabulary, and how texts are split, of an imported export."""
+    settings = load_config(import_checkpoint(export, folder, form="huggingface").checkpoint / "config.yaml").objective
+    return settings.vocabulary, settings.split
+
+
+def test_the_names_of_blank_and_unknown_symbol_are_the_tokenizers(tmp_path: Path) -> None:
+    symbols = ["[PAD]", "[UNK]", "|", *"abc"]
+    export = exported(tmp_path, symbols)
+    tokenizer = transformers.AutoProcessor.from_pretrained(export).tokenizer
+    assert (tokenizer.pad_token, tokenizer.unk_token, len(tokenizer)) == ("[PAD]", "[UNK]", 6)
+    labels, unknown = Transcripts(symbols).labels("ab ca!")
+    assert tokenizer("ab ca!").input_ids == labels and unknown == "!"
+    assert tokenizer.decode(labels) == labels_to_text(labels, symbols) == "ab ca[UNK]"
+    assert in_again(export, tmp_path / "in") == (symbols, "longest")
+
+
+def test_phones_have_the_tokenizer_of_phonemes(tmp_path: Path) -> None:
+    symbols = ["<pad>", "<unk>", "hh", "ah", "l"]
+    export = exported(tmp_path, symbols)
+    tokenizer = transformers.AutoProcessor.from_pretrained(export).tokenizer
+    labels, _ = Transcripts(symbols).labels("hh ah l l zh")
+    assert tokenizer("hh ah l l zh").input_ids == labels == [2, 3, 4, 4, 1]
+    frames = [frame for label in labels for frame in (label, label, 0)]
+    assert tokenizer.decode(frames) == labels_to_text(labels, symbols, spaced=True) == "hh ah l l <unk>"
+    assert "not text to labels" not in (export / "README.md").read_text()
+    assert in_again(export, tmp_path / "in") == (symbols, "spaces")
+    (audio,) = speech((16_000,), normalised=False)
+    (found,) = transcribe(
+        load(tmp_path), [*find_utterances(write_audio(tmp_path / "a.wav", 0.1 * audio, subtype="FLOAT"))]
+    )
+    pipeline = transformers.pipeline("automatic-speech-recognition", model=str(export), device="cpu")
+    assert isinstance(found, Transcript) and found.text == pipeline(0.1 * audio)["text"]
+
+
+def test_symbols_of_several_letters_are_decoded_and_the_card_says_that_they_are_not_encoded(tmp_path: Path) -> None:
+    symbols = ["<pad>", "<unk>", "|", *"schai", "sch", "ɔ̃"]
+    export = exported(tmp_path, symbols)
+    tokenizer = transformers.AutoProcessor.from_pretrained(export).tokenizer
+    text = "ich schɔ̃ sach"
+    labels, _ = Transcripts(symbols).labels(text)
+    frames = [frame for label in labels for frame in (label, 0)]
+    assert tokenizer.decode(frames) == labels_to_text(labels, symbols) == text
+    assert "but not text to labels. In text, it would lose the spaces" in (export / "README.md").read_text()
+    assert in_again(export, tmp_path / "in") == (symbols, "longest")
+
+
+def test_a_split_that_the_symbols_do_not_show_comes_in_again(tmp_path: Path) -> None:
+    for split in ("longest", "spaces"):
+        symbols = ["<pad>", "<unk>", "|", "a", "b", "ab"] if split == "spaces" else ["<pad>", "<unk>", "|", "sil", "a"]
+        export = exported(tmp_path / split, symbols, split=split)
+        assert in_again(export, tmp_path / split / "in") == (symbols, split)
 
 
 def test_in_again_is_bit_identical(family: tuple[Config, Path, Path], tmp_path: Path) -> None:

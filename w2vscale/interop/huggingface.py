@@ -151,17 +151,27 @@ def pretraining_config(document: Mapping[str, Any], preprocessor: Mapping[str, A
         raise UserError(_first_problem(error)) from None
 
 
-def ctc_config(pretraining: Config, document: Mapping[str, Any], vocabulary: Mapping[str, Any]) -> Config:
-    """Return the settings of a CTC model: `pretraining` and the output layer in config.json and vocab.json."""
+def ctc_config(
+    pretraining: Config, document: Mapping[str, Any], vocabulary: Mapping[str, Any], *, phones: bool = False
+) -> Config:
+    """Return the settings of a CTC model: `pretraining` and the output layer in config.json and vocab.json.
+
+    If its tokenizer is that of `phones`, its text has spaces between symbols. How others split text is in the entry
+    "w2vscale", or shows in the symbols.
+    """
     numbers = sorted((number, symbol) for symbol, number in vocabulary.items() if isinstance(number, int))
     size = document.get("vocab_size")
     if [number for number, _ in numbers] != list(range(len(vocabulary))) or len(vocabulary) != size:
         raise UserError(f"vocab.json: does not name the {size} symbols of vocab_size in config.json")
     if document.get("pad_token_id", BLANK) != BLANK:
         raise UserError(f"config.json: pad_token_id={document['pad_token_id']!r}: the CTC blank must be symbol {BLANK}")
+    noted = document.get("w2vscale")
+    ours = noted.get("objective") if isinstance(noted, dict) else None
+    split = ours.get("split", "auto") if isinstance(ours, dict) and ours.get("name") == "ctc" else "auto"
     masks = {key: value for key, value in pretraining.objective.model_dump().items() if key.startswith("mask_")}
     values = {
         "vocabulary": [symbol.replace(" ", PIECE_SPACE) for _, symbol in numbers],
+        "split": "spaces" if phones else split,
         "final_dropout": document.get("final_dropout", 0.1),
         "channel_mask_probability": document.get("mask_feature_prob", 0.0),
         "channel_mask_length": document.get("mask_feature_length", 10),

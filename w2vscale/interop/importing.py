@@ -21,6 +21,7 @@ from w2vscale.files import nearest_path
 from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import load_fairseq, read_pickle
 from w2vscale.interop.huggingface import ctc_config, from_huggingface, pretraining_config
+from w2vscale.objectives.ctc import PHONE_TOKENIZER
 
 FORMATS = ("huggingface", "fairseq")
 
@@ -82,7 +83,9 @@ def _read_huggingface(folder: Path, log: Callable[[str], None]) -> tuple[Config,
         config = pretraining_config(document, preprocessor)
         state = _read_weights(folder)
         if "lm_head.weight" in state:
-            config = ctc_config(config, document, _read_json(folder / "vocab.json"))
+            vocabulary, tokenizer = _read_json(folder / "vocab.json"), folder / "tokenizer_config.json"
+            kind = _read_json(tokenizer).get("tokenizer_class") if tokenizer.is_file() else None
+            config = ctc_config(config, document, vocabulary, phones=kind == PHONE_TOKENIZER["tokenizer_class"])
         else:
             _refuse_other_kinds({name.partition(".")[0] for name in state})
         ours = from_huggingface(state, config)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.config import ModelConfig
-from w2vscale.data.vocabulary import PIECE_SPACE
 from w2vscale.files import read_metrics
 from w2vscale.objectives import Objective, TransformersHead, build_objective
 from w2vscale.version import __version__
@@ -51,7 +49,7 @@ tags:
 ```python
 {EXAMPLE.format(rate=model.sampling_rate, **use)}
 ```
-{_notes(head, objective.vocabulary)}"""
+{_notes(head)}"""
 
 
 EXAMPLE = """# pip install transformers torch soundfile
@@ -81,10 +79,6 @@ CTC_USE = {
     "result": "print(processor.batch_decode(outputs.logits.argmax(dim=-1))[0])",
 }
 
-PIECES = """
-The tokenizer converts labels to text, but not text to labels. A label is the id in the SentencePiece model + 1.
-"""
-
 
 def _normalisation(model: ModelConfig) -> str:
     if not model.normalize_waveform:
@@ -101,10 +95,10 @@ def _origin(checkpoint: CheckpointReader, objective: Objective) -> str:
     return "fine-tuned" if checkpoint.config.trainer.init_from else "trained"
 
 
-def _notes(head: TransformersHead, vocabulary: Sequence[str]) -> str:
+def _notes(head: TransformersHead) -> str:
     """Return what a user of the example has to know besides."""
     if head.architecture == CTC:
-        return PIECES if any(PIECE_SPACE in symbol for symbol in vocabulary) else ""
+        return head.note and f"\n{head.note}\n"
     if head.architecture == ENCODER:
         return ""
     modules = dict.fromkeys(f"`{name.partition('.')[0]}`" for name in head.tensors.values())

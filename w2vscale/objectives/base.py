@@ -111,6 +111,7 @@ class TransformersHead:
     tensors: Mapping[str, str] = field(default_factory=dict)  # our name of each module or tensor, mapped to theirs
     settings: Mapping[str, Any] = field(default_factory=dict)  # entries of config.json
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # additional JSON files, by name
+    note: str = ""  # for the model card: what a user of the example has to know besides
 
 
 class Objective(ABC):

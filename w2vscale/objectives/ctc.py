@@ -27,6 +27,7 @@ from w2vscale.data.vocabulary import (
     PIECE_SPACE,
     SPACE,
     check_vocabulary,
+    is_control,
     is_spaced,
     read_vocabulary,
     unknown_symbol,
@@ -40,6 +41,15 @@ from w2vscale.models.wav2vec2 import Wav2Vec2Encoder, normal_as_in_bert, valid_m
 from w2vscale.objectives.base import Finding, Objective, Panel, StepContext, Target, TransformersHead
 from w2vscale.objectives.masking import MaskSettings, Spans, draw_masks, masked_batch
 from w2vscale.optim.adamw import parameter_groups
+
+LETTER_TOKENIZER = {
+    "tokenizer_class": "Wav2Vec2CTCTokenizer", "replace_word_delimiter_char": " ", "do_lower_case": False,
+}  # fmt: skip
+PHONE_TOKENIZER = {
+    "tokenizer_class": "Wav2Vec2PhonemeCTCTokenizer", "do_phonemize": False, "phone_delimiter_token": " ",
+    "word_delimiter_token": None,
+}  # fmt: skip
+"""Settings of the tokenizers of Transformers."""
 
 ONLY_BLANKS = 0.999
 """A model whose best symbol is the blank in more than this fraction of frames outputs nothing."""
@@ -321,7 +331,11 @@ class Ctc(Objective):
         return logits_TV
 
     def transformers_head(self) -> TransformersHead:
-        """In vocab.json `▁` becomes a space, because the tokenizer of Transformers only concatenates symbols."""
+        """In vocab.json `▁` becomes a space, because the tokenizer of Transformers only concatenates symbols.
+
+        Its tokenizer of phonemes puts a space between them. Neither can split a text into symbols of several characters
+        that have no spaces between them: the spaces around these symbols would be lost.
+        """
         settings, vocabulary = self.settings, list(self.vocabulary)
         marks = {"pad": vocabulary[BLANK], "bos": "<s>", "eos": "</s>", "unk": unknown_symbol(vocabulary)}
         tokens = {name: symbol if symbol in vocabulary else None for name, symbol in marks.items()}
@@ -348,18 +362,27 @@ class Ctc(Objective):
                 "mask_feature_prob": settings.channel_mask_probability,
                 "mask_feature_length": settings.channel_mask_length,
             },
+            note=self._tokenizer_note(),
             files={
                 "vocab.json": {symbol.replace(PIECE_SPACE, " "): label for label, symbol in enumerate(vocabulary)},
                 "tokenizer_config.json": {
-                    "tokenizer_class": "Wav2Vec2CTCTokenizer",
                     "processor_class": "Wav2Vec2Processor",
                     **{f"{name}_token": symbol for name, symbol in tokens.items()},
-                    "word_delimiter_token": SPACE if SPACE in vocabulary else " ",
-                    "replace_word_delimiter_char": " ",
-                    "do_lower_case": False,
+                    **(PHONE_TOKENIZER if self.spaced else LETTER_TOKENIZER),
+                    **({} if self.spaced else {"word_delimiter_token": SPACE if SPACE in vocabulary else " "}),
                 },
             },
         )
+
+    def _tokenizer_note(self) -> str:
+        if self.spaced:
+            return ""
+        note = "The tokenizer converts labels to text, but not text to labels."
+        if any(PIECE_SPACE in symbol for symbol in self.vocabulary):
+            return f"{note} A label is the id in the SentencePiece model + 1."
+        if any(len(symbol) > 1 and not is_control(symbol) for symbol in self.vocabulary[BLANK + 1 :]):
+            return f"{note} In text, it would lose the spaces around symbols of several characters."
+        return ""
 
 
 def ctc_loss(logits_BTV: Tensor, frames_B: Tensor, labels_L: Tensor, label_lengths_B: Tensor) -> Tensor:
