@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from w2vscale.config import Config
     from w2vscale.corpora.stats import CorpusStats
 
+RARE = 10  # show an example of a symbol that occurs less often
+
 app = typer.Typer(no_args_is_help=True, help="Prepare, index and check corpora.")
 app.add_typer(prepare.app, name="prepare")
 
@@ -126,6 +128,57 @@ def pieces(
 
     transcripts = train_pieces(manifests, output, size=size)
     console.print(f"{output}: {counted(size, 'piece')} from {counted(transcripts, 'transcript')}")
+
+
+@app.command()
+def vocabulary(
+    manifests: Manifests,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the symbols to this file, one per line."),
+    ] = None,
+    case: Annotated[
+        str, typer.Option(metavar="CASE", help="Convert letters, one by one: keep, lower or upper.")
+    ] = "keep",
+    phones: Annotated[
+        bool, typer.Option("--phones", help="Count the symbols between spaces, such as phones, in place of letters.")
+    ] = False,
+    min_count: Annotated[int, typer.Option(min=1, metavar="N", help="Leave out symbols that occur less often.")] = 1,
+    jobs: Jobs = 1,
+) -> None:
+    """Count the symbols of the transcripts of manifests, and write a vocabulary for objective.vocabulary."""
+    from w2vscale.corpora.vocabulary import choose_symbols, count_symbols, describe_characters, write_vocabulary
+    from w2vscale.data.vocabulary import show_symbol
+
+    with progress_bar("counting symbols") as progress:
+        found = count_symbols(manifests, case=case, phones=phones, jobs=jobs, progress=progress)
+    symbols, left_out = choose_symbols(found, min_count=min_count, phones=phones)
+    total = found.counts.total()
+    print_table(
+        ("symbol", "count", "share", "code points", "example"),
+        (
+            (
+                symbol,
+                f"{count:,}",
+                f"{count / total:.3%}",
+                describe_characters(symbol),
+                found.examples[symbol] if count < RARE or symbol in left_out else "",
+            )
+            for symbol, count in found.most_common()
+        ),
+        right=False,
+    )
+    console.print(
+        f"{counted(len(found.counts), 'symbol')}, {total:,} times in {counted(found.transcripts, 'transcript')}; "
+        f"{counted(found.untranscribed, 'utterance')} without a transcript"
+    )
+    if left_out:
+        listed = ", ".join(map(show_symbol, left_out))
+        console.print(f"left out ({counted(sum(found.counts[one] for one in left_out), 'occurrence')}): {listed}")
+    if output is not None:
+        write_vocabulary(output, symbols)
+        split = " objective.split=spaces" if phones else ""
+        console.print(f"{output}: {counted(len(symbols), 'symbol')}; use it with objective.vocabulary={output}{split}")
 
 
 @app.command()
