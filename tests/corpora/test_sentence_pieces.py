@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import json
+import unicodedata
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from tests.helpers.audio import cut_of, noise, write_audio, write_manifest
 from w2vscale.cli.app import app
 from w2vscale.config import dump_config, load_config
 from w2vscale.data.audio import AudioError
-from w2vscale.data.transcripts import Transcripts
+from w2vscale.data.transcripts import Transcripts, labels_to_text
 from w2vscale.errors import UserError
 from w2vscale.objectives import build_objective, resolve
 from w2vscale.objectives.ctc import CtcSettings
@@ -183,6 +186,25 @@ class TestLabels:
         # Letters that occur in one case are converted to it, one by one, and those in both stay.
         assert Transcripts(["<pad>", "<unk>", "▁The", "C"]).normalised("the Cat") == "The CaT"
         assert Transcripts(["<pad>", "<unk>", "▁The", "▁t", "C", "c", "a"]).normalised("the Cat") == "the Cat"
+
+    @pytest.mark.parametrize("form", ["NFC", "NFD"])
+    def test_pieces_of_any_normal_form_spell_texts_of_any(self, tmp_path: Path, form: Any) -> None:
+        texts = ["été à la plage", "les élèves goûtent", "la crème"]
+        path = tmp_path / "pieces.model"
+        written = [unicodedata.normalize(form, text) for text in texts]
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(written), model_writer=(io := BytesIO()),
+            vocab_size=30, hard_vocab_limit=False, normalization_rule_name="identity", minloglevel=2,
+        )  # fmt: skip
+        path.write_bytes(io.getvalue())
+        symbols = vocabulary(path)
+        overrides = [f"objective.vocabulary={json.dumps(symbols)}", f"objective.sentencepiece={path}"]
+        assert with_pieces("ctc_1h", path, *overrides).vocabulary == symbols
+        spelling = Transcripts(symbols, path)
+        for text in texts:
+            found = [spelling.labels(unicodedata.normalize(other, text.upper())) for other in ("NFC", "NFD")]
+            assert found[0] == found[1] and not found[0][1]
+            assert labels_to_text(found[0][0], symbols) == text == spelling.normalised(text)
 
     def test_characters_in_no_piece_become_unknown_and_are_reported(self, model: Path, library: Any) -> None:
         labels, unknown = Transcripts(vocabulary(model), model).labels("the?! cät")

@@ -113,6 +113,14 @@ class TestSpecialSymbols:
         assert symbols(["-", "<unk>", "|", "a"], "a|a a") == (["a", "<unk>", "a", "|", "a"], "|")
         assert symbols(["-", "<unk>", "▁", "a"], "a▁a a") == (["a", "<unk>", "a", "▁", "a"], "▁")
 
+    def test_a_checkpoint_with_two_forms_of_a_letter_has_labels_and_text(self) -> None:
+        vocabulary = ["<pad>", "|", "\u00e9", "e\u0301"]
+        assert decoded(Transcripts(vocabulary), vocabulary, "\u00e9 e\u0301") == "\u00e9 \u00e9"
+
+    def test_a_bar_in_a_longer_symbol_is_no_space(self) -> None:
+        vocabulary = ["<|blank|>", "|", "<|noise|>", "a"]
+        assert decoded(Transcripts(vocabulary), vocabulary, "a <|noise|>") == "a <|noise|>"
+
     def test_other_names_in_brackets_are_found_as_they_are(self) -> None:
         vocabulary = ["<pad>", "<unk>", "|", "[NOISE]", "a", "n"]
         assert symbols(vocabulary, "An [NOISE] a") == (["a", "n", "|", "[NOISE]", "|", "a"], "")

@@ -80,7 +80,8 @@ class TestRefused:
             ("{", "not JSON: "),
             ('{"a": 1, "[PAD]": 2}', "the numbers of its 2 symbols are not 0 to 1, each once"),
             ('{"a": 0, "a": 0, "[PAD]": 1}', "the numbers of its 3 symbols are not 0 to 2, each once"),
-            ('{"a": 0, "|": 1}', r"has neither \[PAD\] nor <pad>, which is the blank"),
+            ('{"a": 0, "|": 1}', r"has neither \[PAD\] nor <pad>; the blank of CTC"),
+            ('{"<pad>": 0, "[PAD]": 1}', r"has both \[PAD\] and <pad>; the blank of CTC"),
             ('{"deu": {"a": 0}}', "'deu' has no number but"),
             ('{"a": true}', "'a' has no number but 'True'"),
         ],
@@ -105,12 +106,19 @@ class TestRefused:
             with pytest.raises(UserError, match=rf"^objective\.vocabulary: .*{message}"):
                 check_vocabulary(symbols, split="auto")
 
+    def test_two_forms_of_a_letter_are_refused_in_a_new_vocabulary(self) -> None:
+        symbols = ["<pad>", "|", "\u00e9", "e\u0301"]
+        assert read_vocabulary(symbols) == symbols
+        with pytest.raises(UserError, match="'é' is in it twice"):
+            check_vocabulary(symbols, split="auto")
+
     def test_what_needs_no_delimiter(self) -> None:
         check_vocabulary(["<pad>", "▁a", "b"], split="auto")
         check_vocabulary(["<pad>", "▁", "b"], split="auto")
         check_vocabulary(["[PAD]", "sil", "b"], split="auto")
         check_vocabulary(["_", "a", "b"], split="spaces")
         check_vocabulary(["--", "|", "b"], split="auto")
+        check_vocabulary(["<|blank|>", "|", "b"], split="auto")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from lhotse import CutSet
 from typer.testing import CliRunner
 
 from tests.helpers.audio import write_manifest
+from tests.helpers.exported import random_model, save_model
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
 from tests.helpers.tiers import long
+from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import Config, load_config
@@ -30,6 +33,7 @@ from w2vscale.files import read_log, read_metrics
 from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import Transcript, transcribe
 from w2vscale.inference.utterances import find_utterances
+from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.training import run as run_module
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train
@@ -334,6 +338,29 @@ def test_windows_with_the_text_of_the_whole_are_left_out(memorised: Path, tmp_pa
     score = score_checkpoint(load(memorised), [manifest])
     assert [one.reference for one in score.utterances] == ["ABC"]
     assert sorted(bad.kind for bad in score.bad) == ["overhanging text"] * 2
+
+
+@pytest.mark.parametrize("symbols", ["<pad> <unk> A B C D", "A <unk> | B C D", "<pad> <unk> | A B C D e\u0301"])
+def test_checkpoints_of_earlier_versions_open(spelled: Path, tmp_path: Path, symbols: str) -> None:
+    """Their vocabularies were not checked, and their settings do not say how texts are split."""
+    vocabulary = f"objective.vocabulary={json.dumps(symbols.split(), ensure_ascii=False)}"
+    config = load_config("base", [*SPELLING, vocabulary])
+    assert config.objective.model_dump().keys() == {"name", "vocabulary", "mask_probability"}
+    save_model(tmp_path, config, random_model(config, seed=3).state_dict(), TrainState(update=1))
+    assert evaluate_checkpoint(tmp_path, [spelled]) is not None
+    assert score_checkpoint(load(tmp_path), [spelled]).words.reference > 0
+    export_checkpoint(tmp_path, tmp_path / "out", form="torchaudio")
+
+
+def test_a_run_continues_with_another_unicode_form_of_its_vocabulary(spelled: Path, tmp_path: Path) -> None:
+    decomposed = [*"|ABCDé", "ñ"]
+    for form in ("NFC", "NFD"):
+        file = tmp_path / f"{form}.txt"
+        file.write_text(unicodedata.normalize(form, "\n".join(["<pad>", *decomposed])) + "\n")
+    for form, updates in (("NFC", 4), ("NFD", 6)):
+        config = settings(spelled, f"objective.vocabulary={tmp_path / form}.txt", f"trainer.updates={updates}")
+        assert train(config, tmp_path / "exp") == 0
+    assert len(read_metrics(tmp_path / "exp" / "metrics.jsonl", "train")) == 6
 
 
 def test_phones_are_trained_scored_and_transcribed(tmp_path: Path) -> None:

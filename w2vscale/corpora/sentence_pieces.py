@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from w2vscale.files import new_file
 def train_pieces(manifests: Sequence[Path], output: Path, *, size: int) -> int:
     """Train a unigram model (Kudo 2018, arXiv:1804.10959) of `size` pieces that covers all characters.
 
-    Returns the number of transcripts. They are used as they are, except that white space becomes single spaces. The
+    Returns the number of transcripts. They are in the Unicode form NFC, and white space becomes single spaces. The
     same transcripts always give the same file.
 
     Raises UserError if `output` exists or cannot be written, a manifest cannot be used, there are no transcripts,
@@ -54,7 +55,7 @@ def _transcripts(path: Path) -> Iterator[str]:
     build_index(path)
     manifest = Manifest(path)
     for cut in map(manifest.cut, range(len(manifest))):
-        if text := " ".join(transcript(cut).split()):
+        if text := " ".join(unicodedata.normalize("NFC", transcript(cut)).split()):
             yield text
 
 

@@ -55,7 +55,9 @@ class Transcripts:
                     f"objective.sentencepiece={sentencepiece}: its {len(wanted) - 1} pieces after a blank are not the "
                     f"{len(vocabulary)} symbols of objective.vocabulary; for a new run set objective.vocabulary=[]"
                 )
-        composed = [unicodedata.normalize("NFC", symbol) for symbol in vocabulary]
+        composed = list(vocabulary)
+        if self._pieces is None:
+            composed = [unicodedata.normalize("NFC", symbol) for symbol in vocabulary]
         self.unknown = unknown_symbol(composed)  # the symbol for what is not in the vocabulary; None without one
         if self._pieces is not None:
             self.unknown = str(self._pieces.id_to_piece(self._pieces.unk_id()))
@@ -77,7 +79,7 @@ class Transcripts:
         # A `|` in a transcript is not a space, nor is `▁`.
         space = symbols.get(SPACE, symbols.get(PIECE_SPACE))
         self._numbers = {
-            symbol: number for symbol, number in symbols.items() if SPACE not in symbol and PIECE_SPACE not in symbol
+            symbol: number for symbol, number in symbols.items() if symbol != SPACE and PIECE_SPACE not in symbol
         }
         if space is not None:
             self._numbers[" "] = space
@@ -109,7 +111,7 @@ class Transcripts:
         """
         text = self._converted(text)
         if self._pieces is not None:
-            return _piece_labels(unicodedata.normalize("NFC", text), self._pieces)
+            return _piece_labels(text, self._pieces)
         numbers = self._numbers
         symbols = text.split() if self._spaced else self._symbol.findall(text) if self._long else text
         try:
@@ -165,7 +167,8 @@ def labels_to_text(labels: Sequence[int], vocabulary: Sequence[str], *, spaced: 
     """
     symbols = [vocabulary[label] for label in labels if label != BLANK]
     if not spaced:
-        symbols = "".join(symbols).replace(SPACE, " ").replace(PIECE_SPACE, " ").split()
+        joined = "".join(" " if symbol == SPACE else symbol for symbol in symbols)
+        symbols = joined.replace(PIECE_SPACE, " ").split()
     return unicodedata.normalize("NFC", " ".join(symbols))
 
 

@@ -1,6 +1,6 @@
 """The symbols of an output layer for text: read them from files of several formats, and check them.
 
-Symbols are in the Unicode normal form NFC.
+Symbols are in the Unicode normal form NFC, except sentence pieces, which are those of their model.
 """
 
 from __future__ import annotations
@@ -53,21 +53,28 @@ def read_vocabulary(
         return [*LETTERS]
     else:
         source, symbols = f"{source}={named}", _symbols_in(named)
-    symbols = [SPACE if symbol == " " else unicodedata.normalize("NFC", symbol) for symbol in symbols]
     if not symbols and sentencepiece is not None:
         symbols = vocabulary_of(open_pieces(sentencepiece))
     if not symbols:
         raise UserError(f"{source} is empty; use a fine-tuning preset such as ctc_1h")
     if len(symbols) == 1:
         raise UserError(f"{source.partition('=')[0]}={symbols}: has a blank and no other symbol")
+    _refuse_repeated(symbols, source)
+    if sentencepiece is None:
+        composed = [SPACE if symbol == " " else unicodedata.normalize("NFC", symbol) for symbol in symbols]
+        # A checkpoint of an earlier version may have two forms of a letter.
+        symbols = composed if isinstance(named, Path) or len({*composed}) == len(symbols) else symbols
+    if isinstance(named, Path):
+        check_vocabulary(symbols, source=source, sentencepiece=sentencepiece, split=split)
+    return symbols
+
+
+def _refuse_repeated(symbols: Sequence[str], source: str) -> None:
     seen: set[str] = set()
     for symbol in symbols:
         if symbol in seen:
             raise UserError(f"{source}: {show_symbol(symbol)} is in it twice (letters are compared in the form NFC)")
         seen.add(symbol)
-    if isinstance(named, Path):
-        check_vocabulary(symbols, source=source, sentencepiece=sentencepiece, split=split)
-    return symbols
 
 
 def check_vocabulary(
@@ -75,12 +82,13 @@ def check_vocabulary(
 ) -> None:
     """Check that a new model can be trained with these symbols; `source` names them in errors.
 
-    Raises UserError if the blank is a symbol of text, a symbol contains white space, or there is no space to separate
-    words with, which only symbols that transcripts separate with spaces (`split`) do without.
+    Raises UserError if the blank is a symbol of text, a symbol is in it twice or contains white space, or there is no
+    space to separate words with, which only symbols that transcripts separate with spaces (`split`) do without.
     """
+    _refuse_repeated([unicodedata.normalize("NFC", symbol) for symbol in symbols], source)
     blank = symbols[BLANK]
-    is_text = any(unicodedata.category(character)[0] in "LMN" for character in blank) and not is_bracketed(blank)
-    if is_text or not blank or SPACE in blank or PIECE_SPACE in blank:
+    is_text = any(one in (SPACE, PIECE_SPACE) or unicodedata.category(one)[0] in "LMN" for one in blank)
+    if not blank or (is_text and not is_bracketed(blank)):
         raise UserError(
             f"{source}: its first symbol {show_symbol(blank)} would be the blank of CTC, which is never in a text; put "
             "<pad> before it"
@@ -218,7 +226,8 @@ def _symbols_of_json(text: str, source: str) -> list[str]:
     symbols = [symbol for _, symbol in sorted((number, symbol) for symbol, number in pairs)]
     if sorted(number for _, number in pairs) != list(range(len(pairs))):
         raise UserError(f"{source}: the numbers of its {len(pairs)} symbols are not 0 to {len(pairs) - 1}, each once")
-    blank = next((symbol for symbol in _PADDING if symbol in symbols), None)
-    if blank is None:
-        raise UserError(f"{source}: has neither [PAD] nor <pad>, which is the blank of CTC in Transformers; add it")
-    return [blank, *(symbol for symbol in symbols if symbol != blank)]
+    blanks = [symbol for symbol in _PADDING if symbol in symbols]
+    if len(blanks) != 1:
+        found = "both " + " and ".join(blanks) if blanks else "neither [PAD] nor <pad>"
+        raise UserError(f"{source}: has {found}; the blank of CTC in Transformers is one of them")
+    return [*blanks, *(symbol for symbol in symbols if symbol not in blanks)]
