@@ -291,8 +291,9 @@ class TestTargetsBeforeTheFirstUpdate:
     def test_too_many_unknown_symbols_are_refused(self, tmp_path: Path) -> None:
         manifest = write_spelled(tmp_path, ["ABCD ABEF", "ABCD ABCD"])
         message = (
-            r"data\.train: above objective\.max_unknown_fraction=0\.05: 18 labels in 2 transcripts, 11\.11% of them "
-            r"\[UNK\]: 'E' 1, 'F' 1; make another objective\.vocabulary \(w2vscale data vocabulary CUTS -o FILE\)"
+            r"data\.train: more is unknown than objective\.max_unknown_fraction=0\.05: 18 labels in 2 "
+            r"transcripts, 11\.11% of them \[UNK\]: 'E' 1, 'F' 1; make "
+            r"another objective\.vocabulary \(w2vscale data vocabulary CUTS -o FILE\)"
         )
         config = settings(manifest, self.UNKNOWN, "trainer.updates=4")
         for run in (lambda: train(config, tmp_path / "exp"), lambda: dry_run(config)):

@@ -242,8 +242,9 @@ class Ctc(Objective):
             raise UserError(f"no utterance has a transcript that can be used: {summary}")
         if found.unknown_share > limit:
             raise UserError(
-                f"above objective.max_unknown_fraction={limit:g}: {summary}; make another objective.vocabulary "
-                "(w2vscale data vocabulary CUTS -o FILE), correct the transcripts, or raise the limit"
+                f"more is unknown than objective.max_unknown_fraction={limit:g}: {summary}; make another "
+                "objective.vocabulary (w2vscale data vocabulary CUTS -o FILE), correct the transcripts, or raise "
+                "the limit"
             )
         return [summary]
 
