@@ -53,14 +53,21 @@ def test_symbols_are_letters_with_their_marks_by_frequency(tmp_path: Path) -> No
 
 
 def test_every_transcript_is_spelled_by_its_vocabulary(tmp_path: Path) -> None:
-    texts = ["Ünïcode tèxt, ẞ ﬁ", "İstanbul ılık", "किताब สวัสดี", "한국어 中文 👍🏽 a\u200db", "ẹ́ é 5 |▁ <unk>", "'-\""]
+    texts = [
+        "Ünïcode tèxt, ẞ ﬁ",
+        "İstanbul ılık",
+        "किताब สวัสดี",
+        "한국어 中文 👍🏽 a\u200db",
+        "ẹ́ é 5 |▁ <unk>",
+        "'-\" \0",
+    ]
     manifest = write_transcripts(tmp_path, texts)
     for case in ("keep", "lower", "upper"):
         path = tmp_path / f"{case}.txt"
         printed = run(manifest, "-o", path, "--case", case)
-        assert "left out (2 occurrences): '|', '▁'\n" in printed
+        assert "left out (3 occurrences): '\\x00' (U+0000), '|', '▁'\n" in printed
         spelling = Transcripts(read_vocabulary(path))
-        assert {symbol for text in texts for symbol in spelling.encode(text)[1]} == {"|", "▁"}
+        assert {symbol for text in texts for symbol in spelling.encode(text)[1]} == {"\0", "|", "▁"}
 
 
 def test_rare_symbols_can_be_left_out(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ class TestRefused:
             ('{"<pad>": 0, "[PAD]": 1}', r"has both \[PAD\] and <pad>; the blank of CTC"),
             ('{"deu": {"a": 0}}', "'deu' has no number but"),
             ('{"a": true}', "'a' has no number but 'True'"),
+            (f"a {'9' * 5000}\n", "line 1 has 2 words, 'a 999"),
+            ('{"<pad>": 0, "|": 1, "\\ud800": 2}', "half of a surrogate pair"),
         ],
     )
     def test_a_file_is_named(self, content: str | bytes, message: str, tmp_path: Path) -> None:
@@ -100,7 +102,8 @@ class TestRefused:
         for symbols, message in (
             (["x", "|", "y"], "its first symbol 'x'"),
             (["<pad>", "x", "y"], "no symbol for the space"),
-            (["<pad>", "|", "x y"], "'x y' contains white space"),
+            (["<pad>", "|", "x y"], "'x y' is empty, or has white space"),
+            (["<pad>", "|", "\ud800"], r"'\\ud800' is empty, or has .* half of a surrogate pair"),
         ):
             assert read_vocabulary(symbols) == symbols
             with pytest.raises(UserError, match=rf"^objective\.vocabulary: .*{message}"):

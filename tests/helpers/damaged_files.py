@@ -220,10 +220,16 @@ def check_transcript(content: bytes, good: Good) -> None:
     assert_wrote(run("data", "prepare", "folder", "audio", "out"), "out")
     run("data", "validate", "out/cuts_train.jsonl")
     run("data", "pieces", "out/cuts_train.jsonl", "-o", "x.model", "--size", 9)
+    assert_wrote(run("data", "vocabulary", "out/cuts_train.jsonl", "-o", "v.txt"), "v.txt")
+    if Path("v.txt").exists():
+        assert_wrote(run("config", "show", "ctc_1h", "objective.vocabulary=v.txt"))
 
 
 def vocabularies(good: Good) -> SearchStrategy[bytes]:
-    return bytes_like(good.bytes("letters.txt")) | st.binary(max_size=30)
+    table = as_lines({symbol: number for number, symbol in enumerate(["<pad>", "[UNK]", "|", "é", "ɔ̃"])})
+    counts = "".join(f"{symbol} {number}\n" for number, symbol in enumerate("|ETAé", start=7)).encode()
+    kinds = [good.bytes("letters.txt"), table, counts, counts.decode().encode("utf-16")]
+    return st.one_of([bytes_like(kind) for kind in kinds]) | st.binary(max_size=30)
 
 
 def check_vocabulary(content: bytes, good: Good) -> None:

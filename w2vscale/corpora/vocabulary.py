@@ -100,6 +100,7 @@ def choose_symbols(found: SymbolCounts, *, min_count: int = 1, phones: bool = Fa
     left_out: list[str] = []
     for symbol, count in found.most_common():
         reserved = is_control(symbol) if phones else symbol == SPACE or PIECE_SPACE in symbol
+        reserved = reserved or "\0" in symbol  # a file with it is not text
         (left_out if reserved or count < min_count else kept).append(symbol)
     return [*SPECIAL, *([] if phones else [SPACE]), *kept], left_out
 

@@ -32,6 +32,7 @@ _BRACKETED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _CONTROL = re.compile(r"[<\[](pad|unk|unknown|/?s|bos|eos|sos|sos/eos|(ctc_)?blank|blk|eps|mask|cls|sep)[>\]]", re.I)
 _UNKNOWN = ("<unk>", "[UNK]", "<UNK>", "[unk]")
 _PADDING = ("[PAD]", "<pad>", "<PAD>", "[pad]")
+NUMBER = re.compile(r"[0-9]{1,18}")
 _OVERWRITE = "#fairseq:overwrite"
 
 
@@ -94,9 +95,10 @@ def check_vocabulary(
             "<pad> before it"
         )
     for symbol in symbols:
-        if not symbol or symbol.split() != [symbol]:
+        if symbol.split() != [symbol] or any(unicodedata.category(character) == "Cs" for character in symbol):
             raise UserError(
-                f"{source}: the symbol {symbol!r} contains white space or nothing; write a space as {SPACE}"
+                f"{source}: the symbol {symbol!r} is empty, or has white space or half of a surrogate pair; write a "
+                f"space as {SPACE}"
             )
     spaced = is_spaced(symbols, sentencepiece=sentencepiece, split=split)
     if spaced and sentencepiece is not None:
@@ -173,7 +175,7 @@ def _symbols_of_lines(text: str, source: str) -> list[str]:
     """The symbols of a plain list, of a dictionary of fairseq, or of symbols with their numbers."""
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1)]
     fields = [line.removesuffix(_OVERWRITE).split() for _, line in lines if line.strip()]
-    if fields and all(len(each) == 2 and each[1].isdecimal() for each in fields):
+    if fields and all(len(each) == 2 and NUMBER.fullmatch(each[1]) for each in fields):
         numbers = {int(number): symbol for symbol, number in fields}
         if sorted(numbers) == list(range(len(fields))):
             return [numbers[number] for number in range(len(fields))]
