@@ -103,3 +103,17 @@ def test_what_cannot_be_taken_is_named(manifest: Path, tmp_path: Path) -> None:
     ):
         result = CliRunner().invoke(app, ["data", "subset", *arguments])
         assert isinstance(result.exception, UserError) and message in str(result.exception)
+
+
+def test_ids_are_whole_lines(tmp_path: Path) -> None:
+    audio = write_audio(tmp_path / "audio.flac", noise(1.0))
+    given = ["take 1", "take 2 ", "naïve'\"x", "a-b"]
+    cuts = [cut_of(audio, identifier=name).with_id(name) for name in given]
+    manifest = write_manifest(tmp_path / "cuts.jsonl", cuts)
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "ids.txt").write_bytes("take 2\r\n\r\nnaïve'\"x\r\ntake 1\r\n".encode(encoding))
+        write_subset(manifest, tmp_path / "out.jsonl", identifiers=tmp_path / "ids.txt")
+        assert names(tmp_path / "out.jsonl") == given[:3]
+    (tmp_path / "ids.txt").write_text("take\n")
+    with pytest.raises(UserError, match="utterance take is not in"):
+        write_subset(manifest, tmp_path / "out.jsonl", identifiers=tmp_path / "ids.txt")

@@ -158,7 +158,7 @@ class TestManifest:
         with manifest.open("a") as lines:
             lines.write(json.dumps(line) + "\n")
         (bad,) = validate_manifest(manifest).first
-        assert bad.utterance == "number 1" and "utterance 1 is not a Lhotse cut" in bad.reason
+        assert bad.utterance == "utterance 2" and "utterance 2 is not a Lhotse cut" in bad.reason
 
     def test_a_missing_or_stale_index_is_made(self, cut: Cut, tmp_path: Path) -> None:
         manifest = write_manifest(tmp_path / "cuts.jsonl", [cut], index=False)

@@ -91,7 +91,7 @@ class TestWhatIsRefused:
             ('"duration": 1.0', '"duration": 2.0', "it lasts 2 s, unlike when it was indexed"),
         ):
             path.write_text(text.replace(old, new, 1))
-            with pytest.raises(NotACut, match=f"{path}: utterance 0 is not a Lhotse cut of a recording: {reason}"):
+            with pytest.raises(NotACut, match=f"{path}: utterance 1 is not a Lhotse cut of a recording: {reason}"):
                 Manifest(path).cut(0)
 
     def test_a_missing_index_with_the_command_that_makes_it(self, small_corpus: SmallCorpus, tmp_path: Path) -> None:

@@ -160,16 +160,16 @@ class TestManifests:
             ["subset", attacked, "out.jsonl", "--hours", 0.0008],
             ["pieces", attacked, "--output", "p.model"],
         ):
-            assert_refused(error_of("data", *arguments), attacked, "utterance 1")
+            assert_refused(error_of("data", *arguments), attacked, "utterance 2")
         settings = ("data.max_seconds=1", "data.min_seconds=0.5", "batch.max_seconds=2")
         dataset = dataset_of(attacked, config_with(*settings))
         with pytest.raises(UserError) as caught:
             list(dataset.one_epoch())
-        assert_refused(str(caught.value), attacked, "utterance 1")
+        assert_refused(str(caught.value), attacked, "utterance 2")
         assert sorted(attacked.parent.iterdir()) == before
 
     def test_shards_are_not_made_of_it(self, attacked: Path) -> None:
-        assert_refused(error_of("data", "shar", with_forged_index(attacked), "shards"), attacked, "utterance 1")
+        assert_refused(error_of("data", "shar", with_forged_index(attacked), "shards"), attacked, "utterance 2")
         assert not list((attacked.parent / "shards").glob("cuts.*"))
 
     def test_escapes_in_json_hide_nothing(self, here: Path) -> None:
@@ -188,7 +188,7 @@ class TestManifests:
         assert_refused(
             error_of("train", "tiny", *augment, "data.min_seconds=0.5", "data.workers=0", "--dry-run"),
             path,
-            "utterance 0",
+            "utterance 1",
         )
 
 
@@ -205,7 +205,7 @@ def test_training_refuses_it_wherever_it_is_in_the_manifest(here: Path) -> None:
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         assert line.startswith(
-            f"error: {path}: utterance {place}: has audio of type 'command', but only files are read"
+            f"error: {path}: utterance {place + 1}: has audio of type 'command', but only files are read"
         )
 
 

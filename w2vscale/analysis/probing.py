@@ -26,7 +26,6 @@ from w2vscale.data.transcripts import Transcripts, refuse_too_many
 from w2vscale.data.vocabulary import SPACE
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import Audio, ChunkFeatures, Pretrained
-from w2vscale.inference.references import overhanging
 from w2vscale.inference.utterances import Utterance, collect, map_utterances, utterances_by_name
 from w2vscale.objectives.ctc import ctc_loss, greedy_labels
 
@@ -169,11 +168,10 @@ def _encode(
     """Run the model on the utterances of manifests; those without a transcript or usable audio are added to `bad`."""
     labels: dict[str, list[int]] = {}
     transcribed = []
-    utterances, unusable_text = utterances_by_name(manifests), overhanging(manifests)
-    for utterance in utterances.values():
+    for utterance in utterances_by_name(manifests).values():
         try:
-            if utterance.name in unusable_text:
-                raise unusable_text[utterance.name]
+            if utterance.overhang is not None:
+                raise utterance.overhang
             labels[utterance.name], _ = spelling.labels(utterance.transcript)
             transcribed.append(utterance)
         except AudioError as error:

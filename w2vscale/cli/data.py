@@ -116,6 +116,20 @@ def subset(
 
 
 @app.command()
+def relocate(
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="Folder that the audio was in.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Folder that the audio is in now.")],
+    manifests: Manifests,
+) -> None:
+    """Change the paths in manifests after the audio was moved from OLD to NEW, and index them."""
+    from w2vscale.corpora.relocate import relocate as change_paths
+
+    for manifest in manifests:
+        changed, cuts = change_paths(manifest, old, new)
+        console.print(f"{manifest}: {counted(changed, 'path')} changed, {counted(cuts, 'utterance')}")
+
+
+@app.command()
 def pieces(
     manifests: Manifests,
     output: Annotated[

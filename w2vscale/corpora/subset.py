@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w2vscale.corpora.manifests import PreparedManifest
+from w2vscale.corpora.text_files import lines_of_file
 from w2vscale.data.manifest import Manifest
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.errors import UserError
@@ -54,15 +55,12 @@ def write_subset(
 
 
 def _listed(manifest: Manifest, identifiers: Path) -> NDArray[np.int64]:
-    try:
-        wanted = set(identifiers.read_text(encoding="utf-8").split())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{identifiers}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     ids = [manifest.read(number, lambda cut: str(cut["id"])) for number in range(len(manifest))]
-    if absent := wanted.difference(ids):
+    wanted = set(lines_of_file(identifiers)) - {""}
+    if absent := wanted - {identifier.strip() for identifier in ids}:
         others = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
         raise UserError(f"{identifiers}: utterance {min(absent)}{others} is not in {manifest.path}")
-    return np.flatnonzero([identifier in wanted for identifier in ids])
+    return np.flatnonzero([identifier.strip() in wanted for identifier in ids])
 
 
 def _by_speaker_in_turn(manifest: Manifest, numbers: NDArray[np.int64]) -> NDArray[np.int64]:

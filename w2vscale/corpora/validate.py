@@ -90,7 +90,7 @@ def _name(manifest: Manifest, number: int) -> str:
     try:
         return manifest.cut(number).id
     except NotACut:
-        return f"number {number}"
+        return f"number {number + 1}"
 
 
 def _check(manifest: Manifest, audio: bool, numbers: Sequence[int]) -> tuple[list[int], dict[int, BadAudio]]:

@@ -92,7 +92,7 @@ def _checked(text: bytes, kind: TypeAdapter[Any], where: str, source_types: tupl
             json.dumps(found, ensure_ascii=False).encode()  # raises UnicodeEncodeError for half of a surrogate pair
     except (ValueError, RecursionError) as error:
         raise not_a_cut(where, " ".join(str(error).split())[:200]) from None
-    for source in _sources(found):
+    for source in sources_in(found):
         if source["type"] not in source_types:
             raise UserError(
                 f"{where}: has audio of type {str(source['type'])[:40]!r}, but only "
@@ -111,7 +111,7 @@ def not_a_cut(where: str, reason: object) -> NotACut:
     return NotACut(f"{where} is not a Lhotse cut of a recording: {reason}")
 
 
-def _sources(document: object) -> Iterator[dict[str, Any]]:
+def sources_in(document: object) -> Iterator[dict[str, Any]]:
     """Every object, however deep, that Lhotse could take for an audio source."""
     waiting = [document]
     for item in waiting:

@@ -106,7 +106,7 @@ class Manifest:
         Raises NotACut if its line does not hold a cut or not the one that was indexed, and UserError if its audio is
         not in files.
         """
-        where = f"{self.path}: utterance {number}"
+        where = f"{self.path}: utterance {number + 1}"
         cut = read_cut(self.line(number), where=where)
         if cut["duration"] != self._index["duration"][number]:
             raise not_a_cut(where, f"it lasts {cut['duration']:g} s, unlike when it was indexed")

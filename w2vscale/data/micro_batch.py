@@ -30,11 +30,11 @@ class BadAudio:
 
     @classmethod
     def of_line(cls, number: int, error: NotACut, *, left_out: bool = True) -> BadAudio:
-        """The record of line `number` of a manifest, which is not a cut."""
-        return cls(f"number {number}", "", "not a cut", str(error), left_out)
+        """The record of utterance `number` of a manifest, from 0, whose line is not a cut."""
+        return cls(f"utterance {number + 1}", "", "not a cut", str(error), left_out)
 
     def __str__(self) -> str:
-        return f"{self.utterance} ({self.file}): {self.reason}"
+        return f"{self.utterance} ({self.file}): {self.reason}" if self.file else self.reason
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import confidence_interval
 from w2vscale.inference.decoding import BeamSearch
 from w2vscale.inference.pretrained import Pretrained
-from w2vscale.inference.references import overhanging
 from w2vscale.inference.transcription import transcribe
 from w2vscale.inference.utterances import collect, utterances_by_name
 
@@ -91,7 +90,7 @@ def score_checkpoint(
     """
     spelling = Transcripts(pretrained.objective.vocabulary, spaced=pretrained.objective.spaced)
     utterances = utterances_by_name(cuts)
-    unscored = overhanging(cuts)
+    unscored = {name: one.overhang for name, one in utterances.items() if one.overhang is not None}
     for name, one in utterances.items():
         if not one.transcript.strip():
             unscored[name] = AudioError("no transcript", "has no transcript")

@@ -21,7 +21,7 @@ from w2vscale.data.decoding import AudioError, open_audio, read_header
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.resampling import Samples
-from w2vscale.data.transcripts import transcript
+from w2vscale.data.transcripts import refuse_overhang, transcript
 from w2vscale.distributed.process_group import ALONE, Ranks
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import BLOCK_SECONDS, Audio, ChunkFeatures, Pretrained, by_audio
@@ -38,6 +38,7 @@ class Utterance:
     open: Callable[[], Audio]  # may raise AudioError
     transcript: str = ""
     speaker: str = "unknown"  # the first one that a manifest names
+    overhang: AudioError | None = None  # why the transcript is not that of the audio, if it is not
     path: str = ""  # of a file below the folder that was given; empty for an utterance of a manifest
 
     def bad(self, error: AudioError) -> BadAudio:
@@ -94,7 +95,15 @@ def _cut_utterances(path: Path) -> Iterator[Utterance]:
             raise UserError(f"{path}: the id {cut.id!r} cannot be a file name in the output folder")
         speakers = (str(part.speaker) for part in cut.supervisions if part.speaker)
         name, speaker = os.path.normpath(cut.id), next(speakers, "unknown")
-        yield Utterance(name, audio_path(cut), partial(_open_cut, cut), transcript(cut), speaker)
+        yield Utterance(name, audio_path(cut), partial(_open_cut, cut), transcript(cut), speaker, _overhang(cut))
+
+
+def _overhang(cut: Cut) -> AudioError | None:
+    try:
+        refuse_overhang(cut)
+    except AudioError as error:
+        return error
+    return None
 
 
 def _is_file_name(identifier: str) -> bool:
