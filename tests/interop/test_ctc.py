@@ -161,7 +161,7 @@ def test_phones_have_the_tokenizer_of_phonemes(tmp_path: Path) -> None:
     assert in_again(export, tmp_path / "in") == (symbols, "spaces")
     (audio,) = speech((16_000,), normalised=False)
     (found,) = transcribe(
-        load(tmp_path), [*find_utterances(write_audio(tmp_path / "a.wav", 0.1 * audio, subtype="FLOAT"))]
+        load(tmp_path), find_utterances([write_audio(tmp_path / "a.wav", 0.1 * audio, subtype="FLOAT")])
     )
     pipeline = transformers.pipeline("automatic-speech-recognition", model=str(export), device="cpu")
     assert isinstance(found, Transcript) and found.text == pipeline(0.1 * audio)["text"]

@@ -377,7 +377,7 @@ def test_phones_are_trained_scored_and_transcribed(tmp_path: Path) -> None:
     score = score_checkpoint(model, [phones])
     assert score.words.reference == 19 and score.utterances[-1].reference == "pb pc pd pa"
     assert read_metrics(tmp_path / "exp" / "metrics.jsonl", "validation")[-1]["wer"] > 0.0
-    texts = [one.text for one in transcribe(model, list(find_utterances(phones))) if isinstance(one, Transcript)]
+    texts = [one.text for one in transcribe(model, find_utterances([phones])) if isinstance(one, Transcript)]
     assert {*" ".join(texts).split()} <= {"<unk>", "pa", "pb", "pc", "pd"}
 
 

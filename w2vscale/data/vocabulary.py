@@ -14,7 +14,7 @@ from typing import Any
 
 from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
 from w2vscale.errors import UserError
-from w2vscale.files import read_text
+from w2vscale.files import nearest_path, read_text
 
 BLANK = 0  # label of the CTC blank: the first symbol of every vocabulary
 SPACE = "|"  # symbol for a space in character vocabularies
@@ -165,6 +165,7 @@ def _symbols_in(path: Path) -> list[str]:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"objective.vocabulary={path}: must be `letters` or a readable file of symbols ({reason})"
+            f"{nearest_path(path)}"
         ) from None
     if path.suffix == ".json" or text.lstrip().startswith("{"):
         return _symbols_of_json(text, f"objective.vocabulary={path}")

@@ -346,7 +346,9 @@ def _compare_settings(
 ) -> None:
     """Raise if the architecture differs from the checkpoint's; log other differences, which may change the curve."""
     stored = load_yaml((checkpoint.path / "config.yaml").read_text(encoding="utf-8")) or {}
-    before, after = effective(resolve(checkpoint.config)[0]), effective(config)
+    before, after = effective(checkpoint.config), effective(config)
+    if before["objective"] != after["objective"]:  # an earlier version may have written the same in another form
+        before = effective(resolve(checkpoint.config)[0])
     fixed = {("model", key) for key in architecture_of(config.model)}
     fixed |= {("objective", key) for key in architecture_of(objective.settings)}
     for section, now in after.items():
