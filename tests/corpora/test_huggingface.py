@@ -12,9 +12,10 @@ import pytest
 import soundfile
 
 from tests.corpora.test_folder import error_of
-from tests.corpora.test_lists import cuts_in, trains
+from tests.corpora.test_lists import cuts_in
 from tests.corpora.test_named import said
 from tests.helpers.audio import noise, write_audio
+from tests.helpers.trained import trains
 from w2vscale.corpora.huggingface import prepare_huggingface
 from w2vscale.data.audio import read_audio
 

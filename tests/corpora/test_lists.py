@@ -14,13 +14,11 @@ from lhotse.cut import Cut
 from tests.corpora.test_folder import error_of
 from tests.corpora.test_named import said
 from tests.helpers.audio import noise, write_audio
-from tests.helpers.micro import MICRO_MODEL, MICRO_TRAINING
-from w2vscale.config import load_config
+from tests.helpers.trained import trains
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.lists import prepare_fairseq, prepare_kaldi, prepare_nemo
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.validate import validate_manifest
-from w2vscale.training.loop import train
 
 
 def cuts_in(report: Report) -> dict[str, Cut]:
@@ -28,13 +26,6 @@ def cuts_in(report: Report) -> dict[str, Cut]:
     build_index(manifest.path)
     assert validate_manifest(manifest.path, audio=True).bad == 0
     return {cut.id: cut for cut in CutSet.from_file(manifest.path)}
-
-
-def trains(manifest: Path, exp: Path) -> None:
-    """Five updates on all utterances of a manifest."""
-    settings = [*MICRO_TRAINING, *MICRO_MODEL, f"data.train={manifest}", "data.min_seconds=0.3", "trainer.updates=5"]
-    assert train(load_config("base", settings), exp) == 0
-    assert not (exp / "logs" / "bad_audio.jsonl").exists()
 
 
 @pytest.fixture

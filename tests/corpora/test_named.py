@@ -14,6 +14,7 @@ from lhotse.cut import Cut
 
 from tests.corpora.test_folder import cuts_of, error_of
 from tests.helpers.audio import noise, write_audio, write_text
+from tests.helpers.trained import trains
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.named import (
     WITHOUT_TRANSCRIPT,
@@ -239,6 +240,7 @@ class TestCommonVoice:
             found = report_of(prepare_commonvoice, corpus, tmp_path / "out")
             assert sorted(found) == ["sv-SE_dev", "sv-SE_test", "sv-SE_train"]
             assert said(found["sv-SE_dev"]["common_voice_sv_1"]) == ('En "mening1', "abc1", "sv-SE")
+        trains(tmp_path / "out" / "cuts_sv-SE_train.jsonl", tmp_path / "exp")
 
     def test_other_tables(self, tmp_path: Path) -> None:
         corpus = self.write(tmp_path / "sv-SE")

@@ -17,6 +17,7 @@ import yaml
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from tests.corpora.test_timed_text import FORMS as TIMED_TEXTS
 from tests.helpers.faults import Outcome, in_time, no_programs, run
 from tests.helpers.good_files import AUDIO_FORMATS, METRICS, RESULTS, Good
 from tests.helpers.odd_input import (
@@ -225,6 +226,48 @@ def check_transcript(content: bytes, good: Good) -> None:
         assert_wrote(run("config", "show", "ctc_1h", "objective.vocabulary=v.txt"))
 
 
+def timed_texts(good: Good) -> SearchStrategy[tuple[str, bytes]]:
+    """A transcript with times, by its suffix."""
+    form = st.sampled_from([*TIMED_TEXTS.items()])
+    return form.flatmap(lambda one: st.tuples(st.just(Path(one[0]).suffix), bytes_like(one[1].encode(), 10**6)))
+
+
+def check_timed_text(drawn: tuple[str, bytes], good: Good) -> None:
+    suffix, content = drawn
+    Path("audio").mkdir()
+    for name in ("talk", "b"):
+        shutil.copy(good.folder / "u0.wav", f"audio/{name}.wav")
+    Path(f"audio/talk{suffix}").write_bytes(content)
+    assert_wrote(run("data", "prepare", "folder", "audio", "out", "--segment-seconds", 0.4), "out")
+
+
+def lists(good: Good) -> SearchStrategy[tuple[dict[str, bytes], str, bytes]]:
+    """The files of lists of other toolkits, the name of one of them, and its damaged content."""
+    audio = good.folder / "u0.wav"
+    entries = [{"audio_filepath": str(audio), "duration": 0.5, "offset": 0.25, "text": "a"}, {"audio_filepath": "x"}]
+    files = {
+        "wav.scp": f"a {audio}\nb flac -cds {audio} |\nc sph2pipe -f wav -p -c 1 {audio} |\nd x.ark:12\n".encode(),
+        "segments": b"a-1 a 0 0.5\na-2 a 0.25 -1\nb-1 b 0.1 0.9\n",
+        "text": b"a-1 HELLO WORLD\na-2 A\n",
+        "list.jsonl": as_lines(*entries),
+        "list.tsv": f"{good.folder}\nu0.wav\t16000\nu1.flac\t16000\n".encode(),
+        "list.ltr": b"H E L L O | W |\nA |\n",
+        "train.tsv": b"client_id\tpath\tsentence\tlocale\na\tu0.wav\thello\ten\n",
+    }
+    names = st.sampled_from([*files])
+    return names.flatmap(lambda name: st.tuples(st.just(files), st.just(name), bytes_like(files[name], 10**6)))
+
+
+def check_list(drawn: tuple[dict[str, bytes], str, bytes], good: Good) -> None:
+    files, changed, content = drawn
+    Path("en/clips").mkdir(parents=True)
+    shutil.copy(good.folder / "u0.wav", "en/clips/u0.wav")
+    for name, good_content in files.items():
+        (Path("en") / name).write_bytes(content if name == changed else good_content)
+    for words in (["kaldi", "en"], ["manifest", "en/list.jsonl"], ["fairseq", "en/list.tsv"], ["commonvoice", "en"]):
+        assert_wrote(run("data", "prepare", *words, f"out-{words[0]}"), f"out-{words[0]}")
+
+
 def vocabularies(good: Good) -> SearchStrategy[bytes]:
     table = as_lines({symbol: number for number, symbol in enumerate(["<pad>", "[UNK]", "|", "é", "ɔ̃"])})
     counts = "".join(f"{symbol} {number}\n" for number, symbol in enumerate("|ETAé", start=7)).encode()
@@ -315,6 +358,8 @@ KINDS_OF_FILES = {
     "audio": Kind(audio_files, check_audio),
     "shard": Kind(shards, check_shard),
     "transcript": Kind(transcripts, check_transcript),
+    "timed text": Kind(timed_texts, check_timed_text),
+    "list": Kind(lists, check_list),
     "vocabulary": Kind(vocabularies, check_vocabulary),
     "sentence pieces": Kind(piece_models, check_pieces),
     "language model": Kind(language_models, check_language_model),
