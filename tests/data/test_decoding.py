@@ -142,10 +142,17 @@ def test_a_video_without_audio(tmp_path: Path) -> None:
         read_header(path)
 
 
+@pytest.mark.parametrize("suffix", sorted(AUDIO_SUFFIXES))
+def test_a_file_without_a_byte_is_named_as_that(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a{suffix}").touch()
+    with pytest.raises(AudioError, match=r"^not readable as audio: the file is empty$"):
+        read_header(tmp_path / f"a{suffix}")
+
+
 def test_missing_files_and_pipes_are_not_opened(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "pipe.wav")
-    for path in (tmp_path / "no.wav", tmp_path / "pipe.wav", tmp_path):
+    for path in (tmp_path / "no.wav", tmp_path / "pipe.wav", tmp_path, tmp_path / "null\0.wav"):
         with pytest.raises(AudioError, match="no such file"):
             read_header(path)

@@ -6,6 +6,7 @@ Which of them decodes a file depends on its suffix alone, so that it is the same
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -86,12 +87,19 @@ def is_audio(name: str) -> bool:
 
 
 def regular_file(path: str | Path) -> str:
-    """The absolute path of a file; libsndfile takes `-` for stdin. Raises AudioError if there is no such file.
+    """The absolute path of a file; libsndfile takes `-` for stdin. Raises AudioError if it is no file or is empty.
 
-    Pipes and devices are not files: reading them may never end.
+    Pipes and devices are not files: reading them may never end. A file without a byte is named as that here: the words
+    of the decoders for it differ.
     """
-    if not os.path.isfile(path):
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a null character in the name
+        raise AudioError("missing", "no such file") from None
+    if not stat.S_ISREG(status.st_mode):
         raise AudioError("missing", "no such file")
+    if not status.st_size:
+        raise AudioError("empty", "not readable as audio: the file is empty")
     return os.path.abspath(path)
 
 
