@@ -156,7 +156,7 @@ def _decode(cut: Cut, samples: int, *, source: Cut, start: int | None = None) ->
     if abs(audio.size - samples) > LENGTH_TOLERANCE * cut.sampling_rate:
         raise AudioError("mismatched", f"has {audio.size} of {samples} samples that the manifest says it has")
     if not np.isfinite(audio.sum()) and not np.isfinite(audio).all():
-        raise AudioError("not finite", "holds samples that are not finite")
+        raise AudioError("not finite", "contains samples that are not finite")
     return audio[:samples] if audio.size >= samples else np.pad(audio, (0, samples - audio.size))
 
 
@@ -168,7 +168,9 @@ def to_mono(audio_SC: Samples) -> Samples:
         audio = audio_SC.mean(axis=1, dtype=np.float32)
         energy, average = np.square(audio).mean(), np.square(audio_SC).mean()
     if energy < CANCELLED * average:
-        raise AudioError("cancelling", "its channels cancel each other in the mean; prepare it with --channel first")
+        raise AudioError(
+            "cancelling", "its channels cancel each other in the mean; use one of them, with --channel first"
+        )
     return audio
 
 
