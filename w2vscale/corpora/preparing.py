@@ -24,7 +24,7 @@ from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_m
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.segments import Segment
 from w2vscale.corpora.speech import find_speech
-from w2vscale.data.audio import RATES_IN_WORDS, SAMPLING_RATES
+from w2vscale.data.audio import RATES_IN_WORDS, SAMPLING_RATES, check_channel
 from w2vscale.data.decoding import AudioError, read_header
 from w2vscale.errors import UserError
 from w2vscale.files import new_file, writing
@@ -223,9 +223,7 @@ def whole_file(header: Header, folder: Path, identifier: str, *, channel: int | 
     cut = recording.to_cut()
     if channel is None:
         return cut
-    if channel >= header.channels:
-        has = f"has {header.channels} channel{'s' if header.channels > 1 else ''}, numbered from 0"
-        raise AudioError("mismatched", f"{has}, and no channel {channel}")
+    check_channel(header.channels, channel)
     return MonoCut(identifier, start=0.0, duration=duration, channel=channel, recording=recording)
 
 

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from w2vscale.corpora.segments import Segment
-from w2vscale.data.audio import to_mono
-from w2vscale.data.decoding import BLOCK, Decoder, Samples, open_audio
+from w2vscale.data.audio import check_channel, one_channel
+from w2vscale.data.decoding import BLOCK, AudioError, Decoder, Samples, open_audio
 from w2vscale.data.resampling import resampled
 from w2vscale.errors import UserError
 
@@ -33,9 +33,10 @@ def find_speech(path: Path, *, channel: int | None = None) -> list[Segment]:
     """The parts of an audio file that are speech, in seconds, sorted and without overlap.
 
     `channel` is the channel to listen to; None means the mean of all. Memory does not depend on the duration. Raises
-    AudioError if the file cannot be decoded, and UserError if silero-vad is not installed.
+    AudioError if the file cannot be decoded or does not have the channel, and UserError if silero-vad is not installed.
     """
     with _one_thread(), torch.inference_mode(), open_audio(path) as decoder:
+        check_channel(decoder.header.channels, channel)
         model, to_segments = _silero()
         audio = resampled(_mono(decoder, channel), decoder.header.sampling_rate, RATE)
         found, samples = [], 0
@@ -52,7 +53,10 @@ def find_speech(path: Path, *, channel: int | None = None) -> list[Segment]:
 
 def _mono(decoder: Decoder, channel: int | None) -> Iterator[Samples]:
     while len(block := decoder.read(BLOCK)):
-        yield to_mono(block if channel is None else block[:, [channel]])
+        audio = one_channel(block, channel)
+        if not np.isfinite(audio).all():  # the model would hear no speech from there on
+            raise AudioError("not finite", "contains samples that are not finite")
+        yield audio
 
 
 def _joined(blocks: Iterator[Samples], size: int) -> Iterator[Samples]:
@@ -70,11 +74,10 @@ def _joined(blocks: Iterator[Samples], size: int) -> Iterator[Samples]:
 def _probabilities(model: Any, frames: Samples) -> NDArray[np.float32]:
     """The probability of speech in each of the frames [frames, FRAME] after the first RUN_IN."""
     count = len(frames) - RUN_IN
-    pieces = -(-count // PIECE)
-    frames = np.pad(frames, ((0, pieces * PIECE - count), (0, 0)))
-    side_by_side = torch.from_numpy(
-        np.stack([frames[start * PIECE : start * PIECE + RUN_IN + PIECE] for start in range(pieces)], axis=1)
-    )
+    size = min(PIECE, count)
+    padded = np.pad(frames, ((0, -count % size), (0, 0)))
+    pieces = [padded[start : start + RUN_IN + size] for start in range(0, count, size)]
+    side_by_side = torch.from_numpy(np.stack(pieces, axis=1))
     model.reset_states()
     found = torch.cat([model(frame, RATE) for frame in side_by_side], dim=1)
     return found[:, RUN_IN:].reshape(-1)[:count].numpy()

@@ -13,6 +13,7 @@ from lhotse.utils import compute_num_samples
 
 from w2vscale.data.decoding import AudioError, Samples, open_audio, read_header, reason_of
 from w2vscale.data.resampling import at_rate
+from w2vscale.errors import counted
 
 LENGTH_TOLERANCE = 0.02  # seconds between decoded audio and its manifest: resampling and MP3 frames round
 HEADER_TOLERANCE = 0.025  # seconds between the header of a file and its manifest
@@ -172,6 +173,17 @@ def to_mono(audio_SC: Samples) -> Samples:
             "cancelling", "its channels cancel each other in the mean; use one of them, with --channel first"
         )
     return audio
+
+
+def check_channel(channels: int, channel: int | None) -> None:
+    """Raise AudioError if audio with `channels` channels does not have number `channel`; None means the mean of all."""
+    if channel is not None and channel >= channels:
+        raise AudioError("mismatched", f"has {counted(channels, 'channel')}, numbered from 0, and no channel {channel}")
+
+
+def one_channel(audio_SC: Samples, channel: int | None) -> Samples:
+    """One of the channels, or their mean if `channel` is None. Raises AudioError like `to_mono`."""
+    return to_mono(audio_SC if channel is None else audio_SC[:, [channel]])
 
 
 def _is_plain(cut: Cut) -> bool:

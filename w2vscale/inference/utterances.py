@@ -16,7 +16,7 @@ from lhotse.utils import compute_num_samples
 
 from w2vscale.corpora.finding import find_audio
 from w2vscale.corpora.index import build_index
-from w2vscale.data.audio import read_audio, to_mono
+from w2vscale.data.audio import check_channel, one_channel, read_audio
 from w2vscale.data.decoding import AudioError, open_audio, read_header
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
@@ -164,15 +164,14 @@ def collect(results: Iterable[T | BadAudio]) -> tuple[list[T], list[BadAudio]]:
 def _open_file(path: Path, channel: int | None) -> Audio:
     """Open a file. `channel` is the one to use; None means the mean of all."""
     header = read_header(path, count=True)
-    if channel is not None and channel >= header.channels:
-        raise AudioError("mismatched", f"has {header.channels} channels, numbered from 0, and no channel {channel}")
+    check_channel(header.channels, channel)
 
     def blocks() -> Iterator[Samples]:
         done = 0
         with open_audio(path) as decoder:
             while len(block := decoder.read(BLOCK_SECONDS * header.sampling_rate)):
                 done += len(block)
-                yield to_mono(block if channel is None else block[:, [channel]])
+                yield one_channel(block, channel)
         if done != header.samples:
             raise AudioError("undecodable", f"cannot be decoded: ends after {done} of {header.samples} samples")
 
