@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from w2vscale.corpora.segments import Timed
 from w2vscale.corpora.timed_text import read_kaldi_segments, read_timed
@@ -194,7 +197,61 @@ def test_other_forms_are_named(name: str, content: str, message: str, tmp_path: 
     assert str(caught.value).startswith(f"{path}: ") and message in str(caught.value)
 
 
-@pytest.mark.parametrize("document", [{"id": 3}, [1, 2], [], {"words": "none"}, {"segments": [{"text": "no times"}]}])
+@pytest.mark.parametrize(("name", "content"), [("a.vtt", "WEBVTT\n\n"), ("a.srt", ""), ("a.ctm", ";; none\n")])
+def test_a_transcript_in_which_nothing_is_said(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    assert read_timed(tmp_path / name) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("talk.json", '[{"word": "a", "start": 1%s, "end": 2}]' % ("0" * 400), "not a json transcript: int too large"),
+        ("talk.srt", "9%s:00:00,0 --> 00:00:01,0\nx\n" % ("9" * 400), "not a srt transcript: int too large"),
+        ("talk.TextGrid", SHORT_TEXT_GRID.replace("<exists>\n1\n", "<exists>\n1e999\n"), "not a TextGrid transcript"),
+    ],
+)
+def test_absurd_numbers_are_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_timed(tmp_path / name)
+
+
+@settings(max_examples=200)
+@given(
+    name=st.sampled_from([*FORMS]),
+    start=st.integers(0, 3000),
+    length=st.integers(0, 40),
+    inserted=st.text(max_size=20)
+    | st.sampled_from(
+        ["null", "[]", '{"words": 3}', '"x"', "-1", "1e999", "NaN", "9" * 400, "-->", '"', "\n\n", "[" * 999]
+    ),
+)
+def test_a_damaged_transcript_is_read_or_named_in_one_line(
+    name: str, start: int, length: int, inserted: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / name
+    start = min(start, len(FORMS[name]))
+    text = FORMS[name][:start] + inserted + FORMS[name][start + length :]
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    found, message = None, f"{path}: "
+    try:
+        found = read_timed(path)
+    except UserError as error:
+        message = str(error)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    assert all(0 <= unit.start <= unit.end < math.inf for unit in found or ())
+
+
+@pytest.mark.parametrize("words", ["one two", 3, ["one"], [{"word": "one"}], None])
+def test_a_segment_whose_words_have_another_form_is_one_phrase(words: object, tmp_path: Path) -> None:
+    (tmp_path / "talk.json").write_text(json.dumps([{"text": "one two", "start": 1, "end": 2, "words": words}]))
+    assert read_timed(tmp_path / "talk.json") == [Timed(1.0, 2.0, "one two")]
+
+
+@pytest.mark.parametrize(
+    "document", [{"id": 3}, [{"words": "one two"}], [1, 2], [], {"words": "none"}, {"segments": [{"text": "no times"}]}]
+)
 def test_json_without_words_is_no_transcript(document: object, tmp_path: Path) -> None:
     (tmp_path / "talk.json").write_text(json.dumps(document))
     assert not read_timed(tmp_path / "talk.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import html
 import json
 import math
@@ -34,14 +35,11 @@ def read_timed(path: Path, *, encoding: str | None = None) -> list[Timed] | None
         units = parse(text, path)
     except UserError:
         raise
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: not a {path.suffix[1:]} transcript: {' '.join(str(error).split())[:200]}") from None
     if units is None:
         return None
-    for unit in units:
-        if not 0.0 <= unit.start <= unit.end < math.inf:
-            raise UserError(f"{path}: {unit.text[:40]!r} lasts from {unit.start:g} to {unit.end:g} s")
-    return sorted(units, key=lambda unit: unit[:2])
+    return _sorted(units, path)
 
 
 def read_kaldi_segments(folder: Path, *, encoding: str | None = None) -> dict[str, list[Timed]]:
@@ -61,7 +59,23 @@ def read_kaldi_segments(folder: Path, *, encoding: str | None = None) -> dict[st
         except ValueError:
             raise UserError(f"{segments}: line {number} is not: utterance recording start end") from None
         found[recording].append(unit)
-    return {recording: sorted(units, key=lambda unit: unit[:2]) for recording, units in found.items()}
+    return {recording: _sorted(units, segments) for recording, units in found.items()}
+
+
+def check_encoding(name: str) -> None:
+    """Raise UserError if there is no encoding of this name."""
+    try:
+        codecs.lookup(name)
+    except (LookupError, ValueError):  # ValueError: a null character in it
+        raise UserError(f"--encoding {name}: no encoding has this name; try for example latin-1 or cp1252") from None
+
+
+def _sorted(units: list[Timed], path: Path) -> list[Timed]:
+    """The same by time. Raises UserError if a time is impossible."""
+    for unit in units:
+        if not 0.0 <= unit.start <= unit.end < math.inf:
+            raise UserError(f"{path}: {unit.text[:40]!r} lasts from {unit.start:g} to {unit.end:g} s")
+    return sorted(units, key=lambda unit: unit[:2])
 
 
 def _first_and_rest(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -142,7 +156,7 @@ def _subtitles(text: str, path: Path) -> list[Timed]:
             spoken.append(html.unescape(MARKUP.sub("", row)))
         first, last = (_seconds(*times.groups()[start : start + 4]) for start in (0, 4))
         units.append(Timed(first, last, " ".join(" ".join(spoken).split())))
-    if not units and text.strip():
+    if not units and text.strip() and not text.startswith("WEBVTT"):
         raise ValueError("it has no line such as 00:00:01,000 --> 00:00:02,500")
     return units
 
@@ -161,7 +175,8 @@ def _json(text: str, path: Path) -> list[Timed] | None:
         return None
     found = []
     for unit in units:
-        words = [_timed(word) for word in unit.get("words") or []]
+        listed = unit.get("words")
+        words = [_timed(word) for word in listed] if isinstance(listed, list) else []
         whole = _timed(unit)
         if words and None not in words:
             found += words
@@ -174,6 +189,8 @@ def _json(text: str, path: Path) -> list[Timed] | None:
 
 def _timed(unit: Any) -> Timed | None:
     """A word or segment of a JSON document, if it has text and times."""
+    if not isinstance(unit, dict):
+        return None
     text = next((unit[key] for key in WORD_KEYS if isinstance(unit.get(key), str)), None)
     start, end = (unit.get(key, unit.get(f"{key}_time")) for key in ("start", "end"))
     if end is None and isinstance(start, int | float) and isinstance(unit.get("duration"), int | float):
