@@ -53,7 +53,31 @@ def test_transcripts_with_times_are_preferred(tmp_path: Path) -> None:
     found = find_audio(tmp_path)
     assert found.audio == [AudioFile("a.wav", ".TXT"), AudioFile("b.flac", ".TextGrid"), AudioFile("c.mp3")]
     unused = "no audio file beside it has its name"
-    assert found.others == {(".txt", "transcript"): 1, (".textgrid", "transcript"): 1, (".txt", unused): 2}
+    assert found.others == {
+        (".txt", "transcript"): 1,
+        (".textgrid", "transcript"): 1,
+        (".txt", "another transcript of the audio file is used"): 1,
+        (".txt", unused): 1,
+    }
+
+
+def test_a_text_beside_json_is_kept_in_case_that_this_is_something_else(tmp_path: Path) -> None:
+    touch(
+        *(
+            tmp_path / name
+            for name in ("a.wav", "a.json", "a.txt", "a.TXT", "b.wav", "b.JSON", "c.wav", "c.vtt", "c.json")
+        )
+    )
+    found = find_audio(tmp_path)
+    assert found.audio == [AudioFile("a.wav", ".json", ".TXT"), AudioFile("b.wav", ".JSON"), AudioFile("c.wav", ".vtt")]
+    preferred = "another transcript of the audio file is used"
+    assert found.others == {
+        (".json", "transcript"): 2,
+        (".txt", "transcript"): 1,
+        (".txt", preferred): 1,
+        (".vtt", "transcript"): 1,
+        (".json", preferred): 1,
+    }
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,10 @@ from w2vscale.errors import UserError
 TEXT_SUFFIXES = (".ctm", ".textgrid", ".srt", ".vtt", ".json", ".txt")
 """Transcripts beside an audio file, in the order in which they are preferred: those with times come first."""
 
-TRANSCRIPT = "transcript"  # what `FolderContents.others` says of a text that is used
+# What `FolderContents.others` says of texts.
+TRANSCRIPT = "transcript"
+PREFERRED = "another transcript of the audio file is used"
+ALONE = "no audio file beside it has its name"
 
 
 class AudioFile(NamedTuple):
@@ -22,6 +26,7 @@ class AudioFile(NamedTuple):
 
     path: str
     text: str = ""
+    untimed: str = ""  # of a .txt to use if `text` is .json and turns out to be something else than a transcript
 
 
 class Unusable(NamedTuple):
@@ -78,7 +83,7 @@ def find_audio(folder: Path) -> FolderContents:
                 raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
             found.unusable.append(Unusable(below, "unreadable", f"cannot be read: {error.strerror}"))
             continue
-        audio, texts = [], {}
+        audio, texts = [], dict[str, list[str]]()  # suffixes by stem
         for entry in entries:
             stem, suffix = os.path.splitext(entry.name)
             is_link = entry.is_symlink()
@@ -91,18 +96,19 @@ def find_audio(folder: Path) -> FolderContents:
             elif suffix.lower() in AUDIO_SUFFIXES:
                 audio.append(entry)
             elif suffix.lower() in TEXT_SUFFIXES:
-                texts[stem, suffix.lower()] = suffix
+                texts.setdefault(stem, []).append(suffix)
             else:
                 found.leave_out(suffix, "not audio")
-        used = set()
+        for suffixes in texts.values():
+            suffixes.sort(key=lambda suffix: (TEXT_SUFFIXES.index(suffix.lower()), suffix))
         for entry in audio:
-            stem = os.path.splitext(entry.name)[0]
-            kind = next((kind for kind in TEXT_SUFFIXES if (stem, kind) in texts), "")
-            used.add((stem, kind))
-            file = AudioFile(below + entry.name, texts.get((stem, kind), ""))
+            file = AudioFile(below + entry.name, *_chosen(texts.get(os.path.splitext(entry.name)[0], [])))
             (file_links if entry.is_symlink() else found.audio).append(file)
-        for stem, kind in texts:
-            found.leave_out(kind, TRANSCRIPT if (stem, kind) in used else "no audio file beside it has its name")
+        stems = {os.path.splitext(entry.name)[0] for entry in audio}
+        for stem, suffixes in texts.items():
+            chosen = _chosen(suffixes) if stem in stems else ()
+            for suffix in suffixes:
+                found.leave_out(suffix, TRANSCRIPT if suffix in chosen else PREFERRED if chosen else ALONE)
         folder_links.sort(key=lambda path: path.split("/"), reverse=True)
     for file in sorted(file_links):
         place, name = os.path.split(target := os.path.realpath(folder / file.path))
@@ -113,3 +119,10 @@ def find_audio(folder: Path) -> FolderContents:
             found.audio.append(file)
     found.audio.sort(key=lambda file: file.path.split("/"))
     return found
+
+
+def _chosen(suffixes: Sequence[str]) -> Sequence[str]:
+    """The transcripts to use, of those beside an audio file in the order of preference: one, or a .json and a .txt."""
+    if len(suffixes) > 1 and suffixes[0].lower() == ".json":
+        return [suffixes[0], *[suffix for suffix in suffixes if suffix.lower() == ".txt"][:1]]
+    return suffixes[:1]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from lhotse.cut import Cut
 
-from w2vscale.corpora.finding import Unusable, find_audio
+from w2vscale.corpora.finding import AudioFile, Unusable, find_audio
 from w2vscale.corpora.header_cache import Header
 from w2vscale.corpora.manifests import existing_folder
 from w2vscale.corpora.preparing import (
@@ -28,21 +28,30 @@ from w2vscale.corpora.preparing import (
     write_manifests,
 )
 from w2vscale.corpora.report import Report
-from w2vscale.corpora.segments import SHORTEST, Segment, Timed, segments_of_speech, windows, words_of
+from w2vscale.corpora.segments import OVERHANG, SHORTEST, Segment, Timed, segments_of_speech, windows, words_of
 from w2vscale.corpora.text_files import text_of_file
-from w2vscale.corpora.timed_text import read_kaldi_segments, read_timed
+from w2vscale.corpora.timed_text import check_encoding, read_kaldi_segments, read_timed
 from w2vscale.data.decoding import AudioError
 from w2vscale.errors import UserError
 
 SHORTEST_WINDOW = 0.1  # seconds; a recording cut into much shorter ones would fill the disk
 LONGEST_OF_SPEECH = 30.0  # seconds of a segment with --vad and without --segment-seconds
-LATE = 1.0  # seconds by which a transcript may end after its recording
+LATE = 1.0  # seconds after the end of a recording in which a word may begin
 
 WITHOUT_TIMES = "segments without text, because the transcript of their recording has no times"
 OVERHANGING = "segments without text, because a word or phrase of it extends beyond the segment"
-OUTSIDE = "words or phrases that are in no segment, because no speech was found there"
+OUTSIDE = "words or phrases in no segment, because no speech was found there or the recording ends before"
 NOT_A_TRANSCRIPT = "JSON files beside audio without words and times, which are not used as transcripts"
-SAME_NAME = "audio files that share their name with another one, so that their ids are their paths"
+SAME_NAME = "audio files that share their name with another one or its segments, so that their ids are their paths"
+NOT_AMONG = "recordings in the file `segments` that are not among the audio files"
+
+
+class TranscriptError(UserError):
+    """A transcript cannot be used. `path` is below the folder; the message is the reason."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path = path
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Folder:
     """What all processes know of a folder that is prepared."""
 
     path: Path
-    texts: dict[str, str]  # suffix of the transcript beside an audio file, by the path of the audio file
+    texts: dict[str, AudioFile]  # audio files with a transcript beside them, by their path
     names: dict[str, str]  # ids of the files that share their name with another file
     phrases: dict[str, list[Timed]]  # of Kaldi's files `segments` and `text` in this folder, by recording
     options: Options
@@ -87,18 +96,23 @@ def prepare_folder(
     least = 2 * SHORTEST if options.vad else SHORTEST_WINDOW
     if segment_seconds is not None and not segment_seconds >= least:
         raise UserError(f"--segment-seconds {segment_seconds}: must be at least {least}{' with --vad' * options.vad}")
+    if encoding is not None:
+        check_encoding(encoding)
     found = find_audio(audio)
     if not found.audio:
         raise found.no_audio(audio)
     files = [file.path for file in found.audio]
-    names = _names_of_twins(files)
+    names = _names_of_twins(files, in_segments=options.vad or segment_seconds is not None)
+    phrases = read_kaldi_segments(audio, encoding=encoding)
+    stems = {name for file in files for name in _names_in_kaldi(file)} if phrases else set()
     report = Report(unusable=found.unusable, others=found.others)
     report.notes[SAME_NAME] += len(names)
+    report.notes[NOT_AMONG] += len(phrases.keys() - stems)
     folder = Folder(
         path=audio,
-        texts={file.path: file.text for file in found.audio if file.text},
+        texts={file.path: file for file in found.audio if file.text},
         names=names,
-        phrases=read_kaldi_segments(audio, encoding=encoding),
+        phrases=phrases,
         options=options,
         segment_seconds=segment_seconds,
         language=language,
@@ -117,10 +131,22 @@ def identifier_of(file: str) -> str:
     return os.path.splitext(file)[0].replace("/", "-")
 
 
-def _names_of_twins(files: Sequence[str]) -> dict[str, str]:
-    """The ids of files that would share theirs with another file: they keep the suffix."""
+def _names_in_kaldi(file: str) -> tuple[str, str]:
+    """The names by which Kaldi's file `segments` may refer to an audio file."""
+    return os.path.splitext(os.path.basename(file))[0], identifier_of(file)
+
+
+def _names_of_twins(files: Sequence[str], *, in_segments: bool) -> dict[str, str]:
+    """The ids of files that would share theirs with another file, or with a segment of it: they keep the suffix."""
     count = Counter(map(identifier_of, files))
-    twins = {file: file.replace("/", "-") for file in files if count[identifier_of(file)] > 1}
+
+    def shared(identifier: str) -> bool:
+        recording, _, number = identifier.rpartition("-")
+        return count[identifier] > 1 or (
+            in_segments and recording in count and number.isdecimal() and number == str(int(number))
+        )
+
+    twins = {file: file.replace("/", "-") for file in files if shared(identifier_of(file))}
     for name, times in Counter(twins.values()).items():
         if times > 1 or name in count:
             file = next(file for file in twins if twins[file] == name)
@@ -155,10 +181,8 @@ def _cuts_of(folder: Folder, headers: Sequence[Header]) -> Cuts:
         except AudioError as error:
             found.unusable.append(Unusable(header.file, error.kind, str(error)))
             continue
-        except UserError as error:  # of its transcript
-            path = os.path.splitext(header.file)[0] + folder.texts.get(header.file, "")
-            reason = str(error).removeprefix(f"{folder.path / path}: ")
-            found.unusable.append(Unusable(path, "transcript", f"{reason}; its audio is left out"))
+        except TranscriptError as error:
+            found.unusable.append(Unusable(error.path, "transcript", f"{error}; its audio is left out"))
             continue
         if folder.options.vad:
             found.seconds += header.samples / header.sampling_rate
@@ -177,20 +201,17 @@ def _cuts_of(folder: Folder, headers: Sequence[Header]) -> Cuts:
 def _cuts_of_file(folder: Folder, header: Header, notes: Cuts) -> list[Cut]:
     """The cuts of one file; what is worth knowing is added to `notes`.
 
-    Raises AudioError if the audio cannot be used, and UserError if the transcript cannot.
+    Raises AudioError if the audio cannot be used, and TranscriptError if the transcript cannot.
     """
     channel = folder.options.channel
     identifier = folder.names.get(header.file) or identifier_of(header.file)
     whole = whole_file(header, folder.path, identifier, channel=channel)
     speaker = os.path.dirname(header.file) or None
-    units, text = _transcript(folder, header.file, notes)
-    if units and units[-1].start > whole.duration + LATE:
-        raise UserError(f"has words at {units[-1].start:.1f} s, but the audio ends at {whole.duration:.1f} s")
+    units, text = _transcript(folder, header.file, whole.duration, notes)
     segments = _segments(folder, header, whole.duration, units)
     if segments is None:
-        text = text if units is None else " ".join(unit.text for unit in units)
-        return [with_text(whole, Text(text, speaker, folder.language))]
-    texts = _texts_of_segments(segments, units, text, notes)
+        return [with_text(whole, Text(text if units is None else _joined(units), speaker, folder.language))]
+    texts = _texts_of_segments(segments, whole.duration, units, text, notes)
     return [
         with_text(part_of(whole, segment, f"{identifier}-{number}"), Text(words, speaker, folder.language))
         for number, (segment, words) in enumerate(zip(segments, texts, strict=True))
@@ -198,9 +219,9 @@ def _cuts_of_file(folder: Folder, header: Header, notes: Cuts) -> list[Cut]:
 
 
 def _texts_of_segments(
-    segments: Sequence[Segment], units: Sequence[Timed] | None, text: str | None, notes: Cuts
+    segments: Sequence[Segment], duration: float, units: Sequence[Timed] | None, text: str | None, notes: Cuts
 ) -> list[str | None]:
-    """What is said in each segment, as far as it is known. `text` is the transcript if it has no times."""
+    """What is said in each segment of a recording, as far as it is known. `text` is the transcript without times."""
     if units is None:
         if len(segments) == 1:  # it has all of the speech
             return [text]
@@ -208,11 +229,12 @@ def _texts_of_segments(
         return [None] * len(segments)
     texts: list[str | None] = []
     outside = len(units)
-    for segment in segments:
-        words, partly = words_of(segment, units)
+    for start, end in segments:
+        # Times are inexact: the last word may end after the recording.
+        words, partly = words_of(Segment(start, end if end < duration else duration + OVERHANG), units)
         outside -= len(words)
         notes.notes[OVERHANGING] += bool(partly)
-        texts.append(None if partly else " ".join(word.text for word in words))
+        texts.append(None if partly else _joined(words))
     notes.notes[OUTSIDE] += outside
     return texts
 
@@ -225,18 +247,33 @@ def _segments(folder: Folder, header: Header, duration: float, units: Sequence[T
     return segments_of_speech(speech_of(header, folder.options.channel), duration, longest or LONGEST_OF_SPEECH)
 
 
-def _transcript(folder: Folder, file: str, notes: Cuts) -> tuple[list[Timed] | None, str | None]:
-    """The words of a file with their times, or else its text, if it has any. Raises UserError if it is unreadable."""
+def _joined(units: Sequence[Timed]) -> str:
+    return " ".join(unit.text for unit in units if unit.text)
+
+
+def _transcript(folder: Folder, file: str, duration: float, notes: Cuts) -> tuple[Sequence[Timed] | None, str | None]:
+    """The words of a file with their times, or else its text, if it has any. Raises TranscriptError."""
     stem = os.path.splitext(file)[0]
-    for name in (os.path.basename(stem), identifier_of(file)):
+    for name in _names_in_kaldi(file):
         if name in folder.phrases:
-            return folder.phrases[name], None
-    suffix = folder.texts.get(file)
-    if suffix is None:
-        return None, None
-    path = folder.path / f"{stem}{suffix}"
-    if suffix.lower() == ".txt":
-        return None, text_of_file(path, encoding=folder.encoding).strip()
-    units = read_timed(path, encoding=folder.encoding)
-    notes.notes[NOT_A_TRANSCRIPT] += units is None
-    return units, None
+            return _checked(folder.phrases[name], duration, "segments"), None
+    beside = folder.texts.get(file, AudioFile(file))
+    for suffix in filter(None, (beside.text, beside.untimed)):
+        path = f"{stem}{suffix}"
+        try:
+            if suffix.lower() == ".txt":
+                return None, text_of_file(folder.path / path, encoding=folder.encoding).strip()
+            units = read_timed(folder.path / path, encoding=folder.encoding)
+        except UserError as error:
+            raise TranscriptError(path, str(error).removeprefix(f"{folder.path / path}: ")) from None
+        if units is not None:
+            return _checked(units, duration, path), None
+        notes.notes[NOT_A_TRANSCRIPT] += 1
+    return None, None
+
+
+def _checked(units: Sequence[Timed], duration: float, path: str) -> Sequence[Timed]:
+    """The same words. Raises TranscriptError if one begins after the end of the recording."""
+    if units and units[-1].start > duration + LATE:
+        raise TranscriptError(path, f"has words at {units[-1].start:.1f} s, but the audio ends at {duration:.1f} s")
+    return units
