@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples
 
-from w2vscale.corpora.finding import find_audio
+from w2vscale.corpora.finding import Unusable, find_audio
 from w2vscale.corpora.index import build_index
 from w2vscale.data.audio import check_channel, one_channel, read_audio
-from w2vscale.data.decoding import AudioError, open_audio, read_header
+from w2vscale.data.decoding import AudioError, is_audio, open_audio, read_header
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.resampling import Samples
@@ -50,8 +50,9 @@ def find_utterances(paths: Iterable[Path], *, channel: int | None = None) -> lis
     """Find the utterances of audio files, folders of audio files, and manifests.
 
     The name of a file is its path below the folder without suffix, or that of a file alone its name without suffix.
-    Files that would have the same name keep their suffix, and the path that was given if they still do. `channel` is
-    the channel of files to use; None means the mean of all. Raises UserError if a folder contains no audio, a manifest
+    Files that would have the same name keep their suffix, and the path that was given if they still do. A folder below
+    one of them that cannot be read is an utterance whose audio cannot be opened. `channel` is the channel of files to
+    use; None means the mean of all. Raises UserError if a folder contains no audio, a manifest
     is unusable, or an id cannot be a file name.
     """
     found: list[Utterance] = []
@@ -61,7 +62,8 @@ def find_utterances(paths: Iterable[Path], *, channel: int | None = None) -> lis
             if not contents.audio:
                 raise contents.no_audio(path)
             found += [_of_file(path / file.path, file.path, channel) for file in contents.audio]
-        elif ".jsonl" in path.suffixes:
+            found += [Utterance(one.path, str(path / one.path), partial(_refuse, one)) for one in contents.unusable]
+        elif ".jsonl" in path.suffixes and not is_audio(path.name):
             found += _cut_utterances(path)
         else:
             found.append(_of_file(path, path.name, channel))
@@ -73,6 +75,10 @@ def find_utterances(paths: Iterable[Path], *, channel: int | None = None) -> lis
 
 def _of_file(path: Path, below: str, channel: int | None) -> Utterance:
     return Utterance(os.path.splitext(below)[0], str(path), partial(_open_file, path, channel), path=below)
+
+
+def _refuse(unusable: Unusable) -> Audio:
+    raise AudioError(unusable.kind, unusable.reason)
 
 
 def utterances_by_name(manifests: Sequence[Path]) -> dict[str, Utterance]:
