@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,9 @@ def write_manifests(
     with closing(HeaderCache(output / "headers.sqlite", folder)) as cache:
         readable = _read_headers(files, folder, cache, report, options)
         cache.keep_only(readable)
-        _check(report, folder, output, options, used=len(readable))
+        with _written_if_refused(report, output):
+            report.check(folder, len(readable), strict=options.strict, max_bad_fraction=options.max_bad_fraction)
+            cuts_of_some = cuts_of(readable)
         for path in paths:
             for stale in output.glob(f".{path.name}.*.partial"):  # of a killed call: the cache is locked
                 stale.unlink()
@@ -109,7 +111,7 @@ def write_manifests(
         done, counts, seconds = 2 * len(files) - len(readable), [0] * len(paths), [0.0] * len(paths)
         with ExitStack() as stack:
             manifests = [stack.enter_context(new_file(path)) for path in paths]
-            found = parallel_map(cuts_of(readable), headers, jobs=options.jobs, source=folder)
+            found = parallel_map(cuts_of_some, headers, jobs=options.jobs, source=folder)
             for chunk, cuts in zip(chunks, found, strict=True):
                 for which, line, duration in cuts.lines:
                     manifests[which].write(line)
@@ -123,7 +125,9 @@ def write_manifests(
                 report.seconds_of_speech += cuts.seconds_of_speech
                 done += len(chunk)
                 options.progress(done, 2 * len(files))
-            _check(report, folder, output, options, used=report.used.total())
+            with _written_if_refused(report, output):
+                used = report.used.total()
+                report.check(folder, used, strict=options.strict, max_bad_fraction=options.max_bad_fraction)
     report.manifests = [
         PreparedManifest(path, count, total / 3600) for path, count, total in zip(paths, counts, seconds, strict=True)
     ]
@@ -131,10 +135,11 @@ def write_manifests(
     return report
 
 
-def _check(report: Report, folder: Path, output: Path, options: Options, *, used: int) -> None:
-    """Raise UserError, after writing the report, if too many files are unusable."""
+@contextmanager
+def _written_if_refused(report: Report, output: Path) -> Iterator[None]:
+    """Write the report before a UserError leaves."""
     try:
-        report.check(folder, used, strict=options.strict, max_bad_fraction=options.max_bad_fraction)
+        yield
     except UserError:
         report.write(output / "prepare_report.json")
         raise

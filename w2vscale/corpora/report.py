@@ -36,6 +36,8 @@ class Report:
         `used` is the number of files that can be used.
         """
         bad, files = len(self.unusable), used + len(self.unusable)
+        if not bad and not used:
+            raise UserError(f"{where}: no speech was found in any of the files")
         if not bad:
             return
         first = f"{where / self.unusable[0].path}: {self.unusable[0].reason}"
