@@ -116,7 +116,7 @@ class TestKeys:
             # PyYAML writes keys plainly that are text in YAML 1.1.
             assert load_yaml(yaml.safe_dump(values, default_flow_style=style)) == values
 
-    @given(key=st.from_regex(r"[\w.+~=-]{1,8}", fullmatch=True).filter(lambda key: key.isascii()))
+    @given(key=st.from_regex(r"[0-9A-Za-z_.+~=-]{1,8}", fullmatch=True))
     def test_any_plain_key_is_its_text(self, key: str) -> None:
         if not key.startswith(("-", "=")) and key != "..." and not key.startswith("---"):
             assert load_yaml(f"{key}: 1") == load_yaml(f"{{{key}: 1}}") == {key: 1}

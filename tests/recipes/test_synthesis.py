@@ -19,7 +19,7 @@ import speech_corpus
 from espeak import EspeakProcess, Voice
 from sentences import RULES, WORDS, draw_sentence, transcript
 from speech_corpus import SynthesisSummary, draw_speakers, finish_audio, speakers_table, synthesise_corpus
-from w2vscale.corpora.librispeech import prepare_librispeech
+from w2vscale.corpora.named import prepare_librispeech
 from w2vscale.errors import UserError
 
 needs_espeak = pytest.mark.skipif(
@@ -316,7 +316,7 @@ class TestScript:
         line = rf"{tmp_path}/out/LibriSpeech: 2 speakers, \d utterances, 0\.\d minutes"
         assert re.fullmatch(line + r"\n", self.run(tmp_path / "out", *minutes).stdout)
         assert re.fullmatch(line + r" \(was there already\)\n", self.run(tmp_path / "out", *minutes).stdout)
-        written = prepare_librispeech(tmp_path / "out", tmp_path / "manifests", mini=True)
+        written = prepare_librispeech(tmp_path / "out", tmp_path / "manifests", mini=True).manifests
         assert [manifest.path.name for manifest in written] == ["cuts_dev-clean-2.jsonl", "cuts_train-clean-5.jsonl"]
 
     def test_an_error_is_one_line(self, tmp_path: Path) -> None:
