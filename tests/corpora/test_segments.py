@@ -13,6 +13,7 @@ from w2vscale.corpora.segments import (
     SHORTEST,
     Segment,
     Timed,
+    near_to,
     segments_of_speech,
     windows,
     words_of,
@@ -92,6 +93,28 @@ def test_every_word_is_in_exactly_one_of_adjacent_segments(units: list[tuple[flo
     segments = [Segment(*pair) for pair in pairwise(borders)]
     found = [word for segment in segments for word in words_of(segment, words)[0]]
     assert found == words
+
+
+@given(
+    units=st.lists(st.tuples(times, st.sampled_from([0.0, 0.3, 2.0, 40.0])), max_size=20), ends=st.tuples(times, times)
+)
+def test_the_words_near_to_a_segment_are_all_that_it_has(
+    units: list[tuple[float, float]], ends: tuple[float, float]
+) -> None:
+    words = sorted(Timed(start, start + length, "x") for start, length in units)  # they may overlap
+    segment = Segment(min(ends), max(ends))
+    near = near_to(words)(segment)
+    assert words_of(segment, near) == words_of(segment, words)
+    assert {word for word in words if word.start < segment.end and word.end > segment.start} <= {*near}
+
+
+def test_a_recording_of_ten_hours() -> None:
+    words = [Timed(0.36 * number, 0.36 * number + 0.3, str(number)) for number in range(100_000)]
+    near = near_to(words)
+    segments = windows(36_000.0, 15.0, words)
+    assert max(len(near(segment)) for segment in segments) < 50
+    assert [word for segment in segments for word in words_of(segment, near(segment))[0]] == words
+    assert not any(words_of(segment, near(segment))[1] for segment in segments)
 
 
 def test_a_word_that_is_cut_is_partly_in_both_segments() -> None:

@@ -28,7 +28,7 @@ from w2vscale.corpora.preparing import (
     write_manifests,
 )
 from w2vscale.corpora.report import Report
-from w2vscale.corpora.segments import OVERHANG, SHORTEST, Segment, Timed, segments_of_speech, windows, words_of
+from w2vscale.corpora.segments import OVERHANG, SHORTEST, Segment, Timed, near_to, segments_of_speech, windows, words_of
 from w2vscale.corpora.text_files import text_of_file
 from w2vscale.corpora.timed_text import check_encoding, read_kaldi_segments, read_timed
 from w2vscale.data.decoding import AudioError
@@ -228,10 +228,11 @@ def _texts_of_segments(
         notes.notes[WITHOUT_TIMES] += len(segments) if text else 0
         return [None] * len(segments)
     texts: list[str | None] = []
-    outside = len(units)
+    outside, near = len(units), near_to(units)
     for start, end in segments:
         # Times are inexact: the last word may end after the recording.
-        words, partly = words_of(Segment(start, end if end < duration else duration + OVERHANG), units)
+        segment = Segment(start, end if end < duration else duration + OVERHANG)
+        words, partly = words_of(segment, near(segment))
         outside -= len(words)
         notes.notes[OVERHANGING] += bool(partly)
         texts.append(None if partly else _joined(words))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -32,12 +33,15 @@ def windows(duration: float, longest: float, units: Sequence[Timed] = ()) -> lis
     `units` are sorted by time. Nothing of the recording is left out. A unit is cut only if it is longer than `longest`,
     or if it overlaps with others.
     """
-    pauses = [(before + after) / 2 for before, after in _pauses(units)]
+    pauses = [(before + after) / 2 for before, after in _pauses(units)]  # sorted
+    near = near_to(units)
     segments, start = list[Segment](), 0.0
     while duration - start > longest:
         end = start + longest
-        if any(unit.start < end < unit.end for unit in units):
-            end = max((pause for pause in pauses if start < pause < end), default=end)
+        if any(unit.start < end < unit.end for unit in near(Segment(end, end))):
+            before = bisect_left(pauses, end)
+            if before and pauses[before - 1] > start:
+                end = pauses[before - 1]
         segments.append(Segment(start, end))
         start = end
     return [*segments, Segment(start, duration)]
@@ -66,6 +70,17 @@ def segments_of_speech(speech: Sequence[Segment], duration: float, longest: floa
             start = cut
         segments.append(Segment(start, end))
     return segments
+
+
+def near_to(units: Sequence[Timed]) -> Callable[[Segment], Sequence[Timed]]:
+    """A function that quickly selects those of `units`, sorted by time, that may overlap with a segment."""
+    starts = [unit.start for unit in units]
+    longest = max((unit.end - unit.start for unit in units), default=0.0)
+
+    def near(segment: Segment) -> Sequence[Timed]:
+        return units[bisect_left(starts, segment.start - longest) : bisect_right(starts, segment.end)]
+
+    return near
 
 
 def words_of(segment: Segment, units: Sequence[Timed]) -> tuple[list[Timed], list[Timed]]:
