@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from w2vscale.corpora.finding import AudioFile, find_audio
+from w2vscale.data.decoding import is_audio
 from w2vscale.errors import UserError
 
 
@@ -98,6 +101,44 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert found.others[("(no suffix)", anyway.format("folder"))] == 3
     assert found.others[(".wav", anyway.format("file"))] == 3
     assert found.others[("(no suffix)", "broken link")] == 1
+
+
+NAMES = ["a.wav", "A.WAV", "b.flac", "a.txt", "a.TXT", "a.json", "b.srt", "notes.pdf", "README", "._a.wav", ".x"]
+
+
+@settings(max_examples=100)
+@given(
+    files=st.sets(st.tuples(st.sampled_from(["", "d/", "d/e/", "f/", ".git/"]), st.sampled_from(NAMES)), min_size=1),
+    links=st.dictionaries(
+        st.sampled_from(["l", "d/l", "l.wav", "d/l.flac", "f/l.txt", ".l", "f/m"]),
+        st.sampled_from(["", "d", "d/e", "f", "a.wav", "d/a.wav", "f/b.flac", "notes.pdf", "no", "l", "d/a.txt"]),
+    ),
+)
+def test_every_entry_is_found_or_counted(
+    files: set[tuple[str, str]], links: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    top = tmp_path_factory.mktemp("tree")
+    touch(*(top / place / name for place, name in files))
+    for link, target in links.items():
+        (top / link).parent.mkdir(exist_ok=True)
+        os.symlink(top / target, top / link)
+    entries = 0
+    for place, folders, names in os.walk(top):
+        hidden = [name for name in folders if name.startswith(".")]
+        linked = [name for name in folders if os.path.islink(os.path.join(place, name)) and name not in hidden]
+        entries += len(names) + len(hidden) + len(linked)
+        folders[:] = [name for name in folders if name not in hidden]
+    found = find_audio(top)
+    assert not found.unusable
+    assert len(found.audio) + found.others.total() == entries
+    reals = [os.path.realpath(top / file.path) for file in found.audio]
+    assert len({*reals}) == len(reals)
+    assert {*reals} >= {
+        str(top / place / name) for place, name in files if is_audio(name) and "/." not in f"/{place}{name}"
+    }
+    for file in found.audio:
+        for suffix in filter(None, (file.text, file.untimed)):
+            assert (top / file.path).with_suffix(suffix).is_file()
 
 
 def test_an_unreadable_folder_is_named_and_the_rest_is_used(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lhotse import CutSet
 from lhotse.cut import Cut
@@ -123,6 +123,7 @@ class TestWithTimes:
             assert texts_of(cuts) == ["one two três four"]
             assert cuts[0].id == "talk"
 
+    @settings(max_examples=15)  # each writes a corpus
     @given(
         steps=st.lists(st.tuples(st.integers(0, 200), st.integers(1, 150)), max_size=25),
         suffix=st.sampled_from([*FORMATS]),
