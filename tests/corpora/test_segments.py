@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2vscale.corpora.segments import (
@@ -32,6 +32,7 @@ def parts(draw: st.DrawFn, longest: float) -> list[tuple[float, float]]:
     return found
 
 
+@settings(max_examples=200)
 @given(duration=st.floats(0.1, 100), longest=st.floats(0.5, 40), units=parts(5.0))
 def test_windows_cover_a_recording_and_cut_no_word_that_fits(
     duration: float, longest: float, units: list[tuple[float, float]]
@@ -51,6 +52,28 @@ def test_windows_end_at_the_limit_or_in_the_last_pause_before_it() -> None:
     found = windows(12.0, 5.0, words)
     assert [segment.start for segment in found] == pytest.approx([0.0, 4.7, 7.2])
     assert [segment.end for segment in found] == pytest.approx([4.7, 7.2, 12.0])
+
+
+def test_a_window_may_end_in_a_pause_in_which_the_one_before_ended() -> None:
+    words = [Timed(0.0, 1.5, "a"), Timed(5.5, 6.0, "b")]
+    assert [segment.end for segment in windows(6.0, 1.875, words)] == [1.875, 3.75, 4.625, 6.0]
+
+
+def test_a_phrase_that_is_too_long_is_cut_and_the_pause_before_it_at_most_twice() -> None:
+    words = [Timed(1.0, 6.0, "a phrase")]
+    assert [segment.end for segment in windows(6.5, 2.0, words)] == [0.5, 1.0, 3.0, 5.0, 6.5]
+
+
+@given(
+    units=st.lists(st.tuples(times, st.sampled_from([0.0, 0.5, 3.0, 20.0])), max_size=12),
+    duration=st.floats(0.1, 60),
+    longest=st.sampled_from([0.5, 1.875, 2.0, 7.0]),
+)
+def test_windows_are_few_with_any_words(units: list[tuple[float, float]], duration: float, longest: float) -> None:
+    words = sorted(Timed(start, start + length, "x") for start, length in units)  # they may overlap
+    segments = windows(duration, longest, words)
+    assert all(one.end == other.start for one, other in pairwise(segments))
+    assert len(segments) <= duration / longest + 3 * len(words) + 1
 
 
 @given(speech=parts(50.0), longest=st.floats(4.0, 40.0), rest=st.floats(0, 10))

@@ -150,7 +150,7 @@ class TestWithTimes:
 
     def test_text_that_extends_beyond_a_segment_leaves_it_without_text_and_is_counted(self, talk: Path) -> None:
         phrase = Timed(1.0, 4.0, "a phrase that is longer than the segments")
-        talk.with_suffix(".srt").write_text(as_srt([phrase, Timed(4.5, 5.0, "short")]))
+        talk.with_suffix(".srt").write_text(as_srt([phrase, Timed(5.2, 5.7, "short")]))
         cuts, report = prepared(talk, segment_seconds=2.0)
         texts = dict(zip([round(cut.start, 2) for cut in cuts], texts_of(cuts), strict=True))
         covered = [cut for cut in cuts if cut.start < 4.0 - OVERHANG and cut.end > 1.0 + OVERHANG]

@@ -33,15 +33,17 @@ def windows(duration: float, longest: float, units: Sequence[Timed] = ()) -> lis
     `units` are sorted by time. Nothing of the recording is left out. A unit is cut only if it is longer than `longest`,
     or if it overlaps with others.
     """
-    pauses = [(before + after) / 2 for before, after in _pauses(units)]  # sorted
-    near = near_to(units)
+    pauses = [*_pauses(units)]
+    near, ends_of_pauses = near_to(units), [after for _, after in pauses]
     segments, start = list[Segment](), 0.0
     while duration - start > longest:
         end = start + longest
-        if any(unit.start < end < unit.end for unit in near(Segment(end, end))):
-            before = bisect_left(pauses, end)
-            if before and pauses[before - 1] > start:
-                end = pauses[before - 1]
+        if cut := [unit.end for unit in near(Segment(end, end)) if unit.start < end < unit.end]:
+            before, after = pauses[bisect_left(ends_of_pauses, end) - 1]
+            middle = (max(before, start) + after) / 2
+            if before < start and max(cut) > middle + longest:  # or one pause would be cut again and again
+                middle = after
+            end = middle if start < middle < end else end
         segments.append(Segment(start, end))
         start = end
     return [*segments, Segment(start, duration)]
