@@ -67,7 +67,7 @@ def find_audio(folder: Path) -> FolderContents:
     found = FolderContents()
     folders, folder_links = [""], list[str]()
     file_links: list[AudioFile] = []
-    visited: set[str] = set()  # real paths of folders
+    visited: set[str] = set()  # real paths of folders, and of files that links lead to
     while folders or folder_links:
         below = folders.pop() if folders else folder_links.pop()
         real = os.path.realpath(folder / below)
@@ -76,39 +76,17 @@ def find_audio(folder: Path) -> FolderContents:
             continue
         visited.add(real)
         try:
-            with os.scandir(folder / below) as listing:
-                entries = list(listing)
+            inside = _sorted_entries(folder / below, found)
         except OSError as error:
             if not below:
                 raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
             found.unusable.append(Unusable(below, "unreadable", f"cannot be read: {error.strerror}"))
             continue
-        audio, texts = [], dict[str, list[str]]()  # suffixes by stem
-        for entry in entries:
-            stem, suffix = os.path.splitext(entry.name)
-            is_link = entry.is_symlink()
-            if entry.name.startswith("."):
-                found.leave_out(suffix, "hidden")
-            elif os.path.isdir(entry) if is_link else entry.is_dir():
-                (folder_links if is_link else folders).append(f"{below}{entry.name}/")
-            elif not (os.path.isfile(entry) if is_link else entry.is_file()):
-                found.leave_out(suffix, "not a file" if os.path.exists(entry) else "broken link")
-            elif suffix.lower() in AUDIO_SUFFIXES:
-                audio.append(entry)
-            elif suffix.lower() in TEXT_SUFFIXES:
-                texts.setdefault(stem, []).append(suffix)
-            else:
-                found.leave_out(suffix, "not audio")
-        for suffixes in texts.values():
-            suffixes.sort(key=lambda suffix: (TEXT_SUFFIXES.index(suffix.lower()), suffix))
-        for entry in audio:
-            file = AudioFile(below + entry.name, *_chosen(texts.get(os.path.splitext(entry.name)[0], [])))
-            (file_links if entry.is_symlink() else found.audio).append(file)
-        stems = {os.path.splitext(entry.name)[0] for entry in audio}
-        for stem, suffixes in texts.items():
-            chosen = _chosen(suffixes) if stem in stems else ()
-            for suffix in suffixes:
-                found.leave_out(suffix, TRANSCRIPT if suffix in chosen else PREFERRED if chosen else ALONE)
+        for entry in inside.folders:
+            (folder_links if entry.is_symlink() else folders).append(f"{below}{entry.name}/")
+        for entry in inside.audio:
+            texts = _chosen(inside.texts.get(os.path.splitext(entry.name)[0], ()))
+            (file_links if entry.is_symlink() else found.audio).append(AudioFile(below + entry.name, *texts))
         folder_links.sort(key=lambda path: path.split("/"), reverse=True)
     for file in sorted(file_links):
         place, name = os.path.split(target := os.path.realpath(folder / file.path))
@@ -119,6 +97,42 @@ def find_audio(folder: Path) -> FolderContents:
             found.audio.append(file)
     found.audio.sort(key=lambda file: file.path.split("/"))
     return found
+
+
+class _Entries(NamedTuple):
+    """What is in a folder. `texts` are the suffixes of transcripts by stem, in the order of preference."""
+
+    folders: list[os.DirEntry[str]]
+    audio: list[os.DirEntry[str]]
+    texts: dict[str, list[str]]
+
+
+def _sorted_entries(folder: Path, found: FolderContents) -> _Entries:
+    """The entries of a folder by what they are; transcripts and other files are also counted in `found`."""
+    inside = _Entries([], [], {})
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            stem, suffix = os.path.splitext(entry.name)
+            is_link = entry.is_symlink()
+            if entry.name.startswith("."):
+                found.leave_out(suffix, "hidden")
+            elif os.path.isdir(entry) if is_link else entry.is_dir():
+                inside.folders.append(entry)
+            elif not (os.path.isfile(entry) if is_link else entry.is_file()):
+                found.leave_out(suffix, "not a file" if os.path.exists(entry) else "broken link")
+            elif suffix.lower() in AUDIO_SUFFIXES:
+                inside.audio.append(entry)
+            elif suffix.lower() in TEXT_SUFFIXES:
+                inside.texts.setdefault(stem, []).append(suffix)
+            else:
+                found.leave_out(suffix, "not audio")
+    stems = {os.path.splitext(entry.name)[0] for entry in inside.audio}
+    for stem, suffixes in inside.texts.items():
+        suffixes.sort(key=lambda suffix: (TEXT_SUFFIXES.index(suffix.lower()), suffix))
+        chosen = _chosen(suffixes) if stem in stems else ()
+        for suffix in suffixes:
+            found.leave_out(suffix, TRANSCRIPT if suffix in chosen else PREFERRED if chosen else ALONE)
+    return inside
 
 
 def _chosen(suffixes: Sequence[str]) -> Sequence[str]:
