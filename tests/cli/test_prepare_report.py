@@ -51,7 +51,7 @@ def test_what_is_refused(bad: int, used: int, fraction: float, strict: bool) -> 
     refused = bad > 0 and (strict or (bad > ALWAYS_ALLOWED and bad > fraction * (bad + used)))
     message = ""
     try:
-        report.check(Path("/corpus"), used, strict=strict, max_bad_fraction=fraction)
+        report.check(Path("/corpus"), used, "file", strict=strict, limit=fraction)
     except UserError as error:
         message = str(error)
     assert bool(message) == refused

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import soundfile
+from lhotse import CutSet
 
 from tests.corpora.test_folder import error_of
 from tests.corpora.test_lists import cuts_in
@@ -95,6 +96,31 @@ def test_parquet_of_another_program_and_a_repeated_call(tmp_path: Path) -> None:
     report = prepare_huggingface(str(tmp_path / "dataset"), tmp_path / "out")
     assert (report.headers_read, report.headers_unchanged) == (0, 4)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "audio").rglob("*.*")} == before
+
+
+def test_another_dataset_in_the_same_folder_replaces_the_audio(rows: Any, tmp_path: Path) -> None:
+    sound = [{"bytes": encoded(1.0, "WAV", seed), "path": None} for seed in (1, 2)]
+    for number, words in ((0, "eins"), (1, "zwei")):
+        table = {"audio": sound[number : number + 1], "text": [words]}
+        datasets.Dataset.from_dict(table).to_parquet(tmp_path / "dataset" / "train.parquet")
+        (cut,) = cuts_in(prepare_huggingface(str(tmp_path / "dataset"), tmp_path / "out")).values()
+        assert said(cut)[0] == words
+        assert np.allclose(read_audio(cut, sampling_rate=16_000), noise(1.0, seed=number + 1), atol=1e-4)
+
+
+def test_ids_that_repeat_samples_and_splits_in_several_folders(rows: Any, tmp_path: Path) -> None:
+    array = {"array": noise(0.5).tolist(), "sampling_rate": 16_000}
+    for language in ("en", "de"):
+        table = {"id": [7, 7, 8], "audio": [array] * 3, "text": ["a", "b", "c"]}
+        path = tmp_path / "dataset" / language / "train-00000-of-00001.parquet"
+        datasets.Dataset.from_dict(table).to_parquet(path)
+    report = prepare_huggingface(str(tmp_path / "dataset"), tmp_path / "out")
+    assert [one.path.name for one in report.manifests] == ["cuts_de_train.jsonl", "cuts_en_train.jsonl"]
+    found = {cut.id: said(cut)[0] for cut in CutSet.from_file(report.manifests[0].path)}
+    assert found == {"7": "a", "7-1": "b", "8": "c"}
+    assert report.notes["rows of en_train: audio from audio, text from text, id from id"] == 3
+    message = error_of(prepare_huggingface, str(tmp_path / "dataset"), tmp_path / "out", config="en")
+    assert message.startswith("--config en: only a dataset on the Hub has configurations")
 
 
 def test_other_columns_paths_and_rows_without_audio(tmp_path: Path) -> None:

@@ -138,13 +138,28 @@ class TestNemo:
         found = cuts_in(report)
         assert report.manifests[0].path.name == "cuts_train_manifest.jsonl"
         assert {cut.id.rpartition("-audio-")[2]: (cut.start, cut.duration) for cut in found.values()} == {
-            "audio-long-0": (1.5, 2.0),
+            "audio-long": (1.5, 2.0),
             "audio-long-1": (4.0, 3.0),
             "spk-take 1": (0.0, 1.5),
             "audio-call": (0.0, 2.0),
         }
-        assert said(found["audio-long-1"]) == ("zwei", "7", None) and said(found["audio-long-0"])[2] == "de"
+        assert said(found["audio-long-1"]) == ("zwei", "7", None) and said(found["audio-long"])[2] == "de"
         trains(report.manifests[0].path, tmp_path / "exp")
+
+    def test_durations_without_an_offset_and_ids_that_repeat(self, audio: Path, tmp_path: Path) -> None:
+        long, short = str(audio / "long.flac"), str(audio / "spk" / "take 1.wav")
+        manifest = self.write(
+            tmp_path / "m.jsonl",
+            {"audio_filepath": long, "duration": 3.0, "text": "the first three seconds", "id": "a"},
+            {"audio_filepath": short, "duration": 1.45, "text": ["two", "words"], "id": "a"},
+            {"audio_filepath": str(audio / "call.wav"), "id": "a-1", "channel_selector": 1},
+            {"audio_filepath": short, "duration": 2.5, "id": "too long"},
+        )
+        report = prepare_nemo(manifest, tmp_path / "out")
+        found = cuts_in(report)
+        assert {name: cut.duration for name, cut in found.items()} == {"a": 3.0, "a-1": 1.5, "a-1-1": 2.0}
+        assert (found["a-1-1"].channel, said(found["a-1"])[0]) == (1, "two words")
+        assert [one.reason for one in report.unusable] == ["too long ends at 2.50 s, but the audio ends at 1.50 s"]
 
     @pytest.mark.parametrize(
         ("entry", "message"),
@@ -153,6 +168,7 @@ class TestNemo:
             ({"audio_filepath": ["a.wav"]}, "audio_filepath is not text"),
             ({"audio_filepath": "a.wav", "offset": "x", "duration": 1}, "could not convert"),
             ([1], "line 1 is not an utterance of NeMo"),
+            ({"audio_filepath": "a.wav", "channel_selector": "average"}, "channel_selector is not the number"),
             ({"audio_filepath": "a.wav", "shard_id": 0}, "line 1 is of audio in a tar archive"),
         ],
     )
@@ -185,9 +201,12 @@ class TestFairseq:
         assert "line 2 is not a path, a tab, and a number of samples" in error_of(
             prepare_fairseq, manifest, tmp_path / "out"
         )
-        manifest.write_text("audio\nlong.flac\t144000\ngone.flac\t1\n")
+        manifest.write_text("audio\nlong.flac\t144000\ngone.flac\t1\nspk/take 1.wav\t999\n")
         (tmp_path / "train.wrd").write_text("EINS\n")
-        assert "has 1 lines for the 2 utterances of train.tsv" in error_of(prepare_fairseq, manifest, tmp_path / "out")
+        assert "has 1 lines for the 3 utterances of train.tsv" in error_of(prepare_fairseq, manifest, tmp_path / "out")
         (tmp_path / "train.wrd").unlink()
         report = prepare_fairseq(manifest, tmp_path / "out")
-        assert [(one.path, one.reason) for one in report.unusable] == [("gone.flac", "no such file")]
+        assert [(one.path, one.reason) for one in report.unusable] == [
+            ("gone.flac", "no such file"),
+            ("spk/take 1.wav", "has 24000 samples, but its list says 999"),
+        ]

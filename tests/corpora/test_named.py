@@ -185,7 +185,12 @@ class TestLibriLight:
         (one,) = report.unusable
         assert one.path == "small/13/book/two.flac" and one.reason.startswith("its speech is not listed in two.json (")
         other.with_suffix(".json").write_text('{"voice_activity": [[0]]}')
-        assert len(prepare_librilight(corpus, tmp_path / "out").unusable) == 1
+        (corpus / "small" / "13" / "gone.flac").symlink_to("absent")
+        report = prepare_librilight(corpus, tmp_path / "out")
+        assert len(report.unusable) == 1 and report.left_out == [("small/13/gone.flac", "broken link")]
+        for seconds in (3.0, float("nan")):
+            message = error_of(prepare_librilight, corpus, tmp_path / "out", segment_seconds=seconds)
+            assert message.startswith(f"--segment-seconds {seconds}: must be at least 4 where")
 
 
 class TestMls:
@@ -250,7 +255,19 @@ class TestCommonVoice:
         (corpus / "clip_durations.tsv").write_text("clip\tduration\na.mp3\t3\n")
         message = error_of(prepare_commonvoice, corpus, tmp_path / "out", parts=["clip_durations"])
         assert message == f"{corpus / 'clip_durations.tsv'}: has no columns path and sentence"
-        assert "--part nothing: not a part" in error_of(prepare_commonvoice, corpus, tmp_path, parts=["nothing"])
+        for parts in (["nothing"], ["train", "nothing"]):
+            assert "--part nothing: not a part" in error_of(prepare_commonvoice, corpus, tmp_path, parts=parts)
+
+    def test_rows_that_end_early(self, tmp_path: Path) -> None:
+        corpus = self.write(tmp_path / "sv-SE")
+        with (corpus / "train.tsv").open("a") as file:
+            file.write("abc9\tcommon_voice_sv_0.mp3\nabc9\t\tord\n")
+        report = prepare_commonvoice(corpus, tmp_path / "out", parts=["train"])
+        assert [one.reason for one in report.unusable] == [
+            "line 3 has no path or no sentence",
+            "line 4 has no path or no sentence",
+        ]
+        assert report.manifests[0].utterances == 1
 
 
 class TestVoxPopuli:

@@ -25,7 +25,7 @@ def test_paths_below_the_old_folder_change(manifest: Path, tmp_path: Path, monke
     shutil.move(tmp_path / "old", tmp_path / "new place")
     assert validate_manifest(manifest).bad == 2
     monkeypatch.chdir(tmp_path)
-    assert relocate(manifest, Path("old"), Path("new place/")) == (2, 3)
+    assert relocate(manifest, Path("old"), Path("new place/")) == (2, 0, 1)
     assert validate_manifest(manifest, audio=True).bad == 0
     assert Manifest(manifest).cut(0).recording.sources[0].source == str(tmp_path / "new place" / "é" / "a.wav")
     assert Manifest(manifest).cut(2).recording.sources[0].source == str(tmp_path / "old-too" / "c.wav")
@@ -40,3 +40,9 @@ def test_mistakes_leave_the_manifest_as_it_was(manifest: Path, tmp_path: Path) -
     assert manifest.read_bytes() == before
     with pytest.raises(UserError, match="no such manifest"):
         relocate(tmp_path / "no.jsonl", tmp_path / "old", tmp_path / "new")
+
+
+def test_files_that_did_not_move_along_are_counted(manifest: Path, tmp_path: Path) -> None:
+    shutil.move(tmp_path / "old", tmp_path / "new")
+    (tmp_path / "new" / "b.wav").unlink()
+    assert relocate(manifest, tmp_path / "old", tmp_path / "new") == (2, 1, 1)

@@ -125,8 +125,14 @@ def relocate(
     from w2vscale.corpora.relocate import relocate as change_paths
 
     for manifest in manifests:
-        changed, cuts = change_paths(manifest, old, new)
-        console.print(f"{manifest}: {counted(changed, 'path')} changed, {counted(cuts, 'utterance')}")
+        found = change_paths(manifest, old, new)
+        console.print(f"{manifest}: {counted(found.changed, 'path')} changed")
+        if found.missing:
+            console.print(
+                f"{manifest}: {found.missing:,} of them lead to no file; list them with: w2vscale data validate"
+            )
+        if found.others:
+            console.print(f"{manifest}: {counted(found.others, 'path')} not below {old} left as before")
 
 
 @app.command()

@@ -44,10 +44,13 @@ class FolderContents:
     audio: list[AudioFile] = field(default_factory=list)
     unusable: list[Unusable] = field(default_factory=list)
     others: Counter[tuple[str, str]] = field(default_factory=Counter)  # by suffix and reason
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # those with a suffix of audio, and why
 
-    def leave_out(self, suffix: str, reason: str) -> None:
-        """Count an entry that is not used."""
-        self.others[suffix.lower() or "(no suffix)", reason] += 1
+    def leave_out(self, path: str, reason: str) -> None:
+        """Count an entry that is not used, and list it by its path if its suffix is that of audio."""
+        self.others[os.path.splitext(path)[1].lower() or "(no suffix)", reason] += 1
+        if is_audio(path):
+            self.left_out.append((path, reason))
 
     def no_audio(self, folder: Path) -> UserError:
         """The error for a folder without usable audio, which says what is there instead."""
@@ -72,11 +75,11 @@ def find_audio(folder: Path) -> FolderContents:
         below = folders.pop() if folders else folder_links.pop()
         real = os.path.realpath(folder / below)
         if real in visited:
-            found.leave_out("", "link to a folder that is used anyway")
+            found.leave_out(below, "link to a folder that is used anyway")
             continue
         visited.add(real)
         try:
-            inside = _sorted_entries(folder / below, found)
+            inside = _sorted_entries(folder, below, found)
         except OSError as error:
             if not below:
                 raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
@@ -91,7 +94,7 @@ def find_audio(folder: Path) -> FolderContents:
     for file in sorted(file_links):
         place, name = os.path.split(target := os.path.realpath(folder / file.path))
         if target in visited or (place in visited and is_audio(name) and not name.startswith(".")):
-            found.leave_out(os.path.splitext(file.path)[1], "link to a file that is used anyway")
+            found.leave_out(file.path, "link to a file that is used anyway")
         else:
             visited.add(target)
             found.audio.append(file)
@@ -107,31 +110,31 @@ class _Entries(NamedTuple):
     texts: dict[str, list[str]]
 
 
-def _sorted_entries(folder: Path, found: FolderContents) -> _Entries:
+def _sorted_entries(folder: Path, below: str, found: FolderContents) -> _Entries:
     """The entries of a folder by what they are; transcripts and other files are also counted in `found`."""
     inside = _Entries([], [], {})
-    with os.scandir(folder) as entries:
+    with os.scandir(folder / below) as entries:
         for entry in entries:
             stem, suffix = os.path.splitext(entry.name)
             is_link = entry.is_symlink()
             if entry.name.startswith("."):
-                found.leave_out(suffix, "hidden")
+                found.leave_out(below + entry.name, "hidden")
             elif os.path.isdir(entry) if is_link else entry.is_dir():
                 inside.folders.append(entry)
             elif not (os.path.isfile(entry) if is_link else entry.is_file()):
-                found.leave_out(suffix, "not a file" if os.path.exists(entry) else "broken link")
+                found.leave_out(below + entry.name, "not a file" if os.path.exists(entry) else "broken link")
             elif suffix.lower() in AUDIO_SUFFIXES:
                 inside.audio.append(entry)
             elif suffix.lower() in TEXT_SUFFIXES:
                 inside.texts.setdefault(stem, []).append(suffix)
             else:
-                found.leave_out(suffix, "not audio")
+                found.leave_out(below + entry.name, "not audio")
     stems = {os.path.splitext(entry.name)[0] for entry in inside.audio}
     for stem, suffixes in inside.texts.items():
         suffixes.sort(key=lambda suffix: (TEXT_SUFFIXES.index(suffix.lower()), suffix))
         chosen = _chosen(suffixes) if stem in stems else ()
         for suffix in suffixes:
-            found.leave_out(suffix, TRANSCRIPT if suffix in chosen else PREFERRED if chosen else ALONE)
+            found.leave_out(stem + suffix, TRANSCRIPT if suffix in chosen else PREFERRED if chosen else ALONE)
     return inside
 
 

@@ -21,6 +21,7 @@ from w2vscale.corpora.preparing import (
     Cuts,
     Options,
     Text,
+    check_segment_seconds,
     part_of,
     speech_of,
     whole_file,
@@ -28,13 +29,12 @@ from w2vscale.corpora.preparing import (
     write_manifests,
 )
 from w2vscale.corpora.report import Report
-from w2vscale.corpora.segments import OVERHANG, SHORTEST, Segment, Timed, near_to, segments_of_speech, windows, words_of
+from w2vscale.corpora.segments import OVERHANG, Segment, Timed, near_to, segments_of_speech, windows, words_of
 from w2vscale.corpora.text_files import text_of_file
 from w2vscale.corpora.timed_text import check_encoding, read_kaldi_segments, read_timed
 from w2vscale.data.decoding import AudioError
 from w2vscale.errors import UserError
 
-SHORTEST_WINDOW = 0.1  # seconds; a recording cut into much shorter ones would fill the disk
 LONGEST_OF_SPEECH = 30.0  # seconds of a segment with --vad and without --segment-seconds
 LATE = 1.0  # seconds after the end of a recording in which a word may begin
 
@@ -43,6 +43,7 @@ OVERHANGING = "segments without text, because a word or phrase of it extends bey
 OUTSIDE = "words or phrases in no segment, because no speech was found there or the recording ends before"
 NOT_A_TRANSCRIPT = "JSON files beside audio without words and times, which are not used as transcripts"
 SAME_NAME = "audio files that share their name with another one or its segments, so that their ids are their paths"
+NO_SPEECH = "no speech was found in it"
 NOT_AMONG = "recordings in the file `segments` that are not among the audio files"
 
 
@@ -93,9 +94,7 @@ def prepare_folder(
     audio = existing_folder(audio)
     if not 0.0 <= validation_share < 1.0:
         raise UserError(f"--validation-share {validation_share}: must be at least 0 and below 1")
-    least = 2 * SHORTEST if options.vad else SHORTEST_WINDOW
-    if segment_seconds is not None and not segment_seconds >= least:
-        raise UserError(f"--segment-seconds {segment_seconds}: must be at least {least}{' with --vad' * options.vad}")
+    check_segment_seconds(segment_seconds, at_pauses=options.vad)
     if encoding is not None:
         check_encoding(encoding)
     found = find_audio(audio)
@@ -105,7 +104,7 @@ def prepare_folder(
     names = _names_of_twins(files, in_segments=options.vad or segment_seconds is not None)
     phrases = read_kaldi_segments(audio, encoding=encoding)
     stems = {name for file in files for name in _names_in_kaldi(file)} if phrases else set()
-    report = Report(unusable=found.unusable, others=found.others)
+    report = Report(unusable=found.unusable, others=found.others, left_out=found.left_out)
     report.notes[SAME_NAME] += len(names)
     report.notes[NOT_AMONG] += len(phrases.keys() - stems)
     folder = Folder(
@@ -189,12 +188,14 @@ def _cuts_of(folder: Folder, headers: Sequence[Header]) -> Cuts:
             found.seconds_of_speech += sum(end - start for start, end in speech_of(header, folder.options.channel))
         suffix = os.path.splitext(header.file)[1].lower()
         if not cuts:
-            found.others[suffix, "no speech was found in it"] += 1
+            found.others[suffix, NO_SPEECH] += 1
+            found.left_out.append((header.file, NO_SPEECH))
             continue
         held_out = _hash(identifier_of(header.file)) < folder.validation_limit
         for cut in cuts:
             found.add(held_out, cut)
         found.used[suffix] += 1
+        found.units += 1
     return found
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
+from numpy.typing import NDArray
 
 from w2vscale.corpora.finding import Unusable
 from w2vscale.corpora.listing import Listing, Utterance, prepare_listing
 from w2vscale.corpora.preparing import DEFAULTS, Options, Text
 from w2vscale.corpora.report import Report
 from w2vscale.errors import UserError
-from w2vscale.files import nearest_path, new_file, writing
+from w2vscale.files import nearest_path, new_file
 
 COLUMNS = {
     "text": ("text", "sentence", "transcript", "transcription", "normalized_text", "raw_transcription", "raw_text"),
@@ -24,8 +28,17 @@ COLUMNS = {
 }
 """Names of columns that are taken, the first one that a dataset has."""
 
-MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"FORM": ".aiff", b"ID3": ".mp3", b"\xff": ".mp3"}
-"""First bytes of encoded audio, and the suffix of its format."""
+MAGIC = {
+    ".wav": rb"RIFF",
+    ".flac": rb"fLaC",
+    ".ogg": rb"OggS",
+    ".aiff": rb"FORM",
+    ".m4a": rb"....ftyp",
+    ".webm": rb"\x1aE\xdf\xa3",
+    ".wma": rb"0&\xb2u",
+    ".mp3": rb"ID3|\xff[\xe0-\xff]",
+}
+"""The first bytes of encoded audio by the suffix of its format."""
 
 FILES_PER_FOLDER = 10_000
 
@@ -48,6 +61,8 @@ def prepare_huggingface(
 
     Raises UserError if datasets is not installed, the dataset or a column cannot be found, or like `write_manifests`.
     """
+    if config is not None and Path(source).is_dir():
+        raise UserError(f"--config {config}: only a dataset on the Hub has configurations; {source} is a folder")
     found = _open(source, config)
     for split in splits:
         if split not in found:
@@ -84,14 +99,23 @@ def _open(source: str, config: str | None) -> Mapping[str, Any]:
 
 
 def _files_by_split(folder: Path) -> tuple[str, dict[str, list[str]]]:
-    """The format of the files below a folder, and the files of each split, which their names begin with."""
+    """The format of the files below a folder, and the files of each split, which their names begin with.
+
+    Where several folders have the same split, as with a folder per language, their names become part of it.
+    """
     for kind in ("parquet", "arrow"):
-        files: dict[str, list[str]] = {}
+        found: dict[str, dict[str, list[str]]] = {}  # by split and folder
         for path in sorted(folder.rglob(f"*.{kind}")):
-            name = path.name if path.parent == folder or path.name.count("-of-") else f"{path.parent.name}-"
-            files.setdefault(name.removesuffix(f".{kind}").partition("-")[0], []).append(str(path))
-        if files:
-            return kind, files
+            split, place = path.stem.partition("-")[0], path.parent.relative_to(folder).as_posix()
+            if split.isdecimal() and path.parent != folder:
+                split, place = path.parent.name, path.parent.parent.relative_to(folder).as_posix()
+            found.setdefault(split, {}).setdefault(place, []).append(str(path))
+        if found:
+            return kind, {
+                split if len(places) == 1 else f"{place.replace('/', '_')}_{split}": files
+                for split, places in found.items()
+                for place, files in places.items()
+            }
     raise UserError(f"{folder}: has no .parquet or .arrow file; for audio files use: w2vscale data prepare folder")
 
 
@@ -110,9 +134,12 @@ def _add(listing: Listing, source: str, split: str, rows: Any, audio: str | None
         raise UserError(f"{source}: no column with audio; name it with --audio-column: {', '.join(names)}")
     if isinstance((rows.features or {}).get(audio), datasets.Audio):
         rows = rows.cast_column(audio, datasets.Audio(decode=False))
+    used = ", ".join(f"{what} from {name}" for what, name in {"audio": audio, **columns}.items() if name)
+    without = "" if columns["text"] else ", and no transcripts: name their column with --text-column"
     for number, row in enumerate(_rows(rows, source)):
+        listing.notes[f"rows of {split}: {used}{without}"] += 1
         values = {what: str(row[name]) for what, name in columns.items() if name and row.get(name) is not None}
-        name = values.get("id") or f"{split}-{number:08d}"
+        name = listing.new_name(split, values.get("id") or f"{split}-{number:08d}")
         try:
             file = _save(row[audio], listing.folder / "audio" / split / str(number // FILES_PER_FOLDER), name, number)
         except ValueError as error:
@@ -144,27 +171,23 @@ def _save(value: Any, folder: Path, name: str, number: int) -> str:
     content = value.get("bytes") if isinstance(value, Mapping) else value
     path = value.get("path") if isinstance(value, Mapping) else None
     if isinstance(value, Mapping) and value.get("array") is not None:
-        return _save_samples(np.asarray(value["array"], np.float32), int(value["sampling_rate"]), folder, number)
+        content, path = _encoded(np.asarray(value["array"], np.float32), int(value["sampling_rate"])), "array.flac"
     if not isinstance(content, bytes):
-        if isinstance(value, str):
-            path = value
+        path = value if isinstance(value, str) else path
         if path and os.path.isfile(path):
             return os.path.abspath(path)
         raise ValueError(f"its audio file {path} is missing" if path else "it has no audio")
-    known = os.path.splitext(path or "")[1].lower()
-    suffix = known or next((suffix for magic, suffix in MAGIC.items() if content.startswith(magic)), ".audio")
+    detected = (suffix for suffix, magic in MAGIC.items() if re.match(magic, content, re.DOTALL))
+    suffix = os.path.splitext(path or "")[1].lower() or next(detected, ".wav")
     target = folder / f"{number:08d}{suffix}"
-    if not (target.is_file() and target.stat().st_size == len(content)):
+    if not (target.is_file() and target.read_bytes() == content):
         with new_file(target, "wb") as file:
             file.write(content)
     return str(target)
 
 
-def _save_samples(samples: Any, rate: int, folder: Path, number: int) -> str:
-    import soundfile
-
-    target = folder / f"{number:08d}.flac"
-    if not target.is_file():
-        with new_file(target, "wb") as file, writing(target):
-            soundfile.write(file, samples.T, rate, format="FLAC")
-    return str(target)
+def _encoded(samples: NDArray[np.float32], rate: int) -> bytes:
+    """Samples [S] or [channels, S] as FLAC."""
+    file = io.BytesIO()
+    soundfile.write(file, samples.T, rate, format="FLAC")
+    return file.getvalue()

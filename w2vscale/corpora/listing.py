@@ -41,6 +41,7 @@ class Recording:
     identifier: str
     utterances: list[Utterance] = field(default_factory=list)
     speech: list[Segment] | None = None
+    samples: int | None = None  # what the listing says of its length
 
 
 @dataclass
@@ -50,19 +51,27 @@ class Listing:
     folder: Path
     recordings: dict[str, Recording] = field(default_factory=dict)
     unusable: list[Unusable] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # audio files by path, and why
     notes: Counter[str] = field(default_factory=Counter)
     longest: float = 30.0  # seconds of a segment of speech
-    _identifiers: set[tuple[str, str]] = field(default_factory=set)
+    _times: Counter[tuple[str, str]] = field(default_factory=Counter)  # by part and id
 
     def add(self, file: str, utterance: Utterance, *, recording: str | None = None) -> None:
         """Add an utterance of an audio file. A second one with the same id in a part is unusable."""
-        if (key := utterance[:2]) in self._identifiers:
+        self._times[utterance[:2]] += 1
+        if self._times[utterance[:2]] > 1:
             reason = f"the id {utterance.identifier} occurs twice"
             self.unusable.append(Unusable(file, "repeated", reason))
             return
-        self._identifiers.add(key)
         name = recording or os.path.splitext(os.path.basename(file))[0]
         self.recordings.setdefault(file, Recording(name)).utterances.append(utterance)
+
+    def new_name(self, part: str, name: str) -> str:
+        """`name`, with a number if an utterance of this part has it already."""
+        while (times := self._times[part, name]) > 0:
+            self._times[part, name] += 1
+            name = f"{name}-{times}"
+        return name
 
 
 def prepare_listing(listing: Listing, output: Path, parts: Sequence[str], options: Options) -> Report:
@@ -75,7 +84,7 @@ def prepare_listing(listing: Listing, output: Path, parts: Sequence[str], option
         reason = f"; {listing.unusable[0].path}: {listing.unusable[0].reason}" if listing.unusable else ""
         raise UserError(f"{listing.folder}: no utterance in it{reason}")
     files = sorted(listing.recordings, key=lambda file: listing.recordings[file].utterances[0].identifier)
-    report = Report(unusable=listing.unusable, notes=listing.notes)
+    report = Report(unusable=listing.unusable, left_out=listing.left_out, notes=listing.notes, unit="utterance")
     numbers = {part: number for number, part in enumerate(parts)}
     cuts_of = partial(_cuts_of, listing, numbers, options)
     return write_manifests(files, listing.folder, output, parts, lambda readable: cuts_of, report, options)
@@ -85,15 +94,18 @@ def _cuts_of(listing: Listing, numbers: dict[str, int], options: Options, header
     """The cuts of some files."""
     found = Cuts()
     for header in headers:
-        recording, used = listing.recordings[header.file], False
+        recording, used = listing.recordings[header.file], 0
         for utterance in recording.utterances:
             try:
-                for cut in _cuts_of_utterance(listing, header, utterance, recording, options):
-                    found.add(numbers[utterance.part], cut)
-                    used = True
+                cuts = _cuts_of_utterance(listing, header, utterance, recording, options)
             except AudioError as error:
                 found.unusable.append(Unusable(header.file, error.kind, str(error)))
-        found.used[os.path.splitext(header.file)[1].lower()] += used
+                continue
+            for cut in cuts:
+                found.add(numbers[utterance.part], cut)
+            used += 1
+        found.units += used
+        found.used[os.path.splitext(header.file)[1].lower()] += used > 0
     return found
 
 
@@ -102,20 +114,21 @@ def _cuts_of_utterance(
 ) -> list[Cut]:
     """The cut of an utterance, or those of the speech in it. Raises AudioError if it is not in the audio."""
     channel = options.channel if utterance.channel is None else utterance.channel
-    is_whole = utterance.start == 0.0 and utterance.duration is None
-    name = utterance.identifier if is_whole and recording.speech is None else recording.identifier
-    whole = whole_file(header, listing.folder, name, channel=channel)
+    whole = whole_file(header, listing.folder, recording.identifier, channel=channel)
+    if recording.samples is not None and recording.samples != header.samples:
+        reason = f"has {header.samples} samples, but its list says {recording.samples}"
+        raise AudioError("mismatched", reason)
     if recording.speech is not None:
         speech = [Segment(start, min(end, whole.duration)) for start, end in recording.speech if start < whole.duration]
         segments = segments_of_speech(speech, whole.duration, listing.longest)
-        named = ((part_of(whole, one, f"{utterance.identifier}-{n}"), utterance) for n, one in enumerate(segments))
-        return [with_text(cut, utterance.text) for cut, utterance in named]
+        names = (f"{utterance.identifier}-{number}" for number in range(len(segments)))
+        return [with_text(part_of(whole, *part), utterance.text) for part in zip(segments, names, strict=True)]
     end = whole.duration if utterance.duration is None else utterance.start + utterance.duration
     if not 0.0 <= utterance.start < end:
         raise AudioError("mismatched", f"{utterance.identifier} lasts from {utterance.start:g} to {end:g} s")
     if end > whole.duration + LATE:
         reason = f"{utterance.identifier} ends at {end:.2f} s, but the audio ends at {whole.duration:.2f} s"
         raise AudioError("mismatched", reason)
-    if is_whole:
-        return [with_text(whole, utterance.text)]
+    if utterance.start == 0.0 and end > whole.duration - LATE:  # lists round the duration of a file
+        return [with_text(whole.with_id(utterance.identifier), utterance.text)]
     return [with_text(part_of(whole, Segment(utterance.start, end), utterance.identifier), utterance.text)]

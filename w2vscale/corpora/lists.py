@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,6 @@ def prepare_nemo(manifest: Path, output: Path, *, encoding: str | None = None, o
     `write_manifests`.
     """
     listing, part = Listing(manifest.absolute().parent), manifest.stem
-    repeated = Counter[str]()
     for number, line in enumerate(_lines(manifest, encoding), start=1):
         if not line.strip():
             continue
@@ -142,26 +140,27 @@ def prepare_nemo(manifest: Path, output: Path, *, encoding: str | None = None, o
             entry = json.loads(line)
             path = entry["audio_filepath"]
             start, duration = float(entry.get("offset") or 0.0), entry.get("duration")
+            length = None if duration is None else float(duration)
+            channel = entry.get("channel_selector")
             if not isinstance(path, str):
                 raise TypeError("audio_filepath is not text")
-            # NeMo rounds the duration, and means the whole file where there is no offset.
-            length = float(duration) if duration is not None and "offset" in entry else None
+            if channel is not None and type(channel) is not int:
+                raise TypeError("channel_selector is not the number of a channel")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = f"has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
             raise UserError(f"{manifest}: line {number} is not an utterance of NeMo: {reason}") from None
         if "shard_id" in entry:
             raise UserError(f"{manifest}: line {number} is of audio in a tar archive; unpack it, and use its manifest")
         name = str(entry.get("id") or entry.get("utt_id") or os.path.splitext(path)[0].lstrip("./").replace("/", "-"))
-        repeated[name] += 1
-        if length is not None or repeated[name] > 1:
-            name = f"{name}-{repeated[name] - 1}"
         language = entry.get("lang") or entry.get("language") or entry.get("source_lang")
         text = Text(_text(entry.get("text")), _text(entry.get("speaker")), _text(language))
-        listing.add(path, Utterance(part, name, text, start, length))
+        listing.add(path, Utterance(part, listing.new_name(part, name), text, start, length, channel))
     return prepare_listing(listing, output, [part], options)
 
 
 def _text(value: Any) -> str | None:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return None if value is None else str(value)
 
 
@@ -176,8 +175,9 @@ def prepare_fairseq(
 ) -> Report:
     """Write `cuts_NAME.jsonl` for a fairseq manifest NAME.tsv, with the transcripts NAME.wrd or NAME.ltr if present.
 
-    The first line is the folder of the audio, each other line a path and its number of samples. Raises UserError if a
-    line has another form, the transcripts have another number of lines, or like `write_manifests`.
+    The first line is the folder of the audio, each other line a path and its number of samples. The folder of a file is
+    its speaker. Raises UserError if a line has another form, the transcripts have another number of lines, or like
+    `write_manifests`.
     """
     lines = _lines(manifest, encoding)
     root, entries = Path(lines[0].strip()) if lines else Path(), [line for line in lines[1:] if line.strip()]
@@ -194,7 +194,8 @@ def prepare_fairseq(
         if not (tab and samples.strip().isdecimal()):
             raise UserError(f"{manifest}: line {number} is not a path, a tab, and a number of samples")
         name = os.path.splitext(path)[0].replace("/", "-")
-        listing.add(path, Utterance(part, name, Text(text, os.path.dirname(path) or None)))
+        listing.add(path, Utterance(part, listing.new_name(part, name), Text(text, os.path.dirname(path) or None)))
+        listing.recordings[path].samples = int(samples)
     return prepare_listing(listing, output, [part], options)
 
 

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -22,7 +23,7 @@ from lhotse.audio import backend
 from w2vscale.corpora.finding import Unusable, find_audio
 from w2vscale.corpora.listing import Listing, Recording, Utterance, prepare_listing
 from w2vscale.corpora.manifests import existing_folder
-from w2vscale.corpora.preparing import DEFAULTS, Options, Text
+from w2vscale.corpora.preparing import DEFAULTS, Options, Text, check_segment_seconds
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.segments import Segment
 from w2vscale.corpora.text_files import lines_of_file, text_of_file
@@ -56,6 +57,13 @@ def prepare_librispeech(
         return found
 
     return _prepare(recipe, corpus, output, chosen, read, options)
+
+
+def prepare_mini_librispeech(
+    corpus: Path, output: Path, *, parts: Sequence[str] = (), options: Options = DEFAULTS
+) -> Report:
+    """Write `cuts_PART.jsonl` for train-clean-5 and dev-clean-2, like `prepare_librispeech`."""
+    return prepare_librispeech(corpus, output, parts=parts, mini=True, options=options)
 
 
 def prepare_gigaspeech(corpus: Path, output: Path, *, parts: Sequence[str] = (), options: Options = DEFAULTS) -> Report:
@@ -128,7 +136,8 @@ def prepare_voxpopuli(corpus: Path, output: Path, *, language: str, options: Opt
     if language not in recipe.ASR_LANGUAGES:
         raise UserError(f"--language {language}: choose one of {', '.join(recipe.ASR_LANGUAGES)}")
     existing_folder(corpus / "raw_audios" / language)
-    transcripts = next(corpus.rglob(f"asr_{language}.tsv.gz"), None)
+    places = [corpus / name for name in ("", "transcribed_data", f"transcribed_data/{language}", "annotations/asr")]
+    transcripts = next((path for place in places if (path := place / f"asr_{language}.tsv.gz").is_file()), None)
     if transcripts is None:  # Lhotse would download it
         url = f"{recipe.DOWNLOAD_BASE_URL}/annotations/asr/asr_{language}.tsv.gz"
         raise UserError(
@@ -188,14 +197,19 @@ def prepare_commonvoice(
     folders = [corpus] if (corpus / "clips").is_dir() else sorted(path.parent for path in corpus.glob("*/clips"))
     tables = {f"{folder.name}_{table.stem}": table for folder in folders for table in sorted(folder.glob("*.tsv"))}
     found = [part for part in tables if part.endswith(("_train", "_dev", "_test"))]
-    wanted = [name for part in parts for name in tables if part == name or name.endswith(f"_{part}")]
-    chosen = wanted or _chosen(corpus, tables, parts, found=found)
+    wanted = [[name for name in tables if part == name or name.endswith(f"_{part}")] or [part] for part in parts]
+    chosen = _chosen(
+        corpus, tables, [*dict.fromkeys(chain.from_iterable(wanted))], found=list(tables) if parts else found
+    )
     listing = Listing(corpus)
     for part in chosen:
         rows = csv.DictReader(lines_of_file(tables[part]), delimiter="\t", quoting=csv.QUOTE_NONE)
         if not {"path", "sentence"} <= {*(rows.fieldnames or ())}:
             raise UserError(f"{tables[part]}: has no columns path and sentence")
-        for row in rows:
+        for number, row in enumerate(rows, start=2):
+            if not row["path"] or row["sentence"] is None:
+                listing.unusable.append(Unusable(str(tables[part]), "row", f"line {number} has no path or no sentence"))
+                continue
             file = tables[part].parent / "clips" / row["path"]
             language = row.get("locale") or tables[part].parent.name
             text = Text(row["sentence"].strip(), row.get("client_id") or None, language)
@@ -216,12 +230,16 @@ def prepare_librilight(
     The recordings are cut at pauses into segments of at most `segment_seconds`, by the speech that is listed in the
     JSON file beside each recording. UserError as above.
     """
+    check_segment_seconds(segment_seconds, at_pauses=True)
     known = ("small", "medium", "large")
     corpus = _root(corpus, known, "librilight")
     chosen = _chosen(corpus, known, parts)
     listing = Listing(corpus, longest=segment_seconds)
     for part in chosen:
-        for file in find_audio(corpus / part).audio:
+        contents = find_audio(corpus / part)
+        listing.left_out += [(f"{part}/{path}", reason) for path, reason in contents.left_out]
+        listing.unusable += [one._replace(path=f"{part}/{one.path}") for one in contents.unusable]
+        for file in contents.audio:
             path = f"{part}/{file.path}"
             described = corpus / f"{path.removesuffix('.flac')}.json"
             try:

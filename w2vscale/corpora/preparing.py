@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,13 +23,14 @@ from w2vscale.corpora.header_cache import Header, HeaderCache
 from w2vscale.corpora.manifests import PreparedManifest, line_of
 from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_map
 from w2vscale.corpora.report import Report
-from w2vscale.corpora.segments import Segment
+from w2vscale.corpora.segments import SHORTEST, Segment
 from w2vscale.corpora.speech import find_speech
 from w2vscale.data.audio import RATES_IN_WORDS, SAMPLING_RATES, check_channel
 from w2vscale.data.decoding import AudioError, read_header
 from w2vscale.errors import UserError
 from w2vscale.files import new_file, writing
 
+SHORTEST_WINDOW = 0.1  # seconds; a recording cut into much shorter ones would fill the disk
 FILES_PER_CHUNK = 256  # audio files that one process handles at a time
 FILES_PER_CHUNK_OF_SPEECH = 4  # if they are searched for speech
 
@@ -51,12 +53,22 @@ class Options:
 DEFAULTS = Options()
 
 
+def check_segment_seconds(seconds: float | None, *, at_pauses: bool) -> None:
+    """Raise UserError if segments must not be that short. `at_pauses`: the pauses between them are left out."""
+    least = 2 * SHORTEST if at_pauses else SHORTEST_WINDOW
+    if seconds is not None and not least <= seconds < math.inf:
+        why = " where recordings are cut at pauses" if at_pauses else ""
+        raise UserError(f"--segment-seconds {seconds}: must be at least {least:g}{why}")
+
+
 @dataclass
 class Cuts:
     """The cuts of some audio files, and what became of the files."""
 
     lines: list[tuple[int, str, float]] = field(default_factory=list)  # number of the manifest, line, seconds
-    used: Counter[str] = field(default_factory=Counter)  # by suffix
+    used: Counter[str] = field(default_factory=Counter)  # files by suffix
+    units: int = 0  # used ones of what `Report.unit` names
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # audio files by path, and why
     unusable: list[Unusable] = field(default_factory=list)
     others: Counter[tuple[str, str]] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
@@ -101,7 +113,7 @@ def write_manifests(
         readable = _read_headers(files, folder, cache, report, options)
         cache.keep_only(readable)
         with _written_if_refused(report, output):
-            report.check(folder, len(readable), strict=options.strict, max_bad_fraction=options.max_bad_fraction)
+            report.check(folder, len(readable), "file", strict=options.strict, limit=options.max_bad_fraction)
             cuts_of_some = cuts_of(readable)
         for path in paths:
             for stale in output.glob(f".{path.name}.*.partial"):  # of a killed call: the cache is locked
@@ -118,6 +130,8 @@ def write_manifests(
                     counts[which] += 1
                     seconds[which] += duration
                 report.used += cuts.used
+                report.units += cuts.units
+                report.left_out += cuts.left_out
                 report.unusable += cuts.unusable
                 report.others += cuts.others
                 report.notes += cuts.notes
@@ -126,8 +140,7 @@ def write_manifests(
                 done += len(chunk)
                 options.progress(done, 2 * len(files))
             with _written_if_refused(report, output):
-                used = report.used.total()
-                report.check(folder, used, strict=options.strict, max_bad_fraction=options.max_bad_fraction)
+                report.check(folder, report.units, report.unit, strict=options.strict, limit=options.max_bad_fraction)
     report.manifests = [
         PreparedManifest(path, count, total / 3600) for path, count, total in zip(paths, counts, seconds, strict=True)
     ]

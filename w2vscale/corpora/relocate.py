@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 from w2vscale.corpora.index import build_index
 from w2vscale.data.cuts import read_cut, sources_in
@@ -13,32 +14,42 @@ from w2vscale.errors import UserError
 from w2vscale.files import nearest_path, new_file
 
 
-def relocate(manifest: Path, old: Path, new: Path) -> tuple[int, int]:
-    """Replace the folder `old` by `new` in the paths of a manifest, and index it; returns how many paths and cuts.
+class Relocated(NamedTuple):
+    """Numbers of paths: changed ones, those among them that lead to no file, and those that are not below `old`."""
+
+    changed: int
+    missing: int
+    others: int
+
+
+def relocate(manifest: Path, old: Path, new: Path) -> Relocated:
+    """Replace the folder `old` by `new` in the paths of a manifest, and index it.
 
     The manifest is replaced when the new one is complete. Raises UserError if no path is below `old`, the first file is
     not at its new place, a line is not a cut, or the manifest cannot be written.
     """
     check_manifest(manifest)
     before, after = (os.path.abspath(folder) + "/" for folder in (old, new))
-    changed = cuts = 0
+    changed = missing = others = 0
     with manifest.open("rb") as lines, new_file(manifest, "wb") as file:
         for number, line in enumerate(lines, start=1):
             if line.isspace():
                 continue
             cut = read_cut(line, where=f"{manifest}: line {number}")
-            moved = [source for source in sources_in(cut) if str(source["source"]).startswith(before)]
+            sources = [*sources_in(cut)]
+            moved = [source for source in sources if str(source["source"]).startswith(before)]
             for source in moved:
-                source["source"] = after + source["source"].removeprefix(before)
-            if moved and not changed and not os.path.isfile(first := moved[0]["source"]):
-                raise UserError(f"{manifest}: {first} would be its first file: no such file{nearest_path(first)}")
+                source["source"] = path = after + source["source"].removeprefix(before)
+                missing += not os.path.isfile(path)
+                if missing and not changed:
+                    raise UserError(f"{manifest}: {path} would be its first file: no such file{nearest_path(path)}")
+                changed += 1
             file.write((json.dumps(cut, ensure_ascii=False) + "\n").encode() if moved else line)
-            changed += len(moved)
-            cuts += 1
+            others += len(sources) - len(moved)
         if not changed:
             raise UserError(f"{manifest}: no file in it is below {before[:-1]}; its first path is {_first(manifest)}")
     build_index(manifest)
-    return changed, cuts
+    return Relocated(changed, missing, others)
 
 
 def _first(manifest: Path) -> str:

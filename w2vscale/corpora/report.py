@@ -22,34 +22,35 @@ class Report:
 
     manifests: list[PreparedManifest] = field(default_factory=list)
     used: Counter[str] = field(default_factory=Counter)  # audio files by suffix
+    unit: str = "file"  # what is counted for the limit on what is unusable: files, or utterances of a list
+    units: int = 0  # used ones
     unusable: list[Unusable] = field(default_factory=list)  # audio files, transcripts and folders
     others: Counter[tuple[str, str]] = field(default_factory=Counter)  # other files by suffix and reason
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # audio files among them by path, and the reason
     notes: Counter[str] = field(default_factory=Counter)  # what a user should know, and how often it happened
     headers_read: int = 0
     headers_unchanged: int = 0  # known from an earlier call
     seconds: float = 0.0  # of the audio files that are used, if they were searched for speech
     seconds_of_speech: float = 0.0
 
-    def check(self, where: Path, used: int, *, strict: bool, max_bad_fraction: float) -> None:
-        """Raise UserError if too much is unusable: anything with `strict`, or more than a fraction of the files.
+    def check(self, where: Path, used: int, unit: str, *, strict: bool, limit: float) -> None:
+        """Raise UserError if too much is unusable: anything with `strict`, or more than the fraction `limit`.
 
-        `used` is the number of files that can be used.
+        `used` is the number of files or utterances (`unit`) that can be used.
         """
-        bad, files = len(self.unusable), used + len(self.unusable)
+        bad, total = len(self.unusable), used + len(self.unusable)
         if not bad and not used:
             raise UserError(f"{where}: no speech was found in any of the files")
         if not bad:
             return
         first = f"{where / self.unusable[0].path}: {self.unusable[0].reason}"
-        others = f" (and {bad - 1:,} more of {counted(files, 'file')})" if bad > 1 else ""
+        others = f" (and {bad - 1:,} more of {counted(total, unit)})" if bad > 1 else ""
         if strict:
-            raise UserError(f"{first}{others}; without --strict, such files are left out")
+            raise UserError(f"{first}{others}; without --strict, such {unit}s are left out")
         if not used:
-            raise UserError(f"{first}{others}; no usable file is left")
-        if bad > max(ALWAYS_ALLOWED, max_bad_fraction * files):
-            raise UserError(
-                f"{first}{others}: that is {bad / files:.1%}, above --max-bad-fraction {max_bad_fraction:g}"
-            )
+            raise UserError(f"{first}{others}; no usable {unit} is left")
+        if bad > max(ALWAYS_ALLOWED, limit * total):
+            raise UserError(f"{first}{others}: that is {bad / total:.1%}, above --max-bad-fraction {limit:g}")
 
     @property
     def incomplete(self) -> bool:
@@ -66,9 +67,10 @@ class Report:
             rows.append((suffix, len(found), f"left out: {found[0].path}: {found[0].reason}"))
         others = self.others.most_common()
         rows += [(suffix, count, reason) for (suffix, reason), count in others[:SHOWN]]
-        if rest := others[SHOWN:]:
-            rows.append(("others", sum(count for _, count in rest), "not audio, or hidden"))
-        return rows
+        rest: Counter[str] = Counter()
+        for (_, reason), count in others[SHOWN:]:
+            rest[reason] += count
+        return rows + [("other suffixes", count, reason) for reason, count in rest.most_common()]
 
     def write(self, path: Path) -> None:
         """Write the report as JSON. Raises UserError if it cannot be written."""
@@ -82,6 +84,7 @@ class Report:
                 {"suffix": suffix, "reason": reason, "files": count}
                 for (suffix, reason), count in self.others.most_common()
             ],
+            "left_out": [{"path": path, "reason": reason} for path, reason in self.left_out],
             "notes": dict(+self.notes),
         }
         if self.seconds:

@@ -17,6 +17,7 @@ from w2vscale.errors import counted
 
 LENGTH_TOLERANCE = 0.02  # seconds between decoded audio and its manifest: resampling and MP3 frames round
 HEADER_TOLERANCE = 0.025  # seconds between the header of a file and its manifest
+LONGEST = 2**62  # samples; more than any file has
 CANCELLED = 1e-4  # channels cancel if the energy of their mean is below this fraction of their average energy
 BLOCK_SECONDS = 60  # long utterances are read in blocks of this duration
 SAMPLING_RATES = range(1000, 500_001)  # in Hz; a header with another value is taken to be damaged
@@ -93,9 +94,10 @@ class _OwnDecoders(backend.LibsndfileBackend):
         self, path_or_fd: Any, offset: float = 0.0, duration: float | None = None, **settings: object
     ) -> tuple[Samples, int]:
         with open_audio(path_or_fd) as decoder:
-            rate, _, samples, _ = decoder.header
+            rate, _, samples, exact = decoder.header
             decoder.skip(compute_num_samples(offset, rate) if offset > 0.0 else 0)
-            return decoder.read(samples if duration is None else compute_num_samples(duration, rate)).T, rate
+            whole = samples if exact else LONGEST
+            return decoder.read(whole if duration is None else compute_num_samples(duration, rate)).T, rate
 
     def info(self, path_or_fd: Any, **settings: object) -> Any:
         rate, channels, samples, _ = read_header(path_or_fd, count=True)

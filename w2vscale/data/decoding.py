@@ -22,7 +22,7 @@ LIBSNDFILE_SUFFIXES = frozenset(
     f".{name}"
     for names in (
         "wav wave bwf rf64 w64 flac ogg oga opus mp3 mp2 mpga",
-        "aiff aif aifc au snd sph nist caf voc sf ircam paf pvf avr iff 8svx svx wve xi htk",
+        "aiff aif aifc au snd sph nist caf voc sds sf ircam paf pvf avr iff 8svx svx wve xi htk",
     )
     for name in names.split()
 )
@@ -30,7 +30,7 @@ FFMPEG_FORMATS = {
     f".{name}": form
     for form, names in {
         "mov": "m4a m4b mp4 m4v mov 3gp 3g2",
-        "matroska": "webm mka mkv",
+        "matroska": "webm weba mka mkv",
         "asf": "wma wmv asf",
         "aac": "aac",
         "ac3": "ac3",
@@ -38,6 +38,8 @@ FFMPEG_FORMATS = {
         "ape": "ape",
         "avi": "avi",
         "flv": "flv",
+        "mpeg": "mpg mpeg",
+        "ogg": "spx",
         "tta": "tta",
         "wv": "wv",
     }.items()
