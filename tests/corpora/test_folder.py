@@ -131,6 +131,16 @@ class TestFolder:
         assert not train & validation and len(train | validation) == 40
         assert 4 <= len(validation) <= 20
 
+    def test_held_out_recordings_of_an_earlier_call_do_not_stay_beside_all(self, tmp_path: Path) -> None:
+        for number in range(4):
+            write_audio(tmp_path / "audio" / f"{number}.wav", noise(0.5, seed=number))
+        prepare(tmp_path / "audio", tmp_path / "out", validation_share=0.3)
+        stale = tmp_path / "out" / "cuts_validation.jsonl"
+        message = error_of(prepare, tmp_path / "audio", tmp_path / "out")
+        assert message.startswith(f"{stale}: is from an earlier call with --validation-share; delete it")
+        stale.unlink()
+        assert prepare(tmp_path / "audio", tmp_path / "out").manifests[0].utterances == 4
+
     def test_a_file_added_later_moves_no_other_between_the_sets(self, tmp_path: Path) -> None:
         for number in range(20):
             write_audio(tmp_path / "audio" / f"{number}.wav", noise(0.5, seed=number))

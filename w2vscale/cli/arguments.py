@@ -56,7 +56,8 @@ Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of parall
 Channel = Annotated[
     str,
     typer.Option(
-        metavar="mean|first|N", help="For audio with several channels: their mean, the first, or number N, from 0."
+        metavar="mean|first|N",
+        help="For audio files with several channels: their mean, the first, or number N, from 0.",
     ),
 ]
 Layers = Annotated[

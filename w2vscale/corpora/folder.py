@@ -122,6 +122,8 @@ def prepare_folder(
         return partial(_cuts_of, replace(folder, validation_limit=_validation_limit(readable, validation_share)))
 
     splits = ["train", "validation"][: 2 if validation_share else 1]
+    if not validation_share and (stale := output / "cuts_validation.jsonl").exists():
+        raise UserError(f"{stale}: is from an earlier call with --validation-share; delete it, or choose another OUT")
     return write_manifests(files, audio, output, splits, cuts_of, report, options)
 
 
