@@ -51,6 +51,7 @@ AUDIO_SUFFIXES = LIBSNDFILE_SUFFIXES | FFMPEG_FORMATS.keys()
 MPEG_SUFFIXES = (".mp3", ".mp2", ".mpga")
 SEQUENTIAL = ("GSM", "G72", "NMS", "DWVW", "DPCM")  # first letters of encodings in which libsndfile cannot seek
 LAST_PAGE = 20  # seconds; libsndfile seeks to a wrong place in the last page of an Ogg Vorbis file
+RESERVOIR = 16 * 1152  # samples; frames of an MP3 need bits of some frames before them
 BLOCK = 2**18  # samples that are decoded at a time
 
 
@@ -151,9 +152,17 @@ def reason_of(error: Exception) -> str:
 
 
 class _SoundFile(soundfile.SoundFile):
-    """A file that is read from its beginning if its encoding cannot seek. `soundfile` seeks after each reading."""
+    """A file that `soundfile` only reads.
+
+    Where it can, it seeks after each reading to where the file is anyway. That damages the next samples of an MP3, and
+    fails in some encodings.
+    """
 
     def seekable(self) -> bool:
+        return False
+
+    def can_seek(self) -> bool:
+        """Whether `seek` works."""
         return not self.subtype.startswith(SEQUENTIAL) and bool(super().seekable())
 
 
@@ -164,22 +173,30 @@ class _Libsndfile:
         self.file = file
         self.stored = stored if file.format == "MP3" else None
         self.header = Header(file.samplerate, file.channels, file.frames, exact=True)
+        self.place = 0
 
     def skip(self, samples: int) -> None:
-        if self.file.seekable():
-            target = self.file.tell() + samples
-            if self.file.subtype == "VORBIS":
-                target = max(min(target, self.file.frames - LAST_PAGE * self.file.samplerate), self.file.tell())
-            samples -= target - self.file.tell()
-            self.file.seek(target)
-        while samples > 0 and (size := len(self.read(min(samples, BLOCK)))):
-            samples -= size
+        target = self.place + samples
+        if self.file.can_seek() and (near := self._safe(target)) > self.place:
+            self.place = self.file.seek(near)
+        while self.place < target and len(self.read(min(target - self.place, BLOCK))):
+            pass
+
+    def _safe(self, target: int) -> int:
+        """The last sample up to `target` from which libsndfile decodes right after seeking to it."""
+        if self.file.format == "MP3":
+            return target - RESERVOIR
+        if self.file.subtype == "VORBIS":
+            return min(target, self.header.samples - LAST_PAGE * self.header.sampling_rate)
+        return target
 
     def read(self, samples: int) -> Samples:
-        found: Samples = self.file.read(samples, dtype="float32", always_2d=True)
+        rest = max(self.header.samples - self.place, 0)
+        found: Samples = self.file.read(min(samples, rest), dtype="float32", always_2d=True)
+        self.place += len(found)
         # libsndfile guesses the length of an MP3 without a Xing header. A frame starts with eleven ones.
-        if self.stored and self.file.tell() == self.file.frames and self.stored.read(2) >= b"\xff\xe0":
-            raise AudioError("undecodable", f"longer than the {self.file.frames} samples that libsndfile reports")
+        if self.stored and len(found) and self.place == self.header.samples and self.stored.read(2) >= b"\xff\xe0":
+            raise AudioError("undecodable", f"longer than the {self.place} samples that libsndfile reports")
         return found
 
 
