@@ -119,8 +119,31 @@ def test_ids_that_repeat_samples_and_splits_in_several_folders(rows: Any, tmp_pa
     found = {cut.id: said(cut)[0] for cut in CutSet.from_file(report.manifests[0].path)}
     assert found == {"7": "a", "7-1": "b", "8": "c"}
     assert report.notes["rows of en_train: audio from audio, text from text, id from id"] == 3
+    assert report.unusable == []
     message = error_of(prepare_huggingface, str(tmp_path / "dataset"), tmp_path / "out", config="en")
     assert message.startswith("--config en: only a dataset on the Hub has configurations")
+
+
+def test_decoded_samples_of_every_form(tmp_path: Path) -> None:
+    sound = noise(0.5, seed=3)
+    forms = {
+        "integers": ((sound * 2**15).round().astype(int).tolist(), 16_000),
+        "channels first": ([sound.tolist()] * 2, 16_000),
+        "channels last": (np.stack([sound, sound], axis=1).tolist(), 16_000),
+        "texts": (["a"], 16_000),
+        "numbers of something else": ((sound * 2**15).tolist(), 16_000),
+        "rate": (sound.tolist(), 0),
+    }
+    for number, (name, (array, rate)) in enumerate(forms.items()):
+        rows = {"id": [name], "audio": [{"array": array, "sampling_rate": rate}], "text": ["x"]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / f"dataset{number}" / "train.parquet")
+        source = str(tmp_path / f"dataset{number}")
+        if number >= 3:
+            assert f"{name}: its samples " in error_of(prepare_huggingface, source, tmp_path / str(number))
+            continue
+        (cut,) = cuts_in(prepare_huggingface(source, tmp_path / str(number))).values()
+        assert cut.num_channels == 1 + (number > 0)
+        assert np.allclose(read_audio(cut, sampling_rate=16_000), sound, atol=1e-4)
 
 
 def test_other_columns_paths_and_rows_without_audio(tmp_path: Path) -> None:

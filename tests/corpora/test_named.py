@@ -183,7 +183,9 @@ class TestLibriLight:
         report = prepare_librilight(corpus, tmp_path / "out")
         assert report.manifests[0].utterances == 3
         (one,) = report.unusable
-        assert one.path == "small/13/book/two.flac" and one.reason.startswith("its speech is not listed in two.json (")
+        assert one.path == "small/13/book/two.flac" and one.reason.startswith(
+            "its speech is not listed in two.json: cannot be"
+        )
         other.with_suffix(".json").write_text('{"voice_activity": [[0]]}')
         (corpus / "small" / "13" / "gone.flac").symlink_to("absent")
         report = prepare_librilight(corpus, tmp_path / "out")

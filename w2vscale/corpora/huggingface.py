@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from numpy.typing import NDArray
 
 from w2vscale.corpora.finding import Unusable
 from w2vscale.corpora.listing import Listing, Utterance, prepare_listing
 from w2vscale.corpora.preparing import DEFAULTS, Options, Text
 from w2vscale.corpora.report import Report
+from w2vscale.data.audio import RATES_IN_WORDS, SAMPLING_RATES
 from w2vscale.errors import UserError
 from w2vscale.files import nearest_path, new_file
 
@@ -41,6 +41,8 @@ MAGIC = {
 """The first bytes of encoded audio by the suffix of its format."""
 
 FILES_PER_FOLDER = 10_000
+MOST_CHANNELS = 16
+LOUDEST = 100.0  # of floating-point samples
 
 
 def prepare_huggingface(
@@ -68,7 +70,7 @@ def prepare_huggingface(
         if split not in found:
             raise UserError(f"--split {split}: {source} has no such split; choose from {', '.join(found)}")
     listing = Listing(output.absolute())
-    chosen = list(splits or found)
+    chosen = list(dict.fromkeys(splits or found))
     for split in chosen:
         _add(listing, source, split, found[split], audio, text)
     return prepare_listing(listing, output, chosen, options)
@@ -171,7 +173,7 @@ def _save(value: Any, folder: Path, name: str, number: int) -> str:
     content = value.get("bytes") if isinstance(value, Mapping) else value
     path = value.get("path") if isinstance(value, Mapping) else None
     if isinstance(value, Mapping) and value.get("array") is not None:
-        content, path = _encoded(np.asarray(value["array"], np.float32), int(value["sampling_rate"])), "array.flac"
+        content, path = _encoded(value["array"], value.get("sampling_rate")), "array.wav"
     if not isinstance(content, bytes):
         path = value if isinstance(value, str) else path
         if path and os.path.isfile(path):
@@ -186,8 +188,21 @@ def _save(value: Any, folder: Path, name: str, number: int) -> str:
     return str(target)
 
 
-def _encoded(samples: NDArray[np.float32], rate: int) -> bytes:
-    """Samples [S] or [channels, S] as FLAC."""
+def _encoded(array: Any, rate: Any) -> bytes:
+    """Decoded samples [S], or [channels, S] of at most 16 channels, as WAV. ValueError if they are something else."""
+    if type(rate) is not int or rate not in SAMPLING_RATES:
+        raise ValueError(f"its samples have the sampling rate {rate}, not {RATES_IN_WORDS}")
+    try:
+        samples = np.asarray(array)
+        if samples.dtype.kind == "i":  # lists of the values of 16-bit audio
+            samples = samples / 2**15
+        samples = samples.astype(np.float32)
+    except (TypeError, ValueError):
+        raise ValueError("its samples are not numbers") from None
+    if samples.ndim == 2 and len(samples) <= MOST_CHANNELS:
+        samples = samples.T
+    if samples.ndim not in (1, 2) or samples[:1].size > MOST_CHANNELS or np.abs(samples).max(initial=0) > LOUDEST:
+        raise ValueError("its samples are not audio: numbers about -1 to 1, or integers of 16 bits")
     file = io.BytesIO()
-    soundfile.write(file, samples.T, rate, format="FLAC")
+    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
     return file.getvalue()

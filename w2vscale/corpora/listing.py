@@ -20,6 +20,7 @@ from w2vscale.corpora.segments import Segment, segments_of_speech
 from w2vscale.data.decoding import AudioError
 from w2vscale.errors import UserError
 
+SHORTEST_UTTERANCE = 0.001  # seconds
 LATE = 0.1  # seconds by which a listed utterance may end after its audio
 
 
@@ -124,7 +125,7 @@ def _cuts_of_utterance(
         names = (f"{utterance.identifier}-{number}" for number in range(len(segments)))
         return [with_text(part_of(whole, *part), utterance.text) for part in zip(segments, names, strict=True)]
     end = whole.duration if utterance.duration is None else utterance.start + utterance.duration
-    if not 0.0 <= utterance.start < end:
+    if not 0.0 <= utterance.start <= end - SHORTEST_UTTERANCE:
         raise AudioError("mismatched", f"{utterance.identifier} lasts from {utterance.start:g} to {end:g} s")
     if end > whole.duration + LATE:
         reason = f"{utterance.identifier} ends at {end:.2f} s, but the audio ends at {whole.duration:.2f} s"

@@ -151,7 +151,8 @@ def prepare_nemo(manifest: Path, output: Path, *, encoding: str | None = None, o
             raise UserError(f"{manifest}: line {number} is not an utterance of NeMo: {reason}") from None
         if "shard_id" in entry:
             raise UserError(f"{manifest}: line {number} is of audio in a tar archive; unpack it, and use its manifest")
-        name = str(entry.get("id") or entry.get("utt_id") or os.path.splitext(path)[0].lstrip("./").replace("/", "-"))
+        given = next((entry[key] for key in ("id", "utt_id") if entry.get(key) is not None), None)
+        name = os.path.splitext(path)[0].lstrip("./").replace("/", "-") if given is None else str(given)
         language = entry.get("lang") or entry.get("language") or entry.get("source_lang")
         text = Text(_text(entry.get("text")), _text(entry.get("speaker")), _text(language))
         listing.add(path, Utterance(part, listing.new_name(part, name), text, start, length, channel))

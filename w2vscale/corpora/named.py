@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -85,7 +86,7 @@ def prepare_gigaspeech(corpus: Path, output: Path, *, parts: Sequence[str] = (),
             found = recipe.prepare_gigaspeech(corpus, folder, dataset_parts=[part])[part]
             return {name: found[name].to_eager() for name in ("recordings", "supervisions")}
 
-    return _prepare(recipe, corpus, output, parts or ("XL", "DEV", "TEST"), read, options)
+    return _prepare(recipe, corpus, output, list(dict.fromkeys(parts or ("XL", "DEV", "TEST"))), read, options)
 
 
 def prepare_peoples_speech(
@@ -241,15 +242,18 @@ def prepare_librilight(
         listing.unusable += [one._replace(path=f"{part}/{one.path}") for one in contents.unusable]
         for file in contents.audio:
             path = f"{part}/{file.path}"
-            described = corpus / f"{path.removesuffix('.flac')}.json"
+            described = (corpus / path).with_suffix(".json")
             try:
                 document = json.loads(text_of_file(described))
                 speech = [Segment(float(start), float(end)) for start, end in document["voice_activity"]]
+                if sorted(speech) != speech or any(not 0.0 <= start < end for start, end in speech):
+                    raise ValueError("its times are not in order")
             except (UserError, ValueError, KeyError, TypeError) as error:
-                reason = f"its speech is not listed in {described.name} ({str(error)[:100]})"
+                why = " ".join(str(error).removeprefix(f"{described}: ").split())
+                reason = f"its speech is not listed in {described.name}: {why}"
                 listing.unusable.append(Unusable(path, "no speech listed", reason))
                 continue
-            name = path.removesuffix(".flac").replace("/", "-")
+            name = os.path.splitext(path)[0].replace("/", "-")
             speaker = document.get("speaker") or Path(file.path).parts[0]
             utterance = Utterance(part, name, Text(None, str(speaker), "English"))
             listing.recordings[path] = Recording(name, [utterance], speech)
@@ -276,7 +280,7 @@ def _chosen(
             existing_folder(corpus / part)
     if not (wanted or there):
         raise UserError(f"{corpus}: contains no part of the corpus (looked for {', '.join(known) or '*'})")
-    return [*(wanted or there)]
+    return list(dict.fromkeys(wanted or there))
 
 
 def _unknown_part(part: str, known: Sequence[str] | Mapping[str, Any]) -> str:

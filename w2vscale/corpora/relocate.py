@@ -29,7 +29,7 @@ def relocate(manifest: Path, old: Path, new: Path) -> Relocated:
     not at its new place, a line is not a cut, or the manifest cannot be written.
     """
     check_manifest(manifest)
-    before, after = (os.path.abspath(folder) + "/" for folder in (old, new))
+    before, after = (os.path.abspath(folder).rstrip("/") + "/" for folder in (old, new))
     changed = missing = others = 0
     with manifest.open("rb") as lines, new_file(manifest, "wb") as file:
         for number, line in enumerate(lines, start=1):

@@ -47,12 +47,15 @@ FFMPEG_FORMATS = {
 }
 """FFmpeg's name of the container for each suffix. It is not detected: what FFmpeg detects can be a playlist of URLs."""
 
+STREAMS = ("aac", "ac3", "amr", "mpeg", "ogg")  # FFmpeg guesses their length from their size
 AUDIO_SUFFIXES = LIBSNDFILE_SUFFIXES | FFMPEG_FORMATS.keys()
 MPEG_SUFFIXES = (".mp3", ".mp2", ".mpga")
 SEQUENTIAL = ("GSM", "G72", "NMS", "DWVW", "DPCM")  # first letters of encodings in which libsndfile cannot seek
 LAST_PAGE = 20  # seconds; libsndfile seeks to a wrong place in the last page of an Ogg Vorbis file
 RESERVOIR = 16 * 1152  # samples; frames of an MP3 need bits of some frames before them
 BLOCK = 2**18  # samples that are decoded at a time
+LARGE = 2**24  # samples; more are decoded in parts
+UNKNOWN = 2**62  # samples; what libsndfile says if the header does not
 
 
 class AudioError(ValueError):
@@ -64,7 +67,7 @@ class AudioError(ValueError):
 
 
 class Header(NamedTuple):
-    """What a file says about its audio. `samples` is the number per channel; in some containers it is an estimate."""
+    """What a file says about its audio. `samples` is per channel; if it is not exact, an estimate, or 0 if unknown."""
 
     sampling_rate: int  # Hz
     channels: int
@@ -118,6 +121,8 @@ def read_header(path: str | Path, *, count: bool = False) -> Header:
         samples = 0
         while size := len(decoder.read(BLOCK)):
             samples += size
+    if samples < 0.9 * header.samples - 0.5 * header.sampling_rate:
+        raise AudioError("undecodable", f"cannot be decoded: ends after {samples} of about {header.samples} samples")
     return header._replace(samples=samples, exact=True)
 
 
@@ -172,7 +177,8 @@ class _Libsndfile:
             raise AudioError("undecodable", "not readable as audio: it has no header")
         self.file = file
         self.stored = stored if file.format == "MP3" else None
-        self.header = Header(file.samplerate, file.channels, file.frames, exact=True)
+        known = file.frames < UNKNOWN  # a FLAC that was written to a pipe does not know its length
+        self.header = Header(file.samplerate, file.channels, file.frames if known else 0, exact=known)
         self.place = 0
 
     def skip(self, samples: int) -> None:
@@ -187,15 +193,22 @@ class _Libsndfile:
         if self.file.format == "MP3":
             return target - RESERVOIR
         if self.file.subtype == "VORBIS":
-            return min(target, self.header.samples - LAST_PAGE * self.header.sampling_rate)
+            return min(target, self.file.frames - LAST_PAGE * self.header.sampling_rate)
         return target
 
     def read(self, samples: int) -> Samples:
-        rest = max(self.header.samples - self.place, 0)
-        found: Samples = self.file.read(min(samples, rest), dtype="float32", always_2d=True)
-        self.place += len(found)
+        samples = min(samples, max(self.file.frames - self.place, 0))
+        parts = [np.empty((0, self.header.channels), np.float32)]
+        while samples > 0:  # in parts, because the header may lie
+            part = self.file.read(min(samples, LARGE), dtype="float32", always_2d=True)
+            if not len(part):
+                break
+            parts.append(part)
+            samples -= len(part)
+            self.place += len(part)
+        found = parts[-1] if len(parts) <= 2 else np.concatenate(parts)
         # libsndfile guesses the length of an MP3 without a Xing header. A frame starts with eleven ones.
-        if self.stored and len(found) and self.place == self.header.samples and self.stored.read(2) >= b"\xff\xe0":
+        if self.stored and len(found) and self.place == self.file.frames and self.stored.read(2) >= b"\xff\xe0":
             raise AudioError("undecodable", f"longer than the {self.place} samples that libsndfile reports")
         return found
 
@@ -218,6 +231,8 @@ class _Ffmpeg:
             raise AudioError("undecodable", "not readable as audio: has no audio track that FFmpeg decodes")
         context = stream.codec_context
         seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+        if form in STREAMS:
+            seconds = 0
         self.header = Header(context.sample_rate, context.channels, round(seconds * context.sample_rate), exact=False)
         self._as_float = av.AudioResampler(format="fltp", layout=context.layout, rate=context.sample_rate)
         self._frames: Iterator[Any] = container.decode(stream)

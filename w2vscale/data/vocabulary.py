@@ -180,6 +180,10 @@ def _symbols_of_lines(text: str, source: str) -> list[str]:
         numbers = {int(number): symbol for symbol, number in fields}
         if sorted(numbers) == list(range(len(fields))):
             return [numbers[number] for number in range(len(fields))]
+        if 0 in numbers or sorted(numbers) == list(range(1, len(fields) + 1)) != [1]:  # counts are neither
+            raise UserError(
+                f"{source}: the numbers of its {len(fields)} symbols are not 0 to {len(fields) - 1}, each once"
+            )
         return _symbols_of_fairseq(lines, source)
     symbols = []
     for number, line in lines:
