@@ -2,7 +2,7 @@
 # The inputs of a stage as lines of text, and what differs between two of them. log.sh sources this file.
 
 # inputs_of OPTIONS READS [ARGUMENT…] prints the inputs of a stage, one per line:
-#   corpus=/data/LibriSpeech                                an option: the value of the variable
+#   corpus=/data/LibriSpeech (9 files, 99 bytes)            an option: the value of the variable
 #   optim.lr=1e-3                                           a setting among the arguments
 #   arguments=/recipes/demo/conf/pretrain.yaml (checksum …) all other arguments
 #   reads labels=cuts_1h.jsonl (checksum …)                 files and run folders that earlier stages made
@@ -10,7 +10,7 @@
 # What a stage reads is left out if it does not exist (any more), because then there is nothing to compare.
 inputs_of() {
   local _name _argument _value _arguments=''
-  for _name in $1; do printf '%s=%s\n' "$_name" "$(_value_of "${!_name}")"; done
+  for _name in $1; do printf '%s=%s\n' "$_name" "$(_option_of "${!_name}")"; done
   for _argument in "${@:3}"; do
     if _is_setting "$_argument"; then printf '%s\n' "${_argument//$'\n'/ }"; fi
   done | tac | awk -F= '!seen[$1]++' | tac # the last value of a repeated setting counts
@@ -51,6 +51,11 @@ _lines_only_in() {
 
 _is_setting() { [[ $1 =~ ^[a-z_]+(\.[a-z0-9_]+)+= ]]; }
 
+# _option_of VALUE is _value_of, but prints a folder by its real path and how much is in it.
+_option_of() {
+  if [[ -d $1 ]]; then printf '%s (%s)' "$(realpath "$1")" "$(_extent "$1")"; else _value_of "$1"; fi
+}
+
 # _value_of VALUE prints it on one line, and a file by its absolute path and content.
 _value_of() {
   if [[ -f $1 ]]; then
@@ -58,6 +63,12 @@ _value_of() {
   else
     printf '%s' "${1//$'\n'/ }"
   fi
+}
+
+# _extent DIR prints the number and the size of the files below it. A loop of links is no reason to stop.
+_extent() {
+  { find -L "$1" -type f -printf '%s\n' 2>/dev/null || true; } |
+    awk '{ bytes += $1 } END { printf "%d files, %.0f bytes", NR, bytes }'
 }
 
 # _contents_of NAME prints the content of the files and run folders in the variable or array NAME, without their place,

@@ -269,3 +269,17 @@ def test_stage_marks_are_text_that_people_read(recipe: Recipe, tmp_path: Path) -
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", lines[0])
     assert lines[1:3] == ["a.b=1", f"arguments={tmp_path}/exp"]
     assert lines[3].startswith("reads cuts=cuts_a.jsonl (checksum ")
+
+
+def test_a_folder_is_compared_by_what_is_in_it(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "corpus" / "deep").mkdir(parents=True)
+    (tmp_path / "corpus" / "deep" / "a.wav").write_bytes(bytes(100))
+    (tmp_path / "corpus" / "loop").symlink_to("../corpus")
+    (tmp_path / "current").symlink_to("corpus")
+    recipe("--corpus", "corpus", "--stop-stage", "1")
+    assert skipped(recipe("--corpus", "current/", "--stop-stage", "1")) == [1]
+    (tmp_path / "corpus" / "b.wav").write_bytes(bytes(20))
+    real = tmp_path / "corpus"
+    assert (
+        f"run.sh: stage 1 was done with corpus={real} (1 files, 100 bytes), now corpus={real} (2 files, 120 bytes): "
+    ) in recipe("--corpus", "corpus", "--stop-stage", "1", code=2)
