@@ -23,18 +23,18 @@ from tests.helpers.spelled import RATE, SPELLING, some_texts, spoken
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.corpora.folder import (
-    LATE,
     NOT_A_TRANSCRIPT,
     NOT_AMONG,
     OUTSIDE,
     OVERHANGING,
     SAME_NAME,
+    START_AFTER_AUDIO,
     WITHOUT_TIMES,
     prepare_folder,
 )
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.report import Report
-from w2vscale.corpora.segments import OVERHANG, Timed
+from w2vscale.corpora.segments import BEYOND_SEGMENT, Timed
 from w2vscale.training.loop import train
 
 WORDS = [Timed(0.5, 1.0, "one"), Timed(1.25, 1.75, "two"), Timed(2.5, 3.25, "três"), Timed(4.5, 5.5, "four")]
@@ -153,7 +153,7 @@ class TestWithTimes:
         talk.with_suffix(".srt").write_text(as_srt([phrase, Timed(5.2, 5.7, "short")]))
         cuts, report = prepared(talk, segment_seconds=2.0)
         texts = dict(zip([round(cut.start, 2) for cut in cuts], texts_of(cuts), strict=True))
-        covered = [cut for cut in cuts if cut.start < 4.0 - OVERHANG and cut.end > 1.0 + OVERHANG]
+        covered = [cut for cut in cuts if cut.start < 4.0 - BEYOND_SEGMENT and cut.end > 1.0 + BEYOND_SEGMENT]
         assert [cut.supervisions[0].text for cut in covered] == [None] * len(covered)
         assert "short" in texts.values()
         assert report.notes[OVERHANGING] == len(covered) >= 2
@@ -163,7 +163,7 @@ class TestWithTimes:
     @pytest.mark.parametrize("suffix", FORMATS)
     def test_a_transcript_that_goes_on_after_the_audio_is_named(self, suffix: str, talk: Path) -> None:
         write_audio(talk.with_name("good.wav"), noise(1.0))
-        late = [*WORDS, Timed(SECONDS + LATE + 0.5, SECONDS + LATE + 1.0, "late")]
+        late = [*WORDS, Timed(SECONDS + START_AFTER_AUDIO + 0.5, SECONDS + START_AFTER_AUDIO + 1.0, "late")]
         talk.with_suffix(suffix).write_text(FORMATS[suffix](late), encoding="utf-8")
         for options in ({}, {"segment_seconds": 2.0}):
             cuts, report = prepared(talk, **options)

@@ -29,14 +29,22 @@ from w2vscale.corpora.preparing import (
     write_manifests,
 )
 from w2vscale.corpora.report import Report
-from w2vscale.corpora.segments import OVERHANG, Segment, Timed, near_to, segments_of_speech, windows, words_of
+from w2vscale.corpora.segments import (
+    BEYOND_SEGMENT,
+    Segment,
+    Timed,
+    near_to,
+    segments_of_speech,
+    windows,
+    words_of,
+)
 from w2vscale.corpora.text_files import text_of_file
 from w2vscale.corpora.timed_text import check_encoding, read_kaldi_segments, read_timed
 from w2vscale.data.decoding import AudioError
 from w2vscale.errors import UserError
 
 LONGEST_OF_SPEECH = 30.0  # seconds of a segment with --vad and without --segment-seconds
-LATE = 1.0  # seconds after the end of a recording in which a word may begin
+START_AFTER_AUDIO = 1.0  # seconds after the end of a recording in which a word may begin
 
 WITHOUT_TIMES = "segments without text, because the transcript of their recording has no times"
 OVERHANGING = "segments without text, because a word or phrase of it extends beyond the segment"
@@ -234,7 +242,7 @@ def _texts_of_segments(
     outside, near = len(units), near_to(units)
     for start, end in segments:
         # Times are inexact: the last word may end after the recording.
-        segment = Segment(start, end if end < duration else duration + OVERHANG)
+        segment = Segment(start, end if end < duration else duration + BEYOND_SEGMENT)
         words, partly = words_of(segment, near(segment))
         outside -= len(words)
         notes.notes[OVERHANGING] += bool(partly)
@@ -278,6 +286,6 @@ def _transcript(folder: Folder, file: str, duration: float, notes: Cuts) -> tupl
 
 def _checked(units: Sequence[Timed], duration: float, path: str) -> Sequence[Timed]:
     """The same words. Raises TranscriptError if one begins after the end of the recording."""
-    if units and units[-1].start > duration + LATE:
+    if units and units[-1].start > duration + START_AFTER_AUDIO:
         raise TranscriptError(path, f"has words at {units[-1].start:.1f} s, but the audio ends at {duration:.1f} s")
     return units

@@ -21,7 +21,7 @@ from w2vscale.data.decoding import AudioError
 from w2vscale.errors import UserError
 
 SHORTEST_UTTERANCE = 0.001  # seconds
-LATE = 0.1  # seconds by which a listed utterance may end after its audio
+END_AFTER_AUDIO = 0.1  # seconds by which a listed utterance may end after its audio
 
 
 class Utterance(NamedTuple):
@@ -127,9 +127,9 @@ def _cuts_of_utterance(
     end = whole.duration if utterance.duration is None else utterance.start + utterance.duration
     if not 0.0 <= utterance.start <= end - SHORTEST_UTTERANCE:
         raise AudioError("mismatched", f"{utterance.identifier} lasts from {utterance.start:g} to {end:g} s")
-    if end > whole.duration + LATE:
+    if end > whole.duration + END_AFTER_AUDIO:
         reason = f"{utterance.identifier} ends at {end:.2f} s, but the audio ends at {whole.duration:.2f} s"
         raise AudioError("mismatched", reason)
-    if utterance.start == 0.0 and end > whole.duration - LATE:  # lists round the duration of a file
+    if utterance.start == 0.0 and end > whole.duration - END_AFTER_AUDIO:  # lists round the duration of a file
         return [with_text(whole.with_id(utterance.identifier), utterance.text)]
     return [with_text(part_of(whole, Segment(utterance.start, end), utterance.identifier), utterance.text)]

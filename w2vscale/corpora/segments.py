@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 SHORTEST = 2.0  # seconds of a segment of speech, unless its recording is shorter
 LONGEST_PAUSE = 0.5  # seconds; longer pauses are left out between segments of speech
-OVERHANG = 0.25  # seconds by which a word or phrase may extend beyond its segment
+BEYOND_SEGMENT = 0.25  # seconds by which a word or phrase may extend beyond its segment
 
 
 class Timed(NamedTuple):
@@ -94,8 +94,8 @@ def words_of(segment: Segment, units: Sequence[Timed]) -> tuple[list[Timed], lis
     partly = [
         unit
         for unit in units
-        if (overlap := min(unit.end, segment.end) - max(unit.start, segment.start)) > OVERHANG
-        and unit.end - unit.start - overlap > OVERHANG
+        if (overlap := min(unit.end, segment.end) - max(unit.start, segment.start)) > BEYOND_SEGMENT
+        and unit.end - unit.start - overlap > BEYOND_SEGMENT
     ]
     return inside, partly
 
