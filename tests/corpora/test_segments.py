@@ -140,6 +140,12 @@ def test_a_recording_of_ten_hours() -> None:
     assert not any(words_of(segment, near(segment))[1] for segment in segments)
 
 
+def test_one_long_phrase_does_not_slow_down_the_search() -> None:
+    words = [Timed(0.36 * number, 0.36 * number + 0.3, str(number)) for number in range(100_000)]
+    near = near_to([Timed(0.0, 36_000.0, "music"), *words])
+    assert max(len(near(Segment(start, start + 15.0))) for start in range(0, 36_000, 15)) < 50
+
+
 def test_a_word_that_is_cut_is_partly_in_both_segments() -> None:
     words = [Timed(0.0, 1.0, "a"), Timed(1.5, 3.5, "b"), Timed(3.9, 4.1, "c")]
     assert words_of(Segment(0.0, 2.0), words) == ([words[0]], [words[1]])

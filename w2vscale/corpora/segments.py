@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from math import frexp
 from typing import NamedTuple
 
 SHORTEST = 2.0  # seconds of a segment of speech, unless its recording is shorter
@@ -67,7 +69,8 @@ def segments_of_speech(speech: Sequence[Segment], duration: float, longest: floa
     for start, end in joined:
         while end - start > longest:
             last = min(start + longest, end - SHORTEST)
-            cut = max((pause for pause in pauses if start + SHORTEST <= pause <= last), default=last)
+            number = bisect_right(pauses, last) - 1
+            cut = pauses[number] if number >= 0 and pauses[number] >= start + SHORTEST else last
             segments.append(Segment(start, cut))
             start = cut
         segments.append(Segment(start, end))
@@ -76,11 +79,19 @@ def segments_of_speech(speech: Sequence[Segment], duration: float, longest: floa
 
 def near_to(units: Sequence[Timed]) -> Callable[[Segment], Sequence[Timed]]:
     """A function that quickly selects those of `units`, sorted by time, that may overlap with a segment."""
-    starts = [unit.start for unit in units]
-    longest = max((unit.end - unit.start for unit in units), default=0.0)
+    of_length: dict[int, list[Timed]] = defaultdict(list)  # so that one long phrase does not slow down all searches
+    for unit in units:
+        of_length[frexp(unit.end - unit.start)[1]].append(unit)
+    groups = [
+        (some, [unit.start for unit in some], max(unit.end - unit.start for unit in some))
+        for some in of_length.values()
+    ]
 
     def near(segment: Segment) -> Sequence[Timed]:
-        return units[bisect_left(starts, segment.start - longest) : bisect_right(starts, segment.end)]
+        found: list[Timed] = []
+        for some, starts, longest in groups:
+            found += some[bisect_left(starts, segment.start - longest) : bisect_right(starts, segment.end)]
+        return sorted(found, key=lambda unit: unit[:2])
 
     return near
 
