@@ -141,7 +141,7 @@ class TestWithTimes:
         talk.with_suffix(suffix).write_text(FORMATS[suffix](words), encoding="utf-8")
         cuts, report = prepared(talk, segment_seconds=longest / 10)
         assert " ".join(filter(None, texts_of(cuts))) == " ".join(word.text for word in words)
-        assert +report.notes == {}
+        assert +report.notes == ({} if words or suffix != ".json" else {NOT_A_TRANSCRIPT: 1})
         spans = {word.text: word for word in words}
         for cut in cuts:
             for word in (cut.supervisions[0].text or "").split():
@@ -248,6 +248,13 @@ class TestJson:
         assert {(suffix, reason) for suffix, reason in report.others} == {
             (".json", "transcript"), (".txt", "transcript")
         }  # fmt: skip
+
+    def test_an_empty_list_is_no_transcript_and_does_not_hide_one(self, talk: Path) -> None:
+        talk.with_suffix(".json").write_text('{"text": "", "segments": []}')
+        talk.with_suffix(".txt").write_text("WHAT IS SAID")
+        cuts, report = prepared(talk)
+        assert texts_of(cuts) == ["WHAT IS SAID"]
+        assert +report.notes == {NOT_A_TRANSCRIPT: 1}
 
     def test_words_with_times_are_preferred_to_a_text(self, talk: Path) -> None:
         talk.with_suffix(".json").write_text(as_json(WORDS))

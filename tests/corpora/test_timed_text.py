@@ -250,11 +250,27 @@ def test_a_segment_whose_words_have_another_form_is_one_phrase(words: object, tm
 
 
 @pytest.mark.parametrize(
-    "document", [{"id": 3}, [{"words": "one two"}], [1, 2], [], {"words": "none"}, {"segments": [{"text": "no times"}]}]
+    "document",
+    [
+        {"id": 3},
+        [{"words": "one two"}],
+        [1, 2],
+        [],
+        {"words": []},
+        {"text": "", "segments": []},
+        {"words": "none"},
+        {"segments": [{"text": "no times"}]},
+    ],
 )
 def test_json_without_words_is_no_transcript(document: object, tmp_path: Path) -> None:
     (tmp_path / "talk.json").write_text(json.dumps(document))
-    assert not read_timed(tmp_path / "talk.json")
+    assert read_timed(tmp_path / "talk.json") is None
+
+
+def test_segments_are_read_if_the_list_of_words_is_empty(tmp_path: Path) -> None:
+    segments = [{"start": 0.5, "end": 1, "text": "one"}]
+    (tmp_path / "talk.json").write_text(json.dumps({"words": [], "segments": segments}))
+    assert read_timed(tmp_path / "talk.json") == [Timed(0.5, 1.0, "one")]
 
 
 def test_a_segment_with_a_word_without_times_is_one_phrase(tmp_path: Path) -> None:

@@ -170,8 +170,9 @@ def _json(text: str, path: Path) -> list[Timed] | None:
     document = json.loads(text)
     units = document
     if isinstance(document, dict):
-        units = next((document[key] for key in ("words", "segments") if isinstance(document.get(key), list)), None)
-    if not isinstance(units, list) or not all(isinstance(unit, dict) for unit in units):
+        lists = (document.get(key) for key in ("words", "segments"))
+        units = next((found for found in lists if found and isinstance(found, list)), None)
+    if not units or not isinstance(units, list) or not all(isinstance(unit, dict) for unit in units):
         return None
     found = []
     for unit in units:
