@@ -187,6 +187,15 @@ def test_words_and_times(name: str, encoding: str, tmp_path: Path) -> None:
         ),
         ("talk.srt", "just text\n", "it has no line such as 00:00:01,000 --> 00:00:02,500"),
         ("talk.json", "{", "not a json transcript"),
+        (
+            "talk.srt",
+            "1\n00:00:01,000 --> 00:00:02,000\nA\n\n2\n0 --> 1\nB\n",
+            "line 6, '0 --> 1', is not like 00:00:01,000 --> 00:00:02,500",
+        ),
+        ("talk.srt", "00:00:01 --> 00:00:02:12\nA\n", "line 1, '00:00:01 --> 00:00:02:12', is not like 00:00:01,000"),
+        ("talk.vtt", "WEBVTT\n\n00:01 --> 00:02\nA --> B\n", "line 4, 'A --> B', must follow an empty line"),
+        ("talk.vtt", "WEBVTT\n\n00:01 --> 00:02\nA\n00:02 --> 00:03\nB", "line 5, '00:02 --> 00:03', must follow"),
+        ("talk.srt", "NOTE a --> b\n", "line 1, 'NOTE a --> b', is not like"),
     ],
 )
 def test_other_forms_are_named(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -201,6 +210,21 @@ def test_other_forms_are_named(name: str, content: str, message: str, tmp_path: 
 def test_a_transcript_in_which_nothing_is_said(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     assert read_timed(tmp_path / name) == []
+
+
+@pytest.mark.parametrize("name", ["talk.srt", "talk.vtt"])
+@pytest.mark.parametrize("end_of_line", ["\n", "\r\n", " \n"])
+def test_cues_without_fractions_and_with_short_fields(name: str, end_of_line: str, tmp_path: Path) -> None:
+    content = "1\n0:0:1 --> 00:00:02\nA\nB\n\n2\n0:02.5-->0:3,25 align:start\nC\n\n1:00:03 --> 1:00:04\n"
+    (tmp_path / name).write_bytes(content.replace("\n", end_of_line).encode())
+    assert read_timed(tmp_path / name) == [Timed(1.0, 2.0, "A B"), Timed(2.5, 3.25, "C"), Timed(3603.0, 3604.0, "")]
+
+
+def test_notes_styles_and_regions_are_not_cues(tmp_path: Path) -> None:
+    blocks = ["NOTE", "NOTE old:", "STYLE", "REGION\nid:a"]
+    notes = "\n\n".join(f"{block}\n00:01.000 --> 00:02.000 is\nno cue" for block in blocks)
+    (tmp_path / "talk.vtt").write_text(f"WEBVTT\n\n{notes}\n\nNOTES\n00:01.000 --> 00:02.000\nNOTE THIS\n\n{notes}\n")
+    assert read_timed(tmp_path / "talk.vtt") == [Timed(1.0, 2.0, "NOTE THIS")]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from w2vscale.corpora.segments import Timed
 from w2vscale.corpora.text_files import lines_of_file, text_of_file
@@ -18,8 +19,10 @@ from w2vscale.errors import UserError
 
 SILENCES = {"", "sp", "sil", "<eps>", "<sil>", "SIL"}  # labels of pauses in TextGrid and CTM files of aligners
 WORD_KEYS = ("word", "text", "label", "token")
-TIME = r"(?:(\d+):)?(\d+):(\d+)[.,](\d+)"
-CUE = re.compile(rf"\s*{TIME}\s+-->\s+{TIME}")
+TIME = r"(?:(\d+):)?(\d+):(\d+)(?:[.,](\d+))?"
+CUE = re.compile(rf"\s*{TIME}\s*-->\s*{TIME}(?:\s|$)")
+SPACES_BEFORE_CUE = re.compile(r"^[^\S\n]+$(?=\n(?:\s*\d+\s*\n)?[^\n]*-->)", re.MULTILINE)
+NOT_A_CUE = re.compile(r"(NOTE|STYLE|REGION)(\s|$)")  # at the beginning of a block of WebVTT
 MARKUP = re.compile(r"<[^>]*>|\{\\[^}]*\}")
 TOKEN = re.compile(r'"(?:[^"]|"")*"|(?<![\w\[])[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?(?![\w\]])|<exists>')
 
@@ -142,27 +145,46 @@ def _interval_tiers(text: str) -> Iterator[tuple[str, list[Timed]]]:
                 number(), string()
 
 
+class _Cue(NamedTuple):
+    start: float
+    end: float
+    lines: list[str]
+
+
 def _subtitles(text: str, path: Path) -> list[Timed]:
     """SubRip and WebVTT: a line with two times, then lines of text up to an empty line."""
-    units = []
-    lines = iter(text.split("\n"))
-    for line in lines:
-        if (times := CUE.match(line)) is None:
-            continue
-        spoken = []
-        for row in lines:
-            if not row.strip():
-                break
-            spoken.append(html.unescape(MARKUP.sub("", row)))
-        first, last = (_seconds(*times.groups()[start : start + 4]) for start in (0, 4))
-        units.append(Timed(first, last, " ".join(" ".join(spoken).split())))
-    if not units and text.strip() and not text.startswith("WEBVTT"):
+    cues = _cues(text, path)
+    if not cues and text.strip() and not text.startswith("WEBVTT"):
         raise ValueError("it has no line such as 00:00:01,000 --> 00:00:02,500")
-    return units
+    return [Timed(cue.start, cue.end, " ".join(cue.lines)) for cue in cues]
 
 
-def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str) -> float:
-    return 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds) + float(f"0.{fraction}")
+def _cues(text: str, path: Path) -> list[_Cue]:
+    """The cues of a file. Raises UserError if a line has --> but does not begin a cue."""
+    cues: list[_Cue] = []
+    in_cue = in_other_block = False
+    # A line of spaces ends a cue only before another one: the captions of YouTube have such lines in cues.
+    lines = SPACES_BEFORE_CUE.sub("", text.replace("\r\n", "\n")).split("\n")
+    for number, (before, line) in enumerate(pairwise(["", *lines]), start=1):
+        if not line:
+            in_cue = in_other_block = False
+        elif in_other_block or (not before and path.suffix.lower() == ".vtt" and NOT_A_CUE.match(line)):
+            in_other_block = True
+        elif "-->" in line:
+            times = CUE.match(line)
+            if times is None or in_cue:
+                reason = "must follow an empty line" if in_cue else "is not like 00:00:01,000 --> 00:00:02,500"
+                raise UserError(f"{path}: line {number}, {line.strip()[:80]!r}, {reason}")
+            first, last = (_seconds(*times.groups()[start : start + 4]) for start in (0, 4))
+            cues.append(_Cue(first, last, []))
+            in_cue = True
+        elif in_cue and (spoken := " ".join(html.unescape(MARKUP.sub("", line)).split())):
+            cues[-1].lines.append(spoken)
+    return cues
+
+
+def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str | None) -> float:
+    return 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds) + float(f"0.{fraction or 0}")
 
 
 def _json(text: str, path: Path) -> list[Timed] | None:
