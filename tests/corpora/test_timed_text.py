@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2vscale.corpora.segments import Timed
-from w2vscale.corpora.timed_text import read_kaldi_segments, read_timed
+from w2vscale.corpora.timed_text import ROLLED, read_kaldi_segments, read_timed
 from w2vscale.errors import UserError
 
 WORDS = [Timed(0.5, 0.9, "GOOD"), Timed(1.0, 1.5, "DAY"), Timed(2.25, 3.0, "TÖNE")]
@@ -225,6 +226,70 @@ def test_notes_styles_and_regions_are_not_cues(tmp_path: Path) -> None:
     notes = "\n\n".join(f"{block}\n00:01.000 --> 00:02.000 is\nno cue" for block in blocks)
     (tmp_path / "talk.vtt").write_text(f"WEBVTT\n\n{notes}\n\nNOTES\n00:01.000 --> 00:02.000\nNOTE THIS\n\n{notes}\n")
     assert read_timed(tmp_path / "talk.vtt") == [Timed(1.0, 2.0, "NOTE THIS")]
+
+
+YOUTUBE = """WEBVTT
+Kind: captions
+Language: en
+
+00:00:00.160 --> 00:00:02.389 align:start position:0%
+ 
+hello<00:00:00.480><c> and</c><00:00:00.880><c> welcome</c>
+
+00:00:02.389 --> 00:00:02.399 align:start position:0%
+hello and welcome
+ 
+
+00:00:02.399 --> 00:00:04.500 align:start position:0%
+hello and welcome
+to<00:00:02.600><c> the</c><00:00:02.900><c> show</c>
+
+00:00:04.500 --> 00:00:04.510 align:start position:0%
+to the show
+ 
+
+00:00:04.510 --> 00:00:06.000 align:start position:0%
+to the show
+to<00:00:04.700><c> the</c><00:00:05.000><c> show</c>
+
+00:00:09.000 --> 00:00:10.000 align:start position:0%
+to the show
+it<00:00:09.500><c> goes</c>
+"""
+
+
+def test_rolling_captions_have_each_line_once(tmp_path: Path) -> None:
+    (tmp_path / "talk.vtt").write_text(YOUTUBE)
+    notes = Counter[str]()
+    assert read_timed(tmp_path / "talk.vtt", notes=notes) == [
+        Timed(0.16, 2.389, "hello and welcome"),
+        Timed(2.399, 4.5, "to the show"),
+        Timed(4.51, 6.0, "to the show"),
+        Timed(9.0, 10.0, "to the show it goes"),  # after a pause: it is said again
+    ]
+    assert notes == {ROLLED: 4}
+
+
+@pytest.mark.parametrize(
+    ("cues", "texts", "rolled"),
+    [
+        ([(0, 1, "A\nB"), (1, 2, "B\nC"), (1.5, 3, "C\nD\nE"), (3, 4, "D\nE\nF")], ["A B", "C", "D E", "F"], 4),
+        ([(0, 1, "NO"), (1, 2, "NO"), (2, 3, "NO\nYES")], ["NO", "NO", "YES"], 1),
+        ([(0, 1, "A\nB"), (1.1, 2, "B\nC")], ["A B", "B C"], 0),
+        ([(0, 1, "A\nB"), (1, 1.01, "A"), (1.01, 2, "A B")], ["A B", "A", "A B"], 0),
+        ([(5, 6, "A"), (0, 1, "A\nB")], ["A B", "A"], 0),
+        ([(0, 1, ""), (1, 2, "")], ["", ""], 0),
+    ],
+)
+def test_only_lines_that_touch_the_cue_before_are_dropped(
+    cues: list[tuple[float, float, str]], texts: list[str], rolled: int, tmp_path: Path
+) -> None:
+    content = "\n\n".join(f"0:{start} --> 0:{end}\n{text}" for start, end, text in cues)
+    (tmp_path / "talk.srt").write_text(content)
+    notes = Counter[str]()
+    found = read_timed(tmp_path / "talk.srt", notes=notes)
+    assert found is not None and [unit.text for unit in found] == texts
+    assert notes[ROLLED] == rolled
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,7 @@ def _transcript(folder: Folder, file: str, duration: float, notes: Cuts) -> tupl
         try:
             if suffix.lower() == ".txt":
                 return None, text_of_file(folder.path / path, encoding=folder.encoding).strip()
-            units = read_timed(folder.path / path, encoding=folder.encoding)
+            units = read_timed(folder.path / path, encoding=folder.encoding, notes=notes.notes)
         except UserError as error:
             raise TranscriptError(path, str(error).removeprefix(f"{folder.path / path}: ")) from None
         if units is not None:

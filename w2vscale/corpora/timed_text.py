@@ -7,7 +7,7 @@ import html
 import json
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -18,24 +18,28 @@ from w2vscale.corpora.text_files import lines_of_file, text_of_file
 from w2vscale.errors import UserError
 
 SILENCES = {"", "sp", "sil", "<eps>", "<sil>", "SIL"}  # labels of pauses in TextGrid and CTM files of aligners
+TOUCHING = 0.002  # seconds between two cues that follow each other without a pause: times are rounded
+BRIEF = 0.05  # seconds of a cue in which nothing is said
+ROLLED = "lines of rolling captions that repeat the cue before, which are dropped"
 WORD_KEYS = ("word", "text", "label", "token")
 TIME = r"(?:(\d+):)?(\d+):(\d+)(?:[.,](\d+))?"
 CUE = re.compile(rf"\s*{TIME}\s*-->\s*{TIME}(?:\s|$)")
-SPACES_BEFORE_CUE = re.compile(r"^[^\S\n]+$(?=\n(?:\s*\d+\s*\n)?[^\n]*-->)", re.MULTILINE)
+SPACES_BEFORE_CUE = re.compile(r"^[^\S\n]+$(?=\n(?:[^\S\n]*\d+[^\S\n]*\n)?[^\n]*-->)", re.MULTILINE)
 NOT_A_CUE = re.compile(r"(NOTE|STYLE|REGION)(\s|$)")  # at the beginning of a block of WebVTT
 MARKUP = re.compile(r"<[^>]*>|\{\\[^}]*\}")
 TOKEN = re.compile(r'"(?:[^"]|"")*"|(?<![\w\[])[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?(?![\w\]])|<exists>')
 
 
-def read_timed(path: Path, *, encoding: str | None = None) -> list[Timed] | None:
+def read_timed(path: Path, *, encoding: str | None = None, notes: Counter[str] | None = None) -> list[Timed] | None:
     """The words or phrases of a transcript file, sorted by time. None for a JSON file that is no transcript.
 
-    Raises UserError, naming file and line, if the file cannot be read or has another form.
+    Lines that are dropped are counted in `notes`. Raises UserError, naming file and line, if the file cannot be read or
+    has another form.
     """
     text = text_of_file(path, encoding=encoding)
     parse = PARSERS[path.suffix.lower()]
     try:
-        units = parse(text, path)
+        units = parse(text, path, Counter() if notes is None else notes)
     except UserError:
         raise
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
@@ -88,7 +92,7 @@ def _first_and_rest(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield first, rest
 
 
-def _ctm(text: str, path: Path) -> list[Timed]:
+def _ctm(text: str, path: Path, notes: Counter[str]) -> list[Timed]:
     """NIST's format: recording, channel, start, duration, word."""
     by_recording: dict[str, list[Timed]] = defaultdict(list)
     for number, line in enumerate(text.split("\n"), start=1):
@@ -106,7 +110,7 @@ def _ctm(text: str, path: Path) -> list[Timed]:
     return [unit for unit in units if unit.text not in SILENCES]
 
 
-def _text_grid(text: str, path: Path) -> list[Timed]:
+def _text_grid(text: str, path: Path, notes: Counter[str]) -> list[Timed]:
     """Praat's format, long or short. Takes the tiers whose names end with `word` or `words`, or the only one."""
     tiers = dict(_interval_tiers(text))
     words = [name for name in tiers if name.strip().lower().endswith(("word", "words"))]
@@ -151,12 +155,34 @@ class _Cue(NamedTuple):
     lines: list[str]
 
 
-def _subtitles(text: str, path: Path) -> list[Timed]:
+def _subtitles(text: str, path: Path, notes: Counter[str]) -> list[Timed]:
     """SubRip and WebVTT: a line with two times, then lines of text up to an empty line."""
     cues = _cues(text, path)
     if not cues and text.strip() and not text.startswith("WEBVTT"):
         raise ValueError("it has no line such as 00:00:01,000 --> 00:00:02,500")
-    return [Timed(cue.start, cue.end, " ".join(cue.lines)) for cue in cues]
+    return [Timed(cue.start, cue.end, " ".join(cue.lines)) for cue in _without_rolled_lines(cues, notes)]
+
+
+def _without_rolled_lines(cues: Iterable[_Cue], notes: Counter[str]) -> Iterator[_Cue]:
+    """Leave out the lines that a cue shows again from the one directly before, as the captions of YouTube do.
+
+    There, a cue of one or two seconds adds a line below the last line of the cue before, and one of 10 ms follows,
+    which shows that line alone. What is said twice stays: a cue that adds nothing is left out only if it is brief.
+    """
+    before = _Cue(-math.inf, -math.inf, [])
+    for cue in cues:
+        rolled = 0
+        if before.start <= cue.start <= before.end + TOUCHING:
+            lengths = range(min(len(before.lines), len(cue.lines)), 0, -1)
+            rolled = next((n for n in lengths if before.lines[-n:] == cue.lines[:n]), 0)
+        adds_nothing = rolled > 0 and rolled == len(cue.lines)
+        before = cue
+        if adds_nothing and cue.end - cue.start > BRIEF:
+            yield cue
+            continue
+        notes[ROLLED] += rolled
+        if not adds_nothing:
+            yield cue._replace(lines=cue.lines[rolled:])
 
 
 def _cues(text: str, path: Path) -> list[_Cue]:
@@ -184,10 +210,10 @@ def _cues(text: str, path: Path) -> list[_Cue]:
 
 
 def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str | None) -> float:
-    return 3600 * int(hours or 0) + 60 * int(minutes) + int(seconds) + float(f"0.{fraction or 0}")
+    return 3600 * int(hours or 0) + 60 * int(minutes) + float(f"{int(seconds)}.{fraction or 0}")
 
 
-def _json(text: str, path: Path) -> list[Timed] | None:
+def _json(text: str, path: Path, notes: Counter[str]) -> list[Timed] | None:
     """Whisper's and similar forms: words, or segments with or without words; else this file is no transcript."""
     document = json.loads(text)
     units = document
@@ -223,7 +249,7 @@ def _timed(unit: Any) -> Timed | None:
     return Timed(float(start), float(end), text.strip())
 
 
-PARSERS: dict[str, Callable[[str, Path], list[Timed] | None]] = {
+PARSERS: dict[str, Callable[[str, Path, Counter[str]], list[Timed] | None]] = {
     ".ctm": _ctm,
     ".textgrid": _text_grid,
     ".srt": _subtitles,
