@@ -16,7 +16,9 @@ from tests.corpora.test_named import said
 from tests.helpers.audio import noise, write_audio
 from tests.helpers.trained import trains
 from w2vscale.corpora.index import build_index
+from w2vscale.corpora.kaldi import WITHOUT_TEXT, WITHOUT_UTTERANCE
 from w2vscale.corpora.lists import prepare_fairseq, prepare_kaldi, prepare_nemo
+from w2vscale.corpora.preparing import Options
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.validate import validate_manifest
 
@@ -73,6 +75,30 @@ class TestKaldi:
         assert report.notes["segments of recordings that are not in wav.scp, which are left out"] == 1
         trains(report.manifests[0].path, tmp_path / "exp")
 
+    def test_channels_of_segments(self, audio: Path, tmp_path: Path) -> None:
+        data = self.write(
+            tmp_path / "train",
+            wav_scp=f"call {audio}/call.wav\nright sph2pipe -p -f wav -c 2 {audio}/call.wav |\n",
+            segments="a call 0 1 0\nb call 0 -1 1\nc call 0 1\nd call 0 1 2\ne right 0 1 0\nf right 0 1 1\n",
+        )
+        report = prepare_kaldi(data, tmp_path / "out", options=Options(channel=0))
+        assert {name: cut.channel for name, cut in cuts_in(report).items()} == {"a": 0, "b": 1, "c": 0, "e": 1}
+        assert [(one.kind, one.reason) for one in report.unusable] == [
+            ("mismatched", "f is in channel 1, but the command in wav.scp takes one channel of the file"),
+            ("mismatched", "has 2 channels, numbered from 0, and no channel 2"),
+        ]
+
+    def test_utterances_without_text_and_texts_without_utterance_are_counted(self, audio: Path, tmp_path: Path) -> None:
+        data = self.write(tmp_path / "train", wav_scp=f"long {audio}/long.flac\n", segments="a long 0 1\nb long 1 2\n")
+        assert +prepare_kaldi(data, tmp_path / "out").notes == {}
+        self.write(data, text="a eins\nc drei\nlong alles\n")
+        report = prepare_kaldi(data, tmp_path / "out")
+        assert {name: said(cut)[0] for name, cut in cuts_in(report).items()} == {"a": "eins", "b": None}
+        assert +report.notes == {WITHOUT_TEXT: 1, WITHOUT_UTTERANCE: 2}
+        (data / "segments").unlink()
+        report = prepare_kaldi(data, tmp_path / "out")
+        assert said(cuts_in(report)["long"])[0] == "alles" and +report.notes == {WITHOUT_UTTERANCE: 2}
+
     def test_without_segments_each_recording_is_an_utterance(
         self, audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -109,7 +135,9 @@ class TestKaldi:
         message = error_of(prepare_kaldi, audio, tmp_path / "out")
         assert message.startswith(f"{audio / 'wav.scp'}: no such file")
         data = self.write(tmp_path / "data", wav_scp=f"a {audio}/long.flac\n", segments="a-1 a 0\n")
-        assert "a-1 is not followed by: recording start end" in error_of(prepare_kaldi, data, tmp_path / "out")
+        assert "segments: line 1 is not: utterance recording start end [channel]" in error_of(
+            prepare_kaldi, data, tmp_path / "out"
+        )
         self.write(data, segments="a-1 a 3 2\na-2 a 8 12\na-3 a 1 2\n")
         report = prepare_kaldi(data, tmp_path / "out")
         assert [one.reason for one in report.unusable] == [

@@ -23,6 +23,7 @@ from tests.helpers.spelled import RATE, SPELLING, some_texts, spoken
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.corpora.folder import (
+    AMBIGUOUS,
     NOT_A_TRANSCRIPT,
     NOT_AMONG,
     OUTSIDE,
@@ -33,6 +34,7 @@ from w2vscale.corpora.folder import (
     prepare_folder,
 )
 from w2vscale.corpora.index import build_index
+from w2vscale.corpora.kaldi import WITHOUT_TEXT, WITHOUT_UTTERANCE
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.segments import BEYOND_SEGMENT, Timed
 from w2vscale.training.loop import train
@@ -42,11 +44,11 @@ SECONDS = 6.0
 
 
 def as_ctm(words: Sequence[Timed]) -> str:
-    return "".join(f"talk 1 {start} {end - start} {text}\n" for start, end, text in words)
+    return "".join(f"talk 1 {start} {end - start} {text}\n" for start, end, text, _ in words)
 
 
 def as_text_grid(words: Sequence[Timed]) -> str:
-    intervals = "\n".join(f'{start}\n{end}\n"{text}"' for start, end, text in words)
+    intervals = "\n".join(f'{start}\n{end}\n"{text}"' for start, end, text, _ in words)
     head = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n1000\n<exists>\n1\n'
     return f'{head}"IntervalTier"\n"words"\n0\n1000\n{len(words)}\n{intervals}\n'
 
@@ -56,18 +58,18 @@ def clock(seconds: float, point: str) -> str:
 
 
 def as_srt(words: Sequence[Timed]) -> str:
-    cues = [f"{clock(start, ',')} --> {clock(end, ',')}\n{text}\n" for start, end, text in words]
+    cues = [f"{clock(start, ',')} --> {clock(end, ',')}\n{text}\n" for start, end, text, _ in words]
     return "\n".join(f"{number}\n{cue}" for number, cue in enumerate(cues, start=1))
 
 
 def as_vtt(words: Sequence[Timed]) -> str:
     return "WEBVTT\n\n" + "\n".join(
-        f"{clock(start, '.')} --> {clock(end, '.')}\n{text}\n" for start, end, text in words
+        f"{clock(start, '.')} --> {clock(end, '.')}\n{text}\n" for start, end, text, _ in words
     )
 
 
 def as_json(words: Sequence[Timed]) -> str:
-    listed = [{"word": f" {text}", "start": start, "end": end} for start, end, text in words]
+    listed = [{"word": f" {text}", "start": start, "end": end} for start, end, text, _ in words]
     return json.dumps({"segments": [{"text": "", "start": 0.0, "end": 1.0, "words": [word]} for word in listed]})
 
 
@@ -278,14 +280,44 @@ class TestKaldi:
         assert +report.notes == {NOT_AMONG: 1}
         assert texts_of(prepared(talk)[0]) == ["five", "one  two três four"]
 
+    def test_an_end_of_minus_one_is_that_of_the_recording(self, talk: Path) -> None:
+        (talk.parent / "segments").write_text("a talk 0.5 1.5\nb talk 4.5 -1\n")
+        (talk.parent / "text").write_text("a one\nb two\n")
+        cuts, report = prepared(talk, segment_seconds=2.0)
+        assert texts_of(cuts) == ["one", "", "two"] and +report.notes == {}
+
+    def test_a_name_that_several_files_have_is_the_label_of_none(self, talk: Path) -> None:
+        for name in ("a/rec.wav", "b/rec.wav", "a/own.wav", "own.wav", "a/one.wav"):
+            write_audio(talk.parent / name, noise(2.0))
+        names = ("rec", "a-rec", "own", "one", "a-one", "gone")
+        (talk.parent / "segments").write_text("".join(f"u-{name} {name} 0 1\n" for name in names))
+        (talk.parent / "text").write_text("".join(f"u-{name} said in {name}\n" for name in names))
+        cuts, report = prepared(talk)
+        assert {cut.id: cut.supervisions[0].text for cut in cuts} == {
+            "a-rec": "said in a-rec", "b-rec": None, "own": "said in own", "a-own": None, "a-one": "said in a-one",
+            "talk": None,
+        }  # fmt: skip
+        assert +report.notes == {AMBIGUOUS: 1, NOT_AMONG: 2}
+
+    def test_a_segment_without_a_text_is_unknown_and_not_empty(self, talk: Path) -> None:
+        (talk.parent / "segments").write_text("a talk 0.5 1\nb talk 2.5 3\nc talk 4.5 5\n")
+        (talk.parent / "text").write_text("a one\nc\nd four\ntalk all\n")
+        cuts, report = prepared(talk, segment_seconds=2.0)
+        assert texts_of(cuts) == ["one", None, ""]
+        assert +report.notes == {WITHOUT_TEXT: 1, WITHOUT_UTTERANCE: 2}
+        assert texts_of(prepared(talk)[0]) == [None]
+
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("t talk 1", "line 1 is not: utterance recording start end"),
-            ("t talk 2 1", "'x' lasts from 2 to 1 s"),
-            ("t talk nan 1", "'x' lasts from nan to 1 s"),
-            ("t talk 1 inf", "'x' lasts from 1 to inf s"),
-            ("t talk -1 1", "'x' lasts from -1 to 1 s"),
+            ("t talk 1", "line 1 is not: utterance recording start end [channel]"),
+            ("t talk 1 2 A", "line 1 is not: utterance recording start end [channel]"),
+            ("t talk 1 2 0 x", "line 1 is not: utterance recording start end [channel]"),
+            ("t talk 1 2\nt talk 3 4", "line 2: the utterance t occurs twice"),
+            ("t talk 2 1", "t lasts from 2 to 1 s"),
+            ("t talk nan 1", "line 1 is not: utterance recording start end [channel]"),
+            ("t talk 1 inf", "line 1 is not: utterance recording start end [channel]"),
+            ("t talk -1 1", "t lasts from -1 to 1 s"),
         ],
     )
     def test_wrong_times_are_named(self, line: str, message: str, talk: Path) -> None:

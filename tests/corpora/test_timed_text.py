@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2vscale.corpora.segments import Timed
-from w2vscale.corpora.timed_text import ROLLED, read_kaldi_segments, read_timed
+from w2vscale.corpora.timed_text import ROLLED, read_timed
 from w2vscale.errors import UserError
 
 WORDS = [Timed(0.5, 0.9, "GOOD"), Timed(1.0, 1.5, "DAY"), Timed(2.25, 3.0, "TÖNE")]
@@ -368,16 +368,3 @@ def test_a_segment_with_a_word_without_times_is_one_phrase(tmp_path: Path) -> No
         json.dumps({"segments": [{"start": 0, "end": 1, "text": "in 1999", "words": words}]})
     )
     assert read_timed(tmp_path / "talk.json") == [Timed(0.0, 1.0, "in 1999")]
-
-
-def test_kaldi_segments(tmp_path: Path) -> None:
-    assert read_kaldi_segments(tmp_path) == {}
-    (tmp_path / "segments").write_text("talk-2 talk 2.25 3\ntalk-1 talk 0.5 1.5\nother-1 other 0 1\n")
-    (tmp_path / "text").write_text("talk-1 GOOD  DAY\ntalk-2 TÖNE\n", encoding="utf-8")
-    assert read_kaldi_segments(tmp_path) == {
-        "talk": [Timed(0.5, 1.5, "GOOD  DAY"), Timed(2.25, 3.0, "TÖNE")],
-        "other": [Timed(0.0, 1.0, "")],
-    }
-    (tmp_path / "segments").write_text("talk-1 talk 0.5\n")
-    with pytest.raises(UserError, match="line 1 is not: utterance recording start end"):
-        read_kaldi_segments(tmp_path)

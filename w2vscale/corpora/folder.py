@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from lhotse.cut import Cut
 
 from w2vscale.corpora.finding import AudioFile, Unusable, find_audio
 from w2vscale.corpora.header_cache import Header
+from w2vscale.corpora.kaldi import read_phrases
 from w2vscale.corpora.manifests import existing_folder
 from w2vscale.corpora.preparing import (
     DEFAULTS,
@@ -39,7 +41,7 @@ from w2vscale.corpora.segments import (
     words_of,
 )
 from w2vscale.corpora.text_files import text_of_file
-from w2vscale.corpora.timed_text import check_encoding, read_kaldi_segments, read_timed
+from w2vscale.corpora.timed_text import check_encoding, read_timed
 from w2vscale.data.decoding import AudioError
 from w2vscale.errors import UserError
 
@@ -53,6 +55,9 @@ NOT_A_TRANSCRIPT = "JSON files beside audio without words and times, which are n
 SAME_NAME = "audio files that share their name with another one or its segments, so that their ids are their paths"
 NO_SPEECH = "no speech was found in it"
 NOT_AMONG = "recordings in the file `segments` that are not among the audio files"
+AMBIGUOUS = (
+    "recordings in the file `segments` that may be several audio files; use their paths, such as a-talk for a/talk"
+)
 
 
 class TranscriptError(UserError):
@@ -70,7 +75,7 @@ class Folder:
     path: Path
     texts: dict[str, AudioFile]  # audio files with a transcript beside them, by their path
     names: dict[str, str]  # ids of the files that share their name with another file
-    phrases: dict[str, list[Timed]]  # of Kaldi's files `segments` and `text` in this folder, by recording
+    phrases: dict[str, list[Timed]]  # of Kaldi's files `segments` and `text` in this folder, by audio file
     options: Options
     segment_seconds: float | None = None
     language: str | None = None
@@ -110,11 +115,9 @@ def prepare_folder(
         raise found.no_audio(audio)
     files = [file.path for file in found.audio]
     names = _names_of_twins(files, in_segments=options.vad or segment_seconds is not None)
-    phrases = read_kaldi_segments(audio, encoding=encoding)
-    stems = {name for file in files for name in _names_in_kaldi(file)} if phrases else set()
     report = Report(unusable=found.unusable, others=found.others, left_out=found.left_out)
     report.notes[SAME_NAME] += len(names)
-    report.notes[NOT_AMONG] += len(phrases.keys() - stems)
+    phrases = _by_file(read_phrases(audio, encoding=encoding, notes=report.notes), files, report.notes)
     folder = Folder(
         path=audio,
         texts={file.path: file for file in found.audio if file.text},
@@ -140,9 +143,24 @@ def identifier_of(file: str) -> str:
     return os.path.splitext(file)[0].replace("/", "-")
 
 
-def _names_in_kaldi(file: str) -> tuple[str, str]:
-    """The names by which Kaldi's file `segments` may refer to an audio file."""
-    return os.path.splitext(os.path.basename(file))[0], identifier_of(file)
+def _by_file(phrases: dict[str, list[Timed]], files: Sequence[str], notes: Counter[str]) -> dict[str, list[Timed]]:
+    """The phrases of each audio file. The recordings of others, and those that may be several files, are counted.
+
+    A recording has the id of its file, or the name of its file without the folder if no other file has it.
+    """
+    of_id, of_name = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for file in files if phrases else ():
+        of_id[identifier_of(file)].append(file)
+        of_name[identifier_of(os.path.basename(file))].append(file)
+    by_id, by_name = dict[str, list[Timed]](), dict[str, list[Timed]]()
+    for recording, units in phrases.items():
+        matching = of_id.get(recording) or of_name.get(recording) or []
+        if len(matching) == 1:
+            (by_id if recording in of_id else by_name)[matching[0]] = units
+        else:
+            notes[AMBIGUOUS if matching else NOT_AMONG] += 1
+    notes[NOT_AMONG] += len(by_id.keys() & by_name.keys())  # another recording has the id of the file
+    return {**by_name, **by_id}
 
 
 def _names_of_twins(files: Sequence[str], *, in_segments: bool) -> dict[str, str]:
@@ -259,16 +277,19 @@ def _segments(folder: Folder, header: Header, duration: float, units: Sequence[T
     return segments_of_speech(speech_of(header, folder.options.channel), duration, longest or LONGEST_OF_SPEECH)
 
 
-def _joined(units: Sequence[Timed]) -> str:
-    return " ".join(unit.text for unit in units if unit.text)
+def _joined(units: Sequence[Timed]) -> str | None:
+    """The text of some words or phrases; None if that of one is unknown."""
+    texts = [unit.text for unit in units]
+    return None if None in texts else " ".join(filter(None, texts))
 
 
 def _transcript(folder: Folder, file: str, duration: float, notes: Cuts) -> tuple[Sequence[Timed] | None, str | None]:
     """The words of a file with their times, or else its text, if it has any. Raises TranscriptError."""
     stem = os.path.splitext(file)[0]
-    for name in _names_in_kaldi(file):
-        if name in folder.phrases:
-            return _checked(folder.phrases[name], duration, "segments"), None
+    if file in folder.phrases:
+        phrases = _checked(folder.phrases[file], duration, "segments")
+        ends = (max(one.start, duration) if one.end == math.inf else one.end for one in phrases)
+        return [one._replace(end=end) for one, end in zip(phrases, ends, strict=True)], None
     beside = folder.texts.get(file, AudioFile(file))
     for suffix in filter(None, (beside.text, beside.untimed)):
         path = f"{stem}{suffix}"

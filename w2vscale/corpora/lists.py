@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from w2vscale.corpora.finding import Unusable
+from w2vscale.corpora.kaldi import KaldiSegment, count_differences, read_segments, read_table
 from w2vscale.corpora.listing import Listing, Utterance, prepare_listing
 from w2vscale.corpora.manifests import existing_folder
 from w2vscale.corpora.preparing import DEFAULTS, Options, Text
@@ -43,10 +44,12 @@ def prepare_kaldi(folder: Path, output: Path, *, encoding: str | None = None, op
     or has another form, or like `write_manifests`.
     """
     folder = existing_folder(folder)
-    audio = _table(folder / "wav.scp", encoding)
+    audio = read_table(folder / "wav.scp", encoding=encoding)
     if audio is None:
         raise UserError(f"{folder / 'wav.scp'}: no such file{nearest_path(folder / 'wav.scp')}")
-    texts, speakers, languages = (_table(folder / name, encoding) or {} for name in ("text", "utt2spk", "utt2lang"))
+    texts, speakers, languages = (
+        read_table(folder / name, encoding=encoding) for name in ("text", "utt2spk", "utt2lang")
+    )
     listing, part = Listing(folder), folder.name
     files: dict[str, tuple[str, int | None]] = {}
     base = _base(folder, audio)
@@ -56,37 +59,27 @@ def prepare_kaldi(folder: Path, output: Path, *, encoding: str | None = None, op
             files[recording] = (str(base / path), channel)
         except ValueError as error:
             listing.unusable.append(Unusable(source[:200], "command", str(error)))
-    segments = _table(folder / "segments", encoding)
-    utterances = (
-        _segments(folder / "segments", segments) if segments is not None else ((n, n, 0.0, None) for n in audio)
-    )
+    utterances = [KaldiSegment(recording, recording, 0.0, math.inf, None) for recording in audio]
+    if (folder / "segments").is_file():
+        utterances = read_segments(folder / "segments", encoding=encoding)
+    if texts is not None:
+        count_differences(texts, {utterance.name for utterance in utterances}, listing.notes)
     without_audio = 0
-    for name, recording, start, duration in utterances:
+    for name, recording, start, end, channel in utterances:
         if recording not in files:
             without_audio += recording not in audio
             continue
-        path, channel = files[recording]
-        text = Text(texts.get(name), speakers.get(name), languages.get(name))
-        listing.add(path, Utterance(part, name, text, start, duration, channel), recording=recording)
+        path, decoded = files[recording]
+        if decoded is not None and channel:
+            reason = f"{name} is in channel {channel}, but the command in wav.scp takes one channel of the file"
+            listing.unusable.append(Unusable(path, "mismatched", reason))
+            continue
+        text = Text(*((table or {}).get(name) for table in (texts, speakers, languages)))
+        duration = None if end == math.inf else end - start
+        utterance = Utterance(part, name, text, start, duration, channel if decoded is None else decoded)
+        listing.add(path, utterance, recording=recording)
     listing.notes["segments of recordings that are not in wav.scp, which are left out"] += without_audio
     return prepare_listing(listing, output, [part], options)
-
-
-def _table(path: Path, encoding: str | None) -> dict[str, str] | None:
-    """The rest of each line by its first word; None if there is no such file."""
-    if not path.is_file():
-        return None
-    lines = (line.split(maxsplit=1) for line in lines_of_file(path, encoding=encoding))
-    return {line[0]: line[1] if len(line) > 1 else "" for line in lines if line}
-
-
-def _segments(path: Path, lines: dict[str, str]) -> Iterator[tuple[str, str, float, float | None]]:
-    for name, rest in lines.items():
-        try:
-            recording, start, end = rest.split()[:3]
-            yield name, recording, float(start), None if float(end) == -1 else float(end) - float(start)
-        except ValueError:
-            raise UserError(f"{path}: {name} is not followed by: recording start end") from None
 
 
 def _file_of(source: str) -> tuple[str, int | None]:

@@ -19,7 +19,8 @@ class Timed(NamedTuple):
 
     start: float
     end: float
-    text: str
+    text: str | None  # None: it is not known what is said
+    channel: int | str | None = None  # from 0, or a name that is not a number or letter; None: of all channels
 
 
 class Segment(NamedTuple):

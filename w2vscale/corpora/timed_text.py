@@ -1,4 +1,4 @@
-"""Read transcripts with times: CTM, TextGrid, SubRip (.srt), WebVTT, JSON with words, and Kaldi's `segments`."""
+"""Read transcripts with times: CTM, TextGrid, SubRip (.srt), WebVTT, and JSON with words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from w2vscale.corpora.segments import Timed
-from w2vscale.corpora.text_files import lines_of_file, text_of_file
+from w2vscale.corpora.text_files import text_of_file
 from w2vscale.errors import UserError
 
 SILENCES = {"", "sp", "sil", "<eps>", "<sil>", "SIL"}  # labels of pauses in TextGrid and CTM files of aligners
@@ -49,26 +49,6 @@ def read_timed(path: Path, *, encoding: str | None = None, notes: Counter[str] |
     return _sorted(units, path)
 
 
-def read_kaldi_segments(folder: Path, *, encoding: str | None = None) -> dict[str, list[Timed]]:
-    """The phrases of each recording of the files `segments` and `text` in a folder; empty if it has none.
-
-    Raises UserError if they cannot be read, or a line of `segments` has another form.
-    """
-    segments, texts = folder / "segments", folder / "text"
-    if not (segments.is_file() and texts.is_file()):
-        return {}
-    words = dict(_first_and_rest(lines_of_file(texts, encoding=encoding)))
-    found = defaultdict(list)
-    for number, line in enumerate(lines_of_file(segments, encoding=encoding), start=1):
-        try:
-            utterance, recording, start, end = line.split()
-            unit = Timed(float(start), float(end), words.get(utterance, ""))
-        except ValueError:
-            raise UserError(f"{segments}: line {number} is not: utterance recording start end") from None
-        found[recording].append(unit)
-    return {recording: _sorted(units, segments) for recording, units in found.items()}
-
-
 def check_encoding(name: str) -> None:
     """Raise UserError if there is no encoding of this name."""
     try:
@@ -81,15 +61,8 @@ def _sorted(units: list[Timed], path: Path) -> list[Timed]:
     """The same by time. Raises UserError if a time is impossible."""
     for unit in units:
         if not 0.0 <= unit.start <= unit.end < math.inf:
-            raise UserError(f"{path}: {unit.text[:40]!r} lasts from {unit.start:g} to {unit.end:g} s")
+            raise UserError(f"{path}: {(unit.text or '')[:40]!r} lasts from {unit.start:g} to {unit.end:g} s")
     return sorted(units, key=lambda unit: unit[:2])
-
-
-def _first_and_rest(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for line in lines:
-        if line:
-            first, rest = [*line.split(maxsplit=1), ""][:2]
-            yield first, rest
 
 
 def _ctm(text: str, path: Path, notes: Counter[str]) -> list[Timed]:
