@@ -24,8 +24,10 @@ from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.corpora.folder import (
     AMBIGUOUS,
+    MIXED_CHANNELS,
     NOT_A_TRANSCRIPT,
     NOT_AMONG,
+    OTHER_CHANNELS,
     OUTSIDE,
     OVERHANGING,
     SAME_NAME,
@@ -35,6 +37,7 @@ from w2vscale.corpora.folder import (
 )
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.kaldi import WITHOUT_TEXT, WITHOUT_UTTERANCE
+from w2vscale.corpora.preparing import Options
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.segments import BEYOND_SEGMENT, Timed
 from w2vscale.training.loop import train
@@ -335,6 +338,56 @@ class TestKaldi:
         assert [tuple(one) for one in report.unusable] == [
             ("segments", "transcript", "has words at 8.0 s, but the audio ends at 6.0 s; its audio is left out")
         ]
+
+
+class TestChannels:
+    """A telephone call: a speaker in each channel."""
+
+    CTM = "call A 0.2 0.5 HELLO\ncall B 0.8 0.5 WORLD\ncall A 2.5 0.5 BYE\n"
+    SEGMENTS = "a1 call 0.2 0.7 0\nb1 call 0.8 1.3 1\na2 call 2.5 -1 0\n"
+    TEXT = "a1 HELLO\nb1 WORLD\na2 BYE\n"
+
+    @pytest.fixture(params=["ctm", "segments"])
+    def call(self, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+        audio = np.stack([noise(4.0, seed=1), noise(4.0, seed=2)], axis=1)
+        call = write_audio(tmp_path / "audio" / "call.wav", audio)
+        if request.param == "ctm":
+            call.with_suffix(".ctm").write_text(self.CTM)
+        else:
+            (call.parent / "segments").write_text(self.SEGMENTS)
+            (call.parent / "text").write_text(self.TEXT)
+        return call
+
+    @pytest.mark.parametrize(
+        ("channel", "texts", "notes"),
+        [
+            (0, ["HELLO", "BYE"], {}),
+            (1, ["WORLD", ""], {}),
+            (None, ["HELLO WORLD", "BYE"], {MIXED_CHANNELS: 1}),
+        ],
+    )
+    def test_the_words_are_those_of_the_channel(
+        self, channel: int | None, texts: list[str], notes: dict[str, int], call: Path
+    ) -> None:
+        cuts, report = prepared(call, options=Options(channel=channel))
+        assert texts_of(cuts) == [" ".join(filter(None, texts))] and +report.notes == notes
+        cuts, report = prepared(call, segment_seconds=2.0, options=Options(channel=channel))
+        assert texts_of(cuts) == texts and +report.notes == notes
+
+    def test_a_file_of_one_channel_has_all_words_of_its_transcript(self, talk: Path) -> None:
+        talk.with_suffix(".ctm").write_text("talk B 0.2 0.5 HELLO\n")
+        cuts, report = prepared(talk, options=Options(channel=0))
+        assert texts_of(cuts) == ["HELLO"] and +report.notes == {}
+        talk.with_suffix(".ctm").write_text("talk B 0.2 0.5 HELLO\ntalk A 1 1 WORLD\n")
+        cuts, report = prepared(talk, options=Options(channel=0))
+        assert texts_of(cuts) == ["HELLO WORLD"] and +report.notes == {MIXED_CHANNELS: 1}
+
+    def test_a_channel_without_words_has_unknown_text(self, call: Path) -> None:
+        (call.parent / "segments").unlink(missing_ok=True)
+        call.with_suffix(".ctm").write_text("call 1 0.2 0.5 HELLO\ncall 1 3 0.5 WORLD\n")
+        for options in ({}, {"segment_seconds": 2.0}):
+            cuts, report = prepared(call, options=Options(channel=1), **options)
+            assert {*texts_of(cuts)} == {None} and +report.notes == {OTHER_CHANNELS: 1}
 
 
 def test_segments_and_recordings_of_the_same_name_have_different_ids(talk: Path) -> None:

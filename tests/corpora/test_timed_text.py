@@ -213,6 +213,16 @@ def test_a_transcript_in_which_nothing_is_said(name: str, content: str, tmp_path
     assert read_timed(tmp_path / name) == []
 
 
+@pytest.mark.parametrize(
+    ("names", "channels"),
+    [("A B", [0, 1]), ("1 2", [0, 1]), ("0 1", [0, 1]), ("b 2", [1, 1]), ("left _", ["left", "_"])],
+)
+def test_channels_of_a_ctm(names: str, channels: list[int | str], tmp_path: Path) -> None:
+    lines = [f"talk {name} {second} 1 x\n" for second, name in enumerate(names.split())]
+    (tmp_path / "talk.ctm").write_text("".join(lines))
+    assert [unit.channel for unit in read_timed(tmp_path / "talk.ctm") or ()] == channels
+
+
 @pytest.mark.parametrize("name", ["talk.srt", "talk.vtt"])
 @pytest.mark.parametrize("end_of_line", ["\n", "\r\n", " \n"])
 def test_cues_without_fractions_and_with_short_fields(name: str, end_of_line: str, tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ NOT_AMONG = "recordings in the file `segments` that are not among the audio file
 AMBIGUOUS = (
     "recordings in the file `segments` that may be several audio files; use their paths, such as a-talk for a/talk"
 )
+MIXED_CHANNELS = "recordings with the words of several channels mixed by time"
+OTHER_CHANNELS = "recordings without text, because the words in their transcript are all of other channels"
 
 
 class TranscriptError(UserError):
@@ -237,6 +239,7 @@ def _cuts_of_file(folder: Folder, header: Header, notes: Cuts) -> list[Cut]:
     whole = whole_file(header, folder.path, identifier, channel=channel)
     speaker = os.path.dirname(header.file) or None
     units, text = _transcript(folder, header.file, whole.duration, notes)
+    units = _in_channel(units, header.channels, channel, notes) if units else units
     segments = _segments(folder, header, whole.duration, units)
     if segments is None:
         return [with_text(whole, Text(text if units is None else _joined(units), speaker, folder.language))]
@@ -303,6 +306,16 @@ def _transcript(folder: Folder, file: str, duration: float, notes: Cuts) -> tupl
             return _checked(units, duration, path), None
         notes.notes[NOT_A_TRANSCRIPT] += 1
     return None, None
+
+
+def _in_channel(units: Sequence[Timed], channels: int, channel: int | None, notes: Cuts) -> Sequence[Timed] | None:
+    """The words that are said in the channel that is used of `channels`; None if those of others alone are known."""
+    if channel is None or channels == 1:
+        notes.notes[MIXED_CHANNELS] += len({unit.channel for unit in units} - {None}) > 1
+        return units
+    found = [unit for unit in units if unit.channel in (None, channel)]
+    notes.notes[OTHER_CHANNELS] += not found
+    return found or None
 
 
 def _checked(units: Sequence[Timed], duration: float, path: str) -> Sequence[Timed]:

@@ -68,19 +68,29 @@ def _sorted(units: list[Timed], path: Path) -> list[Timed]:
 def _ctm(text: str, path: Path, notes: Counter[str]) -> list[Timed]:
     """NIST's format: recording, channel, start, duration, word."""
     by_recording: dict[str, list[Timed]] = defaultdict(list)
+    channels = set()
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip() or line.startswith(";;"):
             continue
         try:
-            recording, _, start, duration, word = line.split()[:5]
-            unit = Timed(float(start), float(start) + float(duration), word)
+            recording, channel, start, duration, word = line.split()[:5]
+            unit = Timed(float(start), float(start) + float(duration), word, channel)
         except ValueError:
             raise UserError(f"{path}: line {number} is not: recording channel start duration word") from None
         by_recording[recording].append(unit)
+        channels.add(channel)
+    first = 0 if "0" in channels else 1  # NIST counts from 1, Lhotse from 0
     if len(by_recording) > 1 and path.stem not in by_recording:
         raise UserError(f"{path}: has the recordings {', '.join(sorted(by_recording)[:5])}, but not {path.stem}")
     units = by_recording[path.stem] if path.stem in by_recording else [*by_recording.values(), []][0]
-    return [unit for unit in units if unit.text not in SILENCES]
+    return [unit._replace(channel=_channel(str(unit.channel), first)) for unit in units if unit.text not in SILENCES]
+
+
+def _channel(name: str, first: int) -> int | str:
+    """The number of a channel, from 0, of its letter (A is the first) or number; other names are kept."""
+    if name.isdecimal():
+        return int(name) - first
+    return ord(name.upper()) - ord("A") if name.isascii() and name.isalpha() and len(name) == 1 else name
 
 
 def _text_grid(text: str, path: Path, notes: Counter[str]) -> list[Timed]:
