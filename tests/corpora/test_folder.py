@@ -116,6 +116,15 @@ class TestFolder:
         build_index(written.path)
         assert validate_manifest(written.path).bad == 0
 
+    def test_a_rest_of_less_than_a_sample_is_no_segment(self, tmp_path: Path) -> None:
+        path = write_audio(tmp_path / "audio" / "a.wav", noise(1.0))
+        path.with_suffix(".ctm").write_text("a 1 0.00001 0.99 WORD\n")
+        for seconds in (1 / 3 - 1e-6, 0.25, 1 - 1e-5):
+            (written,) = prepare(tmp_path / "audio", tmp_path / "out", segment_seconds=seconds).manifests
+            cuts = cuts_of(written).values()
+            assert min(cut.num_samples for cut in cuts) >= 1
+            assert sum(cut.duration for cut in cuts) == pytest.approx(1.0, abs=1e-4)
+
     def test_validation_share_holds_out_whole_recordings_by_name(self, tmp_path: Path) -> None:
         for number in range(40):
             write_audio(tmp_path / "audio" / f"{number}.wav", noise(0.5, seed=number))

@@ -192,7 +192,7 @@ class TestLibriLight:
         assert len(report.unusable) == 1 and report.left_out == [("small/13/gone.flac", "broken link")]
         for seconds in (3.0, float("nan")):
             message = error_of(prepare_librilight, corpus, tmp_path / "out", segment_seconds=seconds)
-            assert message.startswith(f"--segment-seconds {seconds}: must be at least 4 where")
+            assert message.startswith(f"--segment-seconds {seconds}: must be at least 4.0 where")
 
 
 class TestMls:

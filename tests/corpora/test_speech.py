@@ -364,4 +364,4 @@ class TestCommand:
         message = error_of(
             "data", "prepare", "folder", tmp_path / "audio", tmp_path, "--vad", "--segment-seconds", seconds
         )
-        assert message == f"--segment-seconds {seconds}: must be at least 4.0 with --vad"
+        assert message == f"--segment-seconds {seconds}: must be at least 4.0 where recordings are cut at pauses"

@@ -276,7 +276,10 @@ def _segments(folder: Folder, header: Header, duration: float, units: Sequence[T
     """The parts to cut a file into; None if it stays whole."""
     longest = folder.segment_seconds
     if not folder.options.vad:
-        return None if longest is None or duration <= longest else windows(duration, longest, units or ())
+        if longest is None or duration <= longest:
+            return None
+        segments = windows(duration, longest, units or ())
+        return [one for one in segments if (one.end - one.start) * header.sampling_rate >= 1.0]
     return segments_of_speech(speech_of(header, folder.options.channel), duration, longest or LONGEST_OF_SPEECH)
 
 

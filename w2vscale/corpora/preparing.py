@@ -58,7 +58,7 @@ def check_segment_seconds(seconds: float | None, *, at_pauses: bool) -> None:
     least = 2 * SHORTEST if at_pauses else SHORTEST_WINDOW
     if seconds is not None and not least <= seconds < math.inf:
         why = " where recordings are cut at pauses" if at_pauses else ""
-        raise UserError(f"--segment-seconds {seconds}: must be at least {least:g}{why}")
+        raise UserError(f"--segment-seconds {seconds}: must be at least {least}{why}")
 
 
 @dataclass

@@ -10,6 +10,7 @@ from math import frexp
 from typing import NamedTuple
 
 SHORTEST = 2.0  # seconds of a segment of speech, unless its recording is shorter
+LEAST = 0.01  # seconds of any segment that ends in a pause
 LONGEST_PAUSE = 0.5  # seconds; longer pauses are left out between segments of speech
 BEYOND_SEGMENT = 0.25  # seconds by which a word or phrase may extend beyond its segment
 
@@ -46,7 +47,7 @@ def windows(duration: float, longest: float, units: Sequence[Timed] = ()) -> lis
             middle = (max(before, start) + after) / 2
             if before < start and max(cut) > middle + longest:  # or one pause would be cut again and again
                 middle = after
-            end = middle if start < middle < end else end
+            end = middle if start + LEAST < middle < end else end
         segments.append(Segment(start, end))
         start = end
     return [*segments, Segment(start, duration)]
