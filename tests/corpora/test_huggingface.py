@@ -162,7 +162,7 @@ def test_other_columns_paths_and_rows_without_audio(tmp_path: Path) -> None:
     assert {name: said(cut)[0] for name, cut in cuts_in(report).items()} == {"train-00000000": "eins"}
     assert [one.reason for one in report.unusable] == [
         "train-00000001: it has no audio",
-        f"train-00000002: its audio file {tmp_path / 'gone.flac'} is missing",
+        f"train-00000002: there is no audio file '{tmp_path / 'gone.flac'}'",
     ]
 
 

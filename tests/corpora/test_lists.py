@@ -144,6 +144,8 @@ class TestKaldi:
             "a-1 lasts from 3 to 2 s",
             "a-2 ends at 12.00 s, but the audio ends at 9.00 s",
         ]
+        self.write(data, text="a-3 eins\na-2 zwei\na-3 drei\n")
+        assert error_of(prepare_kaldi, data, tmp_path / "out") == f"{data / 'text'}: line 3: a-3 occurs twice"
         (data / "text").write_bytes("a-3 schön\n".encode("latin-1"))
         assert "text: line 1 is not UTF-8" in error_of(prepare_kaldi, data, tmp_path / "out")
         assert said(cuts_in(prepare_kaldi(data, tmp_path / "out", encoding="latin-1"))["a-3"])[0] == "schön"

@@ -186,7 +186,14 @@ def test_words_and_times(name: str, encoding: str, tmp_path: Path) -> None:
             LONG_TEXT_GRID.replace("anna - words", "a").replace('"TextTier"', '"IntervalTier"'),
             "ends early",
         ),
-        ("talk.srt", "just text\n", "it has no line such as 00:00:01,000 --> 00:00:02,500"),
+        ("talk.srt", "just text\n", "line 1, 'just text', is in no cue"),
+        ("talk.vtt", "just text\n", "it has no line such as 00:00:01,000 --> 00:00:02,500"),
+        ("talk.srt", SRT.replace("DAY", "DAY\n\nAND NIGHT"), "line 9, 'AND NIGHT', is in no cue"),
+        (
+            "talk.srt",
+            SRT.replace("00:00:02,250 -->", "00:00:02,250 ->"),
+            "'00:00:02,250 -> 00:00:03,000', is in no cue",
+        ),
         ("talk.json", "{", "not a json transcript"),
         (
             "talk.srt",

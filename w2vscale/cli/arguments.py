@@ -92,8 +92,12 @@ def launch_if_asked(context: typer.Context, nproc_per_node: int, *, grace: float
 def check_dashes(arguments: Sequence[str]) -> None:
     """Check what comes before `--` on a command line, for all commands.
 
-    Raises UserError if a setting has dashes, as if it were an option, or an option has dashes of a word processor.
+    Raises UserError if a setting has dashes, as if it were an option, an option has dashes of a word processor, or an
+    argument is empty.
     """
+    if "" in arguments:
+        before = " ".join(arguments[: arguments.index("")])
+        raise UserError(f"the argument after `{before}` is empty: is a variable of the shell not set?")
     options = list(arguments[: arguments.index("--")] if "--" in arguments else arguments)
     for argument, following in zip(options, [*options[1:], ""], strict=False):
         given, sign, value = argument.partition("=")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -93,38 +93,38 @@ def folder(
     _show_report(report, output)
 
 
-@app.command()
-def librispeech(
-    corpus: Corpus,
-    output: Output,
-    part: Parts = None,
-    strict: Strict = False,
-    max_bad_fraction: MaxBadFraction = 0.05,
-    jobs: Jobs = 1,
-) -> None:
-    """Prepare LibriSpeech: write OUT/cuts_PART.jsonl for each part."""
-    from w2vscale.corpora.named import prepare_librispeech
-
-    with _options(strict, max_bad_fraction, jobs) as options:
-        report = prepare_librispeech(corpus, output, parts=part or (), options=options)
-    _show_report(report, output)
+NAMED = {
+    "librispeech": "Prepare LibriSpeech: write OUT/cuts_PART.jsonl for each part.",
+    "mini_librispeech": "Prepare mini LibriSpeech: train-clean-5 and dev-clean-2.",
+    "mls": "Prepare Multilingual LibriSpeech: write OUT/cuts_LANGUAGE_PART.jsonl, e.g. cuts_german_train.jsonl.",
+    "commonvoice": "Prepare Common Voice: write OUT/cuts_LANGUAGE_PART.jsonl for train, dev and test of each language.",
+    "gigaspeech": "Prepare GigaSpeech: XL, DEV and TEST, or other parts.",
+    "peoples_speech": "Prepare The People's Speech: clean, clean_sa, dirty, dirty_sa, validation and test.",
+    "aishell": "Prepare AISHELL-1: train, dev and test.",
+}
+"""Corpora that have no options of their own, with the help of their commands."""
 
 
-@app.command("mini_librispeech")
-def mini_librispeech(
-    corpus: Corpus,
-    output: Output,
-    part: Parts = None,
-    strict: Strict = False,
-    max_bad_fraction: MaxBadFraction = 0.05,
-    jobs: Jobs = 1,
-) -> None:
-    """Prepare mini LibriSpeech: train-clean-5 and dev-clean-2."""
-    from w2vscale.corpora.named import prepare_librispeech
+def _command(name: str) -> Callable[..., None]:
+    def command(
+        corpus: Corpus,
+        output: Output,
+        part: Parts = None,
+        strict: Strict = False,
+        max_bad_fraction: MaxBadFraction = 0.05,
+        jobs: Jobs = 1,
+    ) -> None:
+        from w2vscale.corpora import named
 
-    with _options(strict, max_bad_fraction, jobs) as options:
-        report = prepare_librispeech(corpus, output, parts=part or (), mini=True, options=options)
-    _show_report(report, output)
+        with _options(strict, max_bad_fraction, jobs) as options:
+            report = getattr(named, f"prepare_{name}")(corpus, output, parts=part or (), options=options)
+        _show_report(report, output)
+
+    return command
+
+
+for _name, _help in NAMED.items():
+    app.command(_name, help=_help)(_command(_name))
 
 
 @app.command()
@@ -146,23 +146,6 @@ def librilight(
 
 
 @app.command()
-def mls(
-    corpus: Corpus,
-    output: Output,
-    part: Parts = None,
-    strict: Strict = False,
-    max_bad_fraction: MaxBadFraction = 0.05,
-    jobs: Jobs = 1,
-) -> None:
-    """Prepare Multilingual LibriSpeech: write OUT/cuts_LANGUAGE_PART.jsonl, e.g. cuts_german_train.jsonl."""
-    from w2vscale.corpora.named import prepare_mls
-
-    with _options(strict, max_bad_fraction, jobs) as options:
-        report = prepare_mls(corpus, output, parts=part or (), options=options)
-    _show_report(report, output)
-
-
-@app.command()
 def voxpopuli(
     corpus: Corpus,
     output: Output,
@@ -176,74 +159,6 @@ def voxpopuli(
 
     with _options(strict, max_bad_fraction, jobs) as options:
         report = prepare_voxpopuli(corpus, output, language=language, options=options)
-    _show_report(report, output)
-
-
-@app.command()
-def commonvoice(
-    corpus: Corpus,
-    output: Output,
-    part: Parts = None,
-    strict: Strict = False,
-    max_bad_fraction: MaxBadFraction = 0.05,
-    jobs: Jobs = 1,
-) -> None:
-    """Prepare Common Voice: write OUT/cuts_LANGUAGE_PART.jsonl for train, dev and test of each language."""
-    from w2vscale.corpora.named import prepare_commonvoice
-
-    with _options(strict, max_bad_fraction, jobs) as options:
-        report = prepare_commonvoice(corpus, output, parts=part or (), options=options)
-    _show_report(report, output)
-
-
-@app.command()
-def gigaspeech(
-    corpus: Corpus,
-    output: Output,
-    part: Parts = None,
-    strict: Strict = False,
-    max_bad_fraction: MaxBadFraction = 0.05,
-    jobs: Jobs = 1,
-) -> None:
-    """Prepare GigaSpeech: XL, DEV and TEST, or other parts."""
-    from w2vscale.corpora.named import prepare_gigaspeech
-
-    with _options(strict, max_bad_fraction, jobs) as options:
-        report = prepare_gigaspeech(corpus, output, parts=part or (), options=options)
-    _show_report(report, output)
-
-
-@app.command("peoples_speech")
-def peoples_speech(
-    corpus: Corpus,
-    output: Output,
-    part: Parts = None,
-    strict: Strict = False,
-    max_bad_fraction: MaxBadFraction = 0.05,
-    jobs: Jobs = 1,
-) -> None:
-    """Prepare The People's Speech: clean, clean_sa, dirty, dirty_sa, validation and test."""
-    from w2vscale.corpora.named import prepare_peoples_speech
-
-    with _options(strict, max_bad_fraction, jobs) as options:
-        report = prepare_peoples_speech(corpus, output, parts=part or (), options=options)
-    _show_report(report, output)
-
-
-@app.command()
-def aishell(
-    corpus: Corpus,
-    output: Output,
-    part: Parts = None,
-    strict: Strict = False,
-    max_bad_fraction: MaxBadFraction = 0.05,
-    jobs: Jobs = 1,
-) -> None:
-    """Prepare AISHELL-1: train, dev and test."""
-    from w2vscale.corpora.named import prepare_aishell
-
-    with _options(strict, max_bad_fraction, jobs) as options:
-        report = prepare_aishell(corpus, output, parts=part or (), options=options)
     _show_report(report, output)
 
 

@@ -178,7 +178,7 @@ def _save(value: Any, folder: Path, name: str, number: int) -> str:
         path = value if isinstance(value, str) else path
         if path and os.path.isfile(path):
             return os.path.abspath(path)
-        raise ValueError(f"its audio file {path} is missing" if path else "it has no audio")
+        raise ValueError(f"there is no audio file {path[:200]!r}" if path else "it has no audio")
     detected = (suffix for suffix, magic in MAGIC.items() if re.match(magic, content, re.DOTALL))
     suffix = os.path.splitext(path or "")[1].lower() or next(detected, ".wav")
     target = folder / f"{number:08d}{suffix}"

@@ -26,11 +26,17 @@ class KaldiSegment(NamedTuple):
 
 
 def read_table(path: Path, *, encoding: str | None = None) -> dict[str, str] | None:
-    """The rest of each line by its first word; None if there is no such file."""
+    """The rest of each line by its first word; None if there is no such file. UserError if a first word repeats."""
     if not path.is_file():
         return None
-    lines = (line.split(maxsplit=1) for line in lines_of_file(path, encoding=encoding))
-    return {line[0]: line[1] if len(line) > 1 else "" for line in lines if line}
+    table: dict[str, str] = {}
+    for number, line in enumerate(lines_of_file(path, encoding=encoding), start=1):
+        if line:
+            first, rest = [*line.split(maxsplit=1), ""][:2]
+            if first in table:
+                raise UserError(f"{path}: line {number}: {first} occurs twice")
+            table[first] = rest
+    return table
 
 
 def read_segments(path: Path, *, encoding: str | None = None) -> list[KaldiSegment]:

@@ -137,6 +137,7 @@ def prepare_nemo(manifest: Path, output: Path, *, encoding: str | None = None, o
             channel = entry.get("channel_selector")
             if not isinstance(path, str):
                 raise TypeError("audio_filepath is not text")
+            json.dumps(entry, ensure_ascii=False).encode()  # raises for half of a surrogate pair
             if channel is not None and type(channel) is not int:
                 raise TypeError("channel_selector is not the number of a channel")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

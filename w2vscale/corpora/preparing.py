@@ -26,7 +26,7 @@ from w2vscale.corpora.report import Report
 from w2vscale.corpora.segments import SHORTEST, Segment
 from w2vscale.corpora.speech import find_speech
 from w2vscale.data.audio import RATES_IN_WORDS, SAMPLING_RATES, check_channel
-from w2vscale.data.decoding import AudioError, read_header
+from w2vscale.data.decoding import AudioError, check_name, read_header
 from w2vscale.errors import UserError
 from w2vscale.files import new_file, writing
 
@@ -206,10 +206,7 @@ def _changed_headers(
 
 def _measured(path: Path) -> tuple[int, int, int]:
     """Sampling rate, channels and samples of a file. Raises AudioError if it cannot be used."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise AudioError("undecodable", "its name is not UTF-8: rename it") from None
+    check_name(path)
     rate, channels, samples, _ = read_header(path, count=True)
     if samples <= 0:
         raise AudioError("empty", "holds no audio")

@@ -189,6 +189,8 @@ def _cues(text: str, path: Path) -> list[_Cue]:
             in_cue = True
         elif in_cue and (spoken := " ".join(html.unescape(MARKUP.sub("", line)).split())):
             cues[-1].lines.append(spoken)
+        elif not in_cue and path.suffix.lower() == ".srt" and not line.strip().isdecimal() and line.strip():
+            raise UserError(f"{path}: line {number}, {line.strip()[:80]!r}, is in no cue: an empty line ends a cue")
     return cues
 
 

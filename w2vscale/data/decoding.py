@@ -109,6 +109,14 @@ def regular_file(path: str | Path) -> str:
     return os.path.abspath(path)
 
 
+def check_name(path: str | Path) -> None:
+    """Raise AudioError if the name of a file is not UTF-8: neither manifests nor libsndfile can have it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise AudioError("undecodable", "its name is not UTF-8: rename it") from None
+
+
 def read_header(path: str | Path, *, count: bool = False) -> Header:
     """Read the header of an audio file. With `count`, decode it where the header does not have its exact length.
 

@@ -17,7 +17,7 @@ from lhotse.utils import compute_num_samples
 from w2vscale.corpora.finding import Unusable, find_audio
 from w2vscale.corpora.index import build_index
 from w2vscale.data.audio import check_channel, one_channel, read_audio
-from w2vscale.data.decoding import AudioError, is_audio, open_audio, read_header
+from w2vscale.data.decoding import AudioError, check_name, is_audio, open_audio, read_header
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.resampling import Samples
@@ -169,6 +169,7 @@ def collect(results: Iterable[T | BadAudio]) -> tuple[list[T], list[BadAudio]]:
 
 def _open_file(path: Path, channel: int | None) -> Audio:
     """Open a file. `channel` is the one to use; None means the mean of all."""
+    check_name(path)
     header = read_header(path, count=True)
     check_channel(header.channels, channel)
 
