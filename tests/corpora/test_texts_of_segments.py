@@ -22,7 +22,8 @@ from tests.helpers.commands import error_of
 from tests.helpers.spelled import RATE, SPELLING, some_texts, spoken
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
-from w2vscale.corpora.folder import (
+from w2vscale.corpora.folder import SAME_NAME, prepare_folder
+from w2vscale.corpora.folder_texts import (
     AMBIGUOUS,
     MIXED_CHANNELS,
     NOT_A_TRANSCRIPT,
@@ -30,10 +31,8 @@ from w2vscale.corpora.folder import (
     OTHER_CHANNELS,
     OUTSIDE,
     OVERHANGING,
-    SAME_NAME,
     START_AFTER_AUDIO,
     WITHOUT_TIMES,
-    prepare_folder,
 )
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.kaldi import WITHOUT_TEXT, WITHOUT_UTTERANCE

@@ -138,6 +138,11 @@ def _sorted_entries(folder: Path, below: str, found: FolderContents) -> _Entries
     return inside
 
 
+def identifier_of(file: str) -> str:
+    """The id of an audio file, from its path below the folder."""
+    return os.path.splitext(file)[0].replace("/", "-")
+
+
 def _chosen(suffixes: Sequence[str]) -> Sequence[str]:
     """The transcripts to use, of those beside an audio file in the order of preference: one, or a .json and a .txt."""
     if len(suffixes) > 1 and suffixes[0].lower() == ".json":
