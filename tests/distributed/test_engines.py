@@ -199,6 +199,7 @@ def test_resuming(six_updates: Train, continued: Continue, engine: str, before: 
     assert_same(continued(whole, engine, after, 6), whole)
 
 
+@pytest.mark.long
 def test_each_engine_continues_the_one_before(
     pool: Callable[[int], Pool], six_updates: Train, small_corpus: SmallCorpus, tmp_path: Path
 ) -> None:

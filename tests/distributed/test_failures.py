@@ -72,6 +72,7 @@ class TestTraining:
         # The first error is not buried under what follows from it.
         assert len(lines) - len(traceback) <= 2
 
+    @pytest.mark.long
     def test_a_mistake_that_one_rank_meets_is_its_one_line(self, small_corpus: SmallCorpus, tmp_path: Path) -> None:
         (tmp_path / "run.yaml").write_text("preset: base\n")
         with Launched(small_corpus.train, tmp_path, preset="run.yaml", sitecustomize=LOSE_THE_FILES) as run:

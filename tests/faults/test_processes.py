@@ -133,6 +133,7 @@ class TestKilled:
 
 
 class TestLock:
+    @pytest.mark.long
     def test_a_second_run_is_refused_and_the_first_untouched(self, small_corpus: SmallCorpus, tmp_path: Path) -> None:
         with Launched(small_corpus.train, tmp_path, settings=ENDLESS, processes=1) as run:
             run.wait_for_update(6)

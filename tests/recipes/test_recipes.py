@@ -158,7 +158,7 @@ def write_librispeech(corpus: Path) -> None:
             (folder / f"{speaker}-7.trans.txt").write_text("".join(f"{name} ONE TWO\n" for name in names))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_librispeech_runs_all_stages_with_shards_and_official_lists(environment: str, tmp_path: Path) -> None:
     pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
     write_librispeech(tmp_path / "corpus")
@@ -409,6 +409,7 @@ class Archives(BaseHTTPRequestHandler):
         """Print nothing."""
 
 
+@pytest.mark.long
 def test_an_interrupted_download_continues_and_other_failures_are_one_line(tmp_path: Path) -> None:
     class Handler(Archives):
         requests: ClassVar[list[str | None]] = []

@@ -53,7 +53,7 @@ def _with_nan(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "truncated": (_truncate, "undecodable", "cannot be decoded"),
-    "empty": (lambda path: path.write_bytes(b""), "undecodable", "not readable as audio"),
+    "empty": (lambda path: path.write_bytes(b""), "empty", "not readable as audio"),
     "zeros": (_zeros, "silent", "all samples are equal"),
     "not finite": (_with_nan, "not finite", "not finite"),
     "another rate": (lambda path: write_audio(path, noise(2.0, rate=8_000), rate=8_000), "mismatched", "8000 Hz"),
