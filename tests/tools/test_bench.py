@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_MODEL
-from tools.bench import end_to_end, engine_overhead, engine_parity, loader, loss_head, sampler, step, step_profile
+from tools.bench import end_to_end, engine_overhead, engine_parity, loader, loss_head, sampler, step, step_profile, vad
 from tools.bench.contenders import Work, torchaudio_step, work_settings
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
@@ -23,13 +23,15 @@ from w2vscale.config import load_config
 from w2vscale.errors import UserError
 
 
-@pytest.mark.parametrize("main", [engine_overhead.main, engine_parity.main])
-def test_help(main: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    ("main", "option"), [(engine_overhead.main, "--updates"), (engine_parity.main, "--updates"), (vad.vad, "--minutes")]
+)
+def test_help(main: Callable[..., None], option: str) -> None:
     app = typer.Typer()
     app.command()(main)
     result = CliRunner().invoke(app, ["--help"], env={"TERM": "dumb", "COLUMNS": "120"})
     assert result.exit_code == 0
-    assert "--updates" in result.stdout
+    assert option in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""How fast speech is found, compared with Silero VAD as its package offers it.
+
+    python tools/bench/vad.py
+    python tools/bench/vad.py --audio talk.flac --minutes 20
+
+Both sides find the speech in the same audio with one thread, in turn. The model computes as long for noise as for
+speech, so noise will do. Reading the file is part of our side only.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import soundfile
+import torch
+import typer
+
+from tools.bench.script import console, run_script
+from w2vscale.corpora.speech import RATE, find_speech
+from w2vscale.data.audio import to_mono
+from w2vscale.data.decoding import open_audio
+from w2vscale.data.resampling import resampled
+
+
+def vad(
+    audio: Annotated[Path | None, typer.Option(help="An audio file instead of noise.")] = None,
+    minutes: Annotated[float, typer.Option(help="Duration of the noise.")] = 10.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of measurements; the median counts.")] = 3,
+) -> None:
+    """Measure how many seconds of audio a process searches for speech in a second."""
+    from silero_vad import get_speech_timestamps, load_silero_vad
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = audio or _noise(Path(folder) / "noise.wav", minutes)
+        samples = torch.from_numpy(_samples(path))
+        model: Any = load_silero_vad()
+        ours, theirs = [], []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            find_speech(path)
+            ours.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            get_speech_timestamps(samples, model, sampling_rate=RATE)
+            theirs.append(time.perf_counter() - began)
+    seconds = samples.numel() / RATE
+    rates = {name: seconds / statistics.median(times) for name, times in (("ours", ours), ("package", theirs))}
+    for name, rate in rates.items():
+        console.print(f"{name:8} {rate:7.1f} s of audio per second")
+    console.print(json.dumps({"ratio": round(rates["ours"] / rates["package"], 2), "seconds": round(seconds, 1)}))
+
+
+def _noise(path: Path, minutes: float) -> Path:
+    noise = 0.1 * np.random.default_rng(0).standard_normal(round(60 * minutes * RATE))
+    soundfile.write(path, noise.astype(np.float32), RATE)
+    return path
+
+
+def _samples(path: Path) -> Any:
+    with open_audio(path) as decoder:
+        rate, _, samples, _ = decoder.header
+        return np.concatenate([*resampled(iter([to_mono(decoder.read(samples))]), rate, RATE)])
+
+
+if __name__ == "__main__":
+    run_script(vad)
