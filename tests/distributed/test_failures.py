@@ -115,10 +115,11 @@ class TestLauncher:
     def test_two_signals_at_once_are_one_request(
         self, launch_shells: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A scheduler or a closed terminal sends several. Python handles those that have arrived by their number."""
+        """A scheduler or a closed terminal sends several, and they arrive in any order."""
         monkeypatch.setattr(launch, "FAILURE_GRACE", 0.1)
-        save = f"trap ':' TERM HUP; touch set; kill -HUP $PPID; kill -TERM $PPID; {WAIT_FOR} set; sleep 1; exit 129"
-        assert launch_shells(save, "exit 0") == (128 + signal.SIGHUP, "")
+        trap = "trap ':' TERM HUP; touch $RANK"
+        save = f"{trap}; {WAIT_FOR} 1; kill -HUP $PPID; kill -TERM $PPID; touch sent; sleep 1; exit 129"
+        assert launch_shells(save, f"{trap}; {WAIT_FOR} sent; exit 0") == (128 + signal.SIGHUP, "")
 
     def test_signals_are_passed_on_once_and_ranks_have_time(
         self, launch_shells: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
