@@ -59,8 +59,9 @@ def show(
 def verify(path: Checkpoint) -> None:
     """Read all of a checkpoint and check that it is complete and undamaged.
 
-    Checks the checksum of every file, that all values are finite, and that no tensor is missing. Prints what is wrong
-    and exits with code 2 if anything is. In a run's folder, the newest checkpoint is read, even if it is unusable.
+    Checks the checksum of every file, that all values are finite, and that no tensor is missing.
+    Prints what is wrong and exits with code 2 if anything is.
+    In a run's folder, the newest checkpoint is read, even if it is unusable.
     """
     from w2vscale.checkpoint.verification import verify as verify_checkpoint
 
@@ -89,8 +90,8 @@ def consolidate(
 ) -> None:
     """Write the model of a checkpoint to one file, with its settings.
 
-    Tensors have the names of the model's parameters and buffers (NAME). With --optimizer they have the names that they
-    have in the checkpoint: model.NAME, optim.NAME.exp_avg, optim.NAME.exp_avg_sq and optim.NAME.step.
+    Tensors have the names of the model's parameters and buffers (NAME).
+    With --optimizer they have those of the checkpoint: model.NAME, optim.NAME.exp_avg, optim.NAME.exp_avg_sq and optim.NAME.step.
     """
     from w2vscale.checkpoint.consolidation import consolidate as consolidate_checkpoint
 
@@ -110,8 +111,8 @@ def average(
 ) -> None:
     """Average the weights of a run's newest or best checkpoints.
 
-    The result is a checkpoint without optimizer state. The settings checkpoint.keep_last, keep_every and keep_best
-    determine which checkpoints a run keeps.
+    The result is a checkpoint without optimizer state.
+    The settings checkpoint.keep_last, keep_every and keep_best determine which checkpoints a run keeps.
     """
     from w2vscale.checkpoint.averaging import average as average_checkpoints
 

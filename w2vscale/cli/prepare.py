@@ -74,8 +74,7 @@ def folder(
 ) -> None:
     """Prepare any folder of audio files.
 
-    A file of the same name beside an audio file is its transcript: .txt, or with times .ctm, .TextGrid, .srt, .vtt or
-    .json.
+    The transcript of a.wav is a.txt, or with times a.ctm, a.TextGrid, a.srt, a.vtt or a.json.
     """
     from w2vscale.corpora.folder import prepare_folder
     from w2vscale.corpora.preparing import Options
