@@ -91,7 +91,7 @@ def consolidate(
     """Write the model of a checkpoint to one file, with its settings.
 
     Tensors have the names of the model's parameters and buffers (NAME).
-    With --optimizer they have those of the checkpoint: model.NAME, optim.NAME.exp_avg, optim.NAME.exp_avg_sq and optim.NAME.step.
+    With --optimizer: model.NAME, optim.NAME.exp_avg, optim.NAME.exp_avg_sq and optim.NAME.step, as in the checkpoint.
     """
     from w2vscale.checkpoint.consolidation import consolidate as consolidate_checkpoint
 
