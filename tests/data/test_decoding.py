@@ -138,11 +138,64 @@ def test_a_header_that_lies_costs_no_memory(tmp_path: Path) -> None:
     assert decoded(path, samples=2**36).shape == (48_000, 1)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "form", "encoding"),
+    [one for one in LIBSNDFILE if one[1] not in ("FLAC", "MP3", "IRCAM")],  # known after decoding, or not at all
+)
+def test_a_file_of_which_a_part_is_missing_is_named(suffix: str, form: str, encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a{suffix}"
+    soundfile.write(path, noise(3.0), 16_000, format=form, subtype=encoding)
+    assert read_header(path).samples >= 48_000
+    content = path.read_bytes()
+    for share in (0.5, 0.75, 0.94):
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(AudioError, match=r"^(a part of it is missing: .*|not readable as audio: .*malformed)$"):
+            read_header(path)
+
+
+@pytest.mark.parametrize("encoding", ["VORBIS", "OPUS"])
+def test_streams_of_ogg_after_each_other_are_not_taken_for_the_first(encoding: str, tmp_path: Path) -> None:
+    contents = []
+    for seconds in (2.0, 1.0):
+        soundfile.write(tmp_path / "a.ogg", noise(seconds), 16_000, format="OGG", subtype=encoding)
+        contents.append((tmp_path / "a.ogg").read_bytes())
+    (tmp_path / "a.ogg").write_bytes(b"".join(contents))
+    with pytest.raises(AudioError, match="its stream of Ogg ends within a page, or before something else in the file"):
+        read_header(tmp_path / "a.ogg")
+
+
+def wav_that_says(path: Path, size: int) -> Path:
+    """Three seconds, whose header says that they have `size` bytes."""
+    soundfile.write(path, noise(3.0), 16_000, subtype="PCM_16")
+    content = bytearray(path.read_bytes())
+    content[4:8] = ((size + 36) % 2**32).to_bytes(4, "little")
+    content[40:44] = size.to_bytes(4, "little")
+    path.write_bytes(content)
+    return path
+
+
+def test_a_wav_whose_header_was_not_completed(tmp_path: Path) -> None:
+    for size in (2**32 - 1, 2**31 - 1, 2**31 - 4096, 96_002):  # what programs write to a pipe, and one that rounds
+        assert read_header(wav_that_says(tmp_path / "a.wav", size)).samples == 48_000
+    for size in (0, 3000):
+        with pytest.raises(AudioError, match=f"its header says {size:,} bytes of audio, but the file has 96,044"):
+            read_header(wav_that_says(tmp_path / "a.wav", size))
+
+
 def test_a_damaged_container(tmp_path: Path) -> None:
+    import av
+
     path = write_container(tmp_path / "a.webm", noise(2.0, rate=48_000))
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(AudioError, match=r"^cannot be decoded: ends after \d+ of about 96\d+ samples$"):
+    with pytest.raises(AudioError, match=r"^a part of it is missing: ends after \d+ of about 96\d+ samples$"):
+        read_header(path, count=True)
+    path = write_container(tmp_path / "a.m4a", noise(20.0, rate=48_000), index_first=True)
+    assert read_header(path, count=True).exact
+    with av.open(str(path)) as container:
+        places = [packet.pos for packet in container.demux() if packet.pos]
+    path.write_bytes(path.read_bytes()[: places[-40]])  # between two of its 938 frames
+    with pytest.raises(AudioError, match="a part of it is missing: ends after"):
         read_header(path, count=True)
     path = write_container(tmp_path / "a.m4a", noise(2.0, rate=48_000))
     path.write_bytes(path.read_bytes()[:3000])

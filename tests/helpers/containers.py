@@ -23,13 +23,16 @@ FORMATS = {  # FFmpeg's format and encoder, by suffix
 }
 
 
-def write_container(path: Path, audio: NDArray[np.float32], *, rate: int = 48_000) -> Path:
-    """Write samples [S] or [S, channels] in the container that the suffix of `path` names."""
+def write_container(path: Path, audio: NDArray[np.float32], *, rate: int = 48_000, index_first: bool = False) -> Path:
+    """Write samples [S] or [S, channels] in the container that the suffix of `path` names.
+
+    `index_first` puts the index of an .m4a before its audio, so that a file that ends early can be opened.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     form, encoder = FORMATS[path.suffix.lower()]
     channels = np.ascontiguousarray(audio.reshape(len(audio), -1).T)
     layout = "mono" if len(channels) == 1 else "stereo"
-    with av.open(str(path), "w", format=form) as container:
+    with av.open(str(path), "w", format=form, options={"movflags": "faststart"} if index_first else {}) as container:
         stream: Any = container.add_stream(encoder, rate=rate)
         stream.layout = layout
         stream.bit_rate = 128_000

@@ -16,6 +16,8 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from w2vscale.data.truncation import missing_part
+
 Samples = NDArray[np.float32]
 
 LIBSNDFILE_SUFFIXES = frozenset(
@@ -47,6 +49,7 @@ FFMPEG_FORMATS = {
 }
 """FFmpeg's name of the container for each suffix. It is not detected: what FFmpeg detects can be a playlist of URLs."""
 
+EXACT_DURATIONS = ("mov",)  # containers in which each track has its duration
 STREAMS = ("aac", "ac3", "amr", "mpeg", "ogg")  # FFmpeg guesses their length from their size
 AUDIO_SUFFIXES = LIBSNDFILE_SUFFIXES | FFMPEG_FORMATS.keys()
 MPEG_SUFFIXES = (".mp3", ".mp2", ".mpga")
@@ -92,6 +95,10 @@ def is_audio(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
 
 
+def _ffmpeg_format(path: str | Path) -> str | None:
+    return FFMPEG_FORMATS.get(os.path.splitext(path)[1].lower())
+
+
 def regular_file(path: str | Path) -> str:
     """The absolute path of a file; libsndfile takes `-` for stdin. Raises AudioError if it is no file or is empty.
 
@@ -129,8 +136,10 @@ def read_header(path: str | Path, *, count: bool = False) -> Header:
         samples = 0
         while size := len(decoder.read(BLOCK)):
             samples += size
-    if samples < 0.9 * header.samples - 0.5 * header.sampling_rate:
-        raise AudioError("undecodable", f"cannot be decoded: ends after {samples} of about {header.samples} samples")
+    is_estimate = _ffmpeg_format(path) not in EXACT_DURATIONS
+    if samples < (0.9 if is_estimate else 1.0) * header.samples - 0.5 * header.sampling_rate:
+        reason = f"a part of it is missing: ends after {samples} of about {header.samples} samples"
+        raise AudioError("truncated", reason)
     return header._replace(samples=samples, exact=True)
 
 
@@ -145,11 +154,11 @@ def open_audio(source: Any) -> Iterator[Decoder]:
         with ExitStack() as stack:
             decoder: Decoder
             path = regular_file(source) if isinstance(source, str | Path) else ""
-            if (form := FFMPEG_FORMATS.get(os.path.splitext(path)[1].lower())) is not None:
+            if (form := _ffmpeg_format(path)) is not None:
                 decoder = _Ffmpeg(path, form, stack)
             else:
                 stored = stack.enter_context(open(path, "rb")) if path.lower().endswith(MPEG_SUFFIXES) else None
-                decoder = _Libsndfile(stack.enter_context(_SoundFile(stored or path or source)), stored)
+                decoder = _Libsndfile(stack.enter_context(_SoundFile(stored or path or source)), path, stored)
             opened = True
             yield decoder
     except (soundfile.SoundFileError, OSError, UnicodeError) as error:
@@ -180,9 +189,11 @@ class _SoundFile(soundfile.SoundFile):
 
 
 class _Libsndfile:
-    def __init__(self, file: _SoundFile, stored: IO[bytes] | None) -> None:
+    def __init__(self, file: _SoundFile, path: str, stored: IO[bytes] | None) -> None:
         if file.format == "RAW":  # libsndfile takes any file with the suffix .au or .snd
             raise AudioError("undecodable", "not readable as audio: it has no header")
+        if (missing := missing_part(file, path)) is not None:
+            raise AudioError("truncated", f"a part of it is missing: {missing}")
         self.file = file
         self.stored = stored if file.format == "MP3" else None
         known = file.frames < UNKNOWN  # a FLAC that was written to a pipe does not know its length
