@@ -46,11 +46,11 @@ SECONDS = 6.0
 
 
 def as_ctm(words: Sequence[Timed]) -> str:
-    return "".join(f"talk 1 {start} {end - start} {text}\n" for start, end, text, _ in words)
+    return "".join(f"talk 1 {start} {end - start} {text}\n" for start, end, text, *_ in words)
 
 
 def as_text_grid(words: Sequence[Timed]) -> str:
-    intervals = "\n".join(f'{start}\n{end}\n"{text}"' for start, end, text, _ in words)
+    intervals = "\n".join(f'{start}\n{end}\n"{text}"' for start, end, text, *_ in words)
     head = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n1000\n<exists>\n1\n'
     return f'{head}"IntervalTier"\n"words"\n0\n1000\n{len(words)}\n{intervals}\n'
 
@@ -60,18 +60,18 @@ def clock(seconds: float, point: str) -> str:
 
 
 def as_srt(words: Sequence[Timed]) -> str:
-    cues = [f"{clock(start, ',')} --> {clock(end, ',')}\n{text}\n" for start, end, text, _ in words]
+    cues = [f"{clock(start, ',')} --> {clock(end, ',')}\n{text}\n" for start, end, text, *_ in words]
     return "\n".join(f"{number}\n{cue}" for number, cue in enumerate(cues, start=1))
 
 
 def as_vtt(words: Sequence[Timed]) -> str:
     return "WEBVTT\n\n" + "\n".join(
-        f"{clock(start, '.')} --> {clock(end, '.')}\n{text}\n" for start, end, text, _ in words
+        f"{clock(start, '.')} --> {clock(end, '.')}\n{text}\n" for start, end, text, *_ in words
     )
 
 
 def as_json(words: Sequence[Timed]) -> str:
-    listed = [{"word": f" {text}", "start": start, "end": end} for start, end, text, _ in words]
+    listed = [{"word": f" {text}", "start": start, "end": end} for start, end, text, *_ in words]
     return json.dumps({"segments": [{"text": "", "start": 0.0, "end": 1.0, "words": [word]} for word in listed]})
 
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from w2vscale.corpora.folder_texts import Transcript
 from w2vscale.corpora.segments import Timed
-from w2vscale.corpora.timed_text import ROLLED, read_timed
+from w2vscale.corpora.timed_text import OTHER_NAME, OTHER_RECORDINGS, OTHER_WORDS, ROLLED, read_timed
 from w2vscale.errors import UserError
 
 WORDS = [Timed(0.5, 0.9, "GOOD"), Timed(1.0, 1.5, "DAY"), Timed(2.25, 3.0, "TÖNE")]
@@ -173,6 +174,7 @@ def test_words_and_times(name: str, encoding: str, tmp_path: Path) -> None:
         ("talk.ctm", "talk 1 0.5\n", "line 1 is not: recording channel start duration word"),
         ("talk.ctm", "a 1 0.5 1 X\nb 1 0.5 1 X\n", "has the recordings a, b, but not talk"),
         ("talk.ctm", "talk 1 0.5 -1 X\n", "'X' lasts from 0.5 to -0.5 s"),
+        ("talk.ctm", "talk 1 0 1 X 0.9\ntalk 1 1 1 GOOD DAY\n", "line 2 is not: recording channel start duration word"),
         (
             "talk.TextGrid",
             'File type = "ooTextFile"\nObject class = "TextGrid"\n0\n',
@@ -187,7 +189,11 @@ def test_words_and_times(name: str, encoding: str, tmp_path: Path) -> None:
             "ends early",
         ),
         ("talk.srt", "just text\n", "line 1, 'just text', is in no cue"),
-        ("talk.vtt", "just text\n", "it has no line such as 00:00:01,000 --> 00:00:02,500"),
+        ("talk.vtt", "just text\n", "line 1, 'just text', is in no cue: an empty line ends a cue"),
+        ("talk.vtt", "1\n", "line 1, '1', is in no cue"),
+        ("talk.vtt", VTT.replace("DAY", "DAY\n\nAND NIGHT"), "line 12, 'AND NIGHT', is in no cue"),
+        ("talk.srt", SRT.replace("DAY", "IN\n\n1984"), "line 9, '1984', is in no cue"),
+        ("talk.srt", SRT.replace("00:00:02,250", "00:00:62,250"), "'00:00:62,250 --> 00:00:03,000', is not like"),
         ("talk.srt", SRT.replace("DAY", "DAY\n\nAND NIGHT"), "line 9, 'AND NIGHT', is in no cue"),
         (
             "talk.srt",
@@ -385,3 +391,101 @@ def test_a_segment_with_a_word_without_times_is_one_phrase(tmp_path: Path) -> No
         json.dumps({"segments": [{"start": 0, "end": 1, "text": "in 1999", "words": words}]})
     )
     assert read_timed(tmp_path / "talk.json") == [Timed(0.0, 1.0, "in 1999")]
+
+
+def test_a_line_of_a_ctm_has_one_word_and_perhaps_more_about_it(tmp_path: Path) -> None:
+    lines = "talk 1 0 1 10\u00a0000 0.99\ntalk\t1 1 1 b NA lex anna\n"
+    (tmp_path / "talk.ctm").write_text(lines)
+    assert [unit.text for unit in read_timed(tmp_path / "talk.ctm") or ()] == ["10\u00a0000", "b"]
+
+
+def test_other_recordings_in_a_ctm_are_counted(tmp_path: Path) -> None:
+    notes = Counter[str]()
+    (tmp_path / "talk.ctm").write_text("other 1 0 1 x\n")
+    assert [unit.text for unit in read_timed(tmp_path / "talk.ctm", notes=notes) or ()] == ["x"]
+    assert +notes == {OTHER_NAME: 1}
+    notes.clear()
+    (tmp_path / "talk.ctm").write_text("other 1 0 1 x\ntalk 1 0 1 y\nother 1 1 1 z\n")
+    assert [unit.text for unit in read_timed(tmp_path / "talk.ctm", notes=notes) or ()] == ["y"]
+    assert +notes == {OTHER_RECORDINGS: 2}
+
+
+def tier(name: str, *words: tuple[float, float, str]) -> str:
+    intervals = "".join(f'{start}\n{end}\n"{text}"\n' for start, end, text in words)
+    return f'"IntervalTier"\n"{name}"\n0\n9\n{len(words)}\n{intervals}'
+
+
+def test_all_tiers_of_words_are_read_and_no_others(tmp_path: Path) -> None:
+    tiers = [tier("words", (0, 1, "a")), tier("words", (3, 4, "b")), tier("keywords", (0, 1, "no")), tier("x - Word")]
+    head = 'File type = "ooTextFile"\nObject class = "TextGrid"\n\n0\n9\n<exists>\n4\n'
+    (tmp_path / "talk.TextGrid").write_text(head + "".join(tiers))
+    assert read_timed(tmp_path / "talk.TextGrid") == [Timed(0.0, 1.0, "a"), Timed(3.0, 4.0, "b")]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("if a < b and c > d", "if a < b and c > d"),
+        ("<i>5 < 6 and 7 > 3</i>", "5 < 6 and 7 > 3"),
+        ("<v.loud Anna B.>a</v> <00:00:01.500><c>b</c> <font color='x'>c</font>", "a b c"),
+        ("A&amp;T &copy that &#233;&#xE9;&Ouml; &notin", "A&T &copy that ééÖ &notin"),
+    ],
+)
+def test_markup_is_left_out_and_nothing_else(line: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "talk.srt").write_text(f"1\n00:00:01,000 --> 00:00:02,000\n{line}\n")
+    assert read_timed(tmp_path / "talk.srt") == [Timed(1.0, 2.0, text)]
+
+
+def test_subtitles_that_do_not_roll_keep_what_is_said_twice(tmp_path: Path) -> None:
+    cues = [(0, 1, "A"), (1, 2, "B"), (2, 3, "STOP"), (3, 4, "STOP\nOUT"), (4, 5, "C")]
+    (tmp_path / "talk.srt").write_text("\n\n".join(f"0:{start} --> 0:{end}\n{text}" for start, end, text in cues))
+    assert [unit.text for unit in read_timed(tmp_path / "talk.srt") or ()] == ["A", "B", "STOP", "STOP OUT", "C"]
+
+
+def listed(*words: str) -> list[dict[str, object]]:
+    return [{"word": word, "start": second, "end": second + 1} for second, word in enumerate(words)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "whole"),
+    [
+        ("今日は晴れ", ["今日", "は", "晴れ"], "今日は晴れ"),
+        (" Don't go, well-known.", [" Don", "'t", " go,", " well", "-known."], "Don't go, well-known."),
+        ("“So,” he said. Well-known!", ["So", "he", "said", "Well", "known"], "“So,” he said. Well-known!"),
+        (None, [" Don", "'t", " go"], "Don't go"),
+        (None, ["do", "not", "go"], "do not go"),
+        ("", ["do", "not"], "do not"),
+    ],
+)
+@pytest.mark.parametrize("form", ["words", "segments", "list"])
+def test_words_of_json_are_written_as_in_their_text(
+    text: str | None, words: list[str], whole: str, form: str, tmp_path: Path
+) -> None:
+    segment = {"text": text, "words": listed(*words), "start": 0, "end": 9}
+    forms = {"words": segment, "segments": {"segments": [segment]}, "list": [segment]}
+    (tmp_path / "talk.json").write_text(json.dumps(forms[form]))
+    notes = Counter[str]()
+    found = read_timed(tmp_path / "talk.json", notes=notes)
+    assert found is not None and len(found) == len(words) and not +notes
+    assert Transcript(found).whole() == whole
+
+
+def test_a_segment_with_other_words_than_its_text_is_one_phrase_and_counted(tmp_path: Path) -> None:
+    for words in (["one"], ["two"], ["one", "four"]):
+        segments = [{"text": " one two", "start": 0, "end": 2, "words": listed(*words)}]
+        notes = Counter[str]()
+        (tmp_path / "talk.json").write_text(json.dumps({"segments": segments}))
+        assert read_timed(tmp_path / "talk.json", notes=notes) == [Timed(0.0, 2.0, "one two")]
+        assert +notes == {OTHER_WORDS: 1}
+
+
+def test_segments_are_read_if_the_words_are_not_all_known(tmp_path: Path) -> None:
+    segments = [{"text": "one two", "start": 0, "end": 2}]
+    for words in ([*listed("one"), {"word": "two"}], listed("one")):
+        document = {"text": "one two", "words": words, "segments": segments}
+        (tmp_path / "talk.json").write_text(json.dumps(document))
+        assert read_timed(tmp_path / "talk.json") == [Timed(0.0, 2.0, "one two")]
+    notes = Counter[str]()
+    (tmp_path / "talk.json").write_text(json.dumps({"text": "one two", "words": listed("one")}))
+    assert read_timed(tmp_path / "talk.json", notes=notes) == [Timed(0.0, 1.0, "one")]
+    assert +notes == {OTHER_WORDS: 1}

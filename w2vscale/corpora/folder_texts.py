@@ -140,8 +140,12 @@ def _by_file(phrases: dict[str, list[Timed]], files: Sequence[str], notes: Count
 
 def _joined(units: Sequence[Timed]) -> str | None:
     """The text of some words or phrases; None if that of one is unknown."""
-    texts = [unit.text for unit in units]
-    return None if None in texts else " ".join(filter(None, texts))
+    text = ""
+    for unit in units:
+        if unit.text is None:
+            return None
+        text += unit.text if unit.joined or not unit.text else f" {unit.text}"
+    return text.strip()
 
 
 def _in_channel(

@@ -22,6 +22,7 @@ class Timed(NamedTuple):
     end: float
     text: str | None  # None: it is not known what is said
     channel: int | str | None = None  # from 0, or a name that is not a number or letter; None: of all channels
+    joined: bool = False  # written without a space after the one before
 
 
 class Segment(NamedTuple):

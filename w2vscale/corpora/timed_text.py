@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,12 +21,17 @@ SILENCES = {"", "sp", "sil", "<eps>", "<sil>", "SIL"}  # labels of pauses in Tex
 TOUCHING = 0.002  # seconds between two cues that follow each other without a pause: times are rounded
 BRIEF = 0.05  # seconds of a cue in which nothing is said
 ROLLED = "lines of rolling captions that repeat the cue before, which are dropped"
+OTHER_NAME = "files .ctm whose only recording has another name than the audio file, which are used for it"
+OTHER_RECORDINGS = "lines of files .ctm that are of other recordings, which are not used"
+OTHER_WORDS = "lists of words in JSON files that are not the words of the text beside them"
 WORD_KEYS = ("word", "text", "label", "token")
-TIME = r"(?:(\d+):)?(\d+):(\d+)(?:[.,](\d+))?"
+WORD_TIER = re.compile(r"(^|[^a-z])words?$", re.IGNORECASE)
+TIME = r"(?:(\d+):)?(\d+):([0-5]?\d)(?:[.,](\d+))?"
 CUE = re.compile(rf"\s*{TIME}\s*-->\s*{TIME}(?:\s|$)")
 SPACES_BEFORE_CUE = re.compile(r"^[^\S\n]+$(?=\n(?:[^\S\n]*\d+[^\S\n]*\n)?[^\n]*-->)", re.MULTILINE)
 NOT_A_CUE = re.compile(r"(NOTE|STYLE|REGION)(\s|$)")  # at the beginning of a block of WebVTT
-MARKUP = re.compile(r"<[^>]*>|\{\\[^}]*\}")
+MARKUP = re.compile(r"</?[a-zA-Z][^<>]*>|<\d[\d:.]*>|\{\\[^}]*\}")
+ENTITY = re.compile(r"&(#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z]+\d*);")
 TOKEN = re.compile(r'"(?:[^"]|"")*"|(?<![\w\[])[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?(?![\w\]])|<exists>')
 
 
@@ -66,23 +71,29 @@ def _sorted(units: list[Timed], path: Path) -> list[Timed]:
 
 
 def _ctm(text: str, path: Path, notes: Counter[str]) -> list[Timed]:
-    """NIST's format: recording, channel, start, duration, word."""
+    """NIST's format: recording, channel, start, duration, word, and perhaps its confidence and more."""
     by_recording: dict[str, list[Timed]] = defaultdict(list)
     channels = set()
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip() or line.startswith(";;"):
+        fields = re.findall(r"[^ \t\r]+", line)  # a word may have a no-break space
+        if not fields or line.startswith(";;"):
             continue
         try:
-            recording, channel, start, duration, word = line.split()[:5]
+            recording, channel, start, duration, word = fields[:5]
             unit = Timed(float(start), float(start) + float(duration), word, channel)
+            if fields[5:6] not in ([], ["NA"]):
+                float(fields[5])
         except ValueError:
-            raise UserError(f"{path}: line {number} is not: recording channel start duration word") from None
+            form = "recording channel start duration word [confidence]"
+            raise UserError(f"{path}: line {number} is not: {form}") from None
         by_recording[recording].append(unit)
         channels.add(channel)
     first = 0 if "0" in channels else 1  # NIST counts from 1, Lhotse from 0
     if len(by_recording) > 1 and path.stem not in by_recording:
         raise UserError(f"{path}: has the recordings {', '.join(sorted(by_recording)[:5])}, but not {path.stem}")
+    notes[OTHER_NAME] += len(by_recording) == 1 and path.stem not in by_recording
     units = by_recording[path.stem] if path.stem in by_recording else [*by_recording.values(), []][0]
+    notes[OTHER_RECORDINGS] += sum(map(len, by_recording.values())) - len(units)
     return [unit._replace(channel=_channel(str(unit.channel), first)) for unit in units if unit.text not in SILENCES]
 
 
@@ -94,12 +105,13 @@ def _channel(name: str, first: int) -> int | str:
 
 
 def _text_grid(text: str, path: Path, notes: Counter[str]) -> list[Timed]:
-    """Praat's format, long or short. Takes the tiers whose names end with `word` or `words`, or the only one."""
-    tiers = dict(_interval_tiers(text))
-    words = [name for name in tiers if name.strip().lower().endswith(("word", "words"))]
+    """Praat's format, long or short. Takes the tiers whose last word is `words` or `word`, or the only tier."""
+    tiers = [*_interval_tiers(text)]
+    words = [tier for tier in tiers if WORD_TIER.search(tier[0].strip())]
     if not words and len(tiers) != 1:
-        raise UserError(f"{path}: has the tiers {', '.join(tiers) or '(none)'}; name the one with the words: words")
-    return [unit for name in words or tiers for unit in tiers[name] if unit.text not in SILENCES]
+        names = ", ".join(name for name, _ in tiers) or "(none)"
+        raise UserError(f"{path}: has the tiers {names}; name the one with the words: words")
+    return [unit for _, units in words or tiers for unit in units if unit.text not in SILENCES]
 
 
 def _interval_tiers(text: str) -> Iterator[tuple[str, list[Timed]]]:
@@ -146,38 +158,49 @@ def _subtitles(text: str, path: Path, notes: Counter[str]) -> list[Timed]:
     return [Timed(cue.start, cue.end, " ".join(cue.lines)) for cue in _without_rolled_lines(cues, notes)]
 
 
-def _without_rolled_lines(cues: Iterable[_Cue], notes: Counter[str]) -> Iterator[_Cue]:
+def _without_rolled_lines(cues: Sequence[_Cue], notes: Counter[str]) -> Iterator[_Cue]:
     """Leave out the lines that a cue shows again from the one directly before, as the captions of YouTube do.
 
     There, a cue of one or two seconds adds a line below the last line of the cue before, and one of 10 ms follows,
-    which shows that line alone. What is said twice stays: a cue that adds nothing is left out only if it is brief.
+    which shows that line alone. What is said twice stays: a cue that adds nothing is left out only if it is brief, and
+    nothing is left out where fewer than half of the cues without a pause before them repeat a line.
     """
-    before = _Cue(-math.inf, -math.inf, [])
-    for cue in cues:
-        rolled = 0
-        if before.start <= cue.start <= before.end + TOUCHING:
-            lengths = range(min(len(before.lines), len(cue.lines)), 0, -1)
-            rolled = next((n for n in lengths if before.lines[-n:] == cue.lines[:n]), 0)
-        adds_nothing = rolled > 0 and rolled == len(cue.lines)
-        before = cue
+    pairs = [*pairwise([_Cue(-math.inf, -math.inf, []), *cues])]
+    touching = [before.start <= cue.start <= before.end + TOUCHING for before, cue in pairs]
+    rolled = [
+        _repeated(before.lines, cue.lines) if touches else 0
+        for touches, (before, cue) in zip(touching, pairs, strict=True)
+    ]
+    if 2 * sum(map(bool, rolled)) < sum(touching):
+        yield from cues
+        return
+    for cue, repeated in zip(cues, rolled, strict=True):
+        adds_nothing = 0 < repeated == len(cue.lines)
         if adds_nothing and cue.end - cue.start > BRIEF:
             yield cue
             continue
-        notes[ROLLED] += rolled
+        notes[ROLLED] += repeated
         if not adds_nothing:
-            yield cue._replace(lines=cue.lines[rolled:])
+            yield cue._replace(lines=cue.lines[repeated:])
+
+
+def _repeated(before: Sequence[str], lines: Sequence[str]) -> int:
+    """How many lines at the end of a cue are also at the beginning of the next one."""
+    return next((n for n in range(min(len(before), len(lines)), 0, -1) if before[-n:] == lines[:n]), 0)
 
 
 def _cues(text: str, path: Path) -> list[_Cue]:
-    """The cues of a file. Raises UserError if a line has --> but does not begin a cue."""
+    """The cues of a file. Raises UserError if a line has --> but does not begin a cue, or is in no cue."""
     cues: list[_Cue] = []
-    in_cue = in_other_block = False
+    is_vtt = path.suffix.lower() == ".vtt"
+    in_cue, in_other_block = False, is_vtt and text.startswith("WEBVTT")
     # A line of spaces ends a cue only before another one: the captions of YouTube have such lines in cues.
     lines = SPACES_BEFORE_CUE.sub("", text.replace("\r\n", "\n")).split("\n")
-    for number, (before, line) in enumerate(pairwise(["", *lines]), start=1):
+    around = zip(["", *lines], lines, [*lines[1:], ""], strict=False)
+    for number, (before, line, after) in enumerate(around, start=1):
         if not line:
             in_cue = in_other_block = False
-        elif in_other_block or (not before and path.suffix.lower() == ".vtt" and NOT_A_CUE.match(line)):
+        elif in_other_block or (is_vtt and not before and NOT_A_CUE.match(line)):
             in_other_block = True
         elif "-->" in line:
             times = CUE.match(line)
@@ -187,11 +210,16 @@ def _cues(text: str, path: Path) -> list[_Cue]:
             first, last = (_seconds(*times.groups()[start : start + 4]) for start in (0, 4))
             cues.append(_Cue(first, last, []))
             in_cue = True
-        elif in_cue and (spoken := " ".join(html.unescape(MARKUP.sub("", line)).split())):
-            cues[-1].lines.append(spoken)
-        elif not in_cue and path.suffix.lower() == ".srt" and not line.strip().isdecimal() and line.strip():
+        elif in_cue:
+            cues[-1].lines.extend(filter(None, [_spoken(line)]))
+        elif line.strip() and not (after.strip() if line.strip().isdecimal() else is_vtt and "-->" in after):
             raise UserError(f"{path}: line {number}, {line.strip()[:80]!r}, is in no cue: an empty line ends a cue")
     return cues
+
+
+def _spoken(line: str) -> str:
+    """A line of a cue without markup."""
+    return " ".join(ENTITY.sub(lambda found: html.unescape(found[0]), MARKUP.sub("", line)).split())
 
 
 def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str | None) -> float:
@@ -201,28 +229,72 @@ def _seconds(hours: str | None, minutes: str, seconds: str, fraction: str | None
 def _json(text: str, path: Path, notes: Counter[str]) -> list[Timed] | None:
     """Whisper's and similar forms: words, or segments with or without words; else this file is no transcript."""
     document = json.loads(text)
-    units = document
-    if isinstance(document, dict):
-        lists = (document.get(key) for key in ("words", "segments"))
-        units = next((found for found in lists if found and isinstance(found, list)), None)
-    if not units or not isinstance(units, list) or not all(isinstance(unit, dict) for unit in units):
+    if isinstance(document, list):
+        are_words = any(isinstance(unit, dict) and "word" in unit for unit in document)
+        document = {"words" if are_words else "segments": document}
+    if not isinstance(document, dict):
         return None
-    found = []
-    for unit in units:
-        listed = unit.get("words")
-        words = [_timed(word) for word in listed] if isinstance(listed, list) else []
-        whole = _timed(unit)
-        if words and None not in words:
-            found += words
+    words = _words(document.get("words"))
+    if words is not None and (spelled := _spelled(words, document.get("text"))) is not None:
+        return spelled
+    notes[OTHER_WORDS] += words is not None
+    segments = _segments(document.get("segments"), notes)
+    return _spelled(words, None) if segments is None and words is not None else segments
+
+
+def _segments(listed: Any, notes: Counter[str]) -> list[Timed] | None:
+    """The words of segments; a segment is one phrase if its words are not known. None if these are no segments."""
+    if not isinstance(listed, list) or not listed:
+        return None
+    found = list[Timed]()
+    for segment in listed:
+        whole = _timed(segment)
+        words = _words(segment.get("words")) if isinstance(segment, dict) else None
+        spelled = None if words is None else _spelled(words, None if whole is None else whole.text)
+        notes[OTHER_WORDS] += words is not None and spelled is None
+        if spelled is not None:
+            found += spelled
         elif whole is not None:
-            found.append(whole)
+            found.append(whole._replace(text=str(whole.text).strip()))
         else:
             return None
-    return [unit for unit in found if unit is not None]
+    return found
+
+
+def _words(listed: Any) -> list[Timed] | None:
+    """Words with their white space; None if one has no times, or there are none."""
+    words = [_timed(word) for word in listed] if isinstance(listed, list) else []
+    return [word for word in words if word is not None] if words and None not in words else None
+
+
+def _spelled(words: Sequence[Timed], text: Any) -> list[Timed] | None:
+    """Words as they are written in their text, with what is between them. None if it has others.
+
+    Without a text, words have spaces between them, unless some have their own, as those of Whisper.
+    """
+    raw = [word.text or "" for word in words]
+    if not isinstance(text, str) or not text.strip():
+        has_spaces = any(word[:1].isspace() for word in raw)
+        joined = [has_spaces and not word[:1].isspace() for word in raw]
+        return [
+            unit._replace(text=word.strip(), joined=one) for unit, word, one in zip(words, raw, joined, strict=True)
+        ]
+    places, end = list[int](), 0
+    for word in map(str.strip, raw):
+        place = text.find(word, end)
+        if place < 0 or any(map(str.isalnum, text[end:place])):
+            return None
+        places.append(place)
+        end = place + len(word)
+    if any(map(str.isalnum, text[end:])):
+        return None
+    parts = [text[start:end] for start, end in pairwise([0, *places[1:], len(text)])]
+    joined = [False, *(not part[-1:].isspace() for part in parts[:-1])]
+    return [unit._replace(text=part.strip(), joined=one) for unit, part, one in zip(words, parts, joined, strict=True)]
 
 
 def _timed(unit: Any) -> Timed | None:
-    """A word or segment of a JSON document, if it has text and times."""
+    """A word or segment of a JSON document with its white space, if it has text and times."""
     if not isinstance(unit, dict):
         return None
     text = next((unit[key] for key in WORD_KEYS if isinstance(unit.get(key), str)), None)
@@ -231,7 +303,7 @@ def _timed(unit: Any) -> Timed | None:
         end = start + unit["duration"]
     if text is None or not isinstance(start, int | float) or not isinstance(end, int | float):
         return None
-    return Timed(float(start), float(end), text.strip())
+    return Timed(float(start), float(end), text)
 
 
 PARSERS: dict[str, Callable[[str, Path, Counter[str]], list[Timed] | None]] = {
