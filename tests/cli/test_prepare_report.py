@@ -85,20 +85,22 @@ class TestCommand:
         assert manifest["hours"] == pytest.approx(9 / 3600)
         assert found["used"] == {".wav": 9}
         assert [(one["path"], one["kind"]) for one in found["unusable"]] == [
-            ("broken [1].flac", "undecodable"), ("3.txt", "transcript")
+            ("broken [1].flac", "undecodable"), ("3.wav", "transcript")
         ]  # fmt: skip
         assert {(one["suffix"], one["reason"], one["files"]) for one in found["other_files"]} == {
-            (".txt", "transcript", 10), (".pdf", "not audio", 1), (".wav", "hidden", 1)
+            (".txt", "transcript", 9), (".txt", "its audio file is left out", 1),
+            (".pdf", "not audio", 1), (".wav", "hidden", 1),
         }  # fmt: skip
         assert found["notes"] == {} and "speech" not in found
         rows = [" ".join(line.split()) for line in printed.splitlines()]
         assert rows[0] == f"{out / 'cuts_train.jsonl'}: 9 utterances, 0.00 hours"
         for row in (
-            ".wav 9 used", ".txt 10 transcript", ".pdf 1 not audio", ".wav 1 hidden",
+            ".wav 9 used", ".txt 9 transcript", ".txt 1 its audio file is left out", ".pdf 1 not audio",
+            ".wav 1 hidden",
             ".flac 1 left out: broken [1].flac: not readable as audio: Format not recognised",
         ):  # fmt: skip
             assert row in rows
-        assert any(row.startswith(".txt 1 left out: 3.txt: ") for row in rows)
+        assert any(row.startswith(".wav 1 left out: 3.wav: 3.txt: line 1 is not UTF-8") for row in rows)
         assert rows[-1] == f"all files that are left out: {out / 'prepare_report.json'}"
 
     def test_a_folder_that_is_used_whole_needs_no_table(self, tmp_path: Path, run: Callable[..., str]) -> None:
@@ -107,9 +109,9 @@ class TestCommand:
         assert printed == f"{tmp_path / 'cuts_train.jsonl'}: 1 utterance, 0.00 hours\n"
         assert self.report(tmp_path)["unusable"] == []
 
-    @pytest.mark.parametrize("first", ["broken [1].flac", "3.txt"])
+    @pytest.mark.parametrize("first", ["broken [1].flac", "3.wav"])
     def test_strict_stops_at_a_file_or_a_transcript(self, first: str, audio: Path, tmp_path: Path) -> None:
-        if first == "3.txt":
+        if first == "3.wav":
             (audio / "broken [1].flac").unlink()
         message = error_of("data", "prepare", "folder", audio, tmp_path / "out", "--strict")
         assert message.startswith(f"{audio / first}: ") and message.endswith(

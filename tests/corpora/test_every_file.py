@@ -99,7 +99,7 @@ UNREADABLE = {  # named by `prepare`: kind, and a part of the reason
     "bad/no header.au": ("undecodable", "not readable as audio: it has no header"),
     "bad/no samples.wav": ("empty", "holds no audio"),
     "bad/absurd.wav": ("sampling rate", "sampling rate is 999983 Hz, not a whole number from 1,000 to 500,000"),
-    "bad/latin.txt": ("transcript", "; its audio is left out"),
+    "bad/latin.flac": ("transcript", "bad/latin.txt: line 1 is not UTF-8"),
 }
 UNDECODABLE = {  # named by `validate --audio`: kind, and a part of the reason
     "bad/half.flac": ("undecodable", "cannot be decoded: "),
@@ -115,7 +115,8 @@ OTHERS = {  # counted by `prepare`
     (".wav", "not a file"): 1,
     (".wav", "broken link"): 2,
     (".pdf", "not audio"): 1,
-    (".txt", "transcript"): 2,
+    (".txt", "transcript"): 1,
+    (".txt", "its audio file is left out"): 1,
     (".txt", "no audio file beside it has its name"): 1,
     (".flac", "link to a file that is used anyway"): 1,
     ("(no suffix)", "link to a folder that is used anyway"): 2,
@@ -277,7 +278,7 @@ def test_transcribe_uses_or_names_every_file(prepared: Prepared, tmp_path: Path)
     assert sorted(prepared.relative(one["file"]) for one in found) == sorted(used)
     assert len({one["utterance"] for one in found}) == len(found)
     bad = {**UNREADABLE, **UNDECODABLE}
-    del bad["bad/latin.txt"], bad["bad/silence.wav"]
+    del bad["bad/latin.flac"], bad["bad/silence.wav"]
     bad["bad/no samples.wav"] = ("too short", "has 0 samples, fewer than the 400 of one frame")
     for name, (_, reason) in bad.items():
         line = visible(f"{prepared.folder / name}: ")

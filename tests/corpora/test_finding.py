@@ -54,11 +54,9 @@ def test_everything_else_is_counted(tmp_path: Path) -> None:
 def test_transcripts_with_times_are_preferred(tmp_path: Path) -> None:
     touch(*(tmp_path / name for name in ("a.wav", "a.TXT", "b.flac", "b.txt", "b.TextGrid", "c.mp3", "d.txt")))
     found = find_audio(tmp_path)
-    assert found.audio == [AudioFile("a.wav", ".TXT"), AudioFile("b.flac", ".TextGrid"), AudioFile("c.mp3")]
+    assert found.audio == [AudioFile("a.wav", [".TXT"]), AudioFile("b.flac", [".TextGrid"]), AudioFile("c.mp3")]
     unused = "no audio file beside it has its name"
     assert found.others == {
-        (".txt", "transcript"): 1,
-        (".textgrid", "transcript"): 1,
         (".txt", "another transcript of the audio file is used"): 1,
         (".txt", unused): 1,
     }
@@ -72,14 +70,30 @@ def test_a_text_beside_json_is_kept_in_case_that_this_is_something_else(tmp_path
         )
     )
     found = find_audio(tmp_path)
-    assert found.audio == [AudioFile("a.wav", ".json", ".TXT"), AudioFile("b.wav", ".JSON"), AudioFile("c.wav", ".vtt")]
+    assert found.audio == [
+        AudioFile("a.wav", [".json", ".TXT"]), AudioFile("b.wav", [".JSON"]), AudioFile("c.wav", [".vtt"])
+    ]  # fmt: skip
     preferred = "another transcript of the audio file is used"
+    assert found.others == {(".txt", preferred): 1, (".json", preferred): 1}
+
+
+def test_a_transcript_may_be_beside_a_link(tmp_path: Path) -> None:
+    corpus, other = tmp_path / "corpus", tmp_path / "other.wav"
+    touch(corpus / "all" / "1.wav", corpus / "all" / "2.wav", corpus / "all" / "2.txt", other)
+    for link, target in {
+        "named/hello.wav": "../all/1.wav", "named/two.wav": "../all/2.wav", "x/a.wav": other, "x/b.wav": other
+    }.items():  # fmt: skip
+        (corpus / link).parent.mkdir(exist_ok=True)
+        os.symlink(target, corpus / link)
+        if not link.endswith("a.wav"):
+            touch((corpus / link).with_suffix(".txt"))
+    found = find_audio(corpus)
+    assert [(file.path, file.transcripts) for file in found.audio] == [
+        ("all/1.wav", ["named/hello.txt"]), ("all/2.wav", ["all/2.txt"]), ("x/a.wav", ["x/b.txt"])
+    ]  # fmt: skip
     assert found.others == {
-        (".json", "transcript"): 2,
-        (".txt", "transcript"): 1,
-        (".txt", preferred): 1,
-        (".vtt", "transcript"): 1,
-        (".json", preferred): 1,
+        (".wav", "link to a file that is used anyway"): 3,
+        (".txt", "another transcript of the audio file is used"): 1,
     }
 
 
@@ -130,15 +144,15 @@ def test_every_entry_is_found_or_counted(
         folders[:] = [name for name in folders if name not in hidden]
     found = find_audio(top)
     assert not found.unusable
-    assert len(found.audio) + found.others.total() == entries
+    assert len(found.audio) + sum(len(file.suffixes) for file in found.audio) + found.others.total() == entries
     reals = [os.path.realpath(top / file.path) for file in found.audio]
     assert len({*reals}) == len(reals)
     assert {*reals} >= {
         str(top / place / name) for place, name in files if is_audio(name) and "/." not in f"/{place}{name}"
     }
     for file in found.audio:
-        for suffix in filter(None, (file.text, file.untimed)):
-            assert (top / file.path).with_suffix(suffix).is_file()
+        for transcript in file.transcripts:
+            assert (top / transcript).is_file()
 
 
 def test_an_unreadable_folder_is_named_and_the_rest_is_used(tmp_path: Path) -> None:

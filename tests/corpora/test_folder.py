@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import zlib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lhotse import CutSet
 from lhotse.cut import Cut
 
 from tests.helpers.audio import noise, write_audio, write_text
-from w2vscale.corpora.folder import prepare_folder
+from w2vscale.corpora.folder import SAME_NAME, prepare_folder
 from w2vscale.corpora.header_cache import HeaderCache
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.manifests import PreparedManifest
@@ -352,10 +353,15 @@ class TestFoldersThatAreRefused:
         assert error_of(prepare, tmp_path / "audio", tmp_path).startswith(f"{empty}: holds no audio")
 
     def test_two_files_that_would_have_one_id(self, tmp_path: Path) -> None:
-        for name in ("b/a.wav", "b-a.wav"):
+        names = ["b/a.wav", "b-a.wav", "b-a.flac"]
+        for name in names:
             write_audio(tmp_path / "audio" / name, noise(1.0))
-        message = error_of(prepare, tmp_path / "audio", tmp_path)
-        assert message == "b/a.wav: its id, b-a.wav, is also that of another file; rename one of them"
+        report = prepare(tmp_path / "audio", tmp_path)
+        assert report.notes[SAME_NAME] == 3
+        hashes = {name: zlib.crc32(name.encode()) for name in names}
+        assert [json.loads(line)["id"] for line in (tmp_path / "cuts_train.jsonl").read_text().splitlines()] == [
+            f"b-a.wav-{hashes['b/a.wav']:08x}", "b-a.flac", f"b-a.wav-{hashes['b-a.wav']:08x}"
+        ]  # fmt: skip
 
     @pytest.mark.parametrize("share", [-0.1, 1.0, 2.0, float("nan")])
     def test_a_validation_share_out_of_range(self, share: float, mixed_audio: Path, tmp_path: Path) -> None:

@@ -22,15 +22,20 @@ from tests.helpers.commands import error_of
 from tests.helpers.spelled import RATE, SPELLING, some_texts, spoken
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
+from w2vscale.corpora.finding import PREFERRED, TRANSCRIPT
 from w2vscale.corpora.folder import SAME_NAME, prepare_folder
 from w2vscale.corpora.folder_texts import (
+    AFTER_AUDIO,
     AMBIGUOUS,
+    EMPTY,
+    IN_SEGMENTS,
+    ITS_AUDIO,
     MIXED_CHANNELS,
     NOT_A_TRANSCRIPT,
     NOT_AMONG,
     OTHER_CHANNELS,
-    OUTSIDE,
     OVERHANGING,
+    PAST_AUDIO,
     START_AFTER_AUDIO,
     WITHOUT_TIMES,
 )
@@ -145,7 +150,8 @@ class TestWithTimes:
         talk.with_suffix(suffix).write_text(FORMATS[suffix](words), encoding="utf-8")
         cuts, report = prepared(talk, segment_seconds=longest / 10)
         assert " ".join(filter(None, texts_of(cuts))) == " ".join(word.text for word in words)
-        assert +report.notes == ({} if words or suffix != ".json" else {NOT_A_TRANSCRIPT: 1})
+        assert +report.notes == ({} if words or suffix == ".json" else {EMPTY: 1})
+        assert report.others == {(suffix.lower(), TRANSCRIPT if words or suffix != ".json" else NOT_A_TRANSCRIPT): 1}
         spans = {word.text: word for word in words}
         for cut in cuts:
             for word in (cut.supervisions[0].text or "").split():
@@ -172,30 +178,23 @@ class TestWithTimes:
         for options in ({}, {"segment_seconds": 2.0}):
             cuts, report = prepared(talk, **options)
             assert [cut.id for cut in cuts] == ["good"]
-            assert [tuple(one) for one in report.unusable] == [
-                (
-                    f"talk{suffix}",
-                    "transcript",
-                    "has words at 7.5 s, but the audio ends at 6.0 s; its audio is left out",
-                )
-            ]
+            reason = f"talk{suffix}: has words at 7.5 s, but the audio ends at 6.0 s"
+            assert [one[:3] for one in report.unusable] == [("talk.wav", "transcript", reason)]
+            assert report.others == {(suffix.lower(), ITS_AUDIO): 1}
 
     def test_the_last_word_may_end_a_little_after_the_audio(self, talk: Path) -> None:
-        for end, text, notes in (
-            (SECONDS + 0.2, "one two três late", {}),
-            (SECONDS + 0.6, None, {OVERHANGING: 1}),  # the audio has only a part of it
-        ):
+        for end, notes in ((SECONDS + 0.2, {}), (SECONDS + 0.6, {PAST_AUDIO: 1})):
             late = [*WORDS[:3], Timed(SECONDS - 0.2, end, "late")]
             talk.with_suffix(".ctm").write_text(as_ctm(late), encoding="utf-8")
             assert texts_of(prepared(talk)[0]) == ["one two três late"]
             cuts, report = prepared(talk, segment_seconds=4.0)
-            last = "late" if text else None
-            assert texts_of(cuts) == ["one two três", last]
+            assert texts_of(cuts) == ["one two três", "late"]
             assert +report.notes == notes
         talk.with_suffix(".ctm").write_text(as_ctm([Timed(6.4, 6.9, "after"), *WORDS]), encoding="utf-8")
-        cuts, report = prepared(talk, segment_seconds=3.5)
-        assert " ".join(filter(None, texts_of(cuts))) == "one two três four"
-        assert +report.notes == {OUTSIDE: 1}
+        for segment_seconds in (None, 3.5):
+            cuts, report = prepared(talk, segment_seconds=segment_seconds)
+            assert " ".join(filter(None, texts_of(cuts))) == "one two três four"
+            assert +report.notes == {AFTER_AUDIO: 1}
 
     def test_empty_phrases_add_nothing(self, talk: Path) -> None:
         words = [WORDS[0], Timed(1.0, 1.2, ""), WORDS[1]]
@@ -228,7 +227,9 @@ class TestWithoutTimes:
         talk.with_suffix(".txt").write_bytes("três".encode("latin-1"))
         cuts, report = prepared(talk)
         assert [cut.id for cut in cuts] == ["good"]
-        assert [(one.path, one.kind) for one in report.unusable] == [("talk.txt", "transcript")]
+        assert [(one.path, one.kind) for one in report.unusable] == [("talk.wav", "transcript")]
+        assert report.unusable[0].reason.startswith("talk.txt: line 1 is not UTF-8")
+        assert report.others == {(".txt", ITS_AUDIO): 1}
         cuts, report = prepared(talk, encoding="latin-1")
         assert texts_of(cuts) == [None, "três"] and not report.unusable
 
@@ -245,20 +246,18 @@ class TestJson:
         talk.with_suffix(".json").write_text(self.METADATA)
         cuts, report = prepared(talk)
         assert texts_of(cuts) == [None]
-        assert +report.notes == {NOT_A_TRANSCRIPT: 1}
+        assert not +report.notes and report.others == {(".json", NOT_A_TRANSCRIPT): 1}
         talk.with_suffix(".txt").write_text("WHAT IS SAID")
         cuts, report = prepared(talk)
         assert texts_of(cuts) == ["WHAT IS SAID"]
-        assert {(suffix, reason) for suffix, reason in report.others} == {
-            (".json", "transcript"), (".txt", "transcript")
-        }  # fmt: skip
+        assert report.others == {(".json", NOT_A_TRANSCRIPT): 1, (".txt", TRANSCRIPT): 1}
 
     def test_an_empty_list_is_no_transcript_and_does_not_hide_one(self, talk: Path) -> None:
         talk.with_suffix(".json").write_text('{"text": "", "segments": []}')
         talk.with_suffix(".txt").write_text("WHAT IS SAID")
         cuts, report = prepared(talk)
         assert texts_of(cuts) == ["WHAT IS SAID"]
-        assert +report.notes == {NOT_A_TRANSCRIPT: 1}
+        assert report.others == {(".json", NOT_A_TRANSCRIPT): 1, (".txt", TRANSCRIPT): 1}
 
     def test_words_with_times_are_preferred_to_a_text(self, talk: Path) -> None:
         talk.with_suffix(".json").write_text(as_json(WORDS))
@@ -266,6 +265,7 @@ class TestJson:
         cuts, report = prepared(talk)
         assert texts_of(cuts) == ["one two três four"]
         assert +report.notes == {}
+        assert report.others == {(".json", TRANSCRIPT): 1, (".txt", PREFERRED): 1}
 
 
 class TestKaldi:
@@ -280,7 +280,11 @@ class TestKaldi:
             ("day-two-0", "five"), ("day-two-1", ""), ("talk-0", "one  two"), ("talk-1", "três"), ("talk-2", "four")
         ]  # fmt: skip
         assert +report.notes == {NOT_AMONG: 1}
-        assert texts_of(prepared(talk)[0]) == ["five", "one  two três four"]
+        assert report.others == {("(no suffix)", TRANSCRIPT): 2}
+        talk.with_suffix(".txt").write_text("OLD TEXT")
+        cuts, report = prepared(talk)
+        assert texts_of(cuts) == ["five", "one  two três four"]
+        assert report.others == {("(no suffix)", TRANSCRIPT): 2, (".txt", IN_SEGMENTS): 1}
 
     def test_an_end_of_minus_one_is_that_of_the_recording(self, talk: Path) -> None:
         (talk.parent / "segments").write_text("a talk 0.5 1.5\nb talk 4.5 -1\n")
@@ -335,7 +339,7 @@ class TestKaldi:
         (talk.parent / "text").write_text("t x\n")
         _, report = prepared(talk)
         assert [tuple(one) for one in report.unusable] == [
-            ("segments", "transcript", "has words at 8.0 s, but the audio ends at 6.0 s; its audio is left out")
+            ("talk.wav", "transcript", "segments: has words at 8.0 s, but the audio ends at 6.0 s")
         ]
 
 

@@ -201,6 +201,9 @@ def test_words_and_times(name: str, encoding: str, tmp_path: Path) -> None:
             "'00:00:02,250 -> 00:00:03,000', is in no cue",
         ),
         ("talk.json", "{", "not a json transcript"),
+        ("talk.json", '[{"text": "a", "start": 0, "end": 1}, {"text": "b", "start": 2}]', "number 2 has no text or no"),
+        ("talk.json", '{"words": [{"word": "a", "start": 0, "end": 1}, {"word": "b"}]}', "number 2 has no text or no"),
+        ("talk.json", '{"segments": [{"text": "a", "start": 2, "end": 1}]}', "'a' lasts from 2 to 1 s"),
         (
             "talk.srt",
             "1\n00:00:01,000 --> 00:00:02,000\nA\n\n2\n0 --> 1\nB\n",
@@ -352,7 +355,7 @@ def test_a_damaged_transcript_is_read_or_named_in_one_line(
     except UserError as error:
         message = str(error)
     assert message.startswith(f"{path}: ") and "\n" not in message
-    assert all(0 <= unit.start <= unit.end < math.inf for unit in found or ())
+    assert all(0 <= unit.start <= unit.end and unit.start < math.inf for unit in found or ())
 
 
 @pytest.mark.parametrize("words", ["one two", 3, ["one"], [{"word": "one"}], None])
@@ -489,3 +492,9 @@ def test_segments_are_read_if_the_words_are_not_all_known(tmp_path: Path) -> Non
     (tmp_path / "talk.json").write_text(json.dumps({"text": "one two", "words": listed("one")}))
     assert read_timed(tmp_path / "talk.json", notes=notes) == [Timed(0.0, 1.0, "one")]
     assert +notes == {OTHER_WORDS: 1}
+
+
+def test_chunks_of_a_pipeline_of_transformers(tmp_path: Path) -> None:
+    chunks = [{"text": " one", "timestamp": [0.0, 2.0]}, {"text": " two", "timestamp": [2.5, None]}]
+    (tmp_path / "talk.json").write_text(json.dumps({"text": " one two", "chunks": chunks}))
+    assert read_timed(tmp_path / "talk.json") == [Timed(0.0, 2.0, "one"), Timed(2.5, math.inf, "two")]

@@ -15,18 +15,27 @@ from w2vscale.errors import UserError
 TEXT_SUFFIXES = (".ctm", ".textgrid", ".srt", ".vtt", ".json", ".txt")
 """Transcripts beside an audio file, in the order in which they are preferred: those with times come first."""
 
-# What `FolderContents.others` says of texts.
+# What `FolderContents.others` says. The transcripts that may be used are counted by who reads them.
 TRANSCRIPT = "transcript"
 PREFERRED = "another transcript of the audio file is used"
 ALONE = "no audio file beside it has its name"
+NOT_AUDIO = "not audio"
 
 
 class AudioFile(NamedTuple):
-    """An audio file, by its path below the folder, and the suffix of the transcript beside it, as it is written."""
+    """An audio file, by its path below the folder, and the transcripts beside it.
+
+    There are two if the first is .json, which may be something else than a transcript.
+    """
 
     path: str
-    text: str = ""
-    untimed: str = ""  # of a .txt to use if `text` is .json and turns out to be something else than a transcript
+    suffixes: Sequence[str] = ()  # of the transcripts, as they are written
+    link: str = ""  # a link to the file, if the transcripts are beside that
+
+    @property
+    def transcripts(self) -> list[str]:
+        """The paths of the transcripts below the folder."""
+        return [os.path.splitext(self.link or self.path)[0] + suffix for suffix in self.suffixes]
 
 
 class Unusable(NamedTuple):
@@ -64,20 +73,20 @@ def find_audio(folder: Path) -> FolderContents:
     """Find the audio files below a folder by their suffixes.
 
     Symbolic links are followed. What several links lead to is taken once, by its own name if it has one below `folder`,
-    so that a loop of links ends. Hidden files are left out: macOS puts files such as `._talk.wav`, which are not audio,
-    beside real ones. Raises UserError if the folder itself cannot be read.
+    so that a loop of links ends; a transcript may be beside any of them. Hidden files are left out: macOS puts files
+    such as `._talk.wav`, which are not audio, beside real ones. Raises UserError if the folder itself cannot be read.
     """
     found = FolderContents()
     folders, folder_links = [""], list[str]()
     file_links: list[AudioFile] = []
-    visited: set[str] = set()  # real paths of folders, and of files that links lead to
+    visited: dict[str, str] = {}  # folders by their real path, and files that links lead to
     while folders or folder_links:
         below = folders.pop() if folders else folder_links.pop()
         real = os.path.realpath(folder / below)
         if real in visited:
             found.leave_out(below, "link to a folder that is used anyway")
             continue
-        visited.add(real)
+        visited[real] = below
         try:
             inside = _sorted_entries(folder, below, found)
         except OSError as error:
@@ -89,16 +98,23 @@ def find_audio(folder: Path) -> FolderContents:
             (folder_links if entry.is_symlink() else folders).append(f"{below}{entry.name}/")
         for entry in inside.audio:
             texts = _chosen(inside.texts.get(os.path.splitext(entry.name)[0], ()))
-            (file_links if entry.is_symlink() else found.audio).append(AudioFile(below + entry.name, *texts))
+            (file_links if entry.is_symlink() else found.audio).append(AudioFile(below + entry.name, texts))
         folder_links.sort(key=lambda path: path.split("/"), reverse=True)
+    used = {file.path: file for file in found.audio}
     for file in sorted(file_links):
         place, name = os.path.split(target := os.path.realpath(folder / file.path))
-        if target in visited or (place in visited and is_audio(name) and not name.startswith(".")):
-            found.leave_out(file.path, "link to a file that is used anyway")
-        else:
-            visited.add(target)
-            found.audio.append(file)
-    found.audio.sort(key=lambda file: file.path.split("/"))
+        if place in visited and is_audio(name) and not name.startswith("."):
+            visited[target] = visited[place] + name
+        if target not in visited:
+            visited[target] = file.path
+            used[file.path] = file
+            continue
+        found.leave_out(file.path, "link to a file that is used anyway")
+        if (same := used[visited[target]]).suffixes:
+            found.others.update((suffix.lower(), PREFERRED) for suffix in file.suffixes)
+        elif file.suffixes:
+            used[same.path] = same._replace(suffixes=file.suffixes, link=file.path)
+    found.audio = sorted(used.values(), key=lambda file: file.path.split("/"))
     return found
 
 
@@ -111,7 +127,7 @@ class _Entries(NamedTuple):
 
 
 def _sorted_entries(folder: Path, below: str, found: FolderContents) -> _Entries:
-    """The entries of a folder by what they are; transcripts and other files are also counted in `found`."""
+    """The entries of a folder by what they are; what is not used is also counted in `found`."""
     inside = _Entries([], [], {})
     with os.scandir(folder / below) as entries:
         for entry in entries:
@@ -128,13 +144,14 @@ def _sorted_entries(folder: Path, below: str, found: FolderContents) -> _Entries
             elif suffix.lower() in TEXT_SUFFIXES:
                 inside.texts.setdefault(stem, []).append(suffix)
             else:
-                found.leave_out(below + entry.name, "not audio")
+                found.leave_out(below + entry.name, NOT_AUDIO)
     stems = {os.path.splitext(entry.name)[0] for entry in inside.audio}
     for stem, suffixes in inside.texts.items():
         suffixes.sort(key=lambda suffix: (TEXT_SUFFIXES.index(suffix.lower()), suffix))
         chosen = _chosen(suffixes) if stem in stems else ()
         for suffix in suffixes:
-            found.leave_out(stem + suffix, TRANSCRIPT if suffix in chosen else PREFERRED if chosen else ALONE)
+            if suffix not in chosen:
+                found.leave_out(stem + suffix, PREFERRED if chosen else ALONE)
     return inside
 
 

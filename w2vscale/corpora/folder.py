@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from lhotse.cut import Cut
 
-from w2vscale.corpora.finding import Unusable, find_audio, identifier_of
+from w2vscale.corpora.finding import NOT_AUDIO, TRANSCRIPT, Unusable, find_audio, identifier_of
 from w2vscale.corpora.folder_texts import TranscriptError, Transcripts
 from w2vscale.corpora.header_cache import Header
 from w2vscale.corpora.manifests import existing_folder
@@ -85,9 +85,13 @@ def prepare_folder(
     names = _names_of_twins(files, in_segments=options.vad or segment_seconds is not None)
     report = Report(unusable=found.unusable, others=found.others, left_out=found.left_out)
     report.notes[SAME_NAME] += len(names)
+    transcripts = Transcripts.find(audio, found.audio, report.notes, encoding=encoding)
+    if transcripts.phrases:
+        report.others.subtract({("(no suffix)", NOT_AUDIO): 2})
+        report.others["(no suffix)", TRANSCRIPT] += 2  # `segments` and `text`
     folder = Folder(
         path=audio,
-        transcripts=Transcripts.find(audio, found.audio, report.notes, encoding=encoding),
+        transcripts=transcripts,
         names=names,
         options=options,
         segment_seconds=segment_seconds,
@@ -95,6 +99,8 @@ def prepare_folder(
     )
 
     def cuts_of(readable: Sequence[str]) -> Callable[[Sequence[Header]], Cuts]:
+        for one in report.unusable:
+            report.others.update(transcripts.left_out_with(one.path))
         return partial(_cuts_of, replace(folder, validation_limit=_validation_limit(readable, validation_share)))
 
     splits = ["train", "validation"][: 2 if validation_share else 1]
@@ -104,7 +110,10 @@ def prepare_folder(
 
 
 def _names_of_twins(files: Sequence[str], *, in_segments: bool) -> dict[str, str]:
-    """The ids of files that would share theirs with another file, or with a segment of it: they keep the suffix."""
+    """The ids of files that would share theirs with another file, or with a segment of it: they keep the suffix.
+
+    Where that is the id of another file, too, as for a-b.wav and a/b.wav, a hash of the path follows.
+    """
     count = Counter(map(identifier_of, files))
 
     def shared(identifier: str) -> bool:
@@ -114,11 +123,8 @@ def _names_of_twins(files: Sequence[str], *, in_segments: bool) -> dict[str, str
         )
 
     twins = {file: file.replace("/", "-") for file in files if shared(identifier_of(file))}
-    for name, times in Counter(twins.values()).items():
-        if times > 1 or name in count:
-            file = next(file for file in twins if twins[file] == name)
-            raise UserError(f"{file}: its id, {name}, is also that of another file; rename one of them")
-    return twins
+    taken = count + Counter(twins.values())
+    return {file: name if taken[name] == 1 else f"{name}-{_hash(file):08x}" for file, name in twins.items()}
 
 
 def _hash(identifier: str) -> int:
@@ -144,12 +150,11 @@ def _cuts_of(folder: Folder, headers: Sequence[Header]) -> Cuts:
     found = Cuts()
     for header in headers:
         try:
-            cuts = _cuts_of_file(folder, header, found)
-        except AudioError as error:
-            found.unusable.append(Unusable(header.file, error.kind, str(error)))
-            continue
-        except TranscriptError as error:
-            found.unusable.append(Unusable(error.path, "transcript", f"{error}; its audio is left out"))
+            cuts, texts = _cuts_of_file(folder, header, found)
+        except (AudioError, TranscriptError) as error:
+            kind = error.kind if isinstance(error, AudioError) else "transcript"
+            found.unusable.append(Unusable(header.file, kind, str(error)))
+            found.others.update(folder.transcripts.left_out_with(header.file))
             continue
         if folder.options.vad:
             found.seconds += header.samples / header.sampling_rate
@@ -157,8 +162,10 @@ def _cuts_of(folder: Folder, headers: Sequence[Header]) -> Cuts:
         suffix = os.path.splitext(header.file)[1].lower()
         if not cuts:
             found.others[suffix, NO_SPEECH] += 1
+            found.others.update(folder.transcripts.left_out_with(header.file))
             found.left_out.append((header.file, NO_SPEECH))
             continue
+        found.others.update(texts)
         held_out = _hash(identifier_of(header.file)) < folder.validation_limit
         for cut in cuts:
             found.add(held_out, cut)
@@ -167,8 +174,8 @@ def _cuts_of(folder: Folder, headers: Sequence[Header]) -> Cuts:
     return found
 
 
-def _cuts_of_file(folder: Folder, header: Header, notes: Cuts) -> list[Cut]:
-    """The cuts of one file; what is worth knowing is added to `notes`.
+def _cuts_of_file(folder: Folder, header: Header, notes: Cuts) -> tuple[list[Cut], Sequence[tuple[str, str]]]:
+    """The cuts of one file, and what became of the files beside it; what is worth knowing is added to `notes`.
 
     Raises AudioError if the audio cannot be used, and TranscriptError if the transcript cannot.
     """
@@ -179,12 +186,12 @@ def _cuts_of_file(folder: Folder, header: Header, notes: Cuts) -> list[Cut]:
     speaker = os.path.dirname(name) or None
     segments = _segments(folder, header, whole.duration, said.units)
     if segments is None:
-        return [with_text(whole, Text(said.whole(), speaker, folder.language))]
-    texts = said.of_segments(segments, whole.duration, notes.notes)
+        return [with_text(whole, Text(said.whole(), speaker, folder.language))], said.files
+    texts = said.of_segments(segments, notes.notes)
     return [
         with_text(part_of(whole, segment, f"{identifier}-{number}"), Text(words, speaker, folder.language))
         for number, (segment, words) in enumerate(zip(segments, texts, strict=True))
-    ]
+    ], said.files
 
 
 def _segments(folder: Folder, header: Header, duration: float, units: Sequence[Timed] | None) -> list[Segment] | None:

@@ -65,7 +65,7 @@ def check_encoding(name: str) -> None:
 def _sorted(units: list[Timed], path: Path) -> list[Timed]:
     """The same by time. Raises UserError if a time is impossible."""
     for unit in units:
-        if not 0.0 <= unit.start <= unit.end < math.inf:
+        if not (0.0 <= unit.start <= unit.end and unit.start < math.inf):
             raise UserError(f"{path}: {(unit.text or '')[:40]!r} lasts from {unit.start:g} to {unit.end:g} s")
     return sorted(units, key=lambda unit: unit[:2])
 
@@ -238,16 +238,21 @@ def _json(text: str, path: Path, notes: Counter[str]) -> list[Timed] | None:
     if words is not None and (spelled := _spelled(words, document.get("text"))) is not None:
         return spelled
     notes[OTHER_WORDS] += words is not None
-    segments = _segments(document.get("segments"), notes)
+    segments = _segments(document.get("segments") or document.get("chunks"), notes)
+    if segments is None and words is None:
+        return _segments(document.get("words"), notes)  # names the word without times
     return _spelled(words, None) if segments is None and words is not None else segments
 
 
 def _segments(listed: Any, notes: Counter[str]) -> list[Timed] | None:
-    """The words of segments; a segment is one phrase if its words are not known. None if these are no segments."""
+    """The words of segments; a segment is one phrase if its words are not known. None if these are no segments.
+
+    Raises ValueError if one of them has no times.
+    """
     if not isinstance(listed, list) or not listed:
         return None
-    found = list[Timed]()
-    for segment in listed:
+    found, without = list[Timed](), ""
+    for number, segment in enumerate(listed, start=1):
         whole = _timed(segment)
         words = _words(segment.get("words")) if isinstance(segment, dict) else None
         spelled = None if words is None else _spelled(words, None if whole is None else whole.text)
@@ -257,14 +262,35 @@ def _segments(listed: Any, notes: Counter[str]) -> list[Timed] | None:
         elif whole is not None:
             found.append(whole._replace(text=str(whole.text).strip()))
         else:
-            return None
-    return found
+            without = without or f"number {number} has no text or no times: {str(segment)[:80]}"
+    if found and without:
+        raise ValueError(without)
+    return found or None
 
 
 def _words(listed: Any) -> list[Timed] | None:
     """Words with their white space; None if one has no times, or there are none."""
     words = [_timed(word) for word in listed] if isinstance(listed, list) else []
     return [word for word in words if word is not None] if words and None not in words else None
+
+
+def _timed(unit: Any) -> Timed | None:
+    """A word or segment of a JSON document with its white space, if it has text and times.
+
+    The last segment of a pipeline of Transformers may have no end: its timestamp is [start, null].
+    """
+    if not isinstance(unit, dict):
+        return None
+    text = next((unit[key] for key in WORD_KEYS if isinstance(unit.get(key), str)), None)
+    start, end = (unit.get(key, unit.get(f"{key}_time")) for key in ("start", "end"))
+    if isinstance(unit.get("timestamp"), list) and len(unit["timestamp"]) == 2:
+        start, end = unit["timestamp"]
+        end = math.inf if end is None else end
+    if end is None and isinstance(start, int | float) and isinstance(unit.get("duration"), int | float):
+        end = start + unit["duration"]
+    if text is None or not isinstance(start, int | float) or not isinstance(end, int | float):
+        return None
+    return Timed(float(start), float(end), text)
 
 
 def _spelled(words: Sequence[Timed], text: Any) -> list[Timed] | None:
@@ -291,19 +317,6 @@ def _spelled(words: Sequence[Timed], text: Any) -> list[Timed] | None:
     parts = [text[start:end] for start, end in pairwise([0, *places[1:], len(text)])]
     joined = [False, *(not part[-1:].isspace() for part in parts[:-1])]
     return [unit._replace(text=part.strip(), joined=one) for unit, part, one in zip(words, parts, joined, strict=True)]
-
-
-def _timed(unit: Any) -> Timed | None:
-    """A word or segment of a JSON document with its white space, if it has text and times."""
-    if not isinstance(unit, dict):
-        return None
-    text = next((unit[key] for key in WORD_KEYS if isinstance(unit.get(key), str)), None)
-    start, end = (unit.get(key, unit.get(f"{key}_time")) for key in ("start", "end"))
-    if end is None and isinstance(start, int | float) and isinstance(unit.get("duration"), int | float):
-        end = start + unit["duration"]
-    if text is None or not isinstance(start, int | float) or not isinstance(end, int | float):
-        return None
-    return Timed(float(start), float(end), text)
 
 
 PARSERS: dict[str, Callable[[str, Path, Counter[str]], list[Timed] | None]] = {
