@@ -58,7 +58,7 @@ class TestPrepare:
         printed = run("data", "prepare", "folder", tmp_path / "audio", tmp_path)
         assert "1 utterance, 0.00 hours\n" in printed
         assert re.search(r"\.flac +1 +left out: bad.flac: not readable as audio: Format not recognised", printed)
-        assert f"all files that are left out: {tmp_path / 'prepare_report.json'}" in printed
+        assert f"details, with the paths of unusable files: {tmp_path / 'prepare_report.json'}" in printed
 
     def test_an_empty_or_missing_folder(self, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()

@@ -25,7 +25,16 @@ suffixes = st.sampled_from(["", ".wav", ".FLAC", ".txt", ".pdf", ".m4a", ".json"
 reports = st.builds(
     Report,
     used=st.dictionaries(suffixes, st.integers(1, 10**7)).map(Counter),
-    unusable=st.lists(st.builds(Unusable, suffixes.map("a/b{}".format), st.sampled_from("xyz"), st.text(min_size=1))),
+    unit=st.sampled_from(["file", "utterance"]),
+    unusable=st.lists(
+        st.builds(
+            Unusable,
+            suffixes.map("a/b{}".format),
+            st.sampled_from("xyz"),
+            st.text(min_size=1),
+            units=st.integers(1, 10**4),
+        )
+    ),
     others=st.dictionaries(
         st.tuples(suffixes, st.sampled_from([TRANSCRIPT, "not audio", "hidden"])), st.integers(1, 10**7), max_size=40
     ).map(Counter),
@@ -35,7 +44,8 @@ reports = st.builds(
 @given(report=reports)
 def test_every_file_is_in_one_row(report: Report) -> None:
     rows = report.rows()
-    total = report.used.total() + len(report.unusable) + report.others.total()
+    unusable = {(one.path, one.kind) for one in report.unusable}
+    total = report.used.total() + len(unusable) + report.others.total()
     assert sum(count for _, count, _ in rows) == total
     assert len([row for row in rows if row[2] == "used"]) == len(report.used)
     assert len(rows) <= len(report.used) + len(
@@ -44,13 +54,17 @@ def test_every_file_is_in_one_row(report: Report) -> None:
     assert report.incomplete == (bool(report.unusable) or any(reason != TRANSCRIPT for _, reason in report.others))
 
 
-@given(bad=st.integers(0, 300), used=st.integers(1, 3000), fraction=st.floats(0, 1), strict=st.booleans())
-def test_what_is_refused(bad: int, used: int, fraction: float, strict: bool) -> None:
-    report = Report(unusable=[Unusable(f"{number}.wav", "k", "broken") for number in range(bad)])
+@given(
+    units=st.lists(st.integers(1, 100), max_size=100), used=st.integers(1, 3000), fraction=st.floats(0, 1),
+    strict=st.booleans(),
+)  # fmt: skip
+def test_what_is_refused(units: list[int], used: int, fraction: float, strict: bool) -> None:
+    report = Report(unusable=[Unusable(f"{number}.wav", "k", "broken", lost) for number, lost in enumerate(units)])
+    bad = sum(units)
     refused = bad > 0 and (strict or (bad > ALWAYS_ALLOWED and bad > fraction * (bad + used)))
     message = ""
     try:
-        report.check(Path("/corpus"), used, "file", strict=strict, limit=fraction)
+        report.check(Path("/corpus"), used, strict=strict, limit=fraction)
     except UserError as error:
         message = str(error)
     assert bool(message) == refused
@@ -91,6 +105,7 @@ class TestCommand:
             (".txt", "transcript", 9), (".txt", "its audio file is left out", 1),
             (".pdf", "not audio", 1), (".wav", "hidden", 1),
         }  # fmt: skip
+        assert found["left_out"] == [{"path": "._1.wav", "reason": "hidden"}]
         assert found["notes"] == {} and "speech" not in found
         rows = [" ".join(line.split()) for line in printed.splitlines()]
         assert rows[0] == f"{out / 'cuts_train.jsonl'}: 9 utterances, 0.00 hours"
@@ -101,7 +116,33 @@ class TestCommand:
         ):  # fmt: skip
             assert row in rows
         assert any(row.startswith(".wav 1 left out: 3.wav: 3.txt: line 1 is not UTF-8") for row in rows)
-        assert rows[-1] == f"all files that are left out: {out / 'prepare_report.json'}"
+        assert rows[-1] == f"details, with the paths of unusable files: {out / 'prepare_report.json'}"
+
+    def test_a_list_counts_utterances(self, audio: Path, tmp_path: Path, run: Callable[..., str]) -> None:
+        lines = [{"audio_filepath": f"audio/{1 + n % 4}.wav", "offset": n / 1000, "duration": 0.1} for n in range(300)]
+        lines += [{"audio_filepath": f"audio/{name}.wav"} for name in ["gone"] * 10 + ["lost"]]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps({**line, "text": "a"}) + "\n" for line in lines))
+        printed = run("data", "prepare", "manifest", tmp_path / "m.jsonl", tmp_path / "out")
+        rows = [" ".join(line.split()) for line in printed.splitlines()]
+        assert ".wav 4 used" in rows
+        assert ".wav 2 11 utterances left out: audio/gone.wav: no such file" in rows
+        found = self.report(tmp_path / "out")
+        assert [(one["path"], one["utterances"]) for one in found["unusable"]] == [
+            ("audio/gone.wav", 10), ("audio/lost.wav", 1)
+        ]  # fmt: skip
+
+    def test_the_limit_of_a_list_counts_the_utterances_of_a_file_that_is_lost(
+        self, audio: Path, tmp_path: Path
+    ) -> None:
+        lines = [{"audio_filepath": "gone.wav"}] * 20 + [{"audio_filepath": f"audio/{n}.wav"} for n in range(10)]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        command = ("data", "prepare", "manifest", tmp_path / "m.jsonl", tmp_path / "out")
+        assert error_of(*command) == (
+            f"{tmp_path / 'gone.wav'}: no such file (and 19 more of 30 utterances): that is 66.7%, above "
+            "--max-bad-fraction 0.05"
+        )
+        assert error_of(*command, "--strict").endswith("without --strict, such utterances are left out")
+        app(args=[str(one) for one in (*command, "--max-bad-fraction", 0.67)], standalone_mode=False)
 
     def test_a_folder_that_is_used_whole_needs_no_table(self, tmp_path: Path, run: Callable[..., str]) -> None:
         write_audio(tmp_path / "audio" / "a.wav", noise(1.0)).with_suffix(".txt").write_text("A")

@@ -17,7 +17,7 @@ from tests.helpers.audio import noise, write_audio
 from tests.helpers.trained import trains
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.kaldi import WITHOUT_TEXT, WITHOUT_UTTERANCE
-from w2vscale.corpora.lists import prepare_fairseq, prepare_kaldi, prepare_nemo
+from w2vscale.corpora.lists import WITHOUT_AUDIO, WITHOUT_SEGMENT, prepare_fairseq, prepare_kaldi, prepare_nemo
 from w2vscale.corpora.preparing import Options
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.validate import validate_manifest
@@ -72,7 +72,7 @@ class TestKaldi:
         }
         assert (found["call-A-1"].channel, found["call-B-1"].channel) == (0, 1)
         assert said(found["long-1"]) == ("zwei  Töne", "anna", "de")
-        assert report.notes["segments of recordings that are not in wav.scp, which are left out"] == 1
+        assert report.notes[WITHOUT_AUDIO] == 1
         trains(report.manifests[0].path, tmp_path / "exp")
 
     def test_channels_of_segments(self, audio: Path, tmp_path: Path) -> None:
@@ -98,6 +98,19 @@ class TestKaldi:
         (data / "segments").unlink()
         report = prepare_kaldi(data, tmp_path / "out")
         assert said(cuts_in(report)["long"])[0] == "alles" and +report.notes == {WITHOUT_UTTERANCE: 2}
+
+    def test_the_utterances_of_audio_that_is_not_read_are_counted(self, audio: Path, tmp_path: Path) -> None:
+        file = audio / "long.flac"
+        data = self.write(
+            tmp_path / "train",
+            wav_scp=f"a {file}\nb sox {file} -t wav - speed 1.1 |\nc {file}.ark:12\nd {file}\n",
+            segments="a-1 a 0 1\nb-1 b 0 1\nb-2 b 1 2\n",
+        )
+        report = prepare_kaldi(data, tmp_path / "out")
+        (one,) = report.unusable
+        assert (one.path, one.units) == ("wav.scp", 2) and one.reason.startswith(f"b: sox {file} -t wav - speed 1.1 |:")
+        assert report.rows()[1][:2] == (".scp", 1) and report.rows()[1][2].startswith("2 utterances left out: wav.scp:")
+        assert +report.notes == {WITHOUT_SEGMENT: 2}
 
     def test_without_segments_each_recording_is_an_utterance(
         self, audio: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -138,9 +151,11 @@ class TestKaldi:
         assert "segments: line 1 is not: utterance recording start end [channel]" in error_of(
             prepare_kaldi, data, tmp_path / "out"
         )
-        self.write(data, segments="a-1 a 3 2\na-2 a 8 12\na-3 a 1 2\n")
+        self.write(data, segments="a-1 a 3 2\na-2 a 8 12\na-3 a 1 2\na-4 a x 2\na-3 a 2 3\n")
         report = prepare_kaldi(data, tmp_path / "out")
         assert [one.reason for one in report.unusable] == [
+            "line 4 is not: utterance recording start end [channel]",
+            "line 5: the utterance a-3 occurs twice",
             "a-1 lasts from 3 to 2 s",
             "a-2 ends at 12.00 s, but the audio ends at 9.00 s",
         ]
@@ -194,17 +209,49 @@ class TestNemo:
     @pytest.mark.parametrize(
         ("entry", "message"),
         [
-            ({"audio": "x.wav"}, "line 1 is not an utterance of NeMo: has no 'audio_filepath'"),
-            ({"audio_filepath": ["a.wav"]}, "audio_filepath is not text"),
-            ({"audio_filepath": "a.wav", "offset": "x", "duration": 1}, "could not convert"),
+            ({"audio": "x.wav"}, "line 1 is not an utterance of NeMo: it is no object with a string audio_filepath"),
+            ({"audio_filepath": ["a.wav"]}, "it is no object with a string audio_filepath"),
             ([1], "line 1 is not an utterance of NeMo"),
-            ({"audio_filepath": "a.wav", "channel_selector": "average"}, "channel_selector is not the number"),
+            (
+                {"audio_filepath": "a.wav", "text": True},
+                "no utterance in it; x.jsonl: line 1: text is not a string: true",
+            ),
             ({"audio_filepath": "a.wav", "shard_id": 0}, "line 1 is of audio in a tar archive"),
         ],
     )
     def test_lines_of_another_form(self, entry: object, message: str, tmp_path: Path) -> None:
         manifest = self.write(tmp_path / "x.jsonl", entry)
         assert message in error_of(prepare_nemo, manifest, tmp_path / "out")
+
+    @pytest.mark.parametrize(
+        ("fields", "reason"),
+        [
+            ({"text": {"x": 1}}, 'text is not a string: {"x": 1}'),
+            ({"text": ["a", 1]}, 'text is not a string: ["a", 1]'),
+            ({"text": 7}, "text is not a string: 7"),
+            ({"lang": 7}, "lang is not a string: 7"),
+            ({"speaker": True}, "speaker is not a string: true"),
+            ({"id": [1]}, "id is not a string: [1]"),
+            ({"offset": True}, "offset is not a number: true"),
+            ({"offset": "x"}, 'offset is not a number: "x"'),
+            ({"duration": 10**400}, f"duration is not a number: 1{'0' * 163}"),
+            ({"channel_selector": -1}, "channel_selector is not the number of a channel: -1"),
+            ({"channel_selector": True}, "channel_selector is not the number of a channel: true"),
+            ({"channel_selector": "average"}, 'channel_selector is not the number of a channel: "average"'),
+            ({"audio_filepath": "a\0.wav"}, "audio_filepath has a zero character"),
+            ({"text": "\ud800"}, "'utf-8' codec can't encode character '\\ud800'"),
+        ],
+    )
+    def test_a_field_that_is_wrong_loses_its_utterance_alone(
+        self, fields: dict[str, Any], reason: str, audio: Path, tmp_path: Path
+    ) -> None:
+        good = {"audio_filepath": "audio/long.flac", "text": ["one", "two"], "speaker": 7, "id": 1.5}
+        manifest = self.write(tmp_path / "x.jsonl", good, {"audio_filepath": "audio/long.flac", **fields})
+        report = prepare_nemo(manifest, tmp_path / "out")
+        ((name, cut),) = cuts_in(report).items()
+        assert (name, *said(cut)) == ("1.5", "one two", "7", None)
+        (one,) = report.unusable
+        assert one.path == "x.jsonl" and one.reason.startswith(f"line 2: {reason}"[:200])
 
     def test_a_missing_manifest_suggests_another(self, tmp_path: Path) -> None:
         self.write(tmp_path / "train.jsonl", {})
@@ -222,6 +269,20 @@ class TestFairseq:
         trains(report.manifests[0].path, tmp_path / "exp")
         (tmp_path / "train.wrd").write_text("ZWEI TÖNE\u2028X\nDREI\n", encoding="utf-8")
         assert said(cuts_in(prepare_fairseq(tmp_path / "train.tsv", tmp_path / "out"))["long"])[0] == "ZWEI TÖNE\u2028X"
+
+    def test_each_line_has_its_number_of_samples_and_its_path_as_it_is_written(
+        self, audio: Path, tmp_path: Path
+    ) -> None:
+        write_audio(audio / " a .wav", noise(1.0))
+        (tmp_path / "t.tsv").write_text(
+            f"{audio}\r\nlong.flac\t999\r\n\r\nlong.flac\t144000\r\n a .wav\t16000\r\ncall.wav\tx\r\n"
+        )
+        report = prepare_fairseq(tmp_path / "t.tsv", tmp_path / "out")
+        assert set(cuts_in(report)) == {"long-1", " a "}
+        assert [(one.path, one.reason) for one in report.unusable] == [
+            (str(tmp_path / "t.tsv"), "line 6 has no path, or 'x' is not a number of samples"),
+            ("long.flac", "has 144000 samples, but its list says 999"),
+        ]
 
     def test_mistakes(self, audio: Path, tmp_path: Path) -> None:
         manifest = tmp_path / "train.tsv"

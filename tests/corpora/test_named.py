@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from tests.corpora.test_folder import cuts_of, error_of
 from tests.helpers.audio import noise, write_audio, write_text
 from tests.helpers.trained import trains
 from w2vscale.corpora.index import build_index
+from w2vscale.corpora.listing import EMPTY_TEXT, SPEECH_AFTER_AUDIO
 from w2vscale.corpora.named import (
+    WITHOUT_ROW,
     WITHOUT_TRANSCRIPT,
     prepare_aishell,
     prepare_commonvoice,
@@ -27,7 +30,7 @@ from w2vscale.corpora.named import (
     prepare_peoples_speech,
     prepare_voxpopuli,
 )
-from w2vscale.corpora.preparing import Options
+from w2vscale.corpora.preparing import NO_SPEECH, Options
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.validate import validate_manifest
 
@@ -112,7 +115,14 @@ class TestLibriSpeech:
     def test_a_part_without_utterances_is_an_error(self, tmp_path: Path) -> None:
         (tmp_path / "dev-clean-2").mkdir()
         message = error_of(prepare_librispeech, tmp_path, tmp_path / "out")
-        assert message.startswith(f"{tmp_path / 'dev-clean-2'}: no usable utterance with a transcript")
+        assert message.startswith(f"{tmp_path}: no usable utterance with a transcript in dev-clean-2: ")
+
+    def test_the_error_of_a_part_is_not_that_of_another(self, tmp_path: Path) -> None:
+        corpus = write_librispeech(tmp_path, ("dev-clean-2",))
+        (corpus / "dev-clean-2" / "10" / "7" / "10-7-0000.flac").unlink()
+        (corpus / "test-other").mkdir()
+        message = error_of(prepare_librispeech, corpus, tmp_path / "out", parts=["dev-clean-2", "test-other"])
+        assert "in test-other: " in message and "no such file" not in message
 
     def test_damaged_and_missing_files_do_not_end_it(self, tmp_path: Path) -> None:
         corpus = write_librispeech(tmp_path, ("dev-clean-2",))
@@ -190,9 +200,29 @@ class TestLibriLight:
         (corpus / "small" / "13" / "gone.flac").symlink_to("absent")
         report = prepare_librilight(corpus, tmp_path / "out")
         assert len(report.unusable) == 1 and report.left_out == [("small/13/gone.flac", "broken link")]
+        assert report.others[".flac", "broken link"] == 1
+        other.with_suffix(".json").write_text('{"voice_activity": [[2, 3], [0, 1]]}')
+        (one,) = prepare_librilight(corpus, tmp_path / "out").unusable
+        assert one.reason == "its speech is not listed in two.json: its times are not in order"
         for seconds in (3.0, float("nan")):
             message = error_of(prepare_librilight, corpus, tmp_path / "out", segment_seconds=seconds)
             assert message.startswith(f"--segment-seconds {seconds}: must be at least 4.0 where")
+
+    def test_recordings_without_speech_are_left_out_and_counted(self, corpus: Path, tmp_path: Path) -> None:
+        silent = write_audio(corpus / "small" / "13" / "book" / "two.flac", noise(3.0))
+        silent.with_suffix(".json").write_text('{"voice_activity": []}')
+        write_text(silent.with_suffix(".txt"))
+        report = prepare_librilight(corpus, tmp_path / "out")
+        assert report.used == {".flac": 1} and report.unusable == []
+        assert report.left_out == [("small/13/book/two.flac", NO_SPEECH)]
+        assert report.others == {(".flac", NO_SPEECH): 1, (".txt", "not used with Libri-Light"): 1}
+        silent.with_suffix(".json").write_text('{"voice_activity": [[1, 2], [2.5, 3.2]]}')
+        report = prepare_librilight(corpus, tmp_path / "out")
+        assert report.used == {".flac": 2} and +report.notes == {SPEECH_AFTER_AUDIO: 1}
+        silent.with_suffix(".json").write_text('{"voice_activity": []}')
+        shutil.rmtree(corpus / "small" / "12")
+        message = error_of(prepare_librilight, corpus, tmp_path / "out")
+        assert message == f"{corpus}: no speech was found in any of the files"
 
 
 class TestMls:
@@ -226,8 +256,19 @@ class TestMls:
         report = prepare_mls(folder, tmp_path / "out")
         assert [(Path(one.path).name, one.reason) for one in report.unusable] == [("7_8_300000.opus", "no such file")]
         assert [one.utterances for one in report.manifests] == [2, 1, 2]
-        (folder / "dev" / "transcripts.txt").write_text("7_8_300000 no tab\n")
-        assert "line 1 is not: SPEAKER_BOOK_NUMBER" in error_of(prepare_mls, folder, tmp_path / "out")
+        transcripts = folder / "dev" / "transcripts.txt"
+        transcripts.write_text("7_8_300000 no tab\n")
+        report = prepare_mls(folder, tmp_path / "out")
+        reason = "line 1 is not: SPEAKER_BOOK_NUMBER, a tab, and the text"
+        assert [(one.path, one.reason) for one in report.unusable] == [(str(transcripts), reason)]
+        assert error_of(prepare_mls, folder, tmp_path / "out", parts=["french_dev"]).endswith(f": {reason}")
+
+    def test_empty_transcripts_blank_lines_and_audio_without_a_line(self, tmp_path: Path) -> None:
+        folder = self.write(tmp_path, "french")
+        (folder / "dev" / "transcripts.txt").write_text("7_8_300000\t\r\n\n")
+        report = prepare_mls(folder, tmp_path / "out", parts=["french_dev"])
+        assert said(cuts_of(report.manifests[0])["7_8_300000"]) == ("", "7", "french")
+        assert report.unusable == [] and +report.notes == {EMPTY_TEXT: 1, WITHOUT_TRANSCRIPT: 1}
 
 
 class TestCommonVoice:
@@ -271,6 +312,26 @@ class TestCommonVoice:
         ]
         assert report.manifests[0].utterances == 1
 
+    def test_empty_columns_long_fields_and_too_many_columns(self, tmp_path: Path) -> None:
+        corpus = self.write(tmp_path / "sv-SE")
+        name = "common_voice_sv_1.mp3"
+        with (corpus / "train.tsv").open("a") as file:
+            file.write(f"\t{name}\t{'ord ' * 40_000}\t2\t0\t\t\t\t\tsv-SE\t\n\n")
+            file.write(f"abc\t{name}\tett\tord\t2\t0\t\t\t\t\tsv-SE\t\n")
+        report = prepare_commonvoice(corpus, tmp_path / "out", parts=["train"])
+        text, speaker, language = said(cuts_of(report.manifests[0])["common_voice_sv_1"])
+        assert text is not None and len(text) == 159_999 and (speaker, language) == (None, "sv-SE")
+        assert [one.reason for one in report.unusable] == ["line 5 has more than 11 columns"]
+
+    def test_clips_that_no_table_names_are_counted(self, tmp_path: Path) -> None:
+        corpus = self.write(tmp_path / "sv-SE")
+        write_audio(corpus / "clips" / "another.mp3", noise(1.0))
+        assert +prepare_commonvoice(corpus, tmp_path / "out", parts=["train"]).notes == {WITHOUT_ROW: 1}
+        (corpus / "other.tsv").write_text("client_id\tpath\nabc\tanother.mp3\n")
+        (corpus / "reported.tsv").write_bytes(b"\xe4\n")
+        (note,) = +prepare_commonvoice(corpus, tmp_path / "out", parts=["train"]).notes
+        assert note.startswith(f"table of clips cannot be read: {corpus / 'reported.tsv'}: line 1 is not UTF-8")
+
 
 class TestVoxPopuli:
     HEADER = "session_id|id_|original_text|normed_text|speaker_id|gender|split|start_time|end_time\n"
@@ -311,6 +372,11 @@ class TestGigaSpeech:
         assert "--part XXL: not a part" in error_of(prepare_gigaspeech, tmp_path, tmp_path, parts=["XXL"])
         assert error_of(prepare_gigaspeech, tmp_path / "audio", tmp_path).endswith("has no GigaSpeech.json")
 
+    def test_an_entry_without_its_subsets(self, tmp_path: Path) -> None:
+        (tmp_path / "GigaSpeech.json").write_text('{"audios": [{"aid": "x"}]}')
+        message = error_of(prepare_gigaspeech, tmp_path, tmp_path / "out")
+        assert message == f"{tmp_path}: no usable utterance with a transcript in XL: an entry has no 'subsets'"
+
 
 class TestPeoplesSpeech:
     def test_a_part_that_is_there(self, tmp_path: Path) -> None:
@@ -336,4 +402,7 @@ class TestAishell:
         found = report_of(prepare_aishell, tmp_path, tmp_path / "out")
         assert list(found) == ["train", "dev", "test"]
         assert said(found["dev"]["BAC009S0002W0121"]) == ("而对楼市1", "S0002", "Chinese")
-        assert prepare_aishell(tmp_path, tmp_path / "out").notes == {WITHOUT_TRANSCRIPT: 1}
+        assert +prepare_aishell(tmp_path, tmp_path / "out").notes == {WITHOUT_TRANSCRIPT: 1}
+        (data / "transcript" / "aishell_transcript_v0.8.txt").unlink()
+        message = error_of(prepare_aishell, tmp_path, tmp_path / "out")
+        assert message.startswith(f"{tmp_path / 'aishell'}: no usable utterance with a transcript in train: ")

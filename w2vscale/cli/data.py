@@ -124,8 +124,7 @@ def relocate(
     """Change the paths in manifests after the audio was moved from OLD to NEW, and index them."""
     from w2vscale.corpora.relocate import relocate as change_paths
 
-    for manifest in manifests:
-        found = change_paths(manifest, old, new)
+    for manifest, found in change_paths(manifests, old, new).items():
         console.print(f"{manifest}: {counted(found.changed, 'path')} changed")
         if found.missing:
             console.print(

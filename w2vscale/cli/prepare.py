@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Write Lhotse cut manifests of a corpus. Files that are not used are listed in OUT/prepare_report.json.",
+    help="Write Lhotse cut manifests of a corpus. OUT/prepare_report.json shows what is not used, and why.",
 )
 
 Corpus = Annotated[Path, typer.Argument(metavar="CORPUS", help="Folder of the corpus.")]
@@ -38,11 +38,14 @@ Encoding = Annotated[
     str | None, typer.Option(metavar="NAME", help="Encoding of the transcripts, e.g. latin-1.", show_default="Unicode")
 ]
 Language = Annotated[str | None, typer.Option(metavar="NAME", help="Language of all recordings, for mix.by=language.")]
-Strict = Annotated[bool, typer.Option("--strict", help="Stop if a file cannot be used.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop if a file or an utterance cannot be used.")]
 MaxBadFraction = Annotated[
     float,
     typer.Option(
-        metavar="FRACTION", min=0.0, max=1.0, help="Stop if more of the files cannot be used (and more than ten)."
+        metavar="FRACTION",
+        min=0.0,
+        max=1.0,
+        help="Stop if more of the files, or of the utterances of a list, cannot be used (and more than ten).",
     ),
 ]
 
@@ -293,4 +296,4 @@ def _show_report(report: Report, output: Path) -> None:
         rows = [(suffix, f"{count:,}", what) for suffix, count, what in report.rows()]
         console.print()
         print_table(("suffix", "files", ""), rows, right=False)
-        console.print(f"all files that are left out: {output / 'prepare_report.json'}")
+        console.print(f"details, with the paths of unusable files: {output / 'prepare_report.json'}")

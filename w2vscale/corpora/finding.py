@@ -44,6 +44,7 @@ class Unusable(NamedTuple):
     path: str
     kind: str  # in a word or two
     reason: str
+    units: int = 1  # what is lost, in the unit of the report: files, or utterances of a list
 
 
 @dataclass

@@ -19,6 +19,7 @@ from w2vscale.corpora.header_cache import Header
 from w2vscale.corpora.manifests import existing_folder
 from w2vscale.corpora.preparing import (
     DEFAULTS,
+    NO_SPEECH,
     Cuts,
     Options,
     Text,
@@ -37,7 +38,6 @@ from w2vscale.errors import UserError
 LONGEST_OF_SPEECH = 30.0  # seconds of a segment with --vad and without --segment-seconds
 
 SAME_NAME = "audio files that share their name with another one or its segments, so that their ids are their paths"
-NO_SPEECH = "no speech was found in it"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from w2vscale.corpora.finding import Unusable
 from w2vscale.corpora.segments import Timed
 from w2vscale.corpora.text_files import lines_of_file
 from w2vscale.errors import UserError
@@ -39,10 +40,12 @@ def read_table(path: Path, *, encoding: str | None = None) -> dict[str, str] | N
     return table
 
 
-def read_segments(path: Path, *, encoding: str | None = None) -> list[KaldiSegment]:
+def read_segments(
+    path: Path, *, encoding: str | None = None, unusable: list[Unusable] | None = None
+) -> list[KaldiSegment]:
     """The lines of `segments`. Raises UserError if one has another form, or two have the same name.
 
-    Whether the times are possible is not checked.
+    With `unusable`, such lines are added to it instead. Whether the times are possible is not checked.
     """
     segments: dict[str, KaldiSegment] = {}
     for number, line in enumerate(lines_of_file(path, encoding=encoding), start=1):
@@ -50,11 +53,15 @@ def read_segments(path: Path, *, encoding: str | None = None) -> list[KaldiSegme
             continue
         try:
             segment = _segment(*line.split())
+            wrong = f"line {number}: the utterance {segment.name} occurs twice" if segment.name in segments else ""
         except (ValueError, TypeError):
-            raise UserError(f"{path}: line {number} is not: utterance recording start end [channel]") from None
-        if segment.name in segments:
-            raise UserError(f"{path}: line {number}: the utterance {segment.name} occurs twice")
-        segments[segment.name] = segment
+            wrong = f"line {number} is not: utterance recording start end [channel]"
+        if not wrong:
+            segments[segment.name] = segment
+        elif unusable is None:
+            raise UserError(f"{path}: {wrong}")
+        else:
+            unusable.append(Unusable(path.name, "line", wrong))
     return [*segments.values()]
 
 

@@ -14,7 +14,7 @@ from lhotse.cut import Cut
 
 from w2vscale.corpora.finding import Unusable
 from w2vscale.corpora.header_cache import Header
-from w2vscale.corpora.preparing import Cuts, Options, Text, part_of, whole_file, with_text, write_manifests
+from w2vscale.corpora.preparing import NO_SPEECH, Cuts, Options, Text, part_of, whole_file, with_text, write_manifests
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.segments import Segment, segments_of_speech
 from w2vscale.data.decoding import AudioError
@@ -22,6 +22,9 @@ from w2vscale.errors import UserError
 
 SHORTEST_UTTERANCE = 0.001  # seconds
 END_AFTER_AUDIO = 0.1  # seconds by which a listed utterance may end after its audio
+
+EMPTY_TEXT = "utterances with an empty transcript"
+SPEECH_AFTER_AUDIO = "recordings whose listed speech goes on after their audio ends, where it is cut"
 
 
 class Utterance(NamedTuple):
@@ -33,6 +36,7 @@ class Utterance(NamedTuple):
     start: float = 0.0  # seconds
     duration: float | None = None
     channel: int | None = None  # None: as in `Options`
+    samples: int | None = None  # of the file, as the listing says
 
 
 @dataclass
@@ -42,7 +46,6 @@ class Recording:
     identifier: str
     utterances: list[Utterance] = field(default_factory=list)
     speech: list[Segment] | None = None
-    samples: int | None = None  # what the listing says of its length
 
 
 @dataclass
@@ -52,7 +55,8 @@ class Listing:
     folder: Path
     recordings: dict[str, Recording] = field(default_factory=dict)
     unusable: list[Unusable] = field(default_factory=list)
-    left_out: list[tuple[str, str]] = field(default_factory=list)  # audio files by path, and why
+    others: Counter[tuple[str, str]] = field(default_factory=Counter)  # files that are not used, by suffix and reason
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # audio files among them by path, and why
     notes: Counter[str] = field(default_factory=Counter)
     longest: float = 30.0  # seconds of a segment of speech
     _times: Counter[tuple[str, str]] = field(default_factory=Counter)  # by part and id
@@ -64,6 +68,7 @@ class Listing:
             reason = f"the id {utterance.identifier} occurs twice"
             self.unusable.append(Unusable(file, "repeated", reason))
             return
+        self.notes[EMPTY_TEXT] += utterance.text.text == ""
         name = recording or os.path.splitext(os.path.basename(file))[0]
         self.recordings.setdefault(file, Recording(name)).utterances.append(utterance)
 
@@ -85,10 +90,22 @@ def prepare_listing(listing: Listing, output: Path, parts: Sequence[str], option
         reason = f"; {listing.unusable[0].path}: {listing.unusable[0].reason}" if listing.unusable else ""
         raise UserError(f"{listing.folder}: no utterance in it{reason}")
     files = sorted(listing.recordings, key=lambda file: listing.recordings[file].utterances[0].identifier)
-    report = Report(unusable=listing.unusable, left_out=listing.left_out, notes=listing.notes, unit="utterance")
+    report = Report(
+        unit="utterance",
+        unusable=listing.unusable,
+        others=listing.others,
+        left_out=listing.left_out,
+        notes=listing.notes,
+    )
     numbers = {part: number for number, part in enumerate(parts)}
     cuts_of = partial(_cuts_of, listing, numbers, options)
-    return write_manifests(files, listing.folder, output, parts, lambda readable: cuts_of, report, options)
+
+    def utterances_of(file: str) -> int:
+        return len(listing.recordings[file].utterances)
+
+    return write_manifests(
+        files, listing.folder, output, parts, lambda readable: cuts_of, report, options, utterances_of
+    )
 
 
 def _cuts_of(listing: Listing, numbers: dict[str, int], options: Options, headers: Sequence[Header]) -> Cuts:
@@ -96,17 +113,24 @@ def _cuts_of(listing: Listing, numbers: dict[str, int], options: Options, header
     found = Cuts()
     for header in headers:
         recording, used = listing.recordings[header.file], 0
+        suffix = os.path.splitext(header.file)[1].lower()
+        end = max((part.end for part in recording.speech or ()), default=0.0)
+        found.notes[SPEECH_AFTER_AUDIO] += end > header.samples / header.sampling_rate + END_AFTER_AUDIO
         for utterance in recording.utterances:
             try:
                 cuts = _cuts_of_utterance(listing, header, utterance, recording, options)
             except AudioError as error:
                 found.unusable.append(Unusable(header.file, error.kind, str(error)))
                 continue
+            if not cuts:
+                found.others[suffix, NO_SPEECH] += 1
+                found.left_out.append((header.file, NO_SPEECH))
+                continue
             for cut in cuts:
                 found.add(numbers[utterance.part], cut)
             used += 1
         found.units += used
-        found.used[os.path.splitext(header.file)[1].lower()] += used > 0
+        found.used[suffix] += used > 0
     return found
 
 
@@ -116,8 +140,8 @@ def _cuts_of_utterance(
     """The cut of an utterance, or those of the speech in it. Raises AudioError if it is not in the audio."""
     channel = options.channel if utterance.channel is None else utterance.channel
     whole = whole_file(header, listing.folder, recording.identifier, channel=channel)
-    if recording.samples is not None and recording.samples != header.samples:
-        reason = f"has {header.samples} samples, but its list says {recording.samples}"
+    if utterance.samples is not None and utterance.samples != header.samples:
+        reason = f"has {header.samples} samples, but its list says {utterance.samples}"
         raise AudioError("mismatched", reason)
     if recording.speech is not None:
         speech = [Segment(start, min(end, whole.duration)) for start, end in recording.speech if start < whole.duration]

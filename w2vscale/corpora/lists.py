@@ -6,10 +6,12 @@ import json
 import math
 import os
 import shlex
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from w2vscale.corpora.finding import Unusable
+from w2vscale.corpora.finding import Unusable, identifier_of
 from w2vscale.corpora.kaldi import KaldiSegment, count_differences, read_segments, read_table
 from w2vscale.corpora.listing import Listing, Utterance, prepare_listing
 from w2vscale.corpora.manifests import existing_folder
@@ -36,12 +38,15 @@ DECODING: dict[str, dict[str, bool]] = {
 Such a file is read itself. Other rates and the mean of the channels are made when audio is read.
 """
 
+WITHOUT_AUDIO = "segments of recordings that are not in wav.scp, which are left out"
+WITHOUT_SEGMENT = "recordings in wav.scp without a line in segments, which are left out"
+
 
 def prepare_kaldi(folder: Path, output: Path, *, encoding: str | None = None, options: Options = DEFAULTS) -> Report:
     """Write `cuts_FOLDER.jsonl` for a data folder of Kaldi: wav.scp; segments, text, utt2spk and utt2lang if present.
 
-    No command in wav.scp is run: where it only decodes a file, the file is read. Raises UserError if a file is missing
-    or has another form, or like `write_manifests`.
+    No command in wav.scp is run: where it only decodes a file, the file is read. A line of segments of another form is
+    an unusable utterance. Raises UserError if wav.scp is missing, a table has a name twice, or like `write_manifests`.
     """
     folder = existing_folder(folder)
     audio = read_table(folder / "wav.scp", encoding=encoding)
@@ -52,22 +57,27 @@ def prepare_kaldi(folder: Path, output: Path, *, encoding: str | None = None, op
     )
     listing, part = Listing(folder), folder.name
     files: dict[str, tuple[str, int | None]] = {}
+    unread: dict[str, str] = {}  # recordings whose audio is not read, and why
     base = _base(folder, audio)
     for recording, source in audio.items():
         try:
             path, channel = _file_of(source)
             files[recording] = (str(base / path), channel)
         except ValueError as error:
-            listing.unusable.append(Unusable(source[:200], "command", str(error)))
+            unread[recording] = f"{recording}: {source[:200]}: {error}"
     utterances = [KaldiSegment(recording, recording, 0.0, math.inf, None) for recording in audio]
     if (folder / "segments").is_file():
-        utterances = read_segments(folder / "segments", encoding=encoding)
+        utterances = read_segments(folder / "segments", encoding=encoding, unusable=listing.unusable)
     if texts is not None:
         count_differences(texts, {utterance.name for utterance in utterances}, listing.notes)
-    without_audio = 0
+    count = Counter(utterance.recording for utterance in utterances)
+    listing.unusable += [
+        Unusable("wav.scp", "command", why, count[recording]) for recording, why in unread.items() if count[recording]
+    ]
+    listing.notes[WITHOUT_SEGMENT] += len(audio.keys() - count.keys())
     for name, recording, start, end, channel in utterances:
         if recording not in files:
-            without_audio += recording not in audio
+            listing.notes[WITHOUT_AUDIO] += recording not in audio
             continue
         path, decoded = files[recording]
         if decoded is not None and channel:
@@ -78,7 +88,6 @@ def prepare_kaldi(folder: Path, output: Path, *, encoding: str | None = None, op
         duration = None if end == math.inf else end - start
         utterance = Utterance(part, name, text, start, duration, channel if decoded is None else decoded)
         listing.add(path, utterance, recording=recording)
-    listing.notes["segments of recordings that are not in wav.scp, which are left out"] += without_audio
     return prepare_listing(listing, output, [part], options)
 
 
@@ -122,47 +131,84 @@ def _base(folder: Path, audio: dict[str, str]) -> Path:
 def prepare_nemo(manifest: Path, output: Path, *, encoding: str | None = None, options: Options = DEFAULTS) -> Report:
     """Write `cuts_NAME.jsonl` for a manifest NAME.jsonl or NAME.json of NeMo: an object with audio_filepath per line.
 
-    Paths are absolute or relative to the manifest. Raises UserError if a line has another form, or like
-    `write_manifests`.
+    Paths are absolute or relative to the manifest. An utterance with a field of another type is unusable. Raises
+    UserError if a line is no such object, or like `write_manifests`.
     """
     listing, part = Listing(manifest.absolute().parent), manifest.stem
     for number, line in enumerate(_lines(manifest, encoding), start=1):
         if not line.strip():
             continue
+        entry = _entry(line, f"{manifest}: line {number}")
+        path = entry["audio_filepath"]
         try:
-            entry = json.loads(line)
-            path = entry["audio_filepath"]
-            start, duration = float(entry.get("offset") or 0.0), entry.get("duration")
-            length = None if duration is None else float(duration)
-            channel = entry.get("channel_selector")
-            if not isinstance(path, str):
-                raise TypeError("audio_filepath is not text")
             json.dumps(entry, ensure_ascii=False).encode()  # raises for half of a surrogate pair
-            if channel is not None and type(channel) is not int:
-                raise TypeError("channel_selector is not the number of a channel")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:100]
-            raise UserError(f"{manifest}: line {number} is not an utterance of NeMo: {reason}") from None
-        if "shard_id" in entry:
-            raise UserError(f"{manifest}: line {number} is of audio in a tar archive; unpack it, and use its manifest")
-        given = next((entry[key] for key in ("id", "utt_id") if entry.get(key) is not None), None)
-        name = os.path.splitext(path)[0].lstrip("./").replace("/", "-") if given is None else str(given)
-        language = entry.get("lang") or entry.get("language") or entry.get("source_lang")
-        text = Text(_text(entry.get("text")), _text(entry.get("speaker")), _text(language))
-        listing.add(path, Utterance(part, listing.new_name(part, name), text, start, length, channel))
+            if "\0" in path:
+                raise ValueError("audio_filepath has a zero character")
+            given = _text(entry, "id", "utt_id", numbers=True)
+            text = Text(
+                _text(entry, "text", lists=True),
+                _text(entry, "speaker", numbers=True),
+                _text(entry, "lang", "language", "source_lang") or None,
+            )
+            start, duration, channel = _seconds(entry, "offset"), _seconds(entry, "duration"), _channel(entry)
+        except (ValueError, RecursionError) as error:
+            reason = f"line {number}: {' '.join(str(error).split())[:200]}"
+            listing.unusable.append(Unusable(manifest.name, "line", reason))
+            continue
+        name = listing.new_name(part, given or identifier_of(path.lstrip("./")))
+        listing.add(path, Utterance(part, name, text, start or 0.0, duration, channel))
     return prepare_listing(listing, output, [part], options)
 
 
-def _text(value: Any) -> str | None:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return None if value is None else str(value)
+def _entry(line: str, where: str) -> dict[str, Any]:
+    """The object in a line of a manifest of NeMo, with audio_filepath. Raises UserError if there is none."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not an utterance of NeMo: {' '.join(str(error).split())[:100]}") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("audio_filepath"), str):
+        raise UserError(f"{where} is not an utterance of NeMo: it is no object with a string audio_filepath")
+    if "shard_id" in entry:
+        raise UserError(f"{where} is of audio in a tar archive; unpack it, and use its manifest")
+    return entry
 
 
-def _lines(path: Path, encoding: str | None) -> list[str]:
+def _text(entry: dict[str, Any], *names: str, numbers: bool = False, lists: bool = False) -> str | None:
+    """The first of some fields that an entry has. Raises ValueError if it is not a string, or what else is allowed."""
+    name = next((name for name in names if entry.get(name) not in (None, "")), names[0])
+    value = entry.get(name)
+    if lists and isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return " ".join(value)
+    if numbers and type(value) in (int, float):
+        return str(value)
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(f"{name} is not a string: {json.dumps(value)}")
+
+
+def _seconds(entry: dict[str, Any], name: str) -> float | None:
+    """A time in an entry. Raises ValueError if it is not a number."""
+    value = entry.get(name)
+    if value is None:
+        return None
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError, OverflowError):
+            return float(value)
+    raise ValueError(f"{name} is not a number: {json.dumps(value)}")
+
+
+def _channel(entry: dict[str, Any]) -> int | None:
+    """The channel of an entry, from 0. Raises ValueError if it is not the number of a channel."""
+    value = entry.get("channel_selector")
+    if value is None or (type(value) is int and value >= 0):
+        return value
+    raise ValueError(f"channel_selector is not the number of a channel: {json.dumps(value)}")
+
+
+def _lines(path: Path, encoding: str | None, *, strip: bool = True) -> list[str]:
     if not path.is_file():
         raise UserError(f"{path}: no such file{nearest_path(path)}")
-    return lines_of_file(path, encoding=encoding)
+    return lines_of_file(path, encoding=encoding, strip=strip)
 
 
 def prepare_fairseq(
@@ -171,26 +217,29 @@ def prepare_fairseq(
     """Write `cuts_NAME.jsonl` for a fairseq manifest NAME.tsv, with the transcripts NAME.wrd or NAME.ltr if present.
 
     The first line is the folder of the audio, each other line a path and its number of samples. The folder of a file is
-    its speaker. Raises UserError if a line has another form, the transcripts have another number of lines, or like
+    its speaker. Raises UserError if a line has no tab, the transcripts have another number of lines, or like
     `write_manifests`.
     """
-    lines = _lines(manifest, encoding)
-    root, entries = Path(lines[0].strip()) if lines else Path(), [line for line in lines[1:] if line.strip()]
+    first, *rest = _lines(manifest, encoding, strip=False) or [""]
+    entries = [(number, line) for number, line in enumerate(rest, start=2) if line.strip()]
     if not entries:
         raise UserError(
             f"{manifest}: has no utterance; the first line is a folder, each other a path, a tab and samples"
         )
-    if not root.is_absolute():
-        root = manifest.absolute().parent / root
+    root = manifest.absolute().parent / first
     texts = _fairseq_texts(manifest, len(entries), encoding)
     listing, part = Listing(root), manifest.stem
-    for number, (line, text) in enumerate(zip(entries, texts, strict=True), start=2):
+    for (number, line), text in zip(entries, texts, strict=True):
         path, tab, samples = line.partition("\t")
-        if not (tab and samples.strip().isdecimal()):
+        if not tab:
             raise UserError(f"{manifest}: line {number} is not a path, a tab, and a number of samples")
-        name = os.path.splitext(path)[0].replace("/", "-")
-        listing.add(path, Utterance(part, listing.new_name(part, name), Text(text, os.path.dirname(path) or None)))
-        listing.recordings[path].samples = int(samples)
+        if not (path and samples.strip().isdecimal()):
+            reason = f"line {number} has no path, or {samples[:50]!r} is not a number of samples"
+            listing.unusable.append(Unusable(str(manifest.absolute()), "line", reason))
+            continue
+        name = listing.new_name(part, identifier_of(path))
+        said = Text(text, os.path.dirname(path) or None)
+        listing.add(path, Utterance(part, name, said, samples=int(samples)))
     return prepare_listing(listing, output, [part], options)
 
 

@@ -7,11 +7,11 @@ Libri-Light are not used: they end at the first file that is missing, or open au
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import Any
 
 from lhotse.audio import backend
 
-from w2vscale.corpora.finding import Unusable, find_audio
+from w2vscale.corpora.finding import PREFERRED, FolderContents, Unusable, find_audio, identifier_of
 from w2vscale.corpora.listing import Listing, Recording, Utterance, prepare_listing
 from w2vscale.corpora.manifests import existing_folder
 from w2vscale.corpora.preparing import DEFAULTS, Options, Text, check_segment_seconds
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.segments import Segment
 from w2vscale.corpora.text_files import lines_of_file, text_of_file
+from w2vscale.data.decoding import is_audio
 from w2vscale.errors import UserError
 
 UNREAD = 1e6  # seconds
@@ -37,6 +38,7 @@ Sets = Mapping[str, Any]
 """Lhotse's `recordings` and `supervisions` of a part of a corpus."""
 
 WITHOUT_TRANSCRIPT = "audio files without a transcript, which are left out"
+WITHOUT_ROW = "clips that no table of their language names, which are left out"
 
 
 def prepare_librispeech(
@@ -82,7 +84,7 @@ def prepare_gigaspeech(corpus: Path, output: Path, *, parts: Sequence[str] = (),
             raise UserError(_unknown_part(part, recipe.GIGASPEECH_PARTS))
 
     def read(part: str) -> Sets:
-        with TemporaryDirectory() as folder:  # Lhotse writes its own manifests
+        with TemporaryDirectory() as folder, _replaced(recipe, "parallel_map", _map):  # Lhotse writes its own manifests
             found = recipe.prepare_gigaspeech(corpus, folder, dataset_parts=[part])[part]
             return {name: found[name].to_eager() for name in ("recordings", "supervisions")}
 
@@ -161,7 +163,7 @@ def prepare_voxpopuli(corpus: Path, output: Path, *, language: str, options: Opt
 def prepare_mls(corpus: Path, output: Path, *, parts: Sequence[str] = (), options: Options = DEFAULTS) -> Report:
     """Write `cuts_LANGUAGE_PART.jsonl` for train, dev and test of each language of MLS, such as german_train.
 
-    `corpus` has folders such as mls_german_opus or mls_german. UserError as above.
+    `corpus` has folders such as mls_german_opus or mls_german. A line of another form is unusable. UserError as above.
     """
     corpus = existing_folder(corpus)
     if corpus.name.startswith("mls_"):
@@ -176,14 +178,19 @@ def prepare_mls(corpus: Path, output: Path, *, parts: Sequence[str] = (), option
     chosen = _chosen(corpus, folders, parts, found=list(folders))
     for part in chosen:
         path = folders[part] / "transcripts.txt"
-        suffix = ".flac" if next((folders[part] / "audio").rglob("*.flac"), None) else ".opus"
-        for number, line in enumerate(lines_of_file(path), start=1):
+        there = _audio_below(folders[part] / "audio")
+        suffix = ".flac" if any(file.endswith(".flac") for file in there) else ".opus"
+        for number, line in enumerate(lines_of_file(path, strip=False), start=1):
             name, tab, text = line.partition("\t")
             speaker, book, *_ = [*name.split("_"), ""]
-            if not (tab and book):
-                raise UserError(f"{path}: line {number} is not: SPEAKER_BOOK_NUMBER, a tab, and the text")
-            file = folders[part] / "audio" / speaker / book / f"{name}{suffix}"
-            listing.add(str(file), Utterance(part, name, Text(text, speaker, part.partition("_")[0])))
+            if tab and book:
+                file = str(folders[part] / "audio" / speaker / book / f"{name}{suffix}")
+                there.discard(file)
+                listing.add(file, Utterance(part, name, Text(text.strip(), speaker, part.partition("_")[0])))
+            elif line.strip():
+                reason = f"line {number} is not: SPEAKER_BOOK_NUMBER, a tab, and the text"
+                listing.unusable.append(Unusable(str(path), "line", reason))
+        listing.notes[WITHOUT_TRANSCRIPT] += len(there)
     return prepare_listing(listing, output, chosen, options)
 
 
@@ -192,7 +199,8 @@ def prepare_commonvoice(
 ) -> Report:
     """Write `cuts_LANGUAGE_PART.jsonl` for each language of Common Voice, by default for train, dev and test.
 
-    `corpus` is the folder of a language, with clips/ and train.tsv, or the folder of several. UserError as above.
+    `corpus` is the folder of a language, with clips/ and train.tsv, or the folder of several. A row of another form is
+    unusable. UserError as above.
     """
     corpus = existing_folder(corpus)
     folders = [corpus] if (corpus / "clips").is_dir() else sorted(path.parent for path in corpus.glob("*/clips"))
@@ -204,18 +212,54 @@ def prepare_commonvoice(
     )
     listing = Listing(corpus)
     for part in chosen:
-        rows = csv.DictReader(lines_of_file(tables[part]), delimiter="\t", quoting=csv.QUOTE_NONE)
-        if not {"path", "sentence"} <= {*(rows.fieldnames or ())}:
+        columns, rows = _table(tables[part])
+        if not {"path", "sentence"} <= {*columns}:
             raise UserError(f"{tables[part]}: has no columns path and sentence")
-        for number, row in enumerate(rows, start=2):
-            if not row["path"] or row["sentence"] is None:
-                listing.unusable.append(Unusable(str(tables[part]), "row", f"line {number} has no path or no sentence"))
+        for number, values in rows:
+            row = dict(zip(columns, values, strict=False))
+            wrong = f"has more than {len(columns)} columns" if len(values) > len(columns) else ""
+            if wrong or not row.get("path") or "sentence" not in row:
+                reason = f"line {number} {wrong or 'has no path or no sentence'}"
+                listing.unusable.append(Unusable(str(tables[part]), "row", reason))
                 continue
             file = tables[part].parent / "clips" / row["path"]
             language = row.get("locale") or tables[part].parent.name
             text = Text(row["sentence"].strip(), row.get("client_id") or None, language)
             listing.add(str(file), Utterance(part, file.stem, text))
+    for folder in {tables[part].parent: None for part in chosen}:
+        _count_unnamed_clips(folder, listing.notes)
     return prepare_listing(listing, output, chosen, options)
+
+
+def _table(path: Path) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
+    """The columns of a .tsv file, and the number and values of each line that is not blank."""
+    first, *rest = lines_of_file(path, strip=False) or [""]
+    return first.split("\t"), ((number, line.split("\t")) for number, line in enumerate(rest, 2) if line.strip())
+
+
+def _count_unnamed_clips(folder: Path, notes: Counter[str]) -> None:
+    """Count the clips of a language of Common Voice that none of its tables names, and tables that cannot be read."""
+    clips = _audio_below(folder / "clips")
+    for table in sorted(folder.glob("*.tsv")):
+        try:
+            columns, rows = _table(table)
+        except UserError as error:
+            notes[f"table of clips cannot be read: {error}"] += 1
+            continue
+        if "path" in columns:
+            at = columns.index("path")
+            clips.difference_update(f"{folder}/clips/{values[at]}" for _, values in rows if len(values) > at)
+    notes[WITHOUT_ROW] += len(clips)
+
+
+def _audio_below(folder: Path) -> set[str]:
+    """The paths of the audio files below a folder that are not hidden."""
+    return {
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder)
+        for name in names
+        if is_audio(name) and not name.startswith(".")
+    }
 
 
 def prepare_librilight(
@@ -238,6 +282,7 @@ def prepare_librilight(
     listing = Listing(corpus, longest=segment_seconds)
     for part in chosen:
         contents = find_audio(corpus / part)
+        listing.others += _not_used(contents)
         listing.left_out += [(f"{part}/{path}", reason) for path, reason in contents.left_out]
         listing.unusable += [one._replace(path=f"{part}/{one.path}") for one in contents.unusable]
         for file in contents.audio:
@@ -253,11 +298,21 @@ def prepare_librilight(
                 reason = f"its speech is not listed in {described.name}: {why}"
                 listing.unusable.append(Unusable(path, "no speech listed", reason))
                 continue
-            name = os.path.splitext(path)[0].replace("/", "-")
+            name = identifier_of(path)
             speaker = document.get("speaker") or Path(file.path).parts[0]
             utterance = Utterance(part, name, Text(None, str(speaker), "English"))
             listing.recordings[path] = Recording(name, [utterance], speech)
     return prepare_listing(listing, output, chosen, options)
+
+
+def _not_used(contents: FolderContents) -> Counter[tuple[str, str]]:
+    """What is not used of a part of Libri-Light: the .json beside a recording is, and transcripts are not."""
+    found: Counter[tuple[str, str]] = Counter()
+    for (suffix, reason), count in contents.others.items():
+        found[suffix, "not used with Libri-Light" if reason == PREFERRED else reason] += count
+    for file in contents.audio:
+        found.update((suffix.lower(), "not used with Libri-Light") for suffix in file.suffixes)
+    return Counter({entry: count for entry, count in found.items() if entry != (".json", "not used with Libri-Light")})
 
 
 def _root(corpus: Path, parts: Sequence[str], name: str) -> Path:
@@ -298,14 +353,17 @@ def _prepare(
     """Prepare parts of a corpus, which a recipe of Lhotse reads."""
     listing = Listing(corpus)
     for part in parts:
+        known = len(listing.unusable)
         with _audio_unopened(recipe, listing):
             try:
                 found = read(part)
             except ImportError as error:
                 raise UserError(" ".join(str(error).split())) from None
             except Exception as error:  # Lhotse raises many types of errors
-                missing = listing.unusable[0].reason if listing.unusable else " ".join(str(error).split())[:200]
-                raise UserError(f"{corpus / part}: no usable utterance with a transcript: {missing}") from None
+                reasons = [one.reason for one in listing.unusable[known:]]
+                reasons += [f"an entry has no {error}" if isinstance(error, KeyError) else str(error)]
+                why = " ".join(reasons[0].split())[:200]
+                raise UserError(f"{corpus}: no usable utterance with a transcript in {part}: {why}") from None
         recordings = {recording.id: recording for recording in found["recordings"]}
         for one in found["supervisions"]:
             recording = recordings[one.recording_id]
@@ -315,6 +373,11 @@ def _prepare(
             file = str(Path(recording.sources[0].source).absolute())
             listing.add(file, Utterance(part, one.id, text, *times), recording=recording.id)
     return prepare_listing(listing, output, parts, options)
+
+
+def _map(function: Callable[..., Any], *items: Iterable[Any], num_jobs: int = 1) -> Iterator[Any]:
+    """Lhotse's `parallel_map` without its threads, which print their errors and do not pass them on."""
+    return map(function, *items)
 
 
 class _Unopened(backend.LibsndfileBackend):

@@ -34,6 +34,8 @@ SHORTEST_WINDOW = 0.1  # seconds; a recording cut into much shorter ones would f
 FILES_PER_CHUNK = 256  # audio files that one process handles at a time
 FILES_PER_CHUNK_OF_SPEECH = 4  # if they are searched for speech
 
+NO_SPEECH = "no speech was found in it"  # why a file is left out
+
 
 @dataclass(frozen=True)
 class Options:
@@ -96,6 +98,7 @@ def write_manifests(
     cuts_of: Callable[[Sequence[str]], Callable[[Sequence[Header]], Cuts]],
     report: Report,
     options: Options,
+    units_of: Callable[[str], int] = lambda file: 1,
 ) -> Report:
     """Write manifests of `files`, whose paths are absolute or relative to `folder`, and `prepare_report.json`.
 
@@ -103,6 +106,7 @@ def write_manifests(
     processes, for the manifests `output`/`cuts_NAME.jsonl`. The headers of the files are kept in `headers.sqlite`, so
     that a later call, or one after a kill, reads only files that are new, unreadable, or have another size or
     modification time. The manifests do not depend on it. `report` has what is known already, and is completed.
+    `units_of` is what a file has of `report.unit`: an unusable file loses all of them.
 
     Raises UserError if too many files are unusable, or the output cannot be written.
     """
@@ -110,10 +114,11 @@ def write_manifests(
     with writing(paths[0]):
         output.mkdir(parents=True, exist_ok=True)
     with closing(HeaderCache(output / "headers.sqlite", folder)) as cache:
-        readable = _read_headers(files, folder, cache, report, options)
+        readable = _read_headers(files, folder, cache, report, options, units_of)
         cache.keep_only(readable)
         with _written_if_refused(report, output):
-            report.check(folder, len(readable), "file", strict=options.strict, limit=options.max_bad_fraction)
+            used = sum(map(units_of, readable))
+            report.check(folder, used, strict=options.strict, limit=options.max_bad_fraction)
             cuts_of_some = cuts_of(readable)
         for path in paths:
             for stale in output.glob(f".{path.name}.*.partial"):  # of a killed call: the cache is locked
@@ -140,7 +145,7 @@ def write_manifests(
                 done += len(chunk)
                 options.progress(done, 2 * len(files))
             with _written_if_refused(report, output):
-                report.check(folder, report.units, report.unit, strict=options.strict, limit=options.max_bad_fraction)
+                report.check(folder, report.units, strict=options.strict, limit=options.max_bad_fraction)
     report.manifests = [
         PreparedManifest(path, count, total / 3600) for path, count, total in zip(paths, counts, seconds, strict=True)
     ]
@@ -159,7 +164,12 @@ def _written_if_refused(report: Report, output: Path) -> Iterator[None]:
 
 
 def _read_headers(
-    files: Sequence[str], folder: Path, cache: HeaderCache, report: Report, options: Options
+    files: Sequence[str],
+    folder: Path,
+    cache: HeaderCache,
+    report: Report,
+    options: Options,
+    units_of: Callable[[str], int],
 ) -> list[str]:
     """Update the cache and the report; returns the files that can be read."""
     chunks = list(chunked(files, FILES_PER_CHUNK_OF_SPEECH if options.vad else FILES_PER_CHUNK))
@@ -169,7 +179,7 @@ def _read_headers(
     for chunk, (headers, bad) in zip(chunks, read, strict=True):
         if headers:
             cache.add(headers)
-        report.unusable += bad
+        report.unusable += [one._replace(units=units_of(one.path)) for one in bad]
         unusable.update(one.path for one in bad)
         report.headers_read += len(headers) + len(bad)
         done += len(chunk)

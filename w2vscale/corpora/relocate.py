@@ -1,11 +1,13 @@
-"""Change the paths of audio files in a manifest, after a corpus was moved."""
+"""Change the paths of audio files in manifests, after a corpus was moved."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from w2vscale.corpora.index import build_index
 from w2vscale.data.cuts import read_cut, sources_in
@@ -22,37 +24,57 @@ class Relocated(NamedTuple):
     others: int
 
 
-def relocate(manifest: Path, old: Path, new: Path) -> Relocated:
-    """Replace the folder `old` by `new` in the paths of a manifest, and index it.
+def relocate(manifests: Sequence[Path], old: Path, new: Path) -> dict[Path, Relocated]:
+    """Replace the folder `old` by `new` in the paths of manifests, and index them.
 
-    The manifest is replaced when the new one is complete. Raises UserError if no path is below `old`, the first file is
-    not at its new place, a line is not a cut, or the manifest cannot be written.
+    Relative paths change if they begin with `old` as it is given. The manifests are replaced when all new ones are
+    complete. Raises UserError if one has no path below `old`, its first file is not at its new place, a line is not a
+    cut, or a manifest cannot be written.
     """
-    check_manifest(manifest)
-    before, after = (os.path.abspath(folder).rstrip("/") + "/" for folder in (old, new))
+    manifests = list({os.path.abspath(manifest): manifest for manifest in manifests}.values())
+    for manifest in manifests:
+        check_manifest(manifest)
+    folders = [(os.path.abspath(old).rstrip("/"), os.path.abspath(new).rstrip("/"))]
+    if not old.is_absolute():
+        folders.append((str(old), str(new)))
+    with ExitStack() as stack:
+        found = {
+            manifest: _write(manifest, stack.enter_context(new_file(manifest, "wb")), folders) for manifest in manifests
+        }
+    for manifest in manifests:
+        build_index(manifest)
+    return found
+
+
+def _write(manifest: Path, file: IO[bytes], folders: Sequence[tuple[str, str]]) -> Relocated:
+    """Write a manifest with its new paths."""
     changed = missing = others = 0
-    with manifest.open("rb") as lines, new_file(manifest, "wb") as file:
+    first = ""
+    with manifest.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.isspace():
                 continue
             cut = read_cut(line, where=f"{manifest}: line {number}")
-            sources = [*sources_in(cut)]
-            moved = [source for source in sources if str(source["source"]).startswith(before)]
-            for source in moved:
-                source["source"] = path = after + source["source"].removeprefix(before)
-                missing += not os.path.isfile(path)
+            before = changed
+            for source in sources_in(cut):
+                path = str(source["source"])
+                first = first or path
+                if (moved := _moved(path, folders)) is None:
+                    others += 1
+                    continue
+                source["source"] = moved
+                missing += not os.path.isfile(moved)
                 if missing and not changed:
-                    raise UserError(f"{manifest}: {path} would be its first file: no such file{nearest_path(path)}")
+                    raise UserError(f"{manifest}: {moved} would be its first file: no such file{nearest_path(moved)}")
                 changed += 1
-            file.write((json.dumps(cut, ensure_ascii=False) + "\n").encode() if moved else line)
-            others += len(sources) - len(moved)
-        if not changed:
-            raise UserError(f"{manifest}: no file in it is below {before[:-1]}; its first path is {_first(manifest)}")
-    build_index(manifest)
+            file.write((json.dumps(cut, ensure_ascii=False) + "\n").encode() if changed > before else line)
+    if not changed:
+        absolute = not first or os.path.isabs(first)
+        (old, _), hint = folders[0 if absolute else -1], "" if absolute else "; give OLD as it begins there"
+        raise UserError(f"{manifest}: no file in it is below {old}; its first path is {first or 'missing'}{hint}")
     return Relocated(changed, missing, others)
 
 
-def _first(manifest: Path) -> str:
-    with manifest.open("rb") as lines:
-        line = next(line for line in lines if not line.isspace())
-    return str(next(sources_in(read_cut(line, where=str(manifest))))["source"])
+def _moved(path: str, folders: Sequence[tuple[str, str]]) -> str | None:
+    """The new path of a file; None if it is below none of the old folders."""
+    return next((new + path.removeprefix(old) for old, new in folders if path.startswith(f"{old}/")), None)

@@ -12,7 +12,7 @@ from w2vscale.corpora.manifests import PreparedManifest
 from w2vscale.errors import UserError, counted
 from w2vscale.files import write_text
 
-ALWAYS_ALLOWED = 10  # unusable files that never stop a command, however small the corpus is
+ALWAYS_ALLOWED = 10  # unusable files or utterances that never stop a command, however small the corpus is
 SHOWN = 15  # rows of the table for files that are not audio
 
 
@@ -33,12 +33,13 @@ class Report:
     seconds: float = 0.0  # of the audio files that are used, if they were searched for speech
     seconds_of_speech: float = 0.0
 
-    def check(self, where: Path, used: int, unit: str, *, strict: bool, limit: float) -> None:
+    def check(self, where: Path, used: int, *, strict: bool, limit: float) -> None:
         """Raise UserError if too much is unusable: anything with `strict`, or more than the fraction `limit`.
 
         `used` is the number of files or utterances (`unit`) that can be used.
         """
-        bad, total = len(self.unusable), used + len(self.unusable)
+        unit, bad = self.unit, sum(one.units for one in self.unusable)
+        total = used + bad
         if not bad and not used:
             raise UserError(f"{where}: no speech was found in any of the files")
         if not bad:
@@ -64,7 +65,9 @@ class Report:
         for one in self.unusable:
             examples[Path(one.path).suffix.lower(), one.kind].append(one)
         for (suffix, _), found in sorted(examples.items()):
-            rows.append((suffix, len(found), f"left out: {found[0].path}: {found[0].reason}"))
+            files, lost = len({one.path for one in found}), sum(one.units for one in found)
+            utterances = f"{counted(lost, 'utterance')} " if self.unit == "utterance" else ""
+            rows.append((suffix, files, f"{utterances}left out: {found[0].path}: {found[0].reason}"))
         others = self.others.most_common()
         rows += [(suffix, count, reason) for (suffix, reason), count in others[:SHOWN]]
         rest: Counter[str] = Counter()
@@ -79,7 +82,7 @@ class Report:
                 {"path": str(one.path), "utterances": one.utterances, "hours": one.hours} for one in self.manifests
             ],
             "used": dict(sorted(self.used.items())),
-            "unusable": [one._asdict() for one in self.unusable],
+            "unusable": [self._lost(one) for one in self.unusable],
             "other_files": [
                 {"suffix": suffix, "reason": reason, "files": count}
                 for (suffix, reason), count in self.others.most_common()
@@ -94,3 +97,7 @@ class Report:
                 "share": self.seconds_of_speech / self.seconds,
             }
         write_text(path, json.dumps(document, indent=1) + "\n")
+
+    def _lost(self, one: Unusable) -> dict[str, str | int]:
+        entry: dict[str, str | int] = {"path": one.path, "kind": one.kind, "reason": one.reason}
+        return entry if self.unit == "file" else {**entry, "utterances": one.units}

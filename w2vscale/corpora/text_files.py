@@ -16,10 +16,12 @@ def text_of_file(path: Path, *, encoding: str | None = None) -> str:
         raise UserError(f"{path}: cannot be read: {error.strerror}{nearest_path(path)}") from None
 
 
-def lines_of_file(path: Path, *, encoding: str | None = None) -> list[str]:
-    """The lines of a text file, without the white space around them. Only line feeds end a line.
+def lines_of_file(path: Path, *, encoding: str | None = None, strip: bool = True) -> list[str]:
+    """The lines of a text file, without the white space around them if `strip`. UserError like `text_of_file`.
 
-    Python's `splitlines` also splits at characters such as U+2028, which occur inside transcripts.
+    Only line feeds end a line, also after a carriage return. Python's `splitlines` also splits at characters such as
+    U+2028, which occur inside transcripts.
     """
-    lines = [line.strip() for line in text_of_file(path, encoding=encoding).split("\n")]
+    lines = text_of_file(path, encoding=encoding).split("\n")
+    lines = [line.strip() if strip else line.removesuffix("\r") for line in lines]
     return lines[:-1] if lines[-1] == "" else lines
