@@ -53,6 +53,7 @@ class Listing:
     recordings: dict[str, Recording] = field(default_factory=dict)
     unusable: list[Unusable] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)  # audio files by path, and why
+    others: Counter[tuple[str, str]] = field(default_factory=Counter)  # other files by suffix and reason
     notes: Counter[str] = field(default_factory=Counter)
     longest: float = 30.0  # seconds of a segment of speech
     _times: Counter[tuple[str, str]] = field(default_factory=Counter)  # by part and id
@@ -85,7 +86,13 @@ def prepare_listing(listing: Listing, output: Path, parts: Sequence[str], option
         reason = f"; {listing.unusable[0].path}: {listing.unusable[0].reason}" if listing.unusable else ""
         raise UserError(f"{listing.folder}: no utterance in it{reason}")
     files = sorted(listing.recordings, key=lambda file: listing.recordings[file].utterances[0].identifier)
-    report = Report(unusable=listing.unusable, left_out=listing.left_out, notes=listing.notes, unit="utterance")
+    report = Report(
+        unusable=listing.unusable,
+        others=listing.others,
+        left_out=listing.left_out,
+        notes=listing.notes,
+        unit="utterance",
+    )
     numbers = {part: number for number, part in enumerate(parts)}
     cuts_of = partial(_cuts_of, listing, numbers, options)
     return write_manifests(files, listing.folder, output, parts, lambda readable: cuts_of, report, options)
