@@ -90,6 +90,15 @@ def test_parquet_files_as_on_the_hub(rows: Any, tmp_path: Path) -> None:
     assert {one.path.name: one.utterances for one in report.manifests} == {"cuts_test.jsonl": 1, "cuts_train.jsonl": 4}
 
 
+def test_arrow_in_the_format_of_files(tmp_path: Path) -> None:
+    table = pyarrow.table(ROWS)
+    (tmp_path / "dataset").mkdir()
+    path = str(tmp_path / "dataset" / "train.arrow")
+    with pyarrow.OSFile(path, "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    check(cuts_in(prepare_huggingface(str(tmp_path / "dataset"), tmp_path / "out")))
+
+
 def test_parquet_of_another_program_and_a_repeated_call(tmp_path: Path) -> None:
     (tmp_path / "dataset").mkdir()
     pyarrow.parquet.write_table(pyarrow.table(ROWS), tmp_path / "dataset" / "train.parquet")
@@ -278,6 +287,28 @@ def test_rows_before_the_damage_are_used(name: str, options: Any, rows_before: i
     assert one.path == str(path) and one.reason.startswith(f"cannot be read from row {rows_before} on: ")
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_damaged_row_is_left_out_alone(suffix: str, tmp_path: Path) -> None:
+    letters = pyarrow.py_buffer(b"a\xffc")
+    text = pyarrow.StringArray.from_buffers(3, pyarrow.py_buffer(np.arange(4, dtype=np.int32)), letters)
+    table = table_of("a", "bb", "ccc").set_column(1, "text", text)
+    path = write_table(tmp_path / "dataset" / f"train{suffix}", table)
+    report = prepare_huggingface(str(path.parent), tmp_path / "out")
+    assert texts_by_manifest(report) == {"train": ["a", "c"]}
+    (one,) = report.unusable
+    assert one.path == str(path) and one.reason.startswith("row 1: In column 1: Invalid: Invalid UTF8")
+
+
+def test_damaged_offsets(tmp_path: Path) -> None:
+    """Without a check of each row, these end the process, or give what is in memory."""
+    path = write_table(tmp_path / "dataset" / "train.arrow", table_of("a", "bb", "ccc"))
+    offsets, damaged = (np.array([0, 1, 3, end], dtype=np.int32).tobytes() for end in (6, 2**30))
+    assert path.read_bytes().count(offsets) == 1
+    path.write_bytes(path.read_bytes().replace(offsets, damaged))
+    report = prepare_huggingface(str(path.parent), tmp_path / "out")
+    assert texts_by_manifest(report) == {"train": ["a", "bb"]} and len(report.unusable) == 1
+
+
 def test_folder_of_save_to_disk_with_a_lost_and_a_stale_shard(rows: Any, tmp_path: Path) -> None:
     rows.save_to_disk(tmp_path / "dataset", num_shards=2)
     state = json.loads((tmp_path / "dataset" / "state.json").read_text())
@@ -332,12 +363,20 @@ def test_paths_of_audio_begin_beside_the_table_then_at_the_dataset(
 
 
 def test_bytes_decide_the_format(tmp_path: Path) -> None:
-    names = {"z.m4a": "FLAC", "y.flac": "OGG", "x.aac": "MP3", "no": "WAV", "v.xyz": "AIFF", "w.au": "AU"}
+    names = {
+        "z.m4a": "FLAC",
+        "y.flac": "OGG",
+        "x.aac": "MP3",
+        "no": "WAV",
+        "v.xyz": "AIFF",
+        "w.au": "AU",
+        "u.xyz": "AU",
+    }
     sounds = [{"bytes": encoded(0.5, form, 1), "path": name} for name, form in names.items()]
     write_table(tmp_path / "dataset" / "train.parquet", table_of(*names, audio=sounds))
     found = cuts_in(prepare_huggingface(str(tmp_path / "dataset"), tmp_path / "out"))
     suffixes = [Path(cut.recording.sources[0].source).suffix for cut in found.values()]
-    assert suffixes == [".flac", ".ogg", ".mp3", ".wav", ".aiff", ".au"]
+    assert suffixes == [".flac", ".ogg", ".mp3", ".wav", ".aiff", ".au", ".wav"]
 
 
 def test_labels_and_texts_that_are_no_text(tmp_path: Path) -> None:

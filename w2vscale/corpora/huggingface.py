@@ -110,6 +110,8 @@ def _add(
                 columns_used[_in_words(columns)] += 1
                 target = saved / str(number // FILES_PER_FOLDER) / f"{number:08d}"
                 try:
+                    if isinstance(row, Unreadable):
+                        raise row
                     values = {what: _value(what, row.get(name), features[name]) for what, name in columns.items()}
                     file = _save(values["audio"], target, (table.folder, listing.folder, Path()))
                 except Unreadable as error:

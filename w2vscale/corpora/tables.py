@@ -41,6 +41,10 @@ class Unreadable(Exception):
         self.kind = kind
 
 
+Row = dict[str, Any] | Unreadable
+"""The values of a row by column, or why it cannot be read."""
+
+
 class Table(Protocol):
     """Rows of a split, read as a stream."""
 
@@ -55,8 +59,8 @@ class Table(Protocol):
     def features(self) -> Mapping[str, Any]:
         """The types of its columns, None where `datasets` does not know them. Raises Unreadable or UserError."""
 
-    def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Its rows, with these columns. Raises Unreadable at the first row that is damaged, or UserError."""
+    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
+        """Its rows, with these columns. Raises Unreadable where the rest cannot be read, or UserError."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,19 @@ class TableFile:
             raise Unreadable("unreadable", f"cannot be read: {_in_one_line(error)}") from None
         return features
 
-    def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
+        import pyarrow
+
         number = 0
         try:
             for batch in self._batches(columns):
-                batch.validate(full=True)  # or damaged offsets end the process
                 for number_in_batch in range(batch.num_rows):
-                    yield from batch.slice(number_in_batch, 1).to_pylist()
+                    row = batch.slice(number_in_batch, 1)
+                    try:
+                        row.validate(full=True)  # or damaged offsets end the process
+                        yield row.to_pylist()[0]
+                    except pyarrow.ArrowInvalid as error:
+                        yield Unreadable("damaged", _in_one_line(error))
                     number += 1
         except Exception as error:
             reason = f"cannot be read from row {number} on: {_in_one_line(error)}"
@@ -139,7 +149,7 @@ class TableOnHub:
         with_types: Mapping[str, Any] | None = self.stream.features
         return with_types or dict.fromkeys(next(self._read(self.stream.take(1)), {}))
 
-    def rows(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    def rows(self, columns: Sequence[str]) -> Iterator[Row]:
         import datasets
 
         rows = self.stream.select_columns(list(columns))
