@@ -24,6 +24,7 @@ from w2vscale.corpora.finding import Unusable
 from w2vscale.corpora.huggingface import prepare_huggingface
 from w2vscale.corpora.preparing import Options
 from w2vscale.corpora.report import Report
+from w2vscale.corpora.tables import TableFile
 from w2vscale.data.audio import read_audio
 
 
@@ -307,6 +308,27 @@ def test_damaged_offsets(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(offsets, damaged))
     report = prepare_huggingface(str(path.parent), tmp_path / "out")
     assert texts_by_manifest(report) == {"train": ["a", "bb"]} and len(report.unusable) == 1
+
+
+def test_a_page_with_a_wrong_checksum(tmp_path: Path) -> None:
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+    path = write_table(tmp_path / "dataset" / "train.parquet", table_of("one", "seven"), **options)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"\5\0\0\0seven", b"\5\0\0\0eleve"))
+    assert path.read_bytes() != content
+    message = error_of(prepare_huggingface, str(path.parent), tmp_path / "out")
+    assert f"{path}: cannot be read from row 0 on: could not verify page integrity" in message
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_file_is_never_in_memory_as_a_whole(suffix: str, tmp_path: Path) -> None:
+    table = pyarrow.table({"audio": [np.random.default_rng(row).bytes(100_000) for row in range(200)]})
+    options = {"row_group_size": 20} if suffix == ".parquet" else {"max_chunksize": 20}
+    path = write_table(tmp_path / f"train{suffix}", table, **options)
+    del table
+    before = pyarrow.total_allocated_bytes()
+    held = [pyarrow.total_allocated_bytes() - before for _ in TableFile(path).rows(["audio"])]
+    assert len(held) == 200 and max(held) < path.stat().st_size / 2
 
 
 def test_folder_of_save_to_disk_with_a_lost_and_a_stale_shard(rows: Any, tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ ABOUT_THE_DATASET = re.compile(
 """Files and folders that are part of a dataset without having its rows."""
 
 ROWS_AT_A_TIME = 16  # audio can have megabytes per row
-BUFFER = 2**20  # bytes; without a buffer, pyarrow reads whole columns of a row group
+BUFFER = (
+    2**20
+)  # bytes; without a buffer, pyarrow reads whole columns of a row group, and with pre_buffer the whole file
 
 
 class Unreadable(Exception):
@@ -116,7 +118,8 @@ class TableFile:
         import pyarrow.parquet
 
         if self.path.suffix.lower() == ".parquet":
-            with pyarrow.parquet.ParquetFile(self.path, buffer_size=BUFFER) as table:
+            options = {"buffer_size": BUFFER, "pre_buffer": False, "page_checksum_verification": True}
+            with pyarrow.parquet.ParquetFile(self.path, **options) as table:
                 yield from table.iter_batches(ROWS_AT_A_TIME, columns=list(columns))
             return
         with pyarrow.memory_map(str(self.path)) as file:
