@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from w2vscale.corpora.finding import Unusable
 from w2vscale.corpora.listing import Listing, Utterance, prepare_listing
 from w2vscale.corpora.preparing import DEFAULTS, Options, Text
 from w2vscale.corpora.report import Report
+from w2vscale.corpora.tables import Table, TablesInFolder, Unreadable, find_tables, tables_on_hub
 from w2vscale.data.audio import RATES_IN_WORDS, SAMPLING_RATES
+from w2vscale.data.decoding import is_audio
 from w2vscale.errors import UserError
-from w2vscale.files import nearest_path, new_file
+from w2vscale.files import nearest_path, new_file, writing
 
 COLUMNS = {
     "text": ("text", "sentence", "transcript", "transcription", "normalized_text", "raw_transcription", "raw_text"),
@@ -29,16 +33,19 @@ COLUMNS = {
 """Names of columns that are taken, the first one that a dataset has."""
 
 MAGIC = {
-    ".wav": rb"RIFF",
+    ".wav": rb"RIFF....WAVE",
     ".flac": rb"fLaC",
     ".ogg": rb"OggS",
     ".aiff": rb"FORM",
     ".m4a": rb"....ftyp",
     ".webm": rb"\x1aE\xdf\xa3",
     ".wma": rb"0&\xb2u",
-    ".mp3": rb"ID3|\xff[\xe0-\xff]",
+    ".aac": rb"\xff[\xf0\xf1\xf8\xf9]",
+    ".mp3": rb"\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff]",
 }
-"""The first bytes of encoded audio by the suffix of its format."""
+"""The first bytes of encoded audio by the suffix of its format. Those of ID3 tags do not tell the format."""
+
+KINDS: dict[type, str] = {list: "a list", dict: "a struct", bool: "a truth value", int: "a number", float: "a number"}
 
 FILES_PER_FOLDER = 10_000
 MOST_CHANNELS = 16
@@ -57,152 +64,159 @@ def prepare_huggingface(
 ) -> Report:
     """Write `cuts_SPLIT.jsonl` for each split of a dataset, and its audio, as it is encoded, to `output`/audio/SPLIT/.
 
-    `source` is a folder that `save_to_disk` wrote, a folder of .parquet or .arrow files, or a dataset on the Hub, whose
-    configuration is `config`. `audio` and `text` are the names of its columns, if they are not found by themselves. A
-    repeated call keeps the audio files that are there.
+    `source` is a folder of .parquet or .arrow files, also one that `save_to_disk` wrote (see `find_tables`), or a
+    dataset on the Hub, whose configuration is `config`. `audio` and `text` are the names of its columns, if they are
+    not found by themselves. A repeated call keeps the audio files that are there. Files and rows that cannot be used
+    are left out and reported.
 
-    Raises UserError if datasets is not installed, the dataset or a column cannot be found, or like `write_manifests`.
+    Raises UserError if datasets is not installed, the dataset or a split cannot be found, the Hub cannot be read, the
+    audio cannot be written, or like `prepare_listing`.
     """
-    if config is not None and Path(source).is_dir():
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError("datasets is not installed: pip install 'w2vscale[datasets]'")
+    folder = Path(source).absolute()
+    local = folder.is_dir()
+    if local and config is not None:
         raise UserError(f"--config {config}: only a dataset on the Hub has configurations; {source} is a folder")
-    found = _open(source, config)
+    if not local and (folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise UserError(f"{source}: no such folder{nearest_path(source)}")
+    found = find_tables(folder) if local else TablesInFolder(tables_on_hub(source, config))
     for split in splits:
-        if split not in found:
-            raise UserError(f"--split {split}: {source} has no such split; choose from {', '.join(found)}")
-    listing = Listing(output.absolute())
-    chosen = list(dict.fromkeys(splits or found))
+        if split not in found.splits:
+            raise UserError(f"--split {split}: {source} has no such split; choose from {', '.join(found.splits)}")
+    listing = Listing(folder if local else output.absolute(), unusable=found.unusable)
+    chosen = list(dict.fromkeys(splits or found.splits))
     for split in chosen:
-        _add(listing, source, split, found[split], audio, text)
+        _add(listing, split, found.splits[split], output.absolute() / "audio" / split, audio, text)
+    for path, reason in found.others:
+        if str(path) not in listing.recordings:  # rows may name audio files beside their table
+            listing.others[path.suffix.lower() or "(no suffix)", reason] += 1
+            if is_audio(path.name):
+                listing.left_out.append((str(path), reason))
     return prepare_listing(listing, output, chosen, options)
 
 
-def _open(source: str, config: str | None) -> Mapping[str, Any]:
-    """The splits of a dataset, as streams of rows."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError("datasets is not installed: pip install 'w2vscale[datasets]'") from None
-    folder = Path(source)
-    try:
-        if not folder.is_dir():
-            if folder.suffix or source.startswith((".", "/")) or source.count("/") > 1:
-                raise UserError(f"{source}: no such folder{nearest_path(source)}")
-            found = datasets.load_dataset(source, config, streaming=True)
-        elif any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            found = datasets.load_from_disk(source)
-        else:
-            kind, files = _files_by_split(folder)
-            found = datasets.load_dataset(kind, data_files=files, streaming=True)
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises many types of errors
-        raise UserError(f"{source}: cannot be opened as a dataset: {' '.join(str(error).split())[:300]}") from None
-    return found if isinstance(found, Mapping) else {str(getattr(found, "split", None) or "train"): found}
-
-
-def _files_by_split(folder: Path) -> tuple[str, dict[str, list[str]]]:
-    """The format of the files below a folder, and the files of each split, which their names begin with.
-
-    Where several folders have the same split, as with a folder per language, their names become part of it.
-    """
-    for kind in ("parquet", "arrow"):
-        found: dict[str, dict[str, list[str]]] = {}  # by split and folder
-        for path in sorted(folder.rglob(f"*.{kind}")):
-            split, place = path.stem.partition("-")[0], path.parent.relative_to(folder).as_posix()
-            if split.isdecimal() and path.parent != folder:
-                split, place = path.parent.name, path.parent.parent.relative_to(folder).as_posix()
-            found.setdefault(split, {}).setdefault(place, []).append(str(path))
-        if found:
-            return kind, {
-                split if len(places) == 1 else f"{place.replace('/', '_')}_{split}": files
-                for split, places in found.items()
-                for place, files in places.items()
-            }
-    raise UserError(f"{folder}: has no .parquet or .arrow file; for audio files use: w2vscale data prepare folder")
-
-
-def _add(listing: Listing, source: str, split: str, rows: Any, audio: str | None, text: str | None) -> None:
-    """Add the utterances of a split, and save their audio."""
-    import datasets
-
-    names = list(rows.features or next(iter(rows.take(1)), {}))
-    columns = {what: next((name for name in known if name in names), None) for what, known in COLUMNS.items()}
-    columns["text"] = text or columns["text"]
-    audio = audio or _audio_column(rows, names)
-    for option, column in (("--audio-column", audio), ("--text-column", columns["text"])):
-        if column is not None and column not in names:
-            raise UserError(f"{option} {column}: {source} has the columns {', '.join(names)}")
-    if audio is None:
-        raise UserError(f"{source}: no column with audio; name it with --audio-column: {', '.join(names)}")
-    if isinstance((rows.features or {}).get(audio), datasets.Audio):
-        rows = rows.cast_column(audio, datasets.Audio(decode=False))
-    used = ", ".join(f"{what} from {name}" for what, name in {"audio": audio, **columns}.items() if name)
-    without = "" if columns["text"] else ", and no transcripts: name their column with --text-column"
-    for number, row in enumerate(_rows(rows, source)):
-        listing.notes[f"rows of {split}: {used}{without}"] += 1
-        values = {what: str(row[name]) for what, name in columns.items() if name and row.get(name) is not None}
-        name = listing.new_name(split, values.get("id") or f"{split}-{number:08d}")
+def _add(
+    listing: Listing, split: str, tables: Sequence[Table], saved: Path, audio: str | None, text: str | None
+) -> None:
+    """Add the utterances of a split, and save their audio to the folder `saved`."""
+    number = 0  # of a row in the split
+    columns_used: Counter[str] = Counter()
+    for table in tables:
         try:
-            file = _save(row[audio], listing.folder / "audio" / split / str(number // FILES_PER_FOLDER), name, number)
-        except ValueError as error:
-            listing.unusable.append(Unusable(f"{split} {number}", "no audio", f"{name}: {error}"))
-            continue
-        said = Text(values.get("text"), values.get("speaker"), values.get("language"))
-        listing.add(file, Utterance(split, name, said))
+            features = table.features()
+            columns = _columns(features, audio, text)
+            for row_of_table, row in enumerate(table.rows([*columns.values()])):
+                columns_used[_in_words(columns)] += 1
+                target = saved / str(number // FILES_PER_FOLDER) / f"{number:08d}"
+                try:
+                    if isinstance(row, Unreadable):
+                        raise row
+                    values = {what: _value(what, row.get(name), features[name]) for what, name in columns.items()}
+                    file = _save(values["audio"], target, (table.folder, listing.folder, Path()))
+                except Unreadable as error:
+                    listing.unusable.append(Unusable(table.where, error.kind, f"row {row_of_table}: {error}"))
+                else:
+                    name = listing.new_name(split, values.get("id") or f"{split}-{number:08d}")
+                    said = Text(values.get("text"), values.get("speaker"), values.get("language"))
+                    listing.add(file, Utterance(split, name, said))
+                number += 1
+        except Unreadable as error:
+            listing.unusable.append(Unusable(table.where, error.kind, str(error)))
+    for used, rows in columns_used.items():
+        listing.notes[f"{'row' if rows == 1 else 'rows'} of {split}: {used}"] = rows
 
 
-def _rows(rows: Any, source: str) -> Iterator[dict[str, Any]]:
-    try:
-        yield from rows
-    except Exception as error:  # damaged files and lost connections raise many types of errors
-        raise UserError(f"{source}: cannot be read further: {' '.join(str(error).split())[:300]}") from None
+def _columns(features: Mapping[str, Any], audio: str | None, text: str | None) -> dict[str, str]:
+    """The names of the columns for audio, text, speaker, language and id. Raises Unreadable if there is no audio."""
+    columns = {"audio": audio or _audio_column(features)}
+    columns |= {what: next((name for name in known if name in features), None) for what, known in COLUMNS.items()}
+    columns["text"] = text or columns["text"]
+    names = ", ".join(features)
+    for option, what in (("--audio-column", "audio"), ("--text-column", "text")):
+        if columns[what] is not None and columns[what] not in features:
+            raise Unreadable("columns", f"has no column {columns[what]} ({option}); its columns are {names}")
+    if columns["audio"] is None:
+        raise Unreadable("columns", f"no column with audio; name it with --audio-column: {names}")
+    return {what: name for what, name in columns.items() if name is not None}
 
 
-def _audio_column(rows: Any, names: Sequence[str]) -> str | None:
+def _audio_column(features: Mapping[str, Any]) -> str | None:
     """The column that has audio: by its type, or else by its name."""
     import datasets
 
-    for name, kind in (rows.features or {}).items():
+    for name, kind in features.items():
         if isinstance(kind, datasets.Audio) or (isinstance(kind, dict) and {"bytes", "path"} <= kind.keys()):
-            return str(name)
-    return "audio" if "audio" in names else None
+            return name
+    return "audio" if "audio" in features else None
 
 
-def _save(value: Any, folder: Path, name: str, number: int) -> str:
-    """Save encoded audio, unless it is there already; returns its path. ValueError if there is no audio in `value`."""
+def _in_words(columns: Mapping[str, str]) -> str:
+    without = "" if "text" in columns else ", and no transcripts: name their column with --text-column"
+    return ", ".join(f"{what} from {name}" for what, name in columns.items()) + without
+
+
+def _value(what: str, value: Any, feature: Any) -> Any:
+    """A value as it is if it is audio, else as a text, or None. Raises Unreadable if it is something else."""
+    import datasets
+
+    if what == "audio" or value is None or value != value:  # NaN is how pandas writes a missing value
+        return value if what == "audio" else None
+    if isinstance(feature, datasets.ClassLabel):
+        if value == -1:  # how datasets writes an unknown label
+            return None
+        if not 0 <= value < feature.num_classes:
+            raise Unreadable(what, f"its {what} is the label {value}, which has no name")
+        return str(feature.int2str(value))
+    if isinstance(value, str) or (what != "text" and isinstance(value, int | float)):
+        return str(value)
+    raise Unreadable(what, f"its {what} is {KINDS.get(type(value), f'of type {type(value).__name__}')}, not text")
+
+
+def _save(value: Any, target: Path, folders: Sequence[Path]) -> str:
+    """Save encoded audio as `target` with a suffix, unless it is there already; returns its path.
+
+    Audio that `value` only names is looked up in `folders`, and stays where it is. Raises Unreadable if there is no
+    audio, and UserError if it cannot be written.
+    """
     content = value.get("bytes") if isinstance(value, Mapping) else value
     path = value.get("path") if isinstance(value, Mapping) else None
     if isinstance(value, Mapping) and value.get("array") is not None:
-        content, path = _encoded(value["array"], value.get("sampling_rate")), "array.wav"
+        content, path = _encoded(value["array"], value.get("sampling_rate")), None
     if not isinstance(content, bytes):
         path = value if isinstance(value, str) else path
-        if path and os.path.isfile(path):
-            return os.path.abspath(path)
-        raise ValueError(f"there is no audio file {path[:200]!r}" if path else "it has no audio")
+        if not isinstance(path, str):
+            raise Unreadable("no audio", "it has no audio")
+        for folder in folders:
+            if os.path.isfile(folder / path):
+                return os.path.abspath(folder / path)
+        raise Unreadable("missing", f"there is no audio file {path[:200]!r}")
     detected = (suffix for suffix, magic in MAGIC.items() if re.match(magic, content, re.DOTALL))
-    suffix = os.path.splitext(path or "")[1].lower() or next(detected, ".wav")
-    target = folder / f"{number:08d}{suffix}"
-    if not (target.is_file() and target.read_bytes() == content):
+    named = os.path.splitext(path)[1].lower() if path and is_audio(path) else ".wav"
+    target = target.with_suffix(next(detected, named))
+    with writing(target):
+        unchanged = target.is_file() and target.read_bytes() == content
+    if not unchanged:
         with new_file(target, "wb") as file:
             file.write(content)
     return str(target)
 
 
 def _encoded(array: Any, rate: Any) -> bytes:
-    """Decoded samples [S], or [channels, S] of at most 16 channels, as WAV. ValueError if they are something else."""
+    """Decoded samples [S], or [channels, S] of at most 16 channels, as WAV. Raises Unreadable if they are not."""
     if type(rate) is not int or rate not in SAMPLING_RATES:
-        raise ValueError(f"its samples have the sampling rate {rate}, not {RATES_IN_WORDS}")
+        raise Unreadable("no audio", f"its samples have the sampling rate {rate}, not {RATES_IN_WORDS}")
     try:
         samples = np.asarray(array)
         if samples.dtype.kind == "i":  # lists of the values of 16-bit audio
             samples = samples / 2**15
         samples = samples.astype(np.float32)
     except (TypeError, ValueError):
-        raise ValueError("its samples are not numbers") from None
+        raise Unreadable("no audio", "its samples are not numbers") from None
     if samples.ndim == 2 and len(samples) <= MOST_CHANNELS:
         samples = samples.T
     if samples.ndim not in (1, 2) or samples[:1].size > MOST_CHANNELS or np.abs(samples).max(initial=0) > LOUDEST:
-        raise ValueError("its samples are not audio: numbers about -1 to 1, or integers of 16 bits")
+        raise Unreadable("no audio", "its samples are not audio: numbers about -1 to 1, or integers of 16 bits")
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
     return file.getvalue()
