@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from w2vscale.corpora.segments import (
     LONGEST_PAUSE,
+    ROUNDING,
     SHORTEST,
     Segment,
     Timed,
@@ -43,7 +44,8 @@ def test_windows_cover_a_recording_and_cut_no_word_that_fits(
     assert all(one.end == other.start for one, other in pairwise(segments))
     assert all(0 < segment.end - segment.start <= longest + 1e-9 for segment in segments)
     for cut in (segment.end for segment in segments[:-1]):
-        assert not [word for word in words if word.start < cut < word.end and word.end - word.start <= longest / 2]
+        inside = [word for word in words if word.start + ROUNDING < cut < word.end - ROUNDING]
+        assert not [word for word in inside if word.end - word.start <= longest / 2]
 
 
 def test_windows_end_at_the_limit_or_in_the_last_pause_before_it() -> None:
@@ -52,6 +54,11 @@ def test_windows_end_at_the_limit_or_in_the_last_pause_before_it() -> None:
     found = windows(12.0, 5.0, words)
     assert [segment.start for segment in found] == pytest.approx([0.0, 4.7, 7.2])
     assert [segment.end for segment in found] == pytest.approx([4.7, 7.2, 12.0])
+
+
+def test_words_that_touch_have_a_pause_between_them_whatever_their_rounding() -> None:
+    words = [Timed(0.0, 0.1 + 0.2, "a"), Timed(0.3, 0.9, "b")]
+    assert [segment.end for segment in windows(0.9, 0.7, words)] == [0.3, 0.9]
 
 
 def test_a_window_may_end_in_a_pause_in_which_the_one_before_ended() -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 SHORTEST = 2.0  # seconds of a segment of speech, unless its recording is shorter
 LEAST = 0.01  # seconds of any segment that ends in a pause
 LONGEST_PAUSE = 0.5  # seconds; longer pauses are left out between segments of speech
+ROUNDING = 1e-3  # seconds by which times are not exact
 BEYOND_SEGMENT = 0.25  # seconds by which a word or phrase may extend beyond its segment
 
 
@@ -122,9 +123,12 @@ def _at_least(shortest: float, part: Segment, duration: float) -> Segment:
 
 
 def _pauses(units: Iterable[Timed]) -> Iterator[tuple[float, float]]:
-    """Start and end of each pause between words or phrases, which may be empty; also of the one before the first."""
+    """Start and end of each pause between words or phrases, which may be empty; also of the one before the first.
+
+    Words may overlap by `ROUNDING`, as 0.1 + 0.2 does with 0.3.
+    """
     end = 0.0
     for unit in units:
-        if unit.start >= end:
-            yield end, unit.start
+        if unit.start >= end - ROUNDING:
+            yield min(end, unit.start), unit.start
         end = max(end, unit.end)
