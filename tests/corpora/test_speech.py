@@ -233,6 +233,24 @@ class TestAgainstTheLibrary:
         assert overlap(found, expected) >= overlap(expected, expected) - 0.2
         assert overlap(found, around) == pytest.approx(said, abs=0.2)
 
+    def test_the_model_goes_on_in_its_state_at_the_border_of_a_batch(
+        self, talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run_ins = []
+
+        def probabilities(model: object, frames: np.ndarray) -> np.ndarray:
+            run_ins.append(frames[: speech.RUN_IN].reshape(-1))
+            return np.zeros(len(frames) - speech.RUN_IN, np.float32)
+
+        monkeypatch.setattr(speech, "_probabilities", probabilities)
+        batch = PIECES * PIECE * speech.FRAME
+        audio = noise(2.5 * batch / RATE)
+        soundfile.write(tmp_path / "long.wav", audio, RATE, subtype="FLOAT")
+        find_speech(tmp_path / "long.wav")
+        size = speech.RUN_IN * speech.FRAME
+        expected = [np.zeros(size), audio[batch - size : batch], audio[2 * batch - size : 2 * batch]]
+        assert all(np.array_equal(one, other) for one, other in zip(run_ins, expected, strict=True))
+
     def test_the_number_of_threads_is_unchanged(self, talk: Talk, tmp_path: Path) -> None:
         path = write_audio(tmp_path / "talk.wav", talk.audio[: 10 * RATE])
         before = torch.get_num_threads()
@@ -283,6 +301,16 @@ class TestChannels:
         assert report.used == {".wav": 1}
         report = prepare(tmp_path / "audio", tmp_path / "out", channel=0)
         assert [one.path for one in report.unusable] == ["b.wav"]
+
+    def test_speech_is_found_where_the_channels_cancel_for_some_time(self, talk: Talk, tmp_path: Path) -> None:
+        start, end = talk.utterances[0]
+        audio = talk.audio[: round((talk.utterances[2][1] + 1.0) * RATE)]
+        sign = np.ones_like(audio)
+        sign[: round((end + 0.2) * RATE)] = -1.0
+        path = write_audio(tmp_path / "a.wav", np.stack([audio, sign * audio], axis=1))
+        first = find_speech(path, channel=0)
+        assert overlap(first, [Segment(start, end)]) > 0.9 * (end - start)
+        assert overlap(find_speech(path), first) > 0.95 * overlap(first, first)
 
 
 class TestCalledAgain:

@@ -21,6 +21,7 @@ from w2vscale.errors import UserError
 
 RATE = 16_000  # Hz
 FRAME = 512  # samples for which the model gives one probability of speech
+AUDIBLE = 0.01  # the highest sample of a second that is not almost silent: there, rounding hides that channels cancel
 PAD_MS = 300  # milliseconds that are added before and after speech
 
 # A recording is cut into pieces that are computed side by side, which is seven times faster than one after another.
@@ -52,11 +53,27 @@ def find_speech(path: Path, *, channel: int | None = None) -> list[Segment]:
 
 
 def _mono(decoder: Decoder, channel: int | None) -> Iterator[Samples]:
+    """The audio to listen to. In seconds in which the channels cancel each other in the mean, that is the first one.
+
+    So speech is found there, too, and its segment is named when it is read. Raises AudioError if all seconds cancel
+    that are not almost silent, or samples are not finite.
+    """
+    rate, heard, cancelled, last = decoder.header.sampling_rate, 0, 0, None
     while len(block := decoder.read(BLOCK)):
-        audio = one_channel(block, channel)
-        if not np.isfinite(audio).all():  # the model would hear no speech from there on
+        if not np.isfinite(block).all():  # the model would hear no speech from there on
             raise AudioError("not finite", "contains samples that are not finite")
-        yield audio
+        parts = []
+        for second in np.split(block, range(rate, len(block), rate)):
+            is_heard = bool(np.abs(second).max() > AUDIBLE)
+            heard += is_heard
+            try:
+                parts.append(one_channel(second, channel))
+            except AudioError as error:
+                parts.append(second[:, 0])
+                cancelled, last = cancelled + is_heard, error
+        yield np.concatenate(parts)
+    if last is not None and cancelled == heard:
+        raise last
 
 
 def _joined(blocks: Iterator[Samples], size: int) -> Iterator[Samples]:
