@@ -146,7 +146,7 @@ class TestTheProcess:
         done = command("data", "validate", manifest)
         assert done.returncode == 2
         assert done.stderr == (
-            f"error: {manifest}: 1 bad utterance of 1, listed in {manifest}.bad_audio; "
+            f"error: {manifest}: 1 bad utterance of 1, listed in {manifest}.bad_headers; "
             f"the first one: a ({path}): not readable as audio: Format not recognised\n"
         )
 

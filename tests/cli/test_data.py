@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
 from tests.helpers.commands import error_of
+from w2vscale.cli.app import app
 from w2vscale.data.manifest import index_path
 
 
@@ -24,7 +26,7 @@ class TestPrepare:
         assert printed.startswith(f"{cuts}: 6 utterances, 0.01 hours\n")
         assert re.search(r"\.txt +2 +transcript *\n", printed) and re.search(r"\.md +1 +not audio *\n", printed)
         assert run("data", "index", cuts) == f"{index_path(cuts)}: 6 utterances\n"
-        assert run("data", "validate", cuts) == f"{cuts}: no problem found in 6 utterances\n"
+        assert run("data", "validate", cuts) == f"{cuts}: no problem found in the headers of 6 utterances\n"
         printed = run("data", "stats", cuts, "--config", "tiny", "--set", "data.min_seconds=2.2")
         assert re.search(r"utterances +6\b", printed)
         assert re.search(r"speakers +3\b", printed)
@@ -102,11 +104,31 @@ class TestManifests:
         for number in range(30):
             (tmp_path / f"u{number}.wav").unlink()
         assert error_of("data", "validate", manifest) == (
-            f"{manifest}: 30 bad utterances of 40, listed in {manifest}.bad_audio; "
+            f"{manifest}: 30 bad utterances of 40, listed in {manifest}.bad_headers; "
             f"the first one: u0 ({tmp_path / 'u0.wav'}): no such file"
         )
         printed = capsys.readouterr().out.splitlines()
         assert printed == [f"u{n} ({tmp_path / f'u{n}.wav'}): no such file" for n in range(1, 20)]
+
+    def test_all_manifests_are_validated_and_headers_do_not_replace_the_list_of_audio(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        manifests = []
+        for name in "abc":
+            cut = cut_of(write_audio(tmp_path / f"{name}.wav", noise(0.5)))
+            manifests.append(write_manifest(tmp_path / f"{name}.jsonl", [cut]))
+            if name != "b":
+                write_audio(tmp_path / f"{name}.wav", np.zeros(8_000, np.float32))
+        one = "1 bad utterance of 1, listed in"
+        assert error_of("data", "validate", *manifests, "--audio").startswith(f"{manifests[2]}: {one}")
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[0] == f"{manifests[1]}: no problem found in 1 utterance"
+        assert printed[1].startswith(f"{manifests[0]}: {one} {manifests[0]}.bad_audio; the first one: a ")
+        app(args=["data", "validate", *map(str, manifests)], standalone_mode=False)
+        assert (
+            capsys.readouterr().out.splitlines()[0] == f"{manifests[0]}: no problem found in the headers of 1 utterance"
+        )
+        assert Path(f"{manifests[0]}.bad_audio").exists() and not Path(f"{manifests[0]}.bad_headers").exists()
 
     @pytest.mark.parametrize(
         ("changes", "reason"),

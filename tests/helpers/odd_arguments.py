@@ -95,5 +95,5 @@ def check_arguments(words: list[str], good: Good) -> None:
     found = run(*words)
     if found.code:
         files = [name for name in found.new_files if not (Path(name).is_dir() or name.startswith("shards"))]
-        documented = (".index.npy", ".bad_audio", "headers.sqlite", "prepare_report.json")
+        documented = (".index.npy", ".bad_audio", ".bad_headers", "headers.sqlite", "prepare_report.json")
         assert [name for name in files if not name.endswith(documented)] == []

@@ -46,21 +46,28 @@ def validate(
 ) -> None:
     """Compare manifests with the headers of their audio files, or with all audio.
 
-    If they disagree, list the bad utterances in CUTS.jsonl.bad_audio and exit with code 2.
+    If they disagree, list the bad utterances in CUTS.jsonl.bad_headers or .bad_audio, and exit with code 2.
     """
     from w2vscale.corpora.validate import validate_manifest
 
+    problems = []
     for manifest in manifests:
         with progress_bar(f"validating {manifest.name}") as progress:
             found = validate_manifest(manifest, jobs=jobs, audio=audio, progress=progress)
         for bad in found.first[1:]:
             console.print(str(bad))
         if found.bad:
-            raise UserError(
+            problems.append(
                 f"{manifest}: {counted(found.bad, 'bad utterance')} of {found.utterances:,}, listed in "
                 f"{found.listing}; the first one: {found.first[0]}"
             )
-        console.print(f"{manifest}: no problem found in {counted(found.utterances, 'utterance')}")
+            continue
+        where = "" if audio else "the headers of "
+        console.print(f"{manifest}: no problem found in {where}{counted(found.utterances, 'utterance')}")
+    for problem in problems[:-1]:
+        console.print(problem)
+    if problems:
+        raise UserError(problems[-1])
 
 
 @app.command()

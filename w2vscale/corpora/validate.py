@@ -35,9 +35,12 @@ class Validation:
     listing: Path
 
 
-def listing_path(manifest: Path) -> Path:
-    """The path of the list of bad utterances, one JSON object per line. The pattern cuts_*.jsonl does not match it."""
-    return manifest.with_name(manifest.name + ".bad_audio")
+def listing_path(manifest: Path, *, audio: bool) -> Path:
+    """The path of the list of bad utterances, one JSON object per line. The pattern cuts_*.jsonl does not match it.
+
+    Comparing headers, which is quick, does not replace the list from decoding all `audio`.
+    """
+    return manifest.with_name(manifest.name + (".bad_audio" if audio else ".bad_headers"))
 
 
 def validate_manifest(
@@ -52,7 +55,8 @@ def validate_manifest(
     Raises UserError if the manifest cannot be read or has audio that is not in files, the list cannot be written, or a
     process died.
     """
-    manifest, listing = Manifest(path, index_lines(path, jobs=jobs, keep_unusable=True)), listing_path(path)
+    manifest = Manifest(path, index_lines(path, jobs=jobs, keep_unusable=True))
+    listing = listing_path(path, audio=audio)
     with writing(listing):
         listing.unlink(missing_ok=True)
     first: list[BadAudio] = []
