@@ -3,7 +3,7 @@
 
 # inputs_of OPTIONS READS [ARGUMENT…] prints the inputs of a stage, one per line:
 #   corpus=/data/LibriSpeech (9 files, 99 bytes)            an option: the value of the variable
-#   optim.lr=1e-3                                           a setting among the arguments
+#   optim.lr=1e-3                                           a setting among the arguments; a file with its checksum
 #   arguments=/recipes/demo/conf/pretrain.yaml (checksum …) all other arguments
 #   reads labels=cuts_1h.jsonl (checksum …)                 files and run folders that earlier stages made
 # The variables are looked up here, so local ones have names that no recipe uses.
@@ -12,7 +12,7 @@ inputs_of() {
   local _name _argument _value _arguments=''
   for _name in $1; do printf '%s=%s\n' "$_name" "$(_option_of "${!_name}")"; done
   for _argument in "${@:3}"; do
-    if _is_setting "$_argument"; then printf '%s\n' "${_argument//$'\n'/ }"; fi
+    if _is_setting "$_argument"; then printf '%s=%s\n' "${_argument%%=*}" "$(_value_of "${_argument#*=}")"; fi
   done | tac | awk -F= '!seen[$1]++' | tac # the last value of a repeated setting counts
   for _argument in "${@:3}"; do
     if ! _is_setting "$_argument"; then _arguments+=" $(_value_of "$_argument")"; fi
@@ -65,9 +65,16 @@ _value_of() {
   fi
 }
 
-# _extent DIR prints the number and the size of the files below it. A loop of links is no reason to stop.
+# _extent DIR prints the number and the size of the files below it, without those of the recipe: its $data, $exp and
+# ${exp}_* may be there, too. A loop of links is no reason to stop.
 _extent() {
-  { find -L "$1" -type f -printf '%s\n' 2>/dev/null || true; } |
+  local _own _without=()
+  for _own in "${data-}" "${exp-}"; do
+    if [[ $_own -ef $1 ]]; then continue; fi
+    _own=$(realpath -m "${_own:-/}" | sed 's/[][*?\\]/\\&/g') # not a pattern
+    _without+=(-path "$_own" -prune -o -path "${_own}_*" -prune -o)
+  done
+  { find -L "$(realpath "$1")" "${_without[@]}" -type f -printf '%s\n' 2>/dev/null || true; } |
     awk '{ bytes += $1 } END { printf "%d files, %.0f bytes", NR, bytes }'
 }
 

@@ -271,6 +271,27 @@ def test_stage_marks_are_text_that_people_read(recipe: Recipe, tmp_path: Path) -
     assert lines[3].startswith("reads cuts=cuts_a.jsonl (checksum ")
 
 
+def test_a_file_that_a_setting_names_is_compared_by_its_content(recipe: Recipe, tmp_path: Path) -> None:
+    letters = tmp_path / "letters.txt"
+    letters.write_text("a\nb\n")
+    recipe("--", "objective.vocabulary=letters.txt")
+    assert skipped(recipe("--", "objective.vocabulary=letters.txt")) == [1, 4, 6, 7, 8]
+    letters.write_text("a\nc\n")
+    printed = recipe("--", "objective.vocabulary=letters.txt", code=2)
+    assert re.search(rf"with objective.vocabulary={letters} \(checksum \d+, 4 bytes\), now objective.vocab", printed)
+
+
+def test_what_the_recipe_writes_into_the_corpus_is_not_the_corpus(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "corpus [1]").mkdir()
+    (tmp_path / "corpus").symlink_to("corpus [1]")
+    (tmp_path / "corpus" / "a.wav").write_bytes(bytes(100))
+    options = ("--corpus", "corpus", "--data", "corpus/data", "--exp", "corpus/exp")
+    recipe(*options)
+    assert skipped(recipe(*options)) == [1, 4, 6, 7, 8]
+    (tmp_path / "corpus" / "b.wav").write_bytes(bytes(20))
+    assert "(2 files, 120 bytes)" in recipe(*options, code=2)
+
+
 def test_a_folder_is_compared_by_what_is_in_it(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "corpus" / "deep").mkdir(parents=True)
     (tmp_path / "corpus" / "deep" / "a.wav").write_bytes(bytes(100))
