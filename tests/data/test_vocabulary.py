@@ -125,6 +125,15 @@ class TestRefused:
         check_vocabulary(["--", "|", "b"], split="auto")
         check_vocabulary(["<|blank|>", "|", "b"], split="auto")
 
+    def test_a_symbol_that_may_be_a_phone_among_letters_is_not_guessed(self) -> None:
+        for symbol in ("qu", "\U0001f469\u200d\U0001f680"):
+            symbols = ["<pad>", "|", "a", "u", "[noise]", symbol, "b"]
+            with pytest.raises(UserError, match="cannot be spelled with its letters, as in phones; set") as caught:
+                check_vocabulary(symbols, split="auto")
+            assert show_symbol(symbol) in str(caught.value)
+            for split in ("longest", "spaces"):
+                check_vocabulary(symbols, split=split)
+
 
 @pytest.mark.parametrize(
     ("symbols", "spaced"),

@@ -162,6 +162,8 @@ class TestModel:
         counts = (3.0, 16, 60, 47, errors, words, word_errors)
         sums = CtcSums(*(torch.tensor(float(one)) for one in counts))
         assert OBJECTIVE.metrics(sums)["wer"] == 3 / 5
+        nothing = OBJECTIVE.metrics(CtcSums(*torch.zeros(7)))
+        assert OBJECTIVE.line(nothing) == "no labels in its utterances"
 
     def test_the_silence_of_an_empty_micro_batch_has_no_errors(self, model: Wav2Vec2ForCTC) -> None:
         """It is what a rank computes if the validation set has no micro-batch left for it."""

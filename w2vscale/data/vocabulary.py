@@ -101,6 +101,13 @@ def check_vocabulary(
                 f"space as {SPACE}"
             )
     spaced = is_spaced(symbols, sentencepiece=sentencepiece, split=split)
+    if spaced and split == "auto" and SPACE in symbols:
+        unspelled = next(symbol for symbol in symbols[BLANK + 1 :] if is_spaced([blank, symbol, *_letters(symbols)]))
+        raise UserError(
+            f"{source}: has {SPACE} for the space between words, but {show_symbol(unspelled)} cannot be spelled with "
+            "its letters, as in phones; set objective.split=longest, or spaces if transcripts are symbols with spaces "
+            "between them"
+        )
     if spaced and sentencepiece is not None:
         raise UserError(
             f"objective.split={split}: objective.sentencepiece splits the transcripts; set objective.split=auto"
@@ -121,9 +128,13 @@ def is_spaced(symbols: Sequence[str], *, sentencepiece: Path | None = None, spli
         return split == "spaces"
     if sentencepiece is not None or any(PIECE_SPACE in symbol for symbol in symbols):
         return False
-    words = [symbol for symbol in symbols[BLANK + 1 :] if not is_bracketed(symbol)]
-    letters = {word for word in words if _is_letter(word)}
-    return any(not {*graphemes(word)} <= letters and not {*word} <= letters for word in words if word not in letters)
+    letters = {*_letters(symbols)}
+    words = [symbol for symbol in symbols[BLANK + 1 :] if not is_bracketed(symbol) and symbol not in letters]
+    return any(not {*graphemes(word)} <= letters and not {*word} <= letters for word in words)
+
+
+def _letters(symbols: Sequence[str]) -> list[str]:
+    return [symbol for symbol in symbols[BLANK + 1 :] if not is_bracketed(symbol) and _is_letter(symbol)]
 
 
 def _is_letter(symbol: str) -> bool:

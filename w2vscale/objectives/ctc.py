@@ -292,7 +292,7 @@ class Ctc(Objective):
     def line(self, metrics: Mapping[str, float]) -> str:
         errors = f"  label errors {metrics['label_error_rate']:.1%}" if "utterances" in metrics else ""
         errors += f"  WER {metrics['wer']:.1%}" if "wer" in metrics else ""
-        return f"loss {metrics['loss']:.3f} per label{errors}"
+        return f"loss {metrics['loss']:.3f} per label{errors}" if metrics["labels"] else "no labels in its utterances"
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
         return {
