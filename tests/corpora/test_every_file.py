@@ -225,7 +225,8 @@ def test_prepare_uses_or_names_every_file(prepared: Prepared) -> None:
     rows = Counter((Path(name).suffix, kind) for name, (kind, _) in UNREADABLE.items())
     for (suffix, kind), count in rows.items():
         names = [name for name in UNREADABLE if name.endswith(suffix) and UNREADABLE[name][0] == kind]
-        row = rf"^ *{re.escape(suffix)} +{count} +left out: ({'|'.join(map(re.escape, names))}): "
+        example = "(, for example)?" if count > 1 else ""
+        row = rf"^ *{re.escape(suffix)} +{count} +left out{example}: ({'|'.join(map(re.escape, names))}): "
         assert re.search(row, printed, re.MULTILINE), row
 
 
@@ -279,6 +280,7 @@ def test_transcribe_uses_or_names_every_file(prepared: Prepared, tmp_path: Path)
     assert len({one["utterance"] for one in found}) == len(found)
     bad = {**UNREADABLE, **UNDECODABLE}
     del bad["bad/latin.flac"], bad["bad/silence.wav"]
+    bad |= dict.fromkeys(("broken.wav", "self.wav"), ("missing", "broken link"))
     bad["bad/no samples.wav"] = ("too short", "has 0 samples, fewer than the 400 of one frame")
     for name, (_, reason) in bad.items():
         line = visible(f"{prepared.folder / name}: ")

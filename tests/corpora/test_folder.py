@@ -301,8 +301,8 @@ class TestCalledAgain:
 class TestFoldersThatAreRefused:
     def test_a_missing_folder_and_a_file(self, tmp_path: Path) -> None:
         file = write_text(tmp_path / "file.flac")
-        for path in (tmp_path / "no", file):
-            assert error_of(prepare, path, tmp_path) == f"{path}: no such folder"
+        for path, problem in ((tmp_path / "no", "no such folder"), (file, "not a folder")):
+            assert error_of(prepare, path, tmp_path) == f"{path}: {problem}"
 
     def test_a_folder_without_audio_and_what_is_there_instead(self, tmp_path: Path) -> None:
         write_text(tmp_path / "audio" / "a.pdf")

@@ -22,6 +22,7 @@ from tests.helpers.audio import noise, write_audio, write_text
 from tests.helpers.trained import trains
 from w2vscale.corpora.finding import Unusable
 from w2vscale.corpora.huggingface import prepare_huggingface
+from w2vscale.corpora.kaldi import WITHOUT_TEXT
 from w2vscale.corpora.preparing import Options
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.tables import TableFile
@@ -89,7 +90,7 @@ def test_parquet_files_as_on_the_hub(rows: Any, tmp_path: Path) -> None:
     rows.select([3]).to_parquet(folder / "test-00000-of-00001.parquet")
     report = prepare_huggingface(str(tmp_path / "dataset"), tmp_path / "out")
     assert {one.path.name: one.utterances for one in report.manifests} == {"cuts_test.jsonl": 1, "cuts_train.jsonl": 4}
-    assert [note.split(":")[0] for note in report.notes] == ["row of test", "rows of train"]
+    assert [note.split(":")[0] for note in report.notes] == ["row of test", "rows of train", WITHOUT_TEXT]
 
 
 def test_arrow_in_the_format_of_files(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import json
 import statistics
 import tempfile
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ import typer
 from tools.bench.script import console, run_script
 from w2vscale.corpora.speech import RATE, find_speech
 from w2vscale.data.audio import to_mono
-from w2vscale.data.decoding import open_audio
+from w2vscale.data.decoding import BLOCK, open_audio
 from w2vscale.data.resampling import resampled
 
 
@@ -63,8 +64,9 @@ def _noise(path: Path, minutes: float) -> Path:
 
 def _samples(path: Path) -> Any:
     with open_audio(path) as decoder:
-        rate, _, samples, _ = decoder.header
-        return np.concatenate([*resampled(iter([to_mono(decoder.read(samples))]), rate, RATE)])
+        blocks = iter(lambda: decoder.read(BLOCK), None)
+        mono = map(to_mono, takewhile(len, blocks))
+        return np.concatenate([*resampled(mono, decoder.header.sampling_rate, RATE)])
 
 
 if __name__ == "__main__":

@@ -198,6 +198,8 @@ def vocabulary(
         f"{counted(len(found.counts), 'symbol')}, {total:,} times in {counted(found.transcripts, 'transcript')}; "
         f"{counted(found.untranscribed, 'utterance')} without a transcript"
     )
+    if found.turkish:
+        console.print("letters were paired as in Turkish (I and ı, İ and i), because the transcripts have ı or İ")
     if left_out:
         listed = ", ".join(map(show_symbol, left_out))
         console.print(f"left out ({counted(sum(found.counts[one] for one in left_out), 'occurrence')}): {listed}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ import typer
 
 from w2vscale.cli import arguments
 from w2vscale.cli.progress import console, print_table, progress_bar
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, counted
 from w2vscale.files import write_text
 
 if TYPE_CHECKING:
@@ -101,7 +102,10 @@ def _evaluate_wer(
         console.print(f"{one.utterance} ({one.speaker}): {one.words.rate:.1%}\n{one.alignment}\n")
     rows = [(speaker, f"{counts.reference:,}", f"{counts.rate:.2%}") for speaker, counts in found.speakers.items()]
     print_table(("speaker", "words", "WER"), rows)
-    console.print(f"{len(found.utterances):,} utterances, {len(found.bad)} skipped")
+    console.print(f"{counted(len(found.utterances), 'utterance')}, {len(found.bad)} skipped")
+    for kind, count in Counter(one.kind for one in found.bad).most_common():
+        first = next(one for one in found.bad if one.kind == kind)
+        console.print(f"skipped ({kind}): {count:,}, the first one: {first}")
     console.print(f"WER {describe_rate(found.words, found.word_interval, 'words')}")
     console.print(f"CER {describe_rate(found.characters, found.character_interval, 'characters')}")
     if output is not None:

@@ -143,7 +143,7 @@ def _parse_yaml(text: str, *, where: str) -> dict[str, Any]:
     try:
         tree = load_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: not valid YAML: {_problem(error)}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if not isinstance(tree, dict | None):
@@ -274,7 +274,21 @@ def first_problem(error: ValidationError, kind: type[BaseModel], section: str = 
     return f"{key}={VALUES.repr(value)}: {message}"
 
 
+def _problem(error: yaml.YAMLError) -> str:
+    """What is wrong with a file, in one line, and where."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        tab = "a tab; indent with spaces" if "'\\t'" in error.problem else None
+        return f"{place}: {tab or ' '.join(filter(None, (error.context, error.problem)))}"
+    return " ".join(str(error).split())
+
+
 def _unknown_section(name: str, value: object, kind: type[BaseModel]) -> str:
+    if (section := name.partition(".")[0]) in Config.model_fields and section != name:
+        key = name.partition(".")[2]
+        return (
+            f"{name}: in a file, a section has its settings below it: write {section}: and below it, indented, {key}:"
+        )
     given = f"{name}.{next(iter(value))}" if isinstance(value, Mapping) and value else name
     bare = [key for key in _all_keys(kind) if given == name and key.endswith(f".{name}")]
     hint = f"; did you mean {bare[0]}?" if bare else nearest(name, Config.model_fields)

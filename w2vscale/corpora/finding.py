@@ -20,6 +20,7 @@ TRANSCRIPT = "transcript"
 PREFERRED = "another transcript of the audio file is used"
 ALONE = "no audio file beside it has its name"
 NOT_AUDIO = "not audio"
+BROKEN_LINK = "broken link"
 
 
 class AudioFile(NamedTuple):
@@ -139,7 +140,7 @@ def _sorted_entries(folder: Path, below: str, found: FolderContents) -> _Entries
             elif os.path.isdir(entry) if is_link else entry.is_dir():
                 inside.folders.append(entry)
             elif not (os.path.isfile(entry) if is_link else entry.is_file()):
-                found.leave_out(below + entry.name, "not a file" if os.path.exists(entry) else "broken link")
+                found.leave_out(below + entry.name, "not a file" if os.path.exists(entry) else BROKEN_LINK)
             elif suffix.lower() in AUDIO_SUFFIXES:
                 inside.audio.append(entry)
             elif suffix.lower() in TEXT_SUFFIXES:

@@ -12,7 +12,7 @@ from w2vscale.corpora.segments import Timed
 from w2vscale.corpora.text_files import lines_of_file
 from w2vscale.errors import UserError
 
-WITHOUT_TEXT = "utterances without a line in the file `text`, whose words are unknown"
+WITHOUT_TEXT = "utterances without a transcript, whose words are unknown"
 WITHOUT_UTTERANCE = "lines of the file `text` that belong to no utterance, and are not used"
 
 

@@ -14,6 +14,7 @@ from lhotse.cut import Cut
 
 from w2vscale.corpora.finding import Unusable
 from w2vscale.corpora.header_cache import Header
+from w2vscale.corpora.kaldi import WITHOUT_TEXT
 from w2vscale.corpora.preparing import NO_SPEECH, Cuts, Options, Text, part_of, whole_file, with_text, write_manifests
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.segments import Segment, segments_of_speech
@@ -97,6 +98,9 @@ def prepare_listing(listing: Listing, output: Path, parts: Sequence[str], option
         left_out=listing.left_out,
         notes=listing.notes,
     )
+    texts = [one.text.text for recording in listing.recordings.values() for one in recording.utterances]
+    if any(text is not None for text in texts):
+        listing.notes[WITHOUT_TEXT] = texts.count(None)
     numbers = {part: number for number, part in enumerate(parts)}
     cuts_of = partial(_cuts_of, listing, numbers, options)
 

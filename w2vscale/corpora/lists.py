@@ -94,9 +94,7 @@ def prepare_kaldi(folder: Path, output: Path, *, encoding: str | None = None, op
 def _file_of(source: str) -> tuple[str, int | None]:
     """The file that an entry of wav.scp decodes, and its channel if one is chosen. ValueError if it does more."""
     if not source.endswith("|"):
-        if source == "-" or (source.rpartition(":")[2].isdecimal() and ".ark:" in source):
-            raise ValueError("audio in archives is not read: save it as files")
-        return source, None
+        return _refuse_archive(source), None
     program, *words = shlex.split(source[:-1]) or [""]
     options = DECODING.get(os.path.basename(program))
     if options is None:
@@ -114,7 +112,13 @@ def _file_of(source: str) -> tuple[str, int | None]:
             files.append(word)
     if len(files) != 1:
         raise ValueError("commands are not run, and this one does more than decode one file; save what it writes")
-    return files[0], int(chosen) - 1 if chosen else None
+    return _refuse_archive(files[0]), int(chosen) - 1 if chosen else None
+
+
+def _refuse_archive(source: str) -> str:
+    if source == "-" or (source.rpartition(":")[2].isdecimal() and ".ark:" in source):
+        raise ValueError("audio in archives is not read: save it as files")
+    return source
 
 
 def _base(folder: Path, audio: dict[str, str]) -> Path:
@@ -207,7 +211,8 @@ def _channel(entry: dict[str, Any]) -> int | None:
 
 def _lines(path: Path, encoding: str | None, *, strip: bool = True) -> list[str]:
     if not path.is_file():
-        raise UserError(f"{path}: no such file{nearest_path(path)}")
+        problem = "a folder, not a file" if path.is_dir() else f"no such file{nearest_path(path)}"
+        raise UserError(f"{path}: {problem}")
     return lines_of_file(path, encoding=encoding, strip=strip)
 
 
@@ -220,6 +225,8 @@ def prepare_fairseq(
     its speaker. Raises UserError if a line has no tab, the transcripts have another number of lines, or like
     `write_manifests`.
     """
+    if manifest.suffix in (".wrd", ".ltr"):
+        raise UserError(f"{manifest}: has transcripts; give the file with the paths: {manifest.with_suffix('.tsv')}")
     first, *rest = _lines(manifest, encoding, strip=False) or [""]
     entries = [(number, line) for number, line in enumerate(rest, start=2) if line.strip()]
     if not entries:
@@ -227,6 +234,8 @@ def prepare_fairseq(
             f"{manifest}: has no utterance; the first line is a folder, each other a path, a tab and samples"
         )
     root = manifest.absolute().parent / first
+    if not root.is_dir():
+        raise UserError(f"{manifest}: line 1 must be the folder of the audio, and {first[:200]!r} is none")
     texts = _fairseq_texts(manifest, len(entries), encoding)
     listing, part = Listing(root), manifest.stem
     for (number, line), text in zip(entries, texts, strict=True):

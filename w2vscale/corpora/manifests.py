@@ -27,7 +27,8 @@ class PreparedManifest:
 def existing_folder(path: Path) -> Path:
     """The absolute path of a folder. Raises UserError if there is no such folder."""
     if not os.path.isdir(path):
-        raise UserError(f"{path}: no such folder{nearest_path(path)}")
+        problem = "not a folder" if os.path.exists(path) else f"no such folder{nearest_path(path)}"
+        raise UserError(f"{path}: {problem}")
     return path.resolve()
 
 

@@ -328,13 +328,14 @@ def _chosen(
 ) -> list[str]:
     """The wanted parts of a corpus, by default all that are there. Raises UserError if one is unknown or missing."""
     there = [part for part in known if (corpus / part).is_dir()] if found is None else found
-    for part in wanted:
+    looked_for = known and f"looked for {', '.join(known)}"
+    for part in wanted if known else ():
         if part not in known:
             raise UserError(_unknown_part(part, known))
         if part not in there:
             existing_folder(corpus / part)
-    if not (wanted or there):
-        raise UserError(f"{corpus}: contains no part of the corpus (looked for {', '.join(known) or '*'})")
+    if not known or not (wanted or there):
+        raise UserError(f"{corpus}: contains no part of the corpus{f' ({looked_for})' if looked_for else ''}")
     return list(dict.fromkeys(wanted or there))
 
 

@@ -67,7 +67,8 @@ class Report:
         for (suffix, _), found in sorted(examples.items()):
             files, lost = len({one.path for one in found}), sum(one.units for one in found)
             utterances = f"{counted(lost, 'utterance')} " if self.unit == "utterance" else ""
-            rows.append((suffix, files, f"{utterances}left out: {found[0].path}: {found[0].reason}"))
+            example = ", for example" if len({one.reason for one in found}) > 1 else ""
+            rows.append((suffix, files, f"{utterances}left out{example}: {found[0].path}: {found[0].reason}"))
         others = self.others.most_common()
         rows += [(suffix, count, reason) for (suffix, reason), count in others[:SHOWN]]
         rest: Counter[str] = Counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import html
 import json
 import math
@@ -57,8 +56,8 @@ def read_timed(path: Path, *, encoding: str | None = None, notes: Counter[str] |
 def check_encoding(name: str) -> None:
     """Raise UserError if there is no encoding of this name."""
     try:
-        codecs.lookup(name)
-    except (LookupError, ValueError):  # ValueError: a null character in it
+        "a".encode(name)
+    except (LookupError, ValueError):  # ValueError: a null character in it, or no text
         raise UserError(f"--encoding {name}: no encoding has this name; try for example latin-1 or cp1252") from None
 
 

@@ -29,6 +29,7 @@ class SymbolCounts:
     examples: dict[str, str] = field(default_factory=dict)  # the id of the first utterance with each symbol
     transcripts: int = 0
     untranscribed: int = 0  # utterances without a transcript
+    turkish: bool = False  # whether letters were converted by the pairs of Turkish: I and ı, İ and i
 
     def add(self, other: SymbolCounts) -> None:
         """Add the counts of later utterances."""
@@ -81,8 +82,8 @@ def count_symbols(
 
 
 def _in_case(found: SymbolCounts, case: str) -> SymbolCounts:
-    turkish = any(letter in symbol for symbol in found.counts for letter in "ıİ")
-    changed = SymbolCounts(transcripts=found.transcripts, untranscribed=found.untranscribed)
+    turkish = case != "keep" and any(letter in symbol for symbol in found.counts for letter in "ıİ")
+    changed = SymbolCounts(transcripts=found.transcripts, untranscribed=found.untranscribed, turkish=turkish)
     for symbol, count in found.counts.items():
         new = unicodedata.normalize("NFC", change_case(symbol, case, turkish=turkish))
         changed.counts[new] += count

@@ -171,7 +171,8 @@ def check_manifest(path: Path) -> int:
         raise UserError(f"{path}: audio, not a manifest; make one with: w2vscale data prepare folder {path.parent} OUT")
     if path.suffix != ".jsonl":
         raise UserError(
-            f"{path}: only uncompressed JSONL (*.jsonl) can be indexed; convert it with: lhotse copy {path} NEW.jsonl"
+            f"{path}: only uncompressed JSONL (*.jsonl) can be indexed; convert a manifest of another form with: "
+            f"lhotse copy {path} NEW.jsonl"
         )
     size = path.stat().st_size
     if size == 0:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from lhotse.cut import Cut
 from lhotse.utils import compute_num_samples
 
-from w2vscale.corpora.finding import Unusable, find_audio
+from w2vscale.corpora.finding import BROKEN_LINK, Unusable, find_audio
 from w2vscale.corpora.index import build_index
 from w2vscale.data.audio import check_channel, one_channel, read_audio
 from w2vscale.data.decoding import AudioError, check_name, is_audio, open_audio, read_header
@@ -62,7 +62,11 @@ def find_utterances(paths: Iterable[Path], *, channel: int | None = None) -> lis
             if not contents.audio:
                 raise contents.no_audio(path)
             found += [_of_file(path / file.path, file.path, channel) for file in contents.audio]
-            found += [Utterance(one.path, str(path / one.path), partial(_refuse, one)) for one in contents.unusable]
+            broken = [Unusable(file, "missing", why) for file, why in contents.left_out if why == BROKEN_LINK]
+            found += [
+                Utterance(one.path, str(path / one.path), partial(_refuse, one))
+                for one in (*contents.unusable, *broken)
+            ]
         elif ".jsonl" in path.suffixes and not is_audio(path.name):
             found += _cut_utterances(path)
         else:
