@@ -108,6 +108,21 @@ class TestKeys:
             load_config(path)
         assert str(caught.value) == f"{path}: data is given twice, in lines 2 and 6; keep one"
 
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("data:\n\tworkers: 2\n", "not valid YAML: line 2, column 1: a tab; indent with spaces"),
+            ("data: {workers: 2\n", "not valid YAML: line 2, column 1: while parsing a flow mapping expected"),
+            ("data.train: x\n", "data.train: in a file, a section has its settings below it: write data: and below it"),
+        ],
+    )
+    def test_a_file_of_another_form_says_where(self, text: str, message: str, tmp_path: Path) -> None:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        with pytest.raises(UserError) as caught:
+            load_config(path)
+        assert str(caught.value).startswith(f"{path}: {message}")
+
     @given(values=st.dictionaries(texts, st.integers(), max_size=5))
     def test_any_text_is_kept(self, values: dict[str, int]) -> None:
         for style in (None, True, False):

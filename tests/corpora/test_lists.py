@@ -292,6 +292,12 @@ class TestFairseq:
         assert "line 2 is not a path, a tab, and a number of samples" in error_of(
             prepare_fairseq, manifest, tmp_path / "out"
         )
+        manifest.write_text("long.flac\t9\nlong.flac\t144000\n")
+        message = f"{manifest}: line 1 must be the folder of the audio, and 'long.flac\\t9' is none"
+        assert error_of(prepare_fairseq, manifest, tmp_path / "out") == message
+        letters = tmp_path / "train.ltr"
+        message = f"{letters}: has transcripts; give the file with the paths: {manifest}"
+        assert error_of(prepare_fairseq, letters, tmp_path / "out") == message
         manifest.write_text("audio\nlong.flac\t144000\ngone.flac\t1\nspk/take 1.wav\t999\n")
         (tmp_path / "train.wrd").write_text("EINS\n")
         assert "has 1 lines for the 3 utterances of train.tsv" in error_of(prepare_fairseq, manifest, tmp_path / "out")

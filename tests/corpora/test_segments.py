@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w2vscale.corpora.segments import (
+    LEAST,
     LONGEST_PAUSE,
     ROUNDING,
     SHORTEST,
@@ -69,6 +70,12 @@ def test_a_window_may_end_in_a_pause_in_which_the_one_before_ended() -> None:
 def test_a_phrase_that_is_too_long_is_cut_and_the_pause_before_it_at_most_twice() -> None:
     words = [Timed(1.0, 6.0, "a phrase")]
     assert [segment.end for segment in windows(6.5, 2.0, words)] == [0.5, 1.0, 3.0, 5.0, 6.5]
+
+
+def test_no_window_is_much_shorter_than_a_word() -> None:
+    words = [Timed(0.0, 1.0, "a"), Timed(1.012, 9.0, "a long phrase")]
+    ends = [segment.end for segment in windows(9.0, 1.003, words)]
+    assert all(after - before >= LEAST for before, after in pairwise([0.0, *ends]))
 
 
 @given(

@@ -235,8 +235,13 @@ class TestWithoutTimes:
 
     def test_an_encoding_that_does_not_exist(self, talk: Path) -> None:
         out = talk.parent.parent / "out"
-        message = error_of("data", "prepare", "folder", talk.parent, out, "--encoding", "latin1252")
-        assert message == "--encoding latin1252: no encoding has this name; try for example latin-1 or cp1252"
+        for name in ("latin1252", "base64", "undefined", "\0"):
+            message = error_of("data", "prepare", "folder", talk.parent, out, "--encoding", name)
+            assert message == f"--encoding {name}: no encoding has this name; try for example latin-1 or cp1252"
+        app(
+            args=["data", "prepare", "folder", str(talk.parent), str(out), "--encoding", "utf-16"],
+            standalone_mode=False,
+        )
 
 
 class TestJson:

@@ -304,6 +304,7 @@ def test_rolling_captions_have_each_line_once(tmp_path: Path) -> None:
         ([(0, 1, "A\nB"), (1.1, 2, "B\nC")], ["A B", "B C"], 0),
         ([(0, 1, "A\nB"), (1, 1.01, "A"), (1.01, 2, "A B")], ["A B", "A", "A B"], 0),
         ([(5, 6, "A"), (0, 1, "A\nB")], ["A B", "A"], 0),
+        ([(0, 1, "A"), (1.001, 2, "A\nB")], ["A", "B"], 1),  # times are rounded
         ([(0, 1, ""), (1, 2, "")], ["", ""], 0),
     ],
 )

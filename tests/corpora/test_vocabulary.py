@@ -80,6 +80,7 @@ def test_rare_symbols_can_be_left_out(tmp_path: Path) -> None:
 
 def test_case_is_that_of_turkish_where_its_letters_occur(tmp_path: Path) -> None:
     turkish = write_transcripts(tmp_path / "tr", ["IŞIK İYİ", "ılık iyi"])
+    assert count_symbols([turkish], case="lower").turkish and not count_symbols([turkish]).turkish
     assert {"ı", "i"} < {*count_symbols([turkish], case="lower").counts}
     assert {"I", "İ"} < {*count_symbols([turkish], case="upper").counts}
     other = count_symbols([write_transcripts(tmp_path / "de", ["Iß iss"])], case="upper")

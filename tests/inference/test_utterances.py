@@ -46,6 +46,20 @@ def test_the_files_of_a_folder_are_those_of_prepare(mixed_audio: Path, tmp_path:
     assert names_of(folder)[:2] == ["a/b/two", "a/one"]
 
 
+def test_a_broken_link_and_a_name_that_is_no_text_are_named(tmp_path: Path) -> None:
+    folder = tmp_path / "audio"
+    write_audio(folder / "a.wav", noise(1.0))
+    os.symlink("gone.wav", folder / "link.wav")
+    os.rename(write_audio(folder / "b.wav", noise(1.0)), os.fsencode(folder) + b"/\xff.wav")
+    reasons = {}
+    for one in find_utterances([folder]):
+        try:
+            one.open()
+        except AudioError as error:
+            reasons[one.name] = str(error)
+    assert reasons == {"link.wav": "broken link", "\udcff": "its name is not UTF-8: rename it"}
+
+
 def test_files_with_one_name_are_told_apart_by_suffix_and_then_by_path(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     touch(one / "a.wav", one / "a.flac", one / "b.mp3", two / "a.wav", two / "b.ogg", two / "c.ogg")

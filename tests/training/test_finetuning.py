@@ -111,6 +111,7 @@ def test_word_errors_of_memorised_utterances(spelled: Path, memorised: Path, tmp
     assert document["words"]["reference"] == 20 and document["wer"] <= 0.1
     assert [bad["kind"] for bad in document["bad"]] == ["no transcript"]
     assert "WER" in result.output and "utterances, 1 skipped" in result.output
+    assert "skipped (no transcript): 1, the first one: u10 (" in result.output
     assert "<h2>Speakers</h2>" in (tmp_path / "wer.html").read_text()
     (tmp_path / "other" / "u10.flac").unlink()  # an utterance without a transcript is not decoded
     assert "utterances, 1 skipped" in CliRunner().invoke(app, command).output
