@@ -113,7 +113,9 @@ def features(
             batch_seconds=batch_seconds,
             progress=progress,
         )
-    console.print(f"{output}: {found.files:,} files, {found.frames:,} frames of {counted(len(found.layers), 'layer')}")
+    console.print(
+        f"{output}: {counted(found.files, 'file')}, {found.frames:,} frames of {counted(len(found.layers), 'layer')}"
+    )
     _refuse_bad(found.bad, found.files)
 
 
