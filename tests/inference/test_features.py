@@ -57,7 +57,7 @@ def test_the_command_and_both_formats(run: Path, tmp_path: Path) -> None:
     expected = load(run).features(soundfile.read(path, dtype="float32")[0], 16_000)
     for _ in range(2):  # an existing file is replaced
         printed = features_command(run, path, "-o", out, "--layer", 2)
-    assert printed == f"{out}: 1 files, 124 frames of 1 layer\n"
+    assert printed == f"{out}: 1 file, 124 frames of 1 layer\n"
     np.testing.assert_allclose(np.load(out / "one.two.npy"), expected[2].numpy(), rtol=0, atol=1e-6)
     features_command(run, path, "-o", out, "--format", "safetensors", "--layer", 3, "--layer", 1)
     tensors = load_file(out / "one.two.safetensors")
