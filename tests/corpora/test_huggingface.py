@@ -90,7 +90,10 @@ def test_parquet_files_as_on_the_hub(rows: Any, tmp_path: Path) -> None:
     rows.select([3]).to_parquet(folder / "test-00000-of-00001.parquet")
     report = prepare_huggingface(str(tmp_path / "dataset"), tmp_path / "out")
     assert {one.path.name: one.utterances for one in report.manifests} == {"cuts_test.jsonl": 1, "cuts_train.jsonl": 4}
-    assert [note.split(":")[0] for note in report.notes] == ["row of test", "rows of train", WITHOUT_TEXT]
+    assert [note.split(":")[0] for note in +report.notes] == ["row of test", "rows of train", WITHOUT_TEXT]
+    (folder / "train-00001-of-00002.parquet").rename(folder / "train-00003-of-00007.parquet")
+    report = prepare_huggingface(str(tmp_path / "dataset"), tmp_path / "out")
+    assert report.notes["shards of train that are not in the folder"] == 5
 
 
 def test_arrow_in_the_format_of_files(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def prepare_huggingface(
     listing = Listing(folder if local else output.absolute(), unusable=found.unusable)
     chosen = list(dict.fromkeys(splits or found.splits))
     for split in chosen:
+        listing.notes[f"shards of {split} that are not in the folder"] = found.absent[split]
         _add(listing, split, found.splits[split], output.absolute() / "audio" / split, audio, text)
     for path, reason in found.others:
         if str(path) not in listing.recordings:  # rows may name audio files beside their table

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from w2vscale.corpora.finding import Unusable
 from w2vscale.errors import UserError
 from w2vscale.files import nearest_path, read_text
 
-SHARD = re.compile(r"(?:(.*?)-)?\d{5,}(?:-of-\d{5,})?(?:-[0-9a-f]{16})?")
+SHARD = re.compile(r"(?:(.*?)-)?(\d{5,})(?:-of-(\d{5,}))?(?:-[0-9a-f]{16})?")
 """train-00000-of-00008, train-00000-of-00001-a09b74b3ef9c3b56, 00000"""
 
 CACHED = re.compile(r"(.+)-((?:train|validation|valid|dev|test)(?:\.\w+)*)")
@@ -184,6 +185,7 @@ class TablesInFolder:
     """What is below a folder: tables by split, and files that are something else, with the reason."""
 
     splits: dict[str, Sequence[Table]] = field(default_factory=dict)
+    absent: Counter[str] = field(default_factory=Counter)  # shards of each split that are not there
     unusable: list[Unusable] = field(default_factory=list)
     others: list[tuple[Path, str]] = field(default_factory=list)
 
@@ -198,7 +200,7 @@ def find_tables(folder: Path) -> TablesInFolder:
     Raises UserError if the folder has no such file.
     """
     found = TablesInFolder()
-    groups: dict[tuple[tuple[str, ...], str, str], list[Table]] = {}
+    groups: dict[tuple[tuple[str, ...], str, str], list[TableFile]] = {}
     for place, names in _folders(folder, found):
         saved = _saved_dataset(place, names)
         if saved:
@@ -226,8 +228,17 @@ def find_tables(folder: Path) -> TablesInFolder:
         raise UserError(f"{folder}: has no .parquet or .arrow file; for audio files use: w2vscale data prepare folder")
     common = len(Path(os.path.commonpath(["/".join(parts[:-1]) for parts, *_ in groups])).parts)
     for (parts, *_), tables in sorted(groups.items()):
-        found.splits[_unused("_".join(parts[common:]), found.splits)] = tables
+        split = _unused("_".join(parts[common:]), found.splits)
+        found.splits[split] = tables
+        found.absent[split] = _absent_shards(tables)
     return found
+
+
+def _absent_shards(tables: Sequence[TableFile]) -> int:
+    """How many shards are missing of those that the names of others count (00000-of-00008)."""
+    named = [shard for table in tables if (shard := SHARD.fullmatch(table.path.stem)) and shard[3]]
+    there = {int(shard[2]) for shard in named}
+    return max(max((int(shard[3]) for shard in named), default=0) - len(there), 0)
 
 
 def _folders(folder: Path, found: TablesInFolder) -> Iterator[tuple[Path, list[str]]]:
