@@ -135,6 +135,10 @@ class Launched:
 
     def __exit__(self, *error: object) -> None:
         with suppress(OSError):
+            # After the death of a loader, PyTorch opens ten empty files to see whether it can. An exit may leave some.
+            for file in self.temporary.glob("tmp????????"):
+                if file.is_file() and not file.stat().st_size:
+                    file.unlink()
             self.temporary.rmdir()  # if nothing is left in it
         with self.process:  # closes its pipes
             if self.process.poll() is None:
