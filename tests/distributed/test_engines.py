@@ -159,7 +159,7 @@ class TestHybridSharding:
         """One and three forwards per window."""
         assert_same(six_updates("fsdp_hybrid_of_four", 4, micro_batches), six_updates("ddp", 4, micro_batches))
 
-    @pytest.mark.parametrize(("writer", "reader"), [("ddp", "fsdp_hybrid_of_four"), ("fsdp_hybrid_of_four", "ddp")])
+    @pytest.mark.parametrize(("writer", "reader"), [("ddp", "fsdp_hybrid_of_four"), long("fsdp_hybrid_of_four", "ddp")])
     def test_checkpoints_move_between_it_and_ddp(
         self, six_updates: Train, continued: Continue, writer: str, reader: str
     ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from tests.helpers.audio import cut_of, noise, write_audio, write_manifest
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_tiny
+from tests.helpers.tiers import long_except
 from tools.bench.engine_parity import ENGINES
 
 pytestmark = pytest.mark.distributed
@@ -38,7 +39,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("golden"))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", long_except({"ddp", "fsdp", "zero3"}, ENGINES))
 def test_the_curve_is_the_golden_one(pool: Callable[[int], Pool], corpus: Path, tmp_path: Path, engine: str) -> None:
     if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")

@@ -107,6 +107,7 @@ def test_unfinished_files_that_fill_the_disk_are_deleted(disk: Disk) -> None:
         assert not partial.exists()
 
 
+@pytest.mark.long
 def test_a_run_on_a_full_disk(disk: Disk, small_corpus: SmallCorpus, tmp_path: Path) -> None:
     """It is repeated on the full disk, with a little room, and with enough."""
     exp = disk.path / "exp"

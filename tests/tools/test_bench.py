@@ -160,6 +160,7 @@ def test_the_sampler_bench_compares_both_on_the_same_durations() -> None:
     assert {"memory_mb", "memory_mb_lhotse", "ratio", "ratio_walked", "walk_seconds", *sampler.FORMS} <= set(figures)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("few_updates")
 def test_the_sampler_bench_opens_a_corpus_on_disk(tmp_path: Path) -> None:
     options = ["--utterances", "1000", "--rounds", "1", "--no-lhotse", "--folder", str(tmp_path)]
@@ -195,6 +196,7 @@ def test_the_loader_bench_counts_audio_and_bytes(small_corpus: SmallCorpus) -> N
     assert loader.decode_in_processes(files, 2) > 0
 
 
+@pytest.mark.long
 def test_the_end_to_end_bench_compares_a_run_with_its_steps(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(end_to_end.main)

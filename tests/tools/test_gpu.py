@@ -16,6 +16,7 @@ import typer
 from torch import Tensor
 
 from tests.helpers.processes import running
+from tests.helpers.tiers import long_except
 from tools.bench import gpu
 from tools.bench.engine_parity import ENGINES
 from tools.bench.gpu import Phase, run_phases
@@ -150,7 +151,7 @@ def test_every_phase_measures_on_a_cpu(tmp_path: Path) -> None:
     assert {"positional of base", "attention of large", "a new shape, attention"} <= set(document["choices"])
 
 
-@pytest.mark.parametrize("part", COMPILED)
+@pytest.mark.parametrize("part", long_except({"first layer"}, COMPILED))
 def test_what_is_measured_compiled_can_be_compiled(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     config = CPU.config("base", "precision.compute=bf16")
