@@ -303,6 +303,10 @@ class TestChannels:
         assert report.used == {".wav": 1}
         report = prepare(tmp_path / "audio", tmp_path / "out", channel=0)
         assert [one.path for one in report.unusable] == ["b.wav"]
+        other = write_audio(
+            tmp_path / "other.wav", np.stack([talk.audio[: audio.size], audio], axis=1), subtype="FLOAT"
+        )
+        assert find_speech(other, channel=0)
 
     def test_speech_is_found_where_the_channels_cancel_for_some_time(self, talk: Talk, tmp_path: Path) -> None:
         start, end = talk.utterances[0]

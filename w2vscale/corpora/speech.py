@@ -60,8 +60,6 @@ def _mono(decoder: Decoder, channel: int | None) -> Iterator[Samples]:
     """
     rate, heard, cancelled, last = decoder.header.sampling_rate, 0, 0, None
     while len(block := decoder.read(BLOCK)):
-        if not np.isfinite(block).all():  # the model would hear no speech from there on
-            raise AudioError("not finite", "contains samples that are not finite")
         parts = []
         for second in np.split(block, range(rate, len(block), rate)):
             is_heard = bool(np.abs(second).max() > AUDIBLE)
@@ -71,7 +69,10 @@ def _mono(decoder: Decoder, channel: int | None) -> Iterator[Samples]:
             except AudioError as error:
                 parts.append(second[:, 0])
                 cancelled, last = cancelled + is_heard, error
-        yield np.concatenate(parts)
+        audio = np.concatenate(parts)
+        if not np.isfinite(audio).all():  # the model would hear no speech from there on
+            raise AudioError("not finite", "contains samples that are not finite")
+        yield audio
     if last is not None and cancelled == heard:
         raise last
 
