@@ -56,7 +56,7 @@ class Transcript(NamedTuple):
         return self.text if self.units is None else _joined(self.units)
 
     def of_segments(self, segments: Sequence[Segment], notes: Counter[str]) -> list[str | None]:
-        """What is said in each segment of the recording, as far as it is known."""
+        """The text of each segment of the recording; None where it is not known."""
         if self.units is None:
             if len(segments) == 1:  # it has all of the speech
                 return [self.text]

@@ -108,7 +108,7 @@ class TableFile:
                     except pyarrow.ArrowInvalid as error:
                         yield Unreadable("damaged", _in_one_line(error))
                     number += 1
-        except Exception as error:
+        except Exception as error:  # as above
             reason = f"cannot be read from row {number} on: {_in_one_line(error)}"
             raise Unreadable("unreadable", reason) from None
 

@@ -161,8 +161,8 @@ def _without_rolled_lines(cues: Sequence[_Cue], notes: Counter[str]) -> Iterator
     """Leave out the lines that a cue shows again from the one directly before, as the captions of YouTube do.
 
     There, a cue of one or two seconds adds a line below the last line of the cue before, and one of 10 ms follows,
-    which shows that line alone. What is said twice stays: a cue that adds nothing is left out only if it is brief, and
-    nothing is left out where fewer than half of the cues without a pause before them repeat a line.
+    which shows that line alone. A speaker may also say a line twice. So a longer cue is kept, even if all of its lines
+    are repeated. Nothing is dropped if fewer than half of the cues that follow without a pause repeat a line.
     """
     pairs = [*pairwise([_Cue(-math.inf, -math.inf, []), *cues])]
     touching = [before.start <= cue.start <= before.end + TOUCHING for before, cue in pairs]
