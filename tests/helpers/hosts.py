@@ -5,6 +5,7 @@ Nothing in them reaches another network. They need Linux, root, and the programs
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 from tests.helpers.processes import ROOT, running
 
 PREFIX = "w2vscale-"
+NUMBERS = itertools.count()
 NAMES = Path("/etc/netns")
 """`ip netns exec NAMESPACE` shows a process the files in /etc/netns/NAMESPACE as if they were in /etc."""
 
@@ -67,9 +69,13 @@ class Host:
         return f"10.77.0.{self.number}"
 
     def start(
-        self, command: Sequence[str | Path], *, output: Path | None = None, environment: Mapping[str, str] | None = None,
+        self,
+        command: Sequence[str | Path],
+        *,
+        output: Path | None = None,
+        environment: Mapping[str, str] | None = None,
         cwd: Path | None = None,
-    ) -> subprocess.Popen[str]:  # fmt: skip
+    ) -> subprocess.Popen[str]:
         """Start a process on this host, as the leader of a new session. What it prints is appended to `output`."""
         named = ["sh", "-c", 'hostname "$1" && shift && exec "$@"', "sh", self.name]
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", *named, *map(str, command)]
@@ -110,7 +116,7 @@ class Hosts(Sequence[Host]):
     """
 
     def __init__(self, count: int, *, delays: bool = False) -> None:
-        self.prefix = f"{PREFIX}{os.getpid()}-"
+        self.prefix = f"{PREFIX}{os.getpid()}-{next(NUMBERS)}-"
         self.bridge = f"{self.prefix}switch"
         self._hosts = [Host(number, f"{self.prefix}{number}") for number in range(1, count + 1)]
         self._delays = delays

@@ -20,6 +20,7 @@ import selectors
 import struct
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 CLONE_NEWNET = 0x40000000
@@ -81,10 +82,8 @@ def run(ports: list[Port]) -> None:
         while waiting and waiting[0][0] <= time.monotonic():
             _, _, target, frame = heapq.heappop(waiting)
             if not target.cut:
-                try:
+                with suppress(OSError):  # its queue is full, or it is not up: the frame is lost, as in any switch
                     os.write(target.device, frame)
-                except (BlockingIOError, OSError):
-                    pass  # its queue is full, or it is not up: the frame is lost, as in any switch
 
 
 if __name__ == "__main__":
