@@ -39,16 +39,21 @@ class Agents:
         command = ["-m", "w2vscale", "train", "base", *MICRO_RUN, f"data.train={corpus}", *settings]
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes or len(hosts)}"]
         torchrun += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--rdzv-backend=c10d"]
-        torchrun += [f"--rdzv-endpoint={hosts[0].name}:{PORT}", "--rdzv-id=test"]
-        self.agents = {
-            host: host.start(
-                [*torchrun, f"--local-addr={host.address}", *command, "--exp", self.exp],
-                output=self.output(host),
-                environment={"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-                cwd=folder,
-            )
-            for host in hosts
-        }
+        # With fewer hosts than the most, the rendezvous waits `last_call_timeout` (30 seconds) for another one.
+        torchrun += [f"--rdzv-endpoint={hosts[0].name}:{PORT}", "--rdzv-id=test", "--rdzv-conf=last_call_timeout=5"]
+        self._torchrun, self._command = torchrun, [*command, "--exp", str(self.exp)]
+        self.agents: dict[Host, subprocess.Popen[str]] = {}
+        for host in hosts:
+            self.start(host)
+
+    def start(self, host: Host) -> None:
+        """Start the agent of a host, also in the place of one that has ended."""
+        self.agents[host] = host.start(
+            [*self._torchrun, f"--local-addr={host.address}", *self._command],
+            output=self.output(host),
+            environment={"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            cwd=self.folder,
+        )
 
     def output(self, host: Host) -> Path:
         """The file with what a host has printed."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -63,13 +64,14 @@ class Watchdog:
 
     def __init__(self, ranks: Ranks, folder: Path, *, seconds: float, stop: StopRequest, grace: float) -> None:
         self.ranks, self.folder, self.seconds, self.stop, self.grace = ranks, folder, seconds, stop, grace
-        self.every = min(seconds / 5, 10.0)  # seconds between reports
+        self.every = min(seconds / 5, 5.0)  # seconds between reports
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         self._store: dist.Store | None = None
         self._heard: dict[int, tuple[int, float]] = {}
         self._reports = 0
         self._answered = time.monotonic()
+        self._hosts: list[str] = []
         self.at("starting", slow=True)
 
     def at(self, place: str, *, slow: bool = False) -> None:
@@ -81,7 +83,7 @@ class Watchdog:
             self._store = side_store(timedelta(seconds=self.every))
             self._store.set("verdict", "")
             self._send()
-            gather_from_ranks(None)  # every rank has sent a report
+            self._hosts = gather_from_ranks(socket.gethostname())  # now every rank has sent a report
             # A thread of its own, because it may wait for a rank 0 that never answers.
             self._threads.append(threading.Thread(target=self._talk, name="watchdog-talk", daemon=True))
         for thread in self._threads:
@@ -111,13 +113,23 @@ class Watchdog:
                     self._end(f"no progress: {own.text()}")
             elif (silence := now - self._answered) > self.seconds:
                 # Rank 0 reports for all, so its silence is reported by the first of the others.
-                self._end(f"rank 0 has not been heard of for {silence:.0f} s", shown=self.ranks.rank == 1)
+                self._end(f"{self._name(0)} has not been heard of for {silence:.0f} s", shown=self.ranks.rank == 1)
 
     def _talk(self) -> None:
         """Exchange reports and the verdict through rank 0."""
+        lost = False
         while not self._ended.wait(self.every):
-            with suppress(RuntimeError):  # a time-out, or a connection that is broken
+            before = self._answered
+            try:
                 self._exchange()
+            except RuntimeError:  # a time-out, or a connection that is broken
+                lost = True
+                continue
+            if lost:
+                lost = False
+                silence = self._answered - before
+                text = f"warning: {self._name(self.ranks.rank)} had no answer from {self._name(0)} for {silence:.0f} s"
+                os.write(2, f"{text}; the run goes on\n".encode())
 
     def _exchange(self) -> None:
         assert self._store is not None
@@ -158,13 +170,17 @@ class Watchdog:
         if not silent and all(report.seconds <= report.allowed for report in reports):
             return None
         lines = [
-            f"rank {rank}: not heard of for {silent[rank]:.0f} s, last at {reports[rank].place}"
+            f"{self._name(rank)}: not heard of for {silent[rank]:.0f} s, last at {reports[rank].place}"
             if rank in silent
-            else f"rank {rank}: at {reports[rank].text()}"
+            else f"{self._name(rank)}: at {reports[rank].text()}"
             for rank in sorted(range(len(reports)), key=lambda rank: (rank not in silent, *_order(reports[rank])))
         ]
         more = f"; and {len(lines) - SHOWN} more ranks" if len(lines) > SHOWN else ""
         return f"no progress: {'; '.join(lines[:SHOWN])}{more}"
+
+    def _name(self, rank: int) -> str:
+        """Name a rank and, if there are several, its host."""
+        return f"rank {rank} on {self._hosts[rank]}" if len(set(self._hosts)) > 1 else f"rank {rank}"
 
     def _end(
         self, problem: str, *, code: int = TemporaryError.exit_code, shown: bool = True, wait: float = 0.0
