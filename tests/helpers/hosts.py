@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def missing_for_hosts() -> str | None:
     """Why this machine cannot have such hosts, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    if absent := [name for name in ("ip", "tc", "unshare", "hostname") if shutil.which(name) is None]:
+    if absent := [name for name in ("ip", "tc", "unshare", "hostname", "sysctl") if shutil.which(name) is None]:
         return f"{absent[0]} is not installed"
     try:
         for delays in (False, True):
@@ -57,6 +57,7 @@ class Host:
     number: int
     namespace: str
     interface: str = "eth0"
+    started: list[subprocess.Popen[str]] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -81,7 +82,7 @@ class Host:
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", *named, *map(str, command)]
         stream = output.open("a") if output is not None else None
         try:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 inside,
                 env=os.environ | ENVIRONMENT | dict(environment or {}),
                 cwd=cwd,
@@ -94,6 +95,8 @@ class Host:
         finally:
             if stream is not None:
                 stream.close()
+        self.started.append(process)
+        return process
 
     def sent(self) -> int:
         """Bytes that it has sent since it began, with all headers."""
@@ -156,6 +159,9 @@ class Hosts(Sequence[Host]):
             with self._switch:  # closes its pipes and waits
                 self._switch.kill()
         _remove(self.prefix)
+        for host in self._hosts:
+            for process in host.started:
+                process.wait()
 
     def __len__(self) -> int:
         return len(self._hosts)
@@ -190,6 +196,11 @@ class Hosts(Sequence[Host]):
             self._change(host, cut=False)
         else:
             _ip("-n", self.bridge, "link", "set", host.name, "master", "bridge")
+
+    def give_up_after(self, retries: int) -> None:
+        """End a connection whose packets are not acknowledged after so many retries. Linux has 15: a quarter of an hour."""
+        for host in self._hosts:
+            _ip("netns", "exec", host.namespace, "sysctl", "-qw", f"net.ipv4.tcp_retries2={retries}")
 
     def kill(self, host: Host) -> None:
         """Cut a host off, and end all of its processes: to the others it is as if its power were gone."""

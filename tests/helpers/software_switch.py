@@ -40,13 +40,19 @@ class Port:
     cut: bool = False
 
 
-def open_link(namespace: str) -> int:
-    """Make the interface eth0 in a network namespace. Returns the file with its frames. This process moves there."""
-    with open(f"/run/netns/{namespace}") as place:
+def enter(namespace: str) -> None:
+    """Move this process into the network namespace that the file `namespace` stands for."""
+    with open(namespace) as place:
         if ctypes.CDLL(None, use_errno=True).setns(place.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), f"setns {namespace}")
+            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+
+
+def open_link(namespace: str) -> int:
+    """Make the interface eth0 in a network namespace. Returns the file with its frames."""
+    enter(f"/run/netns/{namespace}")
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH", b"eth0", IFF_TAP_WITHOUT_HEADER))
+    enter(f"/proc/{os.getppid()}/ns/net")  # what runs in the namespace of a host ends with it
     return device
 
 
