@@ -198,7 +198,7 @@ class Hosts(Sequence[Host]):
             _ip("-n", self.bridge, "link", "set", host.name, "master", "bridge")
 
     def give_up_after(self, retries: int) -> None:
-        """End a connection whose packets are not acknowledged after so many retries. Linux has 15: a quarter of an hour."""
+        """End connections after this many retries of a packet. Linux has 15, which takes a quarter of an hour."""
         for host in self._hosts:
             _ip("netns", "exec", host.namespace, "sysctl", "-qw", f"net.ipv4.tcp_retries2={retries}")
 
