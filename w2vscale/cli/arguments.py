@@ -81,12 +81,21 @@ def channel_number(name: str) -> int | None:
 def launch_if_asked(context: typer.Context, nproc_per_node: int, *, grace: float | None = None) -> None:
     """Run this command line (`context.obj`) in several processes and exit, unless a launcher has started this one.
 
-    `grace`: seconds that the processes have to exit after a stop signal.
+    `grace`: seconds that the processes have to exit after a stop signal. Raises UserError if a launcher has started
+    another number of processes on this machine.
     """
-    from w2vscale.distributed.launch import FAILURE_GRACE, launch, launched
+    from w2vscale.distributed.launch import FAILURE_GRACE, launch, launched, local_processes
 
-    if nproc_per_node != 1 and not launched():
+    if nproc_per_node == 1:
+        return
+    if not launched():
         sys.exit(launch(context.obj, nproc_per_node, grace=FAILURE_GRACE if grace is None else grace))
+    if (here := local_processes(os.environ)) != nproc_per_node:
+        started = "" if here is None else f", {here} on each machine"
+        raise UserError(
+            f"--nproc-per-node {nproc_per_node}: torchrun, DeepSpeed, SLURM or Kubernetes has started the processes "
+            f"already{started} (RANK or SLURM_STEP_NUM_TASKS is set); leave out this option"
+        )
 
 
 def check_dashes(arguments: Sequence[str]) -> None:
