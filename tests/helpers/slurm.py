@@ -22,8 +22,8 @@ PROGRAMS = ("srun", "scontrol", "scancel")
 class Job:
     """A job, which `sbatch` starts when it is made, and starts again with `again`.
 
-    `script` is a batch file, `tasks` the number of tasks on each of its machines. Its output goes to `folder`/slurm.out.
-    Options of sbatch in the script are read, but what they ask for is `tasks` and `environment`.
+    `script` is a batch file, `tasks` the number of tasks on each of its machines. Its output goes to
+    `folder`/slurm.out. Machines and tasks are not those of the script's options, but `tasks`.
     """
 
     def __init__(
@@ -114,13 +114,13 @@ class Job:
             assert time.monotonic() < deadline, self.output
             time.sleep(0.05)
 
-    def finish(self, *, code: int, seconds: float = 240.0) -> str:
-        """Wait until the batch script ends with `code`; returns what the job has printed."""
+    def finish(self, *, code: int | tuple[int, ...], seconds: float = 240.0) -> str:
+        """Wait until the batch script ends with `code`, or one of several; returns what the job has printed."""
         try:
             found = self.process.wait(seconds)
         finally:
             self.close()
-        assert found == code, self.output
+        assert found in (code if isinstance(code, tuple) else (code,)), self.output
         return self.output
 
     def close(self) -> None:

@@ -53,6 +53,12 @@ Lexicon = Annotated[
 LmWeight = Annotated[float, typer.Option(help="Language-model weight (applied to log10 probabilities).")]
 WordScore = Annotated[float, typer.Option(help="Score added per word (applies with --lm or --lexicon).")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of parallel processes.")]
+PartOption = Annotated[
+    str,
+    typer.Option(
+        "--part", metavar="K/N", help="Do only part K of N, in an array job; all parts together do the whole."
+    ),
+]
 Channel = Annotated[
     str,
     typer.Option(

@@ -51,7 +51,9 @@ def number_in(environment: Mapping[str, str], name: str, default: int) -> int:
     """Return an environment variable as a number. Raises UserError if it is set to something else."""
     text = environment.get(name, str(default))
     if not text.isdecimal():
-        raise UserError(f"the environment variable {name}={text} is not a number; it is set by the launcher, so unset it")
+        raise UserError(
+            f"the environment variable {name}={text} is not a number; only a launcher should set it: unset it"
+        )
     return int(text)
 
 

@@ -60,7 +60,7 @@ def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
 def _port(environment: Mapping[str, str]) -> int:
     """Return a port that all tasks of a SLURM step agree on, and that differs between jobs and steps on one node."""
     job, step = number_in(environment, "SLURM_JOB_ID", 0), number_in(environment, "SLURM_STEP_ID", 0)
-    # Linux gives ports from 32768 on to outgoing connections. Steps are 1,009 apart, because job numbers are consecutive.
+    # Linux gives ports from 32768 on to outgoing connections. Job numbers are consecutive, so steps are far apart.
     return 20_000 + (job + 1_009 * step) % 12_000
 
 

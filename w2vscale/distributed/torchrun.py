@@ -1,8 +1,8 @@
-"""torchrun with the exit codes of docs/interruptions.md: `python -m w2vscale.distributed.torchrun`, options as torchrun.
+"""torchrun with the exit codes of docs/interruptions.md: `python -m w2vscale.distributed.torchrun`.
 
-torchrun itself exits with code 1 and a traceback whatever happened, so a script could not tell a wrong setting from a
-lost machine. This module exits with the code of the first rank that failed, or 128 + the number of the signal that
-stopped it.
+It takes the options of torchrun, which itself exits with code 1 and a traceback whatever happened: a script could not
+tell a wrong setting from a lost machine. This module exits with the code of the first rank that failed, or 128 + the
+number of the signal that stopped it.
 """
 
 from __future__ import annotations
