@@ -14,6 +14,8 @@
 #   RDZV           HOST:PORT of one of the machines, where all meet. Required if there are several.
 #   RDZV_ID        name of the job there (default: w2vscale)
 #   MAX_RESTARTS   how often torchrun starts all processes again after a failure (default: 0; elastic: 3)
+#   FIRST_MACHINE  true or false: whether this machine does what needs one process, such as data preparation, while
+#                  the others wait (default: RDZV is this machine)
 #   LOCAL_ADDR     address of this machine in the network that joins the machines, if it has several networks
 #   HOSTFILE       DeepSpeed's list of machines: a line "HOST slots=GPUS" for each
 _utils=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
@@ -81,9 +83,26 @@ _warn_of_local_name() {
   fi
 }
 
+# Whether this is the only machine that runs the recipe, or the one of RDZV.
+_is_first_machine() {
+  local host address
+  if [[ $launcher != torchrun ]] || ((_most == 1)); then return 0; fi
+  host=${RDZV%:*}
+  host=${host#[} host=${host%]}
+  while read -r address; do
+    if [[ $address == 127.* || $address == ::1 || " $(hostname -I) " == *" $address "* ]]; then return 0; fi
+  done < <(getent ahosts "$host" | awk '{ print $1 }' | sort -u)
+  return 1
+}
+
 _check_values
 _check_launcher
 _warn_of_local_name
+case ${FIRST_MACHINE:=} in
+  true | false) first_machine=$FIRST_MACHINE ;;
+  '') if _is_first_machine; then first_machine=true; else first_machine=false; fi ;;
+  *) die "FIRST_MACHINE takes true or false, not '$FIRST_MACHINE'" ;;
+esac
 processes_here=$nproc
 if [[ $launcher == slurm ]] && ((nproc == 1)); then processes_here=${SLURM_NTASKS_PER_NODE:-1}; fi
 . "$_utils/environment.sh"
@@ -96,8 +115,8 @@ on_ranks() {
   if ${print_command:-false}; then _print_words "${words[@]}"; else "${words[@]}"; fi
 }
 
-# unless_printing COMMAND… runs the command, but not with --print-command.
-unless_printing() { if ! ${print_command:-false}; then "$@"; fi; }
+# on_first_machine COMMAND… runs a command of a stage that starts processes: on one machine, and not with --print-command.
+on_first_machine() { if $first_machine && ! ${print_command:-false}; then "$@"; fi; }
 
 _words_of_local() {
   words=("$(_path_of w2vscale)" "$1" --nproc-per-node "$nproc" "${@:2}")

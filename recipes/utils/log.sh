@@ -86,6 +86,10 @@ _run_stage() {
     _print_stage "$@"
     return
   fi
+  if ! ${first_machine:-true}; then
+    _join_stage "$@"
+    return
+  fi
   log "stage $_number: $_title"
   # An interrupted repetition must not leave the mark of the earlier one.
   rm -f "$_mark.done"
@@ -107,6 +111,23 @@ _print_stage() {
   else
     log "stage $_number: $_title: not run, because of --print-command"
   fi
+}
+
+# _join_stage FUNCTION [ARGUMENT…] is for a machine that is not the first of several (see cmd.sh): it takes part in a
+# stage that starts processes on all of them, and waits until the first one has done the other stages.
+_join_stage() {
+  local _waited=0
+  if $_ranks; then
+    log "stage $_number: $_title"
+    "$@"
+    return
+  fi
+  log "stage $_number: $_title: waiting for the first machine, that of RDZV=${RDZV-}"
+  while [[ ! -s $_mark.done || -n $(difference "$_mark.done" "$_inputs" reads) ]]; do
+    sleep 2
+    _waited=$((_waited + 2))
+    if ((_waited % 300 == 0)); then log "stage $_number: waiting for its mark $_mark.done since $_waited s"; fi
+  done
 }
 
 # _write_mark FILE writes the time and $_inputs.

@@ -55,7 +55,7 @@ fine_tune() {
   local common=("$conf" trainer.init_from="$exp" data.train="$labels" data.validation="$held_out" "${settings[@]}")
   on_ranks finetune "${common[@]}" --exp "${tuned[0]}"
   on_ranks finetune "${common[@]}" --scratch --exp "${tuned[1]}"
-  unless_printing w2vscale report "${tuned[@]}" --output "${tuned[0]}/curves.png"
+  on_first_machine w2vscale report "${tuned[@]}" --output "${tuned[0]}/curves.png"
 }
 
 # best_of RUN prints its checkpoint with the lowest trainer.best_metric in validation if $decode_best is true, or else RUN.
@@ -88,7 +88,7 @@ decode() {
   local suffix=${1:-} run name cuts checkpoint
   # Results with a language model are of the earlier models. They must not be compared with the new ones.
   if [[ -z $suffix ]]; then
-    unless_printing rm -f "${tuned[0]}"/{.decode_with_lm.done,wer_*_lm.*} "${tuned[1]}"/wer_*_lm.*
+    on_first_machine rm -f "${tuned[0]}"/{.decode_with_lm.done,wer_*_lm.*} "${tuned[1]}"/wer_*_lm.*
   fi
   for run in "${tuned[@]}"; do
     if ! checkpoint=$(best_of "$run"); then

@@ -24,7 +24,17 @@ print_command=false
 on_ranks train 'a b' data.train="[x,y]" --exp "it's"
 """
 GIVEN = ["train", "a b", "data.train=[x,y]", "--exp", "it's"]
-OURS = ("NNODES", "RDZV", "RDZV_ID", "MAX_RESTARTS", "LOCAL_ADDR", "HOSTFILE", "OMP_NUM_THREADS", "NCCL_DEBUG")
+OURS = (
+    "NNODES",
+    "RDZV",
+    "RDZV_ID",
+    "MAX_RESTARTS",
+    "LOCAL_ADDR",
+    "HOSTFILE",
+    "FIRST_MACHINE",
+    "OMP_NUM_THREADS",
+    "NCCL_DEBUG",
+)
 THEIRS = ("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TASK_CODES")
 
 
@@ -184,7 +194,7 @@ class TestVariables:
     def test_the_documentation_names_each(self, tmp_path: Path) -> None:
         variables, _ = words(tmp_path, "--launcher", "torchrun", "--nproc", "2", LOCAL_ADDR="127.0.0.1")
         page = (RECIPES.parent / "docs" / "launching.md").read_text()
-        for name in (*variables, *OURS[:6]):
+        for name in (*variables, *OURS[:7]):
             assert f"| `{name}`" in page, name
 
     @pytest.mark.skipif(not Path("/sbin/ip").exists() and not Path("/usr/sbin/ip").exists(), reason="no ip command")
@@ -223,6 +233,7 @@ class TestRefused:
             ("deepspeed", {"NNODES": "2"}, "NNODES=2 without HOSTFILE: set HOSTFILE to a file with a line"),
             ("deepspeed", {"NNODES": "1:2"}, "NNODES=1:2: DeepSpeed's launcher is not elastic"),
             ("deepspeed", {"HOSTFILE": "nowhere"}, "HOSTFILE=nowhere: no such file"),
+            ("torchrun", {"FIRST_MACHINE": "yes"}, "FIRST_MACHINE takes true or false, not 'yes'"),
             ("ssh", {}, "--launcher takes local, torchrun, slurm or deepspeed, not ssh"),
         ],
     )  # fmt: skip
@@ -241,6 +252,76 @@ class TestRefused:
         assert "only inside sbatch or salloc" in run(tmp_path, *options, code=2).stderr
         given = {**JOB, "SLURM_NTASKS_PER_NODE": "8"}
         assert "needs sbatch --ntasks-per-node=1, not 8" in run(tmp_path, *options, code=2, **given).stderr
+
+
+MACHINES = f"""#!/usr/bin/env bash
+set -euo pipefail
+stage=1
+stop_stage=9
+launcher=torchrun
+. {UTILS}/parse_options.sh
+. {UTILS}/log.sh
+. {UTILS}/cmd.sh
+echo "first machine: $first_machine"
+prepare() {{ sleep 3; mkdir -p data; echo prepared | tee data/made; }}
+train() {{
+  cat data/made >/dev/null
+  # As torchrun does, wait for the other machine.
+  touch "here-$first_machine"
+  until [[ -e here-true && -e here-false ]]; do sleep 0.1; done
+  on_ranks train
+  on_first_machine echo reported
+}}
+run_stage 1 "prepare" data prepare
+made=data/made
+train_stage 4 "train" exp --reads made train
+run_stage 5 "evaluate" exp --reads made echo evaluated
+"""
+
+
+class TestSeveralMachines:
+    def start(self, folder: Path, **environment: str) -> subprocess.Popen[str]:
+        script = folder / "run.sh"
+        script.write_text(MACHINES)
+        given = clean(folder, NNODES="2", RDZV="127.0.0.1:29400", **environment)
+        return subprocess.Popen(
+            ["bash", str(script)], cwd=folder, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def test_one_prepares_and_all_train(self, tmp_path: Path) -> None:
+        """Two recipes in one folder, as on two machines with a shared file system."""
+        second = self.start(tmp_path, FIRST_MACHINE="false")
+        first = self.start(tmp_path)
+        try:
+            outputs = [process.communicate(timeout=60) for process in (first, second)]
+        finally:
+            first.kill()
+            second.kill()
+        assert [process.returncode for process in (first, second)] == [0, 0], outputs
+        lines = [[line for line in printed.splitlines() if "=" not in line] for printed, _ in outputs]
+        trained = [line for line in lines[1] if line.startswith("-m w2vscale.distributed.torchrun")]
+        assert len(trained) == 1 and trained[0] in lines[0]
+        started = ["python", *trained]
+        assert lines[0] == ["first machine: true", "prepared", *started, "reported", "evaluated"]
+        assert lines[1] == ["first machine: false", *started]
+        assert "stage 5: evaluate: waiting for the first machine, that of RDZV=127.0.0.1:29400" in outputs[1][1]
+        # All is done, on each of them.
+        again = self.start(tmp_path, FIRST_MACHINE="false")
+        assert again.communicate(timeout=60)[1].count("done already") == 3
+
+    def test_the_machine_of_the_rendezvous_is_the_first(self, tmp_path: Path) -> None:
+        for rendezvous, first in (("localhost:1", "true"), ("203.0.113.1:1", "false"), ("[::1]:1", "true")):
+            script = tmp_path / "run.sh"
+            script.write_text(MACHINES)
+            done = subprocess.run(
+                ["bash", str(script), "--stop-stage", "0"],
+                cwd=tmp_path,
+                env=clean(tmp_path, NNODES="2", RDZV=rendezvous),
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+            assert done.stdout == f"first machine: {first}\n", done.stderr
 
 
 def printed_by(recipe: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
