@@ -143,7 +143,8 @@ _words_of_slurm() {
   if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then words+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi
   if ((nproc > 1)); then
     local nodes=${SLURM_JOB_NUM_NODES:-1} first
-    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    first=${first%%$'\n'*} # `head` could end scontrol by SIGPIPE, and with it the recipe
     words+=("--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1)
     _task
     # Jobs that share a machine need different ports. Linux gives those from 32768 on to outgoing connections.

@@ -29,7 +29,7 @@ fi
 # gloo, NCCL and torchrun look up the name of the machine, which on a machine with several networks may be the address of
 # another network, and on Debian is 127.0.1.1. LOCAL_ADDR is the address in the network that joins the machines.
 if [[ -n ${LOCAL_ADDR:-} ]] && command -v ip >/dev/null; then
-  _interface=$(ip -brief address show to "$LOCAL_ADDR" | awk '{ sub(/@.*/, "", $1); print $1; exit }')
+  _interface=$(ip -brief address show to "$LOCAL_ADDR" | awk 'NR == 1 { sub(/@.*/, "", $1); print $1 }')
   if [[ -z $_interface ]]; then
     printf '%s: LOCAL_ADDR=%s is not an address of this machine: see ip address\n' "${0##*/}" "$LOCAL_ADDR" >&2
     exit 2
