@@ -34,7 +34,7 @@ check() {
 
 scripts=()
 while IFS= read -r script; do scripts+=("$script"); done < <(
-  find . \( -name .git -o -name .venv -o -name exp \) -prune -o -type f \( -name '*.sh' -o -path ./.ci/run \) -print | sort
+  find . \( -name .git -o -name .venv -o -name exp \) -prune -o -type f \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -print | sort
 )
 
 if [[ $tier != long ]]; then

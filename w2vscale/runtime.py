@@ -50,15 +50,19 @@ M_MMAP_MAX = -4
 PR_SET_PDEATHSIG = 1
 
 
-def enter(*, debug: bool = False) -> None:
-    """Set up the process of a command: silence the logs of libraries and, unless on a terminal, their progress bars."""
+def enter(*, debug: bool = False, launched: bool = False) -> None:
+    """Set up the process of a command: silence the logs of libraries and, unless on a terminal, their progress bars.
+
+    If it was `launched` by another process, which torchrun and our own launcher also say in the environment, it ends
+    with that process.
+    """
     if debug:
         os.environ[DEBUG] = "1"
     if (launcher := os.environ.pop(LAUNCHER, None)) is not None:
         end_with_parent()
         if os.getppid() != int(launcher):  # it has ended already
             os._exit(1)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+    elif launched or "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
         end_with_parent()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
@@ -141,7 +145,8 @@ def prepare_process(*, compile: bool | Literal["auto"] = False) -> None:
 
     if on_gpu := torch.cuda.is_available():
         # Forwards differ in shape, and their memory would otherwise break into pieces that fit none of the next ones.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which the newer one would override
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         # From torch 2.11 on, attention on Hopper GPUs prefers cuDNN, which builds a new plan for each batch shape.
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:

@@ -18,7 +18,8 @@ label_minutes=10        # transcribed speech for fine-tuning, in minutes
 finetune_settings=      # SECTION.KEY=VALUE, separated by spaces, to override settings of conf/finetune.yaml
 lm=                     # n-gram language model for a second decoding
 nproc=1                 # processes for training and decoding
-launcher=local          # local, torchrun or slurm: see cmd.sh
+launcher=local          # local, torchrun, slurm or deepspeed: see cmd.sh and docs/launching.md
+print_command=false     # print the commands that would start processes, and run nothing
 
 . "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -59,9 +60,9 @@ run_stage 6 "choose $label_minutes minutes of transcribed speech" "$labels" \
   --options "label_minutes" --reads "train_cuts" choose_labels
 train_stage 7 "fine-tune on this subset, and train from scratch" "${tuned[0]}" \
   --options "finetune_settings" --reads "exp labels held_out" fine_tune "$here/conf/finetune.yaml"
-run_stage 8 "decode" "${tuned[0]}" --reads "tuned test_cuts" decode
+run_stage 8 "decode" "${tuned[0]}" --reads "tuned test_cuts" --ranks decode
 if [[ -n $lm ]]; then
-  run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" decode_with_lm
+  run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" --ranks decode_with_lm
 fi
 find_scores
 run_stage 9 "compare" "${tuned[0]}" --reads "scores" results "Demo: spoken digits"

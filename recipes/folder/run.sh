@@ -26,7 +26,8 @@ max_bad_fraction=0.05   # stop if more of the files cannot be used
 lm=                     # n-gram language model for a second decoding
 jobs=4                  # parallel jobs for data preparation
 nproc=1                 # processes for training and decoding
-launcher=local          # local, torchrun or slurm: see cmd.sh
+launcher=local          # local, torchrun, slurm or deepspeed: see cmd.sh and docs/launching.md
+print_command=false     # print the commands that would start processes, and run nothing
 
 . "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -82,9 +83,9 @@ if [[ -n $transcribed ]]; then
     --options "transcribed test_share" prepare_transcribed
   train_stage 7 "fine-tune on them with $finetune_conf, and train from scratch" "${tuned[0]}" \
     --options "finetune_settings" --reads "exp labels test_cuts" fine_tune_transcribed "$finetune_conf"
-  run_stage 8 "decode" "${tuned[0]}" --reads "tuned test_cuts" decode
+  run_stage 8 "decode" "${tuned[0]}" --reads "tuned test_cuts" --ranks decode
   if [[ -n $lm ]]; then
-    run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" decode_with_lm
+    run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" --ranks decode_with_lm
   fi
   find_scores
   run_stage 9 "compare" "${tuned[0]}" --reads "scores" results "${audio##*/}"

@@ -12,21 +12,22 @@
 # Finished stages are skipped. Another corpus or other settings are refused: choose another --data or --exp for them.
 set -euo pipefail
 
-stage=0            # first stage to run
-stop_stage=10      # last stage to run
-corpus=            # folder with train-clean-100, … (default: download all parts, 60 GB)
-data=              # folder for downloads, manifests and shards (default: data/ beside this script)
-conf=base          # name of the pretraining settings: conf/$conf.yaml
-exp=               # folder of the run (default: exp/$conf beside this script)
-shar=false         # write Lhotse Shar in stage 3 and pretrain from it, for storage that needs sequential reads
-amount=1h          # transcripts: 10min, 1h, 10h, 100h (train-clean-100) or 960h; preset ctc_$amount, or ctc_large_$amount for LARGE
-librilight=        # librispeech_finetuning folder of Libri-light, to use its 10min, 1h and 10h (default: sample them)
-finetune_settings= # SECTION.KEY=VALUE, separated by spaces, to override settings of the preset
-fetch_lm=false     # download the 4-gram language model of OpenSLR 11 in stage 0 (1.3 GB)
-lm=                # n-gram language model for a second decoding (default: the 4-gram, if downloaded)
-jobs=8             # parallel jobs for data preparation
-nproc=1            # processes (GPUs) for training and decoding
-launcher=local     # local, torchrun or slurm: see cmd.sh
+stage=0             # first stage to run
+stop_stage=10       # last stage to run
+corpus=             # folder with train-clean-100, … (default: download all parts, 60 GB)
+data=               # folder for downloads, manifests and shards (default: data/ beside this script)
+conf=base           # name of the pretraining settings: conf/$conf.yaml
+exp=                # folder of the run (default: exp/$conf beside this script)
+shar=false          # write Lhotse Shar in stage 3 and pretrain from it, for storage that needs sequential reads
+amount=1h           # transcripts: 10min, 1h, 10h, 100h (train-clean-100) or 960h; preset ctc_$amount, or ctc_large_$amount for LARGE
+librilight=         # librispeech_finetuning folder of Libri-light, to use its 10min, 1h and 10h (default: sample them)
+finetune_settings=  # SECTION.KEY=VALUE, separated by spaces, to override settings of the preset
+fetch_lm=false      # download the 4-gram language model of OpenSLR 11 in stage 0 (1.3 GB)
+lm=                 # n-gram language model for a second decoding (default: the 4-gram, if downloaded)
+jobs=8              # parallel jobs for data preparation
+nproc=1             # processes (GPUs) for training and decoding
+launcher=local      # local, torchrun, slurm or deepspeed: see cmd.sh and docs/launching.md
+print_command=false # print the commands that would start processes, and run nothing
 
 . "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -116,6 +117,10 @@ choose_labels() {
 # checkpoint with the lowest word error rate in validation, and trims masks if pretraining did.
 fine_tune_librispeech() {
   local width size=
+  if ${print_command:-false} && [[ ! -f $exp/config.yaml ]]; then
+    log "the preset for fine-tuning depends on the size of the model in $exp: run stage 4 first"
+    return
+  fi
   width=$(setting_of "$exp" model.dim)
   if ((width >= 1024)); then size=large_; fi
   finetune_settings="objective.mask_trim=$(setting_of "$exp" objective.mask_trim) checkpoint.keep_best=1 $finetune_settings"
@@ -145,9 +150,9 @@ run_stage 5 "evaluate on held-out speech and draw the curves" "$exp" --reads "ex
 run_stage 6 "choose $amount of transcribed speech" "$labels" --options "librilight" --reads "train_cuts" choose_labels
 train_stage 7 "fine-tune on it, and train from scratch" "${tuned[0]}" \
   --options "finetune_settings" --reads "exp labels held_out" fine_tune_librispeech
-run_stage 8 "decode" "${tuned[0]}" --reads "tuned test_cuts" decode
+run_stage 8 "decode" "${tuned[0]}" --reads "tuned test_cuts" --ranks decode
 if [[ -n $lm ]]; then
-  run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" decode_with_lm
+  run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" --ranks decode_with_lm
 fi
 find_scores
 run_stage 9 "compare" "${tuned[0]}" --reads "scores" results "LibriSpeech, $conf, $amount"

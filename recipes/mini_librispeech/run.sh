@@ -9,18 +9,19 @@
 # Finished stages are skipped. Another corpus or other settings are refused: choose another --data or --exp for them.
 set -euo pipefail
 
-stage=0            # first stage to run
-stop_stage=10      # last stage to run
-corpus=            # folder with train-clean-5 and dev-clean-2 (default: download it)
-data=              # folder for downloads and manifests (default: data/ beside this script)
-exp=               # folder of the run (default: exp/tiny or exp/quick beside this script)
-quick=false        # run fewer updates, with conf/quick.yaml and conf/finetune_quick.yaml
-minutes=20         # transcribed speech for fine-tuning, in minutes
-finetune_settings= # SECTION.KEY=VALUE, separated by spaces, to override settings of conf/finetune.yaml
-lm=                # n-gram language model for a second decoding
-jobs=2             # parallel jobs for data preparation
-nproc=1            # processes for training and decoding
-launcher=local     # local, torchrun or slurm: see cmd.sh
+stage=0             # first stage to run
+stop_stage=10       # last stage to run
+corpus=             # folder with train-clean-5 and dev-clean-2 (default: download it)
+data=               # folder for downloads and manifests (default: data/ beside this script)
+exp=                # folder of the run (default: exp/tiny or exp/quick beside this script)
+quick=false         # run fewer updates, with conf/quick.yaml and conf/finetune_quick.yaml
+minutes=20          # transcribed speech for fine-tuning, in minutes
+finetune_settings=  # SECTION.KEY=VALUE, separated by spaces, to override settings of conf/finetune.yaml
+lm=                 # n-gram language model for a second decoding
+jobs=2              # parallel jobs for data preparation
+nproc=1             # processes for training and decoding
+launcher=local      # local, torchrun, slurm or deepspeed: see cmd.sh and docs/launching.md
+print_command=false # print the commands that would start processes, and run nothing
 
 . "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -71,9 +72,9 @@ run_stage 6 "choose $minutes minutes of transcribed speech" "$labels" \
   --options "minutes" --reads "train_cuts" choose_labels
 train_stage 7 "fine-tune on this subset, and train from scratch" "${tuned[0]}" \
   --options "finetune_settings" --reads "exp labels held_out" fine_tune "$here/conf/$finetune_conf.yaml"
-run_stage 8 "decode dev-clean-2" "${tuned[0]}" --reads "tuned test_cuts" decode
+run_stage 8 "decode dev-clean-2" "${tuned[0]}" --reads "tuned test_cuts" --ranks decode
 if [[ -n $lm ]]; then
-  run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" decode_with_lm
+  run_stage 8 "decode with ${lm##*/}" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" --ranks decode_with_lm
 fi
 find_scores
 run_stage 9 "compare" "${tuned[0]}" --reads "scores" results "Mini LibriSpeech"

@@ -25,11 +25,12 @@ in_range() {
   (($1 >= first && $1 <= last))
 }
 
-# run_stage NUMBER TITLE OUTPUT [--options NAMES] [--reads NAMES] FUNCTION [ARGUMENT…] runs FUNCTION if NUMBER is between
-# $stage and $stop_stage and the stage has not been finished before with the same inputs. The inputs are
+# run_stage NUMBER TITLE OUTPUT [--options NAMES] [--reads NAMES] [--ranks] FUNCTION [ARGUMENT…] runs FUNCTION if NUMBER is
+# between $stage and $stop_stage and the stage has not been finished before with the same inputs. The inputs are
 #   --options   names of variables whose values decide what the stage does, such as "corpus minutes"
 #   --reads     names of variables (or arrays) with files and run folders that earlier stages made
 #   ARGUMENT…   such as trainer.updates=2000
+# With $print_command, FUNCTION runs only if --ranks says that it prints its commands then (see cmd.sh).
 # If an option or an argument differs from the finished stage, the recipe ends with exit code 2 and one line that says
 # what differs. If what the stage reads has changed since, because an earlier stage was redone, it runs again.
 #
@@ -39,18 +40,22 @@ in_range() {
 # Call it on a line of its own: in `run_stage … || …` or `if run_stage …`, bash ignores `set -e` inside FUNCTION.
 run_stage() { _run_stage repeat "$@"; }
 
-# train_stage is run_stage for functions that train in the run folder OUTPUT. The trainer continues what it finds there,
-# so a change of what the stage reads ends the recipe, too. OUTPUT/.FUNCTION.begun holds the inputs from the beginning:
-# they are also compared if the training was interrupted or OUTPUT/.FUNCTION.done was deleted.
-train_stage() { _run_stage continue "$@"; }
+# train_stage is run_stage --ranks for functions that train in the run folder OUTPUT. The trainer continues what it finds
+# there, so a change of what the stage reads ends the recipe, too. OUTPUT/.FUNCTION.begun holds the inputs from the
+# beginning: they are also compared if the training was interrupted or OUTPUT/.FUNCTION.done was deleted.
+train_stage() { _run_stage continue "${@:1:3}" --ranks "${@:4}"; }
 
 # The names of local variables begin with _, so that they are none of the recipe's.
 _run_stage() {
-  local _way=$1 _number=$2 _title=$3 _output=$4 _options='' _reads=''
+  local _way=$1 _number=$2 _title=$3 _output=$4 _options='' _reads='' _ranks=false
   shift 4
-  while [[ $1 == --options || $1 == --reads ]]; do
-    if [[ $1 == --options ]]; then _options=$2; else _reads=$2; fi
-    shift 2
+  while [[ $1 == --* ]]; do
+    case $1 in
+      --options) _options=$2 && shift ;;
+      --reads) _reads=$2 && shift ;;
+      --ranks) _ranks=true ;;
+    esac
+    shift
   done
   local _mark=$_output/.${1##*/} _inputs _change
   if [[ $_output == *.jsonl ]]; then _mark=$(dirname "$_output")/.${_output##*/}; fi
@@ -77,6 +82,14 @@ _run_stage() {
     _refuse_other_inputs "$_mark.begun" begun
   fi
 
+  if ${print_command:-false}; then
+    _print_stage "$@"
+    return
+  fi
+  if ! ${first_machine:-true}; then
+    _join_stage "$@"
+    return
+  fi
   log "stage $_number: $_title"
   # An interrupted repetition must not leave the mark of the earlier one.
   rm -f "$_mark.done"
@@ -88,6 +101,33 @@ _run_stage() {
 
   _write_mark "$_mark.done"
   log "stage $_number: done in $((SECONDS - _start)) s"
+}
+
+# _print_stage FUNCTION [ARGUMENT…] has the function print its commands.
+_print_stage() {
+  if $_ranks; then
+    log "stage $_number: $_title: these commands would run"
+    "$@"
+  else
+    log "stage $_number: $_title: not run, because of --print-command"
+  fi
+}
+
+# _join_stage FUNCTION [ARGUMENT…] is for a machine that is not the first of several (see cmd.sh): it takes part in a
+# stage that starts processes on all of them, and waits until the first one has done the other stages.
+_join_stage() {
+  local _waited=0
+  if $_ranks; then
+    log "stage $_number: $_title"
+    "$@"
+    return
+  fi
+  log "stage $_number: $_title: waiting for the first machine, that of RDZV=${RDZV-}"
+  while [[ ! -s $_mark.done || -n $(difference "$_mark.done" "$_inputs" reads) ]]; do
+    sleep 2
+    _waited=$((_waited + 2))
+    if ((_waited % 300 == 0)); then log "stage $_number: waiting for its mark $_mark.done since $_waited s"; fi
+  done
 }
 
 # _write_mark FILE writes the time and $_inputs.
@@ -147,6 +187,7 @@ given() {
 
 # made NAME PATH [NAME PATH …] prints a table of the outputs that exist, for the end of a recipe.
 made() {
+  if ${print_command:-false}; then return; fi
   printf '\n'
   while (($# >= 2)); do
     if [[ -e $2 ]]; then printf '%-22s %s\n' "$1" "$2"; fi

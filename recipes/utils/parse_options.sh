@@ -7,10 +7,11 @@
 #
 # Every lower-case variable that is assigned above that line, without indentation, is an option: `--train-cuts FILE` or
 # `--train-cuts=FILE` sets train_cuts. (`readonly name=…` does not define an option.) If the default is true or false,
-# the option accepts only these two. `--help` prints the first comment block of the script and the options, with their
-# defaults and the comments beside them. Parsing stops at `--` or at the first word that is not an option; the remaining
-# words stay in "$@". A wrong option prints one line and ends the script with exit code 2. given_options holds the names
-# of the variables that were set, separated by spaces.
+# the option accepts only these two. It means true if no value follows: as the last word, or before another option.
+# `--help` prints the first comment block of the script and the options, with their defaults and the comments beside
+# them. Parsing stops at `--` or at the first word that is not an option; the remaining words stay in "$@". A wrong
+# option prints one line and ends the script with exit code 2. given_options holds the names of the variables that were
+# set, separated by spaces.
 
 _po_name=${0##*/}
 # The line of the calling script that sources this file, which is also the last line that can define an option.
@@ -62,6 +63,9 @@ _po_help() {
 
 _po_is_option() { [[ $'\n'$_po_options == *$'\n'"$1"$'\n'* ]]; }
 
+# Whether the default of an option is true or false.
+_po_is_flag() { [[ ${!1} == true || ${!1} == false ]]; }
+
 # Turns --foo-bar or --foo-bar=x into foo_bar.
 _po_variable() {
   local word=${1#--}
@@ -72,11 +76,9 @@ _po_variable() {
 # Sets the variable of one option to one value.
 _po_set() {
   local option=$1 variable=$2 value=$3
-  case ${!variable} in
-    true | false)
-      [[ $value == true || $value == false ]] || _po_die "$option takes true or false, not '$value'"
-      ;;
-  esac
+  if _po_is_flag "$variable" && [[ $value != true && $value != false ]]; then
+    _po_die "$option takes true or false, not '$value'"
+  fi
   printf -v "$variable" '%s' "$value"
   given_options+="$variable "
 }
@@ -102,6 +104,9 @@ while (($#)); do
       if [[ $1 == *=* ]]; then
         _po_set "${1%%=*}" "$_po_key" "${1#*=}"
         shift
+      elif _po_is_flag "$_po_key" && [[ $# == 1 || $2 == -* ]]; then
+        _po_set "$1" "$_po_key" true
+        shift
       elif (($# == 1)); then
         _po_die "$1 needs a value"
       elif [[ $2 == --* ]] && _po_is_option "$(_po_variable "$2")"; then
@@ -115,5 +120,5 @@ while (($#)); do
   esac
 done
 
-unset -f _po_die _po_find_script _po_scan _po_help _po_is_option _po_variable _po_set
+unset -f _po_die _po_find_script _po_scan _po_help _po_is_option _po_is_flag _po_variable _po_set
 unset _po_name _po_line _po_script _po_options _po_table _po_key

@@ -37,8 +37,8 @@ if own_environment "$environment"; then
   if [[ ! $package -ef $root/w2vscale ]]; then
     note "warning: $environment has the w2vscale of ${package%/w2vscale}, not of this checkout $root"
   fi
-else
+elif ! ${print_command:-false}; then
   W2VSCALE_VENV=$environment bash "$root/tools/setup.sh"
 fi
-PATH=$(cd "$environment" && pwd)/bin:$PATH
+PATH=$(realpath -ms "$environment")/bin:$PATH
 export PATH

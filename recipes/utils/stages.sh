@@ -55,7 +55,7 @@ fine_tune() {
   local common=("$conf" trainer.init_from="$exp" data.train="$labels" data.validation="$held_out" "${settings[@]}")
   on_ranks finetune "${common[@]}" --exp "${tuned[0]}"
   on_ranks finetune "${common[@]}" --scratch --exp "${tuned[1]}"
-  w2vscale report "${tuned[@]}" --output "${tuned[0]}/curves.png"
+  on_first_machine w2vscale report "${tuned[@]}" --output "${tuned[0]}/curves.png"
 }
 
 # best_of RUN prints its checkpoint with the lowest trainer.best_metric in validation if $decode_best is true, or else RUN.
@@ -63,6 +63,10 @@ best_of() {
   if ! ${decode_best:-false}; then
     echo "$1"
     return
+  fi
+  if ${print_command:-false} && [[ ! -e $1/checkpoints/latest ]]; then
+    log "which checkpoint of $1 was best is known after training: run stage 7 first"
+    return 1
   fi
   python - "$1" <<'END'
 import sys
@@ -83,9 +87,14 @@ END
 decode() {
   local suffix=${1:-} run name cuts checkpoint
   # Results with a language model are of the earlier models. They must not be compared with the new ones.
-  if [[ -z $suffix ]]; then rm -f "${tuned[0]}"/{.decode_with_lm.done,wer_*_lm.*} "${tuned[1]}"/wer_*_lm.*; fi
+  if [[ -z $suffix ]]; then
+    on_first_machine rm -f "${tuned[0]}"/{.decode_with_lm.done,wer_*_lm.*} "${tuned[1]}"/wer_*_lm.*
+  fi
   for run in "${tuned[@]}"; do
-    checkpoint=$(best_of "$run")
+    if ! checkpoint=$(best_of "$run"); then
+      if ${print_command:-false}; then continue; fi # best_of has said why
+      return 1
+    fi
     for cuts in "${test_cuts[@]}"; do
       name=${cuts##*/cuts_}
       name=${name%.jsonl}$suffix

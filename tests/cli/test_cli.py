@@ -193,6 +193,28 @@ class TestTheProcess:
         assert end.value.code == 7
         assert launches == [(given, 2)]
 
+    @pytest.mark.parametrize(
+        ("environment", "here"),
+        [
+            ({"RANK": "0", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, ", 4 on each machine"),
+            ({"RANK": "0", "WORLD_SIZE": "2"}, ""),
+            (
+                {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+                ", 1 on each machine",
+            ),
+        ],
+    )
+    def test_another_number_of_processes_than_the_launchers_is_refused(
+        self, environment: dict[str, str], here: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """srun with one task per machine would train with one process on each."""
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert error_of("evaluate", tmp_path, "--cuts", "a.jsonl", "--nproc-per-node", 2) == (
+            "--nproc-per-node 2: torchrun, DeepSpeed, SLURM or Kubernetes has started the processes already"
+            f"{here} (RANK or SLURM_STEP_NUM_TASKS is set); leave out this option"
+        )
+
 
 class TestDashes:
     @pytest.mark.parametrize(

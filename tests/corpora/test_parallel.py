@@ -12,10 +12,24 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.processes import Started
-from w2vscale.corpora.parallel import WorkerDied, parallel_map
+from w2vscale.corpora.parallel import Part, WorkerDied, parallel_map
 from w2vscale.errors import UserError
 
 HERE = Path("corpus")
+
+
+class TestParts:
+    @pytest.mark.parametrize("total", [0, 1, 5, 12, 1000])
+    @pytest.mark.parametrize("count", [1, 2, 5, 7])
+    def test_they_are_all_once_and_about_equal(self, total: int, count: int) -> None:
+        parts = [Part.parse(f"{number}/{count}").range(total) for number in range(1, count + 1)]
+        assert [number for part in parts for number in part] == list(range(total))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+    @pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "1/0", "-1/4", "a/b", "1/4/2", "1.0/2"])
+    def test_another_form_is_one_line(self, text: str) -> None:
+        with pytest.raises(UserError, match=f"^--part {text}: give K/N, from 1/N to N/N$"):
+            Part.parse(text)
 
 
 def process_ids(folder: Path) -> set[int]:

@@ -13,6 +13,7 @@ from lhotse.cut import Cut
 
 from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
 from tests.helpers.processes import Started
+from w2vscale.corpora.parallel import WHOLE, Part
 from w2vscale.corpora.validate import listing_path, validate_manifest
 from w2vscale.data.audio import AudioError, check_header
 from w2vscale.data.manifest import index_path
@@ -79,8 +80,9 @@ class TestOneUtterance:
         assert problem_of(stereo) == "number of channels is 1, the manifest says 2"
 
 
-def listed(manifest: Path, *, audio: bool = False) -> list[BadAudio]:
-    lines = listing_path(manifest, audio=audio).read_text(encoding="utf-8").splitlines()
+def listed(manifest: Path, *, audio: bool = False, part: Part = WHOLE) -> list[BadAudio]:
+    path = listing_path(manifest, audio=audio, part=part)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() or part == WHOLE else []
     return [BadAudio(**json.loads(line)) for line in lines]
 
 
@@ -151,6 +153,24 @@ class TestManifest:
             ("u7", "the id u7 occurs twice"),
             ("u7", "the id u7 occurs twice"),
         ]
+
+    @pytest.mark.parametrize("count", [2, 3, 9])
+    @pytest.mark.parametrize("audio", [False, True])
+    def test_all_parts_together_are_the_whole(self, audio: bool, count: int, tmp_path: Path) -> None:
+        path = write_audio(tmp_path / "a.wav", noise(0.1))
+        gone = write_audio(tmp_path / "gone.wav", noise(0.1))
+        names = ["u0", "gone", "u2", "u3", "u0", "u5", "gone", "u2"]
+        cuts = [cut_of(gone if name == "gone" else path, identifier=name) for name in names]
+        manifest = write_manifest(tmp_path / "cuts.jsonl", cuts, index=False)
+        with manifest.open("a") as lines:
+            lines.write("{}\n")
+        gone.unlink()
+        whole = validate_manifest(manifest, audio=audio)
+        parts = [validate_manifest(manifest, jobs=1, audio=audio, part=Part(n, count)) for n in range(1, count + 1)]
+        assert sum(part.utterances for part in parts) == whole.utterances == 9
+        assert sum(part.bad for part in parts) == whole.bad == 5
+        found = [bad for n in range(1, count + 1) for bad in listed(manifest, audio=audio, part=Part(n, count))]
+        assert sorted(found, key=repr) == sorted(listed(manifest, audio=audio), key=repr)
 
     def test_a_line_that_lacks_what_lhotse_needs(self, cut: Cut, tmp_path: Path) -> None:
         manifest = write_manifest(tmp_path / "cuts.jsonl", [cut], index=False)

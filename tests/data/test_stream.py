@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tests.helpers.audio import cut_of, noise, tone, write_audio, write_manifest, write_text
 from tests.helpers.batches import same
 from w2vscale.config import Config, load_config
+from w2vscale.corpora.parallel import Part
 from w2vscale.corpora.shar import write_shards
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.audio import read_audio
@@ -99,6 +100,27 @@ class TestShards:
             assert (written.shards, written.utterances) == (2, 4)
             assert {(bad.utterance, bad.kind) for bad in written.bad} == {("u2", "undecodable"), ("u4", "missing")}
         assert sorted(cut.id for cut in cuts_of(tmp_path / "shards")) == ["u0", "u1", "u3", "u5"]
+
+    @pytest.mark.parametrize("count", [2, 3, 7])
+    def test_all_parts_together_are_the_whole(self, count: int, tmp_path: Path) -> None:
+        paths = [write_audio(tmp_path / f"u{n}.flac", noise(0.5, seed=n)) for n in range(10)]
+        manifest = write_manifest(tmp_path / "cuts.jsonl", [cut_of(path) for path in paths])
+        for number in (1, 2, 7):
+            paths[number].unlink()
+        whole = write_shards(manifest, tmp_path / "whole", shard_size=2)
+        parts = [
+            write_shards(manifest, tmp_path / "parts", shard_size=2, part=Part(number, count))
+            for number in reversed(range(1, count + 1))
+        ]
+        assert sum(part.utterances for part in parts) == whole.utterances == 7
+        assert sorted(bad.utterance for part in parts for bad in part.bad) == ["u1", "u2", "u7"]
+        written = {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir() if path.suffix != ".gz"}
+        assert written == {
+            path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir() if path.suffix != ".gz"
+        }
+        assert [cut.id for cut in cuts_of(tmp_path / "parts")] == [cut.id for cut in cuts_of(tmp_path / "whole")]
+        # The whole finds nothing left to do.
+        assert write_shards(manifest, tmp_path / "parts", shard_size=2) == whole
 
     def test_an_incomplete_shard_is_written_again_and_others_are_kept(self, manifest: Path, tmp_path: Path) -> None:
         write_shards(manifest, tmp_path, shard_size=10)

@@ -37,8 +37,23 @@ class TestLaunchEnvironment:
             "LOCAL_RANK": "1",
             "WORLD_SIZE": "8",
             "MASTER_ADDR": "node7",
-            "MASTER_PORT": str(20_000 + 123456 % 20_000),
+            "MASTER_PORT": str(20_000 + 123456 % 12_000),
         }
+
+    def test_a_rank_that_all_tasks_inherit_from_the_batch_script_does_not_count(self) -> None:
+        inherited = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "login"}
+        found = launch_environment({**SLURM, **inherited})
+        assert (found["RANK"], found["WORLD_SIZE"], found["MASTER_ADDR"]) == ("5", "8", "login")
+        assert launch_environment({**SLURM, "SLURM_STEP_NUM_TASKS": "1", **inherited}) == {}
+
+    def test_steps_of_one_job_have_different_ports(self) -> None:
+        ports = {launch_environment({**SLURM, "SLURM_STEP_ID": str(step)})["MASTER_PORT"] for step in range(10)}
+        assert len(ports) == 10
+
+    @pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"])
+    def test_a_variable_that_is_no_number_is_one_line(self, name: str) -> None:
+        with pytest.raises(UserError, match=f"^the environment variable {name}=many is not a number; [^\\n]*$"):
+            launch_environment({**SLURM, name: "many"})
 
     def test_a_slurm_job_of_one_task_is_alone(self) -> None:
         assert launch_environment({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) == {}
@@ -51,7 +66,7 @@ class TestLaunchEnvironment:
     def test_jobs_on_one_node_have_different_ports_that_a_user_may_open(self) -> None:
         ports = {int(launch_environment({**SLURM, "SLURM_JOB_ID": str(job)})["MASTER_PORT"]) for job in range(1, 999)}
         assert len(ports) == 998
-        assert all(1024 < port < 65_536 for port in ports)
+        assert all(1024 < port < 32_768 for port in ports)  # above, Linux takes ports for outgoing connections
 
     def test_all_ranks_of_a_job_agree_on_where_to_meet(self) -> None:
         found = [launch_environment({**SLURM, "SLURM_PROCID": str(rank)}) for rank in range(8)]
@@ -85,12 +100,21 @@ class TestGpus:
 class TestLaunching:
     @pytest.mark.parametrize(
         ("environment", "expected"),
-        [({}, False), ({"SLURM_STEP_NUM_TASKS": "1"}, False), ({"SLURM_STEP_NUM_TASKS": "2"}, True), (TORCHRUN, True)],
+        [
+            ({}, False),
+            ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, False),  # srun in salloc, with one task
+            ({**SLURM, "SLURM_STEP_NUM_TASKS": "2"}, True),
+            ({"SLURM_STEP_NUM_TASKS": "2"}, False),  # not a task, because it has no number
+            ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, False),  # a batch script
+            (TORCHRUN, True),
+            ({"RANK": "0"}, False),  # set by something else
+            ({"RANK": "0", "WORLD_SIZE": "2"}, True),  # Kubernetes' PyTorchJob
+        ],
     )
     def test_launched_says_whether_a_launcher_is_at_work(
         self, environment: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for name in ("RANK", "SLURM_STEP_NUM_TASKS"):
+        for name in (*TORCHRUN, *SLURM, "SLURM_NTASKS"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -102,6 +126,7 @@ class TestLaunching:
             ({}, None),
             (TORCHRUN, None),
             ({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}, 2),
+            ({**TORCHRUN, "LOCAL_SIZE": "2"}, 2),  # DeepSpeed's launcher
             ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "8"}, 8),
             ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "3(x2),2"}, 3),
             ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1", "LOCAL_WORLD_SIZE": "4"}, 4),

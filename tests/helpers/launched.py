@@ -88,7 +88,7 @@ class Launched:
 
     def ranks(self) -> list[int]:
         """The process ids of ranks 0 and 1."""
-        found = {}
+        found: dict[int, int] = {}
         for child in self._children():
             environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
             found |= {int(each[5:]): child for each in environment if each.startswith(b"RANK=")}

@@ -105,22 +105,28 @@ def setup_key(root: Path) -> str:
     return "\n".join([str(root), f"Python {platform.python_version()}", *torch, *hashes]) + "\n"
 
 
-def served_environment(folder: Path) -> BaseProcess:
-    """Make `folder` a copy of this environment whose `w2vscale` runs in forks of a process that has made the imports.
-
-    Returns that process, which serves until it is killed.
-    """
-    here, address = Path(sys.prefix), str(folder / "socket")
+def linked_environment(folder: Path) -> None:
+    """Make `folder` a copy of this environment that nothing can be installed into."""
+    here = Path(sys.prefix)
     (folder / "bin").mkdir(parents=True)
     for name in ("pyvenv.cfg", "lib"):
         (folder / name).symlink_to(here / name)
     # A file of its own: a link would let tools/setup.sh write to this environment, or install into it.
     (folder / ".w2vscale-setup").write_text(setup_key(ROOT))
     for program in (here / "bin").iterdir():
-        if program.name != "w2vscale":
-            (folder / "bin" / program.name).symlink_to(program)
+        (folder / "bin" / program.name).symlink_to(program)
+
+
+def served_environment(folder: Path) -> BaseProcess:
+    """Make `folder` a copy of this environment whose `w2vscale` runs in forks of a process that has made the imports.
+
+    Returns that process, which serves until it is killed.
+    """
+    linked_environment(folder)
+    address = str(folder / "socket")
     client = folder / "bin" / "w2vscale"
-    client.write_text(CLIENT.format(python=here / "bin" / "python", address=address))
+    client.unlink()
+    client.write_text(CLIENT.format(python=Path(sys.prefix) / "bin" / "python", address=address))
     client.chmod(0o755)
     listening = FORKS.Event()
     server = FORKS.Process(target=_serve_commands, args=(address, listening))

@@ -113,6 +113,17 @@ class TestParseOptions:
     def test_booleans_take_true_and_false(self, run: Run, value: str) -> None:
         assert values(run(OPTIONS_SCRIPT, "--quick", value))[3] == value
 
+    @pytest.mark.parametrize(
+        "arguments", [["--quick"], ["--quick", "--stage", "1"], ["--quick", "--"], ["--stage=1", "--quick"]]
+    )
+    def test_booleans_without_a_value_are_true(self, run: Run, arguments: list[str]) -> None:
+        assert values(run(OPTIONS_SCRIPT, *arguments))[3] == "true"
+
+    def test_booleans_without_a_value_leave_settings_after_dashes(self, run: Run) -> None:
+        assert values(run(OPTIONS_SCRIPT, "--quick", "--", "optim.lr=1"))[3:] == ["true", "", "3", "6", "optim.lr=1"]
+        # Without the dashes, the next word could be a value that was meant and mistyped.
+        assert run(OPTIONS_SCRIPT, "--quick", "optim.lr=1").returncode == 2
+
     @pytest.mark.parametrize("value", ["maybe", "", "True", "1", "truefalse"])
     def test_booleans_take_nothing_else(self, run: Run, value: str) -> None:
         result = run(OPTIONS_SCRIPT, "--quick", value)
@@ -272,7 +283,7 @@ def test_utils_are_shellcheck_clean() -> None:
     shellcheck = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    scripts = sorted(UTILS.glob("*.sh"))
+    scripts = sorted(path for path in UTILS.rglob("*") if path.suffix in (".sh", ".sbatch"))
     assert scripts
     result = subprocess.run(
         [shellcheck, "--external-sources", "--source-path=SCRIPTDIR", *scripts],

@@ -60,8 +60,11 @@ def _root(
 
 def main() -> None:
     """Run the command line. A user error prints one line and exits with code 2."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    runtime.enter(debug="--debug" in sys.argv)
+    given = sys.argv[1:]
+    # DeepSpeed's launcher adds it to the arguments; the variable LOCAL_RANK says the same.
+    by_deepspeed = [argument for argument in given if re.fullmatch(r"--local[_-]rank=\d+", argument)]
+    arguments = [argument for argument in given if argument not in ("--debug", *by_deepspeed)]
+    runtime.enter(debug="--debug" in given, launched=bool(by_deepspeed))
     if isinstance(sys.stdout, io.TextIOWrapper):
         with suppress(OSError):  # a stream that was redirected may refuse
             sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8

@@ -53,6 +53,12 @@ Lexicon = Annotated[
 LmWeight = Annotated[float, typer.Option(help="Language-model weight (applied to log10 probabilities).")]
 WordScore = Annotated[float, typer.Option(help="Score added per word (applies with --lm or --lexicon).")]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of parallel processes.")]
+PartOption = Annotated[
+    str,
+    typer.Option(
+        "--part", metavar="K/N", help="Do only part K of N, in an array job; all parts together do the whole."
+    ),
+]
 Channel = Annotated[
     str,
     typer.Option(
@@ -81,12 +87,21 @@ def channel_number(name: str) -> int | None:
 def launch_if_asked(context: typer.Context, nproc_per_node: int, *, grace: float | None = None) -> None:
     """Run this command line (`context.obj`) in several processes and exit, unless a launcher has started this one.
 
-    `grace`: seconds that the processes have to exit after a stop signal.
+    `grace`: seconds that the processes have to exit after a stop signal. Raises UserError if a launcher has started
+    another number of processes on this machine.
     """
-    from w2vscale.distributed.launch import FAILURE_GRACE, launch, launched
+    from w2vscale.distributed.launch import FAILURE_GRACE, launch, launched, local_processes
 
-    if nproc_per_node != 1 and not launched():
+    if nproc_per_node == 1:
+        return
+    if not launched():
         sys.exit(launch(context.obj, nproc_per_node, grace=FAILURE_GRACE if grace is None else grace))
+    if (here := local_processes(os.environ)) != nproc_per_node:
+        started = "" if here is None else f", {here} on each machine"
+        raise UserError(
+            f"--nproc-per-node {nproc_per_node}: torchrun, DeepSpeed, SLURM or Kubernetes has started the processes "
+            f"already{started} (RANK or SLURM_STEP_NUM_TASKS is set); leave out this option"
+        )
 
 
 def check_dashes(arguments: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import typer
 from rich.bar import Bar
 
 from w2vscale.cli import prepare
-from w2vscale.cli.arguments import Jobs
+from w2vscale.cli.arguments import Jobs, PartOption
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError, counted
 
@@ -42,28 +42,31 @@ def index(manifests: Manifests, jobs: Jobs = 1) -> None:
 def validate(
     manifests: Manifests,
     audio: Annotated[bool, typer.Option("--audio", help="Decode all audio, as training does.")] = False,
+    part: PartOption = "1/1",
     jobs: Jobs = 4,
 ) -> None:
     """Compare manifests with the headers of their audio files, or with all audio.
 
-    If they disagree, list the bad utterances in CUTS.jsonl.bad_headers or .bad_audio, and exit with code 2.
+    If they disagree, list the bad utterances in CUTS.jsonl.bad_headers or .bad_audio, and exit with code 2. With
+    --part, the name of the list ends with .K-of-N.
     """
+    from w2vscale.corpora.parallel import Part
     from w2vscale.corpora.validate import validate_manifest
 
-    problems = []
+    problems, of_part = [], "" if part == "1/1" else f" of part {part}"
     for manifest in manifests:
         with progress_bar(f"validating {manifest.name}") as progress:
-            found = validate_manifest(manifest, jobs=jobs, audio=audio, progress=progress)
+            found = validate_manifest(manifest, jobs=jobs, audio=audio, part=Part.parse(part), progress=progress)
         for bad in found.first[1:]:
             console.print(str(bad))
         if found.bad:
             problems.append(
-                f"{manifest}: {counted(found.bad, 'bad utterance')} of {found.utterances:,}, listed in "
+                f"{manifest}: {counted(found.bad, 'bad utterance')} of {found.utterances:,}{of_part}, listed in "
                 f"{found.listing}; the first one: {found.first[0]}"
             )
             continue
         where = "" if audio else "the headers of "
-        console.print(f"{manifest}: no problem found in {where}{counted(found.utterances, 'utterance')}")
+        console.print(f"{manifest}: no problem found in {where}{counted(found.utterances, 'utterance')}{of_part}")
     for problem in problems[:-1]:
         console.print(problem)
     if problems:
@@ -77,14 +80,18 @@ def shar(
     shard_size: Annotated[int, typer.Option(min=1, help="Number of utterances per shard.")] = 1000,
     form: Annotated[str, typer.Option("--format", help="Audio format of the shards: flac, wav, opus or mp3.")] = "flac",
     seed: Annotated[int, typer.Option(min=0, help="Seed for the order of utterances.")] = 0,
+    part: PartOption = "1/1",
     jobs: Jobs = 1,
 ) -> None:
     """Write Lhotse Shar for data.mode=stream. A repeated call continues where the last one stopped."""
+    from w2vscale.corpora.parallel import Part
     from w2vscale.corpora.shar import write_shards
+
+    of = Part.parse(part)
 
     with progress_bar(f"writing shards of {manifest.name}") as progress:
         written = write_shards(
-            manifest, output, shard_size=shard_size, form=form, seed=seed, jobs=jobs, progress=progress
+            manifest, output, shard_size=shard_size, form=form, seed=seed, jobs=jobs, part=of, progress=progress
         )
     for bad in written.bad[:20]:
         console.print(str(bad))

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,29 @@ Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 _function: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `number` (from 1) of `count` parts of a piece of work, such as the tasks of an array job do."""
+
+    number: int = 1
+    count: int = 1
+
+    @staticmethod
+    def parse(text: str) -> Part:
+        """Return the part that `K/N` names. Raises UserError if it is something else."""
+        number, _, count = text.partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise UserError(f"--part {text}: give K/N, from 1/N to N/N")
+        return Part(int(number), int(count))
+
+    def range(self, total: int) -> range:
+        """Return the numbers of this part, of 0 … `total` - 1. Parts are consecutive, and differ by at most one."""
+        return range((self.number - 1) * total // self.count, self.number * total // self.count)
+
+
+WHOLE = Part()
 
 
 class WorkerDied(UserError):

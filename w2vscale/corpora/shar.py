@@ -11,7 +11,7 @@ from pathlib import Path
 from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 
-from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_map
+from w2vscale.corpora.parallel import WHOLE, Part, Progress, chunked, no_progress, parallel_map
 from w2vscale.data.audio import own_decoders, read_audio
 from w2vscale.data.cuts import NotACut
 from w2vscale.data.decoding import AudioError, reason_of
@@ -28,7 +28,7 @@ OPUS_RATE = 48_000  # Hz; Opus supports only a few rates
 
 @dataclass(frozen=True)
 class WrittenShards:
-    """The number of shards and of their utterances, and the bad utterances that were left out."""
+    """The number of shards in the folder, and for this call that of utterances and the bad ones that were left out."""
 
     shards: int
     utterances: int
@@ -43,12 +43,14 @@ def write_shards(
     form: str = "flac",
     seed: int = 0,
     jobs: int = 1,
+    part: Part = WHOLE,
     progress: Progress = no_progress,
 ) -> WrittenShards:
     """Write the utterances of an indexed manifest as shards of `shard_size` utterances, in a random order.
 
     Utterances without usable audio are left out. Complete shards of an earlier call that was stopped are kept. `form`
-    is flac, wav, opus or mp3; `progress` counts shards.
+    is flac, wav, opus or mp3; `progress` counts shards. With `part`, only shards of this part are written; calls for
+    different parts can run at the same time, and a call for the whole then writes what is missing.
 
     Raises UserError if the manifest has no index, has audio that is not in files or none that can be used, or the
     folder cannot be written.
@@ -64,12 +66,14 @@ def write_shards(
         folder.mkdir(parents=True, exist_ok=True)
         _claim(folder, f"{manifest.resolve()}, {total} utterances, {shard_size} per shard, {form}, seed {seed}")
     shards = list(enumerate(chunked(order, shard_size)))
+    shards = [shards[number] for number in part.range(len(shards))]
+    total = sum(len(numbers) for _, numbers in shards)
     bad: list[BadAudio] = []
     found = parallel_map(partial(_write_shard, manifest, folder, form), shards, jobs=jobs, source=manifest)
     for done, left_out in enumerate(found, start=1):
         bad += left_out
         progress(done, len(shards))
-    if len(bad) == total:
+    if part == WHOLE and len(bad) == total:
         raise UserError(f"{manifest}: no utterance can be used, so no shards were written; the first one: {bad[0]}")
     return WrittenShards(sum(1 for _ in folder.glob("cuts.*.jsonl.gz")), total - len(bad), bad)
 

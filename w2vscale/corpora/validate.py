@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from w2vscale.config.tree import ModelConfig
 from w2vscale.corpora.index import index_lines
-from w2vscale.corpora.parallel import Progress, WorkerDied, chunked, no_progress, parallel_map
+from w2vscale.corpora.parallel import WHOLE, Part, Progress, WorkerDied, chunked, no_progress, parallel_map
 from w2vscale.data.audio import AudioError, check_header, read_audio
 from w2vscale.data.cuts import NotACut
 from w2vscale.data.manifest import Manifest, audio_path
@@ -27,7 +27,7 @@ SHOWN = 20  # bad utterances that are kept in memory
 
 @dataclass(frozen=True)
 class Validation:
-    """The number of utterances and of bad ones, and the first bad ones; the file `listing` has all of them."""
+    """The number of checked utterances and of bad ones, and the first bad ones; the file `listing` has all of them."""
 
     utterances: int
     bad: int
@@ -35,16 +35,17 @@ class Validation:
     listing: Path
 
 
-def listing_path(manifest: Path, *, audio: bool) -> Path:
+def listing_path(manifest: Path, *, audio: bool, part: Part = WHOLE) -> Path:
     """The path of the list of bad utterances, one JSON object per line. The pattern cuts_*.jsonl does not match it.
 
-    Comparing headers, which is quick, does not replace the list from decoding all `audio`.
+    Comparing headers, which is quick, does not replace the list from decoding all `audio`. Each `part` has its own.
     """
-    return manifest.with_name(manifest.name + (".bad_audio" if audio else ".bad_headers"))
+    suffix = f".{part.number}-of-{part.count}" if part.count > 1 else ""
+    return manifest.with_name(manifest.name + (".bad_audio" if audio else ".bad_headers") + suffix)
 
 
 def validate_manifest(
-    path: Path, *, jobs: int = 4, audio: bool = False, progress: Progress = no_progress
+    path: Path, *, jobs: int = 4, audio: bool = False, part: Part = WHOLE, progress: Progress = no_progress
 ) -> Validation:
     """Compare each utterance with the header of its file: existence, format, sampling rate, channels, duration.
 
@@ -52,11 +53,13 @@ def validate_manifest(
     silent. Bad utterances are listed in the order of the manifest, followed by repeated ids. A line that is not a cut
     is a bad utterance. A missing or outdated index is built if there is none.
 
+    With `part`, only its utterances are checked, and the lists of all parts have what the list of the whole has.
+
     Raises UserError if the manifest cannot be read or has audio that is not in files, the list cannot be written, or a
     process died.
     """
     manifest = Manifest(path, index_lines(path, jobs=jobs, keep_unusable=True))
-    listing = listing_path(path, audio=audio)
+    listing = listing_path(path, audio=audio, part=part)
     with writing(listing):
         listing.unlink(missing_ok=True)
     first: list[BadAudio] = []
@@ -70,24 +73,28 @@ def validate_manifest(
             append_records(listing, map(asdict, new))
 
     size = 16 if audio else 256
-    chunks = list(chunked(range(len(manifest)), size))
-    jobs = min(jobs, len(chunks))
-    hashes = np.empty(len(manifest), np.int64)
+    numbers = part.range(len(manifest))
+    # An utterance repeats an earlier one, so the ids of earlier parts are needed, too.
+    chunks = [*chunked(range(numbers.start), 4096), *chunked(numbers, size)]
+    jobs = max(min(jobs, len(chunks)), 1)
+    hashes = np.empty(numbers.stop, np.int64)
     done = 0
     try:
         # Isolated, because a file may crash the decoder.
-        found = parallel_map(partial(_check, manifest, audio), chunks, jobs=jobs, source=path, isolate=audio)
+        check = partial(_check, manifest, audio, numbers.start)
+        found = parallel_map(check, chunks, jobs=jobs, source=path, isolate=audio)
         for checked, bad in found:
             hashes[done : done + len(checked)] = checked
             done += len(checked)
             report(bad)
-            progress(done, len(manifest))
+            progress(done, numbers.stop)
     except WorkerDied as error:
-        last = min(done + 2 * jobs * size, len(manifest)) - 1
+        last = min(done + 2 * jobs * size, numbers.stop) - 1
         one, other = (_name(manifest, number) for number in (done, last))
         raise UserError(f"{error}; it was reading an utterance between {one} and {other}") from None
-    report(_repeated(manifest, hashes))
-    return Validation(len(manifest), len(bad_numbers), first, listing)
+    repeated = _repeated(manifest, hashes)
+    report({number: bad for number, bad in repeated.items() if number in numbers})
+    return Validation(len(numbers), len(bad_numbers), first, listing)
 
 
 def _name(manifest: Manifest, number: int) -> str:
@@ -97,8 +104,13 @@ def _name(manifest: Manifest, number: int) -> str:
         return f"number {number + 1}"
 
 
-def _check(manifest: Manifest, audio: bool, numbers: Sequence[int]) -> tuple[list[int], dict[int, BadAudio]]:
-    """A hash of the id of each utterance, equal in all forked processes, and what is wrong with the bad ones."""
+def _check(
+    manifest: Manifest, audio: bool, start: int, numbers: Sequence[int]
+) -> tuple[list[int], dict[int, BadAudio]]:
+    """A hash of the id of each utterance, equal in all forked processes, and what is wrong with the bad ones.
+
+    Utterances before `start` are not checked.
+    """
     if audio:
         torch.set_num_threads(1)
     hashes: list[int] = []
@@ -108,9 +120,12 @@ def _check(manifest: Manifest, audio: bool, numbers: Sequence[int]) -> tuple[lis
             cut = manifest.cut(number)
         except NotACut as error:
             hashes.append(hash((number,)))
-            bad[number] = BadAudio.of_line(number, error)
+            if number >= start:
+                bad[number] = BadAudio.of_line(number, error)
             continue
         hashes.append(hash(cut.id))
+        if number < start:
+            continue
         try:
             if audio:
                 read_audio(cut, sampling_rate=SAMPLING_RATE)

@@ -26,14 +26,42 @@ class LostRanks(TemporaryError):
 
 
 def launched() -> bool:
-    """Return whether a launcher (torchrun, SLURM or this module) started this process."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    """Return whether a launcher (torchrun, DeepSpeed, SLURM, Kubernetes or this module) started this process."""
+    return ranked(os.environ) or slurm_tasks(os.environ) > 1
+
+
+def ranked(environment: Mapping[str, str]) -> bool:
+    """Return whether the rank is in RANK, as torchrun, DeepSpeed and Kubernetes' PyTorchJob set it.
+
+    Inside a step of several SLURM tasks it counts only with LOCAL_RANK, because a RANK that all tasks inherit from the
+    batch script would be the same for all.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return False
+    return "LOCAL_RANK" in environment or slurm_tasks(environment) <= 1
+
+
+def slurm_tasks(environment: Mapping[str, str]) -> int:
+    """Return the number of tasks of the SLURM step that this process is a task of; 1 if it is none."""
+    # Only srun sets SLURM_STEP_NUM_TASKS. A batch script also has SLURM_NTASKS and SLURM_PROCID, but is one process.
+    return number_in(environment, "SLURM_STEP_NUM_TASKS", 1) if "SLURM_PROCID" in environment else 1
+
+
+def number_in(environment: Mapping[str, str], name: str, default: int) -> int:
+    """Return an environment variable as a number. Raises UserError if it is set to something else."""
+    text = environment.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(
+            f"the environment variable {name}={text} is not a number; only a launcher should set it: unset it"
+        )
+    return int(text)
 
 
 def local_processes(environment: Mapping[str, str]) -> int | None:
     """Return the number of processes that the launcher started on the machine of rank 0, or None if it does not say."""
-    if "LOCAL_WORLD_SIZE" in environment:
-        return int(environment["LOCAL_WORLD_SIZE"])
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):  # torchrun and this module; DeepSpeed
+        if name in environment:
+            return number_in(environment, name, 1)
     # "4(x2),3" is 4 tasks on each of two machines and 3 on another.
     first = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     return int(first[0]) if first else None
@@ -129,12 +157,12 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: list[int], grace: f
         return 128 + signal.SIGKILL if late else 0
     code = codes[failed]
     assert code is not None
-    if -code not in forwarded and (line := _failure(failed, code)):
+    if -code not in forwarded and (line := describe_failure(failed, code)):
         print(line, file=sys.stderr)
     return code if code > 0 else 128 - code
 
 
-def _failure(rank: int, code: int) -> str | None:
+def describe_failure(rank: int, code: int) -> str | None:
     """Return the error line for a failed rank, or None if the rank has printed its own (user errors, stop signals)."""
     if code in (UserError.exit_code, TemporaryError.exit_code) or code > 128:
         return None

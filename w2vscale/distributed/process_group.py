@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from w2vscale.distributed.launch import LostRanks
+from w2vscale.distributed.launch import LostRanks, number_in, ranked, slurm_tasks
 from w2vscale.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)  # longest time that a rank waits for the others in a collective
@@ -46,19 +46,22 @@ def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
     Empty if torchrun has set them already, or if SLURM did not start this process as one of several tasks.
     """
-    by_torchrun = "RANK" in environment and "WORLD_SIZE" in environment
-    # Only srun sets SLURM_STEP_NUM_TASKS. A batch script also has SLURM_NTASKS and SLURM_PROCID, but is one process.
-    if by_torchrun or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) <= 1 or "SLURM_PROCID" not in environment:
+    if ranked(environment) or slurm_tasks(environment) <= 1:
         return {}
     return {
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_host(environment),
-        # Jobs on the same node need different ports.
-        "MASTER_PORT": environment.get("MASTER_PORT")
-        or str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(_port(environment)),
     }
+
+
+def _port(environment: Mapping[str, str]) -> int:
+    """Return a port that all tasks of a SLURM step agree on, and that differs between jobs and steps on one node."""
+    job, step = number_in(environment, "SLURM_JOB_ID", 0), number_in(environment, "SLURM_STEP_ID", 0)
+    # Linux gives ports from 32768 on to outgoing connections. Job numbers are consecutive, so steps are far apart.
+    return 20_000 + (job + 1_009 * step) % 12_000
 
 
 def _first_host(environment: Mapping[str, str]) -> str:
@@ -85,7 +88,7 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
     """
     implied = launch_environment(os.environ)
     environment = {**os.environ, **implied}
-    if "RANK" not in environment or int(environment.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in environment or number_in(environment, "WORLD_SIZE", 1) == 1:
         device, backend = _device(0)
         if needed:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -95,8 +98,8 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
             if needed:
                 dist.destroy_process_group()
         return
-    rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    ranks = Ranks(rank, int(environment.get("LOCAL_RANK", "0")), world_size)
+    rank, world_size = number_in(environment, "RANK", 0), number_in(environment, "WORLD_SIZE", 1)
+    ranks = Ranks(rank, number_in(environment, "LOCAL_RANK", 0), world_size)
     # The torchrun agent may already serve the store; only env:// uses it.
     init_method = f"tcp://{implied['MASTER_ADDR']}:{implied['MASTER_PORT']}" if implied else "env://"
     device, backend = _device(ranks.local_rank)

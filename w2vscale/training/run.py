@@ -295,7 +295,8 @@ def run_script(command: Sequence[str], processes: int, here: int | None) -> str:
     arguments, launcher = _without_option(command, "--resume"), ""
     if processes > 1 and processes != here:
         launcher = (
-            f"# It has {processes} processes: start this script with their launcher (torchrun --no-python, srun).\n"
+            f"# It has {processes} processes: start this script with their launcher (torchrun --no-python, srun, "
+            "deepspeed --no_python).\n"
         )
     elif processes > 1 and _without_option(arguments, "--nproc-per-node") == arguments:
         arguments += ["--nproc-per-node", str(processes)]

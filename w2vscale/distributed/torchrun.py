@@ -1,0 +1,35 @@
+"""torchrun with the exit codes of docs/interruptions.md: `python -m w2vscale.distributed.torchrun`.
+
+It takes the options of torchrun, which itself exits with code 1 and a traceback whatever happened: a script could not
+tell a wrong setting from a lost machine. This module exits with the code of the first rank that failed, or 128 + the
+number of the signal that stopped it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
+
+from w2vscale.distributed.launch import describe_failure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run torchrun with the arguments (default: those of the process) and return the exit code."""
+    try:
+        torchrun(arguments)
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if line := describe_failure(rank, failure.exitcode):
+            print(line, file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
