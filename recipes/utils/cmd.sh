@@ -128,11 +128,12 @@ _words_of_torchrun() {
 
 # _torchrun NNODES HOST:PORT ID COMMAND [ARGUMENT…]
 _torchrun() {
-  local restarts=0
-  if [[ $1 == *:* ]]; then restarts=3; fi
+  local restarts=0 elastic=()
+  # With enough machines, torchrun would wait 30 seconds for further ones.
+  if [[ $1 == *:* ]]; then restarts=3 elastic=(--rdzv-conf last_call_timeout=10); fi
   # torchrun, but with the exit codes of docs/interruptions.md.
   words+=("$(_path_of python)" -m w2vscale.distributed.torchrun --nnodes "$1" --nproc-per-node "$nproc"
-    --rdzv-backend c10d --rdzv-endpoint "$2" --rdzv-id "$3" --max-restarts "${MAX_RESTARTS:-$restarts}")
+    --rdzv-backend c10d --rdzv-endpoint "$2" --rdzv-id "$3" --max-restarts "${MAX_RESTARTS:-$restarts}" "${elastic[@]}")
   if [[ -n ${LOCAL_ADDR:-} ]]; then words+=(--local-addr "$LOCAL_ADDR"); fi
   words+=(-m w2vscale "${@:4}")
 }

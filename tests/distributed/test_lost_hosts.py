@@ -101,5 +101,6 @@ def test_the_host_of_the_rendezvous_is_lost(hosts: Hosts, small_corpus: SmallCor
     run.wait_for_update(6)
     hosts.kill(hosts[0])
     codes = [run.agents[host].wait(240) for host in (hosts[1], hosts[2])]
-    assert all(codes), run.printed()
+    assert codes == [75, 75], run.printed()
+    assert "error: the machines cannot find each other at --rdzv-endpoint: " in run.output(hosts[1]).read_text()
     assert "watchdog: rank 0 on host1 has not been heard of for" in run.printed()

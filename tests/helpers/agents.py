@@ -37,7 +37,7 @@ class Agents:
         self.metrics = self.exp / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         command = ["-m", "w2vscale", "train", "base", *MICRO_RUN, f"data.train={corpus}", *settings]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes or len(hosts)}"]
+        torchrun = [sys.executable, "-m", "w2vscale.distributed.torchrun", f"--nnodes={nodes or len(hosts)}"]
         torchrun += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--rdzv-backend=c10d"]
         # With fewer hosts than the most, the rendezvous waits `last_call_timeout` (30 seconds) for another one.
         torchrun += [f"--rdzv-endpoint={hosts[0].name}:{PORT}", "--rdzv-id=test", "--rdzv-conf=last_call_timeout=5"]

@@ -118,6 +118,7 @@ class TestCommands:
         _, found = words(tmp_path, "--launcher", "torchrun", **{"RDZV": "node1:29400", **environment})
         options = ("--nnodes", "--rdzv-endpoint", "--rdzv-id", "--max-restarts")
         assert tuple(found[found.index(option) + 1] for option in options) == expected
+        assert ("last_call_timeout=10" in found) == (":" in expected[0])
 
     def test_slurm_with_a_task_per_process(self, tmp_path: Path) -> None:
         _, found = words(tmp_path, "--launcher", "slurm", **JOB)
