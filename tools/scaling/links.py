@@ -1,8 +1,8 @@
 """How long collectives take: formulas for rings, trees and hierarchies, and clusters with stated link speeds.
 
-Bytes are those of the whole tensor: the input of an all-reduce or reduce-scatter, the output of an all-gather. Bandwidths
-are bytes per second in one direction, latencies seconds of one message. Sources of the formulas: Patarasuk and Yuan 2009
-(rings), Thakur, Rabenseifner and Gropp 2005 (trees), and NCCL's notes on performance (doc/PERFORMANCE.md of nccl-tests).
+Bytes are those of the whole tensor: the input of an all-reduce or reduce-scatter, the output of an all-gather.
+Bandwidths are bytes per second in one direction, latencies seconds of one message. Sources of the formulas: Patarasuk
+and Yuan 2009 (rings), Thakur, Rabenseifner and Gropp 2005 (trees), and doc/PERFORMANCE.md of NVIDIA's nccl-tests.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of equal GPUs. `inside` is the link of one GPU to the others of its node, `across` all links of one node."""
+    """Nodes of equal GPUs. `inside`: the link of one GPU to the others of its node. `across`: all links of one node."""
 
     description: str
     gpus_per_node: int
@@ -85,14 +85,14 @@ CLUSTERS = {
         memory=32e9,
     ),
 }
-"""Nominal speeds are the vendors'. `flops` are 80 % of the nominal peak of bf16 (V100: fp16) matrix products; an H100 was
-measured (docs/performance.md)."""
+"""Nominal speeds are the vendors'. `flops` are 80 % of the nominal peak of bf16 matrix products (V100: fp16); those of
+an H100 were measured (docs/performance.md)."""
 
 
 class Group(NamedTuple):
     """The ranks of a collective: how many, and how many of them share a node. Equal on all nodes.
 
-    `share`: the part of a node's links that one group has, where the other ranks form groups that talk at the same time.
+    `share`: the part of a node's links that one group has, where other ranks form groups that talk at the same time.
     """
 
     size: int
@@ -125,7 +125,7 @@ def replica_group(ranks: int, shard_size: int, cluster: Cluster) -> Group:
 
 
 def collective_seconds(kind: Kind, size: float, group: Group, cluster: Cluster, algorithm: Algorithm) -> float:
-    """Seconds of a collective over `size` bytes. `fastest` is the best of the three, as NCCL chooses by a cost model."""
+    """Seconds of a collective over `size` bytes. `fastest`: the best of the three, as NCCL chooses by a cost model."""
     if group.size == 1:
         return 0.0
     across = Link(cluster.across.bandwidth * group.share, cluster.across.latency)

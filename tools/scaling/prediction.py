@@ -20,14 +20,14 @@ MEASURED_FLOPS = 8e14
 """What that GPU sustains in matrix products (docs/performance.md): the MFU of others is assumed to be the same."""
 
 AGREEMENT_HOP = 50e-6
-"""Seconds that a message of gloo takes from host to host. The hosts agree on each update by an all-reduce of 64 bytes."""
+"""Seconds that a message of gloo takes from host to host. Hosts agree on each update by an all-reduce of 64 bytes."""
 
 
 class Rates(NamedTuple):
     """How fast one GPU computes.
 
-    `mfu`: of forward and backward in long forwards. `step`: seconds of the optimizer step per parameter. `host`: seconds
-    in which the host launches a forward and its backward, as (at 0 layers, per layer).
+    `mfu`: of forward and backward in long forwards. `step`: seconds of the optimizer step per parameter. `host`:
+    seconds in which the host launches a forward and its backward, as (at 0 layers, per layer).
     """
 
     mfu: float
@@ -52,7 +52,9 @@ def measured_rates(file: Path) -> dict[str, Rates]:
             for name, parameters in (("base", 95_044_608), ("large", 317_390_592))
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: no result of tools/bench/gpu.py with rates_base and rates_large ({error!r})") from None
+        raise UserError(
+            f"{file}: not a result of tools/bench/gpu.py with rates of base and large ({error!r})"
+        ) from None
 
 
 def _long_forwards(rows: Mapping[str, Any], parameters: int) -> tuple[float, float]:
@@ -91,6 +93,7 @@ class Prediction:
     micro_batches: int
     seconds: float
     computing: float  # seconds of the device
+    stepping: float  # seconds of the optimizer step, which `computing` includes
     host: float  # seconds in which the hosts agree and launch; the update takes at least as long
     fits: bool  # state of the model and of the optimizer, in 80 % of the memory
 
@@ -139,14 +142,13 @@ def predict(model: Model, engine: str, ranks: int, micro_batches: int, setting: 
         micro_batches,
         seconds=max(*seconds, host),
         computing=sum(task.seconds for task in tasks),
+        stepping=next(task.seconds for task in reversed(tasks) if task.kind is None),
         host=host,
         fits=state <= 0.8 * setting.cluster.memory,
     )
 
 
-def network(
-    sharding: Sharding, cluster: Cluster, algorithm: Algorithm, backend: Backend
-) -> Callable[[Task], float]:
+def network(sharding: Sharding, cluster: Cluster, algorithm: Algorithm, backend: Backend) -> Callable[[Task], float]:
     """Seconds of a task's collective."""
     groups: dict[str, Group] = {
         "all": whole_group(sharding.ranks, cluster),
@@ -163,7 +165,7 @@ def network(
 
 
 def per_forward(model: Model, micro_batches: int, memory: float) -> int:
-    """Micro-batches that share a forward: as many as `batch.same_bucket` and memory for activations allow, at least 1."""
+    """Micro-batches that share a forward: as many as `batch.same_bucket` and memory for activations allow."""
     one = model.micro_batch_seconds * model.activation_bytes()
     most = min(micro_batches, model.config.batch.same_bucket, int(0.9 * memory / one))
     return max((count for count in range(1, most + 1) if micro_batches % count == 0), default=1)
@@ -202,9 +204,9 @@ def efficiency(prediction: Prediction, setting: Setting) -> float:
     return prediction.audio_per_second / prediction.ranks / alone.audio_per_second
 
 
-def enough(model: Model, engine: str, ranks: int, setting: Setting, *, share: float = 0.9) -> int | None:
-    """The fewest micro-batches per GPU (a power of two up to 512) with which devices compute for `share` of the time."""
+def enough(model: Model, engine: str, ranks: int, setting: Setting) -> int | None:
+    """The fewest micro-batches per GPU (a power of two up to 512) that give an efficiency of 90 %: more help little."""
     for micro_batches in (2**power for power in range(10)):
-        if 1 - predict(model, engine, ranks, micro_batches, setting).exposed >= share:
+        if efficiency(predict(model, engine, ranks, micro_batches, setting), setting) >= 0.9:
             return micro_batches
     return None

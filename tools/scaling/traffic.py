@@ -66,10 +66,10 @@ class Backend:
     """How an engine's host code and the library of collectives behave.
 
     `waits`: the host waits for each collective of a sharded engine, as on a CPU. On a GPU the host is ahead of the
-    device: parameters are gathered while the layer before computes, and the device goes on while gradients are reduced.
+    device: parameters are gathered while the part before computes, and it goes on while gradients are reduced.
     (DDP never waits before its last bucket.)
-    `scatters`: a reduce-scatter sends half of what an all-reduce sends. gloo's is an all-reduce of which each rank keeps
-    its part.
+    `scatters`: a reduce-scatter sends half of what an all-reduce sends. gloo's is an all-reduce of which each rank
+    keeps its part.
     """
 
     waits: bool
@@ -106,15 +106,16 @@ ENGINES = {
     "zero2": ["engine={name: deepspeed, deepspeed_config: zero2}"],
     "zero3": ["engine={name: deepspeed, deepspeed_config: zero3}"],
 }
-"""Settings of each engine. hsdp: fsdp with a copy of the model per node; fsdp_keep: parameters stay until the backward."""
+"""Settings of each engine. fsdp_keep: parameters stay until the backward. hsdp: a copy of the model per node, which
+needs engine.shard_size as well."""
 
 
-def sharding_of(engine: str, model: Model, ranks: int, *, per_node: int) -> Sharding:
-    """What the settings of an engine mean on this many ranks."""
+def sharding_of(engine: str, model: Model, ranks: int, *, per_node: int, zero_config: str | None = None) -> Sharding:
+    """What the settings of an engine mean on this many ranks. `zero_config`: not the one of the engine's name."""
     config = model.config
     zero: Mapping[str, Any] = {}
     if engine.startswith("zero"):
-        settings = config.engine.model_copy(update={"name": "deepspeed", "deepspeed_config": engine})
+        settings = config.engine.model_copy(update={"name": "deepspeed", "deepspeed_config": zero_config or engine})
         zero = deepspeed_config(settings, config.optim, config.precision)["zero_optimization"]
     return Sharding(
         engine,
@@ -153,7 +154,7 @@ def _ddp(update: Update, model: Model, sharding: Sharding, forwards: int, pace: 
 
 
 def _zero1(update: Update, model: Model, sharding: Sharding, forwards: int, pace: Pace, backend: Backend) -> None:
-    """Nothing is sent before the step: then gradients are reduced, and each rank's part of the parameters is gathered."""
+    """Nothing is sent before the step: then gradients are reduced, and the stepped parts of parameters gathered."""
     for _ in range(forwards):
         last = update.compute(pace.forward + pace.backward)
     size = sharding.zero["reduce_bucket_size"]
@@ -283,9 +284,7 @@ def _sharded_forward(
     reduce(rest, computed[-1])
 
 
-def _backward(
-    update: Update, model: Model, pace: Pace, backend: Backend = NCCL
-) -> Iterator[tuple[int, int]]:
+def _backward(update: Update, model: Model, pace: Pace, backend: Backend = NCCL) -> Iterator[tuple[int, int]]:
     """Compute a backward unit by unit; yields each unit and the place of its task."""
     for unit in reversed(range(len(model.units))):
         seconds = pace.backward * model.share(model.units[unit])

@@ -1,7 +1,7 @@
 """Measured points on one to three hosts with slow links, beside what the model predicts for them.
 
-The hosts are network namespaces of this machine (tests/helpers/hosts.py), the links have the stated speed, and gloo takes
-the place of NCCL. The device of each host is a process with one thread.
+The hosts are network namespaces of this machine (tests/helpers/hosts.py), their links have a stated speed, and gloo
+takes the place of NCCL. The device of each host is a process with one thread.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SPEEDS = (200.0, 600.0)
 """Megabits per second that a host can send."""
 
 PAYLOAD = 1448 / 1514
-"""Of the bytes of a full Ethernet frame, those that are neither headers of Ethernet and IP nor of TCP with time stamps."""
+"""The part of a full Ethernet frame that is not headers of Ethernet, IP and TCP with time stamps."""
 
 LATENCY = 150e-6
 """Seconds of one hop, measured: an all-reduce of one number takes 2 hops in 0.2 to 0.4 ms, and 4 in 0.5 ms."""
@@ -162,7 +162,8 @@ def compared(points: Sequence[Point], trial: Trial) -> Iterator[dict[str, Any]]:
 def read_record(file: Path = RECORD) -> tuple[list[Point], Trial, str]:
     """The points of a file that `write_record` wrote, what they have in common, and what they were measured on."""
     document = json.loads(file.read_text())
-    trial = Trial(**{key: tuple(value) if isinstance(value, list) else value for key, value in document["trial"].items()})
+    shared = document["trial"].items()
+    trial = Trial(**{key: tuple(value) if isinstance(value, list) else value for key, value in shared})
     return [Point(**point) for point in document["points"]], trial, document["machine"]
 
 

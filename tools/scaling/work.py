@@ -38,7 +38,7 @@ class Unit:
         return sum(ranks * math.ceil(first / ranks) * rest for first, rest in rows)
 
     def padded_flat(self, ranks: int, *, above: int = 0) -> int:
-        """Elements that ZeRO-3 sends: it splits each parameter as a flat one. Only of parameters of `above` and more."""
+        """Elements that ZeRO-3 sends: it splits each parameter as a flat one. Without those of fewer than `above`."""
         sizes = map(math.prod, self.shapes)
         return sum(ranks * math.ceil(size / ranks) for size in sizes if size >= above)
 
@@ -88,7 +88,8 @@ def model_of(preset: str, settings: Sequence[str] = ()) -> Model:
     config = work_settings(preset, settings)
     seconds = config.data.max_seconds
     model = empty_model(build_objective(config))
-    counts = {name: sum(one.values()) for name, one in Work(config, 1, seconds).counted_flops().get_flop_counts().items()}
+    counted = Work(config, 1, seconds).counted_flops().get_flop_counts()
+    counts = {name: sum(by_operation.values()) for name, by_operation in counted.items()}
     names = unit_names(model)
     parameters = [(unit_of(name, names), parameter.shape) for name, parameter in model.named_parameters()]
     flops = [counts.get(f"{type(model).__name__}.{name}", 0) / seconds for name in names]
