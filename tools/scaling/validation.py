@@ -21,7 +21,7 @@ from tests.helpers.hosts import Hosts, missing_for_hosts
 from tools.scaling.links import Cluster, Link
 from tools.scaling.prediction import network
 from tools.scaling.traffic import GLOO, Pace, ends, sharding_of, update_of
-from tools.scaling.work import model_of
+from tools.scaling.work import Model, model_of
 from w2vscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,9 +131,8 @@ def _attend(processes: Sequence[subprocess.Popen[str]], hosts: Hosts, folder: Pa
         time.sleep(0.005)
 
 
-def predicted(point: Point, trial: Trial) -> tuple[float, float]:
+def predicted(point: Point, trial: Trial, model: Model) -> tuple[float, float]:
     """Seconds of an update, and bytes that each host sends in it."""
-    model = model_of("tiny", trial.settings)
     sharding = sharding_of(point.engine, model, point.hosts, per_node=1)
     forward = point.window / trial.forwards / 3
     tasks = update_of(
@@ -150,8 +149,9 @@ def predicted(point: Point, trial: Trial) -> tuple[float, float]:
 
 def compared(points: Sequence[Point], trial: Trial) -> Iterator[dict[str, Any]]:
     """Measured and predicted, of all points."""
+    model = model_of("tiny", trial.settings)
     for point in points:
-        seconds, sent = predicted(point, trial)
+        seconds, sent = predicted(point, trial, model)
         yield asdict(point) | {
             "predicted": seconds,
             "error": abs(seconds - point.seconds) / point.seconds,
@@ -162,8 +162,10 @@ def compared(points: Sequence[Point], trial: Trial) -> Iterator[dict[str, Any]]:
 def read_record(file: Path = RECORD) -> tuple[list[Point], Trial, str]:
     """The points of a file that `write_record` wrote, what they have in common, and what they were measured on."""
     document = json.loads(file.read_text())
-    shared = document["trial"].items()
-    trial = Trial(**{key: tuple(value) if isinstance(value, list) else value for key, value in shared})
+    shared: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in document["trial"].items()
+    }
+    trial = Trial(**shared)
     return [Point(**point) for point in document["points"]], trial, document["machine"]
 
 

@@ -98,7 +98,7 @@ def model_of(preset: str, settings: Sequence[str] = ()) -> Model:
         Unit(
             tuple(tuple(shape) for unit, shape in parameters if unit == number),
             flops[number],
-            whole=number < len(names) and not isinstance(model.get_submodule(names[number]), _block_type(model)),
+            whole=number < 2,  # feature encoder and positional convolution
         )
         for number in range(len(names) + 1)
     )
@@ -108,17 +108,11 @@ def model_of(preset: str, settings: Sequence[str] = ()) -> Model:
 
 def unit_names(model: nn.Module) -> list[str]:
     """Names of the modules that FSDP2 shards one by one, in the order of the forward."""
-    (encoder,) = [name for name, module in model.named_modules() if isinstance(module, Wav2Vec2Encoder)]
-    blocks = len(model.get_submodule(f"{encoder}.transformer.blocks"))
-    parts = ["feature_encoder", "transformer.positional", *(f"transformer.blocks.{index}" for index in range(blocks))]
-    return [f"{encoder}.{part}" for part in parts]
+    ((name, encoder),) = [found for found in model.named_modules() if isinstance(found[1], Wav2Vec2Encoder)]
+    blocks = [f"transformer.blocks.{index}" for index in range(len(encoder.transformer.blocks))]
+    return [f"{name}.{part}" for part in ("feature_encoder", "transformer.positional", *blocks)]
 
 
 def unit_of(parameter: str, names: Sequence[str]) -> int:
     """The place of a parameter's module in `names`, or behind the last if it is in none of them."""
     return next((number for number, name in enumerate(names) if parameter.startswith(f"{name}.")), len(names))
-
-
-def _block_type(model: nn.Module) -> type:
-    (encoder,) = [module for module in model.modules() if isinstance(module, Wav2Vec2Encoder)]
-    return type(encoder.transformer.blocks[0])
