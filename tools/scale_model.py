@@ -26,6 +26,7 @@ from tools.bench.script import console, run_script
 from tools.scaling import report
 from tools.scaling.links import ALGORITHMS, CLUSTERS, EFFICIENCY, GIGABIT, Cluster
 from tools.scaling.prediction import MEASURED, Rates, Setting, added, dealt, enough, measured_rates
+from tools.scaling.published import comparisons
 from tools.scaling.traffic import ENGINES
 from tools.scaling.validation import RECORD, Trial, compared, measure, read_record, write_record
 from tools.scaling.work import Model, model_of
@@ -81,12 +82,16 @@ def main(
     here = changed(CLUSTERS[cluster], gpus_per_node=gpus_per_node, inside=inside, across=across)
     chosen = {
         name: {model.preset: _setting(model, one, algorithm, by_preset, mfu) for model in models}
-        for name, one in {cluster: here, "cloud": CLUSTERS["cloud"]}.items()
+        for name, one in (CLUSTERS | {cluster: here}).items()
     }
     console.print(f"{here.description}; collectives: {algorithm}")
     predictions = {model.preset: predict_all(model, engines, chosen[cluster][model.preset]) for model in models}
     if plot is not None:
-        report.draw(plot, models, GPUS, chosen)
+        drawn = dict.fromkeys((cluster, "h100_one_nic", "cloud"))
+        report.draw(plot, models, GPUS, {name: chosen[name] for name in drawn})
+    for model in models:
+        if model.preset == "base":
+            report.print_published(comparisons(model, chosen[cluster]["base"].rates))
     if validate:
         trial = Trial(updates=updates)
         points, machine = measure(trial), f"{processor()}, {time.strftime('%Y-%m-%d')}"

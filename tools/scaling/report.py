@@ -10,12 +10,13 @@ from rich.table import Table
 
 from tools.bench.script import console
 from tools.scaling.prediction import Prediction, Setting, added, dealt, efficiency
+from tools.scaling.published import Comparison
 from tools.scaling.traffic import ENGINES
 from tools.scaling.work import Model
 from w2vscale.analysis.figures import add_grid, new_figure, save_figure
 
-PLOTTED = ("ddp", "fsdp", "hsdp", "zero3")
-"""Engines in the plot: the others are between them."""
+PLOTTED = ("ddp", "fsdp", "hsdp")
+"""Engines in the plot of efficiencies."""
 
 
 def limit(prediction: Prediction) -> str:
@@ -57,6 +58,17 @@ def print_added(model: Model, rows: Mapping[str, Sequence[Prediction]], needed: 
     for engine, predictions in rows.items():
         cells = [f"{efficiency(one, setting):.0%}{limit(one)}" if one.fits else "does not fit" for one in predictions]
         table.add_row(engine, *cells, str(needed[engine] or "more than 512"))
+    console.print(table)
+
+
+def print_published(rows: Sequence[Comparison]) -> None:
+    """Published figures and predicted ones."""
+    table = Table(title="Published", box=None, header_style="bold", title_justify="left")
+    table.add_column("")
+    table.add_column("published", justify="right")
+    table.add_column("predicted", justify="right")
+    for row in rows:
+        table.add_row(row.what, f"{row.published:,.4g}", f"{row.predicted:,.4g}")
     console.print(table)
 
 
@@ -108,7 +120,7 @@ def draw(
     """Days of training for all presets, and efficiency of the largest one. `settings`: by cluster, then by preset."""
     figure = new_figure(width=12, height=4.8)
     left, right = figure.subplots(1, 2)
-    first, *others = settings
+    first = next(iter(settings))
     for number, model in enumerate(models):
         best = [
             min((one for one in at_once if one.fits), key=lambda one: one.seconds, default=None)
@@ -128,7 +140,7 @@ def draw(
     left.set_yscale("log")
     left.legend(fontsize="small")
     largest = max(models, key=lambda model: model.parameters)
-    for cluster, style in zip((first, *others), ("-", "--"), strict=False):
+    for cluster, style in zip(settings, ("-", "--", ":"), strict=False):
         setting = settings[cluster][largest.preset]
         for number, engine in enumerate(PLOTTED):
             rows = added(largest, engine, gpus, largest.config.batch.same_bucket, setting)
@@ -140,7 +152,7 @@ def draw(
     right.set_title(f"{largest.preset}, {seconds:.0f} s of audio on each GPU", fontsize="medium")
     right.set_ylabel("efficiency, % of one GPU in long forwards")
     right.set_ylim(0, 105)
-    right.legend(fontsize="small", ncols=2)
+    right.legend(fontsize="x-small", ncols=len(settings), loc="center right", columnspacing=0.8, handlelength=1.8)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(gpus), [str(ranks) for ranks in gpus], fontsize="small")
