@@ -99,9 +99,10 @@ class Everyone:
         """Wait until all are here."""
         self.met += 1
         place = f"meeting {self.met}"
-        self.store.add(place, 1)
-        while self.store.add(place, 0) < self.count:
-            time.sleep(0.002)
+        if self.store.add(place, 1) == self.count:
+            self.store.set(f"{place}: all are here", "")
+        else:
+            self.store.wait([f"{place}: all are here"], TIMEOUT)
 
 
 def ask(result: Path, speed: float) -> None:

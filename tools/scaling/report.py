@@ -152,7 +152,7 @@ def draw(
     right.set_title(f"{largest.preset}, {seconds:.0f} s of audio on each GPU", fontsize="medium")
     right.set_ylabel("efficiency, % of one GPU in long forwards")
     right.set_ylim(0, 105)
-    right.legend(fontsize="x-small", ncols=len(settings), loc="center right", columnspacing=0.8, handlelength=1.8)
+    right.legend(fontsize="x-small", loc="lower left", handlelength=3.5)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(list(gpus), [str(ranks) for ranks in gpus], fontsize="small")
