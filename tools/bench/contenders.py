@@ -87,6 +87,10 @@ class Work:
         On the meta device, where nothing is computed: what a device saves, by fast Fourier transforms, is not left out.
         Padding is computed, and counts.
         """
+        return int(self.counted_flops().get_total_flops())
+
+    def counted_flops(self) -> FlopCounterMode:
+        """What `flops` counts, with the figures of each module."""
         meta = torch.device("meta")
         objective = build_objective(self.in_fp32())
         model = empty_model(objective).train()
@@ -95,7 +99,7 @@ class Work:
         noise_MGV = torch.empty((sum(inputs.masked), *codes), device=meta)
         with FlopCounterMode(display=False, custom_mapping=MISCOUNTED) as counter:
             model(inputs, noise_MGV=noise_MGV).total.backward()
-        return int(counter.get_total_flops())
+        return counter
 
 
 def work_settings(preset: str, settings: Sequence[str]) -> Config:

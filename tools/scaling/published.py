@@ -1,0 +1,43 @@
+"""Two published training times of BASE, beside what the model says."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tools.scaling.links import CLUSTERS
+from tools.scaling.prediction import Rates, Setting, predict
+from tools.scaling.work import Model
+
+ONE_A100, EIGHT_A100 = 1546.0, 1346.0
+"""Seconds of audio per second and GPU that NVIDIA reports for one A100, and for each of eight (DeepLearningExamples,
+bf16, with a shortened transformer: only the ratio can be compared)."""
+
+FAIRSEQ_DAYS = 1.6
+"""Of 400,000 updates on 64 V100 (Baevski et al. 2020)."""
+
+
+class Comparison(NamedTuple):
+    """A published figure and the predicted one."""
+
+    what: str
+    published: float
+    predicted: float
+
+
+def comparisons(base: Model, rates: Rates) -> list[Comparison]:
+    """Of eight GPUs from the rate of one, and of days with the MFU that this project has on an H100."""
+    of_one = Rates(mfu=ONE_A100 * base.flops / CLUSTERS["a100"].flops, step=0.0, host=(0.0, 0.0))
+    eight = predict(base, "ddp", 8, 8, Setting(CLUSTERS["a100"], "fastest", of_one))
+    many = predict(base, "ddp", 64, 1, Setting(CLUSTERS["v100"], "fastest", rates))
+    flops = base.micro_batch_seconds * base.flops / (FAIRSEQ_DAYS * 86400 / base.config.trainer.updates)
+    return [
+        Comparison(
+            "NVIDIA, 8 A100: seconds of audio per second and GPU, from that of one", EIGHT_A100,
+            eight.audio_per_second / 8,
+        ),
+        Comparison("fairseq, 64 V100: days", FAIRSEQ_DAYS, many.days),
+        Comparison(
+            "fairseq, 64 V100: MFU if nothing waits (the predicted one is assumed)",
+            flops / CLUSTERS["v100"].flops, rates.mfu,
+        ),
+    ]  # fmt: skip
