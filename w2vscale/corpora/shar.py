@@ -12,6 +12,7 @@ from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 
 from w2vscale.corpora.parallel import Progress, chunked, no_progress, parallel_map
+from w2vscale.corpora.shard_index import index_shards
 from w2vscale.data.audio import own_decoders, read_audio
 from w2vscale.data.cuts import NotACut
 from w2vscale.data.decoding import AudioError, reason_of
@@ -45,7 +46,7 @@ def write_shards(
     jobs: int = 1,
     progress: Progress = no_progress,
 ) -> WrittenShards:
-    """Write the utterances of an indexed manifest as shards of `shard_size` utterances, in a random order.
+    """Write the utterances of an indexed manifest as indexed shards of `shard_size` utterances, in a random order.
 
     Utterances without usable audio are left out. Complete shards of an earlier call that was stopped are kept. `form`
     is flac, wav, opus or mp3; `progress` counts shards.
@@ -71,7 +72,8 @@ def write_shards(
         progress(done, len(shards))
     if len(bad) == total:
         raise UserError(f"{manifest}: no utterance can be used, so no shards were written; the first one: {bad[0]}")
-    return WrittenShards(sum(1 for _ in folder.glob("cuts.*.jsonl.gz")), total - len(bad), bad)
+    indexed = index_shards(folder, jobs=jobs)
+    return WrittenShards(indexed.shards, indexed.utterances, bad + indexed.bad)
 
 
 def _claim(folder: Path, contents: str) -> None:
