@@ -35,8 +35,8 @@ from w2vscale.files import append_records
 SAVE_SECONDS = 60.0  # write what is indexed so far this often, so that a call that was stopped can be continued
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
-Key = tuple[int, int, int]
-"""What a shard is recognised by: the sizes of its files, and the checksum of its manifest."""
+Key = tuple[int, int, int, int]
+"""What a shard is recognised by: the sizes of its files, the time of its archive, and the checksum of its manifest."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def _known_shards(folder: Path) -> Mapping[Key, _Part]:
         return {}
     ends = np.cumsum(records["utterances"])
     parts = np.split(np.array(places), ends[:-1])
-    keys = records[["cuts_bytes", "recording_bytes", "cuts_checksum"]].tolist()
+    keys = records[["cuts_bytes", "recording_bytes", "recording_changed", "cuts_checksum"]].tolist()
     return {
         key: _Part(records[place : place + 1], parts[place], [])
         for place, key in enumerate(keys)
@@ -126,13 +126,13 @@ def _known_shards(folder: Path) -> Mapping[Key, _Part]:
 def _index_shard(known: Mapping[Key, _Part], shard: Shard) -> _Part:
     with open_file(shard.cuts) as file:
         content = file.read()
-    sizes = len(content), shard.recording.stat().st_size
-    checksum = zlib.crc32(content)
-    if (*sizes, checksum) in known:
-        return known[*sizes, checksum]
+    archive = shard.recording.stat()
+    key = len(content), archive.st_size, archive.st_mtime_ns, zlib.crc32(content)
+    if key in known:
+        return known[key]
     rows, bad = _find_utterances(shard)
     places = np.array(rows, PLACE_DTYPE)
-    record = (*sizes, places.size, len(bad), checksum, zlib.crc32(places.tobytes()))
+    record = (*key[:2], places.size, len(bad), *key[2:], zlib.crc32(places.tobytes()))
     return _Part(np.array([record], SHARD_DTYPE), places, bad)
 
 

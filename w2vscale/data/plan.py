@@ -54,6 +54,13 @@ class Bucket:
         """Number of micro-batches that whole series add to those that its utterances need."""
         return self.micro_batches - -(-self.count // self.per_micro_batch)
 
+    @property
+    def most(self) -> int:
+        """Number of utterances of its largest micro-batch."""
+        if self.series_length == 1:
+            return min(self.per_micro_batch, self.count)
+        return -(-self.count // self.micro_batches)
+
     def begin(self, micro_batch: Index) -> Index:
         """Return the position in the bucket of the first draw of its micro-batch 0, 1, ….
 

@@ -23,12 +23,14 @@ SHARD_DTYPE = np.dtype(
         ("recording_bytes", "<i8"),
         ("utterances", "<i8"),
         ("left_out", "<i8"),
+        ("recording_changed", "<i8"),
         ("cuts_checksum", "<u4"),
         ("places_checksum", "<u4"),
     ]
 )
-"""One record per shard: the sizes of its files in bytes, the number of its utterances in the index and of those left out
-of it, because they cannot be found, and the CRC-32 of its manifest and of its part of the index."""
+"""One record per shard: the sizes of its files in bytes, the number of its utterances in the index and of those left
+out because they cannot be found, the time at which its archive changed last in nanoseconds, and the CRC-32 of its
+manifest and of its part of the index."""
 
 
 def shard_index_path(folder: Path) -> Path:

@@ -35,7 +35,7 @@ class _Blocks(NamedTuple):
     """What is known of each block before its plan is made."""
 
     series: NDArray[np.int64]  # number per epoch
-    largest: NDArray[np.int64]  # most padded samples of a micro-batch
+    largest: NDArray[np.int64]  # padded samples that a micro-batch can have
     longest: NDArray[np.int64]  # samples of the longest utterance
     added: int  # micro-batches per epoch, of all blocks, that whole series add
     fits: bool  # whether no micro-batch is empty
@@ -118,7 +118,10 @@ class StreamPlan:
         return self._numbers(epoch, lane, series - start).ravel()
 
     def largest(self) -> int:
-        """Return the number of the micro-batch of epoch 0 with the most padded samples."""
+        """Return the number of a micro-batch of epoch 0 with nearly the most padded samples.
+
+        It is the largest of the block that has the most in a bucket, if the longest utterance meets the most others.
+        """
         return self._number_in(int(self._blocks.largest.argmax()), Plan.largest)
 
     def longest(self) -> int:
@@ -163,7 +166,7 @@ class StreamPlan:
         return lru_cache(maxsize=2)(self._epoch_order)
 
     def _epoch_order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the blocks in the order of an epoch, in which those of a chain stay together, and their first series."""
+        """Return the blocks in the order of an epoch, which keeps chains together, and the first series of each."""
         chains = generator(self.seed, Stream.SHARD_ORDER, epoch).permutation(self._chains.size - 1)
         order = np.concatenate([np.arange(self._chains[chain], self._chains[chain + 1]) for chain in chains])
         return order, np.cumsum(self._blocks.series[order]) - self._blocks.series[order]
@@ -206,7 +209,7 @@ class StreamPlan:
             buckets = cut_into_buckets(lengths, series_length=series_length, **self._cutting)
             last = buckets[-1]
             series[block] = (last.first_micro_batch + last.micro_batches) // series_length
-            largest[block] = max(bucket.longest * min(bucket.per_micro_batch, bucket.count) for bucket in buckets)
+            largest[block] = max(bucket.longest * bucket.most for bucket in buckets)
             first[block] = buckets[0].longest
             added += last.added
             fits = fits and last.count >= last.micro_batches
