@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import lzma
+import multiprocessing
+import os
 import re
 import shutil
 import tarfile
@@ -33,6 +35,7 @@ from w2vscale.corpora.shard_index import IndexedShards, bad_shards_path, index_s
 from w2vscale.data import shard_index
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.audio import read_audio
+from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.shard_index import ShardCorpus, open_shard_index, shard_index_path, write_shard_index
 from w2vscale.data.shards import Shard, StoredUtterance, read_utterances
@@ -89,6 +92,11 @@ def cut_from(stored: StoredUtterance) -> Cut:
     cut = stored.cut()
     assert isinstance(cut, Cut), cut
     return cut
+
+
+def resident_megabytes(process: int) -> float:
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def repeated(manifest: Path, path: Path, times: int) -> Path:
@@ -287,6 +295,23 @@ class TestMicroBatches:
         for _ in reader:
             most = max(most, sum(map(len, reader.held.values())))
         assert most <= source.plan.lanes * buffer
+
+    @pytest.mark.long
+    @pytest.mark.timeout(900)
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_memory_is_flat_over_2000_micro_batches(self, manifest: Path, tmp_path: Path, workers: int) -> None:
+        """Resident memory of this process and of its loaders; the first micro-batches load libraries."""
+        write_shards(repeated(manifest, tmp_path / "many.jsonl", 8), tmp_path / "shards", shard_size=100)
+        settings = ("batch.micro_batches=20", "data.stream_buffer=50", f"data.workers={workers}")
+        source = stream_of([tmp_path / "shards"], config_with(*settings))
+        megabytes = []
+        with loader_processes():
+            for _ in source.windows(range(100), micro_batches=20, rank=0, world_size=1):
+                processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+                assert len(processes) == 1 + workers
+                megabytes.append(sum(map(resident_megabytes, processes)))
+        assert len(megabytes) == 100
+        assert max(megabytes[50:]) - max(megabytes[10:50]) < 20
 
     def test_offsets_within_a_shard_ascend(self, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         reads: list[NDArray[np.void]] = []
