@@ -9,6 +9,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import pickle
 import re
 import shutil
 import tarfile
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 
 from tests.helpers.audio import cut_of, noise, tone, write_audio, write_manifest, write_text
 from tests.helpers.batches import same
+from tests.helpers.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
 from w2vscale.corpora import shard_index as corpora_shard_index
 from w2vscale.corpora.shar import write_shards
@@ -43,6 +45,7 @@ from w2vscale.data.stream import Reader, StreamedMicroBatches, open_stream
 from w2vscale.data.stream_plan import Share
 from w2vscale.errors import UserError
 from w2vscale.objectives import build_objective
+from w2vscale.training.loop import train
 
 RATE = 16_000
 
@@ -542,7 +545,7 @@ class TestDamagedBeforeIndexing:
             lines = bad_shards_path(folder).read_text().splitlines()
             assert [BadAudio(**json.loads(line)) for line in lines] == found.bad
         corpus = ShardCorpus([folder])
-        assert corpus.not_indexed == len(found.bad)
+        assert corpus.not_found == len(found.bad)
         left = {cut_from(one).id for one in corpus.read(np.arange(len(corpus)))}
         assert len(left) == len(corpus) and not left & {bad.utterance for bad in found.bad}
         assert all(bad.left_out and "\n" not in bad.reason for bad in found.bad)
@@ -748,3 +751,18 @@ def test_a_log_line_is_json(tmp_path: Path) -> None:
     (line,) = (tmp_path / "shards" / "bad_audio.000000.jsonl").read_text().splitlines()
     expected = {"utterance": "u0", "file": str(paths[0]), "kind": "missing", "reason": "no such file", "left_out": True}
     assert json.loads(line) == expected
+
+
+def test_shards_can_be_opened_again_in_another_process(shards: Path) -> None:
+    corpus = pickle.loads(pickle.dumps(ShardCorpus([shards])))
+    assert [cut_from(one).id for one in corpus.read(np.arange(40))] == [cut.id for cut in cuts_of(shards)]
+
+
+def test_a_run_says_what_is_left_out(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    break_archive(three)
+    lost = len(index_shards(three).bad)
+    settings = [*MICRO_RUN, "data.mode=stream", f"data.train={three}", "data.min_seconds=0.75", "trainer.updates=4"]
+    assert train(load_config("base", settings), tmp_path / "exp") == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf"left out \d of {40 - lost} utterances: shorter than data.min_seconds", printed)
+    assert f"left out {lost} utterances of damaged shards: see shards.bad_audio.jsonl beside them" in printed

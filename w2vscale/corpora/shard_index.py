@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from w2vscale.corpora.parallel import Progress, no_progress, parallel_map
 from w2vscale.data.cuts import NotACut, read_cut
 from w2vscale.data.micro_batch import BadAudio
-from w2vscale.data.shard_index import SHARD_DTYPE, open_shard_index, shard_index_path, write_shard_index
+from w2vscale.data.shard_index import BAD_SHARDS, SHARD_DTYPE, open_shard_index, shard_index_path, write_shard_index
 from w2vscale.data.shards import (
     EMPTY,
     IN_CUTS,
@@ -67,7 +67,7 @@ class _Pair(NamedTuple):
 
 def bad_shards_path(folder: Path) -> Path:
     """The path of the list of utterances that are not in the index of a folder."""
-    return folder / "shards.bad_audio.jsonl"
+    return folder / BAD_SHARDS
 
 
 def index_shards(folder: Path, progress: Progress = no_progress, *, jobs: int = 1) -> IndexedShards:

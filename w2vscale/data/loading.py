@@ -31,6 +31,7 @@ class TrainingData(Protocol):
     utterances: int  # per epoch
     utterances_in_all: int
     left_out: int  # utterances that no epoch has, because of their length
+    not_found: int  # utterances that cannot be found in their shards
     micro_batches: int  # per epoch
     series_length: int  # number of consecutive micro-batches from the same duration bucket
 

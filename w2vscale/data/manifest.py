@@ -136,6 +136,7 @@ class Corpus:
         if not paths:
             raise UserError(f"{setting} names no manifest: set {setting}=CUTS.jsonl")
         self.manifests = [Manifest(Path(path)) for path in paths]
+        self.not_found = 0  # the index of a manifest has all of its utterances
         self._starts = np.cumsum([0, *(len(manifest) for manifest in self.manifests)])
 
     def __len__(self) -> int:

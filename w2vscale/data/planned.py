@@ -44,6 +44,8 @@ class AnyPlan(Protocol):
 class AnyCorpus(Protocol):
     """What micro-batches need of a corpus."""
 
+    not_found: int  # utterances that its index does not have
+
     @property
     def durations(self) -> NDArray[np.float64]:
         """Duration of each utterance in seconds."""
@@ -62,7 +64,7 @@ class PlannedMicroBatches(ABC):
         self.data = data
         self.utterances, self.micro_batches = len(plan), plan.per_epoch
         self.series_length = plan.series_length
-        self.utterances_in_all, self.left_out = len(corpus), plan.left_out
+        self.utterances_in_all, self.left_out, self.not_found = len(corpus), plan.left_out, corpus.not_found
 
     @abstractmethod
     def read(self, utterance: int) -> Cut | BadAudio:

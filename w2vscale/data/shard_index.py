@@ -33,6 +33,10 @@ out because they cannot be found, the time at which its archive changed last in 
 manifest and of its part of the index."""
 
 
+BAD_SHARDS = "shards.bad_audio.jsonl"
+"""The name of the list of utterances that are left out of an index."""
+
+
 def shard_index_path(folder: Path) -> Path:
     """The path of the index of a folder of shards."""
     return folder / "shards.index.npy"
@@ -116,7 +120,7 @@ class ShardCorpus:
         records = np.concatenate([folder.records for folder in self._folders])
         self.starts = np.cumsum(np.concatenate([[0], records["utterances"]]))
         """The first utterance of each shard, and the number of utterances."""
-        self.not_indexed = int(records["left_out"].sum())
+        self.not_found = int(records["left_out"].sum())
         self.fingerprint = f"{zlib.crc32(records[['utterances', 'places_checksum']].tobytes()):08x}"
         """Identifies the content of the shards, independent of their paths."""
 

@@ -24,12 +24,13 @@ from w2vscale.data.loading import TrainingData
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed
+from w2vscale.data.shard_index import BAD_SHARDS
 from w2vscale.data.stream import open_stream
 from w2vscale.distributed.launch import local_processes
 from w2vscale.distributed.process_group import Ranks, errors_on_all_ranks
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.transforms import missing_for_compilation
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, counted
 from w2vscale.files import nearest_path, write_text
 from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.models.initialisation import empty_parameters, initial_values
@@ -167,6 +168,8 @@ def log_advice(
         longer = "" if objective.crops else " or longer than data.max_seconds"
         total = training_set.utterances_in_all
         log(f"left out {left_out} of {total} utterances: shorter than data.min_seconds{longer}")
+    if training_set.not_found:
+        log(f"left out {counted(training_set.not_found, 'utterance')} of damaged shards: see {BAD_SHARDS} beside them")
 
 
 def log_targets(training_set: TrainingData, objective: Objective, ranks: Ranks, log: Callable[[str], None]) -> None:
