@@ -319,9 +319,9 @@ class TestMicroBatches:
     def test_offsets_within_a_shard_ascend(self, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         reads: list[NDArray[np.void]] = []
 
-        def read(shard: Shard, places: NDArray[np.void]) -> list[StoredUtterance]:
+        def read(shard: Shard, places: NDArray[np.void], *, audio: bool) -> list[StoredUtterance]:
             reads.append(places)
-            return read_utterances(shard, places)
+            return read_utterances(shard, places, audio=audio)
 
         monkeypatch.setattr(shard_index, "read_utterances", read)
         source = stream_of([shards], config_with(*LONG))

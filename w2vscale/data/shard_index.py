@@ -141,13 +141,13 @@ class ShardCorpus:
         """Length of each utterance in samples at `sampling_rate` (Hz)."""
         return np.rint(self.durations * sampling_rate).astype(np.int64)
 
-    def read(self, utterances: NDArray[np.int64]) -> Iterator[StoredUtterance]:
-        """Read utterances (ascending numbers), shard by shard."""
+    def read(self, utterances: NDArray[np.int64], *, audio: bool = True) -> Iterator[StoredUtterance]:
+        """Read utterances (ascending numbers), shard by shard, with or without their audio."""
         of_shard = np.searchsorted(self.starts, utterances, side="right") - 1
         for part in np.split(utterances, np.flatnonzero(np.diff(of_shard)) + 1):
             if part.size:
                 shard, places = self._places(part)
-                yield from read_utterances(shard, places)
+                yield from read_utterances(shard, places, audio=audio)
 
     def cut(self, utterance: int) -> Cut | BadAudio:
         """Read one utterance; see `StoredUtterance.cut`."""

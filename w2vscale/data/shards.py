@@ -87,16 +87,9 @@ class StoredUtterance:
 
         Raises UserError if its audio is not in the archive.
         """
-        if not self.line:
-            return BadAudio(f"line {self.number + 1}", str(self.shard.cuts), "undecodable", self.problem)
-        where = f"{self.shard.cuts}: line {self.number + 1}"
-        try:
-            fields = read_cut(self.line, where=where, source_types=IN_CUTS)
-            if fields["duration"] != self.duration:
-                raise not_a_cut(where, f"it lasts {fields['duration']:g} s, unlike when it was indexed")
-            cut = _deserialise(fields, where)
-        except NotACut as error:
-            return BadAudio(f"line {self.number + 1}", str(self.shard.cuts), "not a cut", str(error))
+        cut = self.cut_without_audio()
+        if isinstance(cut, BadAudio):
+            return cut
         try:
             return self._with_audio(cut)
         except NotACut as error:
@@ -106,6 +99,19 @@ class StoredUtterance:
         except Exception as error:  # damaged archives raise many types of errors
             reason = self.problem or f"its shard cannot be read: {in_one_line(error)}"
         return BadAudio(cut.id, str(self.shard.recording), "undecodable", reason)
+
+    def cut_without_audio(self) -> Cut | BadAudio:
+        """Return the cut as its line describes it, or why there is none. Raises like `cut`."""
+        if not self.line:
+            return BadAudio(f"line {self.number + 1}", str(self.shard.cuts), "undecodable", self.problem)
+        where = f"{self.shard.cuts}: line {self.number + 1}"
+        try:
+            fields = read_cut(self.line, where=where, source_types=IN_CUTS)
+            if fields["duration"] != self.duration:
+                raise not_a_cut(where, f"it lasts {fields['duration']:g} s, unlike when it was indexed")
+            return _deserialise(fields, where)
+        except NotACut as error:
+            return BadAudio(f"line {self.number + 1}", str(self.shard.cuts), "not a cut", str(error))
 
     def _with_audio(self, cut: Cut) -> Cut | BadAudio:
         with tarfile.open(fileobj=io.BytesIO(self.members), mode="r|") as archive:
@@ -121,22 +127,26 @@ class StoredUtterance:
         return cut
 
 
-def read_utterances(shard: Shard, places: NDArray[np.void]) -> list[StoredUtterance]:
-    """Read the utterances of a shard at these places [PLACE_DTYPE], ascending, in one pass over its files."""
+def read_utterances(shard: Shard, places: NDArray[np.void], *, audio: bool = True) -> list[StoredUtterance]:
+    """Read the utterances of a shard at these places [PLACE_DTYPE], ascending, in one pass over its files.
+
+    Without `audio`, its archive is not read.
+    """
     lines, problem = _lines_at(shard.cuts, places["line"].tolist())
     members: list[bytes] = []
     try:
-        with open_file(shard.recording) as archive:
-            for offset, size in zip(places["offset"].tolist(), places["size"].tolist(), strict=True):
-                archive.seek(offset)
-                members.append(archive.read(size))
+        if audio:
+            with open_file(shard.recording) as archive:
+                for offset, size in zip(places["offset"].tolist(), places["size"].tolist(), strict=True):
+                    archive.seek(offset)
+                    members.append(archive.read(size))
     except OSError as error:
         problem = problem or f"its shard cannot be read: {in_one_line(error)}"
-        members += [b""] * (len(places) - len(members))
+    members += [b""] * (len(places) - len(members))
     stored = zip(places["line"].tolist(), places["duration"].tolist(), members, strict=True)
     return [
-        StoredUtterance(shard, number, duration, lines.get(number, b""), audio, problem)
-        for number, duration, audio in stored
+        StoredUtterance(shard, number, duration, lines.get(number, b""), part, problem)
+        for number, duration, part in stored
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +41,15 @@ class StreamedMicroBatches(PlannedMicroBatches):
         return f"{super().describe()}, of shards {self.corpus.fingerprint}"
 
     def sample(self, count: int) -> Iterator[Cut]:
-        """Shards are read whole, so the cuts are those of a few shards."""
+        """Manifests are read whole, so the cuts are those of a few shards."""
+        return islice(self._cuts_of_some(count), count)
+
+    def _cuts_of_some(self, count: int) -> Iterator[Cut]:
         shards = len(self.corpus.shards)
         read = min(shards, -(-count * shards // len(self.corpus)))
         for shard in np.linspace(0, shards - 1, read).astype(int).tolist():
-            for stored in self.corpus.read(np.arange(*self.corpus.starts[shard : shard + 2])):
-                if not isinstance(cut := stored.cut(), BadAudio):
+            for stored in self.corpus.read(np.arange(*self.corpus.starts[shard : shard + 2]), audio=False):
+                if not isinstance(cut := stored.cut_without_audio(), BadAudio):
                     yield cut
 
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
