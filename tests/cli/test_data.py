@@ -177,3 +177,17 @@ class TestManifests:
         index_path(corpus).unlink()
         index_path(corpus).mkdir()
         assert error_of("data", "index", corpus).startswith(f"{index_path(corpus)}: cannot be written")
+
+
+def test_shards_from_elsewhere_are_indexed(small_corpus: SmallCorpus, tmp_path: Path, run: Callable[..., str]) -> None:
+    run("data", "shar", small_corpus.train, tmp_path, "--shard-size", 8)
+    index = tmp_path / "shards.index.npy"
+    index.unlink()
+    assert "24 utterances" in run("data", "index", tmp_path, "--jobs", 2)
+    archive = tmp_path / "recording.000001.tar"
+    archive.write_bytes(archive.read_bytes()[:-4000])
+    lines = run("data", "index", tmp_path).splitlines()
+    assert len(lines) == 2 and str(archive) in lines[0]
+    assert lines[1] == (
+        f"{index}: 3 shards, 23 utterances, 1 bad utterance left out, listed in {tmp_path}/shards.bad_audio.jsonl"
+    )

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import io
 import json
+import lzma
+import multiprocessing
+import os
+import pickle
+import re
+import shutil
 import tarfile
-from collections import Counter
-from itertools import islice
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from lhotse import CutSet
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lhotse import CutSet, SupervisionSegment
 from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 from numpy.typing import NDArray
 
 from tests.helpers.audio import cut_of, noise, tone, write_audio, write_manifest, write_text
 from tests.helpers.batches import same
+from tests.helpers.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
+from w2vscale.corpora import shard_index as corpora_shard_index
 from w2vscale.corpora.parallel import Part
 from w2vscale.corpora.shar import write_shards
+from w2vscale.corpora.shard_index import IndexedShards, bad_shards_path, index_shards
+from w2vscale.data import shard_index
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.audio import read_audio
+from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
-from w2vscale.data.stream import Reader, StreamedMicroBatches
+from w2vscale.data.shard_index import ShardCorpus, open_shard_index, shard_index_path, write_shard_index
+from w2vscale.data.shards import Shard, StoredUtterance, read_utterances
+from w2vscale.data.stream import Reader, StreamedMicroBatches, open_stream
+from w2vscale.data.stream_plan import Share
 from w2vscale.errors import UserError
 from w2vscale.objectives import build_objective
+from w2vscale.training.loop import train
 
 RATE = 16_000
 
@@ -52,10 +72,14 @@ def config_with(*overrides: str) -> Config:
     return load_config("tiny", [*settings, "batch.max_seconds=10", "batch.micro_batches=6", *overrides])
 
 
+LONG = ("batch.micro_batches=12", "data.stream_buffer=15", "data.min_seconds=0.5")
+"""Several blocks, and windows that several numbers of ranks can share."""
+
+
 def stream_of(folders: list[Path], config: Config) -> StreamedMicroBatches:
     data = config.data.model_copy(update={"train": folders})
     assemble = Assembler(build_objective(config), config.model, seed=config.trainer.seed)
-    return StreamedMicroBatches(assemble, model=config.model, data=data, batch=config.batch)
+    return open_stream(assemble, model=config.model, data=data, batch=config.batch)
 
 
 def cuts_of(folder: Path) -> list[Cut]:
@@ -68,8 +92,36 @@ def audio_of(cut: Cut) -> NDArray[np.float32]:
     return read_audio(cut, sampling_rate=RATE, offset=0, length=samples, normalize=False)
 
 
-def passes(source: StreamedMicroBatches, *, place: int, readers: int, count: int, start: int = 0) -> list[Cut]:
-    return list(islice(Reader(source, start, place=place, readers=readers).utterances(), count))
+def cut_from(stored: StoredUtterance) -> Cut:
+    cut = stored.cut()
+    assert isinstance(cut, Cut), cut
+    return cut
+
+
+def resident_megabytes(process: int) -> float:
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def repeated(manifest: Path, path: Path, times: int) -> Path:
+    """A manifest with all utterances of another several times."""
+    cuts = [cut.with_id(f"{cut.id}-{n}") for n in range(times) for cut in CutSet.from_jsonl(manifest)]
+    return write_manifest(path, cuts)
+
+
+def rewrite(archive: Path, rename: Callable[[int, str], str | None]) -> None:
+    """Rename the members of an archive, or leave out those without a new name."""
+    members = []
+    with tarfile.open(archive) as old:
+        for place, member in enumerate(old):
+            content = old.extractfile(member)
+            assert content is not None
+            member.name = rename(place, member.name) or ""
+            members.append((member, content.read()))
+    with tarfile.open(archive, "w") as new:
+        for member, content in members:
+            if member.name:
+                new.addfile(member, io.BytesIO(content))
 
 
 class TestShards:
@@ -114,13 +166,18 @@ class TestShards:
         ]
         assert sum(part.utterances for part in parts) == whole.utterances == 7
         assert sorted(bad.utterance for part in parts for bad in part.bad) == ["u1", "u2", "u7"]
-        written = {path.name: path.read_bytes() for path in (tmp_path / "parts").iterdir() if path.suffix != ".gz"}
-        assert written == {
-            path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir() if path.suffix != ".gz"
-        }
+        assert not shard_index_path(tmp_path / "parts").exists()
+
+        def contents(folder: Path) -> dict[str, bytes]:
+            # Compressed files and the index hold the time at which they were written.
+            files = [path for path in folder.iterdir() if path.suffix not in (".gz", ".npy")]
+            return {path.name: path.read_bytes() for path in files}
+
+        assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
         assert [cut.id for cut in cuts_of(tmp_path / "parts")] == [cut.id for cut in cuts_of(tmp_path / "whole")]
-        # The whole finds nothing left to do.
+        # The whole finds nothing left to do but the index.
         assert write_shards(manifest, tmp_path / "parts", shard_size=2) == whole
+        assert shard_index_path(tmp_path / "parts").exists()
 
     def test_an_incomplete_shard_is_written_again_and_others_are_kept(self, manifest: Path, tmp_path: Path) -> None:
         write_shards(manifest, tmp_path, shard_size=10)
@@ -178,121 +235,177 @@ class TestShards:
             write_shards(manifest, tmp_path, form="aiff")
 
 
-class TestReaders:
-    @pytest.mark.parametrize("readers", [1, 2, 3, 4, 6, 9])
-    def test_together_they_read_everything_once_a_pass(self, shards: Path, readers: int) -> None:
-        source = stream_of([shards], config_with())
-        long_enough = {cut.id for cut in cuts_of(shards) if cut.duration >= 1.0}
-        found: Counter[str] = Counter()
-        for place in range(readers):
-            first_pass = Reader(source, 0, place=place, readers=readers).utterances(passes=1)
-            found.update(cut.id for cut in first_pass)
-        assert set(found) == long_enough and set(found.values()) == {1}
-
-    def test_each_pass_and_a_resumed_run_have_orders_of_their_own(self, shards: Path) -> None:
-        source = stream_of([shards], config_with())
-        count = sum(cut.duration >= 1.0 for cut in cuts_of(shards))
-        names = [cut.id for cut in passes(source, place=0, readers=1, count=2 * count)]
-        resumed = [cut.id for cut in passes(source, place=0, readers=1, count=count, start=7)]
-        assert sorted(names[:count]) == sorted(names[count:]) == sorted(resumed)
-        assert names[:count] != names[count:] != resumed != names[:count]
-
-    def test_long_utterances_are_cropped_at_a_new_offset_in_each_pass(self, shards: Path) -> None:
-        source = stream_of([shards], config_with())
-        starts: dict[str, set[float]] = {}
-        for cut in passes(source, place=0, readers=1, count=150):
-            assert 1.0 <= cut.duration <= 3.0
-            starts.setdefault(cut.id, set()).add(cut.start)
-        assert len(starts["u39"]) == 4
-
-    def test_too_few_utterances_for_the_readers_is_an_error(self, shards: Path) -> None:
-        source = stream_of([shards], config_with())
-        with pytest.raises(UserError, match=r"loader process 99 of 100 finds no utterance .* set data.workers lower"):
-            passes(source, place=99, readers=100, count=1)
-
-
 class TestMicroBatches:
-    def windows(self, source: StreamedMicroBatches, *, updates: range, world_size: int = 1) -> list[MicroBatch]:
+    def windows(self, source: StreamedMicroBatches, *, updates: range, world_size: int = 1) -> list[list[MicroBatch]]:
+        """The micro-batches of each update, by number."""
+        size = source.plan.lanes * source.series_length
+        ranks = [
+            source.windows(updates, micro_batches=size, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
         return [
-            batch
-            for rank in range(world_size)
-            for window in source.windows(updates, micro_batches=6, rank=rank, world_size=world_size)
-            for batch in window
+            sorted((batch for window in windows for batch in window), key=lambda batch: batch.number)
+            for windows in zip(*ranks, strict=True)
         ]
 
-    def test_they_are_numbered_as_in_a_plan_and_fit_the_budget(self, shards: Path) -> None:
-        source = stream_of([shards], config_with())
-        for world_size in (1, 2, 3):
-            found = self.windows(source, updates=range(5, 12), world_size=world_size)
-            assert sorted(batch.number for batch in found) == list(range(30, 72))
-            assert all(0 < batch.padded_samples <= 10 * RATE for batch in found)
-            assert all(batch.weight > 0 and not batch.bad for batch in found)
+    @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (3, 1), (6, 0)])
+    def test_an_update_is_the_same_for_any_number_of_ranks_and_processes(
+        self, shards: Path, world_size: int, workers: int
+    ) -> None:
+        updates = range(5, 9)
+        expected = self.windows(stream_of([shards], config_with(*LONG)), updates=updates)
+        source = stream_of([shards], config_with(*LONG, f"data.workers={workers}"))
+        found = self.windows(source, updates=updates, world_size=world_size)
+        for number, one, other in zip(updates, found, expected, strict=True):
+            assert [batch.number for batch in one] == list(range(12 * number, 12 * number + 12))
+            assert all(same(*pair) for pair in zip(one, other, strict=True))
 
-    def test_they_have_utterances_of_similar_length(self, shards: Path) -> None:
-        source = stream_of([shards], config_with("data.stream_buffer=300"))
-        found = self.windows(source, updates=range(10))
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_run_that_starts_anywhere_continues_as_if_it_had_never_stopped(self, shards: Path, workers: int) -> None:
+        source = stream_of([shards], config_with(*LONG, f"data.workers={workers}"))
+        whole = self.windows(source, updates=range(6))
+        for start in (1, 4):
+            rest = self.windows(source, updates=range(start, 6))
+            assert all(
+                same(*pair) for pairs in zip(rest, whole[start:], strict=True) for pair in zip(*pairs, strict=True)
+            )
+
+    def test_they_are_those_of_random_access(self, shards: Path) -> None:
+        source = stream_of([shards], config_with(*LONG))
+        for batch in next(iter(self.windows(source, updates=range(3, 4)))):
+            assert same(batch, source[batch.number])
+
+    def test_they_fit_the_budget(self, shards: Path) -> None:
+        source = stream_of([shards], config_with(*LONG))
+        for window in self.windows(source, updates=range(5)):
+            assert all(0 < batch.padded_samples <= 10 * RATE for batch in window)
+            assert all(batch.weight > 0 and not batch.bad for batch in window)
+
+    def test_they_have_utterances_of_similar_length(self, manifest: Path, tmp_path: Path) -> None:
+        write_shards(manifest, tmp_path, shard_size=40)
+        found = [
+            batch
+            for window in self.windows(stream_of([tmp_path], config_with()), updates=range(10))
+            for batch in window
+        ]
         audio, padded = sum(b.audio_samples for b in found), sum(b.padded_samples for b in found)
         assert 1 - audio / padded < 0.1
 
-    @pytest.mark.parametrize("workers", [0, 2])
     @pytest.mark.parametrize(("world_size", "run"), [(1, 3), (2, 3), (3, 1)])
     def test_a_series_stays_together_in_the_window_of_a_rank(
-        self, shards: Path, workers: int, world_size: int, run: int
+        self, manifest: Path, tmp_path: Path, world_size: int, run: int
     ) -> None:
-        """Runs of the greatest common divisor of the series, of three, and the window."""
-        settings = (
-            "batch.micro_batches=12",
-            "batch.same_bucket=3",
-            "data.stream_buffer=400",
-            f"data.workers={workers}",
-        )
-        source = stream_of([shards], config_with(*settings))
-        bounds = source.bucket_bounds(run)
-        assert len(bounds) > 2
+        """Runs of the greatest common divisor of the series, of three, and the window; the longest first."""
+        write_shards(repeated(manifest, tmp_path / "many.jsonl", 8), tmp_path / "shards", shard_size=160)
+        source = stream_of([tmp_path / "shards"], config_with("batch.micro_batches=12", "batch.same_bucket=3"))
+        assert source.series_length == 3
         for rank in range(world_size):
-            windows = source.windows(range(4, 9), micro_batches=6, rank=rank, world_size=world_size)
-            found = [batch for window in windows for batch in window]
-            assert [batch.number for batch in found] == list(range(24 + rank, 54, world_size))
-            assert all(0 < batch.padded_samples <= 10 * RATE for batch in found)
-            for start in range(0, len(found), run):
-                samples = [size for batch in found[start : start + run] for size in batch.inputs.audio.samples]
-                assert len(set(np.searchsorted(bounds, np.array(samples) / RATE))) == 1
+            for window in source.windows(range(4, 6), micro_batches=12, rank=rank, world_size=world_size):
+                runs = [window[start : start + run] for start in range(0, len(window), run)]
+                longest = [max(max(batch.inputs.audio.samples) for batch in each) for each in runs]
+                assert longest == sorted(longest, reverse=True)
+                for each in runs:
+                    assert len({batch.number // 3 for batch in each}) == 1
+                    lengths = [max(batch.inputs.audio.samples) for batch in each]
+                    assert lengths == sorted(lengths, reverse=True)
 
-    def test_longer_series_need_wider_buckets(self, shards: Path) -> None:
-        source = stream_of([shards], config_with("data.stream_buffer=400"))
-        counts = [len(source.bucket_bounds(run)) for run in (1, 8, 30, 1000)]
-        assert counts[0] > counts[1] > counts[2] > counts[3] == 0
+    def test_an_epoch_has_each_utterance_once(self, shards: Path) -> None:
+        source = stream_of([shards], config_with())
+        long_enough = sum(cut.duration >= 1.0 for cut in cuts_of(shards))
+        size = source.plan.lanes * source.series_length
+        last = -(-source.micro_batches // size)
+        batches = [batch for window in self.windows(source, updates=range(last)) for batch in window]
+        assert sum(batch.utterances for batch in batches[: source.micro_batches]) == long_enough == source.utterances
+        assert source.left_out == 40 - long_enough
 
-    @pytest.mark.parametrize(("buffer", "series"), [(15, 4), (24, 8), (110, 2), (1000, 8)])
-    def test_every_micro_batch_is_full_because_series_are_as_long_as_the_buffer_allows(
-        self, shards: Path, buffer: int, series: int
-    ) -> None:
-        settings = ("batch.micro_batches=32", "batch.same_bucket=8", f"data.stream_buffer={buffer}")
-        source = stream_of([shards], config_with(*settings))
-        assert source.series_length == series
-        bounds = np.array(source.bucket_bounds(series))
-        for batch in next(source.windows(range(1), micro_batches=32, rank=0, world_size=1)):
-            bucket = int(np.searchsorted(bounds, max(batch.inputs.audio.samples) / RATE))
-            assert batch.utterances == int(10 / bounds[bucket])
+    @pytest.mark.parametrize("buffer", [1, 7, 1000])
+    def test_no_more_than_the_buffer_is_held_for_each_lane(self, shards: Path, buffer: int) -> None:
+        source = stream_of([shards], config_with(*LONG, f"data.stream_buffer={buffer}"))
+        most = 0
+        reader = Reader(source, Share(range(20), 12))
+        for _ in reader:
+            most = max(most, sum(map(len, reader.held.values())))
+        assert most <= source.plan.lanes * buffer
 
-    def test_a_buffer_that_is_too_small_for_them_is_an_error(self, shards: Path) -> None:
-        with pytest.raises(UserError, match=r"data\.stream_buffer=2: .* 3 are needed"):
-            stream_of([shards], config_with("data.stream_buffer=2"))
+    @pytest.mark.long
+    @pytest.mark.timeout(900)
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_memory_is_flat_over_2000_micro_batches(self, manifest: Path, tmp_path: Path, workers: int) -> None:
+        """Resident memory of this process and of its loaders; the first micro-batches load libraries."""
+        write_shards(repeated(manifest, tmp_path / "many.jsonl", 8), tmp_path / "shards", shard_size=100)
+        settings = ("batch.micro_batches=20", "data.stream_buffer=50", f"data.workers={workers}")
+        source = stream_of([tmp_path / "shards"], config_with(*settings))
+        megabytes = []
+        with loader_processes():
+            for _ in source.windows(range(100), micro_batches=20, rank=0, world_size=1):
+                processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+                assert len(processes) == 1 + workers
+                megabytes.append(sum(map(resident_megabytes, processes)))
+        assert len(megabytes) == 100
+        assert max(megabytes[50:]) - max(megabytes[10:50]) < 20
 
-    def test_the_same_start_gives_the_same_micro_batches(self, shards: Path) -> None:
-        config = config_with("data.workers=2")
-        again = [self.windows(stream_of([shards], config), updates=range(3)) for _ in range(2)]
-        assert all(same(one, other) for one, other in zip(*again, strict=True))
+    def test_offsets_within_a_shard_ascend(self, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        reads: list[NDArray[np.void]] = []
 
-    def test_bad_audio_is_reported_with_its_shard(self, shards: Path, tmp_path: Path) -> None:
+        def read(shard: Shard, places: NDArray[np.void], *, audio: bool) -> list[StoredUtterance]:
+            reads.append(places)
+            return read_utterances(shard, places, audio=audio)
+
+        monkeypatch.setattr(shard_index, "read_utterances", read)
+        source = stream_of([shards], config_with(*LONG))
+        reads.clear()
+        self.windows(source, updates=range(10))
+        assert len(reads) > 4
+        assert all((np.diff(places["offset"]) > 0).all() for places in reads)
+
+    def test_long_utterances_are_cropped_at_a_new_sample_in_each_epoch(self, shards: Path) -> None:
+        source = stream_of([shards], config_with())
+        longest = int(np.argmax(source.corpus.durations))
+        offsets = [
+            int(planned.offsets[planned.utterances == longest][0])
+            for planned in map(source.plan.micro_batch, range(4 * source.micro_batches))
+            if longest in planned.utterances
+        ]
+        assert len(offsets) == len(set(offsets)) == 4
+
+    def test_normalisation_is_over_the_whole_utterance(self, shards: Path) -> None:
+        source = stream_of([shards], config_with("model.normalize_waveform=true"))
+        longest = int(np.argmax(source.corpus.durations))
+        cut = source.read(longest)
+        assert isinstance(cut, Cut)
+        whole = audio_of(cut)
+        planned = next(one for one in map(source.plan.micro_batch, range(999)) if longest in one.utterances)
+        place = int(np.flatnonzero(planned.utterances == longest)[0])
+        batch = source[planned.number]
+        start = sum(batch.inputs.audio.samples[:place])
+        found = batch.inputs.audio.waveforms_BS[place, : planned.lengths[place]].numpy()
+        part = whole[planned.offsets[place] : planned.offsets[place] + planned.lengths[place]]
+        assert np.allclose(found, (part - whole.mean()) / whole.std(), atol=1e-4), start
+
+    def test_objectives_that_need_whole_utterances_leave_out_long_ones(self, tmp_path: Path) -> None:
+        cuts = [cut_of(write_audio(tmp_path / f"u{n}.flac", noise(1.0 + 0.5 * n, seed=n))) for n in range(8)]
+        for cut in cuts:
+            cut.supervisions = [SupervisionSegment(cut.id, cut.recording_id, 0, cut.duration, text="HELLO")]
+        write_shards(write_manifest(tmp_path / "cuts.jsonl", cuts), tmp_path / "shards", shard_size=3)
+        config = config_with("objective.name=ctc", "objective.vocabulary=letters", "data.max_seconds=3")
+        source = stream_of([tmp_path / "shards"], config)
+        assert (source.utterances, source.left_out) == (5, 3)
+        assert {cut.id for cut in source.sample(8)} == {cut.id for cut in cuts}
+        assert all(
+            batch.weight == 5 * batch.utterances
+            for window in self.windows(source, updates=range(3))
+            for batch in window
+        )
+
+    def test_bad_audio_is_reported_with_its_shard(self, tmp_path: Path) -> None:
         silent = [cut_of(write_audio(tmp_path / f"s{n}.flac", np.zeros(2 * RATE, np.float32))) for n in range(2)]
         good = cut_of(write_audio(tmp_path / "good.flac", noise(2.0)))
         (tmp_path / "shards").mkdir()
         with SharWriter(str(tmp_path / "shards"), {"recording": "flac"}, shard_size=10) as writer:
-            for cut in [*silent, good]:
+            for cut in [good, *silent]:
                 writer.write(cut)
+        index_shards(tmp_path / "shards")
         source = stream_of([tmp_path / "shards"], config_with())
-        found = self.windows(source, updates=range(1))
+        (found,) = self.windows(source, updates=range(1))
         bad = {(one.utterance, one.kind, Path(one.file).name) for batch in found for one in batch.bad}
         assert bad == {(f"s{n}", "silent", "cuts.000000.jsonl.gz") for n in range(2)}
 
@@ -302,62 +415,331 @@ class TestMicroBatches:
         assert batch.weight > 0
 
 
-class TestDamagedShards:
-    """Other shards are still read, and lost utterances are reported."""
+def break_archive(folder: Path) -> Path:
+    """Cut an archive short in the middle of an utterance."""
+    archive = folder / "recording.000001.tar"
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    return archive
 
-    @pytest.fixture
-    def three(self, manifest: Path, tmp_path: Path) -> Path:
-        write_shards(manifest, tmp_path, shard_size=14)
-        return tmp_path
 
-    def lost(self, folder: Path) -> list[BadAudio]:
-        source = stream_of([folder], config_with("data.min_seconds=0.5"))
-        windows = source.windows(range(4), micro_batches=6, rank=0, world_size=1)
-        batches = [batch for window in windows for batch in window]
-        assert all(batch.utterances > 0 for batch in batches)
-        return list({bad.utterance: bad for batch in batches for bad in batch.bad}.values())
+MANIFEST_DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "cut short": lambda whole: whole[: len(whole) // 2],
+    "other bytes": lambda whole: whole[: len(whole) // 2] + bytes(40) + whole[len(whole) // 2 + 40 :],
+    "other lines": lambda whole: gzip.compress(b"[1, 2]\nnull\n"),
+}
+
+
+@pytest.fixture
+def three(manifest: Path, tmp_path: Path) -> Path:
+    """Three shards of at most 14 utterances."""
+    write_shards(manifest, tmp_path, shard_size=14)
+    return tmp_path
+
+
+class TestIndex:
+    def test_it_has_every_utterance_in_its_place(self, three: Path) -> None:
+        corpus = ShardCorpus([three])
+        stored = list(corpus.read(np.arange(len(corpus))))
+        for cut, expected, duration in zip(map(cut_from, stored), cuts_of(three), corpus.durations, strict=True):
+            assert (cut.id, cut.duration) == (expected.id, duration)
+            assert np.array_equal(audio_of(cut), audio_of(expected))
+        assert np.diff(corpus.starts).tolist() == [14, 14, 12]
+
+    @pytest.mark.parametrize("jobs", [1, 2])
+    def test_shards_from_elsewhere(self, three: Path, jobs: int) -> None:
+        path = shard_index_path(three)
+        written = path.read_bytes()
+        path.unlink()
+        assert index_shards(three, jobs=jobs) == IndexedShards(3, 40, [])
+        assert path.read_bytes() == written
+
+    def test_only_shards_that_are_new_or_have_changed_are_read(
+        self, three: Path, manifest: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = tmp_path_factory.mktemp("other")
+        write_shards(manifest, other, shard_size=9, seed=1)
+        for name in ("cuts.{}.jsonl.gz", "recording.{}.tar"):
+            (other / name.format("000000")).replace(three / name.format("000001"))
+            (other / name.format("000002")).replace(three / name.format("000003"))
+        read: list[str] = []
+        find = corpora_shard_index._find_utterances
+        monkeypatch.setattr(
+            corpora_shard_index, "_find_utterances", lambda shard: read.append(shard.cuts.name) or find(shard)
+        )
+        assert index_shards(three).utterances == 14 + 9 + 12 + 9
+        assert read == ["cuts.000001.jsonl.gz", "cuts.000003.jsonl.gz"]
+        corpus = ShardCorpus([three])
+        assert [cut_from(one).id for one in corpus.read(np.arange(44))] == [cut.id for cut in cuts_of(three)]
+
+    def test_what_was_done_before_a_stop_is_not_done_again(self, three: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shard_index_path(three).unlink()
+        monkeypatch.setattr(corpora_shard_index, "SAVE_SECONDS", -1.0)
+        find = corpora_shard_index._find_utterances
+
+        def stopped(shard: Shard) -> Any:
+            if "000002" in shard.cuts.name:
+                raise KeyboardInterrupt
+            return find(shard)
+
+        monkeypatch.setattr(corpora_shard_index, "_find_utterances", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            index_shards(three)
+        with pytest.raises(
+            UserError, match="has 3 shards, but 2 are indexed; update the index with: w2vscale data ind"
+        ):
+            ShardCorpus([three])
+        read: list[str] = []
+        monkeypatch.setattr(
+            corpora_shard_index, "_find_utterances", lambda shard: read.append(shard.cuts.name) or find(shard)
+        )
+        assert index_shards(three).utterances == 40
+        assert read == ["cuts.000002.jsonl.gz"]
+
+    def test_the_fingerprint_is_of_the_content(self, three: Path, manifest: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(three, tmp_path / "copy")
+        found = stream_of([three], config_with()).describe()
+        assert re.fullmatch(r"0.0 hours, 35 utterances, of shards [0-9a-f]{8}", found)
+        assert stream_of([copy], config_with()).describe() == found
+        write_shards(manifest, tmp_path / "other", shard_size=14, seed=1)
+        assert stream_of([tmp_path / "other"], config_with()).describe() != found
+
+    def test_a_folder_without_one_is_refused(self, three: Path) -> None:
+        shard_index_path(three).unlink()
+        with pytest.raises(UserError, match=f"^{three}: has no index; create it with: w2vscale data index {three}$"):
+            stream_of([three], config_with())
+
+    def test_an_outdated_one_is_refused(self, three: Path) -> None:
+        command = f"update the index with: w2vscale data index {three}$"
+        archive = three / "recording.000001.tar"
+        archive.write_bytes(archive.read_bytes() + bytes(512))
+        with pytest.raises(UserError, match=f"^{archive}: changed since it was indexed; {command}"):
+            stream_of([three], config_with())
+        archive.unlink()
+        (three / "cuts.000001.jsonl.gz").unlink()
+        with pytest.raises(UserError, match=f"^{three}: has 2 shards, but 3 are indexed; {command}"):
+            stream_of([three], config_with())
+
+    @given(data=st.data())
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+    def test_a_damaged_one_is_refused(self, shards: Path, tmp_path: Path, data: st.DataObject) -> None:
+        """Every byte is covered by a check, apart from those of the checksums of manifests and some of the headers."""
+        for file in shards.iterdir():
+            if not (tmp_path / file.name).exists():
+                (tmp_path / file.name).symlink_to(file)
+        whole = bytearray(shard_index_path(shards).read_bytes())
+        place = data.draw(st.integers(0, len(whole) - 1))
+        whole[place] ^= data.draw(st.integers(1, 255))
+        cut = data.draw(st.sampled_from([len(whole), len(whole), place]))
+        path = shard_index_path(tmp_path)
+        path.unlink()
+        path.write_bytes(whole[:cut])
+        try:
+            corpus = ShardCorpus([tmp_path])
+        except UserError as error:
+            message = str(error)
+            assert re.search(r"^[^\n]*w2vscale data index [^\n]*$", message), message
+        else:
+            assert [cut_from(one).id for one in corpus.read(np.arange(40))] == [cut.id for cut in cuts_of(shards)]
+
+    def test_places_that_lead_out_of_a_shard_are_refused(self, three: Path) -> None:
+        """Also with checksums that are right."""
+        records, places = (np.array(part) for part in open_shard_index(three))
+        for field, row, value in (
+            ("offset", 3, 10**12), ("offset", 3, -512), ("offset", 3, 0), ("size", 3, 2**31), ("line", 3, 1),
+            ("duration", 3, np.nan), ("duration", 3, 0.0),
+        ):  # fmt: skip
+            changed, described = places.copy(), records.copy()
+            changed[field][row] = value
+            described["places_checksum"][0] = zlib.crc32(changed[:14].tobytes())
+            write_shard_index(three, described, changed)
+            with pytest.raises(UserError, match="damaged; replace it with: w2vscale data index"):
+                open_shard_index(three)
+        for field, number in (("utterances", -1), ("utterances", 2**62), ("utterances", 15)):
+            described = records.copy()
+            described[field][0] = number
+            write_shard_index(three, described, places)
+            with pytest.raises(UserError, match="damaged; replace it with: w2vscale data index"):
+                open_shard_index(three)
+
+
+class TestDamagedBeforeIndexing:
+    """A damaged shard is named, and costs only its utterances."""
+
+    def bad(self, folder: Path) -> list[BadAudio]:
+        """The utterances that are left out of the index, and listed."""
+        for _ in range(2):
+            found = index_shards(folder)
+            lines = bad_shards_path(folder).read_text().splitlines()
+            assert [BadAudio(**json.loads(line)) for line in lines] == found.bad
+        corpus = ShardCorpus([folder])
+        assert corpus.not_found == len(found.bad)
+        left = {cut_from(one).id for one in corpus.read(np.arange(len(corpus)))}
+        assert len(left) == len(corpus) and not left & {bad.utterance for bad in found.bad}
+        assert all(bad.left_out and "\n" not in bad.reason for bad in found.bad)
+        return found.bad
 
     def test_an_archive_cut_short(self, three: Path) -> None:
+        archive = break_archive(three)
+        lost = self.bad(three)
+        assert 3 < len(lost) < 14
+        assert {bad.file for bad in lost} == {str(archive)}
+        assert all(bad.reason.startswith("its shard cannot be read: ") for bad in lost)
+        assert len(ShardCorpus([three])) == 40 - len(lost)
+
+    def test_an_archive_cut_between_two_utterances(self, three: Path) -> None:
+        _, places = open_shard_index(three)
         archive = three / "recording.000001.tar"
-        archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
-        in_shard = {cut.id for cut in CutSet.from_jsonl(three / "cuts.000001.jsonl.gz")}
-        lost = self.lost(three)
-        assert {bad.utterance for bad in lost} < in_shard and len(lost) > 3
-        assert {(bad.file, bad.left_out) for bad in lost} == {(str(archive), True)}
-        assert all(bad.reason.startswith("its shard cannot be read: ") and "\n" not in bad.reason for bad in lost)
+        archive.write_bytes(archive.read_bytes()[: int(places["offset"][14 + 5])])
+        lost = self.bad(three)
+        assert len(lost) == 14 - 5
+        assert {bad.reason for bad in lost} == {"its shard cannot be read: the archive ends early"}
 
-    def test_a_member_that_would_fill_the_memory_is_not_read(self, three: Path) -> None:
-        """A compressed archive of a few kilobytes."""
-        first = CutSet.from_jsonl(three / "cuts.000001.jsonl.gz")[0].id
-        header = tarfile.TarInfo(f"{first}.flac")
-        header.size = 10**12
-        (three / "recording.000001.tar").write_bytes(gzip.compress(header.tobuf() + bytes(2**20)))
-        lost = self.lost(three)
-        assert {bad.utterance for bad in lost} <= {cut.id for cut in CutSet.from_jsonl(three / "cuts.000001.jsonl.gz")}
-        assert first in {bad.utterance for bad in lost}
-        assert all("1,000,000,000,000 bytes; at most" in bad.reason for bad in lost)
-
-    @pytest.mark.parametrize("damage", ["cut short", "other bytes", "other lines"])
+    @pytest.mark.parametrize("damage", MANIFEST_DAMAGE)
     def test_a_manifest(self, three: Path, damage: str) -> None:
-        path = three / "cuts.000000.jsonl.gz"  # the one that buckets are first looked for in
-        whole = path.read_bytes()
-        path.write_bytes(
-            {
-                "cut short": whole[: len(whole) // 2],
-                "other bytes": whole[:20] + bytes(40) + whole[60:],
-                "other lines": gzip.compress(b"[1, 2]\nnull\n"),
-            }[damage]
+        path = three / "cuts.000000.jsonl.gz"
+        path.write_bytes(MANIFEST_DAMAGE[damage](path.read_bytes()))
+        assert {bad.file for bad in self.bad(three)} == {str(path)}
+
+    def test_an_utterance_without_audio(self, three: Path) -> None:
+        rewrite(three / "recording.000000.tar", lambda place, name: None if place in (6, 7) else name)
+        (lost,) = self.bad(three)
+        assert (lost.kind, lost.reason) == ("missing", "its shard has no audio of it")
+        assert len(ShardCorpus([three])) == 39
+
+    def test_an_utterance_that_is_marked_as_empty(self, three: Path) -> None:
+        suffixes = {6: ".nodata", 7: ".nometa"}
+        rewrite(
+            three / "recording.000000.tar",
+            lambda place, name: name.rpartition(".")[0] + suffixes[place] if place in suffixes else name,
         )
-        assert {bad.file for bad in self.lost(three)} == {str(path)}
+        (lost,) = self.bad(three)
+        assert lost.reason == "its shard has no audio of it"
+
+    def test_a_member_that_would_fill_the_memory(self, three: Path) -> None:
+        first = CutSet.from_jsonl(three / "cuts.000001.jsonl.gz")[0].id
+        header, description = tarfile.TarInfo(f"{first}.flac"), tarfile.TarInfo(f"{first}.json")
+        header.size = 10**12
+        with (three / "recording.000001.tar").open("wb") as archive:
+            archive.write(header.tobuf())
+            archive.seek(10**12, io.SEEK_CUR)  # a file with a hole
+            archive.write(description.tobuf() + bytes(1024))
+        lost = self.bad(three)
+        assert len(lost) == 14
+        (reason,) = {bad.reason for bad in lost if bad.utterance == first}
+        assert "1,000,000,000,000 bytes; at most" in reason
+
+    def test_an_archive_that_leads_back_to_itself(self, three: Path) -> None:
+        archive = three / "recording.000001.tar"
+        content = bytearray(archive.read_bytes())
+        content[124:136] = b"\xff" * 11 + b"\x00"  # a size of minus 256 bytes
+        content[148:156] = b"%06o\0 " % (256 + sum(content[:148]) + sum(content[156:512]))
+        archive.write_bytes(content)
+        assert len(self.bad(three)) == 14
+
+    @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+    def test_a_compressed_archive_is_refused(self, three: Path, compress: Callable[[bytes], bytes]) -> None:
+        archive = three / "recording.000001.tar"
+        archive.write_bytes(compress(archive.read_bytes()))
+        with pytest.raises(
+            UserError, match=rf"^{archive}: compressed \(.*\), so utterances cannot be found in it; deco"
+        ):
+            index_shards(three)
 
     def test_all_of_them_is_an_error_that_names_one(self, three: Path) -> None:
         for archive in three.glob("*.tar"):
             archive.write_bytes(b"")
-        with pytest.raises(UserError, match=r"recording.00000\d.tar: .*cannot be read: .* none of its shards"):
-            self.lost(three)
+        with pytest.raises(
+            UserError, match=r"no utterance can be found in its shards; the first: .*recording.000000.tar"
+        ):
+            index_shards(three)
         for path in three.glob("cuts.*"):
             path.write_bytes(b"")
-        with pytest.raises(UserError, match=r"cuts.000000.jsonl.gz: .*; the other 2 shards have none either"):
+        with pytest.raises(UserError, match=r"no utterance can be found in its shards"):
+            index_shards(three)
+
+
+class TestDamagedAfterIndexing:
+    """Files that still have their sizes: lost utterances are reported, and all others are as planned."""
+
+    def lost(self, folder: Path) -> list[BadAudio]:
+        source = stream_of([folder], config_with("data.min_seconds=0.5"))
+        size = source.plan.lanes * source.series_length
+        windows = source.windows(range(8), micro_batches=size, rank=0, world_size=1)
+        batches = [batch for window in windows for batch in window]
+        for batch in batches:
+            assert batch.utterances + sum(bad.left_out for bad in batch.bad) == len(
+                source.plan.micro_batch(batch.number).utterances
+            )
+        return list({bad.utterance: bad for batch in batches for bad in batch.bad}.values())
+
+    def test_an_archive(self, three: Path) -> None:
+        archive = three / "recording.000001.tar"
+        content = archive.read_bytes()
+        archive.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+        in_shard = {cut.id for cut in CutSet.from_jsonl(three / "cuts.000001.jsonl.gz")}
+        lost = self.lost(three)
+        assert {bad.utterance for bad in lost} < in_shard and len(lost) > 3
+        assert {bad.left_out for bad in lost} == {True}
+        assert all("\n" not in bad.reason for bad in lost)
+        assert sum(bad.file == str(archive) for bad in lost) >= len(lost) - 1  # one may end in its audio
+
+    def test_utterances_in_another_order(self, three: Path) -> None:
+        places = open_shard_index(three)[1][14:28]
+        archive = three / "recording.000001.tar"
+        content = archive.read_bytes()
+        one, other = (slice(int(p["offset"]), int(p["offset"] + p["size"])) for p in places[[2, 3]])
+        archive.write_bytes(
+            content[: one.start]
+            + content[other]
+            + content[one.stop : other.start]
+            + content[one]
+            + content[other.stop :]
+        )
+        assert archive.stat().st_size == len(content)
+        lost = self.lost(three)
+        assert len(lost) == 2 and all(bad.file == str(archive) for bad in lost)
+
+    def test_a_manifest(self, three: Path) -> None:
+        path = three / "cuts.000000.jsonl.gz"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+        lost = self.lost(three)
+        assert {bad.file for bad in lost} == {str(path)}
+
+    def test_a_manifest_of_other_cuts(self, three: Path) -> None:
+        path = three / "cuts.000000.jsonl.gz"
+        lines = gzip.decompress(path.read_bytes()).splitlines()
+        lines[4] = lines[5]
+        path.write_bytes(gzip.compress(b"\n".join(lines)))
+        records, places = open_shard_index(three)
+        described = np.array(records)
+        described["cuts_bytes"][0] = path.stat().st_size
+        write_shard_index(three, described, np.array(places))
+        (lost,) = self.lost(three)
+        assert (lost.utterance, lost.kind, lost.file) == ("line 5", "not a cut", str(path))
+        assert "unlike when it was indexed" in lost.reason
+
+    def test_files_that_are_gone(self, three: Path) -> None:
+        source = stream_of([three], config_with("data.min_seconds=0.5"))
+        (three / "recording.000001.tar").unlink()
+        (three / "cuts.000002.jsonl.gz").unlink()
+        size = source.plan.lanes * source.series_length
+        bad = {
+            one
+            for window in source.windows(range(8), micro_batches=size, rank=0, world_size=1)
+            for batch in window
+            for one in batch.bad
+        }
+        assert len({one.utterance for one in bad if one.file.endswith("recording.000001.tar")}) == 14
+        assert any(one.file.endswith("cuts.000002.jsonl.gz") for one in bad)
+        assert all("No such file" in one.reason for one in bad)
+
+    def test_all_of_them_is_an_error_that_names_one(self, three: Path) -> None:
+        for archive in three.glob("*.tar"):
+            archive.write_bytes(bytes(archive.stat().st_size))
+        with pytest.raises(
+            UserError, match=r"none of 8 sampled utterances can be read; the first: .*recording.00000\d.tar"
+        ):
             self.lost(three)
 
 
@@ -379,12 +761,8 @@ class TestBadInput:
             stream_of([tmp_path], config_with())
 
     def test_nothing_long_enough(self, shards: Path) -> None:
-        with pytest.raises(UserError, match=r"no utterance lasts 5 seconds \(data.min_seconds\)"):
+        with pytest.raises(UserError, match=rf"^{shards}: no utterance is long enough: .* \(data.min_seconds\)"):
             stream_of([shards], config_with("data.min_seconds=5", "data.max_seconds=6"))
-
-    def test_an_objective_that_needs_whole_utterances(self, shards: Path) -> None:
-        with pytest.raises(UserError, match=r"data.mode=stream crops utterances, .*; set data.mode=index"):
-            stream_of([shards], config_with("objective.name=ctc", "objective.vocabulary=letters"))
 
     def test_settings_of_the_other_mode(self) -> None:
         for setting in ("mix.by=corpus", "batch.pad_to=bucket"):
@@ -400,3 +778,18 @@ def test_a_log_line_is_json(tmp_path: Path) -> None:
     (line,) = (tmp_path / "shards" / "bad_audio.000000.jsonl").read_text().splitlines()
     expected = {"utterance": "u0", "file": str(paths[0]), "kind": "missing", "reason": "no such file", "left_out": True}
     assert json.loads(line) == expected
+
+
+def test_shards_can_be_opened_again_in_another_process(shards: Path) -> None:
+    corpus = pickle.loads(pickle.dumps(ShardCorpus([shards])))
+    assert [cut_from(one).id for one in corpus.read(np.arange(40))] == [cut.id for cut in cuts_of(shards)]
+
+
+def test_a_run_says_what_is_left_out(three: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    break_archive(three)
+    lost = len(index_shards(three).bad)
+    settings = [*MICRO_RUN, "data.mode=stream", f"data.train={three}", "data.min_seconds=0.75", "trainer.updates=4"]
+    assert train(load_config("base", settings), tmp_path / "exp") == 0
+    printed = capsys.readouterr().out
+    assert re.search(rf"left out \d of {40 - lost} utterances: shorter than data.min_seconds", printed)
+    assert f"left out {lost} utterances of damaged shards: see shards.bad_audio.jsonl beside them" in printed

@@ -26,10 +26,11 @@ from tests.helpers.commands import command, error_of
 from tests.helpers.tiers import long
 from w2vscale.config import load_config
 from w2vscale.corpora.shar import write_shards
+from w2vscale.corpora.shard_index import index_shards
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.manifest import INDEX_DTYPE, index_path
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.data.stream import StreamedMicroBatches
+from w2vscale.data.stream import open_stream
 from w2vscale.errors import UserError
 from w2vscale.inference.utterances import find_utterances
 from w2vscale.objectives import build_objective
@@ -319,10 +320,11 @@ class TestShards:
 
     def windows(self, folder: Path) -> list[list[MicroBatch]]:
         settings = ["data.mode=stream", "data.max_seconds=3", "data.workers=0", "batch.max_seconds=10"]
-        config = load_config("tiny", settings)
+        config = load_config("tiny", [*settings, "batch.micro_batches=2"])
         data = config.data.model_copy(update={"train": [folder]})
         assemble = Assembler(build_objective(config), config.model, seed=0)
-        stream = StreamedMicroBatches(assemble, model=config.model, data=data, batch=config.batch)
+        index_shards(folder)
+        stream = open_stream(assemble, model=config.model, data=data, batch=config.batch)
         return list(stream.windows(range(2), micro_batches=2, rank=0, world_size=1))
 
     def error_of_reading(self, folder: Path) -> str:

@@ -29,10 +29,11 @@ from tests.helpers.odd_input import (
     odd_values,
 )
 from w2vscale.config import load_config
+from w2vscale.corpora.shard_index import index_shards
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.audio import AudioError
 from w2vscale.data.manifest import Corpus
-from w2vscale.data.stream import StreamedMicroBatches
+from w2vscale.data.stream import open_stream
 from w2vscale.data.vocabulary import LETTERS
 from w2vscale.errors import UserError
 from w2vscale.inference.decoding import BeamSearch, build_decoder
@@ -198,12 +199,12 @@ def check_shard(files: tuple[bytes, bytes], good: Good) -> None:
         Path(name).write_bytes(content)
         shutil.copy(good.folder / "shards" / name.replace("000000", "000001"), ".")
     settings = ["data.mode=stream", "data.max_seconds=2", "data.min_seconds=0.3", "data.workers=0"]
-    settings += ["data.stream_buffer=100"]  # a larger one would be filled with these few utterances again and again
-    config = load_config("tiny", [*settings, "batch.max_seconds=4"])
+    config = load_config("tiny", [*settings, "batch.max_seconds=4", "batch.micro_batches=2"])
     data = config.data.model_copy(update={"train": [Path()]})
     assemble = Assembler(build_objective(config), config.model, seed=0)
     with in_time(), no_programs(), suppress(UserError):
-        stream = StreamedMicroBatches(assemble, model=config.model, data=data, batch=config.batch)
+        index_shards(Path())
+        stream = open_stream(assemble, model=config.model, data=data, batch=config.batch)
         for window in stream.windows(range(2), micro_batches=2, rank=0, world_size=1):
             assert all("\n" not in bad.reason for batch in window for bad in batch.bad)
 

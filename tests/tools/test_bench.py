@@ -13,7 +13,18 @@ from typer.testing import CliRunner
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_MODEL
-from tools.bench import end_to_end, engine_overhead, engine_parity, loader, loss_head, sampler, step, step_profile, vad
+from tools.bench import (
+    end_to_end,
+    engine_overhead,
+    engine_parity,
+    loader,
+    loss_head,
+    sampler,
+    step,
+    step_profile,
+    stream,
+    vad,
+)
 from tools.bench.contenders import Work, torchaudio_step, work_settings
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
@@ -194,6 +205,15 @@ def test_the_loader_bench_counts_audio_and_bytes(small_corpus: SmallCorpus) -> N
     files = [str(path) for path in small_corpus.train.parent.rglob("*.flac")]
     assert loader.decode_in_processes(files, 0) > 0
     assert loader.decode_in_processes(files, 2) > 0
+
+
+def test_the_stream_bench_loads_and_decodes_shards(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    folder = stream.write_shards(small_corpus.train, tmp_path)
+    settings = [f"data.train={folder}", "data.mode=stream", "batch.micro_batches=2", "data.min_seconds=1"]
+    found = stream.load(settings, 0, 2)
+    assert found["rate"] > 0 and found["first"] > 0 and 0 <= found["padding"] < 0.5
+    assert stream.decode_in_processes(folder, 0) > 0
+    assert stream.decode_in_processes(folder, 2) > 0
 
 
 @pytest.mark.long

@@ -481,7 +481,6 @@ class TestCommandLine:
             ],
             "a weight decay of 0.2 would shrink the encoder",
         ),
-        (["data.mode=stream"], "data.mode=stream crops utterances, .*; set data.mode=index"),
         (["augment.speed=[0.9]"], r"augment.speed=\[0.9\]: slowed utterances are cropped, which objective.name=ctc"),
         (["objective.vocabulary=[]", "objective.sentencepiece=no.model"], "no.model: cannot be read: No such file"),
         (["objective.vocabulary=[]"], "objective.vocabulary is empty; use a fine-tuning preset such as ctc_1h"),

@@ -181,7 +181,7 @@ class TestRollBack:
             run(tmp_path / "exp", "checkpoint.every=100")
         assert not committed(tmp_path / "exp" / "checkpoints")
 
-    def test_a_stream_restarts_at_the_shifted_window(
+    def test_a_stream_goes_on_at_the_shifted_window(
         self, small_corpus: SmallCorpus, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write_shards(small_corpus.train, tmp_path / "shards", shard_size=8)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from w2vscale.config import Config
     from w2vscale.corpora.stats import CorpusStats
 
+SHOWN = 20  # list at most this many bad utterances
 RARE = 10  # show an example of a symbol that occurs less often
 
 app = typer.Typer(no_args_is_help=True, help="Prepare, index and check corpora.")
@@ -27,15 +28,36 @@ IndexedManifest = Annotated[Path, typer.Argument(metavar="CUTS.jsonl", help="An 
 
 
 @app.command()
-def index(manifests: Manifests, jobs: Jobs = 1) -> None:
-    """Write the index that training needs for O(1) access. If a manifest has grown, only its new lines are parsed."""
+def index(
+    corpora: Annotated[
+        list[Path], typer.Argument(metavar="CUTS.jsonl|SHARDS...", help="Lhotse cut manifests, or folders of shards.")
+    ],
+    jobs: Jobs = 1,
+) -> None:
+    """Write the index that training needs for O(1) access. Only what is new in a manifest or folder is parsed."""
     from w2vscale.corpora.index import build_index
     from w2vscale.data.manifest import index_path
 
-    for manifest in manifests:
-        with progress_bar(f"indexing {manifest.name}") as progress:
-            count = build_index(manifest, progress, jobs=jobs)
-        console.print(f"{index_path(manifest)}: {counted(count, 'utterance')}")
+    for corpus in corpora:
+        if corpus.is_dir() and any(corpus.glob("cuts.*.jsonl*")):
+            _index_folder(corpus, jobs)
+            continue
+        with progress_bar(f"indexing {corpus.name}") as progress:
+            count = build_index(corpus, progress, jobs=jobs)
+        console.print(f"{index_path(corpus)}: {counted(count, 'utterance')}")
+
+
+def _index_folder(folder: Path, jobs: int) -> None:
+    from w2vscale.corpora.shard_index import bad_shards_path, index_shards
+    from w2vscale.data.shard_index import shard_index_path
+
+    with progress_bar(f"indexing shards of {folder.name}") as progress:
+        found = index_shards(folder, progress, jobs=jobs)
+    for bad in found.bad[:SHOWN]:
+        console.print(str(bad))
+    left_out = f", {counted(len(found.bad), 'bad utterance')} left out, listed in {bad_shards_path(folder)}"
+    total = f"{counted(found.shards, 'shard')}, {counted(found.utterances, 'utterance')}"
+    console.print(f"{shard_index_path(folder)}: {total}{left_out if found.bad else ''}")
 
 
 @app.command()
@@ -84,7 +106,7 @@ def shar(
     jobs: Jobs = 1,
 ) -> None:
     """Write Lhotse Shar for data.mode=stream. A repeated call continues where the last one stopped."""
-    from w2vscale.corpora.parallel import Part
+    from w2vscale.corpora.parallel import WHOLE, Part
     from w2vscale.corpora.shar import write_shards
 
     of = Part.parse(part)
@@ -93,11 +115,13 @@ def shar(
         written = write_shards(
             manifest, output, shard_size=shard_size, form=form, seed=seed, jobs=jobs, part=of, progress=progress
         )
-    for bad in written.bad[:20]:
+    for bad in written.bad[:SHOWN]:
         console.print(str(bad))
     left_out = f", {counted(len(written.bad), 'bad utterance')} left out, listed in {output}/bad_audio.*.jsonl"
     total = f"{counted(written.shards, 'shard')}, {counted(written.utterances, 'utterance')}"
     console.print(f"{output}: {total}{left_out if written.bad else ''}")
+    if of != WHOLE:
+        console.print("when all parts are written, the same command without --part writes the index")
 
 
 @app.command()

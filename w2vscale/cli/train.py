@@ -159,6 +159,5 @@ def _print_dry_run(found: DryRun) -> None:
         (time, f"{found.seconds:.2f} s"),
         ("peak memory", f"{found.peak_memory_bytes / 2**30:.2f} GiB"),
     ]
-    if found.micro_batches_per_epoch is not None:
-        rows.append(("micro-batches per epoch", f"{found.micro_batches_per_epoch:,}"))
+    rows.append(("micro-batches per epoch", f"{found.micro_batches_per_epoch:,}"))
     print_table(("", ""), rows, title="dry run: the largest forward and its backward")

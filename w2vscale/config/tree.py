@@ -148,9 +148,12 @@ class DataConfig(Section):
     """Which audio is read, and how."""
 
     mode: Literal["index", "stream"] = Field(
-        "index", description="index: planned batches with exact resumes; stream: Lhotse Shar, read in sequence"
+        "index",
+        description="index: files, read at random; stream: indexed Lhotse Shar, read in sequence. Both resume exactly",
     )
-    train: Paths = Field([], description="indexed Lhotse cut manifests; with mode=stream, folders of Shar shards")
+    train: Paths = Field(
+        [], description="indexed Lhotse cut manifests; with mode=stream, indexed folders of Shar shards"
+    )
     validation: Paths = Field([], description="indexed Lhotse cut manifests; empty: no validation")
     max_seconds: Positive = Field(15.625, description="crop longer utterances to this many seconds, at a random offset")
     min_seconds: Positive = Field(2.0, description="leave out utterances shorter than this many seconds")
@@ -161,7 +164,9 @@ class DataConfig(Section):
         4, description="micro-batches that each loader process prepares ahead; raised where an update needs more"
     )
     stream_buffer: Count = Field(
-        1000, description="utterances that each loader process holds with mode=stream, to batch similar lengths"
+        1000,
+        description="with mode=stream, batch similar lengths among this many utterances that are stored one after "
+        "another; an update takes one series (batch.same_bucket) from each of several such blocks, held in memory",
     )
 
     @model_validator(mode="after")

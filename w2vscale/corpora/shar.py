@@ -12,6 +12,7 @@ from lhotse.cut import Cut
 from lhotse.shar import SharWriter
 
 from w2vscale.corpora.parallel import WHOLE, Part, Progress, chunked, no_progress, parallel_map
+from w2vscale.corpora.shard_index import index_shards
 from w2vscale.data.audio import own_decoders, read_audio
 from w2vscale.data.cuts import NotACut
 from w2vscale.data.decoding import AudioError, reason_of
@@ -46,11 +47,11 @@ def write_shards(
     part: Part = WHOLE,
     progress: Progress = no_progress,
 ) -> WrittenShards:
-    """Write the utterances of an indexed manifest as shards of `shard_size` utterances, in a random order.
+    """Write the utterances of an indexed manifest as indexed shards of `shard_size` utterances, in a random order.
 
     Utterances without usable audio are left out. Complete shards of an earlier call that was stopped are kept. `form`
     is flac, wav, opus or mp3; `progress` counts shards. With `part`, only shards of this part are written; calls for
-    different parts can run at the same time, and a call for the whole then writes what is missing.
+    different parts can run at the same time, and a call for the whole then writes what is missing and the index.
 
     Raises UserError if the manifest has no index, has audio that is not in files or none that can be used, or the
     folder cannot be written.
@@ -73,9 +74,13 @@ def write_shards(
     for done, left_out in enumerate(found, start=1):
         bad += left_out
         progress(done, len(shards))
-    if part == WHOLE and len(bad) == total:
+    if part != WHOLE:
+        written = sum((folder / f"cuts.{number:06d}.jsonl.gz").is_file() for number, _ in shards)
+        return WrittenShards(written, total - len(bad), bad)
+    if len(bad) == total:
         raise UserError(f"{manifest}: no utterance can be used, so no shards were written; the first one: {bad[0]}")
-    return WrittenShards(sum(1 for _ in folder.glob("cuts.*.jsonl.gz")), total - len(bad), bad)
+    indexed = index_shards(folder, jobs=jobs)
+    return WrittenShards(indexed.shards, indexed.utterances, bad + indexed.bad)
 
 
 def _claim(folder: Path, contents: str) -> None:

@@ -2,63 +2,44 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from functools import partial
 
 import numpy as np
+from lhotse.cut import Cut
 from torch.utils.data import DataLoader, Dataset
 
 from w2vscale.config import BatchConfig, DataConfig, ModelConfig
 from w2vscale.config.tree import MixConfig
-from w2vscale.data.assembly import Assembler, Crop, InputMaker
-from w2vscale.data.audio import BLOCK_SECONDS, AudioError, read_audio
+from w2vscale.data.assembly import Assembler, InputMaker
 from w2vscale.data.cuts import NotACut
 from w2vscale.data.loading import gather_windows, loader_settings
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.mixing import draw_rates, groups
-from w2vscale.data.plan import Mix, Plan, length_of_series, rank_window
+from w2vscale.data.plan import Mix, Plan, rank_window
+from w2vscale.data.planned import PlannedMicroBatches, check_readable, plan_limits, without_long
 from w2vscale.errors import UserError
-from w2vscale.models.lengths import input_samples, output_frames
 
 VALIDATION_SEED = 20  # for order, crops, masks and negatives of validation, so that all runs validate on the same
 
 
-class MicroBatches(Dataset[MicroBatch]):
+class MicroBatches(PlannedMicroBatches, Dataset[MicroBatch]):
     """Micro-batches of an indexed corpus by their number in the plan."""
 
-    def __init__(self, corpus: Corpus, plan: Plan, assemble: Assembler, data: DataConfig) -> None:
-        self.corpus = corpus
-        self.plan = plan
-        self.assemble = assemble
-        self.data = data
-        self.utterances, self.micro_batches = len(plan), plan.per_epoch
-        self.series_length = plan.series_length
+    corpus: Corpus
+    plan: Plan
 
-    def __getitem__(self, number: int) -> MicroBatch:
-        planned = self.plan.micro_batch(number)
-        spans = zip(planned.utterances.tolist(), planned.offsets.tolist(), planned.lengths.tolist(), strict=True)
-        return self.assemble(number, [self._crop(*span) for span in spans], width=planned.width)
-
-    def _crop(self, utterance: int, offset: int, length: int) -> Crop | BadAudio:
-        try:
-            return Crop(self.corpus.cut(utterance), offset, length)
-        except NotACut as error:
-            return BadAudio.of_line(utterance, error)
+    def read(self, utterance: int) -> Cut | BadAudio:
+        return _read(self.corpus, utterance)
 
     def describe(self) -> str:
-        """Describe the data, to check that all ranks have the same and to log a change when a run resumes."""
-        hours = self.corpus.durations.sum() / 3600
-        return f"{hours:.1f} hours, {self.utterances} utterances, of manifests {self.corpus.fingerprint}"
+        return f"{super().describe()}, of manifests {self.corpus.fingerprint}"
 
-    def largest(self) -> MicroBatch:
-        """Load the micro-batch of epoch 0 with the most padded samples."""
-        return self[self.plan.largest()]
-
-    def examples(self) -> Iterator[MicroBatch]:
-        """Load the micro-batches of epoch 0 with the most padded samples and with the longest utterances."""
-        return (self[number] for number in dict.fromkeys([self.plan.largest(), self.plan.longest()]))
+    def sample(self, count: int) -> Iterator[Cut]:
+        for utterance in np.linspace(0, len(self.corpus) - 1, count).astype(int).tolist():
+            if not isinstance(cut := self.read(utterance), BadAudio):  # it will be left out, and listed
+                yield cut
 
     def windows(
         self, updates: range, *, micro_batches: int, rank: int = 0, world_size: int = 1
@@ -97,40 +78,15 @@ def make_plan(
 
     Raises UserError if crops are too short for the objective or too long for the model, or no utterance is long enough.
     """
-    rate = model.sampling_rate
-    max_samples, shortest = int(data.max_seconds * rate), input_samples(maker.shortest_frames, model)
-    if max_samples < shortest:
-        raise UserError(
-            f"data.max_seconds={data.max_seconds:g}: shorter than {maker.shortest_frames} frames, the least that can "
-            f"be learned from; set at least {math.ceil(1000 * shortest / rate) / 1000:g}"
-        )
-    frames = output_frames(max_samples, model)
-    if model.max_frames is not None and frames > model.max_frames:
-        raise UserError(
-            f"data.max_seconds={data.max_seconds:g}: gives {frames} frames, "
-            f"and the model takes at most model.max_frames={model.max_frames}"
-        )
-    samples = corpus.samples(rate)
-    if not maker.crops:
-        samples = np.where(samples > max_samples, 0, samples)
-    min_samples = max(int(data.min_seconds * rate), shortest)
+    limits = plan_limits(maker, model=model, data=data, batch=batch)
+    samples = without_long(corpus.samples(model.sampling_rate), maker, limits["max_samples"])
     mixed = None
     if mix is not None and mix.by != "nothing":
         group, names = groups(corpus, mix.by)
-        trained_on = np.where(samples >= min_samples, np.minimum(samples, max_samples), 0)
+        trained_on = np.where(samples >= limits["min_samples"], np.minimum(samples, limits["max_samples"]), 0)
         mixed = Mix(group, draw_rates(group, names, trained_on, mix))
     try:
-        return Plan(
-            samples,
-            max_samples=max_samples,
-            min_samples=min_samples,
-            budget_samples=int(batch.max_seconds * rate),
-            buckets=batch.buckets,
-            seed=seed,
-            series_length=length_of_series(batch),
-            pad_to_bucket=batch.pad_to == "bucket",
-            mix=mixed,
-        )
+        return Plan(samples, seed=seed, pad_to_bucket=batch.pad_to == "bucket", mix=mixed, **limits)
     except UserError as error:
         raise UserError(f"{', '.join(str(manifest.path) for manifest in corpus.manifests)}: {error}") from None
 
@@ -144,24 +100,20 @@ def validation_set(
     return MicroBatches(corpus, plan, Assembler(maker, model, seed=VALIDATION_SEED), data)
 
 
-def check_sample(corpus: Corpus, *, sampling_rate: int, count: int = 8) -> None:
-    """Read a few utterances spread over the corpus.
-
-    Raises UserError if none of them can be read, or the audio of one is not in files.
-    """
-    bounds = np.linspace(0, len(corpus), min(count, len(corpus)) + 1).astype(int)
-    reasons = []
-    for start, _ in pairwise(bounds):
-        try:
-            cut = corpus.cut(int(start))
-            samples = round(min(cut.duration, BLOCK_SECONDS) * sampling_rate)
-            read_audio(cut, sampling_rate=sampling_rate, length=samples)
-            return
-        except AudioError as error:
-            reasons.append(str(BadAudio.of(cut, error)))
-        except NotACut as error:
-            reasons.append(str(error))
-    raise UserError(
-        f"{corpus.manifests[0].path}: none of {len(reasons)} sampled utterances can be read; the first: {reasons[0]}; "
-        f"check the manifest with: w2vscale data validate {corpus.manifests[0].path}"
+def check_sample(corpus: Corpus, *, sampling_rate: int) -> None:
+    """Read a few utterances spread over the corpus. Raises like `check_readable`."""
+    path = corpus.manifests[0].path
+    check_readable(
+        partial(_read, corpus),
+        len(corpus),
+        sampling_rate=sampling_rate,
+        name=str(path),
+        advice=f"check the manifest with: w2vscale data validate {path}",
     )
+
+
+def _read(corpus: Corpus, utterance: int) -> Cut | BadAudio:
+    try:
+        return corpus.cut(utterance)
+    except NotACut as error:
+        return BadAudio.of_line(utterance, error)

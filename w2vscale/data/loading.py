@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
+from lhotse.cut import Cut
 
 from w2vscale.config import DataConfig
 from w2vscale.data.micro_batch import MicroBatch
@@ -27,23 +28,21 @@ from w2vscale.runtime import FULL_COLLECTIONS, STOP_SIGNALS, end_with_parent, so
 class TrainingData(Protocol):
     """What a run trains on."""
 
-    @property
-    def utterances(self) -> int | None:
-        """Number per epoch; None if unknown."""
-
-    @property
-    def micro_batches(self) -> int | None:
-        """Number per epoch; None if unknown."""
-
-    @property
-    def series_length(self) -> int:
-        """Number of consecutive micro-batches from the same duration bucket."""
+    utterances: int  # per epoch
+    utterances_in_all: int
+    left_out: int  # utterances that no epoch has, because of their length
+    not_found: int  # utterances that cannot be found in their shards
+    micro_batches: int  # per epoch
+    series_length: int  # number of consecutive micro-batches from the same duration bucket
 
     def describe(self) -> str:
         """Describe the data, to check that all ranks have the same."""
 
     def largest(self) -> MicroBatch:
         """Load a micro-batch with the most padded samples."""
+
+    def sample(self, count: int) -> Iterator[Cut]:
+        """Yield about `count` cuts that are spread over the data, without those that cannot be read."""
 
     def examples(self) -> Iterator[MicroBatch]:
         """Load a few micro-batches that include the one with the largest memory use."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,15 +37,8 @@ def index_path(manifest: Path) -> Path:
 def open_index(manifest: Path) -> NDArray[np.void]:
     """Map the index of a manifest into memory. Raises UserError if it is missing, damaged or not an index."""
     path, command = index_path(manifest), f"w2vscale data index {manifest}"
-    if path.exists() and not path.is_file():  # a FIFO would wait for ever
-        raise UserError(f"{path}: not a file; replace it with: {command}")
-    try:
+    with opening_index(path, of=manifest, command=command):
         index: NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")
-    except FileNotFoundError:
-        raise UserError(f"{manifest}: has no index; create it with: {command}") from None
-    except Exception as error:  # a damaged header raises many types of errors
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: not an index ({reason}); replace it with: {command}") from None
     if index.dtype != INDEX_DTYPE or index.ndim != 1 or index.size < 2:
         raise UserError(f"{path}: not an index of this version of w2vscale; replace it with: {command}")
     offsets, durations = index["offset"], index["duration"][:-1]
@@ -54,6 +48,20 @@ def open_index(manifest: Path) -> NDArray[np.void]:
     if not (ascending and whole and (durations > 0.0).all() and (durations <= MAX_SECONDS).all()):
         raise UserError(f"{path}: damaged; replace it with: {command}")
     return index
+
+
+@contextmanager
+def opening_index(path: Path, *, of: Path, command: str) -> Iterator[None]:
+    """Raise UserError if the block cannot read the index at `path`, which `command` makes for the corpus `of`."""
+    if path.exists() and not path.is_file():  # a FIFO would wait for ever
+        raise UserError(f"{path}: not a file; replace it with: {command}")
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{of}: has no index; create it with: {command}") from None
+    except Exception as error:  # a damaged header raises many types of errors
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: not an index ({reason}); replace it with: {command}") from None
 
 
 class Manifest:
@@ -128,6 +136,7 @@ class Corpus:
         if not paths:
             raise UserError(f"{setting} names no manifest: set {setting}=CUTS.jsonl")
         self.manifests = [Manifest(Path(path)) for path in paths]
+        self.not_found = 0  # the index of a manifest has all of its utterances
         self._starts = np.cumsum([0, *(len(manifest) for manifest in self.manifests)])
 
     def __len__(self) -> int:

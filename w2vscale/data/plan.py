@@ -49,6 +49,18 @@ class Bucket:
         """Number of micro-batches per epoch: whole series."""
         return -(-self.count // (self.per_micro_batch * self.series_length)) * self.series_length
 
+    @property
+    def added(self) -> int:
+        """Number of micro-batches that whole series add to those that its utterances need."""
+        return self.micro_batches - -(-self.count // self.per_micro_batch)
+
+    @property
+    def most(self) -> int:
+        """Number of utterances of its largest micro-batch."""
+        if self.series_length == 1:
+            return min(self.per_micro_batch, self.count)
+        return -(-self.count // self.micro_batches)
+
     def begin(self, micro_batch: Index) -> Index:
         """Return the position in the bucket of the first draw of its micro-batch 0, 1, ….
 
@@ -124,7 +136,8 @@ class Plan:
     Utterances shorter than `min_samples` are left out, those longer than `max_samples` cropped at a random offset.
     Micro-batches have at most `budget_samples`, including padding: to the longest utterance of the micro-batch, or,
     with `pad_to_bucket`, of the bucket, to get fewer shapes. There are at most `buckets` buckets. Without `mix`, every
-    utterance is drawn once per epoch. A small corpus gets a divisor of `series_length` (see `make_buckets`).
+    utterance is drawn once per epoch. A small corpus gets a divisor of `series_length` (see `make_buckets`), unless
+    `fixed_series` is set.
 
     Raises UserError if no utterance is long enough.
     """
@@ -141,6 +154,7 @@ class Plan:
         series_length: int = 1,
         pad_to_bucket: bool = False,
         mix: Mix | None = None,
+        fixed_series: bool = False,
     ) -> None:
         assert 0 < max_samples <= budget_samples < 2**31
         kept = np.flatnonzero(samples >= max(min_samples, 1))
@@ -161,9 +175,8 @@ class Plan:
         self._pad_to_bucket = pad_to_bucket
         self._mixed = _MixedDraws(group[order], self._lengths, mix.rate, seed) if mix and group is not None else None
         longest = self._mixed.longest if self._mixed else self._lengths
-        self.buckets = make_buckets(
-            longest, budget_samples=budget_samples, buckets=buckets, series_length=series_length
-        )
+        make = cut_into_buckets if fixed_series else make_buckets
+        self.buckets = make(longest, budget_samples=budget_samples, buckets=buckets, series_length=series_length)
         last = self.buckets[-1]
         self.series_length = last.series_length
         self.per_epoch = last.first_micro_batch + last.micro_batches
@@ -268,17 +281,18 @@ def make_buckets(
     """
     length = series_length
     while True:
-        found = _cut(lengths, budget_samples=budget_samples, buckets=buckets, series_length=length)
+        found = cut_into_buckets(lengths, budget_samples=budget_samples, buckets=buckets, series_length=length)
         last = found[-1]
-        added = last.micro_batches - -(-last.count // last.per_micro_batch)
         total = last.first_micro_batch + last.micro_batches
-        if last.count >= last.micro_batches and added <= ADDED_MICRO_BATCHES * total:
+        if last.count >= last.micro_batches and last.added <= ADDED_MICRO_BATCHES * total:
             return found
         length = largest_divisor(series_length, at_most=length - 1)
 
 
-def _cut(lengths: NDArray[np.integer], *, budget_samples: int, buckets: int, series_length: int) -> list[Bucket]:
-    """Cut `lengths` into buckets.
+def cut_into_buckets(
+    lengths: NDArray[np.integer], *, budget_samples: int, buckets: int, series_length: int
+) -> list[Bucket]:
+    """Cut `lengths` (in samples, longest first) into buckets that end on whole series.
 
     A bucket includes all utterances as long as its longest one: in a cropped corpus there are many, and they should
     be shuffled together.

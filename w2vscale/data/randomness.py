@@ -25,6 +25,8 @@ class Stream(IntEnum):
     AUGMENTATION = 9
     SHARDS = 10
     SUBSET = 11
+    SHARD_ORDER = 12
+    BLOCK = 13
 
 
 def generator(seed: int, stream: Stream, *numbers: int) -> np.random.Generator:

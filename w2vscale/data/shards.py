@@ -1,20 +1,23 @@
-"""Read Lhotse Shar shards: the audio of a cut is bytes in an archive, and nothing else is opened."""
+"""Read utterances from Lhotse Shar shards: the audio of a cut is bytes in an archive, and nothing else is opened."""
 
 from __future__ import annotations
 
 import gzip
+import io
 import tarfile
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
+import numpy as np
 from lhotse.audio import AudioSource, Recording
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 from lhotse.utils import fastcopy
+from numpy.typing import NDArray
 
-from w2vscale.data.cuts import NotACut, read_cut, read_recording
+from w2vscale.data.cuts import NotACut, not_a_cut, read_cut, read_recording
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.errors import UserError
 from w2vscale.files import nearest_path
@@ -23,7 +26,11 @@ PLACEHOLDERS = ("shar",)  # the type of the source of audio in an archive
 IN_CUTS = ("shar", "file")  # custom fields of a cut may name files, which are never opened
 EMPTY = (".nodata", ".nometa")  # suffixes of the members of a cut without audio
 LARGEST_MEMBER = 2**30
-"""Bytes. A member is read whole, and a small compressed archive can hold one that fills the memory."""
+"""Bytes. A member is read whole, and a damaged archive can claim to hold one that fills the memory."""
+
+PLACE_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("size", "<u4"), ("line", "<u4")])
+"""Where an utterance is in its shard: the byte offset of its two members in the archive and their size, its duration in
+seconds, and its line in the manifest, from 0."""
 
 
 class Shard(NamedTuple):
@@ -50,34 +57,111 @@ def find_shards(folder: Path) -> list[Shard]:
     return shards
 
 
-def read_cuts(path: Path) -> Iterator[Cut]:
-    """Yield the cuts of the manifest of a shard, without audio.
+def open_file(path: Path) -> BinaryIO:
+    """Open a file of a shard. All reads of shards go through here."""
+    return path.open("rb")
 
-    Raises UserError if one has audio that is neither in an archive nor in a file, and NotACut if a line is not a cut.
-    A damaged file raises many types of errors.
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of the manifest of a shard. A damaged file raises many types of errors."""
+    with open_file(path) as file:
+        yield from gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+
+
+@dataclass(frozen=True)
+class StoredUtterance:
+    """An utterance as it is stored: line `number` (from 0) of the manifest of its shard, and its part of the archive.
+
+    `problem` says why one of them could not be read.
     """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            yield deserialize_item(read_cut(line, where=f"{path}: line {number}", source_types=IN_CUTS))
 
+    shard: Shard
+    number: int
+    duration: float  # seconds, when it was indexed
+    line: bytes = b""
+    members: bytes = b""
+    problem: str = ""
 
-def read_shards(shards: Iterable[Shard]) -> Iterator[Cut | BadAudio]:
-    """Yield cuts with their encoded audio and, for a damaged shard, a `BadAudio` for each utterance lost.
+    def cut(self) -> Cut | BadAudio:
+        """Return the cut with its encoded audio, or why there is none.
 
-    Raises UserError if a cut has audio that is not in the archive.
-    """
-    for shard in shards:
-        read = 0
+        Raises UserError if its audio is not in the archive.
+        """
+        cut = self.cut_without_audio()
+        if isinstance(cut, BadAudio):
+            return cut
         try:
-            for cut in _cuts_with_audio(shard):
-                read += 1
-                yield cut
+            return self._with_audio(cut)
         except NotACut as error:
-            yield from _lost(shard, read, str(error))
+            reason = str(error)
         except UserError:
             raise
-        except Exception as error:  # damaged gzip, tar and audio data raise many types of errors
-            yield from _lost(shard, read, f"its shard cannot be read: {in_one_line(error)}")
+        except Exception as error:  # damaged archives raise many types of errors
+            reason = self.problem or f"its shard cannot be read: {in_one_line(error)}"
+        return BadAudio(cut.id, str(self.shard.recording), "undecodable", reason)
+
+    def cut_without_audio(self) -> Cut | BadAudio:
+        """Return the cut as its line describes it, or why there is none. Raises like `cut`."""
+        if not self.line:
+            return BadAudio(f"line {self.number + 1}", str(self.shard.cuts), "undecodable", self.problem)
+        where = f"{self.shard.cuts}: line {self.number + 1}"
+        try:
+            fields = read_cut(self.line, where=where, source_types=IN_CUTS)
+            if fields["duration"] != self.duration:
+                raise not_a_cut(where, f"it lasts {fields['duration']:g} s, unlike when it was indexed")
+            return _deserialise(fields, where)
+        except NotACut as error:
+            return BadAudio(f"line {self.number + 1}", str(self.shard.cuts), "not a cut", str(error))
+
+    def _with_audio(self, cut: Cut) -> Cut | BadAudio:
+        with tarfile.open(fileobj=io.BytesIO(self.members), mode="r|") as archive:
+            members = read_members(archive)
+            (name, audio), (_, description) = next(members), next(members)
+        stem, _, suffix = name.rpartition(".")
+        if stem != cut.id:
+            raise ValueError(f"in place of the audio of {cut.id!r} is that of {stem!r}")
+        if f".{suffix}" in EMPTY:
+            return BadAudio(cut.id, str(self.shard.cuts), "missing", "its shard has no audio of it")
+        cut.recording = _recording(description, audio, where=f"{self.shard.recording}: {name}")
+        cut.custom = {**(cut.custom or {}), "shard_origin": str(self.shard.cuts)}
+        return cut
+
+
+def read_utterances(shard: Shard, places: NDArray[np.void], *, audio: bool = True) -> list[StoredUtterance]:
+    """Read the utterances of a shard at these places [PLACE_DTYPE], ascending, in one pass over its files.
+
+    Without `audio`, its archive is not read.
+    """
+    lines, problem = _lines_at(shard.cuts, places["line"].tolist())
+    members: list[bytes] = []
+    try:
+        if audio:
+            with open_file(shard.recording) as archive:
+                for offset, size in zip(places["offset"].tolist(), places["size"].tolist(), strict=True):
+                    archive.seek(offset)
+                    members.append(archive.read(size))
+    except OSError as error:
+        problem = problem or f"its shard cannot be read: {in_one_line(error)}"
+    members += [b""] * (len(places) - len(members))
+    stored = zip(places["line"].tolist(), places["duration"].tolist(), members, strict=True)
+    return [
+        StoredUtterance(shard, number, duration, lines.get(number, b""), part, problem)
+        for number, duration, part in stored
+    ]
+
+
+def _lines_at(path: Path, numbers: list[int]) -> tuple[dict[int, bytes], str]:
+    """Return lines by number, and why some of them could not be read."""
+    wanted, last, lines = set(numbers), max(numbers), {}
+    try:
+        for number, line in enumerate(read_lines(path)):
+            if number in wanted:
+                lines[number] = line
+            if number == last:
+                return lines, ""
+    except Exception as error:  # damaged gzip data raise many types of errors
+        return lines, f"its shard cannot be read: {in_one_line(error)}"
+    return lines, "its shard cannot be read: its manifest ends early"
 
 
 def in_one_line(error: Exception) -> str:
@@ -85,23 +169,7 @@ def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _cuts_with_audio(shard: Shard) -> Iterator[Cut | BadAudio]:
-    with tarfile.open(shard.recording, "r|*") as archive:
-        members = _members(archive)
-        for cut in read_cuts(shard.cuts):
-            (name, audio), (_, description) = next(members), next(members)
-            stem, _, suffix = name.rpartition(".")
-            if stem != cut.id:
-                raise ValueError(f"the audio after {cut.id!r} is that of {stem!r}")
-            if f".{suffix}" in EMPTY:
-                yield BadAudio(cut.id, str(shard.cuts), "missing", "its shard has no audio of it")
-                continue
-            cut.recording = _recording(description, audio, where=f"{shard.recording}: {name}")
-            cut.custom = {**(cut.custom or {}), "shard_origin": str(shard.cuts)}
-            yield cut
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
+def read_members(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
     """The names and contents of an archive. Raises ValueError at its end, or if one is no plain file or too large."""
     for member in archive:
         content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
@@ -113,17 +181,16 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
     raise ValueError("the archive ends early")
 
 
+def _deserialise(fields: dict[str, object], where: str) -> Cut:
+    try:
+        cut: Cut = deserialize_item(fields)
+    except Exception as error:  # Lhotse raises many types of errors
+        raise not_a_cut(where, f"{type(error).__name__}: {error}") from None
+    return cut
+
+
 def _recording(description: bytes, audio: bytes, *, where: str) -> Recording:
     """The recording that the JSON in the archive describes, with its audio."""
     recording = deserialize_item(read_recording(description, where=where, source_types=PLACEHOLDERS))
     source = AudioSource("memory", recording.channel_ids, audio)
     return fastcopy(recording, sources=[source], transforms=None)
-
-
-def _lost(shard: Shard, read: int, reason: str) -> list[BadAudio]:
-    """List the utterances of a damaged shard after the first `read`, or the shard itself if its manifest is damaged."""
-    try:
-        names = [cut.id for cut in islice(read_cuts(shard.cuts), read, None)]
-    except Exception:
-        return [BadAudio(shard.cuts.name, str(shard.cuts), "undecodable", reason)]
-    return [BadAudio(name, str(shard.recording), "undecodable", reason) for name in names]

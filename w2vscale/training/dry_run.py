@@ -35,7 +35,7 @@ class DryRun:
     seconds: float
     compiled: bool  # whether the time includes compilation
     peak_memory_bytes: int
-    micro_batches_per_epoch: int | None
+    micro_batches_per_epoch: int
 
 
 def dry_run(config: Config, log: Callable[[str], None] = lambda text: None) -> DryRun | None:

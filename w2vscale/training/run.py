@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lhotse.cut import Cut
 from torch import Tensor
 
 from w2vscale.checkpoint.format import TrainState, committed
@@ -22,17 +19,18 @@ from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, architecture_of, dump_config, load_yaml
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.augmentation import Augmentation
-from w2vscale.data.cuts import NotACut
 from w2vscale.data.indexed import MicroBatches, check_sample, make_plan, validation_set
 from w2vscale.data.loading import TrainingData
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed
+from w2vscale.data.shard_index import BAD_SHARDS
+from w2vscale.data.stream import open_stream
 from w2vscale.distributed.launch import local_processes
 from w2vscale.distributed.process_group import Ranks, errors_on_all_ranks
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.transforms import missing_for_compilation
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, counted
 from w2vscale.files import nearest_path, write_text
 from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.models.initialisation import empty_parameters, initial_values
@@ -117,7 +115,7 @@ def build_run(
         exp,
         ranks,
         limit=config.data.max_bad_fraction,
-        enough=min(CHECKED_AFTER, training_set.utterances or CHECKED_AFTER),
+        enough=min(CHECKED_AFTER, training_set.utterances),
     )
     if not state.update:
         log_targets(training_set, objective, ranks, log)
@@ -166,36 +164,29 @@ def log_advice(
             f"checkpoint.every={config.checkpoint.every} does not divide "
             f"trainer.validate_every={config.trainer.validate_every}"
         )
-    if isinstance(training_set, MicroBatches) and (left_out := training_set.plan.left_out):
+    if left_out := training_set.left_out:
         longer = "" if objective.crops else " or longer than data.max_seconds"
-        log(f"left out {left_out} of {len(training_set.corpus)} utterances: shorter than data.min_seconds{longer}")
+        total = training_set.utterances_in_all
+        log(f"left out {left_out} of {total} utterances: shorter than data.min_seconds{longer}")
+    if training_set.not_found:
+        log(f"left out {counted(training_set.not_found, 'utterance')} of damaged shards: see {BAD_SHARDS} beside them")
 
 
 def log_targets(training_set: TrainingData, objective: Objective, ranks: Ranks, log: Callable[[str], None]) -> None:
     """Log what the objective says of its targets in the training set, or in a sample of it. Collective.
 
-    Rank 0 reads them. A stream is not read, because that takes a pass through its shards. Raises UserError on every
-    rank if the objective refuses them.
+    Rank 0 reads them. Raises UserError on every rank if the objective refuses them.
     """
-    if not isinstance(training_set, MicroBatches):
-        return
-    corpus = training_set.corpus
-    sample = np.linspace(0, len(corpus) - 1, min(len(corpus), TARGETS_READ)).astype(int)
-    what = "data.train" if sample.size == len(corpus) else f"data.train, {sample.size:,} of {len(corpus):,} utterances"
+    total = training_set.utterances_in_all
+    what = "data.train" if total <= TARGETS_READ else f"data.train, {TARGETS_READ:,} of {total:,} utterances"
     with errors_on_all_ranks():
         if ranks.is_main:
             try:
-                lines = objective.describe_targets(_readable(corpus, sample))
+                lines = objective.describe_targets(training_set.sample(min(total, TARGETS_READ)))
             except UserError as error:
                 raise UserError(f"{what}: {error}") from None
             for line in lines:
                 log(f"{what}: {line}")
-
-
-def _readable(corpus: Corpus, numbers: Iterable[int]) -> Iterator[Cut]:
-    for number in numbers:
-        with suppress(NotACut):  # it will be left out, and listed
-            yield corpus.cut(int(number))
 
 
 def empty_model(objective: Objective) -> Any:
@@ -244,10 +235,7 @@ def open_training_set(config: Config, objective: Objective) -> TrainingData:
         )
     assemble = Assembler(objective, config.model, seed=seed, augmentation=augmentation)
     if config.data.mode == "stream":
-        # Imported here because importing Lhotse's samplers takes a second and most runs do not need them.
-        from w2vscale.data.stream import StreamedMicroBatches
-
-        return StreamedMicroBatches(assemble, model=config.model, data=config.data, batch=config.batch)
+        return open_stream(assemble, model=config.model, data=config.data, batch=config.batch)
     corpus = _open_corpus(config.data.train, config, setting="data.train")
     plan = make_plan(
         corpus, objective, model=config.model, data=config.data, batch=config.batch, seed=seed, mix=config.mix
