@@ -9,7 +9,7 @@ import typer
 from rich.bar import Bar
 
 from w2vscale.cli import prepare
-from w2vscale.cli.arguments import Jobs
+from w2vscale.cli.arguments import Jobs, Manifests, UrlSchemes
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError, counted
 
@@ -22,26 +22,37 @@ RARE = 10  # show an example of a symbol that occurs less often
 app = typer.Typer(no_args_is_help=True, help="Prepare, index and check corpora.")
 app.add_typer(prepare.app, name="prepare")
 
-Manifests = Annotated[list[Path], typer.Argument(metavar="CUTS.jsonl...", help="Lhotse cut manifests.")]
 IndexedManifest = Annotated[Path, typer.Argument(metavar="CUTS.jsonl", help="An indexed Lhotse cut manifest.")]
 
 
 @app.command()
-def index(manifests: Manifests, jobs: Jobs = 1) -> None:
-    """Write the index that training needs for O(1) access. If a manifest has grown, only its new lines are parsed."""
-    from w2vscale.corpora.index import build_index
-    from w2vscale.data.manifest import index_path
+def index(manifests: Manifests, url_scheme: UrlSchemes = None, jobs: Jobs = 1) -> None:
+    """Write the index that training needs for O(1) access. If a manifest has grown, only its new lines are parsed.
 
-    for manifest in manifests:
+    The index of a manifest at a URL is written beside it.
+    """
+    from w2vscale.corpora.index import build_index
+    from w2vscale.storage.urls import place
+
+    for manifest in map(place, manifests):
         with progress_bar(f"indexing {manifest.name}") as progress:
-            count = build_index(manifest, progress, jobs=jobs)
-        console.print(f"{index_path(manifest)}: {counted(count, 'utterance')}")
+            count = build_index(manifest, progress, jobs=jobs, schemes=("file", *(url_scheme or ())))
+        console.print(f"{manifest}.index.npy: {counted(count, 'utterance')}")
+
+
+def _local(manifests: list[str]) -> list[Path]:
+    """The manifests, with copies on this machine in place of URLs."""
+    from w2vscale.data.manifest import local_manifest
+    from w2vscale.storage.urls import place
+
+    return [local_manifest(place(manifest)) for manifest in manifests]
 
 
 @app.command()
 def validate(
     manifests: Manifests,
     audio: Annotated[bool, typer.Option("--audio", help="Decode all audio, as training does.")] = False,
+    url_scheme: UrlSchemes = None,
     jobs: Jobs = 4,
 ) -> None:
     """Compare manifests with the headers of their audio files, or with all audio.
@@ -51,9 +62,10 @@ def validate(
     from w2vscale.corpora.validate import validate_manifest
 
     problems = []
-    for manifest in manifests:
+    schemes = ("file", *(url_scheme or ()))
+    for manifest in _local(manifests):
         with progress_bar(f"validating {manifest.name}") as progress:
-            found = validate_manifest(manifest, jobs=jobs, audio=audio, progress=progress)
+            found = validate_manifest(manifest, jobs=jobs, audio=audio, progress=progress, schemes=schemes)
         for bad in found.first[1:]:
             console.print(str(bad))
         if found.bad:
@@ -124,14 +136,18 @@ def subset(
 
 @app.command()
 def relocate(
-    old: Annotated[Path, typer.Argument(metavar="OLD", help="Folder that the audio was in.")],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="Folder that the audio is in now.")],
-    manifests: Manifests,
+    old: Annotated[str, typer.Argument(metavar="OLD", help="Folder that the audio was in: a path or a URL.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Folder that the audio is in now: a path or a URL.")],
+    manifests: Annotated[list[Path], typer.Argument(metavar="CUTS.jsonl...", help="Lhotse cut manifests.")],
 ) -> None:
-    """Change the paths in manifests after the audio was moved from OLD to NEW, and index them."""
-    from w2vscale.corpora.relocate import relocate as change_paths
+    """Change the paths in manifests after the audio was moved from OLD to NEW, and index them.
 
-    for manifest, found in change_paths(manifests, old, new).items():
+    Example: w2vscale data relocate /data s3://bucket/data cuts_train.jsonl
+    """
+    from w2vscale.corpora.relocate import relocate as change_paths
+    from w2vscale.storage.urls import place
+
+    for manifest, found in change_paths(manifests, place(old), place(new)).items():
         console.print(f"{manifest}: {counted(found.changed, 'path')} changed")
         if found.missing:
             console.print(
@@ -152,7 +168,7 @@ def pieces(
     """Train a SentencePiece model for objective.sentencepiece from the transcripts of manifests."""
     from w2vscale.corpora.sentence_pieces import train_pieces
 
-    transcripts = train_pieces(manifests, output, size=size)
+    transcripts = train_pieces(_local(manifests), output, size=size)
     console.print(f"{output}: {counted(size, 'piece')} from {counted(transcripts, 'transcript')}")
 
 
@@ -177,7 +193,7 @@ def vocabulary(
     from w2vscale.data.vocabulary import show_symbol
 
     with progress_bar("counting symbols") as progress:
-        found = count_symbols(manifests, case=case, phones=phones, jobs=jobs, progress=progress)
+        found = count_symbols(_local(manifests), case=case, phones=phones, jobs=jobs, progress=progress)
     symbols, left_out = choose_symbols(found, min_count=min_count, phones=phones)
     total = found.counts.total()
     print_table(
@@ -223,9 +239,10 @@ def stats(
     """Show hours, speakers and durations of a corpus, and the buckets and padding of its plan."""
     from w2vscale.corpora.stats import corpus_stats
     from w2vscale.objectives import load
+    from w2vscale.storage.urls import place
 
     settings, objective = load(config, override or [])
-    _show_stats(corpus_stats(manifests, settings, objective), settings)
+    _show_stats(corpus_stats([place(manifest) for manifest in manifests], settings, objective), settings)
 
 
 def _show_stats(stats: CorpusStats, config: Config) -> None:

@@ -54,7 +54,7 @@ class StreamedMicroBatches:
         self.shortest_seconds = max(
             data.min_seconds, input_samples(assemble.maker.shortest_frames, model) / model.sampling_rate
         )
-        self.shards = [shard for folder in data.train for shard in find_shards(folder)]
+        self.shards = [shard for folder in data.shard_folders for shard in find_shards(folder)]
         if not self.shards:
             raise UserError("data.train names no folder of shards: set data.train=DIR (made by: w2vscale data shar)")
         self.durations = self._durations_of_a_shard()
