@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from w2vscale.errors import UserError
@@ -36,19 +35,15 @@ Processes = Annotated[
 ]
 
 
-class _LocalModel(click.ParamType):
+def _local(named: str) -> Path:
     """A path, or a copy on this machine of the checkpoint or model at a URL."""
+    from w2vscale.storage.urls import Url, place
 
-    name = "path"
+    if isinstance(found := place(named), Url):
+        from w2vscale.checkpoint.remote import local_model
 
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        from w2vscale.storage.urls import Url, place
-
-        if isinstance(named := place(str(value)), Url):
-            from w2vscale.checkpoint.remote import local_model
-
-            return local_model(named, lambda text: print(text, file=sys.stderr))
-        return named
+        return local_model(found, lambda text: print(text, file=sys.stderr))
+    return found
 
 
 Checkpoint = Annotated[
@@ -56,7 +51,8 @@ Checkpoint = Annotated[
     typer.Argument(
         metavar="CHECKPOINT",
         help="A checkpoint folder, or a run folder (its newest checkpoint); or the URL of one in a store.",
-        click_type=_LocalModel(),
+        parser=str,  # a Path would change the slashes of a URL
+        callback=_local,
     ),
 ]
 Beam = Annotated[
