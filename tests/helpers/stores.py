@@ -13,11 +13,12 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from w2vscale.storage import objects
 from w2vscale.storage.objects import list_objects, read
 from w2vscale.storage.urls import Url
 
 SECRET = "a-secret-that-nobody-may-see"
-BUCKET = Url("s3://bucket")
+KEY = "a-key-that-nobody-may-see"
 
 
 def free_port() -> int:
@@ -31,7 +32,7 @@ def environment(endpoint: str) -> dict[str, str]:
     """The variables with which boto talks to this endpoint alone."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "a-key-that-nobody-may-see",
+        "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
@@ -66,6 +67,12 @@ def _answers(endpoint: str) -> bool:
             return True
     except (URLError, OSError):
         return False
+
+
+def make_bucket(name: str) -> Url:
+    """An empty bucket."""
+    objects._file_system("s3").call("mkdir", name)
+    return Url(f"s3://{name}")
 
 
 def contents(folder: Url) -> dict[str, bytes]:

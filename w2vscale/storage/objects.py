@@ -6,14 +6,17 @@ Every call has time-outs and a fixed number of attempts. Every error is a UserEr
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
+import fsspec.asyn
 
 from w2vscale.errors import TemporaryError, UserError
 from w2vscale.storage.urls import Url, shown
@@ -22,6 +25,9 @@ ATTEMPTS = 4
 FIRST_WAIT = 1.0  # seconds before the second attempt; twice as long before each further one
 CONNECT_SECONDS = 10
 READ_SECONDS = 60  # without a byte
+CALL_SECONDS = 120.0  # for a call, and for its bytes at the rate SLOWEST
+SLOWEST = 2**18  # bytes per second
+READ_MOST = 2**27  # bytes for which `read` waits at the rate SLOWEST; it does not know how many it reads
 
 T = TypeVar("T")
 
@@ -56,7 +62,7 @@ VERSION_KEYS = (
     "updated",
 )
 
-_opened: dict[tuple[int, str], Any] = {}
+_opened: dict[tuple[int, str], _Files] = {}
 """File systems by process and scheme.
 
 A forked process opens its own, because fsspec's thread does not live on there. Those of its parent stay in this table:
@@ -89,7 +95,7 @@ class Version(NamedTuple):
 
 def version(url: Url) -> Version:
     """The version of an object. Raises Missing if there is none."""
-    info = _attempt(url, lambda files, path: files.info(path))
+    info = _attempt(url, lambda files, path: files.call("info", path))
     if info.get("type") == "directory":
         raise Missing(f"{shown(url)}: a folder, not an object")
     tags = [f"{key}={info[key]}" for key in VERSION_KEYS if info.get(key) is not None]
@@ -99,80 +105,98 @@ def version(url: Url) -> Version:
 def list_objects(folder: Url) -> dict[str, int]:
     """The sizes of all objects in a folder and in those below it, by their names relative to it. Empty if none."""
 
-    def find(files: Any, path: str) -> dict[str, int]:
-        try:
-            found = files.find(path, detail=True)
-        except FileNotFoundError:
-            if not _bucket_exists(files, path):
-                raise
-            found = {}
+    def find(files: _Files, path: str) -> dict[str, int]:
+        found: dict[str, Any] = {}
+        with suppress(FileNotFoundError):
+            found = files.call("find", path, detail=True)
+        if not found:
+            files.require_bucket(path)
         prefix = path.rstrip("/") + "/"
         sizes = {name: int(info.get("size") or 0) for name, info in found.items()}
         return {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
 
-    found = _attempt(folder, find)
-    if not found:
-        _attempt(folder, _require_bucket)
-    return found
+    return _attempt(folder, find)
 
 
 def read(url: Url, *, limit: int) -> bytes:
     """The content of an object. Raises Missing, and TooLarge if it has more than `limit` bytes."""
-    content: bytes = _attempt(url, lambda files, path: _read(files, path, limit + 1))
+    content = _attempt(url, lambda files, path: files.read(path, limit + 1))
     if len(content) > limit:
         raise TooLarge(f"{shown(url)}: has more than {limit:,} bytes, the most that is read")
     return content
 
 
-def _read(files: Any, path: str, most: int) -> bytes:
-    try:
-        content: bytes = files.cat_file(path, start=0, end=most)
-    except (OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError) or files.info(path).get("size") != 0:
-            raise
-        return b""  # a range of an empty object is an error
-    return content
-
-
 def write(url: Url, content: bytes) -> None:
     """Write an object, in place of one that is there. Readers see the old or the new content, never a part."""
-    _attempt(url, lambda files, path: files.pipe_file(path, content))
+    _attempt(url, lambda files, path: files.call("pipe_file", path, content, bytes=len(content)))
 
 
 def upload(file: Path, url: Url) -> None:
-    """Copy a file into the store."""
-    _attempt(url, lambda files, path: files.put_file(str(file), path))
+    """Copy a file into the store. Raises OSError if there is no such file."""
+    size = file.stat().st_size
+    _attempt(url, lambda files, path: files.call("put_file", str(file), path, bytes=size), local=file)
 
 
 def download(url: Url, file: Path) -> None:
     """Copy an object to a file. Raises OSError if it cannot be written."""
-    _attempt(url, lambda files, path: files.get_file(path, str(file)), local=file)
+    size = version(url).bytes
+    _attempt(url, lambda files, path: files.call("get_file", path, str(file), bytes=size), local=file)
 
 
 def delete(urls: Sequence[Url]) -> None:
     """Delete objects; those that do not exist any more are no error."""
     for url in urls:
+        with suppress(Missing):
+            _attempt(url, lambda files, path: files.call("rm_file", path))
+
+
+class _Files:
+    """A file system of fsspec whose calls end."""
+
+    def __init__(self, scheme: str) -> None:
+        self.wrapped = fsspec.filesystem(scheme, skip_instance_cache=True, **OPTIONS.get(scheme, {}))
+        if scheme in ("s3", "s3a"):
+            self.wrapped.retries = 1
+
+    def call(self, name: str, *arguments: Any, bytes: int = 0, **settings: Any) -> Any:
+        """Call a method, for at most as long as `bytes` may take.
+
+        The time-outs of botocore are not enough: it waits for ever for the leave to send an object.
+        """
+        if not self.wrapped.async_impl:
+            return getattr(self.wrapped, name)(*arguments, **settings)
+        method, seconds = getattr(self.wrapped, f"_{name}"), CALL_SECONDS + bytes / SLOWEST
+
+        async def limited() -> Any:
+            return await asyncio.wait_for(method(*arguments, **settings), seconds)
+
+        return fsspec.asyn.sync(self.wrapped.loop, limited)
+
+    def read(self, path: str, most: int) -> bytes:
+        """The first `most` bytes of an object."""
         try:
-            _attempt(url, lambda files, path: files.rm_file(path))
-        except Missing:
-            continue
+            content: bytes = self.call("cat_file", path, start=0, end=most, bytes=READ_MOST)
+        except (OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError | PermissionError | TimeoutError):
+                raise
+            if self.call("info", path).get("size") != 0:
+                raise
+            return b""  # a range of an empty object is an error
+        return content
+
+    def require_bucket(self, path: str) -> None:
+        """Raise FileNotFoundError if there is no such bucket."""
+        bucket = path.partition("/")[0]
+        if not self.call("exists", bucket):
+            raise FileNotFoundError(errno.ENOENT, f"no such bucket: {bucket}")
 
 
-def _require_bucket(files: Any, path: str) -> None:
-    if not _bucket_exists(files, path):
-        raise FileNotFoundError(errno.ENOENT, f"no such bucket: {path.partition('/')[0]}")
-
-
-def _bucket_exists(files: Any, path: str) -> bool:
-    return bool(files.exists(path.partition("/")[0]))
-
-
-def _attempt(url: Url, call: Callable[[Any, str], T], *, local: Path | None = None) -> T:
+def _attempt(url: Url, call: Callable[[_Files, str], T], *, local: Path | None = None) -> T:
     """Call with the file system of a URL and the path in it, again after errors that may pass."""
     for attempt in range(ATTEMPTS):
         try:
             files = _file_system(url.scheme)
-            return call(files, files._strip_protocol(str(url)))
+            return call(files, files.wrapped._strip_protocol(str(url)))
         except UserError:
             raise
         except Exception as error:  # fsspec and its libraries raise many types of errors
@@ -185,20 +209,17 @@ def _attempt(url: Url, call: Callable[[Any, str], T], *, local: Path | None = No
     raise AssertionError
 
 
-def _file_system(scheme: str) -> Any:
+def _file_system(scheme: str) -> _Files:
     key = os.getpid(), scheme
     if key not in _opened:
-        files = fsspec.filesystem(scheme, skip_instance_cache=True, **OPTIONS.get(scheme, {}))
-        if scheme in ("s3", "s3a"):
-            files.retries = 1
-        _opened.setdefault(key, files)
+        _opened.setdefault(key, _Files(scheme))
     return _opened[key]
 
 
 def _user_error(url: Url, error: Exception) -> UserError:
     """One line on an error of fsspec or of a library under it."""
     where, kind = shown(url), type(error).__name__
-    reason = shown(" ".join(str(error).split()))[:300] or kind
+    reason = shown(" ".join(str(error).split()))[:300] or ("no answer" if isinstance(error, TimeoutError) else kind)
     if isinstance(error, ImportError):
         package = PACKAGES.get(url.scheme)
         advice = f"pip install {package}" if package else reason
