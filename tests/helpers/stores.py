@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from urllib.error import URLError
 from urllib.request import urlopen
 
@@ -41,9 +42,16 @@ def environment(endpoint: str) -> dict[str, str]:
     }
 
 
+class Server(NamedTuple):
+    """A running server."""
+
+    endpoint: str
+    pid: int
+
+
 @contextmanager
-def s3_server(folder: Path) -> Iterator[str]:
-    """An empty S3 server; its endpoint."""
+def s3_server(folder: Path) -> Iterator[Server]:
+    """An empty S3 server."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with (folder / "moto.log").open("w") as log:
@@ -55,7 +63,7 @@ def s3_server(folder: Path) -> Iterator[str]:
             assert server.poll() is None, (folder / "moto.log").read_text()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        yield endpoint
+        yield Server(endpoint, server.pid)
     finally:
         server.kill()
         server.wait()

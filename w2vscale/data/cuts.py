@@ -139,9 +139,8 @@ def _check_url(url: str, where: str, schemes: Collection[str]) -> None:
     scheme = scheme_of(url)
     if not scheme or scheme == "file" or scheme not in schemes:
         raise UserError(
-            f"{where}: has audio of type 'url' ({shown(url)[:100]}), and data.url_schemes={','.join(schemes)} does not "
-            f"have {scheme if scheme not in ('', 'file') else 'it'}; nothing is downloaded; if you trust the manifest, "
-            "add the scheme to data.url_schemes (commands for data: --url-scheme)"
+            f"{where}: has audio of type 'url' ({shown(url)[:100]}), which data.url_schemes={','.join(schemes)} does "
+            "not allow; nothing is downloaded; if you trust the manifest, add the scheme there (or --url-scheme)"
         )
     try:
         place(url)
