@@ -89,7 +89,7 @@ def kill_in_an_upload(run: Command, store: RemoteCheckpoints, *, passed: int, de
 def test_kills_in_the_middle_of_uploads(
     kills: int, processes: int, bucket: Url, small_corpus: SmallCorpus, tmp_path: Path
 ) -> None:
-    """After each, the newest checkpoint in the store is intact. In the end the weights are those of an untouched run."""
+    """After each, the store has an intact newest checkpoint. At the end, the weights are those of an untouched run."""
     settings, draw = (*LARGER, f"trainer.updates={12 if kills < 20 else 40}"), random.Random(kills)
     untouched = command(tmp_path, "untouched", small_corpus, *settings, processes=processes)
     store = RemoteCheckpoints(bucket / "run")
