@@ -136,10 +136,13 @@ def test_two_ranks_go_on_from_an_empty_disk(bucket: Url, small_corpus: SmallCorp
 
 
 def wait_for(run: Command, text: str) -> None:
-    deadline = time.monotonic() + 120.0
-    while text not in run.output.read_text():
-        assert run.process.is_alive() and time.monotonic() < deadline, run.output.read_text()
+    deadline, printed = time.monotonic() + 120.0, ""
+    while text not in printed:
+        if not run.process.is_alive() or time.monotonic() > deadline:
+            run.kill()
+            pytest.fail(printed)
         time.sleep(0.02)
+        printed = run.output.read_text() if run.output.exists() else ""
 
 
 @pytest.mark.slow
