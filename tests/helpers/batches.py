@@ -43,7 +43,7 @@ def plan_of(corpus: Corpus, config: Config, *, seed: int = 0, mixed: bool = Fals
 
 def dataset_of(manifest: Path, config: Config, *, seed: int = 7) -> MicroBatches:
     """The micro-batches of a manifest."""
-    corpus = Corpus([manifest])
+    corpus = Corpus([manifest], schemes=config.data.url_schemes)
     assemble = Assembler(build_objective(config), config.model, seed=seed)
     return MicroBatches(corpus, plan_of(corpus, config, seed=seed), assemble, config.data)
 

@@ -8,7 +8,7 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Event
@@ -36,11 +36,11 @@ FORKS.set_forkserver_preload(
 
 
 class Command:
-    """A running `w2vscale ARGUMENTS` whose output goes to a file."""
+    """A running `w2vscale ARGUMENTS` whose output goes to a file, with some more environment variables."""
 
-    def __init__(self, output: Path, *arguments: str) -> None:
+    def __init__(self, output: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         self.output = output
-        self.process = FORKS.Process(target=_run, args=(str(output), arguments))
+        self.process = FORKS.Process(target=_run, args=(str(output), arguments, dict(environment or {})))
         self.process.start()
 
     def terminate(self) -> None:
@@ -73,7 +73,8 @@ def fork_children() -> None:
     multiprocessing.set_start_method("fork", force=True)
 
 
-def _run(output: str, arguments: tuple[str, ...]) -> None:
+def _run(output: str, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     file = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     _command(arguments, [0, file, file])
 

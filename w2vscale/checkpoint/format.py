@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,15 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from w2vscale.errors import UserError, refused_value
-from w2vscale.files import nearest_path, safetensors_header
+from w2vscale.files import delete, nearest_path, safetensors_header
 from w2vscale.optim.canonical import Specs
 
 FORMAT = 3
 WITHOUT_CHECKSUM = 2  # the format before train_state.json had a checksum of its own
 HASHED_AT_ONCE = 4  # files
 FOLDER = re.compile(r"update_(\d{8,})")
+STATE = "train_state.json"
+ABANDONED = "abandoned_"  # before the name of a checkpoint from which the run did not go on
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -115,18 +118,27 @@ def read_document(path: Path) -> Document:
     try:
         if (size := file.stat().st_size) > LARGEST_STATE:
             raise ValueError(f"has {size} bytes")
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_bytes()
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: damaged ({type(error).__name__}: {error})") from None
+    return decode(text, file=str(file), folder=path.resolve().name)
+
+
+def decode(text: bytes, *, file: str, folder: str) -> Document:
+    """Parse train_state.json, which `file` names, of a folder. A UserError says why it cannot be read."""
+    try:
+        content: dict[str, Any] = json.loads(text.decode())
         found = content["format"]
         if found == FORMAT and content.pop("sha256", None) != _checksum(content):
             raise ValueError("its content is not what was written (SHA-256)")
         if found in (FORMAT, WITHOUT_CHECKSUM):
             document = _document(content)
-            if FOLDER.fullmatch(name := path.resolve().name) and name != folder_name(document.state.update):
+            if FOLDER.fullmatch(folder) and folder != folder_name(document.state.update):
                 raise ValueError(f"it is of update {document.state.update}")
             return document
     except ValidationError as error:
         raise UserError(f"{file}: damaged ({refused_value(error)})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged ({type(error).__name__}: {error})") from None
     raise UserError(f"{file}: format {found}; this version of w2vscale reads format {FORMAT}")
 
@@ -197,3 +209,11 @@ def folder_name(update: int) -> str:
 def update_of(path: Path) -> int:
     """The update in the name of a checkpoint folder."""
     return int(path.name.removeprefix("update_"))
+
+
+def set_aside(folder: Path, prefix: str) -> Path:
+    """Put a prefix before the name of a folder, in place of one that has this name."""
+    aside = folder.with_name(prefix + folder.name)
+    if os.path.lexists(aside):
+        delete(aside)
+    return folder.rename(aside)

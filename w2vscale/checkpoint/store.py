@@ -8,9 +8,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from w2vscale.checkpoint.format import (
+    ABANDONED,
     Document,
     FileFacts,
     TrainState,
@@ -31,10 +31,13 @@ from w2vscale.checkpoint.format import (
     encode,
     file_facts,
     folder_name,
+    set_aside,
     update_of,
     write_safetensors,
 )
-from w2vscale.checkpoint.reader import CheckpointReader, best_first, candidates
+from w2vscale.checkpoint.mirror import Mirror
+from w2vscale.checkpoint.reader import CheckpointReader, candidates
+from w2vscale.checkpoint.retention import Retention
 from w2vscale.checkpoint.slices import TensorFile, TensorSlice, assemble, faults
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main, errors_on_all_ranks, gather_from_ranks
 from w2vscale.errors import UserError, counted
@@ -43,7 +46,6 @@ from w2vscale.optim.canonical import Specs, differences, specs_of
 
 T = TypeVar("T")
 
-ABANDONED = "abandoned_"  # before the name of a checkpoint from which the run did not go on
 REPLACED = "replaced_"  # before that of one that is saved again, while the new one gets its name
 
 
@@ -53,7 +55,8 @@ class CheckpointStore:
 
     `expected` describes every tensor that a checkpoint must hold; nothing else is ever committed. `keep_last`,
     `keep_every` and `keep_best` are the settings `checkpoint.*` of the same names, and `best_metric` is that of
-    `trainer`. An `asynchronous` store writes in a thread.
+    `trainer`. An `asynchronous` store writes in a thread. With the setting `checkpoint.store`, `mirror` on rank 0 keeps
+    the checkpoints in an object store, too.
     """
 
     folder: Path
@@ -65,6 +68,7 @@ class CheckpointStore:
     keep_best: int = 0
     best_metric: str = "loss"
     asynchronous: bool = False
+    mirror: Mirror | None = None
     log: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
@@ -140,6 +144,11 @@ class CheckpointStore:
 
         Raises UserError if there are checkpoints, and none can be used.
         """
+        if path is None and up_to is None:
+            with errors_on_all_ranks():
+                if self.mirror is not None:
+                    self._restore_replaced()
+                    self.mirror.fetch(self._newest())
         found = candidates(path or self.folder, log, resuming=True, up_to=up_to)
         damaged: str | None = None
         while True:
@@ -199,16 +208,26 @@ class CheckpointStore:
                 f"{decimal(free)} free"
             )
 
+    def _newest(self) -> int:
+        """The update of the newest checkpoint in the folder that is whole, judging by headers and sizes; -1 if none."""
+        for path in reversed(committed(self.folder)):
+            with suppress(UserError):
+                CheckpointReader(path).check(resuming=True)
+                return update_of(path)
+        return -1
+
     def _commit(self, partial: Path, final: Path, update: int) -> None:
+        if self.mirror is not None:
+            self.mirror.abandon(update)
         for path in reversed(committed(self.folder)):
             # Later ones, that this run was not resumed from; then the same update, which is saved again.
             if update_of(path) > update or (path == final and update != self._intact):
-                _set_aside(path, ABANDONED)
+                set_aside(path, ABANDONED)
         replaced = None
         if final.is_dir() and not final.is_symlink():
-            replaced = _set_aside(final, REPLACED)
+            replaced = set_aside(final, REPLACED)
         elif os.path.lexists(final):  # something else has its name
-            _set_aside(final, ABANDONED)
+            set_aside(final, ABANDONED)
         partial.rename(final)
         sync_folder(self.folder)
         if replaced is not None:
@@ -218,6 +237,8 @@ class CheckpointStore:
         link.unlink(missing_ok=True)
         link.symlink_to(final.name)
         link.replace(self.folder / "latest")
+        if self.mirror is not None:
+            self.mirror.saved(final)
         self._delete_old()
 
     def _restore_replaced(self) -> None:
@@ -231,21 +252,22 @@ class CheckpointStore:
 
     def _delete_old(self) -> None:
         """Delete the checkpoints that need not be kept. A failure is only logged."""
-        paths = committed(self.folder)
-        best: dict[Path, None] = {}
-        if self.keep_best:
-            # Those with a loss alone were kept before `best_metric` was changed.
-            ranked = dict.fromkeys([*best_first(paths, self.best_metric), *best_first(paths, "loss")])
-            best = dict.fromkeys(islice(ranked, self.keep_best))
-        unneeded = []
-        for path in paths[: -self.keep_last]:
-            if path not in best and not (self.keep_every and update_of(path) % self.keep_every == 0):
-                unneeded.append(path)
-        for path in unneeded:
+        paths = {update_of(path): path for path in committed(self.folder)}
+        keep = Retention(self.keep_last, self.keep_every, self.keep_best, self.best_metric)
+        for update in keep.unneeded({update: self._validation(path) for update, path in paths.items()}):
+            path = paths[update]
+            if self.mirror is not None and self.mirror.uses(path):
+                continue  # the next checkpoint deletes it
             try:
                 shutil.rmtree(path)
             except OSError as failure:  # the next checkpoint tries again
                 self.log(f"{path}: cannot be deleted: {failure}")
+
+    def _validation(self, path: Path) -> Mapping[str, float]:
+        with suppress(UserError):
+            if self.keep_best:
+                return CheckpointReader(path).state.validation
+        return {}
 
     def _on_main_from_all(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         """Every rank's value on rank 0, and an empty list on the others."""
@@ -316,11 +338,3 @@ def _refuse(final: Path, what: str, problems: Sequence[str]) -> None:
 def _copy(tensor: Tensor) -> Tensor:
     # DTensors leave an engine in host memory.
     return tensor.detach().clone() if isinstance(tensor, DTensor) else tensor.detach().to("cpu", copy=True)
-
-
-def _set_aside(folder: Path, prefix: str) -> Path:
-    """Put a prefix before the name of a folder, in place of one that has this name."""
-    aside = folder.with_name(prefix + folder.name)
-    if os.path.lexists(aside):
-        delete(aside)
-    return folder.rename(aside)

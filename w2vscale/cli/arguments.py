@@ -25,15 +25,35 @@ Resume = Annotated[
     str,
     typer.Option(
         metavar="auto|never|PATH",
-        help="auto: resume from the newest checkpoint in DIR; never: do not resume; PATH: resume from this checkpoint.",
+        help="auto: resume from the newest checkpoint in DIR; never: do not resume; PATH: resume from this checkpoint, "
+        "which may be a URL.",
     ),
 ]
 Processes = Annotated[
     int,
     typer.Option("--nproc-per-node", help="Number of processes to start on this machine. Omit under torchrun or srun."),
 ]
+
+
+def _local(named: str) -> Path:
+    """A path, or a copy on this machine of the checkpoint or model at a URL."""
+    from w2vscale.storage.urls import Url, place
+
+    if isinstance(found := place(named), Url):
+        from w2vscale.checkpoint.remote import local_model
+
+        return local_model(found, lambda text: print(text, file=sys.stderr))
+    return found
+
+
 Checkpoint = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, or a run folder (its newest checkpoint).")
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A checkpoint folder, or a run folder (its newest checkpoint); or the URL of one in a store.",
+        parser=str,  # a Path would change the slashes of a URL
+        callback=_local,
+    ),
 ]
 Beam = Annotated[
     int | None,
@@ -52,6 +72,15 @@ Lexicon = Annotated[
 ]
 LmWeight = Annotated[float, typer.Option(help="Language-model weight (applied to log10 probabilities).")]
 WordScore = Annotated[float, typer.Option(help="Score added per word (applies with --lm or --lexicon).")]
+Manifests = Annotated[list[str], typer.Argument(metavar="CUTS.jsonl...", help="Lhotse cut manifests: paths or URLs.")]
+UrlSchemes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--url-scheme",
+        metavar="SCHEME",
+        help="The manifests may name audio by URLs of this scheme, such as s3, as with data.url_schemes; repeatable.",
+    ),
+]
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of parallel processes.")]
 PartOption = Annotated[
     str,

@@ -9,7 +9,7 @@ import typer
 from rich.bar import Bar
 
 from w2vscale.cli import prepare
-from w2vscale.cli.arguments import Jobs, PartOption
+from w2vscale.cli.arguments import Jobs, Manifests, PartOption, UrlSchemes
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError, counted
 
@@ -23,28 +23,34 @@ RARE = 10  # show an example of a symbol that occurs less often
 app = typer.Typer(no_args_is_help=True, help="Prepare, index and check corpora.")
 app.add_typer(prepare.app, name="prepare")
 
-Manifests = Annotated[list[Path], typer.Argument(metavar="CUTS.jsonl...", help="Lhotse cut manifests.")]
 IndexedManifest = Annotated[Path, typer.Argument(metavar="CUTS.jsonl", help="An indexed Lhotse cut manifest.")]
 
 
 @app.command()
 def index(
     corpora: Annotated[
-        list[Path], typer.Argument(metavar="CUTS.jsonl|SHARDS...", help="Lhotse cut manifests, or folders of shards.")
+        list[str],
+        typer.Argument(
+            metavar="CUTS.jsonl|SHARDS...", help="Lhotse cut manifests (paths or URLs), or folders of shards."
+        ),
     ],
+    url_scheme: UrlSchemes = None,
     jobs: Jobs = 1,
 ) -> None:
-    """Write the index that training needs for O(1) access. Only what is new in a manifest or folder is parsed."""
-    from w2vscale.corpora.index import build_index
-    from w2vscale.data.manifest import index_path
+    """Write the index that training needs for O(1) access. Only what is new in a manifest or folder is parsed.
 
-    for corpus in corpora:
-        if corpus.is_dir() and any(corpus.glob("cuts.*.jsonl*")):
+    The index of a manifest at a URL is written beside it.
+    """
+    from w2vscale.corpora.index import build_index
+    from w2vscale.storage.urls import place
+
+    for corpus in map(place, corpora):
+        if isinstance(corpus, Path) and corpus.is_dir() and any(corpus.glob("cuts.*.jsonl*")):
             _index_folder(corpus, jobs)
             continue
         with progress_bar(f"indexing {corpus.name}") as progress:
-            count = build_index(corpus, progress, jobs=jobs)
-        console.print(f"{index_path(corpus)}: {counted(count, 'utterance')}")
+            count = build_index(corpus, progress, jobs=jobs, schemes=("file", *(url_scheme or ())))
+        console.print(f"{corpus}.index.npy: {counted(count, 'utterance')}")
 
 
 def _index_folder(folder: Path, jobs: int) -> None:
@@ -60,11 +66,20 @@ def _index_folder(folder: Path, jobs: int) -> None:
     console.print(f"{shard_index_path(folder)}: {total}{left_out if found.bad else ''}")
 
 
+def _local(manifests: list[str]) -> list[Path]:
+    """The manifests, with copies on this machine in place of URLs."""
+    from w2vscale.data.manifest import local_manifest
+    from w2vscale.storage.urls import place
+
+    return [local_manifest(place(manifest)) for manifest in manifests]
+
+
 @app.command()
 def validate(
     manifests: Manifests,
     audio: Annotated[bool, typer.Option("--audio", help="Decode all audio, as training does.")] = False,
     part: PartOption = "1/1",
+    url_scheme: UrlSchemes = None,
     jobs: Jobs = 4,
 ) -> None:
     """Compare manifests with the headers of their audio files, or with all audio.
@@ -76,9 +91,12 @@ def validate(
     from w2vscale.corpora.validate import validate_manifest
 
     problems, of_part = [], "" if part == "1/1" else f" of part {part}"
-    for manifest in manifests:
+    schemes = ("file", *(url_scheme or ()))
+    for manifest in _local(manifests):
         with progress_bar(f"validating {manifest.name}") as progress:
-            found = validate_manifest(manifest, jobs=jobs, audio=audio, part=Part.parse(part), progress=progress)
+            found = validate_manifest(
+                manifest, jobs=jobs, audio=audio, part=Part.parse(part), progress=progress, schemes=schemes
+            )
         for bad in found.first[1:]:
             console.print(str(bad))
         if found.bad:
@@ -155,14 +173,18 @@ def subset(
 
 @app.command()
 def relocate(
-    old: Annotated[Path, typer.Argument(metavar="OLD", help="Folder that the audio was in.")],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="Folder that the audio is in now.")],
-    manifests: Manifests,
+    old: Annotated[str, typer.Argument(metavar="OLD", help="Folder that the audio was in: a path or a URL.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Folder that the audio is in now: a path or a URL.")],
+    manifests: Annotated[list[Path], typer.Argument(metavar="CUTS.jsonl...", help="Lhotse cut manifests.")],
 ) -> None:
-    """Change the paths in manifests after the audio was moved from OLD to NEW, and index them."""
-    from w2vscale.corpora.relocate import relocate as change_paths
+    """Change the paths in manifests after the audio was moved from OLD to NEW, and index them.
 
-    for manifest, found in change_paths(manifests, old, new).items():
+    Example: w2vscale data relocate /data s3://bucket/data cuts_train.jsonl
+    """
+    from w2vscale.corpora.relocate import relocate as change_paths
+    from w2vscale.storage.urls import place
+
+    for manifest, found in change_paths(manifests, place(old), place(new)).items():
         console.print(f"{manifest}: {counted(found.changed, 'path')} changed")
         if found.missing:
             console.print(
@@ -183,7 +205,7 @@ def pieces(
     """Train a SentencePiece model for objective.sentencepiece from the transcripts of manifests."""
     from w2vscale.corpora.sentence_pieces import train_pieces
 
-    transcripts = train_pieces(manifests, output, size=size)
+    transcripts = train_pieces(_local(manifests), output, size=size)
     console.print(f"{output}: {counted(size, 'piece')} from {counted(transcripts, 'transcript')}")
 
 
@@ -208,7 +230,7 @@ def vocabulary(
     from w2vscale.data.vocabulary import show_symbol
 
     with progress_bar("counting symbols") as progress:
-        found = count_symbols(manifests, case=case, phones=phones, jobs=jobs, progress=progress)
+        found = count_symbols(_local(manifests), case=case, phones=phones, jobs=jobs, progress=progress)
     symbols, left_out = choose_symbols(found, min_count=min_count, phones=phones)
     total = found.counts.total()
     print_table(
@@ -254,9 +276,10 @@ def stats(
     """Show hours, speakers and durations of a corpus, and the buckets and padding of its plan."""
     from w2vscale.corpora.stats import corpus_stats
     from w2vscale.objectives import load
+    from w2vscale.storage.urls import place
 
     settings, objective = load(config, override or [])
-    _show_stats(corpus_stats(manifests, settings, objective), settings)
+    _show_stats(corpus_stats([place(manifest) for manifest in manifests], settings, objective), settings)
 
 
 def _show_stats(stats: CorpusStats, config: Config) -> None:

@@ -18,6 +18,7 @@ from w2vscale.config.tree import Config, ObjectiveConfig, Section
 from w2vscale.config.yaml_1_2 import dump_yaml, load_yaml
 from w2vscale.errors import UserError
 from w2vscale.files import nearest_path, read_text
+from w2vscale.storage.urls import Url
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -220,7 +221,7 @@ def _is_text(kind: Any) -> bool:
         return all(_is_text(each) for each in arguments if each is not NoneType)
     if origin in (Annotated, list):
         return _is_text(arguments[0])
-    return kind in (str, Path)
+    return kind in (str, Path, Url)
 
 
 def _on_top(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

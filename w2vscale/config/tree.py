@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from w2vscale.storage.urls import Place, Url
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -46,7 +48,8 @@ def _as_list(value: object) -> object:
 
 
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
-Paths = Annotated[list[Path], BeforeValidator(_as_list)]
+Places = Annotated[list[Place], BeforeValidator(_as_list)]
+Scheme = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*$")]
 
 
 class Section(BaseModel):
@@ -151,10 +154,15 @@ class DataConfig(Section):
         "index",
         description="index: files, read at random; stream: indexed Lhotse Shar, read in sequence. Both resume exactly",
     )
-    train: Paths = Field(
-        [], description="indexed Lhotse cut manifests; with mode=stream, indexed folders of Shar shards"
+    train: Places = Field(
+        [], description="indexed Lhotse cut manifests, by path or URL; with mode=stream, indexed folders of Shar shards"
     )
-    validation: Paths = Field([], description="indexed Lhotse cut manifests; empty: no validation")
+    validation: Places = Field([], description="indexed Lhotse cut manifests, by path or URL; empty: no validation")
+    url_schemes: Annotated[list[Scheme], BeforeValidator(_as_list)] = Field(
+        ["file"],
+        description="where the audio of a manifest may be: file (files on this machine), and schemes of URLs such as "
+        "s3. A manifest that names another place is refused",
+    )
     max_seconds: Positive = Field(15.625, description="crop longer utterances to this many seconds, at a random offset")
     min_seconds: Positive = Field(2.0, description="leave out utterances shorter than this many seconds")
     max_bad_fraction: Fraction = Field(0.05, description="abort when more than this fraction of utterances is unusable")
@@ -173,7 +181,14 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if self.min_seconds > self.max_seconds:
             raise ValueError(f"min_seconds={self.min_seconds} is above max_seconds={self.max_seconds}")
+        if self.mode == "stream" and (urls := [one for one in self.train if isinstance(one, Url)]):
+            raise ValueError(f"train={urls[0]}: shards are read from folders on this machine, not from URLs")
         return self
+
+    @property
+    def shard_folders(self) -> list[Path]:
+        """The folders of shards in `train`, with mode=stream."""
+        return [folder for folder in self.train if isinstance(folder, Path)]
 
 
 class MixConfig(Section):
@@ -203,9 +218,9 @@ class AugmentConfig(Section):
     speed: list[Annotated[float, Field(ge=0.5, le=2.0)]] = Field(
         [], description="speed factors; each utterance draws one"
     )
-    reverb: Paths = Field([], description="indexed cut manifests of room impulse responses")
+    reverb: Places = Field([], description="indexed cut manifests of room impulse responses, by path or URL")
     reverb_probability: Fraction = Field(0.5, description="probability of reverberating an utterance")
-    noise: Paths = Field([], description="indexed cut manifests of noise")
+    noise: Places = Field([], description="indexed cut manifests of noise, by path or URL")
     noise_probability: Fraction = Field(0.5, description="probability of adding noise to an utterance")
     noise_snr: tuple[float, float] = Field((10.0, 20.0), description="range of the signal-to-noise ratio in dB")
 
@@ -363,6 +378,18 @@ class CheckpointConfig(Section):
     keep_last: Count = Field(2, description="number of newest checkpoints to keep")
     keep_every: CountOrZero = Field(0, description="also keep every checkpoint whose update is a multiple; 0: none")
     keep_best: CountOrZero = Field(0, description="also keep this many with the lowest trainer.best_metric; 0: none")
+    store: Place | None = Field(
+        None,
+        description="URL of a folder for the checkpoints of this run, such as s3://BUCKET/RUN. They are uploaded in "
+        "the background, and downloaded where the run folder lacks them; null: none",
+    )
+
+    @field_validator("store")
+    @classmethod
+    def _check_store(cls, store: Path | Url | None) -> Path | Url | None:
+        if isinstance(store, Path):
+            raise ValueError(f"store={store}: is not a URL such as s3://BUCKET/RUN")
+        return store
 
 
 class WatchdogConfig(Section):
@@ -415,9 +442,10 @@ class TrainerConfig(Section):
     updates: Count = Field(400_000, description="number of optimizer steps")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of all randomness")
     validate_every: Count = Field(5000, description="updates between validations")
-    init_from: Path | None = Field(
+    init_from: Place | None = Field(
         None,
-        description="start a new run from the weights of this checkpoint, Transformers folder, or .pt file of fairseq",
+        description="start a new run from the weights of this checkpoint (path or URL), Transformers folder, or .pt "
+        "file of fairseq",
     )
     init_allow: Annotated[list[Pattern], BeforeValidator(_as_list)] = Field(
         [], description="regular expressions of tensors and settings that may be missing or differ in init_from"

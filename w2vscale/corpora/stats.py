@@ -17,6 +17,7 @@ from w2vscale.data.indexed import make_plan
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.mixing import groups
 from w2vscale.data.plan import Plan
+from w2vscale.storage.urls import Url
 
 
 class GroupStats(NamedTuple):
@@ -52,12 +53,12 @@ class CorpusStats:
         return list(zip(edges[:-1], edges[1:], counts, hours, strict=True))
 
 
-def corpus_stats(paths: Sequence[Path], config: Config, maker: InputMaker) -> CorpusStats:
+def corpus_stats(paths: Sequence[Path | Url], config: Config, maker: InputMaker) -> CorpusStats:
     """Count speakers and transcripts in manifests, and plan one epoch with `config` for buckets and padding.
 
     Raises UserError if a manifest or its index is missing, or no utterance is long enough.
     """
-    corpus = Corpus(paths, setting="MANIFEST")
+    corpus = Corpus(paths, setting="MANIFEST", schemes=config.data.url_schemes)
     speakers: set[str] = set()
     rates: Counter[int] = Counter()
     transcribed = 0

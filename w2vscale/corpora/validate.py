@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from w2vscale.config.tree import ModelConfig
 from w2vscale.corpora.index import index_lines
 from w2vscale.corpora.parallel import WHOLE, Part, Progress, WorkerDied, chunked, no_progress, parallel_map
 from w2vscale.data.audio import AudioError, check_header, read_audio
-from w2vscale.data.cuts import NotACut
+from w2vscale.data.cuts import FILES, NotACut
 from w2vscale.data.manifest import Manifest, audio_path
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.errors import UserError
@@ -45,7 +45,13 @@ def listing_path(manifest: Path, *, audio: bool, part: Part = WHOLE) -> Path:
 
 
 def validate_manifest(
-    path: Path, *, jobs: int = 4, audio: bool = False, part: Part = WHOLE, progress: Progress = no_progress
+    path: Path,
+    *,
+    jobs: int = 4,
+    audio: bool = False,
+    part: Part = WHOLE,
+    progress: Progress = no_progress,
+    schemes: Collection[str] = FILES,
 ) -> Validation:
     """Compare each utterance with the header of its file: existence, format, sampling rate, channels, duration.
 
@@ -55,10 +61,11 @@ def validate_manifest(
 
     With `part`, only its utterances are checked, and the lists of all parts have what the list of the whole has.
 
-    Raises UserError if the manifest cannot be read or has audio that is not in files, the list cannot be written, or a
-    process died.
+    `schemes`: the setting `data.url_schemes`. Raises UserError if the manifest cannot be read or has audio elsewhere,
+    the list cannot be written, or a process died.
     """
-    manifest = Manifest(path, index_lines(path, jobs=jobs, keep_unusable=True))
+    index = index_lines(path, jobs=jobs, keep_unusable=True, schemes=schemes)
+    manifest = Manifest(path, index, schemes=schemes)
     listing = listing_path(path, audio=audio, part=part)
     with writing(listing):
         listing.unlink(missing_ok=True)

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from lhotse.audio import AudioSource, Recording, backend
 from lhotse.cut import Cut
-from lhotse.utils import compute_num_samples
+from lhotse.utils import compute_num_samples, fastcopy
 
-from w2vscale.data.decoding import AudioError, Samples, open_audio, read_header, reason_of
+from w2vscale.data.decoding import AudioError, Fetched, Samples, open_audio, read_header, reason_of
 from w2vscale.data.resampling import at_rate
 from w2vscale.errors import counted
+from w2vscale.storage.objects import Missing, TooLarge, read
+from w2vscale.storage.urls import Url
 
 LENGTH_TOLERANCE = 0.02  # seconds between decoded audio and its manifest: resampling and MP3 frames round
 HEADER_TOLERANCE = 0.025  # seconds between the header of a file and its manifest
@@ -22,6 +24,7 @@ CANCELLED = 1e-4  # channels cancel if the energy of their mean is below this fr
 BLOCK_SECONDS = 60  # long utterances are read in blocks of this duration
 SAMPLING_RATES = range(1000, 500_001)  # in Hz; a header with another value is taken to be damaged
 RATES_IN_WORDS = f"a whole number from {SAMPLING_RATES[0]:,} to {SAMPLING_RATES[-1]:,}"
+LARGEST_OBJECT = 2**30  # bytes; the content of a URL is read whole
 EPSILON = 1e-7  # the default of model.waveform_eps
 
 
@@ -37,10 +40,12 @@ def read_audio(
     """Read `length` samples (default: all) from sample `offset`, resampled to `sampling_rate` (Hz) and mixed to mono.
 
     `normalize` gives the whole utterance zero mean and unit variance before cropping; `eps` is added to its variance.
-    Memory does not depend on the duration of a cropped utterance.
+    Memory does not depend on the duration of a cropped utterance of a file. The content of a URL is held encoded.
 
-    Raises AudioError if the file cannot be decoded, disagrees with its manifest, or holds no usable signal.
+    Raises AudioError if the file cannot be decoded, disagrees with its manifest, or holds no usable signal, and
+    UserError if a URL cannot be read for a reason that is not in the object itself.
     """
+    cut = fetched(cut)
     check_header(cut)
     wanted = at_rate(cut, sampling_rate)
     whole = round(cut.duration * sampling_rate)
@@ -56,8 +61,33 @@ def read_audio(
     return audio
 
 
+def fetched(cut: Cut) -> Cut:
+    """`cut` with the contents of the URLs of its recording, if it has any, which are decoded as files are.
+
+    Raises AudioError if there is no such object or it is too large, and UserError if the store cannot be used.
+    """
+    recording = cut.recording
+    if all(source.type != "url" for source in recording.sources):
+        return cut
+    sources = [
+        AudioSource("file", source.channels, _fetch(source.source)) if source.type == "url" else source
+        for source in recording.sources
+    ]
+    return fastcopy(cut, recording=fastcopy(recording, sources=sources))
+
+
+def _fetch(url: str) -> Fetched:
+    try:
+        return Fetched(url, read(Url(url), limit=LARGEST_OBJECT))
+    except Missing:
+        raise AudioError("missing", "no such object") from None
+    except TooLarge:
+        raise AudioError("undecodable", f"has more than {LARGEST_OBJECT:,} bytes") from None
+
+
 def check_header(cut: Cut) -> None:
     """Compare an utterance with the header of its file. Raises AudioError if it is missing, unreadable or different."""
+    cut = fetched(cut)
     recording = cut.recording
     if cut.start < 0 or cut.end > recording.duration + 1e-3:
         end = f"ends at {cut.end:.3f} s, after the end of its recording ({recording.duration:.3f} s)"

@@ -5,7 +5,7 @@ All random choices are a function of (seed, micro-batch, position of the utteran
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 from lhotse.audio.mixer import AudioMixer
@@ -13,25 +13,37 @@ from lhotse.augmentation import ReverbWithImpulseResponse, Speed
 from lhotse.cut import Cut
 
 from w2vscale.config.tree import AugmentConfig
-from w2vscale.data.audio import own_decoders, read_audio
-from w2vscale.data.cuts import NotACut
+from w2vscale.data.audio import fetched, own_decoders, read_audio
+from w2vscale.data.cuts import FILES, NotACut
 from w2vscale.data.decoding import AudioError, reason_of
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.data.resampling import Samples, at_rate
+from w2vscale.errors import UserError
 
 
 class Augmentation:
-    """Augments utterances, which keep at least `shortest` samples. Raises UserError if a manifest cannot be used."""
+    """Augments utterances, which keep at least `shortest` samples. Raises UserError if a manifest cannot be used.
 
-    def __init__(self, config: AugmentConfig, *, sampling_rate: int, shortest: int, seed: int) -> None:
+    `schemes`: the setting `data.url_schemes`.
+    """
+
+    def __init__(
+        self,
+        config: AugmentConfig,
+        *,
+        sampling_rate: int,
+        shortest: int,
+        seed: int,
+        schemes: Collection[str] = FILES,
+    ) -> None:
         self.config = config
         self.seed = seed
         self.rate = sampling_rate
         self.shortest = shortest
-        self.noises = Corpus(config.noise, setting="augment.noise") if config.noise else None
-        self.responses = Corpus(config.reverb, setting="augment.reverb") if config.reverb else None
+        self.noises = Corpus(config.noise, setting="augment.noise", schemes=schemes) if config.noise else None
+        self.responses = Corpus(config.reverb, setting="augment.reverb", schemes=schemes) if config.reverb else None
 
     def __call__(self, audio: Samples, *, number: int, place: int) -> tuple[Samples, list[BadAudio]]:
         """Augment utterance `place` of micro-batch `number`. Also return unusable noises and impulse responses.
@@ -57,6 +69,7 @@ class Augmentation:
         return audio if samples is unchanged else samples[0].astype(np.float32, copy=False), bad
 
     def _reverberated(self, samples: Samples, response: Cut) -> Samples:
+        response = fetched(response)
         read_audio(response, sampling_rate=self.rate)  # Lhotse would not check it
         with own_decoders():
             found: Samples = ReverbWithImpulseResponse(rir=at_rate(response, self.rate))(samples, self.rate)
@@ -84,6 +97,8 @@ def _mixed(corpus: Corpus, draw: float, bad: list[BadAudio], mix: Callable[[Cut]
         return None
     try:
         return mix(cut)
+    except UserError:  # a store that cannot be used
+        raise
     except Exception as error:  # Lhotse raises many types of errors
         problem = error if isinstance(error, AudioError) else AudioError("undecodable", reason_of(error))
         bad.append(BadAudio.of(cut, problem, left_out=False))

@@ -5,12 +5,15 @@ Which of them decodes a file depends on its suffix alone, so that it is the same
 
 from __future__ import annotations
 
+import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 import soundfile
@@ -69,6 +72,22 @@ class AudioError(ValueError):
         self.kind = kind
 
 
+class Fetched(str):
+    """The URL of encoded audio whose `content` is in memory. It goes wherever the path of an audio file may go."""
+
+    content: bytes
+
+    def __new__(cls, url: str, content: bytes) -> Fetched:
+        fetched = super().__new__(cls, url)
+        fetched.content = content
+        return fetched
+
+    @property
+    def suffix(self) -> str:
+        """The suffix in its path."""
+        return os.path.splitext(urlsplit(self).path)[1].lower()
+
+
 class Header(NamedTuple):
     """What a file says about its audio. `samples` is per channel; if it is not exact, an estimate, or 0 if unknown."""
 
@@ -95,8 +114,11 @@ def is_audio(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES
 
 
-def _ffmpeg_format(path: str | Path) -> str | None:
-    return FFMPEG_FORMATS.get(os.path.splitext(path)[1].lower())
+def _suffix(source: Any) -> str:
+    """The suffix that decides how audio is decoded; "" for audio in a file object."""
+    if isinstance(source, Fetched):
+        return source.suffix
+    return os.path.splitext(source)[1].lower() if isinstance(source, str | Path) else ""
 
 
 def regular_file(path: str | Path) -> str:
@@ -114,6 +136,10 @@ def regular_file(path: str | Path) -> str:
     if not status.st_size:
         raise AudioError("empty", "not readable as audio: the file is empty")
     return os.path.abspath(path)
+
+
+def _open_bytes(path: str) -> IO[bytes]:
+    return open(path, "rb")
 
 
 def check_name(path: str | Path) -> None:
@@ -136,7 +162,7 @@ def read_header(path: str | Path, *, count: bool = False) -> Header:
         samples = 0
         while size := len(decoder.read(BLOCK)):
             samples += size
-    is_estimate = _ffmpeg_format(path) not in EXACT_DURATIONS
+    is_estimate = FFMPEG_FORMATS.get(_suffix(path)) not in EXACT_DURATIONS
     if samples < (0.9 if is_estimate else 1.0) * header.samples - 0.5 * header.sampling_rate:
         reason = f"a part of it is missing: ends after {samples} of about {header.samples} samples"
         raise AudioError("truncated", reason)
@@ -145,7 +171,7 @@ def read_header(path: str | Path, *, count: bool = False) -> Header:
 
 @contextmanager
 def open_audio(source: Any) -> Iterator[Decoder]:
-    """Open an audio file by its path, or encoded audio in a file object.
+    """Open an audio file by its path, or encoded audio in memory (`Fetched`) or in a file object.
 
     Raises AudioError if it is missing or unreadable, and for each error of the decoder while it is open.
     """
@@ -153,12 +179,21 @@ def open_audio(source: Any) -> Iterator[Decoder]:
     try:
         with ExitStack() as stack:
             decoder: Decoder
-            path = regular_file(source) if isinstance(source, str | Path) else ""
-            if (form := _ffmpeg_format(path)) is not None:
-                decoder = _Ffmpeg(path, form, stack)
+            suffix, path, stored = _suffix(source), "", None
+            again: Callable[[], IO[bytes]] | None = None
+            if isinstance(source, Fetched):
+                again = partial(io.BytesIO, source.content)
+                if not source.content:
+                    raise AudioError("empty", "not readable as audio: the object is empty")
+            elif isinstance(source, str | Path):
+                path = regular_file(source)
+                again = partial(_open_bytes, path)
+            if again is not None and (form := FFMPEG_FORMATS.get(suffix)) is not None:
+                decoder = _Ffmpeg(stack.enter_context(again()), suffix, form, stack)
             else:
-                stored = stack.enter_context(open(path, "rb")) if path.lower().endswith(MPEG_SUFFIXES) else None
-                decoder = _Libsndfile(stack.enter_context(_SoundFile(stored or path or source)), path, stored)
+                if again is not None and (not path or suffix in MPEG_SUFFIXES):
+                    stored = stack.enter_context(again())
+                decoder = _Libsndfile(stack.enter_context(_SoundFile(stored or path or source)), stored, again)
             opened = True
             yield decoder
     except (soundfile.SoundFileError, OSError, UnicodeError) as error:
@@ -189,10 +224,10 @@ class _SoundFile(soundfile.SoundFile):
 
 
 class _Libsndfile:
-    def __init__(self, file: _SoundFile, path: str, stored: IO[bytes] | None) -> None:
+    def __init__(self, file: _SoundFile, stored: IO[bytes] | None, again: Callable[[], IO[bytes]] | None) -> None:
         if file.format == "RAW":  # libsndfile takes any file with the suffix .au or .snd
             raise AudioError("undecodable", "not readable as audio: it has no header")
-        if (missing := missing_part(file, path)) is not None:
+        if (missing := missing_part(file, again)) is not None:
             raise AudioError("truncated", f"a part of it is missing: {missing}")
         self.file = file
         self.stored = stored if file.format == "MP3" else None
@@ -235,15 +270,13 @@ class _Libsndfile:
 class _Ffmpeg:
     """The first audio track of a container."""
 
-    def __init__(self, path: str, form: str, stack: ExitStack) -> None:
+    def __init__(self, stored: IO[bytes], suffix: str, form: str, stack: ExitStack) -> None:
         try:
             import av
         except ImportError:
-            suffix = os.path.splitext(path)[1]
             raise AudioError("no decoder", f"{suffix} needs PyAV: pip install 'w2vscale[av]'") from None
         self._errors = (av.FFmpegError, ValueError)  # ValueError: the sampling rate or channels change in the file
         with self._own_words("not readable as audio"):
-            stored = stack.enter_context(open(path, "rb"))  # noqa: SIM115
             container: Any = stack.enter_context(av.open(stored, "r", format=form))
         stream: Any = next(iter(container.streams.audio), None)
         if stream is None or stream.codec_context is None:

@@ -106,8 +106,9 @@ def loader_processes() -> Iterator[None]:
         except UserError as error:
             if "Original Traceback" not in str(error):
                 raise
-            # Raised in a loader process: its own message is the last line.
-            raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2]) from error
+            # Raised in a loader process: its own message is the last line, after the name of its class.
+            kind = TemporaryError if isinstance(error, TemporaryError) else UserError
+            raise kind(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
         finally:
             _kill(set(multiprocessing.active_children()) - before)
 

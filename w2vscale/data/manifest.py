@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,10 +15,12 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 from numpy.typing import NDArray
 
-from w2vscale.data.cuts import MAX_SECONDS, not_a_cut, read_cut
+from w2vscale.data.cuts import FILES, MAX_SECONDS, not_a_cut, read_cut
 from w2vscale.data.decoding import is_audio
 from w2vscale.errors import UserError
 from w2vscale.files import nearest_path
+from w2vscale.storage.cache import local_file
+from w2vscale.storage.urls import Url, place, shown
 
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("language", "<u2")])
 """One record per cut: the byte offset of its line, its duration in seconds, and its language as a number.
@@ -34,10 +37,27 @@ def index_path(manifest: Path) -> Path:
     return manifest.with_name(manifest.name + ".index.npy")
 
 
-def open_index(manifest: Path) -> NDArray[np.void]:
-    """Map the index of a manifest into memory. Raises UserError if it is missing, damaged or not an index."""
-    path, command = index_path(manifest), f"w2vscale data index {manifest}"
-    with opening_index(path, of=manifest, command=command):
+def index_url(manifest: Url) -> Url:
+    """The URL of the index of a manifest."""
+    return Url(f"{manifest}.index.npy")
+
+
+def local_manifest(manifest: Path | Url) -> Path:
+    """A manifest itself, or a copy of one at a URL and of its index. Raises UserError if it cannot be copied."""
+    if isinstance(manifest, Path):
+        return manifest
+    _check_form(manifest)
+    return local_file(manifest, beside=[index_url(manifest)])
+
+
+def open_index(manifest: Path, *, name: Path | Url | None = None) -> NDArray[np.void]:
+    """Map the index of a manifest into memory. Raises UserError if it is missing, damaged or not an index.
+
+    `name`: what the manifest is called in messages, if it is a copy.
+    """
+    name = name or manifest
+    path, command = index_path(manifest), f"w2vscale data index {name}"
+    with opening_index(path, of=name, command=command):
         index: NDArray[np.void] = np.lib.format.open_memmap(path, mode="r")
     if index.dtype != INDEX_DTYPE or index.ndim != 1 or index.size < 2:
         raise UserError(f"{path}: not an index of this version of w2vscale; replace it with: {command}")
@@ -51,7 +71,7 @@ def open_index(manifest: Path) -> NDArray[np.void]:
 
 
 @contextmanager
-def opening_index(path: Path, *, of: Path, command: str) -> Iterator[None]:
+def opening_index(path: Path, *, of: Path | Url, command: str) -> Iterator[None]:
     """Raise UserError if the block cannot read the index at `path`, which `command` makes for the corpus `of`."""
     if path.exists() and not path.is_file():  # a FIFO would wait for ever
         raise UserError(f"{path}: not a file; replace it with: {command}")
@@ -67,26 +87,30 @@ def opening_index(path: Path, *, of: Path, command: str) -> Iterator[None]:
 class Manifest:
     """An indexed cut manifest; opening it reads no cut.
 
-    `index` replaces the index on disk. Raises UserError if the manifest or its index is missing, or if the manifest has
-    changed since it was indexed.
+    One at a URL is copied to this machine first. `index` replaces the index on disk. `schemes`: the setting
+    `data.url_schemes`. Raises UserError if the manifest or its index is missing, or if the manifest has changed since
+    it was indexed.
     """
 
-    def __init__(self, path: Path, index: NDArray[np.void] | None = None) -> None:
-        self.path = path
-        size = check_manifest(path)
-        self._index = open_index(path) if index is None else index
+    def __init__(
+        self, path: Path | Url, index: NDArray[np.void] | None = None, *, schemes: Collection[str] = FILES
+    ) -> None:
+        self.path, self.schemes = path, tuple(schemes)
+        file = local_manifest(path)
+        size = check_manifest(file)
+        self._index = open_index(file, name=path) if index is None else index
         if int(self._index["offset"][-1]) != size:
             raise UserError(f"{path}: changed since it was indexed; update its index with: w2vscale data index {path}")
         # Kept open, so that it stays the file that was indexed even if another file takes its name. `pread` uses no
         # shared position, so forked loader processes can share the descriptor.
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = os.open(file, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
 
     def __len__(self) -> int:
         return int(self._index.size) - 1
 
-    def __reduce__(self) -> tuple[type[Manifest], tuple[Path]]:
-        return Manifest, (self.path,)
+    def __reduce__(self) -> tuple[Callable[..., Manifest], tuple[Path | Url]]:
+        return partial(Manifest, schemes=self.schemes), (self.path,)
 
     @property
     def durations(self) -> NDArray[np.float64]:
@@ -112,10 +136,10 @@ class Manifest:
         """Convert the JSON object of utterance `number`.
 
         Raises NotACut if its line does not hold a cut or not the one that was indexed, and UserError if its audio is
-        not in files.
+        not where `schemes` allow it.
         """
         where = f"{self.path}: utterance {number + 1}"
-        cut = read_cut(self.line(number), where=where)
+        cut = read_cut(self.line(number), where=where, schemes=self.schemes)
         if cut["duration"] != self._index["duration"][number]:
             raise not_a_cut(where, f"it lasts {cut['duration']:g} s, unlike when it was indexed")
         try:
@@ -130,12 +154,14 @@ class Manifest:
 
 
 class Corpus:
-    """Several manifests as one numbered sequence of utterances."""
+    """Several manifests as one numbered sequence of utterances. `schemes`: the setting `data.url_schemes`."""
 
-    def __init__(self, paths: Sequence[Path], *, setting: str = "data.train") -> None:
+    def __init__(
+        self, paths: Sequence[Path | Url], *, setting: str = "data.train", schemes: Collection[str] = FILES
+    ) -> None:
         if not paths:
             raise UserError(f"{setting} names no manifest: set {setting}=CUTS.jsonl")
-        self.manifests = [Manifest(Path(path)) for path in paths]
+        self.manifests = [Manifest(place(path), schemes=schemes) for path in paths]
         self.not_found = 0  # the index of a manifest has all of its utterances
         self._starts = np.cumsum([0, *(len(manifest) for manifest in self.manifests)])
 
@@ -163,8 +189,10 @@ class Corpus:
 
 
 def audio_path(cut: Cut) -> str:
-    """The audio file or shard of an utterance, or the type of its source if it has no file."""
+    """The audio file, URL or shard of an utterance, or the type of its source if it has none of them."""
     source = cut.recording.sources[0]
+    if source.type == "url":
+        return shown(str(source.source))
     return str(source.source) if source.type == "file" else str((cut.custom or {}).get("shard_origin", source.type))
 
 
@@ -178,15 +206,20 @@ def check_manifest(path: Path) -> int:
         raise UserError(f"{path}: cannot be read: permission denied")
     if is_audio(path.name):
         raise UserError(f"{path}: audio, not a manifest; make one with: w2vscale data prepare folder {path.parent} OUT")
-    if path.suffix != ".jsonl":
-        raise UserError(
-            f"{path}: only uncompressed JSONL (*.jsonl) can be indexed; convert a manifest of another form with: "
-            f"lhotse copy {path} NEW.jsonl"
-        )
+    _check_form(path)
     size = path.stat().st_size
     if size == 0:
         raise UserError(f"{path}: the manifest is empty")
     return size
+
+
+def _check_form(path: Path | Url) -> None:
+    """Raise UserError if a manifest is not uncompressed JSONL, by its name."""
+    if not path.name.endswith(".jsonl"):
+        raise UserError(
+            f"{path}: only uncompressed JSONL (*.jsonl) can be indexed; convert a manifest of another form with: "
+            f"lhotse copy {path} NEW.jsonl"
+        )
 
 
 def language_of(cut: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 from lhotse.cut import Cut
@@ -124,7 +123,7 @@ def open_stream(
     Raises UserError if a folder has no index or has changed since it was indexed, no utterance is long enough or can be
     read, or crops are too short for the objective or too long for the model.
     """
-    corpus = ShardCorpus([Path(folder) for folder in data.train])
+    corpus = ShardCorpus(data.shard_folders)
     check_readable(
         corpus.cut,
         len(corpus),

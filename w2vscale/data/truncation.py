@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import IO
 
 import soundfile
 
@@ -21,10 +22,16 @@ _PROBLEMS = {
 _NIST = re.compile(rb"^sample_count -i (\d+)$", re.MULTILINE)
 
 
-def missing_part(file: soundfile.SoundFile, path: str) -> str | None:
-    """What an open file lacks of what it says it has; None if nothing is known. `path` is empty for one in memory."""
+Opener = Callable[[], IO[bytes]]
+
+
+def missing_part(file: soundfile.SoundFile, again: Opener | None) -> str | None:
+    """What an open file lacks of what it says it has; None if nothing is known.
+
+    `again` opens its bytes once more; None for a file object, which cannot be read twice.
+    """
     log = file.extra_info
-    for stated, found, unit in _sizes(file, log, path):
+    for stated, found, unit in _sizes(file, log, again):
         is_known = not any(0 <= limit - stated < 2**16 for limit in (2**31, 2**32))  # or it was written to a pipe
         seconds = (stated - found) / max(found, 1) * file.frames / file.samplerate
         if is_known and stated > found and (seconds > LEAST or not file.frames):
@@ -34,13 +41,13 @@ def missing_part(file: soundfile.SoundFile, path: str) -> str | None:
     return next((problem for words, problem in _PROBLEMS.items() if words in log), None)
 
 
-def _sizes(file: soundfile.SoundFile, log: str, path: str) -> Iterator[tuple[int, int, str]]:
+def _sizes(file: soundfile.SoundFile, log: str, again: Opener | None) -> Iterator[tuple[int, int, str]]:
     """How much a file says it has, and how much it has, of what, as far as both are known."""
     if sizes := _SIZE.search(log):
         yield int(sizes[1]), int(sizes[2]), "bytes of audio"
     if sizes := _FRAMES.search(log):
         yield int(sizes[2]), int(sizes[1]), "samples"
-    if path and file.format == "NIST":
-        with open(path, "rb") as stored:
+    if again is not None and file.format == "NIST":
+        with again() as stored:
             if count := _NIST.search(stored.read(1024)):
                 yield int(count[1]), file.frames, "samples"

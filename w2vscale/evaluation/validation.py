@@ -48,7 +48,7 @@ def evaluate_checkpoint(
     """
     checkpoint = open_checkpoint(path, log)
     config, objective = load(checkpoint.path / "config.yaml", overrides, new=False)
-    corpus = Corpus(cuts, setting="--cuts")
+    corpus = Corpus(cuts, setting="--cuts", schemes=config.data.url_schemes)
     check_sample(corpus, sampling_rate=config.model.sampling_rate)
     dataset = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
     with process_group() as (ranks, device), torch.no_grad(), loader_processes():

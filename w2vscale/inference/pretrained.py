@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.checkpoint.remote import local_model
 from w2vscale.config import Config, PrecisionConfig
 from w2vscale.data.audio import RATES_IN_WORDS, SAMPLING_RATES, AudioError
 from w2vscale.data.inputs import audio_batch, to_device
@@ -25,6 +26,7 @@ from w2vscale.interop.importing import form_of
 from w2vscale.models.lengths import hop, input_samples, output_frames
 from w2vscale.models.wav2vec2 import EncoderOutput, Statistics
 from w2vscale.objectives import Objective, build_objective
+from w2vscale.storage.urls import place
 
 CHUNK_SECONDS = 30.0  # longer audio is split into chunks of at most this length
 OVERLAP_SECONDS = 2.5  # context on either side of a chunk: computed with it, then dropped
@@ -35,14 +37,17 @@ BLOCK_SECONDS = 10  # audio is read in blocks of this length
 def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
     """Load a checkpoint folder; or from a run folder or its `checkpoints` folder, the newest intact checkpoint.
 
+    A URL is that of a checkpoint, or of the setting `checkpoint.store`; a copy of it is made on this machine.
+
     The model is on `device` (by default CUDA if it is available, else the CPU) and in evaluation mode. It computes in
     fp32 regardless of the `precision.compute` that it was trained with, so that features do not depend on the machine.
     Raises UserError if the checkpoint is missing, damaged or does not fit the model, or the device does not exist.
     """
+    local = local_model(place(path))
     try:
-        checkpoint = open_checkpoint(Path(path))
+        checkpoint = open_checkpoint(local)
     except UserError as error:
-        form = form_of(Path(path))
+        form = form_of(local)
         hint = f"; convert it with: w2vscale import {path} DIR --format {form}" if form is not None else ""
         raise UserError(f"{error}{hint}") from None
     config = checkpoint.config

@@ -107,12 +107,12 @@ def _notes(head: TransformersHead) -> str:
 
 def _training_rows(checkpoint: CheckpointReader, objective: Objective) -> list[tuple[str, str]]:
     state, config, batch = checkpoint.state, checkpoint.config, checkpoint.config.batch
-    names = ", ".join(Path(path).name for path in config.data.train)
+    names = ", ".join(path.name for path in config.data.train)
     started = config.trainer.init_from
     audio = f"{batch.max_seconds * batch.micro_batches:,.0f} s"
     return [
         ("training data", f"{names or 'not recorded'}{f' ({state.data})' * bool(state.data)}"),
-        ("started from", f"{started.parent.name}/{started.name}" if started else "random weights"),
+        ("started from", "/".join(str(started).rstrip("/").split("/")[-2:]) if started else "random weights"),
         ("updates", f"{state.update:,}"),
         ("hours seen", f"{state.audio_seconds / 3600:,.1f}"),
         ("maximum audio per update", f"{audio} ({batch.micro_batches} micro-batches of {batch.max_seconds:g} s)"),

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from w2vscale.checkpoint.format import committed, update_of
+from w2vscale.checkpoint.mirror import Mirror
+from w2vscale.checkpoint.retention import Retention
 from w2vscale.config import Config
 from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
@@ -37,6 +39,7 @@ from w2vscale.evaluation.validation import validate
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.schedules import learning_rate
 from w2vscale.runtime import Interrupted, StopRequest
+from w2vscale.storage.urls import Url
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import describe_update, micro_batches_per_forward
 from w2vscale.training.display import Display
@@ -46,10 +49,12 @@ from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
 from w2vscale.training.replay import Window, keep_window
 from w2vscale.training.run import Run, build_run, make_folder
+from w2vscale.training.shared_folder import require_shared
 from w2vscale.training.watchdog import SLOW, Watchdog
 
 SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
 SLOW_UPDATE = 5.0  # seconds; a stop signal interrupts longer updates between two forwards
+UPLOAD_POLL = 1.0  # seconds between looks at the clock while the last checkpoint is uploaded
 ROLL_BACKS = 3  # to the same checkpoint; trouble that comes back once more ends the run
 
 
@@ -77,8 +82,13 @@ def train(
         display = Display(total=config.trainer.updates, enabled=ranks.is_main)
         seconds, grace = config.watchdog.seconds, config.checkpoint.grace_seconds
         watchdog = Watchdog(ranks, exp / "logs", seconds=seconds, stop=stop, grace=grace)
-        with _locked_by_main(exp, ranks, display.message) as require_lock, watchdog:
-            run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=display.message)
+        with (
+            _locked_by_main(exp, ranks, display.message) as require_lock,
+            watchdog,
+            _mirrored_by_main(config, exp, ranks, display.message) as mirror,
+        ):
+            log = display.message
+            run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=log, mirror=mirror)
             with closing(run.engine):
                 make_folder(exp, run.config, ranks, command, finished=run.state.update >= config.trainer.updates)
                 with explain_oom(config.batch):
@@ -90,13 +100,30 @@ def train(
 
 @contextmanager
 def _locked_by_main(exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iterator[Callable[[], None] | None]:
-    """Have rank 0 hold the lock of the run folder. Yields it a function that raises if the lock is lost. Collective."""
+    """Have rank 0 hold the lock of the run folder. Yields it a function that raises if the lock is lost. Collective.
+
+    Raises UserError if the hosts of the run do not share the folder.
+    """
     require_lock = None
     with ExitStack() as held:
         with errors_on_all_ranks():
             if ranks.is_main:
                 require_lock = held.enter_context(locked(exp, log))
+        require_shared(exp, ranks)
         yield require_lock
+
+
+@contextmanager
+def _mirrored_by_main(config: Config, exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iterator[Mirror | None]:
+    """Have rank 0 own `checkpoint.store`, if it is set, and upload to it. Collective."""
+    mirror, keep = None, config.checkpoint
+    with ExitStack() as opened:
+        with errors_on_all_ranks():
+            if ranks.is_main and isinstance(keep.store, Url):
+                retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best, config.trainer.best_metric)
+                mirror = opened.enter_context(closing(Mirror(keep.store, exp / "checkpoints", retention, log)))
+                mirror.open()
+        yield mirror
 
 
 class Agreement(NamedTuple):
@@ -275,8 +302,26 @@ class Trainer:
     def _finish(self) -> None:
         self.watchdog.at("saving", slow=True)
         self.run.store.wait()
+        if self.config.checkpoint.store is not None:
+            self._finish_uploads()
         if unusable := self.run.bad_audio.summary():
             self.display.message(unusable, "yellow")
+
+    def _finish_uploads(self) -> None:
+        """Wait until the last checkpoint is uploaded, or the grace time after a stop signal has passed. Collective."""
+        mirror, grace = self.run.store.mirror, self.config.checkpoint.grace_seconds
+        while True:
+            self.watchdog.at("uploading the last checkpoint", slow=True)
+            uploaded = broadcast_from_main(mirror.wait(UPLOAD_POLL) if mirror is not None else False)
+            arrived = self.stop.arrived()
+            late = arrived is not None and time.monotonic() - arrived[1] > grace - min(10.0, 0.4 * grace)
+            if largest_over_ranks([late])[0] and not uploaded:
+                self.display.message(
+                    "warning: the last checkpoint is not in checkpoint.store yet; the next start uploads it", "yellow"
+                )
+                return
+            if uploaded:
+                return
 
     def _settle(self) -> None:
         """Wait for the pending update and count it.

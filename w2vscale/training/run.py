@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from w2vscale.checkpoint.format import TrainState, committed
+from w2vscale.checkpoint.mirror import Mirror
 from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
+from w2vscale.checkpoint.remote import local_model
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, architecture_of, dump_config, load_yaml
 from w2vscale.data.assembly import Assembler
@@ -37,6 +39,7 @@ from w2vscale.models.initialisation import empty_parameters, initial_values
 from w2vscale.models.lengths import input_samples
 from w2vscale.objectives import Objective, effective, resolve
 from w2vscale.optim.canonical import expected_tensors, model_shapes
+from w2vscale.storage.urls import Url, place
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 from w2vscale.training.bad_audio import BadAudioLog
 from w2vscale.training.warm_start import starting_values
@@ -79,12 +82,20 @@ class Run:
 
 
 def build_run(
-    config: Config, exp: Path, *, ranks: Ranks, device: torch.device, resume: str, log: Callable[[str], None]
+    config: Config,
+    exp: Path,
+    *,
+    ranks: Ranks,
+    device: torch.device,
+    resume: str,
+    log: Callable[[str], None],
+    mirror: Mirror | None = None,
 ) -> Run:
     """Open the data, build model and engine, and load the checkpoint to resume from, if any.
 
     `resume` is auto (the newest usable checkpoint, or a new run if there is none), never (a new run; the folder must
-    hold no checkpoints), or the path of a checkpoint. Raises UserError if data, settings or checkpoint cannot be used.
+    hold no checkpoints), or the path or URL of a checkpoint. `mirror`: on rank 0, that of `checkpoint.store`, if it is
+    set. Raises UserError if data, settings or checkpoint cannot be used.
     """
     config, objective = resolve(config)
     objective.check(config)
@@ -101,9 +112,12 @@ def build_run(
         keep_best=config.checkpoint.keep_best,
         best_metric=config.trainer.best_metric,
         asynchronous=config.checkpoint.asynchronous,
+        mirror=mirror,
         log=log,
     )
     checkpoint = _resume_point(resume, store, log)
+    if mirror is not None and checkpoint is not None:
+        mirror.resume(checkpoint.state.update)
     if checkpoint is not None:
         _compare_settings(config, objective, checkpoint, log)
         if checkpoint.state.data not in ("", training_set.describe()):
@@ -232,6 +246,7 @@ def open_training_set(config: Config, objective: Objective) -> TrainingData:
             sampling_rate=config.model.sampling_rate,
             shortest=input_samples(objective.shortest_frames, config.model),
             seed=seed,
+            schemes=config.data.url_schemes,
         )
     assemble = Assembler(objective, config.model, seed=seed, augmentation=augmentation)
     if config.data.mode == "stream":
@@ -243,8 +258,8 @@ def open_training_set(config: Config, objective: Objective) -> TrainingData:
     return MicroBatches(corpus, plan, assemble, config.data)
 
 
-def _open_corpus(paths: Sequence[Path], config: Config, *, setting: str) -> Corpus:
-    corpus = Corpus(paths, setting=setting)
+def _open_corpus(paths: Sequence[Path | Url], config: Config, *, setting: str) -> Corpus:
+    corpus = Corpus(paths, setting=setting, schemes=config.data.url_schemes)
     check_sample(corpus, sampling_rate=config.model.sampling_rate)
     return corpus
 
@@ -309,24 +324,35 @@ def _without_option(arguments: Sequence[str], option: str) -> list[str]:
 
 def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None]) -> CheckpointReader | None:
     if resume == "never":
-        if committed(store.folder):
-            raise UserError(
-                f"{store.folder}: holds checkpoints of an earlier run; continue it with --resume auto, "
-                "or choose another --exp"
-            )
+        with errors_on_all_ranks():
+            places: list[Path | Url] = [store.folder] if committed(store.folder) else []
+            if store.mirror is not None and store.mirror.updates:
+                places.append(store.mirror.remote.url)
+            if places:
+                raise UserError(
+                    f"{places[0]}: holds checkpoints of an earlier run; continue it with --resume auto, or choose "
+                    f"another {'--exp' if places[0] == store.folder else 'checkpoint.store'}"
+                )
         return None
-    path = None if resume == "auto" else Path(resume)
+    path = None if resume == "auto" else _local_checkpoint(resume, log)
     checkpoint = store.find(log, path)
     if checkpoint is None and path is not None:
         raise UserError(f"{path}: no such checkpoint{nearest_path(path)}")
     return checkpoint
 
 
+def _local_checkpoint(resume: str, log: Callable[[str], None]) -> Path:
+    """The checkpoint that `--resume` names, or a copy of it on this machine. Collective."""
+    with errors_on_all_ranks():
+        path = local_model(place(resume), log)
+    return path
+
+
 def stored_settings(exp: Path, resume: str) -> Path | None:
     """Return the config file of the run that would be resumed; None for a new run."""
     if resume == "never" or (resume == "auto" and not committed(exp / "checkpoints")):
         return None
-    path = exp if resume == "auto" else Path(resume)
+    path = exp if resume == "auto" else local_model(place(resume))
     return open_checkpoint(path, resuming=True, hashed=False).path / "config.yaml"
 
 

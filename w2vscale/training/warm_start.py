@@ -11,11 +11,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.checkpoint.remote import local_model
 from w2vscale.config import Config, architecture_of, load_config
 from w2vscale.errors import UserError
 from w2vscale.interop.importing import form_of, read_model
 from w2vscale.objectives import Objective, build_objective
 from w2vscale.optim.canonical import model_shapes
+from w2vscale.storage.urls import Url
 
 ENCODER = "encoder."  # prefix of the tensors that every objective shares; the others are heads
 
@@ -29,11 +31,12 @@ class Source:
     tensor: Callable[[str], Tensor]
 
 
-def open_source(path: Path, log: Callable[[str], None] = lambda text: None) -> Source:
+def open_source(place: Path | Url, log: Callable[[str], None] = lambda text: None) -> Source:
     """Open a checkpoint, a folder that `save_pretrained` of Transformers wrote, or a `.pt` file of fairseq.
 
-    Raises UserError if it cannot be used.
+    What is at a URL is copied to this machine first. Raises UserError if it cannot be used.
     """
+    path = local_model(place, log)
     form = form_of(path)
     if form is not None:
         config, state = read_model(path, form, log)

@@ -1,0 +1,245 @@
+"""Read, write, list and delete objects of a store by URL, through fsspec.
+
+Every call has time-outs and a fixed number of attempts. Every error is a UserError of one line that names the URL;
+`Unreachable` is for what may work later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import fsspec
+import fsspec.asyn
+
+from w2vscale.errors import TemporaryError, UserError
+from w2vscale.storage.urls import Url, shown
+
+ATTEMPTS = 4
+FIRST_WAIT = 1.0  # seconds before the second attempt; twice as long before each further one
+CONNECT_SECONDS = 10
+READ_SECONDS = 60  # without a byte
+CALL_SECONDS = 120.0  # for a call, and for its bytes at the rate SLOWEST
+SLOWEST = 2**18  # bytes per second
+READ_MOST = 2**27  # bytes for which `read` waits at the rate SLOWEST; it does not know how many it reads
+
+T = TypeVar("T")
+
+PACKAGES = {
+    **dict.fromkeys(("s3", "s3a"), "'w2vscale[s3]'"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    **dict.fromkeys(("http", "https"), "aiohttp"),
+}
+"""What pip has to install for a scheme."""
+
+_S3 = {
+    "config_kwargs": {
+        "connect_timeout": CONNECT_SECONDS,
+        "read_timeout": READ_SECONDS,
+        "retries": {"total_max_attempts": 1, "mode": "standard"},  # `_attempt` repeats calls
+    },
+    "use_listings_cache": False,
+}
+OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
+"""Options of fsspec's file systems."""
+
+VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "generation",
+    "content_md5",
+    "LastModified",
+    "last_modified",
+    "mtime",
+    "updated",
+)
+
+_opened: dict[tuple[int, str], _Files] = {}
+"""File systems by process and scheme.
+
+A forked process opens its own, because fsspec's thread does not live on there. Those of its parent stay in this table:
+to delete one would close sockets that the parent still uses.
+"""
+
+
+class Missing(UserError):
+    """There is no such object."""
+
+
+class TooLarge(UserError):
+    """An object has more bytes than are read."""
+
+
+class Denied(UserError):
+    """The store does not let us in, or we have no credentials."""
+
+
+class Unreachable(TemporaryError):
+    """The store does not answer, or answers with an error of its own."""
+
+
+class Version(NamedTuple):
+    """The size of an object in bytes, and something that changes whenever its content does."""
+
+    bytes: int
+    tag: str
+
+
+def version(url: Url) -> Version:
+    """The version of an object. Raises Missing if there is none."""
+    info = _attempt(url, lambda files, path: files.call("info", path))
+    if info.get("type") == "directory":
+        raise Missing(f"{shown(url)}: a folder, not an object")
+    tags = [f"{key}={info[key]}" for key in VERSION_KEYS if info.get(key) is not None]
+    return Version(int(info.get("size") or 0), " ".join(tags))
+
+
+def list_objects(folder: Url) -> dict[str, int]:
+    """The sizes of all objects in a folder and in those below it, by their names relative to it. Empty if none."""
+
+    def find(files: _Files, path: str) -> dict[str, int]:
+        found: dict[str, Any] = {}
+        with suppress(FileNotFoundError):
+            found = files.call("find", path, detail=True)
+        if not found:
+            files.require_bucket(path)
+        prefix = path.rstrip("/") + "/"
+        sizes = {name: int(info.get("size") or 0) for name, info in found.items()}
+        return {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
+
+    return _attempt(folder, find)
+
+
+def read(url: Url, *, limit: int) -> bytes:
+    """The content of an object. Raises Missing, and TooLarge if it has more than `limit` bytes."""
+    content = _attempt(url, lambda files, path: files.read(path, limit + 1))
+    if len(content) > limit:
+        raise TooLarge(f"{shown(url)}: has more than {limit:,} bytes, the most that is read")
+    return content
+
+
+def write(url: Url, content: bytes) -> None:
+    """Write an object, in place of one that is there. Readers see the old or the new content, never a part."""
+    _attempt(url, lambda files, path: files.call("pipe_file", path, content, bytes=len(content)))
+
+
+def upload(file: Path, url: Url) -> None:
+    """Copy a file into the store. Raises OSError if there is no such file."""
+    size = file.stat().st_size
+    _attempt(url, lambda files, path: files.call("put_file", str(file), path, bytes=size), local=file)
+
+
+def download(url: Url, file: Path) -> None:
+    """Copy an object to a file. Raises OSError if it cannot be written."""
+    size = version(url).bytes
+    _attempt(url, lambda files, path: files.call("get_file", path, str(file), bytes=size), local=file)
+
+
+def delete(urls: Sequence[Url]) -> None:
+    """Delete objects; those that do not exist any more are no error."""
+    for url in urls:
+        with suppress(Missing):
+            _attempt(url, lambda files, path: files.call("rm_file", path))
+
+
+class _Files:
+    """A file system of fsspec whose calls end."""
+
+    def __init__(self, scheme: str) -> None:
+        self.wrapped = fsspec.filesystem(scheme, skip_instance_cache=True, **OPTIONS.get(scheme, {}))
+        if scheme in ("s3", "s3a"):
+            self.wrapped.retries = 1
+
+    def call(self, name: str, *arguments: Any, bytes: int = 0, **settings: Any) -> Any:
+        """Call a method, for at most as long as `bytes` may take.
+
+        The time-outs of botocore are not enough: it waits for ever for the leave to send an object.
+        """
+        if not self.wrapped.async_impl:
+            return getattr(self.wrapped, name)(*arguments, **settings)
+        method, seconds = getattr(self.wrapped, f"_{name}"), CALL_SECONDS + bytes / SLOWEST
+
+        async def limited() -> Any:
+            return await asyncio.wait_for(method(*arguments, **settings), seconds)
+
+        return fsspec.asyn.sync(self.wrapped.loop, limited)
+
+    def read(self, path: str, most: int) -> bytes:
+        """The first `most` bytes of an object."""
+        try:
+            content: bytes = self.call("cat_file", path, start=0, end=most, bytes=READ_MOST)
+        except (OSError, ValueError) as error:
+            if isinstance(error, FileNotFoundError | PermissionError | TimeoutError):
+                raise
+            if self.call("info", path).get("size") != 0:
+                raise
+            return b""  # a range of an empty object is an error
+        return content
+
+    def require_bucket(self, path: str) -> None:
+        """Raise FileNotFoundError if there is no such bucket."""
+        bucket = path.partition("/")[0]
+        if not self.call("exists", bucket):
+            raise FileNotFoundError(errno.ENOENT, f"no such bucket: {bucket}")
+
+
+def _attempt(url: Url, call: Callable[[_Files, str], T], *, local: Path | None = None) -> T:
+    """Call with the file system of a URL and the path in it, again after errors that may pass."""
+    for attempt in range(ATTEMPTS):
+        try:
+            files = _file_system(url.scheme)
+            return call(files, files.wrapped._strip_protocol(str(url)))
+        except UserError:
+            raise
+        except Exception as error:  # fsspec and its libraries raise many types of errors
+            if local is not None and isinstance(error, OSError) and error.filename == str(local):
+                raise
+            problem = _user_error(url, error)
+            if attempt + 1 == ATTEMPTS or not isinstance(problem, Unreachable):
+                raise problem from None
+        time.sleep(FIRST_WAIT * 2**attempt)
+    raise AssertionError
+
+
+def _file_system(scheme: str) -> _Files:
+    key = os.getpid(), scheme
+    if key not in _opened:
+        _opened.setdefault(key, _Files(scheme))
+    return _opened[key]
+
+
+def _user_error(url: Url, error: Exception) -> UserError:
+    """One line on an error of fsspec or of a library under it."""
+    where, kind = shown(url), type(error).__name__
+    reason = shown(" ".join(str(error).split()))[:300] or ("no answer" if isinstance(error, TimeoutError) else kind)
+    if isinstance(error, ImportError):
+        package = PACKAGES.get(url.scheme)
+        advice = f"pip install {package}" if package else reason
+        return UserError(f"{where}: a package for {url.scheme}:// is missing or broken: {advice}")
+    if isinstance(error, ValueError) and "Protocol not known" in reason:
+        return UserError(f"{where}: fsspec knows no scheme {url.scheme}://")
+    if isinstance(error, FileNotFoundError):
+        if any(words in reason for words in ("no such bucket", "specified bucket does not exist")):
+            return UserError(f"{where}: no such bucket; make it, or check the URL (and AWS_ENDPOINT_URL)")
+        return Missing(f"{where}: no such object; check the URL (and AWS_ENDPOINT_URL)")
+    if isinstance(error, PermissionError) or "Credential" in kind or "Token" in kind:
+        return Denied(
+            f"{where}: access denied ({reason}); give credentials, for S3 by AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, a profile, or the role of the machine, and see to their rights"
+        )
+    from_network = type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp", "urllib3", "ssl")
+    passing = isinstance(error, OSError) and error.errno != errno.EINVAL
+    if (from_network and kind != "ParamValidationError") or passing or isinstance(error, TimeoutError):
+        return Unreachable(
+            f"{where}: the store cannot be used now, after {ATTEMPTS} attempts ({reason}); check the network and "
+            "AWS_ENDPOINT_URL; the same command continues later"
+        )
+    return UserError(f"{where}: {kind}: {reason}")
