@@ -163,6 +163,30 @@ def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, 
     return skipped, unchanged, norms
 
 
+def gradients_of_windows(corpus: str, overrides: tuple[str, ...], windows: tuple[int, ...]) -> list[torch.Tensor]:
+    """The whole gradient of windows with so many forwards each, as one vector; on rank 0.
+
+    Adam's first moment is the gradient where it decays at once. All micro-batches of a rank are the same one.
+    """
+    settings = (f"data.train={corpus}", "optim.betas=[0.0, 0.0]", *overrides)
+    setup = set_up(load_config("base", [*MICRO_RUN, *settings]))
+    (batches,) = setup.training_set.windows(
+        range(1), micro_batches=dist.get_world_size(), rank=dist.get_rank(), world_size=dist.get_world_size()
+    )
+    found = []
+    for forwards in windows:
+        setup.window([*batches] * forwards, 100.0 * forwards)
+        setup.step(0.0, None)
+        moments = [
+            (x.full_tensor() if isinstance(x, DTensor) else x).flatten()
+            for name, x in sorted(setup.engine.export_state().items())
+            if name.endswith("exp_avg")
+        ]
+        found.append(torch.cat(moments).clone())
+    setup.engine.close()
+    return found if dist.get_rank() == 0 else []
+
+
 def order_of_reduction(corpus: str, overrides: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
     """The trained parameters of a DDP engine, and the order in which each of two updates reduces their gradients."""
     setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))

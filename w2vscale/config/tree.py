@@ -342,9 +342,12 @@ class EngineConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Master weights, optimizer state and reductions are always fp32."""
+    """Master weights, optimizer state and accumulated gradients are always fp32."""
 
     compute: Literal["bf16", "fp32"] = Field("bf16", description="type of activations and matrix products")
+    reduce: Literal["fp32", "bf16"] = Field(
+        "fp32", description="type in which gradients are summed over ranks; bf16 sends half of the bytes"
+    )
 
 
 class CheckpointConfig(Section):

@@ -20,6 +20,7 @@ from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import CanonicalState, StateReader
 from w2vscale.engine.native import NativeEngine
+from w2vscale.engine.reduction import ReduceScatter, SumOverReplicas, reduces_in_bf16
 from w2vscale.engine.rows import moved
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
@@ -42,8 +43,15 @@ class FSDPEngine(NativeEngine):
         mesh = _mesh(device.type, engine.shard_size)
         self.host_mesh = _mesh("cpu", engine.shard_size)
         self.reduce_each = engine.reshard_after_forward
+        self.over_replicas: list[SumOverReplicas] = []  # with hybrid sharding in bf16
+        replicas = None
+        if reduces_in_bf16(precision) and mesh.ndim == 2:
+            replicas = mesh.get_group("replicate")
+            mesh, self.host_mesh = mesh["shard"], self.host_mesh["shard"]
         dtype = compute_dtype(precision)
         super().__init__(model, engine, optim, device, lambda model: shard(model, mesh, engine, dtype))
+        if reduces_in_bf16(precision):
+            self._reduce_in_bf16(replicas)
         if not self.reduce_each:
             # After a backward without reduction, FSDP expects every unit to have been gathered at least once, but
             # LayerDrop may have skipped some.
@@ -67,6 +75,15 @@ class FSDPEngine(NativeEngine):
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last or self.reduce_each)
         self.model.set_requires_all_reduce(last)
+        for over_replicas in self.over_replicas:
+            over_replicas.last = last
+
+    def _reduce_in_bf16(self, replicas: dist.ProcessGroup | None) -> None:
+        for unit in _units(self.model):
+            unit.set_custom_reduce_scatter(ReduceScatter())
+            if replicas is not None:
+                self.over_replicas.append(SumOverReplicas(replicas))
+                unit.set_all_reduce_hook(self.over_replicas[-1])
 
     def export_state(self) -> CanonicalState:
         return {name: self._on_host(stored(tensor)) for name, tensor in self.live_state().items()}

@@ -152,7 +152,7 @@ def test_a_file_that_is_no_zero_json(tmp_path: Path, tree: Any, message: str) ->
         ({"gradient_clipping": 0.5}, "gradient_clipping=0.5 contradicts optim.max_norm=1.0, which needs 1.0"),
         ({"gradient_clipping": True}, "gradient_clipping=true contradicts optim.max_norm=1.0, which needs 1.0"),
         ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8 contradicts batch.max_seconds"),
-        ({"communication_data_type": "bf16"}, 'communication_data_type="bf16" contradicts this toolkit\'s fp32'),
+        ({"communication_data_type": "bf16"}, 'communication_data_type="bf16" contradicts precision.reduce=fp32, which'),
         ({"bf16": {"enabled": False}}, "bf16.enabled=false contradicts precision.compute=bf16, which needs true"),
         ({"bf16": True}, "bf16=true: decided by precision.compute=bf16; remove it from this file"),
         ({"bf16": {}, "bfloat16": {}}, "bfloat16 and bf16 are the same section"),
@@ -173,7 +173,7 @@ def test_unknown_keys_and_contradictions(tmp_path: Path, tree: dict[str, Any], m
     [
         ({"stage": 1, "overlap_comm": True}, "overlap_comm=true contradicts stage 1 with accumulation"),
         ({"stage": 2, "compute_grad_norm": False}, "compute_grad_norm=false contradicts optim.max_norm"),
-        ({"stage": 2, "zero_quantized_gradients": True}, "zero_quantized_gradients=true contradicts this"),
+        ({"stage": 2, "zero_quantized_gradients": True}, "zero_quantized_gradients=true contradicts precision.reduce"),
         ({"stage": 2, "round_robin_gradients": True}, "round_robin_gradients=true contradicts how this toolkit moves"),
         ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, "zenflow.topk_ratio=0.1: decided by optim.*"),
         ({"stage": 3, "offload_optimizer": {"ratio": 0.5}}, "offload_optimizer.ratio=0.5 contradicts optim.*"),

@@ -142,7 +142,7 @@ def validate_zero(tree: Mapping[str, Any], path: str) -> None:
         raise UserError(f"{path}: refused by DeepSpeed: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
-_REDUCTION = "this toolkit's fp32 reduction of gradients"
+_FP32_GRADIENTS = "this toolkit's fp32 accumulation of gradients"
 _ACCUMULATION = "this toolkit's own accumulation (batch.micro_batches)"
 _OPTIMIZER = "optim.* (one fused AdamW on every engine)"
 
@@ -155,8 +155,8 @@ def _fixed(optim: OptimConfig, precision: PrecisionConfig) -> dict[str, tuple[An
         "managed_gradient_accumulation": (False, _ACCUMULATION),
         "gradient_clipping": (max_norm or 0.0, f"optim.max_norm={'null' if max_norm is None else max_norm}"),
         "bf16.enabled": (precision.compute == "bf16", f"precision.compute={precision.compute}"),
-        "communication_data_type": ("fp32", _REDUCTION),
-        "data_types.grad_accum_dtype": ("fp32", _REDUCTION),
+        "communication_data_type": (precision.reduce, f"precision.reduce={precision.reduce}"),
+        "data_types.grad_accum_dtype": ("fp32", _FP32_GRADIENTS),
         "gradient_allreduce_op": ("mean", _ACCUMULATION),
         "gradient_predivide_factor": (1.0, _ACCUMULATION),
         "prescale_gradients": (False, _ACCUMULATION),
@@ -173,7 +173,7 @@ def _implied(stage: int) -> dict[str, tuple[Any, str]]:
         "offload_optimizer.super_offload": (False, _OPTIMIZER),
         # With it, ZeRO orders parameters differently from `import_state`, which would silently load wrong values.
         "round_robin_gradients": (False, "how this toolkit moves state in and out of ZeRO"),
-        "zero_quantized_gradients": (False, _REDUCTION),
+        "zero_quantized_gradients": (False, "precision.reduce (fp32 or bf16)"),
         "zero_quantized_weights": (False, "precision.compute"),
     }
     if stage == 1:

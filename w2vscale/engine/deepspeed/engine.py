@@ -20,6 +20,7 @@ from w2vscale.engine.accumulation import Forward, accumulate, split
 from w2vscale.engine.base import AfterStep, CanonicalState, StateReader
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.deepspeed.config import deepspeed_config, environment_for, import_deepspeed, validate_zero
+from w2vscale.engine.reduction import reduces_in_bf16
 from w2vscale.engine.rows import Rows
 from w2vscale.engine.transforms import compiles, transform
 from w2vscale.models.layers import compute_dtype
@@ -45,6 +46,8 @@ class DeepSpeedEngine:
         self.stage = int(document["zero_optimization"]["stage"])
         self.device = device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        if not reduces_in_bf16(precision):  # a single process would round its gradients for nothing
+            document["communication_data_type"] = "fp32"
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.expected = expected_tensors(model)
         self.buffers = Buffers(model)
