@@ -25,7 +25,7 @@ from tools.bench.script import console, run_script
 
 PROCESSES = 2
 SETTINGS = (
-    "batch.micro_batches=4",  # two per process, so that gradients accumulate
+    "batch.micro_batches=2",
     "batch.max_seconds=10",
     "logging.every=1",
     "logging.tensorboard=false",
@@ -152,9 +152,7 @@ def print_bytes(sent: dict[str, dict[str, dict[str, int]]]) -> None:
     console.print(table)
 
 
-def print_curves(
-    curves: dict[tuple[str, int], Curve], found: dict[str, dict[str, float]], *, title: str
-) -> None:
+def print_curves(curves: dict[tuple[str, int], Curve], found: dict[str, dict[str, float]], *, title: str) -> None:
     """The end of each curve, and the mean differences."""
     table = Table(title=f"\n{title}", box=None, header_style="bold", title_justify="left")
     for heading in ("reduce", "seed"):
@@ -169,8 +167,8 @@ def print_curves(
     differences.add_column("between")
     for heading in ("each update", f"the last {LAST}", "validation loss"):
         differences.add_column(heading, justify="right")
-    for kind, figures in found.items():
-        differences.add_row(kind.partition("_")[2], *(f"{figure:.2%}" for figure in figures.values()))
+    for kind, means in found.items():
+        differences.add_row(kind.partition("_")[2], *(f"{mean:.2%}" for mean in means.values()))
     console.print(differences)
 
 

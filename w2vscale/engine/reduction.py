@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from w2vscale.config import PrecisionConfig
 
@@ -25,7 +26,10 @@ def reduces_in_bf16(precision: PrecisionConfig) -> bool:
 
 
 def sum_bucket(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Sum a bucket of DistributedDataParallel over all ranks in bf16, in place. DDP does not divide what a hook sums."""
+    """Sum a bucket of DistributedDataParallel over all ranks in bf16, in place: a communication hook.
+
+    DDP averages gradients, but not those that a hook has reduced.
+    """
     whole = bucket.buffer()
     work: Any = dist.all_reduce(whole.bfloat16(), async_op=True)
 
@@ -35,7 +39,7 @@ def sum_bucket(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     return work.get_future().then(widen)
 
 
-class ReduceScatter:
+class Bf16ReduceScatter(ReduceScatter):
     """Replaces the reduce-scatter of FSDP2: fp32 in and out, bf16 between ranks."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -53,8 +57,8 @@ class ReduceScatter:
 class SumOverReplicas:
     """Sums the sharded gradient of one FSDP2 unit over the replicas of hybrid sharding, once per window.
 
-    FSDP2 calls it with what each reduce-scatter has put out, and then adds that to the gradient. Its own hybrid sharding
-    would send these sums in the type in which it also accumulates them.
+    FSDP2 calls it with the output of each reduce-scatter, and then adds that to the gradient. The hybrid sharding of
+    FSDP2 itself would accumulate these sums in the type in which it sends them.
     """
 
     def __init__(self, replicas: dist.ProcessGroup) -> None:

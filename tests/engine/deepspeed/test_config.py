@@ -152,7 +152,7 @@ def test_a_file_that_is_no_zero_json(tmp_path: Path, tree: Any, message: str) ->
         ({"gradient_clipping": 0.5}, "gradient_clipping=0.5 contradicts optim.max_norm=1.0, which needs 1.0"),
         ({"gradient_clipping": True}, "gradient_clipping=true contradicts optim.max_norm=1.0, which needs 1.0"),
         ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8 contradicts batch.max_seconds"),
-        ({"communication_data_type": "bf16"}, 'communication_data_type="bf16" contradicts precision.reduce=fp32, which'),
+        ({"communication_data_type": "bf16"}, 'communication_data_type="bf16" contradicts precision.reduce=fp32'),
         ({"bf16": {"enabled": False}}, "bf16.enabled=false contradicts precision.compute=bf16, which needs true"),
         ({"bf16": True}, "bf16=true: decided by precision.compute=bf16; remove it from this file"),
         ({"bf16": {}, "bfloat16": {}}, "bfloat16 and bf16 are the same section"),

@@ -142,6 +142,16 @@ def validate_zero(tree: Mapping[str, Any], path: str) -> None:
         raise UserError(f"{path}: refused by DeepSpeed: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
+def check_partition_size(tree: Mapping[str, Any], path: str, world_size: int) -> None:
+    """Raise a UserError if the number of ranks with a second copy of the parameters (hpZ) does not divide all ranks."""
+    size = tree["zero_optimization"].get("zero_hpz_partition_size", 1)
+    if size > 1 and world_size % min(size, world_size):  # DeepSpeed takes all ranks where there are fewer
+        raise UserError(
+            f"{path}: zero_optimization.zero_hpz_partition_size={size} does not divide {world_size} processes; set it "
+            "to the number of processes per machine"
+        )
+
+
 _FP32_GRADIENTS = "this toolkit's fp32 accumulation of gradients"
 _ACCUMULATION = "this toolkit's own accumulation (batch.micro_batches)"
 _OPTIMIZER = "optim.* (one fused AdamW on every engine)"
