@@ -2,8 +2,8 @@
 
     python tools/bench/gradient_reduction.py
 
-`tiny` trains on mini LibriSpeech, from the command line, in two processes, with gradients summed in fp32 and in bf16,
-from two seeds, computing in fp32 and in bf16. Bytes are counted in one update of each engine
+`tiny` trains on mini LibriSpeech with the recipe's quick settings, from the command line, in two processes: with
+gradients summed in fp32 and in bf16, from two seeds, computing in fp32 and in bf16. Bytes are counted in one update of each engine
 (tools/bench/sent_bytes.py).
 """
 
@@ -24,6 +24,7 @@ from tools.bench.engine_parity import ENGINES, PYTHON, ROOT, prepare, run
 from tools.bench.script import console, run_script
 
 PROCESSES = 2
+CONFIG = ROOT / "recipes" / "mini_librispeech" / "conf" / "quick.yaml"
 SETTINGS = (
     "batch.micro_batches=2",
     "batch.max_seconds=10",
@@ -32,7 +33,7 @@ SETTINGS = (
     "checkpoint.keep_last=1",
     "engine.name=ddp",
 )
-"""What all runs change of the preset `tiny`."""
+"""What all runs change of the recipe."""
 
 REDUCED = ("fp32", "bf16")
 SEEDS = (0, 1)
@@ -56,7 +57,7 @@ def main(
     corpus: Annotated[
         Path, typer.Option(help="Mini LibriSpeech; where it is missing, synthetic speech takes its place.")
     ] = ROOT.parent / "shared" / "data" / "LibriSpeech",
-    updates: Annotated[int, typer.Option(min=LAST, help="Number of updates of each training run.")] = 300,
+    updates: Annotated[int, typer.Option(min=LAST, help="Number of updates of each training run.")] = 200,
     compute: Annotated[list[str] | None, typer.Option(help="precision.compute; repeatable. Default: both.")] = None,
     folder: Annotated[Path, typer.Option(help="Emptied first; for manifests, runs and logs.")] = ROOT
     / "exp"
@@ -93,7 +94,7 @@ def train(
         f"precision.compute={computing}", f"precision.reduce={reduced}",
     ]  # fmt: skip
     launch = ["--exp", str(folder / name), "--nproc-per-node", str(PROCESSES)]
-    run([PYTHON, "-m", "w2vscale", "train", "tiny", *settings, *launch], folder / f"{name}.log")
+    run([PYTHON, "-m", "w2vscale", "train", str(CONFIG), *settings, *launch], folder / f"{name}.log")
     lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["split"] == "train"]
     assert len(losses) == updates

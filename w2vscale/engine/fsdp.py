@@ -81,7 +81,7 @@ class FSDPEngine(NativeEngine):
 
     def _reduce_in_bf16(self, replicas: dist.ProcessGroup | None) -> None:
         for unit in _units(self.model):
-            unit.set_custom_reduce_scatter(Bf16ReduceScatter())
+            unit.set_custom_reduce_scatter(Bf16ReduceScatter())  # type: ignore[arg-type]  # its base class is private
             if replicas is not None:
                 self.over_replicas.append(SumOverReplicas(replicas))
                 unit.set_all_reduce_hook(self.over_replicas[-1])

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from w2vscale.config import PrecisionConfig
 
@@ -39,7 +38,7 @@ def sum_bucket(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     return work.get_future().then(widen)
 
 
-class Bf16ReduceScatter(ReduceScatter):
+class Bf16ReduceScatter:
     """Replaces the reduce-scatter of FSDP2: fp32 in and out, bf16 between ranks."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
