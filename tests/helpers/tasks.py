@@ -7,8 +7,9 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from lhotse.cut import Cut
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.helpers.calibrating import per_forward_on_a_gpu
 from tests.helpers.checkpoints import expected_of_parameters, rewrite
@@ -233,6 +237,84 @@ def all_reduces_over_replicas(corpus: str, overrides: tuple[str, ...]) -> tuple[
     return sum(isinstance(module, FSDPModule) for module in engine.model.modules()), found
 
 
+class Collectives(TorchDispatchMode):
+    """Keeps (name, bytes of the largest tensor, size of the group) of every collective that PyTorch dispatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int, int]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function.namespace == "c10d":
+            leaves = tree_leaves((args, kwargs))
+            size = max(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+            groups = [
+                leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf._type())
+            ]
+            ranks = dist.ProcessGroup.unbox(groups[0]).size()
+            self.found.append((function._schema.name.partition("::")[2], size, ranks))
+        return function(*args, **(kwargs or {}))
+
+
+def sent_in_a_window(corpus: str, overrides: tuple[str, ...]) -> tuple[int, int]:
+    """Bytes of the tensors that one update reduces and gathers. Scalars do not count."""
+    setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
+    batch = setup.training_set.largest()
+    setup.window([batch] * 2, 100.0)
+    setup.step(1e-3)
+    collectives = Collectives()
+    with collectives:
+        setup.window([batch] * 2, 100.0, update=1)
+        setup.step(1e-3)
+    setup.engine.close()
+    sizes = [(name, size) for name, size, _ in collectives.found if size > 64]
+    return sum(size for name, size in sizes if "reduce" in name), sum(size for name, size in sizes if "gather" in name)
+
+
+def groups_of_gathers(corpus: str, overrides: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    """The sizes of the groups in which the third update gathers parameters: in its forward, and in its backward."""
+    setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
+    batch = setup.training_set.largest()
+    for update in range(2):
+        setup.window([batch], 100.0, update=update)
+        setup.step(1e-3)
+    forward, collectives = Contrastive.forward, Collectives()
+    ends: list[int] = []
+
+    def noted(self: Contrastive, *arguments: Any, **named: Any) -> Any:
+        sums = forward(self, *arguments, **named)
+        ends.append(len(collectives.found))
+        return sums
+
+    with patch.object(Contrastive, "forward", noted), collectives:
+        setup.window([batch], 100.0, update=2)
+    setup.engine.close()
+    gathers = [(index < ends[0], ranks) for index, (name, _, ranks) in enumerate(collectives.found) if "gather" in name]
+    return [ranks for before, ranks in gathers if before], [ranks for before, ranks in gathers if not before]
+
+
+def refusal_of_an_engine(corpus: str, overrides: tuple[str, ...]) -> str:
+    """The error of building an engine."""
+    try:
+        set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def on_nodes_of_two(distribution: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `function` as if a launcher had started two processes on each machine, in blocks or in turn."""
+    rank, nodes = dist.get_rank(), dist.get_world_size() // 2
+    local_rank, node = (rank % 2, rank // 2) if distribution == "block" else (rank // nodes, rank % nodes)
+    with (
+        patch.dict(os.environ, LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE="2"),
+        patch.object(socket, "gethostname", lambda: f"node{node}"),
+    ):
+        return function(*arguments)
+
+
 def update_without_a_launcher(corpus: str, overrides: tuple[str, ...]) -> bool:
     """Whether an engine takes steps and evaluates where nothing has set LOCAL_RANK, and leaves the environment as it
     was."""
@@ -311,10 +393,20 @@ def train_with_an_engine_that_drops(tensor: str, update: int, corpus: str, exp: 
     return ""
 
 
-def losses_after_an_import(corpus: str, overrides: tuple[str, ...], evaluate_first: bool) -> tuple[float, float]:
-    """The engine's loss in evaluation and in training, once it was given other parameters after an evaluation."""
+def losses_after_an_import(
+    corpus: str, overrides: tuple[str, ...], evaluate_first: bool, frozen: Sequence[str] = ()
+) -> tuple[float, float]:
+    """The engine's loss in evaluation and in training, once it was given other parameters after an evaluation.
+
+    Parameters whose names have one of `frozen` in them are not trained.
+    """
     config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
-    setup = set_up(config)
+
+    def freeze(model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in frozen))
+
+    setup = set_up(config, prepare=freeze)
     batch = setup.training_set.largest()
     setup.engine.import_values((name, torch.zeros_like(whole)) for name, whole in setup.initial_values())
     if evaluate_first:

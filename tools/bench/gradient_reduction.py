@@ -3,8 +3,8 @@
     python tools/bench/gradient_reduction.py
 
 `tiny` trains on mini LibriSpeech with the recipe's quick settings, from the command line, in two processes: with
-gradients summed in fp32 and in bf16, from two seeds, computing in fp32 and in bf16. Bytes are counted in one update of each engine
-(tools/bench/sent_bytes.py).
+gradients summed in fp32 and in bf16, from two seeds, computing in fp32 and in bf16. Bytes are counted in one update of
+each engine (tools/bench/sent_bytes.py).
 """
 
 from __future__ import annotations
