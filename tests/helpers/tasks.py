@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from lhotse.cut import Cut
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tests.helpers.calibrating import per_forward_on_a_gpu
 from tests.helpers.checkpoints import expected_of_parameters, rewrite
 from tests.helpers.engines import set_up
 from tests.helpers.micro import MICRO_ENCODER, MICRO_MODEL, MICRO_RUN, MICRO_TRAINING
+from tools.bench.sent_bytes import Collectives, sent_by_kind
 from w2vscale.checkpoint import slices
 from w2vscale.checkpoint import store as store_module
 from w2vscale.checkpoint.format import TrainState
@@ -237,29 +236,8 @@ def all_reduces_over_replicas(corpus: str, overrides: tuple[str, ...]) -> tuple[
     return sum(isinstance(module, FSDPModule) for module in engine.model.modules()), found
 
 
-class Collectives(TorchDispatchMode):
-    """Keeps (name, bytes of the largest tensor, size of the group) of every collective that PyTorch dispatches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, int, int]] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if function.namespace == "c10d":
-            leaves = tree_leaves((args, kwargs))
-            size = max(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
-            groups = [
-                leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject) and "ProcessGroup" in str(leaf._type())
-            ]
-            ranks = dist.ProcessGroup.unbox(groups[0]).size()
-            self.found.append((function._schema.name.partition("::")[2], size, ranks))
-        return function(*args, **(kwargs or {}))
-
-
 def sent_in_a_window(corpus: str, overrides: tuple[str, ...]) -> tuple[int, int]:
-    """Bytes of the tensors that one update reduces and gathers. Scalars do not count."""
+    """Bytes of gradients and of parameters that this rank sends in an update."""
     setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
     batch = setup.training_set.largest()
     setup.window([batch] * 2, 100.0)
@@ -269,8 +247,8 @@ def sent_in_a_window(corpus: str, overrides: tuple[str, ...]) -> tuple[int, int]
         setup.window([batch] * 2, 100.0, update=1)
         setup.step(1e-3)
     setup.engine.close()
-    sizes = [(name, size) for name, size, _ in collectives.found if size > 64]
-    return sum(size for name, size in sizes if "reduce" in name), sum(size for name, size in sizes if "gather" in name)
+    sent = sent_by_kind(collectives.found)
+    return sent["gradients"], sent["parameters"]
 
 
 def groups_of_gathers(corpus: str, overrides: tuple[str, ...]) -> tuple[list[int], list[int]]:
@@ -291,7 +269,8 @@ def groups_of_gathers(corpus: str, overrides: tuple[str, ...]) -> tuple[list[int
     with patch.object(Contrastive, "forward", noted), collectives:
         setup.window([batch], 100.0, update=2)
     setup.engine.close()
-    gathers = [(index < ends[0], ranks) for index, (name, _, ranks) in enumerate(collectives.found) if "gather" in name]
+    found = enumerate(collectives.found)
+    gathers = [(index < ends[0], one.ranks) for index, one in found if one.kind == "allgather"]
     return [ranks for before, ranks in gathers if before], [ranks for before, ranks in gathers if not before]
 
 

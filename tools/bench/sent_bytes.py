@@ -10,10 +10,9 @@ whole tensor of N bytes, 2 (W - 1) / W N for an all-reduce, and half of it for a
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,7 +29,7 @@ from w2vscale.distributed.process_group import process_group
 from w2vscale.engine.deepspeed.config import import_deepspeed
 from w2vscale.training.run import empty_model
 
-SCALARS = 1024  # bytes: smaller collectives carry norms and counts
+SMALL = 64  # bytes
 
 SHARES = {"allreduce": 2.0, "reduce_scatter": 1.0, "allgather": 1.0, "broadcast": 1.0, "reduce": 1.0}
 """What a ring sends of a whole tensor, times W / (W - 1); of several names that fit, the longest counts."""
@@ -40,39 +39,49 @@ KINDS = {"gradients": ("allreduce", "reduce_scatter", "reduce"), "parameters": (
 """The collectives that carry each kind of tensor. DDP sends no parameters."""
 
 
+class Collective(NamedTuple):
+    """One call of a collective: the name of its operator, the bytes of its whole tensor, and the ranks of its group."""
+
+    name: str
+    whole: int
+    ranks: int
+
+    @property
+    def kind(self) -> str | None:
+        """Its key in `SHARES`, or None."""
+        return max((kind for kind in SHARES if self.name.strip("_").startswith(kind)), key=len, default=None)
+
+    @property
+    def sent(self) -> float:
+        """The bytes that each rank sends for it."""
+        return SHARES[self.kind] * self.whole * (self.ranks - 1) / self.ranks if self.kind else 0.0
+
+
 class Collectives(TorchDispatchMode):
-    """Adds up the bytes that this rank sends, by kind of collective."""
+    """Keeps every collective that PyTorch dispatches on this rank."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sent: Counter[str] = Counter()
+        self.found: list[Collective] = []
 
     def __torch_dispatch__(
         self, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if function.namespace == "c10d":
-            name = function._schema.name.partition("::")[2].strip("_")
-            kinds = [kind for kind in SHARES if name.startswith(kind)]
-            if kinds:
-                self._count(max(kinds, key=len), tree_leaves((args, kwargs)))
+            leaves = tree_leaves((args, kwargs))
+            # The whole tensor is the larger of what goes in and comes out.
+            whole = max((leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)), default=0)
+            objects = [leaf for leaf in leaves if isinstance(leaf, torch.ScriptObject)]
+            group = next(found for found in objects if "ProcessGroup" in str(found._type()))
+            name = function._schema.name.partition("::")[2]
+            self.found.append(Collective(name, whole, dist.ProcessGroup.unbox(group).size()))
         return function(*args, **(kwargs or {}))
 
-    def _count(self, kind: str, leaves: list[Any]) -> None:
-        # The whole tensor is the larger of what goes in and comes out.
-        whole = max(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
-        size = next(group_size(leaf) for leaf in leaves if isinstance(leaf, torch.ScriptObject) and is_group(leaf))
-        if whole >= SCALARS:
-            self.sent[kind] += round(SHARES[kind] * whole * (size - 1) / size)
 
-
-def is_group(leaf: torch.ScriptObject) -> bool:
-    """Whether an argument of a collective is its process group."""
-    return "ProcessGroup" in str(leaf._type())
-
-
-def group_size(leaf: torch.ScriptObject) -> int:
-    """The number of ranks of a process group."""
-    return dist.ProcessGroup.unbox(leaf).size()
+def sent_by_kind(found: Sequence[Collective]) -> dict[str, int]:
+    """Bytes of gradients and of parameters that a rank sends. Small collectives do not count: norms and counts."""
+    large = [one for one in found if one.whole >= SMALL]
+    return {kind: round(sum(one.sent for one in large if one.kind in names)) for kind, names in KINDS.items()}
 
 
 def main(result: Path, settings: Annotated[list[str], typer.Argument(metavar="SECTION.KEY=VALUE...")]) -> None:
@@ -89,9 +98,8 @@ def main(result: Path, settings: Annotated[list[str], typer.Argument(metavar="SE
                 setup.window(batches, float(sum(batch.weight for batch in batches)) * ranks.world_size, update=update)
                 setup.step(1e-4)
         count = sum(parameter.numel() for parameter in empty_model(setup.objective).parameters())
-        sent = {kind: sum(collectives.sent[name] for name in names) for kind, names in KINDS.items()}
         if ranks.is_main:
-            result.write_text(json.dumps({"count": count, **sent}))
+            result.write_text(json.dumps({"count": count, **sent_by_kind(collectives.found)}))
         setup.engine.close()
 
 
