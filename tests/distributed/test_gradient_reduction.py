@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
+from tests.helpers.six_updates import SIX, assert_same_bits, figures, first_three
 from tests.helpers.tasks import (
     gradients_of_windows,
     sent_in_a_window,
@@ -123,3 +125,24 @@ def test_a_run_that_skips_layers_stays_close(
         exp = str(tmp_path_factory.mktemp(name))
         losses.append(pool(processes).run(train_micro, str(small_corpus.train), exp, (*common, *settings))[0])
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("processes", "name"),
+    [long(4, "hybrid"), long(4, "hybrid_keeping_parameters"), *[long(2, name) for name in VARIANTS]],
+)
+def test_resuming_is_exact(
+    pool: Callable[[int], Pool], small_corpus: SmallCorpus, tmp_path: Path, processes: int, name: str
+) -> None:
+    """Three updates, and three more: the run of six. DDP continues the same checkpoint."""
+
+    def train(exp: Path, engine: str) -> Path:
+        overrides = (*SIX, f"batch.micro_batches={3 * processes}", engine, BF16)
+        pool(processes).run(train_micro, str(small_corpus.train), str(exp), overrides)
+        return exp
+
+    engine = (VARIANTS | HYBRID)[name]
+    whole = train(tmp_path / "whole", engine)
+    assert_same_bits(train(first_three(whole, tmp_path / "half"), engine), whole)
+    other = train(first_three(whole, tmp_path / "other"), ENGINES["ddp"])
+    assert figures(other)[3][0] == pytest.approx(figures(whole)[3][0], rel=1e-5)
