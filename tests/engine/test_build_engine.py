@@ -85,6 +85,9 @@ def test_deepspeed_is_told_the_device(
         (["engine.offload=true"], "offload=true is for name=fsdp, not name=ddp"),
         (["engine.name=deepspeed", "engine.offload=true"], "choose deepspeed_config=zero2_offload"),
         (["engine.shard_size=2"], "shard_size=2 is for name=fsdp, not name=ddp"),
+        (["engine.shard_size=node"], "shard_size=node is for name=fsdp, not name=ddp"),
+        (["engine={name: fsdp, shard_size: 0}"], "engine.shard_size: 0 is neither node nor a whole number from 1 on"),
+        (["engine={name: fsdp, shard_size: host}"], "host is neither node nor a whole number from 1 on"),
         (["engine.name=horovod"], "engine.name='horovod'"),
     ],
 )

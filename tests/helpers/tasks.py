@@ -7,8 +7,9 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from lhotse.cut import Cut
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -24,6 +26,7 @@ from tests.helpers.calibrating import per_forward_on_a_gpu
 from tests.helpers.checkpoints import expected_of_parameters, rewrite
 from tests.helpers.engines import set_up
 from tests.helpers.micro import MICRO_ENCODER, MICRO_MODEL, MICRO_RUN, MICRO_TRAINING
+from tools.bench.sent_bytes import Collectives, sent_by_kind
 from w2vscale.checkpoint import slices
 from w2vscale.checkpoint import store as store_module
 from w2vscale.checkpoint.format import TrainState
@@ -163,6 +166,30 @@ def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, 
     return skipped, unchanged, norms
 
 
+def gradients_of_windows(corpus: str, overrides: tuple[str, ...], windows: tuple[int, ...]) -> list[torch.Tensor]:
+    """The whole gradient of windows with so many forwards each, as one vector; on rank 0.
+
+    Adam's first moment is the gradient where it decays at once. All micro-batches of a rank are the same one.
+    """
+    settings = (f"data.train={corpus}", "optim.betas=[0.0, 0.0]", *overrides)
+    setup = set_up(load_config("base", [*MICRO_RUN, *settings]))
+    (batches,) = setup.training_set.windows(
+        range(1), micro_batches=dist.get_world_size(), rank=dist.get_rank(), world_size=dist.get_world_size()
+    )
+    found = []
+    for forwards in windows:
+        setup.window([*batches] * forwards, 100.0 * forwards)
+        setup.step(0.0, None)
+        moments = [
+            (x.full_tensor() if isinstance(x, DTensor) else x).flatten()
+            for name, x in sorted(setup.engine.export_state().items())
+            if name.endswith("exp_avg")
+        ]
+        found.append(torch.cat(moments).clone())
+    setup.engine.close()
+    return found if dist.get_rank() == 0 else []
+
+
 def order_of_reduction(corpus: str, overrides: tuple[str, ...]) -> tuple[list[str], list[list[str]]]:
     """The trained parameters of a DDP engine, and the order in which each of two updates reduces their gradients."""
     setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
@@ -207,6 +234,64 @@ def all_reduces_over_replicas(corpus: str, overrides: tuple[str, ...]) -> tuple[
         assert setup.step(1e-3).isfinite()
     engine.close()
     return sum(isinstance(module, FSDPModule) for module in engine.model.modules()), found
+
+
+def sent_in_a_window(corpus: str, overrides: tuple[str, ...]) -> tuple[int, int]:
+    """Bytes of gradients and of parameters that this rank sends in an update."""
+    setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
+    batch = setup.training_set.largest()
+    setup.window([batch] * 2, 100.0)
+    setup.step(1e-3)
+    collectives = Collectives()
+    with collectives:
+        setup.window([batch] * 2, 100.0, update=1)
+        setup.step(1e-3)
+    setup.engine.close()
+    sent = sent_by_kind(collectives.found)
+    return sent["gradients"], sent["parameters"]
+
+
+def groups_of_gathers(corpus: str, overrides: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    """The sizes of the groups in which the third update gathers parameters: in its forward, and in its backward."""
+    setup = set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
+    batch = setup.training_set.largest()
+    for update in range(2):
+        setup.window([batch], 100.0, update=update)
+        setup.step(1e-3)
+    forward, collectives = Contrastive.forward, Collectives()
+    ends: list[int] = []
+
+    def noted(self: Contrastive, *arguments: Any, **named: Any) -> Any:
+        sums = forward(self, *arguments, **named)
+        ends.append(len(collectives.found))
+        return sums
+
+    with patch.object(Contrastive, "forward", noted), collectives:
+        setup.window([batch], 100.0, update=2)
+    setup.engine.close()
+    found = enumerate(collectives.found)
+    gathers = [(index < ends[0], one.ranks) for index, one in found if one.kind == "allgather"]
+    return [ranks for before, ranks in gathers if before], [ranks for before, ranks in gathers if not before]
+
+
+def refusal_of_an_engine(corpus: str, overrides: tuple[str, ...]) -> str:
+    """The error of building an engine."""
+    try:
+        set_up(load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides]))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def on_nodes_of_two(distribution: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `function` as if a launcher had started two processes on each machine, in blocks or in turn."""
+    rank, nodes = dist.get_rank(), dist.get_world_size() // 2
+    local_rank, node = (rank % 2, rank // 2) if distribution == "block" else (rank // nodes, rank % nodes)
+    with (
+        patch.dict(os.environ, LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE="2"),
+        patch.object(socket, "gethostname", lambda: f"node{node}"),
+    ):
+        return function(*arguments)
 
 
 def update_without_a_launcher(corpus: str, overrides: tuple[str, ...]) -> bool:
@@ -287,10 +372,20 @@ def train_with_an_engine_that_drops(tensor: str, update: int, corpus: str, exp: 
     return ""
 
 
-def losses_after_an_import(corpus: str, overrides: tuple[str, ...], evaluate_first: bool) -> tuple[float, float]:
-    """The engine's loss in evaluation and in training, once it was given other parameters after an evaluation."""
+def losses_after_an_import(
+    corpus: str, overrides: tuple[str, ...], evaluate_first: bool, frozen: Sequence[str] = ()
+) -> tuple[float, float]:
+    """The engine's loss in evaluation and in training, once it was given other parameters after an evaluation.
+
+    Parameters whose names have one of `frozen` in them are not trained.
+    """
     config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", *overrides])
-    setup = set_up(config)
+
+    def freeze(model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in frozen))
+
+    setup = set_up(config, prepare=freeze)
     batch = setup.training_set.largest()
     setup.engine.import_values((name, torch.zeros_like(whole)) for name, whole in setup.initial_values())
     if evaluate_first:

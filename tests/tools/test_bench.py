@@ -17,6 +17,7 @@ from tools.bench import (
     end_to_end,
     engine_overhead,
     engine_parity,
+    gradient_reduction,
     loader,
     loss_head,
     sampler,
@@ -30,12 +31,19 @@ from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
 from tools.bench.live_memory import LiveMemory
 from tools.bench.script import run_script
+from tools.bench.sent_bytes import Collective, sent_by_kind
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 
 
 @pytest.mark.parametrize(
-    ("main", "option"), [(engine_overhead.main, "--updates"), (engine_parity.main, "--updates"), (vad.vad, "--minutes")]
+    ("main", "option"),
+    [
+        (engine_overhead.main, "--updates"),
+        (engine_parity.main, "--updates"),
+        (gradient_reduction.main, "--compute"),
+        (vad.vad, "--minutes"),
+    ],
 )
 def test_help(main: Callable[..., None], option: str) -> None:
     app = typer.Typer()
@@ -76,6 +84,27 @@ def test_without_activations_the_peak_of_zero2_is_its_steps_second_copy_of_the_g
 def test_views_of_one_storage_count_once() -> None:
     whole = torch.zeros(10)
     assert sum(storages([whole, whole[2:], None, torch.zeros(3), torch.empty(5, device="meta")]).values()) == 52
+
+
+def test_bytes_that_a_ring_sends() -> None:
+    found = [
+        Collective("allreduce_", 4000, 4), Collective("_reduce_scatter_base_", 4000, 4), Collective("reduce_", 4000, 2),
+        Collective("_allgather_base_", 800, 2), Collective("broadcast_", 800, 1), Collective("allreduce_", 4, 4),
+        Collective("barrier", 4000, 4),
+    ]  # fmt: skip
+    assert sent_by_kind(found) == {"gradients": 6000 + 3000 + 2000, "parameters": 400}
+
+
+def test_curves_of_two_settings_and_two_seeds() -> None:
+    curves = {
+        (reduce, seed): gradient_reduction.Curve([level] * 60, {"loss": level})
+        for (reduce, seed), level in {
+            ("fp32", 0): 1.0, ("bf16", 0): 1.0, ("fp32", 1): 3.0, ("bf16", 1): 5.0,
+        }.items()
+    }  # fmt: skip
+    found = gradient_reduction.compare(curves)
+    assert found["between_settings"]["end"] == pytest.approx((0 + 0.5) / 2)
+    assert found["between_seeds"]["validation_loss"] == pytest.approx((1.0 + 4 / 3) / 2)
 
 
 def test_relative_difference() -> None:

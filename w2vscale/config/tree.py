@@ -327,8 +327,10 @@ class EngineConfig(Section):
     reshard_after_forward: bool = Field(
         True, description="fsdp: free gathered parameters after the forward, and shard gradients after each backward"
     )
-    shard_size: Count | None = Field(
-        None, description="fsdp: number of ranks that share one copy of the model (hybrid sharding); null: all"
+    shard_size: Count | Literal["node"] | None = Field(
+        None,
+        description="fsdp: number of consecutive ranks that share one copy of the model (hybrid sharding); node: the "
+        "processes of each machine; null: all",
     )
     offload: bool = Field(False, description="fsdp: keep parameters, gradients and optimizer state in host memory")
     deepspeed_config: str = Field("zero2", description="deepspeed: name of a file in ds_configs/, or a path")
@@ -344,6 +346,13 @@ class EngineConfig(Section):
         "compiler and Python.h are installed, but not with ZeRO-3",
     )
     compare_ranks_every: Count = Field(50, description="updates between checks that all ranks do the same work")
+
+    @field_validator("shard_size", mode="before")
+    @classmethod
+    def _check_shard_size(cls, value: object) -> object:
+        if value not in ("node", None) and not (type(value) is int and value >= 1):
+            raise ValueError(f"{value} is neither node nor a whole number from 1 on")
+        return value
 
     @field_validator("compile", mode="before")
     @classmethod
@@ -362,9 +371,12 @@ class EngineConfig(Section):
 
 
 class PrecisionConfig(Section):
-    """Master weights, optimizer state and reductions are always fp32."""
+    """Master weights, optimizer state and accumulated gradients are always fp32."""
 
     compute: Literal["bf16", "fp32"] = Field("bf16", description="type of activations and matrix products")
+    reduce: Literal["fp32", "bf16"] = Field(
+        "fp32", description="type in which gradients are summed over ranks; bf16 sends half of the bytes"
+    )
 
 
 class CheckpointConfig(Section):

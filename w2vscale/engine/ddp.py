@@ -14,6 +14,7 @@ from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.base import CanonicalState, StateReader
 from w2vscale.engine.native import NativeEngine
+from w2vscale.engine.reduction import reduces_in_bf16, sum_bucket
 from w2vscale.engine.rows import Rows
 from w2vscale.models.layers import compute_dtype, weights_cast_once
 from w2vscale.objectives import Objective, StepContext, Sums
@@ -38,7 +39,10 @@ class _UsingAll(torch.autograd.Function):
 
 
 class DDPEngine(NativeEngine):
-    """Every rank holds the full state. DDP averages gradients, so the loss is multiplied by the world size."""
+    """Every rank holds the full state. DDP averages gradients, so the loss is multiplied by the world size.
+
+    With `precision.reduce=bf16` they are summed.
+    """
 
     def __init__(
         self,
@@ -62,6 +66,10 @@ class DDPEngine(NativeEngine):
             )
             # The step synchronises buffers. Not an argument: PyTorch 2.13 deprecates it, and 2.11 has no other.
             self.parallel.broadcast_buffers = False
+            if reduces_in_bf16(precision):
+                self.gradient_scale = 1.0
+                # A lambda, because DDP refuses annotations that are strings.
+                self.parallel.register_comm_hook(None, lambda _, bucket: sum_bucket(bucket))
             self._order_buckets(self.parallel)
 
     def run_window(

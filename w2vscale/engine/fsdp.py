@@ -18,8 +18,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.distributed.nodes import processes_per_node
 from w2vscale.engine.base import CanonicalState, StateReader
 from w2vscale.engine.native import NativeEngine
+from w2vscale.engine.reduction import Bf16ReduceScatter, SumOverReplicas, reduces_in_bf16
 from w2vscale.engine.rows import moved
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
@@ -39,11 +41,18 @@ class FSDPEngine(NativeEngine):
         precision: PrecisionConfig,
         device: torch.device,
     ) -> None:
-        mesh = _mesh(device.type, engine.shard_size)
-        self.host_mesh = _mesh("cpu", engine.shard_size)
+        shard_size = _shard_size(engine)
+        mesh, self.host_mesh = _mesh(device.type, shard_size), _mesh("cpu", shard_size)
         self.reduce_each = engine.reshard_after_forward
+        self.over_replicas: list[SumOverReplicas] = []  # with hybrid sharding in bf16
+        replicas = None
+        if reduces_in_bf16(precision) and mesh.ndim == 2:
+            replicas = mesh.get_group("replicate")
+            mesh, self.host_mesh = mesh["shard"], self.host_mesh["shard"]
         dtype = compute_dtype(precision)
         super().__init__(model, engine, optim, device, lambda model: shard(model, mesh, engine, dtype))
+        if reduces_in_bf16(precision):
+            self._reduce_in_bf16(replicas)
         if not self.reduce_each:
             # After a backward without reduction, FSDP expects every unit to have been gathered at least once, but
             # LayerDrop may have skipped some.
@@ -67,6 +76,15 @@ class FSDPEngine(NativeEngine):
         assert isinstance(self.model, FSDPModule)
         self.model.set_requires_gradient_sync(last or self.reduce_each)
         self.model.set_requires_all_reduce(last)
+        for over_replicas in self.over_replicas:
+            over_replicas.last = last
+
+    def _reduce_in_bf16(self, replicas: dist.ProcessGroup | None) -> None:
+        for unit in _units(self.model):
+            unit.set_custom_reduce_scatter(Bf16ReduceScatter())  # type: ignore[arg-type]  # its base class is private
+            if replicas is not None:
+                self.over_replicas.append(SumOverReplicas(replicas))
+                unit.set_all_reduce_hook(self.over_replicas[-1])
 
     def export_state(self) -> CanonicalState:
         return {name: self._on_host(stored(tensor)) for name, tensor in self.live_state().items()}
@@ -125,13 +143,23 @@ def _units(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
-def _mesh(device_type: str, shard_size: int | None) -> DeviceMesh:
+def _shard_size(config: EngineConfig) -> int:
+    """Return the number of ranks that share one copy of the model. Collective."""
     world_size = dist.get_world_size()
-    if shard_size is None or shard_size == world_size:
-        return init_device_mesh(device_type, (world_size,))
-    if world_size % shard_size:
-        raise UserError(f"engine.shard_size={shard_size} does not divide {world_size} processes")
-    return init_device_mesh(device_type, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+    if config.shard_size == "node":
+        return processes_per_node("engine.shard_size=node")
+    size = world_size if config.shard_size is None else config.shard_size
+    if world_size % size:
+        raise UserError(f"engine.shard_size={size} does not divide the number of processes ({world_size})")
+    return size
+
+
+def _mesh(device_type: str, shard_size: int) -> DeviceMesh:
+    """Return the ranks as a row, or one row for each copy of the model; the ranks of a row are consecutive."""
+    copies = dist.get_world_size() // shard_size
+    if copies == 1:
+        return init_device_mesh(device_type, (shard_size,))
+    return init_device_mesh(device_type, (copies, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -14,9 +14,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.zero_files import ZERO_FILES
 from w2vscale.config import Config, load_config
 from w2vscale.engine.deepspeed import config as module
-from w2vscale.engine.deepspeed.config import FOLDERS, VERSION, deepspeed_config, import_deepspeed, validate_zero
+from w2vscale.engine.deepspeed.config import (
+    FOLDERS,
+    VERSION,
+    check_partition_size,
+    deepspeed_config,
+    import_deepspeed,
+    validate_zero,
+)
 from w2vscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,7 +70,7 @@ def refused(folder: Path, tree: Any, *overrides: str, by_deepspeed: bool = False
 
 
 def test_there_is_a_file_for_each_stage_and_kind_of_offloading() -> None:
-    assert NAMES == ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+    assert NAMES == ["zero1", "zero2", "zero2_offload", "zero3", "zero3_hpz", "zero3_offload"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,7 +160,7 @@ def test_a_file_that_is_no_zero_json(tmp_path: Path, tree: Any, message: str) ->
         ({"gradient_clipping": 0.5}, "gradient_clipping=0.5 contradicts optim.max_norm=1.0, which needs 1.0"),
         ({"gradient_clipping": True}, "gradient_clipping=true contradicts optim.max_norm=1.0, which needs 1.0"),
         ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8 contradicts batch.max_seconds"),
-        ({"communication_data_type": "bf16"}, 'communication_data_type="bf16" contradicts this toolkit\'s fp32'),
+        ({"communication_data_type": "bf16"}, 'communication_data_type="bf16" contradicts precision.reduce=fp32'),
         ({"bf16": {"enabled": False}}, "bf16.enabled=false contradicts precision.compute=bf16, which needs true"),
         ({"bf16": True}, "bf16=true: decided by precision.compute=bf16; remove it from this file"),
         ({"bf16": {}, "bfloat16": {}}, "bfloat16 and bf16 are the same section"),
@@ -173,7 +181,14 @@ def test_unknown_keys_and_contradictions(tmp_path: Path, tree: dict[str, Any], m
     [
         ({"stage": 1, "overlap_comm": True}, "overlap_comm=true contradicts stage 1 with accumulation"),
         ({"stage": 2, "compute_grad_norm": False}, "compute_grad_norm=false contradicts optim.max_norm"),
-        ({"stage": 2, "zero_quantized_gradients": True}, "zero_quantized_gradients=true contradicts this"),
+        ({"stage": 2, "zero_quantized_gradients": True}, "zero_quantized_gradients=true contradicts precision.reduce"),
+        ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights=true contradicts precision.compute"),
+        ({"stage": 3, "zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights=true contrad"),
+        ({"stage": 1, "legacy_stage1": True}, f"legacy_stage1=true contradicts DeepSpeed {VERSION}, which needs false"),
+        ({"stage": 3, "stage3_module_granularity_threshold": 9}, "stage3_module_granularity_threshold=9 contradicts"),
+        ({"stage": 3, "module_granularity_threshold": 9}, "module_granularity_threshold=9 contradicts the backward of"),
+        ({"stage": 2, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size=8: needs stage 3, got 2"),
+        ({"stage": 2, "cpu_offload_param": True}, "cpu_offload_param=true: needs stage 3, got 2"),
         ({"stage": 2, "round_robin_gradients": True}, "round_robin_gradients=true contradicts how this toolkit moves"),
         ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, "zenflow.topk_ratio=0.1: decided by optim.*"),
         ({"stage": 3, "offload_optimizer": {"ratio": 0.5}}, "offload_optimizer.ratio=0.5 contradicts optim.*"),
@@ -183,6 +198,42 @@ def test_unknown_keys_and_contradictions(tmp_path: Path, tree: dict[str, Any], m
 )  # fmt: skip
 def test_what_deepspeed_would_pass_over_or_stumble_on(tmp_path: Path, zero: dict[str, Any], message: str) -> None:
     assert refused(tmp_path, {"zero_optimization": zero}).startswith(f"zero_optimization.{message}")
+
+
+REFUSED = {
+    "legacy_stage1", "module_granularity_threshold", "round_robin_gradients", "zenflow", "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights", "zero_quantized_weights",
+}  # fmt: skip
+"""Keys of zero_optimization that must have their defaults, by the test above."""
+
+ITS_DEFAULT_ALONE = {"compute_grad_norm", "ignore_unused_parameters"}
+FOR_PINNED_MEMORY = {"cpu_offload_use_pin_memory"}  # deprecated; `pin_memory` has replaced it
+
+
+@needs_deepspeed
+def test_every_key_of_zero_optimization_is_refused_or_used_by_a_test() -> None:
+    """Another version of DeepSpeed may have other keys, for each of which this has to be decided."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = {field.alias or name: name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    ours = [json.loads((FOLDERS[0] / f"{name}.json").read_text())["zero_optimization"] for name in NAMES]
+    used = {fields[key] for zero in (*ours, *ZERO_FILES.values()) for key in zero}
+    assert not used & REFUSED
+    assert used | REFUSED | ITS_DEFAULT_ALONE | FOR_PINNED_MEMORY == set(fields.values())
+
+
+def test_the_second_copy_of_hpz_divides_the_processes() -> None:
+    document = document_of(config_for("zero3_hpz"))
+    for world_size in (1, 3, 8, 64):  # all ranks hold it together where there are fewer than its size
+        check_partition_size(document, "my.json", world_size)
+    with pytest.raises(
+        UserError, match=r"^my\.json: zero_optimization\.zero_hpz_partition_size=8 does not divide 12 pro"
+    ):
+        check_partition_size(document, "my.json", 12)
+
+
+def test_gradients_are_sent_in_the_type_that_the_run_says() -> None:
+    assert document_of(config_for("zero2", "precision.reduce=bf16"))["communication_data_type"] == "bf16"
 
 
 @needs_deepspeed

@@ -31,6 +31,9 @@ _FREE = {
 }  # fmt: skip
 """Top-level keys that the file may set freely. Others must be checked, because DeepSpeed ignores unknown keys."""
 
+GRANULARITY = ("stage3_module_granularity_threshold", "module_granularity_threshold")
+"""Two names of one key."""
+
 _SWITCHED = ("amp", "elasticity", "fp16", "torch_autocast")
 """Sections that have no effect unless their key `enabled` is true."""
 
@@ -142,7 +145,17 @@ def validate_zero(tree: Mapping[str, Any], path: str) -> None:
         raise UserError(f"{path}: refused by DeepSpeed: {(str(error) or repr(error)).splitlines()[0]}") from error
 
 
-_REDUCTION = "this toolkit's fp32 reduction of gradients"
+def check_partition_size(tree: Mapping[str, Any], path: str, world_size: int) -> None:
+    """Raise a UserError if the number of ranks with a second copy of the parameters (hpZ) does not divide all ranks."""
+    size = int(tree["zero_optimization"].get("zero_hpz_partition_size", 1))
+    if size > 1 and world_size % min(size, world_size):  # DeepSpeed takes all ranks where there are fewer
+        raise UserError(
+            f"{path}: zero_optimization.zero_hpz_partition_size={size} does not divide {world_size} processes; set it "
+            "to the number of processes per machine"
+        )
+
+
+_FP32_GRADIENTS = "this toolkit's fp32 accumulation of gradients"
 _ACCUMULATION = "this toolkit's own accumulation (batch.micro_batches)"
 _OPTIMIZER = "optim.* (one fused AdamW on every engine)"
 
@@ -155,8 +168,8 @@ def _fixed(optim: OptimConfig, precision: PrecisionConfig) -> dict[str, tuple[An
         "managed_gradient_accumulation": (False, _ACCUMULATION),
         "gradient_clipping": (max_norm or 0.0, f"optim.max_norm={'null' if max_norm is None else max_norm}"),
         "bf16.enabled": (precision.compute == "bf16", f"precision.compute={precision.compute}"),
-        "communication_data_type": ("fp32", _REDUCTION),
-        "data_types.grad_accum_dtype": ("fp32", _REDUCTION),
+        "communication_data_type": (precision.reduce, f"precision.reduce={precision.reduce}"),
+        "data_types.grad_accum_dtype": ("fp32", _FP32_GRADIENTS),
         "gradient_allreduce_op": ("mean", _ACCUMULATION),
         "gradient_predivide_factor": (1.0, _ACCUMULATION),
         "prescale_gradients": (False, _ACCUMULATION),
@@ -167,14 +180,18 @@ def _fixed(optim: OptimConfig, precision: PrecisionConfig) -> dict[str, tuple[An
 def _implied(stage: int) -> dict[str, tuple[Any, str]]:
     """Return the keys that may be omitted, but must have this value if given, and the setting that requires it."""
     keys: dict[str, tuple[Any, str]] = {
+        "legacy_stage1": (False, f"DeepSpeed {VERSION}"),
         "compute_grad_norm": (True, "optim.max_norm and the metric grad_norm"),
         "ignore_unused_parameters": (True, "regularization.layerdrop"),
         "offload_optimizer.ratio": (1.0, _OPTIMIZER),
         "offload_optimizer.super_offload": (False, _OPTIMIZER),
         # With it, ZeRO orders parameters differently from `import_state`, which would silently load wrong values.
         "round_robin_gradients": (False, "how this toolkit moves state in and out of ZeRO"),
-        "zero_quantized_gradients": (False, _REDUCTION),
+        "zero_quantized_gradients": (False, "precision.reduce (fp32 or bf16)"),
         "zero_quantized_weights": (False, "precision.compute"),
+        "zero_quantized_nontrainable_weights": (False, "precision.compute"),
+        # With it, the gradient of a parameter arrives when its module has been freed, and the backward fails.
+        **dict.fromkeys(GRANULARITY, (0, "the backward of these models")),
     }
     if stage == 1:
         keys["overlap_comm"] = (False, "stage 1 with accumulation by batch.micro_batches")
@@ -238,6 +255,11 @@ def _checked_stage(zero: object, path: Path) -> int:
     if type(stage) is not int or stage not in (1, 2, 3):
         hint = "; for stage 0 choose engine.name=ddp" if type(stage) is int and stage == 0 else ""
         raise UserError(f"{path}: zero_optimization.stage={json.dumps(stage)}: must be 1, 2 or 3{hint}")
+    size = zero.get("zero_hpz_partition_size", 1)
+    if stage < 3 and size not in (0, 1):
+        raise UserError(f"{path}: zero_optimization.zero_hpz_partition_size={size}: needs stage 3, got {stage}")
+    if stage < 3 and zero.get("cpu_offload_param"):
+        raise UserError(f"{path}: zero_optimization.cpu_offload_param=true: needs stage 3, got {stage}")
     for name in ("offload_optimizer", "offload_param"):
         device = zero[name].get("device") if isinstance(zero.get(name), dict) else None
         if device == "nvme":  # importing and exporting state does not reach tensors on disk

@@ -19,7 +19,14 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, accumulate, split
 from w2vscale.engine.base import AfterStep, CanonicalState, StateReader
 from w2vscale.engine.buffers import Buffers
-from w2vscale.engine.deepspeed.config import deepspeed_config, environment_for, import_deepspeed, validate_zero
+from w2vscale.engine.deepspeed.config import (
+    check_partition_size,
+    deepspeed_config,
+    environment_for,
+    import_deepspeed,
+    validate_zero,
+)
+from w2vscale.engine.reduction import reduces_in_bf16
 from w2vscale.engine.rows import Rows
 from w2vscale.engine.transforms import compiles, transform
 from w2vscale.models.layers import compute_dtype
@@ -45,6 +52,9 @@ class DeepSpeedEngine:
         self.stage = int(document["zero_optimization"]["stage"])
         self.device = device
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        check_partition_size(document, engine.deepspeed_config, self.world_size)
+        if not reduces_in_bf16(precision):  # a single process would round its gradients for nothing
+            document["communication_data_type"] = "fp32"
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.expected = expected_tensors(model)
         self.buffers = Buffers(model)
@@ -52,6 +62,7 @@ class DeepSpeedEngine:
         transform(model, engine, compiled=self.compiled)
         with ExitStack() as environment:
             environment.enter_context(environment_for(device))
+            environment.callback(_release_secondary_group)
             if self.stage == 3:
                 _partition(deepspeed, model, document, device, compute_dtype(precision))
             else:
@@ -224,7 +235,18 @@ class DeepSpeedEngine:
         self.zero.checkpoint_event_prologue()
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        for parameter in self.parameters.values():  # the epilogue drops only those of trained parameters
+            parameter.ds_secondary_tensor = None  # type: ignore[attr-defined]
         self.zero.checkpoint_event_epilogue()
+
+
+def _release_secondary_group() -> None:
+    """Destroy the process group of hpZ, which DeepSpeed keeps in a global and would not create a second time."""
+    from deepspeed import comm
+    from deepspeed.utils import groups
+
+    if (group := groups._get_zero_param_intra_parallel_group()) is not None:
+        comm.destroy_process_group(group)
 
 
 def _partition(
