@@ -155,7 +155,8 @@ class DataConfig(Section):
         description="index: files, read at random; stream: indexed Lhotse Shar, read in sequence. Both resume exactly",
     )
     train: Places = Field(
-        [], description="indexed Lhotse cut manifests, by path or URL; with mode=stream, indexed folders of Shar shards"
+        [],
+        description="indexed Lhotse cut manifests or, with mode=stream, indexed folders of Shar shards; paths or URLs",
     )
     validation: Places = Field([], description="indexed Lhotse cut manifests, by path or URL; empty: no validation")
     url_schemes: Annotated[list[Scheme], BeforeValidator(_as_list)] = Field(
@@ -181,14 +182,7 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if self.min_seconds > self.max_seconds:
             raise ValueError(f"min_seconds={self.min_seconds} is above max_seconds={self.max_seconds}")
-        if self.mode == "stream" and (urls := [one for one in self.train if isinstance(one, Url)]):
-            raise ValueError(f"train={urls[0]}: shards are read from folders on this machine, not from URLs")
         return self
-
-    @property
-    def shard_folders(self) -> list[Path]:
-        """The folders of shards in `train`, with mode=stream."""
-        return [folder for folder in self.train if isinstance(folder, Path)]
 
 
 class MixConfig(Section):

@@ -124,6 +124,7 @@ def _known_shards(folder: Path) -> Mapping[Key, _Part]:
 
 
 def _index_shard(known: Mapping[Key, _Part], shard: Shard) -> _Part:
+    assert isinstance(shard.recording, Path), "shards are indexed before they are uploaded"
     with open_file(shard.cuts) as file:
         content = file.read()
     archive = shard.recording.stat()
@@ -142,7 +143,7 @@ def _find_utterances(shard: Shard) -> tuple[list[tuple[int, float, int, int]], l
     The cuts and the pairs of members are in the same order. If one is missing on either side, the others are found by
     name.
     """
-    pairs, damage = _find_pairs(shard.recording)
+    pairs, damage = _find_pairs(Path(shard.recording))
     after = {pair.name: place for place, pair in reversed(list(enumerate(pairs)))}
     rows: list[tuple[int, float, int, int]] = []
     bad: list[BadAudio] = []

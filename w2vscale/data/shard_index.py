@@ -16,6 +16,9 @@ from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.shards import LARGEST_MEMBER, PLACE_DTYPE, Shard, StoredUtterance, find_shards, read_utterances
 from w2vscale.errors import UserError
 from w2vscale.files import new_file
+from w2vscale.storage.cache import local_file
+from w2vscale.storage.objects import Missing
+from w2vscale.storage.urls import Url
 
 SHARD_DTYPE = np.dtype(
     [
@@ -33,13 +36,14 @@ out because they cannot be found, the time at which its archive changed last in 
 manifest and of its part of the index."""
 
 
+INDEX = "shards.index.npy"
 BAD_SHARDS = "shards.bad_audio.jsonl"
 """The name of the list of utterances that are left out of an index."""
 
 
 def shard_index_path(folder: Path) -> Path:
     """The path of the index of a folder of shards."""
-    return folder / "shards.index.npy"
+    return folder / INDEX
 
 
 def write_shard_index(folder: Path, shards: NDArray[np.void], places: NDArray[np.void]) -> None:
@@ -49,12 +53,23 @@ def write_shard_index(folder: Path, shards: NDArray[np.void], places: NDArray[np
         np.save(file, places)
 
 
-def open_shard_index(folder: Path) -> tuple[NDArray[np.void], NDArray[np.void]]:
+def how_to_index(folder: Path | Url) -> str:
+    """The command that writes the index of a folder."""
+    if isinstance(folder, Url):
+        return "w2vscale data index, on the folder before it is uploaded"
+    return f"w2vscale data index {folder}"
+
+
+def open_shard_index(folder: Path | Url) -> tuple[NDArray[np.void], NDArray[np.void]]:
     """Return the records of the shards of a folder and, mapped into memory, the places of their utterances.
 
     Raises UserError if the index is missing, damaged or not an index.
     """
-    path, command = shard_index_path(folder), f"w2vscale data index {folder}"
+    command = how_to_index(folder)
+    try:
+        path = local_file(folder / INDEX) if isinstance(folder, Url) else shard_index_path(folder)
+    except Missing:
+        raise UserError(f"{folder}: has no index; create it with: {command}") from None
     with opening_index(path, of=folder, command=command), path.open("rb") as file:
         shards: NDArray[np.void] = np.lib.format.read_array(file)
         np.lib.format.read_magic(file)
@@ -89,32 +104,32 @@ def _is_consistent(shards: NDArray[np.void], places: NDArray[np.void]) -> bool:
 class _Folder:
     """The shards of one folder. Raises UserError if they have changed since they were indexed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | Url) -> None:
         self.folder = folder
         self.shards = find_shards(folder)
         self.records, self.places = open_shard_index(folder)
-        command = f"w2vscale data index {folder}"
+        command = how_to_index(folder)
         if len(self.records) != len(self.shards):
             raise UserError(
                 f"{folder}: has {len(self.shards)} shards, but {len(self.records)} are indexed; update the index with: "
                 f"{command}"
             )
         for shard, record in zip(self.shards, self.records[["cuts_bytes", "recording_bytes"]].tolist(), strict=True):
-            for path, size in zip(shard, record, strict=True):
-                if path.stat().st_size != size:
+            for path, found, size in zip((shard.cuts, shard.recording), shard.sizes, record, strict=True):
+                if found != size:
                     raise UserError(f"{path}: changed since it was indexed; update the index with: {command}")
 
-    def __reduce__(self) -> tuple[type[_Folder], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[_Folder], tuple[Path | Url]]:
         return _Folder, (self.folder,)
 
 
 class ShardCorpus:
     """The utterances of several folders of shards as one numbered sequence, in the order in which they are stored."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
+    def __init__(self, folders: Sequence[Path | Url]) -> None:
         if not folders:
             raise UserError("data.train names no folder of shards: set data.train=DIR (made by: w2vscale data shar)")
-        self._folders = [_Folder(Path(folder)) for folder in folders]
+        self._folders = [_Folder(folder) for folder in folders]
         self._first = np.cumsum([0, *(folder.places.size for folder in self._folders)])
         self.shards = [shard for folder in self._folders for shard in folder.shards]
         records = np.concatenate([folder.records for folder in self._folders])

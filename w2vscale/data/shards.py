@@ -1,9 +1,13 @@
-"""Read utterances from Lhotse Shar shards: the audio of a cut is bytes in an archive, and nothing else is opened."""
+"""Read utterances from Lhotse Shar shards, in files or in an object store.
+
+The audio of a cut is bytes in an archive, and nothing else is opened.
+"""
 
 from __future__ import annotations
 
 import gzip
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +25,19 @@ from w2vscale.data.cuts import NotACut, not_a_cut, read_cut, read_recording
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.errors import UserError
 from w2vscale.files import nearest_path
+from w2vscale.storage import objects
+from w2vscale.storage.urls import Url
 
 PLACEHOLDERS = ("shar",)  # the type of the source of audio in an archive
 IN_CUTS = ("shar", "file")  # custom fields of a cut may name files, which are never opened
 EMPTY = (".nodata", ".nometa")  # suffixes of the members of a cut without audio
 LARGEST_MEMBER = 2**30
 """Bytes. A member is read whole, and a damaged archive can claim to hold one that fills the memory."""
+
+LARGEST_MANIFEST = 2**30
+"""Bytes of the manifest of a shard in a store, which is read whole."""
+
+MANIFEST = re.compile(r"cuts\.([^.]*)\.jsonl(\..*)?")
 
 PLACE_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("size", "<u4"), ("line", "<u4")])
 """Where an utterance is in its shard: the byte offset of its two members in the archive and their size, its duration in
@@ -36,36 +47,48 @@ seconds, and its line in the manifest, from 0."""
 class Shard(NamedTuple):
     """One Shar shard: a manifest of cuts and a tar archive of their audio."""
 
-    cuts: Path
-    recording: Path
+    cuts: Path | Url
+    recording: Path | Url
+    sizes: tuple[int, int]
+    """Bytes of both."""
 
 
-def find_shards(folder: Path) -> list[Shard]:
+def find_shards(folder: Path | Url) -> list[Shard]:
     """The shards of a folder by number. Raises UserError if it does not exist, has none, or lacks the audio of one."""
-    if not folder.is_dir():
-        hint = nearest_path(folder) or f"; make one with: w2vscale data shar CUTS.jsonl {folder}"
-        raise UserError(f"{folder}: no such folder of shards{hint}")
-    manifests = sorted(folder.glob("cuts.*.jsonl*"))
+    sizes = _sizes_in(folder)
+    manifests = {name: found[1] for name in sorted(sizes) if (found := MANIFEST.fullmatch(name))}
     if not manifests:
         raise UserError(f"{folder}: holds no shards (cuts.*.jsonl.gz); make some with: w2vscale data shar")
     shards = []
-    for cuts in manifests:
-        recording = folder / f"recording.{cuts.name.split('.')[1]}.tar"
-        if not cuts.is_file() or not recording.is_file():
-            raise UserError(f"{cuts}: its audio is missing: no {recording.name} beside it")
-        shards.append(Shard(cuts, recording))
+    for name, number in manifests.items():
+        recording = f"recording.{number}.tar"
+        if recording not in sizes:
+            raise UserError(f"{folder / name}: its audio is missing: no {recording} beside it")
+        shards.append(Shard(folder / name, folder / recording, (sizes[name], sizes[recording])))
     return shards
 
 
-def open_file(path: Path) -> BinaryIO:
-    """Open a file of a shard. All reads of shards go through here."""
+def _sizes_in(folder: Path | Url) -> dict[str, int]:
+    """The sizes of the files in a folder by name. Raises UserError if there is no such folder."""
+    if isinstance(folder, Url):
+        return objects.list_objects(folder)
+    if not folder.is_dir():
+        hint = nearest_path(folder) or f"; make one with: w2vscale data shar CUTS.jsonl {folder}"
+        raise UserError(f"{folder}: no such folder of shards{hint}")
+    return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+
+
+def open_file(path: Path | Url) -> BinaryIO:
+    """Open a file of a shard; of those in a store only manifests, which are read whole."""
+    if isinstance(path, Url):
+        return io.BytesIO(objects.read(path, limit=LARGEST_MANIFEST))
     return path.open("rb")
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
+def read_lines(path: Path | Url) -> Iterator[bytes]:
     """Yield the lines of the manifest of a shard. A damaged file raises many types of errors."""
     with open_file(path) as file:
-        yield from gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+        yield from gzip.GzipFile(fileobj=file) if path.name.endswith(".gz") else file
 
 
 @dataclass(frozen=True)
@@ -130,17 +153,15 @@ class StoredUtterance:
 def read_utterances(shard: Shard, places: NDArray[np.void], *, audio: bool = True) -> list[StoredUtterance]:
     """Read the utterances of a shard at these places [PLACE_DTYPE], ascending, in one pass over its files.
 
-    Without `audio`, its archive is not read.
+    Without `audio`, its archive is not read. Raises UserError if it is in a store that cannot be used now.
     """
     lines, problem = _lines_at(shard.cuts, places["line"].tolist())
     members: list[bytes] = []
     try:
         if audio:
-            with open_file(shard.recording) as archive:
-                for offset, size in zip(places["offset"].tolist(), places["size"].tolist(), strict=True):
-                    archive.seek(offset)
-                    members.append(archive.read(size))
-    except OSError as error:
+            ranges = list(zip(places["offset"].tolist(), places["size"].tolist(), strict=True))
+            members += _read_ranges(shard.recording, ranges)
+    except (OSError, objects.Missing) as error:
         problem = problem or f"its shard cannot be read: {in_one_line(error)}"
     members += [b""] * (len(places) - len(members))
     stored = zip(places["line"].tolist(), places["duration"].tolist(), members, strict=True)
@@ -150,7 +171,18 @@ def read_utterances(shard: Shard, places: NDArray[np.void], *, audio: bool = Tru
     ]
 
 
-def _lines_at(path: Path, numbers: list[int]) -> tuple[dict[int, bytes], str]:
+def _read_ranges(path: Path | Url, ranges: list[tuple[int, int]]) -> Iterator[bytes]:
+    """Yield the bytes of ranges (offset, size), ascending."""
+    if isinstance(path, Url):
+        yield from objects.read_ranges(path, ranges)
+        return
+    with path.open("rb") as file:
+        for offset, size in ranges:
+            file.seek(offset)
+            yield file.read(size)
+
+
+def _lines_at(path: Path | Url, numbers: list[int]) -> tuple[dict[int, bytes], str]:
     """Return lines by number, and why some of them could not be read."""
     wanted, last, lines = set(numbers), max(numbers), {}
     try:
@@ -159,6 +191,8 @@ def _lines_at(path: Path, numbers: list[int]) -> tuple[dict[int, bytes], str]:
                 lines[number] = line
             if number == last:
                 return lines, ""
+    except (objects.Unreachable, objects.Denied):
+        raise
     except Exception as error:  # damaged gzip data raise many types of errors
         return lines, f"its shard cannot be read: {in_one_line(error)}"
     return lines, "its shard cannot be read: its manifest ends early"

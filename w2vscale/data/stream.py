@@ -123,7 +123,7 @@ def open_stream(
     Raises UserError if a folder has no index or has changed since it was indexed, no utterance is long enough or can be
     read, or crops are too short for the objective or too long for the model.
     """
-    corpus = ShardCorpus(data.shard_folders)
+    corpus = ShardCorpus(data.train)
     check_readable(
         corpus.cut,
         len(corpus),

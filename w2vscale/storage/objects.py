@@ -126,6 +126,34 @@ def read(url: Url, *, limit: int) -> bytes:
     return content
 
 
+def read_ranges(url: Url, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes of ranges (offset, size) of an object, ascending; fewer where it ends. Adjacent ranges are one read.
+
+    Raises Missing if there is no such object.
+    """
+    joined: list[list[tuple[int, int]]] = []
+    for offset, size in ranges:
+        if not joined or sum(joined[-1][-1]) != offset:
+            joined.append([])
+        joined[-1].append((offset, size))
+    starts, ends = [parts[0][0] for parts in joined], [sum(parts[-1]) for parts in joined]
+    total = sum(size for _, size in ranges)
+
+    def fetch(files: _Files, path: str) -> list[bytes]:
+        found = files.call("cat_ranges", [path] * len(starts), starts, ends, bytes=total)
+        for one in found:
+            if isinstance(one, BaseException):
+                raise one
+        return list(found)
+
+    contents = _attempt(url, fetch) if ranges else []
+    return [
+        content[offset - parts[0][0] :][:size]
+        for parts, content in zip(joined, contents, strict=True)
+        for offset, size in parts
+    ]
+
+
 def write(url: Url, content: bytes) -> None:
     """Write an object, in place of one that is there. Readers see the old or the new content, never a part."""
     _attempt(url, lambda files, path: files.call("pipe_file", path, content, bytes=len(content)))
