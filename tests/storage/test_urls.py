@@ -80,8 +80,3 @@ def test_settings_keep_urls(tmp_path: Path) -> None:
 def test_settings_that_are_refused(setting: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         load_config("base", [setting])
-
-
-def test_shards_are_not_read_from_urls() -> None:
-    with pytest.raises(UserError, match="not from URLs"):
-        load_config("base", ["data.mode=stream", "data.train=s3://b/shards"])
