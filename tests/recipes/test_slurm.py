@@ -57,7 +57,8 @@ class TestRequeueing:
         assert not list(ROOT.glob(".slurm-*.codes"))
 
     def test_the_warning_reaches_the_tasks_and_the_job_is_put_back(self, tmp_path: Path) -> None:
-        task = 'trap "echo saved; exit 138" USR1; echo ready >>$FAKE_SLURM/ready; while :; do sleep 0.05; done'
+        # As ranks do: when the first one has exited, srun sends SIGTERM to those that still save.
+        task = 'trap "echo saved; exit 138" USR1 TERM; echo ready >>$FAKE_SLURM/ready; while :; do sleep 0.05; done'
         step = f"srun --kill-on-bad-exit=1 bash {SLURM}/task.sh \"$TASK_CODES\" bash -c '{task}'"
         with closing(Job(PER_GPU, recipe(tmp_path, step), folder=tmp_path / "job", tasks=(2,))) as job:
             job.wait_for(tmp_path / "job" / "ready", 2)
