@@ -75,6 +75,12 @@ def main(
 ) -> None:
     """Predict training times."""
     engines = _chosen(engine, tuple(ENGINES), "--engine")
+    if ignored := [one for one in settings or [] if one.startswith("engine.")]:
+        raise typer.BadParameter(f"{ignored[0]}: choose the engine with --engine", param_hint="SETTINGS")
+    if gpus_per_node is not None and gpus_per_node & (gpus_per_node - 1):
+        raise typer.BadParameter(
+            f"{gpus_per_node}: the numbers of GPUs are powers of two", param_hint="--gpus-per-node"
+        )
     _chosen([cluster], tuple(CLUSTERS), "--cluster")
     _chosen([algorithm], ALGORITHMS, "--algorithm")
     by_preset = measured_rates(rates)

@@ -62,17 +62,23 @@ def zero_file(tmp_path: Path) -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "ranks", "compute"),
+    ("engine", "ranks", "compute", "reduce"),
     [
-        ("ddp", 2, "fp32"),
-        ("fsdp", 3, "fp32"),  # does not divide all first dimensions
-        ("fsdp", 2, "bf16"),
-        ("fsdp_keep", 2, "fp32"),
-        long("hsdp", 4, "fp32"),
+        ("ddp", 2, "fp32", "fp32"),
+        ("ddp", 2, "fp32", "bf16"),
+        ("fsdp", 3, "fp32", "fp32"),  # does not divide all first dimensions
+        ("fsdp", 2, "bf16", "fp32"),
+        long("fsdp", 2, "fp32", "bf16"),
+        ("fsdp_keep", 2, "fp32", "fp32"),
+        long("hsdp", 4, "fp32", "fp32"),
+        long("hsdp", 4, "bf16", "bf16"),
     ],
 )
-def test_each_collective_of_ddp_and_fsdp(pool: Callable[[int], Pool], engine: str, ranks: int, compute: str) -> None:
-    settings = (*QUICK, f"precision.compute={compute}", *ENGINES[engine])
+def test_each_collective_of_ddp_and_fsdp(
+    pool: Callable[[int], Pool], engine: str, ranks: int, compute: str, reduce: str
+) -> None:
+    precision = f"precision={{compute: {compute}, reduce: {reduce}}}"
+    settings = (*QUICK, precision, *ENGINES[engine])
     if engine == "hsdp":
         settings = (*settings, "engine.shard_size=2")
     every = pool(ranks).run(sent_in_an_update, load_config("tiny", settings), FORWARDS)
@@ -84,22 +90,24 @@ def test_each_collective_of_ddp_and_fsdp(pool: Callable[[int], Pool], engine: st
 
 
 @pytest.mark.parametrize(
-    ("engine", "ranks", "compute"),
+    ("engine", "ranks", "compute", "reduce"),
     [
-        ("zero1", 2, "bf16"),
-        ("zero2", 3, "fp32"),
-        ("zero3", 2, "fp32"),
-        long("zero2", 2, "bf16"),
-        long("zero3", 3, "bf16"),
+        ("zero1", 2, "bf16", "fp32"),
+        ("zero2", 3, "fp32", "fp32"),
+        ("zero3", 2, "fp32", "fp32"),
+        long("zero2", 2, "bf16", "fp32"),
+        long("zero2", 2, "fp32", "bf16"),
+        long("zero3", 3, "bf16", "bf16"),
     ],
 )
 def test_bytes_of_zero(
-    pool: Callable[[int], Pool], zero_file: Callable[[str], str], engine: str, ranks: int, compute: str
+    pool: Callable[[int], Pool], zero_file: Callable[[str], str], engine: str, ranks: int, compute: str, reduce: str
 ) -> None:
     """DeepSpeed pads groups of parameters, and cuts them in other places: sums are the same to a few percent."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     file = zero_file(engine)
-    settings = (*QUICK, f"precision.compute={compute}", f"engine={{name: deepspeed, deepspeed_config: {file}}}")
+    precision = f"precision={{compute: {compute}, reduce: {reduce}}}"
+    settings = (*QUICK, precision, f"engine={{name: deepspeed, deepspeed_config: {file}}}")
     every = pool(ranks).run(sent_in_an_update, load_config("tiny", settings), FORWARDS)
     wanted = totals(expected(engine, ranks, settings[:3], file, per_node=2))
     for sent in every:

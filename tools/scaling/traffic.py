@@ -14,8 +14,7 @@ from tools.scaling.links import Kind
 from tools.scaling.work import Model, Unit
 from w2vscale.engine.deepspeed.config import deepspeed_config
 
-FP32 = 4
-"""Bytes. Gradients are reduced in fp32 on every engine."""
+FP32, BF16 = 4, 2  # bytes
 
 MIB = 2**20
 FIRST_BUCKET, BUCKET = MIB, 25 * MIB
@@ -88,6 +87,7 @@ class Sharding:
     ranks: int
     shard_size: int  # ranks that share one copy, with fsdp; elsewhere all
     working_bytes: int  # of a parameter as it is gathered
+    reduced_bytes: int  # of a gradient as it is summed over ranks
     reshards: bool  # engine.reshard_after_forward
     zero: Mapping[str, Any]  # section zero_optimization of the DeepSpeed configuration
 
@@ -121,7 +121,8 @@ def sharding_of(engine: str, model: Model, ranks: int, *, per_node: int, zero_co
         engine,
         ranks,
         shard_size=min(per_node, ranks) if engine == "hsdp" else ranks,
-        working_bytes=2 if config.precision.compute == "bf16" else FP32,
+        working_bytes=BF16 if config.precision.compute == "bf16" else FP32,
+        reduced_bytes=BF16 if config.precision.reduce == "bf16" else FP32,
         reshards=engine != "fsdp_keep",
         zero=zero,
     )
@@ -136,7 +137,8 @@ def update_of(model: Model, sharding: Sharding, *, forwards: int, pace: Pace, ba
         update.compute(pace.step)
         return update.tasks
     build: dict[str, Callable[..., None]] = {"ddp": _ddp, "zero1": _zero1, "zero2": _zero2, "zero3": _zero3}
-    build.get(sharding.engine, _fsdp)(update, model, sharding, forwards, pace, backend)
+    build |= dict.fromkeys(("fsdp", "fsdp_keep", "hsdp"), _fsdp)
+    build[sharding.engine](update, model, sharding, forwards, pace, backend)
     return update.tasks
 
 
@@ -147,7 +149,7 @@ def _ddp(update: Update, model: Model, sharding: Sharding, forwards: int, pace: 
     update.compute(pace.forward)
     computed = dict(_backward(update, model, pace))
     buckets = [
-        update.send("all_reduce", FP32 * elements, "all", computed[unit])
+        update.send("all_reduce", sharding.reduced_bytes * elements, "all", computed[unit])
         for elements, unit in buckets_of(model, FIRST_BUCKET // FP32, BUCKET // FP32)
     ]
     update.compute(pace.step, *buckets)
@@ -159,7 +161,7 @@ def _zero1(update: Update, model: Model, sharding: Sharding, forwards: int, pace
         last = update.compute(pace.forward + pace.backward)
     size = sharding.zero["reduce_bucket_size"]
     for elements, _ in buckets_of(model, size, size, over=False):
-        update.send("all_reduce", FP32 * elements, "all", last)
+        update.send("all_reduce", sharding.reduced_bytes * elements, "all", last)
     _step_and_gather(update, model, sharding, pace)
 
 
@@ -172,7 +174,7 @@ def _zero2(update: Update, model: Model, sharding: Sharding, forwards: int, pace
         sent = 0
         for unit, place in _backward(update, model, pace, backend):
             while sent < len(buckets) and buckets[sent][1] == unit:
-                update.send("all_reduce", FP32 * buckets[sent][0], "all", place)
+                update.send("all_reduce", sharding.reduced_bytes * buckets[sent][0], "all", place)
                 sent += 1
     _step_and_gather(update, model, sharding, pace)
 
@@ -199,7 +201,7 @@ def _fsdp(update: Update, model: Model, sharding: Sharding, forwards: int, pace:
     def part(unit: Unit) -> Part:
         elements = unit.padded(sharding.shard_size)
         working = FP32 if unit.whole else sharding.working_bytes
-        return Part(model.share(unit), working * elements, sharding.reshards, FP32 * elements)
+        return Part(model.share(unit), working * elements, sharding.reshards, sharding.reduced_bytes * elements)
 
     *parts, rest = map(part, model.units)
     for number in range(1, forwards + 1):
@@ -239,7 +241,7 @@ def _zero3_parts(model: Model, sharding: Sharding, size: int, live: int, thresho
             gathered = sum(one.padded_flat(sharding.ranks, above=threshold) for one in group)
             reduced = sum(one.padded_flat(sharding.ranks) for one in group)
             share = sum(map(model.share, group))
-            yield Part(share, sharding.working_bytes * gathered, left > live, FP32 * reduced)
+            yield Part(share, sharding.working_bytes * gathered, left > live, sharding.reduced_bytes * reduced)
             left -= elements
             group = []
 
