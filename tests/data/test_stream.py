@@ -500,6 +500,9 @@ class TestIndex:
         found = stream_of([three], config_with()).describe()
         assert re.fullmatch(r"0.0 hours, 35 utterances, of shards [0-9a-f]{8}", found)
         assert stream_of([copy], config_with()).describe() == found
+        (copy / "recording.000001.tar").touch()
+        index_shards(copy)
+        assert stream_of([copy], config_with()).describe() == found
         write_shards(manifest, tmp_path / "other", shard_size=14, seed=1)
         assert stream_of([tmp_path / "other"], config_with()).describe() != found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -112,13 +113,29 @@ def test_a_run_with_loader_processes_that_is_killed_after_each_update(shards: Pa
     assert losses(killed) == losses(whole)
 
 
-def test_ranks_and_a_continued_run_name_bad_audio_once(tmp_path: Path, pool: Callable[[int], Pool]) -> None:
+@pytest.mark.parametrize("mode", ["index", "stream"])
+def test_ranks_and_a_continued_run_name_bad_audio_once(mode: str, tmp_path: Path, pool: Callable[[int], Pool]) -> None:
     paths = [write_audio(tmp_path / f"u{n:02d}.flac", noise(1.0 + 0.1 * (n % 9), seed=n)) for n in range(24)]
     manifest = write_manifest(tmp_path / "cuts.jsonl", [cut_of(path) for path in paths])
-    write_text(paths[4])
-    paths[9].unlink()
+    bad = {"u04": 1, "u09": 1}
+    source = manifest
+    if mode == "stream":
+        source = tmp_path / "shards"
+        write_shards(manifest, source, shard_size=6)
+        bad = blank(source / "recording.000001.tar")
+    else:
+        write_text(paths[4])
+        paths[9].unlink()
     for updates in (4, 8):
-        settings = ("data.max_bad_fraction=0.5", f"trainer.updates={updates}")
-        pool(2).run(train_micro, str(manifest), str(tmp_path / "exp"), settings, timeout=100)
+        settings = (f"data.mode={mode}", "data.max_bad_fraction=0.5", f"trainer.updates={updates}")
+        pool(2).run(train_micro, str(source), str(tmp_path / "exp"), settings, timeout=100)
     lines = (tmp_path / "exp" / "logs" / "bad_audio.jsonl").read_text().splitlines()
-    assert Counter(json.loads(line)["utterance"] for line in lines) == {"u04": 1, "u09": 1}
+    assert Counter(json.loads(line)["utterance"] for line in lines) == bad
+
+
+def blank(archive: Path) -> dict[str, int]:
+    """Overwrite the contents of an archive with zeros; returns the names of its utterances."""
+    with tarfile.open(archive) as members:
+        names = {Path(name).stem for name in members.getnames()}
+    archive.write_bytes(bytes(archive.stat().st_size))
+    return dict.fromkeys(names, 1)

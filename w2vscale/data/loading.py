@@ -63,17 +63,14 @@ def gather_windows(loader: Iterable[MicroBatch], updates: range, *, per_rank: in
     return ([next(stream) for _ in range(per_rank)] for _ in updates)
 
 
-def loader_settings(data: DataConfig, *, per_rank: int = 1, per_item: int = 1) -> dict[str, Any]:
-    """Return arguments of a DataLoader, which loads at least one window of `per_rank` micro-batches ahead.
-
-    It takes `per_item` micro-batches at a time from a loader process.
-    """
+def loader_settings(data: DataConfig, *, per_rank: int = 1) -> dict[str, Any]:
+    """Return arguments of a DataLoader, which loads at least one window of `per_rank` micro-batches ahead."""
     each = max(data.prefetch, -(-per_rank // max(data.workers, 1)))
     return {
         "batch_size": None,
         "num_workers": data.workers,
         "worker_init_fn": _prepare_loader_process,
-        "prefetch_factor": -(-each // per_item) if data.workers else None,
+        "prefetch_factor": each if data.workers else None,
         "pin_memory": torch.cuda.is_available(),
     }
 

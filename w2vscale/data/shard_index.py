@@ -136,7 +136,8 @@ class ShardCorpus:
         self.starts = np.cumsum(np.concatenate([[0], records["utterances"]]))
         """The first utterance of each shard, and the number of utterances."""
         self.not_found = int(records["left_out"].sum())
-        self.fingerprint = f"{zlib.crc32(records[['utterances', 'places_checksum']].tobytes()):08x}"
+        counted = zlib.crc32(records["utterances"].tobytes())
+        self.fingerprint = f"{zlib.crc32(records['places_checksum'].tobytes(), counted):08x}"
         """Identifies the content of the shards, independent of their paths."""
 
     def __len__(self) -> int:
