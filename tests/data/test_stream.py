@@ -757,6 +757,13 @@ class TestBadInput:
         with pytest.raises(UserError, match="holds no shards"):
             stream_of([tmp_path], config_with())
 
+    def test_two_manifests_of_a_shard(self, three: Path) -> None:
+        (three / "cuts.000001.jsonl.gz.partial").touch()  # of an interrupted copy
+        stream_of([three], config_with())
+        (three / "cuts.000001.jsonl").touch()
+        with pytest.raises(UserError, match=r"cuts.000001.jsonl.gz: also there without .gz; remove one of the two"):
+            stream_of([three], config_with())
+
     def test_audio_missing(self, manifest: Path, tmp_path: Path) -> None:
         write_shards(manifest, tmp_path, shard_size=20)
         (tmp_path / "recording.000001.tar").unlink()

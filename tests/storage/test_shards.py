@@ -95,5 +95,7 @@ def test_ranges(bucket: Url) -> None:
     ranges = [(0, 3), (3, 2), (10, 1), (97, 9)]
     assert read_ranges(bucket / "x", ranges) == [b"\0\1\2", b"\3\4", b"\n", b"abc"]
     assert read_ranges(bucket / "x", []) == []
-    with pytest.raises(Missing):
+    with pytest.raises(Missing, match="y: no such object"):
         read_ranges(bucket / "y", [(0, 1)])
+    with pytest.raises(Missing, match="x: ends before byte 205"):
+        read_ranges(bucket / "x", [(0, 1), (200, 5)])

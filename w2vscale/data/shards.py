@@ -37,7 +37,7 @@ LARGEST_MEMBER = 2**30
 LARGEST_MANIFEST = 2**30
 """Bytes of the manifest of a shard in a store, which is read whole."""
 
-MANIFEST = re.compile(r"cuts\.([^.]*)\.jsonl(\..*)?")
+MANIFEST = re.compile(r"cuts\.([^.]*)\.jsonl(\.gz)?")
 
 PLACE_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("size", "<u4"), ("line", "<u4")])
 """Where an utterance is in its shard: the byte offset of its two members in the archive and their size, its duration in
@@ -61,6 +61,8 @@ def find_shards(folder: Path | Url) -> list[Shard]:
         raise UserError(f"{folder}: holds no shards (cuts.*.jsonl.gz); make some with: w2vscale data shar")
     shards = []
     for name, number in manifests.items():
+        if name.endswith(".gz") and name.removesuffix(".gz") in manifests:
+            raise UserError(f"{folder / name}: also there without .gz; remove one of the two")
         recording = f"recording.{number}.tar"
         if recording not in sizes:
             raise UserError(f"{folder / name}: its audio is missing: no {recording} beside it")

@@ -106,11 +106,12 @@ def list_objects(folder: Url) -> dict[str, int]:
     """The sizes of all objects in a folder and in those below it, by their names relative to it. Empty if none."""
 
     def find(files: _Files, path: str) -> dict[str, int]:
-        found: dict[str, Any] = {}
-        with suppress(FileNotFoundError):
-            found = files.call("find", path, detail=True)
-        if not found:
-            files.require_bucket(path)
+        try:
+            found: dict[str, Any] = files.call("find", path, detail=True)
+        except FileNotFoundError as error:
+            if "bucket" in str(error):
+                raise
+            found = {}
         prefix = path.rstrip("/") + "/"
         sizes = {name: int(info.get("size") or 0) for name, info in found.items()}
         return {name.removeprefix(prefix): size for name, size in sizes.items() if name.startswith(prefix)}
@@ -142,6 +143,8 @@ def read_ranges(url: Url, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     def fetch(files: _Files, path: str) -> list[bytes]:
         found = files.call("cat_ranges", [path] * len(starts), starts, ends, bytes=total)
         for one in found:
+            if isinstance(one, OSError) and "range is not satisfiable" in str(one):
+                raise Missing(f"{shown(url)}: ends before byte {max(ends)}")
             if isinstance(one, BaseException):
                 raise one
         return list(found)
@@ -212,12 +215,6 @@ class _Files:
             return b""  # a range of an empty object is an error
         return content
 
-    def require_bucket(self, path: str) -> None:
-        """Raise FileNotFoundError if there is no such bucket."""
-        bucket = path.partition("/")[0]
-        if not self.call("exists", bucket):
-            raise FileNotFoundError(errno.ENOENT, f"no such bucket: {bucket}")
-
 
 def _attempt(url: Url, call: Callable[[_Files, str], T], *, local: Path | None = None) -> T:
     """Call with the file system of a URL and the path in it, again after errors that may pass."""
@@ -228,7 +225,8 @@ def _attempt(url: Url, call: Callable[[_Files, str], T], *, local: Path | None =
         except UserError:
             raise
         except Exception as error:  # fsspec and its libraries raise many types of errors
-            if local is not None and isinstance(error, OSError) and error.filename == str(local):
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if local is not None and (full or getattr(error, "filename", None) == str(local)):
                 raise
             problem = _user_error(url, error)
             if attempt + 1 == ATTEMPTS or not isinstance(problem, Unreachable):
@@ -255,7 +253,7 @@ def _user_error(url: Url, error: Exception) -> UserError:
     if isinstance(error, ValueError) and "Protocol not known" in reason:
         return UserError(f"{where}: fsspec knows no scheme {url.scheme}://")
     if isinstance(error, FileNotFoundError):
-        if any(words in reason for words in ("no such bucket", "specified bucket does not exist")):
+        if "specified bucket does not exist" in reason:
             return UserError(f"{where}: no such bucket; make it, or check the URL (and AWS_ENDPOINT_URL)")
         return Missing(f"{where}: no such object; check the URL (and AWS_ENDPOINT_URL)")
     if isinstance(error, PermissionError) or "Credential" in kind or "Token" in kind:
