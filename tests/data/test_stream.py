@@ -803,3 +803,4 @@ def test_a_run_says_what_is_left_out(three: Path, tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     assert re.search(rf"left out \d of {40 - lost} utterances: shorter than data.min_seconds", printed)
     assert f"left out {lost} utterances of damaged shards: see shards.bad_audio.jsonl beside them" in printed
+    assert "stream: the loader processes of all ranks hold 4 blocks of up to 1000 utterances" in printed

@@ -178,6 +178,12 @@ def log_advice(
             f"checkpoint.every={config.checkpoint.every} does not divide "
             f"trainer.validate_every={config.trainer.validate_every}"
         )
+    if config.data.mode == "stream":
+        blocks = config.batch.micro_batches // training_set.series_length
+        log(
+            f"stream: the loader processes of all ranks hold {counted(blocks, 'block')} of up to "
+            f"{config.data.stream_buffer} utterances (data.stream_buffer)"
+        )
     if left_out := training_set.left_out:
         longer = "" if objective.crops else " or longer than data.max_seconds"
         total = training_set.utterances_in_all
