@@ -48,6 +48,8 @@ _check_launcher() {
     torchrun)
       if $several && [[ -z ${RDZV:-} ]]; then
         die "NNODES=$NNODES without RDZV: each machine would wait for itself; set RDZV=HOST:PORT, the same on all machines"
+      elif $several && [[ -z ${FIRST_MACHINE:-} ]] && ! ${print_command:-false}; then
+        _check_rdzv
       fi
       ;;
     slurm)
@@ -68,6 +70,12 @@ _check_launcher() {
       ;;
     *) die "--launcher takes local, torchrun, slurm or deepspeed, not $launcher" ;;
   esac
+  if [[ -n ${LOCAL_ADDR:-} && ($launcher == slurm || $launcher == deepspeed) ]]; then
+    die "LOCAL_ADDR=$LOCAL_ADDR: every machine has another one, but --launcher $launcher starts all from here; set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface"
+  fi
+  if [[ $launcher == slurm && $NNODES != 1 && $NNODES != "${SLURM_JOB_NUM_NODES:-}" ]]; then
+    die "NNODES=$NNODES: with --launcher slurm, choose the machines with sbatch --nodes"
+  fi
   if ((${MAX_RESTARTS:-0} > 0)) && ! [[ $launcher == torchrun || ($launcher == slurm && $nproc -gt 1) ]]; then
     die "MAX_RESTARTS=$MAX_RESTARTS: --launcher $launcher does not restart processes; torchrun does"
   fi
@@ -83,15 +91,33 @@ _warn_of_local_name() {
   fi
 }
 
+_check_rdzv() {
+  local addresses
+  addresses=$(_addresses_of_rdzv)
+  if [[ -z $addresses ]]; then die "RDZV=$RDZV: no machine has this name; give HOST:PORT of one of the machines"; fi
+  if [[ $addresses =~ ^(127\.|::1) ]] && ! _is_my_name; then
+    die "RDZV=$RDZV: each machine would wait for itself; give a name or address that the others can reach"
+  fi
+}
+
+_rdzv_host() {
+  local host=${RDZV%:*}
+  host=${host#[}
+  echo "${host%]}"
+}
+
+_addresses_of_rdzv() { { getent ahosts "$(_rdzv_host)" || true; } | awk '{ print $1 }' | sort -u; }
+
+# Whether RDZV has the name of this machine, which may be a local address here (127.0.1.1 on Debian).
+_is_my_name() { [[ $(_rdzv_host) == "$(hostname)" || $(_rdzv_host) == "$(hostname -f 2>/dev/null)" ]]; }
+
 # Whether this is the only machine that runs the recipe, or the one of RDZV.
 _is_first_machine() {
-  local host address
+  local address
   if [[ $launcher != torchrun ]] || ((_most == 1)); then return 0; fi
-  host=${RDZV%:*}
-  host=${host#[} host=${host%]}
   while read -r address; do
     if [[ $address == 127.* || $address == ::1 || " $(hostname -I) " == *" $address "* ]]; then return 0; fi
-  done < <(getent ahosts "$host" | awk '{ print $1 }' | sort -u)
+  done < <(_addresses_of_rdzv)
   return 1
 }
 
@@ -103,6 +129,10 @@ case ${FIRST_MACHINE:=} in
   '') if _is_first_machine; then first_machine=true; else first_machine=false; fi ;;
   *) die "FIRST_MACHINE takes true or false, not '$FIRST_MACHINE'" ;;
 esac
+# shellcheck disable=SC2034 # log.sh reads it
+others_wait=false
+# shellcheck disable=SC2034
+if $first_machine && [[ $launcher == torchrun ]] && ((_most > 1)); then others_wait=true; fi
 processes_here=$nproc
 if [[ $launcher == slurm ]] && ((nproc == 1)); then processes_here=${SLURM_NTASKS_PER_NODE:-1}; fi
 . "$_utils/environment.sh"
@@ -165,6 +195,9 @@ _words_of_deepspeed() {
     words+=(--hostfile "$(absolute "$HOSTFILE")" --num_gpus "$nproc")
     if ((NNODES > 1)); then words+=(--num_nodes "$NNODES"); fi
   elif [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    if (($(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l) < nproc)); then
+      die "--nproc $nproc: only CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES are visible"
+    fi
     # With --num_gpus it would ignore CUDA_VISIBLE_DEVICES and take the first ones of the machine.
     words+=(--include "localhost:$(cut -d , -f "-$nproc" <<<"$CUDA_VISIBLE_DEVICES")")
   else

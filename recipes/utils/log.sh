@@ -92,11 +92,13 @@ _run_stage() {
   fi
   log "stage $_number: $_title"
   # An interrupted repetition must not leave the mark of the earlier one.
-  rm -f "$_mark.done"
+  rm -f "$_mark.done" "$_mark.failed"
   if [[ $_way == continue ]]; then _write_mark "$_mark.begun"; fi
   local _start=$SECONDS _status
+  if ${others_wait:-false}; then _running_mark=$_mark && trap _note_failure EXIT; fi
   "$@" # on a line of its own, so that `set -e` works inside
   _status=$?
+  _running_mark=
   if ((_status)); then return "$_status"; fi # only reached if the recipe does not use `set -e`
 
   _write_mark "$_mark.done"
@@ -113,17 +115,30 @@ _print_stage() {
   fi
 }
 
+# Tells machines that wait for a stage that it has failed. The text differs each time.
+_note_failure() {
+  if [[ -n ${_running_mark-} ]]; then
+    mkdir -p "$(dirname "$_running_mark")"
+    echo "on $(hostname) at $(date '+%Y-%m-%d %H:%M:%S.%N')" >"$_running_mark.failed"
+  fi
+}
+
 # _join_stage FUNCTION [ARGUMENT…] is for a machine that is not the first of several (see cmd.sh): it takes part in a
 # stage that starts processes on all of them, and waits until the first one has done the other stages.
 _join_stage() {
-  local _waited=0
+  local _waited=0 _earlier _failure
   if $_ranks; then
     log "stage $_number: $_title"
     "$@"
     return
   fi
   log "stage $_number: $_title: waiting for the first machine, that of RDZV=${RDZV-}"
-  while [[ ! -s $_mark.done || -n $(difference "$_mark.done" "$_inputs" reads) ]]; do
+  _earlier=$(cat "$_mark.failed" 2>/dev/null) || true
+  if [[ -n $_earlier ]]; then log "stage $_number: it has failed $_earlier; waiting until it is started there again"; fi
+  # What the stage reads may have changed since, or appear here later (NFS).
+  while _inputs=$(inputs_of "$_options" "$_reads" "${@:2}"); [[ ! -s $_mark.done || -n $(difference "$_mark.done" "$_inputs" reads) ]]; do
+    _failure=$(cat "$_mark.failed" 2>/dev/null) || true
+    if [[ -n $_failure && $_failure != "$_earlier" ]]; then die "stage $_number has failed $_failure"; fi
     sleep 2
     _waited=$((_waited + 2))
     if ((_waited % 300 == 0)); then log "stage $_number: waiting for its mark $_mark.done since $_waited s"; fi

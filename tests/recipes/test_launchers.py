@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import socket
 import subprocess
 from pathlib import Path
 
@@ -201,7 +203,7 @@ class TestVariables:
     @pytest.mark.skipif(not Path("/sbin/ip").exists() and not Path("/usr/sbin/ip").exists(), reason="no ip command")
     def test_the_interface_is_that_of_the_address(self, tmp_path: Path) -> None:
         path = f"{tmp_path}/bin:/usr/sbin:/sbin:/usr/bin:/bin"
-        given = {"NNODES": "2", "RDZV": "127.0.0.1:29400", "PATH": path}
+        given = {"NNODES": "2", "RDZV": "203.0.113.7:29400", "PATH": path}
         variables, found = words(tmp_path, "--launcher", "torchrun", LOCAL_ADDR="127.0.0.1", **given)
         assert (variables["GLOO_SOCKET_IFNAME"], variables["NCCL_SOCKET_IFNAME"]) == ("lo", "lo")
         assert found[found.index("--local-addr") + 1] == "127.0.0.1"
@@ -284,7 +286,7 @@ class TestSeveralMachines:
     def start(self, folder: Path, **environment: str) -> subprocess.Popen[str]:
         script = folder / "run.sh"
         script.write_text(MACHINES)
-        given = clean(folder, NNODES="2", RDZV="127.0.0.1:29400", **environment)
+        given = clean(folder, **{"NNODES": "2", "RDZV": "203.0.113.7:29400", **environment})
         return subprocess.Popen(
             ["bash", str(script)], cwd=folder, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -292,7 +294,7 @@ class TestSeveralMachines:
     def test_one_prepares_and_all_train(self, tmp_path: Path) -> None:
         """Two recipes in one folder, as on two machines with a shared file system."""
         second = self.start(tmp_path, FIRST_MACHINE="false")
-        first = self.start(tmp_path)
+        first = self.start(tmp_path, FIRST_MACHINE="true")
         try:
             outputs = [process.communicate(timeout=60) for process in (first, second)]
         finally:
@@ -305,13 +307,28 @@ class TestSeveralMachines:
         started = ["python", *trained]
         assert lines[0] == ["first machine: true", "prepared", *started, "reported", "evaluated"]
         assert lines[1] == ["first machine: false", *started]
-        assert "stage 5: evaluate: waiting for the first machine, that of RDZV=127.0.0.1:29400" in outputs[1][1]
+        assert "stage 5: evaluate: waiting for the first machine, that of RDZV=203.0.113.7:29400" in outputs[1][1]
         # All is done, on each of them.
         again = self.start(tmp_path, FIRST_MACHINE="false")
         assert again.communicate(timeout=60)[1].count("done already") == 3
 
+    def test_a_stage_that_fails_ends_those_that_wait_for_it(self, tmp_path: Path) -> None:
+        second = self.start(tmp_path, FIRST_MACHINE="false")
+        try:
+            while "waiting for the first machine" not in second.stderr.readline():  # type: ignore[union-attr]
+                assert second.poll() is None
+            (tmp_path / "data").mkdir()
+            (tmp_path / "data" / "made").mkdir()  # which the first stage cannot write
+            first = self.start(tmp_path, FIRST_MACHINE="true")
+            assert first.wait(60) == 1
+            _, errors = second.communicate(timeout=60)
+        finally:
+            second.kill()
+        assert second.returncode == 2
+        assert re.search(r"^run.sh: stage 1 has failed on \S+ at \d{4}-", errors, re.MULTILINE), errors
+
     def test_the_machine_of_the_rendezvous_is_the_first(self, tmp_path: Path) -> None:
-        for rendezvous, first in (("localhost:1", "true"), ("203.0.113.1:1", "false"), ("[::1]:1", "true")):
+        for rendezvous, first in ((f"{socket.gethostname()}:1", "true"), ("203.0.113.1:1", "false")):
             script = tmp_path / "run.sh"
             script.write_text(MACHINES)
             done = subprocess.run(
@@ -323,6 +340,20 @@ class TestSeveralMachines:
                 timeout=60,
             )
             assert done.stdout == f"first machine: {first}\n", done.stderr
+
+    @pytest.mark.parametrize(
+        ("rendezvous", "message"),
+        [
+            ("localhost:1", "each machine would wait for itself"),
+            ("[::1]:1", "each machine would wait for itself"),
+            ("nosuch.invalid:1", "no machine has this name"),
+        ],
+    )
+    def test_a_rendezvous_that_cannot_be_is_refused(self, rendezvous: str, message: str, tmp_path: Path) -> None:
+        process = self.start(tmp_path, RDZV=rendezvous)
+        printed, errors = process.communicate(timeout=60)
+        assert (process.returncode, printed) == (2, "")
+        assert errors.startswith(f"run.sh: RDZV={rendezvous}: {message}")
 
 
 def printed_by(recipe: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:

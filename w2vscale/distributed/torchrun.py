@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if line := describe_failure(rank, failure.exitcode):
             print(line, file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    except RendezvousError as failed:
+    except (RendezvousError, dist.DistError) as failed:
         reason = failed.__cause__ or failed
         text = f"the machines cannot find each other at --rdzv-endpoint: {type(failed).__name__}: {reason}"
         print(f"error: {' '.join(text.split())[:300]}; start all of them again", file=sys.stderr)

@@ -64,5 +64,5 @@ requeue() {
     return
   fi
   log "job $SLURM_JOB_ID: $1; putting it back into the queue"
-  scontrol requeue "$SLURM_JOB_ID"
+  scontrol requeue "$SLURM_JOB_ID" || log "job $SLURM_JOB_ID: it cannot be put back (see above); submit it again to continue"
 }
