@@ -13,7 +13,7 @@ from tests.helpers.hosts import Hosts, missing_for_hosts
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_micro
 
-pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(900)]
 
 SETTINGS = ("batch.micro_batches=12", "trainer.updates=8")
 ENGINES = {

@@ -14,7 +14,7 @@ from tests.helpers.hosts import Hosts, missing_for_hosts
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_micro
 
-pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(900)]
 
 UPDATES = 40
 SETTINGS = ("batch.micro_batches=12", "checkpoint.every=2", f"trainer.updates={UPDATES}")
@@ -48,7 +48,7 @@ def test_two_hosts_go_on_without_a_third_and_take_it_back(
     hosts.kill(hosts[2])
     before = run.printed().count("ddp on 2 ranks")
     while run.printed().count("ddp on 2 ranks") == before:
-        assert time.monotonic() - killed < 120, run.printed()
+        assert time.monotonic() - killed < 240, run.printed()
         time.sleep(0.1)
     print(f"two hosts went on after {time.monotonic() - killed:.0f} s")
     assert "rank 2 on host3: not heard of for 1" in run.printed()

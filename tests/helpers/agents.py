@@ -70,7 +70,7 @@ class Agents:
         lines = self.metrics.read_text().splitlines()
         return [record["update"] for line in lines if (record := _parsed(line)) is not None]
 
-    def wait_for_update(self, update: int, *, seconds: float = 120.0) -> None:
+    def wait_for_update(self, update: int, *, seconds: float = 240.0) -> None:
         """Wait until an update is logged."""
         deadline = time.monotonic() + seconds
         while update not in self.updates():
@@ -79,7 +79,7 @@ class Agents:
             assert len(ended) < len(self.agents), f"all have ended\n{self.printed()}"
             time.sleep(0.05)
 
-    def finish(self, *, seconds: float = 180.0, without: Collection[Host] = ()) -> list[float]:
+    def finish(self, *, seconds: float = 300.0, without: Collection[Host] = ()) -> list[float]:
         """Wait until the agents have ended with success; returns the loss of each update."""
         deadline = time.monotonic() + seconds
         for host, agent in self.agents.items():
