@@ -30,7 +30,7 @@ NOTE = "store.json"
 FIRST_PAUSE = 5.0  # seconds before a failed upload is tried again; twice as long before each further attempt
 LONGEST_PAUSE = 300.0  # seconds
 LAST_PAUSE = 15.0  # the longest pause once the run has ended
-STOPPING = 2.5  # seconds that an upload may take to stop when the mirror is closed
+STOPPING = 1.0  # seconds that an upload may take to stop when the mirror is closed
 
 
 class _Closed(Exception):

@@ -85,7 +85,8 @@ class Owner:
         if self._thread.is_alive():
             self._say_so = ended
             self._ended.set()
-            self._thread.join(GOODBYE)
+            if ended:
+                self._thread.join(GOODBYE)
 
     def _keep(self) -> None:
         while not self._ended.wait(BEAT):
