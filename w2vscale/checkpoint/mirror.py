@@ -1,6 +1,6 @@
 """Keeps the checkpoints of a run in an object store too: uploads them in the background, and downloads what is newer.
 
-Lives on rank 0. A failing upload is a warning; the next checkpoint is uploaded all the same.
+Lives on rank 0. A failing upload is a warning, and is tried again until it succeeds or a newer checkpoint comes.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from w2vscale.checkpoint.format import STATE, committed, folder_name, update_of
-from w2vscale.checkpoint.owner import Owner
+from w2vscale.checkpoint.owner import Owner, TakenOver
 from w2vscale.checkpoint.remote import Damaged, RemoteCheckpoints, SetAside, identity
 from w2vscale.checkpoint.retention import Retention
 from w2vscale.errors import UserError
@@ -27,14 +27,24 @@ NOTE = "store.json"
 """Name of the file for a `Note`, in the folder of checkpoints."""
 
 
+FIRST_PAUSE = 5.0  # seconds before a failed upload is tried again; twice as long before each further attempt
+LONGEST_PAUSE = 300.0  # seconds
+LAST_PAUSE = 15.0  # the longest pause once the run has ended
+STOPPING = 1.0  # seconds that an upload may take to stop when the mirror is closed
+
+
+class _Closed(Exception):
+    """The mirror was closed during an upload."""
+
+
 @dataclass(frozen=True)
 class Note:
     """What a folder of checkpoints knows of the store."""
 
-    token: str
-    """Identifies the folder as the owner of the store."""
+    run: str
+    """Identifies the run. The store has the same id."""
     abandoned: list[str]
-    """Identities of checkpoints that were set aside, because the run went on from an earlier one."""
+    """Identities of checkpoints in the store that were set aside, because the run went on from an earlier one."""
 
 
 class Mirror:
@@ -42,52 +52,76 @@ class Mirror:
 
     def __init__(self, url: Url, folder: Path, retention: Retention, log: Callable[[str], None]) -> None:
         self.remote, self.folder, self.retention, self.log = RemoteCheckpoints(url), folder, retention, log
-        self._note = _read_note(folder / NOTE)
-        self._owner = Owner(url, self._note.token, folder.parent, log)
+        self._note = _read_note(folder / NOTE) or Note(uuid.uuid4().hex, [])
+        self._owner = Owner(url, folder.parent, log)
         self._known: dict[int, str] = {}  # identities of checkpoints in the store, by update
-        self._went_on = False  # a checkpoint was saved: later ones in the store are not of this run any more
         self._changed = threading.Condition()
         self._waiting: Path | None = None
         self._busy: Path | None = None
-        self._closed = False
+        self._missing: Path | None = None  # the newest checkpoint, until it is in the store
+        self._failures = 0  # uploads in a row that failed
+        self._longest = LONGEST_PAUSE
+        self._hurried = self._closed = False
         self._thread = threading.Thread(target=self._work, name="store-upload", daemon=True)
 
     def open(self) -> None:
-        """Become the owner of the store. Raises UserError if another run is, or the store cannot be used."""
+        """Become the owner of the store. Raises UserError if another run is, or the store cannot be used.
+
+        A folder that has no checkpoints continues the run in the store, whichever it is.
+        """
+        run = self._owner.wait_for_other()
+        if run is not None and run != self._note.run:
+            if committed(self.folder) or any(self.folder.glob("*_update_*")):
+                raise UserError(
+                    f"checkpoint.store={self.remote.url}: holds another run than {self.folder}; choose another "
+                    "checkpoint.store, or continue the run in the store with an empty --exp"
+                )
+            self._note = Note(run, [])
         self._save_note()
-        self._owner.acquire()
+        self._owner.acquire(self._note.run)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop, without waiting for uploads."""
+        """Stop, without waiting for uploads: one that is not complete will not be committed."""
         with self._changed:
             self._closed, self._waiting = True, None
             self._changed.notify_all()
-        self._owner.release()
+        if self._thread.is_alive():
+            self._thread.join(STOPPING)
+            self._owner.release(ended=not self._thread.is_alive())
+        if self._missing is not None:
+            self.log(
+                "warning: the last checkpoint is not in checkpoint.store yet; the next start uploads it "
+                f"({self._missing})"
+            )
 
     @property
     def updates(self) -> list[int]:
         """The updates of the checkpoints in the store."""
         return self.remote.committed()
 
-    def fetch(self, newest: int) -> None:
-        """Download the newest intact checkpoint in the store that is newer than update `newest` of the folder.
+    def fetch(self, newer_than: int, *, up_to: int | None = None) -> bool:
+        """Download the newest intact checkpoint in the store that is newer than this update, if there is one.
 
-        Those that were set aside in this folder do not count. The log names those that are skipped, and why. Raises
-        UserError if the store cannot be used, or the folder not be written.
+        `up_to`: consider only this update and earlier ones. Those that were set aside in the folder do not count. The
+        log names those that are skipped, and why. Returns whether one was downloaded. Raises UserError if the store
+        cannot be used, or the folder cannot be written.
         """
         for update in reversed(self.updates):
-            if update <= newest:
+            if update <= newer_than:
                 break
+            if up_to is not None and update > up_to:
+                continue
             where = self.remote.url / folder_name(update)
             try:
                 if identity(self.remote.state(update)) in self._note.abandoned:
-                    self.log(f"skipping {where}: the run in {self.folder} has gone back behind it")
+                    self.log(f"skipping {where}: the run in {self.folder} has gone back to an earlier checkpoint")
                     continue
                 self.log(f"downloaded {where} to {self.remote.download_into(update, self.folder)}")
-                return
+                return True
             except (Damaged, Missing) as error:
                 self.log(f"skipping unusable checkpoint: {error}")
+        return False
 
     def resume(self, update: int) -> None:
         """Begin at a checkpoint of the folder. It is uploaded, if the store does not have it.
@@ -102,17 +136,16 @@ class Mirror:
 
     def abandon(self, update: int) -> None:
         """Note that checkpoints later than `update` are set aside. Comes before that, so that a kill loses nothing."""
-        found = {known for later, known in self._known.items() if later > update}
+        found = {known for later, known in list(self._known.items()) if later > update}
         for path in committed(self.folder):
             if update_of(path) > update and (path / STATE).is_file():
                 found.add(identity((path / STATE).read_bytes()))
-        if found - {*self._note.abandoned}:
-            self._note = replace(self._note, abandoned=sorted(found | {*self._note.abandoned}))
-            self._save_note()
+        self._note_abandoned(add=found)
 
     def saved(self, path: Path) -> None:
         """Upload a new checkpoint of the folder. Returns at once."""
-        self._went_on = True
+        # A run that went back and comes to the same bits has the same checkpoint again.
+        self._note_abandoned(remove={identity((path / STATE).read_bytes())})
         self._offer(path)
 
     def uses(self, path: Path) -> bool:
@@ -125,55 +158,107 @@ class Mirror:
         with self._changed:
             return self._changed.wait_for(lambda: self._waiting is None and self._busy is None, seconds)
 
+    def hurry(self) -> None:
+        """Try a failed upload again at once, and more often from now on."""
+        with self._changed:
+            self._longest, self._hurried = LAST_PAUSE, True
+            self._changed.notify_all()
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last upload has failed."""
+        return self._failures > 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the newest checkpoint is in the store."""
+        return self._missing is None
+
     def _offer(self, path: Path) -> None:
         with self._changed:
             if self._waiting not in (None, path):
                 self.log(f"{self._waiting}: not uploaded, because {path.name} came before the upload began")
-            self._waiting = path
+            self._waiting = self._missing = path
+            self._hurried = True
             self._changed.notify_all()
 
     def _work(self) -> None:
-        while True:
+        while (path := self._next()) is not None:
+            try:
+                self._upload(path)
+                self._failures = 0
+            except (SetAside, TakenOver) as error:
+                self._failures = 0
+                self.log(str(error))
+                if isinstance(error, SetAside):
+                    self._done(path)
+            except _Closed:
+                pass
+            except Exception as error:  # never the end of the run
+                self._failures += 1
+                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+                self.log(f"warning: {path} is not in checkpoint.store yet: {kind}{error}")
+                self._wait_again(path)
             with self._changed:
                 self._busy = None
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._waiting is not None or self._closed)
-                if self._closed:
-                    return
-                self._busy, self._waiting = self._waiting, None
-                path = self._busy
-            assert path is not None
-            try:
-                self._upload(path)
-            except SetAside as error:
-                self.log(str(error))
-            except Exception as error:  # never the end of the run
-                kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                self.log(f"warning: {path} is not in checkpoint.store yet: {kind}{error}")
+
+    def _next(self) -> Path | None:
+        """Wait for the next checkpoint to upload. None once the mirror is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting is not None or self._closed)
+            if self._failures:
+                pause = min(FIRST_PAUSE * 2.0 ** min(self._failures - 1, 16), self._longest)
+                self._changed.wait_for(lambda: self._hurried or self._closed, pause)
+            self._hurried = False
+            if self._closed:
+                return None
+            self._busy, self._waiting = self._waiting, None
+            return self._busy
+
+    def _wait_again(self, path: Path) -> None:
+        with self._changed:
+            if self._waiting is None and not self._closed:
+                self._waiting = path
+
+    def _done(self, path: Path) -> None:
+        with self._changed:
+            if self._missing == path and self._waiting != path:
+                self._missing = None
 
     def _upload(self, path: Path) -> None:
-        self._owner.require()
+        self._require()
         update, began = update_of(path), time.monotonic()
-        state, changed = self.remote.upload(path)
+        state, changed = self.remote.upload(path, self._require)
         self._known[update] = identity(state)
         if changed:
             self.log(f"uploaded {path} to {self.remote.url} in {time.monotonic() - began:.1f} s")
+        self._done(path)
         self._delete_old(update)
 
+    def _require(self) -> None:
+        """Raise an error unless this process may write to the store."""
+        if self._closed:
+            raise _Closed
+        self._owner.require()
+
     def _delete_old(self, uploaded: int) -> None:
-        """Delete what need not be kept in the store, never the checkpoint that was just uploaded."""
+        """Delete what need not be kept in the store, never the checkpoint that was just uploaded.
+
+        Of later ones, only those that this run has set aside: others may be of a process that has taken over.
+        """
+        abandoned = {*self._note.abandoned}
         files = self.remote.files()
         whole = [update for update in files if STATE in files[update]]
-        later = [update for update in whole if update > uploaded and self._is_abandoned(update)]
-        kept = {update: self._validation(update) for update in whole if update not in later}
+        dropped = [update for update in whole if abandoned and identity(self.remote.state(update)) in abandoned]
+        own = [update for update in whole if update <= uploaded and update not in dropped]
+        kept = {update: self._validation(update) for update in own}
         incomplete = [update for update in files if update not in whole]
-        for update in (*later, *self.retention.unneeded(kept), *incomplete):
+        for update in (*dropped, *self.retention.unneeded(kept), *incomplete):
             if update != uploaded:
-                self.remote.delete(update, files[update])
+                self.remote.delete(update, files[update], self._require)
                 self._known.pop(update, None)
-
-    def _is_abandoned(self, update: int) -> bool:
-        return self._went_on or identity(self.remote.state(update)) in self._note.abandoned
+        self._note_abandoned(remove=abandoned)  # none of them is in the store any more
 
     def _validation(self, update: int) -> dict[str, float]:
         if not self.retention.keep_best:
@@ -184,13 +269,20 @@ class Mirror:
         except UserError:
             return {}
 
+    def _note_abandoned(self, *, add: Set[str] = frozenset(), remove: Set[str] = frozenset()) -> None:
+        with self._changed:
+            before = {*self._note.abandoned}
+            if (after := (before | add) - remove) != before:
+                self._note = replace(self._note, abandoned=sorted(after))
+                self._save_note()
+
     def _save_note(self) -> None:
         write_text(self.folder / NOTE, json.dumps(asdict(self._note), indent=2) + "\n", durable=True)
 
 
-def _read_note(path: Path) -> Note:
+def _read_note(path: Path) -> Note | None:
     with suppress(OSError, ValueError, RecursionError, TypeError):
         note = Note(**json.loads(read_text(path)))
-        if isinstance(note.token, str) and isinstance(note.abandoned, list):
+        if isinstance(note.run, str) and isinstance(note.abandoned, list):
             return note
-    return Note(uuid.uuid4().hex, [])
+    return None

@@ -1,4 +1,4 @@
-"""The owner of a folder in a store: one run at a time uploads its checkpoints there.
+"""The owner of a folder in a store: one process at a time uploads the checkpoints of one run there.
 
 The owner writes the object `owner.json` again and again. One that has not done so for LEASE seconds has ended, as has
 one whose process does not exist any more on this machine.
@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,53 +23,70 @@ from w2vscale.storage.urls import Url
 
 BEAT = 20.0  # seconds between two writes of the owner
 LEASE = 90.0  # seconds without a write after which the owner is taken to have ended
-LOOK = 2.0  # seconds between two looks at another owner
+LOOK = 2.0  # seconds between two reads while waiting for another owner
 GOODBYE = 5.0  # seconds that the last write may take
 LARGEST = 2**16  # bytes of owner.json
 
 
-class Owner:
-    """This run as the owner of the folder `url`. `token` identifies its local folder, and `exp` is its path."""
+class TakenOver(UserError):
+    """Another process has become the owner."""
 
-    def __init__(self, url: Url, token: str, exp: Path, log: Callable[[str], None]) -> None:
-        self.url, self.token, self.log = url / "owner.json", token, log
+
+class Owner:
+    """This process as the owner of the folder `url`. `exp` is the folder of its run."""
+
+    def __init__(self, url: Url, exp: Path, log: Callable[[str], None]) -> None:
+        self.url, self.log = url / "owner.json", log
+        self._nonce = uuid.uuid4().hex
         self._about = {
-            "token": token,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
+            "nonce": self._nonce,
+            **process_identity(os.getpid()),
             "folder": str(exp.absolute()),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
         self._beats = 0
-        self._ended = threading.Event()
+        self._lost: TakenOver | None = None
+        self._ended, self._say_so = threading.Event(), False
         self._thread = threading.Thread(target=self._keep, name="store-owner", daemon=True)
 
-    def acquire(self) -> None:
-        """Become the owner. Raises UserError if another run is, and writes to the object meanwhile."""
-        if (other := self._other()) is not None and not self._has_ended(other):
+    def wait_for_other(self) -> str | None:
+        """Wait until no other process is the owner. Returns the id of the run in the store; None if it has none.
+
+        Raises UserError if another process writes to the object meanwhile.
+        """
+        other = self._other()
+        if other is not None and not _has_ended(other):
             self.log(f"{self.url}: written by {_name(other)}; waiting up to {LEASE:.0f} s to see whether it still runs")
-            deadline = time.monotonic() + LEASE
-            while (now := self._other()) is not None and now.get("beat") == other.get("beat"):
-                if time.monotonic() > deadline:
-                    break
+            deadline, first = time.monotonic() + LEASE, other
+            while other is not None and _beat(other) == _beat(first) and time.monotonic() <= deadline:
                 time.sleep(LOOK)
-            else:
-                if now is not None and not now.get("ended"):
-                    raise UserError(f"{self.url}: the store is in use by {_name(now)}; stop that run first, or choose "
-                                    "another checkpoint.store")  # fmt: skip
+                other = self._other()
+            if other is not None and _beat(other) != _beat(first) and not other.get("ended"):
+                raise UserError(f"{self.url}: the store is in use by {_name(other)}; stop that run first, or choose "
+                                "another checkpoint.store")  # fmt: skip
+        run = (other or {}).get("run")
+        return run if isinstance(run, str) else None
+
+    def acquire(self, run: str) -> None:
+        """Become the owner, for the run with this id."""
+        self._about["run"] = run
         self._write()
         self._thread.start()
 
     def require(self) -> None:
-        """Raise UserError if another run has become the owner."""
-        if (other := self._other()) is not None:
-            raise UserError(f"{self.url}: taken over by {_name(other)}; this run does not upload any more")
+        """Raise TakenOver if another process has become the owner, now or earlier."""
+        if self._lost is None and (other := self._other()) is not None:
+            self._lost = TakenOver(f"{self.url}: taken over by {_name(other)}; this run does not upload any more")
+        if self._lost is not None:
+            raise self._lost
 
-    def release(self) -> None:
-        """Tell the next run that this one has ended, if the store answers soon."""
+    def release(self, *, ended: bool) -> None:
+        """Stop writing. `ended`: tell the next run that this one writes nothing more, if the store answers soon."""
         if self._thread.is_alive():
+            self._say_so = ended
             self._ended.set()
-            self._thread.join(GOODBYE)
+            if ended:
+                self._thread.join(GOODBYE)
 
     def _keep(self) -> None:
         while not self._ended.wait(BEAT):
@@ -77,7 +95,7 @@ class Owner:
                     return
                 self._write()
         with suppress(UserError):
-            if self._other() is None:
+            if self._say_so and self._other() is None:
                 self._write(ended=True)
 
     def _write(self, *, ended: bool = False) -> None:
@@ -94,20 +112,43 @@ class Owner:
             if isinstance(error, UserError):
                 raise
             return None  # not written by a run
-        return content if isinstance(content, dict) and content.get("token") != self.token else None
+        return content if isinstance(content, dict) and content.get("nonce") != self._nonce else None
 
-    def _has_ended(self, other: dict[str, Any]) -> bool:
-        if other.get("ended"):
-            return True
-        if other.get("host") != socket.gethostname():
-            return False
-        try:
-            os.kill(int(other["pid"]), 0)
-        except (ProcessLookupError, KeyError, TypeError, ValueError, OverflowError):
-            return True
-        except OSError:
-            return False
+
+def process_identity(pid: int) -> dict[str, Any]:
+    """What tells a process from all others: host, boot, namespace of process ids, id, and start. None if unknown."""
+    found: dict[str, Any] = {"host": socket.gethostname(), "boot": None, "namespace": None, "pid": pid, "start": None}
+    with suppress(OSError):
+        found["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        found["namespace"] = os.readlink("/proc/self/ns/pid")
+    with suppress(OSError, IndexError):
+        # The name of the program, in parentheses, may hold spaces. Field 22 is the start in clock ticks since boot.
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        found["start"] = int(stat.rpartition(")")[2].split()[19])
+    return found
+
+
+def _has_ended(owner: dict[str, Any]) -> bool:
+    """Whether an owner is known to have ended: it says so, or its process does not exist any more on this machine."""
+    if owner.get("ended"):
+        return True
+    pid = owner.get("pid")
+    if not isinstance(pid, int) or not 0 < pid < 2**31:
         return False
+    now = process_identity(pid)
+    if any(now[key] is None or owner.get(key) != now[key] for key in ("host", "boot", "namespace")):
+        return False  # this machine cannot see its process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return None not in (now["start"], owner.get("start")) and owner["start"] != now["start"]
+
+
+def _beat(owner: dict[str, Any]) -> tuple[Any, Any]:
+    return owner.get("nonce"), owner.get("beat")
 
 
 def _name(owner: dict[str, Any]) -> str:

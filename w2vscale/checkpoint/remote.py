@@ -1,15 +1,18 @@
 """Checkpoints in an object store: one folder each with the files that it has on disk.
 
-`train_state.json` is written last and deleted first, so a checkpoint without it does not count.
+`train_state.json` is written last and deleted first, so a checkpoint without it does not count. Where a checkpoint is
+saved again, files whose content has changed are beside the earlier ones: see `own_name`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from w2vscale.checkpoint.format import (
     LARGEST_STATE,
     STATE,
     Document,
+    FileFacts,
     damages,
     decode,
     folder_name,
@@ -32,6 +36,7 @@ from w2vscale.storage.objects import Missing, delete, download, list_objects, re
 from w2vscale.storage.urls import Url
 
 DOWNLOADED_AT_ONCE = 4  # files
+_OURS = re.compile(rf"{re.escape(STATE)}|([0-9a-f]{{16}}\.)?config\.yaml|[^/]*\.safetensors")
 
 
 class Damaged(UserError):
@@ -77,39 +82,55 @@ class RemoteCheckpoints:
         except UserError as error:
             raise Damaged(str(error)) from None
 
-    def upload(self, folder: Path) -> tuple[bytes, bool]:
-        """Upload the committed checkpoint in `folder`. Returns its train_state.json, and whether it was not there yet.
+    def upload(self, folder: Path, require: Callable[[], None] = lambda: None) -> tuple[bytes, bool]:
+        """Upload the committed checkpoint in `folder`. Returns its train_state.json, and whether anything was missing.
 
-        Raises SetAside if it was renamed or replaced meanwhile; it is not committed in the store then.
+        One with its name in the store stays until a single write of train_state.json replaces it. `require` is called
+        just before that and before each deletion, and raises an error if this process must not write any more. Raises
+        SetAside if the checkpoint on disk was renamed or replaced meanwhile; it is not committed in the store then.
         """
         update = update_of(folder)
         try:
             state = (folder / STATE).read_bytes()
             files = self.document(update, state).files
             there = self.files().get(update, {})
-            if STATE in there:
-                old = self.state(update)
-                if old == state:
-                    return state, False
-                if self._has(update, old, files):  # only its state is new: one write replaces it
-                    write(self._file(update, STATE), state)
-                    return state, True
-                delete([self._file(update, STATE)])
-            delete([self._file(update, name) for name in there if name not in files and name != STATE])
-            for name in sorted(files):  # a store takes the parts of a large file at once
-                upload(folder / name, self._file(update, name))
+            old = self.state(update) if STATE in there else None
+            names = self._names(update, files, there, old)
+            missing = [name for name in sorted(files) if there.get(names[name]) != files[name]["bytes"] or old is None]
+            for name in missing:  # a store takes the parts of a large file at once
+                upload(folder / name, self._file(update, names[name]))
             if (folder / STATE).read_bytes() != state:
                 raise SetAside(f"{folder}: replaced while it was uploaded")
         except OSError as error:
             raise SetAside(f"{folder}: set aside while it was uploaded ({error.strerror})") from None
-        sizes = self.files().get(update, {})
+        if old == state and not missing:
+            return state, False
+        there = self.files().get(update, {})
         for name, facts in files.items():
-            if sizes.get(name) != facts["bytes"]:
-                raise UserError(
-                    f"{self._file(update, name)}: has {sizes.get(name, 0)} bytes, expected {facts['bytes']}"
-                )
+            if (size := there.get(names[name], 0)) != facts["bytes"]:
+                raise UserError(f"{self._file(update, names[name])}: has {size} bytes, expected {facts['bytes']}")
+        require()
         write(self._file(update, STATE), state)
+        self._delete(update, [name for name in there if name not in (STATE, *names.values())], require)
         return state, True
+
+    def _names(
+        self, update: int, files: Mapping[str, FileFacts], there: Mapping[str, int], old: bytes | None
+    ) -> dict[str, str]:
+        """The names of the objects for the files of a checkpoint, of which `old` is the train_state.json in the store.
+
+        No object that `old` lists is overwritten: a file with another content gets a name of its own.
+        """
+        before: Mapping[str, FileFacts] = {}
+        if old is not None:
+            with suppress(Damaged):
+                before = self.document(update, old).files
+        same = {name for name, facts in files.items() if before.get(name) == facts}
+        intact = {name for name in same if there.get(stored_name(name, files[name], there)) == files[name]["bytes"]}
+        return {
+            name: name if old is None else stored_name(name, facts, there) if name in intact else own_name(name, facts)
+            for name, facts in files.items()
+        }
 
     def download(self, update: int, folder: Path) -> None:
         """Download a checkpoint into `folder`, which exists, and compare its files with their checksums.
@@ -120,7 +141,9 @@ class RemoteCheckpoints:
         try:
             state = self.state(update)
             files = self.document(update, state).files
-            _at_once(lambda name: download(self._file(update, name), folder / name), sorted(files))
+            there = list_objects(where)
+            names = {name: stored_name(name, facts, there) for name, facts in files.items()}
+            _at_once(lambda name: download(self._file(update, names[name]), folder / name), sorted(files))
         except Missing as error:
             raise Damaged(str(error)) from None
         if problem := next(damages(folder, files), None):
@@ -150,9 +173,23 @@ class RemoteCheckpoints:
             shutil.rmtree(partial, ignore_errors=True)
         return final
 
-    def delete(self, update: int, files: Mapping[str, int]) -> None:
-        """Delete a checkpoint, train_state.json first. What else is in its folder stays."""
-        delete([self._file(update, name) for name in sorted(files, key=lambda name: name != STATE)])
+    def delete(self, update: int, files: Iterable[str], require: Callable[[], None] = lambda: None) -> None:
+        """Delete a checkpoint, train_state.json first. What else is in its folder stays. `require`: as in `upload`."""
+        self._delete(update, sorted(files, key=lambda name: name != STATE), require)
+
+    def _delete(self, update: int, names: Iterable[str], require: Callable[[], None]) -> None:
+        for name in names:
+            require()
+            delete([self._file(update, name)])
+
+    def settings(self) -> Path | None:
+        """A local copy of the config.yaml of the newest checkpoint that has a readable one. None if there is none."""
+        for update in reversed(self.committed()):
+            with suppress(Damaged, Missing):
+                facts = self.document(update, self.state(update)).files["config.yaml"]
+                there = list_objects(self.url / folder_name(update))
+                return local_file(self._file(update, stored_name("config.yaml", facts, there)))
+        return None
 
     def local_copy(self, update: int) -> Path:
         """The folder of a copy of a checkpoint on this machine, which later calls share."""
@@ -163,12 +200,6 @@ class RemoteCheckpoints:
             self.download(update, folder)
 
         return local_folder(url, {marker: version(marker)}, fill, name=folder_name(update))
-
-    def _has(self, update: int, state: bytes, files: Mapping[str, object]) -> bool:
-        try:
-            return self.document(update, state).files == files
-        except Damaged:
-            return False
 
     def _file(self, update: int, name: str) -> Url:
         return self.url / folder_name(update) / name
@@ -194,7 +225,7 @@ def local_model(place: Path | Url, log: Callable[[str], None] = lambda text: Non
         for update in reversed(remote.committed()):
             try:
                 return remote.local_copy(update)
-            except Damaged as error:
+            except (Damaged, Missing) as error:  # a run may have deleted it meanwhile
                 log(f"skipping unusable checkpoint: {error}")
     files = {place / name: version(place / name) for name in names if "/" not in name}
     if not files:
@@ -206,9 +237,20 @@ def local_model(place: Path | Url, log: Callable[[str], None] = lambda text: Non
     return local_folder(place, files, fill, name=place.name)
 
 
+def own_name(name: str, facts: FileFacts) -> str:
+    """The name of the object for a file of a checkpoint that is saved again, with another content."""
+    return f"{facts['sha256'][:16]}.{name}"
+
+
+def stored_name(name: str, facts: FileFacts, there: Mapping[str, int]) -> str:
+    """The name of the object that holds a file of a checkpoint, of those in its folder with these sizes."""
+    own = own_name(name, facts)
+    return own if there.get(own) == facts["bytes"] else name
+
+
 def _is_ours(name: str) -> bool:
     """Whether a file in the folder of a checkpoint belongs to it."""
-    return name in (STATE, "config.yaml") or (name.endswith(".safetensors") and "/" not in name)
+    return _OURS.fullmatch(name) is not None
 
 
 def _at_once(copy: Callable[..., None], items: Sequence[str]) -> None:

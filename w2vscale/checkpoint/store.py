@@ -151,12 +151,16 @@ class CheckpointStore:
                     self.mirror.fetch(self._newest())
         found = candidates(path or self.folder, log, resuming=True, up_to=up_to)
         damaged: str | None = None
+        checkpoint: CheckpointReader | None = None
+        fetched: set[int] = set()
         while True:
-            checkpoint = None
             with errors_on_all_ranks():
                 if self.ranks.is_main:
                     if damaged is None and path is None:
                         self._restore_replaced()
+                    if checkpoint is not None and path is None and self._fetch_instead(checkpoint, fetched):
+                        log(f"skipping unusable checkpoint: {damaged}")
+                        found, damaged = candidates(self.folder, log, resuming=True, up_to=min(fetched)), None
                     checkpoint = found.throw(UserError(damaged)) if damaged else next(found, None)
             checkpoint = broadcast_from_main(checkpoint)
             if checkpoint is None:
@@ -208,9 +212,25 @@ class CheckpointStore:
                 f"{decimal(free)} free"
             )
 
-    def _newest(self) -> int:
-        """The update of the newest checkpoint in the folder that is whole, judging by headers and sizes; -1 if none."""
+    def _fetch_instead(self, damaged: CheckpointReader, fetched: set[int]) -> bool:
+        """Download a checkpoint that is newer than the next older one in the folder, in place of a damaged one.
+
+        `fetched` are the updates for which this was tried before, and gets this one. Returns whether there was one.
+        """
+        update = damaged.state.update
+        if self.mirror is None or update in fetched:
+            return False
+        fetched.add(update)
+        return self.mirror.fetch(self._newest(before=update), up_to=update)
+
+    def _newest(self, before: float = math.inf) -> int:
+        """The update of the newest checkpoint in the folder that is whole, judging by headers and sizes; -1 if none.
+
+        `before`: consider only checkpoints of earlier updates.
+        """
         for path in reversed(committed(self.folder)):
+            if update_of(path) >= before:
+                continue
             with suppress(UserError):
                 CheckpointReader(path).check(resuming=True)
                 return update_of(path)

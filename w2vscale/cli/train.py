@@ -77,7 +77,8 @@ def finetune(
     from w2vscale.training.run import stored_settings
     from w2vscale.training.warm_start import fine_tuning_config
 
-    config = fine_tuning_config(config, scratch=scratch, stored=stored_settings(folder, resume))
+    stored = stored_settings(folder, resume, config.checkpoint.store)
+    config = fine_tuning_config(config, scratch=scratch, stored=stored)
     _run(config, folder, resume, context)
 
 

@@ -34,7 +34,7 @@ from w2vscale.distributed.process_group import (
 )
 from w2vscale.engine.memory import explain_oom
 from w2vscale.engine.transforms import compiled_graphs
-from w2vscale.errors import UserError
+from w2vscale.errors import TemporaryError, UserError
 from w2vscale.evaluation.validation import validate
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.schedules import learning_rate
@@ -55,6 +55,7 @@ from w2vscale.training.watchdog import SLOW, Watchdog
 SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
 SLOW_UPDATE = 5.0  # seconds; a stop signal interrupts longer updates between two forwards
 UPLOAD_POLL = 1.0  # seconds between looks at the clock while the last checkpoint is uploaded
+LAST_UPLOAD = 300.0  # seconds for which a failing upload of the last checkpoint is tried again
 ROLL_BACKS = 3  # to the same checkpoint; trouble that comes back once more ends the run
 
 
@@ -69,11 +70,12 @@ def train(
 ) -> int:
     """Train up to `trainer.updates`, on all ranks. Return 0, or 128 + the number of the signal that stopped the run.
 
-    `exp` is the folder of the run; for `resume` see `build_run`; `command` are arguments of `w2vscale` to write into
-    run.sh. `stop` is checked in every update. `around_updates` makes a context that is entered after everything is
-    built and exited after the last update. Raises UserError if a setting, a file or the environment is wrong, or
-    another run uses the folder; existing checkpoints are not changed. The process must be prepared first: see
-    `runtime.training`.
+    Return 75 if the run is complete, but the last checkpoint could not be uploaded to `checkpoint.store`; the same
+    command uploads it. `exp` is the folder of the run; for `resume` see `build_run`; `command` are arguments of
+    `w2vscale` to write into run.sh. `stop` is checked in every update. `around_updates` makes a context that is entered
+    after everything is built and exited after the last update. Raises UserError if a setting, a file or the environment
+    is wrong, or another run uses the folder; existing checkpoints are not changed. The process must be prepared first:
+    see `runtime.training`.
     """
     stop = stop or StopRequest()
     # Ranks wait for each other as long as the watchdog lets the slowest one take.
@@ -174,7 +176,7 @@ class Trainer:
         self.skipped_in_a_row = 0
 
     def train(self) -> int:
-        """Run the remaining updates. Return 0, or 128 + the number of the stop signal that ended the run earlier."""
+        """Run the remaining updates. Returns the exit code; see the function `train`."""
         with closing(self.metrics), self.display.updating(self.state.update), loader_processes():
             if self.state.update >= self.total:
                 self.display.message(f"nothing to do: the run has reached trainer.updates={self.total}")
@@ -188,8 +190,7 @@ class Trainer:
                         self._train_on(windows)
             except Interrupted:
                 return self._stop()
-            self._finish()
-        return 0
+            return 0 if self._finish() else TemporaryError.exit_code
 
     def _train_on(self, windows: Iterator[list[MicroBatch]]) -> None:
         """Run updates to the last one, or until the run goes back to a checkpoint."""
@@ -299,29 +300,33 @@ class Trainer:
         self.display.message(f"stopped by {received.name}; the same command {where}", "yellow")
         return 128 + received
 
-    def _finish(self) -> None:
+    def _finish(self) -> bool:
+        """Wait until the last checkpoint is written and uploaded. Returns whether it is in the store. Collective."""
         self.watchdog.at("saving", slow=True)
         self.run.store.wait()
-        if self.config.checkpoint.store is not None:
-            self._finish_uploads()
+        uploaded = self.config.checkpoint.store is None or self._finish_uploads()
         if unusable := self.run.bad_audio.summary():
             self.display.message(unusable, "yellow")
+        return uploaded
 
-    def _finish_uploads(self) -> None:
-        """Wait until the last checkpoint is uploaded, or the grace time after a stop signal has passed. Collective."""
-        mirror, grace = self.run.store.mirror, self.config.checkpoint.grace_seconds
+    def _finish_uploads(self) -> bool:
+        """Wait until the last checkpoint is uploaded, or cannot be. Returns whether it is in the store. Collective.
+
+        An upload that fails is tried again for LAST_UPLOAD seconds; after a stop signal, only for the grace time.
+        """
+        mirror, grace, began = self.run.store.mirror, self.config.checkpoint.grace_seconds, time.monotonic()
+        if mirror is not None:
+            mirror.hurry()
         while True:
             self.watchdog.at("uploading the last checkpoint", slow=True)
-            uploaded = broadcast_from_main(mirror.wait(UPLOAD_POLL) if mirror is not None else False)
+            over = mirror is not None and mirror.wait(UPLOAD_POLL)
+            if mirror is not None and mirror.failing and time.monotonic() - began > LAST_UPLOAD:
+                over = True
             arrived = self.stop.arrived()
             late = arrived is not None and time.monotonic() - arrived[1] > grace - min(10.0, 0.4 * grace)
-            if largest_over_ranks([late])[0] and not uploaded:
-                self.display.message(
-                    "warning: the last checkpoint is not in checkpoint.store yet; the next start uploads it", "yellow"
-                )
-                return
-            if uploaded:
-                return
+            if largest_over_ranks([over or late])[0]:
+                # If it is not there, the mirror says so when it is closed, in the last line of the run.
+                return broadcast_from_main(mirror is None or mirror.complete)
 
     def _settle(self) -> None:
         """Wait for the pending update and count it.

@@ -16,7 +16,7 @@ from torch import Tensor
 from w2vscale.checkpoint.format import TrainState, committed
 from w2vscale.checkpoint.mirror import Mirror
 from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
-from w2vscale.checkpoint.remote import local_model
+from w2vscale.checkpoint.remote import RemoteCheckpoints, local_model
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, architecture_of, dump_config, load_yaml
 from w2vscale.data.assembly import Assembler
@@ -116,8 +116,9 @@ def build_run(
         log=log,
     )
     checkpoint = _resume_point(resume, store, log)
-    if mirror is not None and checkpoint is not None:
-        mirror.resume(checkpoint.state.update)
+    with errors_on_all_ranks():
+        if mirror is not None and checkpoint is not None:
+            mirror.resume(checkpoint.state.update)
     if checkpoint is not None:
         _compare_settings(config, objective, checkpoint, log)
         if checkpoint.state.data not in ("", training_set.describe()):
@@ -354,10 +355,12 @@ def _local_checkpoint(resume: str, log: Callable[[str], None]) -> Path:
     return path
 
 
-def stored_settings(exp: Path, resume: str) -> Path | None:
-    """Return the config file of the run that would be resumed; None for a new run."""
-    if resume == "never" or (resume == "auto" and not committed(exp / "checkpoints")):
+def stored_settings(exp: Path, resume: str, store: Path | Url | None = None) -> Path | None:
+    """Return the config file of the run that would be resumed, here or in the store; None for a new run."""
+    if resume == "never":
         return None
+    if resume == "auto" and not committed(exp / "checkpoints"):
+        return RemoteCheckpoints(store).settings() if isinstance(store, Url) else None
     path = exp if resume == "auto" else local_model(place(resume))
     return open_checkpoint(path, resuming=True, hashed=False).path / "config.yaml"
 
