@@ -190,7 +190,7 @@ class Hosts(Sequence[Host]):
         else:
             _ip("-n", self.bridge, "link", "set", host.name, "nomaster")
 
-    def mend(self, host: Host) -> None:
+    def reconnect(self, host: Host) -> None:
         """Undo `cut`."""
         if self._switch is not None:
             self._change(host, cut=False)

@@ -67,8 +67,8 @@ class Backend:
     `waits`: the host waits for each collective of a sharded engine, as on a CPU. On a GPU the host is ahead of the
     device: parameters are gathered while the part before computes, and it goes on while gradients are reduced.
     (DDP never waits before its last bucket.)
-    `scatters`: a reduce-scatter sends half of what an all-reduce sends. gloo's is an all-reduce of which each rank
-    keeps its part.
+    `scatters`: a reduce-scatter sends half of what an all-reduce sends. gloo's is an all-reduce, and
+    each rank keeps its part.
     """
 
     waits: bool
@@ -212,7 +212,7 @@ def _fsdp(update: Update, model: Model, sharding: Sharding, forwards: int, pace:
 
 
 def _zero3(update: Update, model: Model, sharding: Sharding, forwards: int, pace: Pace, backend: Backend) -> None:
-    """As FSDP2, in larger parts, of which as many as `stage3_max_live_parameters` allows stay until the backward.
+    """As FSDP2, in larger parts. As many of them as `stage3_max_live_parameters` allows stay until the backward.
 
     Small parameters are never sharded: they are gathered one by one after the step.
     """

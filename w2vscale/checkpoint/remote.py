@@ -117,7 +117,7 @@ class RemoteCheckpoints:
     def _names(
         self, update: int, files: Mapping[str, FileFacts], there: Mapping[str, int], old: bytes | None
     ) -> dict[str, str]:
-        """The names of the objects for the files of a checkpoint, of which `old` is the train_state.json in the store.
+        """The names of the objects for the files of a checkpoint, whose train_state.json in the store is `old`.
 
         No object that `old` lists is overwritten: a file with another content gets a name of its own.
         """

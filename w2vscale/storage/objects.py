@@ -192,7 +192,8 @@ class _Files:
     def call(self, name: str, *arguments: Any, bytes: int = 0, **settings: Any) -> Any:
         """Call a method, for at most as long as `bytes` may take.
 
-        The time-outs of botocore are not enough: it waits for ever for the leave to send an object.
+        The time-outs of botocore are not enough: before it sends an object, it waits without limit
+        for the store to agree (100-continue).
         """
         if not self.wrapped.async_impl:
             return getattr(self.wrapped, name)(*arguments, **settings)
@@ -259,7 +260,7 @@ def _user_error(url: Url, error: Exception) -> UserError:
     if isinstance(error, PermissionError) or "Credential" in kind or "Token" in kind:
         return Denied(
             f"{where}: access denied ({reason}); give credentials, for S3 by AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, a profile, or the role of the machine, and see to their rights"
+            "AWS_SECRET_ACCESS_KEY, a profile, or the role of the machine, and check what they may do"
         )
     from_network = type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp", "urllib3", "ssl")
     passing = isinstance(error, OSError) and error.errno != errno.EINVAL
