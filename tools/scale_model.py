@@ -98,21 +98,28 @@ def main(
     for model in models:
         if model.preset == "base":
             report.print_published(comparisons(model, chosen[cluster]["base"].rates))
-    if validate:
+    validation = validated(updates if validate else None, record)
+    print(json.dumps(validation | {"cluster": here.description, "algorithm": algorithm, "predictions": predictions}))
+
+
+def validated(updates: int | None, record: Path | None) -> dict[str, Any]:
+    """Compare the model with measured updates, and print the table.
+
+    With `updates`, this number is measured per point now and written to `record`. Otherwise they are read from there.
+    """
+    if updates is not None:
         trial = Trial(updates=updates)
         points, machine = measure(trial), f"{processor()}, {time.strftime('%Y-%m-%d')}"
         if record is not None:
             write_record(record, points, trial, machine)
     else:
+        if not (record or RECORD).is_file():
+            raise typer.BadParameter(f"{record or RECORD}: no such file", param_hint="--record")
         points, trial, machine = read_record(record or RECORD)
-    validation = list(compared(points, trial))
-    report.print_validation(validation, machine)
-    errors = [row["error"] for row in validation if row["hosts"] > 1]
-    document = {
-        "max_relative_error": max(errors), "points": len(errors), "measured_on": machine, "validation": validation,
-        "cluster": here.description, "algorithm": algorithm, "predictions": predictions,
-    }  # fmt: skip
-    print(json.dumps(document))
+    rows = list(compared(points, trial))
+    report.print_validation(rows, machine)
+    errors = [row["error"] for row in rows if row["hosts"] > 1]
+    return {"max_relative_error": max(errors), "points": len(errors), "measured_on": machine, "validation": rows}
 
 
 def _chosen(names: list[str] | None, known: Sequence[str], option: str) -> Sequence[str]:

@@ -8,7 +8,7 @@ and Yuan 2009 (rings), Thakur, Rabenseifner and Gropp 2005 (trees), and doc/PERF
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
@@ -43,22 +43,21 @@ EFFICIENCY = 0.8
 NVLINK, INFINIBAND, ETHERNET = 3e-6, 8e-6, 30e-6
 """Seconds of one message: of the order of those in NCCL's own cost model, which adds what a step costs in software."""
 
+H100 = Cluster(
+    "8 × H100 80 GB, NVLink 4, 8 × 400 Gb/s InfiniBand per node",
+    8,
+    Link(450e9 * EFFICIENCY, NVLINK),
+    Link(8 * 400 * GIGABIT * EFFICIENCY, INFINIBAND),
+    flops=8e14,
+    memory=80e9,
+)
+
 CLUSTERS = {
-    "h100": Cluster(
-        "8 × H100 80 GB, NVLink 4, 8 × 400 Gb/s InfiniBand per node",
-        8,
-        Link(450e9 * EFFICIENCY, NVLINK),
-        Link(8 * 400 * GIGABIT * EFFICIENCY, INFINIBAND),
-        flops=8e14,
-        memory=80e9,
-    ),
-    "h100_one_nic": Cluster(
-        "8 × H100 80 GB, NVLink 4, one 400 Gb/s InfiniBand link per node",
-        8,
-        Link(450e9 * EFFICIENCY, NVLINK),
-        Link(400 * GIGABIT * EFFICIENCY, INFINIBAND),
-        flops=8e14,
-        memory=80e9,
+    "h100": H100,
+    "h100_one_nic": replace(
+        H100,
+        description="8 × H100 80 GB, NVLink 4, one 400 Gb/s InfiniBand link per node",
+        across=Link(400 * GIGABIT * EFFICIENCY, INFINIBAND),
     ),
     "a100": Cluster(
         "8 × A100 80 GB, NVLink 3, 8 × 200 Gb/s InfiniBand per node",
@@ -68,13 +67,10 @@ CLUSTERS = {
         flops=2.5e14,
         memory=80e9,
     ),
-    "cloud": Cluster(
-        "8 × H100 80 GB, NVLink 4, 25 Gb/s Ethernet per node",
-        8,
-        Link(450e9 * EFFICIENCY, NVLINK),
-        Link(25 * GIGABIT * EFFICIENCY, ETHERNET),
-        flops=8e14,
-        memory=80e9,
+    "cloud": replace(
+        H100,
+        description="8 × H100 80 GB, NVLink 4, 25 Gb/s Ethernet per node",
+        across=Link(25 * GIGABIT * EFFICIENCY, ETHERNET),
     ),
     "v100": Cluster(
         "8 × V100 32 GB, NVLink 2, 100 Gb/s InfiniBand per node",

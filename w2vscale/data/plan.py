@@ -157,12 +157,7 @@ class Plan:
         fixed_series: bool = False,
     ) -> None:
         assert 0 < max_samples <= budget_samples < 2**31
-        kept = np.flatnonzero(samples >= max(min_samples, 1))
-        if kept.size == 0:
-            raise UserError(
-                f"no utterance is long enough: none of the {samples.size} lasts {min_samples} samples "
-                f"(data.min_seconds); the longest lasts {samples.max(initial=0)}"
-            )
+        kept = long_enough(samples, min_samples)
         # Four bytes each: ten million utterances take 120 MB.
         cropped = np.minimum(samples[kept], max_samples).astype(np.int32)
         group = mix.group[kept] if mix else None
@@ -269,6 +264,17 @@ class Plan:
                 lengths = self._lengths[self._members(0, which)]
                 padded.append(np.maximum.reduceat(lengths, starts).astype(np.int64) * sizes)
         return np.concatenate(padded)
+
+
+def long_enough(samples: NDArray[np.int64], min_samples: int) -> NDArray[np.int64]:
+    """Return the places of the utterances with at least `min_samples` samples. Raises UserError if there are none."""
+    kept = np.flatnonzero(samples >= max(min_samples, 1))
+    if kept.size == 0:
+        raise UserError(
+            f"no utterance is long enough: none of the {samples.size} lasts {min_samples} samples "
+            f"(data.min_seconds); the longest lasts {samples.max(initial=0)}"
+        )
+    return kept
 
 
 def make_buckets(

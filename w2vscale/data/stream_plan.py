@@ -17,9 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from w2vscale.data.plan import ADDED_MICRO_BATCHES, Plan, PlannedMicroBatch, cut_into_buckets, largest_divisor
+from w2vscale.data.plan import (
+    ADDED_MICRO_BATCHES,
+    Plan,
+    PlannedMicroBatch,
+    cut_into_buckets,
+    largest_divisor,
+    long_enough,
+)
 from w2vscale.data.randomness import Stream, derived_seed, generator
-from w2vscale.errors import UserError
 
 
 class _Place(NamedTuple):
@@ -72,12 +78,7 @@ class StreamPlan:
         self._samples = samples
         self._limits: dict[str, Any] = {"max_samples": max_samples, "min_samples": max(min_samples, 1)}
         self._cutting: dict[str, Any] = {"budget_samples": budget_samples, "buckets": buckets}
-        kept = np.flatnonzero(samples >= self._limits["min_samples"])
-        if kept.size == 0:
-            raise UserError(
-                f"no utterance is long enough: none of the {samples.size} lasts {min_samples} samples "
-                f"(data.min_seconds); the longest lasts {samples.max(initial=0)}"
-            )
+        kept = long_enough(samples, min_samples)
         self.left_out = int(samples.size - kept.size)
         bounds = np.searchsorted(kept, starts)
         order = generator(seed, Stream.SHARD_ORDER).permutation(starts.size - 1)

@@ -38,7 +38,7 @@ from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.models.initialisation import empty_parameters, initial_values
 from w2vscale.models.lengths import input_samples
 from w2vscale.objectives import Objective, effective, resolve
-from w2vscale.optim.canonical import expected_tensors, model_shapes
+from w2vscale.optim.canonical import Specs, expected_tensors, model_shapes
 from w2vscale.storage.urls import Url, place
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 from w2vscale.training.bad_audio import BadAudioLog
@@ -103,18 +103,7 @@ def build_run(
     model = empty_model(objective)
     # Taken from the plain model, so that it can be used to check what the engine exports.
     expected = expected_tensors(model)
-    store = CheckpointStore(
-        exp / "checkpoints",
-        ranks,
-        expected=expected,
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
-        keep_best=config.checkpoint.keep_best,
-        best_metric=config.trainer.best_metric,
-        asynchronous=config.checkpoint.asynchronous,
-        mirror=mirror,
-        log=log,
-    )
+    store = checkpoint_store(config, exp, ranks, expected, mirror, log)
     checkpoint = _resume_point(resume, store, log)
     with errors_on_all_ranks():
         if mirror is not None and checkpoint is not None:
@@ -159,6 +148,24 @@ def build_run(
         store=store,
         bad_audio=bad_audio,
         state=state,
+    )
+
+
+def checkpoint_store(
+    config: Config, exp: Path, ranks: Ranks, expected: Specs, mirror: Mirror | None, log: Callable[[str], None]
+) -> CheckpointStore:
+    """The checkpoints of a run in `exp`, each of which holds the tensors `expected`."""
+    return CheckpointStore(
+        exp / "checkpoints",
+        ranks,
+        expected=expected,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        keep_best=config.checkpoint.keep_best,
+        best_metric=config.trainer.best_metric,
+        asynchronous=config.checkpoint.asynchronous,
+        mirror=mirror,
+        log=log,
     )
 
 
