@@ -50,6 +50,11 @@ def assert_same_bits(one: Path, other: Path) -> None:
         assert torch.equal(first.tensor(name), second.tensor(name)), name
 
 
+def curve(exp: Path) -> list[tuple[int, float]]:
+    lines = map(json.loads, (exp / "metrics.jsonl").read_text().splitlines())
+    return [(line["update"], line["loss"]) for line in lines if line["split"] == "train"]
+
+
 def assert_no_secrets(logs: Sequence[Path]) -> None:
     for log in logs:
         text = log.read_text(errors="replace")
@@ -119,6 +124,7 @@ def test_kills_in_the_middle_of_uploads(
     assert newest and f"at update {newest}\n" in printed
     assert_same_bits(tmp_path / "killed", tmp_path / "untouched")
     assert_same_bits(local_model(store.url), tmp_path / "untouched")
+    assert curve(tmp_path / "killed") == curve(tmp_path / "untouched")
     assert_no_secrets([path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".safetensors"])
 
 
@@ -133,6 +139,7 @@ def test_two_ranks_go_on_from_an_empty_disk(bucket: Url, small_corpus: SmallCorp
     printed = second.finish(code=0, timeout=240.0)
     assert "at update 2\n" in printed and printed.count("downloaded ") == 1
     assert RemoteCheckpoints(bucket / "run").committed() == [2, 3]
+    assert [update for update, _ in curve(tmp_path / "second")] == [1, 2, 3]
 
 
 def wait_for(run: Command, text: str) -> None:

@@ -1,4 +1,5 @@
-"""Keeps the checkpoints of a run in an object store too: uploads them in the background, and downloads what is newer.
+"""Keeps the checkpoints and metrics of a run in an object store too: uploads them in the background, and downloads what
+is newer.
 
 Lives on rank 0. A failing upload is a warning, and is tried again until it succeeds or a newer checkpoint comes.
 """
@@ -19,13 +20,15 @@ from w2vscale.checkpoint.owner import Owner, TakenOver
 from w2vscale.checkpoint.remote import Damaged, RemoteCheckpoints, SetAside, identity
 from w2vscale.checkpoint.retention import Retention
 from w2vscale.errors import UserError
-from w2vscale.files import read_text, write_text
-from w2vscale.storage.objects import Missing
+from w2vscale.files import read_text, write_text, writing
+from w2vscale.storage.objects import Missing, read, write
 from w2vscale.storage.urls import Url
 
 NOTE = "store.json"
 """Name of the file for a `Note`, in the folder of checkpoints."""
-
+METRICS = "metrics.jsonl"
+"""In the folder of a run, and beside its checkpoints in the store."""
+MOST_METRICS = 2**30  # bytes
 
 FIRST_PAUSE = 5.0  # seconds before a failed upload is tried again; twice as long before each further attempt
 LONGEST_PAUSE = 300.0  # seconds
@@ -118,6 +121,7 @@ class Mirror:
                     self.log(f"skipping {where}: the run in {self.folder} has gone back to an earlier checkpoint")
                     continue
                 self.log(f"downloaded {where} to {self.remote.download_into(update, self.folder)}")
+                self._download_metrics()
                 return True
             except (Damaged, Missing) as error:
                 self.log(f"skipping unusable checkpoint: {error}")
@@ -229,12 +233,24 @@ class Mirror:
     def _upload(self, path: Path) -> None:
         self._require()
         update, began = update_of(path), time.monotonic()
+        self._upload_metrics()  # before the checkpoint, so that none of its metrics is missing
         state, changed = self.remote.upload(path, self._require)
         self._known[update] = identity(state)
         if changed:
             self.log(f"uploaded {path} to {self.remote.url} in {time.monotonic() - began:.1f} s")
         self._done(path)
         self._delete_old(update)
+
+    def _upload_metrics(self) -> None:
+        with suppress(FileNotFoundError):
+            write(self.remote.url / METRICS, (self.folder.parent / METRICS).read_bytes())
+
+    def _download_metrics(self) -> None:
+        """Replace the metrics of the run by those in the store. The run then drops what is later than its checkpoint."""
+        with suppress(Missing):
+            text = read(self.remote.url / METRICS, limit=MOST_METRICS).decode(errors="replace")
+            with writing(path := self.folder.parent / METRICS):
+                write_text(path, text)
 
     def _require(self) -> None:
         """Raise an error unless this process may write to the store."""
