@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,46 +17,47 @@ from tests.helpers.tasks import train_micro
 pytestmark = [pytest.mark.distributed, pytest.mark.long, pytest.mark.timeout(900)]
 
 SETTINGS = ("batch.micro_batches=12", "trainer.updates=8")
-ENGINES = {
-    "ddp": (),
-    "fsdp": ("engine.name=fsdp",),
-    "zero2": ("engine.name=deepspeed", "engine.deepspeed_config=zero2"),
-    "zero3": ("engine.name=deepspeed", "engine.deepspeed_config=zero3"),
+THREE = {
+    "ddp": SETTINGS,
+    "fsdp": (*SETTINGS, "engine.name=fsdp"),
+    "zero2": (*SETTINGS, "engine.name=deepspeed", "engine.deepspeed_config=zero2"),
+    "zero3": (*SETTINGS, "engine.name=deepspeed", "engine.deepspeed_config=zero3"),
+}
+FOUR = {
+    "ddp": SETTINGS,
+    "hybrid": (*SETTINGS, "engine.name=fsdp", "engine.shard_size=2"),
 }
 
 
-@pytest.fixture(scope="module")
-def three() -> Iterator[Hosts]:
+def apart(
+    number: int, processes: int, engines: dict[str, tuple[str, ...]], corpus: Path, folder: Path
+) -> dict[str, list[float]]:
+    """The losses with each engine on several hosts, with so many processes each."""
     if missing := missing_for_hosts():
         pytest.skip(missing)
-    with Hosts(3) as hosts:
-        yield hosts
+    program = ["-m", "tests.helpers.one_after_another", str(corpus), str(folder / "apart"), json.dumps(engines)]
+    with Hosts(number) as hosts:
+        run = Agents(hosts, corpus, folder, (), processes=processes, program=program)
+        run.join(400)
+        (losses,) = [json.loads(line) for line in run.printed().splitlines() if line.startswith('{"ddp"')]
+    return losses
 
 
-@pytest.fixture(scope="module")
-def four() -> Iterator[Hosts]:
-    """Two hosts."""
-    if missing := missing_for_hosts():
-        pytest.skip(missing)
-    with Hosts(2) as hosts:
-        yield hosts
-
-
-@pytest.mark.parametrize("engine", ENGINES)
 def test_three_hosts_learn_like_three_processes_of_one(
-    engine: str, three: Hosts, small_corpus: SmallCorpus, tmp_path: Path, pool: Callable[[int], Pool]
+    small_corpus: SmallCorpus, tmp_path: Path, pool: Callable[[int], Pool]
 ) -> None:
-    settings = (*SETTINGS, *ENGINES[engine])
-    together = pool(3).run(train_micro, str(small_corpus.train), str(tmp_path / "one"), settings)[0]
-    apart = Agents(three, small_corpus.train, tmp_path / "three", settings).finish()
-    assert len(apart) == 8
-    assert apart == pytest.approx(together, rel=1e-5)
+    found = apart(3, 1, THREE, small_corpus.train, tmp_path)
+    for engine, settings in THREE.items():
+        together = pool(3).run(train_micro, str(small_corpus.train), str(tmp_path / engine), settings)[0]
+        assert len(found[engine]) == 8
+        assert found[engine] == pytest.approx(together, rel=1e-5), engine
 
 
 def test_hybrid_sharding_on_two_hosts_with_two_processes_learns_like_ddp(
-    four: Hosts, small_corpus: SmallCorpus, tmp_path: Path, pool: Callable[[int], Pool]
+    small_corpus: SmallCorpus, tmp_path: Path, pool: Callable[[int], Pool]
 ) -> None:
+    found = apart(2, 2, FOUR, small_corpus.train, tmp_path)
     ddp = pool(4).run(train_micro, str(small_corpus.train), str(tmp_path / "ddp"), SETTINGS)[0]
-    settings = (*SETTINGS, "engine.name=fsdp", "engine.shard_size=2")
-    hybrid = Agents(four, small_corpus.train, tmp_path / "hybrid", settings, processes=2).finish()
-    assert hybrid == pytest.approx(ddp, rel=1e-5)
+    assert len(ddp) == 8
+    assert found["hybrid"] == pytest.approx(ddp, rel=1e-5)
+    assert found["ddp"] == pytest.approx(ddp, rel=1e-5)

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.helpers.hosts import Host, Hosts
@@ -20,6 +20,7 @@ class Agents:
     """`w2vscale train` on all `hosts`, with the folder of the run in `folder`/exp. host1 has the rendezvous.
 
     `nodes` is the option --nnodes of torchrun. What the agent and the ranks of a host print is in `folder`/hostN.txt.
+    `program`: the arguments of Python for something else to run.
     """
 
     def __init__(
@@ -32,16 +33,18 @@ class Agents:
         nodes: str = "",
         processes: int = 1,
         restarts: int = 0,
+        program: Sequence[str] = (),
     ) -> None:
         self.folder, self.exp = folder, folder / "exp"
         self.metrics = self.exp / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         command = ["-m", "w2vscale", "train", "base", *MICRO_RUN, f"data.train={corpus}", *settings]
+        command += ["--exp", str(self.exp)]
         torchrun = [sys.executable, "-m", "w2vscale.distributed.torchrun", f"--nnodes={nodes or len(hosts)}"]
         torchrun += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}", "--rdzv-backend=c10d"]
         # With fewer hosts than the most, the rendezvous waits `last_call_timeout` (30 seconds) for another one.
         torchrun += [f"--rdzv-endpoint={hosts[0].name}:{PORT}", "--rdzv-id=test", "--rdzv-conf=last_call_timeout=5"]
-        self._torchrun, self._command = torchrun, [*command, "--exp", str(self.exp)]
+        self._torchrun, self._command = torchrun, program or command
         self.agents: dict[Host, subprocess.Popen[str]] = {}
         for host in hosts:
             self.start(host)
@@ -79,18 +82,20 @@ class Agents:
             assert len(ended) < len(self.agents), f"all have ended\n{self.printed()}"
             time.sleep(0.05)
 
-    def finish(self, *, seconds: float = 300.0, without: Collection[Host] = ()) -> list[float]:
+    def finish(self, *, seconds: float = 300.0) -> list[float]:
         """Wait until the agents have ended with success; returns the loss of each update."""
+        self.join(seconds)
+        return self.losses()
+
+    def join(self, seconds: float) -> None:
+        """Wait until the agents have ended with success."""
         deadline = time.monotonic() + seconds
         for host, agent in self.agents.items():
-            if host in without:
-                continue
             try:
                 code = agent.wait(max(deadline - time.monotonic(), 0.1))
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"{host.name} has not ended\n{self.printed()}") from None
             assert code == 0, f"{host.name} ended with {code}\n{self.printed()}"
-        return self.losses()
 
     def losses(self) -> list[float]:
         """The loss of each update."""

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from w2vscale.errors import UserError
+from w2vscale.errors import TemporaryError, UserError
 from w2vscale.training import lock
 from w2vscale.training.lock import locked, refuse_if_locked
 
@@ -52,6 +53,33 @@ def test_a_second_process_is_refused(holder: multiprocessing.process.BaseProcess
             attempt(tmp_path / "exp")
         assert str(caught.value).startswith(expected)
         assert str(caught.value).endswith("; stop that run first, or choose another --exp")
+
+
+def elsewhere(exp: Path) -> None:
+    """Let the lock look as if a process of another machine held it."""
+    (exp / "lock").write_text(json.dumps({"host": "node7", "pid": 17, "since": "2026-01-01 12:00:00"}))
+
+
+def test_the_lock_of_a_machine_that_is_gone_is_waited_for(
+    holder: multiprocessing.process.BaseProcess, tmp_path: Path
+) -> None:
+    exp, log = tmp_path / "exp", []
+    elsewhere(exp)
+    refuse_if_locked(exp)
+    threading.Timer(1.0, holder.kill).start()
+    take(exp, log)
+    assert log == [
+        f"{exp}: in use by process 17 on node7 since 2026-01-01 12:00:00; waiting 100 s, in case that machine is gone"
+    ]
+
+
+def test_a_run_on_another_machine_that_lives_is_a_reason_to_come_back(
+    holder: multiprocessing.process.BaseProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "LEASE", 0.5)
+    elsewhere(tmp_path / "exp")
+    with pytest.raises(TemporaryError, match="in use by process 17 on node7 since 2026-01-01 12:00:00; stop that run"):
+        take(tmp_path / "exp")
 
 
 def test_a_killed_process_holds_nothing(holder: multiprocessing.process.BaseProcess, tmp_path: Path) -> None:

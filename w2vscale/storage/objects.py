@@ -151,7 +151,7 @@ def read_ranges(url: Url, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
 
     contents = _attempt(url, fetch) if ranges else []
     return [
-        content[offset - parts[0][0] :][:size]
+        content[offset - parts[0][0] : offset - parts[0][0] + size]
         for parts, content in zip(joined, contents, strict=True)
         for offset, size in parts
     ]

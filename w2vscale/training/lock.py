@@ -18,16 +18,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from w2vscale.errors import UserError
+from w2vscale.errors import TemporaryError, UserError
 from w2vscale.files import regular, remove_partials
 
 HELD = (errno.EAGAIN, errno.EACCES)  # another process holds the lock
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # the file system has none
 PATIENCE = 0.3  # seconds in which a run that was killed lets go of its lock
+LEASE = 100.0  # seconds in which a file server lets go of the lock of a machine that is gone (NFSv4: 90)
 
 
 def refuse_if_locked(exp: Path) -> None:
-    """Raise a UserError if a run uses the folder `exp`. Fast, for use before anything is imported."""
+    """Raise a UserError if a run on this machine uses the folder `exp`. Fast, for use before anything is imported."""
     path = exp / "lock"
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -44,6 +45,8 @@ def refuse_if_locked(exp: Path) -> None:
             holder = _holder(path)
         finally:
             os.close(descriptor)
+        if _is_elsewhere(holder):
+            return
         if time.monotonic() > deadline:
             raise _refusal(exp, holder)
         time.sleep(0.05)
@@ -55,7 +58,8 @@ def locked(exp: Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]
 
     Yields a function that raises a UserError if the lock, or the folder, has been deleted meanwhile. If the folder is
     still empty at the end, it is deleted. Where the file system has no locks, a run is refused only if another one on
-    the same machine is running. Raises UserError if another run holds the lock, or the folder cannot be written.
+    the same machine is running. Raises UserError if another run holds the lock, or the folder cannot be written. If it
+    is held on another machine, which may be gone, waits for a while, and then raises TemporaryError.
     """
     missing = [folder for folder in (exp, *exp.parents) if not folder.exists()]
     path = exp / "lock"
@@ -91,7 +95,7 @@ def _open(path: Path) -> int:
 
 
 def _take(exp: Path, path: Path, log: Callable[[str], None]) -> int:
-    deadline = time.monotonic() + PATIENCE
+    began, told = time.monotonic(), False
     while True:
         descriptor = _open(path)
         try:
@@ -100,7 +104,11 @@ def _take(exp: Path, path: Path, log: Callable[[str], None]) -> int:
             holder = _holder(path)
             if error.errno in HELD or (error.errno in NO_LOCKS and _runs_here(holder)):
                 os.close(descriptor)
-                if time.monotonic() < deadline:
+                elsewhere = _is_elsewhere(holder)
+                if time.monotonic() < began + (LEASE if elsewhere else PATIENCE):
+                    if elsewhere and not told:
+                        log(f"{exp}: in use by {_name(holder)}; waiting {LEASE:.0f} s, in case that machine is gone")
+                        told = True
                     time.sleep(0.05)
                     continue
                 raise _refusal(exp, holder) from None
@@ -131,10 +139,18 @@ def _describe(descriptor: int) -> None:
 
 
 def _refusal(exp: Path, holder: dict[str, Any]) -> UserError:
-    who = "another process"
-    if holder:
-        who = f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
-    return UserError(f"{exp}: in use by {who}; stop that run first, or choose another --exp")
+    kind = TemporaryError if _is_elsewhere(holder) else UserError
+    return kind(f"{exp}: in use by {_name(holder)}; stop that run first, or choose another --exp")
+
+
+def _name(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    return f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
+
+
+def _is_elsewhere(holder: dict[str, Any]) -> bool:
+    return isinstance(host := holder.get("host"), str) and host != socket.gethostname()
 
 
 def _holder(path: Path) -> dict[str, Any]:
