@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -13,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lhotse import SupervisionSegment
 
-from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest
+from tests.helpers.audio import SmallCorpus
 from tests.helpers.fake_slurm import descendants
 from tests.helpers.launched import wait_until_gone
 from tests.helpers.micro import MICRO_RUN
@@ -25,10 +23,6 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 ROOT = Path(__file__).resolve().parents[2]
-TUNING = (
-    "trainer.updates=2", "objective.freeze_encoder_updates=0", "data.max_seconds=8", "batch.max_seconds=8",
-    "batch.micro_batches=2", "data.workers=0", "precision.compute=fp32", "logging.tensorboard=false",
-)  # fmt: skip
 
 
 class Deepspeed:
@@ -61,16 +55,7 @@ class Deepspeed:
         self.process.wait(10)
 
 
-@pytest.fixture(scope="module")
-def transcribed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("transcribed")
-    cuts = [cut_of(write_audio(folder / f"{number}.flac", noise(2.0, seed=number))) for number in range(6)]
-    for cut in cuts:
-        cut.supervisions = [SupervisionSegment(cut.id, cut.recording_id, 0.0, cut.duration, text="ONE TWO")]
-    return write_manifest(folder / "cuts.jsonl", cuts)
-
-
-def test_it_trains_fine_tunes_and_evaluates(small_corpus: SmallCorpus, transcribed: Path, tmp_path: Path) -> None:
+def test_it_trains_and_evaluates(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     settings = (*MICRO_RUN, f"data.train={small_corpus.train}", "trainer.updates=2", "schedule.warmup_updates=1")
     zero = ("engine.name=deepspeed", "engine.deepspeed_config=zero2")
     with Deepspeed("train", "base", *settings, *zero, "--exp", "exp", folder=tmp_path) as run:
@@ -78,16 +63,9 @@ def test_it_trains_fine_tunes_and_evaluates(small_corpus: SmallCorpus, transcrib
     last = (tmp_path / "exp" / "run.sh").read_text().splitlines()[-1]
     # The script starts the processes itself, without what DeepSpeed's launcher has added.
     assert shlex.split(last)[-3:] == ["--nproc-per-node", "2", "$@"] and "local_rank" not in last
-    again = subprocess.run([tmp_path / "exp" / "run.sh"], capture_output=True, text=True, timeout=120, cwd="/")
-    assert again.returncode == 0 and "nothing to do" in again.stdout, again.stdout + again.stderr
 
-    given = ("ctc_1h", "trainer.init_from=exp", f"data.train={transcribed}", *TUNING, "--exp", "tuned")
-    with Deepspeed("finetune", *given, folder=tmp_path) as run:
-        assert "on 2 ranks" in run.finish(code=0)
-    given = ("tuned", "--cuts", transcribed, "--wer", "--output", "wer.json", "--debug")
-    with Deepspeed("evaluate", *given, folder=tmp_path) as run:
-        run.finish(code=0)
-    assert len(json.loads((tmp_path / "wer.json").read_text())["utterances"]) == 6
+    with Deepspeed("evaluate", "exp", "--cuts", small_corpus.validation, "--debug", folder=tmp_path) as run:
+        assert "accuracy" in run.finish(code=0)
 
 
 def test_a_wrong_setting_is_code_2(tmp_path: Path) -> None:

@@ -61,26 +61,20 @@ def test_two_hosts_go_on_without_a_third_and_take_it_back(
     assert losses == pytest.approx(curve, rel=1e-5)
 
 
-def test_a_partition_of_ten_seconds(
+def test_a_partition_is_survived_or_restarted_after(
     hosts: Hosts, small_corpus: SmallCorpus, tmp_path: Path, curve: list[float]
 ) -> None:
-    run = Agents(hosts, small_corpus.train, tmp_path, SETTINGS)
+    """One of 10 seconds, and one that outlasts the watchdog: all hosts are needed, so both sides start again."""
+    run = Agents(hosts, small_corpus.train, tmp_path, (*SETTINGS, "watchdog.seconds=25"), restarts=3)
     run.wait_for_update(6)
     hosts.cut(hosts[1])
     time.sleep(10)
     hosts.reconnect(hosts[1])
-    assert run.finish() == pytest.approx(curve, rel=1e-5)
-    assert "warning: rank 1 on host2 had no answer from rank 0 on host1 for " in run.output(hosts[1]).read_text()
-
-
-def test_a_partition_that_outlasts_the_watchdog(
-    hosts: Hosts, small_corpus: SmallCorpus, tmp_path: Path, curve: list[float]
-) -> None:
-    """All hosts are needed, so both sides end, and all start again once they find each other."""
-    run = Agents(hosts, small_corpus.train, tmp_path, (*SETTINGS, "watchdog.seconds=5"), restarts=3)
-    run.wait_for_update(6)
+    run.wait_for(hosts[1], "warning: rank 1 on host2 had no answer from rank 0 on host1 for ")
+    run.wait_for_update(max(run.updates()) + 1)
+    assert "not heard of" not in run.printed()
     hosts.cut(hosts[1])
-    time.sleep(20)
+    time.sleep(40)
     hosts.reconnect(hosts[1])
     assert run.finish() == pytest.approx(curve, rel=1e-5)
     assert "rank 1 on host2: not heard of for" in run.output(hosts[0]).read_text()

@@ -91,7 +91,7 @@ def test_a_killed_run_continues_bit_for_bit(shards: Path, tmp_path: Path, pool: 
 @pytest.mark.timeout(1800)
 def test_a_run_with_loader_processes_that_is_killed_after_each_update(shards: Path, tmp_path: Path) -> None:
     """SIGKILL of launcher and ranks, by turns with the checkpoint complete, half written, or not begun."""
-    kills = 4
+    kills = 2
     settings = (*STREAM, f"trainer.updates={kills + 1}", "checkpoint.every=1", "data.workers=1")
 
     def launched(name: str, *, hold: int | None = None) -> Launched:

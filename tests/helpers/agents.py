@@ -87,6 +87,13 @@ class Agents:
         self.join(seconds)
         return self.losses()
 
+    def wait_for(self, host: Host, text: str, *, seconds: float = 60.0) -> None:
+        """Wait until a host has printed something."""
+        deadline = time.monotonic() + seconds
+        while text not in self.output(host).read_text():
+            assert time.monotonic() < deadline, self.printed()
+            time.sleep(0.05)
+
     def join(self, seconds: float) -> None:
         """Wait until the agents have ended with success."""
         deadline = time.monotonic() + seconds
