@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import TemporaryError, UserError
 from w2vscale.training import lock
 from w2vscale.training.lock import locked, refuse_if_locked
+from w2vscale.training.shared_folder import require_shared
 
 FORK = multiprocessing.get_context("fork")
 
@@ -53,6 +55,14 @@ def test_a_second_process_is_refused(holder: multiprocessing.process.BaseProcess
             attempt(tmp_path / "exp")
         assert str(caught.value).startswith(expected)
         assert str(caught.value).endswith("; stop that run first, or choose another --exp")
+
+
+def test_the_lock_is_still_held_after_a_look_for_it(tmp_path: Path) -> None:
+    """Another run is refused then, too."""
+    with locked(tmp_path, print) as held:
+        require_shared(tmp_path, Ranks(), held)
+        with FORK.Pool(1) as pool, pytest.raises(UserError, match="in use by"):
+            pool.apply(refuse_if_locked, (tmp_path,))
 
 
 def elsewhere(exp: Path) -> None:
@@ -155,14 +165,14 @@ def test_what_is_not_a_file_is_named(tmp_path: Path, make: Callable[[Path], None
 
 def test_a_deleted_lock_is_noticed(tmp_path: Path) -> None:
     """By hand, to start a second run on the same folder."""
-    with locked(tmp_path, print) as require:
-        require()
+    with locked(tmp_path, print) as lock:
+        lock.require()
         (tmp_path / "lock").unlink()
         with pytest.raises(UserError, match="/lock: deleted while this run held it"):
-            require()
+            lock.require()
         with locked(tmp_path, print):
             with pytest.raises(UserError, match="/lock: deleted while this run held it"):
-                require()
+                lock.require()
             (tmp_path / "lock").rename(tmp_path / "of-the-second")
         (tmp_path / "of-the-second").rename(tmp_path / "lock")
     assert (tmp_path / "lock").exists()  # that of the second run is left

@@ -246,7 +246,7 @@ class Mirror:
             write(self.remote.url / METRICS, (self.folder.parent / METRICS).read_bytes())
 
     def _download_metrics(self) -> None:
-        """Replace the metrics of the run by those in the store. The run then drops what is later than its checkpoint."""
+        """Replace the metrics of the run by those in the store. The run drops those later than its checkpoint."""
         with suppress(Missing):
             text = read(self.remote.url / METRICS, limit=MOST_METRICS).decode(errors="replace")
             with writing(path := self.folder.parent / METRICS):

@@ -1,7 +1,7 @@
 """The lock of a run folder: one run at a time writes to it.
 
 The kernel holds it for the process (a POSIX record lock, which NFS has too), so it ends with the process, however that
-ends. The file `lock` in the folder says which process it is.
+ends. It also ends if the process opens the file `lock` a second time and closes it. The file says which process it is.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from w2vscale.files import regular, remove_partials
 HELD = (errno.EAGAIN, errno.EACCES)  # another process holds the lock
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # the file system has none
 PATIENCE = 0.3  # seconds in which a run that was killed lets go of its lock
+LONGEST = 2**16  # bytes of the file
 LEASE = 100.0  # seconds in which a file server lets go of the lock of a machine that is gone (NFSv4: 90)
 
 
@@ -52,14 +53,34 @@ def refuse_if_locked(exp: Path) -> None:
         time.sleep(0.05)
 
 
+@dataclass(frozen=True)
+class Lock:
+    """The lock of the folder `exp`, held by this process."""
+
+    exp: Path
+    descriptor: int
+
+    def require(self) -> None:
+        """Raise a UserError if the lock, or the folder, has been deleted meanwhile."""
+        with suppress(FileNotFoundError):
+            if os.stat(self.exp / "lock").st_ino == os.fstat(self.descriptor).st_ino:
+                return
+        raise UserError(
+            f"{self.exp}/lock: deleted while this run held it, so another run may use the folder; nothing is saved"
+        )
+
+    def content(self) -> bytes:
+        """The content of its file."""
+        return os.pread(self.descriptor, LONGEST, 0)
+
+
 @contextmanager
-def locked(exp: Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def locked(exp: Path, log: Callable[[str], None]) -> Iterator[Lock]:
     """Hold the lock of the folder `exp` in the block; make the folder, and delete unfinished files in it.
 
-    Yields a function that raises a UserError if the lock, or the folder, has been deleted meanwhile. If the folder is
-    still empty at the end, it is deleted. Where the file system has no locks, a run is refused only if another one on
-    the same machine is running. Raises UserError if another run holds the lock, or the folder cannot be written. If it
-    is held on another machine, which may be gone, waits for a while, and then raises TemporaryError.
+    If the folder is still empty at the end, it is deleted. Where the file system has no locks, a run is refused only if
+    another one on the same machine is running. Raises UserError if another run holds the lock, or the folder cannot be
+    written. If it is held on another machine, which may be gone, waits for a while, and then raises TemporaryError.
     """
     missing = [folder for folder in (exp, *exp.parents) if not folder.exists()]
     path = exp / "lock"
@@ -67,19 +88,19 @@ def locked(exp: Path, log: Callable[[str], None]) -> Iterator[Callable[[], None]
         if exp.exists() and not exp.is_dir():
             raise UserError(f"{exp}: a file, not the folder of a run; choose another --exp")
         exp.mkdir(parents=True, exist_ok=True)
-        descriptor = _take(exp, path, log)
+        lock = Lock(exp, _take(exp, path, log))
     except OSError as error:
         raise UserError(f"{exp}: the folder of the run cannot be written: {error.strerror}") from None
     try:
         for folder in (exp, exp / "logs", exp / "checkpoints"):
             remove_partials(folder, log)
-        _describe(descriptor)
-        yield partial(_require, exp, descriptor)
+        _describe(lock.descriptor)
+        yield lock
     finally:
         with suppress(OSError, UserError):
-            _require(exp, descriptor)
+            lock.require()
             path.unlink()
-        os.close(descriptor)
+        os.close(lock.descriptor)
         with suppress(OSError):
             for folder in missing:
                 folder.rmdir()
@@ -121,13 +142,6 @@ def _take(exp: Path, path: Path, log: Callable[[str], None]) -> int:
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
         os.close(descriptor)  # the run that held it has just deleted it
-
-
-def _require(exp: Path, descriptor: int) -> None:
-    with suppress(FileNotFoundError):
-        if os.stat(exp / "lock").st_ino == os.fstat(descriptor).st_ino:
-            return
-    raise UserError(f"{exp}/lock: deleted while this run held it, so another run may use the folder; nothing is saved")
 
 
 def _describe(descriptor: int) -> None:

@@ -44,7 +44,7 @@ from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import describe_update, micro_batches_per_forward
 from w2vscale.training.display import Display
 from w2vscale.training.health import History, Trouble, examine, examine_all
-from w2vscale.training.lock import locked
+from w2vscale.training.lock import Lock, locked
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
 from w2vscale.training.replay import Window, keep_window
@@ -85,7 +85,7 @@ def train(
         seconds, grace = config.watchdog.seconds, config.checkpoint.grace_seconds
         watchdog = Watchdog(ranks, exp / "logs", seconds=seconds, stop=stop, grace=grace)
         with (
-            _locked_by_main(exp, ranks, display.message) as require_lock,
+            _locked_by_main(exp, ranks, display.message) as lock,
             watchdog,
             _mirrored_by_main(config, exp, ranks, display.message) as mirror,
         ):
@@ -97,22 +97,22 @@ def train(
                     per_forward = micro_batches_per_forward(run, display.message)
                     display.message(describe_update(run, per_forward))
                     with around_updates():
-                        return Trainer(run, stop, watchdog, per_forward, display, require_lock).train()
+                        return Trainer(run, stop, watchdog, per_forward, display, lock).train()
 
 
 @contextmanager
-def _locked_by_main(exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iterator[Callable[[], None] | None]:
-    """Have rank 0 hold the lock of the run folder. Yields it a function that raises if the lock is lost. Collective.
+def _locked_by_main(exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iterator[Lock | None]:
+    """Have rank 0 hold the lock of the run folder, and yield it there. Collective.
 
     Raises UserError if the hosts of the run do not share the folder.
     """
-    require_lock = None
+    lock = None
     with ExitStack() as held:
         with errors_on_all_ranks():
             if ranks.is_main:
-                require_lock = held.enter_context(locked(exp, log))
-        require_shared(exp, ranks)
-        yield require_lock
+                lock = held.enter_context(locked(exp, log))
+        require_shared(exp, ranks, lock)
+        yield lock
 
 
 @contextmanager
@@ -151,11 +151,11 @@ class Trainer:
         watchdog: Watchdog,
         per_forward: int,
         display: Display,
-        require_lock: Callable[[], None] | None = None,
+        lock: Lock | None = None,
     ) -> None:
         config = run.config
         self.run, self.config, self.per_forward = run, config, per_forward
-        self.stop, self.watchdog, self.require_lock = stop, watchdog, require_lock
+        self.stop, self.watchdog, self.lock = stop, watchdog, lock
         self.state = run.state
         self.logged = self.saved = run.state.update  # newest update whose metrics or state need no writing
         self.update_seconds = math.inf  # of the last update; the first one counts as slow
@@ -461,8 +461,8 @@ class Trainer:
     def _save(self) -> None:
         self.watchdog.at("saving", slow=True)
         with errors_on_all_ranks():
-            if self.require_lock is not None:
-                self.require_lock()
+            if self.lock is not None:
+                self.lock.require()
         self.run.save(self.state)
         self.saved = self.state.update
 

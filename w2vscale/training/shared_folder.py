@@ -10,23 +10,23 @@ from pathlib import Path
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main, gather_from_ranks
 from w2vscale.errors import UserError
 from w2vscale.files import regular
+from w2vscale.training.lock import LONGEST, Lock
 
 VISIBLE = 10.0  # seconds until a file is visible on all hosts of a shared file system
 LOOK = 0.2  # seconds between two looks
-LONGEST = 2**16  # bytes of a lock
 
 
-def require_shared(exp: Path, ranks: Ranks) -> None:
+def require_shared(exp: Path, ranks: Ranks, lock: Lock | None) -> None:
     """Raise a UserError on every rank if a host does not see the folder that rank 0 has locked. Collective.
 
-    The first rank of each host looks for the lock with its content, for as long as NFS may show an older one.
+    `lock`: that of rank 0. The first rank of each other host looks for its file with this content, for as long as NFS
+    may show an older one.
     """
-    lock = exp / "lock"
-    expected = broadcast_from_main(_content(lock) if ranks.is_main else None)
+    expected = broadcast_from_main(lock.content() if lock is not None else None)
     seen = ranks.is_main or ranks.local_rank > 0
     deadline = time.monotonic() + VISIBLE
     while not seen:
-        seen = _content(lock) == expected
+        seen = _content(exp / "lock") == expected
         if not seen and time.monotonic() > deadline:
             break
         time.sleep(0.0 if seen else LOOK)
