@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 import lzma
-import multiprocessing
 import os
 import pickle
 import re
@@ -30,6 +29,7 @@ from numpy.typing import NDArray
 from tests.helpers.audio import cut_of, noise, tone, write_audio, write_manifest, write_text
 from tests.helpers.batches import same
 from tests.helpers.micro import MICRO_RUN
+from tests.helpers.processes import Started
 from w2vscale.config import Config, load_config
 from w2vscale.corpora import shard_index as corpora_shard_index
 from w2vscale.corpora.parallel import Part
@@ -329,7 +329,9 @@ class TestMicroBatches:
     @pytest.mark.long
     @pytest.mark.timeout(900)
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_memory_is_flat_over_2000_micro_batches(self, manifest: Path, tmp_path: Path, workers: int) -> None:
+    def test_memory_is_flat_over_2000_micro_batches(
+        self, manifest: Path, tmp_path: Path, started: Started, workers: int
+    ) -> None:
         """Resident memory of this process and of its loaders; the first micro-batches load libraries."""
         write_shards(repeated(manifest, tmp_path / "many.jsonl", 8), tmp_path / "shards", shard_size=100)
         settings = ("batch.micro_batches=20", "data.stream_buffer=50", f"data.workers={workers}")
@@ -337,7 +339,7 @@ class TestMicroBatches:
         megabytes = []
         with loader_processes():
             for _ in source.windows(range(100), micro_batches=20, rank=0, world_size=1):
-                processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+                processes = [os.getpid(), *(child.pid for child in started())]
                 assert len(processes) == 1 + workers
                 megabytes.append(sum(map(resident_megabytes, processes)))
         assert len(megabytes) == 100
