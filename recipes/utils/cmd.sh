@@ -81,7 +81,7 @@ _check_launcher() {
   fi
 }
 
-# Several machines find each other by name, which on Debian is an address of the machine alone.
+# Other machines look up the name of this one. On Debian it is 127.0.1.1, which they cannot reach.
 _warn_of_local_name() {
   local address
   if [[ $launcher != torchrun || -n ${LOCAL_ADDR:-} ]] || ((_most == 1)); then return; fi
@@ -116,10 +116,13 @@ _is_first_machine() {
   local address
   if [[ $launcher != torchrun ]] || ((_most == 1)); then return 0; fi
   while read -r address; do
-    if [[ $address == 127.* || $address == ::1 || " $(hostname -I) " == *" $address "* ]]; then return 0; fi
+    if [[ $address == 127.* || $address == ::1 || " $(_my_addresses) " == *" $address "* ]]; then return 0; fi
   done < <(_addresses_of_rdzv)
   return 1
 }
+
+# Not every `hostname` has the option -I.
+_my_addresses() { hostname -I 2>/dev/null || ip -brief address | awk '{ for (i = 3; i <= NF; i++) { sub("/.*", "", $i); printf "%s ", $i } }'; }
 
 _check_values
 _check_launcher

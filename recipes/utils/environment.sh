@@ -16,7 +16,7 @@ default PET_SIGNALS_TO_HANDLE SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 # Seconds that torchrun waits for ranks to save: checkpoint.grace_seconds (120) and a little more. Its own 30 can be too
 # few for a large model. Older versions of torch ignore it.
 default TORCH_ELASTIC_SHUTDOWN_TIMEOUT 130
-# NCCL then says which peer or interface has failed. It prints nothing while all is well.
+# NCCL then says which peer or interface has failed. While all is well, it prints its version.
 default NCCL_DEBUG WARN
 # Forwards differ in shape, and on a GPU their memory would otherwise break into pieces that fit none of the next ones.
 # (PYTORCH_CUDA_ALLOC_CONF is the older name; the newer one would override it.)
@@ -28,7 +28,11 @@ if ((${processes_here:=1} > 1)); then
 fi
 # gloo, NCCL and torchrun look up the name of the machine, which on a machine with several networks may be the address of
 # another network, and on Debian is 127.0.1.1. LOCAL_ADDR is the address in the network that joins the machines.
-if [[ -n ${LOCAL_ADDR:-} ]] && command -v ip >/dev/null; then
+if [[ -n ${LOCAL_ADDR:-} && (-z ${GLOO_SOCKET_IFNAME+set} || -z ${NCCL_SOCKET_IFNAME+set}) ]]; then
+  if ! command -v ip >/dev/null; then
+    printf '%s: LOCAL_ADDR=%s needs the program ip; or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME\n' "${0##*/}" "$LOCAL_ADDR" >&2
+    exit 2
+  fi
   _interface=$(ip -brief address show to "$LOCAL_ADDR" | awk 'NR == 1 { sub(/@.*/, "", $1); print $1 }')
   if [[ -z $_interface ]]; then
     printf '%s: LOCAL_ADDR=%s is not an address of this machine: see ip address\n' "${0##*/}" "$LOCAL_ADDR" >&2

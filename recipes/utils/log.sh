@@ -132,7 +132,7 @@ _join_stage() {
     "$@"
     return
   fi
-  log "stage $_number: $_title: waiting for the first machine, that of RDZV=${RDZV-}"
+  log "stage $_number: $_title: waiting for the first machine, that of RDZV=${RDZV-} (if this is it, set FIRST_MACHINE=true)"
   _earlier=$(cat "$_mark.failed" 2>/dev/null) || true
   if [[ -n $_earlier ]]; then log "stage $_number: it has failed $_earlier; waiting until it is started there again"; fi
   # What the stage reads may have changed since, or appear here later (NFS).

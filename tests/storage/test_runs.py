@@ -83,14 +83,8 @@ def kill_in_an_upload(run: Command, store: RemoteCheckpoints, *, passed: int, de
 
 @pytest.mark.distributed
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize(
-    ("kills", "processes"),
-    [
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        pytest.param(20, 1, marks=pytest.mark.long),
-        pytest.param(3, 2, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("kills", "processes"), [(20, 1), (2, 2)])
 def test_kills_in_the_middle_of_uploads(
     kills: int, processes: int, bucket: Url, small_corpus: SmallCorpus, tmp_path: Path
 ) -> None:

@@ -174,8 +174,8 @@ class DataConfig(Section):
     )
     stream_buffer: Count = Field(
         1000,
-        description="with mode=stream, batch similar lengths among this many utterances that are stored one after "
-        "another; an update takes one series (batch.same_bucket) from each of several such blocks, held in memory",
+        description="with mode=stream, utterances in a block. A block is stored in one place, and batches are formed "
+        "within it. Blocks in memory: batch.micro_batches / the length of a series (batch.same_bucket)",
     )
 
     @model_validator(mode="after")
@@ -345,7 +345,7 @@ class EngineConfig(Section):
     @classmethod
     def _check_shard_size(cls, value: object) -> object:
         if value not in ("node", None) and not (type(value) is int and value >= 1):
-            raise ValueError(f"{value} is neither node nor a whole number from 1 on")
+            raise ValueError(f"{value} must be node or a whole number of at least 1")
         return value
 
     @field_validator("compile", mode="before")

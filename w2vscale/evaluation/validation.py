@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.data.cuts import FILES
 from w2vscale.data.indexed import VALIDATION_SEED, check_sample, validation_set
 from w2vscale.data.inputs import to_device
 from w2vscale.data.loading import loader_processes
@@ -47,6 +48,8 @@ def evaluate_checkpoint(
     Raises UserError if the checkpoint or a manifest is unusable, or no utterance could be read.
     """
     checkpoint = open_checkpoint(path, log)
+    # Where a manifest may have its audio is up to the caller, not to the one who made the checkpoint.
+    overrides = (f"data.url_schemes=[{','.join(FILES)}]", *overrides)
     config, objective = load(checkpoint.path / "config.yaml", overrides, new=False)
     corpus = Corpus(cuts, setting="--cuts", schemes=config.data.url_schemes)
     check_sample(corpus, sampling_rate=config.model.sampling_rate)

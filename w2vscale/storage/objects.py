@@ -79,7 +79,7 @@ class TooLarge(UserError):
 
 
 class Denied(UserError):
-    """The store does not let us in, or we have no credentials."""
+    """Access denied, or no credentials."""
 
 
 class Unreachable(TemporaryError):

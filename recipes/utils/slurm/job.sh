@@ -4,6 +4,7 @@
 . recipes/utils/log.sh
 
 requeues=${REQUEUES:-100}   # how often a job may be put back
+most_killed=4               # ends by SIGKILL in a row: the job is not put back after the last of them
 warning_seconds=100         # of the 120 that --signal gives: after these, the job is put back even if it has not saved
 TASK_CODES=$PWD/.slurm-${SLURM_JOB_ID:?submit this file with sbatch}.codes
 export TASK_CODES # see task.sh
@@ -28,8 +29,23 @@ run_job() {
   if [[ -n $watch ]]; then kill "$watch" 2>/dev/null || true; fi
   if [[ -s $TASK_CODES ]]; then code=$(head -n 1 "$TASK_CODES"); fi
   rm -f "$TASK_CODES"
-  if ((code == 75 || code > 128)); then requeue "exit code $code"; fi
+  if killed_again "$code"; then
+    log "job $SLURM_JOB_ID: exit code 137 for the ${most_killed}th time in a row; not put back: is the memory too small?"
+  elif ((code == 75 || code > 128)); then
+    requeue "exit code $code"
+  fi
   exit "$code"
+}
+
+# killed_again CODE counts the ends by SIGKILL in a row, over requeues. Is it the last that is allowed?
+killed_again() {
+  local killed=$PWD/.slurm-$SLURM_JOB_ID.killed
+  if (($1 == 137)); then
+    echo >>"$killed"
+    if (($(wc -l <"$killed") < most_killed)); then return 1; fi
+  fi
+  rm -f "$killed"
+  (($1 == 137))
 }
 
 # run_command NPROC COMMAND [ARGUMENT…]
