@@ -86,8 +86,8 @@ def test_deepspeed_is_told_the_device(
         (["engine.name=deepspeed", "engine.offload=true"], "choose deepspeed_config=zero2_offload"),
         (["engine.shard_size=2"], "shard_size=2 is for name=fsdp, not name=ddp"),
         (["engine.shard_size=node"], "shard_size=node is for name=fsdp, not name=ddp"),
-        (["engine={name: fsdp, shard_size: 0}"], "engine.shard_size: 0 is neither node nor a whole number from 1 on"),
-        (["engine={name: fsdp, shard_size: host}"], "host is neither node nor a whole number from 1 on"),
+        (["engine={name: fsdp, shard_size: 0}"], "engine.shard_size: 0 must be node or a whole number of at least 1"),
+        (["engine={name: fsdp, shard_size: host}"], "host must be node or a whole number of at least 1"),
         (["engine.name=horovod"], "engine.name='horovod'"),
     ],
 )
