@@ -196,8 +196,8 @@ class TestCopies:
         script = (
             "import sys, time\nfrom w2vscale.storage import cache\nfrom w2vscale.storage.urls import Url\n"
             "copy = cache.download\n"
-            "def slow(url, file):\n"
-            f"    open({str(log)!r}, 'a').write('x'); time.sleep(1); copy(url, file)\n"
+            "def slow(url, file, *others):\n"
+            f"    open({str(log)!r}, 'a').write('x'); time.sleep(1); copy(url, file, *others)\n"
             "cache.download = slow\n"
             f"print(cache.local_file(Url({str(bucket / 'a.jsonl')!r})))"
         )
@@ -213,7 +213,7 @@ class TestCopies:
     def test_an_unfinished_copy_is_made_again(self, bucket: Url, monkeypatch: pytest.MonkeyPatch) -> None:
         write(bucket / "a.jsonl", b"1")
 
-        def killed(url: Url, file: Path) -> None:
+        def killed(url: Url, file: Path, *others: object) -> None:
             file.write_bytes(b"half")
             raise KeyboardInterrupt
 
