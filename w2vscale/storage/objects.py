@@ -46,7 +46,6 @@ _S3 = {
         "read_timeout": READ_SECONDS,
         "retries": {"total_max_attempts": 1, "mode": "standard"},  # `_attempt` repeats calls
     },
-    "use_listings_cache": False,
 }
 OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
 """Options of fsspec's file systems."""
@@ -57,7 +56,10 @@ VERSION_KEYS = (
     "md5Hash",
     "generation",
     "content_md5",
+    "Content-MD5",
+    "Digest",
     "LastModified",
+    "Last-Modified",
     "last_modified",
     "mtime",
     "updated",
@@ -191,7 +193,9 @@ class _Files:
     """A file system of fsspec whose calls end."""
 
     def __init__(self, scheme: str) -> None:
-        self.wrapped = fsspec.filesystem(scheme, skip_instance_cache=True, **OPTIONS.get(scheme, {}))
+        self.wrapped = fsspec.filesystem(
+            scheme, skip_instance_cache=True, use_listings_cache=False, **OPTIONS.get(scheme, {})
+        )
         if scheme in ("s3", "s3a"):
             self.wrapped.retries = 1
 

@@ -435,7 +435,9 @@ class Trainer:
         if checkpoint is None:
             raise UserError(f"stopped at update {left.update}: {trouble}; no checkpoint is from before it")
         back = checkpoint.state
-        times = sum(line["update"] == back.update for line in self.metrics.read("roll_back"))
+        # Two lines with the same number are of a run that was killed while it went back.
+        lines = self.metrics.read("roll_back")
+        times = len({line.get("skipped_windows") for line in lines if line["update"] == back.update})
         if broadcast_from_main(times) >= ROLL_BACKS:
             raise UserError(
                 f"stopped at update {left.update}: {trouble}; the run has gone back to {checkpoint.path} "
