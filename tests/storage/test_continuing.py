@@ -12,13 +12,16 @@ from uuid import uuid4
 
 import pytest
 
+from tests.helpers.audio import SmallCorpus
 from tests.helpers.checkpoints import SPECS
+from tests.helpers.micro import MICRO_RUN
 from tests.storage.test_mirror import WAIT, Run, committed, committed_locally, running
 from w2vscale.checkpoint import mirror as mirror_module
 from w2vscale.checkpoint import owner, reader, remote
 from w2vscale.checkpoint.format import FORMAT, STATE, folder_name
 from w2vscale.checkpoint.mirror import METRICS, NOTE
 from w2vscale.checkpoint.remote import RemoteCheckpoints, local_model
+from w2vscale.config import load_config
 from w2vscale.distributed import process_group
 from w2vscale.distributed.process_group import Patience
 from w2vscale.errors import UserError
@@ -27,6 +30,8 @@ from w2vscale.storage import cache, objects
 from w2vscale.storage.cache import local_file
 from w2vscale.storage.objects import Denied, Unreachable, write
 from w2vscale.storage.urls import Url
+from w2vscale.training.loop import train
+from w2vscale.training.watchdog import Watchdog
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
@@ -309,3 +314,33 @@ def test_a_note_that_cannot_be_written_is_written_again(
                 run.mirror._note_abandoned(add={"a"})
         run.mirror._note_abandoned(add={"a"})
     assert json.loads((tmp_path / "base" / "checkpoints" / NOTE).read_text())["abandoned"] == ["a"]
+
+
+def test_a_run_tells_its_watchdog_and_starts_another(
+    small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("W2VSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(process_group, "LOOK", 0.01)
+    monkeypatch.setattr(owner, "LEASE", 0.3)
+    monkeypatch.setattr(owner, "LOOK", 0.02)
+    places: list[tuple[str, bool]] = []
+    at = Watchdog.at
+
+    def recorded(dog: Watchdog, place: str, *, slow: bool = False) -> None:
+        places.append((place, slow))
+        at(dog, place, slow=slow)
+
+    monkeypatch.setattr(Watchdog, "at", recorded)
+    url = Url(f"memory://{uuid4().hex}/run")
+    write(url / "owner.json", b'{"nonce": "x", "host": "elsewhere", "pid": 1, "beat": 5}')
+    settings = [*MICRO_RUN, f"data.train={small_corpus.train}", "trainer.updates=1", "schedule.warmup_updates=1"]
+    assert train(load_config("base", [*settings, f"checkpoint.store={url}"]), tmp_path / "base") == 0
+    assert places.count(("reading checkpoints or their store", True)) > 5
+    assert committed(url) == [1]
+    assert train(load_config("base", [*settings, f"trainer.init_from={url}"]), tmp_path / "warm") == 0
+    resumed = load_config("base", [*settings, "trainer.updates=2"])
+    assert train(resumed, tmp_path / "resumed", resume=str(url)) == 0
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert "starting from" in printed and "at update 1" in printed
+    with pytest.raises(UserError, match=f"^{url}/nothing: no such object"):
+        train(resumed, tmp_path / "none", resume=f"{url}/nothing")
