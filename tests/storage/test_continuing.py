@@ -205,11 +205,11 @@ class TestDownloads:
             raise OSError("no locks")
 
         def interrupted(source: Url, file: Path, progress: Callable[[], None]) -> None:
-            objects.download(source, file, progress)
             with monkeypatch.context() as patched:
                 patched.setattr(cache, "download", objects.download)
                 patched.setattr(os, "getpid", lambda: 1)
                 others.append(local_file(url / "a"))
+            objects.download(source, file, progress)
 
         others: list[Path] = []
         write(url / "a", b"1")
