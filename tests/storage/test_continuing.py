@@ -205,19 +205,22 @@ class TestDownloads:
             raise OSError("no locks")
 
         def interrupted(source: Url, file: Path, progress: Callable[[], None]) -> None:
-            with monkeypatch.context() as patched:
-                patched.setattr(cache, "download", objects.download)
-                patched.setattr(os, "getpid", lambda: 1)
-                others.append(local_file(url / "a"))
+            folders.append(file.parent)
+            if len(folders) == 1:
+                with monkeypatch.context() as patched:
+                    patched.setattr(os, "getpid", lambda: 1)
+                    others.append(local_file(url / "a"))
             objects.download(source, file, progress)
 
         others: list[Path] = []
+        folders: list[Path] = []
         write(url / "a", b"1")
         if not locks:
             monkeypatch.setattr(cache.fcntl, "lockf", refused)
             monkeypatch.setattr(cache, "download", interrupted)
         found = local_file(url / "a")
         assert found.read_bytes() == b"1" and others == ([] if locks else [found])
+        assert len({*folders}) == (0 if locks else 2)
         assert not [*found.parents[1].glob(".*.partial")]
 
     def test_what_killed_processes_of_this_host_left_is_deleted(self, url: Url, tmp_path: Path) -> None:
