@@ -148,9 +148,11 @@ def write_text(path: Path, text: str, *, durable: bool = False) -> None:
 def remove_partials(folder: Path, log: Callable[[str], None]) -> None:
     """Delete the unfinished files and folders that killed processes left in `folder`. A failure is only logged.
 
-    No other process may write there.
+    No other process may write there. Files that a thread of this one writes (see `new_file`) stay.
     """
     for path in folder.glob(".*.partial"):
+        if path.name.endswith(f".{os.getpid()}.partial"):
+            continue
         try:
             delete(path)
         except OSError as failure:

@@ -26,6 +26,7 @@ from w2vscale.corpora.index import build_index
 from w2vscale.corpora.relocate import relocate
 from w2vscale.data import audio as audio_module
 from w2vscale.data.audio import AudioError, read_audio
+from w2vscale.data.decoding import Fetched
 from w2vscale.data.manifest import Corpus, Manifest, index_url
 from w2vscale.errors import TemporaryError, UserError
 from w2vscale.storage import objects
@@ -99,6 +100,21 @@ class TestManifests:
         run_command("data", "stats", url, "--config", "tiny", *settings)
         printed = capsys.readouterr().out
         assert "no problem found in 6 utterances" in printed and "6 " in printed
+
+    def test_validation_names_the_url_and_lists_in_the_current_folder(
+        self, bucket: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ) -> None:
+        _, url = moved(tmp_path, bucket, count=2)
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        run_command("data", "validate", url, "--url-scheme", "s3", "--jobs", 1)
+        assert capsys.readouterr().out.replace("\n", "").startswith(f"{url}: no problem found")
+        objects.delete([bucket / "audio" / "u1.flac"])
+        error = error_of("data", "validate", url, "--url-scheme", "s3", "--jobs", 1)
+        assert error.startswith(f"{url}: 1 bad utterance of 2, listed in cuts.jsonl.bad_headers; ")
+        assert len(lines_of(tmp_path / "here" / "cuts.jsonl.bad_headers")) == 1
+        write(bucket / "bad.jsonl", b'{"id": 1}\n')
+        assert error_of("data", "validate", bucket / "bad.jsonl").startswith(f"{bucket}/bad.jsonl: ")
 
     def test_back_to_files(self, bucket: Url, tmp_path: Path) -> None:
         files, _ = moved(tmp_path, bucket)
@@ -274,6 +290,17 @@ def test_a_loader_process_that_loses_the_store_ends_the_run_for_now(
     message = str(caught.value)
     assert message.startswith(f"{bucket}/audio/u7.flac: the store cannot be used now") and "\n" not in message
     assert caught.value.exit_code == 75
+
+
+@pytest.mark.parametrize(
+    ("url", "suffix"),
+    [
+        ("s3://b/a#1.mp3", ".mp3"), ("s3://b/a?.m4a", ".m4a"), ("gs://b/a?x=1/b.FLAC", ".flac"),
+        ("https://host/a.flac?signature=1.mp3#x", ".flac"), ("HTTP://host/a.ogg?x", ".ogg"),
+    ],
+)  # fmt: skip
+def test_the_suffix_of_a_url(url: str, suffix: str) -> None:
+    assert Fetched(url, b"").suffix == suffix
 
 
 def test_deserialised_cuts_keep_their_urls(bucket: Url, tmp_path: Path) -> None:

@@ -40,9 +40,9 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
 class Run:
     """What a run does with its checkpoints in `folder` and in the store at `url`."""
 
-    def __init__(self, folder: Path, url: Url, **keep: Any) -> None:
+    def __init__(self, folder: Path, url: Url, *, progress: Callable[[], None] = lambda: None, **keep: Any) -> None:
         self.log: list[str] = []
-        self.mirror = Mirror(url, folder / "checkpoints", Retention(**keep), self.log.append)
+        self.mirror = Mirror(url, folder / "checkpoints", Retention(**keep), self.log.append, progress)
         self.store: CheckpointStore = store_of(folder / "checkpoints", mirror=self.mirror, **keep)
 
     def resume(self) -> int:
@@ -85,16 +85,16 @@ def test_an_uploaded_checkpoint_is_the_one_on_disk(bucket: Url, tmp_path: Path) 
 
 
 def test_a_run_goes_on_from_the_store_where_the_disk_is_empty(bucket: Url, tmp_path: Path) -> None:
-    with running(tmp_path / "first", bucket / "run") as run:
+    with running(tmp_path / "first" / "exp", bucket / "run") as run:
         run.save(1)
         run.save(2)
-    with running(tmp_path / "second", bucket / "run") as run:
+    with running(tmp_path / "second" / "exp", bucket / "run") as run:
         assert run.resume() == 2
-        assert torch.equal(bias(tmp_path / "second"), tensors(2.0)["model.bias"])
+        assert torch.equal(bias(tmp_path / "second" / "exp"), tensors(2.0)["model.bias"])
         run.save(3)
-    with running(tmp_path / "first", bucket / "run") as run:  # whose disk has update 2
+    with running(tmp_path / "first" / "exp", bucket / "run") as run:  # whose disk has update 2
         assert run.resume() == 3
-    assert not list((tmp_path / "first" / "checkpoints").glob(".*.partial"))
+    assert not list((tmp_path / "first" / "exp" / "checkpoints").glob(".*.partial"))
 
 
 def test_the_marker_comes_last_and_goes_first(bucket: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_keeps_in_the_store_what_it_keeps_on_disk(bucket: Url, tmp_path: Path) -
 
 
 def test_a_damaged_one_is_skipped_and_the_next_older_used(bucket: Url, tmp_path: Path) -> None:
-    with running(tmp_path / "first", bucket / "run", keep_last=4) as run:
+    with running(tmp_path / "first" / "exp", bucket / "run", keep_last=4) as run:
         for update in (1, 2, 3, 4):
             run.save(update)
     shard = "shard-00001-model-00001-of-00001.safetensors"
@@ -145,7 +145,7 @@ def test_a_damaged_one_is_skipped_and_the_next_older_used(bucket: Url, tmp_path:
     write(bucket / "run" / folder_name(4) / shard, bytes(content))
     delete([bucket / "run" / folder_name(3) / shard])
     write(bucket / "run" / folder_name(2) / STATE, b'{"format": 3')
-    with running(tmp_path / "second", bucket / "run", keep_last=4) as run:
+    with running(tmp_path / "second" / "exp", bucket / "run", keep_last=4) as run:
         assert run.resume() == 1
     skipped = [line for line in run.log if line.startswith("skipping unusable checkpoint")]
     assert [folder_name(4) in skipped[0], folder_name(3) in skipped[1], folder_name(2) in skipped[2]] == [True] * 3
@@ -169,11 +169,11 @@ def test_an_upload_that_was_killed_does_not_count(bucket: Url, tmp_path: Path, m
     def killed(*arguments: object) -> None:
         raise Killed
 
-    with running(tmp_path / "first", bucket / "run"):
+    with running(tmp_path / "first" / "exp", bucket / "run"):
         pass
-    run = Run(tmp_path / "first", bucket / "run")
+    run = Run(tmp_path / "first" / "exp", bucket / "run")
     run.save(1, wait=False)
-    path = tmp_path / "first" / "checkpoints" / folder_name(1)
+    path = tmp_path / "first" / "exp" / "checkpoints" / folder_name(1)
     run.mirror.remote.upload(path)
     run.save(2, wait=False)
     with monkeypatch.context() as patched:
@@ -181,11 +181,11 @@ def test_an_upload_that_was_killed_does_not_count(bucket: Url, tmp_path: Path, m
         with pytest.raises(Killed):
             run.mirror.remote.upload(path.with_name(folder_name(2)))
     assert committed(bucket / "run") == [1]
-    with running(tmp_path / "second", bucket / "run") as empty:
+    with running(tmp_path / "second" / "exp", bucket / "run") as empty:
         assert empty.resume() == 1
         assert empty.mirror.wait(WAIT)
     assert sorted({name.partition("/")[0] for name in list_objects(bucket / "run")}) == ["owner.json", folder_name(1)]
-    with running(tmp_path / "first", bucket / "run") as again:  # the next start uploads it
+    with running(tmp_path / "first" / "exp", bucket / "run") as again:  # the next start uploads it
         assert again.resume() == 2
         assert again.mirror.wait(WAIT)
     assert committed(bucket / "run") == [2]
@@ -258,20 +258,20 @@ class TestGoingBack:
 
     def test_from_a_downloaded_one_on_an_empty_disk(self, bucket: Url, tmp_path: Path) -> None:
         """--resume URL/update_00000002: the disk has never had updates 3 and 4."""
-        with running(tmp_path / "first", bucket / "run", keep_last=4) as run:
+        with running(tmp_path / "first" / "exp", bucket / "run", keep_last=4) as run:
             for update in (1, 2, 3, 4):
                 run.save(update)
         copy = local_model(bucket / "run" / folder_name(2))
-        with running(tmp_path / "second", bucket / "run", keep_last=4):
+        with running(tmp_path / "second" / "exp", bucket / "run", keep_last=4):
             pass
-        second = Run(tmp_path / "second", bucket / "run", keep_last=4)  # killed before it has uploaded
+        second = Run(tmp_path / "second" / "exp", bucket / "run", keep_last=4)  # killed before it has uploaded
         assert second.store.find(second.log.append, copy) is not None
         second.mirror.resume(2)
         second.save(3, value=33.0, wait=False)
-        with running(tmp_path / "second", bucket / "run", keep_last=4) as run:
+        with running(tmp_path / "second" / "exp", bucket / "run", keep_last=4) as run:
             assert run.resume() == 3
             assert run.mirror.wait(WAIT)
-            assert torch.equal(bias(tmp_path / "second"), tensors(33.0)["model.bias"])
+            assert torch.equal(bias(tmp_path / "second" / "exp"), tensors(33.0)["model.bias"])
         assert committed(bucket / "run") == [1, 2, 3]
 
 
@@ -339,14 +339,14 @@ class TestOwner:
     ) -> None:
         monkeypatch.setattr(owner, "BEAT", 0.1)
         monkeypatch.setattr(owner, "LOOK", 0.05)
-        with running(tmp_path / "first", bucket / "run") as run:
+        with running(tmp_path / "first" / "exp", bucket / "run") as run:
             run.save(1)
-            other = Run(tmp_path / "second", bucket / "run")
+            other = Run(tmp_path / "second" / "exp", bucket / "run")
             with pytest.raises(UserError, match="the store is in use by process") as caught:
                 other.mirror.open()
-            assert "\n" not in str(caught.value) and str(tmp_path / "first") in str(caught.value)
+            assert "\n" not in str(caught.value) and str(tmp_path / "first" / "exp") in str(caught.value)
             run.save(2)
-        with running(tmp_path / "second", bucket / "run") as run:  # it has ended
+        with running(tmp_path / "second" / "exp", bucket / "run") as run:  # it has ended
             assert run.resume() == 2
 
     def test_a_run_of_another_host_that_has_died_is_replaced(
@@ -361,7 +361,7 @@ class TestOwner:
             assert "waiting up to" in run.log[0]
 
     def test_a_run_that_was_replaced_uploads_nothing_more(self, bucket: Url, tmp_path: Path) -> None:
-        with running(tmp_path / "first", bucket / "run") as run:
+        with running(tmp_path / "first" / "exp", bucket / "run") as run:
             run.save(1)
             write(bucket / "run" / "owner.json", b'{"token": "x", "host": "elsewhere", "pid": 1, "beat": 5}')
             run.save(2)

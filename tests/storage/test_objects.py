@@ -6,9 +6,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -63,6 +67,36 @@ def test_a_version_changes_with_the_content(bucket: Url) -> None:
     assert version(bucket / "a") == first
     write(bucket / "a", b"2")
     assert version(bucket / "a") != first
+
+
+def test_a_changed_file_of_a_server_without_etags_is_another_version(tmp_path: Path) -> None:
+    pytest.importorskip("aiohttp")
+    (tmp_path / "a").write_bytes(b"1")
+    os.utime(tmp_path / "a", (0, 1_000_000))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = Url(f"http://127.0.0.1:{server.server_port}/a")
+            first = version(url)
+            assert version(url) == first
+            os.utime(tmp_path / "a", (0, 2_000_000))
+            assert version(url) != first
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize("scheme", ["memory", "http", "s3"])
+def test_listings_are_not_cached(scheme: str) -> None:
+    assert objects._Files(scheme).wrapped.dircache.use_listings_cache is False
+
+
+def test_the_case_of_a_scheme_does_not_matter() -> None:
+    name = uuid4().hex
+    write(Url(f"memory://{name}/a"), b"1")
+    assert read(Url(f"Memory://{name}/a"), limit=1) == b"1"
 
 
 def test_what_is_missing(bucket: Url, tmp_path: Path) -> None:
@@ -196,8 +230,8 @@ class TestCopies:
         script = (
             "import sys, time\nfrom w2vscale.storage import cache\nfrom w2vscale.storage.urls import Url\n"
             "copy = cache.download\n"
-            "def slow(url, file):\n"
-            f"    open({str(log)!r}, 'a').write('x'); time.sleep(1); copy(url, file)\n"
+            "def slow(url, file, *others):\n"
+            f"    open({str(log)!r}, 'a').write('x'); time.sleep(1); copy(url, file, *others)\n"
             "cache.download = slow\n"
             f"print(cache.local_file(Url({str(bucket / 'a.jsonl')!r})))"
         )
@@ -213,7 +247,7 @@ class TestCopies:
     def test_an_unfinished_copy_is_made_again(self, bucket: Url, monkeypatch: pytest.MonkeyPatch) -> None:
         write(bucket / "a.jsonl", b"1")
 
-        def killed(url: Url, file: Path) -> None:
+        def killed(url: Url, file: Path, *others: object) -> None:
             file.write_bytes(b"half")
             raise KeyboardInterrupt
 

@@ -73,12 +73,12 @@ def take_over(folder: Path, url: Url, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_a_run_that_was_taken_over_in_an_upload_does_not_commit_it(
     url: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running(tmp_path / "first", url, keep_last=2) as run:
+    with running(tmp_path / "first" / "exp", url, keep_last=2) as run:
         run.save(9)
         frozen = Frozen(monkeypatch)
         run.save(10, wait=False)
         assert frozen.begun.wait(WAIT)
-        with closing(take_over(tmp_path / "second", url, monkeypatch).mirror):
+        with closing(take_over(tmp_path / "second" / "exp", url, monkeypatch).mirror):
             frozen.released.set()
             assert run.mirror.wait(WAIT)
             assert committed(url) == [11, 12]
@@ -88,7 +88,7 @@ def test_a_run_that_was_taken_over_in_an_upload_does_not_commit_it(
 def test_a_run_that_was_taken_over_before_it_deletes_deletes_nothing(
     url: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running(tmp_path / "first", url) as run:
+    with running(tmp_path / "first" / "exp", url) as run:
         run.save(1)
         commit = remote.write
 
@@ -102,9 +102,9 @@ def test_a_run_that_was_taken_over_before_it_deletes_deletes_nothing(
 
 
 def test_later_ones_of_another_process_stay(url: Url, tmp_path: Path) -> None:
-    with running(tmp_path / "first", url, keep_last=2) as run:
+    with running(tmp_path / "first" / "exp", url, keep_last=2) as run:
         run.save(1)
-        whole = tmp_path / "first" / "checkpoints" / folder_name(1)
+        whole = tmp_path / "first" / "exp" / "checkpoints" / folder_name(1)
         for file in whole.iterdir():
             objects.upload(file, url / folder_name(5) / file.name)
         run.save(2)
@@ -130,15 +130,15 @@ def test_a_closed_mirror_commits_nothing_and_has_not_ended_yet(
 
 @pytest.mark.parametrize("update", [7, 50])
 def test_the_store_of_another_run_is_refused(update: int, url: Url, tmp_path: Path) -> None:
-    with running(tmp_path / "first", url, keep_last=2) as run:
+    with running(tmp_path / "first" / "exp", url, keep_last=2) as run:
         run.save(1)
         run.save(20)
-    own = store_of(tmp_path / "second" / "checkpoints")
+    own = store_of(tmp_path / "second" / "exp" / "checkpoints")
     own.save(tensors(7.0), TrainState(update=update), "model: {}\n")
-    with pytest.raises(UserError, match="holds another run than") as caught, running(tmp_path / "second", url):
+    with pytest.raises(UserError, match="holds another run than") as caught, running(tmp_path / "second" / "exp", url):
         pass
-    assert "\n" not in str(caught.value) and str(tmp_path / "second") in str(caught.value)
-    assert not (tmp_path / "second" / "checkpoints" / NOTE).exists()
+    assert "\n" not in str(caught.value) and str(tmp_path / "second" / "exp") in str(caught.value)
+    assert not (tmp_path / "second" / "exp" / "checkpoints" / NOTE).exists()
     assert committed(url) == [1, 20]
 
 
@@ -154,13 +154,13 @@ def test_a_run_that_began_without_a_store_is_uploaded(url: Url, tmp_path: Path) 
 def test_a_copied_folder_is_another_owner(url: Url, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, "BEAT", 0.02)
     monkeypatch.setattr(owner, "LEASE", 60.0)
-    with running(tmp_path / "first", url) as run:
+    with running(tmp_path / "first" / "exp", url) as run:
         run.save(1)
-        shutil.copytree(tmp_path / "first", tmp_path / "copy", symlinks=True)
-        with pytest.raises(UserError, match="the store is in use by process"), running(tmp_path / "copy", url):
+        shutil.copytree(tmp_path / "first" / "exp", tmp_path / "copy" / "exp", symlinks=True)
+        with pytest.raises(UserError, match="the store is in use by process"), running(tmp_path / "copy" / "exp", url):
             pass
         run.save(2)
-    with running(tmp_path / "copy", url) as copy:
+    with running(tmp_path / "copy" / "exp", url) as copy:
         assert copy.resume() == 2
 
 
@@ -277,7 +277,7 @@ class TestSavedAgain:
 
 def test_settings_of_a_run_that_is_only_in_the_store(url: Url, tmp_path: Path) -> None:
     assert stored_settings(tmp_path / "empty", "auto", url) is None
-    with running(tmp_path / "first", url) as run:
+    with running(tmp_path / "first" / "exp", url) as run:
         run.save(1)
         found = stored_settings(tmp_path / "empty", "auto", url)
         assert found is not None and found.read_text() == "model: {}\n"

@@ -33,6 +33,7 @@ def command(
     folder: Path, name: str, corpus: SmallCorpus, *settings: str, processes: int = 1, endpoint: str | None = None
 ) -> Command:
     """A run in `folder`/`name`."""
+    folder.mkdir(exist_ok=True)
     arguments = ["train", "base", *MICRO_RUN, f"data.train={corpus.train}", *settings, "--exp", str(folder / name)]
     if processes > 1:
         arguments += ["--nproc-per-node", str(processes)]
@@ -126,14 +127,14 @@ def test_kills_in_the_middle_of_uploads(
 @pytest.mark.distributed
 def test_two_ranks_go_on_from_an_empty_disk(bucket: Url, small_corpus: SmallCorpus, tmp_path: Path) -> None:
     settings = (*MICRO_RUN, f"checkpoint.store={bucket / 'run'}", "engine.name=fsdp", "schedule.warmup_updates=2")
-    first = command(tmp_path, "first", small_corpus, *settings, "trainer.updates=2", processes=2)
+    first = command(tmp_path / "first", "exp", small_corpus, *settings, "trainer.updates=2", processes=2)
     first.finish(code=0, timeout=240.0)
     assert sum(name.endswith(".safetensors") for name in objects.list_objects(bucket / "run" / folder_name(2))) == 2
-    second = command(tmp_path, "second", small_corpus, *settings, "trainer.updates=3", processes=2)
+    second = command(tmp_path / "second", "exp", small_corpus, *settings, "trainer.updates=3", processes=2)
     printed = second.finish(code=0, timeout=240.0)
     assert "at update 2\n" in printed and printed.count("downloaded ") == 1
     assert RemoteCheckpoints(bucket / "run").committed() == [2, 3]
-    assert [update for update, _ in curve(tmp_path / "second")] == [1, 2, 3]
+    assert [update for update, _ in curve(tmp_path / "second" / "exp")] == [1, 2, 3]
 
 
 def wait_for(run: Command, text: str) -> None:
@@ -156,7 +157,7 @@ def test_a_stop_signal_uploads_the_last_checkpoint(bucket: Url, small_corpus: Sm
     newest = open_checkpoint(tmp_path / "exp").state.update
     assert RemoteCheckpoints(bucket / "run").committed()[-1] == newest
     assert json.loads(objects.read(bucket / "run" / "owner.json", limit=10_000))["ended"]
-    other = command(tmp_path, "other", small_corpus, *settings, "--resume", "never")
+    other = command(tmp_path / "other", "exp", small_corpus, *settings, "--resume", "never")
     assert f"{bucket}/run: holds checkpoints of an earlier run" in other.finish(code=2, timeout=60.0)
 
 

@@ -41,7 +41,7 @@ def test_a_url_with_a_password_is_refused_without_printing_it(text: str) -> None
     assert "secret" not in str(caught.value) and "data.train" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["s3://", "s3:///a"])
+@pytest.mark.parametrize("text", ["s3://", "s3:///a", "s3://[x"])
 def test_a_url_without_a_bucket_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="a URL has the form"):
         place(text)

@@ -110,6 +110,20 @@ class TestRollBack:
         assert skipped == [0, 2, 2, 2]
         assert (rolled_back / "checkpoints" / "latest").resolve().name == "update_00000014"
 
+    def test_the_metrics_say_so_before_the_checkpoint_is_saved(self, tmp_path: Path, run: Run) -> None:
+        """So that both are uploaded together."""
+        saved: list[list[str]] = []
+        save = Trainer._save
+
+        def recorded(trainer: Trainer) -> None:
+            saved.append([line["split"] for line in read_records(trainer.metrics.path)])
+            save(trainer)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "_save", recorded)
+            run(tmp_path / "exp", "trainer.updates=12")
+        assert "roll_back" not in saved[1] and "roll_back" in saved[2]
+
     def test_from_there_it_is_a_run_that_was_given_these_windows(
         self, rolled_back: Path, tmp_path: Path, run: Run
     ) -> None:

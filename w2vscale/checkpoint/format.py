@@ -53,6 +53,10 @@ Count = Annotated[int, Field(ge=0, lt=2**40)]
 LARGEST_STATE = 2**26  # bytes of train_state.json
 
 
+class NewerFormat(UserError):
+    """A checkpoint was written by a later version of w2vscale."""
+
+
 class FileFacts(TypedDict):
     """What train_state.json records of another file."""
 
@@ -125,7 +129,10 @@ def read_document(path: Path) -> Document:
 
 
 def decode(text: bytes, *, file: str, folder: str) -> Document:
-    """Parse train_state.json, which `file` names, of a folder. A UserError says why it cannot be read."""
+    """Parse train_state.json, which `file` names, of a folder. A UserError says why it cannot be read.
+
+    It is a NewerFormat if a later version of w2vscale reads it.
+    """
     try:
         content: dict[str, Any] = json.loads(text.decode())
         found = content["format"]
@@ -140,7 +147,9 @@ def decode(text: bytes, *, file: str, folder: str) -> Document:
         raise UserError(f"{file}: damaged ({refused_value(error)})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged ({type(error).__name__}: {error})") from None
-    raise UserError(f"{file}: format {found}; this version of w2vscale reads format {FORMAT}")
+    newer = isinstance(found, int) and found > FORMAT
+    message = f"{file}: format {found}; this version of w2vscale reads format {FORMAT}"
+    raise NewerFormat(f"{message}; use a later version") if newer else UserError(message)
 
 
 def _document(content: dict[str, Any]) -> Document:

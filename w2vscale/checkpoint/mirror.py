@@ -7,22 +7,23 @@ Lives on rank 0. A failing upload is a warning, and is tried again until it succ
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 import uuid
 from collections.abc import Callable, Set
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from w2vscale.checkpoint.format import STATE, committed, folder_name, update_of
 from w2vscale.checkpoint.owner import Owner, TakenOver
-from w2vscale.checkpoint.remote import Damaged, RemoteCheckpoints, SetAside, identity
+from w2vscale.checkpoint.remote import Damaged, RemoteCheckpoints, SetAside, identity, no_progress
 from w2vscale.checkpoint.retention import Retention
-from w2vscale.errors import UserError
-from w2vscale.files import read_text, write_text, writing
+from w2vscale.errors import UserError, counted
+from w2vscale.files import read_text, write_text
 from w2vscale.storage.objects import Missing, read, write
-from w2vscale.storage.urls import Url
+from w2vscale.storage.urls import Url, place
 
 NOTE = "store.json"
 """Name of the file for a `Note`, in the folder of checkpoints."""
@@ -48,13 +49,25 @@ class Note:
     """Identifies the run. The store has the same id."""
     abandoned: list[str]
     """Identities of checkpoints in the store that were set aside, because the run went on from an earlier one."""
+    foreign: list[str] = field(default_factory=list)
+    """Identities of checkpoints that another folder has uploaded, whose run goes on in this one. They are kept."""
 
 
 class Mirror:
-    """The checkpoints in `folder`, and those of the same run in the store at `url`."""
+    """The checkpoints in `folder`, and those of the same run in the store at `url`.
 
-    def __init__(self, url: Url, folder: Path, retention: Retention, log: Callable[[str], None]) -> None:
-        self.remote, self.folder, self.retention, self.log = RemoteCheckpoints(url), folder, retention, log
+    `progress` is called again and again while `open` waits and `fetch` downloads.
+    """
+
+    def __init__(
+        self,
+        url: Url,
+        folder: Path,
+        retention: Retention,
+        log: Callable[[str], None],
+        progress: Callable[[], None] = no_progress,
+    ) -> None:
+        self.remote, self.folder, self.retention, self.log = RemoteCheckpoints(url, progress), folder, retention, log
         self._note = _read_note(folder / NOTE) or Note(uuid.uuid4().hex, [])
         self._owner = Owner(url, folder.parent, log)
         self._known: dict[int, str] = {}  # identities of checkpoints in the store, by update
@@ -67,22 +80,49 @@ class Mirror:
         self._hurried = self._closed = False
         self._thread = threading.Thread(target=self._work, name="store-upload", daemon=True)
 
-    def open(self) -> None:
-        """Become the owner of the store. Raises UserError if another run is, or the store cannot be used.
+    def open(self, resume: str = "auto") -> None:
+        """Become the owner of the store. `resume` is the option of this name: auto, never, or a path or URL.
 
-        A folder that has no checkpoints continues the run in the store, whichever it is.
+        A folder without checkpoints continues the run in the store if the last folder of that run had the same name, as
+        on a new machine, or if `resume` is a URL in the store.
+
+        Raises UserError if another run is or was the owner, the store has checkpoints and `resume` is neither in it nor
+        in the folder of the run, or the store cannot be used.
         """
-        run = self._owner.wait_for_other()
-        if run is not None and run != self._note.run:
-            if committed(self.folder) or any(self.folder.glob("*_update_*")):
-                raise UserError(
-                    f"checkpoint.store={self.remote.url}: holds another run than {self.folder}; choose another "
-                    "checkpoint.store, or continue the run in the store with an empty --exp"
-                )
-            self._note = Note(run, [])
-        self._save_note()
+        last = self._owner.wait_for_other(self.remote.progress)
+        named = None if resume in ("auto", "never") else place(resume)
+        if last.run is not None and last.run != self._note.run:
+            self._note = self._adopt(last.run, last.folder, in_store=self._in_store(named))
+        exp = self.folder.parent.resolve()
+        outside = not named.resolve().is_relative_to(exp) if isinstance(named, Path) else not self._in_store(named)
+        if named is not None and outside and self.updates:
+            raise UserError(
+                f"--resume {named}: is neither in {self.folder.parent} nor in checkpoint.store={self.remote.url}, "
+                "which has checkpoints of a run; choose another checkpoint.store"
+            )
+        self._save_note(self._note)
         self._owner.acquire(self._note.run)
         self._thread.start()
+
+    def _adopt(self, run: str, folder: str, *, in_store: bool) -> Note:
+        """The note for the run in the store, whose last folder was `folder`. Raises UserError if it is another run."""
+        url, exp = self.remote.url, os.path.abspath(self.folder.parent)
+        if committed(self.folder) or any(self.folder.glob("*_update_*")):
+            raise UserError(
+                f"checkpoint.store={url}: holds another run than {self.folder}; choose another checkpoint.store, or "
+                f"continue the run in the store with --resume {url} and an empty --exp"
+            )
+        if Path(folder).name == Path(exp).name:
+            return Note(run, [])
+        if not in_store:
+            raise UserError(
+                f"checkpoint.store={url}: holds the run of {folder}, and this one is in {exp}; choose another "
+                f"checkpoint.store, or continue that run here with --resume {url}"
+            )
+        return Note(run, [], [self.remote.identity_of(update) for update in self.updates])
+
+    def _in_store(self, named: Path | Url | None) -> bool:
+        return isinstance(named, Url) and f"{named}/".startswith(f"{self.remote.url.rstrip('/')}/")
 
     def close(self) -> None:
         """Stop, without waiting for uploads: one that is not complete will not be committed."""
@@ -108,8 +148,10 @@ class Mirror:
 
         `up_to`: consider only this update and earlier ones. Those that were set aside in the folder do not count. The
         log names those that are skipped, and why. Returns whether one was downloaded. Raises UserError if the store
-        cannot be used, or the folder cannot be written.
+        cannot be used, the folder cannot be written, or none of the checkpoints in the store can be used and there is
+        no older one (`newer_than` is below 0 and `up_to` None).
         """
+        skipped = 0
         for update in reversed(self.updates):
             if update <= newer_than:
                 break
@@ -117,7 +159,8 @@ class Mirror:
                 continue
             where = self.remote.url / folder_name(update)
             try:
-                if identity(self.remote.state(update)) in self._note.abandoned:
+                skipped += 1
+                if self.remote.identity_of(update) in self._note.abandoned:
                     self.log(f"skipping {where}: the run in {self.folder} has gone back to an earlier checkpoint")
                     continue
                 self.log(f"downloaded {where} to {self.remote.download_into(update, self.folder)}")
@@ -125,16 +168,26 @@ class Mirror:
                 return True
             except (Damaged, Missing) as error:
                 self.log(f"skipping unusable checkpoint: {error}")
+        if skipped and newer_than < 0 and up_to is None:
+            raise UserError(
+                f"checkpoint.store={self.remote.url}: none of its {counted(skipped, 'checkpoint')} can be used; choose "
+                "another checkpoint.store to start a new run"
+            )
         return False
 
     def resume(self, update: int) -> None:
         """Begin at a checkpoint of the folder. It is uploaded, if the store does not have it.
 
-        Raises UserError if the store cannot be used.
+        Raises UserError if another folder has uploaded later ones, which would be lost, or the store cannot be used.
         """
         for later in self.updates:
             if later > update:
-                self._known[later] = identity(self.remote.state(later))
+                self._known[later] = self.remote.identity_of(later)
+                if self._known[later] in self._note.foreign:
+                    raise UserError(
+                        f"checkpoint.store={self.remote.url}: has {folder_name(later)} of another run folder; to go "
+                        f"back to update {update}, choose another checkpoint.store"
+                    )
         if (path := self.folder / folder_name(update)).is_dir():
             self._offer(path)
 
@@ -191,11 +244,13 @@ class Mirror:
             try:
                 self._upload(path)
                 self._failures = 0
-            except (SetAside, TakenOver) as error:
+            except SetAside as error:
                 self._failures = 0
                 self.log(str(error))
-                if isinstance(error, SetAside):
-                    self._done(path)
+                self._done(path)
+            except TakenOver as error:
+                self._failures = 0
+                self.log(f"warning: {path} is not uploaded: {error}")
             except _Closed:
                 pass
             except Exception as error:  # never the end of the run
@@ -239,18 +294,29 @@ class Mirror:
         if changed:
             self.log(f"uploaded {path} to {self.remote.url} in {time.monotonic() - began:.1f} s")
         self._done(path)
-        self._delete_old(update)
+        try:
+            self._delete_old(update)
+        except TakenOver:
+            raise
+        except UserError as error:  # the next upload tries again
+            self.log(f"warning: earlier checkpoints cannot be deleted in {self.remote.url}: {error}")
 
     def _upload_metrics(self) -> None:
         with suppress(FileNotFoundError):
             write(self.remote.url / METRICS, (self.folder.parent / METRICS).read_bytes())
 
     def _download_metrics(self) -> None:
-        """Replace the metrics of the run by those in the store. The run drops those later than its checkpoint."""
-        with suppress(Missing):
+        """Replace the metrics of the run by those in the store; a failure is only logged.
+
+        The run drops those that are later than its checkpoint.
+        """
+        try:
             text = read(self.remote.url / METRICS, limit=MOST_METRICS).decode(errors="replace")
-            with writing(path := self.folder.parent / METRICS):
-                write_text(path, text)
+            write_text(self.folder.parent / METRICS, text)
+        except Missing:
+            pass
+        except (UserError, OSError) as error:
+            self.log(f"warning: the metrics so far are not downloaded: {error}")
 
     def _require(self) -> None:
         """Raise an error unless this process may write to the store."""
@@ -259,17 +325,20 @@ class Mirror:
         self._owner.require()
 
     def _delete_old(self, uploaded: int) -> None:
-        """Delete what need not be kept in the store, never the checkpoint that was just uploaded.
+        """Delete what need not be kept in the store, never the checkpoint that was just uploaded or a foreign one.
 
         Of later ones, only those that this run has set aside: others may be of a process that has taken over.
         """
-        abandoned = {*self._note.abandoned}
+        foreign = {*self._note.foreign}
+        abandoned = {*self._note.abandoned} - foreign
         files = self.remote.files()
         whole = [update for update in files if STATE in files[update]]
-        dropped = [update for update in whole if abandoned and identity(self.remote.state(update)) in abandoned]
+        found = {update: self.remote.identity_of(update) for update in whole if abandoned or foreign}
+        dropped = [update for update in whole if found.get(update) in abandoned]
+        whole = [update for update in whole if found.get(update) not in foreign]
         own = [update for update in whole if update <= uploaded and update not in dropped]
         kept = {update: self._validation(update) for update in own}
-        incomplete = [update for update in files if update not in whole]
+        incomplete = [update for update in files if STATE not in files[update]]
         for update in (*dropped, *self.retention.unneeded(kept), *incomplete):
             if update != uploaded:
                 self.remote.delete(update, files[update], self._require)
@@ -289,16 +358,17 @@ class Mirror:
         with self._changed:
             before = {*self._note.abandoned}
             if (after := (before | add) - remove) != before:
-                self._note = replace(self._note, abandoned=sorted(after))
-                self._save_note()
+                note = replace(self._note, abandoned=sorted(after))
+                self._save_note(note)
+                self._note = note
 
-    def _save_note(self) -> None:
-        write_text(self.folder / NOTE, json.dumps(asdict(self._note), indent=2) + "\n", durable=True)
+    def _save_note(self, note: Note) -> None:
+        write_text(self.folder / NOTE, json.dumps(asdict(note), indent=2) + "\n", durable=True)
 
 
 def _read_note(path: Path) -> Note | None:
     with suppress(OSError, ValueError, RecursionError, TypeError):
         note = Note(**json.loads(read_text(path)))
-        if isinstance(note.run, str) and isinstance(note.abandoned, list):
+        if isinstance(note.run, str) and isinstance(note.abandoned, list) and isinstance(note.foreign, list):
             return note
     return None

@@ -15,10 +15,10 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from w2vscale.errors import UserError
-from w2vscale.storage.objects import Missing, read, write
+from w2vscale.storage.objects import ATTEMPTS, Missing, read, write
 from w2vscale.storage.urls import Url
 
 BEAT = 20.0  # seconds between two writes of the owner
@@ -30,6 +30,13 @@ LARGEST = 2**16  # bytes of owner.json
 
 class TakenOver(UserError):
     """Another process has become the owner."""
+
+
+class Last(NamedTuple):
+    """The last owner of a store: the id of its run, None if unknown, and the folder of the run."""
+
+    run: str | None
+    folder: str
 
 
 class Owner:
@@ -49,8 +56,8 @@ class Owner:
         self._ended, self._say_so = threading.Event(), False
         self._thread = threading.Thread(target=self._keep, name="store-owner", daemon=True)
 
-    def wait_for_other(self) -> str | None:
-        """Wait until no other process is the owner. Returns the id of the run in the store; None if it has none.
+    def wait_for_other(self, progress: Callable[[], None] = lambda: None) -> Last:
+        """Wait until no other process is the owner, and call `progress` meanwhile. Returns the last owner.
 
         Raises UserError if another process writes to the object meanwhile.
         """
@@ -60,12 +67,13 @@ class Owner:
             deadline, first = time.monotonic() + LEASE, other
             while other is not None and _beat(other) == _beat(first) and time.monotonic() <= deadline:
                 time.sleep(LOOK)
+                progress()
                 other = self._other()
             if other is not None and _beat(other) != _beat(first) and not other.get("ended"):
                 raise UserError(f"{self.url}: the store is in use by {_name(other)}; stop that run first, or choose "
                                 "another checkpoint.store")  # fmt: skip
-        run = (other or {}).get("run")
-        return run if isinstance(run, str) else None
+        run, folder = (other or {}).get("run"), (other or {}).get("folder")
+        return Last(run if isinstance(run, str) else None, str(folder))
 
     def acquire(self, run: str) -> None:
         """Become the owner, for the run with this id."""
@@ -76,7 +84,7 @@ class Owner:
     def require(self) -> None:
         """Raise TakenOver if another process has become the owner, now or earlier."""
         if self._lost is None and (other := self._other()) is not None:
-            self._lost = TakenOver(f"{self.url}: taken over by {_name(other)}; this run does not upload any more")
+            self._lost = TakenOver(f"{self.url}: taken over by {_name(other)}; stop one of the two runs")
         if self._lost is not None:
             raise self._lost
 
@@ -93,14 +101,15 @@ class Owner:
             with suppress(UserError):  # the next upload will say what is wrong
                 if self._other() is not None:
                     return
-                self._write()
+                self._write(attempts=1)  # a later attempt could replace what a new owner has written
         with suppress(UserError):
             if self._say_so and self._other() is None:
-                self._write(ended=True)
+                self._write(ended=True, attempts=1)
 
-    def _write(self, *, ended: bool = False) -> None:
+    def _write(self, *, ended: bool = False, attempts: int = ATTEMPTS) -> None:
         self._beats += 1
-        write(self.url, json.dumps({**self._about, "beat": self._beats, "ended": ended}).encode())
+        content = json.dumps({**self._about, "beat": self._beats, "ended": ended}).encode()
+        write(self.url, content, attempts=attempts)
 
     def _other(self) -> dict[str, Any] | None:
         """What the object says of another owner; None if there is none."""

@@ -13,8 +13,10 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch.distributed as dist
 
 from w2vscale.checkpoint.format import (
     ABANDONED,
@@ -23,16 +25,19 @@ from w2vscale.checkpoint.format import (
     STATE,
     Document,
     FileFacts,
-    damages,
+    NewerFormat,
+    damage,
     decode,
     folder_name,
     set_aside,
     update_of,
 )
-from w2vscale.errors import UserError
+from w2vscale.distributed.process_group import Patience, broadcast_from_main, gather_from_ranks
+from w2vscale.errors import TemporaryError, UserError
+from w2vscale.files import delete as delete_path
 from w2vscale.files import sync_folder
-from w2vscale.storage.cache import local_file, local_folder
-from w2vscale.storage.objects import Missing, delete, download, list_objects, read, upload, version, write
+from w2vscale.storage.cache import cache_folder, local_file, local_folder
+from w2vscale.storage.objects import Missing, TooLarge, delete, download, list_objects, read, upload, version, write
 from w2vscale.storage.urls import Url
 
 DOWNLOADED_AT_ONCE = 4  # files
@@ -47,6 +52,10 @@ class SetAside(UserError):
     """A checkpoint on disk was set aside or replaced while it was uploaded."""
 
 
+def no_progress() -> None:
+    """Where nobody waits for a download to go on."""
+
+
 def identity(state: bytes) -> str:
     """Identifies a checkpoint by the content of its train_state.json, which has the checksums of all other files."""
     return hashlib.sha256(state).hexdigest()
@@ -54,9 +63,13 @@ def identity(state: bytes) -> str:
 
 @dataclass(frozen=True)
 class RemoteCheckpoints:
-    """The checkpoints in the folder `url` of a store. Every method may raise UserError; none is collective."""
+    """The checkpoints in the folder `url` of a store. Every method may raise UserError; none is collective.
+
+    `progress` is called again and again while a checkpoint is downloaded.
+    """
 
     url: Url
+    progress: Callable[[], None] = field(default=no_progress, compare=False)
 
     def files(self) -> dict[int, dict[str, int]]:
         """The files of each checkpoint by its update, complete or not, with their sizes in bytes."""
@@ -72,13 +85,24 @@ class RemoteCheckpoints:
         return sorted(update for update, files in self.files().items() if STATE in files)
 
     def state(self, update: int) -> bytes:
-        """The content of train_state.json."""
-        return read(self._file(update, STATE), limit=LARGEST_STATE)
+        """The content of train_state.json. Raises Damaged if it is too large."""
+        try:
+            return read(self._file(update, STATE), limit=LARGEST_STATE)
+        except TooLarge as error:
+            raise Damaged(str(error)) from None
+
+    def identity_of(self, update: int) -> str:
+        """The identity of a checkpoint; "" if its train_state.json is too large."""
+        with suppress(Damaged):
+            return identity(self.state(update))
+        return ""
 
     def document(self, update: int, state: bytes) -> Document:
-        """What train_state.json says. Raises Damaged if it cannot be read."""
+        """What train_state.json says. Raises Damaged if it cannot be read, and NewerFormat as `decode` does."""
         try:
             return decode(state, file=str(self._file(update, STATE)), folder=folder_name(update))
+        except NewerFormat:
+            raise
         except UserError as error:
             raise Damaged(str(error)) from None
 
@@ -94,7 +118,7 @@ class RemoteCheckpoints:
             state = (folder / STATE).read_bytes()
             files = self.document(update, state).files
             there = self.files().get(update, {})
-            old = self.state(update) if STATE in there else None
+            old = self._committed_state(update) if STATE in there else None
             names = self._names(update, files, there, old)
             missing = [name for name in sorted(files) if there.get(names[name]) != files[name]["bytes"] or old is None]
             for name in missing:  # a store takes the parts of a large file at once
@@ -113,6 +137,11 @@ class RemoteCheckpoints:
         write(self._file(update, STATE), state)
         self._delete(update, [name for name in there if name not in (STATE, *names.values())], require)
         return state, True
+
+    def _committed_state(self, update: int) -> bytes:
+        with suppress(Damaged):
+            return self.state(update)
+        return b""
 
     def _names(
         self, update: int, files: Mapping[str, FileFacts], there: Mapping[str, int], old: bytes | None
@@ -135,42 +164,52 @@ class RemoteCheckpoints:
     def download(self, update: int, folder: Path) -> None:
         """Download a checkpoint into `folder`, which exists, and compare its files with their checksums.
 
-        Raises Damaged if the checkpoint is not what was written, and OSError if the files cannot be written.
+        Files that the folder has already are not downloaded again; those that do not belong to the checkpoint are
+        deleted. Raises Damaged if it is not what was written, and OSError if the files cannot be written.
         """
-        where = self.url / folder_name(update)
+
+        def copy(name: str) -> None:
+            if damage(folder / name, files[name]):
+                download(self._file(update, names[name]), folder / name, self.progress)
+                if problem := damage(folder / name, files[name]):
+                    raise Damaged(f"{self._file(update, names[name])}: {problem}")
+            self.progress()
+
         try:
             state = self.state(update)
             files = self.document(update, state).files
-            there = list_objects(where)
+            there = list_objects(self.url / folder_name(update))
             names = {name: stored_name(name, facts, there) for name, facts in files.items()}
-            _at_once(lambda name: download(self._file(update, names[name]), folder / name), sorted(files))
+            for path in folder.iterdir():
+                if path.name not in files:
+                    delete_path(path)
+            _at_once(copy, sorted(files))
         except Missing as error:
             raise Damaged(str(error)) from None
-        if problem := next(damages(folder, files), None):
-            raise Damaged(f"{where}: {problem.removeprefix(f'{folder}/')}")
         (folder / STATE).write_bytes(state)
         sync_folder(folder)
 
     def download_into(self, update: int, folder: Path) -> Path:
         """Download a checkpoint into a folder of checkpoints, where it gets its name once it is intact.
 
-        One there that has its name is set aside. Raises Damaged like `download`, and UserError if the folder cannot be
-        written.
+        One there that has its name is set aside. After an error of the store, or a kill, the next call goes on with the
+        files that are complete. Raises Damaged like `download`, and UserError if the folder cannot be written.
         """
         final = folder / folder_name(update)
-        partial = folder / f".{final.name}.partial"
+        partial = folder / f".{final.name}.download.partial"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True, exist_ok=True)
             self.download(update, partial)
             if os.path.lexists(final):
                 set_aside(final, ABANDONED)
             partial.rename(final)
             sync_folder(folder)
-        except OSError as error:
-            raise UserError(f"{final}: a checkpoint cannot be downloaded: {error.strerror or error}") from None
-        finally:
+        except Damaged:
             shutil.rmtree(partial, ignore_errors=True)
+            raise
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"{final}: a checkpoint cannot be downloaded: {error.strerror or error}") from None
         return final
 
     def delete(self, update: int, files: Iterable[str], require: Callable[[], None] = lambda: None) -> None:
@@ -210,21 +249,45 @@ def local_model(place: Path | Url, log: Callable[[str], None] = lambda text: Non
 
     The log names damaged checkpoints that are skipped. Raises UserError if there is nothing, or it is damaged.
     """
+    return place if isinstance(place, Path) else _find_model(place, log, no_progress)[1]
+
+
+def model_on_all_ranks(
+    place: Path | Url, log: Callable[[str], None] = lambda text: None, patience: Patience | None = None
+) -> Path:
+    """Like `local_model`, but all ranks get copies, each on its machine, of what rank 0 finds at a URL. Collective."""
     if isinstance(place, Path):
         return place
+    patience = patience or Patience()
+
+    def copy(url: Url) -> tuple[Url, Path]:
+        return _find_model(url, log, patience.progress)
+
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    found = patience.run(lambda: copy(place)[0] if is_main else None)
+    url = broadcast_from_main(found)
+    path = patience.run(lambda: copy(url)[1])
+    # Its path in the cache tells the version of what was copied.
+    if len({*gather_from_ranks(path.relative_to(cache_folder()))}) > 1:
+        raise TemporaryError(f"{url}: changed while the ranks copied it; the same command starts again")
+    return path
+
+
+def _find_model(place: Url, log: Callable[[str], None], progress: Callable[[], None]) -> tuple[Url, Path]:
+    """The URL of the checkpoint or model that a URL names, and a copy of it on this machine."""
     names = list_objects(place)
     if not names:
-        return local_file(place)
+        return place, local_file(place, progress=progress)
     if STATE in names:
         parent, _, name = place.rstrip("/").rpartition("/")
         if FOLDER.fullmatch(name):
-            return RemoteCheckpoints(Url(parent)).local_copy(update_of(Path(name)))
+            return place, RemoteCheckpoints(Url(parent), progress).local_copy(update_of(Path(name)))
         raise UserError(f"{place}: the folder of a checkpoint has the name update_NNNNNNNN")
     for folder in (place, place / "checkpoints"):
-        remote = RemoteCheckpoints(folder)
+        remote = RemoteCheckpoints(folder, progress)
         for update in reversed(remote.committed()):
             try:
-                return remote.local_copy(update)
+                return folder / folder_name(update), remote.local_copy(update)
             except (Damaged, Missing) as error:  # a run may have deleted it meanwhile
                 log(f"skipping unusable checkpoint: {error}")
     files = {place / name: version(place / name) for name in names if "/" not in name}
@@ -232,9 +295,9 @@ def local_model(place: Path | Url, log: Callable[[str], None] = lambda text: Non
         raise UserError(f"{place}: holds neither an intact checkpoint nor a model")
 
     def fill(folder: Path) -> None:
-        _at_once(lambda url: download(url, folder / url.name), [*files])
+        _at_once(lambda url: download(url, folder / url.name, progress), [*files])
 
-    return local_folder(place, files, fill, name=place.name)
+    return place, local_folder(place, files, fill, name=place.name)
 
 
 def own_name(name: str, facts: FileFacts) -> str:

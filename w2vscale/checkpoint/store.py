@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,12 +37,20 @@ from w2vscale.checkpoint.format import (
 )
 from w2vscale.checkpoint.mirror import Mirror
 from w2vscale.checkpoint.reader import CheckpointReader, candidates
+from w2vscale.checkpoint.remote import model_on_all_ranks
 from w2vscale.checkpoint.retention import Retention
 from w2vscale.checkpoint.slices import TensorFile, TensorSlice, assemble, faults
-from w2vscale.distributed.process_group import Ranks, broadcast_from_main, errors_on_all_ranks, gather_from_ranks
+from w2vscale.distributed.process_group import (
+    Patience,
+    Ranks,
+    broadcast_from_main,
+    errors_on_all_ranks,
+    gather_from_ranks,
+)
 from w2vscale.errors import UserError, counted
 from w2vscale.files import delete, new_file, remove_partials, sync_folder, write_text
 from w2vscale.optim.canonical import Specs, differences, specs_of
+from w2vscale.storage.urls import Url
 
 T = TypeVar("T")
 
@@ -56,7 +64,7 @@ class CheckpointStore:
     `expected` describes every tensor that a checkpoint must hold; nothing else is ever committed. `keep_last`,
     `keep_every` and `keep_best` are the settings `checkpoint.*` of the same names, and `best_metric` is that of
     `trainer`. An `asynchronous` store writes in a thread. With the setting `checkpoint.store`, `mirror` on rank 0 keeps
-    the checkpoints in an object store, too.
+    the checkpoints in an object store, too; `patience` runs downloads.
     """
 
     folder: Path
@@ -69,6 +77,7 @@ class CheckpointStore:
     best_metric: str = "loss"
     asynchronous: bool = False
     mirror: Mirror | None = None
+    patience: Patience = field(default_factory=Patience)
     log: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
@@ -134,37 +143,44 @@ class CheckpointStore:
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def find(
-        self, log: Callable[[str], None], path: Path | None = None, *, up_to: int | None = None
+        self, log: Callable[[str], None], place: Path | Url | None = None, *, up_to: int | None = None
     ) -> CheckpointReader | None:
-        """The newest checkpoint that a run can be resumed from, of the run or folder `path` (default: its own).
+        """The newest checkpoint that a run can be resumed from, of the run or folder `place` (default: its own).
 
         The log names newer ones and why they are skipped. `up_to`: consider only this update and earlier ones. If
-        `path` is a checkpoint, only this one will do. Every file is compared with its checksum, each by one rank: with
-        the ranks that wrote the checkpoint, each reads its own.
+        `place` is a checkpoint, only this one will do. Every file is compared with its checksum, each by one rank: with
+        the ranks that wrote the checkpoint, each reads its own. Of a checkpoint at a URL, each rank gets a reader of a
+        copy on its machine.
 
         Raises UserError if there are checkpoints, and none can be used.
         """
+        path = None if place is None else model_on_all_ranks(place, log, self.patience)
         if path is None and up_to is None:
-            with errors_on_all_ranks():
-                if self.mirror is not None:
-                    self._restore_replaced()
-                    self.mirror.fetch(self._newest())
+            self.patience.run(self._fetch)
         found = candidates(path or self.folder, log, resuming=True, up_to=up_to)
         damaged: str | None = None
         checkpoint: CheckpointReader | None = None
         fetched: set[int] = set()
+
+        def choose() -> CheckpointReader | None:
+            """The first or next candidate, on rank 0."""
+            nonlocal found, damaged
+            if not self.ranks.is_main:
+                return None
+            if damaged is None and path is None:
+                self._restore_replaced()
+            if checkpoint is not None and path is None and self._fetch_instead(checkpoint, fetched):
+                log(f"skipping unusable checkpoint: {damaged}")
+                found, damaged = candidates(self.folder, log, resuming=True, up_to=min(fetched)), None
+            return found.throw(UserError(damaged)) if damaged else next(found, None)
+
         while True:
-            with errors_on_all_ranks():
-                if self.ranks.is_main:
-                    if damaged is None and path is None:
-                        self._restore_replaced()
-                    if checkpoint is not None and path is None and self._fetch_instead(checkpoint, fetched):
-                        log(f"skipping unusable checkpoint: {damaged}")
-                        found, damaged = candidates(self.folder, log, resuming=True, up_to=min(fetched)), None
-                    checkpoint = found.throw(UserError(damaged)) if damaged else next(found, None)
-            checkpoint = broadcast_from_main(checkpoint)
+            checkpoint = broadcast_from_main(self.patience.run(choose))
             if checkpoint is None:
                 return None
+            if path is not None and isinstance(place, Url):
+                with errors_on_all_ranks():
+                    checkpoint = CheckpointReader(path)
             names = [*checkpoint.tensor_files][self.ranks.rank :: self.ranks.world_size]
             own = next(damages(checkpoint.path, {name: checkpoint.files[name] for name in names}), None)
             damaged = next(filter(None, gather_from_ranks(own)), None)
@@ -211,6 +227,12 @@ class CheckpointStore:
                 f"{self.folder}: a checkpoint cannot be written: it needs {decimal(needed)}, and the disk has "
                 f"{decimal(free)} free"
             )
+
+    def _fetch(self) -> None:
+        """Download a checkpoint that is newer than those in the folder, on rank 0."""
+        if self.mirror is not None:
+            self._restore_replaced()
+            self.mirror.fetch(self._newest())
 
     def _fetch_instead(self, damaged: CheckpointReader, fetched: set[int]) -> bool:
         """Download a checkpoint that is newer than the next older one in the folder, in place of a damaged one.

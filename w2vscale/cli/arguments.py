@@ -8,7 +8,7 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -35,6 +35,13 @@ Processes = Annotated[
 ]
 
 
+def _place(named: str) -> Any:
+    """A path or URL."""
+    from w2vscale.storage.urls import place
+
+    return place(named)
+
+
 def _local(named: str) -> Path:
     """A path, or a copy on this machine of the checkpoint or model at a URL."""
     from w2vscale.storage.urls import Url, place
@@ -46,15 +53,11 @@ def _local(named: str) -> Path:
     return found
 
 
-Checkpoint = Annotated[
-    Path,
-    typer.Argument(
-        metavar="CHECKPOINT",
-        help="A checkpoint folder, or a run folder (its newest checkpoint); or the URL of one in a store.",
-        parser=str,  # a Path would change the slashes of a URL
-        callback=_local,
-    ),
-]
+CHECKPOINT = "A checkpoint folder, or a run folder (its newest checkpoint); or the URL of one in a store."
+# The parser: a Path would change the slashes of a URL.
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=CHECKPOINT, parser=str, callback=_local)]
+CheckpointPlace = Annotated[Any, typer.Argument(metavar="CHECKPOINT", help=CHECKPOINT, parser=str, callback=_place)]
+"""For commands of several processes, which use copies of the same checkpoint: see `model_on_all_ranks`."""
 Beam = Annotated[
     int | None,
     typer.Option(

@@ -85,14 +85,15 @@ def validate(
     """Compare manifests with the headers of their audio files, or with all audio.
 
     If they disagree, list the bad utterances in CUTS.jsonl.bad_headers or .bad_audio, and exit with code 2. With
-    --part, the name of the list ends with .K-of-N.
+    --part, the name of the list ends with .K-of-N. The list of a manifest at a URL is in the current folder.
     """
     from w2vscale.corpora.parallel import Part
     from w2vscale.corpora.validate import validate_manifest
+    from w2vscale.storage.urls import place
 
     problems, of_part = [], "" if part == "1/1" else f" of part {part}"
     schemes = ("file", *(url_scheme or ()))
-    for manifest in _local(manifests):
+    for manifest in map(place, manifests):
         with progress_bar(f"validating {manifest.name}") as progress:
             found = validate_manifest(
                 manifest, jobs=jobs, audio=audio, part=Part.parse(part), progress=progress, schemes=schemes

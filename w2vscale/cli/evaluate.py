@@ -17,11 +17,12 @@ from w2vscale.files import write_text
 
 if TYPE_CHECKING:
     from w2vscale.inference.decoding import BeamSearch
+    from w2vscale.storage.urls import Url
 
 
 def evaluate(
     context: typer.Context,
-    checkpoint: arguments.Checkpoint,
+    checkpoint: arguments.CheckpointPlace,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override those of the checkpoint."),
@@ -67,7 +68,7 @@ def evaluate(
         _evaluate_loss(checkpoint, cuts or [], overrides or [], output)
 
 
-def _evaluate_loss(checkpoint: Path, cuts: list[Path], overrides: list[str], output: Path | None) -> None:
+def _evaluate_loss(checkpoint: Path | Url, cuts: list[Path], overrides: list[str], output: Path | None) -> None:
     from w2vscale.evaluation.validation import evaluate_checkpoint
 
     with progress_bar("evaluating") as progress:
@@ -85,8 +86,15 @@ def _evaluate_loss(checkpoint: Path, cuts: list[Path], overrides: list[str], out
 
 
 def _evaluate_wer(
-    checkpoint: Path, cuts: list[Path], search: BeamSearch | None, output: Path | None, html: Path | None, *, worst: int
+    checkpoint: Path | Url,
+    cuts: list[Path],
+    search: BeamSearch | None,
+    output: Path | None,
+    html: Path | None,
+    *,
+    worst: int,
 ) -> None:
+    from w2vscale.checkpoint.remote import model_on_all_ranks
     from w2vscale.distributed.process_group import LONG_TIMEOUT, process_group
     from w2vscale.evaluation.wer import describe_rate, html_page, score_checkpoint
     from w2vscale.inference.pretrained import load
@@ -94,7 +102,7 @@ def _evaluate_wer(
     if not cuts:
         raise UserError("--cuts names no manifest: set --cuts CUTS.jsonl")
     with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("transcribing") as progress:
-        pretrained = load(checkpoint, device=device)
+        pretrained = load(model_on_all_ranks(checkpoint, console.print), device=device)
         found = score_checkpoint(pretrained, cuts, search=search, ranks=ranks, progress=progress, log=console.print)
     if not ranks.is_main:
         return

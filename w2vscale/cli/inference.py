@@ -30,7 +30,7 @@ FORMAT = (
 
 def transcribe(
     context: typer.Context,
-    checkpoint: arguments.Checkpoint,
+    checkpoint: arguments.CheckpointPlace,
     audio: Audio,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON object per utterance: utterance, file, text.")
@@ -48,6 +48,7 @@ def transcribe(
 
     Prints a line per utterance: name, tab, text. Exits with code 2 if some audio could not be used.
     """
+    from w2vscale.checkpoint.remote import model_on_all_ranks
     from w2vscale.data.micro_batch import BadAudio
     from w2vscale.distributed.process_group import LONG_TIMEOUT, gather_as_found, process_group
     from w2vscale.inference.decoding import BeamSearch
@@ -59,14 +60,15 @@ def transcribe(
     bad: list[BadAudio] = []
     done = 0
     with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("seconds of audio") as progress:
+        log = (lambda text: typer.echo(visible(text), err=True)) if ranks.is_main else lambda text: None
         stream = transcripts(
-            load(checkpoint, device=device),
+            load(model_on_all_ranks(checkpoint, log), device=device),
             find_utterances(audio, channel=arguments.channel_number(channel)),
             search=BeamSearch.from_options(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score),
             ranks=ranks,
             batch_seconds=batch_seconds,
             progress=progress,
-            log=(lambda text: typer.echo(visible(text), err=True)) if ranks.is_main else lambda text: None,
+            log=log,
         )
         for found in gather_as_found(stream):
             if not ranks.is_main:

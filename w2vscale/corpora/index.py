@@ -21,6 +21,7 @@ from w2vscale.data.manifest import (
     index_url,
     language_of,
     local_manifest,
+    naming,
     open_index,
 )
 from w2vscale.errors import UserError
@@ -46,10 +47,8 @@ def build_index(
     it, or too many languages, or if the index cannot be written.
     """
     local = local_manifest(manifest)
-    try:
+    with naming(local, manifest):
         count = index_lines(local, progress, jobs=jobs, schemes=schemes).size - 1
-    except UserError as error:
-        raise type(error)(str(error).replace(str(local), str(manifest))) from None
     if isinstance(manifest, Url):
         upload(index_path(local), index_url(manifest))
     return count

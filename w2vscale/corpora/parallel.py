@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from w2vscale.errors import UserError
+from w2vscale.storage.urls import Url
 
 Chunk = TypeVar("Chunk")
 Result = TypeVar("Result")
@@ -63,7 +64,12 @@ def chunked(items: Sequence[Chunk], size: int) -> Iterator[Sequence[Chunk]]:
 
 
 def parallel_map(
-    function: Callable[[Chunk], Result], chunks: Iterable[Chunk], *, jobs: int, source: Path, isolate: bool = False
+    function: Callable[[Chunk], Result],
+    chunks: Iterable[Chunk],
+    *,
+    jobs: int,
+    source: Path | Url,
+    isolate: bool = False,
 ) -> Iterator[Result]:
     """Apply `function` to each chunk with `jobs` processes; yields the results in order.
 

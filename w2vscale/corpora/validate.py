@@ -16,10 +16,11 @@ from w2vscale.corpora.index import index_lines
 from w2vscale.corpora.parallel import WHOLE, Part, Progress, WorkerDied, chunked, no_progress, parallel_map
 from w2vscale.data.audio import AudioError, check_header, read_audio
 from w2vscale.data.cuts import FILES, NotACut
-from w2vscale.data.manifest import Manifest, audio_path
+from w2vscale.data.manifest import Manifest, audio_path, local_manifest, naming
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.errors import UserError
 from w2vscale.files import append_records, writing
+from w2vscale.storage.urls import Url
 
 SAMPLING_RATE = ModelConfig().sampling_rate
 SHOWN = 20  # bad utterances that are kept in memory
@@ -35,17 +36,19 @@ class Validation:
     listing: Path
 
 
-def listing_path(manifest: Path, *, audio: bool, part: Part = WHOLE) -> Path:
+def listing_path(manifest: Path | Url, *, audio: bool, part: Part = WHOLE) -> Path:
     """The path of the list of bad utterances, one JSON object per line. The pattern cuts_*.jsonl does not match it.
 
-    Comparing headers, which is quick, does not replace the list from decoding all `audio`. Each `part` has its own.
+    It is beside the manifest; that of a manifest at a URL is in the current folder. Comparing headers, which is quick,
+    does not replace the list from decoding all `audio`. Each `part` has its own.
     """
     suffix = f".{part.number}-of-{part.count}" if part.count > 1 else ""
-    return manifest.with_name(manifest.name + (".bad_audio" if audio else ".bad_headers") + suffix)
+    folder = Path() if isinstance(manifest, Url) else manifest.parent
+    return folder / (manifest.name + (".bad_audio" if audio else ".bad_headers") + suffix)
 
 
 def validate_manifest(
-    path: Path,
+    path: Path | Url,
     *,
     jobs: int = 4,
     audio: bool = False,
@@ -64,7 +67,9 @@ def validate_manifest(
     `schemes`: the setting `data.url_schemes`. Raises UserError if the manifest cannot be read or has audio elsewhere,
     the list cannot be written, or a process died.
     """
-    index = index_lines(path, jobs=jobs, keep_unusable=True, schemes=schemes)
+    local = local_manifest(path)
+    with naming(local, path):
+        index = index_lines(local, jobs=jobs, keep_unusable=True, schemes=schemes)
     manifest = Manifest(path, index, schemes=schemes)
     listing = listing_path(path, audio=audio, part=part)
     with writing(listing):

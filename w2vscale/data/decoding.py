@@ -20,6 +20,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from w2vscale.data.truncation import missing_part
+from w2vscale.storage.urls import scheme_of
 
 Samples = NDArray[np.float32]
 
@@ -84,8 +85,9 @@ class Fetched(str):
 
     @property
     def suffix(self) -> str:
-        """The suffix in its path."""
-        return os.path.splitext(urlsplit(self).path)[1].lower()
+        """The suffix in its path. Names in a store, unlike paths of a server, may have a ? or #."""
+        path = urlsplit(self).path if scheme_of(self) in ("http", "https") else self
+        return os.path.splitext(path)[1].lower()
 
 
 class Header(NamedTuple):

@@ -50,6 +50,15 @@ def local_manifest(manifest: Path | Url) -> Path:
     return local_file(manifest, beside=[index_url(manifest)])
 
 
+@contextmanager
+def naming(local: Path, manifest: Path | Url) -> Iterator[None]:
+    """Have errors in the block name a manifest in place of its copy on this machine."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(str(error).replace(str(local), str(manifest))) from None
+
+
 def open_index(manifest: Path, *, name: Path | Url | None = None) -> NDArray[np.void]:
     """Map the index of a manifest into memory. Raises UserError if it is missing, damaged or not an index.
 

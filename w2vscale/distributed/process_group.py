@@ -6,7 +6,8 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ from w2vscale.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)  # longest time that a rank waits for the others in a collective
 LONG_TIMEOUT = timedelta(days=1)  # the same for commands in which a single utterance may take hours
+LOOK = 1.0  # seconds between looks at the work of `Patience`
 
 T = TypeVar("T")
 
@@ -200,6 +202,39 @@ def errors_on_all_ranks() -> Iterator[None]:
     for found in gather_from_ranks(error):
         if found is not None:
             raise found
+
+
+class Patience:
+    """Runs work that may take long, such as a download, so that ranks that wait for it are not taken to hang.
+
+    While `progress` is called on any rank, `note` is called on all of them, about once in LOOK seconds.
+    """
+
+    def __init__(self, note: Callable[[], None] = lambda: None) -> None:
+        self.note, self._steps = note, 0
+
+    def progress(self) -> None:
+        """Note progress of the work. Not collective; any thread may call it."""
+        self._steps += 1
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Run the work of this rank in a thread, and wait for that of all ranks. Errors as in `errors_on_all_ranks`.
+
+        Collective, but the work is not.
+        """
+        seen, busy = self._steps, True
+        with ThreadPoolExecutor(1, thread_name_prefix="patience") as pool:
+            future = pool.submit(work)
+            while busy:
+                wait([future], LOOK)
+                steps = self._steps
+                unfinished, moved = largest_over_ranks([not future.done(), steps != seen])
+                seen, busy = steps, bool(unfinished)
+                if moved or not busy:
+                    self.note()
+        with errors_on_all_ranks():
+            result = future.result()
+        return result
 
 
 def gather_as_found(stream: Iterable[T], *, every_seconds: float = 20.0) -> Iterator[T]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.checkpoint.remote import model_on_all_ranks
 from w2vscale.data.cuts import FILES
 from w2vscale.data.indexed import VALIDATION_SEED, check_sample, validation_set
 from w2vscale.data.inputs import to_device
@@ -20,6 +21,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
 from w2vscale.errors import UserError
 from w2vscale.objectives import StepContext, Sums, add_sums, load
+from w2vscale.storage.urls import Url
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Evaluation:
 
 
 def evaluate_checkpoint(
-    path: Path,
+    path: Path | Url,
     cuts: Sequence[Path],
     overrides: Sequence[str] = (),
     *,
@@ -42,19 +44,19 @@ def evaluate_checkpoint(
 ) -> Evaluation | None:
     """Evaluate a checkpoint with the settings it was trained with, on fixed crops, masks and negatives. Collective.
 
-    `path` is a checkpoint folder, or a run folder, to evaluate its newest intact checkpoint; `cuts` are indexed
+    `path` is a checkpoint folder, a run folder, to evaluate its newest intact checkpoint, or a URL; `cuts` are indexed
     manifests; `overrides` replace settings (SECTION.KEY=VALUE). `progress` is called with (micro-batches begun,
     micro-batches in total) of this rank. Returns the evaluation on the first rank, None on the others.
     Raises UserError if the checkpoint or a manifest is unusable, or no utterance could be read.
     """
-    checkpoint = open_checkpoint(path, log)
-    # Where a manifest may have its audio is up to the caller, not to the one who made the checkpoint.
-    overrides = (f"data.url_schemes=[{','.join(FILES)}]", *overrides)
-    config, objective = load(checkpoint.path / "config.yaml", overrides, new=False)
-    corpus = Corpus(cuts, setting="--cuts", schemes=config.data.url_schemes)
-    check_sample(corpus, sampling_rate=config.model.sampling_rate)
-    dataset = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
     with process_group() as (ranks, device), torch.no_grad(), loader_processes():
+        checkpoint = open_checkpoint(model_on_all_ranks(path, log), log)
+        # Where a manifest may have its audio is up to the caller, not to the one who made the checkpoint.
+        overrides = (f"data.url_schemes=[{','.join(FILES)}]", *overrides)
+        config, objective = load(checkpoint.path / "config.yaml", overrides, new=False)
+        corpus = Corpus(cuts, setting="--cuts", schemes=config.data.url_schemes)
+        check_sample(corpus, sampling_rate=config.model.sampling_rate)
+        dataset = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
         model = objective.build_model().to(device)
         checkpoint.load_model(model)
         model.eval()

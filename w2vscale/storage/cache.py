@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "w2vscale"
 
 
-def local_file(url: Url, *, beside: Sequence[Url] = ()) -> Path:
+def local_file(url: Url, *, beside: Sequence[Url] = (), progress: Callable[[], None] = lambda: None) -> Path:
     """A copy of an object, and of the objects `beside` it that exist. Raises Missing if the object does not."""
     versions = {url: version(url)}
     for other in beside:
@@ -34,7 +35,7 @@ def local_file(url: Url, *, beside: Sequence[Url] = ()) -> Path:
 
     def fill(folder: Path) -> None:
         for each in versions:
-            download(each, folder / each.name)
+            download(each, folder / each.name, progress)
 
     return local_folder(url, versions, fill) / url.name
 
@@ -49,13 +50,12 @@ def local_folder(url: Url, versions: dict[Url, Version], fill: Callable[[Path], 
     final = folder / name if name else folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.with_name(f"{folder.name}.lock")):
+        with _locked(folder.with_name(f"{folder.name}.lock")) as locked:
             if not folder.exists():
-                partial = folder.with_name(f".{folder.name}.partial")
-                shutil.rmtree(partial, ignore_errors=True)
-                (partial / name).mkdir(parents=True)
-                fill(partial / name)
-                partial.rename(folder)
+                ours = f".{folder.name}.{socket.gethostname()}@"
+                for left in folder.parent.glob(f"{ours}*.partial") if locked else ():  # by killed processes
+                    shutil.rmtree(left, ignore_errors=True)
+                _make(folder, folder.with_name(f"{ours}{os.getpid()}.partial"), fill, name)
     except OSError as error:
         raise UserError(
             f"{folder}: the copy of {url} cannot be written: {error.strerror or error}; free some space, or set "
@@ -64,10 +64,30 @@ def local_folder(url: Url, versions: dict[Url, Version], fill: Callable[[Path], 
     return final
 
 
+def _make(folder: Path, partial: Path, fill: Callable[[Path], None], name: str) -> None:
+    """Fill the folder under the name `partial`, unless another process finishes it first."""
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        (partial / name).mkdir(parents=True)
+        fill(partial / name)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process. Where the file system has none, two processes may both make a copy."""
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a lock that ends with this process. Yields whether the file system has locks.
+
+    Where it has none, several processes may make a copy, each under a name of its own.
+    """
+    locked = False
     with path.open("w") as file:
         with suppress(OSError):
             fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+            locked = True
+        yield locked

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import fsspec.asyn
+from fsspec.callbacks import Callback
 
 from w2vscale.errors import TemporaryError, UserError
 from w2vscale.storage.urls import Url, shown
@@ -45,7 +46,6 @@ _S3 = {
         "read_timeout": READ_SECONDS,
         "retries": {"total_max_attempts": 1, "mode": "standard"},  # `_attempt` repeats calls
     },
-    "use_listings_cache": False,
 }
 OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3}
 """Options of fsspec's file systems."""
@@ -56,7 +56,10 @@ VERSION_KEYS = (
     "md5Hash",
     "generation",
     "content_md5",
+    "Content-MD5",
+    "Digest",
     "LastModified",
+    "Last-Modified",
     "last_modified",
     "mtime",
     "updated",
@@ -157,9 +160,9 @@ def read_ranges(url: Url, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
     ]
 
 
-def write(url: Url, content: bytes) -> None:
+def write(url: Url, content: bytes, *, attempts: int = ATTEMPTS) -> None:
     """Write an object, in place of one that is there. Readers see the old or the new content, never a part."""
-    _attempt(url, lambda files, path: files.call("pipe_file", path, content, bytes=len(content)))
+    _attempt(url, lambda files, path: files.call("pipe_file", path, content, bytes=len(content)), attempts=attempts)
 
 
 def upload(file: Path, url: Url) -> None:
@@ -168,10 +171,15 @@ def upload(file: Path, url: Url) -> None:
     _attempt(url, lambda files, path: files.call("put_file", str(file), path, bytes=size), local=file)
 
 
-def download(url: Url, file: Path) -> None:
-    """Copy an object to a file. Raises OSError if it cannot be written."""
+def download(url: Url, file: Path, progress: Callable[[], None] = lambda: None) -> None:
+    """Copy an object to a file, and call `progress` after each part of it. Raises OSError if it cannot be written."""
     size = version(url).bytes
-    _attempt(url, lambda files, path: files.call("get_file", path, str(file), bytes=size), local=file)
+    callback = Callback(hooks={"progress": lambda *sizes, **others: progress()})
+    _attempt(
+        url,
+        lambda files, path: files.call("get_file", path, str(file), callback=callback, bytes=size),
+        local=file,
+    )
 
 
 def delete(urls: Sequence[Url]) -> None:
@@ -185,7 +193,9 @@ class _Files:
     """A file system of fsspec whose calls end."""
 
     def __init__(self, scheme: str) -> None:
-        self.wrapped = fsspec.filesystem(scheme, skip_instance_cache=True, **OPTIONS.get(scheme, {}))
+        self.wrapped = fsspec.filesystem(
+            scheme, skip_instance_cache=True, use_listings_cache=False, **OPTIONS.get(scheme, {})
+        )
         if scheme in ("s3", "s3a"):
             self.wrapped.retries = 1
 
@@ -217,12 +227,12 @@ class _Files:
         return content
 
 
-def _attempt(url: Url, call: Callable[[_Files, str], T], *, local: Path | None = None) -> T:
+def _attempt(url: Url, call: Callable[[_Files, str], T], *, local: Path | None = None, attempts: int = ATTEMPTS) -> T:
     """Call with the file system of a URL and the path in it, again after errors that may pass."""
-    for attempt in range(ATTEMPTS):
+    for attempt in range(attempts):
         try:
             files = _file_system(url.scheme)
-            return call(files, files.wrapped._strip_protocol(str(url)))
+            return call(files, files.wrapped._strip_protocol(f"{url.scheme}{url[len(url.scheme) :]}"))
         except UserError:
             raise
         except Exception as error:  # fsspec and its libraries raise many types of errors
@@ -230,7 +240,7 @@ def _attempt(url: Url, call: Callable[[_Files, str], T], *, local: Path | None =
             if local is not None and (full or getattr(error, "filename", None) == str(local)):
                 raise
             problem = _user_error(url, error)
-            if attempt + 1 == ATTEMPTS or not isinstance(problem, Unreachable):
+            if attempt + 1 == attempts or not isinstance(problem, Unreachable):
                 raise problem from None
         time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError

@@ -51,7 +51,11 @@ def place(text: str | Path) -> Path | Url:
     if _USER.search(text):
         raise UserError(f"{shown(text)}: a URL with a user or password would be written into logs; set environment "
                         "variables or a file of credentials in its place")  # fmt: skip
-    if not urlsplit(text).netloc.strip():
+    try:
+        bucket = urlsplit(text).netloc.strip()
+    except ValueError:  # such as [ without ]
+        bucket = ""
+    if not bucket:
         raise UserError(f"{text}: a URL has the form s3://BUCKET/FOLDER/FILE")
     return Url(text)
 

@@ -24,6 +24,7 @@ from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import (
     TIMEOUT,
+    Patience,
     Ranks,
     broadcast_from_main,
     errors_on_all_ranks,
@@ -84,13 +85,16 @@ def train(
         display = Display(total=config.trainer.updates, enabled=ranks.is_main)
         seconds, grace = config.watchdog.seconds, config.checkpoint.grace_seconds
         watchdog = Watchdog(ranks, exp / "logs", seconds=seconds, stop=stop, grace=grace)
+        patience = Patience(partial(watchdog.at, "reading checkpoints or their store", slow=True))
         with (
             _locked_by_main(exp, ranks, display.message) as lock,
             watchdog,
-            _mirrored_by_main(config, exp, ranks, display.message) as mirror,
+            _mirrored_by_main(config, exp, ranks, resume, display.message, patience) as mirror,
         ):
             log = display.message
-            run = build_run(config, exp, ranks=ranks, device=device, resume=resume, log=log, mirror=mirror)
+            run = build_run(
+                config, exp, ranks=ranks, device=device, resume=resume, log=log, mirror=mirror, patience=patience
+            )
             with closing(run.engine):
                 make_folder(exp, run.config, ranks, command, finished=run.state.update >= config.trainer.updates)
                 with explain_oom(config.batch):
@@ -116,15 +120,18 @@ def _locked_by_main(exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iter
 
 
 @contextmanager
-def _mirrored_by_main(config: Config, exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iterator[Mirror | None]:
+def _mirrored_by_main(
+    config: Config, exp: Path, ranks: Ranks, resume: str, log: Callable[[str], None], patience: Patience
+) -> Iterator[Mirror | None]:
     """Have rank 0 own `checkpoint.store`, if it is set, and upload to it. Collective."""
     mirror, keep = None, config.checkpoint
     with ExitStack() as opened:
-        with errors_on_all_ranks():
-            if ranks.is_main and isinstance(keep.store, Url):
+        if isinstance(keep.store, Url):
+            if ranks.is_main:
                 retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best, config.trainer.best_metric)
-                mirror = opened.enter_context(closing(Mirror(keep.store, exp / "checkpoints", retention, log)))
-                mirror.open()
+                mirror = Mirror(keep.store, exp / "checkpoints", retention, log, patience.progress)
+                opened.enter_context(closing(mirror))
+            patience.run(lambda: mirror.open(resume) if mirror is not None else None)
         yield mirror
 
 
@@ -428,7 +435,9 @@ class Trainer:
         if checkpoint is None:
             raise UserError(f"stopped at update {left.update}: {trouble}; no checkpoint is from before it")
         back = checkpoint.state
-        times = sum(line["update"] == back.update for line in self.metrics.read("roll_back"))
+        # Two lines with the same number are of a run that was killed while it went back.
+        lines = self.metrics.read("roll_back")
+        times = len({line.get("skipped_windows") for line in lines if line["update"] == back.update})
         if broadcast_from_main(times) >= ROLL_BACKS:
             raise UserError(
                 f"stopped at update {left.update}: {trouble}; the run has gone back to {checkpoint.path} "
@@ -441,11 +450,12 @@ class Trainer:
         self.run.engine.import_state(checkpoint)
         skipped = left.skipped_windows + left.update - back.update
         self.run.state = self.state = replace(back, skipped_windows=skipped, data=left.data)
+        # Before the checkpoint is saved, with which the metrics are uploaded.
+        self.metrics.write("roll_back", back.update, {"left_at": left.update, "skipped_windows": skipped})
         # Saved again, so that a killed run skips them, too. Later checkpoints are set aside by this.
         self._save()
         store.wait()
         self.metrics.continue_from(self.state)
-        self.metrics.write("roll_back", back.update, {"left_at": left.update, "skipped_windows": skipped})
         self.history = self._history()
         self.logged, self.skipped_in_a_row = back.update, 0
         self.meter = Meter(self.config.model.sampling_rate)

@@ -16,7 +16,7 @@ from torch import Tensor
 from w2vscale.checkpoint.format import TrainState, committed
 from w2vscale.checkpoint.mirror import Mirror
 from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
-from w2vscale.checkpoint.remote import RemoteCheckpoints, local_model
+from w2vscale.checkpoint.remote import RemoteCheckpoints, local_model, model_on_all_ranks
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, architecture_of, dump_config, load_yaml
 from w2vscale.data.assembly import Assembler
@@ -29,7 +29,7 @@ from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.data.shard_index import BAD_SHARDS
 from w2vscale.data.stream import open_stream
 from w2vscale.distributed.launch import local_processes
-from w2vscale.distributed.process_group import Ranks, errors_on_all_ranks
+from w2vscale.distributed.process_group import Patience, Ranks, errors_on_all_ranks
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.transforms import missing_for_compilation
 from w2vscale.errors import UserError, counted
@@ -90,12 +90,13 @@ def build_run(
     resume: str,
     log: Callable[[str], None],
     mirror: Mirror | None = None,
+    patience: Patience | None = None,
 ) -> Run:
     """Open the data, build model and engine, and load the checkpoint to resume from, if any.
 
     `resume` is auto (the newest usable checkpoint, or a new run if there is none), never (a new run; the folder must
     hold no checkpoints), or the path or URL of a checkpoint. `mirror`: on rank 0, that of `checkpoint.store`, if it is
-    set. Raises UserError if data, settings or checkpoint cannot be used.
+    set. `patience` runs downloads. Raises UserError if data, settings or checkpoint cannot be used.
     """
     config, objective = resolve(config)
     objective.check(config)
@@ -104,6 +105,7 @@ def build_run(
     # Taken from the plain model, so that it can be used to check what the engine exports.
     expected = expected_tensors(model)
     store = checkpoint_store(config, exp, ranks, expected, mirror, log)
+    store.patience = patience or store.patience
     checkpoint = _resume_point(resume, store, log)
     with errors_on_all_ranks():
         if mirror is not None and checkpoint is not None:
@@ -128,7 +130,9 @@ def build_run(
         if checkpoint is None:
             shapes = model_shapes(expected)
             drawn = initial_state(objective, config.trainer.seed)
-            engine.import_values(starting_values(config, objective, shapes, drawn, log))
+            start = config.trainer.init_from
+            source = None if start is None else model_on_all_ranks(start, log, patience)
+            engine.import_values(starting_values(config, objective, shapes, drawn, log, source))
         else:
             engine.import_state(checkpoint)
             log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
@@ -348,18 +352,11 @@ def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None
                     f"another {'--exp' if places[0] == store.folder else 'checkpoint.store'}"
                 )
         return None
-    path = None if resume == "auto" else _local_checkpoint(resume, log)
-    checkpoint = store.find(log, path)
-    if checkpoint is None and path is not None:
-        raise UserError(f"{path}: no such checkpoint{nearest_path(path)}")
+    named = None if resume == "auto" else place(resume)
+    checkpoint = store.find(log, named)
+    if checkpoint is None and named is not None:
+        raise UserError(f"{named}: no such checkpoint{nearest_path(named) if isinstance(named, Path) else ''}")
     return checkpoint
-
-
-def _local_checkpoint(resume: str, log: Callable[[str], None]) -> Path:
-    """The checkpoint that `--resume` names, or a copy of it on this machine. Collective."""
-    with errors_on_all_ranks():
-        path = local_model(place(resume), log)
-    return path
 
 
 def stored_settings(exp: Path, resume: str, store: Path | Url | None = None) -> Path | None:

@@ -84,17 +84,19 @@ def starting_values(
     shapes: Mapping[str, tuple[int, ...]],
     drawn: Iterator[tuple[str, Tensor]],
     log: Callable[[str], None],
+    path: Path | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Each of `drawn`, or in its place the tensor of `trainer.init_from`, one whole tensor at a time.
 
-    `shapes` are those of `drawn`. Logs a table of what is loaded, missing, of another shape, and not used. Heads are
-    drawn if the source was trained for another objective. Raises UserError if tensors are missing there or have other
-    shapes, or the architecture differs, and `trainer.init_allow` does not name them.
+    `path` is where `trainer.init_from` is on this machine; None if it is not set. `shapes` are those of `drawn`. Logs a
+    table of what is loaded, missing, of another shape, and not used. Heads are drawn if the source was trained for
+    another objective. Raises UserError if tensors are missing there or have other shapes, or the architecture differs,
+    and `trainer.init_allow` does not name them.
     """
-    if config.trainer.init_from is None:
+    if path is None:
         yield from drawn
         return
-    source = open_source(config.trainer.init_from, log)
+    source = open_source(path, log)
     same_objective = source.config.objective.name == config.objective.name
     # The heads of another objective mean something else, whatever their shapes.
     there = {name: shape for name, shape in source.shapes.items() if same_objective or name.startswith(ENCODER)}
