@@ -40,7 +40,7 @@ VARIANTS = {
     "zero3_offload": ("engine={name: deepspeed, deepspeed_config: zero3_offload}",),
 }
 BF16 = {f"{name}_bf16": (*VARIANTS[name], "precision.compute=bf16") for name in ENGINES}
-QUICK = {"ddp", "fsdp", "zero3"}
+QUICK = {"ddp", "fsdp"}
 EVERY = long_except(QUICK, [*VARIANTS, *BF16])
 OF_A_TEACHER = long_except({"ddp", "fsdp"}, ["ddp", "fsdp", "fsdp_keeping_parameters", "fsdp_offload"])
 STATISTICS = ("extras.norm.running_mean", "extras.norm.running_var", "extras.norm.num_batches_tracked")

@@ -34,7 +34,7 @@ def settings(corpus: SmallCorpus, engine: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", long_except({"zero3_partitioned"}, ZERO_FILES))
+@pytest.mark.parametrize("name", long_except({}, ZERO_FILES))
 def test_it_is_the_run_of_ddp_and_resumes_exactly(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, ddp: Path, tmp_path: Path, name: str
 ) -> None:

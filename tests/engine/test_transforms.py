@@ -110,7 +110,7 @@ SHAPES = [
     ("backend", "preset", "precision", "tolerance"),
     [
         long("aot_eager", "large_lv60", "fp32", 1e-5),
-        ("aot_eager", "base", "bf16", 2e-2),
+        long("aot_eager", "base", "bf16", 2e-2),
         long("inductor", "large_lv60", "fp32", 1e-5),
         long("inductor", "base", "fp32", 1e-5),
     ],

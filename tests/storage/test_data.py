@@ -253,6 +253,7 @@ def settings(train_set: object, *more: str) -> Any:
     return load_config("base", [*chosen, *more])
 
 
+@pytest.mark.long
 def test_a_run_on_urls_is_the_run_on_files(bucket: Url, tmp_path: Path) -> None:
     """With loader processes, validation, noise and impulse responses by URL."""
     files, url = moved(tmp_path, bucket, count=12)

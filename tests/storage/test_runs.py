@@ -123,7 +123,7 @@ def test_kills_in_the_middle_of_uploads(
     assert_no_secrets([path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".safetensors"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 def test_two_ranks_go_on_from_an_empty_disk(bucket: Url, small_corpus: SmallCorpus, tmp_path: Path) -> None:
     settings = (*MICRO_RUN, f"checkpoint.store={bucket / 'run'}", "engine.name=fsdp", "schedule.warmup_updates=2")
@@ -161,7 +161,7 @@ def test_a_stop_signal_uploads_the_last_checkpoint(bucket: Url, small_corpus: Sm
     assert f"{bucket}/run: holds checkpoints of an earlier run" in other.finish(code=2, timeout=60.0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_store_that_is_away_at_the_end(
     bucket: Url, small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

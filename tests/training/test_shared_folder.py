@@ -42,7 +42,7 @@ def test_a_folder_on_the_disk_of_each_host_is_refused(small_corpus: SmallCorpus,
     assert not (tmp_path / "a" / "exp" / "lock").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_shared_folder_is_recognised(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     ranks = hosts(small_corpus, tmp_path, tmp_path / "exp", tmp_path / "exp")
