@@ -46,7 +46,7 @@ def run(folder: Path, *commands: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_audio_to_exported_models(mixed_audio: Path, tmp_path: Path) -> None:
     """The audio is WAV, FLAC, MP3, Ogg and Opus, at several sampling rates."""
     cuts, shards, exp = (str(tmp_path / name) for name in ("cuts_train.jsonl", "shards", "exp"))

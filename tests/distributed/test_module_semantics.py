@@ -152,7 +152,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("writer", "reader"),
     [
-        ("ddp", "fsdp"), ("fsdp", "zero3"), ("zero3", "ddp"),
+        ("ddp", "fsdp"), ("zero2", "ddp"), long("fsdp", "zero3"), long("zero3", "ddp"),
         long("fsdp", "zero1"), long("zero1", "zero2"), long("zero2", "zero3"),
         long("zero3", "zero1"), long("fsdp", "ddp"), long("zero1", "fsdp"),
         long("fsdp_offload", "zero3_offload"), long("zero2_offload", "fsdp_hybrid"),

@@ -76,6 +76,7 @@ def test_a_run_continues_on_another_number_of_processes(
     assert losses(split) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_killed_run_continues_bit_for_bit(shards: Path, tmp_path: Path, pool: Callable[[int], Pool]) -> None:
     settings = (*STREAM, "trainer.updates=6", "checkpoint.every=1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"

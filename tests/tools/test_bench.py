@@ -111,6 +111,7 @@ def test_relative_difference() -> None:
     assert relative_difference([1.0, 2.2, 3.0], [1.0, 2.0, 4.0]) == pytest.approx(0.25)
 
 
+@pytest.mark.long
 def test_the_step_bench_trains_all_on_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="Transformers is not installed")
     monkeypatch.setattr(step, "matrix_rate", lambda compute, device: 1e9)
@@ -188,6 +189,7 @@ def few_updates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "UPDATES", 32)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("few_updates")
 def test_the_sampler_bench_compares_both_on_the_same_durations() -> None:
     result = CliRunner().invoke(sampler.app, ["--utterances", "1500", "--rounds", "1"])

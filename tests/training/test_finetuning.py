@@ -504,7 +504,8 @@ class TestRunScript:
         result = CliRunner().invoke(app, list(map(str, arguments)), obj=list(map(str, arguments)))
         assert result.exit_code == 0, result.output
 
-    @pytest.mark.parametrize("options", [[], long(["--scratch"])])
+    @pytest.mark.long
+    @pytest.mark.parametrize("options", [[], ["--scratch"]])
     def test_it_repeats_the_command(
         self, spelled: Path, pretrained: Path, tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -100,6 +100,7 @@ def test_sigterm_saves_and_the_same_command_continues(corpus: Path, uninterrupte
     assert weights(exp) == weights(uninterrupted)
 
 
+@pytest.mark.long
 def test_run_sh_repeats_the_command_and_finds_the_run_finished(uninterrupted: Path) -> None:
     before = weights(uninterrupted)
     done = subprocess.run([uninterrupted / "run.sh"], capture_output=True, text=True, timeout=DEADLINE, check=True)

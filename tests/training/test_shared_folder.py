@@ -26,7 +26,7 @@ def hosts(corpus: SmallCorpus, folder: Path, *folders: Path) -> list[Command]:
     return started
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 def test_a_folder_on_the_disk_of_each_host_is_refused(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     (tmp_path / "b" / "exp").mkdir(parents=True)
