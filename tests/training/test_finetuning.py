@@ -19,7 +19,6 @@ from tests.helpers.audio import write_manifest
 from tests.helpers.exported import random_model, save_model
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
-from tests.helpers.tiers import long
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
