@@ -93,7 +93,8 @@ def test_a_killed_run_continues_bit_for_bit(shards: Path, tmp_path: Path, pool: 
 def test_a_run_with_loader_processes_that_is_killed_after_each_update(shards: Path, tmp_path: Path) -> None:
     """SIGKILL of launcher and ranks, by turns with the checkpoint complete, half written, or not begun."""
     kills = 2
-    settings = (*STREAM, f"trainer.updates={kills + 1}", "checkpoint.every=1", "data.workers=1")
+    settings = (*STREAM, f"trainer.updates={kills + 1}", "schedule.warmup_updates=2")
+    settings += ("checkpoint.every=1", "data.workers=1")
 
     def launched(name: str, *, hold: int | None = None) -> Launched:
         (tmp_path / name).mkdir(exist_ok=True)

@@ -62,8 +62,8 @@ def begun(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -
 
 
 PHASES = ("start-up", "loader start", "update", "validation", "save")
-TRIES = [(phase, processes, signal.SIGTERM) for phase in PHASES for processes in (1, 2)]
-TRIES += [(phase, 2, number) for phase in ("update", "save") for number in (signal.SIGINT, signal.SIGUSR1)]
+TRIES = [(phase, 2, signal.SIGTERM) for phase in PHASES]
+TRIES += [("update", 1, signal.SIGTERM), ("update", 2, signal.SIGUSR1), ("save", 2, signal.SIGINT)]
 
 
 @pytest.mark.parametrize(("phase", "processes", "number"), TRIES)
