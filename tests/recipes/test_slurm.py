@@ -218,14 +218,14 @@ class TestTraining:
         write_librispeech(tmp_path / "corpus")
         options = (
             "--corpus", str(tmp_path / "corpus"), "--data", str(tmp_path / "data"), "--exp", str(tmp_path / "exp"),
-            "--minutes", "0.2", "--jobs", "1", "--stop-stage", "5",
+            "--minutes", "0.2", "--jobs", "1", "--stop-stage", "6",
             "--finetune-settings", f"{TUNING} batch.micro_batches=2",
         )  # fmt: skip
         settings = (*SHORT, *SMALL_BATCH, "batch.micro_batches=2")
         given = (str(ROOT / "recipes" / "mini_librispeech" / "run.sh"), *options, *settings)
         with closing(Job(PER_GPU, *given, folder=tmp_path / "job", tasks=(2,), W2VSCALE_VENV=environment)) as job:
             printed = job.finish(code=0, seconds=280)
-            for number in (1, 2, 4, 5):
+            for number in (1, 2, 4, 5, 6):
                 assert f"stage {number}: done in" in printed
             words = [step.split(f"{environment}/bin/w2vscale ")[1].split()[0] for step in job.steps]
         assert words == ["train", "finetune"]
