@@ -270,6 +270,11 @@ def test_a_run_on_urls_is_the_run_on_files(bucket: Url, tmp_path: Path) -> None:
     losses = trained("files", files)
     assert losses == trained("urls", url) and len(losses) >= 4
     assert "update_00000004/train_state.json" in list_objects(bucket / "urls")
+    # The checkpoint does not say which URLs may be opened, the command does.
+    cuts = tmp_path / "cuts.jsonl"
+    build_index(cuts, schemes=SCHEMES)
+    assert "data.url_schemes=file does not allow" in error_of("evaluate", tmp_path / "urls", "--cuts", cuts)
+    run_command("evaluate", tmp_path / "urls", "data.url_schemes=[file,s3]", "--cuts", cuts)
 
 
 def test_a_loader_process_that_loses_the_store_ends_the_run_for_now(

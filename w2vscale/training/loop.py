@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -17,15 +17,12 @@ import torch
 from torch import nn
 
 from w2vscale.checkpoint.format import committed, update_of
-from w2vscale.checkpoint.mirror import Mirror
-from w2vscale.checkpoint.retention import Retention
 from w2vscale.config import Config
 from w2vscale.data.loading import loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import (
     TIMEOUT,
     Patience,
-    Ranks,
     broadcast_from_main,
     errors_on_all_ranks,
     gather_from_ranks,
@@ -40,17 +37,16 @@ from w2vscale.evaluation.validation import validate
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.schedules import learning_rate
 from w2vscale.runtime import Interrupted, StopRequest
-from w2vscale.storage.urls import Url
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import describe_update, micro_batches_per_forward
 from w2vscale.training.display import Display
+from w2vscale.training.exclusive import locked_by_main, mirrored_by_main
 from w2vscale.training.health import History, Trouble, examine, examine_all
-from w2vscale.training.lock import Lock, locked
+from w2vscale.training.lock import Lock
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
 from w2vscale.training.replay import Window, keep_window
 from w2vscale.training.run import Run, build_run, make_folder
-from w2vscale.training.shared_folder import require_shared
 from w2vscale.training.watchdog import SLOW, Watchdog
 
 SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
@@ -87,9 +83,9 @@ def train(
         watchdog = Watchdog(ranks, exp / "logs", seconds=seconds, stop=stop, grace=grace)
         patience = Patience(partial(watchdog.at, "reading checkpoints or their store", slow=True))
         with (
-            _locked_by_main(exp, ranks, display.message) as lock,
+            locked_by_main(exp, ranks, display.message) as lock,
             watchdog,
-            _mirrored_by_main(config, exp, ranks, resume, display.message, patience) as mirror,
+            mirrored_by_main(config, exp, ranks, resume, display.message, patience) as mirror,
         ):
             log = display.message
             run = build_run(
@@ -102,37 +98,6 @@ def train(
                     display.message(describe_update(run, per_forward))
                     with around_updates():
                         return Trainer(run, stop, watchdog, per_forward, display, lock).train()
-
-
-@contextmanager
-def _locked_by_main(exp: Path, ranks: Ranks, log: Callable[[str], None]) -> Iterator[Lock | None]:
-    """Have rank 0 hold the lock of the run folder, and yield it there. Collective.
-
-    Raises UserError if the hosts of the run do not share the folder.
-    """
-    lock = None
-    with ExitStack() as held:
-        with errors_on_all_ranks():
-            if ranks.is_main:
-                lock = held.enter_context(locked(exp, log))
-        require_shared(exp, ranks, lock)
-        yield lock
-
-
-@contextmanager
-def _mirrored_by_main(
-    config: Config, exp: Path, ranks: Ranks, resume: str, log: Callable[[str], None], patience: Patience
-) -> Iterator[Mirror | None]:
-    """Have rank 0 own `checkpoint.store`, if it is set, and upload to it. Collective."""
-    mirror, keep = None, config.checkpoint
-    with ExitStack() as opened:
-        if isinstance(keep.store, Url):
-            if ranks.is_main:
-                retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best, config.trainer.best_metric)
-                mirror = Mirror(keep.store, exp / "checkpoints", retention, log, patience.progress)
-                opened.enter_context(closing(mirror))
-            patience.run(lambda: mirror.open(resume) if mirror is not None else None)
-        yield mirror
 
 
 class Agreement(NamedTuple):

@@ -104,8 +104,8 @@ def build_run(
     model = empty_model(objective)
     # Taken from the plain model, so that it can be used to check what the engine exports.
     expected = expected_tensors(model)
-    store = checkpoint_store(config, exp, ranks, expected, mirror, log)
-    store.patience = patience or store.patience
+    patience = patience or Patience()
+    store = checkpoint_store(config, exp, ranks, expected, mirror, patience, log)
     checkpoint = _resume_point(resume, store, log)
     with errors_on_all_ranks():
         if mirror is not None and checkpoint is not None:
@@ -117,22 +117,17 @@ def build_run(
     state = replace(checkpoint.state if checkpoint is not None else TrainState(), data=training_set.describe())
     # Compared before the engine is built: ranks that build different engines would hang.
     compare_ranks(planned_work(config, state) | common_ground(config, training_set.describe()))
-    bad_audio = BadAudioLog(
-        exp,
-        ranks,
-        limit=config.data.max_bad_fraction,
-        enough=min(CHECKED_AFTER, training_set.utterances),
-    )
+    enough = min(CHECKED_AFTER, training_set.utterances)
+    bad_audio = BadAudioLog(exp, ranks, limit=config.data.max_bad_fraction, enough=enough)
     if not state.update:
         log_targets(training_set, objective, ranks, log)
     engine = build_engine(model, config, objective, device)
     try:
         if checkpoint is None:
-            shapes = model_shapes(expected)
-            drawn = initial_state(objective, config.trainer.seed)
             start = config.trainer.init_from
             source = None if start is None else model_on_all_ranks(start, log, patience)
-            engine.import_values(starting_values(config, objective, shapes, drawn, log, source))
+            drawn = initial_state(objective, config.trainer.seed)
+            engine.import_values(starting_values(config, objective, model_shapes(expected), drawn, log, source))
         else:
             engine.import_state(checkpoint)
             log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
@@ -156,8 +151,9 @@ def build_run(
 
 
 def checkpoint_store(
-    config: Config, exp: Path, ranks: Ranks, expected: Specs, mirror: Mirror | None, log: Callable[[str], None]
-) -> CheckpointStore:
+    config: Config, exp: Path, ranks: Ranks, expected: Specs, mirror: Mirror | None, patience: Patience,
+    log: Callable[[str], None],
+) -> CheckpointStore:  # fmt: skip
     """The checkpoints of a run in `exp`, each of which holds the tensors `expected`."""
     return CheckpointStore(
         exp / "checkpoints",
@@ -169,6 +165,7 @@ def checkpoint_store(
         best_metric=config.trainer.best_metric,
         asynchronous=config.checkpoint.asynchronous,
         mirror=mirror,
+        patience=patience,
         log=log,
     )
 
