@@ -212,20 +212,20 @@ class TestTraining:
             assert job.requeued == 0
 
     def test_a_recipe_runs_its_stages_in_a_job(self, environment: str, tmp_path: Path) -> None:
-        """Data preparation in the batch script, training in the tasks."""
+        """Data preparation in the batch script, training and decoding in the tasks."""
         from tests.recipes.test_recipes import SHORT, SMALL_BATCH, TUNING, write_librispeech
 
         write_librispeech(tmp_path / "corpus")
         options = (
             "--corpus", str(tmp_path / "corpus"), "--data", str(tmp_path / "data"), "--exp", str(tmp_path / "exp"),
-            "--minutes", "0.2", "--jobs", "1", "--stop-stage", "6",
+            "--minutes", "0.2", "--jobs", "1", "--stop-stage", "8",
             "--finetune-settings", f"{TUNING} batch.micro_batches=2",
         )  # fmt: skip
         settings = (*SHORT, *SMALL_BATCH, "batch.micro_batches=2")
         given = (str(ROOT / "recipes" / "mini_librispeech" / "run.sh"), *options, *settings)
         with closing(Job(PER_GPU, *given, folder=tmp_path / "job", tasks=(2,), W2VSCALE_VENV=environment)) as job:
             printed = job.finish(code=0, seconds=280)
-            for number in (1, 2, 4, 5, 6):
+            for number in (1, 2, 4, 5, 6, 7, 8):
                 assert f"stage {number}: done in" in printed
             words = [step.split(f"{environment}/bin/w2vscale ")[1].split()[0] for step in job.steps]
-        assert words == ["train", "finetune"]
+        assert words == ["train", "finetune", "finetune", "evaluate", "evaluate"]
