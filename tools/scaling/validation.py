@@ -25,7 +25,7 @@ from tools.scaling.work import Model, model_of
 from w2vscale.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD = ROOT / "docs" / "lab" / "2026-11-28-slow-links.json"
+RECORD = ROOT / "docs" / "lab" / "2026-11-29-slow-links.json"
 """Points measured before."""
 
 ENGINES = ("ddp", "fsdp", "zero2", "zero3")
