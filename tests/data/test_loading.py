@@ -7,6 +7,7 @@ import os
 import re
 import time
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from tests.helpers.processes import Started
 from w2vscale.config import load_config
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.indexed import MicroBatches, check_sample, validation_set
-from w2vscale.data.loading import _prepare_loader_process, loader_processes, loader_settings
+from w2vscale.data.loading import Loader, _deaths_ignored, _prepare_loader_process, loader_processes
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.plan import rank_window
@@ -125,6 +126,30 @@ class TestLoaderProcesses:
             assert torch.equal(queue.get(timeout=30), torch.full((100,), 2))  # so it was done with the other two
         assert capfd.readouterr().err == ""
 
+    @pytest.mark.parametrize(
+        "error", [RuntimeError("received 0 items of ancdata"), SystemError(), EOFError(), BrokenPipeError(32, "broken")]
+    )
+    def test_any_error_that_a_death_causes_is_the_same_line(
+        self, small_corpus: SmallCorpus, started: Started, error: Exception
+    ) -> None:
+        """It may be raised a moment before the process has ended."""
+        dataset = dataset_of(small_corpus.train, config_with("data.workers=1"))
+
+        def fail(*, kill: bool) -> None:
+            with loader_processes():
+                next(windows := windows_of(dataset, range(100_000)))
+                with _deaths_ignored():
+                    if kill:
+                        Timer(0.1, started()[0].kill).start()
+                    raise error
+                next(windows)  # so its processes are still in use
+
+        with pytest.raises(type(error)):
+            fail(kill=False)
+        with pytest.raises(TemporaryError, match=r"^a loader process was killed or died \(Killed\), often"):
+            fail(kill=True)
+        assert not started()
+
     def test_other_errors_keep_their_traceback(self) -> None:
         with pytest.raises(RuntimeError, match=r"^a bug$"), loader_processes():
             raise RuntimeError("a bug")
@@ -191,10 +216,13 @@ class TestCheckSample:
 
 
 @pytest.mark.parametrize(("workers", "per_rank", "ahead"), [(2, 1, 4), (2, 16, 8), (3, 16, 6), (2, 4, 4)])
-def test_each_process_prepares_its_share_of_a_window(workers: int, per_rank: int, ahead: int) -> None:
+def test_each_process_prepares_its_share_of_a_window(
+    small_corpus: SmallCorpus, workers: int, per_rank: int, ahead: int
+) -> None:
     """`data.prefetch` micro-batches or more."""
-    data = config_with(f"data.workers={workers}", "data.prefetch=4").data
-    assert loader_settings(data, per_rank=per_rank)["prefetch_factor"] == ahead
+    config = config_with(f"data.workers={workers}", "data.prefetch=4")
+    loader = Loader(dataset_of(small_corpus.train, config), config.data, per_rank=per_rank)
+    assert loader.prefetch_factor == ahead
 
 
 class TestPlanOfARun:
@@ -238,14 +266,3 @@ class TestPlanOfARun:
         config = config_with("data.max_seconds=9", "data.min_seconds=8")
         with pytest.raises(UserError, match=r"cuts_train.jsonl: .*data.min_seconds"):
             plan_of(Corpus([small_corpus.train]), config)
-
-
-@pytest.mark.parametrize("error", [EOFError(), ConnectionRefusedError(111, "refused"), FileNotFoundError(2, "gone")])
-def test_a_loader_that_dies_while_it_hands_a_tensor_over_is_one_line(error: Exception) -> None:
-    source = compile("def detach(error):\n    raise error\n", "/lib/torch/multiprocessing/reductions.py", "exec")
-    module: dict[str, Any] = {}
-    exec(source, module)
-    with pytest.raises(TemporaryError, match="a loader process was killed or died"), loader_processes():
-        module["detach"](error)
-    with pytest.raises(type(error)), loader_processes():
-        raise type(error)(*error.args)

@@ -111,7 +111,7 @@ class TestKilled:
             loader = run.processes()[-1]
             os.kill(loader, signal.SIGKILL)
             code, errors = run.end()
-        assert code == TemporaryError.exit_code
+        assert code == TemporaryError.exit_code, errors
         assert LOADER_ENDED in errors
         assert "Traceback" not in errors
         assert not run.temporary.exists()
@@ -127,7 +127,7 @@ class TestKilled:
             (loader,) = loaders(run, 1)
             os.kill(loader, signal.SIGKILL)
             code, errors = run.end()
-        assert code == TemporaryError.exit_code
+        assert code == TemporaryError.exit_code, errors
         assert LOADER_ENDED in errors
         assert "Traceback" not in errors
 
@@ -171,7 +171,7 @@ class TestWatchdog:
             processes = run.processes()
             os.kill(run.ranks()[rank], signal.SIGSTOP)
             code, errors = run.end()
-        assert code == TemporaryError.exit_code
+        assert code == TemporaryError.exit_code, errors
         expected = "rank 1: not heard of for" if rank else "rank 0 has not been heard of for"
         assert f"error: watchdog: {'no progress: ' * rank}{expected}" in errors
         assert "no checkpoint is written; the same command continues from the newest one" in errors
@@ -189,7 +189,7 @@ class TestWatchdog:
             loader = loaders(run, 1)[0] if processes == 2 else everything[-1]
             os.kill(loader, signal.SIGSTOP)
             code, errors = run.end()
-        assert code == TemporaryError.exit_code
+        assert code == TemporaryError.exit_code, errors
         assert "waiting for data" in errors
         assert f"its child process {loader} is stopped (SIGSTOP)" in errors
         wait_until_gone(everything)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 from lhotse.cut import Cut
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from w2vscale.config import BatchConfig, DataConfig, ModelConfig
 from w2vscale.config.tree import MixConfig
 from w2vscale.data.assembly import Assembler, InputMaker
 from w2vscale.data.cuts import NotACut
-from w2vscale.data.loading import gather_windows, loader_settings
+from w2vscale.data.loading import Loader, gather_windows
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.mixing import draw_rates, groups
@@ -50,18 +50,16 @@ class MicroBatches(PlannedMicroBatches, Dataset[MicroBatch]):
             for number in rank_window(self.plan, update, micro_batches=micro_batches, rank=rank, world_size=world_size)
         )
         per_rank = micro_batches // world_size
-        return gather_windows(self._loader(numbers, per_rank=per_rank), updates, per_rank=per_rank)
+        loader = Loader(self, self.data, numbers=numbers, per_rank=per_rank)
+        return gather_windows(loader, updates, per_rank=per_rank)
 
     def one_epoch(self, *, rank: int = 0, world_size: int = 1) -> Iterator[MicroBatch]:
         """Load one epoch, dealt to the ranks. All ranks have equally many micro-batches; the last may be empty."""
         total = self.plan.per_epoch
         numbers = range(rank, total, world_size)
-        yield from self._loader(numbers)
+        yield from Loader(self, self.data, numbers=numbers)
         for number in range(rank, world_size * -(-total // world_size), world_size)[len(numbers) :]:
             yield self.assemble(number, [])
-
-    def _loader(self, numbers: Iterable[int], *, per_rank: int = 1) -> DataLoader[MicroBatch]:
-        return DataLoader(self, sampler=numbers, **loader_settings(self.data, per_rank=per_rank))
 
 
 def make_plan(

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.process
 import os
-import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from lhotse.cut import Cut
+from torch.utils.data import DataLoader, Dataset
 
 from w2vscale.config import DataConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.errors import TemporaryError, UserError
-from w2vscale.runtime import FULL_COLLECTIONS, STOP_SIGNALS, end_with_parent, socket_folder
+from w2vscale.runtime import FULL_COLLECTIONS, STOP_SIGNALS, Interrupted, end_with_parent, socket_folder
+
+DYING = 0.5  # seconds in which a process whose connections are closed has ended
+
+_started: WeakSet[multiprocessing.process.BaseProcess] = WeakSet()
+"""Every loader process that this process has started, while its loader is in use."""
 
 
 class TrainingData(Protocol):
@@ -63,67 +69,103 @@ def gather_windows(loader: Iterable[MicroBatch], updates: range, *, per_rank: in
     return ([next(stream) for _ in range(per_rank)] for _ in updates)
 
 
-def loader_settings(data: DataConfig, *, per_rank: int = 1) -> dict[str, Any]:
-    """Return arguments of a DataLoader, which loads at least one window of `per_rank` micro-batches ahead."""
-    each = max(data.prefetch, -(-per_rank // max(data.workers, 1)))
-    return {
-        "batch_size": None,
-        "num_workers": data.workers,
-        "worker_init_fn": _prepare_loader_process,
-        "prefetch_factor": each if data.workers else None,
-        "pin_memory": torch.cuda.is_available(),
-    }
+class Loader(DataLoader[MicroBatch]):
+    """Loads the micro-batches of `source` in `data.workers` processes, at least one window of `per_rank` ahead.
+
+    `numbers` are those of the micro-batches, if `source` does not choose them itself. The processes end with the block
+    of `loader_processes`.
+    """
+
+    def __init__(
+        self, source: Dataset[MicroBatch], data: DataConfig, *, numbers: Iterable[int] | None = None, per_rank: int = 1
+    ) -> None:
+        each = max(data.prefetch, -(-per_rank // max(data.workers, 1)))
+        super().__init__(
+            source,
+            sampler=numbers,
+            batch_size=None,
+            num_workers=data.workers,
+            worker_init_fn=_prepare_loader_process,
+            prefetch_factor=each if data.workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[MicroBatch]:  # type: ignore[override]
+        before = set(multiprocessing.active_children())
+        iterator = super().__iter__()
+        _started.update(set(multiprocessing.active_children()) - before)
+        return iterator
 
 
 @contextmanager
 def loader_processes() -> Iterator[None]:
     """End the loader processes that were started inside.
 
-    Raises TemporaryError if one was killed, and UserError if one raised it or found no space in /dev/shm.
+    Raises TemporaryError if one was killed or died, whatever error that has caused: PyTorch notices it in a handler of
+    a signal, so anywhere. Raises UserError if one raised it or found no space in /dev/shm.
     """
     with socket_folder():
-        before = set(multiprocessing.active_children())
+        before, earlier = set(multiprocessing.active_children()), set(_started)
         try:
             yield
-        except RuntimeError as error:
-            dead = re.search(r"worker \(pid(?:\(s\))? [\d, ]+\)(?: is killed by signal: ([^.]+))?", str(error))
-            if dead is None:
+        except Exception as error:
+            if (explained := _explained(error, set(_started) - earlier)) is None:
                 raise
-            if "Bus error" in str(error):
-                raise UserError(
-                    "a loader process found no space in /dev/shm, which passes micro-batches on: enlarge it (docker: "
-                    "--shm-size), or lower data.prefetch or data.workers"
-                ) from error
-            raise _loader_ended(f" ({dead[1].strip()})" if dead[1] else "") from error
-        except (EOFError, OSError) as error:
-            # A loader that is killed while it hands a tensor over shows as a broken connection.
-            if not any("multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
-                raise
-            raise _loader_ended() from error
-        except UserError as error:
-            if "Original Traceback" not in str(error):
-                raise
-            # Raised in a loader process: its own message is the last line, after the name of its class.
-            kind = TemporaryError if isinstance(error, TemporaryError) else UserError
-            raise kind(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+            raise explained from error
         finally:
             _kill(set(multiprocessing.active_children()) - before)
 
 
-def _loader_ended(how: str = "") -> TemporaryError:
+def _explained(error: Exception, loaders: Iterable[multiprocessing.process.BaseProcess]) -> UserError | None:
+    """The error to raise instead of one that a loader process has raised or caused, or None."""
+    if isinstance(error, Interrupted):
+        return None
+    if isinstance(error, UserError):
+        if "Original Traceback" not in str(error):
+            return None
+        # Raised in a loader process: its own message is the last line, after the name of its class.
+        kind = TemporaryError if isinstance(error, TemporaryError) else UserError
+        return kind(str(error).strip().splitlines()[-1].partition(": ")[2])
+    with _deaths_ignored():
+        running = [process for process in loaders if process.is_alive()]
+        ended = multiprocessing.connection.wait([process.sentinel for process in running], DYING) if running else []
+        for process in running:
+            if process.sentinel in ended:
+                process.join()
+        code = next((process.exitcode for process in loaders if process.exitcode), None)
+    if code is None:
+        return None
+    if code == -signal.SIGBUS:
+        return UserError(
+            "a loader process found no space in /dev/shm, which passes micro-batches on: enlarge it (docker: "
+            "--shm-size), or lower data.prefetch or data.workers"
+        )
+    how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
     return TemporaryError(
-        f"a loader process was killed or died{how}, often for lack of memory: each of data.workers processes holds "
+        f"a loader process was killed or died ({how}), often for lack of memory: each of data.workers processes holds "
         "data.prefetch micro-batches; the same command continues the run"
     )
 
 
 def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
     """End processes that only read. PyTorch would wait for those that are blocked, which ignore SIGTERM."""
-    on_death = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the handler of PyTorch raises an error for each
-    for process in processes:
-        process.kill()
-        process.join()
-    signal.signal(signal.SIGCHLD, on_death)
+    with _deaths_ignored():
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+@contextmanager
+def _deaths_ignored() -> Iterator[None]:
+    """Replace PyTorch's handler of SIGCHLD, which raises a RuntimeError for each loader process that has died."""
+    on_death = signal.getsignal(signal.SIGCHLD)
+    while signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL:
+        with suppress(RuntimeError):  # of a death that came before
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, on_death)
 
 
 def _prepare_loader_process(worker: int) -> None:

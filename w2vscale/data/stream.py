@@ -13,11 +13,11 @@ from itertools import islice
 import numpy as np
 from lhotse.cut import Cut
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from w2vscale.config import BatchConfig, DataConfig, ModelConfig
 from w2vscale.data.assembly import Assembler
-from w2vscale.data.loading import gather_windows, loader_settings
+from w2vscale.data.loading import Loader, gather_windows
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.data.plan import run_length
 from w2vscale.data.planned import PlannedMicroBatches, check_readable, plan_limits, without_long
@@ -54,7 +54,7 @@ class StreamedMicroBatches(PlannedMicroBatches):
     def windows(self, updates: range, *, micro_batches: int, rank: int, world_size: int) -> Iterator[list[MicroBatch]]:
         assert micro_batches == self.plan.lanes * self.plan.series_length
         share = Share(updates, micro_batches, rank=rank, world_size=world_size)
-        loader = DataLoader(_Loading(self, share), **loader_settings(self.data, per_rank=share.per_rank))
+        loader = Loader(_Loading(self, share), self.data, per_rank=share.per_rank)
         run = run_length(self.series_length, per_rank=share.per_rank)
         windows = gather_windows(loader, updates, per_rank=share.per_rank)
         return (longest_first(window, run) for window in windows)
