@@ -24,7 +24,7 @@ from tests.helpers.odd_arguments import arguments, check_arguments
 from tests.helpers.odd_input import BOMB, HALF_A_PAIR, as_lines
 from w2vscale.corpora.index import build_index
 
-QUICK, LONG = 5, 60  # inputs of each kind
+QUICK, LONG = 5, 30  # inputs of each kind
 
 
 @pytest.fixture(scope="module")

@@ -215,7 +215,7 @@ def test_a_section_without_settings_in_a_checkpoint(finished: Path, work: Path, 
     assert train(_config(small_corpus, "trainer.updates=3"), exp) == 0
 
 
-@pytest.mark.parametrize("examples", [20, pytest.param(400, marks=[pytest.mark.long, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("examples", [20, pytest.param(200, marks=[pytest.mark.long, pytest.mark.timeout(900)])])
 def test_any_content_of_any_file(finished: Path, work: Path, small_corpus: SmallCorpus, examples: int) -> None:
     @seed(21)
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
