@@ -4,12 +4,12 @@
 #   bash tools/test.sh              linters and all tests except those marked `long`
 #   bash tools/test.sh --slow       the tests marked `long`, and numerical tests without kernels (--slow must come first)
 #   bash tools/test.sh -k plan      linters and the tests whose names contain "plan"
-#   bash tools/test.sh -n 0         linters and tests, in one process instead of several
+#   bash tools/test.sh -n 0         linters and tests, in one process instead of two
 set -euo pipefail
 
-tier="not long" workers=2
+tier="not long"
 if [[ ${1-} == --slow ]]; then
-  tier=long workers=3 # on two cores, because its processes often wait: for others, and for time to pass
+  tier=long
   shift
 fi
 
@@ -55,10 +55,10 @@ fi
 # The log ends with the summary line of pytest; another line follows only if something failed.
 if ((${#failed[@]})); then printf '\nfailed so far: %s\n' "$(joined "${failed[@]}")"; fi
 printf '\n== pytest\n'
-# Run several files at a time. The tests of a file stay together, so that its fixtures are made once; tests/conftest.py
+# Run two files at a time. The tests of a file stay together, so that its fixtures are made once; tests/conftest.py
 # orders the files. (`--dist loadgroup` has no effect with pytest 9.2: pytest-xdist issue 1386.)
 code=0
-python -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder -m "$tier" "$@" || code=$?
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$tier" "$@" || code=$?
 # Exit code 5 means that no test was selected, e.g. because no long test matches the arguments.
 if ((code != 0)) && ! { ((code == 5)) && [[ $tier == long ]]; }; then failed+=("pytest"); fi
 

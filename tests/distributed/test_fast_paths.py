@@ -61,7 +61,6 @@ def plain(train: Callable[..., Curve], tmp_path_factory: pytest.TempPathFactory)
         ("batch.concat=auto",),
         ("batch.pad_to=bucket",),
         ("engine.activation_checkpointing=features",),
-        long(("engine.compile=true",)),
         long(("engine={name: fsdp, compile: true}", "batch.concat=2")),
         long(("engine={name: deepspeed, deepspeed_config: zero2, compile: true}", "batch.concat=auto")),
     ],

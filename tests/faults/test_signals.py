@@ -63,7 +63,7 @@ def begun(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -
 
 PHASES = ("start-up", "loader start", "update", "validation", "save")
 TRIES = [(phase, 2, signal.SIGTERM) for phase in PHASES]
-TRIES += [("update", 1, signal.SIGTERM), ("update", 2, signal.SIGUSR1), ("save", 2, signal.SIGINT)]
+TRIES += [("update", 1, signal.SIGINT), ("update", 2, signal.SIGUSR1)]
 
 
 @pytest.mark.parametrize(("phase", "processes", "number"), TRIES)
