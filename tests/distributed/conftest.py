@@ -5,9 +5,12 @@ import pytest
 from tests.helpers.pool import Pool
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Pool]]:
-    """A pool of the given size, started when it is first asked for."""
+    """A pool of the given size, started when it is first asked for.
+
+    Not for the session: the threads of all process groups that functions have made poll as long as the pool lives.
+    """
     pools: dict[int, Pool] = {}
 
     def get(size: int) -> Pool:
