@@ -150,6 +150,22 @@ class TestLoaderProcesses:
             fail(kill=True)
         assert not started()
 
+    def test_an_error_that_no_death_has_caused_is_kept_by_a_block_within_a_block(
+        self, small_corpus: SmallCorpus, started: Started
+    ) -> None:
+        """The inner one kills the processes, which the outer one must not take for the cause."""
+        dataset = dataset_of(small_corpus.train, config_with("data.workers=1"))
+
+        def fail() -> None:
+            with loader_processes(), loader_processes():
+                next(windows := windows_of(dataset, range(100_000)))
+                raise RuntimeError("a bug")
+                next(windows)  # so its processes are still in use
+
+        with pytest.raises(RuntimeError, match=r"^a bug$"):
+            fail()
+        assert not started()
+
     def test_other_errors_keep_their_traceback(self) -> None:
         with pytest.raises(RuntimeError, match=r"^a bug$"), loader_processes():
             raise RuntimeError("a bug")

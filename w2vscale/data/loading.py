@@ -28,7 +28,7 @@ from w2vscale.runtime import FULL_COLLECTIONS, STOP_SIGNALS, Interrupted, end_wi
 DYING = 0.5  # seconds in which a process whose connections are closed has ended
 
 _started: WeakSet[multiprocessing.process.BaseProcess] = WeakSet()
-"""Every loader process that this process has started, while its loader is in use."""
+"""Loader processes that this process has started, while their loader is in use, without those that it has killed."""
 
 
 class TrainingData(Protocol):
@@ -153,6 +153,7 @@ def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
         for process in processes:
             process.kill()
             process.join()
+            _started.discard(process)
 
 
 @contextmanager
