@@ -166,6 +166,13 @@ class TestLoaderProcesses:
             fail()
         assert not started()
 
+    def test_a_death_that_another_rank_has_noticed_is_the_same_line(self) -> None:
+        """When ranks save together, all raise the error of one."""
+        passed_on = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        expected = pytest.raises(TemporaryError, match=r"^a loader process was killed or died \(of another rank\)")
+        with expected, loader_processes():
+            raise passed_on
+
     def test_other_errors_keep_their_traceback(self) -> None:
         with pytest.raises(RuntimeError, match=r"^a bug$"), loader_processes():
             raise RuntimeError("a bug")

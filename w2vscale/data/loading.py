@@ -133,14 +133,14 @@ def _explained(error: Exception, loaders: Iterable[multiprocessing.process.BaseP
             if process.sentinel in ended:
                 process.join()
         code = next((process.exitcode for process in loaders if process.exitcode), None)
-    if code is None:
+    if code is None and "DataLoader worker (pid" not in str(error):  # which a save passes on from another rank
         return None
     if code == -signal.SIGBUS:
         return UserError(
             "a loader process found no space in /dev/shm, which passes micro-batches on: enlarge it (docker: "
             "--shm-size), or lower data.prefetch or data.workers"
         )
-    how = signal.strsignal(-code) if code < 0 else f"exit code {code}"
+    how = "of another rank" if code is None else signal.strsignal(-code) if code < 0 else f"exit code {code}"
     return TemporaryError(
         f"a loader process was killed or died ({how}), often for lack of memory: each of data.workers processes holds "
         "data.prefetch micro-batches; the same command continues the run"
