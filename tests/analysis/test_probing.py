@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
 from w2vscale.analysis.probing import Cooccurrence, cooccurrence
+from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
@@ -56,9 +57,9 @@ def probed(pretrained: Path, corpus: tuple[Path, Path], output: Path, *options: 
 
 
 def test_tones_are_spelled_from_frozen_features(pretrained: Path, corpus: tuple[Path, Path], tmp_path: Path) -> None:
-    before = open_checkpoint(pretrained).model_tensors()
+    before = whole(open_checkpoint(pretrained).model_tensors())
     found = probed(pretrained, corpus, tmp_path, "--updates", "200")
-    after = open_checkpoint(pretrained).model_tensors()
+    after = whole(open_checkpoint(pretrained).model_tensors())
     assert all((before[name] == after[name]).all() for name in before)
     rates = found["label_error_rate"]
     assert isinstance(rates, dict) and list(rates) == ["0", "1", "2", "3"]

@@ -18,6 +18,7 @@ from tests.helpers.micro import MICRO_MODEL
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.expected import expected_of
 from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.checkpoint.verification import verify
@@ -82,7 +83,7 @@ def refusal(run: Path, *arguments: object) -> str:
 def test_the_mean_is_that_of_float64(made: Path, tmp_path: Path) -> None:
     found = average(made, tmp_path / "out", last=3)
     assert [*found.scores] == [4, 6, 8]
-    stored = open_checkpoint(tmp_path / "out").model_tensors()
+    stored = whole(open_checkpoint(tmp_path / "out").model_tensors())
     originals = [content(update) for update in found.scores]
     assert {f"model.{name}" for name in stored} == {name for name in originals[0] if name.startswith("model.")}
     for name, tensor in stored.items():
@@ -118,13 +119,13 @@ def test_what_cancels_in_fp32_is_not_lost(tmp_path: Path) -> None:
         tensors[f"model.{BIAS}"].fill_(value)
         save(tmp_path / "run", update, tensors=tensors)
     average(tmp_path / "run", tmp_path / "out", last=3)
-    mean = open_checkpoint(tmp_path / "out").model_tensors()[BIAS]
+    mean = whole(open_checkpoint(tmp_path / "out").model_tensors())[BIAS]
     assert torch.equal(mean, torch.full_like(mean, 1 / 3))
 
 
 def test_of_one_checkpoint_it_is_its_weights_bit_for_bit(made: Path, tmp_path: Path) -> None:
     average(made, tmp_path, last=1)
-    stored, original = open_checkpoint(tmp_path).model_tensors(), content(8)
+    stored, original = whole(open_checkpoint(tmp_path).model_tensors()), content(8)
     assert all(
         tensor.numpy().tobytes() == original[f"model.{name}"].numpy().tobytes() for name, tensor in stored.items()
     )

@@ -15,6 +15,7 @@ from w2vscale.checkpoint import expected, reader
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.consolidation import consolidate
 from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.checkpoint.verification import verify
@@ -149,7 +150,7 @@ def test_buffers_are_averaged(tmp_path: Path) -> None:
     for options, chosen in (({"last": 2}, models[1:]), ({"best": 2}, models[::2])):
         output = tmp_path / next(iter(options))
         average(tmp_path / "run", output, **options)
-        found = open_checkpoint(output).model_tensors()
+        found = whole(open_checkpoint(output).model_tensors())
         for name, newest in chosen[-1].state_dict().items():
             if newest.is_floating_point():
                 newest = (sum(model.state_dict()[name].float().double() for model in chosen) / 2).float()

@@ -19,6 +19,7 @@ from tests.helpers.micro import MICRO_RUN
 from tests.helpers.tasks import train_micro
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.consolidation import consolidate
+from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.verification import verify
 from w2vscale.cli.app import app
@@ -92,7 +93,7 @@ def test_a_folder_of_checkpoints_is_searched_too(exp: Path, resume: Resume) -> N
 def test_the_run_that_continues_is_the_uninterrupted_one(exp: Path, trained: Path, small_corpus: SmallCorpus) -> None:
     train_micro(str(small_corpus.train), str(exp), SETTINGS)
     assert verify(exp).problems == []
-    ours, theirs = (open_checkpoint(newest(path)).model_tensors() for path in (exp, trained))
+    ours, theirs = (whole(open_checkpoint(newest(path)).model_tensors()) for path in (exp, trained))
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     assert (exp / "checkpoints" / "abandoned_update_00000004").is_dir()
 
@@ -125,7 +126,7 @@ def test_where_none_is_whole_the_weights_can_start_another_run(
 def test_its_weights_can_be_used(exp: Path, trained: Path, tmp_path: Path) -> None:
     assert open_checkpoint(exp).state.update == 4
     weights = dict(load(exp).model.named_parameters())
-    expected = open_checkpoint(trained).model_tensors()
+    expected = whole(open_checkpoint(trained).model_tensors())
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
     assert consolidate(exp, tmp_path / "one").tensors == len(expected)
     assert [*average(exp, tmp_path / "mean", last=2).scores] == [2, 4]

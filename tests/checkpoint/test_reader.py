@@ -58,7 +58,7 @@ def headers(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
         lambda path, output: average(path.parents[1], output, last=1),
         lambda path, output: verify(path),
         lambda path, output: load(path, device="cpu"),
-        lambda path, output: open_source(path).tensor("encoder.mask_embedding"),
+        lambda path, output: open_source(path).tensors["encoder.mask_embedding"].whole(),
         lambda path, output: open_checkpoint(path, resuming=True).read_into(content()),
     ],
     ids=["export", "consolidate", "average", "verify", "load", "warm start", "resume"],

@@ -156,5 +156,7 @@ def test_what_is_no_checkpoint_is_one_line(name: str, tmp_path: Path, exp: Path)
 
 def test_an_output_that_cannot_be_written(trained: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    message = f"{tmp_path / 'file' / 'config.yaml'}: cannot be written: "
+    message = f"{tmp_path / 'file'}: exists and is not an empty folder"
     assert error_of("consolidate", trained, tmp_path / "file").startswith(message)
+    message = f"{tmp_path / 'file' / 'out'}: cannot be written: "
+    assert error_of("consolidate", trained, tmp_path / "file" / "out").startswith(message)

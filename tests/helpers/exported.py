@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, dump_config
@@ -46,7 +47,7 @@ def save_model(folder: Path, config: Config, state: dict[str, Tensor], train_sta
 def load_model(config: Config, checkpoint: Path) -> Any:
     """The model of a checkpoint, in evaluation mode."""
     model = build_objective(config).build_model()
-    model.load_state_dict(open_checkpoint(checkpoint).model_tensors())
+    model.load_state_dict(whole(open_checkpoint(checkpoint).model_tensors()))
     return model.eval()
 
 

@@ -12,11 +12,12 @@ import torch
 
 import w2vscale
 from tests.helpers.audio import noise, write_text
+from tests.helpers.converted import to_huggingface
 from tests.helpers.pretrained import difference, micro_pretrained
 from w2vscale.data.audio import standardize
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import load
-from w2vscale.interop.huggingface import huggingface_config, to_huggingface
+from w2vscale.interop.huggingface import huggingface_config
 from w2vscale.models.lengths import output_frames
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.helpers.batches import inputs_of
 from tests.helpers.continued import flat_negatives
 from tests.helpers.exported import load_model, save_model, waveforms
+from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import Config, load_config
@@ -104,7 +105,7 @@ class TestTransformers:
         named = config.model_copy(update={"data": config.data.model_copy(update={"train": [Path("a|b.jsonl")]})})
         run = tmp_path / "run"
         original = open_checkpoint(checkpoint)
-        save_model(run, named, original.model_tensors(), original.state)
+        save_model(run, named, whole(original.model_tensors()), original.state)
         codes = ("used_entries", "code_perplexity")
         metrics = dict.fromkeys(("contrastive", "contrastive_bits", "diversity", "masked_frames"), 5.0)
         metrics |= {f"{key}_{one}": 7.0 for key in codes for one in range(2)}
@@ -124,7 +125,7 @@ class TestTransformers:
     ) -> None:
         config, checkpoint, _ = family
         original = open_checkpoint(checkpoint)
-        save_model(tmp_path, config, original.model_tensors(), original.state)
+        save_model(tmp_path, config, whole(original.model_tensors()), original.state)
         line = {"split": "validation", "update": 700, "accuracy": 0.7, "contrastive": None}
         (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         export_checkpoint(tmp_path, tmp_path / "out", form="huggingface")
@@ -150,18 +151,18 @@ class TestTransformers:
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
         try:
-            with pytest.raises(UserError, match=r"out/model.safetensors: cannot be written: ") as caught:
+            with pytest.raises(UserError, match=r"out: cannot be written: ") as caught:
                 export_checkpoint(checkpoint, tmp_path / "out", form="huggingface")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
             signal.signal(signal.SIGXFSZ, handler)
         assert "\n" not in str(caught.value)
-        assert not list((tmp_path / "out").iterdir())
+        assert not list(tmp_path.iterdir())
 
     def test_in_again_and_out_again_is_bit_identical(self, family: tuple[Config, Path, Path], tmp_path: Path) -> None:
         config, checkpoint, export = family
         imported = import_checkpoint(export, tmp_path / "in", form="huggingface")
-        before, after = (open_checkpoint(path).model_tensors() for path in (checkpoint, imported.checkpoint))
+        before, after = (whole(open_checkpoint(path).model_tensors()) for path in (checkpoint, imported.checkpoint))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
         again = load_config(imported.checkpoint / "config.yaml")
@@ -195,7 +196,7 @@ class TestTransformers:
         torch.save(state, tmp_path / "pytorch_model.bin")
         (tmp_path / "config.json").write_text((export / "config.json").read_text())
         imported = import_checkpoint(tmp_path, tmp_path / "in", form="huggingface")
-        before, after = (open_checkpoint(path).model_tensors() for path in (checkpoint, imported.checkpoint))
+        before, after = (whole(open_checkpoint(path).model_tensors()) for path in (checkpoint, imported.checkpoint))
         assert all(torch.equal(before[name], after[name]) for name in before)
 
 

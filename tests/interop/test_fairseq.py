@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.converted import from_fairseq, to_huggingface
 from tests.helpers.fairseq import (
     BASE,
     LARGE,
@@ -24,9 +25,8 @@ from tests.helpers.fairseq import (
 )
 from w2vscale.config import Config, load_config
 from w2vscale.data.inputs import audio_batch
-from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
-from w2vscale.interop.huggingface import huggingface_config, to_huggingface
+from w2vscale.interop.huggingface import huggingface_config
 from w2vscale.objectives import build_objective
 
 

@@ -70,7 +70,7 @@ def test_missing_and_existing_files(family: tuple[Config, Path, Path], tmp_path:
         import_checkpoint(tmp_path / "none", tmp_path / "in", form="huggingface")
     with pytest.raises(UserError, match=r"no config\.json in it"):
         import_checkpoint(tmp_path, tmp_path / "in", form="huggingface")
-    with pytest.raises(UserError, match=r"model\.safetensors: exists; choose another folder"):
+    with pytest.raises(UserError, match=r"export: exists and is not an empty folder; choose another one"):
         export_checkpoint(checkpoint, export, form="huggingface")
     with pytest.raises(UserError, match="--format onnx: choose one of huggingface, torchaudio"):
         export_checkpoint(checkpoint, tmp_path / "x", form="onnx")

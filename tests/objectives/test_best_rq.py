@@ -23,6 +23,7 @@ from tests.helpers.micro import MICRO_ENCODER, MICRO_TRAINING
 from tests.helpers.processes import Command
 from tests.helpers.spelled import some_texts, write_spelled
 from tests.helpers.tasks import train_micro
+from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import Config, load_config
@@ -176,7 +177,7 @@ def trained(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory)
 
 def test_random_targets_are_frozen_and_come_from_the_seed(trained: Path) -> None:
     first, last = (
-        open_checkpoint(trained / "checkpoints" / f"update_{update:08d}").model_tensors() for update in (6, 12)
+        whole(open_checkpoint(trained / "checkpoints" / f"update_{update:08d}").model_tensors()) for update in (6, 12)
     )
     drawn = filled_model(config_of()).state_dict()
     other = filled_model(config_of("trainer.seed=2")).state_dict()
@@ -242,7 +243,7 @@ def test_its_encoder_is_fine_tuned(trained: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*command, "trainer.updates=2", "--exp", str(tmp_path / "exp")])
     assert done.exit_code == 0, done.output
     assert "newly initialised: head.weight" in done.output
-    one, other = (open_checkpoint(exp).model_tensors() for exp in (trained, tmp_path / "exp"))
+    one, other = (whole(open_checkpoint(exp).model_tensors()) for exp in (trained, tmp_path / "exp"))
     frozen = [name for name in one if name.startswith("encoder.feature_encoder") and name in other]
     assert frozen and all(torch.equal(one[name], other[name]) for name in frozen)
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_ENCODER, MICRO_TRAINING
 from tests.helpers.spelled import some_texts, write_spelled
+from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import Config, HealthConfig, architecture, load_config
@@ -192,7 +193,7 @@ def test_its_settings_are_resolved_in_the_run_folder(trained: Path) -> None:
 
 
 def test_after_step_sees_the_model_after_each_step(trained: Path) -> None:
-    tensors = open_checkpoint(trained).model_tensors()
+    tensors = whole(open_checkpoint(trained).model_tensors())
     assert int(tensors["updates_seen"]) == 8
     assert tensors["mean_bias"].any() and not torch.equal(tensors["mean_bias"], tensors["output.bias"])
 
@@ -205,7 +206,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert train(config_of(small_corpus, "data.max_bad_fraction=0.2"), tmp_path) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "squared error" in printed and "warning: it is loud" in printed
-    one, other = (open_checkpoint(exp).model_tensors() for exp in (trained, tmp_path))
+    one, other = (whole(open_checkpoint(exp).model_tensors()) for exp in (trained, tmp_path))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -294,6 +295,6 @@ def test_its_encoder_starts_a_run_of_another_objective(
     assert train(config, tmp_path) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "newly initialised: quantizer.projection.weight is missing" in printed
-    theirs, ours = (open_checkpoint(exp).model_tensors() for exp in (trained, tmp_path))
+    theirs, ours = (whole(open_checkpoint(exp).model_tensors()) for exp in (trained, tmp_path))
     name = "encoder.transformer.blocks.1.attention.qkv.weight"
     assert torch.allclose(theirs[name], ours[name], atol=1e-6)

@@ -20,6 +20,7 @@ from tests.helpers.exported import random_model, save_model
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
 from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import Config, load_config
@@ -155,7 +156,7 @@ def test_a_head_for_another_vocabulary_is_not_loaded_silently(spelled: Path, mem
         train(config, tmp_path / "refused")
     allowed = fine_tuning_config(settings(spelled, *other, "trainer.init_allow=['head']", "optim.lr=1e-9"))
     assert train(allowed, tmp_path / "allowed") == 0
-    theirs, ours = (open_checkpoint(path).model_tensors() for path in (memorised, tmp_path / "allowed"))
+    theirs, ours = (whole(open_checkpoint(path).model_tensors()) for path in (memorised, tmp_path / "allowed"))
     assert not torch.allclose(theirs["head.weight"], ours["head.weight"], atol=1e-2)
     name = "encoder.transformer.blocks.0.attention.qkv.weight"
     assert torch.allclose(theirs[name], ours[name], atol=1e-4)
@@ -167,19 +168,19 @@ def test_a_pretrained_model_does_not_transcribe(pretrained: Path, spelled: Path)
 
 
 def test_resuming_is_bit_identical(spelled: Path, pretrained: Path, tmp_path: Path) -> None:
-    whole = ("trainer.updates=8", "checkpoint.every=4", f"trainer.init_from={pretrained}")
+    run = ("trainer.updates=8", "checkpoint.every=4", f"trainer.init_from={pretrained}")
     freezing = (
         "objective.freeze_encoder_updates=3",
         "objective.channel_mask_probability=0.5",
         "objective.channel_mask_length=4",
     )
-    config = fine_tuning_config(settings(spelled, *whole, *freezing))
+    config = fine_tuning_config(settings(spelled, *run, *freezing))
     train(config, tmp_path / "whole")
     train(config, tmp_path / "cut")
     newest = tmp_path / "cut" / "checkpoints" / "update_00000008"
     newest.rename(tmp_path / "away")
     train(config, tmp_path / "cut")
-    one, other = (open_checkpoint(tmp_path / name).model_tensors() for name in ("whole", "cut"))
+    one, other = (whole(open_checkpoint(tmp_path / name).model_tensors()) for name in ("whole", "cut"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     curves = [read_metrics(tmp_path / name / "metrics.jsonl", "train") for name in ("whole", "cut")]
     assert [record["loss"] for record in curves[0]] == [record["loss"] for record in curves[1]]
@@ -200,7 +201,7 @@ def test_sentence_pieces_train_and_resume_and_only_labels_need_the_model(spelled
     train(config, tmp_path / "cut")
     (tmp_path / "cut" / "checkpoints" / "update_00000004").rename(tmp_path / "away")
     train(config, tmp_path / "cut")
-    one, other = (open_checkpoint(tmp_path / name).model_tensors() for name in ("whole", "cut"))
+    one, other = (whole(open_checkpoint(tmp_path / name).model_tensors()) for name in ("whole", "cut"))
     assert one["head.weight"].shape[0] == 15
     assert all(torch.equal(one[name], other[name]) for name in one)
     evaluate = ["evaluate", str(tmp_path / "whole"), "--cuts", str(spelled)]
@@ -235,11 +236,13 @@ def test_the_source_decides_how_waveforms_are_normalised(spelled: Path, tmp_path
 
 
 def test_frozen_parameters_stay_bit_for_bit(spelled: Path, pretrained: Path, tmp_path: Path) -> None:
-    before = open_checkpoint(pretrained).model_tensors()
+    before = whole(open_checkpoint(pretrained).model_tensors())
     source = (f"trainer.init_from={pretrained}", "checkpoint.every=4", "checkpoint.keep_last=2", "trainer.updates=8")
     config = settings(spelled, *source, "objective.freeze_encoder_updates=4", "regularization.feature_grad_mult=0")
     train(fine_tuning_config(config), tmp_path)
-    frozen, after = (open_checkpoint(tmp_path / "checkpoints" / f"update_0000000{n}").model_tensors() for n in (4, 8))
+    frozen, after = (
+        whole(open_checkpoint(tmp_path / "checkpoints" / f"update_0000000{n}").model_tensors()) for n in (4, 8)
+    )
     shared = [name for name in after if name in before]
     assert set(after) - set(shared) == {"head.weight", "head.bias"}
     assert all(torch.equal(before[name], frozen[name]) for name in shared)
@@ -444,7 +447,7 @@ class TestCommandLine:
         config = load_config(tmp_path / "config.yaml")
         assert config.model.dim == 32 and config.trainer.init_from is None
         assert (config.objective.freeze_encoder_updates, config.regularization.feature_grad_mult) == (0, 1.0)
-        one, other = (open_checkpoint(path).model_tensors() for path in (pretrained, tmp_path))
+        one, other = (whole(open_checkpoint(path).model_tensors()) for path in (pretrained, tmp_path))
         name = "encoder.transformer.blocks.0.attention.qkv.weight"
         assert one[name].shape == other[name].shape and not torch.allclose(one[name], other[name], atol=1e-2)
 
@@ -516,7 +519,7 @@ class TestRunScript:
         self.finetune(*command)
         script = (tmp_path / "exp" / "run.sh").read_text()
         assert f"cd {tmp_path}\n" in script and f" -m w2vscale {shlex.join(command)} " in script
-        before = open_checkpoint(tmp_path / "exp").model_tensors()
+        before = whole(open_checkpoint(tmp_path / "exp").model_tensors())
         root = Path(__file__).resolve().parents[2]
         done = subprocess.run(
             [tmp_path / "exp" / "run.sh"], capture_output=True, text=True, timeout=120, cwd="/",
@@ -528,5 +531,5 @@ class TestRunScript:
             [tmp_path / "exp" / "run.sh"], capture_output=True, timeout=120, cwd="/", check=True,
             env=os.environ | {"PYTHONPATH": str(root)},
         )  # fmt: skip
-        again = open_checkpoint(tmp_path / "exp").model_tensors()
+        again = whole(open_checkpoint(tmp_path / "exp").model_tensors())
         assert all(torch.equal(before[name], again[name]) for name in before)

@@ -18,6 +18,7 @@ from tests.helpers.batches import inputs_of
 from tests.helpers.continued import flat_negatives
 from tests.helpers.torchaudio import import_torchaudio
 from tools.bench.running import build
+from w2vscale.checkpoint.lazy import lazy, whole
 from w2vscale.config import Config, load_config
 from w2vscale.data.inputs import to_device
 from w2vscale.data.micro_batch import MicroBatch
@@ -144,7 +145,7 @@ def transformers_model(config: Config) -> Any:
 
     with torch.device("meta"):
         model = transformers.Wav2Vec2ForPreTraining(transformers.Wav2Vec2Config(**huggingface_config(config)))
-    model.load_state_dict(to_huggingface(initial_weights(config), config), assign=True)
+    model.load_state_dict(whole(to_huggingface(lazy(initial_weights(config)), config)), assign=True)
     return model
 
 
@@ -185,7 +186,7 @@ def torchaudio_step(config: Config, device: torch.device) -> Step:
     except ImportError:
         raise UserError("torchaudio is not installed: tools/setup.sh makes an environment with it") from None
     model = torchaudio.models.wav2vec2_model(**torchaudio_arguments(config))
-    model.load_state_dict(to_torchaudio(initial_weights(config), config))
+    model.load_state_dict(whole(to_torchaudio(lazy(initial_weights(config)), config)))
     model.to(device).train()
     update = _plain_update(model, config, device)
 

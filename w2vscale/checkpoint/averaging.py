@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from w2vscale.checkpoint.expected import expected_of
 from w2vscale.checkpoint.format import committed
+from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
 from w2vscale.checkpoint.reader import CheckpointReader, best_first, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import architecture_of, dump_config
@@ -43,7 +45,7 @@ def average(
 
     The best have the lowest validation metric `trainer.best_metric` (of the newest); of equal ones the earlier.
     Parameters and floating-point buffers are averaged in float64. Other buffers, settings, update and hours seen are
-    those of the newest of the checkpoints. Holds the result, and one more tensor.
+    those of the newest of the checkpoints. Holds one tensor, and its sum in float64.
 
     Raises UserError if not exactly one of `last` and `best` is given, there are fewer checkpoints, they are of
     different models or incomplete, or `output` already has checkpoints.
@@ -57,14 +59,14 @@ def average(
     _require_one_model(chosen)
     newest = chosen[-1]
     scores = {each.state.update: each.state.validation.get(metric) for each in chosen}
-    names = [*model_only(newest.specs)]
-    means: dict[str, Tensor] = {}
-    for name in names:
-        means[name] = _mean(name, chosen)
-        progress(len(means), len(names))
+    means = {
+        name: LazyTensor.made(newest.specs[name], partial(_mean, name, chosen)) for name in model_only(newest.specs)
+    }
     origin = "; ".join(filter(None, (newest.state.data, f"the mean of the weights at {_listed(scores)}")))
     store = CheckpointStore(folder, Ranks(), expected=expected_of(newest.config, optimizer=False), log=log)
-    path = store.save(means, replace(newest.state, data=origin, validation={}), dump_config(newest.config))
+    path = store.save(
+        counted_reads(means, progress), replace(newest.state, data=origin, validation={}), dump_config(newest.config)
+    )
     return Averaged(path, metric, scores)
 
 

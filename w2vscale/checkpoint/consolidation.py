@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import Tensor
-
 from w2vscale.checkpoint.format import write_safetensors
+from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
 from w2vscale.checkpoint.reader import open_checkpoint
-from w2vscale.errors import UserError
-from w2vscale.files import new_file
+from w2vscale.files import new_folder
+from w2vscale.optim.canonical import specs_of
+
+WEIGHTS = "model.safetensors"
 
 
 class Consolidated(NamedTuple):
@@ -36,25 +38,20 @@ def consolidate(
     own. They have the model's own names; with `optimizer`, those of the checkpoint: `model.NAME`,
     `optim.NAME.exp_avg`, …. Holds one tensor at a time.
 
-    Raises UserError if the checkpoint cannot be used, or `output` cannot be written or already has one of the files.
+    Raises UserError if the checkpoint cannot be used, or `output` cannot be written or is not an empty folder.
     """
     checkpoint = open_checkpoint(path, log)
     checkpoint.require_model(optimizer=optimizer)
-    weights, settings = output / "model.safetensors", output / "config.yaml"
-    for file in (weights, settings):
-        if file.exists():
-            raise UserError(f"{file}: exists; choose another folder")
     part = "" if optimizer else "model."
-    specs = {name: spec for name, spec in checkpoint.specs.items() if name.startswith(part)}
-
-    def tensors() -> Iterator[Tensor]:
-        for done, name in enumerate(specs, start=1):
-            yield checkpoint.tensor(name)
-            progress(done, len(specs))
-
-    named = {name.removeprefix(part): spec for name, spec in specs.items()}
+    tensors = {
+        name.removeprefix(part): LazyTensor.made(spec, partial(checkpoint.tensor, name))
+        for name, spec in checkpoint.specs.items()
+        if name.startswith(part)
+    }
+    values = (tensor.whole() for tensor in counted_reads(tensors, progress).values())
     text_of_config = (checkpoint.path / "config.yaml").read_bytes()
-    with new_file(settings, "wb", durable=True) as text, new_file(weights, "wb", durable=True) as data:
-        text.write(text_of_config)
-        write_safetensors(data, named, tensors(), {"update": str(checkpoint.state.update)})
-    return Consolidated(weights, checkpoint.state.update, len(specs))
+    with new_folder(output) as folder:
+        (folder / "config.yaml").write_bytes(text_of_config)
+        with (folder / WEIGHTS).open("wb") as file:
+            write_safetensors(file, specs_of(tensors), values, {"update": str(checkpoint.state.update)})
+    return Consolidated(output / WEIGHTS, checkpoint.state.update, len(tensors))

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from w2vscale.checkpoint.expected import expected_of, meta_model
 from w2vscale.checkpoint.format import FileFacts, committed, damages, read_document, size_problem, update_of
+from w2vscale.checkpoint.lazy import LazyTensor
 from w2vscale.checkpoint.slices import Block, StoredTensor, TensorFile, assemble, block_at, faults, intersection
 from w2vscale.config import Config, load_config
 from w2vscale.distributed.process_group import errors_on_all_ranks
@@ -139,10 +140,22 @@ class CheckpointReader:
         self._fill(name, whole)
         return whole
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        """All tensors of its model, whole, by the model's own names."""
+    def model_tensors(self) -> dict[str, LazyTensor]:
+        """All tensors of its model, by the model's own names. They are read when they are needed."""
         self.require_model()
-        return {name.removeprefix("model."): self.tensor(name) for name in self.tensors if name.startswith("model.")}
+        return {name.removeprefix("model."): self._lazy(name) for name in self.tensors if name.startswith("model.")}
+
+    def _lazy(self, name: str) -> LazyTensor:
+        spec = self.tensors[name].spec
+
+        def read(first: int, last: int) -> Tensor:
+            if not spec.shape:
+                return self.tensor(name)
+            rows = torch.empty(last - first, *spec.shape[1:], dtype=spec.dtype)
+            self._fill(name, rows, [first, *[0] * (rows.dim() - 1)])
+            return rows
+
+        return LazyTensor(spec.shape, spec.dtype, read)
 
     def load_model(self, model: nn.Module) -> None:
         """Fill the parameters and persistent buffers of a model that this process holds whole. Not collective."""

@@ -35,7 +35,7 @@ from w2vscale.checkpoint.format import (
 from w2vscale.distributed.process_group import Patience, broadcast_from_main, gather_from_ranks
 from w2vscale.errors import TemporaryError, UserError
 from w2vscale.files import delete as delete_path
-from w2vscale.files import sync_folder
+from w2vscale.files import sync
 from w2vscale.storage.cache import cache_folder, local_file, local_folder
 from w2vscale.storage.objects import Missing, TooLarge, delete, download, list_objects, read, upload, version, write
 from w2vscale.storage.urls import Url
@@ -187,7 +187,7 @@ class RemoteCheckpoints:
         except Missing as error:
             raise Damaged(str(error)) from None
         (folder / STATE).write_bytes(state)
-        sync_folder(folder)
+        sync(folder)
 
     def download_into(self, update: int, folder: Path) -> Path:
         """Download a checkpoint into a folder of checkpoints, where it gets its name once it is intact.
@@ -203,7 +203,7 @@ class RemoteCheckpoints:
             if os.path.lexists(final):
                 set_aside(final, ABANDONED)
             partial.rename(final)
-            sync_folder(folder)
+            sync(folder)
         except Damaged:
             shutil.rmtree(partial, ignore_errors=True)
             raise

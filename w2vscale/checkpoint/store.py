@@ -35,6 +35,7 @@ from w2vscale.checkpoint.format import (
     update_of,
     write_safetensors,
 )
+from w2vscale.checkpoint.lazy import LazyTensor
 from w2vscale.checkpoint.mirror import Mirror
 from w2vscale.checkpoint.reader import CheckpointReader, candidates
 from w2vscale.checkpoint.remote import model_on_all_ranks
@@ -48,7 +49,7 @@ from w2vscale.distributed.process_group import (
     gather_from_ranks,
 )
 from w2vscale.errors import UserError, counted
-from w2vscale.files import delete, new_file, remove_partials, sync_folder, write_text
+from w2vscale.files import delete, new_file, remove_partials, sync, write_text
 from w2vscale.optim.canonical import Specs, differences, specs_of
 from w2vscale.storage.urls import Url
 
@@ -88,10 +89,11 @@ class CheckpointStore:
         own_group = self.asynchronous and dist.is_initialized()
         self._group = dist.new_group(backend="gloo") if own_group else None
 
-    def save(self, tensors: Mapping[str, Tensor], state: TrainState, config_yaml: str) -> Path:
+    def save(self, tensors: Mapping[str, Tensor | LazyTensor], state: TrainState, config_yaml: str) -> Path:
         """Write a checkpoint, commit it, point `latest` at it and delete checkpoints that need not be kept.
 
-        An asynchronous store waits for the previous checkpoint, copies `tensors` and returns. Raises UserError on all
+        An asynchronous store waits for the previous checkpoint, copies `tensors` and returns. Lazy tensors are read one
+        at a time, by a store that is neither asynchronous nor one of several ranks. Raises UserError on all
         ranks if on any rank `tensors` or the written files are not as expected, a value is not finite, or the files
         cannot be written. What was written of it is then deleted.
         """
@@ -109,7 +111,7 @@ class CheckpointStore:
                 self._require_space()
                 partial.mkdir()
         if self._thread is not None:
-            tensors = {name: _copy(tensor) for name, tensor in tensors.items()}
+            tensors = {name: _copy(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
         stall = time.perf_counter() - began
 
         def write() -> None:
@@ -189,7 +191,12 @@ class CheckpointStore:
                 return checkpoint
 
     def _write(
-        self, tensors: Mapping[str, Tensor], partial: Path, final: Path, state: TrainState, config_yaml: str
+        self,
+        tensors: Mapping[str, Tensor | LazyTensor],
+        partial: Path,
+        final: Path,
+        state: TrainState,
+        config_yaml: str,
     ) -> None:
         """Write and commit. Collective in the store's own group, if it has one.
 
@@ -216,7 +223,7 @@ class CheckpointStore:
             files["config.yaml"] = file_facts(partial / "config.yaml")
             document = Document(state, files, self.ranks.world_size)
             write_text(partial / "train_state.json", encode(document), durable=True)
-            sync_folder(partial)
+            sync(partial)
             self._commit(partial, final, state.update)
 
     def _require_space(self) -> None:
@@ -271,7 +278,7 @@ class CheckpointStore:
         elif os.path.lexists(final):  # something else has its name
             set_aside(final, ABANDONED)
         partial.rename(final)
-        sync_folder(self.folder)
+        sync(self.folder)
         if replaced is not None:
             shutil.rmtree(replaced, ignore_errors=True)
         self._intact = update
@@ -328,11 +335,13 @@ def folder_for_one(output: Path) -> Path:
     return folder
 
 
-def write_tensors(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None = None) -> None:
+def write_tensors(
+    tensors: Mapping[str, Tensor | LazyTensor], folder: Path, group: dist.ProcessGroup | None = None
+) -> None:
     """Collective in `group`. Write what this rank holds of each tensor; one of several ranks that hold it writes it."""
     if not dist.is_initialized():
         with new_file(folder / "shard-00001-model-00001-of-00001.safetensors", "wb", durable=True) as file:
-            return write_safetensors(file, specs_of(tensors), (each.detach().cpu() for each in tensors.values()))
+            return write_safetensors(file, specs_of(tensors), map(_on_cpu, tensors.values()))
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(dict(tensors), storage_writer=writer, process_group=group)
@@ -352,9 +361,18 @@ def _written_by(rank: int, folder: Path) -> tuple[dict[str, FileFacts], list[dic
         return str(failure)
 
 
-def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of a tensor whose part on this rank holds a value that is not finite, or None."""
+def _on_cpu(tensor: Tensor | LazyTensor) -> Tensor:
+    return tensor.whole() if isinstance(tensor, LazyTensor) else tensor.detach().cpu()
+
+
+def _not_finite(tensors: Mapping[str, Tensor | LazyTensor]) -> str | None:
+    """The name of a tensor whose part on this rank holds a value that is not finite, or None.
+
+    Lazy tensors are not read twice for this: those of a checkpoint are finite, others are checked when they are read.
+    """
     for name, tensor in tensors.items():
+        if isinstance(tensor, LazyTensor):
+            continue
         values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if values.is_floating_point() and values.numel():
             low, high = values.detach().aminmax()  # NaN where any value is

@@ -9,7 +9,7 @@ import typer
 from rich.filesize import decimal
 
 from w2vscale.cli.arguments import Checkpoint
-from w2vscale.cli.progress import console, print_table, progress_bar
+from w2vscale.cli.progress import bytes_bar, console, print_table
 from w2vscale.errors import UserError, counted
 
 app = typer.Typer(no_args_is_help=True, help="Inspect, verify, convert and average checkpoints.")
@@ -65,8 +65,8 @@ def verify(path: Checkpoint) -> None:
     """
     from w2vscale.checkpoint.verification import verify as verify_checkpoint
 
-    with progress_bar("reading (MiB)") as progress:
-        checkpoint, problems = verify_checkpoint(path, progress=lambda done, total: progress(done >> 20, total >> 20))
+    with bytes_bar("reading") as progress:
+        checkpoint, problems = verify_checkpoint(path, progress=progress)
     for problem in problems[1:20]:
         console.print(problem)
     if problems:
@@ -95,7 +95,7 @@ def consolidate(
     """
     from w2vscale.checkpoint.consolidation import consolidate as consolidate_checkpoint
 
-    with progress_bar("writing") as progress:
+    with bytes_bar("writing") as progress:
         found = consolidate_checkpoint(path, output, optimizer=optimizer, progress=progress, log=console.print)
     console.print(f"{found.file}: update {found.update}, {found.tensors} tensors, {decimal(found.file.stat().st_size)}")
 
@@ -116,7 +116,7 @@ def average(
     """
     from w2vscale.checkpoint.averaging import average as average_checkpoints
 
-    with progress_bar("averaging") as progress:
+    with bytes_bar("averaging") as progress:
         found = average_checkpoints(run, output, last=last, best=best, progress=progress, log=console.print)
     for update, score in found.scores.items():
         console.print(f"update {update}{f': validation {found.metric} {score:.6g}' if best else ''}")

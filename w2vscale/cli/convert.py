@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from w2vscale.cli.arguments import Checkpoint
-from w2vscale.cli.progress import console
+from w2vscale.cli.progress import bytes_bar, console
 
 
 def export(
@@ -22,7 +22,9 @@ def export(
     """
     from w2vscale.interop.exporting import export_checkpoint
 
-    for file in export_checkpoint(checkpoint, output, form=form, log=console.print).files:
+    with bytes_bar("exporting") as progress:
+        exported = export_checkpoint(checkpoint, output, form=form, progress=progress, log=console.print)
+    for file in exported.files:
         console.print(f"{file}: {file.stat().st_size:,} bytes")
 
 
@@ -39,5 +41,6 @@ def import_(
     """
     from w2vscale.interop.importing import import_checkpoint
 
-    imported = import_checkpoint(source, output, form=form, log=console.print)
+    with bytes_bar("importing") as progress:
+        imported = import_checkpoint(source, output, form=form, progress=progress, log=console.print)
     console.print(f"{imported.checkpoint}: {imported.parameters:,} parameters")

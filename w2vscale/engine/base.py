@@ -72,6 +72,9 @@ class Engine(Protocol):
     def import_state(self, reader: StateReader) -> None:
         """Replace parameters, buffers and optimizer state by those of a checkpoint. Collective."""
 
+    def import_model(self, reader: StateReader, names: Iterable[str]) -> None:
+        """Replace these parameters and buffers by those of another model. Each rank reads what it holds. Collective."""
+
     def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:
         """Replace parameters and buffers by whole tensors, consumed one at a time; equal on all ranks. Collective."""
 

@@ -108,8 +108,7 @@ class DDPEngine(NativeEngine):
         return {name: self.rows.own(stored(tensor)) for name, tensor in self.live_state().items()}
 
     @torch.no_grad()
-    def import_state(self, reader: StateReader) -> None:
-        state = self.live_state()
+    def _read(self, reader: StateReader, state: CanonicalState) -> None:
         for name, whole in self.rows.read(reader, specs_of(state)):
             state[name].copy_(whole)
 

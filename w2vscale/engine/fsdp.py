@@ -22,12 +22,12 @@ from w2vscale.distributed.nodes import processes_per_node
 from w2vscale.engine.base import CanonicalState, StateReader
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.reduction import Bf16ReduceScatter, SumOverReplicas, reduces_in_bf16
-from w2vscale.engine.rows import moved
+from w2vscale.engine.rows import in_parts, moved
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 from w2vscale.objectives import Objective, StepContext, Sums
-from w2vscale.optim.canonical import stored
+from w2vscale.optim.canonical import specs_of, stored
 
 
 class FSDPEngine(NativeEngine):
@@ -90,12 +90,12 @@ class FSDPEngine(NativeEngine):
         return {name: self._on_host(stored(tensor)) for name, tensor in self.live_state().items()}
 
     @torch.no_grad()
-    def import_state(self, reader: StateReader) -> None:
-        state = self.live_state()
-        on_host = {name: self._on_host(tensor) for name, tensor in state.items()}
-        reader.read_into(on_host)
-        for name, tensor in state.items():
-            _local(tensor).copy_(_local(on_host[name]))
+    def _read(self, reader: StateReader, state: CanonicalState) -> None:
+        for names in in_parts(specs_of(state)):
+            on_host = {name: self._on_host(state[name]) for name in names}
+            reader.read_into(on_host)
+            for name, tensor in on_host.items():
+                _local(state[name]).copy_(_local(tensor))
 
     @torch.no_grad()
     def import_values(self, values: Iterable[tuple[str, Tensor]]) -> None:

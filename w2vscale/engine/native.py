@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from w2vscale.config import EngineConfig, OptimConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, accumulate, split
-from w2vscale.engine.base import AfterStep, CanonicalState
+from w2vscale.engine.base import AfterStep, CanonicalState, StateReader
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.transforms import compiles, transform
 from w2vscale.objectives import Objective, StepContext, Sums
@@ -112,6 +112,17 @@ class NativeEngine(ABC):
             for key, value in state_of(self.optimizer, name, parameter).items():
                 state[f"optim.{name}.{key}"] = value
         return state
+
+    def import_state(self, reader: StateReader) -> None:
+        self._read(reader, self.live_state())
+
+    def import_model(self, reader: StateReader, names: Iterable[str]) -> None:
+        state = self.live_state()
+        self._read(reader, {f"model.{name}": state[f"model.{name}"] for name in names})
+
+    @abstractmethod
+    def _read(self, reader: StateReader, state: CanonicalState) -> None:
+        """Fill tensors of the live state, each rank its share, with memory for a part of them. Collective."""
 
     def close(self) -> None:
         self.module = self.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,24 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from w2vscale.engine.base import StateReader
 from w2vscale.optim.canonical import Specs, TensorSpec
+
+PART_BYTES = 2**30
+"""Size of the tensors that are read at once; each time, the ranks wait for each other."""
+
+
+def in_parts(specs: Specs) -> Iterator[list[str]]:
+    """Split names, in their order, into parts whose tensors have PART_BYTES together, but at least one tensor each."""
+    part: list[str] = []
+    size = 0
+    for name, spec in specs.items():
+        own = math.prod(spec.shape) * spec.dtype.itemsize
+        if part and size + own > PART_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += own
+    if part:
+        yield part
 
 
 def moved(tensor: DTensor, mesh: DeviceMesh) -> DTensor:
@@ -47,10 +66,11 @@ class Rows:
 
     def read(self, reader: StateReader, specs: Specs) -> Iterator[tuple[str, Tensor]]:
         """Read a checkpoint, each rank its own rows, and yield the whole tensors on the device one at a time."""
-        state = {name: self._empty(spec) for name, spec in specs.items()}
-        reader.read_into(state)
-        for name in list(state):
-            yield name, self._whole(state.pop(name))
+        for names in in_parts(specs):
+            state = {name: self._empty(specs[name]) for name in names}
+            reader.read_into(state)
+            for name in names:
+                yield name, self._whole(state.pop(name))
 
     def _empty(self, spec: TensorSpec) -> Tensor:
         if self.alone or not spec.shape:

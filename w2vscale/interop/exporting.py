@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from w2vscale.checkpoint.format import write_safetensors
-from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
+from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
 from w2vscale.errors import UserError
-from w2vscale.files import new_file
+from w2vscale.files import new_folder
 from w2vscale.interop.huggingface import huggingface_config, preprocessor_config, to_huggingface
 from w2vscale.interop.model_card import model_card
 from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
 from w2vscale.objectives import build_objective
 from w2vscale.optim.canonical import specs_of
 
-FORMATS = ("huggingface", "torchaudio")
+WEIGHTS = "model.safetensors"
+SHARD_BYTES = 5 * 10**9  # the largest file of weights for Transformers, as `save_pretrained` had it for years
+
+Progress = Callable[[int, int], None]
 
 
 class Exported(NamedTuple):
@@ -29,41 +32,88 @@ class Exported(NamedTuple):
 
 
 def export_checkpoint(
-    path: Path, output: Path, *, form: str, log: Callable[[str], None] = lambda text: None
+    path: Path,
+    output: Path,
+    *,
+    form: str,
+    progress: Progress = lambda done, total: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Exported:
     """Export a checkpoint, or the newest usable one of a run, to the folder `output`.
 
-    huggingface: `model.safetensors`, `config.json`, `preprocessor_config.json` and the model card `README.md`. A
-    fine-tuned model also gets the tokenizer files `vocab.json` and `tokenizer_config.json`.
+    huggingface: `model.safetensors` (above 5 GB in several files with an index), `config.json`,
+    `preprocessor_config.json` and the model card `README.md`. A fine-tuned model also gets the tokenizer files
+    `vocab.json` and `tokenizer_config.json`.
     torchaudio: `model.safetensors` with the `state_dict` of `torchaudio.models.wav2vec2_model`, its arguments in
     `model.json`, and `preprocessor_config.json` as above. Of the heads, only a CTC output layer is kept.
 
-    Raises UserError if the checkpoint cannot be used, the format does not support the model, or a file already exists
-    or cannot be written.
+    Holds one tensor at a time. The folder appears when it is complete. `progress` is called with the bytes that were
+    read so far and those of all tensors.
+
+    Raises UserError if the checkpoint cannot be used, the format does not support the model, or `output` cannot be
+    written or is not an empty folder.
     """
-    if form not in FORMATS:
-        raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
+    if form not in WRITERS:
+        raise UserError(f"--format {form}: choose one of {', '.join(WRITERS)}")
     checkpoint = open_checkpoint(path, log)
-    config = checkpoint.config
     state = checkpoint.model_tensors()
-    documents: dict[str, Mapping[str, Any]]
-    if form == "huggingface":
-        weights = to_huggingface(state, config)
-        tokenizer = build_objective(config).transformers_head().files
-        preprocessor = preprocessor_config(config.model, tokenizer=bool(tokenizer))
-        documents = {"config.json": huggingface_config(config), "preprocessor_config.json": preprocessor, **tokenizer}
-    else:
-        weights = to_torchaudio(state, config)
-        preprocessor = preprocessor_config(config.model)
-        documents = {"model.json": torchaudio_arguments(config), "preprocessor_config.json": preprocessor}
-    texts = {output / name: json.dumps(document, indent=2) + "\n" for name, document in documents.items()}
-    if form == "huggingface":
-        texts[output / "README.md"] = model_card(checkpoint)
-    files = [output / "model.safetensors", *texts]
-    if existing := [file for file in files if file.exists()]:
-        raise UserError(f"{existing[0]}: exists; choose another folder")
-    with ExitStack() as together:
-        for file, text in texts.items():
-            together.enter_context(new_file(file)).write(text)
-        write_safetensors(together.enter_context(new_file(files[0], "wb")), specs_of(weights), weights.values())
-    return Exported(files, checkpoint.state.update)
+    with new_folder(output) as folder:
+        WRITERS[form](checkpoint, counted_reads(state, progress), folder)
+        names = sorted(file.name for file in folder.iterdir())
+    return Exported([output / name for name in names], checkpoint.state.update)
+
+
+def _write_huggingface(checkpoint: CheckpointReader, state: Mapping[str, LazyTensor], folder: Path) -> None:
+    config = checkpoint.config
+    tokenizer = build_objective(config).transformers_head().files
+    weights = to_huggingface(state, config)
+    _write_json(folder / "config.json", huggingface_config(config))
+    _write_json(folder / "preprocessor_config.json", preprocessor_config(config.model, tokenizer=bool(tokenizer)))
+    for name, document in tokenizer.items():
+        _write_json(folder / name, document)
+    (folder / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
+    shards = list(_sharded(weights))
+    if len(shards) == 1:
+        _write_weights(folder / WEIGHTS, weights)
+        return
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        _write_weights(folder / file, shard)
+    index = {
+        "metadata": {"total_size": sum(tensor.bytes for tensor in weights.values())},
+        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+    }
+    _write_json(folder / f"{WEIGHTS}.index.json", index)
+
+
+def _write_torchaudio(checkpoint: CheckpointReader, state: Mapping[str, LazyTensor], folder: Path) -> None:
+    config = checkpoint.config
+    _write_json(folder / "model.json", torchaudio_arguments(config))
+    _write_json(folder / "preprocessor_config.json", preprocessor_config(config.model))
+    _write_weights(folder / WEIGHTS, to_torchaudio(state, config))
+
+
+WRITERS: dict[str, Callable[[CheckpointReader, Mapping[str, LazyTensor], Path], None]] = {
+    "huggingface": _write_huggingface,
+    "torchaudio": _write_torchaudio,
+}
+
+
+def _sharded(weights: Mapping[str, LazyTensor]) -> Iterator[dict[str, LazyTensor]]:
+    """Split weights, in their order, into parts of at most SHARD_BYTES, or of one tensor."""
+    shard: dict[str, LazyTensor] = {}
+    for name, tensor in weights.items():
+        if shard and sum(each.bytes for each in shard.values()) + tensor.bytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
+
+
+def _write_weights(path: Path, weights: Mapping[str, LazyTensor]) -> None:
+    with path.open("wb") as file:
+        write_safetensors(file, specs_of(weights), (tensor.whole() for tensor in weights.values()))
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

@@ -13,11 +13,12 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
+from w2vscale.checkpoint.lazy import LazyTensor
 from w2vscale.config import Config
 from w2vscale.config.load import first_problem
 from w2vscale.config.tree import BASE_CONV_LAYERS
 from w2vscale.errors import UserError
-from w2vscale.interop.fairseq_file import FairseqCheckpoint
+from w2vscale.interop.fairseq_file import FairseqCheckpoint, mapped
 from w2vscale.interop.names import DIRECTION, FAIRSEQ, MAGNITUDE, Pretraining, pretraining_model, to_ours
 
 POSITIONAL = "encoder.pos_conv.0"
@@ -64,7 +65,7 @@ EXPRESSION_LENGTH = 1000
 """Maximum length in characters of a setting that is an expression, and maximum number of elements of its value."""
 
 
-def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, Tensor]]:
+def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, LazyTensor]]:
     """Return the settings and the `state_dict` (fp32) of `Wav2Vec2ForPretraining`.
 
     Sizes come from the tensor shapes, other settings from the checkpoint. Missing settings are taken from the published
@@ -89,7 +90,8 @@ def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, Tenso
             if (value := settings.get(name, meant)) != meant:
                 raise UserError(f"{name}={value}: cannot be imported, because w2vscale supports only {name}={meant!r}")
         config = pretraining_model(_architecture(state, settings) | _training(settings))
-        return config, to_ours(state, config, NAMES if config.model.conv_norm == "layer" else NAMES_WITH_GROUP_NORM)
+        table = NAMES if config.model.conv_norm == "layer" else NAMES_WITH_GROUP_NORM
+        return config, to_ours(mapped(state), config, table)
     except ValidationError as error:
         raise UserError(f"{checkpoint.path}: {first_problem(error, Pretraining)}") from None
     except UserError as error:

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from w2vscale.checkpoint.lazy import LazyTensor, lazy
 from w2vscale.errors import UserError
 from w2vscale.files import nearest_path
 
@@ -73,10 +74,20 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return found
 
 
+def mapped(state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
+    """Read tensors when they are needed. UserError if one is not dense."""
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided:
+            raise UserError(f"tensor {name} is {tensor.layout}, not dense")
+    return lazy({name: tensor.detach() for name, tensor in state.items()})
+
+
 def _read(path: Path, allowed: Iterable[Any]) -> Any:
+    """Tensors stay in the file until their values are needed, if it is a zip file, as `torch.save` writes since 1.6."""
+    memory_mapped = path.is_file() and zipfile.is_zipfile(path)
     with warnings.catch_warnings(), torch.serialization.safe_globals(list(allowed)):
         warnings.simplefilter("ignore")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=memory_mapped)
 
 
 def _is_state(found: object) -> TypeGuard[dict[str, Tensor]]:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
+from w2vscale.checkpoint.lazy import LazyTensor
 from w2vscale.config import Config, ModelConfig, ObjectiveConfig, parse_section
 from w2vscale.config.tree import BASE_CONV_LAYERS
 from w2vscale.data.vocabulary import BLANK, PIECE_SPACE
@@ -51,7 +51,7 @@ CONVOLUTIONS = dict(zip(("conv_dim", "conv_kernel", "conv_stride"), zip(*BASE_CO
 FIXED = {"feat_extract_activation": "gelu", "hidden_act": "gelu", "layer_norm_eps": 1e-5}
 
 
-def to_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+def to_huggingface(state: Mapping[str, LazyTensor], config: Config) -> dict[str, LazyTensor]:
     """Convert our `state_dict` to the one of Transformers. Values and dtypes do not change.
 
     Raises UserError if Transformers has no such model, or `state` does not fit `config`.
@@ -62,7 +62,7 @@ def to_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Ten
     return theirs if head.tensors else {name.removeprefix(PREFIX): tensor for name, tensor in theirs.items()}
 
 
-def from_huggingface(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+def from_huggingface(state: Mapping[str, LazyTensor], config: Config) -> dict[str, LazyTensor]:
     """Convert the `state_dict` of a Transformers model to ours, in fp32. The inverse of `to_huggingface`."""
     _refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from w2vscale.checkpoint.expected import expected_of
-from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.format import DTYPES, TrainState
+from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import Config, dump_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
 from w2vscale.files import nearest_path
 from w2vscale.interop.fairseq import from_fairseq
-from w2vscale.interop.fairseq_file import load_fairseq, read_pickle
+from w2vscale.interop.fairseq_file import load_fairseq, mapped, read_pickle
 from w2vscale.interop.huggingface import ctc_config, from_huggingface, pretraining_config
 from w2vscale.objectives.ctc import PHONE_TOKENIZER
 
@@ -34,13 +36,19 @@ class Imported(NamedTuple):
 
 
 def import_checkpoint(
-    source: Path, output: Path, *, form: str, log: Callable[[str], None] = lambda text: None
+    source: Path,
+    output: Path,
+    *,
+    form: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> Imported:
     """Write `output`/checkpoints/update_00000000 with the weights and settings of `source`, without optimizer state.
 
     huggingface: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, sharded or not.
     fairseq: a `.pt` file. No code in these files is executed.
 
+    Holds one tensor at a time. If it is killed, repeat it: what it had written is replaced.
     Raises UserError if the source cannot be read, or w2vscale does not support the model.
     """
     if form not in FORMATS:
@@ -50,8 +58,14 @@ def import_checkpoint(
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     origin = TrainState(data=f"imported from {source.name} ({form})")
     store = CheckpointStore(folder, Ranks(), expected=expected_of(config, optimizer=False), log=log)
-    path = store.save(tensors, origin, dump_config(config))
-    return Imported(path, sum(tensor.numel() for tensor in tensors.values()))
+    try:
+        path = store.save(counted_reads(tensors, progress), origin, dump_config(config))
+    except UserError:
+        with suppress(OSError):  # they are deleted only if they are empty
+            folder.rmdir()
+            output.rmdir()
+        raise
+    return Imported(path, sum(math.prod(tensor.shape) for tensor in tensors.values()))
 
 
 def form_of(path: Path) -> str | None:
@@ -63,16 +77,25 @@ def form_of(path: Path) -> str | None:
 
 def read_model(
     source: Path, form: str, log: Callable[[str], None] = lambda text: None
-) -> tuple[Config, dict[str, Tensor]]:
-    """Read the settings and weights (by our names, in fp32) of a model of another library; see `import_checkpoint`."""
+) -> tuple[Config, dict[str, LazyTensor]]:
+    """Open a model of another library: its settings, and its weights by our names in fp32; see `import_checkpoint`.
+
+    Reading a weight raises UserError if it has values that are not finite.
+    """
     config, state = _read_huggingface(source, log) if form == "huggingface" else from_fairseq(load_fairseq(source))
-    for name, tensor in state.items():
-        if tensor.is_meta or not tensor.isfinite().all():
-            raise UserError(f"{source}: {name} has no values, or values that are not finite")
-    return config, state
+
+    def checked(name: str) -> Callable[[Tensor], Tensor]:
+        def check(rows: Tensor) -> Tensor:
+            if rows.is_meta or not rows.isfinite().all():
+                raise UserError(f"{source}: {name} has no values, or values that are not finite")
+            return rows
+
+        return check
+
+    return config, {name: tensor.map(checked(name)) for name, tensor in state.items()}
 
 
-def _read_huggingface(folder: Path, log: Callable[[str], None]) -> tuple[Config, dict[str, Tensor]]:
+def _read_huggingface(folder: Path, log: Callable[[str], None]) -> tuple[Config, dict[str, LazyTensor]]:
     """Read a folder that `save_pretrained` wrote."""
     if not folder.is_dir():
         hint = nearest_path(folder) or "; download the model first, e.g. with: hf download"
@@ -108,7 +131,7 @@ def _feature_extractor(folder: Path) -> dict[str, Any] | None:
     return _read_json(older) if older.is_file() else None
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _read_weights(folder: Path) -> dict[str, LazyTensor]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         files = [name] if (folder / name).is_file() else _shards(index) if index.is_file() else []
@@ -127,13 +150,25 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(files.values()))
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path) -> dict[str, LazyTensor]:
     if path.suffix == ".bin":
-        return read_pickle(path)
+        return mapped(read_pickle(path))
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        opened: Any = safe_open(path, framework="pt")
+        return {name: _lazy_slice(opened, name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"{path.name} cannot be read: {error}") from None
+
+
+def _lazy_slice(opened: Any, name: str) -> LazyTensor:
+    stored = opened.get_slice(name)
+    shape = tuple(stored.get_shape())
+
+    def read(first: int, last: int) -> Tensor:
+        rows: Tensor = opened.get_slice(name)[first:last] if shape else opened.get_tensor(name)
+        return rows
+
+    return LazyTensor(shape, DTYPES[stored.get_dtype()], read)
 
 
 def _refuse_other_kinds(modules: set[str]) -> None:

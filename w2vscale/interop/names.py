@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from torch import Tensor
 
 from w2vscale.checkpoint.expected import expected_of
+from w2vscale.checkpoint.lazy import LazyTensor, stacked
 from w2vscale.config import Config, ModelConfig, ObjectiveConfig, RegularizationConfig
 from w2vscale.errors import UserError
 from w2vscale.objectives.contrastive import ContrastiveSettings
@@ -84,7 +84,7 @@ def pretraining_model(settings: Mapping[str, Any], *, strict: bool = False) -> C
     return Config(**dict(found) | {"objective": ObjectiveConfig(**found.objective.model_dump())})
 
 
-def to_theirs(state: Mapping[str, Tensor], config: Config, table: Mapping[str, str]) -> dict[str, Tensor]:
+def to_theirs(state: Mapping[str, LazyTensor], config: Config, table: Mapping[str, str]) -> dict[str, LazyTensor]:
     """Rename our `state_dict` of a model with these settings by `table`. Values and dtypes do not change.
 
     Tensors outside the encoder that are not in `table` are left out.
@@ -93,37 +93,35 @@ def to_theirs(state: Mapping[str, Tensor], config: Config, table: Mapping[str, s
     """
     shapes = model_shapes(expected_of(config, optimizer=False))
     _check_names(state, shapes)
-    theirs: dict[str, Tensor] = {}
+    theirs: dict[str, LazyTensor] = {}
     for name, shape in shapes.items():
         _check_shape(name, state[name], shape)
     for name, parts in _names(shapes, table).items():
-        # Cloned because safetensors refuses tensors that share memory.
-        tensors = [state[name]] if len(parts) == 1 else [part.clone() for part in state[name].chunk(len(parts))]
-        theirs.update(zip(parts, tensors, strict=True))
+        theirs.update(zip(parts, state[name].chunks(len(parts)), strict=True))
     if CODEVECTORS in state and CODEVECTORS in table:
-        theirs[table[CODEVECTORS]] = state[CODEVECTORS].flatten(0, 1).unsqueeze(0)
+        theirs[table[CODEVECTORS]] = state[CODEVECTORS].view(1, -1, shapes[CODEVECTORS][2])
     return theirs
 
 
-def to_ours(state: Mapping[str, Tensor], config: Config, table: Mapping[str, str]) -> dict[str, Tensor]:
+def to_ours(state: Mapping[str, LazyTensor], config: Config, table: Mapping[str, str]) -> dict[str, LazyTensor]:
     """Convert a `state_dict` with the names in `table` to ours, in fp32.
 
-    Raises UserError if the names or shapes of `state` do not fit `config`, or a tensor is not dense floating point.
+    Raises UserError if the names or shapes of `state` do not fit `config`, or a tensor is not floating point.
     """
     shapes = model_shapes(expected_of(config, optimizer=False))
     names = _names(shapes, table)
     _check_names(state, [part for parts in names.values() for part in parts])
-    ours: dict[str, Tensor] = {}
+    ours: dict[str, LazyTensor] = {}
     for name, parts in names.items():
         rows, *rest = shapes[name]
         wanted = (1, rows * rest[0], rest[1]) if name == CODEVECTORS else (rows // len(parts), *rest)
         tensors = [state[part] for part in parts]
         for part, tensor in zip(parts, tensors, strict=True):
-            if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
-                raise UserError(f"tensor {part} is {tensor.dtype} ({tensor.layout}), not dense floating point")
+            if tensor.dtype not in FLOATS:
+                raise UserError(f"tensor {part} is {tensor.dtype}, not floating point")
             _check_shape(part, tensor, wanted)
-        whole = tensors[0].detach() if len(tensors) == 1 else torch.cat(tensors).detach()
-        ours[name] = whole.float().reshape(shapes[name]).contiguous()
+        whole = stacked(tensors).map(torch.Tensor.float, torch.float32)
+        ours[name] = whole if whole.shape == shapes[name] else whole.view(*shapes[name])
     return ours
 
 
@@ -141,7 +139,7 @@ def _names(ours: Iterable[str], table: Mapping[str, str]) -> dict[str, tuple[str
     return found
 
 
-def _check_names(state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
+def _check_names(state: Mapping[str, LazyTensor], expected: Iterable[str]) -> None:
     expected = set(expected)
     for names, what in ((expected - state.keys(), "missing"), (state.keys() - expected, "unknown")):
         if names:
@@ -149,6 +147,6 @@ def _check_names(state: Mapping[str, Tensor], expected: Iterable[str]) -> None:
             raise UserError(f"{counted}: not a wav2vec 2.0 model, or one with other settings")
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, tensor: LazyTensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise UserError(f"tensor {name} has shape {list(tensor.shape)}, but the settings need {list(shape)}")

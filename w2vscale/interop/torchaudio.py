@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
+from w2vscale.checkpoint.lazy import LazyTensor
 from w2vscale.config import Config
 from w2vscale.interop.huggingface import PREFIX, to_huggingface
 from w2vscale.objectives import build_objective
@@ -20,7 +19,7 @@ PARTS = {
 """Transformers prefix: torchaudio prefix. The rest of each name is the same."""
 
 
-def to_torchaudio(state: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+def to_torchaudio(state: Mapping[str, LazyTensor], config: Config) -> dict[str, LazyTensor]:
     """Convert our `state_dict` to that of `torchaudio.models.Wav2Vec2Model`: the encoder and the CTC output layer.
 
     Raises UserError if torchaudio has no such model, or `state` does not fit `config`.

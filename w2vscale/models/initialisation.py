@@ -5,7 +5,7 @@ So a large model never exists whole in one place. What it starts from depends on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,8 +31,10 @@ def empty_parameters() -> Iterator[None]:
 
 
 @torch.no_grad()
-def initial_values(model: nn.Module, seed_of: Callable[[int], int]) -> Iterator[tuple[str, Tensor]]:
-    """Name and initial value of every parameter and persistent buffer, on the CPU.
+def initial_values(
+    model: nn.Module, seed_of: Callable[[int], int], *, without: Collection[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and initial value of every parameter and persistent buffer, on the CPU. Those in `without` are left out.
 
     `model` was built with `empty_parameters` and is used up. A module with parameters of its own draws them in
     `reset_parameters`, which may also set its buffers. The i-th module with parameters or buffers draws from
@@ -46,6 +48,8 @@ def initial_values(model: nn.Module, seed_of: Callable[[int], int]) -> Iterator[
     ]
     for index, (name, module) in enumerate(owners):
         prefix = f"{name}." if name else ""
+        if all(f"{prefix}{own}" in without for own in _own_values(module)):
+            continue
         parameters = {own: value for own, value in module._parameters.items() if value is not None}
         for own, parameter in parameters.items():
             module._parameters[own] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
@@ -57,9 +61,13 @@ def initial_values(model: nn.Module, seed_of: Callable[[int], int]) -> Iterator[
             raise TypeError(
                 f"{name}: {type(module).__name__} has parameters and no reset_parameters to initialise them"
             )
-        for own in parameters:
-            yield f"{prefix}{own}", module._parameters[own].detach()
-        for own, buffer in module._buffers.items():
-            if buffer is not None and own not in module._non_persistent_buffers_set:
-                yield f"{prefix}{own}", buffer
+        for own, value in _own_values(module).items():
+            if f"{prefix}{own}" not in without:
+                yield f"{prefix}{own}", value.detach()
         module._parameters.update(parameters)
+
+
+def _own_values(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a module itself, without those of its children."""
+    buffers = {name: value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set}
+    return {name: value for name, value in {**module._parameters, **buffers}.items() if value is not None}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,16 @@ class TensorSpec(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+
+
+class Described(Protocol):
+    """A tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 Specs = Mapping[str, TensorSpec]
@@ -53,7 +63,7 @@ def stored(tensor: Tensor) -> Tensor:
     return tensor.to(stored_dtype(tensor.dtype))
 
 
-def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+def specs_of(tensors: Mapping[str, Described]) -> dict[str, TensorSpec]:
     """Return the shape and dtype of each tensor; a DTensor counts with its global shape."""
     return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 

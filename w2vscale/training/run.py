@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from w2vscale.checkpoint.format import TrainState, committed
+from w2vscale.checkpoint.lazy import LazyReader, LazyTensor
 from w2vscale.checkpoint.mirror import Mirror
 from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
 from w2vscale.checkpoint.remote import RemoteCheckpoints, local_model, model_on_all_ranks
@@ -42,7 +44,7 @@ from w2vscale.optim.canonical import Specs, expected_tensors, model_shapes
 from w2vscale.storage.urls import Url, place
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
 from w2vscale.training.bad_audio import BadAudioLog
-from w2vscale.training.warm_start import starting_values
+from w2vscale.training.warm_start import starting_tensors
 
 TARGETS_READ = 10_000  # utterances whose targets are described before the first update
 CHECKED_AFTER = 1000  # check `data.max_bad_fraction` after this many utterances, or all of a smaller corpus
@@ -124,10 +126,12 @@ def build_run(
     engine = build_engine(model, config, objective, device)
     try:
         if checkpoint is None:
-            start = config.trainer.init_from
-            source = None if start is None else model_on_all_ranks(start, log, patience)
-            drawn = initial_state(objective, config.trainer.seed)
-            engine.import_values(starting_values(config, objective, model_shapes(expected), drawn, log, source))
+            loaded: dict[str, LazyTensor] = {}
+            if (start := config.trainer.init_from) is not None:
+                source = model_on_all_ranks(start, log, patience)
+                loaded = starting_tensors(config, objective, model_shapes(expected), source, log)
+            engine.import_values(initial_state(objective, config.trainer.seed, without=loaded))
+            engine.import_model(LazyReader(loaded), loaded)
         else:
             engine.import_state(checkpoint)
             log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
@@ -224,9 +228,10 @@ def empty_model(objective: Objective) -> Any:
         return objective.build_model()
 
 
-def initial_state(objective: Objective, seed: int) -> Iterator[tuple[str, Tensor]]:
+def initial_state(objective: Objective, seed: int, *, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """Yield the initial values of parameters and buffers; the same for any engine and number of processes."""
-    return initial_values(empty_model(objective), lambda index: derived_seed(seed, Stream.INITIALISATION, index))
+    seed_of = partial(derived_seed, seed, Stream.INITIALISATION)
+    return initial_values(empty_model(objective), seed_of, without=without)
 
 
 def open_data(config: Config, objective: Objective, ranks: Ranks) -> tuple[TrainingData, MicroBatches | None]:

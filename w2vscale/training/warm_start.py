@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
-from torch import Tensor
 
+from w2vscale.checkpoint.lazy import LazyTensor
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.remote import local_model
 from w2vscale.config import Config, architecture_of, load_config
 from w2vscale.errors import UserError
 from w2vscale.interop.importing import form_of, read_model
 from w2vscale.objectives import Objective, build_objective
-from w2vscale.optim.canonical import model_shapes
 from w2vscale.storage.urls import Url
 
 ENCODER = "encoder."  # prefix of the tensors that every objective shares; the others are heads
@@ -24,11 +23,10 @@ ENCODER = "encoder."  # prefix of the tensors that every objective shares; the o
 
 @dataclass(frozen=True)
 class Source:
-    """A model to start from: its settings, the shapes of its tensors by our names, and each of them whole, fp32."""
+    """A model to start from: its settings, and its tensors by our names, fp32."""
 
     config: Config
-    shapes: Mapping[str, tuple[int, ...]]
-    tensor: Callable[[str], Tensor]
+    tensors: Mapping[str, LazyTensor]
 
 
 def open_source(place: Path | Url, log: Callable[[str], None] = lambda text: None) -> Source:
@@ -41,11 +39,11 @@ def open_source(place: Path | Url, log: Callable[[str], None] = lambda text: Non
     if form is not None:
         config, state = read_model(path, form, log)
         log(f"starting from {path} ({form})")
-        return Source(config, {name: tuple(tensor.shape) for name, tensor in state.items()}, state.__getitem__)
+        return Source(config, state)
     checkpoint = open_checkpoint(path, log)
-    checkpoint.require_model()
+    tensors = checkpoint.model_tensors()
     log(f"starting from {checkpoint.path}")
-    return Source(checkpoint.config, model_shapes(checkpoint.specs), lambda name: checkpoint.tensor(f"model.{name}"))
+    return Source(checkpoint.config, tensors)
 
 
 def fine_tuning_config(config: Config, *, scratch: bool = False, stored: Path | None = None) -> Config:
@@ -78,28 +76,26 @@ def fine_tuning_config(config: Config, *, scratch: bool = False, stored: Path | 
         raise UserError(f"trainer.init_from={source}: {error.errors()[0]['msg']}") from None
 
 
-def starting_values(
+def starting_tensors(
     config: Config,
     objective: Objective,
     shapes: Mapping[str, tuple[int, ...]],
-    drawn: Iterator[tuple[str, Tensor]],
+    path: Path,
     log: Callable[[str], None],
-    path: Path | None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Each of `drawn`, or in its place the tensor of `trainer.init_from`, one whole tensor at a time.
+) -> dict[str, LazyTensor]:
+    """Return the tensors that a new model takes from `trainer.init_from`; the others are initialised.
 
-    `path` is where `trainer.init_from` is on this machine; None if it is not set. `shapes` are those of `drawn`. Logs a
-    table of what is loaded, missing, of another shape, and not used. Heads are drawn if the source was trained for
-    another objective. Raises UserError if tensors are missing there or have other shapes, or the architecture differs,
-    and `trainer.init_allow` does not name them.
+    `path` is where `trainer.init_from` is on this machine. `shapes` are those of the new model. Logs a table of what is
+    loaded, missing, of another shape, and not used. Heads are initialised if the source was trained for another
+    objective. Raises UserError if tensors are missing there or have other shapes, or the architecture differs, and
+    `trainer.init_allow` does not name them.
     """
-    if path is None:
-        yield from drawn
-        return
     source = open_source(path, log)
     same_objective = source.config.objective.name == config.objective.name
     # The heads of another objective mean something else, whatever their shapes.
-    there = {name: shape for name, shape in source.shapes.items() if same_objective or name.startswith(ENCODER)}
+    there = {
+        name: tensor.shape for name, tensor in source.tensors.items() if same_objective or name.startswith(ENCODER)
+    }
     missing = {name: "is missing" for name in shapes if name not in there}
     reshaped = {
         name: f"is {list(there[name])} there and {list(shape)} here"
@@ -119,14 +115,12 @@ def starting_values(
     }
     expected = {name: what for name, what in missing.items() if same_objective or name.startswith(ENCODER)}
     _refuse_unless_allowed(settings | reshaped | expected, config, log)
-    unused = {name for name in source.shapes if name not in shapes or name not in there}
+    unused = {name for name in source.tensors if name not in shapes or name not in there}
     for line in _table(shapes, missing=set(missing), reshaped=set(reshaped), unused=unused):
         log(line)
     for name, problem in (reshaped | missing).items():
         log(f"newly initialised: {name} {problem}")
-    for name, value in drawn:
-        loaded = name not in missing and name not in reshaped
-        yield name, source.tensor(name) if loaded else value
+    return {name: source.tensors[name] for name in shapes if name not in missing and name not in reshaped}
 
 
 def _different_head(source: Source, objective: Objective) -> str | None:

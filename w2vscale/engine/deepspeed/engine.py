@@ -32,7 +32,7 @@ from w2vscale.engine.transforms import compiles, transform
 from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
-from w2vscale.optim.canonical import MOMENTS, expected_tensors, stored
+from w2vscale.optim.canonical import MOMENTS, Specs, expected_tensors, stored
 
 
 class DeepSpeedEngine:
@@ -139,8 +139,14 @@ class DeepSpeedEngine:
         return state | {f"model.{name}": self.rows.copied(stored(buffer)) for name, buffer in self.buffers.persistent()}
 
     def import_state(self, reader: StateReader) -> None:
+        self._read(reader, self.expected)
+
+    def import_model(self, reader: StateReader, names: Iterable[str]) -> None:
+        self._read(reader, {f"model.{name}": self.expected[f"model.{name}"] for name in names})
+
+    def _read(self, reader: StateReader, specs: Specs) -> None:
         buffers = dict(self.buffers.persistent())
-        for name, whole in self.rows.read(reader, self.expected):
+        for name, whole in self.rows.read(reader, specs):
             kind, _, name = name.partition(".")
             if kind == "model":
                 self._set_value(name, whole, buffers)
