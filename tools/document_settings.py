@@ -18,7 +18,7 @@ RECIPE = ("model", "regularization", "objective", "optim", "schedule", "precisio
 RECIPE_SETTINGS = (
     "data.max_seconds", "data.min_seconds", "batch.max_seconds", "batch.micro_batches", "trainer.updates",
 )  # fmt: skip
-SIZES = ("large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b")
+SIZES = ("large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b", "omni_3b", "omni_7b")
 NO_RECIPE = (
     "model.max_frames", "objective.name", "objective.vocabulary", "objective.split", "objective.sentencepiece",
     "objective.max_unknown_fraction", "optim.groups", "precision.reduce",

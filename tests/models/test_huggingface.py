@@ -51,6 +51,8 @@ MODELS = {
     "base with other dimensions": ("base", (*SMALL, *OTHER), (5000, 5000)),
     "base at full size": ("base", (), (20_000, 20_000)),
     "large_lv60": ("large_lv60", SMALL, (5000, 5000, 5000)),
+    "omni_3b at full width": ("omni_3b", ("model.layers=2",), (20_000, 17_000)),
+    "omni_7b at full width": ("omni_7b", ("model.layers=2",), (20_000, 17_000)),
     "large_lv60, padded": ("large_lv60", SMALL, (3100, 5000, 4444)),
     "large_lv60 with other dimensions, padded": ("large_lv60", (*SMALL, *OTHER), (5000, 3777)),
 }
@@ -194,9 +196,20 @@ def test_a_preset_has_as_many_parameters_as_theirs(preset: str) -> None:
     }
 
 
-def test_base_has_the_published_number_of_parameters() -> None:
+# Of base: Transformers. Of the others: the model cards of Omnilingual, whose two smaller models are those of XLS-R.
+PARAMETERS = {
+    "base": 95_044_608,
+    "xlsr_300m": 317_390_592,
+    "xlsr_1b": 965_514_752,
+    "omni_3b": 3_064_124_672,
+    "omni_7b": 6_488_487_168,
+}
+
+
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_a_preset_has_the_published_number_of_parameters(preset: str) -> None:
     with torch.device("meta"):
-        assert count(model_of(load_config("base"))) == 95_044_608
+        assert count(model_of(load_config(preset))) == PARAMETERS[preset]
 
 
 def test_base_prenorm_has_as_many_parameters_as_its_description_adds_up_to() -> None:

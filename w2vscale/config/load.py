@@ -32,7 +32,7 @@ VALUES.maxlevel, VALUES.maxlist, VALUES.maxdict, VALUES.maxstring, VALUES.maxlon
 def preset_names() -> list[str]:
     """Return the names of the presets: wav2vec 2.0 by model size, fine-tuning by hours, then other objectives."""
     order = ["tiny", "base", "fairseq_base", "base_prenorm", "large", "fairseq_large"]
-    order += ["large_lv60", "fairseq_large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b"]
+    order += ["large_lv60", "fairseq_large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b", "omni_3b", "omni_7b"]
     order += [f"ctc_{size}{labels}" for size in ("", "large_") for labels in ("10min", "1h", "10h", "100h", "960h")]
     order += ["ctc_xlsr"]
     found = {path.stem for path in PRESETS.glob("*.yaml")}
