@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.helpers.audio import SmallCorpus
+from tests.helpers.memory import peaks_of_a_state
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import (
     losses_after_an_import,
@@ -156,3 +157,9 @@ def test_a_file_that_one_rank_cannot_read_is_the_same_error_on_all(pool: Callabl
     errors = pool(2).run(read_where_one_rank_cannot, str(tmp_path))
     assert len(set(errors)) == 1
     assert errors[0].startswith(f"{tmp_path}/update_00000001/shard-0000") and "Input/output error" in errors[0]
+
+
+def test_no_rank_makes_a_copy_of_its_share(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    """A state is saved, read, and taken from another model part by part."""
+    for peaks in pool(2).run(peaks_of_a_state, str(tmp_path)):
+        assert all(peak < 0.5 for peak in peaks.values()), peaks

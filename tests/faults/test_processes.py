@@ -26,9 +26,9 @@ import time
 from pathlib import Path
 
 if "RANK" in os.environ:
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+    from w2vscale.checkpoint.writer import _Writer
 
-    working = HuggingFaceStorageWriter.write_data
+    working = _Writer.write_data
 
     def slow(*arguments):
         if os.environ["RANK"] == "1":
@@ -36,7 +36,7 @@ if "RANK" in os.environ:
             time.sleep(5.0)
         return working(*arguments)
 
-    HuggingFaceStorageWriter.write_data = slow
+    _Writer.write_data = slow
 """
 """Makes rank 1 slow to write a checkpoint, as a `sitecustomize`: a module that Python runs before the program."""
 

@@ -143,9 +143,10 @@ class CheckpointReader:
     def model_tensors(self) -> dict[str, LazyTensor]:
         """All tensors of its model, by the model's own names. They are read when they are needed."""
         self.require_model()
-        return {name.removeprefix("model."): self._lazy(name) for name in self.tensors if name.startswith("model.")}
+        return {name.removeprefix("model."): self.lazy(name) for name in self.tensors if name.startswith("model.")}
 
-    def _lazy(self, name: str) -> LazyTensor:
+    def lazy(self, name: str) -> LazyTensor:
+        """One tensor, which is read when it is needed."""
         spec = self.tensors[name].spec
 
         def read(first: int, last: int) -> Tensor:

@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from rich.filesize import decimal
-from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
 from w2vscale.checkpoint.format import (
@@ -33,7 +30,6 @@ from w2vscale.checkpoint.format import (
     folder_name,
     set_aside,
     update_of,
-    write_safetensors,
 )
 from w2vscale.checkpoint.lazy import LazyTensor
 from w2vscale.checkpoint.mirror import Mirror
@@ -41,6 +37,7 @@ from w2vscale.checkpoint.reader import CheckpointReader, candidates
 from w2vscale.checkpoint.remote import model_on_all_ranks
 from w2vscale.checkpoint.retention import Retention
 from w2vscale.checkpoint.slices import TensorFile, TensorSlice, assemble, faults
+from w2vscale.checkpoint.writer import write_tensors
 from w2vscale.distributed.process_group import (
     Patience,
     Ranks,
@@ -49,7 +46,7 @@ from w2vscale.distributed.process_group import (
     gather_from_ranks,
 )
 from w2vscale.errors import UserError, counted
-from w2vscale.files import delete, new_file, remove_partials, sync, write_text
+from w2vscale.files import delete, remove_partials, sync, write_text
 from w2vscale.optim.canonical import Specs, differences, specs_of
 from w2vscale.storage.urls import Url
 
@@ -335,23 +332,6 @@ def folder_for_one(output: Path) -> Path:
     return folder
 
 
-def write_tensors(
-    tensors: Mapping[str, Tensor | LazyTensor], folder: Path, group: dist.ProcessGroup | None = None
-) -> None:
-    """Collective in `group`. Write what this rank holds of each tensor; one of several ranks that hold it writes it."""
-    if not dist.is_initialized():
-        with new_file(folder / "shard-00001-model-00001-of-00001.safetensors", "wb", durable=True) as file:
-            return write_safetensors(file, specs_of(tensors), map(_on_cpu, tensors.values()))
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    try:
-        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
-    except dcp.api.CheckpointException as error:
-        failure, _ = next(iter(error.failures.values()))
-        if not isinstance(failure, OSError | SafetensorError):
-            raise failure from None  # such as a stop signal, or a loader process that was killed meanwhile
-        raise UserError(f"{folder}: a checkpoint cannot be written: {failure}") from None
-
-
 def _written_by(rank: int, folder: Path) -> tuple[dict[str, FileFacts], list[dict[str, TensorSlice]]] | str:
     """Read back a rank's own files, since other ranks' may not be visible on this machine yet. Or what went wrong."""
     try:
@@ -359,10 +339,6 @@ def _written_by(rank: int, folder: Path) -> tuple[dict[str, FileFacts], list[dic
         return {path.name: file_facts(path) for path in paths}, [TensorFile(path).slices for path in paths]
     except (OSError, UserError) as failure:
         return str(failure)
-
-
-def _on_cpu(tensor: Tensor | LazyTensor) -> Tensor:
-    return tensor.whole() if isinstance(tensor, LazyTensor) else tensor.detach().cpu()
 
 
 def _not_finite(tensors: Mapping[str, Tensor | LazyTensor]) -> str | None:
