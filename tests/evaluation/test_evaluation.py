@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,14 @@ def test_evaluating_a_checkpoint_repeats_the_validation_of_its_run(small_corpus:
     assert all(1 <= found.metrics[f"used_entries_{codebook}"] <= 16 for codebook in (0, 1))
     assert found.table["contrastive accuracy"] == f"{found.metrics['accuracy']:.4f}"
     assert found.table["codebook 1"].startswith(f"{found.metrics['used_entries_1']:.0f} of 16 entries used")
+
+    # Two ranks that hold half of the model each.
+    command = [sys.executable, "-m", "w2vscale", "evaluate", tmp_path, "engine.name=fsdp", "--nproc-per-node", "2"]
+    command += ["--cuts", small_corpus.validation, "--output", tmp_path / "sharded.json"]
+    subprocess.run(command, check=True, timeout=120)
+    sharded = json.loads((tmp_path / "sharded.json").read_text())
+    for key in ("utterances", "masked_frames", "loss", "contrastive", "accuracy", "code_perplexity_0", "diversity"):
+        assert sharded[key] == pytest.approx(found.metrics[key], rel=1e-5), key
 
     other = evaluate_checkpoint(tmp_path, [small_corpus.validation], ["batch.max_seconds=4"])
     assert other is not None

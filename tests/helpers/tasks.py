@@ -35,6 +35,7 @@ from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, load_config
 from w2vscale.data import assembly
 from w2vscale.data.audio import AudioError, read_audio
+from w2vscale.data.loading import loader_processes
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main, gather_as_found
 from w2vscale.engine import CanonicalState
 from w2vscale.engine.rows import Rows
@@ -48,8 +49,9 @@ from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.runtime import StopRequest
 from w2vscale.training.calibration import micro_batches_per_forward
 from w2vscale.training.display import Display
+from w2vscale.training.folder import make_folder
 from w2vscale.training.loop import Trainer
-from w2vscale.training.run import Run, build_run, make_folder
+from w2vscale.training.run import Run, build_run
 from w2vscale.training.watchdog import Watchdog
 
 
@@ -104,15 +106,16 @@ def _train(
     ranks = Ranks()
     if dist.is_initialized():
         ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
-    run = build_run(config, folder, ranks=ranks, device=torch.device("cpu"), resume="auto", log=lambda text: None)
-    make_folder(folder, run.config, ranks, command=None)
-    if save_first:
-        run.save(run.state)
-    chosen = per_forward(run) if per_forward is not None else micro_batches_per_forward(run, lambda text: None)
-    display = Display(total=config.trainer.updates, enabled=ranks.is_main)
-    watchdog = Watchdog(ranks, folder / "logs", seconds=0, stop=StopRequest(), grace=600)
-    Trainer(run, StopRequest(), watchdog, chosen, display).train()
-    run.engine.close()
+    with loader_processes():
+        run = build_run(config, folder, ranks=ranks, device=torch.device("cpu"), resume="auto", log=lambda text: None)
+        make_folder(folder, run.config, ranks, command=None)
+        if save_first:
+            run.save(run.state)
+        chosen = per_forward(run) if per_forward is not None else micro_batches_per_forward(run, lambda text: None)
+        display = Display(total=config.trainer.updates, enabled=ranks.is_main)
+        watchdog = Watchdog(ranks, folder / "logs", seconds=0, stop=StopRequest(), grace=600)
+        Trainer(run, StopRequest(), watchdog, chosen, display).train()
+        run.engine.close()
     if not ranks.is_main:
         return []
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
-from w2vscale.training.run import run_script
+from w2vscale.training.folder import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = "Repeats this run, or continues it from its newest checkpoint."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -24,11 +25,13 @@ from w2vscale.analysis.report import draw_curves, read_run
 from w2vscale.config import Config, load_config
 from w2vscale.data.indexed import MicroBatches
 from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.engine import build_engine
 from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
 from w2vscale.objectives import StepContext
 from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.runtime import StopRequest
+from w2vscale.training import run
 from w2vscale.training.dry_run import dry_run
 from w2vscale.training.loop import train
 
@@ -49,6 +52,23 @@ def test_the_run_folder_has_every_file_of_the_design(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert names == {"config.yaml", "run.sh", "checkpoints", "metrics.jsonl", "tb", "logs"}
     assert load_config(finished / "config.yaml").trainer.updates == 12
+
+
+def test_loader_processes_start_before_the_model_has_memory(
+    small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forked process keeps the old version of all memory that its parent changes: a second copy of the state."""
+    loaders: list[int] = []
+
+    def count_loaders(*arguments: Any) -> Any:
+        loaders.append(len(multiprocessing.active_children()))
+        return build_engine(*arguments)
+
+    monkeypatch.setattr(run, "build_engine", count_loaders)
+    others = len(multiprocessing.active_children())
+    assert train(settings(small_corpus.train, "data.workers=2"), tmp_path) == 0
+    assert loaders == [others + 2]
+    assert len(multiprocessing.active_children()) == others
 
 
 def test_every_metric_is_there_and_plausible(finished: Path) -> None:

@@ -22,6 +22,8 @@ from w2vscale.checkpoint.slices import Block, StoredTensor, TensorFile, assemble
 from w2vscale.config import Config, load_config
 from w2vscale.distributed.process_group import errors_on_all_ranks
 from w2vscale.errors import UserError, counted
+from w2vscale.models.initialisation import allocate, empty_parameters
+from w2vscale.objectives import Objective
 from w2vscale.optim.canonical import (
     TensorSpec,
     has_optimizer_state,
@@ -157,6 +159,14 @@ class CheckpointReader:
             return rows
 
         return LazyTensor(spec.shape, spec.dtype, read)
+
+    def build_model(self, objective: Objective, device: torch.device | str = "cpu") -> Any:
+        """The model of an objective with its tensors, whole, on a device. Not collective."""
+        with empty_parameters():
+            model = objective.build_model()
+        allocate(model, device)
+        self.load_model(model)
+        return model
 
     def load_model(self, model: nn.Module) -> None:
         """Fill the parameters and persistent buffers of a model that this process holds whole. Not collective."""

@@ -20,6 +20,7 @@ from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.nodes import processes_per_node
 from w2vscale.engine.base import CanonicalState, StateReader
+from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.reduction import Bf16ReduceScatter, SumOverReplicas, reduces_in_bf16
 from w2vscale.engine.rows import in_parts, moved
@@ -136,6 +137,14 @@ def shard(model: Any, mesh: DeviceMesh, config: EngineConfig, dtype: torch.dtype
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
+
+
+def shard_for_evaluation(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Shard an empty model over all ranks for forwards alone. Its parameters have no values yet. Collective."""
+    buffers = Buffers(model)
+    shard(model, _mesh(device.type, dist.get_world_size()), EngineConfig(name="fsdp"), dtype)
+    model.to_empty(device=device)
+    buffers.lay_out(device)
 
 
 def _units(model: nn.Module) -> Iterator[FSDPModule]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
 from w2vscale.checkpoint.remote import model_on_all_ranks
 from w2vscale.data.cuts import FILES
 from w2vscale.data.indexed import VALIDATION_SEED, check_sample, validation_set
@@ -20,7 +20,8 @@ from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group, sum_over_ranks
 from w2vscale.errors import UserError
-from w2vscale.objectives import StepContext, Sums, add_sums, load
+from w2vscale.models.initialisation import empty_parameters
+from w2vscale.objectives import Objective, StepContext, Sums, add_sums, load
 from w2vscale.storage.urls import Url
 
 
@@ -45,8 +46,9 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint with the settings it was trained with, on fixed crops, masks and negatives. Collective.
 
     `path` is a checkpoint folder, a run folder, to evaluate its newest intact checkpoint, or a URL; `cuts` are indexed
-    manifests; `overrides` replace settings (SECTION.KEY=VALUE). `progress` is called with (micro-batches begun,
-    micro-batches in total) of this rank. Returns the evaluation on the first rank, None on the others.
+    manifests; `overrides` replace settings (SECTION.KEY=VALUE). Several ranks shard the model, unless `engine.name` is
+    ddp. `progress` is called with (micro-batches begun, micro-batches in total) of this rank. Returns the evaluation on
+    the first rank, None on the others.
     Raises UserError if the checkpoint or a manifest is unusable, or no utterance could be read.
     """
     with process_group() as (ranks, device), torch.no_grad(), loader_processes():
@@ -57,8 +59,10 @@ def evaluate_checkpoint(
         corpus = Corpus(cuts, setting="--cuts", schemes=config.data.url_schemes)
         check_sample(corpus, sampling_rate=config.model.sampling_rate)
         dataset = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
-        model = objective.build_model().to(device)
-        checkpoint.load_model(model)
+        if config.engine.name == "ddp" or ranks.world_size == 1:
+            model = checkpoint.build_model(objective, device)
+        else:
+            model = _sharded(checkpoint, objective, device)
         model.eval()
         total, numbers = -(-dataset.micro_batches // ranks.world_size), count(1)
 
@@ -74,6 +78,17 @@ def evaluate_checkpoint(
     if not metrics["utterances"]:
         raise UserError(f"{cuts[0]}: no utterance could be evaluated")
     return Evaluation(checkpoint.path, checkpoint.state.update, metrics, objective.table(metrics))
+
+
+def _sharded(checkpoint: CheckpointReader, objective: Objective, device: torch.device) -> Any:
+    """The model of a checkpoint, sharded over the ranks. Each reads its own shards. Collective."""
+    from w2vscale.engine.fsdp import shard_for_evaluation
+
+    with empty_parameters():
+        model = objective.build_model()
+    shard_for_evaluation(model, device, objective.compute_dtype)
+    checkpoint.read_into({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    return model
 
 
 def validate(

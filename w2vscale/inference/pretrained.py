@@ -52,11 +52,9 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
         raise UserError(f"{error}{hint}") from None
     config = checkpoint.config
     objective = build_objective(config.model_copy(update={"precision": PrecisionConfig(compute="fp32")}))
-    model = objective.build_model()
-    checkpoint.load_model(model)
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return Pretrained(model.to(chosen).eval(), config, objective)
+        return Pretrained(checkpoint.build_model(objective, chosen).eval(), config, objective)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {chosen}: {str(error).splitlines()[0]}") from None
 

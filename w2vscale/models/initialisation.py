@@ -30,6 +30,19 @@ def empty_parameters() -> Iterator[None]:
         handle.remove()
 
 
+def allocate(model: nn.Module, device: torch.device | str) -> None:
+    """Give empty parameters memory on a device, without values, and move buffers with their values there."""
+    allocated: dict[nn.Parameter, nn.Parameter] = {}  # modules may share a parameter
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if parameter not in allocated:
+                    values = torch.empty_like(parameter, device=device)
+                    allocated[parameter] = nn.Parameter(values, parameter.requires_grad)
+                module._parameters[name] = allocated[parameter]
+    model.to(device)
+
+
 @torch.no_grad()
 def initial_values(
     model: nn.Module, seed_of: Callable[[int], int], *, without: Collection[str] = ()

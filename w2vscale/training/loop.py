@@ -41,12 +41,13 @@ from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import describe_update, micro_batches_per_forward
 from w2vscale.training.display import Display
 from w2vscale.training.exclusive import locked_by_main, mirrored_by_main
+from w2vscale.training.folder import make_folder
 from w2vscale.training.health import History, Trouble, examine, examine_all
 from w2vscale.training.lock import Lock
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
 from w2vscale.training.replay import Window, keep_window
-from w2vscale.training.run import Run, build_run, make_folder
+from w2vscale.training.run import Run, build_run
 from w2vscale.training.watchdog import SLOW, Watchdog
 
 SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
@@ -86,6 +87,7 @@ def train(
             locked_by_main(exp, ranks, display.message) as lock,
             watchdog,
             mirrored_by_main(config, exp, ranks, resume, display.message, patience) as mirror,
+            loader_processes(),
         ):
             log = display.message
             run = build_run(

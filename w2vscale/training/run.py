@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,12 +27,11 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.data.shard_index import BAD_SHARDS
 from w2vscale.data.stream import open_stream
-from w2vscale.distributed.launch import local_processes
 from w2vscale.distributed.process_group import Patience, Ranks, errors_on_all_ranks
 from w2vscale.engine import Engine, build_engine
 from w2vscale.engine.transforms import missing_for_compilation
 from w2vscale.errors import UserError, counted
-from w2vscale.files import nearest_path, write_text
+from w2vscale.files import nearest_path
 from w2vscale.kernels.precision import CPU_HAS_BF16
 from w2vscale.models.initialisation import empty_parameters, initial_values
 from w2vscale.models.lengths import input_samples
@@ -65,13 +61,13 @@ class Run:
     store: CheckpointStore
     bad_audio: BadAudioLog
     state: TrainState
+    started: Iterator[list[MicroBatch]] | None = None
+    """The windows that have been loading since before the engine was built."""
 
     def windows(self) -> Iterator[list[MicroBatch]]:
-        """Start the loader processes, and yield the windows of this rank from the next update to the last."""
-        last, count = self.config.trainer.updates + self.state.skipped_windows, self.config.batch.micro_batches
-        return self.training_set.windows(
-            range(self.state.window, last), micro_batches=count, rank=self.ranks.rank, world_size=self.ranks.world_size
-        )
+        """The windows of this rank from the next update to the last. Loader processes load them ahead."""
+        started, self.started = self.started, None
+        return started or load_windows(self.config, self.training_set, self.state, self.ranks)
 
     def validation(self) -> Iterator[MicroBatch]:
         """Yield this rank's part of the validation set."""
@@ -98,7 +94,8 @@ def build_run(
 
     `resume` is auto (the newest usable checkpoint, or a new run if there is none), never (a new run; the folder must
     hold no checkpoints), or the path or URL of a checkpoint. `mirror`: on rank 0, that of `checkpoint.store`, if it is
-    set. `patience` runs downloads. Raises UserError if data, settings or checkpoint cannot be used.
+    set. `patience` runs downloads. Starts the loader processes: call it in a block of `loader_processes`. Raises
+    UserError if data, settings or checkpoint cannot be used.
     """
     config, objective = resolve(config)
     objective.check(config)
@@ -123,6 +120,10 @@ def build_run(
     bad_audio = BadAudioLog(exp, ranks, limit=config.data.max_bad_fraction, enough=enough)
     if not state.update:
         log_targets(training_set, objective, ranks, log)
+    # Before the engine is built: a forked process keeps the old version of all memory that this one changes.
+    windows = None
+    if state.update < config.trainer.updates:
+        windows = load_windows(config, training_set, state, ranks)
     engine = build_engine(model, config, objective, device)
     try:
         if checkpoint is None:
@@ -151,7 +152,17 @@ def build_run(
         store=store,
         bad_audio=bad_audio,
         state=state,
+        started=windows,
     )
+
+
+def load_windows(
+    config: Config, training_set: TrainingData, state: TrainState, ranks: Ranks
+) -> Iterator[list[MicroBatch]]:
+    """Start the loader processes, and yield the windows of this rank from the next update to the last."""
+    updates = range(state.window, config.trainer.updates + state.skipped_windows)
+    count = config.batch.micro_batches
+    return training_set.windows(updates, micro_batches=count, rank=ranks.rank, world_size=ranks.world_size)
 
 
 def checkpoint_store(
@@ -282,64 +293,6 @@ def _open_corpus(paths: Sequence[Path | Url], config: Config, *, setting: str) -
     corpus = Corpus(paths, setting=setting, schemes=config.data.url_schemes)
     check_sample(corpus, sampling_rate=config.model.sampling_rate)
     return corpus
-
-
-def make_folder(
-    exp: Path, config: Config, ranks: Ranks, command: Sequence[str] | None, *, finished: bool = False
-) -> None:
-    """Create `exp/` with config.yaml and run.sh (see `run_script`). Collective.
-
-    `command` are the arguments of `w2vscale` that started the run; None if it was started from Python. In the folder of
-    a run that is `finished`, existing files stay, because they say how its model was made. Raises UserError on every
-    rank if rank 0 cannot write the folder.
-    """
-    with errors_on_all_ranks():
-        if ranks.is_main:
-            try:
-                (exp / "logs").mkdir(parents=True, exist_ok=True)
-                (exp / "checkpoints").mkdir(exist_ok=True)
-                if finished and (exp / "config.yaml").is_file() and (exp / "run.sh").is_file():
-                    return
-                write_text(exp / "config.yaml", dump_config(config))
-                given = command or ["train", str((exp / "config.yaml").resolve()), "--exp", str(exp.resolve())]
-                write_text(exp / "run.sh", run_script(given, ranks.world_size, local_processes(os.environ)))
-                (exp / "run.sh").chmod(0o755)
-            except (OSError, UserError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(f"{exp}: the folder of the run cannot be written: {reason}") from None
-
-
-def run_script(command: Sequence[str], processes: int, here: int | None) -> str:
-    """Return a script that runs `w2vscale` with the arguments `command` in the current folder, and continues the run.
-
-    `processes` is the number of processes of the run, and `here` the number on this machine (None: unknown). If all are
-    on this machine, the script starts them itself.
-    """
-    arguments, launcher = _without_option(command, "--resume"), ""
-    if processes > 1 and processes != here:
-        launcher = (
-            f"# It has {processes} processes: start this script with their launcher (torchrun --no-python, srun, "
-            "deepspeed --no_python).\n"
-        )
-    elif processes > 1 and _without_option(arguments, "--nproc-per-node") == arguments:
-        arguments += ["--nproc-per-node", str(processes)]
-    return (
-        f"#!/usr/bin/env bash\n# Repeats this run, or continues it from its newest checkpoint.\n{launcher}"
-        f"set -euo pipefail\ncd {shlex.quote(os.getcwd())}\n"
-        f'{shlex.quote(sys.executable)} -m w2vscale {shlex.join(arguments)} "$@"\n'
-    )
-
-
-def _without_option(arguments: Sequence[str], option: str) -> list[str]:
-    """Return the arguments without `option VALUE` and `option=VALUE`."""
-    kept = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == option:
-            next(rest, None)
-        elif not argument.startswith(f"{option}="):
-            kept.append(argument)
-    return kept
 
 
 def _resume_point(resume: str, store: CheckpointStore, log: Callable[[str], None]) -> CheckpointReader | None:
