@@ -6,22 +6,20 @@ Covers the names and settings in `models/wav2vec/wav2vec2.py` of all fairseq rel
 from __future__ import annotations
 
 import ast
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from w2vscale.checkpoint.lazy import LazyTensor
-from w2vscale.config import Config
+from w2vscale.config import Config, load_config
 from w2vscale.config.load import first_problem
 from w2vscale.config.tree import BASE_CONV_LAYERS
 from w2vscale.errors import UserError
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, mapped
-from w2vscale.interop.names import DIRECTION, FAIRSEQ, MAGNITUDE, Pretraining, pretraining_model, to_ours
+from w2vscale.interop.names import FAIRSEQ, Pretraining, older_weight_norm, pretraining_model, to_ours
+from w2vscale.interop.shapes import Shapes, published_preset
 
-POSITIONAL = "encoder.pos_conv.0"
 NAMES = FAIRSEQ | {
     "quantizer.codevectors": "quantizer.vars",
     "quantizer.projection": "quantizer.weight_proj",
@@ -58,9 +56,6 @@ FIXED: dict[str, object] = {
     "pos_conv_depth": 1, "conv_pos_batch_norm": False, "crop_seq_to_multiple": 1,
     "mask_selection": "static", "mask_other": 0, "no_mask_overlap": False, "mask_dropout": 0, "mask_channel_prob": 0,
 }  # fmt: skip
-# Heads of the published models by width, for checkpoints without settings.
-PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 16, 1920: 16}
-
 EXPRESSION_LENGTH = 1000
 """Maximum length in characters of a setting that is an expression, and maximum number of elements of its value."""
 
@@ -74,10 +69,7 @@ def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, LazyT
 
     Raises UserError if our model does not support the checkpoint; the message names the first such setting or tensor.
     """
-    state = {
-        name.replace(MAGNITUDE, "weight_g").replace(DIRECTION, "weight_v"): tensor
-        for name, tensor in checkpoint.state.items()
-    }
+    state = older_weight_norm(checkpoint.state)
     parsed = {name: _value(setting) for name, setting in checkpoint.settings.items()}
     settings = {name: value for name, value in parsed.items() if value is not None}
     try:
@@ -89,7 +81,7 @@ def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, LazyT
         for name, meant in FIXED.items():
             if (value := settings.get(name, meant)) != meant:
                 raise UserError(f"{name}={value}: cannot be imported, because w2vscale supports only {name}={meant!r}")
-        config = pretraining_model(_architecture(state, settings) | _training(settings))
+        config = pretraining_model(_architecture(Shapes(state, NAMES), settings) | _training(settings))
         table = NAMES if config.model.conv_norm == "layer" else NAMES_WITH_GROUP_NORM
         return config, to_ours(mapped(state), config, table)
     except ValidationError as error:
@@ -98,44 +90,30 @@ def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, LazyT
         raise UserError(" ".join(f"{checkpoint.path}: {error}".split())) from None
 
 
-def _architecture(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _architecture(shapes: Shapes, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that determine tensor shapes and features."""
-    dim, group_width, positional_kernel = _shape(state, f"{POSITIONAL}.weight_v", 3)
-    heads = _known(settings, "encoder_attention_heads", PUBLISHED_HEADS.get(dim))
-    conv_layers = _conv_layers(state, settings)
-    conv_norm = "layer" if "feature_extractor.conv_layers.0.2.1.weight" in state else "group"
-    norm_first = _known(settings, "layer_norm_first", conv_norm == "layer")
-    _, codes, code_width = _shape(state, "quantizer.vars", 3)
-    projection_dim, codevector_dim = _shape(state, "project_q.weight", 2)
-    codebooks = codevector_dim // max(code_width, 1)
+    encoder = shapes.encoder()
+    preset = published_preset(encoder)
+    published = load_config(preset).model if preset else None
+    layer_norm = encoder["conv_norm"] == "layer"
+    heads = _known(settings, "encoder_attention_heads", published.heads if published else None)
+    conv_layers = _conv_layers(shapes.convolutions(), settings)
+    norm_first = _known(settings, "layer_norm_first", layer_norm)
     found = {
-        "normalize_waveform": _known(settings, "normalize", conv_norm == "layer"),
+        **encoder,
+        **shapes.quantizer(),
+        "normalize_waveform": _known(settings, "normalize", layer_norm),
         "waveform_eps": 1e-5,  # of torch.nn.functional.layer_norm, which fairseq normalises with
         "conv_layers": conv_layers,
-        "conv_norm": conv_norm,
-        "conv_bias": "feature_extractor.conv_layers.0.0.bias" in state,
-        "layers": _count(state, "encoder.layers"),
-        "dim": dim,
-        "ffn_dim": _shape(state, "encoder.layers.0.fc1.weight", 2)[0],
         "heads": heads,
         "norm_first": norm_first,
         "embedding_norm": not norm_first,
-        "positional_kernel": positional_kernel,
-        "positional_groups": dim // max(group_width, 1),
-        "codebooks": codebooks,
-        "codebook_entries": codes // max(codebooks, 1),
-        "codevector_dim": codevector_dim,
-        "projection_dim": projection_dim,
     }
-    return found | {"conv_norm_groups": conv_layers[0][0]} if conv_norm == "group" and conv_layers else found
+    return found if layer_norm or not conv_layers else found | {"conv_norm_groups": conv_layers[0][0]}
 
 
-def _conv_layers(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+def _conv_layers(sizes: Sequence[tuple[int, int]], settings: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     """Return channels, kernel and stride of each convolution. The shapes of tensors do not tell the strides."""
-    sizes = []
-    for index in range(_count(state, "feature_extractor.conv_layers")):
-        channels, _, kernel = _shape(state, f"feature_extractor.conv_layers.{index}.0.weight", 3)
-        sizes.append((channels, kernel))
     published = None
     if [kernel for _, kernel in sizes] == [kernel for _, kernel, _ in BASE_CONV_LAYERS]:
         published = [(*size, stride) for size, (_, _, stride) in zip(sizes, BASE_CONV_LAYERS, strict=True)]
@@ -192,17 +170,3 @@ def _known(settings: Mapping[str, Any], name: str, published: Any) -> Any:
     if value is None:
         raise UserError(f"its settings lack {name}, and its weights do not have the shapes of a published model")
     return value
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    found = (re.match(rf"{re.escape(prefix)}\.([0-9]{{1,4}})\.", name) for name in state)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
-
-
-def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> list[int]:
-    if name not in state:
-        raise UserError(f"tensor {name} is missing: is this a pretraining checkpoint of wav2vec 2.0?")
-    shape = list(state[name].shape)
-    if len(shape) != dimensions:
-        raise UserError(f"tensor {name} has {len(shape)} dimensions, not {dimensions}")
-    return shape

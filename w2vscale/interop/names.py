@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -19,6 +19,8 @@ from w2vscale.config import Config, ModelConfig, ObjectiveConfig, Regularization
 from w2vscale.errors import UserError
 from w2vscale.objectives.contrastive import ContrastiveSettings
 from w2vscale.optim.canonical import model_shapes
+
+T = TypeVar("T")
 
 # PyTorch's weight norm calls them so since 2023, and weight_g and weight_v before.
 MAGNITUDE, DIRECTION = "parametrizations.weight.original0", "parametrizations.weight.original1"
@@ -70,6 +72,13 @@ class Pretraining(BaseModel):
 
 
 KINDS: dict[str, Any] = {section: field.annotation for section, field in Pretraining.model_fields.items()}
+
+
+def older_weight_norm(state: Mapping[str, T]) -> dict[str, T]:
+    """The same tensors, those of weight norm by their older names."""
+    return {
+        name.replace(MAGNITUDE, "weight_g").replace(DIRECTION, "weight_v"): tensor for name, tensor in state.items()
+    }
 
 
 def pretraining_model(settings: Mapping[str, Any], *, strict: bool = False) -> Config:
@@ -125,16 +134,24 @@ def to_ours(state: Mapping[str, LazyTensor], config: Config, table: Mapping[str,
     return ours
 
 
+def their_name(ours: str, table: Mapping[str, str]) -> str | None:
+    """The name of one of our tensors in another library, with `[qkv]` as in the table; None if `table` lacks it."""
+    number = re.search(r"(?<=\.)\d+(?=\.)", ours)
+    entry = ours.replace(number[0], "{}", 1) if number else ours
+    module, _, leaf = entry.rpartition(".")
+    if entry not in table and module not in table:
+        return None
+    theirs = table[entry] if entry in table else f"{table[module]}.{leaf}"
+    return theirs.replace("{}", number[0]) if number else theirs
+
+
 def _names(ours: Iterable[str], table: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for name in ours:
-        number = re.search(r"(?<=\.)\d+(?=\.)", name)
-        entry = name.replace(number[0], "{}", 1) if number else name
-        module, _, leaf = entry.rpartition(".")
-        if entry not in table and module not in table and not name.startswith("encoder."):
+        theirs = their_name(name, table)
+        if theirs is None:
+            assert not name.startswith("encoder."), name
             continue
-        theirs = table[entry] if entry in table else f"{table[module]}.{leaf}"
-        theirs = theirs.replace("{}", number[0]) if number else theirs
         found[name] = tuple(theirs.replace("[qkv]", which) for which in "qkv") if "[qkv]" in theirs else (theirs,)
     return found
 
