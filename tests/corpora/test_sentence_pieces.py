@@ -15,6 +15,8 @@ from lhotse import SupervisionSegment
 from typer.testing import CliRunner
 
 from tests.helpers.audio import cut_of, noise, write_audio, write_manifest
+from tests.helpers.character_model import TEXTS as CHARACTER_TEXTS
+from tests.helpers.character_model import train_characters
 from w2vscale.cli.app import app
 from w2vscale.config import dump_config, load_config
 from w2vscale.data.audio import AudioError
@@ -169,6 +171,46 @@ class TestVocabulary:
         monkeypatch.setattr(builtins, "__import__", refuse)
         with pytest.raises(UserError, match=r"pip install 'w2vscale\[decode\]'"):
             vocabulary(model)
+
+
+@pytest.fixture(scope="module")
+def characters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_characters(tmp_path_factory.mktemp("characters") / "tokenizer.model")
+
+
+class TestCharacters:
+    """Models in which piece 0 is a control symbol: it is the blank, and labels are the ids of the model."""
+
+    def test_the_vocabulary_is_the_pieces(self, characters: Path) -> None:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(characters))
+        settings = with_pieces("ctc_1h", characters, "objective.vocabulary=[]")
+        assert settings.vocabulary == pieces.id_to_piece(list(range(len(pieces))))
+        assert settings.vocabulary[:4] == ["<s>", "<pad>", "</s>", "<unk>"]
+
+    @pytest.mark.parametrize("text", [*CHARACTER_TEXTS, "  the   cat ", "nai\u0308ve cafe\u0301", "the ☃ cat", "ﬁt"])
+    def test_labels_and_text_are_sentencepieces(self, characters: Path, text: str) -> None:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(characters))
+        vocabulary = pieces.id_to_piece(list(range(len(pieces))))
+        labels, unknown = Transcripts(vocabulary, characters).labels(text)
+        assert labels == pieces.encode(unicodedata.normalize("NFC", " ".join(text.split())))
+        assert 0 not in labels and unknown == "☃" * ("☃" in text)
+        if not unknown:
+            assert labels_to_text(labels, vocabulary) == unicodedata.normalize("NFC", pieces.decode(labels))
+
+    @pytest.mark.parametrize("text", CHARACTER_TEXTS)
+    def test_without_the_model_labels_lack_only_the_space_that_it_puts_before_a_text(
+        self, characters: Path, text: str
+    ) -> None:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(characters))
+        vocabulary = pieces.id_to_piece(list(range(len(pieces))))
+        space = vocabulary.index("▁")
+        assert [space, *Transcripts(vocabulary).labels(text)[0]] == pieces.encode(text)
+
+    def test_a_vocabulary_with_another_blank_before_its_pieces_fits_too(self, characters: Path, tmp_path: Path) -> None:
+        """Checkpoints of earlier versions have it."""
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(characters))
+        shifted = ["<pad>", *pieces.id_to_piece(list(range(len(pieces))))]
+        assert Transcripts(shifted, characters).labels("a cat")[0] == [1 + label for label in pieces.encode("a cat")]
 
 
 class TestLabels:

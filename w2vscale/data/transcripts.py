@@ -14,7 +14,7 @@ from lhotse.cut import Cut
 
 from w2vscale.data.audio import AudioError
 from w2vscale.data.letter_case import LetterCase
-from w2vscale.data.sentence_pieces import open_pieces, vocabulary_of
+from w2vscale.data.sentence_pieces import label_of_first, open_pieces
 from w2vscale.data.vocabulary import (
     BLANK,
     MARKS,
@@ -50,11 +50,13 @@ class Transcripts:
         self._pieces = None
         if sentencepiece is not None:
             self._pieces = open_pieces(sentencepiece)
-            if (wanted := vocabulary_of(self._pieces)) != list(vocabulary):
+            first = label_of_first(self._pieces, vocabulary)
+            if first is None:
                 raise UserError(
-                    f"objective.sentencepiece={sentencepiece}: its {len(wanted) - 1} pieces after a blank are not the "
-                    f"{len(vocabulary)} symbols of objective.vocabulary; for a new run set objective.vocabulary=[]"
+                    f"objective.sentencepiece={sentencepiece}: its {len(self._pieces)} pieces after a blank are not "
+                    f"the {len(vocabulary)} symbols of objective.vocabulary; for a new run set objective.vocabulary=[]"
                 )
+            self._first = first
         composed = list(vocabulary)
         if self._pieces is None:
             composed = [unicodedata.normalize("NFC", symbol) for symbol in vocabulary]
@@ -111,7 +113,7 @@ class Transcripts:
         """
         text = self._converted(text)
         if self._pieces is not None:
-            return _piece_labels(text, self._pieces)
+            return _piece_labels(text, self._pieces, self._first)
         numbers = self._numbers
         symbols = text.split() if self._spaced else self._symbol.findall(text) if self._long else text
         try:
@@ -148,7 +150,8 @@ class Transcripts:
         return re.compile(f"(?:{known})(?!{marks})|.{marks}*", re.DOTALL)
 
 
-def _piece_labels(text: str, pieces: SentencePieceProcessor) -> tuple[list[int], list[str]]:
+def _piece_labels(text: str, pieces: SentencePieceProcessor, first: int) -> tuple[list[int], list[str]]:
+    """`first`: label of piece 0."""
     numbers = pieces.encode(text)
     unknown = [
         character
@@ -156,7 +159,7 @@ def _piece_labels(text: str, pieces: SentencePieceProcessor) -> tuple[list[int],
         if number == pieces.unk_id()
         for character in piece
     ]
-    return [BLANK + 1 + number for number in numbers], unknown
+    return [first + number for number in numbers], unknown
 
 
 def labels_to_text(labels: Sequence[int], vocabulary: Sequence[str], *, spaced: bool = False) -> str:

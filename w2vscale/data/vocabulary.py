@@ -42,8 +42,8 @@ def read_vocabulary(
     """Return the symbols that `objective.vocabulary` names, blank first: a list, `letters`, or a file.
 
     A file is a list with one symbol per line, a dictionary of fairseq (`dict.ltr.txt`), symbols with their numbers
-    (`tokens.txt`), or a `vocab.json` of Transformers. If nothing is named, the symbols are the blank and the pieces of
-    `sentencepiece`. A file is checked with `check_vocabulary`. A list is not, because it may belong to a checkpoint.
+    (`tokens.txt`), or a `vocab.json` of Transformers. If nothing is named, the symbols are those of `sentencepiece`;
+    see `vocabulary_of`. A file is checked with `check_vocabulary`. A list is not: it may belong to a checkpoint.
 
     Raises UserError if there are no symbols, only one, or one twice, or a file cannot be read or used.
     """
@@ -84,9 +84,11 @@ def check_vocabulary(
     """Check that a new model can be trained with these symbols; `source` names them in errors.
 
     Raises UserError if the blank is a symbol of text, a symbol is in it twice or contains white space, or there is no
-    space to separate words with, which only symbols that transcripts separate with spaces (`split`) do without.
+    space to separate words with, which only symbols that transcripts separate with spaces (`split`) do without. The
+    pieces of a SentencePiece model may be any text.
     """
-    _refuse_repeated([unicodedata.normalize("NFC", symbol) for symbol in symbols], source)
+    if sentencepiece is None:
+        _refuse_repeated([unicodedata.normalize("NFC", symbol) for symbol in symbols], source)
     blank = symbols[BLANK]
     is_text = any(one in (SPACE, PIECE_SPACE) or unicodedata.category(one)[0] in "LMN" for one in blank)
     if not blank or (is_text and not is_bracketed(blank)):
@@ -94,7 +96,7 @@ def check_vocabulary(
             f"{source}: its first symbol {show_symbol(blank)} would be the blank of CTC, which is never in a text; put "
             "<pad> before it"
         )
-    for symbol in symbols:
+    for symbol in symbols if sentencepiece is None else ():
         if symbol.split() != [symbol] or any(unicodedata.category(character) == "Cs" for character in symbol):
             raise UserError(
                 f"{source}: the symbol {symbol!r} is empty, or has white space or half of a surrogate pair; write a "

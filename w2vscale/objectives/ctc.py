@@ -21,6 +21,7 @@ from w2vscale.config.tree import Count, CountOrZero, Fraction, Probability
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.label_counts import count_labels
 from w2vscale.data.randomness import Generators
+from w2vscale.data.sentence_pieces import BLANK_SYMBOL
 from w2vscale.data.transcripts import Transcripts, labels_to_text, refuse_overhang, refuse_too_many, transcript
 from w2vscale.data.vocabulary import (
     BLANK,
@@ -71,7 +72,8 @@ class CtcSettings(MaskSettings):
     )
     sentencepiece: Path | None = Field(
         None,
-        description="SentencePiece model that splits transcripts; an empty vocabulary becomes the blank and its pieces",
+        description="SentencePiece model that splits transcripts; an empty vocabulary becomes the blank and its "
+        "pieces, or its pieces alone if the first is a control symbol such as <s>, which is then the blank",
     )
     max_unknown_fraction: Fraction = Field(
         0.05,
@@ -380,7 +382,8 @@ class Ctc(Objective):
             return ""
         note = "The tokenizer converts labels to text, but not text to labels."
         if any(PIECE_SPACE in symbol for symbol in self.vocabulary):
-            return f"{note} A label is the id in the SentencePiece model + 1."
+            shift = " + 1" * (self.vocabulary[BLANK] == BLANK_SYMBOL)
+            return f"{note} A label is the id in the SentencePiece model{shift}."
         if any(len(symbol) > 1 and not is_control(symbol) for symbol in self.vocabulary[BLANK + 1 :]):
             return f"{note} In text, it would lose the spaces around symbols of several characters."
         return ""
