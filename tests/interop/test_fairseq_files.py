@@ -16,8 +16,10 @@ from torch import Tensor
 
 from tests.helpers.converted import from_fairseq
 from tests.helpers.fairseq import FORMS, SMALL, all_settings, fairseq_state, model_settings, modules, save_new, save_old
+from tests.helpers.fairseq2 import fairseq2_ctc_state, fairseq2_state, our_settings, save_fairseq2
 from w2vscale.errors import UserError
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
+from w2vscale.interop.importing import form_of, import_checkpoint
 
 
 @pytest.mark.parametrize("name", ["base", "large_lv60"])
@@ -197,15 +199,102 @@ def attacks(marker: Path) -> dict[str, tuple[Any, str]]:
     }
 
 
+@pytest.mark.parametrize("form", ["fairseq", "fairseq2"])
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("attack", attacks(Path()))
-def test_malicious_files_are_refused_and_not_executed(attack: str, zipped: bool, tmp_path: Path) -> None:
+def test_malicious_files_are_refused_and_not_executed(attack: str, zipped: bool, form: str, tmp_path: Path) -> None:
     marker, path = tmp_path / "executed", tmp_path / "model.pt"
     payload, named = attacks(marker)[attack]
-    torch.save({"model": fairseq_state(SMALL["base"]), "cfg": payload}, path, _use_new_zipfile_serialization=zipped)
-    message = refusal(lambda: load_fairseq(path))
+    state = fairseq_state(SMALL["base"])
+    state = state if form == "fairseq" else fairseq2_state(state, SMALL["base"])
+    torch.save({"model": state, "cfg": payload}, path, _use_new_zipfile_serialization=zipped)
+    assert form_of(path) == form
+    message = refusal(lambda: import_checkpoint(path, tmp_path / "in"))
     assert named in message and "could run code" in message
-    assert not marker.exists()
+    assert not marker.exists() and not (tmp_path / "in").exists()
+
+
+@pytest.mark.parametrize("attack", attacks(Path()))
+def test_malicious_tensors_of_fairseq2_are_refused_and_not_executed(attack: str, tmp_path: Path) -> None:
+    marker, path = tmp_path / "executed", tmp_path / "model.pt"
+    payload, named = attacks(marker)[attack]
+    state = {**fairseq2_state(fairseq_state(SMALL["base"]), SMALL["base"]), "masker.temporal_mask_embed": payload}
+    for content in ({"model": state}, state, {"model": state, "w2vscale": payload}):
+        torch.save(content, path)
+        assert named in refusal(lambda: import_checkpoint(path, tmp_path / "in"))
+        assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "cannot be read: JSONDecodeError"),
+        ("[]", "cannot be read: TypeError"),
+        ("{}", "cannot be read: KeyError: 'model'"),
+        ("[" * 100_000, "cannot be read: RecursionError"),
+        ('{"model": 3, "regularization": {}, "objective": {}}', "cannot be read: TypeError"),
+        ('{"model": {}, "regularization": {}, "objective": {"name": "ctc"}}', "objective.name='ctc' does not fit"),
+        ('{"model": {}, "regularization": {}, "objective": {"name": "os:system"}}', "objective.name='os:system' does"),
+        ('{"model": {"layers": 0}, "regularization": {}, "objective": {"name": "wav2vec2"}}', "model.layers=0"),
+        ('{"model": {"layer": 3}, "regularization": {}, "objective": {"name": "wav2vec2"}}', "model.layer: unknown"),
+        ('{"model": {}, "regularization": {}, "objective": {"name": "wav2vec2", "x": 3}}', "objective.x: unknown"),
+        ('{"model": {}, "regularization": {}, "objective": {"name": "wav2vec2"}}', "is missing ("),
+    ],
+)
+def test_settings_in_a_file_that_a_stranger_changed_are_refused(text: str, named: str, tmp_path: Path) -> None:
+    state = fairseq2_state(fairseq_state(SMALL["base"]), SMALL["base"])
+    path = save_fairseq2(tmp_path / "model.pt", state, w2vscale=text)
+    message = refusal(lambda: import_checkpoint(path, tmp_path / "in"))
+    assert message.startswith(f"{path}: ") and named in message
+
+
+def test_settings_in_a_file_cannot_name_other_files(tmp_path: Path) -> None:
+    state, path = fairseq2_ctc_state(fairseq_state(SMALL["base"]), SMALL["base"], 3), tmp_path / "model.pt"
+    for objective in ({"vocabulary": "/etc/passwd"}, {"vocabulary": ["<s>", "a", "▁"], "sentencepiece": "/etc/passwd"}):
+        settings = our_settings(SMALL["base"], name="ctc", **objective)
+        save_fairseq2(path, state, w2vscale=settings)
+        message = refusal(lambda: import_checkpoint(path, tmp_path / "in"))
+        assert "does not fit the tensors, or names files" in message
+
+
+def test_files_of_fairseq2_that_are_cut_or_changed_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    state = fairseq2_state(fairseq_state(SMALL["base"]), SMALL["base"])
+    content = save_fairseq2(path, state, w2vscale=our_settings(SMALL["base"])).read_bytes()
+    for share in (0.0, 0.01, 0.5, 0.999):
+        path.write_bytes(content[: int(share * len(content))])
+        assert "cut short or damaged" in refusal(lambda: import_checkpoint(path, tmp_path / "in"))
+    for name, change, named in (
+        ("encoder.layers.1.ffn.inner_proj.bias", None, "encoder.layers.1.ffn.inner_proj.bias is missing (1 missing"),
+        ("encoder.layers.1.lora.weight", torch.ones(3), "encoder.layers.1.lora.weight is unknown (1 unknown"),
+        ("final_proj.weight", torch.ones(3), "final_proj.weight has shape [3]"),
+        ("final_proj.bias", torch.ones(20).int(), "final_proj.bias is torch.int32, not floating point"),
+        ("final_proj.bias", torch.ones(20).to_sparse(), "final_proj.bias is torch.sparse_coo, not dense"),
+        ("encoder_frontend.pos_encoder.conv.weight_v", None, "pos_encoder.conv.weight_v is missing (1 missing"),
+    ):
+        changed = {key: tensor for key, tensor in {**state, name: change}.items() if tensor is not None}
+        save_fairseq2(path, changed, w2vscale=our_settings(SMALL["base"]))
+        assert named in refusal(lambda: import_checkpoint(path, tmp_path / "in"))
+    save_fairseq2(path, {name: tensor for name, tensor in state.items() if "pos_encoder" not in name})
+    assert "pos_encoder.conv.weight_v is missing: is this" in refusal(lambda: import_checkpoint(path, tmp_path / "in"))
+
+
+def test_the_format_of_a_file_is_told_from_names_alone(tmp_path: Path) -> None:
+    fairseq, path = fairseq_state(SMALL["base"]), tmp_path / "model.pt"
+    fairseq2 = fairseq2_state(fairseq, SMALL["base"])
+    for state, form in (
+        (fairseq, "fairseq"),
+        (fairseq2, "fairseq2"),
+        ({f"module.{name}": tensor for name, tensor in fairseq2.items()}, "fairseq2"),
+        ({}, "fairseq"),
+    ):
+        for zipped in (True, False):
+            torch.save({"model": state}, path, _use_new_zipfile_serialization=zipped)
+            assert form_of(path) == form
+    path.write_bytes(b"no file of PyTorch")
+    assert form_of(path) == "fairseq"
+    assert form_of(tmp_path / "none.pt") is None and form_of(tmp_path) is None
+    assert "No such file" in refusal(lambda: import_checkpoint(tmp_path / "none.pt", tmp_path / "in"))
 
 
 def test_the_attacks_would_work_where_files_are_trusted(tmp_path: Path) -> None:

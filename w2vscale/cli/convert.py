@@ -14,11 +14,12 @@ from w2vscale.cli.progress import bytes_bar, console
 def export(
     checkpoint: Checkpoint,
     output: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write to.")],
-    form: Annotated[str, typer.Option("--format", help="huggingface or torchaudio.")] = "huggingface",
+    form: Annotated[str, typer.Option("--format", help="huggingface, fairseq2 or torchaudio.")] = "huggingface",
 ) -> None:
     """Export a model for use with another library.
 
-    huggingface: a folder for from_pretrained of Transformers. torchaudio: the encoder weights for Wav2Vec2Model.
+    huggingface: a folder for from_pretrained of Transformers. fairseq2: model.pt with its asset card.
+    torchaudio: the encoder weights for Wav2Vec2Model.
     """
     from w2vscale.interop.exporting import export_checkpoint
 
@@ -30,10 +31,19 @@ def export(
 
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A Transformers model folder, or a fairseq .pt file.")
+        Path, typer.Argument(metavar="SOURCE", help="A Transformers model folder, or a fairseq or fairseq2 .pt file.")
     ],
     output: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write the checkpoint to.")],
-    form: Annotated[str, typer.Option("--format", help="huggingface or fairseq.")] = "huggingface",
+    form: Annotated[
+        str, typer.Option("--format", help="huggingface, fairseq, fairseq2, or auto: recognise it from the source.")
+    ] = "auto",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="SentencePiece model of a fairseq2 CTC model. Default: *tokenizer*.model beside SOURCE.",
+        ),
+    ] = None,
 ) -> None:
     """Convert a model of another library to a checkpoint.
 
@@ -42,5 +52,7 @@ def import_(
     from w2vscale.interop.importing import import_checkpoint
 
     with bytes_bar("importing") as progress:
-        imported = import_checkpoint(source, output, form=form, progress=progress, log=console.print)
+        imported = import_checkpoint(
+            source, output, form=form, tokenizer=tokenizer, progress=progress, log=console.print
+        )
     console.print(f"{imported.checkpoint}: {imported.parameters:,} parameters")

@@ -47,8 +47,7 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
     try:
         checkpoint = open_checkpoint(local)
     except UserError as error:
-        form = form_of(local)
-        hint = f"; convert it with: w2vscale import {path} DIR --format {form}" if form is not None else ""
+        hint = f"; convert it with: w2vscale import {path} DIR" if form_of(local) is not None else ""
         raise UserError(f"{error}{hint}") from None
     config = checkpoint.config
     objective = build_objective(config.model_copy(update={"precision": PrecisionConfig(compute="fp32")}))

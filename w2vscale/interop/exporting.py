@@ -10,18 +10,25 @@ from typing import Any, NamedTuple
 from w2vscale.checkpoint.format import write_safetensors
 from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
 from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
+from w2vscale.data.sentence_pieces import label_of_first, open_pieces
 from w2vscale.errors import UserError
 from w2vscale.files import new_folder
+from w2vscale.interop.fairseq2 import to_fairseq2
+from w2vscale.interop.fairseq2_card import MODEL, asset_card
 from w2vscale.interop.huggingface import huggingface_config, preprocessor_config, to_huggingface
 from w2vscale.interop.model_card import model_card
+from w2vscale.interop.names import own_settings
+from w2vscale.interop.torch_zip import write_torch_zip
 from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
-from w2vscale.objectives import build_objective
+from w2vscale.objectives import Objective, build_objective
 from w2vscale.optim.canonical import specs_of
 
 WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.model"
 SHARD_BYTES = 5 * 10**9  # the largest file of weights for Transformers, as `save_pretrained` had it for years
 
 Progress = Callable[[int, int], None]
+Log = Callable[[str], None]
 
 
 class Exported(NamedTuple):
@@ -37,13 +44,15 @@ def export_checkpoint(
     *,
     form: str,
     progress: Progress = lambda done, total: None,
-    log: Callable[[str], None] = lambda text: None,
+    log: Log = lambda text: None,
 ) -> Exported:
     """Export a checkpoint, or the newest usable one of a run, to the folder `output`.
 
     huggingface: `model.safetensors` (above 5 GB in several files with an index), `config.json`,
     `preprocessor_config.json` and the model card `README.md`. A fine-tuned model also gets the tokenizer files
     `vocab.json` and `tokenizer_config.json`.
+    fairseq2: `model.pt` and its asset card `card.yaml`. A fine-tuned model also gets its SentencePiece model
+    `tokenizer.model`, or, without one, its symbols in `vocabulary.txt`.
     torchaudio: `model.safetensors` with the `state_dict` of `torchaudio.models.wav2vec2_model`, its arguments in
     `model.json`, and `preprocessor_config.json` as above. Of the heads, only a CTC output layer is kept.
 
@@ -58,12 +67,12 @@ def export_checkpoint(
     checkpoint = open_checkpoint(path, log)
     state = checkpoint.model_tensors()
     with new_folder(output) as folder:
-        WRITERS[form](checkpoint, counted_reads(state, progress), folder)
+        WRITERS[form](checkpoint, counted_reads(state, progress), folder, log)
         names = sorted(file.name for file in folder.iterdir())
     return Exported([output / name for name in names], checkpoint.state.update)
 
 
-def _write_huggingface(checkpoint: CheckpointReader, state: Mapping[str, LazyTensor], folder: Path) -> None:
+def _write_huggingface(checkpoint: CheckpointReader, state: Mapping[str, LazyTensor], folder: Path, _: Log) -> None:
     config = checkpoint.config
     tokenizer = build_objective(config).transformers_head().files
     weights = to_huggingface(state, config)
@@ -86,15 +95,43 @@ def _write_huggingface(checkpoint: CheckpointReader, state: Mapping[str, LazyTen
     _write_json(folder / f"{WEIGHTS}.index.json", index)
 
 
-def _write_torchaudio(checkpoint: CheckpointReader, state: Mapping[str, LazyTensor], folder: Path) -> None:
+def _write_torchaudio(checkpoint: CheckpointReader, state: Mapping[str, LazyTensor], folder: Path, _: Log) -> None:
     config = checkpoint.config
     _write_json(folder / "model.json", torchaudio_arguments(config))
     _write_json(folder / "preprocessor_config.json", preprocessor_config(config.model))
     _write_weights(folder / WEIGHTS, to_torchaudio(state, config))
 
 
-WRITERS: dict[str, Callable[[CheckpointReader, Mapping[str, LazyTensor], Path], None]] = {
+def _write_fairseq2(checkpoint: CheckpointReader, state: Mapping[str, LazyTensor], folder: Path, log: Log) -> None:
+    config = checkpoint.config
+    weights = to_fairseq2(state, config, update=checkpoint.state.update)
+    tokenizer = None
+    if (objective := build_objective(config)).vocabulary:
+        tokenizer = _write_symbols(objective, folder, log)
+    card = asset_card(config, name=checkpoint.path.parent.parent.name, tokenizer=tokenizer)
+    (folder / "card.yaml").write_text(card, encoding="utf-8")
+    write_torch_zip(folder / MODEL, weights, w2vscale=json.dumps(own_settings(config)))
+
+
+def _write_symbols(objective: Objective, folder: Path, log: Log) -> str | None:
+    """Write the symbols of an output layer. Returns the name of the SentencePiece model for fairseq2, or None.
+
+    Labels of fairseq2 are the ids of its SentencePiece model. A model with other labels gets a list of its symbols.
+    """
+    pieces: Path | None = getattr(objective.settings, "sentencepiece", None)
+    try:
+        if pieces is not None and label_of_first(open_pieces(pieces), objective.vocabulary) == 0:
+            (folder / TOKENIZER).write_bytes(pieces.read_bytes())
+            return TOKENIZER
+    except UserError as error:
+        log(f"without {TOKENIZER}: {error}")
+    (folder / "vocabulary.txt").write_text("\n".join(objective.vocabulary) + "\n", encoding="utf-8")
+    return None
+
+
+WRITERS: dict[str, Callable[[CheckpointReader, Mapping[str, LazyTensor], Path, Log], None]] = {
     "huggingface": _write_huggingface,
+    "fairseq2": _write_fairseq2,
     "torchaudio": _write_torchaudio,
 }
 

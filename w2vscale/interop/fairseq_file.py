@@ -1,7 +1,7 @@
-"""Read files written by `torch.save`, fairseq checkpoints included, without executing anything in them.
+"""Read files written by `torch.save`, those of fairseq and fairseq2 included, without executing anything in them.
 
 Early fairseq releases store settings as an `args` Namespace, later ones as an omegaconf `cfg`. Neither package is
-needed to read them.
+needed to read them. fairseq2 stores none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeGuard
 
@@ -38,31 +38,42 @@ INERT_PACKAGES = ("fairseq.", "omegaconf.")
 
 
 class FairseqCheckpoint(NamedTuple):
-    """Contents of a fairseq `.pt` file."""
+    """Contents of a `.pt` file of fairseq or fairseq2."""
 
     path: Path
     state: dict[str, Tensor]
     settings: dict[str, Any]
     """Settings of criterion, task and model; on equal names the model takes precedence. May be empty."""
+    own: str | None = None
+    """Our settings as JSON, if w2vscale wrote the file."""
 
 
 def load_fairseq(path: Path) -> FairseqCheckpoint:
-    """Load a checkpoint to the CPU. Nothing in the file is executed.
+    """Load a checkpoint to the CPU. Nothing in the file is executed. Values are read when they are needed.
 
     The weights-only unpickler of PyTorch builds tensors and containers. The classes of fairseq settings are on its
     allow-list, but each name is mapped to an inert class of ours that only stores its arguments.
 
-    Raises UserError if `path` is not a fairseq checkpoint, is damaged, or references anything that could run code.
+    Raises UserError if `path` is not a checkpoint of either, is damaged, or references anything that could run code.
     """
     with _refusals(str(path)):
         found = _read(path, _stand_ins(path))
-        state = found.get("model") if isinstance(found, dict) else None
-        settings = _settings(found) if state is not None else {}
+        entries = found if isinstance(found, dict) else {}
+        state = entries.get("model", entries if entries and _is_state(entries) else None)
+        settings = _settings(entries) if state is not None else {}
+        own = entries.get("w2vscale")
     if state is None:
-        raise UserError(f'{path}: not a fairseq checkpoint: it has no entry "model"')
+        raise UserError(f'{path}: not a checkpoint of fairseq or fairseq2: it has no entry "model"')
     if not _is_state(state):
-        raise UserError(f'{path}: not a fairseq checkpoint: its entry "model" is not a dictionary of tensors')
-    return FairseqCheckpoint(path, dict(state), settings)
+        raise UserError(f'{path}: not a checkpoint of fairseq or fairseq2: "model" is not a dictionary of tensors')
+    return FairseqCheckpoint(path, dict(state), settings, own if isinstance(own, str) else None)
+
+
+def is_fairseq2(path: Path) -> bool:
+    """Whether tensors in a file have names of fairseq2. Reads the names only. False if it cannot be read."""
+    with suppress(Exception):  # of the reader of pickles, which a malformed file can cause
+        return any(name.removeprefix("module.").startswith("encoder_frontend.") for name in _texts(path))
+    return False
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -174,7 +185,17 @@ def _stand_ins(path: Path) -> list[Any]:
 
 
 def _named_globals(path: Path) -> Iterator[str]:
-    """Yield every "module.name" that the pickles of a file reference, by disassembling them, without running them.
+    """Yield every "module.name" that the pickles of a file reference."""
+    return (str(argument).replace(" ", ".") for opcode, argument in _opcodes(path) if opcode == "GLOBAL")
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """Yield every text in the pickles of a file."""
+    return (argument for _, argument in _opcodes(path) if isinstance(argument, str))
+
+
+def _opcodes(path: Path) -> Iterator[tuple[str, object]]:
+    """Yield name and argument of what the pickles of a file do, by disassembling them, without running them.
 
     The zip files of PyTorch hold one pickle. Before version 1.6, a file held four: magic number, protocol, system
     information, and the data.
@@ -187,6 +208,4 @@ def _named_globals(path: Path) -> Iterator[str]:
         else:
             file.seek(0)
         for stream in pickles:
-            for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name == "GLOBAL":
-                    yield str(argument).replace(" ", ".")
+            yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(stream))

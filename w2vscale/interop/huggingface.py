@@ -12,14 +12,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from w2vscale.checkpoint.lazy import LazyTensor
-from w2vscale.config import Config, ModelConfig, ObjectiveConfig, parse_section
+from w2vscale.config import Config, ModelConfig
 from w2vscale.config.tree import BASE_CONV_LAYERS
 from w2vscale.data.vocabulary import BLANK, PIECE_SPACE
 from w2vscale.errors import UserError
-from w2vscale.interop.names import DIRECTION, HUGGINGFACE, KINDS, MAGNITUDE, pretraining_model, to_ours, to_theirs
+from w2vscale.interop.names import (
+    DIRECTION,
+    HUGGINGFACE,
+    KINDS,
+    MAGNITUDE,
+    own_settings,
+    pretraining_model,
+    to_ours,
+    to_theirs,
+    with_ctc,
+)
 from w2vscale.objectives import build_objective
 from w2vscale.objectives.contrastive import TRANSFORMERS_SETTINGS
-from w2vscale.objectives.ctc import CtcSettings
 
 PREFIX = "wav2vec2."  # of encoder tensors in models that have a head
 
@@ -56,7 +65,7 @@ def to_huggingface(state: Mapping[str, LazyTensor], config: Config) -> dict[str,
 
     Raises UserError if Transformers has no such model, or `state` does not fit `config`.
     """
-    _refuse_unrepresentable(config.model)
+    refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()
     theirs = to_theirs(state, config, {**HUGGINGFACE, **head.tensors})
     return theirs if head.tensors else {name.removeprefix(PREFIX): tensor for name, tensor in theirs.items()}
@@ -64,7 +73,7 @@ def to_huggingface(state: Mapping[str, LazyTensor], config: Config) -> dict[str,
 
 def from_huggingface(state: Mapping[str, LazyTensor], config: Config) -> dict[str, LazyTensor]:
     """Convert the `state_dict` of a Transformers model to ours, in fp32. The inverse of `to_huggingface`."""
-    _refuse_unrepresentable(config.model)
+    refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()
     named = {name.replace("weight_g", MAGNITUDE).replace("weight_v", DIRECTION): state[name] for name in state}
     return to_ours(named, config, {**HUGGINGFACE, **head.tensors})
@@ -76,9 +85,8 @@ def huggingface_config(config: Config) -> dict[str, Any]:
     The entry "w2vscale" holds all our settings. Raises UserError if Transformers has no such model.
     """
     model = config.model
-    _refuse_unrepresentable(model)
-    objective = build_objective(config)
-    head = objective.transformers_head()
+    refuse_unrepresentable(model)
+    head = build_objective(config).transformers_head()
     convolutions = (list(column) for column in zip(*model.conv_layers, strict=True))
     return {
         "model_type": "wav2vec2",
@@ -89,11 +97,7 @@ def huggingface_config(config: Config) -> dict[str, Any]:
         **FIXED,
         "apply_spec_augment": True,
         **head.settings,
-        "w2vscale": {
-            "model": model.model_dump(mode="json"),
-            "regularization": config.regularization.model_dump(mode="json"),
-            "objective": objective.settings.model_dump(mode="json"),
-        },
+        "w2vscale": own_settings(config),
     }
 
 
@@ -169,16 +173,15 @@ def ctc_config(
     ours = noted.get("objective") if isinstance(noted, dict) else None
     split = ours.get("split", "auto") if isinstance(ours, dict) and ours.get("name") == "ctc" else "auto"
     masks = {key: value for key, value in pretraining.objective.model_dump().items() if key.startswith("mask_")}
-    values = {
-        "vocabulary": [symbol.replace(" ", PIECE_SPACE) for _, symbol in numbers],
-        "split": "spaces" if phones else split,
-        "final_dropout": document.get("final_dropout", 0.1),
-        "channel_mask_probability": document.get("mask_feature_prob", 0.0),
-        "channel_mask_length": document.get("mask_feature_length", 10),
+    return with_ctc(
+        pretraining,
+        vocabulary=[symbol.replace(" ", PIECE_SPACE) for _, symbol in numbers],
+        split="spaces" if phones else split,
+        final_dropout=document.get("final_dropout", 0.1),
+        channel_mask_probability=document.get("mask_feature_prob", 0.0),
+        channel_mask_length=document.get("mask_feature_length", 10),
         **masks,
-    }
-    settings = parse_section(CtcSettings, values, name="objective")
-    return pretraining.model_copy(update={"objective": ObjectiveConfig(**settings.model_dump())})
+    )
 
 
 def _own_settings(document: Mapping[str, Any], architecture: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,8 +229,8 @@ def _first_problem(error: ValidationError) -> str:
     return f"{'feature extractor' if key in PREPROCESSOR else 'config.json'}: {key}={first['input']!r}: {problem}"
 
 
-def _refuse_unrepresentable(model: ModelConfig) -> None:
-    """Raise UserError on the first setting without a counterpart in Transformers."""
+def refuse_unrepresentable(model: ModelConfig, library: str = "Hugging Face Transformers") -> None:
+    """Raise UserError on the first setting without a counterpart in another library."""
     channels, norm_first = model.conv_layers[0][0], str(model.norm_first).lower()
     if model.conv_padding:
         setting = "model.conv_padding=true"
@@ -240,6 +243,5 @@ def _refuse_unrepresentable(model: ModelConfig) -> None:
     else:
         return
     raise UserError(
-        f"{setting}: Hugging Face Transformers has no such wav2vec 2.0; "
-        "only models of the published architectures can be converted"
+        f"{setting}: {library} has no such wav2vec 2.0; only models of the published architectures can be converted"
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +16,18 @@ from w2vscale.checkpoint.expected import expected_of
 from w2vscale.checkpoint.format import DTYPES, TrainState
 from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
-from w2vscale.config import Config, dump_config
+from w2vscale.config import Config, ObjectiveConfig, dump_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError
-from w2vscale.files import nearest_path
+from w2vscale.files import nearest_path, new_file
 from w2vscale.interop.fairseq import from_fairseq
-from w2vscale.interop.fairseq_file import load_fairseq, mapped, read_pickle
+from w2vscale.interop.fairseq2 import from_fairseq2
+from w2vscale.interop.fairseq_file import is_fairseq2, load_fairseq, mapped, read_pickle
 from w2vscale.interop.huggingface import ctc_config, from_huggingface, pretraining_config
 from w2vscale.objectives.ctc import PHONE_TOKENIZER
 
-FORMATS = ("huggingface", "fairseq")
+FORMATS = ("auto", "huggingface", "fairseq", "fairseq2")
+TOKENIZER = "tokenizer.model"  # in the folder of an import: the SentencePiece model of its symbols
 
 
 class Imported(NamedTuple):
@@ -39,14 +41,16 @@ def import_checkpoint(
     source: Path,
     output: Path,
     *,
-    form: str,
+    form: str = "auto",
+    tokenizer: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Imported:
     """Write `output`/checkpoints/update_00000000 with the weights and settings of `source`, without optimizer state.
 
     huggingface: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, sharded or not.
-    fairseq: a `.pt` file. No code in these files is executed.
+    fairseq, fairseq2: a `.pt` file. A CTC model of fairseq2 has its symbols in the SentencePiece model `tokenizer`, by
+    default the one beside the file; it is copied to `output`. auto: see `form_of`. No code in these files is executed.
 
     Holds one tensor at a time. If it is killed, repeat it: what it had written is replaced.
     Raises UserError if the source cannot be read, or w2vscale does not support the model.
@@ -54,12 +58,19 @@ def import_checkpoint(
     if form not in FORMATS:
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
     folder = folder_for_one(output)
-    config, state = read_model(source, form, log)
+    if form == "auto":
+        form = form_of(source) or ("fairseq" if source.suffix == ".pt" else "huggingface")
+    config, state = read_model(source, form, log, tokenizer=tokenizer)
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     origin = TrainState(data=f"imported from {source.name} ({form})")
+    pieces, copy = config.objective.model_dump().get("sentencepiece"), output.absolute() / TOKENIZER
+    if pieces is not None:
+        objective = ObjectiveConfig(**config.objective.model_dump() | {"sentencepiece": copy})
+        config = config.model_copy(update={"objective": objective})
     store = CheckpointStore(folder, Ranks(), expected=expected_of(config, optimizer=False), log=log)
     try:
-        path = store.save(counted_reads(tensors, progress), origin, dump_config(config))
+        with _copied(pieces, copy):
+            path = store.save(counted_reads(tensors, progress), origin, dump_config(config))
     except UserError:
         with suppress(OSError):  # they are deleted only if they are empty
             folder.rmdir()
@@ -69,20 +80,29 @@ def import_checkpoint(
 
 
 def form_of(path: Path) -> str | None:
-    """Guess the format of a model from its path; None if it looks like neither."""
+    """Guess the format of a model from its path and the names of its tensors; None if it looks like none of them."""
     if (path / "config.json").is_file():
         return "huggingface"
-    return "fairseq" if path.suffix == ".pt" and path.is_file() else None
+    if path.suffix == ".pt" and path.is_file():
+        return "fairseq2" if is_fairseq2(path) else "fairseq"
+    return None
 
 
 def read_model(
-    source: Path, form: str, log: Callable[[str], None] = lambda text: None
+    source: Path, form: str, log: Callable[[str], None] = lambda text: None, *, tokenizer: Path | None = None
 ) -> tuple[Config, dict[str, LazyTensor]]:
     """Open a model of another library: its settings, and its weights by our names in fp32; see `import_checkpoint`.
 
     Reading a weight raises UserError if it has values that are not finite.
     """
-    config, state = _read_huggingface(source, log) if form == "huggingface" else from_fairseq(load_fairseq(source))
+    if tokenizer is not None and form != "fairseq2":
+        raise UserError(f"--tokenizer={tokenizer}: only models of fairseq2 need it, and {source} is of {form}")
+    if form == "huggingface":
+        config, state = _read_huggingface(source, log)
+    elif form == "fairseq2":
+        config, state = from_fairseq2(load_fairseq(source), tokenizer, log)
+    else:
+        config, state = from_fairseq(load_fairseq(source))
 
     def checked(name: str) -> Callable[[Tensor], Tensor]:
         def check(rows: Tensor) -> Tensor:
@@ -93,6 +113,25 @@ def read_model(
         return check
 
     return config, {name: tensor.map(checked(name)) for name, tensor in state.items()}
+
+
+@contextmanager
+def _copied(pieces: Path | None, copy: Path) -> Iterator[None]:
+    """Copy a SentencePiece model, if there is one. The copy is deleted if the block fails."""
+    if pieces is None or (copy.is_file() and copy.read_bytes() == pieces.read_bytes()):
+        yield
+        return
+    if copy.exists():
+        raise UserError(f"{copy}: exists and is another file than {pieces}; choose another folder")
+    for left in copy.parent.glob(f".{copy.name}.*.partial"):  # by a process that was killed
+        left.unlink()
+    with new_file(copy, "wb", durable=True) as file:
+        file.write(pieces.read_bytes())
+    try:
+        yield
+    except BaseException:
+        copy.unlink()
+        raise
 
 
 def _read_huggingface(folder: Path, log: Callable[[str], None]) -> tuple[Config, dict[str, LazyTensor]]:

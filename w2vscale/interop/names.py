@@ -15,9 +15,11 @@ from pydantic import BaseModel
 
 from w2vscale.checkpoint.expected import expected_of
 from w2vscale.checkpoint.lazy import LazyTensor, stacked
-from w2vscale.config import Config, ModelConfig, ObjectiveConfig, RegularizationConfig
+from w2vscale.config import Config, ModelConfig, ObjectiveConfig, RegularizationConfig, parse_section
 from w2vscale.errors import UserError
+from w2vscale.objectives import build_objective
 from w2vscale.objectives.contrastive import ContrastiveSettings
+from w2vscale.objectives.ctc import CtcSettings
 from w2vscale.optim.canonical import model_shapes
 
 T = TypeVar("T")
@@ -91,6 +93,21 @@ def pretraining_model(settings: Mapping[str, Any], *, strict: bool = False) -> C
     }
     found = Pretraining.model_validate(tree, strict=strict)
     return Config(**dict(found) | {"objective": ObjectiveConfig(**found.objective.model_dump())})
+
+
+def own_settings(config: Config) -> dict[str, dict[str, Any]]:
+    """All our settings of a model, to put into a file of another library. Names of files on this machine stay here."""
+    return {
+        "model": config.model.model_dump(mode="json"),
+        "regularization": config.regularization.model_dump(mode="json"),
+        "objective": build_objective(config).settings.model_dump(mode="json", exclude={"sentencepiece"}),
+    }
+
+
+def with_ctc(pretraining: Config, **settings: Any) -> Config:
+    """The settings of a CTC model with the encoder of `pretraining`. Raises UserError if a setting is not valid."""
+    found = parse_section(CtcSettings, settings, name="objective")
+    return pretraining.model_copy(update={"objective": ObjectiveConfig(**found.model_dump())})
 
 
 def to_theirs(state: Mapping[str, LazyTensor], config: Config, table: Mapping[str, str]) -> dict[str, LazyTensor]:

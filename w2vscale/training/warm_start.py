@@ -30,7 +30,8 @@ class Source:
 
 
 def open_source(place: Path | Url, log: Callable[[str], None] = lambda text: None) -> Source:
-    """Open a checkpoint, a folder that `save_pretrained` of Transformers wrote, or a `.pt` file of fairseq.
+    """Open a checkpoint, a folder that `save_pretrained` of Transformers wrote, or a `.pt` file of fairseq or
+    fairseq2.
 
     What is at a URL is copied to this machine first. Raises UserError if it cannot be used.
     """
