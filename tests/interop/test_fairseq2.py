@@ -33,7 +33,7 @@ from w2vscale.inference.pretrained import load
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.fairseq2 import from_fairseq2
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
-from w2vscale.interop.importing import import_checkpoint
+from w2vscale.interop.importing import import_checkpoint, read_model
 from w2vscale.objectives import build_objective, resolve
 from w2vscale.training.loop import train
 
@@ -140,6 +140,16 @@ def test_names_of_wrappers_and_of_the_newer_weight_norm_and_bare_states_are_unde
     assert_same(whole(found), whole(expected))
     torch.save(state, tmp_path / "bare.pt")
     assert load_fairseq(tmp_path / "bare.pt").state.keys() == state.keys()
+
+
+def test_any_rows_of_a_tensor_are_read_alone(shape: Shape, tmp_path: Path) -> None:
+    """As a rank that holds a shard does."""
+    path = save_fairseq2(tmp_path / "m.pt", fairseq2_state(fairseq_state(shape), shape), w2vscale=our_settings(shape))
+    _, tensors = read_model(path, "fairseq2")
+    for name, tensor in tensors.items():
+        rows = tensor.whole()
+        for first, last in ((0, 1), (1, tensor.count), (tensor.count // 3, 2 * tensor.count // 3), (0, 0)):
+            assert torch.equal(tensor.read(first, last), rows[first:last]), name
 
 
 @pytest.mark.parametrize(

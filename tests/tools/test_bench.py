@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_MODEL
 from tools.bench import (
+    convert,
     end_to_end,
     engine_overhead,
     engine_parity,
@@ -32,7 +34,7 @@ from tools.bench.engine_parity import relative_difference
 from tools.bench.live_memory import LiveMemory
 from tools.bench.script import run_script
 from tools.bench.sent_bytes import Collective, sent_by_kind
-from w2vscale.config import load_config
+from w2vscale.config import dump_config, load_config
 from w2vscale.errors import UserError
 
 
@@ -43,6 +45,7 @@ from w2vscale.errors import UserError
         (engine_parity.main, "--updates"),
         (gradient_reduction.main, "--compute"),
         (vad.vad, "--minutes"),
+        (convert.main, "--preset"),
     ],
 )
 def test_help(main: Callable[..., None], option: str) -> None:
@@ -301,3 +304,31 @@ def test_what_is_wrong_outside_is_said_in_a_line(
     with pytest.raises(SystemExit, match="2"):
         run_script(loss_head.main)
     assert capsys.readouterr().err.startswith("error: nobody: ")
+
+
+def test_the_conversion_bench_writes_a_random_model_and_compares_every_bit(tmp_path: Path) -> None:
+    settings = tmp_path / "small.yaml"
+    settings.write_text(dump_config(load_config("base", MICRO_MODEL)))
+    one, other = tmp_path / "one.pt", tmp_path / "other.pt"
+    size = convert.write_random_model(str(settings), one)
+    assert convert.write_random_model(str(settings), other) == size
+    state = torch.load(one, weights_only=True)["model"]
+    assert size == sum(tensor.nbytes for tensor in state.values()) and convert.bytes_below(tmp_path) > 2 * size
+    assert not any(torch.equal(state["final_proj.bias"], tensor) for tensor in (torch.zeros(16), torch.ones(16)))
+    assert convert.same_tensors(one, other)
+    state["final_proj.bias"][0] = torch.nextafter(state["final_proj.bias"][0], torch.tensor(1.0))
+    torch.save({"model": state}, other)
+    assert not convert.same_tensors(one, other)
+    del state["final_proj.bias"]
+    torch.save({"model": state}, other)
+    assert not convert.same_tensors(one, other)
+
+
+def test_the_conversion_bench_samples_the_memory_of_a_process(tmp_path: Path) -> None:
+    script = "import time; held = bytearray(200_000_000); held[::4096] = held[::4096]; time.sleep(1)"
+    step = convert.measure("a step", [sys.executable, "-c", script], 10**6)
+    assert step.name == "a step" and step.seconds > 1 and 200 < step.peak_anonymous_mb < 300
+    with pytest.raises(UserError, match="ended with 3"):
+        convert.measure("a step", [sys.executable, "-c", "raise SystemExit(3)"], 0)
+    with pytest.raises(UserError, match="ended with 0 before it was killed"):
+        convert.kill_half_way([sys.executable, "-c", ""], tmp_path, tmp_path / "out", 10**6)
