@@ -150,6 +150,45 @@ def model_settings(shape: Shape, **changes: Any) -> dict[str, Any]:
     }
 
 
+def fine_tuned_state(state: dict[str, Tensor], symbols: int) -> dict[str, Tensor]:
+    """A model for CTC with this encoder, under the names of fairseq's `Wav2VecCtc`."""
+    heads = ("quantizer.", "project_q.", "final_proj.")
+    encoder = {f"w2v_encoder.w2v_model.{name}": t for name, t in state.items() if not name.startswith(heads)}
+    width = state["mask_emb"].shape[0]
+    return {
+        **encoder,
+        "w2v_encoder.proj.weight": torch.randn(symbols, width) / width**0.5,
+        "w2v_encoder.proj.bias": torch.randn(symbols),
+    }
+
+
+def fine_tuned_settings(shape: Shape, **changes: Any) -> dict[str, Any]:
+    """The `cfg` of a fine-tuned model, which has those of the pretrained one in it. Masks and dropout are its own."""
+    model = {
+        "_name": "wav2vec_ctc",
+        "w2v_path": "/models/pretrained.pt",
+        "no_pretrained_weights": False,
+        "dropout_input": 0.0,
+        "final_dropout": 0.0,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.1,
+        "apply_mask": True,
+        "mask_length": 10,
+        "mask_prob": 0.65,
+        "mask_channel_length": 64,
+        "mask_channel_prob": 0.25,
+        "freeze_finetune_updates": 10000,
+        "feature_grad_mult": 0.0,
+        "layerdrop": 0.05,
+        "normalize": shape.layer_norm,
+        "w2v_args": all_settings(shape),
+        **changes,
+    }
+    task = {"_name": "audio_finetuning", "labels": "ltr", "sample_rate": 16000, "normalize": shape.layer_norm}
+    return {"_name": None, "common": {"seed": 1}, "model": model, "task": task, "criterion": {"_name": "ctc"}}
+
+
 def all_settings(shape: Shape, **changes: Any) -> dict[str, Any]:
     """The `cfg` of a checkpoint: its sections."""
     penalty = 0.0 if shape.layer_norm else 10.0
@@ -183,7 +222,7 @@ def save_old(path: Path, state: dict[str, Tensor], cfg: dict[str, Any], *, zippe
     flat = {**cfg["common"], **cfg["criterion"], **cfg["task"], **cfg["model"]}
     flat = {name: str(value) if isinstance(value, list) else value for name, value in flat.items()}
     for absent in ("_name", "extractor_mode", "conv_bias"):  # as in wav2vec_small.pt
-        del flat[absent]
+        flat.pop(absent, None)
     contents = {
         "args": Namespace(arch="wav2vec2", adam_betas="(0.9,0.98)", **flat),
         "model": state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,19 @@ from tests.helpers.fairseq import (
     Shape,
     all_settings,
     fairseq_state,
+    fine_tuned_settings,
+    fine_tuned_state,
     model_settings,
     save_new,
+    save_old,
+    save_omegaconf,
 )
 from w2vscale.config import Config, load_config
 from w2vscale.data.inputs import audio_batch
+from w2vscale.errors import UserError
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
 from w2vscale.interop.huggingface import huggingface_config
+from w2vscale.interop.importing import import_checkpoint
 from w2vscale.objectives import build_objective
 
 
@@ -164,3 +171,55 @@ def test_settings_of_training_are_taken_over(tmp_path: Path) -> None:
     assert (settings.codebooks, settings.codebook_entries, settings.codevector_dim) == (3, 10, 36)
     assert config.model.conv_layers == NARROW
     assert (config.model.positional_kernel, config.model.positional_groups) == (16, 8)
+
+
+@pytest.fixture
+def dictionary(tmp_path: Path) -> Path:
+    """A dictionary of letters as fairseq writes it: without special symbols, with counts."""
+    path = tmp_path / "dict.ltr.txt"
+    path.write_text("| 94802\nE 51860\nT 38431\nA 33152\n")
+    return path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["cfg", "omegaconf", "Namespace"])
+def test_logits_of_fine_tuned_models_are_those_of_fairseq(
+    shape: Shape, form: str, dictionary: Path, tmp_path: Path
+) -> None:
+    pretrained, cfg = fairseq_state(shape), fine_tuned_settings(shape)
+    state = fine_tuned_state(pretrained, 8)
+    path = tmp_path / "model.pt"
+    if form == "Namespace":  # of 2020: both are flat
+        given = cfg["model"].pop("w2v_args")
+        cfg["model"]["w2v_args"] = Namespace(**{**given["criterion"], **given["task"], **given["model"]})
+        save_old(path, state, cfg, zipped=True)
+    else:
+        (save_new if form == "cfg" else save_omegaconf)(path, state, cfg)
+    model, config = build(path)
+    reference, waveform = Reference(pretrained, shape, config.model.heads), torch.randn(3000)
+    head = state["w2v_encoder.proj.weight"], state["w2v_encoder.proj.bias"]
+    theirs = torch.nn.functional.linear(reference.encode(waveform)[-1], *head)
+    model.compute_dtype = torch.float32
+    assert_equal(model.logits(waveform.unsqueeze(0))[0], theirs)
+    assert build_objective(config).vocabulary == ["<pad>", "<s>", "</s>", "<unk>", "|", "E", "T", "A"]
+    regularization = config.regularization
+    assert (regularization.activation_dropout, regularization.layerdrop, regularization.dropout) == (0.1, 0.05, 0.0)
+    assert (config.model.normalize_waveform, config.model.heads) == (shape.layer_norm, 4)
+    assert import_checkpoint(path, tmp_path / "in", tokenizer=dictionary).parameters > 0
+
+
+def test_fine_tuned_models_that_do_not_fit_are_refused(dictionary: Path, tmp_path: Path) -> None:
+    shape = SMALL["base"]
+    for symbols, changes, message in (
+        (9, {}, "its output layer has 9 symbols, and .*dict.ltr.txt has 8 with the blank"),
+        (8, {"w2v_args": None}, "its settings lack encoder_attention_heads"),
+        (8, {"w2v_args": {"model": 3}}, "its settings lack encoder_attention_heads"),
+        (8, {"w2v_args": model_settings(shape, layer_type="conformer")}, "layer_type=conformer"),
+    ):
+        state = fine_tuned_state(fairseq_state(shape), symbols)
+        path = save_new(tmp_path / "model.pt", state, fine_tuned_settings(shape, **changes))
+        with pytest.raises(UserError, match=rf"model\.pt: {message}"):
+            from_fairseq(load_fairseq(path))
+    dictionary.unlink()
+    with pytest.raises(UserError, match=r"the file with its 8 symbols: put it beside the model \(as dict\*\.txt\)"):
+        from_fairseq(load_fairseq(path))

@@ -360,7 +360,7 @@ def test_the_symbols_of_a_ctc_model_must_be_known(tokenizer: Path, tmp_path: Pat
     with torch.device("meta"):
         state = fairseq2_ctc_state(fairseq_state(LARGE_LV60), LARGE_LV60, len(pieces_of(tokenizer)))
     checkpoint = FairseqCheckpoint(tmp_path / "m.pt", state, {})
-    with pytest.raises(UserError, match=r"m.pt: a CTC model needs the SentencePiece model of its \d+ symbols: put it "):
+    with pytest.raises(UserError, match=r"m.pt: a CTC model needs the file with its \d+ symbols: put it beside"):
         from_fairseq2(checkpoint)
     config, _ = from_fairseq2(checkpoint, tokenizer)
     assert build_objective(config).vocabulary == pieces_of(tokenizer)
@@ -385,7 +385,7 @@ def test_a_tokenizer_of_other_symbols_than_the_file_names_is_refused(tokenizer: 
     changed = [*symbols[:-1], "ß"]
     state = fairseq2_ctc_state(fairseq_state(shape), shape, len(symbols))
     settings = our_settings(shape, name="ctc", vocabulary=changed)
-    with pytest.raises(UserError, match=r"m.pt: .*: its pieces are not the symbols that are in the file"):
+    with pytest.raises(UserError, match=r"m.pt: .*: its symbols are not those that are in the file"):
         from_fairseq2(FairseqCheckpoint(tmp_path / "m.pt", state, {}, settings), tokenizer)
 
 
@@ -431,7 +431,7 @@ def test_the_commands_recognise_the_format_and_take_a_tokenizer(tokenizer: Path,
     path = save_fairseq2(tmp_path / "c.pt", ctc, w2vscale=settings)
     run("import", path, tmp_path / "ctc", "--tokenizer", tokenizer)
     assert (tmp_path / "ctc" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
-    with pytest.raises(UserError, match=r"--tokenizer=.*: only models of fairseq2 need it, and .*hf is of huggingface"):
+    with pytest.raises(UserError, match=r"--tokenizer=.*: is for files of fairseq and fairseq2; .*hf has its own"):
         import_checkpoint(tmp_path / "hf", tmp_path / "x", tokenizer=tokenizer)
 
 

@@ -117,7 +117,11 @@ def test_what_our_model_cannot_be_is_refused_by_name(changes: dict[str, Any], na
         ),
         (lambda state: state.update({"quantizer.vars": torch.ones(3)}), "quantizer.vars has 1 dimensions"),
         (lambda state: state.update({"quantizer.vars": torch.ones(1, 0, 0)}), "codebook_entries=0"),
-        (lambda state: state.update({"w2v_encoder.proj.weight": torch.ones(3)}), "fine-tuned model"),
+        (lambda state: state.update({"w2v_encoder.proj.weight": torch.ones(3)}), "proj.weight has 1 dimensions"),
+        (
+            lambda state: state.update({"w2v_encoder.proj.weight": torch.ones(3, 4)}),
+            "needs the file with its 3 symbols",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(change: Callable[[dict[str, Tensor]], Any], named: str) -> None:

@@ -41,7 +41,8 @@ def import_(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="SentencePiece model of a fairseq2 CTC model. Default: *tokenizer*.model beside SOURCE.",
+            help="Symbols of a CTC model: a SentencePiece model of fairseq2 (default: *tokenizer*.model beside "
+            "SOURCE), or a dictionary of fairseq (default: dict*.txt beside SOURCE).",
         ),
     ] = None,
 ) -> None:

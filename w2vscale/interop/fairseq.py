@@ -1,24 +1,26 @@
-"""Convert pretrained wav2vec 2.0 checkpoints of fairseq to our tensor names and settings.
+"""Convert wav2vec 2.0 checkpoints of fairseq, pretrained or fine-tuned with CTC, to our tensor names and settings.
 
-Covers the names and settings in `models/wav2vec/wav2vec2.py` of all fairseq releases.
+Covers the names and settings in `models/wav2vec/wav2vec2.py` and `wav2vec2_asr.py` of all fairseq releases.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from w2vscale.checkpoint.lazy import LazyTensor
-from w2vscale.config import Config, load_config
+from w2vscale.config import Config, RegularizationConfig, load_config
 from w2vscale.config.load import first_problem
 from w2vscale.config.tree import BASE_CONV_LAYERS
 from w2vscale.errors import UserError
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, mapped
-from w2vscale.interop.names import FAIRSEQ, Pretraining, older_weight_norm, pretraining_model, to_ours
+from w2vscale.interop.names import FAIRSEQ, Pretraining, older_weight_norm, pretraining_model, to_ours, with_ctc
 from w2vscale.interop.shapes import Shapes, published_preset
+from w2vscale.interop.symbols import symbols_of
 
 NAMES = FAIRSEQ | {
     "quantizer.codevectors": "quantizer.vars",
@@ -26,8 +28,10 @@ NAMES = FAIRSEQ | {
     "context_projection": "final_proj",
     "target_projection": "project_q",
 }
-NAMES_WITH_GROUP_NORM = NAMES | {"encoder.feature_encoder.layers.{}.norm": "feature_extractor.conv_layers.{}.2"}
-FINE_TUNED_PREFIX = "w2v_encoder."
+GROUP_NORM = {"encoder.feature_encoder.layers.{}.norm": "feature_extractor.conv_layers.{}.2"}
+FINE_TUNED = "w2v_encoder.w2v_model."  # before the names of the encoder in a fine-tuned model
+CTC_NAMES = FAIRSEQ | {"head": "w2v_encoder.proj"}
+DICTIONARY = "dict*.txt"  # name of the file with its symbols
 
 # fairseq setting: our setting. None of them affects the shape of a tensor.
 COUNTERPARTS = {
@@ -60,34 +64,53 @@ EXPRESSION_LENGTH = 1000
 """Maximum length in characters of a setting that is an expression, and maximum number of elements of its value."""
 
 
-def from_fairseq(checkpoint: FairseqCheckpoint) -> tuple[Config, dict[str, LazyTensor]]:
-    """Return the settings and the `state_dict` (fp32) of `Wav2Vec2ForPretraining`.
+def from_fairseq(checkpoint: FairseqCheckpoint, tokenizer: Path | None = None) -> tuple[Config, dict[str, LazyTensor]]:
+    """Return the settings and the `state_dict` (fp32) of `Wav2Vec2ForPretraining` or `Wav2Vec2ForCTC`.
 
     Sizes come from the tensor shapes, other settings from the checkpoint. Missing settings are taken from the published
     models (strides, heads, trimmed masks; pre-LN blocks and normalised waveforms if the feature extractor has
-    LayerNorm) or, if they matter only in training, from our defaults.
+    LayerNorm) or, if they matter only in training, from our defaults. The symbols of a fine-tuned model are in
+    `tokenizer`, or in the dictionary beside the file.
 
     Raises UserError if our model does not support the checkpoint; the message names the first such setting or tensor.
     """
-    state = older_weight_norm(checkpoint.state)
-    parsed = {name: _value(setting) for name, setting in checkpoint.settings.items()}
-    settings = {name: value for name, value in parsed.items() if value is not None}
+    state = older_weight_norm({name.removeprefix(FINE_TUNED): tensor for name, tensor in checkpoint.state.items()})
+    settings = _evaluated(checkpoint.settings)
+    table = CTC_NAMES if f"{CTC_NAMES['head']}.weight" in state else NAMES
+    shapes = Shapes(state, table)
     try:
-        if any(name.startswith(FINE_TUNED_PREFIX) for name in state):
-            raise UserError(
-                f"a fine-tuned model ({FINE_TUNED_PREFIX}…): these cannot be imported yet; "
-                "import the pretrained checkpoint that it started from"
-            )
-        for name, meant in FIXED.items():
-            if (value := settings.get(name, meant)) != meant:
-                raise UserError(f"{name}={value}: cannot be imported, because w2vscale supports only {name}={meant!r}")
-        config = pretraining_model(_architecture(Shapes(state, NAMES), settings) | _training(settings))
-        table = NAMES if config.model.conv_norm == "layer" else NAMES_WITH_GROUP_NORM
-        return config, to_ours(mapped(state), config, table)
+        if table is NAMES:
+            _refuse_others(settings)
+            config = pretraining_model(_architecture(shapes, settings) | shapes.quantizer() | _training(settings))
+        else:
+            count = shapes.of("head.weight", 2)[0]
+            symbols = symbols_of(checkpoint.path, tokenizer, DICTIONARY, count=count)
+            config = with_ctc(_fine_tuned(shapes, settings), **symbols)
+        norm = {} if config.model.conv_norm == "layer" else GROUP_NORM
+        return config, to_ours(mapped(state), config, table | norm)
     except ValidationError as error:
         raise UserError(f"{checkpoint.path}: {first_problem(error, Pretraining)}") from None
     except UserError as error:
         raise UserError(" ".join(f"{checkpoint.path}: {error}".split())) from None
+
+
+def _fine_tuned(shapes: Shapes, settings: Mapping[str, Any]) -> Config:
+    """Return the settings of the encoder, and those of its dropout in fine-tuning."""
+    given = settings.get("w2v_args", {})  # those of the pretrained model
+    given = given.get("model", given) if isinstance(given, dict) else {}
+    pretrained = _evaluated(given if isinstance(given, dict) else {})
+    _refuse_others(pretrained)
+    names = {ours: theirs for theirs, ours in COUNTERPARTS.items() if ours in RegularizationConfig.model_fields}
+    names["layerdrop"] = "layerdrop"
+    regularization = {ours: settings[theirs] for ours, theirs in names.items() if theirs in settings}
+    normalize = {"normalize": settings["normalize"]} if "normalize" in settings else {}
+    return pretraining_model(_architecture(shapes, pretrained | normalize) | regularization)
+
+
+def _refuse_others(settings: Mapping[str, Any]) -> None:
+    for name, meant in FIXED.items():
+        if (value := settings.get(name, meant)) != meant:
+            raise UserError(f"{name}={value}: cannot be imported, because w2vscale supports only {name}={meant!r}")
 
 
 def _architecture(shapes: Shapes, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +124,6 @@ def _architecture(shapes: Shapes, settings: Mapping[str, Any]) -> dict[str, Any]
     norm_first = _known(settings, "layer_norm_first", layer_norm)
     found = {
         **encoder,
-        **shapes.quantizer(),
         "normalize_waveform": _known(settings, "normalize", layer_norm),
         "waveform_eps": 1e-5,  # of torch.nn.functional.layer_norm, which fairseq normalises with
         "conv_layers": conv_layers,
@@ -137,6 +159,12 @@ def _training(settings: Mapping[str, Any]) -> dict[str, Any]:
                 raise UserError(f"{theirs}={values!r}: expected {len(ours)} numbers")
             found |= zip(ours, values, strict=True)
     return found | {"mask_trim": "micro_batch" if settings.get("require_same_masks", True) else "none"}
+
+
+def _evaluated(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Evaluate settings with `_value`, and leave out those that are None."""
+    values = {name: _value(setting) for name, setting in settings.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _value(setting: Any) -> Any:

@@ -28,7 +28,7 @@ from w2vscale.interop.names import (
     with_ctc,
 )
 from w2vscale.interop.shapes import Shapes, published_preset
-from w2vscale.interop.symbols import symbols_in, tokenizer_of
+from w2vscale.interop.symbols import symbols_in, symbols_of, tokenizer_of
 from w2vscale.objectives import build_objective, resolve
 
 ENCODER = {
@@ -89,7 +89,7 @@ def from_fairseq2(
         if pretrained:
             state.pop(UPDATES, None)
         else:
-            config = _with_symbols(config, shapes, tokenizer_of(checkpoint.path, tokenizer, TOKENIZER))
+            config = _with_symbols(config, shapes, checkpoint.path, tokenizer)
             if MASK_EMBEDDING not in state:
                 log(f"{checkpoint.path}: no mask embedding, because it was fine-tuned without masks: it becomes zero")
                 state[MASK_EMBEDDING] = LazyTensor.of(torch.zeros(config.model.dim))
@@ -159,19 +159,15 @@ def _own_config(text: str, objective: str) -> Config:
         raise UserError(f"settings of w2vscale in it cannot be read: {type(error).__name__}: {error}") from None
 
 
-def _with_symbols(config: Config, shapes: Shapes, tokenizer: Path | None) -> Config:
-    """Add the symbols of the output layer, unless they are in the settings and there is no `tokenizer`."""
+def _with_symbols(config: Config, shapes: Shapes, path: Path, tokenizer: Path | None) -> Config:
+    """Add the symbols of the output layer. If they are in the settings, those of a tokenizer must be the same."""
     count = shapes.of("head.weight", 2)[0]
     if config.objective.name != "ctc":
-        if tokenizer is None:
-            raise UserError(
-                f"a CTC model needs the SentencePiece model of its {count} symbols: put it beside the file "
-                f"({TOKENIZER}), or name it with --tokenizer"
-            )
-        return with_ctc(config, **symbols_in(tokenizer, count=count))
+        return with_ctc(config, **symbols_of(path, tokenizer, TOKENIZER, count=count))
+    tokenizer = tokenizer_of(path, tokenizer, TOKENIZER)
     if tokenizer is None:
         return config
     found = symbols_in(tokenizer, count=count)
     if found["vocabulary"] != build_objective(config).vocabulary:
-        raise UserError(f"{tokenizer}: its pieces are not the symbols that are in the file")
+        raise UserError(f"{tokenizer}: its symbols are not those that are in the file")
     return with_ctc(config, **config.objective.model_dump() | found)

@@ -49,8 +49,9 @@ def import_checkpoint(
     """Write `output`/checkpoints/update_00000000 with the weights and settings of `source`, without optimizer state.
 
     huggingface: a folder with `config.json` and `model.safetensors` or `pytorch_model.bin`, sharded or not.
-    fairseq, fairseq2: a `.pt` file. A CTC model of fairseq2 has its symbols in the SentencePiece model `tokenizer`, by
-    default the one beside the file; it is copied to `output`. auto: see `form_of`. No code in these files is executed.
+    fairseq, fairseq2: a `.pt` file. The symbols of a CTC model are in the file `tokenizer`, by default the one beside
+    it: a dictionary of fairseq, or a SentencePiece model, which is copied to `output`. auto: see `form_of`. No code in
+    these files is executed.
 
     Holds one tensor at a time. If it is killed, repeat it: what it had written is replaced.
     Raises UserError if the source cannot be read, or w2vscale does not support the model.
@@ -95,14 +96,14 @@ def read_model(
 
     Reading a weight raises UserError if it has values that are not finite.
     """
-    if tokenizer is not None and form != "fairseq2":
-        raise UserError(f"--tokenizer={tokenizer}: only models of fairseq2 need it, and {source} is of {form}")
     if form == "huggingface":
+        if tokenizer is not None:
+            raise UserError(f"--tokenizer={tokenizer}: is for files of fairseq and fairseq2; {source} has its own")
         config, state = _read_huggingface(source, log)
     elif form == "fairseq2":
         config, state = from_fairseq2(load_fairseq(source), tokenizer, log)
     else:
-        config, state = from_fairseq(load_fairseq(source))
+        config, state = from_fairseq(load_fairseq(source), tokenizer)
 
     def checked(name: str) -> Callable[[Tensor], Tensor]:
         def check(rows: Tensor) -> Tensor:

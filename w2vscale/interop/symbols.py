@@ -26,6 +26,17 @@ def tokenizer_of(model: Path, named: Path | None, pattern: str) -> Path | None:
     return found[0] if found else None
 
 
+def symbols_of(model: Path, named: Path | None, pattern: str, *, count: int) -> dict[str, Any]:
+    """Read the symbols of a model from the file that `tokenizer_of` finds; see `symbols_in`. UserError without one."""
+    tokenizer = tokenizer_of(model, named, pattern)
+    if tokenizer is None:
+        raise UserError(
+            f"a CTC model needs the file with its {count} symbols: put it beside the model (as {pattern}), or name it "
+            f"with {OPTION}"
+        )
+    return symbols_in(tokenizer, count=count)
+
+
 def symbols_in(tokenizer: Path, *, count: int) -> dict[str, Any]:
     """Read the symbols of an output layer of size `count`, the blank first, as settings of the objective `ctc`.
 
