@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 from lhotse.cut import Cut
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import empty as empty_dtensor
 
 from tests.helpers.calibrating import per_forward_on_a_gpu
 from tests.helpers.checkpoints import expected_of_parameters, rewrite
@@ -30,6 +32,7 @@ from tools.bench.sent_bytes import Collectives, sent_by_kind
 from w2vscale.checkpoint import slices
 from w2vscale.checkpoint import store as store_module
 from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.lazy import LazyReader, counted_reads
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, load_config
@@ -44,6 +47,7 @@ from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import transcribe
 from w2vscale.inference.utterances import find_utterances
+from w2vscale.interop.importing import read_model
 from w2vscale.objectives import StepContext
 from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.runtime import StopRequest
@@ -507,3 +511,16 @@ def bad_windows(windows: Collection[int], *, micro_batches: int) -> Iterator[Non
 
     with patch.object(Contrastive, "forward", forward):
         yield
+
+
+def rows_read_of(path: str) -> tuple[int, int, bool]:
+    """Read a `.pt` file into sharded tensors: the bytes that this rank read, of how many, and whether all are right."""
+    _, tensors = read_model(Path(path), "fairseq2")
+    read: list[tuple[int, int]] = []
+    counted = counted_reads(tensors, lambda done, total: read.append((done, total)))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state = {name: empty_dtensor(*tensor.shape, device_mesh=mesh) for name, tensor in tensors.items()}
+    state = {name: tensor.redistribute(placements=[Shard(0)]) for name, tensor in state.items()}
+    LazyReader(counted).read_into(state)
+    right = all(torch.equal(state[name].full_tensor(), tensor.whole()) for name, tensor in tensors.items())
+    return *read[-1], right
