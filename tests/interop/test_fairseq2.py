@@ -431,8 +431,9 @@ def test_the_commands_recognise_the_format_and_take_a_tokenizer(tokenizer: Path,
     path = save_fairseq2(tmp_path / "c.pt", ctc, w2vscale=settings)
     run("import", path, tmp_path / "ctc", "--tokenizer", tokenizer)
     assert (tmp_path / "ctc" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
-    with pytest.raises(UserError, match=r"--tokenizer=.*: is for files of fairseq and fairseq2; .*hf has its own"):
-        import_checkpoint(tmp_path / "hf", tmp_path / "x", tokenizer=tokenizer)
+    for source in (tmp_path / "hf", tmp_path / "m.pt"):
+        with pytest.raises(UserError, match=rf"--tokenizer=.*: is for CTC models .*, and {source} is none"):
+            import_checkpoint(source, tmp_path / "x", tokenizer=tokenizer)
 
 
 def test_a_run_starts_from_the_file_itself(

@@ -108,7 +108,7 @@ def to_fairseq2(state: Mapping[str, LazyTensor], config: Config, *, update: int)
     """
     table = _table(config)
     refuse_unrepresentable(config.model, "fairseq2")
-    build_objective(config).transformers_head()  # refuses another quantizer, which fairseq2 has no more
+    build_objective(config).transformers_head()  # refuses quantizers that fairseq2 does not have either
     if (width := config.model.dim) == config.model.conv_layers[-1][0]:
         raise UserError(f"model.dim={width}: fairseq2 has no projection of features of this width")
     theirs = to_theirs(state, config, table)

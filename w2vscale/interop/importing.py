@@ -24,6 +24,7 @@ from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq2 import from_fairseq2
 from w2vscale.interop.fairseq_file import is_fairseq2, load_fairseq, mapped, read_pickle
 from w2vscale.interop.huggingface import ctc_config, from_huggingface, pretraining_config
+from w2vscale.objectives import build_objective
 from w2vscale.objectives.ctc import PHONE_TOKENIZER
 
 FORMATS = ("auto", "huggingface", "fairseq", "fairseq2")
@@ -97,13 +98,13 @@ def read_model(
     Reading a weight raises UserError if it has values that are not finite.
     """
     if form == "huggingface":
-        if tokenizer is not None:
-            raise UserError(f"--tokenizer={tokenizer}: is for files of fairseq and fairseq2; {source} has its own")
         config, state = _read_huggingface(source, log)
     elif form == "fairseq2":
         config, state = from_fairseq2(load_fairseq(source), tokenizer, log)
     else:
         config, state = from_fairseq(load_fairseq(source), tokenizer)
+    if tokenizer is not None and (form == "huggingface" or not build_objective(config).vocabulary):
+        raise UserError(f"--tokenizer={tokenizer}: is for CTC models of fairseq and fairseq2, and {source} is none")
 
     def checked(name: str) -> Callable[[Tensor], Tensor]:
         def check(rows: Tensor) -> Tensor:
