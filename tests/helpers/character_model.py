@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import sentencepiece
-
 TEXTS = ["the cat sat on the mat", "it's a dög", "naïve café, øre!", "ひらがな と カタカナ"]
 
 
 def train_characters(path: Path, *, normalization: str = "nmt_nfkc", size: int = 60) -> Path:
     """Train it. `<s>` is piece 0, and CTC's blank."""
+    import sentencepiece
+
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(TEXTS), model_writer=file, model_type="char", vocab_size=size,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import torch
 import yaml
 from torch import Tensor
@@ -36,6 +35,8 @@ from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
 from w2vscale.interop.importing import import_checkpoint, read_model
 from w2vscale.objectives import build_objective, resolve
 from w2vscale.training.loop import train
+
+sentencepiece = pytest.importorskip("sentencepiece")
 
 FULL_3B = Shape(BASE.convolutions, True, 60, 2048, 8192, 1024, 1024)
 PUBLISHED = {

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
 
 from tests.helpers.character_model import train_characters
@@ -20,6 +19,8 @@ from tests.helpers.fairseq2 import fairseq2_ctc_state, save_fairseq2
 from tests.helpers.processes import ROOT
 from tools.bench.convert import bytes_below
 from w2vscale.checkpoint.verification import verify
+
+sentencepiece = pytest.importorskip("sentencepiece")
 
 SHARES = (0.0, 0.02, 0.3, 0.7, 0.97)
 """Of the output, above which a command is killed."""
