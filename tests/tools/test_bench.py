@@ -148,8 +148,8 @@ def test_the_step_bench_trains_all_on_the_same(monkeypatch: pytest.MonkeyPatch) 
 def test_torchaudios_encoder_takes_steps() -> None:
     work = Work(load_config("base", [*MICRO_MODEL, "precision.compute=fp32"]), utterances=2, seconds=1.0)
     step = torchaudio_step(work.config, torch.device("cpu"))
-    first, second = step(work.batch()), step(work.batch())
-    assert first > 0 and first != second
+    losses = [step(work.batch()) for _ in range(3)]
+    assert min(losses) > 0 and len(set(losses)) > 1  # the first steps may change the loss by less than a rounding
 
 
 def test_the_profile_gives_the_backwards_time_to_the_module_whose_forward_made_it(tmp_path: Path) -> None:
