@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from w2vscale import runtime
-from w2vscale.cli import analysis, checkpoint, config, convert, data, evaluate, inference, train
+from w2vscale.cli import analysis, checkpoint, config, convert, data, doctor, evaluate, inference, train
 from w2vscale.cli.arguments import check_dashes
 from w2vscale.distributed.launch import LostRanks, launched
 from w2vscale.errors import UserError
@@ -45,6 +45,7 @@ app.command()(evaluate.results)
 app.command()(convert.export)
 app.command("import")(convert.import_)
 app.add_typer(checkpoint.app, name="checkpoint")
+app.command()(doctor.doctor)
 
 
 @app.callback(invoke_without_command=True)

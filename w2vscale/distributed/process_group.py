@@ -84,9 +84,9 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
     """Join the process group that the launcher describes, and leave it when the block ends.
 
     A single process joins no group, unless `needed`: then it gets a group with one rank. A collective fails if a rank
-    waits longer than `timeout` for the others, and the start if it cannot find them within ten minutes. Raises
-    LostRanks if the other ranks cannot be reached or the connection to them breaks, and UserError if this process sees
-    no GPU for its local rank, or several ranks have the same GPU.
+    waits longer than `timeout` for the others, and the start if it cannot find them within that time or ten minutes.
+    Raises LostRanks if the other ranks cannot be reached or the connection to them breaks, and UserError if this
+    process sees no GPU for its local rank, or several ranks have the same GPU.
     """
     implied = launch_environment(os.environ)
     environment = {**os.environ, **implied}
@@ -107,7 +107,7 @@ def process_group(*, needed: bool = False, timeout: timedelta = TIMEOUT) -> Iter
     device, backend = _device(ranks.local_rank)
     try:
         # The ranks find each other within TIMEOUT, however long `timeout` is.
-        store, _, _ = next(dist.rendezvous(init_method, rank, world_size, timeout=TIMEOUT))
+        store, _, _ = next(dist.rendezvous(init_method, rank, world_size, timeout=min(timeout, TIMEOUT)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         if device.type == "cuda":
             refuse_shared_gpus(socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))

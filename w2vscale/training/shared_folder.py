@@ -19,23 +19,32 @@ LOOK = 0.2  # seconds between two looks
 def require_shared(exp: Path, ranks: Ranks, lock: Lock | None) -> None:
     """Raise a UserError on every rank if a host does not see the folder that rank 0 has locked. Collective.
 
-    `lock`: that of rank 0. The first rank of each other host looks for its file with this content, for as long as NFS
-    may show an older one.
+    `lock`: that of rank 0.
     """
-    expected = broadcast_from_main(lock.content() if lock is not None else None)
+    first, blind = hosts_that_do_not_see(exp / "lock", lock.content() if lock is not None else None, ranks)
+    if blind:
+        raise UserError(
+            f"{exp}: the folder of the run on {first} (rank 0) is not the one on {', '.join(blind)}; choose an "
+            "--exp on a disk that all hosts share"
+        )
+
+
+def hosts_that_do_not_see(path: Path, content: bytes | None, ranks: Ranks) -> tuple[str, list[str]]:
+    """Return the host of rank 0, and those that do not see the file that it has written there. Collective.
+
+    `content`: that of the file, on rank 0. The first rank of each other host looks for it, for as long as NFS may show
+    an older one.
+    """
+    expected = broadcast_from_main(content)
     seen = ranks.is_main or ranks.local_rank > 0
     deadline = time.monotonic() + VISIBLE
     while not seen:
-        seen = _content(exp / "lock") == expected
+        seen = _content(path) == expected
         if not seen and time.monotonic() > deadline:
             break
         time.sleep(0.0 if seen else LOOK)
     hosts = gather_from_ranks((socket.gethostname(), seen))
-    if blind := dict.fromkeys(host for host, sees in hosts if not sees):
-        raise UserError(
-            f"{exp}: the folder of the run on {hosts[0][0]} (rank 0) is not the one on {', '.join(blind)}; choose an "
-            "--exp on a disk that all hosts share"
-        )
+    return hosts[0][0], list(dict.fromkeys(host for host, sees in hosts if not sees))
 
 
 def _content(path: Path) -> bytes | None:

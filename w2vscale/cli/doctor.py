@@ -1,0 +1,68 @@
+"""`w2vscale doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from w2vscale.cli.arguments import Processes, launch_if_asked
+from w2vscale.cli.progress import console
+
+if TYPE_CHECKING:
+    from w2vscale.diagnosis.finding import Finding
+
+STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+NAME_WIDTH = 20  # columns; a longer name is folded
+
+
+def doctor(
+    context: typer.Context,
+    exp: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The run folder: its disk is measured, and all hosts must see it.",
+            show_default="measure the current folder",
+        ),
+    ] = None,
+    nproc_per_node: Processes = 1,
+    timeout: Annotated[
+        float,
+        typer.Option(min=1.0, metavar="SECONDS", help="Time for each check, and for ranks to wait for each other."),
+    ] = 120.0,
+) -> None:
+    """Check software, machine, disk and network: ok, warn or fail, each with what to do. Exit code 1 if a check fails.
+
+    Start it as you start training (torchrun, srun or --nproc-per-node) to check the network between ranks, too.
+    """
+    launch_if_asked(context, nproc_per_node)
+    from w2vscale.diagnosis.doctor import examine
+    from w2vscale.diagnosis.finding import failed, summary
+    from w2vscale.runtime import exit_on_signals
+
+    with exit_on_signals():
+        findings = list(_shown(examine(exp, timeout=timeout)))
+    if findings:  # rank 0 has them
+        console.print(summary(findings))
+    raise typer.Exit(int(failed(findings)))
+
+
+def _shown(findings: Iterable[Finding]) -> Iterable[Finding]:
+    """Print each finding when it is made."""
+    for finding in findings:
+        # A table per row, so that a row is printed at once: the widths are the same for all.
+        row = Table.grid(padding=(0, 2))
+        row.add_column(width=4)
+        row.add_column(width=NAME_WIDTH, overflow="fold")
+        row.add_column(overflow="fold")
+        text = Text(finding.found)
+        if finding.advice:
+            text.append(f"\n→ {finding.advice}", style="bold")
+        row.add_row(Text(finding.verdict, style=STYLES[finding.verdict]), finding.name, text)
+        console.print(row)
+        yield finding

@@ -1,0 +1,143 @@
+"""Checks in child processes: a library that crashes or hangs ends its own check and no other.
+
+As a program, `python -m w2vscale.diagnosis.child FUNCTION ARGUMENTS`, this module is such a child. It writes each
+finding as a line of JSON as soon as it is made; what libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from w2vscale.diagnosis.finding import Finding, Verdict
+from w2vscale.runtime import end_with_parent, exit_on_signals
+
+CLEANING_UP = 2.0  # seconds that a child has to delete its files when it is stopped
+LOOK = 0.02  # seconds between two looks at a child
+
+
+@dataclass(frozen=True)
+class Check:
+    """A function that yields findings, run in a child process.
+
+    `function`: MODULE:NAME in this package. Only the child imports the module, which may import what is broken.
+    `name`, `broken` and `advice`: the finding if the function raises, or its process crashes or hangs.
+    """
+
+    name: str
+    function: str
+    advice: str
+    broken: Verdict = "fail"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Children:
+    """Runs checks in child processes, some at a time. Those that still run when the `with` block ends are stopped.
+
+    `timeout`: seconds that each may take.
+    """
+
+    def __init__(self, timeout: float, *, at_a_time: int) -> None:
+        self._timeout = timeout
+        self._pool = ThreadPoolExecutor(at_a_time, thread_name_prefix="doctor")
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self._running):
+            _stop(process)
+
+    def start(self, check: Check) -> Future[tuple[list[Finding], bool]]:
+        """Start a check. The result: its findings, and whether it was completed. If not, the last one says why."""
+        return self._pool.submit(self._run, check)
+
+    def _run(self, check: Check) -> tuple[list[Finding], bool]:
+        # Files in memory: unlike a pipe, they can be read whatever has become of the child, and need no disk.
+        answers, errors = os.memfd_create("findings"), os.memfd_create("errors")
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", __name__, check.function, json.dumps(dict(check.arguments))],
+                stdin=subprocess.DEVNULL,
+                stdout=answers,
+                stderr=errors,
+                start_new_session=True,
+            )
+            self._running.add(process)
+            if not (ended := _wait(process, self._timeout)):
+                _stop(process)
+            self._running.discard(process)
+            findings = [Finding(**json.loads(line)) for line in _content(answers).splitlines()]
+            problem = _problem(process.returncode if ended else None, _content(errors), self._timeout)
+        finally:
+            os.close(answers)
+            os.close(errors)
+        if problem is not None:
+            findings.append(Finding(check.name, check.broken, problem, check.advice))
+        return findings, problem is None
+
+
+def _wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
+    """Whether the process ends within the time-out."""
+    deadline = time.monotonic() + timeout
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOOK)
+    return True
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process and all that it has started. One that waits for a dead disk stays: even SIGKILL waits for that."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        _wait(process, CLEANING_UP)
+
+
+def _content(file: int) -> str:
+    return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+
+
+def _problem(code: int | None, errors: str, timeout: float) -> str | None:
+    """Why a child did not end well; None if it did. `code`: its exit code, or None if it had to be stopped."""
+    if code == 0:
+        return None
+    last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "")
+    if code is None:
+        return f"does not end within {timeout:g} s"
+    if code < 0:
+        return f"crashes Python ({signal.Signals(-code).name}){f': {last}' if last else ''}"
+    return last or f"ends Python with exit code {code}"
+
+
+def main() -> None:
+    """Run one check and write its findings to stdout."""
+    end_with_parent()
+    # Libraries print to stdout, some of them in C.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    module, _, name = sys.argv[1].partition(":")
+    with exit_on_signals():
+        check = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        for finding in check(**json.loads(sys.argv[2])):
+            print(json.dumps(asdict(finding)), file=answers, flush=True)
+    answers.close()
+    # A library that hangs or crashes when Python ends has still passed its check.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

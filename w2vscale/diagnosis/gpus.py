@@ -1,0 +1,219 @@
+"""GPUs: whether PyTorch can use those of this machine, and what they can do."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from w2vscale.diagnosis.finding import Finding, fail, gigabytes, ok, warn
+from w2vscale.errors import counted
+
+NVIDIA = "0x10de"  # as a vendor of PCI devices
+DISPLAY = ("0x0300", "0x0302")  # classes of PCI devices: VGA and 3D controllers
+DRIVER = Path("/proc/driver/nvidia/version")
+IN_USE = 2e9  # bytes; the CUDA context of this process takes about 0.5e9 of them
+BF16_SINCE = (8, 0)  # compute capability: Ampere
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that PyTorch sees. `problem`: why it computes nothing, or ""; memory in bytes."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+    free: int
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """What this machine and this PyTorch have.
+
+    `hardware`: number of NVIDIA GPUs on the PCI bus; `driver`: its version; `devices`: whether this process may open
+    them; `build`: the version of CUDA that PyTorch is built for; `visible`: CUDA_VISIBLE_DEVICES; `problem`: why
+    PyTorch cannot use them.
+    """
+
+    hardware: int
+    driver: str | None
+    devices: bool
+    build: str | None
+    visible: str | None
+    gpus: tuple[Gpu, ...] = ()
+    problem: str = ""
+
+
+def gpus() -> Iterator[Finding]:
+    """GPUs, BF16, NCCL, and what torch.compile needs."""
+    import torch
+    import torch.distributed as dist
+
+    from w2vscale.engine.transforms import missing_for_compilation
+
+    found = cuda()
+    yield gpu_finding(found)
+    device = torch.device("cuda" if found.gpus else "cpu")
+    if found.gpus:
+        yield from memory_findings(found.gpus)
+        yield bf16_finding(found.gpus)
+        version = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None
+        yield nccl_finding(version, len(found.gpus))
+    else:
+        yield ok("NCCL", "not needed without a GPU: processes communicate through gloo")
+    yield compile_finding(missing_for_compilation(device), on_gpu=bool(found.gpus))
+
+
+def cuda() -> Cuda:
+    """Look at the machine and at PyTorch, and compute something on each GPU."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    build = torch.version.cuda or torch.version.hip
+    problem, seen = "", list[Gpu]()
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).splitlines()[0]
+    else:
+        seen = [_gpu(index) for index in range(torch.cuda.device_count())]
+    return Cuda(hardware(), driver_version(), Path("/dev/nvidia0").exists(), build, visible, tuple(seen), problem)
+
+
+def hardware() -> int:
+    """The number of NVIDIA GPUs on the PCI bus, whether or not there is a driver for them."""
+    count = 0
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        with suppress(OSError):
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+            count += vendor == NVIDIA and kind[:6] in DISPLAY
+    return count
+
+
+def driver_version() -> str | None:
+    """The version of NVIDIA's driver; None if none is loaded."""
+    with suppress(OSError):
+        if found := re.search(r"\s(\d+\.\d+[.\d]*)\s", DRIVER.read_text()):
+            return found[1]
+    return None
+
+
+def _gpu(index: int) -> Gpu:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    problem, free = "", 0
+    try:
+        one = torch.ones(64, 64, device=f"cuda:{index}")
+        assert float((one @ one).sum()) == 64.0**3
+        free = torch.cuda.mem_get_info(index)[0]
+    except (RuntimeError, AssertionError) as error:  # its kernels are not in this PyTorch, or it is defective
+        problem = (str(error) or "computes a wrong product").splitlines()[0]
+    return Gpu(properties.name, (properties.major, properties.minor), properties.total_memory, free, problem)
+
+
+def gpu_finding(cuda: Cuda) -> Finding:
+    """Whether PyTorch computes on the GPUs of this machine."""
+    broken = [f"GPU {index} ({gpu.name}): {gpu.problem}" for index, gpu in enumerate(cuda.gpus) if gpu.problem]
+    if broken:
+        return fail(
+            "GPU",
+            "; ".join(broken),
+            "Install a PyTorch that supports this GPU (pytorch.org/get-started); "
+            "if others of its kind work, the GPU may be defective.",
+        )
+    if cuda.gpus:
+        names = [gpu.name for gpu in cuda.gpus]
+        kinds = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+        memory = gigabytes(min(gpu.memory for gpu in cuda.gpus))
+        return ok("GPU", f"{kinds}, {memory} each, driver {cuda.driver or 'unknown'}, CUDA {cuda.build}")
+    if not cuda.hardware and cuda.driver is None:
+        return warn(
+            "GPU",
+            "none found: training runs on the CPU, which is for small models and tests",
+            "Use a machine with NVIDIA GPUs to pretrain; the preset tiny is made for CPUs.",
+        )
+    if cuda.visible is not None and cuda.visible.strip() in ("", "-1"):
+        return warn(
+            "GPU",
+            f"CUDA_VISIBLE_DEVICES={cuda.visible} hides those of this machine: training runs on the CPU",
+            "Unset CUDA_VISIBLE_DEVICES.",
+        )
+    return fail("GPU", *_unusable(cuda))
+
+
+def _unusable(cuda: Cuda) -> tuple[str, str]:
+    """Why PyTorch sees none of the GPUs that are there, and what to do."""
+    count = counted(cuda.hardware, "NVIDIA GPU") if cuda.hardware else "NVIDIA GPUs"
+    if cuda.build is None:
+        driver = f" (driver {cuda.driver})" if cuda.driver else ""
+        return (
+            f"this machine has {count}{driver}, but PyTorch is a CPU build",
+            "Install a CUDA build: pip uninstall torch, then the command of pytorch.org/get-started for a CUDA version "
+            "that the driver supports (`nvidia-smi` prints it).",
+        )
+    if cuda.driver is None:
+        return (
+            f"this machine has {count}, but NVIDIA's driver is not loaded",
+            "Install the driver; `nvidia-smi` must work.",
+        )
+    if not cuda.devices:
+        return (
+            f"this machine has {count}, but this container or job may not use them",
+            "Start the container with GPUs (docker run --gpus all), or request them for the job (--gpus-per-node).",
+        )
+    return (
+        f"PyTorch for CUDA {cuda.build} cannot use {count} with driver {cuda.driver}: {cuda.problem or 'none is seen'}",
+        "Update the driver, or install a PyTorch that is built for an older CUDA (pytorch.org/get-started).",
+    )
+
+
+def memory_findings(gpus: tuple[Gpu, ...]) -> Iterator[Finding]:
+    """Whether other processes use the GPUs, and whether all are equal."""
+    used = {index: gpu.memory - gpu.free for index, gpu in enumerate(gpus) if not gpu.problem}
+    taken = [f"GPU {index}: {gigabytes(size)}" for index, size in used.items() if size > IN_USE]
+    if taken:
+        yield warn(
+            "GPU memory",
+            f"used by other processes: {', '.join(taken)}",
+            "`nvidia-smi` lists them; end them, or choose other GPUs with CUDA_VISIBLE_DEVICES.",
+        )
+    else:
+        yield ok("GPU memory", f"{gigabytes(min((gpu.free for gpu in gpus), default=0))} free")
+    if len({(gpu.name, gpu.memory) for gpu in gpus}) > 1:
+        yield warn(
+            "GPU kinds",
+            "the GPUs differ: all wait for the slowest, and the smallest limits how much shares a forward",
+            "Choose equal ones with CUDA_VISIBLE_DEVICES.",
+        )
+
+
+def bf16_finding(gpus: tuple[Gpu, ...]) -> Finding:
+    """Whether the GPUs compute in BF16, the default."""
+    old = [gpu.name for gpu in gpus if gpu.capability < BF16_SINCE]
+    if old:
+        return warn("BF16", f"not supported by {old[0]}", "Train with precision.compute=fp32.")
+    return ok("BF16", "supported by the GPU")
+
+
+def nccl_finding(version: str | None, gpus: int) -> Finding:
+    """Whether this PyTorch has NCCL, which processes on GPUs communicate through."""
+    if version is not None:
+        return ok("NCCL", version)
+    advice = "Install PyTorch from pytorch.org/get-started: its builds for Linux contain NCCL."
+    if gpus > 1:
+        return fail("NCCL", "not in this PyTorch, so several GPUs cannot train together", advice)
+    return warn("NCCL", "not in this PyTorch; it is needed to train on several GPUs", advice)
+
+
+def compile_finding(missing: str | None, *, on_gpu: bool) -> Finding:
+    """Whether torch.compile has what it needs."""
+    if not on_gpu:
+        return ok("torch.compile", "not used on a CPU (engine.compile=auto)")
+    if missing is None:
+        return ok("torch.compile", "Triton, a C compiler and Python.h are there")
+    return warn("torch.compile", f"needs {missing}", "Install it; without it nothing is compiled, and runs are slower.")

@@ -1,0 +1,49 @@
+"""What training with the default settings needs, in numbers that the checks compare a machine with."""
+
+from __future__ import annotations
+
+from w2vscale.config import Config, load_config
+
+CHECKPOINTS = {"base": 1.14e9, "large": 3.8e9, "xlsr_300m": 3.8e9, "xlsr_1b": 11.6e9, "xlsr_2b": 26e9}
+"""Bytes of a checkpoint: weights and two moments in fp32, 12 bytes per parameter."""
+
+AUDIO_RATE = 6_077
+"""Seconds of audio that an H100 trains on per second, with `base` (docs/performance.md)."""
+
+LOADER_RATE = 1_500
+"""Seconds of FLAC that a loader process decodes per second (docs/performance.md)."""
+
+FLAC_BYTES = 17_000
+"""Bytes of a second of FLAC with 16 kHz, as in LibriSpeech: 960 hours in 59 GB."""
+
+UTTERANCE = 12.3
+"""Mean seconds of an utterance of LibriSpeech."""
+
+GRADIENTS = 380e6
+"""Bytes of the gradients of `base` in fp32."""
+
+
+def micro_batches_in_flight(config: Config, ranks: int) -> int:
+    """How many micro-batches the loader processes of one of `ranks` keep ready: see `w2vscale.data.loading.Loader`."""
+    workers = config.data.workers
+    each = max(config.data.prefetch, -(-config.batch.micro_batches // (ranks * max(workers, 1))))
+    return workers * each
+
+
+def shared_memory(preset: str, ranks: int) -> int:
+    """Bytes in /dev/shm when all loader processes of a machine with `ranks` have loaded all that they may."""
+    config = load_config(preset)
+    samples = config.batch.max_seconds * config.model.sampling_rate
+    return int(ranks * micro_batches_in_flight(config, ranks) * samples * 4)
+
+
+def open_files(ranks: int, world_size: int) -> int:
+    """File descriptors of a rank: libraries and logs, its loaders with their micro-batches, and one for each rank."""
+    config = load_config("base")
+    return 128 + 4 * config.data.workers + micro_batches_in_flight(config, ranks) + 2 * world_size
+
+
+def update_seconds(world_size: int) -> float:
+    """Seconds in which `world_size` H100 compute an update of `base`."""
+    batch = load_config("base").batch
+    return batch.micro_batches * batch.max_seconds / (AUDIO_RATE * world_size)
