@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import IO, Any
 
 from w2vscale.diagnosis.finding import Finding, Verdict
 from w2vscale.runtime import end_with_parent, exit_on_signals
@@ -65,9 +65,18 @@ class Children:
         return self._pool.submit(self._run, check)
 
     def _run(self, check: Check) -> tuple[list[Finding], bool]:
-        # Files in memory: unlike a pipe, they can be read whatever has become of the child, and need no disk.
-        answers, errors = os.memfd_create("findings"), os.memfd_create("errors")
         try:
+            findings, problem = self._run_child(check)
+        except OSError as error:
+            findings, problem = [], f"no process can be started for this check: {error}"
+        if problem is not None:
+            findings.append(Finding(check.name, check.broken, problem, check.advice))
+        return findings, problem is None
+
+    def _run_child(self, check: Check) -> tuple[list[Finding], str | None]:
+        """The findings of a child, and why it did not come to its end, or None."""
+        # Files in memory: unlike a pipe, they can be read whatever has become of the child, and need no disk.
+        with open(os.memfd_create("findings"), "rb") as answers, open(os.memfd_create("errors"), "rb") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", __name__, check.function, json.dumps(dict(check.arguments))],
                 stdin=subprocess.DEVNULL,
@@ -79,14 +88,9 @@ class Children:
             if not (ended := _wait(process, self._timeout)):
                 _stop(process)
             self._running.discard(process)
-            findings = [Finding(**json.loads(line)) for line in _content(answers).splitlines()]
-            problem = _problem(process.returncode if ended else None, _content(errors), self._timeout)
-        finally:
-            os.close(answers)
-            os.close(errors)
-        if problem is not None:
-            findings.append(Finding(check.name, check.broken, problem, check.advice))
-        return findings, problem is None
+            lines, _, _ = _content(answers).rpartition("\n")  # without one that is incomplete
+            findings = [Finding(**json.loads(line)) for line in lines.splitlines()]
+            return findings, _problem(process.returncode if ended else None, _content(errors), self._timeout)
 
 
 def _wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
@@ -107,8 +111,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         _wait(process, CLEANING_UP)
 
 
-def _content(file: int) -> str:
-    return os.pread(file, os.fstat(file).st_size, 0).decode(errors="replace")
+def _content(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def _problem(code: int | None, errors: str, timeout: float) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ from w2vscale.diagnosis.finding import Finding, fail, ok
 from w2vscale.diagnosis.software import PACKAGES
 from w2vscale.distributed.launch import LostRanks, launched, local_processes, number_in, slurm_tasks
 from w2vscale.errors import UserError
+from w2vscale.runtime import DEBUG
 
 if TYPE_CHECKING:
     from w2vscale.diagnosis.meeting import Meeting, Rank
@@ -92,6 +94,9 @@ def local_findings(folder: Path, *, ranks: int, world_size: int, timeout: float)
 
 def examine_ranks(exp: Path | None, local: Callable[[], Iterator[Finding]], *, timeout: float) -> Iterator[Finding]:
     """Yield what `local` finds on each host, and what concerns the ranks together. Collective; see `examine`."""
+    if DEBUG not in os.environ:
+        # Hides stack traces of connections that fail, which the report names.
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     from w2vscale.diagnosis.meeting import Meeting, arrival_finding, order_finding, versions_finding
 
     try:
@@ -166,9 +171,10 @@ def _measured(hosts: dict[str, list[int]], exp: Path | None, timeout: float) -> 
     except LostRanks as error:
         if number_in(os.environ, "RANK", number_in(os.environ, "SLURM_PROCID", 0)) > 0:
             raise
+        reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])  # without the source file of gloo
         yield fail(
             "network",
-            f"the ranks meet, but cannot communicate: {str(error).splitlines()[0][:200]}",
+            f"the ranks meet, but cannot communicate: {reason[:200]}",
             "Name the interface that joins the hosts in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and open all ports "
             "between them: only rank 0 has a fixed one. NCCL_DEBUG=INFO shows what NCCL tries.",
         )

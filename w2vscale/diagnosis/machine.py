@@ -143,7 +143,7 @@ def memory_finding(total: float, free: float, *, ranks: int) -> Finding:
 
 def shared_memory_finding(size: float, free: float, *, ranks: int, gpus: int) -> Finding:
     """Whether the loader processes can pass micro-batches on through /dev/shm."""
-    base, tiny = (needs.shared_memory(preset, ranks) for preset in ("base", "tiny"))
+    base, tiny = (needs.shared_memory(preset, ranks, gpus=gpus) for preset in ("base", "tiny"))
     found = f"{gigabytes(free)} of {gigabytes(size)} free"
     advice = (
         f"Enlarge it to 2 GB or more (docker run --shm-size=2g; Kubernetes: a medium: Memory volume at {SHM}; else: "

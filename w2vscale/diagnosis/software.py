@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -83,22 +85,32 @@ def pytorch() -> Iterator[Finding]:
     import torch
 
     yield torch_finding(torch.__version__, requirements().packages.get("torch", ""))
-    import numpy
+    for name, test in (("numpy", _exchange_with_numpy), ("safetensors", _write_and_read)):
+        version = installed_version(name) or "not installed"
+        try:
+            test()
+        except Exception as error:  # whatever it is: the other one is tested, too
+            found = f"{version}; does not work with this PyTorch: {type(error).__name__}: {error}"
+            yield fail(name, found, f"pip install --upgrade {name}")
+        else:
+            yield ok(name, version)
 
-    try:
-        torch.from_numpy(numpy.ones(2)).numpy()
-        yield ok("NumPy", numpy.__version__)
-    except (RuntimeError, TypeError) as error:  # built for another major version of NumPy
-        yield fail("NumPy", f"{numpy.__version__} does not work with this PyTorch: {error}", "Upgrade both packages.")
+
+def _exchange_with_numpy() -> None:
+    """Fails if PyTorch is built for another major version of NumPy."""
+    import numpy
+    import torch
+
+    torch.from_numpy(numpy.ones(2)).numpy()
+
+
+def _write_and_read() -> None:
+    import torch
     from safetensors.torch import load, save
 
     whole = torch.arange(6.0).view(2, 3)
-    intact = torch.equal(load(save({"tensor": whole}))["tensor"], whole)
-    version = installed_version("safetensors") or ""
-    if intact:
-        yield ok("safetensors", version)
-    else:
-        yield fail("safetensors", f"{version} does not read what it wrote", "Install safetensors again.")
+    if not torch.equal(load(save({"tensor": whole}))["tensor"], whole):
+        raise ValueError("it does not read what it wrote")
 
 
 def package(name: str) -> Iterator[Finding]:
@@ -165,10 +177,7 @@ def deepspeed() -> Iterator[Finding]:
 
 
 def deepspeed_operators() -> Iterator[Finding]:
-    """The operators that DeepSpeed would compile at first use."""
-    import os
-    import shutil
-
+    """The operators of DeepSpeed that a run would compile at first use."""
     missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
     if os.environ.get("DS_PIN_MEMORY_BACKEND") != "native":
         yield ok("DeepSpeed operators", "none is used: the optimizer and pinned memory are those of PyTorch")
