@@ -125,7 +125,9 @@ def _problem(code: int | None, errors: str, timeout: float) -> str | None:
         return f"does not end within {timeout:g} s"
     if code < 0:
         return f"crashes Python ({signal.Signals(-code).name}){f': {last}' if last else ''}"
-    return last or f"ends Python with exit code {code}"
+    if code == 1 and "Traceback (most recent call last)" in errors:
+        return last
+    return f"ends Python with exit code {code}{f': {last}' if last else ''}"
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ SOFTWARE = (
         for package in PACKAGES
     ),
 )
-USE_PYTORCH = ("GPU", "DeepSpeed", "torchaudio", "lhotse", "tensorboard", "silero-vad")
+USE_PYTORCH = ("GPU", "DeepSpeed", "torchaudio", "lhotse", "silero-vad")
 
 
 def examine(exp: Path | None, *, timeout: float) -> Iterator[Finding]:

@@ -29,7 +29,6 @@ class Package:
 
 PACKAGES = (
     Package("lhotse", "lhotse", "manifests and shards"),
-    Package("tensorboard", "torch.utils.tensorboard", "curves of a run (logging.tensorboard)"),
     Package("transformers", "transformers", "opening what `w2vscale export` writes", "huggingface"),
     Package("jiwer", "jiwer", "word error rates", "decode"),
     Package("flashlight-text", "flashlight.lib.text.decoder.kenlm", "beam search with a language model", "decode"),
@@ -81,15 +80,16 @@ def torch_finding(version: str, wanted: str) -> Finding:
 
 
 def pytorch() -> Iterator[Finding]:
-    """PyTorch, and whether it works together with NumPy and safetensors."""
+    """PyTorch, and whether the packages work that are used together with it by all runs."""
     import torch
 
     yield torch_finding(torch.__version__, requirements().packages.get("torch", ""))
-    for name, test in (("numpy", _exchange_with_numpy), ("safetensors", _write_and_read)):
+    tests = {"numpy": _exchange_with_numpy, "safetensors": _write_and_read, "tensorboard": _import_tensorboard}
+    for name, test in tests.items():
         version = installed_version(name) or "not installed"
         try:
             test()
-        except Exception as error:  # whatever it is: the other one is tested, too
+        except Exception as error:  # whatever it is: the others are tested, too
             found = f"{version}; does not work with this PyTorch: {type(error).__name__}: {error}"
             yield fail(name, found, f"pip install --upgrade {name}")
         else:
@@ -102,6 +102,11 @@ def _exchange_with_numpy() -> None:
     import torch
 
     torch.from_numpy(numpy.ones(2)).numpy()
+
+
+def _import_tensorboard() -> None:
+    """With logging.tensorboard, the default, a run imports it."""
+    importlib.import_module("torch.utils.tensorboard")
 
 
 def _write_and_read() -> None:

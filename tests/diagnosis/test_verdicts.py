@@ -1,0 +1,409 @@
+"""The verdict of each check on stated facts, with limits that are derived here and not read from the program."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.processes import ROOT
+from w2vscale.diagnosis import audio, disk, gpus, links, machine, meeting, needs, requirements, software
+from w2vscale.diagnosis.cgroups import Limits, limits
+from w2vscale.diagnosis.finding import Finding, fail, failed, ok, summary, warn
+
+GB = 1e9
+H100 = gpus.Gpu("NVIDIA H100 80GB HBM3", (9, 0), int(85 * GB), int(84.4 * GB))
+NONE = gpus.Cuda(hardware=0, driver=None, devices=False, build=None, visible=None)
+EIGHT = gpus.Cuda(hardware=8, driver="550.54.15", devices=True, build="12.6", visible=None, gpus=(H100,) * 8)
+UNUSED = replace(EIGHT, gpus=())
+
+
+class TestSummary:
+    @pytest.mark.parametrize(
+        ("findings", "line", "code"),
+        [
+            ([ok("a", "")], "no problems found", False),
+            ([warn("a", "", ""), ok("b", "")], "1 warning", False),
+            ([warn("a", "", "")] * 2 + [fail("b", "", "")], "2 warnings, 1 failure", True),
+            ([fail("b", "", "")] * 2, "2 failures", True),
+        ],
+    )
+    def test_the_last_line(self, findings: list[Finding], line: str, code: bool) -> None:
+        assert summary(findings) == line
+        assert failed(findings) is code
+
+
+class TestRequirements:
+    def test_they_are_those_of_the_checkout(self) -> None:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        found = requirements.requirements()
+        assert found.python == project["requires-python"]
+        assert found.packages.keys() == {
+            line.partition("[")[0].partition(">")[0].partition("=")[0] for line in project["dependencies"]
+        }
+        assert f"torch{found.packages['torch']}" in project["dependencies"]
+        assert f"deepspeed{found.optional['deepspeed']}" in project["optional-dependencies"]["deepspeed"]
+        assert found.optional["flashlight-text"] == found.optional["moto"] == ""
+
+    @pytest.mark.parametrize(
+        ("version", "wanted", "expected"),
+        [
+            ("2.11.0+cu130", ">=2.11,<2.14", "fits"),
+            ("2.13.1", ">=2.11,<2.14", "fits"),
+            ("2.9.1", ">=2.11,<2.14", "too old"),
+            ("2.14.0.dev20270101+cpu", ">=2.11,<2.14", "too new"),
+            ("3.11.7", ">=3.11", "fits"),
+            ("3.9.2", ">=3.11", "too old"),
+            ("0.19.8", "==0.19.8", "fits"),
+            ("0.19.9", "==0.19.8", "another version"),
+            ("1.30", ">=1.30", "fits"),
+            ("1.30.0", ">=1.30", "fits"),
+            ("anything", "", "fits"),
+        ],
+    )
+    def test_versions(self, version: str, wanted: str, expected: str) -> None:
+        assert requirements.fit(version, wanted) == expected
+
+
+class TestSoftware:
+    def test_python(self) -> None:
+        assert software.python_finding("3.12.1", "/bin/python", ">=3.11").verdict == "ok"
+        assert software.python_finding("3.10.1", "/bin/python", ">=3.11").verdict == "fail"
+
+    @pytest.mark.parametrize(("version", "verdict"), [("2.12.0+cpu", "ok"), ("2.10.0", "fail"), ("2.14.0", "warn")])
+    def test_torch(self, version: str, verdict: str) -> None:
+        finding = software.torch_finding(version, ">=2.11,<2.14")
+        assert finding.verdict == verdict
+        assert (verdict == "ok") or "pip install 'torch>=2.11,<2.14'" in finding.advice
+
+    def test_required_packages(self) -> None:
+        wanted = {"lhotse": ">=1.30", "numpy": ""}
+        assert software.packages_finding({"lhotse": "1.33.0", "numpy": "2.0"}, wanted).verdict == "ok"
+        bad = software.packages_finding({"lhotse": "1.20.0", "numpy": None}, wanted)
+        assert bad.verdict == "fail"
+        assert "lhotse 1.20.0 is installed, >=1.30 is needed" in bad.found and "numpy is not installed" in bad.found
+
+    def test_operators_of_deepspeed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """None is compiled, unless the user asks for DeepSpeed's own pinned memory."""
+        monkeypatch.delenv("DS_PIN_MEMORY_BACKEND", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert [finding.verdict for finding in software.deepspeed_operators()] == ["ok"]
+        monkeypatch.setenv("DS_PIN_MEMORY_BACKEND", "native")
+        (finding,) = software.deepspeed_operators()
+        assert finding.verdict == "fail" and "g++ and ninja cannot be found" in finding.found
+        for name in ("g++", "ninja"):
+            (tmp_path / name).write_text("#!/bin/sh\n")
+            (tmp_path / name).chmod(0o755)
+        assert [finding.verdict for finding in software.deepspeed_operators()] == ["ok"]
+
+
+class TestAudio:
+    def test_wav_and_flac_are_essential(self) -> None:
+        for name in audio.LIBSNDFILE:
+            assert audio.decoder_finding(name, None, used_by="", library="1.2").verdict == "ok"
+            broken = audio.decoder_finding(name, "Format not recognised", used_by="Common Voice", library="1.0")
+            assert broken.verdict == ("fail" if name in ("WAV", "FLAC") else "warn")
+            assert "Common Voice" in broken.found and "pip install --upgrade soundfile" in broken.advice
+
+    def test_the_tone_is_recognised(self) -> None:
+        tone = audio._tone()
+        assert audio.problem_with(lambda: tone) is None
+        assert audio.problem_with(lambda: 0 * tone) == "decodes to silence"
+        assert audio.problem_with(lambda: tone[:1000]) == "decodes to silence"
+        assert audio.problem_with(lambda: tone[::2]) is not None  # half of the rate: twice the pitch
+        assert audio.problem_with(lambda: 1 / 0) == "ZeroDivisionError: division by zero"  # type: ignore[arg-type, return-value]
+
+
+class TestGpus:
+    @pytest.mark.parametrize(
+        ("cuda", "verdict", "found", "advice"),
+        [
+            (NONE, "warn", "none found", "tiny"),
+            (EIGHT, "ok", "8 × NVIDIA H100 80GB HBM3, 85.0 GB each, driver 550.54.15, CUDA 12.6", ""),
+            (replace(UNUSED, build=None), "fail", "8 NVIDIA GPUs (driver 550.54.15), but PyTorch is a CPU build",
+             "pip uninstall torch"),
+            (replace(UNUSED, driver=None), "fail", "driver is not loaded", "nvidia-smi"),
+            (replace(UNUSED, devices=False), "fail", "may not use them", "--gpus all"),
+            (replace(UNUSED, hardware=0, devices=False), "fail", "may not use them", "--gpus all"),
+            (replace(UNUSED, visible=""), "warn", "CUDA_VISIBLE_DEVICES= hides", "Unset"),
+            (replace(UNUSED, problem="The NVIDIA driver on your system is too old (found version 11040)."), "fail",
+             "too old (found version 11040)", "Update the driver"),
+            (replace(EIGHT, gpus=(H100, replace(H100, problem="no kernel image is available for execution"))), "fail",
+             "GPU 1 (NVIDIA H100 80GB HBM3): no kernel image", "supports this GPU"),
+        ],
+    )  # fmt: skip
+    def test_gpu(self, cuda: gpus.Cuda, verdict: str, found: str, advice: str) -> None:
+        finding = gpus.gpu_finding(cuda)
+        assert finding.verdict == verdict
+        assert found in finding.found and advice in finding.advice
+
+    def test_memory_that_others_use(self) -> None:
+        assert [finding.verdict for finding in gpus.memory_findings((H100, H100))] == ["ok"]
+        (finding,) = gpus.memory_findings((H100, replace(H100, free=int(60 * GB))))
+        assert finding.verdict == "warn" and "GPU 1: 25.0 GB" in finding.found
+
+    def test_gpus_that_differ(self) -> None:
+        other = replace(H100, name="NVIDIA A100", memory=int(40 * GB), free=int(39.5 * GB))
+        assert [finding.name for finding in gpus.memory_findings((H100, other))] == ["GPU memory", "GPU kinds"]
+
+    def test_bf16(self) -> None:
+        assert gpus.bf16_finding((H100,)).verdict == "ok"
+        old = gpus.bf16_finding((H100, gpus.Gpu("Tesla V100", (7, 0), 1, 1)))
+        assert old.verdict == "warn" and "Tesla V100" in old.found and "precision.compute=fp32" in old.advice
+
+    def test_nccl(self) -> None:
+        assert gpus.nccl_finding("2.27.3", 8).verdict == "ok"
+        assert gpus.nccl_finding(None, 8).verdict == "fail"
+        assert gpus.nccl_finding(None, 1).verdict == "warn"
+
+    def test_compilation(self) -> None:
+        assert gpus.compile_finding("a C++ compiler", on_gpu=False).verdict == "ok"
+        assert gpus.compile_finding(None, on_gpu=True).verdict == "ok"
+        assert gpus.compile_finding("a C compiler", on_gpu=True).verdict == "warn"
+
+    def test_the_version_of_the_driver(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        version = tmp_path / "version"
+        monkeypatch.setattr(gpus, "DRIVER", version)
+        assert gpus.driver_version() is None
+        # The first lines of two real files: the closed and the open kernel module.
+        version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.161.08  Tue Mar  5 22:42:15 UTC 2024\n")
+        assert gpus.driver_version() == "535.161.08"
+        version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs)\n")
+        assert gpus.driver_version() == "570.86.15"
+
+
+class TestMachine:
+    def test_shared_memory(self) -> None:
+        """Of `base`, one rank holds 64 micro-batches of 87.5 s ahead, and on a CPU those of the update; 358 MB each."""
+        window = 64 * 87.5 * 16_000 * 4
+        assert needs.shared_memory("base", 1, gpus=1) == pytest.approx(window)
+        assert needs.shared_memory("base", 1, gpus=0) == pytest.approx(2 * window)
+        # Eight ranks: 8 processes with 4 micro-batches each, though an update has 8 per rank.
+        assert needs.shared_memory("base", 8, gpus=8) == pytest.approx(4 * window)
+
+    @pytest.mark.parametrize(
+        ("free", "gpus", "verdict"),
+        [
+            (1e6, 0, "fail"),
+            (0.0, 0, "fail"),  # there is none
+            (64e6, 0, "warn"),  # of Docker: enough for `tiny`
+            (64e6, 1, "fail"),
+            (2 * GB, 0, "ok"),
+            (2 * GB, 1, "ok"),
+        ],
+    )
+    def test_shared_memory_verdicts(self, free: float, gpus: int, verdict: str) -> None:
+        finding = machine.shared_memory_finding(max(free, 64e6), free, ranks=1, gpus=gpus)
+        assert finding.verdict == verdict
+        assert verdict == "ok" or "--shm-size" in finding.advice
+
+    @pytest.mark.parametrize(
+        ("limit", "verdict"),
+        [((100, 4096), "fail"), ((512, 4096), "warn"), ((1024, 1024), "ok"), ((-1, -1), "ok"), ((65536, -1), "ok")],
+    )
+    def test_open_files(self, limit: tuple[int, int], verdict: str) -> None:
+        finding = machine.open_files_finding(limit, needs.open_files(1, 1))
+        assert finding.verdict == verdict
+        assert verdict == "ok" or "ulimit -n 4096" in finding.advice
+
+    def test_many_ranks_need_many_files(self) -> None:
+        assert machine.open_files_finding((1024, 4096), needs.open_files(8, 1024)).verdict == "fail"
+
+    @pytest.mark.parametrize(
+        ("environment", "usable", "of", "ranks", "verdict"),
+        [
+            ({}, 64, 64, 8, "ok"),
+            ({}, 4, 64, 1, "warn"),  # the quota of a container
+            ({"OMP_NUM_THREADS": "8"}, 64, 64, 8, "ok"),
+            ({"OMP_NUM_THREADS": "16"}, 64, 64, 8, "warn"),
+            ({"OMP_NUM_THREADS": "1"}, 2, 2, 8, "ok"),
+            ({"OMP_NUM_THREADS": "4,2"}, 8, 8, 1, "ok"),
+            ({"OMP_NUM_THREADS": "0"}, 8, 8, 1, "warn"),
+            ({"OMP_NUM_THREADS": "auto"}, 8, 8, 1, "warn"),
+        ],
+    )
+    def test_threads(self, environment: dict[str, str], usable: int, of: int, ranks: int, verdict: str) -> None:
+        found = machine.threads_finding(environment, machine.Processors(of, usable, True), ranks=ranks)
+        assert found.verdict == verdict
+        assert verdict == "ok" or f"OMP_NUM_THREADS={max(usable // ranks, 1)}" in found.advice
+
+    @pytest.mark.parametrize(("cores", "gpus", "verdict"), [(2, 0, "ok"), (64, 8, "ok"), (16, 8, "warn")])
+    def test_cores(self, cores: int, gpus: int, verdict: str) -> None:
+        assert machine.processors_finding(machine.Processors(cores, cores, True), gpus=gpus).verdict == verdict
+
+    def test_bf16_on_a_cpu(self) -> None:
+        assert machine.cpu_bf16_finding(machine.Processors(2, 2, True)).verdict == "ok"
+        assert "precision.compute=fp32" in machine.cpu_bf16_finding(machine.Processors(2, 2, False)).advice
+
+    @pytest.mark.parametrize(
+        ("free", "ranks", "verdict"), [(1, 1, "fail"), (5, 1, "warn"), (20, 1, "ok"), (20, 8, "warn")]
+    )
+    def test_memory(self, free: float, ranks: int, verdict: str) -> None:
+        assert machine.memory_finding(256 * GB, free * GB, ranks=ranks).verdict == verdict
+
+    def test_processes(self) -> None:
+        assert machine.tasks_finding([-1, None], ranks=8).verdict == "ok"
+        assert machine.tasks_finding([4096, None], ranks=8).verdict == "ok"
+        assert machine.tasks_finding([-1, 512], ranks=8).verdict == "warn"
+
+    def test_locked_memory_matters_with_infiniband(self) -> None:
+        assert machine.locked_memory_finding(65536, infiniband=False).verdict == "ok"
+        assert machine.locked_memory_finding(-1, infiniband=True).verdict == "ok"
+        assert machine.locked_memory_finding(65536, infiniband=True).verdict == "warn"
+
+    def test_clock_and_locale(self) -> None:
+        assert machine.clock_finding(1_800_000_000, 1_790_000_000).verdict == "ok"
+        assert machine.clock_finding(0, 1_790_000_000).verdict == "warn"
+        assert machine.locale_finding("UTF-8").verdict == machine.locale_finding("utf8").verdict == "ok"
+        assert machine.locale_finding("ANSI_X3.4-1968").verdict == "warn"
+
+    def test_temporary_files_need_a_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def none() -> str:
+            raise FileNotFoundError("No usable temporary directory found in ['/tmp']")
+
+        monkeypatch.setattr("tempfile.gettempdir", none)
+        finding = machine.temporary_finding()
+        assert finding.verdict == "fail" and "TMPDIR" in finding.advice
+
+
+class TestControlGroups:
+    def test_version_2(self, tmp_path: Path) -> None:
+        """The tightest limit of all groups counts; files in the cache are not used memory."""
+        self.write(tmp_path, "self", "0::/job/step\n")
+        self.write(tmp_path, "fs/job/cpu.max", "400000 100000\n")
+        self.write(tmp_path, "fs/job/step/cpu.max", "max 100000\n")
+        self.write(tmp_path, "fs/job/memory.max", "8000000000\n")
+        self.write(tmp_path, "fs/job/memory.current", "5000000000\n")
+        self.write(tmp_path, "fs/job/memory.stat", "anon 1\ninactive_file 2000000000\nactive_file 1000000000\n")
+        self.write(tmp_path, "fs/job/step/memory.max", "max\n")
+        self.write(tmp_path, "fs/job/step/pids.max", "512\n")
+        assert limits(tmp_path / "self", tmp_path / "fs") == Limits(4.0, 8_000_000_000, 2_000_000_000, 512)
+
+    def test_version_1(self, tmp_path: Path) -> None:
+        """In a container, the path of the group is that of the host, which cannot be seen."""
+        self.write(tmp_path, "self", "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n3:pids:/docker/abc\n")
+        self.write(tmp_path, "fs/cpu,cpuacct/cpu.cfs_quota_us", "150000\n")
+        self.write(tmp_path, "fs/cpu,cpuacct/cpu.cfs_period_us", "100000\n")
+        self.write(tmp_path, "fs/memory/memory.limit_in_bytes", "4000000000\n")
+        self.write(tmp_path, "fs/memory/memory.usage_in_bytes", "3000000000\n")
+        self.write(tmp_path, "fs/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 500000000\n")
+        self.write(tmp_path, "fs/pids/pids.max", "max\n")
+        assert limits(tmp_path / "self", tmp_path / "fs") == Limits(1.5, 4_000_000_000, 2_500_000_000, None)
+
+    def test_no_limits(self, tmp_path: Path) -> None:
+        self.write(tmp_path, "self", "1:cpu:/\n2:memory:/\n0::/\n")
+        self.write(tmp_path, "fs/cpu/cpu.cfs_quota_us", "-1\n")
+        self.write(tmp_path, "fs/cpu/cpu.cfs_period_us", "100000\n")
+        self.write(tmp_path, "fs/memory/memory.limit_in_bytes", "9223372036854771712\n")
+        assert limits(tmp_path / "self", tmp_path / "fs") == Limits()
+        assert limits(tmp_path / "missing", tmp_path / "fs") == Limits()
+
+    @staticmethod
+    def write(folder: Path, name: str, text: str) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+class TestDisk:
+    @pytest.mark.parametrize(
+        ("speed", "verdict"),
+        # A stopped run has 120 s. A checkpoint of `base` has 1.14 GB (95 million parameters), one of `large` 3.8 GB.
+        [(1.14e9 / 121, "fail"), (1.14e9 / 119, "warn"), (3.8e9 / 61, "warn"), (3.9e9 / 60, "ok"), (2 * GB, "ok")],
+    )
+    def test_writing(self, speed: float, verdict: str) -> None:
+        assert disk.write_finding(speed).verdict == verdict
+
+    @pytest.mark.parametrize(
+        ("read", "seconds", "gpus", "verdict"),
+        [
+            (10e6, 0.5, 0, "ok"),
+            (1 * GB, 0.001, 8, "ok"),
+            (0.5 * GB, 0.001, 8, "warn"),
+            (1 * GB, 0.1, 1, "warn"),
+        ],
+    )
+    def test_reading(self, read: float, seconds: float, gpus: int, verdict: str) -> None:
+        """Eight H100 read 6,077 s of FLAC per second each, with 17 kB per second: 0.83 GB/s."""
+        assert disk.read_finding(disk.Speed(GB, read, seconds), gpus=gpus).verdict == verdict
+
+    @pytest.mark.parametrize(
+        ("free", "kind", "verdict"),
+        [(0.1, "ext4", "fail"), (2, "ext4", "warn"), (4, "ext4", "ok"), (400, "nfs4", "ok"), (400, "tmpfs", "warn")],
+    )
+    def test_space(self, free: float, kind: str, verdict: str) -> None:
+        assert disk.space_finding(Path("/data"), free * GB, kind).verdict == verdict
+
+    def test_the_largest_preset_that_fits(self) -> None:
+        assert disk.space_finding(Path("/data"), 12 * GB, "xfs").found.endswith("3 checkpoints of `xlsr_300m`")
+        assert disk.space_finding(Path("/data"), 79 * GB, "xfs").found.endswith("3 checkpoints of `xlsr_2b`")
+
+    def test_file_systems(self, tmp_path: Path) -> None:
+        mounts = tmp_path / "mountinfo"
+        (tmp_path / "a b" / "c").mkdir(parents=True)
+        mounts.write_text(
+            "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n"
+            f"30 22 0:40 / {tmp_path}/a\\040b rw - nfs4 server:/export rw\n"
+        )
+        assert disk.file_system(tmp_path / "a b" / "c", mounts) == "nfs4"
+        assert disk.file_system(tmp_path, mounts) == "ext4"
+
+    def test_a_folder_that_does_not_exist_yet(self, tmp_path: Path) -> None:
+        assert disk.existing(tmp_path / "exp" / "base") == tmp_path
+
+    def test_measuring_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(disk, "LARGEST", disk.BLOCK)
+        speed = disk.measure(tmp_path)
+        assert min(speed.write, speed.read, speed.small_file) > 0
+        assert not list(tmp_path.iterdir())
+
+    def test_checkpoint_sizes(self) -> None:
+        """Weights and two moments in fp32."""
+        from w2vscale.objectives import load
+
+        for preset, size in needs.CHECKPOINTS.items():
+            with torch.device("meta"):  # without memory
+                model = load(preset)[1].build_model()
+            assert 12 * sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(size, rel=0.01)
+
+
+class TestNetwork:
+    def test_spans(self) -> None:
+        assert meeting.spans([0, 1, 2, 3, 7, 9, 10]) == "0–3, 7, 9–10"
+        assert meeting.spans([5]) == "5"
+
+    @pytest.mark.parametrize(
+        ("link", "world_size", "device", "verdict"),
+        [
+            # `base` has 380 MB of gradients, and eight H100 compute an update of 5,600 s of audio in 0.115 s.
+            (links.Link(8, 64 * 2**20, 0.010, 50e-6), 8, "cuda", "ok"),  # 380 MB take 0.057 s
+            (links.Link(8, 64 * 2**20, 0.030, 50e-6), 8, "cuda", "warn"),  # 0.17 s
+            (links.Link(2, 64 * 2**20, 0.030, 50e-6), 2, "cuda", "ok"),  # two compute for 0.46 s
+            (links.Link(8, 64 * 2**20, 0.010, 5e-3), 8, "cuda", "warn"),
+            (links.Link(2, 64 * 2**20, 0.5, 0.5e-3), 2, "cpu", "ok"),
+            (links.Link(2, 64 * 2**20, 2.0, 0.5e-3), 2, "cpu", "warn"),
+            (links.Link(2, 64 * 2**20, 0.1, 0.05), 2, "cpu", "warn"),
+        ],
+    )
+    def test_links(self, link: links.Link, world_size: int, device: str, verdict: str) -> None:
+        for across in (False, True):
+            finding = links.link_finding(link, world_size=world_size, device=device, across=across)
+            assert finding.verdict == verdict
+            assert (verdict == "warn") == bool(finding.advice)
+
+    def test_settings_of_nccl_are_shown(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NCCL_IB_DISABLE", "1")
+        link = links.Link(8, 64 * 2**20, 0.3, 50e-6)
+        found = links.link_finding(link, world_size=8, device="cuda", across=True)
+        assert "NCCL_IB_DISABLE=1" in found.found and "NCCL_SOCKET_IFNAME" in found.advice
+
+    def test_bandwidth_is_that_of_a_ring(self) -> None:
+        """Each of four ranks sends 2 * 3/4 of the bytes."""
+        assert links.Link(4, 1_000_000, 0.5, 0.0).bandwidth == pytest.approx(3_000_000)
+
+    def test_clocks(self) -> None:
+        assert links.clock_finding([100.0, 100.2]).verdict == "ok"
+        apart = links.clock_finding([100.0, 100.1, 161.0, 100.0])
+        assert apart.verdict == "warn" and "rank 2" in apart.found and apart.found.startswith("61.0 s")
