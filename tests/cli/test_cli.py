@@ -66,6 +66,7 @@ class TestHelp:
             ("export",),
             ("import",),
             ("features",),
+            ("doctor",),
         ],
         ids=" ".join,
     )
@@ -94,7 +95,7 @@ import sys
 import w2vscale
 from w2vscale.cli.app import main
 heavy = [name for name in {HEAVY!r} if name in sys.modules]
-for arguments in (["--help"], ["data", "prepare", "--help"], ["train", "--help"], ["--version"]):
+for arguments in (["--help"], ["data", "prepare", "--help"], ["train", "--help"], ["doctor", "--help"], ["--version"]):
     sys.argv = ["w2vscale", *arguments]
     try:
         main()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -75,3 +78,15 @@ def test_a_check_without_processes_left_is_a_finding(monkeypatch: pytest.MonkeyP
     (finding,), completed = run(Check("jiwer", "software:package", "", "fail", {"name": "jiwer"}))
     assert not completed
     assert finding.verdict == "fail" and "Resource temporarily unavailable" in finding.found
+
+
+def test_the_command_itself_imports_nothing_that_can_be_broken() -> None:
+    """Only its children do. (rich and typer, which print the report, are what every command needs.)"""
+    script = "import sys, w2vscale.diagnosis.doctor; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=60, check=True,
+    )  # fmt: skip
+    loaded = set(ast.literal_eval(done.stdout))
+    assert "w2vscale" in loaded
+    assert not loaded & {"torch", "numpy", "pydantic", "yaml", "lhotse", "soundfile", "deepspeed", "torchaudio"}

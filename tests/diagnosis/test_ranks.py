@@ -10,21 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.doctor import BOUND, Rank, doctor, examined, parsed
+from tests.helpers.doctor import BOUND, Outcome, Rank, doctor, examined, parsed
 from tests.helpers.hosts import Hosts, missing_for_hosts
 from tests.helpers.processes import ROOT
-from w2vscale.diagnosis.finding import Finding, fail, ok
+from w2vscale.diagnosis.finding import fail, ok, warn
 
 pytestmark = pytest.mark.distributed
 
 
-def two_hosts(**options: object) -> list[Rank]:
-    """One rank on each of two hosts."""
-    return [Rank(number, 2, host=f"node{number + 1}", **options) for number in range(2)]  # type: ignore[arg-type]
-
-
-def verdicts(findings: dict[str, Finding]) -> dict[str, str]:
-    return {name: finding.verdict for name, finding in findings.items()}
+def names(outcome: Outcome) -> list[str]:
+    return [finding.name for finding in outcome.findings]
 
 
 def test_two_ranks_of_a_host(tmp_path: Path) -> None:
@@ -44,25 +39,29 @@ def test_two_ranks_of_a_host(tmp_path: Path) -> None:
         for number in range(2)
     ]
     first, second = examined(tmp_path, ranks, timeout=60)
-    assert verdicts(first.findings).keys() == {"ranks", "same software", "rank order", "all-reduce in a host"}
-    assert first.findings["ranks"] == ok("ranks", "2 ranks on 1 host (node1: 0–1)")
-    assert first.findings["same software"].verdict == first.findings["rank order"].verdict == "ok"
-    assert "between 2 ranks (gloo" in first.findings["all-reduce in a host"].found
-    assert (second.findings, second.error) == ({}, "")
+    assert names(first) == ["ranks", "same software", "rank order", "links in a host"]
+    assert first["ranks"] == ok("ranks", "2 ranks on 1 host (node1: 0–1)")
+    assert first["same software"].verdict == first["rank order"].verdict == "ok"
+    assert "between 2 ranks (gloo" in first["links in a host"].found
+    assert (second.findings, second.error) == ([], "")
 
 
 def test_two_hosts(tmp_path: Path) -> None:
-    """What is wrong with the second machine is in the report of the first; what is fine there is not."""
-    ranks = two_hosts(exp=tmp_path / "exp" / "new", local=(ok("memory", "much"), fail("open files", "few", "more")))
+    """What is wrong with the second machine alone is in the report of the first."""
+    shared = {"exp": tmp_path / "exp" / "new"}
+    both = (ok("memory", "much"), warn("GPU", "none", "buy one"))
+    ranks = [
+        Rank(0, 2, host="node1", local=both, **shared),
+        Rank(1, 2, host="node2", local=(*both, fail("open files", "few", "more")), **shared),
+    ]
     first, _ = examined(tmp_path, ranks, timeout=60)
-    assert first.findings["ranks"].found == "2 ranks on 2 hosts (node1: 0; node2: 1)"
-    assert first.findings["open files"].verdict == "fail"
-    assert first.findings["node2: open files"] == fail("node2: open files", "few", "more")
-    assert "node2: memory" not in first.findings
-    assert first.findings["clocks"].verdict == "ok"
-    assert first.findings["shared folder"] == ok("shared folder", f"{tmp_path} is the same on 2 hosts")
-    assert "between 2 ranks (gloo" in first.findings["all-reduce across hosts"].found
-    assert "all-reduce in a host" not in first.findings
+    assert first["ranks"].found == "2 ranks on 2 hosts (node1: 0; node2: 1)"
+    assert first["GPU"].verdict == "warn" and first["memory"].verdict == "ok"
+    assert first["other hosts"] == fail("other hosts", "node2: open files: few", "more")
+    assert first["clocks"].verdict == "ok"
+    assert first["shared folder"] == ok("shared folder", f"{tmp_path} is the same on 2 hosts")
+    assert "between 2 ranks (gloo" in first["links across hosts"].found
+    assert "links in a host" not in names(first)
     assert not (tmp_path / "exp").exists() and not list(tmp_path.glob(".w2vscale*"))
 
 
@@ -78,25 +77,25 @@ def test_hosts_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for folder in "ab":
         (tmp_path / folder).mkdir()
     first, *_ = examined(tmp_path, ranks, timeout=60)
-    assert first.findings["ranks"].found == "3 ranks on 2 hosts (node1: 0, 2; node2: 1)"
-    software = first.findings["same software"]
+    assert first["ranks"].found == "3 ranks on 2 hosts (node1: 0, 2; node2: 1)"
+    software = first["same software"]
     assert software.verdict == "fail" and "torch: " in software.found and "2.11.0 on 1)" in software.found
-    assert first.findings["rank order"].verdict == "warn"
-    assert first.findings["shared folder"].verdict == "fail"
-    assert f"{tmp_path}/a on node1 (rank 0) is not the one on node2" in first.findings["shared folder"].found
-    assert first.findings["other hosts"] == ok("other hosts", "no problems found on node2")
+    assert first["rank order"].verdict == "warn"
+    assert first["shared folder"].verdict == "fail"
+    assert f"{tmp_path}/a on node1 (rank 0) is not the one on node2" in first["shared folder"].found
+    assert first["other hosts"].verdict == "ok"
 
 
 def test_missing_ranks_are_named(tmp_path: Path) -> None:
     """The others end in time, and rank 0 still looks at its own machine."""
     ranks = [Rank(0, 5, local=(ok("memory", "much"),)), Rank(2, 5, host="node2")]
     first, third = examined(tmp_path, ranks, timeout=4)
-    missing = first.findings["ranks"]
+    missing = first["ranks"]
     assert missing.verdict == "fail"
     assert missing.found.startswith("ranks 1, 3–4 have not come to 127.0.0.1:")
     assert missing.found.endswith("within 4 s; here are node1: 0; node2: 2")
-    assert verdicts(first.findings) == {"ranks": "fail", "memory": "ok"}
-    assert third.findings == {}
+    assert names(first) == ["ranks", "memory"]
+    assert (third.findings, third.error) == ([], "")
 
 
 def test_a_missing_rank_0_is_named(tmp_path: Path) -> None:
@@ -110,8 +109,8 @@ def test_a_port_that_is_in_use(tmp_path: Path) -> None:
         other.bind(("", 0))
         other.listen()
         (first,) = examined(tmp_path, [Rank(0, 2)], timeout=1, port=other.getsockname()[1])
-    assert first.findings["ranks"].verdict == "fail"
-    assert "rank 0 cannot listen at 127.0.0.1:" in first.findings["ranks"].found
+    assert first["ranks"].verdict == "fail"
+    assert "rank 0 cannot listen at 127.0.0.1:" in first["ranks"].found
 
 
 def test_ranks_that_meet_and_cannot_communicate(tmp_path: Path) -> None:
@@ -120,10 +119,10 @@ def test_ranks_that_meet_and_cannot_communicate(tmp_path: Path) -> None:
         Rank(number, 2, local_rank=number, environment={"GLOO_SOCKET_IFNAME": "nonexistent0"}) for number in range(2)
     ]
     first, second = examined(tmp_path, ranks, timeout=20)
-    assert first.findings["ranks"].verdict == "ok"
-    assert first.findings["network"].verdict == "fail"
-    assert "nonexistent0" in first.findings["network"].found
-    assert "GLOO_SOCKET_IFNAME" in first.findings["network"].advice
+    assert first["ranks"].verdict == "ok"
+    assert first["network"].verdict == "fail"
+    assert "nonexistent0" in first["network"].found
+    assert "GLOO_SOCKET_IFNAME" in first["network"].advice
     assert second.error.startswith("LostRanks: ")
 
 
@@ -133,7 +132,7 @@ def test_the_command_under_a_launcher(launcher: str, tmp_path: Path) -> None:
     if launcher == "nproc":
         report = doctor("--exp", tmp_path, "--nproc-per-node", 2)
     else:
-        torchrun = ["-m", "w2vscale.distributed.torchrun", "--nproc-per-node", "2", "--rdzv-endpoint", "127.0.0.1:0"]
+        torchrun = ["-m", "w2vscale.distributed.torchrun", "--standalone", "--nproc-per-node", "2"]
         done = subprocess.run(
             [sys.executable, *torchrun, "-m", "w2vscale", "doctor", "--exp", tmp_path],
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -144,7 +143,7 @@ def test_the_command_under_a_launcher(launcher: str, tmp_path: Path) -> None:
     assert rows["ranks"].text == f"2 ranks on 1 host ({socket.gethostname()}: 0–1)", report
     assert rows["rank order"].verdict == rows["PyTorch"].verdict == rows["same software"].verdict == "ok"
     assert "for 2 ranks" in rows["memory"].text
-    assert rows["all-reduce in a host"].verdict in ("ok", "warn")
+    assert rows["links in a host"].verdict in ("ok", "warn")
     assert report.code == int(any(row.verdict == "fail" for row in rows.values()))
     assert "Traceback" not in report.errors
 
@@ -170,7 +169,8 @@ def test_two_hosts_with_a_slow_link(tmp_path: Path) -> None:
     rows = parsed(0, printed).rows
     assert rows["ranks"].text == "2 ranks on 2 hosts (host1: 0; host2: 1)", printed
     assert rows["shared folder"].verdict == rows["clocks"].verdict == rows["rank order"].verdict == "ok"
-    assert rows["all-reduce across hosts"].verdict == "warn"
-    assert "slower than an Ethernet of 1 Gb/s" in rows["all-reduce across hosts"].text
-    assert "GLOO_SOCKET_IFNAME" in rows["all-reduce across hosts"].text
+    assert "links across hosts" in rows, printed
+    assert rows["links across hosts"].verdict == "warn"
+    assert "slower than an Ethernet of 1 Gb/s" in rows["links across hosts"].text
+    assert "GLOO_SOCKET_IFNAME" in rows["links across hosts"].text
     assert (tmp_path / "1.log").read_text() == ""

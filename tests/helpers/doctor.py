@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -41,11 +42,17 @@ class Report(NamedTuple):
     errors: str
 
 
-class Outcome(NamedTuple):
-    """What a rank found, by name, or the error that it raised."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank found, or the error that it raised."""
 
-    findings: dict[str, Finding]
+    findings: list[Finding]
     error: str
+
+    def __getitem__(self, name: str) -> Finding:
+        """The only finding of this name."""
+        (found,) = [finding for finding in self.findings if finding.name == name]
+        return found
 
 
 def environment_without(folder: Path, *packages: str) -> Path:
@@ -120,8 +127,8 @@ def parsed(code: int, printed: str, errors: str = "") -> Report:
             name = found[2].strip()
             rows[name] = Row(found[1], found[3].strip())
         elif line.startswith(" ") and name:
-            more = line[26:].strip()
-            rows[name] = rows[name]._replace(text=f"{rows[name].text}\n{more}")
+            row = rows[name]
+            rows[name] = row._replace(text=f"{row.text}\n{line[26:].strip()}")
     lines = printed.splitlines() or [""]
     return Report(code, rows, lines[-1], errors)
 
@@ -176,9 +183,14 @@ def _examine(rank: Rank, port: int, timeout: float, file: str) -> None:
     shared_folder.VISIBLE = 1.0  # second, in which a local disk shows a file
     facts = meeting.versions() | dict(rank.versions)
     meeting.versions = lambda: facts
+
+    def local() -> Iterator[Finding]:
+        time.sleep(0.5)  # in reality it takes longer
+        yield from rank.local
+
     findings, error = [], ""
     try:
-        findings = list(examine_ranks(rank.exp, lambda: iter(rank.local), timeout=timeout))
+        findings = list(examine_ranks(rank.exp, local, timeout=timeout))
     except UserError as refused:
         error = f"{type(refused).__name__}: {refused}"
-    Path(file).write_bytes(pickle.dumps(Outcome({finding.name: finding for finding in findings}, error)))
+    Path(file).write_bytes(pickle.dumps(Outcome(findings, error)))

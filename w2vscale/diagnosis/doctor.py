@@ -8,7 +8,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -119,8 +119,11 @@ def examine_ranks(exp: Path | None, local: Callable[[], Iterator[Finding]], *, t
         return
     yield versions_finding(arrived)
     yield order_finding(arrived)
-    yield from local()
-    yield from _of_other_hosts(meeting, arrived)
+    own = []
+    for finding in local():
+        own.append(finding)
+        yield finding
+    yield from _of_other_hosts(meeting, arrived, own)
     meeting.set("measure", "now")
     yield from _measured(_hosts(meeting), exp, timeout)
 
@@ -143,18 +146,18 @@ def _hosts(meeting: Meeting) -> dict[str, list[int]]:
     return hosts
 
 
-def _of_other_hosts(meeting: Meeting, arrived: dict[int, Rank]) -> Iterator[Finding]:
-    """What is wrong with the other machines, with their names."""
-    fine = []
-    for rank, facts in arrived.items():
-        if rank > 0 and facts.local_rank == 0:
-            findings = [Finding(**each) for each in json.loads(meeting.get(f"local/{rank}", patience=LOCAL_CHECKS))]
-            bad = [finding for finding in findings if finding.verdict != "ok"]
-            yield from (replace(finding, name=f"{facts.host}: {finding.name}") for finding in bad)
-            if not bad:
-                fine.append(facts.host)
-    if fine:
-        yield ok("other hosts", f"no problems found on {', '.join(fine)}")
+def _of_other_hosts(meeting: Meeting, arrived: dict[int, Rank], own: Sequence[Finding]) -> Iterator[Finding]:
+    """What is wrong with other machines and not, in the same way, with this one."""
+    hosts: dict[Finding, list[str]] = {}
+    others = {rank: facts.host for rank, facts in arrived.items() if rank > 0 and facts.local_rank == 0}
+    for rank, host in others.items():
+        for each in json.loads(meeting.get(f"local/{rank}", patience=LOCAL_CHECKS)):
+            if (finding := Finding(**each)).verdict != "ok" and finding not in own:
+                hosts.setdefault(finding, []).append(host)
+    for finding, where in hosts.items():
+        yield replace(finding, name="other hosts", found=f"{', '.join(where)}: {finding.name}: {finding.found}")
+    if others and not hosts:
+        yield ok("other hosts", "nothing is wrong with them that is not reported above")
 
 
 def _measured(hosts: dict[str, list[int]], exp: Path | None, timeout: float) -> Iterator[Finding]:

@@ -148,12 +148,12 @@ def _slowest(seconds: float, group: dist.ProcessGroup | None, device: torch.devi
 
 def link_finding(link: Link, *, world_size: int, device: str, across: bool) -> Finding:
     """Whether links are fast enough not to hold up training."""
-    name = "all-reduce across hosts" if across else "all-reduce in a host"
+    name = "links across hosts" if across else "links in a host"
     backend = "NCCL" if device == "cuda" else "gloo"
     settings = [f"{key}={value}" for key, value in sorted(os.environ.items()) if key.startswith(f"{backend.upper()}_")]
     found = (
-        f"{link.bandwidth / 1e9:.2g} GB/s and {1000 * link.latency:.2g} ms between {link.ranks} ranks ({backend}"
-        f"{'; ' if settings else ''}{' '.join(settings)})"
+        f"all-reduce: {link.bandwidth / 1e9:.2g} GB/s, {1000 * link.latency:.2g} ms between {link.ranks} ranks "
+        f"({'; '.join([backend, *settings])})"
     )
     if problem := _slow(link, world_size=world_size, device=device):
         return warn(name, f"{found}: {problem}", ADVICE[device, across])

@@ -174,4 +174,4 @@ def order_finding(arrived: Mapping[int, Rank]) -> Finding:
         size = node_size(places, "engine.shard_size=node")
     except UserError as error:
         return warn("rank order", str(error), "Other settings work as they are.")
-    return ok("rank order", f"{counted(size, 'consecutive rank')} on each host")
+    return ok("rank order", f"{size} consecutive ranks on each host" if size > 1 else "one rank on each host")
