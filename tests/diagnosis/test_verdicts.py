@@ -16,8 +16,8 @@ from w2vscale.diagnosis.finding import Finding, fail, failed, ok, summary, warn
 
 GB = 1e9
 H100 = gpus.Gpu("NVIDIA H100 80GB HBM3", (9, 0), int(85 * GB), int(84.4 * GB))
-NONE = gpus.Cuda(hardware=0, driver=None, devices=False, build=None, visible=None)
-EIGHT = gpus.Cuda(hardware=8, driver="550.54.15", devices=True, build="12.6", visible=None, gpus=(H100,) * 8)
+NONE = gpus.Cuda(hardware=0, driver=None, devices=False, build=None, named=None)
+EIGHT = gpus.Cuda(hardware=8, driver="550.54.15", devices=True, build="12.6", named=None, gpus=(H100,) * 8)
 UNUSED = replace(EIGHT, gpus=())
 
 
@@ -128,7 +128,7 @@ class TestGpus:
             (replace(UNUSED, driver=None), "fail", "driver is not loaded", "nvidia-smi"),
             (replace(UNUSED, devices=False), "fail", "may not use them", "--gpus all"),
             (replace(UNUSED, hardware=0, devices=False), "fail", "may not use them", "--gpus all"),
-            (replace(UNUSED, visible=""), "warn", "CUDA_VISIBLE_DEVICES= hides", "Unset"),
+            (replace(UNUSED, named=""), "warn", "CUDA_VISIBLE_DEVICES= hides", "Unset"),
             (replace(UNUSED, problem="The NVIDIA driver on your system is too old (found version 11040)."), "fail",
              "too old (found version 11040)", "Update the driver"),
             (replace(EIGHT, gpus=(H100, replace(H100, problem="no kernel image is available for execution"))), "fail",
@@ -163,6 +163,16 @@ class TestGpus:
         assert gpus.compile_finding("a C++ compiler", on_gpu=False).verdict == "ok"
         assert gpus.compile_finding(None, on_gpu=True).verdict == "ok"
         assert gpus.compile_finding("a C compiler", on_gpu=True).verdict == "warn"
+
+    def test_gpus_of_a_container_or_job(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("nvidia3", "nvidia5", "nvidiactl", "nvidia-uvm"):
+            (tmp_path / name).touch()
+        for named, expected in ((None, 2), ("0", 1), ("0,1,2,3", 2), ("GPU-1a2b,GPU-3c4d", 2), ("", 0), ("-1", 0)):
+            if named is None:
+                monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+            else:
+                monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+            assert gpus.visible(tmp_path) == expected, named
 
     def test_the_version_of_the_driver(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         version = tmp_path / "version"
@@ -363,10 +373,12 @@ class TestDisk:
         """Weights and two moments in fp32."""
         from w2vscale.objectives import load
 
-        for preset, size in needs.CHECKPOINTS.items():
+        for preset in ("base", "large"):
             with torch.device("meta"):  # without memory
                 model = load(preset)[1].build_model()
-            assert 12 * sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(size, rel=0.01)
+            assert 12 * sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(
+                needs.CHECKPOINTS[preset], rel=0.01
+            )
 
 
 class TestNetwork:

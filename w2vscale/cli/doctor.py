@@ -12,6 +12,7 @@ from rich.text import Text
 
 from w2vscale.cli.arguments import Processes, launch_if_asked
 from w2vscale.cli.progress import console
+from w2vscale.terminal import visible
 
 if TYPE_CHECKING:
     from w2vscale.diagnosis.finding import Finding
@@ -60,9 +61,9 @@ def _shown(findings: Iterable[Finding]) -> Iterable[Finding]:
         row.add_column(width=4)
         row.add_column(width=NAME_WIDTH, overflow="fold")
         row.add_column(overflow="fold")
-        text = Text(finding.found)
+        text = Text(visible(finding.found))  # may be the words of a library
         if finding.advice:
-            text.append(f"\n→ {finding.advice}", style="bold")
+            text.append(f"\n→ {visible(finding.advice)}", style="bold")
         row.add_row(Text(finding.verdict, style=STYLES[finding.verdict]), finding.name, text)
         console.print(row)
         yield finding

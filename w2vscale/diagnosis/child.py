@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -51,11 +51,13 @@ class Children:
         self._timeout = timeout
         self._pool = ThreadPoolExecutor(at_a_time, thread_name_prefix="doctor")
         self._running: set[subprocess.Popen[bytes]] = set()
+        self._closed = False
 
     def __enter__(self) -> Children:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in list(self._running):
             _stop(process)
@@ -85,7 +87,7 @@ class Children:
                 start_new_session=True,
             )
             self._running.add(process)
-            if not (ended := _wait(process, self._timeout)):
+            if not (ended := _wait(process, self._timeout, unless=lambda: self._closed)):
                 _stop(process)
             self._running.discard(process)
             lines, _, _ = _content(answers).rpartition("\n")  # without one that is incomplete
@@ -93,11 +95,11 @@ class Children:
             return findings, _problem(process.returncode if ended else None, _content(errors), self._timeout)
 
 
-def _wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
-    """Whether the process ends within the time-out."""
+def _wait(process: subprocess.Popen[bytes], timeout: float, unless: Callable[[], bool] = lambda: False) -> bool:
+    """Whether the process ends within the time-out, and before `unless` is true."""
     deadline = time.monotonic() + timeout
     while process.poll() is None:
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or unless():
             return False
         time.sleep(LOOK)
     return True

@@ -14,7 +14,7 @@ from pathlib import Path
 from w2vscale.config import load_config
 from w2vscale.diagnosis import needs
 from w2vscale.diagnosis.finding import Finding, fail, gigabytes, ok, warn
-from w2vscale.diagnosis.gpus import hardware
+from w2vscale.diagnosis.gpus import visible
 
 BLOCK = 16 * 2**20  # bytes that are written and synchronised at a time
 LARGEST = 256 * 2**20  # bytes of the file
@@ -50,7 +50,7 @@ def disk(folder: str) -> Iterator[Finding]:
         yield fail("disk writing", f"{place} cannot be written: {error.strerror}", "Choose another --exp.")
         return
     yield write_finding(speed.write)
-    yield read_finding(speed, gpus=hardware())
+    yield read_finding(speed, gpus=visible())
 
 
 def existing(folder: Path) -> Path:

@@ -35,7 +35,7 @@ class Cuda:
     """What this machine and this PyTorch have.
 
     `hardware`: number of NVIDIA GPUs on the PCI bus; `driver`: its version; `devices`: whether this process may open
-    them; `build`: the version of CUDA that PyTorch is built for; `visible`: CUDA_VISIBLE_DEVICES; `problem`: why
+    them; `build`: the version of CUDA that PyTorch is built for; `named`: CUDA_VISIBLE_DEVICES; `problem`: why
     PyTorch cannot use them.
     """
 
@@ -43,7 +43,7 @@ class Cuda:
     driver: str | None
     devices: bool
     build: str | None
-    visible: str | None
+    named: str | None
     gpus: tuple[Gpu, ...] = ()
     problem: str = ""
 
@@ -72,7 +72,7 @@ def cuda() -> Cuda:
     """Look at the machine and at PyTorch, and compute something on each GPU."""
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
     build = torch.version.cuda or torch.version.hip
     problem, seen = "", list[Gpu]()
     try:
@@ -81,7 +81,8 @@ def cuda() -> Cuda:
         problem = str(error).splitlines()[0]
     else:
         seen = [_gpu(index) for index in range(torch.cuda.device_count())]
-    return Cuda(hardware(), driver_version(), Path("/dev/nvidia0").exists(), build, visible, tuple(seen), problem)
+    devices = any(Path("/dev").glob("nvidia[0-9]*"))
+    return Cuda(hardware(), driver_version(), devices, build, named, tuple(seen), problem)
 
 
 def hardware() -> int:
@@ -92,6 +93,15 @@ def hardware() -> int:
             vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
             count += vendor == NVIDIA and kind[:6] in DISPLAY
     return count
+
+
+def visible(devices: Path = Path("/dev")) -> int:
+    """The number of GPUs that this process may use, as far as can be seen without PyTorch."""
+    found = len(list(devices.glob("nvidia[0-9]*")))  # a container has only its own
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return found
+    return min(found, sum(name.strip() not in ("", "-1") for name in named.split(",")))
 
 
 def driver_version() -> str | None:
@@ -137,10 +147,10 @@ def gpu_finding(cuda: Cuda) -> Finding:
             "none found: training runs on the CPU, which is for small models and tests",
             "Use a machine with NVIDIA GPUs to pretrain; the preset tiny is made for CPUs.",
         )
-    if cuda.visible is not None and cuda.visible.strip() in ("", "-1"):
+    if cuda.named is not None and cuda.named.strip() in ("", "-1"):
         return warn(
             "GPU",
-            f"CUDA_VISIBLE_DEVICES={cuda.visible} hides those of this machine: training runs on the CPU",
+            f"CUDA_VISIBLE_DEVICES={cuda.named} hides those of this machine: training runs on the CPU",
             "Unset CUDA_VISIBLE_DEVICES.",
         )
     return fail("GPU", *_unusable(cuda))

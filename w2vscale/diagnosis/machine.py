@@ -19,7 +19,7 @@ from pathlib import Path
 from w2vscale.diagnosis import needs
 from w2vscale.diagnosis.cgroups import Limits, limits
 from w2vscale.diagnosis.finding import Finding, fail, gigabytes, ok, warn
-from w2vscale.diagnosis.gpus import hardware
+from w2vscale.diagnosis.gpus import visible
 from w2vscale.errors import counted
 
 SHM = Path("/dev/shm")
@@ -42,7 +42,7 @@ class Processors:
 
 def machine(ranks: int, world_size: int) -> Iterator[Finding]:
     """All checks. `ranks`: processes on this machine, or 0 if none was started; `world_size`: on all machines."""
-    group, gpus = limits(), hardware()
+    group, gpus = limits(), visible()
     ranks = ranks or max(gpus, 1)
     processors = processors_of(group)
     yield processors_finding(processors, gpus=gpus)
