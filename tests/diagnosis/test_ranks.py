@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.doctor import BOUND, Outcome, Rank, doctor, examined, parsed
+from tests.helpers.doctor import BOUND, Outcome, Rank, doctor, examined, parsed, stub
 from tests.helpers.hosts import Hosts, missing_for_hosts
 from tests.helpers.processes import ROOT
 from w2vscale.diagnosis.finding import fail, ok, warn
@@ -124,6 +124,16 @@ def test_ranks_that_meet_and_cannot_communicate(tmp_path: Path) -> None:
     assert "nonexistent0" in first["network"].found
     assert "GLOO_SOCKET_IFNAME" in first["network"].advice
     assert second.error.startswith("LostRanks: ")
+
+
+@pytest.mark.long
+def test_ranks_whose_pytorch_does_not_load(tmp_path: Path) -> None:
+    stubs = stub(tmp_path / "stubs", torch="raise OSError('libtorch.so: cannot open shared object file')\n")
+    report = doctor("--exp", tmp_path, "--nproc-per-node", 2, path=[stubs])
+    assert report.rows["ranks"].verdict == report.rows["PyTorch"].verdict == "fail"
+    assert "libtorch.so" in report.rows["ranks"].text and "libtorch.so" in report.rows["PyTorch"].text
+    assert report.rows["disk space"].verdict in ("ok", "warn")
+    assert report.code == 1 and "Traceback" not in report.errors
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,9 +161,20 @@ class TestGpus:
         assert gpus.nccl_finding(None, 1).verdict == "warn"
 
     def test_compilation(self) -> None:
-        assert gpus.compile_finding("a C++ compiler", on_gpu=False).verdict == "ok"
-        assert gpus.compile_finding(None, on_gpu=True).verdict == "ok"
-        assert gpus.compile_finding("a C compiler", on_gpu=True).verdict == "warn"
+        assert gpus.compile_finding(None).verdict == "ok"
+        assert gpus.compile_finding("a C compiler").verdict == "warn"
+
+    def test_a_gpu_that_does_not_compute_is_a_finding(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PyTorch says that there are two; without a GPU, computing on them fails."""
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU that computes")
+        properties = SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=int(80 * GB))
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        finding = gpus.gpu_finding(gpus.cuda())
+        assert finding.verdict == "fail"
+        assert "GPU 0 (NVIDIA H100): " in finding.found and "GPU 1 (NVIDIA H100): " in finding.found
 
     def test_gpus_of_a_container_or_job(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("nvidia3", "nvidia5", "nvidiactl", "nvidia-uvm"):

@@ -28,18 +28,19 @@ def doctor(
         typer.Option(
             metavar="DIR",
             help="The run folder: its disk is measured, and all hosts must see it.",
-            show_default="measure the current folder",
+            show_default="the current folder",
         ),
     ] = None,
     nproc_per_node: Processes = 1,
     timeout: Annotated[
         float,
-        typer.Option(min=1.0, metavar="SECONDS", help="Time for each check, and for ranks to wait for each other."),
+        typer.Option(min=1.0, metavar="SECONDS", help="Give up a check, or waiting for other ranks, after this time."),
     ] = 120.0,
 ) -> None:
-    """Check software, machine, disk and network: ok, warn or fail, each with what to do. Exit code 1 if a check fails.
+    """Check the software, the machine, the disk and the network, and say what to do about problems.
 
-    Start it as you start training (torchrun, srun or --nproc-per-node) to check the network between ranks, too.
+    The exit code is 1 if a check fails. To check the network between ranks, too, start it as you start training
+    (torchrun, srun or --nproc-per-node).
     """
     launch_if_asked(context, nproc_per_node)
     from w2vscale.diagnosis.doctor import examine

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from w2vscale.diagnosis.child import Check, Children
 from w2vscale.diagnosis.finding import Finding, fail, ok
 from w2vscale.diagnosis.software import PACKAGES
-from w2vscale.distributed.launch import LostRanks, launched, local_processes, number_in, slurm_tasks
+from w2vscale.distributed.launch import LostRanks, launched, local_processes, number_in, ranked, slurm_tasks
 from w2vscale.errors import UserError
 from w2vscale.runtime import DEBUG
 
@@ -97,12 +97,21 @@ def examine_ranks(exp: Path | None, local: Callable[[], Iterator[Finding]], *, t
     if DEBUG not in os.environ:
         # Hides stack traces of connections that fail, which the report names.
         os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
-    from w2vscale.diagnosis.meeting import Meeting, arrival_finding, order_finding, versions_finding
-
+    try:
+        from w2vscale.diagnosis import links  # noqa: F401
+        from w2vscale.diagnosis.meeting import Meeting, arrival_finding, order_finding, versions_finding
+    except Exception as error:  # whatever a broken library raises
+        text = f"{type(error).__name__}: {error}"
+        if _is_main():
+            yield fail("ranks", f"cannot meet, because a library does not load: {text}", "See the checks of software.")
+            yield from local()
+        else:
+            print(f"error: a rank on {socket.gethostname()} cannot take part: {text}", file=sys.stderr)
+        return
     try:
         meeting = Meeting(timeout)
     except UserError as error:
-        if number_in(os.environ, "RANK", number_in(os.environ, "SLURM_PROCID", 0)) > 0:
+        if not _is_main():
             raise
         yield fail("ranks", str(error), "Correct it, and start all ranks again.")
         yield from local()
@@ -126,6 +135,11 @@ def examine_ranks(exp: Path | None, local: Callable[[], Iterator[Finding]], *, t
     yield from _of_other_hosts(meeting, arrived, own)
     meeting.set("measure", "now")
     yield from _measured(_hosts(meeting), exp, timeout)
+
+
+def _is_main() -> bool:
+    """Whether this is rank 0."""
+    return number_in(os.environ, "RANK" if ranked(os.environ) else "SLURM_PROCID", 0) == 0
 
 
 def _follow(meeting: Meeting, local: Callable[[], Iterator[Finding]], exp: Path | None, timeout: float) -> None:
@@ -172,7 +186,7 @@ def _measured(hosts: dict[str, list[int]], exp: Path | None, timeout: float) -> 
         with process_group(timeout=timedelta(seconds=timeout)) as (ranks, device):
             yield from measure(ranks, device, hosts, exp)
     except LostRanks as error:
-        if number_in(os.environ, "RANK", number_in(os.environ, "SLURM_PROCID", 0)) > 0:
+        if not _is_main():
             raise
         reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])  # without the source file of gloo
         yield fail(

@@ -53,19 +53,19 @@ def gpus() -> Iterator[Finding]:
     import torch
     import torch.distributed as dist
 
-    from w2vscale.engine.transforms import missing_for_compilation
-
     found = cuda()
     yield gpu_finding(found)
-    device = torch.device("cuda" if found.gpus else "cpu")
-    if found.gpus:
-        yield from memory_findings(found.gpus)
-        yield bf16_finding(found.gpus)
-        version = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None
-        yield nccl_finding(version, len(found.gpus))
-    else:
+    if not found.gpus:
         yield ok("NCCL", "not needed without a GPU: processes communicate through gloo")
-    yield compile_finding(missing_for_compilation(device), on_gpu=bool(found.gpus))
+        yield ok("torch.compile", "not used on a CPU (engine.compile=auto)")
+        return
+    yield from memory_findings(found.gpus)
+    yield bf16_finding(found.gpus)
+    version = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None
+    yield nccl_finding(version, len(found.gpus))
+    from w2vscale.engine.transforms import missing_for_compilation  # last: it imports much more
+
+    yield compile_finding(missing_for_compilation(torch.device("cuda")))
 
 
 def cuda() -> Cuda:
@@ -220,10 +220,8 @@ def nccl_finding(version: str | None, gpus: int) -> Finding:
     return warn("NCCL", "not in this PyTorch; it is needed to train on several GPUs", advice)
 
 
-def compile_finding(missing: str | None, *, on_gpu: bool) -> Finding:
-    """Whether torch.compile has what it needs."""
-    if not on_gpu:
-        return ok("torch.compile", "not used on a CPU (engine.compile=auto)")
+def compile_finding(missing: str | None) -> Finding:
+    """Whether torch.compile has what it needs on a GPU."""
     if missing is None:
         return ok("torch.compile", "Triton, a C compiler and Python.h are there")
     return warn("torch.compile", f"needs {missing}", "Install it; without it nothing is compiled, and runs are slower.")
