@@ -98,6 +98,16 @@ def test_missing_ranks_are_named(tmp_path: Path) -> None:
     assert (third.findings, third.error) == ([], "")
 
 
+@pytest.mark.long
+def test_a_host_that_does_not_answer(tmp_path: Path) -> None:
+    """Its checks take longer than all ranks wait; all end all the same."""
+    ranks = [Rank(0, 2), Rank(1, 2, host="node2", local_seconds=8.0, local=(ok("memory", "much"),))]
+    first, second = examined(tmp_path, ranks, timeout=2)
+    assert names(first) == ["ranks", "same software", "rank order", "other hosts"]
+    assert first["other hosts"].verdict == "fail" and "rank 1 on node2 has not" in first["other hosts"].found
+    assert second.findings == []
+
+
 def test_a_missing_rank_0_is_named(tmp_path: Path) -> None:
     (second,) = examined(tmp_path, [Rank(1, 2)], timeout=1)
     assert second.error.startswith("TemporaryError: rank 1 on node1 does not reach rank 0 at 127.0.0.1:")

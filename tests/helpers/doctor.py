@@ -143,6 +143,7 @@ class Rank:
     local_rank: int = 0
     exp: Path | None = None
     local: tuple[Finding, ...] = ()
+    local_seconds: float = 0.5
     versions: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -173,24 +174,24 @@ def _examine(rank: Rank, port: int, timeout: float, file: str) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     os.environ.update({**launcher, **rank.environment})
-    from w2vscale.diagnosis import meeting
-    from w2vscale.diagnosis.doctor import examine_ranks
+    from w2vscale.diagnosis import doctor, meeting
     from w2vscale.training import shared_folder
 
     for name in [name for name, value in rank.environment.items() if value == ""]:
         del os.environ[name]
     socket.gethostname = lambda: rank.host
     shared_folder.VISIBLE = 1.0  # second, in which a local disk shows a file
+    doctor.LOCAL_CHECKS = 2.0  # time-outs
     facts = meeting.versions() | dict(rank.versions)
     meeting.versions = lambda: facts
 
     def local() -> Iterator[Finding]:
-        time.sleep(0.5)  # in reality it takes longer
+        time.sleep(rank.local_seconds)
         yield from rank.local
 
     findings, error = [], ""
     try:
-        findings = list(examine_ranks(rank.exp, local, timeout=timeout))
+        findings = list(doctor.examine_ranks(rank.exp, local, timeout=timeout))
     except UserError as refused:
         error = f"{type(refused).__name__}: {refused}"
     Path(file).write_bytes(pickle.dumps(Outcome(findings, error)))

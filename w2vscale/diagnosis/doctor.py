@@ -18,7 +18,7 @@ from w2vscale.diagnosis.child import Check, Children
 from w2vscale.diagnosis.finding import Finding, fail, ok
 from w2vscale.diagnosis.software import PACKAGES
 from w2vscale.distributed.launch import LostRanks, launched, local_processes, number_in, ranked, slurm_tasks
-from w2vscale.errors import UserError
+from w2vscale.errors import TemporaryError, UserError
 from w2vscale.runtime import DEBUG
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def local_findings(folder: Path, *, ranks: int, world_size: int, timeout: float)
         for check in (
             Check("machine", "machine:machine", "Report this as a bug of w2vscale.",
                   arguments={"ranks": ranks, "world_size": world_size}),
-            Check("disk", "disk:disk", f"See whether {folder} can be read and written, for example with ls and touch.",
+            Check("disk", "disk:disk", f"See whether ls and touch work in {folder.absolute()}.",
                   arguments={"folder": str(folder.absolute())}),
         ):  # fmt: skip
             yield from children.start(check).result()[0]
@@ -132,8 +132,13 @@ def examine_ranks(exp: Path | None, local: Callable[[], Iterator[Finding]], *, t
     for finding in local():
         own.append(finding)
         yield finding
-    yield from _of_other_hosts(meeting, arrived, own)
-    meeting.set("measure", "now")
+    try:
+        yield from _of_other_hosts(meeting, arrived, own)
+    except TemporaryError as error:
+        yield fail("other hosts", str(error), "See whether a rank has ended, and what it has printed.")
+        meeting.set("measure", "false")
+        return
+    meeting.set("measure", "true")
     yield from _measured(_hosts(meeting), exp, timeout)
 
 
@@ -148,12 +153,13 @@ def _follow(meeting: Meeting, local: Callable[[], Iterator[Finding]], exp: Path 
         return  # rank 0 reports who is missing
     if meeting.local_rank == 0:
         meeting.set(f"local/{meeting.rank}", json.dumps([asdict(finding) for finding in local()]))
-    meeting.get("measure", patience=LOCAL_CHECKS)
-    for _ in _measured(_hosts(meeting), exp, timeout):
-        pass
+    if json.loads(meeting.get("measure", patience=2 * LOCAL_CHECKS)):
+        for _ in _measured(_hosts(meeting), exp, timeout):
+            pass
 
 
 def _hosts(meeting: Meeting) -> dict[str, list[int]]:
+    """The ranks of each host, in the same order on all ranks."""
     hosts: dict[str, list[int]] = {}
     for rank, host in json.loads(meeting.get("hosts")).items():
         hosts.setdefault(host, []).append(int(rank))
@@ -161,11 +167,18 @@ def _hosts(meeting: Meeting) -> dict[str, list[int]]:
 
 
 def _of_other_hosts(meeting: Meeting, arrived: dict[int, Rank], own: Sequence[Finding]) -> Iterator[Finding]:
-    """What is wrong with other machines and not, in the same way, with this one."""
+    """What is wrong with other machines and not, in the same way, with this one.
+
+    Raises TemporaryError if one of them does not answer.
+    """
     hosts: dict[Finding, list[str]] = {}
     others = {rank: facts.host for rank, facts in arrived.items() if rank > 0 and facts.local_rank == 0}
     for rank, host in others.items():
-        for each in json.loads(meeting.get(f"local/{rank}", patience=LOCAL_CHECKS)):
+        try:
+            text = meeting.get(f"local/{rank}", patience=LOCAL_CHECKS)
+        except TemporaryError:
+            raise TemporaryError(f"rank {rank} on {host} has not reported what it has found") from None
+        for each in json.loads(text):
             if (finding := Finding(**each)).verdict != "ok" and finding not in own:
                 hosts.setdefault(finding, []).append(host)
     for finding, where in hosts.items():
@@ -185,7 +198,7 @@ def _measured(hosts: dict[str, list[int]], exp: Path | None, timeout: float) -> 
     try:
         with process_group(timeout=timedelta(seconds=timeout)) as (ranks, device):
             yield from measure(ranks, device, hosts, exp)
-    except LostRanks as error:
+    except (LostRanks, RuntimeError) as error:  # RuntimeError: such as a lack of GPU memory
         if not _is_main():
             raise
         reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])  # without the source file of gloo

@@ -88,7 +88,7 @@ class Meeting:
             self._store.wait([key], timedelta(seconds=patience * self._timeout))
             return self._store.get(key).decode()
         except RuntimeError as error:
-            raise TemporaryError(f"rank {self.rank} waits for other ranks in vain, or rank 0 has ended") from error
+            raise TemporaryError(f"rank {self.rank} waits in vain for {key} of another rank") from error
 
     def arrived(self) -> dict[int, Rank]:
         """The ranks that are here, once all are or the time-out has passed."""
