@@ -24,12 +24,14 @@ import typer
 
 from tools.bench.script import console, run_script
 from tools.scaling import report
-from tools.scaling.links import ALGORITHMS, CLUSTERS, EFFICIENCY, GIGABIT, Cluster
-from tools.scaling.prediction import MEASURED, Rates, Setting, added, dealt, enough, measured_rates
+from tools.scaling.growth import MEASURED, added, dealt, enough, preset_model
 from tools.scaling.published import comparisons
-from tools.scaling.traffic import ENGINES
 from tools.scaling.validation import RECORD, Trial, compared, measure, read_record, write_record
-from tools.scaling.work import Model, model_of
+from w2vscale.planning.links import ALGORITHMS, CLUSTERS, EFFICIENCY, GIGABIT, Cluster
+from w2vscale.planning.prediction import Setting
+from w2vscale.planning.rates import Rates, measured_rates
+from w2vscale.planning.traffic import ENGINES
+from w2vscale.planning.work import Model
 
 PRESETS = ("base", "large", "xlsr_300m", "xlsr_1b", "xlsr_2b")
 GPUS = tuple(2**power for power in range(11))
@@ -84,19 +86,19 @@ def main(
     _chosen([cluster], tuple(CLUSTERS), "--cluster")
     _chosen([algorithm], ALGORITHMS, "--algorithm")
     by_preset = measured_rates(rates)
-    models = [model_of(name, settings or []) for name in preset or PRESETS]
+    models = [preset_model(name, settings or []) for name in preset or PRESETS]
     here = changed(CLUSTERS[cluster], gpus_per_node=gpus_per_node, inside=inside, across=across)
     chosen = {
-        name: {model.preset: _setting(model, one, algorithm, by_preset, mfu) for model in models}
+        name: {model.name: _setting(model, one, algorithm, by_preset, mfu) for model in models}
         for name, one in (CLUSTERS | {cluster: here}).items()
     }
     console.print(f"{here.description}; collectives: {algorithm}")
-    predictions = {model.preset: predict_all(model, engines, chosen[cluster][model.preset]) for model in models}
+    predictions = {model.name: predict_all(model, engines, chosen[cluster][model.name]) for model in models}
     if plot is not None:
         drawn = dict.fromkeys((cluster, "h100_one_nic", "cloud"))
         report.draw(plot, models, GPUS, {name: chosen[name] for name in drawn})
     for model in models:
-        if model.preset == "base":
+        if model.name == "base":
             report.print_published(comparisons(model, chosen[cluster]["base"].rates))
     validation = validated(updates if validate else None, record)
     print(json.dumps(validation | {"cluster": here.description, "algorithm": algorithm, "predictions": predictions}))

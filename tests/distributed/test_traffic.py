@@ -1,4 +1,4 @@
-"""What tools/scaling says an engine sends is what it sends."""
+"""What w2vscale.planning says an engine sends is what it sends."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from tests.helpers.collectives import Sent, sent_in_an_update
 from tests.helpers.pool import Pool
 from tests.helpers.tiers import long
-from tools.scaling.traffic import ENGINES, NCCL, Pace, Task, sharding_of, update_of
-from tools.scaling.work import model_of
+from tools.scaling.growth import preset_model
 from w2vscale.config import load_config
+from w2vscale.planning.traffic import ENGINES, NCCL, Pace, Task, sharding_of, update_of
 
 pytestmark = pytest.mark.distributed
 
@@ -36,8 +36,8 @@ NORM = 16
 
 
 def expected(engine: str, ranks: int, settings: Sequence[str], zero: str, *, per_node: int) -> list[Sent]:
-    """What the model of tools/scaling says."""
-    model = model_of("tiny", settings)
+    """What w2vscale.planning says."""
+    model = preset_model("tiny", settings)
     sharding = sharding_of(engine, model, ranks, per_node=per_node, zero_config=zero)
     tasks = update_of(model, sharding, forwards=FORWARDS, pace=Pace(1.0, 2.0, 0.1), backend=NCCL)
     return [Sent(task.kind, int(task.size)) for task in tasks if task.kind is not None and task.size > NORM]
@@ -116,7 +116,7 @@ def test_bytes_of_zero(
 
 
 def test_tasks_wait_for_earlier_ones_only() -> None:
-    model = model_of("tiny", QUICK)
+    model = preset_model("tiny", QUICK)
     for engine in ENGINES:
         tasks: list[Task] = update_of(
             model, sharding_of(engine, model, 8, per_node=4), forwards=3, pace=Pace(1.0, 2.0, 0.1), backend=NCCL

@@ -31,11 +31,11 @@ from tools.bench import (
 from tools.bench.contenders import Work, torchaudio_step, work_settings
 from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
-from tools.bench.live_memory import LiveMemory
 from tools.bench.script import run_script
 from tools.bench.sent_bytes import Collective, sent_by_kind
 from w2vscale.config import dump_config, load_config
 from w2vscale.errors import UserError
+from w2vscale.planning.live_memory import LiveMemory
 
 
 @pytest.mark.parametrize(

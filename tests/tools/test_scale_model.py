@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 
 from tests.helpers.hosts import missing_for_hosts
 from tools import scale_model
-from tools.scaling.links import CLUSTERS, Cluster, Group, Kind, Link, collective_seconds, replica_group, shard_group
-from tools.scaling.prediction import MEASURED, Setting, dealt, efficiency, measured_rates, predict, state_bytes
-from tools.scaling.traffic import NCCL, Pace, Task, buckets_of, ends, sharding_of, update_of
+from tools.scaling.growth import MEASURED, dealt, efficiency, predict, preset_model
 from tools.scaling.validation import Trial, compared, measure, read_record
-from tools.scaling.work import Model, model_of
 from w2vscale.errors import UserError
+from w2vscale.planning.links import CLUSTERS, Cluster, Group, Kind, Link, collective_seconds, replica_group, shard_group
+from w2vscale.planning.prediction import Setting
+from w2vscale.planning.rates import measured_rates
+from w2vscale.planning.traffic import NCCL, Pace, Task, buckets_of, ends, sharding_of, update_of
+from w2vscale.planning.work import Model
 
 SLOW = Cluster("", 4, inside=Link(100.0, 1.0), across=Link(10.0, 3.0), flops=8e14, memory=80e9)
 
@@ -25,7 +27,7 @@ SLOW = Cluster("", 4, inside=Link(100.0, 1.0), across=Link(10.0, 3.0), flops=8e1
 @pytest.fixture(scope="module")
 def base() -> Model:
     """The preset `base`."""
-    return model_of("base")
+    return preset_model("base")
 
 
 @pytest.mark.parametrize(
@@ -116,19 +118,6 @@ def test_a_batch_dealt_to_more_gpus(base: Model) -> None:
     slow = predict(base, "ddp", 64, 1, Setting(CLUSTERS["cloud"], "fastest", setting.rates))
     # At least the time in which a node receives the other nodes' sums of all gradients.
     assert slow.seconds > 2 * 7 / 8 * 4 * base.parameters / CLUSTERS["cloud"].across.bandwidth
-
-
-def test_state_fits_as_the_table_of_engines_says(base: Model) -> None:
-    """docs/engines.md, bf16 on 8 ranks."""
-
-    def per_parameter(engine: str) -> float:
-        return state_bytes(sharding_of(engine, base, 8, per_node=8), base) / base.parameters
-
-    assert per_parameter("ddp") == 16 + 2
-    assert per_parameter("zero1") == 9.5
-    assert per_parameter("zero2") == 4
-    assert per_parameter("zero3") == 2.25 + 2  # all of `base` stays gathered
-    assert 2 < per_parameter("fsdp") < 4
 
 
 def test_the_recorded_updates_are_predicted_within_a_fifth() -> None:

@@ -27,28 +27,12 @@ from w2vscale.interop.huggingface import huggingface_config, to_huggingface
 from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
 from w2vscale.objectives import build_objective
 from w2vscale.objectives.contrastive import Contrastive
+from w2vscale.planning.operations import MISCOUNTED
 from w2vscale.training.run import empty_model, initial_state
 
 LR = 1e-5
 MATRIX_SECONDS = 5.0
 
-
-def _baddbmm_flops(_: Any, a_shape: Sequence[int], b_shape: Sequence[int], **__: Any) -> int:
-    return 2 * math.prod(a_shape) * b_shape[2]
-
-
-def _convolution_backward_flops(
-    gradient_shape: Sequence[int], _: Any, weight_shape: Sequence[int], *others: Any, **__: Any
-) -> int:
-    wanted = others[-1]
-    return 2 * math.prod(gradient_shape) * math.prod(weight_shape[1:]) * sum(wanted[:2])
-
-
-MISCOUNTED = {
-    torch.ops.aten.baddbmm_: _baddbmm_flops,
-    torch.ops.aten.convolution_backward: _convolution_backward_flops,
-}
-"""What PyTorch's counter leaves out, and what it counts as if a convolution had one group."""
 
 Step = Callable[[MicroBatch], float]
 """Trains on one micro-batch; its loss per masked frame."""

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from tests.helpers.continued import flat_negatives
 from tools.bench.contenders import Work, transformers_model, work_settings
-from tools.bench.live_memory import LiveMemory
 from tools.bench.running import filled_model
 from tools.bench.script import run_script
 from w2vscale.config import Config
@@ -29,6 +28,7 @@ from w2vscale.kernels.packing import Packing
 from w2vscale.models.wav2vec2 import EncoderOutput
 from w2vscale.objectives import StepContext, build_objective
 from w2vscale.objectives.contrastive import ContrastiveInputs
+from w2vscale.planning.live_memory import LiveMemory
 
 
 def main(

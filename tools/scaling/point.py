@@ -24,10 +24,10 @@ import typer
 from tools.bench.contenders import LR, Work
 from tools.bench.running import Setup, build
 from tools.bench.script import run_script
-from tools.scaling.traffic import ENGINES
 from w2vscale.config import load_config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group
+from w2vscale.planning.traffic import ENGINES
 
 PORT = 29400
 WARM_UP = 2

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from tools.scaling.links import CLUSTERS
-from tools.scaling.prediction import Rates, Setting, predict
-from tools.scaling.work import Model
+from tools.scaling.growth import predict
+from w2vscale.planning.links import CLUSTERS
+from w2vscale.planning.prediction import Setting
+from w2vscale.planning.rates import Rates
+from w2vscale.planning.work import Model
 
 ONE_A100, EIGHT_A100 = 1546.0, 1346.0
 """Seconds of audio per second and GPU that NVIDIA reports for one A100, and for each of eight (DeepLearningExamples,

@@ -9,11 +9,12 @@ from typing import Any
 from rich.table import Table
 
 from tools.bench.script import console
-from tools.scaling.prediction import Prediction, Setting, added, dealt, efficiency
+from tools.scaling.growth import added, dealt, efficiency
 from tools.scaling.published import Comparison
-from tools.scaling.traffic import ENGINES
-from tools.scaling.work import Model
 from w2vscale.analysis.figures import add_grid, new_figure, save_figure
+from w2vscale.planning.prediction import Prediction, Setting
+from w2vscale.planning.traffic import ENGINES
+from w2vscale.planning.work import Model
 
 PLOTTED = ("ddp", "fsdp", "hsdp")
 """Engines in the plot of efficiencies."""
@@ -30,7 +31,7 @@ def print_dealt(model: Model, rows: Mapping[str, Sequence[Prediction]], setting:
     """Days of training with the preset's batch, by engine and number of GPUs."""
     batch, updates = model.config.batch, model.config.trainer.updates
     table = _table(
-        f"{model.preset}, {model.parameters / 1e6:,.0f} M parameters: days for {updates:,} updates of "
+        f"{model.name}, {model.parameters / 1e6:,.0f} M parameters: days for {updates:,} updates of "
         f"{batch.micro_batches} micro-batches, and efficiency"
     )
     for prediction in next(iter(rows.values())):
@@ -49,7 +50,7 @@ def print_added(model: Model, rows: Mapping[str, Sequence[Prediction]], needed: 
     """Efficiency with the same work on each GPU, and how much work a GPU needs for 90 % on the most GPUs."""
     first = next(iter(rows.values()))
     table = _table(
-        f"{model.preset}, {first[0].micro_batches} micro-batches "
+        f"{model.name}, {first[0].micro_batches} micro-batches "
         f"({first[0].micro_batches * model.micro_batch_seconds:.0f} s of audio) per GPU and update: efficiency"
     )
     for prediction in first:
@@ -125,13 +126,13 @@ def draw(
         best = [
             min((one for one in at_once if one.fits), key=lambda one: one.seconds, default=None)
             for at_once in zip(
-                *(dealt(model, engine, gpus, settings[first][model.preset]) for engine in ENGINES), strict=True
+                *(dealt(model, engine, gpus, settings[first][model.name]) for engine in ENGINES), strict=True
             )
         ]
         shown = [one for one in best if one is not None]
         left.plot(
             [one.ranks for one in shown], [one.days for one in shown], marker="o", markersize=4, color=f"C{number}",
-            label=f"{model.preset} ({model.parameters / 1e6:,.0f} M)",
+            label=f"{model.name} ({model.parameters / 1e6:,.0f} M)",
         )  # fmt: skip
         ideal = [shown[0].days * shown[0].ranks / one.ranks for one in shown]
         left.plot([one.ranks for one in shown], ideal, color=f"C{number}", linewidth=0.8, linestyle=":")
@@ -141,7 +142,7 @@ def draw(
     left.legend(fontsize="small")
     largest = max(models, key=lambda model: model.parameters)
     for cluster, style in zip(settings, ("-", "--", ":"), strict=False):
-        setting = settings[cluster][largest.preset]
+        setting = settings[cluster][largest.name]
         for number, engine in enumerate(PLOTTED):
             rows = added(largest, engine, gpus, largest.config.batch.same_bucket, setting)
             right.plot(
@@ -149,7 +150,7 @@ def draw(
                 marker="o", markersize=3, color=f"C{number}", label=f"{engine}, {cluster}",
             )  # fmt: skip
     seconds = largest.config.batch.same_bucket * largest.micro_batch_seconds
-    right.set_title(f"{largest.preset}, {seconds:.0f} s of audio on each GPU", fontsize="medium")
+    right.set_title(f"{largest.name}, {seconds:.0f} s of audio on each GPU", fontsize="medium")
     right.set_ylabel("efficiency, % of one GPU in long forwards")
     right.set_ylim(0, 105)
     right.legend(fontsize="x-small", loc="lower left", handlelength=3.5)

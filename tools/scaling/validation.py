@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.hosts import Hosts, missing_for_hosts
-from tools.scaling.links import Cluster, Link
-from tools.scaling.prediction import network
-from tools.scaling.traffic import GLOO, Pace, ends, sharding_of, update_of
-from tools.scaling.work import Model, model_of
+from tools.scaling.growth import preset_model
 from w2vscale.errors import UserError
+from w2vscale.planning.links import Cluster, Link
+from w2vscale.planning.prediction import network
+from w2vscale.planning.traffic import GLOO, Pace, ends, sharding_of, update_of
+from w2vscale.planning.work import Model
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "docs" / "lab" / "2026-11-29-slow-links.json"
@@ -149,7 +150,7 @@ def predicted(point: Point, trial: Trial, model: Model) -> tuple[float, float]:
 
 def compared(points: Sequence[Point], trial: Trial) -> Iterator[dict[str, Any]]:
     """Measured and predicted, of all points."""
-    model = model_of("tiny", trial.settings)
+    model = preset_model("tiny", trial.settings)
     for point in points:
         seconds, sent = predicted(point, trial, model)
         yield asdict(point) | {

@@ -130,7 +130,12 @@ def join(parts: Sequence[T]) -> T:
 
 def to_device(inputs: T, device: torch.device) -> T:
     """Copy inputs to `device`; asynchronous from pinned memory."""
-    return _replace(Tensor, lambda tensor: tensor.to(device, non_blocking=True), inputs)
+    return with_tensors(inputs, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def with_tensors(inputs: T, change: Callable[[Tensor], Tensor]) -> T:
+    """Return inputs with each tensor replaced by what `change` makes of it."""
+    return _replace(Tensor, change, inputs)
 
 
 def tensors_of(inputs: object, name: str = "") -> Iterator[tuple[str, Tensor]]:

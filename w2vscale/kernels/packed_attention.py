@@ -14,8 +14,11 @@ from w2vscale.kernels.packing import Packing
 
 def packed_attention(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, probability: float) -> Tensor:
     """See `w2vscale.models.wav2vec2.attention`."""
-    if not takes_packed(q_NHE):
-        return NotImplemented
+    return flash_attention(q_NHE, k_NHE, v_NHE, packing, probability) if takes_packed(q_NHE) else NotImplemented
+
+
+def flash_attention(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, probability: float) -> Tensor:
+    """Compute attention by FlashAttention, whatever the device."""
     bounds, steps = packing.bounds, packing.steps
     # The operation that nested tensors call: the public functions for packed sequences have no dropout.
     y_NHE: Tensor = torch.ops.aten._flash_attention_forward(
@@ -26,14 +29,13 @@ def packed_attention(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packi
 
 def takes_packed(q_NHE: Tensor) -> bool:
     """Whether FlashAttention can compute these inputs: bf16 on a GPU of compute capability 8 or higher."""
+    return q_NHE.device.type == "cuda" and suits_flash_attention(q_NHE) and _has_flash_attention(q_NHE.device.index)
+
+
+def suits_flash_attention(q_NHE: Tensor) -> bool:
+    """Whether FlashAttention takes such a tensor, on a GPU that has it."""
     size = q_NHE.shape[2]
-    return (
-        q_NHE.device.type == "cuda"
-        and q_NHE.dtype == torch.bfloat16
-        and size % 8 == 0
-        and size <= 256
-        and _has_flash_attention(q_NHE.device.index)
-    )
+    return q_NHE.dtype == torch.bfloat16 and size % 8 == 0 and size <= 256
 
 
 @torch.compiler.assume_constant_result

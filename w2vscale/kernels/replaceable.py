@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,7 +23,7 @@ def kernels_of(choice: str) -> dict[tuple[str, str], Kernel]:
     return KERNELS if choice == "fast" else {}
 
 
-_chosen = kernels_of(os.environ.get(VARIABLE, "fast"))
+_chosen: Mapping[tuple[str, str], Kernel] = kernels_of(os.environ.get(VARIABLE, "fast"))
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -51,11 +51,16 @@ def kernel_of(operation: str, device_type: str) -> Kernel | None:
     return _chosen.get((operation, device_type))
 
 
-@contextmanager
-def kernels(choice: str) -> Iterator[None]:
+def kernels(choice: str) -> AbstractContextManager[None]:
     """Use `fast` or `plain` operations inside, whatever the environment says (for tests and benchmarks)."""
+    return using(kernels_of(choice))
+
+
+@contextmanager
+def using(table: Mapping[tuple[str, str], Kernel]) -> Iterator[None]:
+    """Use the kernels of `table` inside."""
     global _chosen
-    before, _chosen = _chosen, kernels_of(choice)
+    before, _chosen = _chosen, table
     try:
         yield
     finally:

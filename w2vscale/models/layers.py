@@ -46,10 +46,7 @@ class Linear(nn.Linear):
 @contextmanager
 def weights_cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Cast the parameters of Linear and LayerNorm once for all forwards inside, which must not change them."""
-    modules = [module for module in model.modules() if isinstance(module, Linear | LayerNorm)]
-    # By identity, because modules may share a parameter.
-    of_modules = dict.fromkeys(parameter for module in modules for parameter in module.parameters(recurse=False))
-    parameters: list[Tensor] = [parameter for parameter in of_modules if parameter.dtype != dtype]
+    parameters = cast_parameters(model, dtype)
     copies = [torch.empty_like(parameter, dtype=dtype, requires_grad=False) for parameter in parameters]
     if parameters:
         with torch.no_grad():
@@ -61,6 +58,14 @@ def weights_cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for parameter in parameters:
             del parameter.cast_copy  # type: ignore[attr-defined]
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:
+    """Return the parameters that `weights_cast_once` copies."""
+    modules = [module for module in model.modules() if isinstance(module, Linear | LayerNorm)]
+    # By identity, because modules may share a parameter.
+    of_modules = dict.fromkeys(parameter for module in modules for parameter in module.parameters(recurse=False))
+    return [parameter for parameter in of_modules if parameter.dtype != dtype]
 
 
 class LayerNorm(nn.LayerNorm):

@@ -233,6 +233,11 @@ class Ctc(Objective):
         reason = f"its transcript has {unknown!r}, not in objective.vocabulary; used {self.transcripts.unknown}"
         return Target(labels, ("unknown symbols", reason))
 
+    def largest_target(self, samples: int) -> list[int]:
+        """Return a label for each frame, the most that CTC can align: equal ones would need a blank in between."""
+        labels = max(len(self.vocabulary) - 1, 1)
+        return [1 + place % labels for place in range(output_frames(samples, self.model))]
+
     def describe_targets(self, cuts: Iterable[Cut]) -> list[str]:
         """Count the labels, those that are unknown, and the utterances without a usable transcript.
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tools.scaling.links import Kind
-from tools.scaling.work import Model, Unit
 from w2vscale.engine.deepspeed.config import deepspeed_config
+from w2vscale.planning.links import Kind
+from w2vscale.planning.work import Model, Unit
 
 FP32, BF16 = 4, 2  # bytes
 
@@ -90,6 +90,7 @@ class Sharding:
     reduced_bytes: int  # of a gradient as it is summed over ranks
     reshards: bool  # engine.reshard_after_forward
     zero: Mapping[str, Any]  # section zero_optimization of the DeepSpeed configuration
+    offloads: bool = False  # to host memory
 
     @property
     def gathers_in(self) -> str:
@@ -109,6 +110,13 @@ ENGINES = {
 """Settings of each engine. fsdp_keep: parameters stay until the backward. hsdp: a copy of the model per node, which
 needs engine.shard_size as well."""
 
+OFFLOADED = {
+    "fsdp_offload": ["engine.name=fsdp", "engine.offload=true"],
+    "zero2_offload": ["engine={name: deepspeed, deepspeed_config: zero2_offload}"],
+    "zero3_offload": ["engine={name: deepspeed, deepspeed_config: zero3_offload}"],
+}
+"""Settings of engines that keep their state, or most of it, in host memory."""
+
 
 def sharding_of(engine: str, model: Model, ranks: int, *, per_node: int, zero_config: str | None = None) -> Sharding:
     """What the settings of an engine mean on this many ranks. `zero_config`: not the one of the engine's name."""
@@ -118,13 +126,14 @@ def sharding_of(engine: str, model: Model, ranks: int, *, per_node: int, zero_co
         settings = config.engine.model_copy(update={"name": "deepspeed", "deepspeed_config": zero_config or engine})
         zero = deepspeed_config(settings, config.optim, config.precision)["zero_optimization"]
     return Sharding(
-        engine,
+        engine.removesuffix("_offload"),
         ranks,
         shard_size=min(per_node, ranks) if engine == "hsdp" else ranks,
         working_bytes=BF16 if config.precision.compute == "bf16" else FP32,
         reduced_bytes=BF16 if config.precision.reduce == "bf16" else FP32,
         reshards=engine != "fsdp_keep",
         zero=zero,
+        offloads=engine.endswith("_offload"),
     )
 
 

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+from w2vscale.planning.operations import Speeds
+
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 Algorithm = Literal["ring", "tree", "hierarchical", "fastest"]
 ALGORITHMS: tuple[Algorithm, ...] = ("ring", "tree", "hierarchical", "fastest")
@@ -35,6 +37,14 @@ class Cluster:
     across: Link
     flops: float  # what one GPU sustains in bf16 matrix products, per second
     memory: float  # of one GPU, bytes
+    bandwidth: float = math.inf  # bytes of its memory that it reads or writes, per second
+    pcie: float = math.inf  # bytes per second between one GPU and host memory
+    host_bandwidth: float = 2e11  # bytes of host memory that all processes of a node read or write, per second
+
+    @property
+    def speeds(self) -> Speeds:
+        """Speeds of one GPU."""
+        return Speeds(self.flops, self.bandwidth)
 
 
 EFFICIENCY = 0.8
@@ -50,6 +60,8 @@ H100 = Cluster(
     Link(8 * 400 * GIGABIT * EFFICIENCY, INFINIBAND),
     flops=8e14,
     memory=80e9,
+    bandwidth=3.0e12,
+    pcie=64e9 * EFFICIENCY,
 )
 
 CLUSTERS = {
@@ -65,7 +77,9 @@ CLUSTERS = {
         Link(300e9 * EFFICIENCY, NVLINK),
         Link(8 * 200 * GIGABIT * EFFICIENCY, INFINIBAND),
         flops=2.5e14,
+        bandwidth=1.6e12,
         memory=80e9,
+        pcie=32e9 * EFFICIENCY,
     ),
     "cloud": replace(
         H100,
@@ -78,11 +92,13 @@ CLUSTERS = {
         Link(150e9 * EFFICIENCY, NVLINK),
         Link(100 * GIGABIT * EFFICIENCY, INFINIBAND),
         flops=1e14,
+        bandwidth=0.7e12,
         memory=32e9,
+        pcie=16e9 * EFFICIENCY,
     ),
 }
-"""Nominal speeds are the vendors'. `flops` are 80 % of the nominal peak of bf16 matrix products (V100: fp16); those of
-an H100 were measured (docs/performance.md)."""
+"""Nominal speeds are the vendors'. `flops` (bf16 matrix products, V100: fp16) and `bandwidth` are 80 % of them; those
+of an H100 were measured (docs/performance.md). The bandwidth of host memory is assumed."""
 
 
 class Group(NamedTuple):
