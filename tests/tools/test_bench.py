@@ -22,14 +22,15 @@ from tools.bench import (
     gradient_reduction,
     loader,
     loss_head,
+    plan_memory,
     sampler,
     step,
     step_profile,
     stream,
     vad,
 )
+from tools.bench.allocations import Allocations, storages
 from tools.bench.contenders import Work, torchaudio_step, work_settings
-from tools.bench.engine_memory import Buffers, predict, storages
 from tools.bench.engine_parity import relative_difference
 from tools.bench.script import run_script
 from tools.bench.sent_bytes import Collective, sent_by_kind
@@ -43,6 +44,7 @@ from w2vscale.planning.live_memory import LiveMemory
     [
         (engine_overhead.main, "--updates"),
         (engine_parity.main, "--updates"),
+        (plan_memory.main, "--engine"),
         (gradient_reduction.main, "--compute"),
         (vad.vad, "--minutes"),
         (convert.main, "--preset"),
@@ -56,37 +58,21 @@ def test_help(main: Callable[..., None], option: str) -> None:
     assert option in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("engine", "world_size", "held", "peak"),
-    [
-        ("ddp", 2, (4, 0, 4, 8), 18),
-        ("fsdp", 2, (2, 0, 2, 4), 8 + 4 * 4 * 0.1 + 2),
-        ("fsdp", 4, (1, 0, 1, 2), 4 + 4 * 4 * 0.1 + 2),
-        ("zero1", 2, (4, 2, 4, 4), 14 + 2),  # the buckets of the step, 1.6, are less than activations
-        ("zero1", 4, (4, 1, 4, 2), 11 + 2),
-        ("zero2", 2, (4, 2, 2, 4), 12 + 3 * 0.8 + 2),
-        ("zero2", 8, (4, 0.5, 0.5, 1), 6 + 3 * 0.8 + 2),
-        ("zero3", 2, (2, 2, 2, 4), 10 + 0.8 + 4 * (0.3 + 2 * 0.05 + 2 * 0.02) + 2),
-    ],
-)
-def test_predicted_bytes_per_parameter(
-    engine: str, world_size: int, held: tuple[float, float, float, float], peak: float
-) -> None:
-    buffers = Buffers(
-        activations=0.5, unit=0.1, bucket=0.2, buckets=2, live=0.3, prefetch=0.05, largest=0.02
-    )  # elements per parameter, four bytes each
-    found = predict(engine, world_size, buffers)
-    assert (found.parameters, found.masters, found.gradients, found.moments) == pytest.approx(held)
-    assert found.peak == pytest.approx(peak)
-
-
-def test_without_activations_the_peak_of_zero2_is_its_steps_second_copy_of_the_gradients() -> None:
-    assert predict("zero2", 2, Buffers(activations=0.0, unit=0.1)).peak == pytest.approx(14)
-
-
 def test_views_of_one_storage_count_once() -> None:
     whole = torch.zeros(10)
     assert sum(storages([whole, whole[2:], None, torch.zeros(3), torch.empty(5, device="meta")]).values()) == 52
+
+
+def test_peaks_of_allocations() -> None:
+    with Allocations(torch.device("cpu")) as allocations:
+        with allocations.phase("one"):
+            kept = torch.zeros(1000, 1000)
+            del (temporary := [torch.zeros(500, 1000)])[0]
+        with allocations.phase("two"):
+            product = kept @ kept
+            del kept
+    assert not temporary and product.shape == (1000, 1000)
+    assert allocations.peaks == {"one": 6_000_000, "two": 8_000_000}
 
 
 def test_bytes_that_a_ring_sends() -> None:

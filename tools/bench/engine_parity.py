@@ -24,19 +24,11 @@ import torch
 import typer
 from rich.table import Table
 
+from tools.bench.plan_memory import ENGINES, measure
 from tools.bench.script import console, run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
-
-ENGINES = {
-    "ddp": "engine.name=ddp",
-    "fsdp": "engine.name=fsdp",
-    "zero1": "engine={name: deepspeed, deepspeed_config: zero1}",
-    "zero2": "engine={name: deepspeed, deepspeed_config: zero2}",
-    "zero3": "engine={name: deepspeed, deepspeed_config: zero3}",
-}
-"""The one setting in which the runs differ."""
 
 PROCESSES = 1 if torch.cuda.device_count() == 1 else 2
 SETTINGS = (
@@ -92,9 +84,9 @@ def main(
             "max_relative_loss_difference": relative_difference(curve.losses, curves["ddp"].losses),
             "max_relative_norm_difference": relative_difference(curve.norms, curves["ddp"].norms),
             "checkpoint_bytes": curve.checkpoint_bytes,
-            "peak_bytes": memory[name]["peak"] * memory[name]["parameters"],
-            "predicted_peak_bytes": memory[name]["predicted"]["peak"] * memory[name]["parameters"],
-            "bytes_per_parameter": memory[name],
+            "peak_bytes": memory[name]["peak"],
+            "predicted_peak_bytes": memory[name]["predicted"],
+            "memory": memory[name],
         }
         for name, curve in curves.items()
     }
@@ -147,7 +139,7 @@ def train(name: str, manifest: Path, updates: int, folder: Path) -> Curve:
 
 def measure_memory(name: str, folder: Path) -> dict[str, Any]:
     """What tools/bench/engine_memory.py finds under engine `name`."""
-    setting, result = ENGINES[name], folder / f"{name}_memory.json"
+    setting = ENGINES[name]
     if name.startswith("zero"):
         tree = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
         zero = tree["zero_optimization"]
@@ -155,16 +147,7 @@ def measure_memory(name: str, folder: Path) -> dict[str, Any]:
         path = folder / f"{name}.json"
         path.write_text(json.dumps(tree))
         setting = f"engine={{name: deepspeed, deepspeed_config: {path}}}"
-    script = Path(__file__).with_name("engine_memory.py")
-    torchrun = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
-    run(
-        [*torchrun, str(script), str(result), setting],
-        folder / f"{name}_memory.log",
-        # What is freed goes back to the system, so that resident memory is what is in use.
-        {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-    )
-    figures: dict[str, Any] = json.loads(result.read_text())
-    return figures
+    return measure(["--preset", "base", "precision.compute=fp32", setting], processes=PROCESSES)
 
 
 def run(command: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
@@ -217,17 +200,17 @@ def print_memory(memory: dict[str, dict[str, Any]]) -> None:
     table = Table(title=title, box=None, header_style="bold", title_justify="left")
     table.add_column("engine")
     kinds = ("parameters", "masters", "gradients", "moments")
-    for heading in (*kinds, "these together", "resident", "after the step", "peak"):
+    for heading in (*kinds, "these together", "resident", "peak"):
         table.add_column(heading, justify="right")
     for name, figures in memory.items():
-        held, predicted = figures["held"], figures["predicted"]
+        held, predicted = figures["held"], figures["predicted_held"]
+        rows = [(held[kind], predicted[kind]) for kind in kinds]
+        rows.append((sum(held[kind] for kind in kinds), sum(predicted.values())))
         table.add_row(
             name,
-            *(f"{held[kind]:.2f} ({predicted[kind]:.0f})" for kind in kinds),
-            f"{sum(held[kind] for kind in kinds):.2f} ({sum(predicted[kind] for kind in kinds):.0f})",
-            f"{figures['resident']:.2f}",
-            f"{figures['resident_after_step']:.2f}",
-            f"{figures['peak']:.2f} ({predicted['peak']:.2f})",
+            *(f"{found / parameters:.2f} ({expected / parameters:.2f})" for found, expected in rows),
+            f"{figures['resident'] / parameters:.2f}",
+            f"{figures['peak'] / parameters:.2f} ({figures['predicted'] / parameters:.2f})",
         )
     console.print(table)
 

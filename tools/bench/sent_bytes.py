@@ -86,7 +86,7 @@ def sent_by_kind(found: Sequence[Collective]) -> dict[str, int]:
 
 def main(result: Path, settings: Annotated[list[str], typer.Argument(metavar="SECTION.KEY=VALUE...")]) -> None:
     """Count the second update; rank 0 writes RESULT."""
-    config = load_config("tiny", settings)
+    config = load_config("tiny", ["data.max_seconds=2.5", "batch.max_seconds=2.5", *settings])
     with process_group(needed=True) as (ranks, device):
         if config.engine.name == "deepspeed":
             import_deepspeed(device)

@@ -7,7 +7,7 @@ tasks in the order of the list; a task begins when its resource is free and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from w2vscale.engine.deepspeed.config import deepspeed_config
@@ -118,23 +118,53 @@ OFFLOADED = {
 """Settings of engines that keep their state, or most of it, in host memory."""
 
 
+DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+}
+"""Of DeepSpeed 0.19.8, for keys that a file leaves out."""
+
+
 def sharding_of(engine: str, model: Model, ranks: int, *, per_node: int, zero_config: str | None = None) -> Sharding:
-    """What the settings of an engine mean on this many ranks. `zero_config`: not the one of the engine's name."""
+    """Return what the settings of an engine mean on this many ranks. `zero_config`: not the one of its name."""
     config = model.config
     zero: Mapping[str, Any] = {}
     if engine.startswith("zero"):
         settings = config.engine.model_copy(update={"name": "deepspeed", "deepspeed_config": zero_config or engine})
-        zero = deepspeed_config(settings, config.optim, config.precision)["zero_optimization"]
+        zero = DEFAULTS | deepspeed_config(settings, config.optim, config.precision)["zero_optimization"]
+    kind = engine.removesuffix("_offload")
     return Sharding(
-        engine.removesuffix("_offload"),
+        kind,
         ranks,
-        shard_size=min(per_node, ranks) if engine == "hsdp" else ranks,
+        shard_size=min(per_node, ranks) if kind == "hsdp" else ranks,
         working_bytes=BF16 if config.precision.compute == "bf16" else FP32,
         reduced_bytes=BF16 if config.precision.reduce == "bf16" else FP32,
-        reshards=engine != "fsdp_keep",
+        reshards=kind != "fsdp_keep",
         zero=zero,
         offloads=engine.endswith("_offload"),
     )
+
+
+def sharding_by(model: Model, ranks: int, *, per_node: int = 8) -> Sharding:
+    """Return what the settings of a run mean on this many ranks."""
+    engine = model.config.engine
+    if engine.name == "ddp":
+        return sharding_of("ddp", model, ranks, per_node=per_node)
+    if engine.name == "fsdp":
+        size = min(per_node, ranks) if engine.shard_size == "node" else engine.shard_size or ranks
+        kind = "fsdp" if size == ranks else "hsdp"
+        return replace(
+            sharding_of(kind if engine.reshard_after_forward else "fsdp_keep", model, ranks, per_node=size),
+            shard_size=size,
+            offloads=engine.offload,
+        )
+    file = engine.deepspeed_config
+    stage = deepspeed_config(engine, model.config.optim, model.config.precision)["zero_optimization"]["stage"]
+    sharding = sharding_of(f"zero{stage}", model, ranks, per_node=per_node, zero_config=file)
+    offloaded = sharding.zero.get("offload_optimizer") or {}
+    return replace(sharding, offloads=offloaded.get("device") == "cpu")
 
 
 def update_of(model: Model, sharding: Sharding, *, forwards: int, pace: Pace, backend: Backend) -> list[Task]:
