@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from w2vscale import runtime
-from w2vscale.cli import analysis, checkpoint, config, convert, data, doctor, evaluate, inference, train
+from w2vscale.cli import analysis, checkpoint, config, convert, data, doctor, evaluate, inference, plan, train
 from w2vscale.cli.arguments import check_dashes
 from w2vscale.distributed.launch import LostRanks, launched
 from w2vscale.errors import UserError
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 app.add_typer(config.app, name="config")
 app.add_typer(data.app, name="data")
+app.command()(plan.plan)
 app.command()(train.train)
 app.command()(train.finetune)
 app.command()(train.replay)

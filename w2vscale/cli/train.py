@@ -160,5 +160,12 @@ def _print_dry_run(found: DryRun) -> None:
         (time, f"{found.seconds:.2f} s"),
         ("peak memory", f"{found.peak_memory_bytes / 2**30:.2f} GiB"),
     ]
-    rows.append(("micro-batches per epoch", f"{found.micro_batches_per_epoch:,}"))
+    if found.predicted_bytes is not None:
+        rows.append(("peak memory of tensors, predicted", f"{found.predicted_bytes / 2**30:.2f} GiB"))
+    seen = found.exposure
+    rows += [
+        ("micro-batches per epoch", f"{found.micro_batches_per_epoch:,}"),
+        ("hours of audio per update", f"{seen.hours_per_update:,.3g}"),
+        ("updates, epochs, hours of audio in all", f"{seen.updates:,}, {seen.epochs:,.1f}, {seen.hours:,.0f}"),
+    ]
     print_table(("", ""), rows, title="dry run: the largest forward and its backward")

@@ -41,6 +41,10 @@ class TrainingData(Protocol):
     micro_batches: int  # per epoch
     series_length: int  # number of consecutive micro-batches from the same duration bucket
 
+    @property
+    def hours(self) -> float:
+        """Hours of audio per epoch."""
+
     def describe(self) -> str:
         """Describe the data, to check that all ranks have the same."""
 

@@ -84,6 +84,13 @@ class PlannedMicroBatches(ABC):
         crops = [cut if isinstance(cut, BadAudio) else Crop(cut, offset, length) for cut, offset, length in spans]
         return self.assemble(planned.number, crops, width=planned.width)
 
+    @property
+    def hours(self) -> float:
+        """Hours of audio in one epoch, unless a mix changes how often utterances are drawn."""
+        durations = self.corpus.durations
+        durations = durations[durations >= self.data.min_seconds]
+        return float(np.minimum(durations, self.data.max_seconds).sum()) / 3600
+
     def describe(self) -> str:
         """Describe the data, to check that all ranks have the same and to log a change when a run resumes."""
         return f"{self.corpus.durations.sum() / 3600:.1f} hours, {self.utterances} utterances"

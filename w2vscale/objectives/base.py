@@ -122,6 +122,7 @@ class Objective(ABC):
     vocabulary: Sequence[str] = ()  # symbols of the output layer, CTC blank first; empty if it does not output text
     spaced: bool = False  # whether its text is these symbols with spaces between them, e.g. phones
     error_metrics: ClassVar[Sequence[str]] = ("loss",)  # metrics that can rank checkpoints: lower is better
+    most_epochs: ClassVar[int] = 10_000  # more than that is a mistake; BASE had 650 of LibriSpeech
     updates_at_chance: ClassVar[int] = 300  # updates in which chance level is normal, also in the shortest runs
     code_entries = 0  # number of entries of each codebook; 0 if the model has no discrete codes
 

@@ -7,21 +7,26 @@ for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.utils._pytree import tree_leaves
 
 from w2vscale.config import Config
 from w2vscale.data.inputs import Inputs, Utterance, with_tensors
 from w2vscale.data.randomness import Stream, generator
 from w2vscale.engine.transforms import transform
+from w2vscale.errors import UserError
 from w2vscale.kernels.packed_attention import flash_attention, suits_flash_attention
 from w2vscale.kernels.packing import Packing
 from w2vscale.kernels.replaceable import using
@@ -54,7 +59,10 @@ class Pass(NamedTuple):
 
 
 def fake_pass(config: Config, *, utterances: int, seconds: float, device: DeviceType, speeds: Speeds) -> Pass:
-    """Run a forward and backward of one micro-batch of noise, with all layers."""
+    """Run a forward and backward of one micro-batch of noise, with all layers.
+
+    Raises UserError if the objective reads values of tensors.
+    """
     objective = build_objective(config)
     inputs = noise(objective, utterances=utterances, seconds=seconds)
     with ExitStack() as stack:
@@ -65,19 +73,29 @@ def fake_pass(config: Config, *, utterances: int, seconds: float, device: Device
         fake_inputs = with_tensors(inputs, mode.from_tensor)
         # As DDP does. Other engines hold the weights in this type in the first place.
         stack.enter_context(weights_cast_once(model, compute_dtype(config.precision)))
-        roofline, memory = stack.enter_context(_Roofline(speeds)), stack.enter_context(LiveMemory())
-        stack.enter_context(ForFakes())
-        events = _Events(model, memory)
+        stack.enter_context(_explained(config))
+        watch = stack.enter_context(_Watch(model, speeds))
         sums = objective.forward(model, fake_inputs, step=StepContext(0, 0, (0,), worst_case=True), training=True)
-        events.end(events.rest)
-        roofline.in_backward = events.in_backward = True
+        watch.end(watch.rest)
+        watch.in_backward = True
         sums.total.backward()
-        events.end(events.unit)
-    return Pass(events.moments, roofline.seconds[False], roofline.seconds[True])
+        watch.end(watch.unit)
+    return Pass(watch.moments, watch.seconds[False], watch.seconds[True])
+
+
+@contextmanager
+def _explained(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        raise UserError(
+            f"objective.name={config.objective.name}: its memory cannot be predicted, because the forward reads values "
+            f"of tensors ({error.func})"
+        ) from error
 
 
 def noise(objective: Objective, *, utterances: int, seconds: float) -> Inputs:
-    """Make a micro-batch of silence with the largest targets. The last of several utterances is a frame shorter.
+    """Make a micro-batch of noise with the largest targets. The last of several utterances is a frame shorter.
 
     So the batch has padding, as nearly all have.
     """
@@ -85,8 +103,9 @@ def noise(objective: Objective, *, utterances: int, seconds: float) -> Inputs:
     lengths = [longest] * utterances
     if utterances > 1:
         lengths[-1] -= hop(objective.model)
+    draws = np.random.default_rng(0)
     made = [
-        Utterance(np.zeros(length, np.float32), objective.largest_target(length), place)
+        Utterance(draws.standard_normal(length, np.float32), objective.largest_target(length), place)
         for place, length in enumerate(lengths)
     ]
     return objective.make_inputs(made, rng=lambda place: generator(0, Stream.MASK, 0, place))
@@ -116,15 +135,13 @@ def _dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     return torch.native_dropout(x, probability, True)[0]
 
 
-class ForFakes(TorchDispatchMode):
-    """Runs what fake tensors refuse: draws from a generator, and the CTC loss, which reads its lengths."""
-
-    def __torch_dispatch__(
-        self, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if function is torch.ops.aten._ctc_loss.Tensor:
-            return _ctc_loss(*args[:2])
-        return function(*args, **{name: None if name == "generator" else one for name, one in (kwargs or {}).items()})
+def run_fake(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operation on fake tensors, which refuse to draw from a generator and to read the lengths of a CTC loss."""
+    if function is torch.ops.aten._ctc_loss.Tensor:
+        return _ctc_loss(*args[:2])
+    if kwargs.get("generator") is not None:
+        kwargs = {**kwargs, "generator": None}
+    return function(*args, **kwargs)
 
 
 def _ctc_loss(log_probabilities_TBV: Tensor, labels_L: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,34 +151,13 @@ def _ctc_loss(log_probabilities_TBV: Tensor, labels_L: Tensor) -> tuple[Tensor, 
     return log_probabilities_TBV.new_empty(batch), log_probabilities_TBV.new_empty(batch, frames, states)
 
 
-class _Roofline(TorchDispatchMode):
-    """Adds up the seconds of all operations, apart for the forward and the backward."""
+class _Watch(LiveMemory):
+    """Notes the most memory up to each event, and adds up the seconds of all operations."""
 
-    def __init__(self, speeds: Speeds) -> None:
+    def __init__(self, model: nn.Module, speeds: Speeds) -> None:
         super().__init__()
         self.speeds = speeds
-        self.in_backward = False
-        self.seconds = {False: 0.0, True: 0.0}
-
-    def __torch_dispatch__(
-        self, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = function(*args, **(kwargs or {}))
-        given, made = (
-            {one.untyped_storage()._cdata: one for one in tree_leaves(each) if isinstance(one, Tensor)}
-            for each in ((args, kwargs), result)
-        )
-        if function._schema.is_mutable or made.keys() - given.keys():  # not a view
-            flops = flops_of(function, args, kwargs or {}, result)
-            self.seconds[self.in_backward] += seconds_of(flops, [*(given | made).values()], self.speeds)
-        return result
-
-
-class _Events:
-    """Notes the most memory up to each event."""
-
-    def __init__(self, model: nn.Module, memory: LiveMemory) -> None:
-        self.memory = memory
+        self.seconds = {False: 0.0, True: 0.0}  # of the forward, of the backward
         self.moments: list[Moment] = []
         self.in_backward = False
         names = unit_names(model)
@@ -175,10 +171,27 @@ class _Events:
                 unit = unit_of(name, names)
                 parameter.register_post_accumulate_grad_hook(lambda owner, unit=unit: self._gradient(owner, unit))
 
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function.namespace == "prim":  # asks for the device of a tensor, which is half of all calls
+            return function(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+    def call(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: Sequence[Tensor]) -> Any:
+        result = run_fake(function, args, kwargs)
+        places = {one.untyped_storage()._cdata for one in given}
+        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        new = [one for one in made if one.untyped_storage()._cdata not in places]
+        if new or function._schema.is_mutable:  # not a view
+            flops = flops_of(function, args, kwargs, result)
+            self.seconds[self.in_backward] += seconds_of(flops, [*given, *new], self.speeds)
+        return result
+
     def end(self, unit: int, gradient: int = 0) -> None:
         """End a moment of `unit`."""
-        self.moments.append(Moment(unit, self.in_backward, gradient, float(self.memory.peak)))
-        self.memory.peak = self.memory.live
+        self.moments.append(Moment(unit, self.in_backward, gradient, float(self.peak)))
+        self.peak = self.live
 
     def _enter(self, unit: int) -> None:
         self.end(self.unit)

@@ -22,15 +22,20 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        for given in tree_leaves((args, kwargs)):
-            if isinstance(given, Tensor) and given.untyped_storage()._cdata not in self.known:
-                self._watch(given, counts=False)
-        result = function(*args, **(kwargs or {}))
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        for tensor in given:
+            if tensor.untyped_storage()._cdata not in self.known:
+                self._watch(tensor, counts=False)
+        result = self.call(function, args, kwargs or {}, given)
         for made in tree_leaves(result):
             if isinstance(made, Tensor) and made.untyped_storage()._cdata not in self.known:
                 self._watch(made, counts=True)
         self.peak = max(self.peak, self.live)
         return result
+
+    def call(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: Sequence[Tensor]) -> Any:
+        """Run an operation, with the tensors `given` among its arguments."""
+        return function(*args, **kwargs)
 
     def _watch(self, tensor: Tensor, *, counts: bool) -> None:
         storage = tensor.untyped_storage()

@@ -37,7 +37,7 @@ class Rates(NamedTuple):
     host: tuple[float, float]
 
 
-def roofline_rates(model: Model, cluster: Cluster, *, utterances: float) -> Rates:
+def roofline_rates(model: Model, cluster: Cluster, utterances: float) -> Rates:
     """Return the rates of forwards of this many utterances, with what is recomputed in them."""
     line = model.timeline
     seconds = (line.forward_seconds(utterances) + line.backward_seconds(utterances)) / ATTAINED

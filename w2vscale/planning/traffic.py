@@ -102,18 +102,17 @@ ENGINES = {
     "ddp": ["engine.name=ddp"],
     "fsdp": ["engine.name=fsdp"],
     "fsdp_keep": ["engine.name=fsdp", "engine.reshard_after_forward=false"],
-    "hsdp": ["engine.name=fsdp"],
-    "zero1": ["engine={name: deepspeed, deepspeed_config: zero1}"],
-    "zero2": ["engine={name: deepspeed, deepspeed_config: zero2}"],
-    "zero3": ["engine={name: deepspeed, deepspeed_config: zero3}"],
+    "hsdp": ["engine.name=fsdp", "engine.shard_size=node"],
+    "zero1": ["engine.name=deepspeed", "engine.deepspeed_config=zero1"],
+    "zero2": ["engine.name=deepspeed", "engine.deepspeed_config=zero2"],
+    "zero3": ["engine.name=deepspeed", "engine.deepspeed_config=zero3"],
 }
-"""Settings of each engine. fsdp_keep: parameters stay until the backward. hsdp: a copy of the model per node, which
-needs engine.shard_size as well."""
+"""Settings of each engine. fsdp_keep: parameters stay until the backward. hsdp: a copy of the model per node."""
 
 OFFLOADED = {
     "fsdp_offload": ["engine.name=fsdp", "engine.offload=true"],
-    "zero2_offload": ["engine={name: deepspeed, deepspeed_config: zero2_offload}"],
-    "zero3_offload": ["engine={name: deepspeed, deepspeed_config: zero3_offload}"],
+    "zero2_offload": ["engine.name=deepspeed", "engine.deepspeed_config=zero2_offload"],
+    "zero3_offload": ["engine.name=deepspeed", "engine.deepspeed_config=zero3_offload"],
 }
 """Settings of engines that keep their state, or most of it, in host memory."""
 

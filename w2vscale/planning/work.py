@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from w2vscale.config import Config
+from w2vscale.config import BatchConfig, Config
 from w2vscale.data.inputs import with_tensors
 from w2vscale.kernels.packing import Packing
 from w2vscale.kernels.replaceable import using
@@ -19,7 +22,7 @@ from w2vscale.kernels.table import Kernel
 from w2vscale.models.initialisation import empty_parameters
 from w2vscale.models.layers import cast_parameters, compute_dtype
 from w2vscale.objectives import StepContext, build_objective
-from w2vscale.planning.fake_pass import DeviceType, ForFakes, noise
+from w2vscale.planning.fake_pass import DeviceType, noise, run_fake
 from w2vscale.planning.links import H100
 from w2vscale.planning.operations import MISCOUNTED, Speeds
 from w2vscale.planning.timeline import Timeline, timeline, with_layers
@@ -92,6 +95,13 @@ class Model:
         seconds = self.config.data.max_seconds
         return timeline(self.config, seconds=seconds, device=self.device, speeds=self.speeds)
 
+    def with_batch(self, batch: BatchConfig) -> Model:
+        """Return the model with other micro-batches, which have utterances of the same length."""
+        other = replace(self, config=self.config.model_copy(update={"batch": batch}))
+        if (known := self.__dict__.get("timeline")) is not None:  # where `cached_property` keeps it
+            other.__dict__["timeline"] = known
+        return other
+
     @property
     def utterances(self) -> float:
         """Utterances of `data.max_seconds` that a micro-batch has room for."""
@@ -147,12 +157,21 @@ def counted_flops(config: Config) -> list[float]:
         mode = stack.enter_context(FakeTensorMode())
         model, fake_inputs = objective.build_model().train(), with_tensors(inputs, mode.from_tensor)
         counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=MISCOUNTED))
-        stack.enter_context(ForFakes())
+        stack.enter_context(_ForFakes())
         sums = objective.forward(model, fake_inputs, step=StepContext(0, 0, (0,), worst_case=True), training=True)
         sums.total.backward()
     counts = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
     flops = [counts.get(f"{type(model).__name__}.{name}", 0) / seconds for name in unit_names(model)]
     return [*flops, counts["Global"] / seconds - sum(flops)]
+
+
+class _ForFakes(TorchDispatchMode):
+    """Inside of the counter, lets fake tensors pass."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return run_fake(function, args, kwargs or {})
 
 
 def _attention(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packing, probability: float) -> Tensor:

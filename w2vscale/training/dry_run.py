@@ -16,7 +16,9 @@ from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
 from w2vscale.engine.memory import explain_oom
 from w2vscale.objectives import StepContext, resolve
+from w2vscale.planning.exposure import Exposure, exposure, unusual_epochs
 from w2vscale.training.calibration import forward_size
+from w2vscale.training.planning import corpus_of, predicted_peak
 from w2vscale.training.run import empty_model, initial_state, log_advice, log_targets, open_data
 
 
@@ -35,7 +37,9 @@ class DryRun:
     seconds: float
     compiled: bool  # whether the time includes compilation
     peak_memory_bytes: int
+    predicted_bytes: float | None  # of tensors of this rank, as `w2vscale plan` predicts them; None if it cannot
     micro_batches_per_epoch: int
+    exposure: Exposure
 
 
 def dry_run(config: Config, log: Callable[[str], None] = lambda text: None) -> DryRun | None:
@@ -79,20 +83,32 @@ def dry_run(config: Config, log: Callable[[str], None] = lambda text: None) -> D
             seconds = time.perf_counter() - began
     if not ranks.is_main:
         return None
+    peak, forwards, corpus = _peak_memory(device), -(-len(window) // per_forward), corpus_of(training_set)
+    if (warning := unusual_epochs(config, objective, corpus)) is not None:
+        log(f"warning: {warning}")
     inputs = join([to_device(batch.inputs, torch.device("meta"))] * per_forward)
     return DryRun(
         parameters=parameters,
         shapes={name: tuple(tensor.shape) for name, tensor in tensors_of(inputs)},
         per_series=training_set.series_length,
         per_forward=per_forward,
-        forwards=-(-len(window) // per_forward),
+        forwards=forwards,
         weight=batch.weight * per_forward,
         loss=float(sums.total) / max(batch.weight * len(window), 1),
         grad_norm=float(norm),
         seconds=seconds,
         compiled=engine.compiled,
-        peak_memory_bytes=_peak_memory(device),
+        peak_memory_bytes=peak,
+        predicted_bytes=predicted_peak(
+            config,
+            batch,
+            per_forward=per_forward,
+            forwards=forwards,
+            world_size=ranks.world_size,
+            device=device,
+        ),
         micro_batches_per_epoch=training_set.micro_batches,
+        exposure=exposure(config, corpus),
     )
 
 

@@ -1,0 +1,141 @@
+"""`w2vscale plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from w2vscale.cli.arguments import Overrides, Source
+from w2vscale.cli.progress import console, print_table
+from w2vscale.errors import counted
+
+if TYPE_CHECKING:
+    from w2vscale.planning.plan import Plan, Row
+
+GB = 1e9
+
+
+def plan(
+    source: Source,
+    gpus: Annotated[int, typer.Option(metavar="N", min=1, help="Number of GPUs, on all nodes together.")],
+    gpu_memory: Annotated[float, typer.Option(metavar="GB", min=1.0, help="Memory of a GPU in GB (10^9 bytes).")],
+    overrides: Overrides = None,
+    nodes: Annotated[
+        int | None, typer.Option(metavar="M", min=1, help="Number of nodes.", show_default="one per 8 GPUs")
+    ] = None,
+    cluster: Annotated[
+        str, typer.Option(metavar="h100|h100_one_nic|a100|cloud|v100", help="Speeds of the GPUs and of their links.")
+    ] = "h100",
+    rates: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Take computing times from this gpu.json of tools/bench/gpu.py."),
+    ] = None,
+) -> None:
+    """Predict the memory and time of a run for each engine, recomputation and offload, and recommend one.
+
+    Needs no GPU. With data.train=CUTS, also prints the number of epochs.
+
+    Example: w2vscale plan xlsr_2b --gpus 8 --gpu-memory 80
+    """
+    from w2vscale.training.planning import plan_run
+
+    found, warning = plan_run(
+        source, overrides or [],
+        gpus=gpus, memory=gpu_memory * GB, nodes=nodes, cluster=cluster, rates=rates,
+    )  # fmt: skip
+    _print_run(found)
+    _print_rows(found)
+    _print_recommendation(found)
+    _print_assumptions(found, rates)
+    if warning is not None:
+        console.print(f"warning: {warning}")
+
+
+def _print_run(plan: Plan) -> None:
+    batch, seen = plan.model.config.batch, plan.exposure
+    epochs = "" if seen.epochs is None else f", {seen.epochs:,.1f} epochs of data.train"
+    console.print(
+        f"{plan.model.name}: {plan.model.parameters:,} parameters, {plan.model.config.precision.compute}. "
+        f"An update: {plan.micro_batches} micro-batches of up to {batch.max_seconds:g} s, "
+        f"{seen.hours_per_update:.2f} hours of audio; {seen.updates:,} updates: {seen.hours:,.0f} hours{epochs}"
+    )
+    if plan.micro_batches != batch.micro_batches:
+        change = plan.micro_batches / batch.micro_batches - 1
+        console.print(
+            f"batch.micro_batches={batch.micro_batches} cannot be dealt to {plan.gpus} GPUs: planned with "
+            f"{plan.micro_batches}, which changes the audio of an update by {change:+.1%}"
+        )
+
+
+def _print_rows(plan: Plan) -> None:
+    columns = (
+        "engine", "recompute", "weights", "gradients", "moments", "activations", "buffers", "in all", "host",
+        "fits", "longest", "per forward", "sent, GB", "update, s", "days",
+    )  # fmt: skip
+    title = (
+        f"GB on each of {counted(plan.gpus, 'GPU')} with {plan.cluster.memory / GB:g} GB, of which "
+        f"{plan.limit / GB:.1f} can be used (host: on each of {counted(plan.nodes, 'node')})"
+    )
+    print_table(columns, [_cells(plan, row) for row in plan.rows], title=title)
+
+
+def _cells(plan: Plan, row: Row) -> list[str]:
+    parts, prediction = row.footprint, row.prediction
+    host = f"{parts.host * plan.cluster.gpus_per_node / GB:.0f}" if parts.host else ""
+    cells = [row.engine, row.recomputation, *(f"{part / GB:.1f}" for part in (*parts[:5], parts.total)), host]
+    if prediction is None:
+        return [*cells, f"lacks {row.lacks / GB:.1f}", *[""] * 5]
+    shorter = parts.total > plan.limit
+    return [
+        *cells,
+        "shorter" if shorter else "yes",
+        f"{row.longest:,.0f} s",
+        str(prediction.per_forward),
+        f"{prediction.sent / GB:.1f}",
+        f"{prediction.seconds:.2f}",
+        f"{prediction.days:,.1f}",
+    ]
+
+
+def _print_recommendation(plan: Plan) -> None:
+    row = plan.recommended
+    if row is None:
+        closest = plan.rows[0]
+        enough = "no number of GPUs that was tried" if plan.enough is None else counted(plan.enough, "GPU")
+        console.print(
+            f"Nothing fits. {closest.engine} with recompute={closest.recomputation} comes closest and lacks "
+            f"{closest.lacks / GB:.1f} GB per GPU; {enough} would do (fsdp or zero3, recompute=full)"
+        )
+        return
+    assert row.prediction is not None
+    found = row.prediction
+    batch = found.model.config.batch
+    console.print(
+        f"Recommended: {row.engine}, recompute={row.recomputation}: {found.days:,.1f} days, {found.gpu_hours:,.0f} "
+        f"GPU-hours, {found.audio_per_second:,.0f} s of audio per second; GPUs wait for links or hosts in "
+        f"{found.exposed:.0%} of an update. Settings to type:"
+    )
+    console.print(f"  {' '.join(plan.overrides(row))}")
+    if batch.max_seconds != plan.model.config.batch.max_seconds:
+        console.print(
+            f"An update then has as much audio in {batch.micro_batches} micro-batches of up to {batch.max_seconds:g} s"
+        )
+
+
+def _print_assumptions(plan: Plan, rates: Path | None) -> None:
+    from w2vscale.planning.fitting import CONTEXT, SHARE
+    from w2vscale.planning.rates import ATTAINED
+
+    cluster = plan.cluster
+    computing = f"as measured in {rates}"
+    if rates is None:
+        speeds = f"{cluster.flops / 1e12:,.0f} TFLOP/s and {cluster.bandwidth / 1e12:.1f} TB/s"
+        computing = f"at {ATTAINED:.0%} of the roofline of {speeds}"
+    console.print(
+        f"Assumed: {CONTEXT / GB:g} GB for CUDA and NCCL, {SHARE:.0%} of the rest used; computing {computing}; "
+        f"{cluster.description}: {cluster.inside.bandwidth / GB:.0f} GB/s per GPU inside a node, "
+        f"{cluster.across.bandwidth / GB:.0f} GB/s per node across; for offloading {cluster.pcie / GB:.0f} GB/s per "
+        f"GPU and {cluster.host_bandwidth / GB:.0f} GB/s of host memory per node, without overlap (docs/planning.md)"
+    )
