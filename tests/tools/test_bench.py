@@ -96,6 +96,27 @@ def test_curves_of_two_settings_and_two_seeds() -> None:
     assert found["between_seeds"]["validation_loss"] == pytest.approx((1.0 + 4 / 3) / 2)
 
 
+@pytest.mark.long
+@pytest.mark.distributed
+@pytest.mark.timeout(1200)
+def test_peaks_of_all_engines_are_predicted_within_a_tenth() -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    app = typer.Typer()
+    app.command()(plan_memory.main)
+    result = CliRunner().invoke(app, ["--preset", "tiny", "--seconds", "4"])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert [(row["engine"], row["processes"]) for row in figures["rows"]] == [
+        (engine, processes) for processes in (1, 2) for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3")
+    ]
+    assert figures["max_relative_error"] < 0.1, result.stdout
+    for row in figures["rows"]:
+        # Nothing of it comes from the prediction: weights, moments and gradients, counted tensor by tensor.
+        held = sum(row["held"][kind] for kind in ("parameters", "masters", "gradients", "moments"))
+        assert held == pytest.approx(sum(row["predicted_held"].values()), rel=0.05)
+        assert row["peak"] > held
+
+
 def test_relative_difference() -> None:
     assert relative_difference([1.0, 2.2, 3.0], [1.0, 2.0, 4.0]) == pytest.approx(0.25)
 

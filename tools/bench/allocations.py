@@ -1,8 +1,8 @@
 """Memory that PyTorch allocates: the most in each phase of some work.
 
 On a GPU its allocator counts. On a CPU the profiler notes each allocation and release. It does not see what another
-thread releases, as gloo does with its copies. So where an address is used again, it has been released; and where a
-phase begins, only what a tensor refers to is still there.
+thread releases, as gloo does with its copies. So where an address is used again, it has been released; and where it is
+said that Python knows all tensors, what none of them refers to has been released, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Allocations:
         self.on_gpu = device.type == "cuda"
         self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self.before = 0
-        self.there: dict[str, set[int]] = {}  # addresses of tensors at the beginning of each phase
+        self.there: dict[str, set[int]] = {}  # addresses of all tensors at the beginning of a phase
         self.peaks: dict[str, int] = {}
 
     def __enter__(self) -> Allocations:
@@ -44,10 +44,11 @@ class Allocations:
             self.peaks = _peaks(*_events(self.profiler), self.there)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Name the work in the block."""
+    def phase(self, name: str, *, all_known: bool = False) -> Iterator[None]:
+        """Name the work in the block. `all_known`: at its beginning, Python knows all tensors that are in use."""
         if not self.on_gpu:
-            self.there[name] = set(storages(living_tensors()))
+            if all_known:
+                self.there[name] = set(storages(living_tensors()))
             with record_function(f"{MARK}{name}"):
                 yield
             return
@@ -96,7 +97,8 @@ def _peaks(changes: Iterable[Change], phases: Iterable[Phase], there: dict[str, 
         while change is not None and change.time < phase.begin:
             _follow(live, change)
             change = next(left, None)
-        live = {address: size for address, size in live.items() if address in there[phase.name]}
+        if phase.name in there:
+            live = {address: size for address, size in live.items() if address in there[phase.name]}
         peaks[phase.name] = total = sum(live.values())
         while change is not None and change.time <= phase.end:
             total += _follow(live, change)

@@ -103,10 +103,12 @@ def _print_recommendation(plan: Plan) -> None:
     row = plan.recommended
     if row is None:
         closest = plan.rows[0]
-        enough = "no number of GPUs that was tried" if plan.enough is None else counted(plan.enough, "GPU")
+        advice = "more GPUs would not help: lower data.max_seconds"
+        if plan.enough is not None:
+            advice = f"{counted(plan.enough, 'GPU')} would do (fsdp or zero3, recompute=full)"
         console.print(
-            f"Nothing fits. {closest.engine} with recompute={closest.recomputation} comes closest and lacks "
-            f"{closest.lacks / GB:.1f} GB per GPU; {enough} would do (fsdp or zero3, recompute=full)"
+            f"Nothing fits. {closest.engine}, recompute={closest.recomputation}, comes closest and lacks "
+            f"{closest.lacks / GB:.1f} GB per GPU; {advice}"
         )
         return
     assert row.prediction is not None

@@ -8,6 +8,9 @@ from w2vscale.config import Config
 from w2vscale.objectives import Objective
 from w2vscale.planning.work import FILLED
 
+FEWEST_EPOCHS = 0.5
+"""A run that sees less than this of its corpus looks like a mistake."""
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -44,9 +47,9 @@ def unusual_epochs(config: Config, objective: Objective, corpus: Corpus) -> str 
     """Return a line on a number of epochs that looks like a mistake, with what to set instead; None if it does not."""
     seen = exposure(config, corpus)
     assert seen.epochs is not None
-    of_what = f"of data.train ({corpus.hours:,.3g} hours per epoch, {seen.hours_per_update:,.2g} per update)"
+    of_what = f"of data.train ({_hours(corpus.hours)} hours per epoch, {_hours(seen.hours_per_update)} per update)"
     updates = f"trainer.updates={seen.updates}"
-    if seen.epochs < 1.0:
+    if seen.epochs < FEWEST_EPOCHS:
         whole = _rounded(seen.updates / seen.epochs)
         return f"{updates} are {seen.epochs:.0%} of an epoch {of_what}: to see all of it, set trainer.updates={whole}"
     if seen.epochs <= objective.most_epochs:
@@ -57,6 +60,10 @@ def unusual_epochs(config: Config, objective: Objective, corpus: Corpus) -> str 
     if schedule.kind != "tri_stage" and schedule.warmup_updates > wanted:
         also = f" schedule.warmup_updates={max(_rounded(wanted * schedule.warmup_updates / seen.updates), 1)}"
     return f"{updates} are {seen.epochs:,.0f} epochs {of_what}: for {fewer:,} epochs set trainer.updates={wanted}{also}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
 
 
 def _rounded(updates: float) -> int:

@@ -1,0 +1,79 @@
+"""`w2vscale plan`, and what `--dry-run` prints of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.commands import error_of
+from w2vscale.config import load_config
+
+ROWS = re.compile(r"^ (\S+) +(none|features|selective|full) +(.*)$", re.MULTILINE)
+SMALL = ("data.workers=0", "batch.max_seconds=8", "batch.micro_batches=2", "data.max_seconds=2", "data.min_seconds=1")
+
+
+def test_it_prints_all_settings_and_recommends_one(run: Callable[..., str], corpus: Path) -> None:
+    """A million updates of two micro-batches of 24 utterances of 2 s."""
+    settings = [*SMALL, f"data.train={corpus}", "trainer.updates=1000000", "schedule.warmup_updates=1000"]
+    printed = run("plan", "tiny", *settings, "--gpus", 2, "--gpu-memory", 24)
+    first = printed.splitlines()[0]
+    assert first.startswith("tiny: 2,324,288 parameters, fp32. An update: 2 micro-batches of up to 8 s, ")
+    assert "epochs of data.train" in first
+    rows = ROWS.findall(printed)
+    assert len(rows) == 8 * 4
+    assert {engine for engine, _, _ in rows} == {
+        "ddp", "fsdp", "zero1", "zero2", "zero3", "fsdp_offload", "zero2_offload", "zero3_offload",
+    }  # fmt: skip
+    for engine, _, numbers in rows:
+        cells = numbers.split()
+        assert float(cells[5]) == pytest.approx(sum(map(float, cells[:5])), abs=0.26)  # rounded to 0.1
+        assert "yes" in cells and (len(cells) > 13) == engine.endswith("offload")  # of which host memory is needed
+    (typed,) = re.findall(r"^  (engine\.name=.*)$", printed, re.MULTILINE)
+    assert load_config("tiny", typed.split()).engine.name == "ddp"
+    assert "GPU-hours" in printed and "s of audio per second" in printed
+    assert "Assumed: 1.5 GB for CUDA and NCCL" in printed and "65% of the roofline of 800 TFLOP/s" in printed
+    assert re.search(r"^warning: trainer.updates=1000000 are [\d,]+ epochs of data.train", printed, re.MULTILINE)
+
+
+def test_a_batch_that_cannot_be_dealt(run: Callable[..., str]) -> None:
+    printed = run("plan", "tiny", "batch.micro_batches=4", "--gpus", 3, "--gpu-memory", 24, "--cluster", "a100")
+    assert "batch.micro_batches=4 cannot be dealt to 3 GPUs: planned with 3, which changes the audio of" in printed
+    assert "an update by -25.0%" in printed
+    assert "batch.micro_batches=3" in printed.split("Settings to type:")[1]
+    assert "A100" in printed
+
+
+def test_nothing_fits(run: Callable[..., str]) -> None:
+    printed = run("plan", "base", "--gpus", 1, "--gpu-memory", 1.6)
+    assert "Nothing fits." in printed and "more GPUs would not help: lower data.max_seconds" in printed
+    assert "engine.name=" not in printed
+
+
+def test_errors_are_one_line(tmp_path: Path) -> None:
+    def error(*arguments: object) -> str:
+        return error_of("plan", *arguments)
+
+    on = ("--gpus", 4, "--gpu-memory", 80)
+    assert error("tiny", *on, "--cluster", "b200").startswith("--cluster b200: choose one of h100, ")
+    assert error("tiny", *on, "--nodes", 3) == "--gpus 4 --nodes 3: nodes must have equal numbers of GPUs"
+    assert "neither a file nor a preset" in error("tyny", *on)
+    assert error("tiny", "data.train=no.jsonl", *on) == "no.jsonl: no such manifest"
+    (tmp_path / "gpu.json").write_text("{}")
+    assert "not a result of tools/bench/gpu.py" in error("tiny", *on, "--rates", tmp_path / "gpu.json")
+
+
+def test_a_dry_run_predicts_its_memory_and_warns_of_its_epochs(
+    run: Callable[..., str], corpus: Path, tmp_path: Path
+) -> None:
+    settings = [*SMALL, f"data.train={corpus}", "trainer.updates=1000000", "schedule.warmup_updates=1000"]
+    printed = " ".join(run("train", "tiny", *settings, "--exp", tmp_path / "exp", "--dry-run").split())
+    (predicted,) = re.findall(r"peak memory of tensors, predicted ([\d.]+) GiB", printed)
+    # Weights and moments, and the gradients of the second forward.
+    assert 16 * 2_324_288 / 2**30 < float(predicted) < 0.2
+    assert re.search(r"updates, epochs, hours of audio in all 1,000,000, [\d,.]+, [\d,]+", printed)
+    assert "warning: trainer.updates=1000000 are" in printed
+    quiet = run("train", "tiny", *SMALL, f"data.train={corpus}", "--exp", tmp_path / "exp", "--dry-run")
+    assert "warning" not in quiet
