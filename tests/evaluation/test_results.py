@@ -99,6 +99,17 @@ def test_a_page_of_results(tmp_path: Path) -> None:
     assert "WER higher by 25.0% (95 %: 0.0% to 50.0%)" in output
 
 
+def test_a_run_is_compared_with_all_its_baselines(tmp_path: Path) -> None:
+    texts = {
+        "a": ["one two three four"] * 2,
+        "a_scratch": ["one", "one two"],
+        "a_imported": ["one two", "one two three"],
+    }
+    page = results_page(read_results([write_score(tmp_path / name, said) for name, said in texts.items()]), "Trial")
+    assert page.count("`a` against `a_scratch`") == 1 and page.count("`a` against `a_imported`") == 1
+    assert page.count("against") == 2
+
+
 def test_a_baseline_without_errors_is_not_comparable(tmp_path: Path) -> None:
     ours = write_score(tmp_path / "tiny_1h", ["one two three"])
     baseline = write_score(tmp_path / "tiny_1h_scratch", ["one two three four"])

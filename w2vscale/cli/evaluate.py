@@ -139,7 +139,10 @@ def results(
     ] = Path("RESULTS.md"),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Results",
 ) -> None:
-    """Write a table of several evaluations, and compare each run NAME with its baseline NAME_scratch."""
+    """Write a table of several evaluations, and compare each run NAME with its baselines.
+
+    Baselines are NAME_scratch, trained from random weights, and NAME_imported, fine-tuned from an imported model.
+    """
     from w2vscale.evaluation.results import read_results, results_page
 
     page = results_page(read_results(metrics), title)

@@ -16,7 +16,7 @@ from w2vscale.errors import UserError, refused_value
 from w2vscale.evaluation.bootstrap import relative_reduction
 from w2vscale.files import nearest_path
 
-BASELINE = "_scratch"  # the run NAME is compared with the run NAME_scratch
+BASELINES = ("_scratch", "_imported")  # the run NAME is compared with the runs NAME_scratch and NAME_imported
 EDITS = ("substitutions", "deletions", "insertions")
 Number = Annotated[float, Field(ge=0.0, le=1e15)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
@@ -77,7 +77,7 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
 
 
 def results_page(results: Sequence[Result], title: str) -> str:
-    """Format results as Markdown: pretraining metrics, error rates, and the comparison of each run with its baseline.
+    """Format results as Markdown: pretraining metrics, error rates, and the comparison of each run with its baselines.
 
     Only evaluations with the same manifests and decoding are compared.
     """
@@ -107,7 +107,7 @@ def results_page(results: Sequence[Result], title: str) -> str:
     )
     for result, other in permutations(scores, 2):
         comparable = all(result.metrics[key] == other.metrics[key] for key in ("cuts", "decoding"))
-        if comparable and other.run == result.run + BASELINE:
+        if comparable and other.run in [result.run + suffix for suffix in BASELINES]:
             lines.append(_comparison(result, other))
     return "\n".join(lines).rstrip() + "\n"
 
