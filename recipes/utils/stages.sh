@@ -1,25 +1,43 @@
 # shellcheck shell=bash disable=SC2154
 # The stages after indexing, shared by all recipes. Source this file below cmd.sh. A recipe sets:
 #   exp          folder of the pretraining run
-#   tuned        array of the folders of two fine-tuned runs: from the pretrained model, and from scratch
+#   tuned        array of the folders of fine-tuned runs: from the pretrained model and, if there are two, a baseline
+#   imported     model to fine-tune for the baseline (default: it is trained from scratch)
 #   train_cuts   array of manifests for pretraining
-#   labels       manifest for fine-tuning
-#   held_out     manifest for validation
+#   labels       manifest for fine-tuning, or an array
+#   held_out     manifest for validation, or an array
 #   test_cuts    array of manifests to decode
 #   finetune_settings   SECTION.KEY=VALUE, separated by spaces, to override settings of fine-tuning
 #   lm           n-gram language model for decode_with_lm
 #   decode_best  true: decode and export the checkpoint that was best in validation (needs checkpoint.keep_best)
+
+# listed PATH… prints paths as the value of a setting: one as it is, several as a list.
+listed() {
+  local paths=$1
+  if (($# > 1)); then
+    printf -v paths '%s,' "$@"
+    paths="[${paths%,}]"
+  fi
+  printf '%s' "$paths"
+}
 
 # pretrain CONF [SETTING…] pretrains on train_cuts.
 pretrain() {
   local conf=$1 cuts
   shift
   printf -v cuts '%s,' "${train_cuts[@]}"
-  on_ranks train "$conf" data.train="[${cuts%,}]" data.validation="$held_out" --exp "$exp" "$@"
+  on_ranks train "$conf" data.train="[${cuts%,}]" data.validation="$(listed "${held_out[@]}")" --exp "$exp" "$@"
+}
+
+# evaluate_on_held_out MODEL OUT.json
+evaluate_on_held_out() {
+  local cuts words=()
+  for cuts in "${held_out[@]}"; do words+=(--cuts "$cuts"); done
+  w2vscale evaluate "$1" "${words[@]}" --output "$2"
 }
 
 evaluate_pretraining() {
-  w2vscale evaluate "$exp" --cuts "$held_out" --output "$exp/evaluation.json"
+  evaluate_on_held_out "$exp" "$exp/evaluation.json"
   w2vscale report "$exp"
 }
 
@@ -45,16 +63,20 @@ setting_of() {
 print(functools.reduce(getattr, sys.argv[2].split("."), load_config(sys.argv[1])))' "$@"
 }
 
-# fine_tune CONF fine-tunes the pretrained model on labels and, as a baseline, trains from scratch.
+# fine_tune CONF [SETTING…] fine-tunes the pretrained model on labels and trains the baseline, if there is one.
 fine_tune() {
-  local conf=$1 settings
-  if [[ ! -e ${tuned[0]}/checkpoints && -e ${tuned[1]}/checkpoints ]]; then
-    die "${tuned[1]} was compared with an earlier ${tuned[0]}: rm -r ${tuned[1]} to train it again, too"
+  local conf=$1 baseline=${tuned[1]:-} settings
+  if [[ -n $baseline && ! -e ${tuned[0]}/checkpoints && -e $baseline/checkpoints ]]; then
+    die "$baseline was compared with an earlier ${tuned[0]}: rm -r $baseline to train it again, too"
   fi
   read -ra settings <<<"$finetune_settings"
-  local common=("$conf" trainer.init_from="$exp" data.train="$labels" data.validation="$held_out" "${settings[@]}")
-  on_ranks finetune "${common[@]}" --exp "${tuned[0]}"
-  on_ranks finetune "${common[@]}" --scratch --exp "${tuned[1]}"
+  local common=(data.train="$(listed "${labels[@]}")" data.validation="$(listed "${held_out[@]}")" "${@:2}" "${settings[@]}")
+  on_ranks finetune "$conf" trainer.init_from="$exp" "${common[@]}" --exp "${tuned[0]}"
+  if [[ -n $baseline && -n ${imported:-} ]]; then
+    on_ranks finetune "$conf" trainer.init_from="$imported" "${common[@]}" --exp "$baseline"
+  elif [[ -n $baseline ]]; then
+    on_ranks finetune "$conf" trainer.init_from="$exp" "${common[@]}" --scratch --exp "$baseline"
+  fi
   on_first_machine w2vscale report "${tuned[@]}" --output "${tuned[0]}/curves.png"
 }
 
@@ -83,14 +105,12 @@ print(found[0] if found else sys.exit(f"error: {run}: no checkpoint has the vali
 END
 }
 
-# decode [SUFFIX OPTION…] decodes test_cuts with both runs: greedily, or with options of `w2vscale evaluate --wer`.
+# decode [SUFFIX OPTION…] decodes test_cuts with all tuned runs: greedily, or with options of `w2vscale evaluate --wer`.
 decode() {
   local suffix=${1:-} run name cuts checkpoint
   # Results with a language model are of the earlier models. They must not be compared with the new ones.
-  if [[ -z $suffix ]]; then
-    on_first_machine rm -f "${tuned[0]}"/{.decode_with_lm.done,wer_*_lm.*} "${tuned[1]}"/wer_*_lm.*
-  fi
   for run in "${tuned[@]}"; do
+    if [[ -z $suffix ]]; then on_first_machine rm -f "$run"/{.decode_with_lm.done,wer_*_lm.*}; fi
     if ! checkpoint=$(best_of "$run"); then
       if ${print_command:-false}; then continue; fi # best_of has said why
       return 1
@@ -107,7 +127,11 @@ decode() {
 decode_with_lm() { decode _lm --lm "$lm"; }
 
 # find_scores sets the array scores to the files that `results` compares.
-find_scores() { scores=("$exp/evaluation.json" "${tuned[0]}"/wer_*.json "${tuned[1]}"/wer_*.json); }
+find_scores() {
+  local run
+  scores=("$exp/evaluation.json")
+  for run in "${tuned[@]}"; do scores+=("$run"/wer_*.json); done
+}
 
 # results TITLE writes RESULTS.md.
 results() { w2vscale results "${scores[@]}" --output "${tuned[0]}/RESULTS.md" --title "$1"; }
@@ -130,6 +154,6 @@ export_models() {
 made_all() {
   made "settings" "$exp/config.yaml" "pretrained" "$exp/checkpoints/latest" "its evaluation" "$exp/evaluation.json" \
     "its curves" "$exp/curves.png" "TensorBoard" "$exp/tb" "fine-tuned" "${tuned[0]}/checkpoints/latest" \
-    "its curves" "${tuned[0]}/curves.png" "from scratch" "${tuned[1]}/checkpoints/latest" \
+    "its curves" "${tuned[0]}/curves.png" "baseline" "${tuned[1]:-none}/checkpoints/latest" \
     "for Transformers" "${tuned[0]}/huggingface" "results" "${tuned[0]}/RESULTS.md"
 }

@@ -83,7 +83,7 @@ def test_a_wrong_option_fails_and_help_lists_the_right_ones(recipe: str) -> None
     + [("librispeech", "corpus"), ("librispeech", "librilight"), ("folder", "audio"), ("folder", "transcribed")],
 )
 def test_a_missing_path_ends_a_recipe(recipe: str, option: str, tmp_path: Path) -> None:
-    there = ("--audio", str(tmp_path)) if recipe == "folder" and option != "audio" else ()
+    there = ("--audio", str(tmp_path)) if recipe in ("folder", "xlsr") and option != "audio" else ()
     assert f"run.sh: --{option} nowhere: no such file or folder" in run(
         recipe, *there, f"--{option}", "nowhere", "--stop-stage", "-1", code=2
     )
