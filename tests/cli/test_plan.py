@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.commands import error_of
+from tests.helpers.passes import passes_run_once
 from w2vscale.config import load_config
 
 ROWS = re.compile(r"^ (\S+) +(none|features|selective|full) +(.*)$", re.MULTILINE)
 SMALL = ("data.workers=0", "batch.max_seconds=8", "batch.micro_batches=2", "data.max_seconds=2", "data.min_seconds=1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _passes() -> Iterator[None]:
+    with passes_run_once():
+        yield
 
 
 def test_it_prints_all_settings_and_recommends_one(run: Callable[..., str], corpus: Path) -> None:
@@ -47,7 +54,7 @@ def test_a_batch_that_cannot_be_dealt(run: Callable[..., str]) -> None:
 
 
 def test_nothing_fits(run: Callable[..., str]) -> None:
-    printed = run("plan", "base", "--gpus", 1, "--gpu-memory", 1.6)
+    printed = run("plan", "tiny", "--gpus", 1, "--gpu-memory", 1.51)
     assert "Nothing fits." in printed and "more GPUs would not help: lower data.max_seconds" in printed
     assert "engine.name=" not in printed
 
@@ -58,7 +65,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
 
     on = ("--gpus", 4, "--gpu-memory", 80)
     assert error("tiny", *on, "--cluster", "b200").startswith("--cluster b200: choose one of h100, ")
-    assert error("tiny", *on, "--nodes", 3) == "--gpus 4 --nodes 3: nodes must have equal numbers of GPUs"
+    assert error("tiny", *on, "--nodes", 3) == "--gpus 4: cannot be spread evenly over 3 nodes; set --nodes"
     assert "neither a file nor a preset" in error("tyny", *on)
     assert error("tiny", "data.train=no.jsonl", *on) == "no.jsonl: no such manifest"
     (tmp_path / "gpu.json").write_text("{}")

@@ -10,7 +10,7 @@ from typing import get_args
 
 from w2vscale.config import BatchConfig, Config
 from w2vscale.config.tree import EngineConfig
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, counted
 from w2vscale.objectives import Objective
 from w2vscale.planning.exposure import Corpus, Exposure, exposure
 from w2vscale.planning.fitting import per_forward, usable
@@ -96,7 +96,7 @@ def make_plan(
     Raises UserError if the nodes have different numbers of GPUs, or the model cannot be run with fake tensors.
     """
     if gpus % nodes:
-        raise UserError(f"--gpus {gpus} --nodes {nodes}: nodes must have equal numbers of GPUs")
+        raise UserError(f"--gpus {gpus}: cannot be spread evenly over {counted(nodes, 'node')}; set --nodes")
     cluster = replace(cluster, gpus_per_node=gpus // nodes)
     batch = config.batch.model_copy(update={"micro_batches": dealt(config.batch.micro_batches, gpus)})
     model = model_of(name, config, speeds=cluster.speeds).with_batch(batch)
@@ -157,6 +157,8 @@ def _row(
     sharding = sharding_of(engine, model, gpus, per_node=cluster.gpus_per_node)
     per_rank = model.config.batch.micro_batches // gpus
     needed = demand(model, sharding, forwards=per_rank)
+    if needed.longest(limit) < model.utterances:  # shorter ones are more than one, and their gradients accumulate
+        needed = demand(model, sharding, forwards=2)
     longest = max(needed.longest(limit), 0.0) * model.config.data.max_seconds
     alone = needed.footprint(model.utterances)
     if longest < model.config.data.max_seconds:
