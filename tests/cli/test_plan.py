@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.helpers.commands import error_of
 from tests.helpers.passes import passes_run_once
+from w2vscale.cli.app import app
 from w2vscale.config import load_config
+from w2vscale.planning.links import CLUSTERS
 
 ROWS = re.compile(r"^ (\S+) +(none|features|selective|full) +(.*)$", re.MULTILINE)
 SMALL = ("data.workers=0", "batch.max_seconds=8", "batch.micro_batches=2", "data.max_seconds=2", "data.min_seconds=1")
@@ -57,6 +60,11 @@ def test_nothing_fits(run: Callable[..., str]) -> None:
     printed = run("plan", "tiny", "--gpus", 1, "--gpu-memory", 1.51)
     assert "Nothing fits." in printed and "more GPUs would not help: lower data.max_seconds" in printed
     assert "engine.name=" not in printed
+
+
+def test_the_help_names_all_clusters() -> None:
+    shown = CliRunner().invoke(app, ["plan", "--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
+    assert "|".join(CLUSTERS) in shown
 
 
 def test_errors_are_one_line(tmp_path: Path) -> None:
