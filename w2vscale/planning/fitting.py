@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from w2vscale.data.plan import run_length
+from w2vscale.data.plan import length_of_series, run_length
 from w2vscale.planning.memory import demand
 from w2vscale.planning.traffic import Sharding
 from w2vscale.planning.work import Model
@@ -21,7 +21,7 @@ def usable(memory: float) -> float:
 
 def per_forward(model: Model, sharding: Sharding, micro_batches: int, limit: float) -> int:
     """Return how many micro-batches of a rank share a forward with `batch.concat=auto`; 0 if not even one fits."""
-    length = run_length(model.config.batch.same_bucket, per_rank=micro_batches)
+    length = run_length(length_of_series(model.config.batch), per_rank=micro_batches)
     several, alone = (demand(model, sharding, forwards=forwards) for forwards in (2, 1))
     for count in range(length, 0, -1):
         needs = alone if count == micro_batches else several
