@@ -95,8 +95,12 @@ def _cells(plan: Plan, row: Row) -> list[str]:
         str(prediction.per_forward),
         f"{prediction.sent / GB:.1f}",
         f"{prediction.seconds:.2f}",
-        f"{prediction.days:,.1f}",
+        _digits(prediction.days),
     ]
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100.0 else f"{number:.3g}"
 
 
 def _print_recommendation(plan: Plan) -> None:
@@ -115,9 +119,9 @@ def _print_recommendation(plan: Plan) -> None:
     found = row.prediction
     batch = found.model.config.batch
     console.print(
-        f"Recommended: {row.engine}, recompute={row.recomputation}: {found.days:,.1f} days, {found.gpu_hours:,.0f} "
-        f"GPU-hours, {found.audio_per_second:,.0f} s of audio per second; GPUs wait for links or hosts in "
-        f"{found.exposed:.0%} of an update. Settings to type:"
+        f"Recommended: {row.engine}, recompute={row.recomputation}: {_digits(found.days)} days, "
+        f"{_digits(found.gpu_hours)} GPU-hours, {found.audio_per_second:,.0f} s of audio per second; GPUs wait for "
+        f"links or hosts in {found.exposed:.0%} of an update. Settings to type:"
     )
     console.print(f"  {' '.join(plan.overrides(row))}")
     if batch.max_seconds != plan.model.config.batch.max_seconds:
