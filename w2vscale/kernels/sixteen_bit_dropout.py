@@ -7,6 +7,7 @@ tests/kernels/test_dropout.py.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -29,17 +30,18 @@ def unscaled_dropout(x: Tensor, probability: float) -> tuple[Tensor, float]:
 
 
 @torch.library.custom_op("w2vscale::kept_in_dropout", mutates_args=())
-def _kept(x: Tensor, dropped: int) -> Tensor:
-    """Draw what is kept of `x`: False for `dropped` of 2^16 elements. A custom operator, so that fake tensors pass."""
+def _kept(shape: list[int], dropped: int) -> Tensor:
+    """Draw what is kept: False for `dropped` of 2^16 elements. A custom operator, so that fake tensors pass."""
     # The seed comes from PyTorch's generator, so that what repeats there repeats here.
     draws = np.random.Generator(np.random.SFC64(int(torch.randint(2**63 - 1, ()))))
-    bits = draws.integers(2**64, size=-(-x.numel() // 4), dtype=np.uint64).view(np.int16)
-    return torch.from_numpy(bits)[: x.numel()].view(x.shape) >= dropped - 2**15
+    count = math.prod(shape)
+    bits = draws.integers(2**64, size=-(-count // 4), dtype=np.uint64).view(np.int16)
+    return torch.from_numpy(bits)[:count].view(shape) >= dropped - 2**15
 
 
 @_kept.register_fake
-def _(x: Tensor, dropped: int) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.bool)
+def _(shape: list[int], dropped: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.bool)
 
 
 class _Dropout(torch.autograd.Function):
@@ -47,7 +49,7 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dropped: int, factor: float) -> Tensor:
         """Zeros for `dropped` of 2^16 elements; the others are multiplied by `factor`."""
         ctx.factor = factor
-        kept = _kept(x, dropped)
+        kept = _kept(x.shape, dropped)
         ctx.save_for_backward(kept)
         return _scaled(torch.where(kept, x, 0.0), factor)
 
