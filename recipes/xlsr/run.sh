@@ -65,12 +65,12 @@ add_corpora() {
     names+=("$name") languages+=("$language") folders+=("$folder") kinds+=("$1")
   done
 }
-# The settings that follow the options also decide the buckets and the shares of languages that stage 2 shows.
-settings_of_stats=()
-for setting in "$@"; do settings_of_stats+=(--set "$setting"); done
 add_corpora audio "$audio"
 add_corpora manifests "$manifests"
 title=${names[*]}
+# The settings that follow the options also decide the buckets and the shares of languages that stage 2 shows.
+settings_of_stats=()
+for setting in "$@"; do settings_of_stats+=(--set "$setting"); done
 . "$here/path.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"
@@ -131,10 +131,8 @@ evaluate_xlsr() {
 
 # Selects the transcribed utterances, and counts their symbols.
 choose_transcripts() {
-  local all=() i
   rm -rf "$transcripts"
-  for ((i = 0; i < ${#names[@]}; i++)); do all+=("$data/corpora/${names[i]}/cuts_${names[i]}"_*.jsonl); done
-  python "$here/local/cuts.py" transcribed "$transcripts" "${all[@]}" --language "$tune_on"
+  python "$here/local/cuts.py" transcribed "$transcripts" "${all_cuts[@]}" --language "$tune_on"
   find_transcripts
   if ((!${#labels[@]})); then
     if [[ -n $tune_on ]]; then die "--tune-on $tune_on: no utterance for training in this language has a transcript"; fi
