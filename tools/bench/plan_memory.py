@@ -1,6 +1,6 @@
 """Peaks of memory beside those that `w2vscale plan` predicts, for each engine on one process and on two.
 
-    python tools/bench/plan_memory.py                                 tiny, base and large: 12 GB of memory, 20 minutes
+    python tools/bench/plan_memory.py                                 tiny, base and large, in 12 GB of memory
     python tools/bench/plan_memory.py --preset tiny --engine ddp precision.compute=bf16
 
 Each process trains for two updates of two micro-batches (tools/bench/engine_memory.py). A peak is what PyTorch has
