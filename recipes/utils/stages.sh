@@ -29,11 +29,11 @@ pretrain() {
   on_ranks train "$conf" data.train="[${cuts%,}]" data.validation="$(listed "${held_out[@]}")" --exp "$exp" "$@"
 }
 
-# evaluate_on_held_out MODEL OUT.json
+# evaluate_on_held_out MODEL OUT.json [SETTING…]
 evaluate_on_held_out() {
   local cuts words=()
   for cuts in "${held_out[@]}"; do words+=(--cuts "$cuts"); done
-  w2vscale evaluate "$1" "${words[@]}" --output "$2"
+  w2vscale evaluate "$1" "${@:3}" "${words[@]}" --output "$2"
 }
 
 evaluate_pretraining() {

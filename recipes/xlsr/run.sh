@@ -106,26 +106,35 @@ index() {
   w2vscale data stats "${train_cuts[@]}" --config "$conf" "${settings_of_stats[@]}"
 }
 
+# find_settings KIND OTHER SOURCE sets the array settings to those of SOURCE that differ in OTHER: see local/settings.py.
+find_settings() {
+  local found
+  settings=()
+  found=$(python "$here/local/settings.py" "$@")
+  if [[ -n $found ]]; then mapfile -t settings <<<"$found"; fi
+}
+
 # pretrain_xlsr CONF [SETTING…] pretrains from the imported model, if there is one, with its architecture.
 pretrain_xlsr() {
-  local settings=() architecture
+  local settings=()
   if [[ -n $imported && ! -e $imported/checkpoints/latest ]]; then
     log "the settings of the architecture are those of $imported: run stage 0 first"
     settings=(trainer.init_from="$imported")
   elif [[ -n $imported ]]; then
-    architecture=$(python "$here/local/architecture.py" "$1" "$imported")
-    if [[ -n $architecture ]]; then mapfile -t settings <<<"$architecture"; fi
+    find_settings architecture "$1" "$imported"
     settings+=(trainer.init_from="$imported")
   fi
   pretrain "$1" "${settings[@]}" "${@:2}"
 }
 dry_run() { pretrain_xlsr "$@" --dry-run; }
 
-# Also evaluates the imported model, which shows what continued pretraining has changed.
+# Also evaluates the imported model on the same masked frames, which shows what continued pretraining has changed.
 evaluate_xlsr() {
+  local settings
   evaluate_pretraining
   if [[ -n $imported && $(setting_of "$imported" objective.name) == "$(setting_of "$exp" objective.name)" ]]; then
-    evaluate_on_held_out "$imported" "$before"
+    find_settings evaluation "$imported" "$exp"
+    evaluate_on_held_out "$imported" "$before" "${settings[@]}"
   fi
 }
 

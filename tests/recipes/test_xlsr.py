@@ -228,15 +228,25 @@ def settings_of_run(folder: Path, preset: str, *overrides: str) -> Path:
 
 
 def test_the_architecture_is_that_of_the_model_and_all_else_that_of_the_conf(tmp_path: Path) -> None:
-    different = runpy.run_path(str(LOCAL / "architecture.py"))["different"]
+    different = runpy.run_path(str(LOCAL / "settings.py"))["different"]
     conf = RECIPES / "xlsr" / "conf" / "continued_1b.yaml"
     base = settings_of_run(tmp_path / "base", "base", "objective.gumbel_start=1.5", "model.waveform_eps=1e-5")
-    config, _ = load(str(conf), list(different(str(conf), str(base))))
+    config, _ = load(str(conf), list(different("architecture", str(conf), str(base))))
     theirs, _ = load("base", ["model.waveform_eps=1e-5"])
     assert config.model == theirs.model
     assert dict(config.objective)["codevector_dim"] == 256 and dict(config.objective)["gumbel_start"] == 0.1
     assert config.regularization == load_config(conf).regularization
-    assert list(different(str(conf), "xlsr_1b")) == []
+    assert list(different("architecture", str(conf), "xlsr_1b")) == []
+
+
+def test_a_model_is_evaluated_on_the_masks_of_another() -> None:
+    different = runpy.run_path(str(LOCAL / "settings.py"))["different"]
+    changes = list(different("evaluation", "large_lv60", str(RECIPES / "demo" / "conf" / "pretrain.yaml")))
+    config, demo = load("large_lv60", changes)[0], load(RECIPES / "demo" / "conf" / "pretrain.yaml")[0]
+    assert config.batch == demo.batch and config.precision == demo.precision
+    assert (config.data.max_seconds, config.data.min_seconds) == (6.0, 1.0)
+    settings = dict(config.objective)
+    assert (settings["mask_length"], settings["mask_probability"], settings["codevector_dim"]) == (3, 0.35, 768)
 
 
 def test_a_run_is_continued_with_settings_for_its_size(speech: Path) -> None:
@@ -276,6 +286,9 @@ def test_an_imported_model_is_continued_and_compared_with_itself(environment: st
     assert sources == [tmp_path / "exp", imported]
     symbols = dict(load_config(tuned[0]).objective)["vocabulary"]
     assert set("irankarapteyn=") < set(symbols) and "|" in symbols and "I" not in symbols
+    before, after = (json.loads((tmp_path / "exp" / name / "evaluation.json").read_text()) for name in ("xls-r-0m", ""))
+    assert (before["update"], after["update"]) == (0, 3)
+    assert before["utterances"] == after["utterances"] and before["masked_frames"] == after["masked_frames"]
     page = (tuned[0] / "RESULTS.md").read_text()
     assert page.startswith("# ain\n") and "| exp | 3 |" in page and "| xls-r-0m | 0 |" in page
     for part in ("dev", "test"):
