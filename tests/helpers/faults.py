@@ -112,7 +112,7 @@ def no_programs() -> Iterator[None]:
         sys.addaudithook(_record)
     _started = []
     yield
-    assert _started == []
+    assert not _started, _started
 
 
 def _record(event: str, arguments: object) -> None:

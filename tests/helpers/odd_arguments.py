@@ -47,6 +47,7 @@ USUAL = {
     }.items()
     for name in names.split()
 }
+NOT_DRAWN = {"doctor"}  # it starts programs and opens connections: that is its job
 ALWAYS = {"train": ["trainer.updates=5"], "finetune": ["trainer.updates=5"]}  # so that it ends
 
 
@@ -55,7 +56,7 @@ def commands(group: Any, *words: str) -> Iterator[tuple[list[str], Any]]:
     for name, one in group.commands.items():
         if hasattr(one, "commands"):
             yield from commands(one, *words, name)
-        else:
+        elif name not in NOT_DRAWN:
             yield [*words, name], one
 
 
@@ -93,7 +94,7 @@ def check_arguments(words: list[str], good: Good) -> None:
     Path("ids").write_text("u0\n")
     Path("loop").symlink_to("loop")
     found = run(*words)
-    if found.code:
+    if found.code and "utterances could not be used" not in found.errors:  # the others are used
         files = [name for name in found.new_files if not (Path(name).is_dir() or name.startswith("shards"))]
         documented = (".index.npy", ".bad_audio", ".bad_headers", "headers.sqlite", "prepare_report.json")
         assert [name for name in files if not name.endswith(documented)] == []
