@@ -19,7 +19,13 @@ from tests.helpers.processes import Started
 from w2vscale.config import load_config
 from w2vscale.data.assembly import Assembler
 from w2vscale.data.indexed import MicroBatches, check_sample, validation_set
-from w2vscale.data.loading import Loader, _deaths_ignored, _prepare_loader_process, loader_processes
+from w2vscale.data.loading import (
+    Loader,
+    _deaths_ignored,
+    _prepare_loader_process,
+    end_loader_processes,
+    loader_processes,
+)
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.data.plan import rank_window
@@ -150,21 +156,22 @@ class TestLoaderProcesses:
             fail(kill=True)
         assert not started()
 
-    def test_an_error_that_no_death_has_caused_is_kept_by_a_block_within_a_block(
+    def test_processes_that_the_trainer_has_ended_are_not_the_cause_of_a_later_error(
         self, small_corpus: SmallCorpus, started: Started
     ) -> None:
-        """The inner one kills the processes, which the outer one must not take for the cause."""
         dataset = dataset_of(small_corpus.train, config_with("data.workers=1"))
 
         def fail() -> None:
-            with loader_processes(), loader_processes():
+            with loader_processes():
                 next(windows := windows_of(dataset, range(100_000)))
+                assert started()
+                end_loader_processes()
+                assert not started()
                 raise RuntimeError("a bug")
                 next(windows)  # so its processes are still in use
 
         with pytest.raises(RuntimeError, match=r"^a bug$"):
             fail()
-        assert not started()
 
     def test_a_death_that_another_rank_has_noticed_is_the_same_line(self) -> None:
         """When ranks save together, all raise the error of one."""

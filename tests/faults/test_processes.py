@@ -16,7 +16,7 @@ from tests.helpers.launched import Launched, wait_until_gone
 from tests.helpers.processes import running
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.verification import verify
-from w2vscale.errors import TemporaryError
+from w2vscale.errors import TemporaryError, UserError
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
@@ -58,7 +58,6 @@ if "RANK" in os.environ:
 """Makes an update of two forwards on each rank take more than four seconds."""
 
 LOADER_ENDED = "error: a loader process was killed or died"
-"""PyTorch notices the death of a loader in several ways, and not all know the cause."""
 
 ENDLESS = ("trainer.updates=100000", "checkpoint.every=2", "data.workers=1")
 
@@ -104,15 +103,31 @@ class TestKilled:
         assert not run.temporary.exists()
 
     @pytest.mark.long
-    @pytest.mark.parametrize("processes", [1, 2])
-    def test_a_killed_loader_is_one_line(self, small_corpus: SmallCorpus, tmp_path: Path, processes: int) -> None:
+    @pytest.mark.parametrize(
+        ("number", "processes", "expected", "line"),
+        [
+            (signal.SIGKILL, 1, TemporaryError.exit_code, f"{LOADER_ENDED} (Killed), often"),
+            (signal.SIGKILL, 2, TemporaryError.exit_code, LOADER_ENDED),
+            # So a process ends that writes to a full /dev/shm.
+            (signal.SIGBUS, 1, UserError.exit_code, "error: a loader process found no space in /dev/shm"),
+        ],
+    )
+    def test_a_killed_loader_is_one_line(
+        self,
+        small_corpus: SmallCorpus,
+        tmp_path: Path,
+        number: signal.Signals,
+        processes: int,
+        expected: int,
+        line: str,
+    ) -> None:
         with Launched(small_corpus.train, tmp_path, settings=ENDLESS, processes=processes) as run:
             run.wait_for_update(6)
             loader = run.processes()[-1]
-            os.kill(loader, signal.SIGKILL)
+            os.kill(loader, number)
             code, errors = run.end()
-        assert code == TemporaryError.exit_code, errors
-        assert LOADER_ENDED in errors
+        assert code == expected, errors
+        assert line in errors
         assert "Traceback" not in errors
         assert not run.temporary.exists()
 

@@ -171,10 +171,24 @@ class TestRollBack:
         assert read_run(rolled_back).roll_backs == [8]
 
     def test_the_log_says_what_happens(
-        self, tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], started: Started
+        self,
+        tmp_path: Path,
+        run: Run,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+        started: Started,
     ) -> None:
+        loaders: list[int] = []
+        windows = loop.Run.windows
+
+        def count_loaders(run: loop.Run) -> Any:
+            loaders.append(len(started()))
+            return windows(run)
+
+        monkeypatch.setattr(loop.Run, "windows", count_loaders)
         run(tmp_path / "exp", "data.workers=1", bad=(8, 9, 10, 11))
-        assert started() == [], "loaders of skipped windows have ended"
+        assert loaders == [1, 0, 0], "loaders of skipped windows have ended"
+        assert started() == []
         printed = " ".join(capsys.readouterr().out.split())
         assert printed.count("warning: the loss spikes") == 2, "once for each time"
         checkpoint = tmp_path / "exp" / "checkpoints" / "update_00000008"

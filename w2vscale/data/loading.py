@@ -28,7 +28,7 @@ from w2vscale.runtime import FULL_COLLECTIONS, STOP_SIGNALS, Interrupted, end_wi
 DYING = 0.5  # seconds in which a process whose connections are closed has ended
 
 _started: WeakSet[multiprocessing.process.BaseProcess] = WeakSet()
-"""Loader processes that this process has started, while their loader is in use, without those that it has killed."""
+"""Loader processes that this process has started, while their loader is in use, without those that it has ended."""
 
 
 class TrainingData(Protocol):
@@ -103,21 +103,27 @@ class Loader(DataLoader[MicroBatch]):
 
 @contextmanager
 def loader_processes() -> Iterator[None]:
-    """End the loader processes that were started inside.
+    """End the loader processes that were started inside. There must be no such block around it.
 
     Raises TemporaryError if one was killed or died, whatever error that has caused: PyTorch notices it in a handler of
     a signal, so anywhere. Raises UserError if one raised it or found no space in /dev/shm.
     """
     with socket_folder():
-        before, earlier = set(multiprocessing.active_children()), set(_started)
+        before = set(multiprocessing.active_children())
+        _started.clear()
         try:
             yield
         except Exception as error:
-            if (explained := _explained(error, set(_started) - earlier)) is None:
+            if (explained := _explained(error, set(_started))) is None:
                 raise
             raise explained from error
         finally:
             _kill(set(multiprocessing.active_children()) - before)
+
+
+def end_loader_processes() -> None:
+    """End those that still run, such as when their micro-batches are not wanted any more."""
+    _kill(set(_started))
 
 
 def _explained(error: Exception, loaders: Iterable[multiprocessing.process.BaseProcess]) -> UserError | None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from w2vscale.checkpoint.format import committed, update_of
 from w2vscale.config import Config
-from w2vscale.data.loading import loader_processes
+from w2vscale.data.loading import end_loader_processes, loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import (
     TIMEOUT,
@@ -151,7 +151,7 @@ class Trainer:
 
     def train(self) -> int:
         """Run the remaining updates. Returns the exit code; see the function `train`."""
-        with closing(self.metrics), self.display.updating(self.state.update), loader_processes():
+        with closing(self.metrics), self.display.updating(self.state.update):
             if self.state.update >= self.total:
                 self.display.message(f"nothing to do: the run has reached trainer.updates={self.total}")
             try:
@@ -159,10 +159,10 @@ class Trainer:
                     self._validate()  # a stop signal has prevented it
                     self._save()
                 while self.state.update < self.total:
-                    with loader_processes():  # those of windows that a roll back skips end with it
-                        windows = self.run.windows()
-                        self._train_on(windows)
+                    self._train_on(self.run.windows())
+                    end_loader_processes()  # a roll back needs other windows
             except Interrupted:
+                end_loader_processes()
                 return self._stop()
             return 0 if self._finish() else TemporaryError.exit_code
 
