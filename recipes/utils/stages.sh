@@ -59,8 +59,19 @@ hours() { awk -v minutes="$1" 'BEGIN { print minutes / 60 }'; }
 
 # setting_of RUN SECTION.KEY prints a setting of a run.
 setting_of() {
-  python -c 'import functools, sys; from w2vscale.config import load_config
-print(functools.reduce(getattr, sys.argv[2].split("."), load_config(sys.argv[1])))' "$@"
+  python - "$@" <<'END'
+import functools
+import sys
+
+from w2vscale.config import load_config
+from w2vscale.errors import UserError
+
+try:
+    print(functools.reduce(getattr, sys.argv[2].split("."), load_config(sys.argv[1])))
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+END
 }
 
 # fine_tune CONF [SETTING…] fine-tunes the pretrained model on labels and trains the baseline, if there is one.

@@ -42,6 +42,9 @@ print_command=false   # print the commands that would start processes, and run n
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../utils/log.sh"
 if [[ -z $audio$manifests ]]; then die "--audio or --manifests is required: give folders of your speech"; fi
+for option in dev_share test_share; do
+  if [[ ! ${!option} =~ ^(0|0?\.[0-9]+)$ ]]; then die "--${option//_/-} takes a fraction below 1, not '${!option}'"; fi
+done
 data=$(absolute "${data:-$here/data}")
 model=$(given --model "$model")
 lm=$(given --lm "$lm")
@@ -171,9 +174,9 @@ find_transcripts() {
 # fine_tune_xlsr CONF fine-tunes on the engine of pretraining. It keeps the checkpoint with the lowest word error rate in
 # validation, too.
 fine_tune_xlsr() {
-  local held_out=("${tuning_held_out[@]}") engine
-  engine=$(setting_of "$exp" engine.name)
-  fine_tune "$1" objective.vocabulary="$vocabulary" engine.name="$engine" checkpoint.keep_best=1
+  local held_out=("${tuning_held_out[@]}") settings=()
+  find_settings placement "$1" "$exp"
+  fine_tune "$1" objective.vocabulary="$vocabulary" "${settings[@]}" checkpoint.keep_best=1
 }
 export_pretrained() { export_model "$exp" "$exp/huggingface"; }
 

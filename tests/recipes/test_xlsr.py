@@ -189,6 +189,20 @@ def test_several_languages_are_mixed_from_random_weights(speech: Path) -> None:
         assert config.batch.micro_batches % 8 == 0
 
 
+def test_fine_tuning_keeps_the_state_where_pretraining_had_it(tmp_path: Path) -> None:
+    different = runpy.run_path(str(LOCAL / "settings.py"))["different"]
+    conf = str(RECIPES / "xlsr" / "conf" / "finetune_2b.yaml")
+    for engine, expected in (
+        (("engine.name=fsdp", "engine.offload=true"), ["engine.name=fsdp", "engine.offload=true"]),
+        (
+            ("engine.name=deepspeed", "engine.deepspeed_config=zero3_offload", "engine.activation_checkpointing=none"),
+            ["engine.name=deepspeed", "engine.deepspeed_config=zero3_offload"],
+        ),
+    ):
+        run = settings_of_run(tmp_path / engine[0], "xlsr_2b", *engine)
+        assert list(different("placement", conf, str(run))) == expected
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -196,6 +210,8 @@ def test_several_languages_are_mixed_from_random_weights(speech: Path) -> None:
         (["--audio", "de nowhere"], "--audio nowhere: no such file or folder"),
         (["--manifests", "de=nowhere"], "--manifests nowhere: no such file or folder"),
         (["--audio", "de", "--model", "nowhere"], "--model nowhere: no such file or folder"),
+        (["--audio", "de", "--dev-share", "5"], "--dev-share takes a fraction below 1, not '5'"),
+        (["--audio", "de", "--test-share", "nan"], "--test-share takes a fraction below 1, not 'nan'"),
         (["--audio", "de", "--vocabulary", "nowhere"], "--vocabulary nowhere: no such file or folder"),
     ],
 )

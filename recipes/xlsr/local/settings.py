@@ -3,6 +3,7 @@
 A source is a configuration, a run or a checkpoint. KIND is
   architecture   what the weights of SOURCE belong to, to continue from them with the configuration OTHER
   evaluation     which frames are masked, to evaluate the model OTHER on the same ones as SOURCE
+  placement      where parameters, gradients and optimizer state are, to train another model of this size with OTHER
 """
 
 from __future__ import annotations
@@ -33,7 +34,17 @@ def evaluation(config: Config) -> dict[str, Any]:
     return found | {"precision.compute": config.precision.compute}
 
 
-KINDS: dict[str, Callable[[Config], dict[str, Any]]] = {"architecture": architecture, "evaluation": evaluation}
+def placement(config: Config) -> dict[str, Any]:
+    """The settings of the engine that decide what each GPU and host holds, apart from activations."""
+    keys = ("name", "deepspeed_config", "offload", "shard_size", "reshard_after_forward")
+    return {f"engine.{key}": getattr(config.engine, key) for key in keys}
+
+
+KINDS: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "architecture": architecture,
+    "evaluation": evaluation,
+    "placement": placement,
+}
 
 
 def different(kind: str, other: str, source: str) -> Iterator[str]:
@@ -53,7 +64,8 @@ def main() -> None:
         for line in different(*sys.argv[1:]):
             print(line)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
