@@ -15,6 +15,7 @@ from torch import Tensor
 from w2vscale.checkpoint.expected import expected_of
 from w2vscale.checkpoint.format import DTYPES, TrainState
 from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
+from w2vscale.checkpoint.lock import locked
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import Config, ObjectiveConfig, dump_config
 from w2vscale.distributed.process_group import Ranks
@@ -69,15 +70,17 @@ def import_checkpoint(
     if pieces is not None:
         objective = ObjectiveConfig(**config.objective.model_dump() | {"sentencepiece": copy})
         config = config.model_copy(update={"objective": objective})
-    store = CheckpointStore(folder, Ranks(), expected=expected_of(config, optimizer=False), log=log)
-    try:
-        with _copied(pieces, copy):
-            path = store.save(counted_reads(tensors, progress), origin, dump_config(config))
-    except UserError:
-        with suppress(OSError):  # they are deleted only if they are empty
-            folder.rmdir()
-            output.rmdir()
-        raise
+    expected = expected_of(config, optimizer=False)
+    with locked(output, log):
+        folder = folder_for_one(output)  # another process may have written one
+        store = CheckpointStore(folder, Ranks(), expected=expected, log=log)
+        try:
+            with _copied(pieces, copy):
+                path = store.save(counted_reads(tensors, progress), origin, dump_config(config))
+        except UserError:
+            with suppress(OSError):  # it is deleted only if it is empty
+                folder.rmdir()
+            raise
     return Imported(path, sum(math.prod(tensor.shape) for tensor in tensors.values()))
 
 
@@ -125,8 +128,6 @@ def _copied(pieces: Path | None, copy: Path) -> Iterator[None]:
         return
     if copy.exists():
         raise UserError(f"{copy}: exists and is another file than {pieces}; choose another folder")
-    for left in copy.parent.glob(f".{copy.name}.*.partial"):  # by a process that was killed
-        left.unlink()
     with new_file(copy, "wb", durable=True) as file:
         file.write(pieces.read_bytes())
     try:
