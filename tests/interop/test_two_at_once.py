@@ -5,31 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.conversions import CONVERSIONS, ignore
 from tests.helpers.exported import random_model, save_model
 from tests.helpers.micro import SMALL
-from w2vscale.checkpoint.averaging import average
-from w2vscale.checkpoint.consolidation import consolidate
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.lock import locked
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.interop.exporting import export_checkpoint
-from w2vscale.interop.importing import import_checkpoint
 
 FORK = multiprocessing.get_context("fork")
-
-Progress = Callable[[int, int], None]
-WORK: dict[str, Callable[[Path, Path, Progress], object]] = {
-    "export": lambda run, out, progress: export_checkpoint(run, out, form="huggingface", progress=progress),
-    "import": lambda run, out, progress: import_checkpoint(run / "export", out, progress=progress),
-    "consolidate": lambda run, out, progress: consolidate(run, out, progress=progress),
-    "average": lambda run, out, progress: average(run, out, last=1, progress=progress),
-}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     config = load_config("base", SMALL)
     save_model(folder, config, random_model(config, seed=1).state_dict(), TrainState(update=3))
-    export_checkpoint(folder, folder / "export", form="huggingface")
+    export_checkpoint(folder, folder / "huggingface", form="huggingface")
     return folder
 
 
@@ -46,13 +35,9 @@ def below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def ignore(done: int, total: int) -> None:
-    pass
-
-
-@pytest.mark.parametrize("name", WORK)
+@pytest.mark.parametrize("name", ["import huggingface", "export huggingface", "consolidate", "average"])
 def test_the_second_is_refused_and_takes_over_when_the_first_is_killed(name: str, run: Path, tmp_path: Path) -> None:
-    work, output, reading = WORK[name], tmp_path / "a" / "b", FORK.Event()
+    work, output, reading = CONVERSIONS[name], tmp_path / "a" / "b", FORK.Event()
 
     def stop(done: int, total: int) -> None:
         reading.set()
@@ -77,7 +62,7 @@ def test_the_second_is_refused_and_takes_over_when_the_first_is_killed(name: str
     assert below(output) == below(tmp_path / "other")
 
 
-@pytest.mark.parametrize("name", ["import", "average"])
+@pytest.mark.parametrize("name", ["import huggingface", "average"])
 def test_the_folder_of_a_run_that_has_just_begun_is_refused(name: str, run: Path, tmp_path: Path) -> None:
     def train() -> None:
         with locked(tmp_path / "exp", print):
@@ -90,7 +75,7 @@ def test_the_folder_of_a_run_that_has_just_begun_is_refused(name: str, run: Path
     try:
         assert began.wait(30)
         with pytest.raises(UserError, match=f"exp: in use by process {process.pid}"):
-            WORK[name](run, tmp_path / "exp", ignore)
+            CONVERSIONS[name](run, tmp_path / "exp", ignore)
     finally:
         process.kill()
         process.join()

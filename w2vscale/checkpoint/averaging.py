@@ -138,11 +138,10 @@ def _mean(name: str, checkpoints: Sequence[CheckpointReader]) -> Tensor:
     """The mean of a floating-point tensor over several checkpoints, summed in float64; of another the last one's."""
     if not checkpoints[-1].specs[name].dtype.is_floating_point:
         return checkpoints[-1].tensor(name)
-    wholes = (checkpoint.tensor(name).double() for checkpoint in checkpoints)
-    total = next(wholes)  # not zeros: 0 + -0 is not -0
-    for whole in wholes:
-        total += whole
-    return (total / len(checkpoints)).float()
+    total = checkpoints[0].tensor(name).double()  # not zeros: 0 + -0 is not -0
+    for checkpoint in checkpoints[1:]:
+        total += checkpoint.tensor(name)
+    return total.div_(len(checkpoints)).float()
 
 
 def _listed(updates: Iterable[int]) -> str:
