@@ -139,35 +139,6 @@ def new_file(path: Path, mode: str = "w", *, durable: bool = False) -> Iterator[
             partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to write to. It gets the name `path`, whole and on disk, when the block ends without an error.
-
-    What a killed process has left of it is replaced. Raises UserError if it cannot be written, or `path` exists and is
-    not an empty folder.
-    """
-    target = path.absolute()
-    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{path}: exists and is not an empty folder; choose another one")
-    if target == Path.cwd():
-        raise UserError(f"{path}: is the current folder; name a folder in it")
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with writing(path):
-            if os.path.lexists(partial):
-                delete(partial)
-            partial.mkdir(parents=True)
-            yield partial
-            for file in partial.iterdir():
-                sync(file)
-            sync(partial)
-            partial.rename(target)
-            sync(target.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def write_text(path: Path, text: str, *, durable: bool = False) -> None:
     """Write a whole UTF-8 file; see `new_file`."""
     with new_file(path, durable=durable) as file:

@@ -85,8 +85,8 @@ class TestTrain:
         blocked = write_text(tmp_path / "file")
         content = blocked.read_bytes()
         for exp, problem in (
-            (blocked, "a file, not the folder of a run"),
-            (blocked / "deeper", "the folder of the run"),
+            (blocked, "a file, not a folder; choose another one"),
+            (blocked / "deeper", "the folder cannot be written"),
         ):
             assert self.error(f"data.train={corpus}", "--exp", exp).startswith(f"{exp}: {problem}")
         assert blocked.read_bytes() == content

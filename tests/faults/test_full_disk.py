@@ -15,12 +15,12 @@ from tests.helpers.checkpoints import save, store, tensors
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.processes import Command
 from w2vscale.checkpoint.format import TrainState, committed, update_of
+from w2vscale.checkpoint.lock import locked
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.checkpoint.verification import verify
 from w2vscale.errors import UserError
 from w2vscale.files import read_records
-from w2vscale.training.lock import locked
 
 PAGE = 4096
 

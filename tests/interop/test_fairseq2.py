@@ -46,9 +46,10 @@ PUBLISHED = {
     "1b": (Shape(BASE.convolutions, True, 48, 1280, 5120, 1024, 1024), "xlsr_1b"),
     "2b": (Shape(BASE.convolutions, True, 48, 1920, 7680, 1024, 1024), "xlsr_2b"),
     "3b": (FULL_3B, "omni_3b"),
+    "5b": (Shape(BASE.convolutions, True, 96, 2048, 8192, 1024, 1024), "omni_7b"),
     "7b": (Shape(BASE.convolutions, True, 128, 2048, 8192, 1024, 1024), "omni_7b"),
 }
-"""Architectures of fairseq2 by its names, and our presets."""
+"""Architectures in fairseq2's models/wav2vec2/config.py by their names, and our presets with all other settings."""
 
 
 @pytest.fixture(params=SMALL.values(), ids=SMALL.keys())
@@ -112,12 +113,13 @@ def test_every_hidden_state_is_that_of_the_same_model_in_fairseq(shape: Shape, t
 def test_published_sizes_have_the_settings_of_their_presets(name: str, tokenizer: Path) -> None:
     published, preset = PUBLISHED[name]
     expected = load_config(preset)
+    assert expected.model.layers == published.layers or name == "5b"
     with torch.device("meta"):
         fairseq = fairseq_state(published)
         state = fairseq2_state(fairseq, published)
         ctc = fairseq2_ctc_state(fairseq, published, len(pieces_of(tokenizer)))
     config, tensors = from_fairseq2(FairseqCheckpoint(Path("full.pt"), state, {}))
-    assert config.model == expected.model.model_copy(update={"waveform_eps": 1e-5})
+    assert config.model == expected.model.model_copy(update={"waveform_eps": 1e-5, "layers": published.layers})
     assert config.regularization == expected.regularization
     assert build_objective(config).settings == build_objective(expected).settings
     with torch.device("meta"):
@@ -361,18 +363,24 @@ def test_the_symbols_of_a_ctc_model_must_be_known(tokenizer: Path, tmp_path: Pat
     with torch.device("meta"):
         state = fairseq2_ctc_state(fairseq_state(LARGE_LV60), LARGE_LV60, len(pieces_of(tokenizer)))
     checkpoint = FairseqCheckpoint(tmp_path / "m.pt", state, {})
-    with pytest.raises(UserError, match=r"m.pt: a CTC model needs the file with its \d+ symbols: put it beside"):
+    with pytest.raises(
+        UserError,
+        match=r"m.pt: a CTC model needs the file with its \d+ symbols: put it beside .*: w2vscale import MODEL DIR",
+    ):
         from_fairseq2(checkpoint)
     config, _ = from_fairseq2(checkpoint, tokenizer)
     assert build_objective(config).vocabulary == pieces_of(tokenizer)
     (tmp_path / "my_tokenizer_1.model").write_bytes(tokenizer.read_bytes())
     assert build_objective(from_fairseq2(checkpoint)[0]).vocabulary == pieces_of(tokenizer)
     (tmp_path / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(UserError, match=r"\(my_tokenizer_1.model, tokenizer.model\); name one with --tokenizer"):
+    with pytest.raises(
+        UserError, match=r"\(my_tokenizer_1.model, tokenizer.model\): keep one of them there, or import"
+    ):
         from_fairseq2(checkpoint)
     for name, message in (
         ("tokenizer.model", "not a SentencePiece model"),
         ("gone.model", "cannot be read: No such file"),
+        ("gone.txt", "must be `letters` or a readable file of symbols"),
     ):
         with pytest.raises(UserError, match=f"m.pt: --tokenizer={tmp_path / name}: {message}"):
             from_fairseq2(checkpoint, tmp_path / name)
@@ -421,6 +429,8 @@ def test_the_commands_recognise_the_format_and_take_a_tokenizer(tokenizer: Path,
     state = fairseq2_state(fairseq_state(shape), shape)
     path = save_fairseq2(tmp_path / "m.pt", state, w2vscale=our_settings(shape))
     assert "update_00000000" in run("import", path, tmp_path / "in")
+    (tmp_path / "m.pth").write_bytes(path.read_bytes())
+    assert "update_00000000" in run("import", tmp_path / "m.pth", tmp_path / "other_suffix")
     assert open_checkpoint(tmp_path / "in").state.data == "imported from m.pt (fairseq2)"
     assert "model.pt" in run("export", tmp_path / "in", tmp_path / "out", "--format", "fairseq2")
     run("export", tmp_path / "in", tmp_path / "hf")
@@ -433,7 +443,7 @@ def test_the_commands_recognise_the_format_and_take_a_tokenizer(tokenizer: Path,
     run("import", path, tmp_path / "ctc", "--tokenizer", tokenizer)
     assert (tmp_path / "ctc" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
     for source in (tmp_path / "hf", tmp_path / "m.pt"):
-        with pytest.raises(UserError, match=rf"--tokenizer=.*: is for CTC models .*, and {source} is none"):
+        with pytest.raises(UserError, match=rf"--tokenizer=.*: {source} is not a CTC model"):
             import_checkpoint(source, tmp_path / "x", tokenizer=tokenizer)
 
 

@@ -6,19 +6,24 @@ import contextlib
 import pickle
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from tests.helpers.converted import from_fairseq
 from tests.helpers.fairseq import FORMS, SMALL, all_settings, fairseq_state, model_settings, modules, save_new, save_old
 from tests.helpers.fairseq2 import fairseq2_ctc_state, fairseq2_state, our_settings, save_fairseq2
+from w2vscale.checkpoint.lazy import whole
+from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.errors import UserError
-from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
+from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq, mapped, read_pickle
 from w2vscale.interop.importing import form_of, import_checkpoint
 
 
@@ -40,6 +45,44 @@ def test_settings_are_read_from_every_form_of_checkpoint(form: str, name: str, t
         assert torch.equal(again[1][tensor_name], tensor)
     assert not {"fairseq", "omegaconf"} & sys.modules.keys()
     assert set(torch.serialization.get_safe_globals()) == allowed_before
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_subclasses_of_tensors_are_refused_by_name(mesh: DeviceMesh, tmp_path: Path) -> None:
+    """A rank of FSDP2 holds DTensors, and saves its own part of them."""
+    name = "encoder.layers.1.fc1.weight"
+    state = fairseq_state(SMALL["base"])
+    others = {
+        "DTensor": distribute_tensor(state[name], mesh, [Shard(0)]),
+        "NestedTensor": torch.nested.nested_tensor([state[name]], layout=torch.jagged),
+    }
+    for kind, tensor in others.items():
+        path = save_new(tmp_path / "model.pt", {**state, name: tensor}, all_settings(SMALL["base"]))
+        torch.save({**state, name: tensor}, tmp_path / "pytorch_model.bin")
+        for message in (
+            refusal(lambda path=path: import_checkpoint(path, tmp_path / "in")),
+            refusal(lambda: mapped(read_pickle(tmp_path / "pytorch_model.bin"))),
+        ):
+            assert f"tensor {name} is a {kind}; save the model with ordinary tensors" in message
+    assert not (tmp_path / "in").exists()
+
+
+def test_parameters_and_views_are_ordinary_tensors(tmp_path: Path) -> None:
+    state = fairseq_state(SMALL["base"])
+    first, second = "encoder.layers.1.fc1.weight", "encoder.layers.1.fc2.weight"
+    changed = {**state, first: torch.nn.Parameter(state[first]), second: torch._neg_view(-state[second])}
+    path = save_new(tmp_path / "model.pt", changed, all_settings(SMALL["base"]))
+    import_checkpoint(path, tmp_path / "in")
+    found = whole(open_checkpoint(tmp_path / "in").model_tensors())
+    block = "encoder.transformer.blocks.1.feed_forward"
+    assert torch.equal(found[f"{block}.intermediate.weight"], state[first])
+    assert torch.equal(found[f"{block}.output.weight"], state[second])
 
 
 def test_settings_are_empty_where_there_are_none(tmp_path: Path) -> None:
@@ -283,7 +326,7 @@ def test_files_of_fairseq2_that_are_cut_or_changed_are_refused(tmp_path: Path) -
     assert "pos_encoder.conv.weight_v is missing: is this" in refusal(lambda: import_checkpoint(path, tmp_path / "in"))
 
 
-def test_the_format_of_a_file_is_told_from_names_alone(tmp_path: Path) -> None:
+def test_names_of_tensors_show_the_format_of_a_file(tmp_path: Path) -> None:
     fairseq, path = fairseq_state(SMALL["base"]), tmp_path / "model.pt"
     fairseq2 = fairseq2_state(fairseq, SMALL["base"])
     for state, form in (

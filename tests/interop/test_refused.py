@@ -64,6 +64,20 @@ def test_a_malicious_pickle_does_not_run(family: tuple[Config, Path, Path], tmp_
     assert not marker.exists()
 
 
+def test_files_in_place_of_folders(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
+    """Any file may be one of PyTorch, whatever its name, but not those that Transformers has in a folder."""
+    _, _, export = family
+    for form in ("auto", "huggingface"):
+        with pytest.raises(UserError, match=r"model\.safetensors: a file, not a folder; name its folder, or give --fo"):
+            import_checkpoint(export / "model.safetensors", tmp_path / "in", form=form)
+    for name in ("model.pth", "model.ckpt", "model"):
+        (tmp_path / name).write_text("no model")
+        with pytest.raises(UserError, match=f"{name} is refused: it is not a file that PyTorch can read"):
+            import_checkpoint(tmp_path / name, tmp_path / "in")
+    with pytest.raises(UserError, match=r"gone\.pth: cannot be read: No such file"):
+        import_checkpoint(tmp_path / "gone.pth", tmp_path / "in")
+
+
 def test_missing_and_existing_files(family: tuple[Config, Path, Path], tmp_path: Path) -> None:
     _, checkpoint, export = family
     with pytest.raises(UserError, match="no such folder"):

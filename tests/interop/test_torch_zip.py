@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from w2vscale.checkpoint.lazy import LazyTensor, lazy
+from w2vscale.interop import torch_zip
 from w2vscale.interop.torch_zip import write_torch_zip
 from w2vscale.optim.canonical import TensorSpec
 
@@ -39,6 +40,18 @@ def test_every_shape_and_type_is_read_in_every_way(tmp_path: Path) -> None:
         assert {record.compress_type for record in archive.infolist()} == {zipfile.ZIP_STORED}
 
 
+@pytest.mark.parametrize("large", [100, 2**30], ids=["with sizes of 64 bits", "with sizes of 32 bits"])
+def test_values_of_any_size_are_aligned(large: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_zip, "LARGE", large)
+    tensors = {str(size): torch.arange(float(size)) for size in (1, 7, 24, 25, 26, 300, 5000)}
+    write_torch_zip(tmp_path / "m.pt", lazy(tensors))
+    found = torch.load(tmp_path / "m.pt", weights_only=True, mmap=True)["model"]
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert not any(tensor.data_ptr() % 64 for tensor in found.values())
+    with zipfile.ZipFile(tmp_path / "m.pt") as archive:
+        assert archive.testzip() is None
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("sizes", [[150_000_000] * 8, [540_000_000, 540_000_000, 100_000]], ids=["many", "large"])
 def test_files_and_records_of_any_size(sizes: list[int], tmp_path: Path) -> None:
@@ -53,6 +66,7 @@ def test_files_and_records_of_any_size(sizes: list[int], tmp_path: Path) -> None
         assert path.stat().st_size > 2**32
         found = torch.load(path, weights_only=True, mmap=True)["model"]
         for number, size in enumerate(sizes):
+            assert found[str(number)].data_ptr() % 64 == 0
             assert torch.equal(found[str(number)], values(size, number))
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None

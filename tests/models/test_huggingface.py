@@ -51,8 +51,7 @@ MODELS = {
     "base with other dimensions": ("base", (*SMALL, *OTHER), (5000, 5000)),
     "base at full size": ("base", (), (20_000, 20_000)),
     "large_lv60": ("large_lv60", SMALL, (5000, 5000, 5000)),
-    "omni_3b at full width": ("omni_3b", ("model.layers=2",), (20_000, 17_000)),
-    "omni_7b at full width": ("omni_7b", ("model.layers=2",), (20_000, 17_000)),
+    "omni_3b and omni_7b at full width": ("omni_7b", ("model.layers=2",), (20_000, 17_000)),
     "large_lv60, padded": ("large_lv60", SMALL, (3100, 5000, 4444)),
     "large_lv60 with other dimensions, padded": ("large_lv60", (*SMALL, *OTHER), (5000, 3777)),
 }
@@ -89,6 +88,12 @@ def pair(request: pytest.FixtureRequest) -> Pair:
         other = transformers_model(config)
     other.load_state_dict(to_huggingface(model.state_dict(), config), assign=True)
     return run_both(config, model, other.eval(), inputs)
+
+
+def test_omni_3b_and_omni_7b_differ_in_their_number_of_layers_only() -> None:
+    """So one comparison at full width is for both."""
+    small, large = (load_config(name, ["model.layers=2"]) for name in ("omni_3b", "omni_7b"))
+    assert small.model == large.model and small.objective == large.objective
 
 
 def model_of(config: Config) -> Wav2Vec2ForPretraining:
@@ -196,9 +201,12 @@ def test_a_preset_has_as_many_parameters_as_theirs(preset: str) -> None:
     }
 
 
-# Of base: Transformers. Of the others: the model cards of Omnilingual, whose two smaller models are those of XLS-R.
+# Of base: Transformers. Of the others: the model cards of Omnilingual, whose smaller models are xlsr_300m and xlsr_1b.
+# large_lv60 has the architecture of xlsr_300m. In large, convolutions have no biases, and only the first has a norm.
 PARAMETERS = {
     "base": 95_044_608,
+    "large": 317_390_592 - 7 * 512 - 6 * 2 * 512,
+    "large_lv60": 317_390_592,
     "xlsr_300m": 317_390_592,
     "xlsr_1b": 965_514_752,
     "omni_3b": 3_064_124_672,
@@ -210,6 +218,13 @@ PARAMETERS = {
 def test_a_preset_has_the_published_number_of_parameters(preset: str) -> None:
     with torch.device("meta"):
         assert count(model_of(load_config(preset))) == PARAMETERS[preset]
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("xlsr_300m", 317), ("xlsr_1b", 965), ("xlsr_2b", 2162)])
+def test_a_preset_has_the_millions_of_parameters_of_its_paper(preset: str, millions: int) -> None:
+    """The models of Babu et al. 2021 (arXiv:2111.09296), which gives no exact count of xlsr_2b, and truncates."""
+    with torch.device("meta"):
+        assert count(model_of(load_config(preset))) // 10**6 == millions
 
 
 def test_base_prenorm_has_as_many_parameters_as_its_description_adds_up_to() -> None:

@@ -388,5 +388,10 @@ def test_models_by_url(bucket: Url, tmp_path: Path) -> None:
         assert open_checkpoint(local_model(url)).state.update == 3
     assert {file.name for file in local_model(bucket / "hf").iterdir()} == {"config.json", "model.safetensors"}
     assert local_model(bucket / "old.pt").read_bytes() == b"pt"
+    for name in ("m.pt", "dict.ltr.txt", "my_tokenizer.model", "other.txt", "deeper/dict.txt"):
+        write(bucket / "ctc" / name, name.encode())
+    model = local_model(bucket / "ctc" / "m.pt")
+    assert {path.name for path in model.parent.iterdir()} == {"m.pt", "dict.ltr.txt", "my_tokenizer.model"}
+    assert model.read_bytes() == b"m.pt"
     with pytest.raises(UserError, match="no such object"):
         local_model(bucket / "nothing")

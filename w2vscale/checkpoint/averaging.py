@@ -15,6 +15,7 @@ from torch import Tensor
 from w2vscale.checkpoint.expected import expected_of
 from w2vscale.checkpoint.format import committed
 from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
+from w2vscale.checkpoint.lock import locked
 from w2vscale.checkpoint.reader import CheckpointReader, best_first, open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import architecture_of, dump_config
@@ -63,10 +64,11 @@ def average(
         name: LazyTensor.made(newest.specs[name], partial(_mean, name, chosen)) for name in model_only(newest.specs)
     }
     origin = "; ".join(filter(None, (newest.state.data, f"the mean of the weights at {_listed(scores)}")))
-    store = CheckpointStore(folder, Ranks(), expected=expected_of(newest.config, optimizer=False), log=log)
-    path = store.save(
-        counted_reads(means, progress), replace(newest.state, data=origin, validation={}), dump_config(newest.config)
-    )
+    state, expected = replace(newest.state, data=origin, validation={}), expected_of(newest.config, optimizer=False)
+    with locked(output, log):
+        folder = folder_for_one(output)  # another process may have written one
+        store = CheckpointStore(folder, Ranks(), expected=expected, log=log)
+        path = store.save(counted_reads(means, progress), state, dump_config(newest.config))
     return Averaged(path, metric, scores)
 
 
@@ -136,11 +138,10 @@ def _mean(name: str, checkpoints: Sequence[CheckpointReader]) -> Tensor:
     """The mean of a floating-point tensor over several checkpoints, summed in float64; of another the last one's."""
     if not checkpoints[-1].specs[name].dtype.is_floating_point:
         return checkpoints[-1].tensor(name)
-    wholes = (checkpoint.tensor(name).double() for checkpoint in checkpoints)
-    total = next(wholes)  # not zeros: 0 + -0 is not -0
-    for whole in wholes:
-        total += whole
-    return (total / len(checkpoints)).float()
+    total = checkpoints[0].tensor(name).double()  # not zeros: 0 + -0 is not -0
+    for checkpoint in checkpoints[1:]:
+        total += checkpoint.tensor(name)
+    return total.div_(len(checkpoints)).float()
 
 
 def _listed(updates: Iterable[int]) -> str:

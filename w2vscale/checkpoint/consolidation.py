@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from w2vscale.checkpoint.format import write_safetensors
-from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
+from w2vscale.checkpoint.lazy import counted_reads
+from w2vscale.checkpoint.new_folder import new_folder
 from w2vscale.checkpoint.reader import open_checkpoint
-from w2vscale.files import new_folder
 from w2vscale.optim.canonical import specs_of
 
 WEIGHTS = "model.safetensors"
@@ -43,14 +42,11 @@ def consolidate(
     checkpoint = open_checkpoint(path, log)
     checkpoint.require_model(optimizer=optimizer)
     part = "" if optimizer else "model."
-    tensors = {
-        name.removeprefix(part): LazyTensor.made(spec, partial(checkpoint.tensor, name))
-        for name, spec in checkpoint.specs.items()
-        if name.startswith(part)
-    }
+    tensors = {name.removeprefix(part): checkpoint.lazy(name) for name in checkpoint.specs if name.startswith(part)}
     values = (tensor.whole() for tensor in counted_reads(tensors, progress).values())
     text_of_config = (checkpoint.path / "config.yaml").read_bytes()
-    with new_folder(output) as folder:
+    size = sum(tensor.bytes for tensor in tensors.values())
+    with new_folder(output, size=size, log=log) as folder:
         (folder / "config.yaml").write_bytes(text_of_config)
         with (folder / WEIGHTS).open("wb") as file:
             write_safetensors(file, specs_of(tensors), values, {"update": str(checkpoint.state.update)})

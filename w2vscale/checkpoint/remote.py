@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch.distributed as dist
@@ -37,10 +38,24 @@ from w2vscale.errors import TemporaryError, UserError
 from w2vscale.files import delete as delete_path
 from w2vscale.files import sync
 from w2vscale.storage.cache import cache_folder, local_file, local_folder
-from w2vscale.storage.objects import Missing, TooLarge, delete, download, list_objects, read, upload, version, write
+from w2vscale.storage.objects import (
+    Denied,
+    Missing,
+    TooLarge,
+    delete,
+    download,
+    list_objects,
+    read,
+    upload,
+    version,
+    write,
+)
 from w2vscale.storage.urls import Url
 
 DOWNLOADED_AT_ONCE = 4  # files
+FAIRSEQ_SYMBOLS = "dict*.txt"
+FAIRSEQ2_SYMBOLS = "*tokenizer*.model"
+"""Names of the files with the symbols of CTC models, beside the models."""
 _OURS = re.compile(rf"{re.escape(STATE)}|([0-9a-f]{{16}}\.)?config\.yaml|[^/]*\.safetensors")
 
 
@@ -277,7 +292,7 @@ def _find_model(place: Url, log: Callable[[str], None], progress: Callable[[], N
     """The URL of the checkpoint or model that a URL names, and a copy of it on this machine."""
     names = list_objects(place)
     if not names:
-        return place, local_file(place, progress=progress)
+        return place, local_file(place, beside=_symbols_beside(place), progress=progress)
     if STATE in names:
         parent, _, name = place.rstrip("/").rpartition("/")
         if FOLDER.fullmatch(name):
@@ -298,6 +313,17 @@ def _find_model(place: Url, log: Callable[[str], None], progress: Callable[[], N
         _at_once(lambda url: download(url, folder / url.name, progress), [*files])
 
     return place, local_folder(place, files, fill, name=place.name)
+
+
+def _symbols_beside(model: Url) -> list[Url]:
+    """The files beside a model that may have its symbols. Empty where folders cannot be listed."""
+    folder = Url(model.rstrip("/").rpartition("/")[0])
+    names: Iterable[str] = ()
+    if model.scheme not in ("http", "https") and "://" in folder:
+        with suppress(Denied):  # the model may be all that the user is allowed to read
+            names = list_objects(folder, below=False)
+    patterns = (FAIRSEQ_SYMBOLS, FAIRSEQ2_SYMBOLS)
+    return [folder / name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def own_name(name: str, facts: FileFacts) -> str:

@@ -52,6 +52,7 @@ class _Writer(HuggingFaceStorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         if plan.items:
             specs = {item.index.fqn: _spec_of(item) for item in plan.items}
+            assert len(specs) == len(plan.items), "a rank holds one part of each tensor"
             places = {item.index.fqn: {"saved_offsets": list(_chunk_of(item).offsets)} for item in plan.items}
             values = (cast(Tensor, planner.resolve_data(item)).detach().cpu() for item in plan.items)
             path = Path(self.path) / file_of(plan.storage_data["shard_index"] - 1)

@@ -105,8 +105,8 @@ def free_folder(source: str, exp: Path | None, context: typer.Context) -> Path:
 
     Raises UnicodeEncodeError if an argument is not UTF-8, as run.sh is.
     """
+    from w2vscale.checkpoint.lock import refuse_if_locked
     from w2vscale.distributed.launch import launched
-    from w2vscale.training.lock import refuse_if_locked
 
     for argument in context.obj or ():
         argument.encode()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 BLANK_SYMBOL = "<pad>"
-"""The blank of CTC, where no piece is it."""
+"""The blank of CTC, unless a piece of the model is the blank."""
 
 
 def open_pieces(path: Path, *, named: str = "objective.sentencepiece") -> SentencePieceProcessor:

@@ -37,9 +37,13 @@ _OVERWRITE = "#fairseq:overwrite"
 
 
 def read_vocabulary(
-    named: Sequence[str] | Path, *, sentencepiece: Path | None = None, split: str = "auto"
+    named: Sequence[str] | Path,
+    *,
+    sentencepiece: Path | None = None,
+    split: str = "auto",
+    setting: str = "objective.vocabulary",
 ) -> list[str]:
-    """Return the symbols that `objective.vocabulary` names, blank first: a list, `letters`, or a file.
+    """Return the symbols that a setting or option (`setting`) names, blank first: a list, `letters`, or a file.
 
     A file is a list with one symbol per line, a dictionary of fairseq (`dict.ltr.txt`), symbols with their numbers
     (`tokens.txt`), or a `vocab.json` of Transformers. If nothing is named, the symbols are those of `sentencepiece`;
@@ -47,13 +51,13 @@ def read_vocabulary(
 
     Raises UserError if there are no symbols, only one, or one twice, or a file cannot be read or used.
     """
-    source = "objective.vocabulary"
+    source = setting
     if not isinstance(named, Path):
         symbols = list(named)
     elif str(named) == "letters":
         return [*LETTERS]
     else:
-        source, symbols = f"{source}={named}", _symbols_in(named)
+        source, symbols = f"{setting}={named}", _symbols_in(named, setting)
     if not symbols and sentencepiece is not None:
         symbols = vocabulary_of(open_pieces(sentencepiece))
     if not symbols:
@@ -169,20 +173,19 @@ def show_symbol(symbol: str) -> str:
     return f"{symbol!r}" + f" ({' '.join(f'U+{ord(character):04X}' for character in symbol)})" * hidden
 
 
-def _symbols_in(path: Path) -> list[str]:
+def _symbols_in(path: Path, setting: str) -> list[str]:
     try:
         text = read_text(path)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
-            raise UserError(f"objective.vocabulary={error}") from None
+            raise UserError(f"{setting}={error}") from None
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"objective.vocabulary={path}: must be `letters` or a readable file of symbols ({reason})"
-            f"{nearest_path(path)}"
+            f"{setting}={path}: must be `letters` or a readable file of symbols ({reason}){nearest_path(path)}"
         ) from None
     if path.suffix == ".json" or text.lstrip().startswith("{"):
-        return _symbols_of_json(text, f"objective.vocabulary={path}")
-    return _symbols_of_lines(text, f"objective.vocabulary={path}")
+        return _symbols_of_json(text, f"{setting}={path}")
+    return _symbols_of_lines(text, f"{setting}={path}")
 
 
 def _symbols_of_lines(text: str, source: str) -> list[str]:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from w2vscale.checkpoint.format import write_safetensors
 from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
+from w2vscale.checkpoint.new_folder import new_folder
 from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
 from w2vscale.data.sentence_pieces import label_of_first, open_pieces
 from w2vscale.errors import UserError
-from w2vscale.files import new_folder
 from w2vscale.interop.fairseq2 import to_fairseq2
 from w2vscale.interop.fairseq2_card import MODEL, asset_card
 from w2vscale.interop.huggingface import huggingface_config, preprocessor_config, to_huggingface
@@ -66,7 +66,8 @@ def export_checkpoint(
         raise UserError(f"--format {form}: choose one of {', '.join(WRITERS)}")
     checkpoint = open_checkpoint(path, log)
     state = checkpoint.model_tensors()
-    with new_folder(output) as folder:
+    size = sum(tensor.bytes for tensor in state.values())
+    with new_folder(output, size=size, log=log) as folder:
         WRITERS[form](checkpoint, counted_reads(state, progress), folder, log)
         names = sorted(file.name for file in folder.iterdir())
     return Exported([output / name for name in names], checkpoint.state.update)
@@ -119,12 +120,15 @@ def _write_symbols(objective: Objective, folder: Path, log: Log) -> str | None:
     Labels of fairseq2 are the ids of its SentencePiece model. A model with other labels gets a list of its symbols.
     """
     pieces: Path | None = getattr(objective.settings, "sentencepiece", None)
+    content = None
     try:
         if pieces is not None and label_of_first(open_pieces(pieces), objective.vocabulary) == 0:
-            (folder / TOKENIZER).write_bytes(pieces.read_bytes())
-            return TOKENIZER
-    except UserError as error:
+            content = pieces.read_bytes()
+    except (UserError, OSError) as error:
         log(f"without {TOKENIZER}: {error}")
+    if content is not None:
+        (folder / TOKENIZER).write_bytes(content)
+        return TOKENIZER
     (folder / "vocabulary.txt").write_text("\n".join(objective.vocabulary) + "\n", encoding="utf-8")
     return None
 

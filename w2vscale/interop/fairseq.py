@@ -10,15 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from w2vscale.checkpoint.lazy import LazyTensor
+from w2vscale.checkpoint.remote import FAIRSEQ_SYMBOLS
 from w2vscale.config import Config, RegularizationConfig, load_config
-from w2vscale.config.load import first_problem
 from w2vscale.config.tree import BASE_CONV_LAYERS
 from w2vscale.errors import UserError
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, mapped
-from w2vscale.interop.names import FAIRSEQ, Pretraining, older_weight_norm, pretraining_model, to_ours, with_ctc
+from w2vscale.interop.names import FAIRSEQ, errors_naming, older_weight_norm, pretraining_model, to_ours, with_ctc
 from w2vscale.interop.shapes import Shapes, published_preset
 from w2vscale.interop.symbols import symbols_of
 
@@ -31,7 +29,6 @@ NAMES = FAIRSEQ | {
 GROUP_NORM = {"encoder.feature_encoder.layers.{}.norm": "feature_extractor.conv_layers.{}.2"}
 FINE_TUNED = "w2v_encoder.w2v_model."  # before the names of the encoder in a fine-tuned model
 CTC_NAMES = FAIRSEQ | {"head": "w2v_encoder.proj"}
-DICTIONARY = "dict*.txt"  # name of the file with its symbols
 
 # fairseq setting: our setting. None of them affects the shape of a tensor.
 COUNTERPARTS = {
@@ -78,20 +75,16 @@ def from_fairseq(checkpoint: FairseqCheckpoint, tokenizer: Path | None = None) -
     settings = _evaluated(checkpoint.settings)
     table = CTC_NAMES if f"{CTC_NAMES['head']}.weight" in state else NAMES
     shapes = Shapes(state, table)
-    try:
+    with errors_naming(checkpoint.path):
         if table is NAMES:
             _refuse_others(settings)
             config = pretraining_model(_architecture(shapes, settings) | shapes.quantizer() | _training(settings))
         else:
             count = shapes.of("head.weight", 2)[0]
-            symbols = symbols_of(checkpoint.path, tokenizer, DICTIONARY, count=count)
+            symbols = symbols_of(checkpoint.path, tokenizer, FAIRSEQ_SYMBOLS, count=count)
             config = with_ctc(_fine_tuned(shapes, settings), **symbols)
         norm = {} if config.model.conv_norm == "layer" else GROUP_NORM
         return config, to_ours(mapped(state), config, table | norm)
-    except ValidationError as error:
-        raise UserError(f"{checkpoint.path}: {first_problem(error, Pretraining)}") from None
-    except UserError as error:
-        raise UserError(" ".join(f"{checkpoint.path}: {error}".split())) from None
 
 
 def _fine_tuned(shapes: Shapes, settings: Mapping[str, Any]) -> Config:
@@ -135,7 +128,7 @@ def _architecture(shapes: Shapes, settings: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _conv_layers(sizes: Sequence[tuple[int, int]], settings: Mapping[str, Any]) -> list[tuple[int, int, int]]:
-    """Return channels, kernel and stride of each convolution. The shapes of tensors do not tell the strides."""
+    """Return channels, kernel and stride of each convolution. Shapes do not show the strides."""
     published = None
     if [kernel for _, kernel in sizes] == [kernel for _, kernel, _ in BASE_CONV_LAYERS]:
         published = [(*size, stride) for size, (_, _, stride) in zip(sizes, BASE_CONV_LAYERS, strict=True)]

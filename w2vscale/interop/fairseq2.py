@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from w2vscale.checkpoint.lazy import LazyTensor
+from w2vscale.checkpoint.remote import FAIRSEQ2_SYMBOLS
 from w2vscale.config import Config, load_config
 from w2vscale.config.load import first_problem
 from w2vscale.errors import UserError
@@ -20,7 +21,7 @@ from w2vscale.interop.fairseq_file import FairseqCheckpoint, mapped
 from w2vscale.interop.huggingface import refuse_unrepresentable
 from w2vscale.interop.names import (
     KINDS,
-    Pretraining,
+    errors_naming,
     older_weight_norm,
     pretraining_model,
     to_ours,
@@ -64,7 +65,6 @@ HEADS = {
 UPDATES = "quantizer.num_updates"  # a buffer of pretrained models, for the temperature of the Gumbel softmax
 MASK_EMBEDDING = ENCODER["encoder.mask_embedding"]
 WAVEFORM_EPS = 1e-5  # of torch.nn.functional.layer_norm, which fairseq2 normalises with
-TOKENIZER = "*tokenizer*.model"  # names of the SentencePiece model beside a CTC model
 
 
 def from_fairseq2(
@@ -82,7 +82,7 @@ def from_fairseq2(
     pretrained = any(name.startswith(("quantizer.", "final_target_proj.")) for name in named)
     objective = "wav2vec2" if pretrained else "ctc"
     shapes = Shapes(named, ENCODER | HEADS[objective])
-    try:
+    with errors_naming(checkpoint.path):
         state = mapped(named)
         settings = checkpoint.own
         config = _published_config(shapes, objective) if settings is None else _own_config(settings, objective)
@@ -94,10 +94,6 @@ def from_fairseq2(
                 log(f"{checkpoint.path}: no mask embedding, because it was fine-tuned without masks: it becomes zero")
                 state[MASK_EMBEDDING] = LazyTensor.of(torch.zeros(config.model.dim))
         return config, to_ours(state, config, _table(config))
-    except ValidationError as error:
-        raise UserError(f"{checkpoint.path}: {first_problem(error, Pretraining)}") from None
-    except UserError as error:
-        raise UserError(" ".join(f"{checkpoint.path}: {error}".split())) from None
 
 
 def to_fairseq2(state: Mapping[str, LazyTensor], config: Config, *, update: int) -> dict[str, LazyTensor]:
@@ -163,8 +159,8 @@ def _with_symbols(config: Config, shapes: Shapes, path: Path, tokenizer: Path | 
     """Add the symbols of the output layer. If they are in the settings, those of a tokenizer must be the same."""
     count = shapes.of("head.weight", 2)[0]
     if config.objective.name != "ctc":
-        return with_ctc(config, **symbols_of(path, tokenizer, TOKENIZER, count=count))
-    tokenizer = tokenizer_of(path, tokenizer, TOKENIZER)
+        return with_ctc(config, **symbols_of(path, tokenizer, FAIRSEQ2_SYMBOLS, count=count))
+    tokenizer = tokenizer_of(path, tokenizer, FAIRSEQ2_SYMBOLS)
     if tokenizer is None:
         return config
     found = symbols_in(tokenizer, count=count)

@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from w2vscale.checkpoint.lazy import LazyTensor, lazy
 from w2vscale.errors import UserError
@@ -86,11 +87,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def mapped(state: Mapping[str, Tensor]) -> dict[str, LazyTensor]:
-    """Read tensors when they are needed. UserError if one is not dense."""
+    """Read tensors when they are needed. UserError if one is not an ordinary dense tensor."""
     for name, tensor in state.items():
+        if type(tensor) not in (Tensor, Parameter):  # such as a DTensor, of which this process has a part only
+            raise UserError(f"tensor {name} is a {type(tensor).__name__}; save the model with ordinary tensors")
         if tensor.layout != torch.strided:
             raise UserError(f"tensor {name} is {tensor.layout}, not dense")
-    return lazy({name: tensor.detach() for name, tensor in state.items()})
+    return lazy({name: tensor.detach().resolve_neg() for name, tensor in state.items()})
 
 
 def _read(path: Path, allowed: Iterable[Any]) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 from w2vscale.checkpoint.expected import expected_of
 from w2vscale.checkpoint.format import DTYPES, TrainState
 from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
+from w2vscale.checkpoint.lock import locked
 from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
 from w2vscale.config import Config, ObjectiveConfig, dump_config
 from w2vscale.distributed.process_group import Ranks
@@ -24,6 +25,7 @@ from w2vscale.interop.fairseq import from_fairseq
 from w2vscale.interop.fairseq2 import from_fairseq2
 from w2vscale.interop.fairseq_file import is_fairseq2, load_fairseq, mapped, read_pickle
 from w2vscale.interop.huggingface import ctc_config, from_huggingface, pretraining_config
+from w2vscale.interop.names import errors_naming
 from w2vscale.objectives import build_objective
 from w2vscale.objectives.ctc import PHONE_TOKENIZER
 
@@ -61,7 +63,7 @@ def import_checkpoint(
         raise UserError(f"--format {form}: choose one of {', '.join(FORMATS)}")
     folder = folder_for_one(output)
     if form == "auto":
-        form = form_of(source) or ("fairseq" if source.suffix == ".pt" else "huggingface")
+        form = form_of(source) or ("fairseq" if source.suffix in (".pt", ".pth") else "huggingface")
     config, state = read_model(source, form, log, tokenizer=tokenizer)
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     origin = TrainState(data=f"imported from {source.name} ({form})")
@@ -69,15 +71,17 @@ def import_checkpoint(
     if pieces is not None:
         objective = ObjectiveConfig(**config.objective.model_dump() | {"sentencepiece": copy})
         config = config.model_copy(update={"objective": objective})
-    store = CheckpointStore(folder, Ranks(), expected=expected_of(config, optimizer=False), log=log)
-    try:
-        with _copied(pieces, copy):
-            path = store.save(counted_reads(tensors, progress), origin, dump_config(config))
-    except UserError:
-        with suppress(OSError):  # they are deleted only if they are empty
-            folder.rmdir()
-            output.rmdir()
-        raise
+    expected = expected_of(config, optimizer=False)
+    with locked(output, log):
+        folder = folder_for_one(output)  # another process may have written one
+        store = CheckpointStore(folder, Ranks(), expected=expected, log=log)
+        try:
+            with _copied(pieces, copy):
+                path = store.save(counted_reads(tensors, progress), origin, dump_config(config))
+        except UserError:
+            with suppress(OSError):  # it is deleted only if it is empty
+                folder.rmdir()
+            raise
     return Imported(path, sum(math.prod(tensor.shape) for tensor in tensors.values()))
 
 
@@ -85,7 +89,7 @@ def form_of(path: Path) -> str | None:
     """Guess the format of a model from its path and the names of its tensors; None if it looks like none of them."""
     if (path / "config.json").is_file():
         return "huggingface"
-    if path.suffix == ".pt" and path.is_file():
+    if path.is_file() and path.suffix not in (".bin", ".safetensors"):  # those are in folders of Transformers
         return "fairseq2" if is_fairseq2(path) else "fairseq"
     return None
 
@@ -104,7 +108,9 @@ def read_model(
     else:
         config, state = from_fairseq(load_fairseq(source), tokenizer)
     if tokenizer is not None and (form == "huggingface" or not build_objective(config).vocabulary):
-        raise UserError(f"--tokenizer={tokenizer}: is for CTC models of fairseq and fairseq2, and {source} is none")
+        raise UserError(
+            f"--tokenizer={tokenizer}: {source} is not a CTC model of fairseq or fairseq2; leave out --tokenizer"
+        )
 
     def checked(name: str) -> Callable[[Tensor], Tensor]:
         def check(rows: Tensor) -> Tensor:
@@ -125,8 +131,6 @@ def _copied(pieces: Path | None, copy: Path) -> Iterator[None]:
         return
     if copy.exists():
         raise UserError(f"{copy}: exists and is another file than {pieces}; choose another folder")
-    for left in copy.parent.glob(f".{copy.name}.*.partial"):  # by a process that was killed
-        left.unlink()
     with new_file(copy, "wb", durable=True) as file:
         file.write(pieces.read_bytes())
     try:
@@ -138,10 +142,12 @@ def _copied(pieces: Path | None, copy: Path) -> Iterator[None]:
 
 def _read_huggingface(folder: Path, log: Callable[[str], None]) -> tuple[Config, dict[str, LazyTensor]]:
     """Read a folder that `save_pretrained` wrote."""
+    if folder.is_file():
+        raise UserError(f"{folder}: a file, not a folder; name its folder, or give --format fairseq or fairseq2")
     if not folder.is_dir():
         hint = nearest_path(folder) or "; download the model first, e.g. with: hf download"
         raise UserError(f"{folder}: no such folder{hint}")
-    try:
+    with errors_naming(folder):
         preprocessor = _feature_extractor(folder)
         document = _read_json(folder / "config.json")
         config = pretraining_config(document, preprocessor)
@@ -153,8 +159,6 @@ def _read_huggingface(folder: Path, log: Callable[[str], None]) -> tuple[Config,
         else:
             _refuse_other_kinds({name.partition(".")[0] for name in state})
         ours = from_huggingface(state, config)
-    except UserError as error:
-        raise UserError(" ".join(f"{folder}: {error}".split())) from None
     if preprocessor is None:
         log(
             f"{folder}: no preprocessor_config.json or processor_config.json in it: "

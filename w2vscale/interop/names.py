@@ -7,15 +7,18 @@ is the number of a layer. `[qkv]` stands for three of their tensors, stacked by 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from w2vscale.checkpoint.expected import expected_of
 from w2vscale.checkpoint.lazy import LazyTensor, stacked
 from w2vscale.config import Config, ModelConfig, ObjectiveConfig, RegularizationConfig, parse_section
+from w2vscale.config.load import first_problem
 from w2vscale.errors import UserError
 from w2vscale.objectives import build_objective
 from w2vscale.objectives.contrastive import ContrastiveSettings
@@ -93,6 +96,17 @@ def pretraining_model(settings: Mapping[str, Any], *, strict: bool = False) -> C
     }
     found = Pretraining.model_validate(tree, strict=strict)
     return Config(**dict(found) | {"objective": ObjectiveConfig(**found.objective.model_dump())})
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """Turn errors of conversion in the block into one-line UserErrors that begin with `path`."""
+    try:
+        yield
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error, Pretraining)}") from None
+    except UserError as error:
+        raise UserError(" ".join(f"{path}: {error}".split())) from None
 
 
 def own_settings(config: Config) -> dict[str, dict[str, Any]]:

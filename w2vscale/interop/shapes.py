@@ -1,32 +1,26 @@
-"""What the shapes of tensors tell about a model, whatever their names in its library are."""
+"""Find the sizes of a model from the shapes of its tensors, under the names of any library."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
+from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.interop.names import CODEVECTORS, their_name
 
 LAYERS = "encoder.transformer.blocks.{}.attention.out"
 CONVOLUTIONS = "encoder.feature_encoder.layers.{}"
 
-# Layers, width, width of the feed-forward network and norm of the convolutions of the published models, and the presets
-# with their other settings. The number of attention heads does not show in shapes: fairseq2 has others of width 2048.
-PUBLISHED = {
-    (12, 768, 3072, "group"): "base",
-    (24, 1024, 4096, "group"): "large",
-    (24, 1024, 4096, "layer"): "large_lv60",
-    (48, 1280, 5120, "layer"): "xlsr_1b",
-    (48, 1920, 7680, "layer"): "xlsr_2b",
-    (60, 2048, 8192, "layer"): "omni_3b",
-    (96, 2048, 8192, "layer"): "omni_7b",
-    (128, 2048, 8192, "layer"): "omni_7b",
-}
+SIZES = ("layers", "dim", "ffn_dim", "conv_norm")
+"""Settings that identify a published model. Its number of attention heads does not show in shapes."""
+PUBLISHED = ("base", "large", "large_lv60", "xlsr_1b", "xlsr_2b", "omni_3b", "omni_7b")
+"""Presets of the published models."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +51,12 @@ class Shapes:
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
     def convolutions(self) -> list[tuple[int, int]]:
-        """Channels and kernel of each convolution. Shapes do not tell the strides."""
+        """Channels and kernel of each convolution. Shapes do not show the strides."""
         shapes = [self.of(f"{CONVOLUTIONS.format(index)}.weight", 3) for index in range(self.count(CONVOLUTIONS))]
         return [(channels, kernel) for channels, _, kernel in shapes]
 
     def encoder(self) -> dict[str, Any]:
-        """The settings of the encoder that shapes tell."""
+        """The settings of the encoder that shapes show."""
         dim, group_width, positional_kernel = self.of("encoder.transformer.positional.direction", 3)
         first = CONVOLUTIONS.format(0)
         return {
@@ -76,7 +70,7 @@ class Shapes:
         }
 
     def quantizer(self) -> dict[str, int]:
-        """The settings of the heads of pretraining that shapes tell."""
+        """The settings of the pretraining heads that shapes show."""
         _, codes, code_width = self.of(CODEVECTORS, 3)
         projection_dim, codevector_dim = self.of("target_projection.weight", 2)
         codebooks = codevector_dim // max(code_width, 1)
@@ -90,4 +84,13 @@ class Shapes:
 
 def published_preset(encoder: Mapping[str, Any]) -> str | None:
     """The preset of the published model with these sizes, which `Shapes.encoder` has found; None if there is none."""
-    return PUBLISHED.get(tuple(encoder[key] for key in ("layers", "dim", "ffn_dim", "conv_norm")))
+    return _presets().get(tuple(encoder[key] for key in SIZES))
+
+
+@cache
+def _presets() -> dict[tuple[Any, ...], str]:
+    """The presets of the published models by their sizes."""
+    models = {name: load_config(name).model for name in PUBLISHED}
+    found = {tuple(getattr(model, key) for key in SIZES): name for name, model in models.items()}
+    # fairseq2's "5b" has no preset. It differs from "7b" in the number of layers only, which comes from the tensors.
+    return found | {(96, 2048, 8192, "layer"): "omni_7b"}

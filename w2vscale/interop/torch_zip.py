@@ -23,6 +23,8 @@ FOLDER = "archive"  # of the records in the zip file
 VERSION = b"3\n"  # of the format, since PyTorch 1.6
 ALIGNMENT = 64  # bytes: values begin at a multiple of it, so that a mapped file has aligned tensors
 LOCAL_HEADER = 30  # bytes before a record, besides its name and extra fields
+LARGE = 2**30  # bytes: a record of this size has a second extra field, as the format demands of records above 4 GiB
+SIZES_FIELD = 20  # bytes of this field, which has the sizes of 64 bits and follows the padding
 PADDING = b"FB"  # identifies the extra field that aligns a record, as in the files of torch.save
 STORAGES: dict[torch.dtype, Any] = {torch.float32: torch.FloatStorage, torch.int64: torch.LongStorage}
 
@@ -79,8 +81,9 @@ def _write(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> 
     record = zipfile.ZipInfo(f"{FOLDER}/{name}")
     record.file_size = memoryview(content).nbytes
     assert archive.fp is not None
-    extra = archive.fp.tell() + LOCAL_HEADER + len(record.filename) + 4  # identifier and size of the extra field
-    padding = -extra % ALIGNMENT
+    large = record.file_size >= LARGE
+    start = archive.fp.tell() + LOCAL_HEADER + len(record.filename) + 4  # identifier and size of the padding
+    padding = -(start + large * SIZES_FIELD) % ALIGNMENT
     record.extra = PADDING + padding.to_bytes(2, "little") + bytes(padding)
-    with archive.open(record, "w") as file:
+    with archive.open(record, "w", force_zip64=large) as file:
         file.write(content)

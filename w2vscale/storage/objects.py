@@ -105,12 +105,13 @@ def version(url: Url) -> Version:
     return Version(int(info.get("size") or 0), " ".join(tags))
 
 
-def list_objects(folder: Url) -> dict[str, int]:
-    """The sizes of all objects in a folder and in those below it, by their names relative to it. Empty if none."""
+def list_objects(folder: Url, *, below: bool = True) -> dict[str, int]:
+    """The sizes of all objects in a folder, and in those `below` it, by their names relative to it. Empty if none."""
+    depth = {} if below else {"maxdepth": 1}
 
     def find(files: _Files, path: str) -> dict[str, int]:
         try:
-            found: dict[str, Any] = files.call("find", path, detail=True)
+            found: dict[str, Any] = files.call("find", path, detail=True, **depth)
         except FileNotFoundError as error:
             if "bucket" in str(error):
                 raise

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+from w2vscale.checkpoint.lock import Lock, locked
 from w2vscale.checkpoint.mirror import Mirror
 from w2vscale.checkpoint.retention import Retention
 from w2vscale.config import Config
 from w2vscale.distributed.process_group import Patience, Ranks, errors_on_all_ranks
 from w2vscale.storage.urls import Url
-from w2vscale.training.lock import Lock, locked
 from w2vscale.training.shared_folder import require_shared
 
 

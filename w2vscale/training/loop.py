@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from w2vscale.checkpoint.format import committed, update_of
+from w2vscale.checkpoint.lock import Lock
 from w2vscale.config import Config
 from w2vscale.data.loading import end_loader_processes, loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
@@ -43,7 +44,6 @@ from w2vscale.training.display import Display
 from w2vscale.training.exclusive import locked_by_main, mirrored_by_main
 from w2vscale.training.folder import make_folder
 from w2vscale.training.health import History, Trouble, examine, examine_all
-from w2vscale.training.lock import Lock
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
 from w2vscale.training.replay import Window, keep_window

@@ -7,10 +7,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from w2vscale.checkpoint.lock import LONGEST, Lock
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main, gather_from_ranks
 from w2vscale.errors import UserError
 from w2vscale.files import regular
-from w2vscale.training.lock import LONGEST, Lock
 
 VISIBLE = 10.0  # seconds until a file is visible on all hosts of a shared file system
 LOOK = 0.2  # seconds between two looks

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from w2vscale.checkpoint import lock
+from w2vscale.checkpoint.lock import locked, refuse_if_locked
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import TemporaryError, UserError
-from w2vscale.training import lock
-from w2vscale.training.lock import locked, refuse_if_locked
 from w2vscale.training.shared_folder import require_shared
 
 FORK = multiprocessing.get_context("fork")
@@ -54,7 +54,7 @@ def test_a_second_process_is_refused(holder: multiprocessing.process.BaseProcess
         with pytest.raises(UserError) as caught:
             attempt(tmp_path / "exp")
         assert str(caught.value).startswith(expected)
-        assert str(caught.value).endswith("; stop that run first, or choose another --exp")
+        assert str(caught.value).endswith("; stop it first, or choose another folder")
 
 
 def test_the_lock_is_still_held_after_a_look_for_it(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_run_on_another_machine_that_lives_is_a_reason_to_come_back(
 ) -> None:
     monkeypatch.setattr(lock, "LEASE", 0.5)
     elsewhere(tmp_path / "exp")
-    with pytest.raises(TemporaryError, match="in use by process 17 on node7 since 2026-01-01 12:00:00; stop that run"):
+    with pytest.raises(TemporaryError, match="in use by process 17 on node7 since 2026-01-01 12:00:00; stop it"):
         take(tmp_path / "exp")
 
 
@@ -149,7 +149,7 @@ def test_a_link_does_not_lead_to_another_file(tmp_path: Path) -> None:
         (tmp_path / "exp" / "lock").unlink(missing_ok=True)
         (tmp_path / "exp" / "lock").symlink_to(target)
         refuse_if_locked(tmp_path / "exp")
-        with pytest.raises(UserError, match="exp/lock: not a file that a run has written; delete it"):
+        with pytest.raises(UserError, match="exp/lock: not a file of w2vscale; delete it"):
             take(tmp_path / "exp")
     assert precious.read_text() == "do not lose me"
     assert not (tmp_path / "new").exists()
@@ -159,7 +159,7 @@ def test_a_link_does_not_lead_to_another_file(tmp_path: Path) -> None:
 def test_what_is_not_a_file_is_named(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "lock")
     refuse_if_locked(tmp_path)
-    with pytest.raises(UserError, match="/lock: not a file that a run has written; delete it"):
+    with pytest.raises(UserError, match="/lock: not a file of w2vscale; delete it"):
         take(tmp_path)
 
 
@@ -168,10 +168,10 @@ def test_a_deleted_lock_is_noticed(tmp_path: Path) -> None:
     with locked(tmp_path, print) as lock:
         lock.require()
         (tmp_path / "lock").unlink()
-        with pytest.raises(UserError, match="/lock: deleted while this run held it"):
+        with pytest.raises(UserError, match="/lock: deleted while this process held it"):
             lock.require()
         with locked(tmp_path, print):
-            with pytest.raises(UserError, match="/lock: deleted while this run held it"):
+            with pytest.raises(UserError, match="/lock: deleted while this process held it"):
                 lock.require()
             (tmp_path / "lock").rename(tmp_path / "of-the-second")
         (tmp_path / "of-the-second").rename(tmp_path / "lock")
@@ -193,7 +193,7 @@ class TestWithoutLocks:
         log: list[str] = []
         take(tmp_path, log)
         assert log == [
-            f"warning: {tmp_path}: the file system has no locks; make sure that no other run uses this folder"
+            f"warning: {tmp_path}: the file system has no locks; make sure that no other process uses this folder"
         ]
 
     def test_a_process_that_runs_here_is_respected(self, tmp_path: Path) -> None:
@@ -209,5 +209,5 @@ class TestWithoutLocks:
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/exp: the folder of the run cannot be written: Not a directory"):
+    with pytest.raises(UserError, match="file/exp: the folder cannot be written: Not a directory"):
         take(tmp_path / "file" / "exp")

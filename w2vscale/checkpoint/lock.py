@@ -1,7 +1,7 @@
-"""The lock of a run folder: one run at a time writes to it.
+"""The lock of a folder: one run, or one conversion, at a time writes to it.
 
 The kernel holds it for the process (a POSIX record lock, which NFS has too), so it ends with the process, however that
-ends. It also ends if the process opens the file `lock` a second time and closes it. The file says which process it is.
+ends. It also ends if the process opens the lock file a second time and closes it. The file says which process it is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from w2vscale.files import regular, remove_partials
 
 HELD = (errno.EAGAIN, errno.EACCES)  # another process holds the lock
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # the file system has none
-PATIENCE = 0.3  # seconds in which a run that was killed lets go of its lock
+PATIENCE = 0.3  # seconds in which a process that was killed lets go of its lock
 LONGEST = 2**16  # bytes of the file
 LEASE = 100.0  # seconds in which a file server lets go of the lock of a machine that is gone (NFSv4: 90)
 
@@ -55,18 +55,18 @@ def refuse_if_locked(exp: Path) -> None:
 
 @dataclass(frozen=True)
 class Lock:
-    """The lock of the folder `exp`, held by this process."""
+    """The lock in the file `path`, held by this process."""
 
-    exp: Path
+    path: Path
     descriptor: int
 
     def require(self) -> None:
         """Raise a UserError if the lock, or the folder, has been deleted meanwhile."""
         with suppress(FileNotFoundError):
-            if os.stat(self.exp / "lock").st_ino == os.fstat(self.descriptor).st_ino:
+            if os.stat(self.path).st_ino == os.fstat(self.descriptor).st_ino:
                 return
         raise UserError(
-            f"{self.exp}/lock: deleted while this run held it, so another run may use the folder; nothing is saved"
+            f"{self.path}: deleted while this process held it, so another one may use the folder; nothing is saved"
         )
 
     def content(self) -> bytes:
@@ -78,22 +78,36 @@ class Lock:
 def locked(exp: Path, log: Callable[[str], None]) -> Iterator[Lock]:
     """Hold the lock of the folder `exp` in the block; make the folder, and delete unfinished files in it.
 
-    If the folder is still empty at the end, it is deleted. Where the file system has no locks, a run is refused only if
-    another one on the same machine is running. Raises UserError if another run holds the lock, or the folder cannot be
-    written. If it is held on another machine, which may be gone, waits for a while, and then raises TemporaryError.
+    If the folder is still empty at the end, it is deleted. Raises UserError and TemporaryError as `hold` does.
     """
     missing = [folder for folder in (exp, *exp.parents) if not folder.exists()]
-    path = exp / "lock"
+    if exp.exists() and not exp.is_dir():
+        raise UserError(f"{exp}: a file, not a folder; choose another one")
     try:
-        if exp.exists() and not exp.is_dir():
-            raise UserError(f"{exp}: a file, not the folder of a run; choose another --exp")
-        exp.mkdir(parents=True, exist_ok=True)
-        lock = Lock(exp, _take(exp, path, log))
+        with hold(exp / "lock", exp, log) as lock:
+            for folder in (exp, exp / "logs", exp / "checkpoints"):
+                remove_partials(folder, log)
+            yield lock
+    finally:
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+
+
+@contextmanager
+def hold(path: Path, folder: Path, log: Callable[[str], None]) -> Iterator[Lock]:
+    """Hold the lock in the file `path`, for the right to write `folder`; make the folders above the file.
+
+    Where the file system has no locks, this process is refused only if another one on the same machine is running.
+    Raises UserError if another process holds the lock, or the file cannot be written. If it is held on another machine,
+    which may be gone, waits for a while, and then raises TemporaryError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = Lock(path, _take(folder, path, log))
     except OSError as error:
-        raise UserError(f"{exp}: the folder of the run cannot be written: {error.strerror}") from None
+        raise UserError(f"{folder}: the folder cannot be written: {error.strerror}") from None
     try:
-        for folder in (exp, exp / "logs", exp / "checkpoints"):
-            remove_partials(folder, log)
         _describe(lock.descriptor)
         yield lock
     finally:
@@ -101,9 +115,6 @@ def locked(exp: Path, log: Callable[[str], None]) -> Iterator[Lock]:
             lock.require()
             path.unlink()
         os.close(lock.descriptor)
-        with suppress(OSError):
-            for folder in missing:
-                folder.rmdir()
 
 
 def _open(path: Path) -> int:
@@ -111,7 +122,7 @@ def _open(path: Path) -> int:
         return regular(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.EINVAL, errno.ENXIO):
-            raise UserError(f"{path}: not a file that a run has written; delete it, and repeat the command") from None
+            raise UserError(f"{path}: not a file of w2vscale; delete it, and repeat the command") from None
         raise
 
 
@@ -136,12 +147,12 @@ def _take(exp: Path, path: Path, log: Callable[[str], None]) -> int:
             if error.errno not in NO_LOCKS:
                 os.close(descriptor)
                 raise
-            log(f"warning: {exp}: the file system has no locks; make sure that no other run uses this folder")
+            log(f"warning: {exp}: the file system has no locks; make sure that no other process uses this folder")
             return descriptor
         with suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
-        os.close(descriptor)  # the run that held it has just deleted it
+        os.close(descriptor)  # the process that held it has just deleted it
 
 
 def _describe(descriptor: int) -> None:
@@ -154,7 +165,7 @@ def _describe(descriptor: int) -> None:
 
 def _refusal(exp: Path, holder: dict[str, Any]) -> UserError:
     kind = TemporaryError if _is_elsewhere(holder) else UserError
-    return kind(f"{exp}: in use by {_name(holder)}; stop that run first, or choose another --exp")
+    return kind(f"{exp}: in use by {_name(holder)}; stop it first, or choose another folder")
 
 
 def _name(holder: dict[str, Any]) -> str:
