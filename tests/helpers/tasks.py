@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,10 +27,10 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from tests.helpers.calibrating import per_forward_on_a_gpu
 from tests.helpers.checkpoints import expected_of_parameters, rewrite
-from tests.helpers.engines import set_up
+from tests.helpers.engines import exported, set_up
 from tests.helpers.micro import MICRO_ENCODER, MICRO_MODEL, MICRO_RUN, MICRO_TRAINING
 from tools.bench.sent_bytes import Collectives, sent_by_kind
-from w2vscale.checkpoint import slices
+from w2vscale.checkpoint import slices, writer
 from w2vscale.checkpoint import store as store_module
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.lazy import LazyReader, counted_reads
@@ -40,7 +41,7 @@ from w2vscale.data import assembly
 from w2vscale.data.audio import AudioError, read_audio
 from w2vscale.data.loading import loader_processes
 from w2vscale.distributed.process_group import Ranks, broadcast_from_main, gather_as_found
-from w2vscale.engine import CanonicalState
+from w2vscale.engine import ExportedState
 from w2vscale.engine.rows import Rows
 from w2vscale.errors import UserError
 from w2vscale.evaluation.wer import score_checkpoint
@@ -153,8 +154,7 @@ def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, 
     engine, batch = setup.engine, setup.training_set.largest()
 
     def state() -> list[torch.Tensor]:
-        exported = engine.export_state().values()
-        return [(x.to_local() if isinstance(x, DTensor) else x).clone() for x in exported]
+        return [(x.to_local() if isinstance(x, DTensor) else x).clone() for x in exported(engine).values()]
 
     setup.window([batch, batch], 100.0)
     engine.step(lr=1e-3, max_norm=1.0)  # moments and step counts are no longer zero
@@ -189,7 +189,7 @@ def gradients_of_windows(corpus: str, overrides: tuple[str, ...], windows: tuple
         setup.step(0.0, None)
         moments = [
             (x.full_tensor() if isinstance(x, DTensor) else x).flatten()
-            for name, x in sorted(setup.engine.export_state().items())
+            for name, x in sorted(exported(setup.engine).items())
             if name.endswith("exp_avg")
         ]
         found.append(torch.cat(moments).clone())
@@ -313,7 +313,7 @@ def update_without_a_launcher(corpus: str, overrides: tuple[str, ...]) -> bool:
             setup.window([batch, batch], 100.0)
             assert setup.step(1e-3).isfinite()
             setup.evaluate(batch)
-        setup.engine.export_state()
+        exported(setup.engine)
         setup.start_over()
         setup.engine.close()
         return dict(os.environ) == before
@@ -362,7 +362,7 @@ def train_with_an_engine_that_drops(tensor: str, update: int, corpus: str, exp: 
     def save(run: Run, state: TrainState) -> Path:
         exporting = run.engine.export_state
 
-        def export() -> CanonicalState:
+        def export() -> ExportedState:
             tensors = exporting()
             if state.update >= update and dist.get_rank() == dist.get_world_size() - 1:
                 del tensors[tensor]
@@ -440,6 +440,40 @@ def save_what_one_rank_spoils(folder: str, spoilt: str, asynchronous: bool) -> s
         except UserError as error:
             return str(error)
     return ""
+
+
+def save_where_one_rank_fails(folder: str, failure: str) -> str:
+    """The error of saving tensors that are gathered one at a time, where the last rank fails at one of the first.
+
+    `failure` is a full disk, or a value that is not finite, or none.
+    """
+    rows = Rows(torch.device("cpu"))
+    expected = expected_of_parameters({f"layer{number}": (2 * number + 1, 3) for number in range(4)})
+    ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
+    fails = ranks.rank == ranks.world_size - 1
+
+    def gather(name: str) -> torch.Tensor:
+        whole = torch.full(expected[name].shape, 1.0 / ranks.world_size)
+        dist.all_reduce(whole)
+        if failure == "not finite" and fails and name == "model.layer1":
+            whole[-1, -1] = math.nan
+        return whole
+
+    def write(file: Any, specs: Any, values: Iterator[torch.Tensor], metadata: Any) -> None:
+        next(values)
+        raise OSError(28, "No space left on device")
+
+    state = {name: rows.gathered(spec, partial(gather, name)) for name, spec in expected.items()}
+    full = failure == "full disk" and fails
+    with patch.object(writer, "write_safetensors", write if full else writer.write_safetensors):
+        try:
+            CheckpointStore(Path(folder), ranks, expected=expected).save(state, TrainState(update=1), "")
+        except UserError as error:
+            return str(error)
+    checkpoint = broadcast_from_main(open_checkpoint(Path(folder), hashed=False) if ranks.is_main else None)
+    return (
+        "" if all(torch.equal(checkpoint.tensor(name), torch.ones(expected[name].shape)) for name in expected) else "?"
+    )
 
 
 def read_where_one_rank_cannot(folder: str) -> str:
