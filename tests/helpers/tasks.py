@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,10 @@ from tests.helpers.checkpoints import expected_of_parameters, rewrite
 from tests.helpers.engines import exported, set_up
 from tests.helpers.micro import MICRO_ENCODER, MICRO_MODEL, MICRO_RUN, MICRO_TRAINING
 from tools.bench.sent_bytes import Collectives, sent_by_kind
+from w2vscale.checkpoint import format as format_module
 from w2vscale.checkpoint import slices, writer
 from w2vscale.checkpoint import store as store_module
-from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.format import FileFacts, TrainState, file_facts
 from w2vscale.checkpoint.lazy import LazyReader, counted_reads
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
@@ -40,10 +41,11 @@ from w2vscale.config import Config, load_config
 from w2vscale.data import assembly
 from w2vscale.data.audio import AudioError, read_audio
 from w2vscale.data.loading import loader_processes
-from w2vscale.distributed.process_group import Ranks, broadcast_from_main, gather_as_found
+from w2vscale.distributed.process_group import Ranks, broadcast_from_main, gather_as_found, gather_from_ranks
 from w2vscale.engine import ExportedState
 from w2vscale.engine.rows import Rows
 from w2vscale.errors import UserError
+from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import transcribe
@@ -57,6 +59,7 @@ from w2vscale.training.display import Display
 from w2vscale.training.folder import make_folder
 from w2vscale.training.loop import Trainer
 from w2vscale.training.run import Run, build_run
+from w2vscale.training.warm_start import open_source, source_config
 from w2vscale.training.watchdog import Watchdog
 
 
@@ -471,9 +474,55 @@ def save_where_one_rank_fails(folder: str, failure: str) -> str:
         except UserError as error:
             return str(error)
     checkpoint = broadcast_from_main(open_checkpoint(Path(folder), hashed=False) if ranks.is_main else None)
-    return (
-        "" if all(torch.equal(checkpoint.tensor(name), torch.ones(expected[name].shape)) for name in expected) else "?"
-    )
+    right = all(torch.equal(checkpoint.tensor(name), torch.ones(spec.shape)) for name, spec in expected.items())
+    return "" if right else "other values were written"
+
+
+def hashed_to_start_from(path: str) -> tuple[list[str], str]:
+    """The files with tensors that this rank hashes to open the model in `trainer.init_from`; its checkpoint or error.
+
+    Nobody has to hash any for its settings.
+    """
+    found: list[str] = []
+
+    def noted(file: Path) -> FileFacts:
+        found.append(file.name)
+        return file_facts(file)
+
+    with patch.object(format_module, "file_facts", noted):
+        with suppress(UserError):
+            source_config(Path(path))
+        assert set(found) <= {"config.yaml"}
+        lines: list[str] = []
+        try:
+            open_source(Path(path), lines.append)
+            (opened,) = gather_from_ranks([line for line in lines if line.startswith("starting from ")])[0]
+        except UserError as error:
+            opened = str(error)
+    return [name for name in found if name.endswith(".safetensors")], opened
+
+
+def evaluations(exp: str, cuts: str, ports: dict[tuple[str, ...], int]) -> list[tuple[bool, dict[str, float]]]:
+    """Whether this rank's model is sharded, and the metrics on rank 0, with each of some overrides.
+
+    Leaves the group of a pool for groups that meet at these ports.
+    """
+    dist.destroy_process_group()
+    sharded: list[bool] = []
+    forward = Contrastive.forward
+
+    def noted(self: Contrastive, module: Any, *arguments: Any, **named: Any) -> Any:
+        sharded[-1] = all(isinstance(parameter, DTensor) for parameter in module.parameters())
+        return forward(self, module, *arguments, **named)
+
+    found = []
+    with patch.object(Contrastive, "forward", noted):
+        for overrides, port in ports.items():
+            sharded.append(False)
+            with patch.dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(port)):
+                evaluation = evaluate_checkpoint(Path(exp), [Path(cuts)], overrides)
+            found.append((sharded[-1], evaluation.metrics if evaluation is not None else {}))
+    return found
 
 
 def read_where_one_rank_cannot(folder: str) -> str:

@@ -24,7 +24,6 @@ from w2vscale.checkpoint.format import (
     FileFacts,
     TrainState,
     committed,
-    damages,
     encode,
     file_facts,
     folder_name,
@@ -33,6 +32,7 @@ from w2vscale.checkpoint.format import (
 )
 from w2vscale.checkpoint.lazy import LazyTensor
 from w2vscale.checkpoint.mirror import Mirror
+from w2vscale.checkpoint.opening import damage_on_any_rank
 from w2vscale.checkpoint.reader import CheckpointReader, candidates
 from w2vscale.checkpoint.remote import model_on_all_ranks
 from w2vscale.checkpoint.retention import Retention
@@ -44,7 +44,6 @@ from w2vscale.distributed.process_group import (
     Ranks,
     broadcast_from_main,
     errors_on_all_ranks,
-    gather_from_ranks,
 )
 from w2vscale.errors import UserError, counted
 from w2vscale.files import delete, remove_partials, sync, write_text
@@ -182,9 +181,7 @@ class CheckpointStore:
             if path is not None and isinstance(place, Url):
                 with errors_on_all_ranks():
                     checkpoint = CheckpointReader(path)
-            names = [*checkpoint.tensor_files][self.ranks.rank :: self.ranks.world_size]
-            own = next(damages(checkpoint.path, {name: checkpoint.files[name] for name in names}), None)
-            damaged = next(filter(None, gather_from_ranks(own)), None)
+            damaged = damage_on_any_rank(checkpoint)
             if damaged is None:
                 self._intact = checkpoint.state.update
                 return checkpoint
