@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from tests.helpers.checkpoints import seal
+from tests.helpers.checkpoints import change_committed, seal
 from tests.helpers.micro import MICRO_MODEL
 from w2vscale.checkpoint.averaging import average
 from w2vscale.checkpoint.expected import expected_of
@@ -121,6 +121,15 @@ def test_what_cancels_in_fp32_is_not_lost(tmp_path: Path) -> None:
     average(tmp_path / "run", tmp_path / "out", last=3)
     mean = whole(open_checkpoint(tmp_path / "out").model_tensors())[BIAS]
     assert torch.equal(mean, torch.full_like(mean, 1 / 3))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_is_not_committed(run: Path, tmp_path: Path, value: float) -> None:
+    """This version does not write such checkpoints, but finds nothing wrong with the files of one."""
+    change_committed(run / "checkpoints" / "update_00000006", lambda tensors, _: tensors[f"model.{BIAS}"].fill_(value))
+    with pytest.raises(UserError, match=rf"^[^\n]*0008: not committed: model\.{BIAS} holds .* not finite[^\n]*$"):
+        average(run, tmp_path / "out", last=2)
+    assert list((tmp_path / "out").rglob("*")) == [tmp_path / "out" / "checkpoints"]
 
 
 def test_of_one_checkpoint_it_is_its_weights_bit_for_bit(made: Path, tmp_path: Path) -> None:

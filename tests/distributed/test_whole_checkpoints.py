@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers.audio import SmallCorpus
-from tests.helpers.memory import peaks_of_a_state
+from tests.helpers.memory import peaks_of_a_state, peaks_of_an_engine
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import (
     losses_after_an_import,
     read_where_one_rank_cannot,
     replaced_parameters,
     save_what_one_rank_spoils,
+    save_where_one_rank_fails,
     train_micro,
     train_until_killed,
     train_with_an_engine_that_drops,
@@ -159,7 +161,35 @@ def test_a_file_that_one_rank_cannot_read_is_the_same_error_on_all(pool: Callabl
     assert errors[0].startswith(f"{tmp_path}/update_00000001/shard-0000") and "Input/output error" in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("none", ""),
+        ("full disk", "a checkpoint cannot be written: [Errno 28] No space left on device"),
+        ("not finite", "not committed: model.layer1 holds values that are not finite; there is no earlier checkpoint"),
+    ],
+)
+def test_tensors_are_gathered_by_all_ranks_even_if_one_fails(
+    pool: Callable[[int], Pool], tmp_path: Path, failure: str, message: str
+) -> None:
+    """Some have fewer rows than there are ranks."""
+    errors = pool(3).run(save_where_one_rank_fails, str(tmp_path), failure, timeout=60.0)
+    assert len(set(errors)) == 1 and errors[0].endswith(message) and "\n" not in errors[0]
+    assert bool(committed(tmp_path)) == (errors[0] == "") == (message == "")
+
+
 def test_no_rank_makes_a_copy_of_its_share(pool: Callable[[int], Pool], tmp_path: Path) -> None:
     """A state is saved, read, and taken from another model part by part."""
     for peaks in pool(2).run(peaks_of_a_state, str(tmp_path)):
         assert all(peak < 0.5 for peak in peaks.values()), peaks
+
+
+@pytest.mark.parametrize("variant", ["fsdp_offload", "zero3"])
+def test_a_checkpoint_makes_one_copy_of_a_share_in_the_background_and_else_none(
+    small_corpus: SmallCorpus, tmp_path: Path, variant: str
+) -> None:
+    """Of the parameters and moments of a rank, 12 bytes per parameter."""
+    overrides = (f"engine={{{VARIANTS[variant]}}}",)
+    with closing(Pool(2, tmp_path)) as new:
+        for peaks in new.run(peaks_of_an_engine, str(small_corpus.train), str(tmp_path), overrides):
+            assert peaks[False] < 0.4 and 0.9 < peaks[True] < 1.4, peaks

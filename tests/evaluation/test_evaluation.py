@@ -40,7 +40,7 @@ def test_evaluating_a_checkpoint_repeats_the_validation_of_its_run(small_corpus:
     assert found.table["codebook 1"].startswith(f"{found.metrics['used_entries_1']:.0f} of 16 entries used")
 
     # Two ranks that hold half of the model each.
-    command = [sys.executable, "-m", "w2vscale", "evaluate", tmp_path, "engine.name=fsdp", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "w2vscale", "evaluate", tmp_path, "--nproc-per-node", "2"]
     command += ["--cuts", small_corpus.validation, "--output", tmp_path / "sharded.json"]
     subprocess.run(command, check=True, timeout=120)
     sharded = json.loads((tmp_path / "sharded.json").read_text())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from w2vscale.config import Config
 from w2vscale.data.loading import TrainingData
 from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.distributed.deferred import DeferredTensor
 from w2vscale.engine import Engine, build_engine
 from w2vscale.objectives import Objective, StepContext, Sums, build_objective, resolve
 from w2vscale.training.loop import _after_step
@@ -67,6 +68,11 @@ def set_up(
     setup = Setup(config, objective, build_engine(model, config, objective, torch.device(device)))
     setup.start_over()
     return setup
+
+
+def exported(engine: Engine) -> dict[str, Tensor]:
+    """The state of an engine, with all tensors made. They may be live. Collective."""
+    return {name: x.make() if isinstance(x, DeferredTensor) else x for name, x in engine.export_state().items()}
 
 
 def filled_model(config: Config) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
-from tests.helpers.engines import Setup, set_up
+from tests.helpers.engines import Setup, exported, set_up
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import open_checkpoint
@@ -163,8 +163,8 @@ def ranks() -> Ranks:
 
 def whole_state(setup: Setup) -> dict[str, Tensor]:
     """The exported state with whole tensors in memory of their own."""
-    exported = setup.engine.export_state()
-    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).clone() for name, x in exported.items()}
+    state = exported(setup.engine)
+    return {name: (x.full_tensor() if isinstance(x, DTensor) else x).clone() for name, x in state.items()}
 
 
 def buffers_of(setup: Setup) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,12 +27,13 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from tests.helpers.calibrating import per_forward_on_a_gpu
 from tests.helpers.checkpoints import expected_of_parameters, rewrite
-from tests.helpers.engines import set_up
+from tests.helpers.engines import exported, set_up
 from tests.helpers.micro import MICRO_ENCODER, MICRO_MODEL, MICRO_RUN, MICRO_TRAINING
 from tools.bench.sent_bytes import Collectives, sent_by_kind
-from w2vscale.checkpoint import slices
+from w2vscale.checkpoint import format as format_module
+from w2vscale.checkpoint import slices, writer
 from w2vscale.checkpoint import store as store_module
-from w2vscale.checkpoint.format import TrainState
+from w2vscale.checkpoint.format import FileFacts, TrainState, file_facts
 from w2vscale.checkpoint.lazy import LazyReader, counted_reads
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
@@ -39,10 +41,11 @@ from w2vscale.config import Config, load_config
 from w2vscale.data import assembly
 from w2vscale.data.audio import AudioError, read_audio
 from w2vscale.data.loading import loader_processes
-from w2vscale.distributed.process_group import Ranks, broadcast_from_main, gather_as_found
-from w2vscale.engine import CanonicalState
+from w2vscale.distributed.process_group import Ranks, broadcast_from_main, gather_as_found, gather_from_ranks
+from w2vscale.engine import ExportedState
 from w2vscale.engine.rows import Rows
 from w2vscale.errors import UserError
+from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import transcribe
@@ -56,6 +59,7 @@ from w2vscale.training.display import Display
 from w2vscale.training.folder import make_folder
 from w2vscale.training.loop import Trainer
 from w2vscale.training.run import Run, build_run
+from w2vscale.training.warm_start import open_source, source_config
 from w2vscale.training.watchdog import Watchdog
 
 
@@ -153,8 +157,7 @@ def step_after_a_gradient_that_is_not_finite(corpus: str, overrides: tuple[str, 
     engine, batch = setup.engine, setup.training_set.largest()
 
     def state() -> list[torch.Tensor]:
-        exported = engine.export_state().values()
-        return [(x.to_local() if isinstance(x, DTensor) else x).clone() for x in exported]
+        return [(x.to_local() if isinstance(x, DTensor) else x).clone() for x in exported(engine).values()]
 
     setup.window([batch, batch], 100.0)
     engine.step(lr=1e-3, max_norm=1.0)  # moments and step counts are no longer zero
@@ -189,7 +192,7 @@ def gradients_of_windows(corpus: str, overrides: tuple[str, ...], windows: tuple
         setup.step(0.0, None)
         moments = [
             (x.full_tensor() if isinstance(x, DTensor) else x).flatten()
-            for name, x in sorted(setup.engine.export_state().items())
+            for name, x in sorted(exported(setup.engine).items())
             if name.endswith("exp_avg")
         ]
         found.append(torch.cat(moments).clone())
@@ -313,7 +316,7 @@ def update_without_a_launcher(corpus: str, overrides: tuple[str, ...]) -> bool:
             setup.window([batch, batch], 100.0)
             assert setup.step(1e-3).isfinite()
             setup.evaluate(batch)
-        setup.engine.export_state()
+        exported(setup.engine)
         setup.start_over()
         setup.engine.close()
         return dict(os.environ) == before
@@ -362,7 +365,7 @@ def train_with_an_engine_that_drops(tensor: str, update: int, corpus: str, exp: 
     def save(run: Run, state: TrainState) -> Path:
         exporting = run.engine.export_state
 
-        def export() -> CanonicalState:
+        def export() -> ExportedState:
             tensors = exporting()
             if state.update >= update and dist.get_rank() == dist.get_world_size() - 1:
                 del tensors[tensor]
@@ -440,6 +443,86 @@ def save_what_one_rank_spoils(folder: str, spoilt: str, asynchronous: bool) -> s
         except UserError as error:
             return str(error)
     return ""
+
+
+def save_where_one_rank_fails(folder: str, failure: str) -> str:
+    """The error of saving tensors that are gathered one at a time, where the last rank fails at one of the first.
+
+    `failure` is a full disk, or a value that is not finite, or none.
+    """
+    rows = Rows(torch.device("cpu"))
+    expected = expected_of_parameters({f"layer{number}": (2 * number + 1, 3) for number in range(4)})
+    ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
+    fails = ranks.rank == ranks.world_size - 1
+
+    def gather(name: str) -> torch.Tensor:
+        whole = torch.full(expected[name].shape, 1.0 / ranks.world_size)
+        dist.all_reduce(whole)
+        if failure == "not finite" and fails and name == "model.layer1":
+            whole[-1, -1] = math.nan
+        return whole
+
+    def write(file: Any, specs: Any, values: Iterator[torch.Tensor], metadata: Any) -> None:
+        next(values)
+        raise OSError(28, "No space left on device")
+
+    state = {name: rows.gathered(spec, partial(gather, name)) for name, spec in expected.items()}
+    full = failure == "full disk" and fails
+    with patch.object(writer, "write_safetensors", write if full else writer.write_safetensors):
+        try:
+            CheckpointStore(Path(folder), ranks, expected=expected).save(state, TrainState(update=1), "")
+        except UserError as error:
+            return str(error)
+    checkpoint = broadcast_from_main(open_checkpoint(Path(folder), hashed=False) if ranks.is_main else None)
+    right = all(torch.equal(checkpoint.tensor(name), torch.ones(spec.shape)) for name, spec in expected.items())
+    return "" if right else "other values were written"
+
+
+def hashed_to_start_from(path: str) -> tuple[list[str], str]:
+    """The files with tensors that this rank hashes to open the model in `trainer.init_from`; its checkpoint or error.
+
+    Nobody has to hash any for its settings.
+    """
+    found: list[str] = []
+
+    def noted(file: Path) -> FileFacts:
+        found.append(file.name)
+        return file_facts(file)
+
+    with patch.object(format_module, "file_facts", noted):
+        with suppress(UserError):
+            source_config(Path(path))
+        assert set(found) <= {"config.yaml"}
+        lines: list[str] = []
+        try:
+            open_source(Path(path), lines.append)
+            (opened,) = gather_from_ranks([line for line in lines if line.startswith("starting from ")])[0]
+        except UserError as error:
+            opened = str(error)
+    return [name for name in found if name.endswith(".safetensors")], opened
+
+
+def evaluations(exp: str, cuts: str, ports: dict[tuple[str, ...], int]) -> list[tuple[bool, dict[str, float]]]:
+    """Whether this rank's model is sharded, and the metrics on rank 0, with each of some overrides.
+
+    Leaves the group of a pool for groups that meet at these ports.
+    """
+    dist.destroy_process_group()
+    sharded: list[bool] = []
+    forward = Contrastive.forward
+
+    def noted(self: Contrastive, module: Any, *arguments: Any, **named: Any) -> Any:
+        sharded[-1] = all(isinstance(parameter, DTensor) for parameter in module.parameters())
+        return forward(self, module, *arguments, **named)
+
+    found = []
+    with patch.object(Contrastive, "forward", noted):
+        for overrides, port in ports.items():
+            sharded.append(False)
+            with patch.dict(os.environ, MASTER_ADDR="localhost", MASTER_PORT=str(port)):
+                evaluation = evaluate_checkpoint(Path(exp), [Path(cuts)], overrides)
+            found.append((sharded[-1], evaluation.metrics if evaluation is not None else {}))
+    return found
 
 
 def read_where_one_rank_cannot(folder: str) -> str:

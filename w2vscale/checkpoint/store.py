@@ -24,7 +24,6 @@ from w2vscale.checkpoint.format import (
     FileFacts,
     TrainState,
     committed,
-    damages,
     encode,
     file_facts,
     folder_name,
@@ -33,17 +32,18 @@ from w2vscale.checkpoint.format import (
 )
 from w2vscale.checkpoint.lazy import LazyTensor
 from w2vscale.checkpoint.mirror import Mirror
+from w2vscale.checkpoint.opening import damage_on_any_rank
 from w2vscale.checkpoint.reader import CheckpointReader, candidates
 from w2vscale.checkpoint.remote import model_on_all_ranks
 from w2vscale.checkpoint.retention import Retention
 from w2vscale.checkpoint.slices import TensorFile, TensorSlice, assemble, faults
-from w2vscale.checkpoint.writer import write_tensors
+from w2vscale.checkpoint.writer import NotFinite, Writable, write_tensors
+from w2vscale.distributed.deferred import DeferredTensor
 from w2vscale.distributed.process_group import (
     Patience,
     Ranks,
     broadcast_from_main,
     errors_on_all_ranks,
-    gather_from_ranks,
 )
 from w2vscale.errors import UserError, counted
 from w2vscale.files import delete, remove_partials, sync, write_text
@@ -86,13 +86,14 @@ class CheckpointStore:
         own_group = self.asynchronous and dist.is_initialized()
         self._group = dist.new_group(backend="gloo") if own_group else None
 
-    def save(self, tensors: Mapping[str, Tensor | LazyTensor], state: TrainState, config_yaml: str) -> Path:
+    def save(self, tensors: Mapping[str, Writable], state: TrainState, config_yaml: str) -> Path:
         """Write a checkpoint, commit it, point `latest` at it and delete checkpoints that need not be kept.
 
-        An asynchronous store waits for the previous checkpoint, copies `tensors` and returns. Lazy tensors are read one
-        at a time, by a store that is neither asynchronous nor one of several ranks. Raises UserError on all
-        ranks if on any rank `tensors` or the written files are not as expected, a value is not finite, or the files
-        cannot be written. What was written of it is then deleted.
+        Deferred tensors are made one at a time. An asynchronous store waits for the previous checkpoint, copies
+        `tensors`, which is the only copy of them that is made, and returns. Lazy tensors are read one at a time, by a
+        store that is neither asynchronous nor one of several ranks. Raises UserError on all ranks if on any rank
+        `tensors` or the written files are not as expected, a value is not finite, or the files cannot be written. What
+        was written of it is then deleted.
         """
         began = time.perf_counter()
         self.wait()
@@ -108,7 +109,7 @@ class CheckpointStore:
                 self._require_space()
                 partial.mkdir()
         if self._thread is not None:
-            tensors = {name: _copy(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+            tensors = {name: _copy(x) for name, x in tensors.items() if not isinstance(x, LazyTensor)}
         stall = time.perf_counter() - began
 
         def write() -> None:
@@ -180,16 +181,14 @@ class CheckpointStore:
             if path is not None and isinstance(place, Url):
                 with errors_on_all_ranks():
                     checkpoint = CheckpointReader(path)
-            names = [*checkpoint.tensor_files][self.ranks.rank :: self.ranks.world_size]
-            own = next(damages(checkpoint.path, {name: checkpoint.files[name] for name in names}), None)
-            damaged = next(filter(None, gather_from_ranks(own)), None)
+            damaged = damage_on_any_rank(checkpoint)
             if damaged is None:
                 self._intact = checkpoint.state.update
                 return checkpoint
 
     def _write(
         self,
-        tensors: Mapping[str, Tensor | LazyTensor],
+        tensors: Mapping[str, Writable],
         partial: Path,
         final: Path,
         state: TrainState,
@@ -199,11 +198,12 @@ class CheckpointStore:
 
         Every rank reaches every collective, whatever file fails on it.
         """
-        if found := next(filter(None, gather_from_ranks(_not_finite(tensors), self._group)), None):
+        try:
+            write_tensors(tensors, partial, self._group)
+        except NotFinite as found:
             newest = committed(self.folder)[-1:]
             advice = f"lower optim.lr and resume from {newest[0]}" if newest else "there is no earlier checkpoint"
-            raise UserError(f"{final}: not committed: {found} holds values that are not finite; {advice}")
-        write_tensors(tensors, partial, self._group)
+            raise UserError(f"{final}: not committed: {found} holds values that are not finite; {advice}") from None
         files: dict[str, FileFacts] = {}
         slices: list[dict[str, TensorSlice]] = []
         for written in self._on_main_from_all(_written_by(self.ranks.rank, partial), self._group):
@@ -341,22 +341,6 @@ def _written_by(rank: int, folder: Path) -> tuple[dict[str, FileFacts], list[dic
         return str(failure)
 
 
-def _not_finite(tensors: Mapping[str, Tensor | LazyTensor]) -> str | None:
-    """The name of a tensor whose part on this rank holds a value that is not finite, or None.
-
-    Lazy tensors are not read twice for this: those of a checkpoint are finite, others are checked when they are read.
-    """
-    for name, tensor in tensors.items():
-        if isinstance(tensor, LazyTensor):
-            continue
-        values = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        if values.is_floating_point() and values.numel():
-            low, high = values.detach().aminmax()  # NaN where any value is
-            if not (low.isfinite() and high.isfinite()):
-                return name
-    return None
-
-
 @contextmanager
 def _failing_to_write(folder: Path) -> Iterator[None]:
     try:
@@ -371,6 +355,8 @@ def _refuse(final: Path, what: str, problems: Sequence[str]) -> None:
         raise UserError(f"{final}: not committed: {what}: {problems[0]}{more}; earlier checkpoints are unchanged")
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    # DTensors leave an engine in host memory.
+def _copy(tensor: Tensor | DeferredTensor) -> Tensor:
+    if isinstance(tensor, DeferredTensor):
+        return tensor.make()
+    # DTensors that are not deferred are in host memory.
     return tensor.detach().clone() if isinstance(tensor, DTensor) else tensor.detach().to("cpu", copy=True)

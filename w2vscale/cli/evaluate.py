@@ -49,8 +49,10 @@ def evaluate(
 ) -> None:
     """Compute the validation metrics of a checkpoint, or its word error rate with --wer.
 
+    Several processes shard the model, unless the overrides contain engine.name=ddp; then each has a whole model.
+
     With --wer, utterances are transcribed greedily or with a beam search (--beam, --lm, --lexicon), and compared with
-    the transcripts of the manifests.
+    the transcripts of the manifests. Each process has a whole model in fp32.
     """
     if wer and overrides:
         raise UserError(f"{overrides[0]}: settings cannot be overridden with --wer")
@@ -94,15 +96,14 @@ def _evaluate_wer(
     *,
     worst: int,
 ) -> None:
-    from w2vscale.checkpoint.remote import model_on_all_ranks
     from w2vscale.distributed.process_group import LONG_TIMEOUT, process_group
     from w2vscale.evaluation.wer import describe_rate, html_page, score_checkpoint
-    from w2vscale.inference.pretrained import load
+    from w2vscale.inference.pretrained import load_on_all_ranks
 
     if not cuts:
         raise UserError("--cuts names no manifest: set --cuts CUTS.jsonl")
     with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("transcribing") as progress:
-        pretrained = load(model_on_all_ranks(checkpoint, console.print), device=device)
+        pretrained = load_on_all_ranks(checkpoint, console.print, device=device)
         found = score_checkpoint(pretrained, cuts, search=search, ranks=ranks, progress=progress, log=console.print)
     if not ranks.is_main:
         return

@@ -48,11 +48,10 @@ def transcribe(
 
     Prints a line per utterance: name, tab, text. Exits with code 2 if some audio could not be used.
     """
-    from w2vscale.checkpoint.remote import model_on_all_ranks
     from w2vscale.data.micro_batch import BadAudio
     from w2vscale.distributed.process_group import LONG_TIMEOUT, gather_as_found, process_group
     from w2vscale.inference.decoding import BeamSearch
-    from w2vscale.inference.pretrained import load
+    from w2vscale.inference.pretrained import load_on_all_ranks
     from w2vscale.inference.transcription import transcribe as transcripts
     from w2vscale.inference.utterances import find_utterances
 
@@ -62,7 +61,7 @@ def transcribe(
     with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("seconds of audio") as progress:
         log = (lambda text: typer.echo(visible(text), err=True)) if ranks.is_main else lambda text: None
         stream = transcripts(
-            load(model_on_all_ranks(checkpoint, log), device=device),
+            load_on_all_ranks(checkpoint, log, device=device),
             find_utterances(audio, channel=arguments.channel_number(channel)),
             search=BeamSearch.from_options(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score),
             ranks=ranks,

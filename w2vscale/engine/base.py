@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from w2vscale.data.micro_batch import MicroBatch
+from w2vscale.distributed.deferred import DeferredTensor
 from w2vscale.engine.buffers import Buffers
 from w2vscale.objectives import Objective, StepContext, Sums
 
@@ -16,6 +17,9 @@ CanonicalState = dict[str, Tensor]
 
 Floating-point tensors are fp32. Tensors may be sharded in any way.
 """
+
+ExportedState = dict[str, Tensor | DeferredTensor]
+"""A canonical state to write: of each tensor what this rank holds, in memory or made when it is needed."""
 
 AfterStep = Callable[[nn.Module], None]
 """Changes the model after a step. It sees the parameters as the engine holds them, which may be sharded."""
@@ -61,12 +65,12 @@ class Engine(Protocol):
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
         """Compute the sums of this rank, without gradients or randomness. Parameters are resharded on return."""
 
-    def export_state(self) -> CanonicalState:
-        """Return this rank's share of the state. Collective.
+    def export_state(self) -> ExportedState:
+        """Return this rank's share of the state, without copying it. Collective.
 
-        Names are exactly those of `expected_tensors`; missing optimizer state is an error. With several processes the
-        tensors are DTensors that together hold the full state. They may be live, so write or copy them before the next
-        step.
+        Names are exactly those of `expected_tensors`, in the same order on all ranks; missing optimizer state is an
+        error. With several processes the tensors are DTensors that together hold the full state. Those in memory are
+        live: write or copy them, and make the deferred ones, before the next step.
         """
 
     def import_state(self, reader: StateReader) -> None:

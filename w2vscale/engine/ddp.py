@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.engine.base import CanonicalState, StateReader
+from w2vscale.engine.base import CanonicalState, ExportedState, StateReader
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.reduction import reduces_in_bf16, sum_bucket
 from w2vscale.engine.rows import Rows
@@ -104,7 +104,7 @@ class DDPEngine(NativeEngine):
         parallel.reducer.prepare_for_backward([])
         loss.backward()
 
-    def export_state(self) -> CanonicalState:
+    def export_state(self) -> ExportedState:
         return {name: self.rows.own(stored(tensor)) for name, tensor in self.live_state().items()}
 
     @torch.no_grad()

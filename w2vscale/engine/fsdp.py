@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.nodes import processes_per_node
-from w2vscale.engine.base import CanonicalState, StateReader
+from w2vscale.engine.base import CanonicalState, ExportedState, StateReader
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.native import NativeEngine
 from w2vscale.engine.reduction import Bf16ReduceScatter, SumOverReplicas, reduces_in_bf16
-from w2vscale.engine.rows import in_parts, moved
+from w2vscale.engine.rows import in_parts, moved, on_host
 from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
@@ -87,8 +87,9 @@ class FSDPEngine(NativeEngine):
                 self.over_replicas.append(SumOverReplicas(replicas))
                 unit.set_all_reduce_hook(self.over_replicas[-1])
 
-    def export_state(self) -> CanonicalState:
-        return {name: self._on_host(stored(tensor)) for name, tensor in self.live_state().items()}
+    def export_state(self) -> ExportedState:
+        state = {name: stored(tensor) for name, tensor in self.live_state().items()}
+        return {name: on_host(x, self.host_mesh) if isinstance(x, DTensor) else x for name, x in state.items()}
 
     @torch.no_grad()
     def _read(self, reader: StateReader, state: CanonicalState) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor import empty as empty_dtensor
 
+from w2vscale.distributed.deferred import DeferredTensor
 from w2vscale.engine.base import StateReader
 from w2vscale.optim.canonical import Specs, TensorSpec
 
@@ -35,8 +36,20 @@ def in_parts(specs: Specs) -> Iterator[list[str]]:
 
 
 def moved(tensor: DTensor, mesh: DeviceMesh) -> DTensor:
-    """Copy a DTensor to a mesh of another device type, keeping its placements."""
-    local = tensor.to_local().to(mesh.device_type)
+    """Move a DTensor to a mesh of another device type, keeping its placements. What is there already is not copied."""
+    return _placed(tensor.to_local().to(mesh.device_type), tensor, mesh)
+
+
+def on_host(tensor: DTensor, mesh: DeviceMesh) -> DTensor | DeferredTensor:
+    """A live DTensor on a mesh of the host if its values are there. If they are on a GPU, they are copied later."""
+    local = tensor.to_local()
+    if local.device.type == mesh.device_type:
+        return moved(tensor, mesh)
+    return DeferredTensor(_placed(torch.empty_like(local, device="meta"), tensor, mesh), lambda: moved(tensor, mesh))
+
+
+def _placed(local: Tensor, tensor: DTensor, mesh: DeviceMesh) -> DTensor:
+    """A DTensor like another one, on another mesh and with other local values."""
     return DTensor.from_local(
         local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
@@ -52,17 +65,32 @@ class Rows:
             self.host_mesh = init_device_mesh("cpu", (dist.get_world_size(),))
             self.device_mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 
-    def own(self, whole: Tensor) -> Tensor:
-        """Return this rank's rows of a tensor that all ranks hold, in host memory. Scalars stay whole."""
-        if self.alone or whole.dim() == 0:
+    def own(self, whole: Tensor) -> Tensor | DeferredTensor:
+        """Return the rows of this rank of a tensor that all ranks hold. In host memory, they are live. Scalars stay
+        whole."""
+        if self._unsplit(whole.shape):
             return whole
-        rows = distribute_tensor(whole.detach(), self.device_mesh, [Shard(0)], src_data_rank=None)
-        return rows if self.device.type == "cpu" else moved(rows, self.host_mesh)
+        return on_host(self._split(whole, self.device_mesh), self.host_mesh)
 
-    def copied(self, whole: Tensor) -> Tensor:
-        """Return a copy of `own(whole)` that shares no memory with `whole`, which can then be freed."""
-        rows = self.own(whole)
-        return rows.clone() if isinstance(rows, DTensor) else rows.to("cpu", copy=True)
+    def gathered(self, spec: TensorSpec, gather: Callable[[], Tensor]) -> DeferredTensor:
+        """Return the rows of this rank of a tensor that `gather`, which may be collective, makes when it is needed."""
+        like = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        if self._unsplit(spec.shape):
+            return DeferredTensor(like, lambda: gather().detach().to("cpu", copy=True))
+
+        def make() -> Tensor:
+            rows = self._split(gather(), self.device_mesh)
+            # A copy even in host memory, so that the whole tensor can be freed.
+            return _placed(rows.to_local().to("cpu", copy=True), rows, self.host_mesh)
+
+        return DeferredTensor(self._split(like, self.host_mesh), make)
+
+    def _unsplit(self, shape: Sequence[int]) -> bool:
+        return self.alone or not shape
+
+    @staticmethod
+    def _split(whole: Tensor, mesh: DeviceMesh) -> DTensor:
+        return distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=None)
 
     def read(self, reader: StateReader, specs: Specs) -> Iterator[tuple[str, Tensor]]:
         """Read a checkpoint, each rank its own rows, and yield the whole tensors on the device one at a time."""
@@ -73,7 +101,7 @@ class Rows:
                 yield name, self._whole(state.pop(name))
 
     def _empty(self, spec: TensorSpec) -> Tensor:
-        if self.alone or not spec.shape:
+        if self._unsplit(spec.shape):
             return torch.empty(spec.shape, dtype=spec.dtype)
         return empty_dtensor(*spec.shape, dtype=spec.dtype, device_mesh=self.host_mesh, placements=[Shard(0)])
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
+from w2vscale.checkpoint.opening import open_on_all_ranks
+from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.checkpoint.remote import model_on_all_ranks
 from w2vscale.data.cuts import FILES
 from w2vscale.data.indexed import VALIDATION_SEED, check_sample, validation_set
@@ -23,6 +24,9 @@ from w2vscale.errors import UserError
 from w2vscale.models.initialisation import empty_parameters
 from w2vscale.objectives import Objective, StepContext, Sums, add_sums, load
 from w2vscale.storage.urls import Url
+
+WHOLE = "engine.name=ddp"
+"""The override with which each rank has a whole model. In a checkpoint, ddp may be a default that nobody chose."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +50,20 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint with the settings it was trained with, on fixed crops, masks and negatives. Collective.
 
     `path` is a checkpoint folder, a run folder, to evaluate its newest intact checkpoint, or a URL; `cuts` are indexed
-    manifests; `overrides` replace settings (SECTION.KEY=VALUE). Several ranks shard the model, unless `engine.name` is
-    ddp. `progress` is called with (micro-batches begun, micro-batches in total) of this rank. Returns the evaluation on
-    the first rank, None on the others.
+    manifests; `overrides` replace settings (SECTION.KEY=VALUE). Several ranks shard the model, whatever engine trained
+    it, unless `overrides` contain engine.name=ddp. `progress` is called with (micro-batches begun, micro-batches in
+    total) of this rank. Returns the evaluation on the first rank, None on the others.
     Raises UserError if the checkpoint or a manifest is unusable, or no utterance could be read.
     """
     with process_group() as (ranks, device), torch.no_grad(), loader_processes():
-        checkpoint = open_checkpoint(model_on_all_ranks(path, log), log)
+        checkpoint = open_on_all_ranks(model_on_all_ranks(path, log), log)
         # Where a manifest may have its audio is up to the caller, not to the one who made the checkpoint.
         overrides = (f"data.url_schemes=[{','.join(FILES)}]", *overrides)
         config, objective = load(checkpoint.path / "config.yaml", overrides, new=False)
         corpus = Corpus(cuts, setting="--cuts", schemes=config.data.url_schemes)
         check_sample(corpus, sampling_rate=config.model.sampling_rate)
         dataset = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
-        if config.engine.name == "ddp" or ranks.world_size == 1:
+        if WHOLE in overrides or ranks.world_size == 1:
             model = checkpoint.build_model(objective, device)
         else:
             model = _sharded(checkpoint, objective, device)

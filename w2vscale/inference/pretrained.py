@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from w2vscale.checkpoint.reader import open_checkpoint
-from w2vscale.checkpoint.remote import local_model
+from w2vscale.checkpoint.opening import open_on_all_ranks
+from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
+from w2vscale.checkpoint.remote import local_model, model_on_all_ranks
 from w2vscale.config import Config, PrecisionConfig
 from w2vscale.data.audio import RATES_IN_WORDS, SAMPLING_RATES, AudioError
 from w2vscale.data.inputs import audio_batch, to_device
@@ -26,7 +28,7 @@ from w2vscale.interop.importing import form_of
 from w2vscale.models.lengths import hop, input_samples, output_frames
 from w2vscale.models.wav2vec2 import EncoderOutput, Statistics
 from w2vscale.objectives import Objective, build_objective
-from w2vscale.storage.urls import place
+from w2vscale.storage.urls import Url, place
 
 CHUNK_SECONDS = 30.0  # longer audio is split into chunks of at most this length
 OVERLAP_SECONDS = 2.5  # context on either side of a chunk: computed with it, then dropped
@@ -43,11 +45,26 @@ def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretr
     fp32 regardless of the `precision.compute` that it was trained with, so that features do not depend on the machine.
     Raises UserError if the checkpoint is missing, damaged or does not fit the model, or the device does not exist.
     """
-    local = local_model(place(path))
+    return _load(path, local_model(place(path)), open_checkpoint, device)
+
+
+def load_on_all_ranks(
+    path: Path | Url, log: Callable[[str], None] = lambda text: None, *, device: str | torch.device | None = None
+) -> Pretrained:
+    """Like `load`, but the ranks share the work of comparing the checkpoint with its checksums. Collective.
+
+    Each rank has a whole model. The log names checkpoints that are skipped.
+    """
+    return _load(path, model_on_all_ranks(path, log), partial(open_on_all_ranks, log=log), device)
+
+
+def _load(
+    source: str | Path, local: Path, opened: Callable[[Path], CheckpointReader], device: str | torch.device | None
+) -> Pretrained:
     try:
-        checkpoint = open_checkpoint(local)
+        checkpoint = opened(local)
     except UserError as error:
-        hint = f"; convert it with: w2vscale import {path} DIR" if form_of(local) is not None else ""
+        hint = f"; convert it with: w2vscale import {source} DIR" if form_of(local) is not None else ""
         raise UserError(f"{error}{hint}") from None
     config = checkpoint.config
     objective = build_objective(config.model_copy(update={"precision": PrecisionConfig(compute="fp32")}))

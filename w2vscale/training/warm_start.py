@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from w2vscale.checkpoint.lazy import LazyTensor
+from w2vscale.checkpoint.opening import open_on_all_ranks
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.remote import local_model
 from w2vscale.config import Config, architecture_of, load_config
@@ -29,22 +30,32 @@ class Source:
     tensors: Mapping[str, LazyTensor]
 
 
-def open_source(place: Path | Url, log: Callable[[str], None] = lambda text: None) -> Source:
+def open_source(path: Path, log: Callable[[str], None] = lambda text: None) -> Source:
     """Open a checkpoint, a folder that `save_pretrained` of Transformers wrote, or a `.pt` file of fairseq or
-    fairseq2.
+    fairseq2. Collective.
 
-    What is at a URL is copied to this machine first. Raises UserError if it cannot be used.
+    Each rank compares a part of the files of a checkpoint with their checksums. Raises UserError if the source cannot
+    be used.
     """
-    path = local_model(place, log)
     form = form_of(path)
     if form is not None:
         config, state = read_model(path, form, log)
         log(f"starting from {path} ({form})")
         return Source(config, state)
-    checkpoint = open_checkpoint(path, log)
+    checkpoint = open_on_all_ranks(path, log)
     tensors = checkpoint.model_tensors()
     log(f"starting from {checkpoint.path}")
     return Source(checkpoint.config, tensors)
+
+
+def source_config(place: Path | Url) -> Config:
+    """The settings of a source, see `open_source`; not collective. Reads no tensor, so damaged values are not noticed.
+
+    What is at a URL is copied to this machine first. Raises UserError if the source cannot be used.
+    """
+    path = local_model(place)
+    form = form_of(path)
+    return open_checkpoint(path, hashed=False).config if form is None else read_model(path, form)[0]
 
 
 def fine_tuning_config(config: Config, *, scratch: bool = False, stored: Path | None = None) -> Config:
@@ -64,7 +75,7 @@ def fine_tuning_config(config: Config, *, scratch: bool = False, stored: Path | 
         raise UserError("--scratch needs trainer.init_from: the checkpoint whose architecture is used")
     document = config.model_dump(mode="json")
     if source is not None:
-        theirs = load_config(stored) if stored is not None else open_source(source).config
+        theirs = load_config(stored) if stored is not None else source_config(source)
         ours = {"max_frames", *(config.model.model_fields_set & {"waveform_eps"})}  # not part of the architecture
         document["model"] = theirs.model.model_dump(mode="json") | {key: document["model"][key] for key in ours}
     if scratch:
@@ -84,7 +95,7 @@ def starting_tensors(
     path: Path,
     log: Callable[[str], None],
 ) -> dict[str, LazyTensor]:
-    """Return the tensors that a new model takes from `trainer.init_from`; the others are initialised.
+    """Return the tensors that a new model takes from `trainer.init_from`; the others are initialised. Collective.
 
     `path` is where `trainer.init_from` is on this machine. `shapes` are those of the new model. Logs a table of what is
     loaded, missing, of another shape, and not used. Heads are initialised if the source was trained for another

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, accumulate, split
-from w2vscale.engine.base import AfterStep, CanonicalState, StateReader
+from w2vscale.engine.base import AfterStep, ExportedState, StateReader
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.deepspeed.config import (
     check_partition_size,
@@ -120,23 +121,26 @@ class DeepSpeedEngine:
         run = lambda one: objective.forward(self.engine, one.inputs, step=one.step, training=False)  # noqa: E731
         return accumulate([[batch]], step, run, self.device)
 
-    def export_state(self) -> CanonicalState:
-        """Gathers one tensor at a time, and keeps only the rows of this rank."""
+    def export_state(self) -> ExportedState:
+        """Each tensor is gathered when it is made, and only the rows of this rank are kept."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state: CanonicalState = {}
+        state: ExportedState = {}
         step = next(iter(self.zero.optimizer.state.values()))["step"]
+
+        def defer(key: str, gather: Callable[[], Tensor]) -> None:
+            spec = self.expected[key]
+            state[key] = self.rows.gathered(spec, lambda: gather().view(spec.shape))
+
         for name, parameter in self.parameters.items():
-            shape = self.shapes[name]
             if name not in self.trained:
-                state[f"model.{name}"] = self.rows.copied(self._gathered(parameter).view(shape))
+                defer(f"model.{name}", partial(self._gathered, parameter))
                 continue
-            state[f"model.{name}"] = self.rows.copied(safe_get_full_fp32_param(parameter).view(shape))
+            defer(f"model.{name}", partial(safe_get_full_fp32_param, parameter))
             for key in MOMENTS:
-                whole = safe_get_full_optimizer_state(parameter, key).view(shape)
-                state[f"optim.{name}.{key}"] = self.rows.copied(whole)
-            state[f"optim.{name}.step"] = self.rows.copied(step)
-        return state | {f"model.{name}": self.rows.copied(stored(buffer)) for name, buffer in self.buffers.persistent()}
+                defer(f"optim.{name}.{key}", partial(safe_get_full_optimizer_state, parameter, key))
+            state[f"optim.{name}.step"] = step
+        return state | {f"model.{name}": self.rows.own(stored(buffer)) for name, buffer in self.buffers.persistent()}
 
     def import_state(self, reader: StateReader) -> None:
         self._read(reader, self.expected)
