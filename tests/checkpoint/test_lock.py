@@ -209,5 +209,5 @@ class TestWithoutLocks:
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/exp: the folder cannot be written: Not a directory"):
+    with pytest.raises(UserError, match="file/exp: cannot be written: Not a directory"):
         take(tmp_path / "file" / "exp")

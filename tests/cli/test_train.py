@@ -86,7 +86,7 @@ class TestTrain:
         content = blocked.read_bytes()
         for exp, problem in (
             (blocked, "a file, not a folder; choose another one"),
-            (blocked / "deeper", "the folder cannot be written"),
+            (blocked / "deeper", "cannot be written"),
         ):
             assert self.error(f"data.train={corpus}", "--exp", exp).startswith(f"{exp}: {problem}")
         assert blocked.read_bytes() == content

@@ -23,12 +23,14 @@ from tests.helpers.micro import SMALL as SMALL_PRESET
 from tests.helpers.tiers import long_except
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.lazy import whole
+from w2vscale.checkpoint.lock import locked
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import Config, load_config
 from w2vscale.data.transcripts import Transcripts, labels_to_text
 from w2vscale.errors import UserError
 from w2vscale.inference.pretrained import load
+from w2vscale.interop import exporting, importing
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.fairseq2 import from_fairseq2
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
@@ -346,6 +348,35 @@ def test_without_its_file_the_symbols_are_a_list_and_the_log_says_why(ctc: Path,
     assert "tokenizer" not in (tmp_path / "out" / "card.yaml").read_text()
     import_checkpoint(tmp_path / "out" / "model.pt", tmp_path / "again")
     assert build_objective(open_checkpoint(tmp_path / "again").config).vocabulary == symbols
+
+
+def test_a_tokenizer_that_cannot_be_read_any_more_is_named(
+    ctc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the folder that is written."""
+    tokenizer = next(ctc.glob("*.model"))
+    import_checkpoint(ctc / "m.pt", tmp_path / "in")
+    copy = tmp_path / "in" / "tokenizer.model"
+
+    def delete_first(*arguments: object) -> int:
+        copy.unlink()
+        return 0
+
+    lines: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "label_of_first", delete_first)
+        export_checkpoint(tmp_path / "in", tmp_path / "out", form="fairseq2", log=lines.append)
+    assert len(lines) == 1 and str(copy) in lines[0]
+    assert (tmp_path / "out" / "vocabulary.txt").exists()
+
+    def vanish(*arguments: object, **named: object) -> Any:
+        tokenizer.unlink()
+        return locked(*arguments, **named)
+
+    monkeypatch.setattr(importing, "locked", vanish)
+    with pytest.raises(UserError, match=f"^{tokenizer}: cannot be read: No such file"):
+        import_checkpoint(ctc / "m.pt", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_a_model_that_was_fine_tuned_without_masks_gets_a_zero_mask_embedding(tokenizer: Path, tmp_path: Path) -> None:

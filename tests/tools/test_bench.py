@@ -58,6 +58,17 @@ def test_help(main: Callable[..., None], option: str) -> None:
     assert option in result.stdout
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_conversions_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert.main(preset="tiny", folder=tmp_path / "bench")
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["identical"] and found["bytes"] > 9_000_000
+    assert len(found["steps"]) == 5
+    assert all(step["seconds"] > 0 and step["peak_anonymous_mb"] > 100 for step in found["steps"])
+    assert not [*tmp_path.iterdir()]
+
+
 def test_views_of_one_storage_count_once() -> None:
     whole = torch.zeros(10)
     assert sum(storages([whole, whole[2:], None, torch.zeros(3), torch.empty(5, device="meta")]).values()) == 52

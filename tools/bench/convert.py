@@ -4,7 +4,8 @@
 
 Writes a random model under the names of fairseq2, and converts it with four commands: fairseq2 → checkpoint → Hugging
 Face → checkpoint → fairseq2. Each is first killed (SIGKILL) when half of its output is written, and then repeated; the
-repetition is measured. The last file must have the same tensors as the first, bit for bit.
+repetition is measured. The last file must have the same tensors as the first, bit for bit. A small model may be written
+before its command can be killed: `killed` counts those that were.
 
 Memory is that of the process without the pages of files, which the system takes back when it needs memory: the largest
 RssAnon of /proc/PID/status, sampled every 5 ms. Importing PyTorch alone takes part of it, which the first row shows.
@@ -36,6 +37,7 @@ from w2vscale.errors import UserError
 from w2vscale.files import delete
 from w2vscale.interop.fairseq2 import to_fairseq2
 from w2vscale.interop.fairseq_file import load_fairseq
+from w2vscale.interop.names import own_settings
 from w2vscale.interop.torch_zip import write_torch_zip
 from w2vscale.objectives import resolve
 from w2vscale.optim.canonical import TensorSpec, model_shapes
@@ -66,7 +68,7 @@ def main(
     try:
         source = folder / "fairseq2.pt"
         size = write_random_model(preset, source)
-        steps = convert(source, folder, size)
+        steps, killed = convert(source, folder, size)
         identical = same_tensors(source, folder / "back" / "model.pt")
     finally:
         shutil.rmtree(folder)
@@ -75,8 +77,8 @@ def main(
         figures = (step.seconds, step.mb_per_second, step.peak_anonymous_mb, step.peak_with_files_mb)
         table.add_row(step.name, *(f"{figure:,.1f}" if figure else "" for figure in figures))
     console.print(table)
-    found = {"preset": preset, "bytes": size, "identical": identical, "steps": [asdict(step) for step in steps]}
-    print(json.dumps(found))
+    found = {"preset": preset, "bytes": size, "identical": identical, "killed": killed}
+    print(json.dumps(found | {"steps": [asdict(step) for step in steps]}))
     if not identical:
         sys.exit(1)
 
@@ -87,7 +89,7 @@ def write_random_model(preset: str, path: Path) -> int:
     shapes = model_shapes(expected_of(config, optimizer=False))
     state = {name: random_tensor(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
     tensors = to_fairseq2(state, config, update=0)
-    write_torch_zip(path, tensors)
+    write_torch_zip(path, tensors, w2vscale=json.dumps(own_settings(config)))
     return sum(tensor.bytes for tensor in tensors.values())
 
 
@@ -100,11 +102,11 @@ def random_tensor(shape: tuple[int, ...], seed: int) -> LazyTensor:
     return LazyTensor.made(TensorSpec(shape, torch.float32), draw)
 
 
-def convert(source: Path, folder: Path, size: int) -> list[Step]:
-    """Run the commands. What a step has read is deleted, but not the source."""
+def convert(source: Path, folder: Path, size: int) -> tuple[list[Step], int]:
+    """Run the commands, and count those that were killed. What a step has read is deleted, but not the source."""
     modules = "import w2vscale.interop.importing, w2vscale.interop.exporting"
     steps = [measure("importing PyTorch and w2vscale", [sys.executable, "-c", modules], 0)]
-    place = source
+    place, killed = source, 0
     for name, output, arguments in (
         ("fairseq2 → checkpoint", "checkpoint", ["import"]),
         ("checkpoint → huggingface", "huggingface", ["export"]),
@@ -112,7 +114,7 @@ def convert(source: Path, folder: Path, size: int) -> list[Step]:
         ("checkpoint → fairseq2", "back", ["export", "--format", "fairseq2"]),
     ):
         command = [sys.executable, "-m", "w2vscale", arguments[0], str(place), str(folder / output), *arguments[1:]]
-        kill_half_way(command, folder, folder / output, size)
+        killed += kill_half_way(command, folder, folder / output, size)
         steps.append(measure(name, command, size))
         left = [path.name for path in folder.rglob(".*.partial")]
         if left:
@@ -120,21 +122,28 @@ def convert(source: Path, folder: Path, size: int) -> list[Step]:
         if place != source:
             delete(place)
         place = folder / output
-    return steps
+    return steps, killed
 
 
-def kill_half_way(command: list[str], folder: Path, output: Path, size: int) -> None:
-    """Start a command, kill it when half of its output is written, and check that nothing looks whole."""
+def kill_half_way(command: list[str], folder: Path, output: Path, size: int) -> bool:
+    """Start a command, kill it when half of its output is written, and check that nothing looks whole.
+
+    Returns False, and deletes the output, if the command had written all of it.
+    """
     before = bytes_below(folder)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None and bytes_below(folder) - before < size / 2:
             time.sleep(SAMPLE_SECONDS)
         process.send_signal(signal.SIGKILL)
-    if process.returncode != -signal.SIGKILL:
+    if process.returncode not in (0, -signal.SIGKILL):
         raise UserError(f"{' '.join(command)}: ended with {process.returncode} before it was killed")
+    if bytes_below(output) >= size:
+        delete(output)
+        return False
     whole = [*output.glob("*.safetensors*"), *output.glob("model.pt"), *output.glob("checkpoints/update_*")]
     if whole:
         raise UserError(f"{whole[0]}: there after its command was killed")
+    return True
 
 
 def measure(name: str, command: list[str], size: int) -> Step:

@@ -106,7 +106,7 @@ def hold(path: Path, folder: Path, log: Callable[[str], None]) -> Iterator[Lock]
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = Lock(path, _take(folder, path, log))
     except OSError as error:
-        raise UserError(f"{folder}: the folder cannot be written: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
         _describe(lock.descriptor)
         yield lock

@@ -126,13 +126,21 @@ def read_model(
 @contextmanager
 def _copied(pieces: Path | None, copy: Path) -> Iterator[None]:
     """Copy a SentencePiece model, if there is one. The copy is deleted if the block fails."""
-    if pieces is None or (copy.is_file() and copy.read_bytes() == pieces.read_bytes()):
+    if pieces is None:
+        yield
+        return
+    try:
+        content = pieces.read_bytes()
+        there = copy.is_file() and copy.read_bytes() == content
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    if there:
         yield
         return
     if copy.exists():
         raise UserError(f"{copy}: exists and is another file than {pieces}; choose another folder")
     with new_file(copy, "wb", durable=True) as file:
-        file.write(pieces.read_bytes())
+        file.write(content)
     try:
         yield
     except BaseException:
