@@ -101,7 +101,7 @@ def measured(config: Config, device: torch.device, *, rank: int, world_size: int
         resident_peak = peak_memory(device) - before
     setup.engine.close()
     model = model_of("", config, device="cuda" if device.type == "cuda" else "cpu")
-    sharding = sharding_by(model, world_size)
+    sharding = sharding_by(config, world_size)
     footprint = demand(model, sharding, forwards=MICRO_BATCHES).footprint(model.utterances)
     return Figures(
         parameters=model.parameters,
