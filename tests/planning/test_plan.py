@@ -19,8 +19,10 @@ from w2vscale.planning.exposure import Corpus
 from w2vscale.planning.fake_pass import fake_pass
 from w2vscale.planning.links import CLUSTERS
 from w2vscale.planning.plan import Plan, Row, dealt, make_plan, shortened
+from w2vscale.planning.prediction import Setting, predict
 from w2vscale.planning.rates import measured_rates
-from w2vscale.planning.traffic import sharding_by
+from w2vscale.planning.traffic import sharding_by, sharding_of
+from w2vscale.planning.work import Model
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -89,10 +91,13 @@ def test_seven_billion_parameters_on_eight_gpus() -> None:
     assert lacking == sorted(lacking) and len(order) + len(lacking) == len(found.rows) == 8 * 2
 
 
-@pytest.mark.parametrize(("preset", "gpus"), [long("omni_3b", 4), long("omni_7b", 8), long("large", 1), ("base", 1)])
-def test_the_longest_micro_batch_needs_all_of_the_memory(preset: str, gpus: int) -> None:
+@pytest.mark.parametrize(
+    ("preset", "gpus", "memory"),
+    [long("omni_3b", 4, 80.0), long("omni_7b", 8, 80.0), long("large", 1, 80.0), ("base", 1, 20.0)],
+)
+def test_the_longest_micro_batch_needs_all_of_the_memory(preset: str, gpus: int, memory: float) -> None:
     """The line through two short batches is held to a pass of the whole model with the longest micro-batch."""
-    found = plan(preset, gpus=gpus)
+    found = plan(preset, gpus=gpus, memory=memory)
     best = found.recommended
     assert best is not None and best.prediction is not None
     config, _ = load(preset, found.overrides(best))
@@ -183,20 +188,15 @@ def test_measured_rates_replace_the_roofline() -> None:
     assert by_roofline.recommended.prediction.audio_per_second == pytest.approx(6_077, rel=0.15)
 
 
-def test_measured_rates_do_not_depend_on_the_speed_of_the_cluster() -> None:
-    config, objective = load("tiny")
-    computing = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning, "RECOMPUTATIONS", ("none",))
-        for flops in (8e14, 1e14):
-            found = make_plan(
-                "tiny", config, objective,
-                gpus=1, nodes=1, cluster=replace(CLUSTERS["h100"], flops=flops), measured=measured_rates(MEASURED),
-            )  # fmt: skip
-            prediction = row(found, "ddp", "none").prediction
-            assert prediction is not None
-            computing.append(prediction.computing)
-    assert computing[0] == pytest.approx(computing[1])
+def test_measured_rates_do_not_depend_on_the_speed_of_the_cluster(tiny: Model) -> None:
+    rates = measured_rates(MEASURED)["base"]
+    sharding = sharding_of("ddp", tiny, 8, per_node=8)
+    slow = replace(CLUSTERS["h100"], flops=1e14)
+    fast, same = (
+        predict(tiny, sharding, 4, per_forward=4, setting=Setting(cluster, "fastest", rates))
+        for cluster in (CLUSTERS["h100"], slow)
+    )
+    assert fast == same and fast.computing > 4 * tiny.micro_batch_seconds * tiny.flops / rates.flops
 
 
 def test_without_compilation_it_is_slower() -> None:
