@@ -16,7 +16,6 @@ import json
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +26,7 @@ from tools.scaling import report
 from tools.scaling.growth import MEASURED, added, dealt, enough, preset_model
 from tools.scaling.published import comparisons
 from tools.scaling.validation import RECORD, Trial, compared, measure, read_record, write_record
-from w2vscale.planning.links import ALGORITHMS, CLUSTERS, EFFICIENCY, GIGABIT, Cluster
+from w2vscale.planning.links import ALGORITHMS, CLUSTERS, H100, Cluster, changed
 from w2vscale.planning.prediction import Setting
 from w2vscale.planning.rates import Rates, measured_rates
 from w2vscale.planning.traffic import ENGINES
@@ -56,8 +55,11 @@ def main(
     across: Annotated[float | None, typer.Option(min=0.001, help="Gb/s that a node can send to others.")] = None,
     algorithm: Annotated[str, typer.Option(metavar="|".join(ALGORITHMS), help="Algorithm of collectives.")] = "fastest",
     rates: Annotated[
-        Path, typer.Option(dir_okay=False, help="Result of tools/bench/gpu.py to take computing times from.")
-    ] = MEASURED,
+        Path | None,
+        typer.Option(
+            dir_okay=False, help="Result of tools/bench/gpu.py for these GPUs.", show_default="that of an H100, scaled"
+        ),
+    ] = None,
     mfu: Annotated[
         float | None,
         typer.Option(min=0.001, max=1.0, help="MFU in long forwards, instead of a measured one."),
@@ -85,7 +87,7 @@ def main(
         )
     _chosen([cluster], tuple(CLUSTERS), "--cluster")
     _chosen([algorithm], ALGORITHMS, "--algorithm")
-    by_preset = measured_rates(rates)
+    by_preset = None if rates is None else measured_rates(rates)
     models = [preset_model(name, settings or []) for name in preset or PRESETS]
     here = changed(CLUSTERS[cluster], gpus_per_node=gpus_per_node, inside=inside, across=across)
     chosen = {
@@ -99,7 +101,7 @@ def main(
         report.draw(plot, models, GPUS, {name: chosen[name] for name in drawn})
     for model in models:
         if model.name == "base":
-            report.print_published(comparisons(model, chosen[cluster]["base"].rates))
+            report.print_published(comparisons(model, chosen[cluster]["base"]))
     validation = validated(updates if validate else None, record)
     print(json.dumps(validation | {"cluster": here.description, "algorithm": algorithm, "predictions": predictions}))
 
@@ -130,27 +132,18 @@ def _chosen(names: list[str] | None, known: Sequence[str], option: str) -> Seque
     return names or known
 
 
-def changed(cluster: Cluster, *, gpus_per_node: int | None, inside: float | None, across: float | None) -> Cluster:
-    """The cluster with other numbers; the bandwidths are nominal ones."""
-    changes: dict[str, Any] = {}
-    if gpus_per_node is not None:
-        changes["gpus_per_node"] = gpus_per_node
-    if inside is not None:
-        changes["inside"] = cluster.inside._replace(bandwidth=inside * 1e9 * EFFICIENCY)
-    if across is not None:
-        changes["across"] = cluster.across._replace(bandwidth=across * GIGABIT * EFFICIENCY)
-    if changes:
-        given = {"GPUs per node": gpus_per_node, "GB/s inside": inside, "Gb/s across": across}
-        numbers = ", ".join(f"{value:g} {name}" for name, value in given.items() if value is not None)
-        changes["description"] = f"{cluster.description}, changed to {numbers}"
-    return replace(cluster, **changes)
+def _setting(
+    model: Model, cluster: Cluster, algorithm: str, by_preset: dict[str, Rates] | None, mfu: float | None
+) -> Setting:
+    """Computing times are those of the measured preset that is nearest in size.
 
-
-def _setting(model: Model, cluster: Cluster, algorithm: str, by_preset: dict[str, Rates], mfu: float | None) -> Setting:
-    """Computing times are those of the measured preset that is nearest in size."""
+    Without a measurement of these GPUs, they have the MFU of an H100.
+    """
     (chosen,) = [name for name in ALGORITHMS if name == algorithm]
-    rates = by_preset["base" if model.config.model.dim < 1024 else "large"]
-    return Setting(cluster, chosen, rates if mfu is None else rates._replace(mfu=mfu))
+    rates = (by_preset or measured_rates(MEASURED))["base" if model.config.model.dim < 1024 else "large"]
+    if by_preset is None:
+        rates = rates._replace(flops=rates.flops * cluster.flops / H100.flops)
+    return Setting(cluster, chosen, rates if mfu is None else rates._replace(flops=mfu * cluster.flops))
 
 
 def predict_all(model: Model, engines: Sequence[str], setting: Setting) -> dict[str, Any]:

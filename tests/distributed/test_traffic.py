@@ -13,8 +13,9 @@ from tests.helpers.collectives import Sent, sent_in_an_update
 from tests.helpers.pool import Pool
 from tests.helpers.tiers import long
 from tools.scaling.growth import preset_model
-from w2vscale.config import load_config
-from w2vscale.planning.traffic import ENGINES, NCCL, Pace, Task, sharding_of, update_of
+from w2vscale.config import Config, load_config
+from w2vscale.planning.traffic import ENGINES, NCCL, Pace, Task, sharding_by, sharding_of, update_of
+from w2vscale.planning.work import model_of
 
 pytestmark = pytest.mark.distributed
 
@@ -35,10 +36,9 @@ NORM = 16
 """Bytes. Norms and flags are smaller; there are several of them with DeepSpeed, and with FSDP2 they are not seen."""
 
 
-def expected(engine: str, ranks: int, settings: Sequence[str], zero: str, *, per_node: int) -> list[Sent]:
+def expected(config: Config, ranks: int) -> list[Sent]:
     """What w2vscale.planning says."""
-    model = preset_model("tiny", settings)
-    sharding = sharding_of(engine, model, ranks, per_node=per_node, zero_config=zero)
+    model, sharding = model_of("tiny", config), sharding_by(config, ranks)
     tasks = update_of(model, sharding, forwards=FORWARDS, pace=Pace(1.0, 2.0, 0.1), backend=NCCL)
     return [Sent(task.kind, int(task.size)) for task in tasks if task.kind is not None and task.size > NORM]
 
@@ -78,11 +78,12 @@ def test_each_collective_of_ddp_and_fsdp(
     pool: Callable[[int], Pool], engine: str, ranks: int, compute: str, reduce: str
 ) -> None:
     precision = f"precision={{compute: {compute}, reduce: {reduce}}}"
-    settings = (*QUICK, precision, *ENGINES[engine])
+    settings = (*QUICK, precision, f"engine={json.dumps(ENGINES[engine])}")
     if engine == "hsdp":
         settings = (*settings, "engine.shard_size=2")
-    every = pool(ranks).run(sent_in_an_update, load_config("tiny", settings), FORWARDS)
-    wanted = expected(engine, ranks, settings[:3], engine, per_node=2)
+    config = load_config("tiny", settings)
+    every = pool(ranks).run(sent_in_an_update, config, FORWARDS)
+    wanted = expected(config, ranks)
     for sent in every:
         assert Counter(one for one in sent if one.size > NORM) == Counter(wanted)
     if engine == "ddp":
@@ -108,8 +109,9 @@ def test_bytes_of_zero(
     file = zero_file(engine)
     precision = f"precision={{compute: {compute}, reduce: {reduce}}}"
     settings = (*QUICK, precision, f"engine={{name: deepspeed, deepspeed_config: {file}}}")
-    every = pool(ranks).run(sent_in_an_update, load_config("tiny", settings), FORWARDS)
-    wanted = totals(expected(engine, ranks, settings[:3], file, per_node=2))
+    config = load_config("tiny", settings)
+    every = pool(ranks).run(sent_in_an_update, config, FORWARDS)
+    wanted = totals(expected(config, ranks))
     for sent in every:
         found = totals([one for one in sent if one.size > NORM])
         assert found == pytest.approx(wanted, rel=0.03)

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import pytest
 
 from w2vscale.config import Config
-from w2vscale.planning import timeline
-from w2vscale.planning.fake_pass import Pass, fake_pass
+from w2vscale.planning import timeline, work
 
-SECTIONS = {"model", "regularization", "objective", "data", "engine", "precision"}
-_configs: dict[str, Config] = {}
+SETTINGS: Any = {
+    **dict.fromkeys(("model", "regularization", "objective", "precision"), True),
+    "engine": {"activation_checkpointing", "activation_checkpointing_every"},
+    "data": {"max_seconds"},
+}
+"""What a pass depends on, beside its other arguments."""
+
+_results: dict[tuple[object, ...], Any] = {}
 
 
-@cache
-def _run(key: str, others: tuple[tuple[str, Any], ...]) -> Pass:
-    return fake_pass(_configs[key], **dict(others))
+def _once(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(config: Config, **others: Any) -> Any:
+        key = (function.__name__, config.model_dump_json(include=SETTINGS), *sorted(others.items()))
+        if key not in _results:
+            _results[key] = function(config, **others)
+        return _results[key]
 
-
-def _once(config: Config, **others: Any) -> Pass:
-    key = config.model_dump_json(include=SECTIONS)
-    _configs.setdefault(key, config)
-    return _run(key, tuple(sorted(others.items())))
+    return call
 
 
 @contextmanager
 def passes_run_once() -> Iterator[None]:
     """Inside, a pass that was run before is not run again."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timeline, "fake_pass", _once)
+        patch.setattr(timeline, "fake_pass", _once(timeline.fake_pass))
+        patch.setattr(work, "counted_flops", _once(work.counted_flops))
         yield

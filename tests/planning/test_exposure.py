@@ -43,7 +43,7 @@ def test_large_on_five_hours() -> None:
     config, objective = load("large_lv60")
     line = unusual_epochs(config, objective, Corpus(5.0, 240))
     assert line == (
-        "trainer.updates=1000000 are 533,333 epochs of data.train (5 hours per epoch, 2.7 per update): "
+        "trainer.updates=1000000 amounts to 533,333 epochs of data.train (5 hours per epoch, 2.7 per update): "
         "for 1,000 epochs set trainer.updates=1900 schedule.warmup_updates=61"
     )
     settings = line.partition("epochs set ")[2].split()
@@ -56,6 +56,6 @@ def test_less_than_half_an_epoch() -> None:
     config, objective = load("base", ["trainer.updates=40000"])
     line = unusual_epochs(config, objective, Corpus(500_000.0, 20_000_000))
     assert line == (
-        "trainer.updates=40000 are 13% of an epoch of data.train (500,000 hours per epoch, 1.6 per update): "
+        "trainer.updates=40000 amounts to 13% of an epoch of data.train (500,000 hours per epoch, 1.6 per update): "
         "to see all of it, set trainer.updates=320000"
     )

@@ -159,8 +159,7 @@ def test_as_many_micro_batches_share_a_forward_as_fit(small: Model) -> None:
 
 def test_the_engine_of_a_run() -> None:
     def of(*settings: str) -> Sharding:
-        config = load_config("base", settings)
-        return sharding_by(Model("", config, (), (), 0), 16, per_node=8)
+        return sharding_by(load_config("base", settings), 16, per_node=8)
 
     assert of("engine.name=ddp").engine == "ddp"
     hybrid = of("engine.name=fsdp", "engine.shard_size=node")

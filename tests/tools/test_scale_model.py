@@ -149,10 +149,27 @@ def test_it_predicts_and_draws(tmp_path: Path) -> None:
     assert wrong.exit_code == 2 and "b200: not one of h100" in wrong.output
 
 
-def test_what_is_no_result_of_the_gpu_bench_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "gpu.json").write_text('{"phases": {}}')
+@pytest.mark.parametrize("content", ['{"phases": {}}', '{"phases": {"rates_base": [], "rates_large": []}}', "[]"])
+def test_what_is_no_result_of_the_gpu_bench_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "gpu.json").write_text(content)
     with pytest.raises(UserError, match=r"gpu\.json: not a result"):
         measured_rates(tmp_path / "gpu.json")
+
+
+def test_rates_are_those_of_the_longest_forward_that_fitted(tmp_path: Path) -> None:
+    """Operations of 624 s in the window of the record: 98.6 ms in one forward, 106.1 ms in two."""
+    document = json.loads(MEASURED.read_text())
+    rows = document["phases"]["rates_base"]
+    one, two = (rows[f"compiled/{form}/equal"] for form in ("40x15.6s", "20x15.6s"))
+    flops = 624.0 * one["flops_per_second"] / one["audio_per_second"]
+    whole = measured_rates(MEASURED)["base"]
+    assert whole.flops == pytest.approx(flops / (one["window_ms"] / 1000))
+    for kind in ("eager", "compiled"):
+        rows[f"{kind}/40x15.6s/equal"] = {"error": "CUDA out of memory"}
+    (tmp_path / "gpu.json").write_text(json.dumps(document))
+    part = measured_rates(tmp_path / "gpu.json")["base"]
+    assert part.flops == pytest.approx(flops / (two["window_ms"] / 1000))
+    assert part.host == whole.host
 
 
 @pytest.mark.long

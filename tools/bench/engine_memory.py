@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import typer
 from torch import Tensor
 
-from tests.helpers.batches import inputs_of
 from tools.bench.allocations import Allocations, living_tensors, storages
 from tools.bench.running import build, filled_model
 from tools.bench.script import run_script
@@ -31,8 +30,8 @@ from w2vscale.data.inputs import to_device
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine.deepspeed.config import import_deepspeed
-from w2vscale.models.lengths import hop
 from w2vscale.objectives import StepContext, build_objective
+from w2vscale.planning.fake_pass import noise
 from w2vscale.planning.memory import demand
 from w2vscale.planning.state import state_of
 from w2vscale.planning.traffic import sharding_by
@@ -64,23 +63,28 @@ def main(
     seconds: Annotated[float, typer.Option(min=0.5, help="Seconds of audio of an utterance.")] = 2.5,
 ) -> None:
     """Measure; rank 0 writes RESULT."""
-    fixed = [f"data.max_seconds={seconds}", f"data.min_seconds={min(seconds, 0.5)}"]
-    fixed += [f"batch.max_seconds={utterances * seconds}", "regularization.layerdrop=0"]
     with process_group(needed=True) as (ranks, device):
         torch.set_num_threads(1)
-        count = MICRO_BATCHES * ranks.world_size
-        config = load_config(preset, [*fixed, f"batch.micro_batches={count}", *(settings or [])])
+        config = measured_run(preset, settings or [], ranks=ranks.world_size, utterances=utterances, seconds=seconds)
         if config.engine.name == "deepspeed":
             import_deepspeed(device)
-        figures = measured(config, device, rank=ranks.rank, world_size=ranks.world_size)
+        figures = measured(config, device)
         every: list[Figures] = [figures] * ranks.world_size
         dist.all_gather_object(every, figures)
         if ranks.is_main:
             result.write_text(json.dumps(asdict(max(every, key=lambda one: one.peak))))
 
 
-def measured(config: Config, device: torch.device, *, rank: int, world_size: int) -> Figures:
-    """Train for two updates, and predict."""
+def measured_run(preset: str, settings: Sequence[str], *, ranks: int, utterances: int, seconds: float) -> Config:
+    """The settings of a run whose micro-batches have some utterances of `seconds`."""
+    fixed = [f"data.max_seconds={seconds}", f"data.min_seconds={min(seconds, 0.5)}"]
+    fixed += [f"batch.max_seconds={utterances * seconds}", f"batch.micro_batches={MICRO_BATCHES * ranks}"]
+    return load_config(preset, [*fixed, "regularization.layerdrop=0", *settings])
+
+
+def measured(config: Config, device: torch.device) -> Figures:
+    """Train for two updates, and predict. Collective."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     batches = [micro_batch(config, number=MICRO_BATCHES * rank + place) for place in range(MICRO_BATCHES)]
     plain_pass(config, batches[0], device)
     gc.collect()
@@ -101,7 +105,7 @@ def measured(config: Config, device: torch.device, *, rank: int, world_size: int
         resident_peak = peak_memory(device) - before
     setup.engine.close()
     model = model_of("", config, device="cuda" if device.type == "cuda" else "cpu")
-    sharding = sharding_by(model, world_size)
+    sharding = sharding_by(config, world_size)
     footprint = demand(model, sharding, forwards=MICRO_BATCHES).footprint(model.utterances)
     return Figures(
         parameters=model.parameters,
@@ -117,15 +121,10 @@ def measured(config: Config, device: torch.device, *, rank: int, world_size: int
 
 
 def micro_batch(config: Config, *, number: int) -> MicroBatch:
-    """As many utterances of noise as a micro-batch has room for. The last of several is a frame shorter."""
-    objective, model = build_objective(config), config.model
-    samples = int(config.data.max_seconds * model.sampling_rate)
-    lengths = [samples] * int(config.batch.max_seconds / config.data.max_seconds)
-    lengths[-1] -= hop(model) if len(lengths) > 1 else 0
-    draws = np.random.default_rng(number)
-    waveforms = [draws.standard_normal(length, dtype=np.float32) for length in lengths]
-    targets = [objective.largest_target(length) for length in lengths]
-    return MicroBatch(number, inputs_of(objective, waveforms, targets, number=number), sum(lengths))
+    """As many utterances of noise as a micro-batch has room for."""
+    utterances, seconds = int(config.batch.max_seconds / config.data.max_seconds), config.data.max_seconds
+    inputs = noise(build_objective(config), utterances=utterances, seconds=seconds)
+    return MicroBatch(number, inputs, sum(inputs.audio.samples))
 
 
 def plain_pass(config: Config, batch: MicroBatch, device: torch.device) -> None:

@@ -25,16 +25,13 @@ from rich.table import Table
 
 from tools.bench.script import console, run_script
 from w2vscale.errors import UserError
+from w2vscale.planning import traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 
-ENGINES = {
-    "ddp": "engine.name=ddp",
-    "fsdp": "engine.name=fsdp",
-    "zero1": "engine={name: deepspeed, deepspeed_config: zero1}",
-    "zero2": "engine={name: deepspeed, deepspeed_config: zero2}",
-    "zero3": "engine={name: deepspeed, deepspeed_config: zero3}",
-}
+ENGINES = {name: f"engine={json.dumps(traffic.ENGINES[name])}" for name in ("ddp", "fsdp", "zero1", "zero2", "zero3")}
+"""Settings of each engine."""
+
 PRESETS = ("tiny", "base", "large")
 
 MEMORY_THAT_IS_FREED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

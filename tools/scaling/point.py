@@ -58,7 +58,7 @@ def main(
     figures: dict[str, list[dict[str, float]]] = {}
     with process_group(needed=True) as (_, device):
         for name in engine:
-            config = load_config("tiny", [*(settings or []), *ENGINES[name]])
+            config = load_config("tiny", [*(settings or []), f"engine={json.dumps(ENGINES[name])}"])
             setup = build(config, device)
             window = [Work(config, 1, seconds).batch(forwards * number + place) for place in range(forwards)]
             for update in range(WARM_UP + updates):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -103,6 +104,17 @@ Layers = Annotated[
     typer.Option(help="Layer; repeatable. 0: input of the first block; N: output of block N.", show_default="all"),
 ]
 BatchSeconds = Annotated[float, typer.Option(help="Padded audio per forward pass, in seconds.")]
+
+
+LARGEST = 1e9
+"""Any number of an option is smaller."""
+
+
+def finite(option: typer.CallbackParam, value: float | None) -> float | None:
+    """Callback of an option that takes a number, since Typer lets nan and inf pass. Raises UserError."""
+    if value is not None and not (math.isfinite(value) and value <= LARGEST):
+        raise UserError(f"{option.opts[0]} {value:g}: must be a finite number of at most {LARGEST:g}")
+    return value
 
 
 def channel_number(name: str) -> int | None:

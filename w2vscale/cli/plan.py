@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from w2vscale.cli.arguments import Overrides, Source
+from w2vscale.cli.arguments import Overrides, Source, finite
 from w2vscale.cli.progress import console, print_table
-from w2vscale.errors import counted
+from w2vscale.errors import UserError, counted
 
 if TYPE_CHECKING:
     from w2vscale.planning.plan import Plan, Row
@@ -20,31 +22,59 @@ GB = 1e9
 def plan(
     source: Source,
     gpus: Annotated[int, typer.Option(metavar="N", min=1, help="Number of GPUs, on all nodes together.")],
-    gpu_memory: Annotated[float, typer.Option(metavar="GB", min=1.0, help="Memory of a GPU in GB (10^9 bytes).")],
+    gpu_memory: Annotated[
+        float, typer.Option(metavar="GB", min=1.0, callback=finite, help="Memory of a GPU in GB (10^9 bytes).")
+    ],
     overrides: Overrides = None,
     nodes: Annotated[
         int | None, typer.Option(metavar="M", min=1, help="Number of nodes.", show_default="one per 8 GPUs")
     ] = None,
     cluster: Annotated[
-        str, typer.Option(metavar="h100|h100_one_nic|a100|cloud|v100", help="Speeds of the GPUs and of their links.")
+        str, typer.Option(metavar="h100|h100_one_nic|a100|cloud", help="Speeds of the GPUs and of their links.")
     ] = "h100",
+    inside: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB/S", min=0.001, callback=finite, help="Nominal GB/s that a GPU can send inside its node.",
+            show_default="that of --cluster",
+        ),
+    ] = None,
+    across: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GBIT/S", min=0.001, callback=finite, help="Nominal Gb/s that a node can send to others.",
+            show_default="that of --cluster",
+        ),
+    ] = None,
+    host_memory: Annotated[
+        float | None,
+        typer.Option(
+            metavar="GB", min=0.0, callback=finite, help="Host memory of a node in GB that offloading may use.",
+            show_default="no limit",
+        ),
+    ] = None,
     rates: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Take computing times from this gpu.json of tools/bench/gpu.py."),
     ] = None,
-) -> None:
+) -> None:  # fmt: skip
     """Predict the memory and time of a run for each engine, recomputation and offload, and recommend one.
 
     Needs no GPU. With data.train=CUTS, also prints the number of epochs.
 
     Example: w2vscale plan xlsr_2b --gpus 8 --gpu-memory 80
     """
+    from w2vscale.planning.links import CLUSTERS, changed
     from w2vscale.training.planning import plan_run
 
-    found, warning = plan_run(
-        source, overrides or [],
-        gpus=gpus, memory=gpu_memory * GB, nodes=nodes, cluster=cluster, rates=rates,
-    )  # fmt: skip
+    if cluster not in CLUSTERS:
+        raise UserError(f"--cluster {cluster}: choose one of {', '.join(CLUSTERS)}")
+    speeds = replace(
+        changed(CLUSTERS[cluster], gpus_per_node=None, inside=inside, across=across),
+        memory=gpu_memory * GB,
+        host_memory=math.inf if host_memory is None else host_memory * GB,
+    )
+    found, warning = plan_run(source, overrides or [], gpus=gpus, nodes=nodes, cluster=speeds, rates=rates)
     _print_run(found)
     _print_rows(found)
     _print_recommendation(found)
@@ -72,7 +102,7 @@ def _print_run(plan: Plan) -> None:
 def _print_rows(plan: Plan) -> None:
     columns = (
         "engine", "recompute", "weights", "gradients", "moments", "activations", "buffers", "in all", "host",
-        "fits", "longest", "per forward", "sent, GB", "update, s", "days",
+        "fits", "per forward", "sent, GB", "links, s", "update, s", "days",
     )  # fmt: skip
     title = (
         f"GB on each of {counted(plan.gpus, 'GPU')} with {plan.cluster.memory / GB:g} GB, of which "
@@ -83,20 +113,28 @@ def _print_rows(plan: Plan) -> None:
 
 def _cells(plan: Plan, row: Row) -> list[str]:
     parts, prediction = row.footprint, row.prediction
+    sizes = [f"{part / GB:.1f}" for part in (*parts[:5], parts.total)]
+    if not parts.activations:
+        sizes[3] = "–"  # the peak is outside of forward and backward
     host = f"{parts.host * plan.cluster.gpus_per_node / GB:.0f}" if parts.host else ""
-    cells = [row.engine, row.recomputation, *(f"{part / GB:.1f}" for part in (*parts[:5], parts.total)), host]
+    cells = [row.engine, row.recomputation, *sizes, host]
     if prediction is None:
-        return [*cells, f"lacks {row.lacks / GB:.1f}", *[""] * 5]
-    shorter = parts.total > plan.limit
+        return [*cells, f"no: {_missing(row)}", *[""] * 5]
     return [
         *cells,
-        "shorter" if shorter else "yes",
-        f"{row.longest:,.0f} s",
+        f"{'only ' if parts.total > plan.limit else ''}up to {row.longest:,.0f} s",
         str(prediction.per_forward),
         f"{prediction.sent / GB:.1f}",
+        f"{prediction.sending:.2f}",
         f"{prediction.seconds:.2f}",
         _digits(prediction.days),
     ]
+
+
+def _missing(row: Row) -> str:
+    if row.lacks:
+        return f"needs {row.lacks / GB:.1f} GB more"
+    return f"needs {row.lacks_host / GB:.1f} GB more on the host"
 
 
 def _digits(number: float) -> str:
@@ -107,23 +145,25 @@ def _print_recommendation(plan: Plan) -> None:
     row = plan.recommended
     if row is None:
         closest = plan.rows[0]
-        advice = "more GPUs would not help: lower data.max_seconds"
+        advice = "more GPUs do not help; lower data.max_seconds"
         if plan.enough is not None:
-            advice = f"{counted(plan.enough, 'GPU')} would do (fsdp or zero3, recompute=full)"
+            advice = f"{counted(plan.enough, 'GPU')} are enough (fsdp or zero3, recompute=full)"
         console.print(
-            f"Nothing fits. {closest.engine}, recompute={closest.recomputation}, comes closest and lacks "
-            f"{closest.lacks / GB:.1f} GB per GPU; {advice}"
+            f"Nothing fits. {closest.engine} with recompute={closest.recomputation} {_missing(closest)}"
+            f"{' per GPU' if closest.lacks else ''}; {advice}"
         )
         return
     assert row.prediction is not None
-    found = row.prediction
-    batch = found.model.config.batch
+    found, host = row.prediction, ""
+    if row.footprint.host:
+        host = f" It needs {row.footprint.host * plan.cluster.gpus_per_node / GB:.0f} GB of host memory per node."
     console.print(
         f"Recommended: {row.engine}, recompute={row.recomputation}: {_digits(found.days)} days, "
         f"{_digits(found.gpu_hours)} GPU-hours, {found.audio_per_second:,.0f} s of audio per second; GPUs wait for "
-        f"links or hosts in {found.exposed:.0%} of an update. Settings to type:"
+        f"links or hosts in {found.exposed:.0%} of an update.{host} Settings to type:"
     )
-    console.print(f"  {' '.join(plan.overrides(row))}")
+    console.print(f"  {' '.join(plan.overrides(row)) or 'none: the run has them'}")
+    batch = found.model.config.batch
     if batch.max_seconds != plan.model.config.batch.max_seconds:
         console.print(
             f"An update then has as much audio in {batch.micro_batches} micro-batches of up to {batch.max_seconds:g} s"
@@ -132,16 +172,16 @@ def _print_recommendation(plan: Plan) -> None:
 
 def _print_assumptions(plan: Plan, rates: Path | None) -> None:
     from w2vscale.planning.fitting import CONTEXT, SHARE
-    from w2vscale.planning.rates import ATTAINED
+    from w2vscale.planning.rates import ATTAINED, ATTAINED_EAGER
 
     cluster = plan.cluster
     computing = f"as measured in {rates}"
     if rates is None:
         speeds = f"{cluster.flops / 1e12:,.0f} TFLOP/s and {cluster.bandwidth / 1e12:.1f} TB/s"
-        computing = f"at {ATTAINED:.0%} of the roofline of {speeds}"
+        computing = f"at {ATTAINED:.0%} of the roofline of {speeds}, {ATTAINED_EAGER:.0%} where it is not compiled"
     console.print(
         f"Assumed: {CONTEXT / GB:g} GB for CUDA and NCCL, {SHARE:.0%} of the rest used; computing {computing}; "
         f"{cluster.description}: {cluster.inside.bandwidth / GB:.0f} GB/s per GPU inside a node, "
-        f"{cluster.across.bandwidth / GB:.0f} GB/s per node across; for offloading {cluster.pcie / GB:.0f} GB/s per "
+        f"{cluster.across.bandwidth / GB:.3g} GB/s per node across; for offloading {cluster.pcie / GB:.0f} GB/s per "
         f"GPU and {cluster.host_bandwidth / GB:.0f} GB/s of host memory per node, without overlap (docs/planning.md)"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from w2vscale.config import Config
+from w2vscale.config import BatchConfig, Config
 from w2vscale.objectives import Objective
 from w2vscale.planning.work import FILLED
 
@@ -18,6 +18,10 @@ class Corpus:
 
     hours: float
     micro_batches: int
+
+    def filled(self, batch: BatchConfig) -> float:
+        """Seconds of audio of a micro-batch, of those that it may have."""
+        return self.hours * 3600 / (self.micro_batches * batch.max_seconds)
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ def unusual_epochs(config: Config, objective: Objective, corpus: Corpus) -> str 
     seen = exposure(config, corpus)
     assert seen.epochs is not None
     of_what = f"of data.train ({_hours(corpus.hours)} hours per epoch, {_hours(seen.hours_per_update)} per update)"
-    updates = f"trainer.updates={seen.updates}"
+    updates = f"trainer.updates={seen.updates} amounts to"
     if seen.epochs < FEWEST_EPOCHS:
         whole = _rounded(seen.updates / seen.epochs)
-        return f"{updates} are {seen.epochs:.0%} of an epoch {of_what}: to see all of it, set trainer.updates={whole}"
+        return f"{updates} {seen.epochs:.0%} of an epoch {of_what}: to see all of it, set trainer.updates={whole}"
     if seen.epochs <= objective.most_epochs:
         return None
     fewer = objective.most_epochs // 10
@@ -59,7 +63,7 @@ def unusual_epochs(config: Config, objective: Objective, corpus: Corpus) -> str 
     schedule, also = config.schedule, ""
     if schedule.kind != "tri_stage" and schedule.warmup_updates > wanted:
         also = f" schedule.warmup_updates={max(_rounded(wanted * schedule.warmup_updates / seen.updates), 1)}"
-    return f"{updates} are {seen.epochs:,.0f} epochs {of_what}: for {fewer:,} epochs set trainer.updates={wanted}{also}"
+    return f"{updates} {seen.epochs:,.0f} epochs {of_what}: for {fewer:,} epochs set trainer.updates={wanted}{also}"
 
 
 def _hours(hours: float) -> str:

@@ -7,8 +7,8 @@ for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -63,24 +63,33 @@ def fake_pass(config: Config, *, utterances: int, seconds: float, device: Device
 
     Raises UserError if the objective reads values of tensors.
     """
+    kernels = kernels_on(device)
+    with (
+        fake_forward(config, utterances=utterances, seconds=seconds, kernels=kernels) as (model, forward),
+        _Watch(model, speeds) as watch,
+    ):
+        loss = forward()
+        watch.end(watch.rest)
+        watch.in_backward = True
+        loss.backward()
+        watch.end(watch.unit)
+    return Pass(watch.moments, watch.seconds[False], watch.seconds[True])
+
+
+@contextmanager
+def fake_forward(
+    config: Config, *, utterances: int, seconds: float, kernels: Mapping[tuple[str, str], Kernel]
+) -> Iterator[tuple[nn.Module, Callable[[], Tensor]]]:
+    """Yield a model of fake tensors, and its forward on a micro-batch of noise, which returns the loss."""
     objective = build_objective(config)
-    inputs = noise(objective, utterances=utterances, seconds=seconds)
-    with ExitStack() as stack:
-        stack.enter_context(using(kernels_on(device)))
-        mode = stack.enter_context(FakeTensorMode())
+    inputs, step = noise(objective, utterances=utterances, seconds=seconds), StepContext(0, 0, (0,), worst_case=True)
+    with using(kernels), FakeTensorMode() as mode, _explained(config):
         model = objective.build_model().train()
         transform(model, config.engine, compiled=False)
         fake_inputs = with_tensors(inputs, mode.from_tensor)
         # As DDP does. Other engines hold the weights in this type in the first place.
-        stack.enter_context(weights_cast_once(model, compute_dtype(config.precision)))
-        stack.enter_context(_explained(config))
-        watch = stack.enter_context(_Watch(model, speeds))
-        sums = objective.forward(model, fake_inputs, step=StepContext(0, 0, (0,), worst_case=True), training=True)
-        watch.end(watch.rest)
-        watch.in_backward = True
-        sums.total.backward()
-        watch.end(watch.unit)
-    return Pass(watch.moments, watch.seconds[False], watch.seconds[True])
+        with weights_cast_once(model, compute_dtype(config.precision)):
+            yield model, lambda: objective.forward(model, fake_inputs, step=step, training=True).total
 
 
 @contextmanager

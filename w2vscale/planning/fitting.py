@@ -20,11 +20,19 @@ def usable(memory: float) -> float:
 
 
 def per_forward(model: Model, sharding: Sharding, micro_batches: int, limit: float) -> int:
-    """Return how many micro-batches of a rank share a forward with `batch.concat=auto`; 0 if not even one fits."""
-    length = run_length(length_of_series(model.config.batch), per_rank=micro_batches)
+    """Return how many micro-batches of a rank share a forward, by `batch.concat`; 0 if not even one fits.
+
+    With auto, it is the largest number that fits of those that `training.calibration` tries.
+    """
+    batch = model.config.batch
+    if batch.concat == "auto":
+        length = run_length(length_of_series(batch), per_rank=micro_batches)
+        counts = [count for count in range(length, 0, -1) if length % count == 0]
+    else:
+        counts = [min(batch.concat, micro_batches)]
     several, alone = (demand(model, sharding, forwards=forwards) for forwards in (2, 1))
-    for count in range(length, 0, -1):
+    for count in counts:
         needs = alone if count == micro_batches else several
-        if length % count == 0 and needs.footprint(count * model.utterances).total <= limit:
+        if needs.footprint(count * model.utterances).total <= limit:
             return count
     return 0

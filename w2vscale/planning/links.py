@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from w2vscale.planning.operations import Speeds
 
@@ -40,6 +40,7 @@ class Cluster:
     bandwidth: float = math.inf  # bytes of its memory that it reads or writes, per second
     pcie: float = math.inf  # bytes per second between one GPU and host memory
     host_bandwidth: float = 2e11  # bytes of host memory that all processes of a node read or write, per second
+    host_memory: float = math.inf  # of one node, bytes
 
     @property
     def speeds(self) -> Speeds:
@@ -86,19 +87,25 @@ CLUSTERS = {
         description="8 × H100 80 GB, NVLink 4, 25 Gb/s Ethernet per node",
         across=Link(25 * GIGABIT * EFFICIENCY, ETHERNET),
     ),
-    "v100": Cluster(
-        "8 × V100 32 GB, NVLink 2, 100 Gb/s InfiniBand per node",
-        8,
-        Link(150e9 * EFFICIENCY, NVLINK),
-        Link(100 * GIGABIT * EFFICIENCY, INFINIBAND),
-        flops=1e14,
-        bandwidth=0.7e12,
-        memory=32e9,
-        pcie=16e9 * EFFICIENCY,
-    ),
 }
-"""Nominal speeds are the vendors'. `flops` (bf16 matrix products, V100: fp16) and `bandwidth` are 80 % of them; those
-of an H100 were measured (docs/performance.md). The bandwidth of host memory is assumed."""
+"""Nominal speeds are the vendors'. `flops` (bf16 matrix products) and `bandwidth` are 80 % of them; those of an H100
+were measured (docs/performance.md). The bandwidth of host memory is assumed."""
+
+
+def changed(cluster: Cluster, *, gpus_per_node: int | None, inside: float | None, across: float | None) -> Cluster:
+    """Return the cluster with other numbers: GPUs of a node, nominal GB/s of a GPU inside, nominal Gb/s of a node."""
+    changes: dict[str, Any] = {}
+    if gpus_per_node is not None:
+        changes["gpus_per_node"] = gpus_per_node
+    if inside is not None:
+        changes["inside"] = cluster.inside._replace(bandwidth=inside * 1e9 * EFFICIENCY)
+    if across is not None:
+        changes["across"] = cluster.across._replace(bandwidth=across * GIGABIT * EFFICIENCY)
+    if changes:
+        given = {"GPUs per node": gpus_per_node, "GB/s inside": inside, "Gb/s across": across}
+        numbers = ", ".join(f"{value:g} {name}" for name, value in given.items() if value is not None)
+        changes["description"] = f"{cluster.description}, changed to {numbers}"
+    return replace(cluster, **changes)
 
 
 class Group(NamedTuple):

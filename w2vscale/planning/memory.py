@@ -89,21 +89,21 @@ def _before(elements: NDArray[np.int64]) -> Bytes:
 
 
 def _ddp(one: _Setting) -> Demand:
-    """Gradients of several ranks are views of the buckets of the reduction, which exist from the start."""
+    """With several ranks, gradients are views into the all-reduce buckets, which are allocated at the start."""
     width, several = one.sharding.working_bytes, one.sharding.ranks > 1
     copies = float(width * one.model.cast if width < FP32 else 0)
     gradients = one.nothing + one.state.gradients if several else FP32 * one.earlier()
-    # Before the first forward DDP builds its buckets a second time, in the order of the backward.
+    # Before the first forward, DDP rebuilds its buckets in the order of the backward. Both sets exist meanwhile.
     rebuilding = [one.elsewhere(2.0 * one.state.gradients, copies)] if several else []
     return one.demand(gradients, one.nothing + copies, *rebuilding)
 
 
 def _fsdp(one: _Setting) -> Demand:
-    """Units are gathered for the moment, and so are their gradients.
+    """A unit has unsharded parameters while it runs, and unsharded gradients in its backward.
 
-    A unit is gathered into a buffer and copied out of it. The buffer of a forward stays until the next unit has its
-    own; in the backward the next unit is gathered ahead. Gradients of a unit are whole until its backward ends. Then
-    they are copied into the fp32 input of a reduce-scatter, which stays until the next unit has its own.
+    Parameters are copied out of an all-gather buffer. In the forward the buffer lives until the next all-gather; in the
+    backward the next unit is prefetched. At the end of the backward of a unit, its gradients are copied into a fp32
+    reduce-scatter input, which lives until the next reduce-scatter.
     """
     sharding, line, units = one.sharding, one.line, one.model.units
     ranks, rest = sharding.shard_size, len(units) - 1
@@ -111,24 +111,24 @@ def _fsdp(one: _Setting) -> Demand:
     trained = [max(size - unit.frozen, 0.0) for size, unit in zip(sizes, units, strict=True)]
     widths = [FP32 if unit.whole else sharding.working_bytes for unit in units]
     gathered = [width * size for width, size in zip(widths, sizes, strict=True)]
-    buffer = gathered if ranks > 1 else [0.0] * len(units)
-    # gloo reduces a copy of the input, and FSDP2 divides a copy where there is nothing to reduce.
+    buffer = gathered if ranks > 1 else [0.0] * len(units)  # all-gather buffers
+    # gloo copies the reduce-scatter input, and with one rank FSDP2 does.
     inputs = 2 if one.model.device == "cpu" or ranks == 1 else 1
     everything = sum(trained)
 
     def kept(unit: int) -> float:
-        """What is gathered while a unit runs; without resharding also all units before it, in both passes."""
+        """Unsharded parameters while a unit runs; without resharding also of all units before it, in both passes."""
         first = unit if sharding.reshards else 0
         return gathered[rest] + sum(gathered[first : min(unit + 1, rest)])
 
     gradients, buffers = one.nothing, one.nothing
-    waiting = buffer[rest]  # in the buffer of the unit that was gathered last
-    whole = [0.0] * len(units)  # elements of gradients that are not reduced yet
-    reducing, reduced = 0.0, 0.0  # bytes of the last input, elements that are sharded
+    waiting = buffer[rest]  # the newest all-gather buffer
+    whole = [0.0] * len(units)  # elements of unsharded gradients
+    reducing, reduced = 0.0, 0.0  # bytes of the newest reduce-scatter input, elements of sharded gradients
     last = {unit: place for place, unit in enumerate(line.unit.tolist()) if line.backward[place]}
     for place, unit in enumerate(line.unit.tolist()):
         gradients[place] = FP32 * (everything if one.accumulates else reduced) / ranks
-        if one.accumulates and not sharding.reshards:  # whole until the last backward reduces them
+        if one.accumulates and not sharding.reshards:  # unsharded until the last backward reduces them
             gradients[place] = FP32 * (everything - reduced + reduced / ranks)
         if not line.backward[place]:
             waiting = buffer[unit] if unit != rest else waiting
@@ -149,15 +149,15 @@ def _fsdp(one: _Setting) -> Demand:
 
 
 def _zero1(one: _Setting) -> Demand:
-    """Gradients are whole until the step, which reduces them in a bucket."""
+    """Gradients are unsharded until the step, which reduces them through a bucket."""
     bucket = FP32 * float(one.sharding.zero["reduce_bucket_size"])
     buffers = one.nothing + bucket * (one.line.backward | one.accumulates)
-    # The step flattens this share of the gradients.
+    # The step flattens the gradients of this partition.
     return one.demand(FP32 * one.earlier(), buffers, one.elsewhere(2.0 * one.state.masters))
 
 
 def _zero1_in_bf16(one: _Setting) -> Demand:
-    """Sums of gradients are fp32, beside those of the last backward. The step reduces flattened copies of the sums."""
+    """Gradients are accumulated in fp32, beside the bf16 ones of a backward. The step reduces flattened copies."""
     width, trained = one.sharding.working_bytes, float(one.model.trained)
     flattened = FP32 * min(trained, float(FLATTENED + one.model.largest))
     gradients = FP32 * trained + width * one.earlier()
@@ -165,22 +165,22 @@ def _zero1_in_bf16(one: _Setting) -> Demand:
 
 
 def _zero2(one: _Setting) -> Demand:
-    """Each backward fills buckets, and reduces flattened copies of them."""
+    """Each backward fills reduction buckets, and reduces flattened copies of them."""
     width, zero, line = one.sharding.working_bytes, one.sharding.zero, one.line
     size, mixed = int(zero["reduce_bucket_size"]), width < FP32
     flushed = _flushed(line, size)
     buckets = (1 + bool(zero.get("overlap_comm"))) * width * size
     buffers = buckets * line.backward + (width + FP32 * mixed) * flushed
-    # In fp32 the share of a backward is apart from that of the backwards before.
+    # In fp32 the gradient partition of a backward is apart from the accumulated one.
     sets = np.where(np.maximum.accumulate(flushed) > 0, 2 if one.accumulates and not mixed else 1, one.accumulates)
     share = one.state.gradients
-    # The step flattens the share, or takes norms of one parameter after the other in fp64.
+    # The step flattens the gradient partition, or takes the norm of each parameter in fp64.
     step = one.elsewhere(share if mixed else 2.0 * share, 4.0 * FP32 * one.model.largest)
     return one.demand(share * sets, buffers, step)
 
 
 def _zero3(one: _Setting) -> Demand:
-    """Parameters stay gathered, as many as `stage3_max_live_parameters`. Each backward reduces copies of gradients."""
+    """Up to `stage3_max_live_parameters` stay gathered. Each backward reduces copies of gradients."""
     model, width, zero, line = one.model, one.sharding.working_bytes, one.sharding.zero, one.line
     size = int(zero["reduce_bucket_size"])
     copies = FP32 + (FP32 if width < FP32 else 0)  # flattened gradients, and casts of them
@@ -188,7 +188,7 @@ def _zero3(one: _Setting) -> Demand:
     if one.sharding.ranks > 1:
         needed = np.where(line.backward, model.trained - _before(line.gradient), model.parameters)
         live = np.minimum(needed, zero["stage3_max_live_parameters"])
-        # Parameters are copied out of the buffers that they are gathered into.
+        # Parameters are copied out of all-gather buffers, of `stage3_prefetch_bucket_size` at most.
         on_their_way = np.minimum(needed - live * line.backward, zero["stage3_prefetch_bucket_size"])
         buffers += width * (live + on_their_way)
     step = one.elsewhere(2.0 * one.state.gradients, FP32 * float(size))
@@ -196,7 +196,7 @@ def _zero3(one: _Setting) -> Demand:
 
 
 def _flushed(line: Timeline, size: int) -> Bytes:
-    """Elements that each moment reduces: of a bucket that has no room for the next gradient, and of the last one."""
+    """Elements that each moment reduces: a bucket is flushed if the next gradient does not fit, and at the end."""
     flushed, filled = np.zeros(len(line.unit)), 0
     for place, elements in enumerate(line.gradient.tolist()):
         if elements and filled and filled + elements > size:

@@ -47,6 +47,7 @@ class Prediction:
     host: float  # seconds in which the hosts agree and launch; the update takes at least as long
     per_forward: int  # micro-batches that share a forward; 0: not even one fits into the memory
     sent: float  # bytes that each GPU sends
+    sending: float  # seconds of all collectives, also of those that overlap with computing
 
     @property
     def fits(self) -> bool:
@@ -84,13 +85,14 @@ def predict(model: Model, sharding: Sharding, micro_batches: int, *, per_forward
     cluster, rates = setting.cluster, setting.rates
     forwards = -(-micro_batches // max(per_forward, 1))
     audio = micro_batches * model.micro_batch_seconds
-    device = audio * model.flops / (rates.mfu * cluster.flops) / forwards
+    device = audio * model.flops / rates.flops / forwards
     copies = offloading(model, sharding, forwards, cluster)
     step = rates.step * model.parameters if copies.step is None else copies.step
     # A backward has twice the products of its forward.
     pace = Pace(device / 3 + copies.forward, device * 2 / 3 + copies.backward, step)
     tasks = update_of(model, sharding, forwards=forwards, pace=pace, backend=setting.backend)
-    seconds = ends(tasks, network(sharding, cluster, setting.algorithm, setting.backend))
+    links = network(sharding, cluster, setting.algorithm, setting.backend)
+    seconds = ends(tasks, links)
     fixed, per_layer = rates.host
     host = forwards * (fixed + per_layer * model.config.model.layers) + 2 * (sharding.ranks - 1) * AGREEMENT_HOP
     return Prediction(
@@ -103,6 +105,7 @@ def predict(model: Model, sharding: Sharding, micro_batches: int, *, per_forward
         host=host,
         per_forward=per_forward,
         sent=sum(sent(task, sharding) for task in tasks if task.kind is not None),
+        sending=sum(links(task) for task in tasks if task.kind is not None),
     )
 
 

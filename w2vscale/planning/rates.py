@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ from w2vscale.errors import UserError
 from w2vscale.planning.links import Cluster
 from w2vscale.planning.work import Model
 
-ATTAINED = 0.65
-"""Share of the rate of the roofline model that an H100 reached with `base` and `large`, compiled, in long forwards."""
+ATTAINED, ATTAINED_EAGER = 0.65, 0.60
+"""Shares of the rate of the roofline model that an H100 reached with `base` and `large` in long forwards, compiled and
+not: without compilation they took 8 and 9 % longer (docs/performance.md, Rates)."""
 
 STEP_BYTES = 96
 """Memory traffic of the optimizer step per parameter, at the bandwidth of the GPU: clipping and fused AdamW, as slow as
@@ -21,28 +23,33 @@ an H100 was (32 ps). Reading and writing each number once would be 28 bytes."""
 HOST = (0.025, 0.0011)
 """Seconds in which a host launches a forward and its backward, at 0 layers and per layer: measured beside an H100."""
 
-MEASURED_FLOPS = 8e14
-"""What the measured GPU sustains in matrix products (docs/performance.md). The MFU of others is assumed to be equal."""
+SHARDING_HOST = {
+    "ddp": 0.0, "fsdp": 0.035, "fsdp_keep": 0.035, "hsdp": 0.035, "zero1": 0.035, "zero2": 0.035, "zero3": 0.1
+}  # fmt: skip
+"""Seconds that the host code of each engine takes in addition: measured on a CPU with `tiny` and one forward per update
+(docs/performance.md, Engines: the cost), and assumed for each forward."""
 
 
 class Rates(NamedTuple):
     """How fast one GPU computes.
 
-    `mfu`: of forward and backward in long forwards. `step`: seconds of the optimizer step per parameter. `host`:
-    seconds in which the host launches a forward and its backward, as (at 0 layers, per layer).
+    `flops`: floating-point operations of the model (`Model.flops`) per second of forward and backward, in long
+    forwards. `step`: seconds of the optimizer step per parameter. `host`: seconds in which the host launches a forward
+    and its backward, as (at 0 layers, per layer).
     """
 
-    mfu: float
+    flops: float
     step: float
     host: tuple[float, float]
 
 
-def roofline_rates(model: Model, cluster: Cluster, utterances: float) -> Rates:
+def roofline_rates(model: Model, cluster: Cluster, utterances: float, *, compiled: bool = True) -> Rates:
     """Return the rates of forwards of this many utterances, with what is recomputed in them."""
     line = model.timeline
-    seconds = (line.forward_seconds(utterances) + line.backward_seconds(utterances)) / ATTAINED
-    mfu = model.flops * utterances * line.seconds / seconds / cluster.flops
-    return Rates(mfu, STEP_BYTES / cluster.bandwidth, HOST)
+    seconds = line.forward_seconds(utterances) + line.backward_seconds(utterances)
+    attained = ATTAINED if compiled else ATTAINED_EAGER
+    flops = attained * model.flops * utterances * line.seconds / seconds
+    return Rates(flops, STEP_BYTES / cluster.bandwidth, HOST)
 
 
 def measured_rates(file: Path) -> dict[str, Rates]:
@@ -53,32 +60,40 @@ def measured_rates(file: Path) -> dict[str, Rates]:
     """
     try:
         phases = json.loads(file.read_text())["phases"]
-        tables = {name: phases[f"rates_{name}"] for name in ("base", "large")}
-        launching = [_short_forward(rows) for rows in tables.values()]
+        tables = {name: _Table(phases[f"rates_{name}"]) for name in ("base", "large")}
+        launching = [table.launching() for table in tables.values()]
         per_layer = (launching[1] - launching[0]) / 12  # 24 layers and 12
         host = (launching[0] - 12 * per_layer, per_layer)
         return {
-            name: Rates(*_long_forwards(tables[name], parameters), host)
+            name: Rates(*tables[name].long_forwards(parameters), host)
             for name, parameters in (("base", 95_044_608), ("large", 317_390_592))
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(
             f"{file}: not a result of tools/bench/gpu.py with rates of base and large ({error!r})"
         ) from None
 
 
-def _long_forwards(rows: Mapping[str, Any], parameters: int) -> tuple[float, float]:
-    """MFU of a window and seconds of a step per parameter, in the faster row of the longest forward."""
-    equal = [row for key, row in rows.items() if key.endswith("/equal") and row and "error" not in row]
-    longest = max(row["forward_seconds"] for row in equal)  # an update has one such forward
-    best = min((row for row in equal if row["forward_seconds"] == longest), key=lambda row: float(row["window_ms"]))
-    flops = best["flops_per_second"] / best["audio_per_second"] * best["forward_seconds"]
-    return flops / (best["window_ms"] / 1000) / MEASURED_FLOPS, best["step_ms"] / 1000 / parameters
+class _Table:
+    """Rows of utterances of equal length. All updates have the same audio, in as many forwards as it takes."""
 
+    def __init__(self, rows: Mapping[str, Any]) -> None:
+        equal = {key: row for key, row in rows.items() if key.endswith("/equal")}
+        self.rows = {key: row for key, row in equal.items() if row and "error" not in row}
+        # That of the longest forward, which may not have fitted: its row is an error then.
+        forms = [re.fullmatch(r"\w+/(\d+)x([\d.]+)s/equal", key) for key in equal]
+        self.update_seconds = max(int(form[1]) * float(form[2]) for form in forms if form)
 
-def _short_forward(rows: Mapping[str, Any]) -> float:
-    """Seconds of the host per forward, in the row with the shortest forwards, where the device waits for the host."""
-    equal = [row for key, row in rows.items() if key.startswith("eager/") and key.endswith("/equal")]
-    longest = max(row["forward_seconds"] for row in equal)
-    short = min(equal, key=lambda row: float(row["forward_seconds"]))
-    return float(short["host_ms"]) / 1000 * short["forward_seconds"] / longest
+    def long_forwards(self, parameters: int) -> tuple[float, float]:
+        """Operations per second of a window, and seconds of a step per parameter, in the fastest longest forward."""
+        longest = max(row["forward_seconds"] for row in self.rows.values())
+        same = [row for row in self.rows.values() if row["forward_seconds"] == longest]
+        best = min(same, key=lambda row: float(row["window_ms"]))
+        flops = best["flops_per_second"] / best["audio_per_second"] * self.update_seconds
+        return flops / (best["window_ms"] / 1000), best["step_ms"] / 1000 / parameters
+
+    def launching(self) -> float:
+        """Seconds of the host per forward, in the row with the shortest, where the device waits for the host."""
+        eager = [row for key, row in self.rows.items() if key.startswith("eager/")]
+        short = min(eager, key=lambda row: float(row["forward_seconds"]))
+        return float(short["host_ms"]) / 1000 * short["forward_seconds"] / self.update_seconds

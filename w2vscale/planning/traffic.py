@@ -7,9 +7,10 @@ tasks in the order of the list; a task begins when its resource is free and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from w2vscale.config import Config, EngineConfig
 from w2vscale.engine.deepspeed.config import deepspeed_config
 from w2vscale.planning.links import Kind
 from w2vscale.planning.work import Model, Unit
@@ -98,23 +99,35 @@ class Sharding:
         return "all" if self.shard_size == self.ranks else "shard"
 
 
+def _engine(name: str, **others: object) -> dict[str, object]:
+    return {"name": name, "offload": False, "shard_size": None, "reshard_after_forward": True, **others}
+
+
 ENGINES = {
-    "ddp": ["engine.name=ddp"],
-    "fsdp": ["engine.name=fsdp"],
-    "fsdp_keep": ["engine.name=fsdp", "engine.reshard_after_forward=false"],
-    "hsdp": ["engine.name=fsdp", "engine.shard_size=node"],
-    "zero1": ["engine.name=deepspeed", "engine.deepspeed_config=zero1"],
-    "zero2": ["engine.name=deepspeed", "engine.deepspeed_config=zero2"],
-    "zero3": ["engine.name=deepspeed", "engine.deepspeed_config=zero3"],
+    "ddp": _engine("ddp"),
+    "fsdp": _engine("fsdp"),
+    "fsdp_keep": _engine("fsdp", reshard_after_forward=False),
+    "hsdp": _engine("fsdp", shard_size="node"),
+    "zero1": _engine("deepspeed", deepspeed_config="zero1"),
+    "zero2": _engine("deepspeed", deepspeed_config="zero2"),
+    "zero3": _engine("deepspeed", deepspeed_config="zero3"),
 }
 """Settings of each engine. fsdp_keep: parameters stay until the backward. hsdp: a copy of the model per node."""
 
 OFFLOADED = {
-    "fsdp_offload": ["engine.name=fsdp", "engine.offload=true"],
-    "zero2_offload": ["engine.name=deepspeed", "engine.deepspeed_config=zero2_offload"],
-    "zero3_offload": ["engine.name=deepspeed", "engine.deepspeed_config=zero3_offload"],
+    "fsdp_offload": _engine("fsdp", offload=True),
+    "zero2_offload": _engine("deepspeed", deepspeed_config="zero2_offload"),
+    "zero3_offload": _engine("deepspeed", deepspeed_config="zero3_offload"),
 }
 """Settings of engines that keep their state, or most of it, in host memory."""
+
+
+def engine_settings(engine: str, before: EngineConfig) -> EngineConfig:
+    """Return the settings of an engine of the tables above for a run that has those `before`."""
+    changes = (ENGINES | OFFLOADED)[engine]
+    if engine.startswith("zero3") and before.compile is True:  # which ZeRO-3 refuses
+        changes = {**changes, "compile": False}
+    return before.model_copy(update=changes)
 
 
 DEFAULTS = {
@@ -126,44 +139,33 @@ DEFAULTS = {
 """Of DeepSpeed 0.19.8, for keys that a file leaves out."""
 
 
-def sharding_of(engine: str, model: Model, ranks: int, *, per_node: int, zero_config: str | None = None) -> Sharding:
-    """Return what the settings of an engine mean on this many ranks. `zero_config`: not the one of its name."""
-    config = model.config
+def sharding_of(engine: str, model: Model, ranks: int, *, per_node: int) -> Sharding:
+    """Return what an engine of the tables means on this many ranks."""
+    settings = engine_settings(engine, model.config.engine)
+    return sharding_by(model.config.model_copy(update={"engine": settings}), ranks, per_node=per_node)
+
+
+def sharding_by(config: Config, ranks: int, *, per_node: int = 8) -> Sharding:
+    """Return what the settings of a run mean on this many ranks."""
+    engine, precision = config.engine, config.precision
+    kind, size, offloads = str(engine.name), ranks, engine.offload
     zero: Mapping[str, Any] = {}
-    if engine.startswith("zero"):
-        settings = config.engine.model_copy(update={"name": "deepspeed", "deepspeed_config": zero_config or engine})
-        zero = DEFAULTS | deepspeed_config(settings, config.optim, config.precision)["zero_optimization"]
-    kind = engine.removesuffix("_offload")
+    if engine.name == "fsdp":
+        size = min(per_node, ranks) if engine.shard_size == "node" else engine.shard_size or ranks
+        kind = "fsdp_keep" if not engine.reshard_after_forward else "fsdp" if size == ranks else "hsdp"
+    elif engine.name == "deepspeed":
+        zero = DEFAULTS | deepspeed_config(engine, config.optim, precision)["zero_optimization"]
+        kind, offloads = f"zero{zero['stage']}", (zero.get("offload_optimizer") or {}).get("device") == "cpu"
     return Sharding(
         kind,
         ranks,
-        shard_size=min(per_node, ranks) if kind == "hsdp" else ranks,
-        working_bytes=BF16 if config.precision.compute == "bf16" else FP32,
-        reduced_bytes=BF16 if config.precision.reduce == "bf16" else FP32,
-        reshards=kind != "fsdp_keep",
+        size,
+        working_bytes=BF16 if precision.compute == "bf16" else FP32,
+        reduced_bytes=BF16 if precision.reduce == "bf16" else FP32,
+        reshards=engine.reshard_after_forward,
         zero=zero,
-        offloads=engine.endswith("_offload"),
+        offloads=offloads,
     )
-
-
-def sharding_by(model: Model, ranks: int, *, per_node: int = 8) -> Sharding:
-    """Return what the settings of a run mean on this many ranks."""
-    engine = model.config.engine
-    if engine.name == "ddp":
-        return sharding_of("ddp", model, ranks, per_node=per_node)
-    if engine.name == "fsdp":
-        size = min(per_node, ranks) if engine.shard_size == "node" else engine.shard_size or ranks
-        kind = "fsdp" if size == ranks else "hsdp"
-        return replace(
-            sharding_of(kind if engine.reshard_after_forward else "fsdp_keep", model, ranks, per_node=size),
-            shard_size=size,
-            offloads=engine.offload,
-        )
-    file = engine.deepspeed_config
-    stage = deepspeed_config(engine, model.config.optim, model.config.precision)["zero_optimization"]["stage"]
-    sharding = sharding_of(f"zero{stage}", model, ranks, per_node=per_node, zero_config=file)
-    offloaded = sharding.zero.get("offload_optimizer") or {}
-    return replace(sharding, offloads=offloaded.get("device") == "cpu")
 
 
 def update_of(model: Model, sharding: Sharding, *, forwards: int, pace: Pace, backend: Backend) -> list[Task]:

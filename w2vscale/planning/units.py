@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from w2vscale.errors import UserError, counted
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 
 BEFORE_BLOCKS = 2
@@ -13,8 +14,17 @@ BEFORE_BLOCKS = 2
 
 
 def unit_names(model: nn.Module) -> list[str]:
-    """Return the names of the modules that FSDP2 shards one by one, in the order of the forward."""
-    ((name, encoder),) = [found for found in model.named_modules() if isinstance(found[1], Wav2Vec2Encoder)]
+    """Return the names of the modules that FSDP2 shards one by one, in the order of the forward.
+
+    Raises UserError if the model has not exactly one encoder.
+    """
+    encoders = [found for found in model.named_modules() if isinstance(found[1], Wav2Vec2Encoder)]
+    if len(encoders) != 1:
+        raise UserError(
+            f"{type(model).__name__}: has {counted(len(encoders), 'encoder')}; "
+            "memory and time can be predicted for models with one"
+        )
+    ((name, encoder),) = encoders
     blocks = [f"transformer.blocks.{index}" for index in range(len(encoder.transformer.blocks))]
     return [f"{name}.{part}" for part in ("feature_encoder", "transformer.positional", *blocks)]
 

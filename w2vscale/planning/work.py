@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from w2vscale.config import BatchConfig, Config
-from w2vscale.data.inputs import with_tensors
+from w2vscale.config import Config, EngineConfig, Section
 from w2vscale.kernels.packing import Packing
-from w2vscale.kernels.replaceable import using
 from w2vscale.kernels.table import Kernel
 from w2vscale.models.initialisation import empty_parameters
 from w2vscale.models.layers import cast_parameters, compute_dtype
-from w2vscale.objectives import StepContext, build_objective
-from w2vscale.planning.fake_pass import DeviceType, noise, run_fake
+from w2vscale.objectives import build_objective
+from w2vscale.planning.fake_pass import DeviceType, fake_forward, run_fake
 from w2vscale.planning.links import H100
 from w2vscale.planning.operations import MISCOUNTED, Speeds
 from w2vscale.planning.timeline import Timeline, timeline, with_layers
 from w2vscale.planning.units import BEFORE_BLOCKS, unit_names, unit_of
 
 FILLED = 0.9
-"""Seconds of audio of a micro-batch, of the `batch.max_seconds` that it may have (docs/performance.md, The plan)."""
+"""Seconds of audio of a micro-batch, of the `batch.max_seconds` that it may have (docs/performance.md, The plan).
+Assumed where the corpus is not known."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +65,7 @@ class Model:
     cast: int  # parameters that DDP keeps a second time in the type of the activations
     device: DeviceType = "cuda"
     speeds: Speeds = H100.speeds
+    filled: float = FILLED  # part of a micro-batch that is audio
 
     @cached_property
     def parameters(self) -> int:
@@ -95,9 +93,9 @@ class Model:
         seconds = self.config.data.max_seconds
         return timeline(self.config, seconds=seconds, device=self.device, speeds=self.speeds)
 
-    def with_batch(self, batch: BatchConfig) -> Model:
-        """Return the model with other micro-batches, which have utterances of the same length."""
-        other = replace(self, config=self.config.model_copy(update={"batch": batch}))
+    def with_settings(self, **sections: Section) -> Model:
+        """Return the model with another engine or batch, without a change of recomputation or of utterances."""
+        other = replace(self, config=self.config.model_copy(update=sections))
         if (known := self.__dict__.get("timeline")) is not None:  # where `cached_property` keeps it
             other.__dict__["timeline"] = known
         return other
@@ -110,7 +108,7 @@ class Model:
     @property
     def micro_batch_seconds(self) -> float:
         """Audio of one micro-batch."""
-        return FILLED * self.config.batch.max_seconds
+        return self.filled * self.config.batch.max_seconds
 
     def share(self, unit: Unit) -> float:
         """The part of the operations that a unit has."""
@@ -149,17 +147,15 @@ def counted_flops(config: Config) -> list[float]:
     products of its forward, where its input has a gradient.
     """
     precision = config.precision.model_copy(update={"compute": "fp32"})
-    config = with_layers(config.model_copy(update={"precision": precision}), 1)
-    objective, seconds = build_objective(config), config.data.max_seconds
-    inputs = noise(objective, utterances=1, seconds=seconds)
-    with ExitStack() as stack:
-        stack.enter_context(using({("attention", "cpu"): Kernel(_attention)}))
-        mode = stack.enter_context(FakeTensorMode())
-        model, fake_inputs = objective.build_model().train(), with_tensors(inputs, mode.from_tensor)
-        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=MISCOUNTED))
-        stack.enter_context(_ForFakes())
-        sums = objective.forward(model, fake_inputs, step=StepContext(0, 0, (0,), worst_case=True), training=True)
-        sums.total.backward()
+    config = with_layers(config.model_copy(update={"precision": precision, "engine": EngineConfig()}), 1)
+    seconds = config.data.max_seconds
+    attention = {("attention", "cpu"): Kernel(_attention)}
+    with (
+        fake_forward(config, utterances=1, seconds=seconds, kernels=attention) as (model, forward),
+        FlopCounterMode(display=False, custom_mapping=MISCOUNTED) as counter,
+        _ForFakes(),
+    ):
+        forward().backward()
     counts = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
     flops = [counts.get(f"{type(model).__name__}.{name}", 0) / seconds for name in unit_names(model)]
     return [*flops, counts["Global"] / seconds - sum(flops)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from w2vscale.errors import UserError
 from w2vscale.objectives import load
 from w2vscale.planning.exposure import Corpus, unusual_epochs
 from w2vscale.planning.fake_pass import DeviceType
-from w2vscale.planning.links import CLUSTERS
+from w2vscale.planning.links import Cluster
 from w2vscale.planning.memory import demand
 from w2vscale.planning.plan import Plan, make_plan
 from w2vscale.planning.rates import measured_rates
@@ -27,25 +26,21 @@ from w2vscale.training.run import open_training_set
 
 
 def plan_run(
-    source: str, overrides: Sequence[str], *, gpus: int, memory: float, nodes: int | None, cluster: str,
-    rates: Path | None,
-) -> tuple[Plan, str | None]:  # fmt: skip
-    """Plan the run that `source` and `overrides` describe, on GPUs of `memory` bytes; also a warning about its epochs.
+    source: str, overrides: Sequence[str], *, gpus: int, nodes: int | None, cluster: Cluster, rates: Path | None
+) -> tuple[Plan, str | None]:
+    """Plan the run that `source` and `overrides` describe on the GPUs of `cluster`; also a warning about its epochs.
 
-    `cluster` names the speeds (`CLUSTERS`), and `rates` a result of tools/bench/gpu.py that replaces those of its GPUs.
     Nodes have as many GPUs as those of the cluster, unless `nodes` says how many there are.
+    `rates`: a result of tools/bench/gpu.py, which replaces the computing speed of the cluster.
     Raises UserError if the settings, the corpus, the numbers or the file cannot be used.
     """
-    if cluster not in CLUSTERS:
-        raise UserError(f"--cluster {cluster}: choose one of {', '.join(CLUSTERS)}")
     config, objective = load(source, overrides)
     measured = None if rates is None else measured_rates(rates)
     corpus = corpus_of(open_training_set(config, objective)) if config.data.train else None
-    speeds = replace(CLUSTERS[cluster], memory=memory)
-    count = -(-gpus // speeds.gpus_per_node) if nodes is None else nodes
+    count = -(-gpus // cluster.gpus_per_node) if nodes is None else nodes
     plan = make_plan(
         Path(source).stem, config, objective,
-        gpus=gpus, nodes=count, cluster=speeds, measured=measured, corpus=corpus,
+        gpus=gpus, nodes=count, cluster=cluster, measured=measured, corpus=corpus,
     )  # fmt: skip
     return plan, None if corpus is None else unusual_epochs(config, objective, corpus)
 
@@ -60,7 +55,7 @@ def predicted_peak(
 ) -> float | None:
     """Predict the bytes of the tensors of a rank in updates of `forwards` forwards of the largest micro-batch.
 
-    Returns None if the objective cannot be run with fake tensors.
+    Returns None if they cannot be predicted: the objective does not run with fake tensors, or has several encoders.
     """
     utterances, samples = largest.inputs.audio.waveforms_BS.shape
     seconds = samples / config.model.sampling_rate
@@ -68,7 +63,7 @@ def predicted_peak(
     kind: DeviceType = "cuda" if device.type == "cuda" else "cpu"
     try:
         model = model_of("", config.model_copy(update={"data": data}), device=kind)
-        sharding = sharding_by(model, world_size, per_node=local_processes(os.environ) or world_size)
+        sharding = sharding_by(config, world_size, per_node=local_processes(os.environ) or world_size)
         return demand(model, sharding, forwards=forwards).footprint(utterances * per_forward).total
     except UserError:
         return None
