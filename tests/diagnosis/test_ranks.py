@@ -135,7 +135,16 @@ def test_ranks_that_meet_and_cannot_communicate(tmp_path: Path) -> None:
     assert "nonexistent0" in first["network"].found
     assert "GLOO_SOCKET_IFNAME" in first["network"].advice
     assert (second.findings, second.error) == ([], "")  # rank 0 speaks for it
-    assert "other hosts" not in names(first)
+    assert "other ranks" not in names(first)
+
+
+def test_a_rank_whose_failure_hangs_the_others(tmp_path: Path) -> None:
+    """Rank 0 only notices that nothing happens; rank 1 knows why."""
+    ranks = [Rank(0, 2), Rank(1, 2, host="node2", environment={"GLOO_SOCKET_IFNAME": "nonexistent0"})]
+    first, _ = examined(tmp_path, ranks, timeout=8)
+    assert first["network"].verdict == first["other ranks"].verdict == "fail"
+    assert first["other ranks"].found.startswith("rank 1 on node2: network: ")
+    assert "nonexistent0" in first["other ranks"].found
 
 
 def test_a_rank_that_hangs(tmp_path: Path) -> None:

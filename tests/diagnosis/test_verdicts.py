@@ -104,13 +104,12 @@ class TestAdvice:
             assert "w2vscale[" not in advice
             assert not re.search(r"pip [^:)]*[\w']\.$", advice), advice  # no full stop after a command
 
-    def test_settings_and_presets_exist(self) -> None:
-        files = sorted(Path(doctor.__file__).parent.glob("*.py"))
-        text = "".join(path.read_text() for path in files)
+    def test_settings_exist(self) -> None:
+        text = "".join(path.read_text() for path in Path(doctor.__file__).parent.glob("*.py"))
+        found = set(re.findall(r"(?<![\w.])(data|checkpoint|engine|precision)\.([a-z_]+)", text))
+        assert ("data", "workers") in found and ("engine", "shard_size") in found
         config = load_config("base")
-        for section, key in set(
-            re.findall(r"\b(data|batch|trainer|checkpoint|engine|precision|objective)\.(\w+)=", text)
-        ):
+        for section, key in found:
             assert hasattr(getattr(config, section), key), (section, key)
 
 
@@ -131,17 +130,6 @@ class TestSoftware:
         bad = software.packages_finding({"lhotse": "1.20.0", "numpy": None}, wanted)
         assert bad.verdict == "fail"
         assert "lhotse 1.20.0 is installed, >=1.30 is needed" in bad.found and "numpy is not installed" in bad.found
-
-    def test_operators_of_deepspeed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """None is compiled, unless the user asks for DeepSpeed's own pinned memory."""
-        monkeypatch.setenv("PATH", str(tmp_path))
-        assert software.operators_finding("").verdict == "ok"
-        finding = software.operators_finding("native")
-        assert finding.verdict == "fail" and "g++ and ninja cannot be found" in finding.found
-        for name in ("g++", "ninja"):
-            (tmp_path / name).write_text("#!/bin/sh\n")
-            (tmp_path / name).chmod(0o755)
-        assert software.operators_finding("native").verdict == "ok"
 
 
 class TestAudio:
@@ -338,10 +326,8 @@ class TestMachine:
         assert machine.locked_memory_finding(65536, infiniband=True).verdict == "warn"
 
     def test_temporary_files_need_a_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def none() -> str:
-            raise FileNotFoundError("No usable temporary directory found in ['/tmp']")
-
-        monkeypatch.setattr("tempfile.gettempdir", none)
+        assert machine.temporary_finding().verdict == "ok"
+        monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
         finding = machine.temporary_finding()
         assert finding.verdict == "fail" and "TMPDIR" in finding.advice
 

@@ -167,5 +167,6 @@ def _together(meeting: Meeting, key: str, ranks: Mapping[int, str], own: Iterabl
         for each in json.loads(text):
             if (finding := Finding(**each)).verdict != "ok" and finding not in mine:
                 found.setdefault(finding, []).append(ranks[rank])
+    name = "other hosts" if key == "local" else "other ranks"
     for finding, where in found.items():
-        yield replace(finding, name="other hosts", found=f"{listed(where)}: {finding.name}: {finding.found}")
+        yield replace(finding, name=name, found=f"{listed(where)}: {finding.name}: {finding.found}")

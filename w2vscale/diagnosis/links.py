@@ -7,7 +7,6 @@ import re
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +29,10 @@ QUICK = 0.03  # seconds in which such a link sends the first one
 ETHERNET = 0.1e9  # bytes per second; an Ethernet of 1 Gb/s has a little more
 SLOW = {"cuda": 1e-3, "cpu": 10e-3}  # seconds for a few bytes: an update has some dozens of such messages
 ADVICE = {
-    (
-        "cuda",
-        False,
-    ): f"Look at `nvidia-smi topo -m`. {NCCL_LOG} how it connects the GPUs: P2P (NVLink or PCIe) is fast; "
-    "unset NCCL_P2P_DISABLE and NCCL_SHM_DISABLE.",
-    ("cuda", True): f"{NCCL_LOG} which network it uses: NET/IB is fast, NET/Socket is not. Set NCCL_SOCKET_IFNAME (or "
-    "LOCAL_ADDR for recipes) to the fastest interface, and unset NCCL_IB_DISABLE. precision.reduce=bf16 and "
+    ("cuda", False): "Look at `nvidia-smi topo -m`, and unset NCCL_P2P_DISABLE and NCCL_SHM_DISABLE. "
+    f"{NCCL_LOG} how it connects the GPUs: P2P (NVLink or PCIe) is fast.",
+    ("cuda", True): "Set NCCL_SOCKET_IFNAME (or LOCAL_ADDR for recipes) to the fastest interface, and unset "
+    f"NCCL_IB_DISABLE. {NCCL_LOG} which network it uses: NET/IB is fast, NET/Socket is not. precision.reduce=bf16 and "
     "engine.shard_size=node send less.",
     ("cpu", False): "Other programs may use the cores: end them, or start fewer processes.",
     ("cpu", True): "Set GLOO_SOCKET_IFNAME (or LOCAL_ADDR for recipes) to the fastest interface.",
@@ -96,15 +92,14 @@ def _shared_folder(exp: str | None, ranks: Ranks) -> Finding:
     content = os.urandom(16).hex().encode()
     try:
         if ranks.is_main:
-            try:
-                path.write_bytes(content)
-            except OSError as error:
-                problem = f"rank 0 cannot write to {folder}: {error.strerror}"
+            path.write_bytes(content)
+    except OSError as error:
+        problem = f"rank 0 cannot write to {folder}: {error.strerror}"
+    try:
         first, blind = hosts_that_do_not_see(path, content, ranks)
     finally:
         if ranks.is_main:
-            with suppress(OSError):
-                path.unlink()
+            path.unlink(missing_ok=True)
     if blind and not problem:
         problem = f"{folder} on {first} (rank 0) is not the one on {listed(blind)}"
     if problem:

@@ -1,4 +1,4 @@
-"""The machine and its limits: cores, memory, /dev/shm, ulimits, and the folder for temporary files."""
+"""The machine and its limits: cores, memory, /dev/shm, ulimits, and temporary files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ COMFORTABLE = 1024  # open files; the default of most systems
 PLENTY = 65536  # open files
 LITTLE_MEMORY = 8e9  # bytes per rank: the state of `base` twice while a checkpoint is written (2.3e9), PyTorch, loaders
 NO_MEMORY = 2e9  # bytes; PyTorch and the state of the smallest models
-TEMPORARY = 100e6  # bytes; compiled kernels, sockets
 LIMITS = "docker run --ulimit {docker}; SLURM: {slurm} for slurmd; others: {other} in /etc/security/limits.conf."
 
 
@@ -41,7 +40,8 @@ def machine(ranks: int, world_size: int) -> Iterator[Finding]:
     yield threads_finding(os.environ.get("OMP_NUM_THREADS"), cores=cores, usable=usable, ranks=sharing)
     yield memory_finding(*memory_of(group), ranks=ranks)
     space = [needs.shared_memory(preset, ranks, world_size, gpus=gpus) for preset in ("tiny", "base")]
-    yield shared_memory_finding(*_space(SHM), *space, gpus=gpus)
+    total, _, free = shutil.disk_usage(SHM) if SHM.is_dir() else (0, 0, 0)
+    yield shared_memory_finding(total, free, *space, gpus=gpus)
     yield open_files_finding(*resource.getrlimit(resource.RLIMIT_NOFILE), needs.open_files(world_size))
     yield tasks_finding([_soft(resource.RLIMIT_NPROC), group.processes], ranks=ranks)
     yield locked_memory_finding(_soft(resource.RLIMIT_MEMLOCK), infiniband=any(Path("/sys/class/infiniband").glob("*")))
@@ -154,23 +154,10 @@ def temporary_finding() -> Finding:
     """Whether temporary files can be written."""
     try:
         with tempfile.TemporaryFile() as file:
-            file.write(b"w2vscale")
+            file.write(bytes(2**20))
     except OSError as error:
         return fail("temporary files", f"cannot be written: {error}", "Set TMPDIR to a folder that can be written.")
-    folder = tempfile.gettempdir()
-    found = f"{folder}, {gigabytes(free := _space(Path(folder))[1])} free"
-    if free < TEMPORARY:
-        return warn("temporary files", found, "Free some space, or set TMPDIR to another folder.")
-    return ok("temporary files", found)
-
-
-def _space(folder: Path) -> tuple[float, float]:
-    """Size and free space of a file system in bytes; zeros if there is none."""
-    try:
-        usage = shutil.disk_usage(folder)
-    except OSError:
-        return 0.0, 0.0
-    return float(usage.total), float(usage.free)
+    return ok("temporary files", f"can be written to {tempfile.gettempdir()}")
 
 
 def _soft(limit: int) -> int:

@@ -50,7 +50,6 @@ class Meeting:
                 is_master=serves,
                 timeout=timedelta(seconds=timeout),
                 wait_for_workers=False,
-                multi_tenant=True,  # the process group uses it, too
             )
         except (RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0].partition(". ")[0]
