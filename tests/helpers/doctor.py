@@ -148,7 +148,7 @@ class Rank:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def examined(folder: Path, ranks: Sequence[Rank], *, timeout: float, port: int | None = None) -> list[Outcome]:
+def examined(folder: Path, ranks: Sequence[Rank], *, timeout: int, port: int | None = None) -> list[Outcome]:
     """What each rank finds about the network, in real processes on this machine that pretend to be on several hosts."""
     if port is None:
         with socket.socket() as free:
@@ -168,19 +168,31 @@ def examined(folder: Path, ranks: Sequence[Rank], *, timeout: float, port: int |
     return [pickle.loads(file.read_bytes()) for file in files]
 
 
-def _examine(rank: Rank, port: int, timeout: float, file: str) -> None:
+HOST = """
+import os, socket
+from w2vscale.training import shared_folder
+
+socket.gethostname = lambda: os.environ["HOST_OF_RANK"]
+shared_folder.VISIBLE = 1.0  # second, in which a local disk shows a file
+"""
+"""What the processes that measure between ranks run first: each pretends to be on the host of its rank."""
+
+
+def _examine(rank: Rank, port: int, timeout: int, file: str) -> None:
+    customize = Path(file).with_suffix("")
+    customize.mkdir()
+    (customize / "sitecustomize.py").write_text(HOST)
     launcher = {
         "RANK": str(rank.number), "LOCAL_RANK": str(rank.local_rank), "WORLD_SIZE": str(rank.world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "HOST_OF_RANK": rank.host, "PYTHONPATH": f"{customize}{os.pathsep}{ROOT}",
     }  # fmt: skip
     os.environ.update({**launcher, **rank.environment})
     from w2vscale.diagnosis import doctor, meeting
-    from w2vscale.training import shared_folder
 
     for name in [name for name, value in rank.environment.items() if value == ""]:
         del os.environ[name]
     socket.gethostname = lambda: rank.host
-    shared_folder.VISIBLE = 1.0  # second, in which a local disk shows a file
     doctor.LOCAL_CHECKS = 2.0  # time-outs
     facts = meeting.versions() | dict(rank.versions)
     meeting.versions = lambda: facts

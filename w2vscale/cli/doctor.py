@@ -33,9 +33,11 @@ def doctor(
     ] = None,
     nproc_per_node: Processes = 1,
     timeout: Annotated[
-        float,
-        typer.Option(min=1.0, metavar="SECONDS", help="Give up a check, or waiting for other ranks, after this time."),
-    ] = 120.0,
+        int,
+        typer.Option(
+            min=1, max=86_400, metavar="SECONDS", help="Stop a check, or waiting for other ranks, after this time."
+        ),
+    ] = 120,
 ) -> None:
     """Check the software, the machine, the disk and the network, and say what to do about problems.
 

@@ -25,58 +25,47 @@ def limits(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/
     cpus: list[float] = []
     memories: list[tuple[int, int]] = []  # limit, and what is used
     processes: list[int] = []
-    for folder in _folders(groups, root, "cpu"):
+    for folder in _folders(groups, root):
         cpus += _cpus(folder)
-    for folder in _folders(groups, root, "memory"):
         for name, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            if (limit := _number(folder / name)) is not None and limit < UNLIMITED:
-                memories.append((limit, max((_number(folder / usage) or 0) - _cached(folder / "memory.stat"), 0)))
-    for folder in _folders(groups, root, "pids"):
-        if (limit := _number(folder / "pids.max")) is not None:
-            processes.append(limit)
-    least = min(memories, key=lambda pair: pair[0] - pair[1], default=None)
-    memory, used = least if least is not None else (None, 0)
+            for limit in _numbers(folder / name):
+                if limit < UNLIMITED:
+                    memories.append((limit, max(sum(_numbers(folder / usage)) - _cached(folder / "memory.stat"), 0)))
+        processes += _numbers(folder / "pids.max")
+    memory, used = min(memories, key=lambda pair: pair[0] - pair[1], default=(None, 0))
     return Limits(min(cpus, default=None), memory, used, min(processes, default=None))
 
 
-def _folders(groups: Path, root: Path, controller: str) -> Iterator[Path]:
-    """The folders of the group of this process and those above it. In a container, the lower ones may be hidden."""
-    lines: list[str] = []
-    with suppress(OSError):
-        lines = groups.read_text().splitlines()
-    for line in lines:
+def _folders(groups: Path, root: Path) -> Iterator[Path]:
+    """The folders of the groups of this process and those above them. In a container, the lower ones may be hidden."""
+    for line in _lines(groups):
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            top = root / "unified" if (root / "unified").is_dir() else root
-        elif controller in controllers.split(","):
-            top = next((root / name for name in (controllers, controller) if (root / name).is_dir()), root / controller)
-        else:
-            continue
-        place = top / path.strip("/")
-        yield from (folder for folder in (place, *place.parents) if folder.is_relative_to(top))
+        # In version 1, a folder for each controller or several, such as cpu,cpuacct.
+        for top in (root, root / "unified", root / controllers, *(root / name for name in controllers.split(","))):
+            place = top / path.strip("/")
+            yield from (folder for folder in (place, *place.parents) if folder.is_relative_to(top))
 
 
 def _cpus(folder: Path) -> list[float]:
     """The limit in CPUs that a group sets, if it does."""
-    quota = period = None
-    with suppress(OSError, ValueError):  # "max 100000" has no quota
-        quota, period = map(int, (folder / "cpu.max").read_text().split())
-    if quota is None:
-        quota, period = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-    return [quota / period] if quota and period and quota > 0 else []
+    old = zip(_lines(folder / "cpu.cfs_quota_us"), _lines(folder / "cpu.cfs_period_us"), strict=False)
+    new = (line.split() for line in _lines(folder / "cpu.max"))
+    return [int(quota) / int(period) for quota, period in (*old, *new) if quota not in ("max", "-1")]
 
 
-def _number(path: Path) -> int | None:
-    with suppress(OSError, ValueError):  # "max"
-        return int(path.read_text())
-    return None
+def _lines(path: Path) -> list[str]:
+    with suppress(OSError):
+        return path.read_text().splitlines()
+    return []
+
+
+def _numbers(path: Path) -> list[int]:
+    """The number in a file; none if there is no file, or it says "max"."""
+    return [int(line) for line in _lines(path) if line != "max"]
 
 
 def _cached(path: Path) -> int:
     """Bytes of files in the cache, which Linux frees on demand."""
-    pairs: list[list[str]] = []
-    with suppress(OSError):
-        pairs = [line.split() for line in path.read_text().splitlines()]
-    sizes = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
+    sizes = {name: int(size) for name, size in (line.split() for line in _lines(path))}
     # In version 1, those with total_ include the groups below; version 2 has no others.
     return sum(sizes.get(f"total_{name}", sizes.get(name, 0)) for name in ("inactive_file", "active_file"))

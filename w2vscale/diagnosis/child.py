@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,6 @@ from w2vscale.diagnosis.finding import Finding, Verdict
 from w2vscale.runtime import end_with_parent, exit_on_signals
 
 CLEANING_UP = 2.0  # seconds that a child has to delete its files when it is stopped
-LOOK = 0.02  # seconds between two looks at a child
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Children:
                 start_new_session=True,
             )
             self._running.add(process)
-            if not (ended := _wait(process, self._timeout, unless=lambda: self._closed)):
+            if not (ended := not self._closed and _ends(process, self._timeout)):
                 _stop(process)
             self._running.discard(process)
             lines, _, _ = _content(answers).rpartition("\n")  # without one that is incomplete
@@ -95,14 +94,11 @@ class Children:
             return findings, _problem(process.returncode if ended else None, _content(errors), self._timeout)
 
 
-def _wait(process: subprocess.Popen[bytes], timeout: float, unless: Callable[[], bool] = lambda: False) -> bool:
-    """Whether the process ends within the time-out, and before `unless` is true."""
-    deadline = time.monotonic() + timeout
-    while process.poll() is None:
-        if time.monotonic() > deadline or unless():
-            return False
-        time.sleep(LOOK)
-    return True
+def _ends(process: subprocess.Popen[bytes], timeout: float) -> bool:
+    """Whether the process ends within the time-out."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout)
+    return process.returncode is not None
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -110,7 +106,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        _wait(process, CLEANING_UP)
+        _ends(process, CLEANING_UP)
 
 
 def _content(file: IO[bytes]) -> str:
@@ -128,7 +124,7 @@ def _problem(code: int | None, errors: str, timeout: float) -> str | None:
     if code < 0:
         return f"crashes Python ({signal.Signals(-code).name}){f': {last}' if last else ''}"
     if code == 1 and "Traceback (most recent call last)" in errors:
-        return last
+        return re.sub(r"^w2vscale[\w.]*: ", "", last)  # our own errors say what is wrong
     return f"ends Python with exit code {code}{f': {last}' if last else ''}"
 
 

@@ -8,7 +8,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from w2vscale.config import load_config
@@ -21,36 +20,27 @@ LARGEST = 256 * 2**20  # bytes of the file
 FULL = 2 * LARGEST  # bytes; the speed of a disk with less is not measured
 SECONDS = 3.0  # at most, for each measurement
 SMALL = int(needs.UTTERANCE * needs.FLAC_BYTES)  # bytes of an utterance
-FILES = 20
-MEMORY = ("tmpfs", "ramfs")  # file systems that a reboot empties
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Bytes per second of one large file, and seconds to open and read a small one."""
-
-    write: float
-    read: float
-    small_file: float
+FILES = 10
 
 
 def disk(folder: str) -> Iterator[Finding]:
     """Space and speed of the disk of `folder`, or of the closest folder above it that exists."""
-    place = existing(Path(folder))
-    usage = shutil.disk_usage(place)
-    yield space_finding(place, usage.free, file_system(place))
-    if not os.access(place, os.W_OK | os.X_OK):
-        yield fail("disk writing", f"{place} cannot be written", "Choose another --exp, or change its rights.")
+    place, other = existing(Path(folder)), "Choose another --exp."
+    if os.path.lexists(folder) and place != Path(folder):
+        yield fail("disk space", f"{folder} is not a folder", other)
         return
-    if usage.free < FULL:
+    free = shutil.disk_usage(place).free
+    yield space_finding(place, free)
+    if free < FULL:
         return
     try:
-        speed = measure(place)
-    except OSError as error:  # such as a quota
-        yield fail("disk writing", f"{place} cannot be written: {error.strerror}", "Choose another --exp.")
+        write, read = speed(place)
+        small_file = small_file_seconds(place)
+    except OSError as error:  # no rights, or a quota
+        yield fail("disk writing", f"{place} cannot be written: {error.strerror}", other)
         return
-    yield write_finding(speed.write)
-    yield read_finding(speed, gpus=visible())
+    yield write_finding(write)
+    yield read_finding(read, small_file, gpus=visible())
 
 
 def existing(folder: Path) -> Path:
@@ -58,70 +48,46 @@ def existing(folder: Path) -> Path:
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
 
 
-def file_system(place: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """The type of the file system that a folder is on, such as ext4 or nfs4."""
-    found, depth = "unknown file system", -1
-    for line in mounts.read_text(errors="replace").splitlines():
-        before, _, after = line.partition(" - ")
-        point = Path(before.split()[4].encode().decode("unicode_escape"))  # a space in a path is \040
-        if place.resolve().is_relative_to(point) and len(point.parts) >= depth:
-            found, depth = after.split()[0], len(point.parts)
-    return found
-
-
-def space_finding(place: Path, free: float, kind: str) -> Finding:
+def space_finding(place: Path, free: float) -> Finding:
     """Whether there is room for the checkpoints of `base`."""
     # One more than is kept, because the oldest is deleted only after the newest is complete.
     count = load_config("base").checkpoint.keep_last + 1
-    base = count * needs.CHECKPOINTS["base"]
-    found = f"{gigabytes(free)} free at {place} ({kind})"
-    if free < base:
-        kind_of_finding = fail if free < FULL else warn
-        return kind_of_finding(
-            "disk space",
-            f"{found}: {count} checkpoints of `base` need {gigabytes(base)}",
-            "Free some space, or choose another folder with --exp. A run that finds no room for a checkpoint ends.",
-        )
-    if kind in MEMORY:
-        return warn("disk space", f"{found}: this is memory, which a reboot empties", "Choose a folder on a disk.")
-    largest = [name for name, size in needs.CHECKPOINTS.items() if count * size <= free][-1]
-    return ok("disk space", f"{found}, enough for {count} checkpoints of `{largest}`")
+    found = f"{gigabytes(free)} free at {place}"
+    if fitting := [name for name, size in needs.CHECKPOINTS.items() if count * size <= free]:
+        return ok("disk space", f"{found}, enough for {count} checkpoints of `{fitting[-1]}`")
+    found += f": {count} checkpoints of `base` need {gigabytes(count * needs.CHECKPOINTS['base'])}"
+    kind = fail if free < FULL else warn
+    return kind("disk space", found, "Free some space, or choose a folder on another disk with --exp.")
 
 
-def measure(place: Path) -> Speed:
-    """Write and read files in `place`, which are gone afterwards, also after Ctrl-C."""
+def speed(place: Path) -> tuple[float, float]:
+    """Bytes per second in which a large file is written to the disk, and read."""
     block = os.urandom(BLOCK)  # so that a file system cannot compress it
     with tempfile.TemporaryFile(dir=place, buffering=0) as file:  # has no name, so even SIGKILL leaves nothing
-        size, seconds = 0, 0.0
-        start = time.monotonic()
-        while size < LARGEST and seconds < SECONDS:
+        size, start = 0, time.monotonic()
+        while size < LARGEST and time.monotonic() - start < SECONDS:
             size += file.write(block)
             os.fsync(file)
-            seconds = time.monotonic() - start
-        write = size / seconds
+        write = size / (time.monotonic() - start)
         _forget(file.fileno())
         file.seek(0)
-        count, start = 0, time.monotonic()
+        size, start = 0, time.monotonic()
         while (part := len(file.read(BLOCK))) and time.monotonic() - start < SECONDS:
-            count += part
-        read = count / (time.monotonic() - start)
-    return Speed(write, read, _small_file(place, block[:SMALL]))
+            size += part
+        return write, size / (time.monotonic() - start)
 
 
-def _small_file(place: Path, content: bytes) -> float:
+def small_file_seconds(place: Path) -> float:
     """Median seconds to open and read a file of one utterance."""
     times = []
     with tempfile.TemporaryDirectory(prefix=".w2vscale-doctor-", dir=place) as folder:
-        paths, start = [Path(folder, str(number)) for number in range(FILES)], time.monotonic()
-        for number, path in enumerate(paths):
-            with path.open("wb") as file:
-                file.write(content)
-                file.flush()
+        paths = [Path(folder, str(number)) for number in range(FILES)]
+        for path in paths:
+            with path.open("wb", buffering=0) as file:
+                file.write(os.urandom(SMALL))
                 os.fsync(file)
                 _forget(file.fileno())
-            if number and time.monotonic() - start > SECONDS:
-                break
-        for path in paths[: number + 1]:
+        for path in paths:
             start = time.monotonic()
             path.read_bytes()
             times.append(time.monotonic() - start)
@@ -146,22 +112,15 @@ def write_finding(speed: float) -> Finding:
     return ok("disk writing", found)
 
 
-def read_finding(speed: Speed, *, gpus: int) -> Finding:
+def read_finding(speed: float, small_file: float, *, gpus: int) -> Finding:
     """Whether the GPUs would wait for audio, if it were on this disk."""
-    found = f"reads {gigabytes(speed.read)}/s, a file of one utterance in {1000 * speed.small_file:.1f} ms"
-    need = needs.AUDIO_RATE * needs.FLAC_BYTES * gpus
-    loaders = load_config("base").data.workers
-    time_for_one = loaders * needs.UTTERANCE / needs.AUDIO_RATE
-    if gpus and speed.read < need:
-        return warn(
-            "disk reading",
-            f"{found}: {gpus} H100 read {gigabytes(need)}/s of FLAC when they train `base`",
-            "If the audio is on this disk, copy it to a faster one.",
-        )
-    if gpus and speed.small_file > time_for_one:
-        return warn(
-            "disk reading",
-            f"{found}: {loaders} loader processes that feed an H100 have {1000 * time_for_one:.0f} ms for each",
-            "If the audio is on this disk, use shards (data.mode=stream) or more data.workers.",
-        )
+    found = f"reads {gigabytes(speed)}/s, a file of one utterance in {1000 * small_file:.1f} ms"
+    loaders, need = load_config("base").data.workers, needs.AUDIO_RATE * needs.FLAC_BYTES * gpus
+    if speed < need:
+        found += f": {gpus} H100 read {gigabytes(need)}/s of FLAC when they train `base`"
+        return warn("disk reading", found, "If the audio is on this disk, copy it to a faster one.")
+    if gpus and small_file > (limit := loaders * needs.UTTERANCE / needs.AUDIO_RATE):
+        found += f": {loaders} loader processes that feed an H100 have {1000 * limit:.0f} ms for each"
+        advice = "If the audio is on this disk, use shards (data.mode=stream) or more data.workers."
+        return warn("disk reading", found, advice)
     return ok("disk reading", found)

@@ -4,55 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from w2vscale.diagnosis.child import Check, Children
-from w2vscale.diagnosis.finding import Finding, fail, ok
-from w2vscale.diagnosis.software import PACKAGES
-from w2vscale.distributed.launch import LostRanks, launched, local_processes, number_in, ranked, slurm_tasks
+from w2vscale.diagnosis.finding import Finding, Verdict, fail, listed, ok
+from w2vscale.diagnosis.requirements import reinstall
+from w2vscale.diagnosis.software import INSTALL, PACKAGES
+from w2vscale.distributed.launch import launched, local_processes, number_in, ranked, slurm_tasks
 from w2vscale.errors import TemporaryError, UserError
 from w2vscale.runtime import DEBUG
 
 if TYPE_CHECKING:
-    from w2vscale.diagnosis.meeting import Meeting, Rank
+    from w2vscale.diagnosis.meeting import Meeting
 
 AT_A_TIME = 4  # child processes; each imports libraries for seconds
 LOCAL_CHECKS = 10.0  # times the time-out of one check, in which the checks of a machine end
-MEASUREMENTS = 60.0  # seconds beyond the time-out, in which those between ranks end
-
-SOFTWARE = (
-    Check("installation", "software:installation", "Install w2vscale again."),
-    Check("PyTorch", "software:pytorch", "Install it again: pip install --force-reinstall torch."),
-    Check("GPU", "gpus:gpus", "Install the driver, and a PyTorch that fits it (pytorch.org/get-started)."),
-    Check("DeepSpeed", "software:deepspeed", "pip install --force-reinstall 'w2vscale[deepspeed]'"),
-    Check(
-        "torchaudio",
-        "software:torchaudio",
-        "pip uninstall torchaudio: w2vscale does not need it, and Transformers fails with it. Its wheel on PyPI is "
-        "built for CUDA, and does not load beside a CPU build of PyTorch.",
-        broken="warn",
-    ),
-    Check("audio decoders", "audio:decoders", "pip install --force-reinstall soundfile numpy"),
-    *(
-        Check(
-            package.name,
-            "software:package",
-            f"pip install --force-reinstall {package.name}{'' if package.extra is None else ', or uninstall it'}",
-            broken="fail" if package.extra is None else "warn",
-            arguments={"name": package.name},
-        )
-        for package in PACKAGES
-    ),
+USE_PYTORCH = ("GPU", "DeepSpeed", "safetensors", "tensorboard", "lhotse", "torchaudio", "transformers", "silero-vad")
+NCCL_LOG = "With NCCL_DEBUG=INFO NCCL_DEBUG_FILE=nccl.%h.%p, NCCL writes to a file"
+NO_NETWORK = (
+    "Name the interface that joins the hosts in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and open all ports between "
+    f"them: only rank 0 has a fixed one. Inside a host, try NCCL_P2P_DISABLE=1. {NCCL_LOG} what it tries."
 )
-USE_PYTORCH = ("GPU", "DeepSpeed", "torchaudio", "lhotse", "silero-vad")
 
 
 def examine(exp: Path | None, *, timeout: float) -> Iterator[Finding]:
@@ -63,7 +41,7 @@ def examine(exp: Path | None, *, timeout: float) -> Iterator[Finding]:
     """
     world_size = max(number_in(os.environ, "WORLD_SIZE", 1), slurm_tasks(os.environ))
     ranks = local_processes(os.environ) or 1 if launched() else 0
-    local = lambda: local_findings(exp or Path(), ranks=ranks, world_size=world_size, timeout=timeout)  # noqa: E731
+    local = partial(local_findings, exp or Path(), ranks=ranks, world_size=world_size, timeout=timeout)
     if launched() and world_size > 1:
         yield from examine_ranks(exp, local, timeout=timeout)
     else:
@@ -71,12 +49,27 @@ def examine(exp: Path | None, *, timeout: float) -> Iterator[Finding]:
         yield ok("network", "not checked: start it with --nproc-per-node N, torchrun or srun, as you start training")
 
 
+def software_checks() -> Iterator[Check]:
+    """Each of them imports a library."""
+    yield Check("installation", "software:installation", INSTALL)
+    torch = f"Install it again, from the index that pytorch.org/get-started names: {reinstall('torch')}"
+    yield Check("PyTorch", "software:pytorch", torch)
+    yield Check("GPU", "gpus:gpus", "Install the driver, and a PyTorch that fits it (pytorch.org/get-started).")
+    deepspeed = f"{reinstall('deepspeed', 'deepspeed')}, or use engine.name=fsdp"
+    yield Check("DeepSpeed", "software:deepspeed", deepspeed)
+    yield Check("audio decoders", "audio:decoders", reinstall("soundfile"))
+    for package in PACKAGES:
+        advice = package.advice or reinstall(package.name, package.extra or "")
+        broken: Verdict = "fail" if package.extra is None else "warn"
+        yield Check(package.name, "software:package", advice, broken, {"name": package.name})
+
+
 def local_findings(folder: Path, *, ranks: int, world_size: int, timeout: float) -> Iterator[Finding]:
     """Everything but the network. `ranks`: processes that a launcher has started on this machine, or 0."""
     at_a_time = max(2, min(AT_A_TIME, len(os.sched_getaffinity(0))))
     with Children(timeout, at_a_time=at_a_time) as children:
         broken = False
-        for check, future in [(check, children.start(check)) for check in SOFTWARE]:
+        for check, future in [(check, children.start(check)) for check in software_checks()]:
             findings, completed = future.result()
             broken |= check.name == "PyTorch" and not completed
             if broken and check.name in USE_PYTORCH and not completed:
@@ -92,130 +85,88 @@ def local_findings(folder: Path, *, ranks: int, world_size: int, timeout: float)
             yield from children.start(check).result()[0]
 
 
+def network_findings(exp: Path | None, hosts: list[str], *, timeout: float) -> Iterator[Finding]:
+    """What the ranks measure together. In child processes: a collective that hangs is stopped with its process."""
+    arguments = {"hosts": hosts, "exp": None if exp is None else str(exp)}
+    with Children(timeout, at_a_time=1) as children:
+        yield from children.start(Check("network", "links:network", NO_NETWORK, arguments=arguments)).result()[0]
+
+
 def examine_ranks(exp: Path | None, local: Callable[[], Iterator[Finding]], *, timeout: float) -> Iterator[Finding]:
     """Yield what `local` finds on each host, and what concerns the ranks together. Collective; see `examine`."""
+    rank = number_in(os.environ, "RANK" if ranked(os.environ) else "SLURM_PROCID", 0)
+    try:
+        meeting = _meeting(timeout)
+    except TemporaryError:
+        raise
+    except UserError as error:
+        if rank == 0:
+            yield fail("ranks", str(error), "Correct this, and start all ranks again.")
+            yield from local()
+        else:  # but exit with code 0: otherwise the launcher would stop rank 0
+            print(f"error: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
+        return
+    if rank == 0:
+        arrived = meeting.arrived()
+        complete = len(arrived) == meeting.world_size
+        meeting.set("hosts", json.dumps([facts["host"] for facts in arrived.values()] if complete else None))
+        yield meeting.arrival(arrived)
+        if complete:
+            yield meeting.same_versions(arrived)
+        else:
+            yield from local()
+    if (hosts := json.loads(meeting.get("hosts", patience=2.0))) is None:  # rank 0 has named the missing ranks
+        return
+    first = {hosts.index(host): host for host in hosts}  # the first rank of each host
+    everyone = {number: f"rank {number} on {host}" for number, host in enumerate(hosts)}
+    try:
+        if rank in first:
+            yield from _together(meeting, "local", first, local())
+        if rank == 0:
+            meeting.set("measure", "")
+        else:
+            meeting.get("measure", patience=2 * LOCAL_CHECKS)
+        yield from _together(meeting, "network", everyone, network_findings(exp, hosts, timeout=timeout))
+    except TemporaryError as error:
+        if rank > 0:
+            raise
+        yield fail("other hosts", str(error), "See whether this rank has ended, and what it has printed.")
+
+
+def _meeting(timeout: float) -> Meeting:
+    """Connect the ranks. Raises UserError if this cannot work, and TemporaryError if rank 0 is not reached."""
     if DEBUG not in os.environ:
         # Hides stack traces of connections that fail, which the report names.
         os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     try:
-        from w2vscale.diagnosis import links  # noqa: F401
-        from w2vscale.diagnosis.meeting import Meeting, arrival_finding, order_finding, versions_finding
+        from w2vscale.diagnosis.meeting import Meeting
     except Exception as error:  # whatever a broken library raises
-        text = f"{type(error).__name__}: {error}"
-        if _is_main():
-            yield fail("ranks", f"cannot meet, because a library does not load: {text}", "See the checks of software.")
-            yield from local()
-        else:
-            print(f"error: a rank on {socket.gethostname()} cannot take part: {text}", file=sys.stderr)
-        return
-    try:
-        meeting = Meeting(timeout)
-    except UserError as error:
-        if not _is_main():
-            raise
-        yield fail("ranks", str(error), "Correct it, and start all ranks again.")
-        yield from local()
-        return
-    if meeting.rank > 0:
-        _follow(meeting, local, exp, timeout)
-        return
-    arrived = meeting.arrived()
-    complete = len(arrived) == meeting.world_size
-    yield arrival_finding(arrived, meeting.world_size, address=meeting.address, timeout=timeout)
-    meeting.set("hosts", json.dumps({rank: facts.host for rank, facts in arrived.items()}) if complete else "null")
-    if not complete:
-        yield from local()
-        return
-    yield versions_finding(arrived)
-    yield order_finding(arrived)
-    own = []
-    for finding in local():
-        own.append(finding)
-        yield finding
-    try:
-        yield from _of_other_hosts(meeting, arrived, own)
-    except TemporaryError as error:
-        yield fail("other hosts", str(error), "See whether a rank has ended, and what it has printed.")
-        meeting.set("measure", "false")
-        return
-    meeting.set("measure", "true")
-    yield from _measured(_hosts(meeting), exp, timeout)
+        raise UserError(f"cannot meet, because a library does not load: {type(error).__name__}: {error}") from error
+    return Meeting(timeout)
 
 
-def _is_main() -> bool:
-    """Whether this is rank 0."""
-    return number_in(os.environ, "RANK" if ranked(os.environ) else "SLURM_PROCID", 0) == 0
+def _together(meeting: Meeting, key: str, ranks: Mapping[int, str], own: Iterable[Finding]) -> Iterator[Finding]:
+    """On rank 0, yield its own findings, and the problems of others that it does not have in the same way.
 
-
-def _follow(meeting: Meeting, local: Callable[[], Iterator[Finding]], exp: Path | None, timeout: float) -> None:
-    """What ranks other than 0 do: the first one of a host looks at its machine, and all take part in measurements."""
-    if json.loads(meeting.get("hosts", patience=2.0)) is None:
-        return  # rank 0 reports who is missing
-    if meeting.local_rank == 0:
-        meeting.set(f"local/{meeting.rank}", json.dumps([asdict(finding) for finding in local()]))
-    if json.loads(meeting.get("measure", patience=2 * LOCAL_CHECKS)):
-        for _ in _measured(_hosts(meeting), exp, timeout):
-            pass
-
-
-def _hosts(meeting: Meeting) -> dict[str, list[int]]:
-    """The ranks of each host, in the same order on all ranks."""
-    hosts: dict[str, list[int]] = {}
-    for rank, host in json.loads(meeting.get("hosts")).items():
-        hosts.setdefault(host, []).append(int(rank))
-    return hosts
-
-
-def _of_other_hosts(meeting: Meeting, arrived: dict[int, Rank], own: Sequence[Finding]) -> Iterator[Finding]:
-    """What is wrong with other machines and not, in the same way, with this one.
-
-    Raises TemporaryError if one of them does not answer.
+    `ranks`: those that call this, and what the report calls them. Raises TemporaryError if one does not answer rank 0.
     """
-    hosts: dict[Finding, list[str]] = {}
-    others = {rank: facts.host for rank, facts in arrived.items() if rank > 0 and facts.local_rank == 0}
-    for rank, host in others.items():
+    mine = []
+    for finding in own:
+        mine.append(finding)
+        if meeting.rank == 0:
+            yield finding
+    if meeting.rank > 0:
+        meeting.set(f"{key}/{meeting.rank}", json.dumps([asdict(finding) for finding in mine]))
+        return
+    found: dict[Finding, list[str]] = {}
+    for rank in filter(None, ranks):
         try:
-            text = meeting.get(f"local/{rank}", patience=LOCAL_CHECKS)
+            text = meeting.get(f"{key}/{rank}", patience=LOCAL_CHECKS)
         except TemporaryError:
-            raise TemporaryError(f"rank {rank} on {host} has not reported what it has found") from None
+            raise TemporaryError(f"{ranks[rank]} has not reported what it has found") from None
         for each in json.loads(text):
-            if (finding := Finding(**each)).verdict != "ok" and finding not in own:
-                hosts.setdefault(finding, []).append(host)
-    for finding, where in hosts.items():
-        yield replace(finding, name="other hosts", found=f"{', '.join(where)}: {finding.name}: {finding.found}")
-    if others and not hosts:
-        yield ok("other hosts", "nothing is wrong with them that is not reported above")
-
-
-def _measured(hosts: dict[str, list[int]], exp: Path | None, timeout: float) -> Iterator[Finding]:
-    """Join the process group as training does, and measure in it. Collective."""
-    from w2vscale.diagnosis.links import measure
-    from w2vscale.distributed.process_group import process_group
-
-    guard = threading.Timer(timeout + MEASUREMENTS, _give_up)
-    guard.daemon = True
-    guard.start()
-    try:
-        with process_group(timeout=timedelta(seconds=timeout)) as (ranks, device):
-            yield from measure(ranks, device, hosts, exp)
-    except (LostRanks, RuntimeError) as error:  # RuntimeError: such as a lack of GPU memory
-        if not _is_main():
-            raise
-        reason = re.sub(r"^\[.*?\] ", "", str(error).splitlines()[0])  # without the source file of gloo
-        yield fail(
-            "network",
-            f"the ranks meet, but cannot communicate: {reason[:200]}",
-            "Name the interface that joins the hosts in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and open all ports "
-            "between them: only rank 0 has a fixed one. NCCL_DEBUG=INFO shows what NCCL tries.",
-        )
-    except UserError as error:  # of all ranks
-        yield fail("network", str(error), "Start one process per GPU.")
-    finally:
-        guard.cancel()
-
-
-def _give_up() -> None:
-    """End this process: the other ranks hang in a collective that no exception ends."""
-    print(f"error: {socket.gethostname()}: the ranks hang in a collective; NCCL_DEBUG=INFO shows more", file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(1)
+            if (finding := Finding(**each)).verdict != "ok" and finding not in mine:
+                found.setdefault(finding, []).append(ranks[rank])
+    name = "other hosts" if key == "local" else "other ranks"
+    for finding, where in found.items():
+        yield replace(finding, name=name, found=f"{listed(where)}: {finding.name}: {finding.found}")

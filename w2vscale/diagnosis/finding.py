@@ -49,6 +49,13 @@ def summary(findings: Iterable[Finding]) -> str:
     return ", ".join(counted(count, noun) for noun, count in counts if count) or "no problems found"
 
 
+def listed(items: Iterable[object], most: int = 8) -> str:
+    """The first items, and how many more there are."""
+    texts = [str(item) for item in items]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
 def gigabytes(size: float) -> str:
     """A number of bytes in GB (10^9 bytes), or in MB if it is below one GB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

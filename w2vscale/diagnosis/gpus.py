@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from w2vscale.diagnosis.finding import Finding, fail, gigabytes, ok, warn
-from w2vscale.errors import counted
 
-NVIDIA = "0x10de"  # as a vendor of PCI devices
-DISPLAY = ("0x0300", "0x0302")  # classes of PCI devices: VGA and 3D controllers
 DRIVER = Path("/proc/driver/nvidia/version")
 IN_USE = 2e9  # bytes; the CUDA context of this process takes about 0.5e9 of them
+NONE_VISIBLE = "No CUDA GPUs are available"  # as PyTorch says it
 BF16_SINCE = (8, 0)  # compute capability: Ampere
 
 
@@ -34,12 +33,11 @@ class Gpu:
 class Cuda:
     """What this machine and this PyTorch have.
 
-    `hardware`: number of NVIDIA GPUs on the PCI bus; `driver`: its version; `devices`: whether this process may open
-    them; `build`: the version of CUDA that PyTorch is built for; `named`: CUDA_VISIBLE_DEVICES; `problem`: why
-    PyTorch cannot use them.
+    `driver`: its version, if it is loaded; `devices`: whether this process may open GPUs; `build`: the version of CUDA
+    that PyTorch is built for; `named`: CUDA_VISIBLE_DEVICES; `gpus`: those that PyTorch sees; `problem`: why it sees
+    none.
     """
 
-    hardware: int
     driver: str | None
     devices: bool
     build: str | None
@@ -57,9 +55,8 @@ def gpus() -> Iterator[Finding]:
     yield gpu_finding(found)
     if not found.gpus:
         yield ok("NCCL", "not needed without a GPU: processes communicate through gloo")
-        yield ok("torch.compile", "not used on a CPU (engine.compile=auto)")
         return
-    yield from memory_findings(found.gpus)
+    yield memory_finding(found.gpus)
     yield bf16_finding(found.gpus)
     version = ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else None
     yield nccl_finding(version, len(found.gpus))
@@ -82,17 +79,7 @@ def cuda() -> Cuda:
     else:
         seen = [_gpu(index) for index in range(torch.cuda.device_count())]
     devices = any(Path("/dev").glob("nvidia[0-9]*"))
-    return Cuda(hardware(), driver_version(), devices, build, named, tuple(seen), problem)
-
-
-def hardware() -> int:
-    """The number of NVIDIA GPUs on the PCI bus, whether or not there is a driver for them."""
-    count = 0
-    for device in Path("/sys/bus/pci/devices").glob("*"):
-        with suppress(OSError):
-            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
-            count += vendor == NVIDIA and kind[:6] in DISPLAY
-    return count
+    return Cuda(driver_version(), devices, build, named, tuple(seen), problem)
 
 
 def visible(devices: Path = Path("/dev")) -> int:
@@ -128,84 +115,55 @@ def _gpu(index: int) -> Gpu:
 
 def gpu_finding(cuda: Cuda) -> Finding:
     """Whether PyTorch computes on the GPUs of this machine."""
-    broken = [f"GPU {index} ({gpu.name}): {gpu.problem}" for index, gpu in enumerate(cuda.gpus) if gpu.problem]
-    if broken:
-        return fail(
-            "GPU",
-            "; ".join(broken),
-            "Install a PyTorch that supports this GPU (pytorch.org/get-started); "
-            "if others of its kind work, the GPU may be defective.",
-        )
+    if broken := [f"GPU {index} ({gpu.name}): {gpu.problem}" for index, gpu in enumerate(cuda.gpus) if gpu.problem]:
+        advice = "Install a PyTorch that supports these GPUs (pytorch.org/get-started). If it does, a GPU is defective."
+        return fail("GPU", "; ".join(broken), advice)
     if cuda.gpus:
-        names = [gpu.name for gpu in cuda.gpus]
-        kinds = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+        kinds = ", ".join(f"{count} × {name}" for name, count in Counter(gpu.name for gpu in cuda.gpus).items())
         memory = gigabytes(min(gpu.memory for gpu in cuda.gpus))
         return ok("GPU", f"{kinds}, {memory} each, driver {cuda.driver or 'unknown'}, CUDA {cuda.build}")
-    if not cuda.hardware and cuda.driver is None:
-        return warn(
-            "GPU",
-            "none found: training runs on the CPU, which is for small models and tests",
-            "Use a machine with NVIDIA GPUs to pretrain; the preset tiny is made for CPUs.",
+    if cuda.driver is None:
+        found = "none found: training runs on the CPU, which is for small models and tests"
+        advice = (
+            "Use a machine with NVIDIA GPUs to pretrain. If this is one, install their driver: nvidia-smi must work."
         )
+        return warn("GPU", found, advice)
     if cuda.named is not None and cuda.named.strip() in ("", "-1"):
-        return warn(
-            "GPU",
-            f"CUDA_VISIBLE_DEVICES={cuda.named} hides those of this machine: training runs on the CPU",
-            "Unset CUDA_VISIBLE_DEVICES.",
-        )
+        found = f"CUDA_VISIBLE_DEVICES={cuda.named} hides those of this machine: training runs on the CPU"
+        return warn("GPU", found, "unset CUDA_VISIBLE_DEVICES")
     return fail("GPU", *_unusable(cuda))
 
 
 def _unusable(cuda: Cuda) -> tuple[str, str]:
     """Why PyTorch sees none of the GPUs that are there, and what to do."""
-    count = counted(cuda.hardware, "NVIDIA GPU") if cuda.hardware else "NVIDIA GPUs"
+    there = f"this machine has NVIDIA's driver {cuda.driver}, but"
     if cuda.build is None:
-        driver = f" (driver {cuda.driver})" if cuda.driver else ""
-        return (
-            f"this machine has {count}{driver}, but PyTorch is a CPU build",
+        return f"{there} PyTorch is a CPU build", (
             "Install a CUDA build: pip uninstall torch, then the command of pytorch.org/get-started for a CUDA version "
-            "that the driver supports (`nvidia-smi` prints it).",
-        )
-    if cuda.driver is None:
-        return (
-            f"this machine has {count}, but NVIDIA's driver is not loaded",
-            "Install the driver; `nvidia-smi` must work.",
+            "that the driver supports (`nvidia-smi` prints it)."
         )
     if not cuda.devices:
-        return (
-            f"this machine has {count}, but this container or job may not use them",
-            "Start the container with GPUs (docker run --gpus all), or request them for the job (--gpus-per-node).",
-        )
-    return (
-        f"PyTorch for CUDA {cuda.build} cannot use {count} with driver {cuda.driver}: {cuda.problem or 'none is seen'}",
-        "Update the driver, or install a PyTorch that is built for an older CUDA (pytorch.org/get-started).",
-    )
+        advice = "Start the container with GPUs (docker run --gpus all), or request them for the job (--gpus-per-node)."
+        return f"{there} this container or job may not use its GPUs", advice
+    if cuda.named is not None and NONE_VISIBLE in cuda.problem:
+        found = f"CUDA_VISIBLE_DEVICES={cuda.named} names none of the GPUs that this process may use"
+        return found, "Unset it, or name GPUs that `nvidia-smi -L` lists."
+    found = f"{there} PyTorch for CUDA {cuda.build} cannot use its GPUs: {cuda.problem}"
+    return found, "Update the driver, or install a PyTorch for an older CUDA (pytorch.org/get-started)."
 
 
-def memory_findings(gpus: tuple[Gpu, ...]) -> Iterator[Finding]:
-    """Whether other processes use the GPUs, and whether all are equal."""
+def memory_finding(gpus: tuple[Gpu, ...]) -> Finding:
+    """Whether other processes use the GPUs."""
     used = {index: gpu.memory - gpu.free for index, gpu in enumerate(gpus) if not gpu.problem}
-    taken = [f"GPU {index}: {gigabytes(size)}" for index, size in used.items() if size > IN_USE]
-    if taken:
-        yield warn(
-            "GPU memory",
-            f"used by other processes: {', '.join(taken)}",
-            "`nvidia-smi` lists them; end them, or choose other GPUs with CUDA_VISIBLE_DEVICES.",
-        )
-    else:
-        yield ok("GPU memory", f"{gigabytes(min((gpu.free for gpu in gpus), default=0))} free")
-    if len({(gpu.name, gpu.memory) for gpu in gpus}) > 1:
-        yield warn(
-            "GPU kinds",
-            "the GPUs differ: all wait for the slowest, and the smallest limits how much shares a forward",
-            "Choose equal ones with CUDA_VISIBLE_DEVICES.",
-        )
+    if taken := [f"GPU {index}: {gigabytes(size)}" for index, size in used.items() if size > IN_USE]:
+        advice = "`nvidia-smi` lists them; end them, or choose other GPUs with CUDA_VISIBLE_DEVICES."
+        return warn("GPU memory", f"used by other processes: {', '.join(taken)}", advice)
+    return ok("GPU memory", f"{gigabytes(min(gpu.free for gpu in gpus))} free")
 
 
 def bf16_finding(gpus: tuple[Gpu, ...]) -> Finding:
     """Whether the GPUs compute in BF16, the default."""
-    old = [gpu.name for gpu in gpus if gpu.capability < BF16_SINCE]
-    if old:
+    if old := [gpu.name for gpu in gpus if gpu.capability < BF16_SINCE]:
         return warn("BF16", f"not supported by {old[0]}", "Train with precision.compute=fp32.")
     return ok("BF16", "supported by the GPU")
 
@@ -214,10 +172,9 @@ def nccl_finding(version: str | None, gpus: int) -> Finding:
     """Whether this PyTorch has NCCL, which processes on GPUs communicate through."""
     if version is not None:
         return ok("NCCL", version)
+    kind = fail if gpus > 1 else warn
     advice = "Install PyTorch from pytorch.org/get-started: its builds for Linux contain NCCL."
-    if gpus > 1:
-        return fail("NCCL", "not in this PyTorch, so several GPUs cannot train together", advice)
-    return warn("NCCL", "not in this PyTorch; it is needed to train on several GPUs", advice)
+    return kind("NCCL", "not in this PyTorch, so several GPUs cannot train together", advice)
 
 
 def compile_finding(missing: str | None) -> Finding:

@@ -7,33 +7,24 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping
 from datetime import timedelta
 
 import numpy
 import torch
 import torch.distributed as dist
 
-from w2vscale.diagnosis.finding import Finding, fail, ok, warn
+from w2vscale.diagnosis.finding import Finding, fail, listed, ok
 from w2vscale.diagnosis.requirements import installed_version
-from w2vscale.distributed.launch import local_processes, number_in
-from w2vscale.distributed.nodes import Place, node_size
+from w2vscale.distributed.launch import number_in
 from w2vscale.distributed.process_group import launch_environment
 from w2vscale.errors import TemporaryError, UserError, counted
 from w2vscale.version import __version__
 
+Facts = dict[str, str]
+
 LOOK = 0.1  # seconds between two looks for missing ranks
-
-
-@dataclass(frozen=True)
-class Rank:
-    """A rank that has arrived. `processes`: how many its launcher has started on its host, if it says so."""
-
-    host: str
-    local_rank: int
-    processes: int | None
-    versions: dict[str, str]
 
 
 class Meeting:
@@ -49,7 +40,6 @@ class Meeting:
             raise UserError(f"RANK is set, but not {absent[0]}: a launcher sets both; set it, or unset RANK")
         self.rank, self.world_size = number_in(environment, "RANK", 0), number_in(environment, "WORLD_SIZE", 1)
         self.address = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
-        self.local_rank = number_in(environment, "LOCAL_RANK", 0)
         self._timeout = timeout
         # The agent of torchrun may already serve a store there.
         serves = self.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -60,7 +50,6 @@ class Meeting:
                 is_master=serves,
                 timeout=timedelta(seconds=timeout),
                 wait_for_workers=False,
-                multi_tenant=True,  # the process group uses it, too
             )
         except (RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0].partition(". ")[0]
@@ -75,8 +64,7 @@ class Meeting:
             ) from error
         # torchrun starts failed ranks again, and its store has the keys of their predecessors.
         self._store = dist.PrefixStore(f"doctor/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        own = Rank(socket.gethostname(), self.local_rank, local_processes(environment), versions())
-        self.set(f"rank/{self.rank}", json.dumps(asdict(own)))
+        self.set(f"rank/{self.rank}", json.dumps({"host": socket.gethostname(), **versions()}))
 
     def set(self, key: str, text: str) -> None:
         """Store a text for the other ranks."""
@@ -88,20 +76,48 @@ class Meeting:
             self._store.wait([key], timedelta(seconds=patience * self._timeout))
             return self._store.get(key).decode()
         except RuntimeError as error:
-            raise TemporaryError(f"rank {self.rank} waits in vain for {key} of another rank") from error
+            raise TemporaryError(f"rank {self.rank} timed out waiting for {key} of another rank") from error
 
-    def arrived(self) -> dict[int, Rank]:
-        """The ranks that are here, once all are or the time-out has passed."""
+    def arrived(self) -> dict[int, Facts]:
+        """The ranks that are here, once all are or the time-out has passed. "host" is the host of each."""
         deadline = time.monotonic() + self._timeout
         missing = set(range(self.world_size))
         while missing and time.monotonic() < deadline:
             missing -= {rank for rank in missing if self._store.check([f"rank/{rank}"])}
             time.sleep(LOOK if missing else 0.0)
         here = sorted(set(range(self.world_size)) - missing)
-        return {rank: Rank(**json.loads(self.get(f"rank/{rank}"))) for rank in here}
+        return {rank: json.loads(self.get(f"rank/{rank}")) for rank in here}
+
+    def arrival(self, arrived: Mapping[int, Facts]) -> Finding:
+        """Which ranks have come, and how many from each host."""
+        counts = Counter(facts["host"] for facts in arrived.values())
+        hosts = listed(f"{host} ({count})" for host, count in counts.items())
+        missing = [rank for rank in range(self.world_size) if rank not in arrived]
+        if not missing:
+            return ok("ranks", f"{counted(self.world_size, 'rank')} on {counted(len(counts), 'host')}: {hosts}")
+        found = (
+            f"{counted(len(missing), 'rank')} ({listed(missing)}) did not connect to {self.address} within "
+            f"{self._timeout:g} s; connected: {hosts}"
+        )
+        advice = "See whether they were started and what they print; the firewall must let them reach this address."
+        return fail("ranks", found, advice)
+
+    @staticmethod
+    def same_versions(arrived: Mapping[int, Facts]) -> Finding:
+        """Whether all ranks have the same versions and kind of device."""
+        first, different = arrived[0], []
+        names = [name for name in first if name != "host"]
+        for name in names:
+            if others := [rank for rank, facts in arrived.items() if facts[name] != first[name]]:
+                other = arrived[others[0]][name]
+                different.append(f"{name} {first[name]} on rank 0, {other} on rank {others[0]}")
+        if different:
+            advice = "Use the same environment on all hosts, and give all ranks a GPU or none."
+            return fail("same software", f"the ranks differ: {'; '.join(different)}", advice)
+        return ok("same software", ", ".join(f"{name} {first[name]}" for name in names))
 
 
-def versions() -> dict[str, str]:
+def versions() -> Facts:
     """What must be equal on all ranks."""
     return {
         "Python": platform.python_version(),
@@ -112,66 +128,3 @@ def versions() -> dict[str, str]:
         "lhotse": installed_version("lhotse") or "none",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
-
-
-def hosts_of(arrived: Mapping[int, Rank]) -> dict[str, list[int]]:
-    """The ranks of each host."""
-    hosts: dict[str, list[int]] = {}
-    for rank, facts in arrived.items():
-        hosts.setdefault(facts.host, []).append(rank)
-    return hosts
-
-
-def spans(numbers: Iterable[int]) -> str:
-    """Numbers in ascending order, with a dash for several in a row: 0–3, 7."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][1] + 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in found)
-
-
-def arrival_finding(arrived: Mapping[int, Rank], world_size: int, *, address: str, timeout: float) -> Finding:
-    """Which ranks have come, and from which hosts."""
-    hosts = hosts_of(arrived)
-    listed = "; ".join(f"{host}: {spans(ranks)}" for host, ranks in hosts.items())
-    missing = [rank for rank in range(world_size) if rank not in arrived]
-    if not missing:
-        return ok("ranks", f"{counted(world_size, 'rank')} on {counted(len(hosts), 'host')} ({listed})")
-    number = f"rank {spans(missing)} has" if len(missing) == 1 else f"ranks {spans(missing)} have"
-    return fail(
-        "ranks",
-        f"{number} not come to {address} within {timeout:g} s; here are {listed}",
-        "See whether they were started and what they print; other hosts must reach this address through the firewall.",
-    )
-
-
-def versions_finding(arrived: Mapping[int, Rank]) -> Finding:
-    """Whether all ranks have the same versions and kind of device."""
-    different = []
-    for name, first in arrived[0].versions.items():
-        holders: dict[str, list[int]] = {first: []}
-        for rank, facts in arrived.items():
-            holders.setdefault(facts.versions.get(name, "none"), []).append(rank)
-        if len(holders) > 1:
-            shown = "; ".join(f"{value} on {spans(ranks)}" for value, ranks in holders.items())
-            different.append(f"{name}: {shown}")
-    if different:
-        return fail(
-            "same software",
-            f"the ranks differ ({' | '.join(different)})",
-            "Use the same environment on all hosts, and give all ranks a GPU or none.",
-        )
-    return ok("same software", ", ".join(f"{name} {value}" for name, value in arrived[0].versions.items()))
-
-
-def order_finding(arrived: Mapping[int, Rank]) -> Finding:
-    """Whether the ranks of a host are consecutive, as sharding within a host needs it."""
-    places: Sequence[Place] = [Place(facts.host, facts.local_rank, facts.processes) for facts in arrived.values()]
-    try:
-        size = node_size(places, "engine.shard_size=node")
-    except UserError as error:
-        return warn("rank order", str(error), "Other settings work as they are.")
-    return ok("rank order", f"{size} consecutive ranks on each host" if size > 1 else "one rank on each host")

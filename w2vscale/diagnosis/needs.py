@@ -23,30 +23,34 @@ GRADIENTS = 380e6
 """Bytes of the gradients of `base` in fp32."""
 
 
-def micro_batches_in_flight(config: Config, ranks: int) -> int:
-    """How many micro-batches the loader processes of one of `ranks` keep ready: see `w2vscale.data.loading.Loader`."""
+def micro_batches_in_flight(config: Config, world_size: int) -> int:
+    """How many micro-batches the loader processes of a rank keep ready: see `w2vscale.data.loading.Loader`."""
     workers = config.data.workers
-    each = max(config.data.prefetch, -(-config.batch.micro_batches // (ranks * max(workers, 1))))
-    return workers * each
+    return workers * max(config.data.prefetch, -(-_per_rank(config, world_size) // max(workers, 1)))
 
 
-def shared_memory(preset: str, ranks: int, *, gpus: int) -> int:
-    """Bytes in /dev/shm when all loader processes of a machine with `ranks` have loaded all that they may."""
+def shared_memory(preset: str, ranks: int, world_size: int, *, gpus: int) -> int:
+    """Bytes in /dev/shm when the loader processes of a machine with `ranks` ranks have loaded all that they may."""
     config = load_config(preset)
-    count = micro_batches_in_flight(config, ranks)
+    count = micro_batches_in_flight(config, world_size)
     if not gpus:  # otherwise the window of the current update is in pinned memory
-        count += -(-config.batch.micro_batches // ranks)
+        count += _per_rank(config, world_size)
     samples = config.batch.max_seconds * config.model.sampling_rate
     return int(ranks * count * samples * 4)
 
 
-def open_files(ranks: int, world_size: int) -> int:
+def open_files(world_size: int) -> int:
     """File descriptors of a rank, about: libraries and logs, loaders and their micro-batches, links to other ranks.
 
     A rank on two cores with the loader of `base` had 114 open; libraries for GPUs have more.
     """
     config = load_config("base")
-    return 128 + 4 * config.data.workers + micro_batches_in_flight(config, ranks) + 2 * world_size
+    return 128 + 4 * config.data.workers + micro_batches_in_flight(config, world_size) + 2 * world_size
+
+
+def _per_rank(config: Config, world_size: int) -> int:
+    """Micro-batches of an update that a rank runs."""
+    return -(-config.batch.micro_batches // world_size)
 
 
 def update_seconds(world_size: int) -> float:

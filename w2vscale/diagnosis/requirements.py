@@ -2,61 +2,45 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 _CHECKOUT = Path(__file__).resolve().parents[2] / "pyproject.toml"
-_REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)(\[[^]]*\])?\s*\(?(?P<range>[<>=!~][^;)]*)?")
-_BOUND = re.compile(r"\s*(>=|==|<)\s*([\d.]+)")
-
-Fit = Literal["fits", "too old", "too new", "another version"]
-
-
-@dataclass(frozen=True)
-class Requirements:
-    """Ranges of versions, such as ">=2.11,<2.14": of Python, and by package. "" is any version."""
-
-    python: str
-    packages: dict[str, str]
-    optional: dict[str, str]
 
 
 @cache
-def requirements() -> Requirements:
-    """Those of the checkout that runs, which need not be the installed package; empty if there is neither."""
-    if (project := _project_of_checkout()) is not None:
-        extras: dict[str, list[str]] = project.get("optional-dependencies", {})
-        optional = [requirement for extra in extras.values() for requirement in extra]
-        return Requirements(project["requires-python"], _ranges(project["dependencies"]), _ranges(optional))
-    try:
-        installed = metadata.distribution("w2vscale")
-    except metadata.PackageNotFoundError:
-        return Requirements("", {}, {})
-    lines = installed.requires or []
-    needed = _ranges(line for line in lines if "extra ==" not in line)
-    return Requirements(
-        installed.metadata["Requires-Python"] or "", needed, _ranges(line for line in lines if "extra ==" in line)
-    )
+def requirements(extra: str = "") -> dict[str, SpecifierSet]:
+    """The range of versions of each package that `w2vscale[extra]` requires, and of "python".
+
+    They are those of the checkout that runs, which may be newer than the installed package; empty if there is neither.
+    """
+    python, lines = _declared(extra)
+    found = {"python": SpecifierSet(python)}
+    for requirement in map(Requirement, lines):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            found[requirement.name] = requirement.specifier
+    return found
 
 
-def fit(version: str, wanted: str) -> Fit:
-    """Compare a version with a range of >=, < and == parts. Local parts of a version, such as +cpu, do not count."""
-    for sign, bound in _BOUND.findall(wanted):
-        place = _compared(version, bound)
-        if sign == "==" and place != 0:
-            return "another version"
-        if sign == ">=" and place < 0:
-            return "too old"
-        if sign == "<" and place >= 0:
-            return "too new"
-    return "fits"
+def required(name: str, extra: str = "") -> str:
+    """A package with its range of versions, for `pip install`."""
+    return f"{name}{requirements(extra).get(name, '')}"
+
+
+def reinstall(name: str, extra: str = "") -> str:
+    """The command that repairs a package and installs what it lacks, but leaves other packages as they are."""
+    return f"pip uninstall -y {name} && pip install '{required(name, extra)}'"
+
+
+def fits(version: str, wanted: SpecifierSet) -> bool:
+    """Whether a version is in a range. Builds such as 2.11.0a0+nv25 (in NVIDIA's containers) count as 2.11.0."""
+    return wanted.contains(Version(version).base_version)
 
 
 def installed_version(package: str) -> str | None:
@@ -67,23 +51,11 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _project_of_checkout() -> dict[str, Any] | None:
-    try:
-        project: dict[str, Any] = tomllib.loads(_CHECKOUT.read_text(encoding="utf-8"))["project"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return project if project.get("name") == "w2vscale" else None
-
-
-def _ranges(lines: Iterable[str]) -> dict[str, str]:
-    matches = [_REQUIREMENT.match(line) for line in lines]
-    return {found["name"]: (found["range"] or "").strip() for found in matches if found}
-
-
-def _compared(version: str, bound: str) -> int:
-    """-1, 0 or 1 if a version is below, equal to or above a bound. 2.11 equals 2.11.0."""
-    numbers = [list(map(int, re.findall(r"\d+", re.split(r"[+a-zA-Z]", text)[0]))) for text in (version, bound)]
-    for mine, other in zip_longest(*numbers, fillvalue=0):
-        if mine != other:
-            return -1 if mine < other else 1
-    return 0
+def _declared(extra: str) -> tuple[str, list[str]]:
+    """The range of Python, and the required packages."""
+    if _CHECKOUT.is_file():
+        project = tomllib.loads(_CHECKOUT.read_text(encoding="utf-8"))["project"]
+        return project["requires-python"], project["dependencies"] + project["optional-dependencies"].get(extra, [])
+    if installed_version("w2vscale") is None:
+        return "", []
+    return metadata.metadata("w2vscale")["Requires-Python"], metadata.requires("w2vscale") or []

@@ -108,7 +108,7 @@ def launch(arguments: Sequence[str], processes: int, *, grace: float = FAILURE_G
 
 def _environment(rank: int, processes: int, *, port: int) -> dict[str, str]:
     """Return the variables that torchrun sets, and defaults for two that the user may set."""
-    threads = max((os.cpu_count() or 1) // processes, 1)
+    threads = max(len(os.sched_getaffinity(0)) // processes, 1)
     return {
         LAUNCHER: str(os.getpid()),
         "RANK": str(rank),
