@@ -14,7 +14,7 @@ from w2vscale.planning.work import Model
 
 ATTAINED, ATTAINED_EAGER = 0.65, 0.60
 """Shares of the rate of the roofline model that an H100 reached with `base` and `large` in long forwards, compiled and
-not: without compilation they took 8 and 9 % longer (docs/performance.md, Rates)."""
+not: without compilation their rates were 8 and 9 % lower (docs/performance.md, Rates)."""
 
 STEP_BYTES = 96
 """Memory traffic of the optimizer step per parameter, at the bandwidth of the GPU: clipping and fused AdamW, as slow as
