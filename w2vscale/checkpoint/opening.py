@@ -29,7 +29,7 @@ def open_on_all_ranks(path: Path, log: Callable[[str], None] = lambda text: None
                 checkpoint = checkpoint or CheckpointReader(path)
         checkpoint = broadcast_from_main(checkpoint)
         with errors_on_all_ranks():
-            if (path / STATE).is_file():
+            if not is_main and (path / STATE).is_file():  # the one on its own machine
                 checkpoint = CheckpointReader(path)
         assert checkpoint is not None
         damaged = damage_on_any_rank(checkpoint)
