@@ -117,7 +117,7 @@ class TestEpochs:
         assert wanted % plan.series_length == 0
         assert plan.per_epoch % plan.series_length == 0
         assert plan.lanes * plan.series_length == case.settings["micro_batches"]
-        if plan.series_length > 1:
+        if plan.series_length > 1 and case.settings["buckets"] == 1:  # else series have other borders of buckets
             alone = plan_of(case.samples, case.starts, **{**case.settings, "series_length": 1})
             assert plan.per_epoch - alone.per_epoch <= 0.05 * plan.per_epoch + 1e-9 or wanted == 1
 

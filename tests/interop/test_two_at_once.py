@@ -35,6 +35,21 @@ def below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
+@pytest.mark.parametrize("name", ["import huggingface", "average"])
+def test_what_others_write_in_the_folder_stays(name: str, run: Path, tmp_path: Path) -> None:
+    """Another conversion may be writing a folder in it, and not every file with the name lock is ours."""
+    unfinished = tmp_path / ".export.partial" / "config.json"
+    unfinished.parent.mkdir()
+    unfinished.write_text("{}")
+    (tmp_path / "lock").write_text("of another program")
+    with pytest.raises(UserError, match=r"lock: not a file of w2vscale; choose another folder$"):
+        CONVERSIONS[name](run, tmp_path, ignore)
+    assert (tmp_path / "lock").read_text() == "of another program"
+    (tmp_path / "lock").unlink()
+    CONVERSIONS[name](run, tmp_path, ignore)
+    assert unfinished.read_text() == "{}" and (tmp_path / "checkpoints").is_dir()
+
+
 @pytest.mark.parametrize("name", ["import huggingface", "export huggingface", "consolidate", "average"])
 def test_the_second_is_refused_and_takes_over_when_the_first_is_killed(name: str, run: Path, tmp_path: Path) -> None:
     work, output, reading = CONVERSIONS[name], tmp_path / "a" / "b", FORK.Event()

@@ -135,7 +135,8 @@ def kill_half_way(command: list[str], folder: Path, output: Path, size: int) -> 
         while process.poll() is None and bytes_below(folder) - before < size / 2:
             time.sleep(SAMPLE_SECONDS)
         process.send_signal(signal.SIGKILL)
-    if process.returncode not in (0, -signal.SIGKILL):
+    complete = process.returncode == 0 and bytes_below(output) >= size
+    if process.returncode != -signal.SIGKILL and not complete:
         raise UserError(f"{' '.join(command)}: ended with {process.returncode} before it was killed")
     if bytes_below(output) >= size:
         delete(output)

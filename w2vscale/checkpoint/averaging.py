@@ -65,7 +65,7 @@ def average(
     }
     origin = "; ".join(filter(None, (newest.state.data, f"the mean of the weights at {_listed(scores)}")))
     state, expected = replace(newest.state, data=origin, validation={}), expected_of(newest.config, optimizer=False)
-    with locked(output, log):
+    with locked(output, log, of_a_run=False):
         folder = folder_for_one(output)  # another process may have written one
         store = CheckpointStore(folder, Ranks(), expected=expected, log=log)
         path = store.save(counted_reads(means, progress), state, dump_config(newest.config))

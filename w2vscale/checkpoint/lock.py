@@ -75,18 +75,22 @@ class Lock:
 
 
 @contextmanager
-def locked(exp: Path, log: Callable[[str], None]) -> Iterator[Lock]:
-    """Hold the lock of the folder `exp` in the block; make the folder, and delete unfinished files in it.
+def locked(exp: Path, log: Callable[[str], None], *, of_a_run: bool = True) -> Iterator[Lock]:
+    """Hold the lock of the folder `exp` in the block; make the folder, and delete what a killed run has left in it.
 
-    If the folder is still empty at the end, it is deleted. Raises UserError and TemporaryError as `hold` does.
+    `of_a_run`: whether it is the folder of a run, in which no other process writes. If the folder is still empty at the
+    end, it is deleted. Raises UserError and TemporaryError as `hold` does.
     """
     missing = [folder for folder in (exp, *exp.parents) if not folder.exists()]
     if exp.exists() and not exp.is_dir():
         raise UserError(f"{exp}: a file, not a folder; choose another one")
+    if not of_a_run and _is_of_others(exp / "lock"):
+        raise UserError(f"{exp / 'lock'}: not a file of w2vscale; choose another folder")
     try:
         with hold(exp / "lock", exp, log) as lock:
-            for folder in (exp, exp / "logs", exp / "checkpoints"):
-                remove_partials(folder, log)
+            if of_a_run:
+                for folder in (exp, exp / "logs", exp / "checkpoints"):
+                    remove_partials(folder, log)
             yield lock
     finally:
         with suppress(OSError):
@@ -184,6 +188,13 @@ def _holder(path: Path) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
     return {}
+
+
+def _is_of_others(path: Path) -> bool:
+    """Whether a file has a content, and it is not that of a lock."""
+    with suppress(OSError):
+        return path.stat().st_size > 0 and "pid" not in _holder(path)
+    return False
 
 
 def _runs_here(holder: dict[str, Any]) -> bool:

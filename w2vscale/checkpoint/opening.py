@@ -9,7 +9,12 @@ import torch.distributed as dist
 
 from w2vscale.checkpoint.format import STATE, damages
 from w2vscale.checkpoint.reader import CheckpointReader, candidates
-from w2vscale.distributed.process_group import broadcast_from_main, errors_on_all_ranks, gather_from_ranks
+from w2vscale.distributed.process_group import (
+    Patience,
+    broadcast_from_main,
+    errors_on_all_ranks,
+    gather_from_ranks,
+)
 from w2vscale.errors import UserError
 
 
@@ -37,12 +42,14 @@ def open_on_all_ranks(path: Path, log: Callable[[str], None] = lambda text: None
             return checkpoint
 
 
-def damage_on_any_rank(checkpoint: CheckpointReader) -> str | None:
+def damage_on_any_rank(checkpoint: CheckpointReader, patience: Patience | None = None) -> str | None:
     """What is wrong with a file of a checkpoint, judging by its checksum; None if all are intact. Collective.
 
-    Each file is hashed by one rank: with the ranks that wrote the checkpoint, each reads its own.
+    Each file is hashed by one rank: with the ranks that wrote the checkpoint, each reads its own. The others may wait
+    longer than the timeout of the process group, such as for the only file of an imported model.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     names = [*checkpoint.tensor_files][rank::world_size]
-    own = next(damages(checkpoint.path, {name: checkpoint.files[name] for name in names}), None)
+    found = damages(checkpoint.path, {name: checkpoint.files[name] for name in names})
+    own = (patience or Patience()).run(lambda: next(found, None))
     return next(filter(None, gather_from_ranks(own)), None)

@@ -181,7 +181,7 @@ class CheckpointStore:
             if path is not None and isinstance(place, Url):
                 with errors_on_all_ranks():
                     checkpoint = CheckpointReader(path)
-            damaged = damage_on_any_rank(checkpoint)
+            damaged = damage_on_any_rank(checkpoint, self.patience)
             if damaged is None:
                 self._intact = checkpoint.state.update
                 return checkpoint

@@ -123,13 +123,14 @@ def examine_ranks(exp: Path | None, local: Callable[[], Iterator[Finding]], *, t
         if rank in first:
             yield from _together(meeting, "local", first, local())
         if rank == 0:
-            meeting.set("measure", "")
-        else:
-            meeting.get("measure", patience=2 * LOCAL_CHECKS)
+            meeting.set("measure", "true")
+        elif not json.loads(meeting.get("measure", patience=2 * LOCAL_CHECKS)):
+            return  # rank 0 has named the host that did not report
         yield from _together(meeting, "network", everyone, network_findings(exp, hosts, timeout=timeout))
     except TemporaryError as error:
         if rank > 0:
             raise
+        meeting.set("measure", "false")
         yield fail("other hosts", str(error), "See whether this rank has ended, and what it has printed.")
 
 

@@ -64,7 +64,8 @@ def _load(
     try:
         checkpoint = opened(local)
     except UserError as error:
-        hint = f"; convert it with: w2vscale import {source} DIR" if form_of(local) is not None else ""
+        is_model = form_of(local) is not None and (local.is_dir() or local.suffix in (".pt", ".pth"))
+        hint = f"; convert it with: w2vscale import {source} DIR" if is_model else ""
         raise UserError(f"{error}{hint}") from None
     config = checkpoint.config
     objective = build_objective(config.model_copy(update={"precision": PrecisionConfig(compute="fp32")}))

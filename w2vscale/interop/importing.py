@@ -72,7 +72,7 @@ def import_checkpoint(
         objective = ObjectiveConfig(**config.objective.model_dump() | {"sentencepiece": copy})
         config = config.model_copy(update={"objective": objective})
     expected = expected_of(config, optimizer=False)
-    with locked(output, log):
+    with locked(output, log, of_a_run=False):
         folder = folder_for_one(output)  # another process may have written one
         store = CheckpointStore(folder, Ranks(), expected=expected, log=log)
         try:
@@ -139,6 +139,8 @@ def _copied(pieces: Path | None, copy: Path) -> Iterator[None]:
         return
     if copy.exists():
         raise UserError(f"{copy}: exists and is another file than {pieces}; choose another folder")
+    for left in copy.parent.glob(f".{copy.name}.*.partial"):  # by a process that was killed
+        left.unlink(missing_ok=True)
     with new_file(copy, "wb", durable=True) as file:
         file.write(content)
     try:

@@ -77,6 +77,8 @@ def _on_host(one: _Setting, needed: Demand) -> Demand:
     state, engine = one.state, one.sharding.engine
     stays = state.parameters if engine == "zero2" else 0.0
     host = sum(state) - stays
+    if one.model.config.checkpoint.asynchronous:  # copies weights and moments, to write them meanwhile
+        host += 1.5 * state.moments
     if engine == "zero2":
         # Gradients of earlier backwards, and stepped weights on their way to the GPU.
         host += state.gradients * one.accumulates + one.sharding.working_bytes * state.masters / FP32
