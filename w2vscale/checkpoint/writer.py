@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -104,8 +105,11 @@ def _own(tensor: Writable) -> Tensor:
     """The values that this rank holds, on the CPU."""
     if isinstance(tensor, LazyTensor):
         return tensor.whole()
-    made = tensor.make() if isinstance(tensor, DeferredTensor) else tensor.detach()
-    return made.to_local() if isinstance(made, DTensor) else made.cpu()
+    made = tensor.make() if isinstance(tensor, DeferredTensor) else tensor
+    # No operation of a DTensor: in a second thread, such as of a background save, they crash PyTorch 2.11.
+    with torch.no_grad():
+        local = made.to_local() if isinstance(made, DTensor) else made
+    return local.detach().cpu()
 
 
 def _finite(values: Iterable[tuple[str, Tensor]]) -> Iterator[Tensor]:
