@@ -75,6 +75,12 @@ def enter(*, debug: bool = False, launched: bool = False) -> None:
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
 
 
+def hide_failed_connections() -> None:
+    """Hide the stack traces that PyTorch logs for connections that fail. Call it before PyTorch is imported."""
+    if DEBUG not in os.environ:
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
+
+
 def end_with_parent() -> None:
     """Have Linux kill this process when the thread that started it ends. Does nothing on other systems."""
     if sys.platform == "linux":

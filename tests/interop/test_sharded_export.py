@@ -17,7 +17,7 @@ from w2vscale.interop import exporting
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.interop.importing import import_checkpoint
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="Transformers is not installed (extra huggingface)")
 
 SHARD_BYTES = 60_000
 

@@ -47,8 +47,9 @@ def doctor(
     launch_if_asked(context, nproc_per_node)
     from w2vscale.diagnosis.doctor import examine
     from w2vscale.diagnosis.finding import failed, summary
-    from w2vscale.runtime import exit_on_signals
+    from w2vscale.runtime import exit_on_signals, hide_failed_connections
 
+    hide_failed_connections()  # the report names them
     with exit_on_signals():
         findings = list(_shown(examine(exp, timeout=timeout)))
     if findings:  # rank 0 has them

@@ -30,7 +30,8 @@ class Check:
     """A function that yields findings, run in a child process.
 
     `function`: MODULE:NAME in this package. Only the child imports the module, which may import what is broken.
-    `name`, `broken` and `advice`: the finding if the function raises, or its process crashes or hangs.
+    `environment`: variables of the child, besides those of this process. `name`, `broken` and `advice`: the finding if
+    the function raises, or its process crashes or hangs.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Check:
     advice: str
     broken: Verdict = "fail"
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Children:
@@ -83,6 +85,7 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 stdout=answers,
                 stderr=errors,
+                env=os.environ | dict(check.environment),
                 start_new_session=True,
             )
             self._running.add(process)

@@ -18,7 +18,6 @@ from w2vscale.diagnosis.requirements import reinstall
 from w2vscale.diagnosis.software import INSTALL, PACKAGES
 from w2vscale.distributed.launch import launched, local_processes, number_in, ranked, slurm_tasks
 from w2vscale.errors import TemporaryError, UserError
-from w2vscale.runtime import DEBUG
 
 if TYPE_CHECKING:
     from w2vscale.diagnosis.meeting import Meeting
@@ -88,8 +87,11 @@ def local_findings(folder: Path, *, ranks: int, world_size: int, timeout: float)
 def network_findings(exp: Path | None, hosts: list[str], *, timeout: float) -> Iterator[Finding]:
     """What the ranks measure together. In child processes: a collective that hangs is stopped with its process."""
     arguments = {"hosts": hosts, "exp": None if exp is None else str(exp)}
+    # This process of rank 0 serves the store, so the children only connect to it.
+    store = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     with Children(timeout, at_a_time=1) as children:
-        yield from children.start(Check("network", "links:network", NO_NETWORK, arguments=arguments)).result()[0]
+        check = Check("network", "links:network", NO_NETWORK, arguments=arguments, environment=store)
+        yield from children.start(check).result()[0]
 
 
 def examine_ranks(exp: Path | None, local: Callable[[], Iterator[Finding]], *, timeout: float) -> Iterator[Finding]:
@@ -136,9 +138,6 @@ def examine_ranks(exp: Path | None, local: Callable[[], Iterator[Finding]], *, t
 
 def _meeting(timeout: float) -> Meeting:
     """Connect the ranks. Raises UserError if this cannot work, and TemporaryError if rank 0 is not reached."""
-    if DEBUG not in os.environ:
-        # Hides stack traces of connections that fail, which the report names.
-        os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     try:
         from w2vscale.diagnosis.meeting import Meeting
     except Exception as error:  # whatever a broken library raises

@@ -59,7 +59,6 @@ def network(hosts: list[str], exp: str | None) -> Iterator[Finding]:
 
     `hosts`: that of each rank; `exp`: a folder that all hosts should share.
     """
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the process that has started that of rank 0 serves the store
     try:
         # The time-out is long because NCCL aborts a process when it has passed; `Children` stops this one earlier.
         with process_group(timeout=LONG_TIMEOUT) as (ranks, device):
