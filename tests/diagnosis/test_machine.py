@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from w2vscale.diagnosis import disk, gpus, machine, needs
+from w2vscale.diagnosis import disk, machine, needs
 from w2vscale.diagnosis.cgroups import Limits, limits
 
 GB = 1e9
-H100 = gpus.Gpu("NVIDIA H100 80GB HBM3", (9, 0), int(85 * GB), int(84.4 * GB))
-NONE = gpus.Cuda(driver=None, devices=False, build=None, named=None)
-EIGHT = gpus.Cuda(driver="550.54.15", devices=True, build="12.6", named=None, gpus=(H100,) * 8)
-UNUSED = replace(EIGHT, gpus=())
 
 
 class TestMachine:
