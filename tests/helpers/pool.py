@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import time
 import traceback
@@ -20,11 +21,12 @@ class Pool:
     """`size` ranks that live until `close`. They are forked from one process that has made the slow imports."""
 
     def __init__(self, size: int, folder: Path) -> None:
+        self.folder = folder
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(size):
             ours, theirs = FORKS.Pipe()
-            process = FORKS.Process(target=_serve, args=(theirs, rank, size, str(folder / "store")), daemon=True)
+            process = FORKS.Process(target=_serve, args=(theirs, rank, size, folder), daemon=True)
             process.start()
             theirs.close()
             self.connections.append(ours)
@@ -40,13 +42,18 @@ class Pool:
             try:
                 arrived = connection.poll(max(deadline - time.monotonic(), 0.0))
                 error, result = connection.recv() if arrived else (f"no answer in {timeout} s", None)
-            except EOFError:
-                error, result = "the process died", None
+            except (EOFError, ConnectionError):
+                error, result = self._death(rank), None
             if error is not None:
                 self.close()
                 raise AssertionError(f"rank {rank}: {error}")
             results.append(result)
         return results
+
+    def _death(self, rank: int) -> str:
+        """How the process of a rank has ended, with its stacks if it was a signal that it could handle."""
+        self.processes[rank].join(10)
+        return f"the process died ({self.processes[rank].exitcode})\n{_stacks(self.folder, rank).read_text()}"
 
     def close(self) -> None:
         """End the ranks."""
@@ -55,11 +62,16 @@ class Pool:
             process.join(10)
 
 
-def _serve(connection: Connection, rank: int, size: int, store: str) -> None:
+def _stacks(folder: Path, rank: int) -> Path:
+    return folder / f"stacks_rank_{rank}.txt"
+
+
+def _serve(connection: Connection, rank: int, size: int, folder: Path) -> None:
     fork_children()
+    faulthandler.enable(_stacks(folder, rank).open("w"))
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
     while True:
         try:
             function, arguments = connection.recv()
