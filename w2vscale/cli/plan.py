@@ -87,44 +87,58 @@ def _print_run(plan: Plan) -> None:
     batch, seen = plan.model.config.batch, plan.exposure
     epochs = "" if seen.epochs is None else f", {seen.epochs:,.1f} epochs of data.train"
     console.print(
-        f"{plan.model.name}: {plan.model.parameters:,} parameters, {plan.model.config.precision.compute}. "
+        f"{plan.model.name}: {plan.model.parameters:,} parameters, {plan.model.config.precision.compute}\n"
         f"An update: {plan.micro_batches} micro-batches of up to {batch.max_seconds:g} s, "
-        f"{seen.hours_per_update:.2f} hours of audio; {seen.updates:,} updates: {seen.hours:,.0f} hours{epochs}"
+        f"{seen.hours_per_update:.2f} hours of audio. {seen.updates:,} updates: {seen.hours:,.0f} hours{epochs}"
     )
     if plan.micro_batches != batch.micro_batches:
         change = plan.micro_batches / batch.micro_batches - 1
         console.print(
-            f"batch.micro_batches={batch.micro_batches} cannot be dealt to {plan.gpus} GPUs: planned with "
+            f"batch.micro_batches={batch.micro_batches} is not a multiple of {plan.gpus} GPUs: planned with "
             f"{plan.micro_batches}, which changes the audio of an update by {change:+.1%}"
         )
 
 
 def _print_rows(plan: Plan) -> None:
     columns = (
-        "engine", "recompute", "weights", "gradients", "moments", "activations", "buffers", "in all", "host",
-        "fits", "per forward", "sent, GB", "links, s", "update, s", "days",
+        "\nengine", "\nrecompute", "state\nGB", "activ.\nGB", "buffers\nGB", "total\nGB", "host\nGB",
+        "longest\ns", "\nconcat", "links\ns", "update\ns", "\ndays",
     )  # fmt: skip
     title = (
-        f"GB on each of {counted(plan.gpus, 'GPU')} with {plan.cluster.memory / GB:g} GB, of which "
-        f"{plan.limit / GB:.1f} can be used (host: on each of {counted(plan.nodes, 'node')})"
+        f"Memory of a GPU: {plan.cluster.memory / GB:g} GB, of which {plan.limit / GB:.1f} can be used. "
+        f"{counted(plan.gpus, 'GPU')}, {counted(plan.nodes, 'node')}"
     )
-    print_table(columns, [_cells(plan, row) for row in plan.rows], title=title)
+    fitting = [row for row in plan.rows if row.fits]
+    if fitting:
+        print_table(columns, [_cells(plan, row) for row in fitting], title=title)
+    if any(_is_shortened(plan, row) for row in fitting):
+        console.print(
+            f"* below batch.max_seconds={plan.model.config.batch.max_seconds:g}: timed with shorter micro-batches"
+        )
+    for row in plan.rows:
+        if not row.fits:
+            console.print(f"does not fit: {row.engine}, recompute={row.recomputation}: {_missing(row)}")
+
+
+def _is_shortened(plan: Plan, row: Row) -> bool:
+    """Whether micro-batches of the settings do not fit, but shorter ones do."""
+    return row.footprint.total > plan.limit
 
 
 def _cells(plan: Plan, row: Row) -> list[str]:
     parts, prediction = row.footprint, row.prediction
-    sizes = [f"{part / GB:.1f}" for part in (*parts[:5], parts.total)]
-    if not parts.activations:
-        sizes[3] = "–"  # the peak is outside of forward and backward
-    host = f"{parts.host * plan.cluster.gpus_per_node / GB:.0f}" if parts.host else ""
-    cells = [row.engine, row.recomputation, *sizes, host]
-    if prediction is None:
-        return [*cells, f"no: {_missing(row)}", *[""] * 5]
+    assert prediction is not None
+    state = parts.parameters + parts.gradients + parts.moments
     return [
-        *cells,
-        f"{'only ' if parts.total > plan.limit else ''}up to {row.longest:,.0f} s",
+        row.engine,
+        row.recomputation,
+        f"{state / GB:.1f}",
+        f"{parts.activations / GB:.1f}" if parts.activations else "–",  # the peak is outside of forward and backward
+        f"{parts.buffers / GB:.1f}",
+        f"{parts.total / GB:.1f}",
+        f"{parts.host * plan.cluster.gpus_per_node / GB:.0f}" if parts.host else "",
+        f"{row.longest:,.0f}{'*' if _is_shortened(plan, row) else ''}",
         str(prediction.per_forward),
-        f"{prediction.sent / GB:.1f}",
         f"{prediction.sending:.2f}",
         f"{prediction.seconds:.2f}",
         _digits(prediction.days),
@@ -133,11 +147,15 @@ def _cells(plan: Plan, row: Row) -> list[str]:
 
 def _missing(row: Row) -> str:
     if row.lacks:
-        return f"needs {row.lacks / GB:.1f} GB more"
-    return f"needs {row.lacks_host / GB:.1f} GB more on the host"
+        return f"needs {row.lacks / GB:.1f} GB more per GPU"
+    return f"needs {row.lacks_host / GB:.1f} GB more host memory per node"
 
 
 def _digits(number: float) -> str:
+    if number < 0.01:
+        return "<0.01"
+    if number < 1.0:
+        return f"{number:.2f}"
     return f"{number:,.0f}" if number >= 100.0 else f"{number:.3g}"
 
 
@@ -149,8 +167,7 @@ def _print_recommendation(plan: Plan) -> None:
         if plan.enough is not None:
             advice = f"{counted(plan.enough, 'GPU')} are enough (fsdp or zero3, recompute=full)"
         console.print(
-            f"Nothing fits. {closest.engine} with recompute={closest.recomputation} {_missing(closest)}"
-            f"{' per GPU' if closest.lacks else ''}; {advice}"
+            f"Nothing fits. {closest.engine} with recompute={closest.recomputation} {_missing(closest)}; {advice}"
         )
         return
     assert row.prediction is not None
@@ -159,10 +176,10 @@ def _print_recommendation(plan: Plan) -> None:
         host = f" It needs {row.footprint.host * plan.cluster.gpus_per_node / GB:.0f} GB of host memory per node."
     console.print(
         f"Recommended: {row.engine}, recompute={row.recomputation}: {_digits(found.days)} days, "
-        f"{_digits(found.gpu_hours)} GPU-hours, {found.audio_per_second:,.0f} s of audio per second; GPUs wait for "
-        f"links or hosts in {found.exposed:.0%} of an update.{host} Settings to type:"
+        f"{_digits(found.gpu_hours)} GPU-hours, {found.audio_per_second:,.0f} s of audio per second.\n"
+        f"GPUs wait for links or the host {found.exposed:.0%} of the time.{host} Settings to type:"
     )
-    console.print(f"  {' '.join(plan.overrides(row)) or 'none: the run has them'}")
+    console.print(f"  {' '.join(plan.overrides(row)) or 'none: these are the settings of the run'}")
     batch = found.model.config.batch
     if batch.max_seconds != plan.model.config.batch.max_seconds:
         console.print(
@@ -177,11 +194,15 @@ def _print_assumptions(plan: Plan, rates: Path | None) -> None:
     cluster = plan.cluster
     computing = f"as measured in {rates}"
     if rates is None:
-        speeds = f"{cluster.flops / 1e12:,.0f} TFLOP/s and {cluster.bandwidth / 1e12:.1f} TB/s"
-        computing = f"at {ATTAINED:.0%} of the roofline of {speeds}, {ATTAINED_EAGER:.0%} where it is not compiled"
+        speeds = f"{cluster.flops / 1e12:,.0f} TFLOP/s, {cluster.bandwidth / 1e12:.1f} TB/s of GPU memory"
+        computing = f"{ATTAINED:.0%} of the roofline ({speeds}); {ATTAINED_EAGER:.0%} without compilation"
     console.print(
-        f"Assumed: {CONTEXT / GB:g} GB for CUDA and NCCL, {SHARE:.0%} of the rest used; computing {computing}; "
-        f"{cluster.description}: {cluster.inside.bandwidth / GB:.0f} GB/s per GPU inside a node, "
-        f"{cluster.across.bandwidth / GB:.3g} GB/s per node across; for offloading {cluster.pcie / GB:.0f} GB/s per "
-        f"GPU and {cluster.host_bandwidth / GB:.0f} GB/s of host memory per node, without overlap (docs/planning.md)"
+        "Assumed (docs/planning.md):\n"
+        f"  memory      {CONTEXT / GB:g} GB for CUDA and NCCL, {SHARE:.0%} of the rest used\n"
+        f"  computing   {computing}\n"
+        f"  GPUs        {cluster.description}\n"
+        f"  links       {cluster.inside.bandwidth / GB:.0f} GB/s per GPU inside a node, "
+        f"{cluster.across.bandwidth / GB:.3g} GB/s per node across\n"
+        f"  offloading  {cluster.pcie / GB:.0f} GB/s per GPU, {cluster.host_bandwidth / GB:.0f} GB/s of host memory "
+        "per node, no overlap with computing"
     )
