@@ -71,7 +71,7 @@ def test_other_shapes_and_settings_are_errors_unless_named(
         ("model.heads=2", "model.heads is 4 there and 2 here"),
         ("model.normalize_waveform=true", "model.normalize_waveform is False there and True here"),
     ):
-        with pytest.raises(UserError, match=f"{name};.* to accept this, name it in trainer.init_allow"):
+        with pytest.raises(UserError, match=f"{name};.* or name what may differ in trainer.init_allow"):
             train(settings(small_corpus, source, override), tmp_path / "no")
     allowed = settings(
         small_corpus, source, "objective.codebook_entries=12", "trainer.updates=1", "schedule.warmup_updates=1",

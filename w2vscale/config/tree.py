@@ -451,7 +451,7 @@ class TrainerConfig(Section):
     init_from: Place | None = Field(
         None,
         description="start a new run from the weights of this checkpoint (path or URL), Transformers folder, or .pt "
-        "file of fairseq",
+        "file of fairseq or fairseq2",
     )
     init_allow: Annotated[list[Pattern], BeforeValidator(_as_list)] = Field(
         [], description="regular expressions of tensors and settings that may be missing or differ in init_from"

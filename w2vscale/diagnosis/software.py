@@ -150,7 +150,7 @@ def deepspeed() -> Iterator[Finding]:
         yield fail("DeepSpeed", found, "unset DS_ACCELERATOR")
         return
     yield ok("DeepSpeed", f"{library.__version__}, on {chosen}")
-    operators = "none is compiled: the optimizer and pinned memory are those of PyTorch"
+    operators = "none is compiled: DeepSpeed uses the optimizer and pinned memory of PyTorch"
     if os.environ.get("DS_PIN_MEMORY_BACKEND") == "native":
         operators = "pin_memory is compiled at first use, with g++ and ninja (DS_PIN_MEMORY_BACKEND=native)"
     yield ok("DeepSpeed operators", operators)

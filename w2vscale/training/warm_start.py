@@ -148,8 +148,8 @@ def _refuse_unless_allowed(problems: Mapping[str, str], config: Config, log: Cal
         listed = "; ".join(f"{name} {problems[name]}" for name in refused[:3])
         more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise UserError(
-            f"trainer.init_from={config.trainer.init_from}: {listed}{more}; to accept this, name it in "
-            "trainer.init_allow"
+            f"trainer.init_from={config.trainer.init_from}: {listed}{more}; use a preset with the architecture of "
+            "the source, or the folder of its import, or name what may differ in trainer.init_allow"
         )
     for pattern in allowed:
         if not any(map(pattern.search, problems)):
