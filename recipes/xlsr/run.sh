@@ -15,7 +15,7 @@ set -euo pipefail
 
 stage=0               # first stage to run
 stop_stage=10         # last stage to run
-model=                # model to continue: a Transformers folder, a .pt file of fairseq, or a run of w2vscale (default: none)
+model=                # model to continue: a Transformers folder, a .pt file of fairseq or fairseq2, or a run of w2vscale (default: none)
 model_format=         # format of --model, as for w2vscale import (default: that of w2vscale import)
 audio=                # folders of audio files, separated by spaces
 manifests=            # folders of prepared manifests, separated by spaces

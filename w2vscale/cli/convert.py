@@ -48,7 +48,8 @@ def import_(
 ) -> None:
     """Convert a model of another library to a checkpoint.
 
-    The checkpoint contains weights but no optimizer state. To start training from it, set trainer.init_from=DIR.
+    The checkpoint contains weights but no optimizer state. To train it further:
+    w2vscale train DIR trainer.init_from=DIR data.train=CUTS --exp EXP.
     """
     from w2vscale.interop.importing import import_checkpoint
 
