@@ -101,17 +101,15 @@ def _print_run(plan: Plan) -> None:
 
 def _print_rows(plan: Plan) -> None:
     columns = (
-        "\nengine", "\nrecompute", "state\nGB", "activ.\nGB", "buffers\nGB", "total\nGB", "host\nGB",
-        "longest\ns", "\nconcat", "links\ns", "update\ns", "\ndays",
+        "\nengine", "\nrecompute", "weights\nGB", "grads\nGB", "moments\nGB", "activ.\nGB", "buffers\nGB", "total\nGB",
+        "host\nGB", "longest\ns", "\nconcat", "sent\nGB", "links\ns", "update\ns", "\ndays",
     )  # fmt: skip
     title = (
         f"Memory of a GPU: {plan.cluster.memory / GB:g} GB, of which {plan.limit / GB:.1f} can be used. "
         f"{counted(plan.gpus, 'GPU')}, {counted(plan.nodes, 'node')}"
     )
-    fitting = [row for row in plan.rows if row.fits]
-    if fitting:
-        print_table(columns, [_cells(plan, row) for row in fitting], title=title)
-    if any(_is_shortened(plan, row) for row in fitting):
+    print_table(columns, [_cells(plan, row) for row in plan.rows], title=title)
+    if any(row.fits and _is_shortened(plan, row) for row in plan.rows):
         console.print(
             f"* below batch.max_seconds={plan.model.config.batch.max_seconds:g}: timed with shorter micro-batches"
         )
@@ -127,18 +125,24 @@ def _is_shortened(plan: Plan, row: Row) -> bool:
 
 def _cells(plan: Plan, row: Row) -> list[str]:
     parts, prediction = row.footprint, row.prediction
-    assert prediction is not None
-    state = parts.parameters + parts.gradients + parts.moments
-    return [
-        row.engine,
-        row.recomputation,
-        f"{state / GB:.1f}",
+    memory = [
+        f"{parts.parameters / GB:.1f}",
+        f"{parts.gradients / GB:.1f}",
+        f"{parts.moments / GB:.1f}",
         f"{parts.activations / GB:.1f}" if parts.activations else "–",  # the peak is outside of forward and backward
         f"{parts.buffers / GB:.1f}",
         f"{parts.total / GB:.1f}",
         f"{parts.host * plan.cluster.gpus_per_node / GB:.0f}" if parts.host else "",
+    ]
+    if prediction is None:
+        return [row.engine, row.recomputation, *memory]
+    return [
+        row.engine,
+        row.recomputation,
+        *memory,
         f"{row.longest:,.0f}{'*' if _is_shortened(plan, row) else ''}",
         str(prediction.per_forward),
+        f"{prediction.sent / GB:.1f}",
         f"{prediction.sending:.2f}",
         f"{prediction.seconds:.2f}",
         _digits(prediction.days),
