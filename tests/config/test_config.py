@@ -380,6 +380,17 @@ class TestObjective:
     def test_a_mistake_is_one_line(self, overrides: list[str], message: str) -> None:
         assert error_of("base", *overrides).startswith(f"override: {message}")
 
+    @pytest.mark.parametrize(
+        "override",
+        [
+            *("model.dim=2000000", "model.ffn_dim=2000000", "model.positional_kernel=2000000"),
+            *("model.conv_layers=[[512,2000000,1]]", "objective.codebook_entries=2000000"),
+            *("objective.codevector_dim=2000000", "objective.projection_dim=2000000", "objective.negatives=2000000"),
+        ],
+    )
+    def test_sizes_that_no_tensor_can_have_are_refused(self, override: str) -> None:
+        assert "Input should be less than or equal to 1000000" in error_of("tiny", override)
+
     def test_settings_that_were_not_loaded_with_it_are_refused_too(self) -> None:
         for override, message in (
             ("objective.negative=3", "objective.negative: unknown setting; did you mean objective.negatives?"),

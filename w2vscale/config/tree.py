@@ -30,6 +30,7 @@ NotNegative = Annotated[float, Field(ge=0.0)]
 AboveOne = Annotated[float, Field(gt=1.0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(ge=1, le=1_000_000)]  # of a tensor, which then has fewer than 2^63 bytes
 
 FINAL_RATIOS = {"cosine": 0.1, "linear": 0.0, "tri_stage": 0.05}  # as in GPT-3; fairseq; fairseq's wav2vec 2.0
 BASE_CONV_LAYERS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
@@ -86,7 +87,7 @@ class ModelConfig(Section):
     sampling_rate: Count = architecture(16_000, "sampling rate in Hz; other audio is resampled")
     normalize_waveform: bool = architecture(False, "normalise each utterance to zero mean and unit variance")
 
-    conv_layers: tuple[tuple[Count, Count, Count], ...] = architecture(
+    conv_layers: tuple[tuple[Size, Size, Size], ...] = architecture(
         BASE_CONV_LAYERS,
         "(channels, kernel, stride) of each convolution of the feature encoder",
         min_length=1,
@@ -100,12 +101,12 @@ class ModelConfig(Section):
     conv_padding: bool = architecture(False, "pad each convolution by (kernel - 1) // 2 on both sides")
 
     layers: Count = architecture(12, "number of transformer blocks", le=1000)
-    dim: Count = architecture(768, "width of the transformer")
-    ffn_dim: Count = architecture(3072, "width of the feed-forward network")
+    dim: Size = architecture(768, "width of the transformer")
+    ffn_dim: Size = architecture(3072, "width of the feed-forward network")
     heads: Count = architecture(12, "number of attention heads")
     norm_first: bool = architecture(False, "pre-LN blocks with a final LayerNorm (true) or post-LN blocks (false)")
     embedding_norm: bool = architecture(True, "apply LayerNorm after the positional convolution")
-    positional_kernel: Count = architecture(128, "kernel of the positional convolution, in frames")
+    positional_kernel: Size = architecture(128, "kernel of the positional convolution, in frames")
     positional_groups: Count = architecture(16, "number of groups of the positional convolution")
     max_frames: Count | None = Field(None, description="longest input in frames; null: no limit")
     waveform_eps: Positive = Field(

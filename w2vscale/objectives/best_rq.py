@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2vscale.config import HealthConfig, ModelConfig, RegularizationConfig, architecture
-from w2vscale.config.tree import Count
+from w2vscale.config.tree import Count, Size
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Generators
 from w2vscale.errors import UserError
@@ -47,9 +46,9 @@ class BestRqSettings(MaskSettings):
 
     name: Literal["best_rq"] = architecture("best_rq", "BEST-RQ pretraining")
     codebooks: Count = architecture(4, "number of random codebooks, each with its own output layer", le=1000)
-    codebook_entries: Annotated[int, Field(ge=2)] = architecture(8192, "number of entries of each codebook")
-    codebook_dim: Count = architecture(16, "width of a codebook entry")
-    mel_bins: Count = architecture(80, "number of mel bins of the features that give the targets")
+    codebook_entries: Size = architecture(8192, "number of entries of each codebook", ge=2)
+    codebook_dim: Count = architecture(16, "width of a codebook entry", le=1000)
+    mel_bins: Size = architecture(80, "number of mel bins of the features that give the targets")
 
 
 class BestRqInputs(NamedTuple):

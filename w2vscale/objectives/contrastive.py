@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2vscale.config import HealthConfig, ModelConfig, RegularizationConfig, architecture
-from w2vscale.config.tree import Count, NotNegative, Positive, Probability
+from w2vscale.config.tree import Count, NotNegative, Positive, Probability, Size
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Generators, Stream
 from w2vscale.errors import UserError
@@ -37,20 +37,20 @@ class ContrastiveSettings(MaskSettings):
 
     name: Literal["wav2vec2"] = architecture("wav2vec2", "wav2vec 2.0 pretraining")
     codebooks: Count = architecture(2, "number of codebooks", le=1000)
-    codebook_entries: Annotated[int, Field(ge=2)] = architecture(320, "number of entries of each codebook")
-    codevector_dim: Count = architecture(256, "width of a quantized vector: the entries of all codebooks, concatenated")
+    codebook_entries: Size = architecture(320, "number of entries of each codebook", ge=2)
+    codevector_dim: Size = architecture(256, "width of a quantized vector: the entries of all codebooks, concatenated")
     quantizer_input: Literal["features", "projected"] = architecture(
         "features", "input of the quantizer: features after their LayerNorm, or after the projection to model.dim"
     )
     target_projection: bool = architecture(True, "project quantized vectors before comparing them")
-    projection_dim: Count = architecture(256, "width of the space in which context and targets are compared")
+    projection_dim: Size = architecture(256, "width of the space in which context and targets are compared")
     feature_dropout: Probability = Field(0.1, description="dropout on the input of the quantizer")
     gumbel_start: Positive = Field(2.0, description="temperature of the Gumbel softmax at update 0")
     gumbel_end: Positive = Field(0.5, description="lowest temperature of the Gumbel softmax")
     gumbel_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.999995, description="multiply the temperature by this factor in every update"
     )
-    negatives: Count = Field(100, description="number of negatives per masked frame, from the same utterance")
+    negatives: Size = Field(100, description="number of negatives per masked frame, from the same utterance")
     logit_temperature: Positive = Field(0.1, description="temperature that divides the cosine similarities")
     diversity_weight: NotNegative = Field(0.1, description="weight of the codebook diversity loss")
     feature_penalty_weight: NotNegative = Field(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2vscale.config import Config, HealthConfig, ModelConfig, RegularizationConfig, architecture
-from w2vscale.config.tree import Count, CountOrZero, Fraction, Probability
+from w2vscale.config.tree import CountOrZero, Fraction, Probability, Size
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.label_counts import count_labels
 from w2vscale.data.randomness import Generators
@@ -89,7 +89,7 @@ class CtcSettings(MaskSettings):
     channel_mask_probability: Fraction = Field(
         0.0, description="expected fraction of channels in masked spans, counted before they overlap"
     )
-    channel_mask_length: Count = Field(64, description="length of a masked span, in channels")
+    channel_mask_length: Size = Field(64, description="length of a masked span, in channels")
     freeze_encoder_updates: CountOrZero = Field(0, description="train only the output layer for this many updates")
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from w2vscale.config import ModelConfig
-from w2vscale.config.tree import Count
+from w2vscale.config.tree import Size
 from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
 from w2vscale.data.randomness import Generators
 from w2vscale.models.lengths import input_samples
@@ -27,8 +27,8 @@ class MaskSettings(ObjectiveSettings):
     mask_probability: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         0.65, description="expected fraction of frames in masked spans, counted before they overlap"
     )
-    mask_length: Count = Field(10, description="length of a masked span, in frames")
-    mask_min_spans: Count = Field(2, description="minimum number of masked spans per utterance")
+    mask_length: Size = Field(10, description="length of a masked span, in frames")
+    mask_min_spans: Size = Field(2, description="minimum number of masked spans per utterance")
     mask_trim: Literal["none", "micro_batch"] = Field(
         "none",
         description="micro_batch: unmask single frames and channels at random until all utterances of a micro-batch "
