@@ -35,6 +35,16 @@ def test_an_empty_folder_is_replaced_and_another_one_is_not(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
+def test_a_link_to_an_empty_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/real")
+    with new_folder(tmp_path / "link", size=0) as folder:
+        assert folder.parent == tmp_path / "disk"
+        (folder / "file").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in (tmp_path / "disk").rglob("*")) == ["file", "real"]
+
+
 def test_a_disk_without_space_is_found_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ def new_folder(path: Path, *, size: int, log: Callable[[str], None] = lambda tex
     empty folder, or another process is writing it.
     """
     target = path.absolute()
+    if target.is_dir():  # an empty folder may be a link to one on another disk
+        target = target.resolve()
     if target == Path.cwd():
         raise UserError(f"{path}: is the current folder; name a folder in it")
     partial, lock = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "lock"))
