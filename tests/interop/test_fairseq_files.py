@@ -150,6 +150,7 @@ def test_what_our_model_cannot_be_is_refused_by_name(changes: dict[str, Any], na
         (lambda state: state.clear(), "is missing"),
         (lambda state: state.update({"target_glu.0.bias": torch.ones(3)}), "target_glu.0.bias is unknown (1 unknown"),
         (lambda state: state.update({"layer_norm.bias": torch.ones(3)}), "layer_norm.bias has shape [3]"),
+        (lambda state: state.update({"w2v_encoder.w2v_model.mask_emb": torch.ones(48)}), "mask_emb is there twice"),
         (
             lambda state: state.update({"mask_emb": torch.ones(48).int()}),
             "mask_emb is torch.int32, not floating point",
@@ -315,6 +316,7 @@ def test_files_of_fairseq2_that_are_cut_or_changed_are_refused(tmp_path: Path) -
         ("encoder.layers.1.ffn.inner_proj.bias", None, "encoder.layers.1.ffn.inner_proj.bias is missing (1 missing"),
         ("encoder.layers.1.lora.weight", torch.ones(3), "encoder.layers.1.lora.weight is unknown (1 unknown"),
         ("final_proj.weight", torch.ones(3), "final_proj.weight has shape [3]"),
+        ("module.final_proj.bias", torch.ones(20), "final_proj.bias is there twice, once as module.final_proj.bias"),
         ("final_proj.bias", torch.ones(20).int(), "final_proj.bias is torch.int32, not floating point"),
         ("final_proj.bias", torch.ones(20).to_sparse(), "final_proj.bias is torch.sparse_coo, not dense"),
         ("encoder_frontend.pos_encoder.conv.weight_v", None, "pos_encoder.conv.weight_v is missing (1 missing"),

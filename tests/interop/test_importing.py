@@ -227,6 +227,16 @@ def test_shards_of_torch_save(source: Path, state: dict[str, Tensor], tmp_path: 
     assert_same(found, state)
 
 
+def test_a_tensor_in_two_shards_is_refused(source: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    save_file(weights, source / "a.safetensors")
+    save_file({"project_q.bias": torch.zeros(24)}, source / "b.safetensors")
+    files = dict.fromkeys(weights, "a.safetensors") | {"project_q.bias": "b.safetensors"}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert refusal(source).endswith("b.safetensors: tensor project_q.bias is in another shard, too")
+
+
 def test_an_import_that_failed_can_be_repeated(source: Path, tmp_path: Path) -> None:
     partial = tmp_path / "in" / "checkpoints" / ".update_00000000.partial"
     partial.mkdir(parents=True)
@@ -321,6 +331,10 @@ def test_other_kinds_of_model_are_refused_by_what_they_are(kind: str, told: str,
         (
             torch.ones(24, dtype=torch.int32),
             "tensor project_q.bias is torch.int32, not floating point",
+        ),
+        (
+            torch.ones(24).to(torch.float8_e4m3fn),
+            "tensor project_q.bias is F8_E4M3, not floating point of 16, 32 or 64 bits",
         ),
         (torch.full((24,), float("nan")), "target_projection.bias has no values, or values that are not finite"),
         (

@@ -71,7 +71,8 @@ def from_fairseq(checkpoint: FairseqCheckpoint, tokenizer: Path | None = None) -
 
     Raises UserError if our model does not support the checkpoint; the message names the first such setting or tensor.
     """
-    state = older_weight_norm({name.removeprefix(FINE_TUNED): tensor for name, tensor in checkpoint.state.items()})
+    with errors_naming(checkpoint.path):
+        state = older_weight_norm(checkpoint.state, prefix=FINE_TUNED)
     settings = _evaluated(checkpoint.settings)
     table = CTC_NAMES if f"{CTC_NAMES['head']}.weight" in state else NAMES
     shapes = Shapes(state, table)

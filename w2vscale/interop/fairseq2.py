@@ -78,7 +78,8 @@ def from_fairseq2(
 
     Raises UserError if our model does not support the checkpoint; the message names the first such setting or tensor.
     """
-    named = older_weight_norm({name.removeprefix("module."): each for name, each in checkpoint.state.items()})
+    with errors_naming(checkpoint.path):
+        named = older_weight_norm(checkpoint.state, prefix="module.")
     pretrained = any(name.startswith(("quantizer.", "final_target_proj.")) for name in named)
     objective = "wav2vec2" if pretrained else "ctc"
     shapes = Shapes(named, ENCODER | HEADS[objective])

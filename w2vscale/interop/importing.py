@@ -191,7 +191,13 @@ def _read_weights(folder: Path) -> dict[str, LazyTensor]:
         index = folder / f"{name}.index.json"
         files = [name] if (folder / name).is_file() else _shards(index) if index.is_file() else []
         if files:
-            return {name: tensor for file in files for name, tensor in _read_file(folder / file).items()}
+            found: dict[str, LazyTensor] = {}
+            for file in files:
+                tensors = _read_file(folder / file)
+                if twice := sorted(tensors.keys() & found.keys()):
+                    raise UserError(f"{file}: tensor {twice[0]} is in another shard, too")
+                found.update(tensors)
+            return found
     raise UserError("no model.safetensors and no pytorch_model.bin in it")
 
 
@@ -211,7 +217,7 @@ def _read_file(path: Path) -> dict[str, LazyTensor]:
     try:
         opened: Any = safe_open(path, framework="pt")
         return {name: _lazy_slice(opened, name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path.name} cannot be read: {error}") from None
 
 
@@ -223,7 +229,9 @@ def _lazy_slice(opened: Any, name: str) -> LazyTensor:
         rows: Tensor = opened.get_slice(name)[first:last] if shape else opened.get_tensor(name)
         return rows
 
-    return LazyTensor(shape, DTYPES[stored.get_dtype()], read)
+    if (dtype := DTYPES.get(stored.get_dtype())) is None:
+        raise UserError(f"tensor {name} is {stored.get_dtype()}, not floating point of 16, 32 or 64 bits")
+    return LazyTensor(shape, dtype, read)
 
 
 def _refuse_other_kinds(modules: set[str]) -> None:

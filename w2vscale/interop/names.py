@@ -79,11 +79,15 @@ class Pretraining(BaseModel):
 KINDS: dict[str, Any] = {section: field.annotation for section, field in Pretraining.model_fields.items()}
 
 
-def older_weight_norm(state: Mapping[str, T]) -> dict[str, T]:
-    """The same tensors, those of weight norm by their older names."""
-    return {
-        name.replace(MAGNITUDE, "weight_g").replace(DIRECTION, "weight_v"): tensor for name, tensor in state.items()
-    }
+def older_weight_norm(state: Mapping[str, T], *, prefix: str = "") -> dict[str, T]:
+    """The same tensors, without `prefix`, those of weight norm by their older names. UserError if two get one name."""
+    found: dict[str, T] = {}
+    for theirs, tensor in state.items():
+        name = theirs.removeprefix(prefix).replace(MAGNITUDE, "weight_g").replace(DIRECTION, "weight_v")
+        if name in found:
+            raise UserError(f"tensor {name} is there twice, once as {theirs}")
+        found[name] = tensor
+    return found
 
 
 def pretraining_model(settings: Mapping[str, Any], *, strict: bool = False) -> Config:
