@@ -237,6 +237,16 @@ def test_a_tensor_in_two_shards_is_refused(source: Path) -> None:
     assert refusal(source).endswith("b.safetensors: tensor project_q.bias is in another shard, too")
 
 
+def test_both_spellings_of_weight_norm_are_refused(source: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    (older,) = [name for name in weights if name.endswith(("weight_g", "original0"))]
+    other = older.replace("weight_g", "parametrizations.weight.original0")
+    if other == older:
+        other = older.replace("parametrizations.weight.original0", "weight_g")
+    save_file(weights | {other: weights[older].clone()}, source / "model.safetensors")
+    assert "parametrizations.weight.original0 is there twice, once as" in refusal(source)
+
+
 def test_an_import_that_failed_can_be_repeated(source: Path, tmp_path: Path) -> None:
     partial = tmp_path / "in" / "checkpoints" / ".update_00000000.partial"
     partial.mkdir(parents=True)

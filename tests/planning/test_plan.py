@@ -15,6 +15,7 @@ from tools.scaling.growth import MEASURED
 from w2vscale.errors import UserError
 from w2vscale.objectives import load
 from w2vscale.planning import plan as planning
+from w2vscale.planning import prediction
 from w2vscale.planning.exposure import Corpus
 from w2vscale.planning.fake_pass import fake_pass
 from w2vscale.planning.links import CLUSTERS
@@ -197,6 +198,15 @@ def test_measured_rates_do_not_depend_on_the_speed_of_the_cluster(tiny: Model) -
         for cluster in (CLUSTERS["h100"], slow)
     )
     assert fast == same and fast.computing > 4 * tiny.micro_batch_seconds * tiny.flops / rates.flops
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_many_forwards_are_predicted_from_fewer(tiny: Model, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharding = sharding_of(engine, tiny, 8, per_node=8)
+    setting = Setting(CLUSTERS["cloud"], "fastest", measured_rates(MEASURED)["base"])
+    placed = predict(tiny, sharding, 60, per_forward=1, setting=setting)
+    monkeypatch.setattr(prediction, "MOST_FORWARDS", 10)
+    assert vars(predict(tiny, sharding, 60, per_forward=1, setting=setting)) == pytest.approx(vars(placed))
 
 
 def test_without_compilation_it_is_slower() -> None:

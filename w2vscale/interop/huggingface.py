@@ -23,6 +23,7 @@ from w2vscale.interop.names import (
     MAGNITUDE,
     own_settings,
     pretraining_model,
+    renamed,
     to_ours,
     to_theirs,
     with_ctc,
@@ -75,7 +76,7 @@ def from_huggingface(state: Mapping[str, LazyTensor], config: Config) -> dict[st
     """Convert the `state_dict` of a Transformers model to ours, in fp32. The inverse of `to_huggingface`."""
     refuse_unrepresentable(config.model)
     head = build_objective(config).transformers_head()
-    named = {name.replace("weight_g", MAGNITUDE).replace("weight_v", DIRECTION): state[name] for name in state}
+    named = renamed(state, lambda name: name.replace("weight_g", MAGNITUDE).replace("weight_v", DIRECTION))
     return to_ours(named, config, {**HUGGINGFACE, **head.tensors})
 
 

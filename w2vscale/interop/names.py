@@ -7,7 +7,7 @@ is the number of a layer. `[qkv]` stands for three of their tensors, stacked by 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,15 +79,20 @@ class Pretraining(BaseModel):
 KINDS: dict[str, Any] = {section: field.annotation for section, field in Pretraining.model_fields.items()}
 
 
-def older_weight_norm(state: Mapping[str, T], *, prefix: str = "") -> dict[str, T]:
-    """The same tensors, without `prefix`, those of weight norm by their older names. UserError if two get one name."""
+def renamed(state: Mapping[str, T], rename: Callable[[str], str]) -> dict[str, T]:
+    """The same tensors by other names. Raises UserError if two get the same name."""
     found: dict[str, T] = {}
     for theirs, tensor in state.items():
-        name = theirs.removeprefix(prefix).replace(MAGNITUDE, "weight_g").replace(DIRECTION, "weight_v")
-        if name in found:
+        if (name := rename(theirs)) in found:
             raise UserError(f"tensor {name} is there twice, once as {theirs}")
         found[name] = tensor
     return found
+
+
+def older_weight_norm(state: Mapping[str, T], *, prefix: str = "") -> dict[str, T]:
+    """Rename tensors of weight norm to their older names, and remove `prefix`. Raises UserError like `renamed`."""
+    older = lambda name: name.replace(MAGNITUDE, "weight_g").replace(DIRECTION, "weight_v")  # noqa: E731
+    return renamed(state, lambda name: older(name.removeprefix(prefix)))
 
 
 def pretraining_model(settings: Mapping[str, Any], *, strict: bool = False) -> Config:

@@ -23,6 +23,9 @@ from w2vscale.planning.work import Model
 AGREEMENT_HOP = 50e-6
 """Seconds that a message of gloo takes from host to host. Hosts agree on each update by an all-reduce of 64 bytes."""
 
+MOST_FORWARDS = 200
+"""Per update whose tasks are placed one by one."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -90,22 +93,38 @@ def predict(model: Model, sharding: Sharding, micro_batches: int, *, per_forward
     step = rates.step * model.parameters if copies.step is None else copies.step
     # A backward has twice the products of its forward.
     pace = Pace(device / 3 + copies.forward, device * 2 / 3 + copies.backward, step)
-    tasks = update_of(model, sharding, forwards=forwards, pace=pace, backend=setting.backend)
     links = network(sharding, cluster, setting.algorithm, setting.backend)
-    seconds = ends(tasks, links)
+
+    def totals(forwards: int) -> tuple[float, ...]:
+        """Seconds of the update, of computing, of its optimizer step and of collectives, and bytes sent."""
+        tasks = update_of(model, sharding, forwards=forwards, pace=pace, backend=setting.backend)
+        collectives = [task for task in tasks if task.kind is not None]
+        return (
+            max(ends(tasks, links)),
+            sum(task.seconds for task in tasks),
+            next(task.seconds for task in reversed(tasks) if task.kind is None),
+            sum(map(links, collectives)),
+            sum(sent(task, sharding) for task in collectives),
+        )
+
+    found = totals(min(forwards, MOST_FORWARDS))
+    if forwards > MOST_FORWARDS:  # each more adds as much as the last one
+        before = totals(MOST_FORWARDS - 1)
+        found = tuple(b + (forwards - MOST_FORWARDS) * (b - a) for a, b in zip(before, found, strict=True))
+    seconds, computing, stepping, sending, size = found
     fixed, per_layer = rates.host
     host = forwards * (fixed + per_layer * model.config.model.layers) + 2 * (sharding.ranks - 1) * AGREEMENT_HOP
     return Prediction(
         model,
         sharding,
         micro_batches,
-        seconds=max(*seconds, host),
-        computing=sum(task.seconds for task in tasks),
-        stepping=next(task.seconds for task in reversed(tasks) if task.kind is None),
+        seconds=max(seconds, host),
+        computing=computing,
+        stepping=stepping,
         host=host,
         per_forward=per_forward,
-        sent=sum(sent(task, sharding) for task in tasks if task.kind is not None),
-        sending=sum(links(task) for task in tasks if task.kind is not None),
+        sent=size,
+        sending=sending,
     )
 
 
