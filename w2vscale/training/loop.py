@@ -293,11 +293,12 @@ class Trainer:
             mirror.hurry()
         while True:
             self.watchdog.at("uploading the last checkpoint", slow=True)
-            over = mirror is not None and mirror.wait(UPLOAD_POLL)
+            arrived = self.stop.arrived()
+            end = math.inf if arrived is None else arrived[1] + grace - min(10.0, 0.4 * grace)
+            over = mirror is not None and mirror.wait(min(UPLOAD_POLL, max(end - time.monotonic(), 0.0)))
             if mirror is not None and mirror.failing and time.monotonic() - began > LAST_UPLOAD:
                 over = True
-            arrived = self.stop.arrived()
-            late = arrived is not None and time.monotonic() - arrived[1] > grace - min(10.0, 0.4 * grace)
+            late = time.monotonic() >= end
             if largest_over_ranks([over or late])[0]:
                 # If it is not there, the mirror says so when it is closed, in the last line of the run.
                 return broadcast_from_main(mirror is None or mirror.complete)
