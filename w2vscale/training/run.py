@@ -252,8 +252,8 @@ def open_data(config: Config, objective: Objective, ranks: Ranks) -> tuple[Train
     """
     if config.batch.micro_batches % ranks.world_size:
         raise UserError(
-            f"batch.micro_batches={config.batch.micro_batches} is not a multiple of "
-            f"{ranks.world_size} processes: set it to one, or change --nproc-per-node"
+            f"batch.micro_batches={config.batch.micro_batches} is not a multiple of {ranks.world_size} processes: "
+            "choose a multiple, or another number of processes"
         )
     training_set = open_training_set(config, objective)
     if not config.data.validation:
