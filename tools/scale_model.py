@@ -13,7 +13,6 @@ and measured beside predicted times of updates on hosts with slow links, from a 
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from tools.scaling import report
 from tools.scaling.growth import MEASURED, added, dealt, enough, preset_model
 from tools.scaling.published import comparisons
 from tools.scaling.validation import RECORD, Trial, compared, measure, read_record, write_record
+from w2vscale.hardware import cpu_name
 from w2vscale.planning.links import ALGORITHMS, CLUSTERS, H100, Cluster, changed
 from w2vscale.planning.prediction import Setting
 from w2vscale.planning.rates import Rates, measured_rates
@@ -113,7 +113,7 @@ def validated(updates: int | None, record: Path | None) -> dict[str, Any]:
     """
     if updates is not None:
         trial = Trial(updates=updates)
-        points, machine = measure(trial), f"{processor()}, {time.strftime('%Y-%m-%d')}"
+        points, machine = measure(trial), f"{cpu_name()}, {time.strftime('%Y-%m-%d')}"
         if record is not None:
             write_record(record, points, trial, machine)
     else:
@@ -163,13 +163,6 @@ def predict_all(model: Model, engines: Sequence[str], setting: Setting) -> dict[
         }
         for engine in engines
     }
-
-
-def processor() -> str:
-    """Name of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

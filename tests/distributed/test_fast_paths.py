@@ -140,8 +140,6 @@ class TestCalibration:
         # A size that may not fit is not tried, and one that was tried is known to fit.
         assert set(forwards) == {size for size in (1, 2, 4) if size <= fitting}
         assert len(logged) == 1 and "measuring" in logged[0]
-        expected = f"in series of 4; {fitting} per forward (up to {4 * fitting} s of audio)"
-        assert calibration.describe_update(built, fitting).endswith(expected)
 
     def test_memory_that_grows_faster_than_predicted_is_noticed(self) -> None:
         """The peak of one is not of its activations; four take more than two predict."""

@@ -35,6 +35,9 @@ Processes = Annotated[
     typer.Option("--nproc-per-node", help="Number of processes to start on this machine. Omit under torchrun or srun."),
 ]
 
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only warnings and errors; the log has everything.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show details, such as each checkpoint.")]
+
 
 def _place(named: str) -> Any:
     """A path or URL."""

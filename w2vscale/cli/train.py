@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from w2vscale.cli.arguments import Exp, Overrides, Processes, Resume, Source, launch_if_asked
+from w2vscale.cli.arguments import Exp, Overrides, Processes, Quiet, Resume, Source, Verbose, launch_if_asked
 from w2vscale.cli.progress import console, print_table
 from w2vscale.errors import UserError, counted
 
 if TYPE_CHECKING:
     from w2vscale.config import Config
+    from w2vscale.training.display import Verbosity
     from w2vscale.training.dry_run import DryRun
 
 SCRATCH = "Train a baseline from random weights, with the architecture of trainer.init_from and nothing frozen."
@@ -27,6 +28,8 @@ def train(
     exp: Exp = None,
     resume: Resume = "auto",
     nproc_per_node: Processes = 1,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -38,6 +41,7 @@ def train(
 
     Example: w2vscale train base data.train=cuts_train.jsonl batch.micro_batches=32 --exp exp/base
     """
+    verbosity = _verbosity(quiet, verbose)
     folder = None if dry_run else free_folder(source, exp, context)
     from w2vscale.objectives import load
 
@@ -51,7 +55,7 @@ def train(
         if found := run_dry(config, partial(console.print, markup=False)):
             _print_dry_run(found)
     else:
-        _run(config, folder, resume, context)
+        _run(config, folder, resume, context, verbosity)
 
 
 def finetune(
@@ -62,6 +66,8 @@ def finetune(
     resume: Resume = "auto",
     scratch: Annotated[bool, typer.Option("--scratch", help=SCRATCH)] = False,
     nproc_per_node: Processes = 1,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Fine-tune for speech recognition with CTC. The same command starts a run and resumes it.
 
@@ -69,6 +75,7 @@ def finetune(
 
     Example: w2vscale finetune ctc_1h trainer.init_from=exp/base data.train=cuts_1h.jsonl --exp exp/base_1h
     """
+    verbosity = _verbosity(quiet, verbose)
     folder = free_folder(source, exp, context)
     from w2vscale.objectives import load
 
@@ -79,7 +86,7 @@ def finetune(
 
     stored = stored_settings(folder, resume, config.checkpoint.store)
     config = fine_tuning_config(config, scratch=scratch, stored=stored)
-    _run(config, folder, resume, context)
+    _run(config, folder, resume, context, verbosity)
 
 
 def replay(
@@ -135,13 +142,22 @@ def run_folder(source: str, exp: Path | None) -> Path:
     return path
 
 
-def _run(config: Config, exp: Path, resume: str, context: typer.Context) -> NoReturn:
+def _verbosity(quiet: bool, verbose: bool) -> Verbosity:
+    if quiet and verbose:
+        raise UserError("--quiet and --verbose: choose one of them")
+    return "quiet" if quiet else "verbose" if verbose else "normal"
+
+
+def _run(config: Config, exp: Path, resume: str, context: typer.Context, verbosity: Verbosity) -> NoReturn:
     from w2vscale import runtime
     from w2vscale.training.loop import train
 
     between_steps = runtime.collected_between_steps
     with runtime.training(compile=config.engine.compile) as stop:
-        code = train(config, exp, resume=resume, command=context.obj, stop=stop, around_updates=between_steps)
+        code = train(
+            config, exp, resume=resume, command=context.obj, stop=stop, verbosity=verbosity,
+            around_updates=between_steps,
+        )  # fmt: skip
     sys.exit(code)
 
 

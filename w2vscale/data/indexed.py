@@ -33,6 +33,9 @@ class MicroBatches(PlannedMicroBatches, Dataset[MicroBatch]):
     def read(self, utterance: int) -> Cut | BadAudio:
         return _read(self.corpus, utterance)
 
+    def padding(self) -> float:
+        return self.plan.padding()
+
     def describe(self) -> str:
         return f"{super().describe()}, of manifests {self.corpus.fingerprint}"
 

@@ -45,6 +45,9 @@ class TrainingData(Protocol):
     def hours(self) -> float:
         """Hours of audio per epoch."""
 
+    def padding(self) -> float | None:
+        """Return the fraction of the padded samples of an epoch that are padding; None if that is not known."""
+
     def describe(self) -> str:
         """Describe the data, to check that all ranks have the same."""
 

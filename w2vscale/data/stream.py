@@ -36,6 +36,9 @@ class StreamedMicroBatches(PlannedMicroBatches):
     def read(self, utterance: int) -> Cut | BadAudio:
         return self.corpus.cut(utterance)
 
+    def padding(self) -> None:
+        """Return None: it depends on the order in which the blocks of an epoch meet."""
+
     def describe(self) -> str:
         return f"{super().describe()}, of shards {self.corpus.fingerprint}"
 

@@ -191,6 +191,9 @@ def gather_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[
     return values
 
 
+ON_ALL_RANKS = "This error is raised on all ranks."
+
+
 @contextmanager
 def errors_on_all_ranks() -> Iterator[None]:
     """If the block raises a UserError on any rank, raise it on every rank: that of the lowest such rank. Collective."""
@@ -201,6 +204,7 @@ def errors_on_all_ranks() -> Iterator[None]:
         error = type(own)(str(own))  # without its traceback, which cannot be sent
     for found in gather_from_ranks(error):
         if found is not None:
+            found.add_note(ON_ALL_RANKS)
             raise found
 
 

@@ -223,7 +223,7 @@ class Objective(ABC):
 
     @abstractmethod
     def line(self, metrics: Mapping[str, float]) -> str:
-        """Format the metrics for a log line."""
+        """Format the metrics for a log line: fields with their units, two spaces between them, and chance levels."""
 
     @abstractmethod
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:

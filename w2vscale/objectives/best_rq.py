@@ -234,7 +234,11 @@ class BestRq(Objective):
         return values | {f"code_perplexity_{book}": float(value) for book, value in enumerate(perplexity_G)}
 
     def line(self, metrics: Mapping[str, float]) -> str:
-        return f"loss {metrics['loss']:.3f}  accuracy {metrics['accuracy']:.4f}"
+        codes = "/".join(f"{metrics[f'code_perplexity_{one}']:.0f}" for one in range(self.settings.codebooks))
+        return (
+            f"loss {metrics['loss']:.3f} nats  accuracy {metrics['accuracy']:.4f} (chance "
+            f"{metrics['most_frequent']:.4f})  target codes {codes} of {self.settings.codebook_entries}"
+        )
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
         return {

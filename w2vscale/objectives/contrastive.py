@@ -260,9 +260,10 @@ class Contrastive(Objective):
 
     def line(self, metrics: Mapping[str, float]) -> str:
         codes = "/".join(f"{metrics[f'code_perplexity_{one}']:.0f}" for one in range(self.settings.codebooks))
+        chance = 1.0 / (1 + self.settings.negatives)
         return (
-            f"loss {metrics['loss']:.3f}  contrastive {metrics['contrastive_bits']:.3f} bits"
-            f"  accuracy {metrics['accuracy']:.3f}  codes {codes}"
+            f"loss {metrics['loss']:.3f} nats  accuracy {metrics['accuracy']:.3f} (chance {chance:.3f})"
+            f"  codes {codes} of {self.settings.codebook_entries}"
         )
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:

@@ -298,9 +298,16 @@ class Ctc(Objective):
         return {"encoder_frozen": float(update < self.settings.freeze_encoder_updates)}
 
     def line(self, metrics: Mapping[str, float]) -> str:
-        errors = f"  label errors {metrics['label_error_rate']:.1%}" if "utterances" in metrics else ""
-        errors += f"  WER {metrics['wer']:.1%}" if "wer" in metrics else ""
-        return f"loss {metrics['loss']:.3f} per label{errors}" if metrics["labels"] else "no labels in its utterances"
+        if not metrics["labels"]:
+            return "no labels in its utterances"
+        fields = [f"loss {metrics['loss']:.3f} nats per label", f"blanks {metrics['blank_fraction']:.1%}"]
+        if metrics.get("encoder_frozen"):
+            fields.append("encoder frozen")
+        if "utterances" in metrics:  # decoded in validation only
+            fields.append(f"label errors {metrics['label_error_rate']:.1%}")
+        if "wer" in metrics:
+            fields.append(f"WER {metrics['wer']:.1%}")
+        return "  ".join(fields)
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:
         return {

@@ -140,6 +140,12 @@ def model_of(name: str, config: Config, *, device: DeviceType = "cuda", speeds: 
     return Model(name, config, tuple(units), tuple(backward), copied, device, speeds)
 
 
+def flops_per_second_of_audio(config: Config) -> float:
+    """Floating-point operations of the whole model per second of audio, as in `counted_flops`."""
+    flops = counted_flops(config)
+    return sum(flops) + flops[BEFORE_BLOCKS] * (config.model.layers - 1)
+
+
 def counted_flops(config: Config) -> list[float]:
     """Floating-point operations of a second of audio in each unit of a model of one layer, as the model is defined.
 

@@ -34,8 +34,8 @@ class BadAudioLog:
         with errors_on_all_ranks():
             self._kinds = self._read() if ranks.is_main else {}
 
-    def report(self, bad: Sequence[BadAudio]) -> None:
-        """Log what all ranks met. Collective."""
+    def report(self, bad: Sequence[BadAudio]) -> list[BadAudio]:
+        """Log what all ranks met. Return what is listed for the first time. Collective."""
         everything = [audio for of_rank in gather_from_ranks(list(bad)) for audio in of_rank]
         new = {(audio.utterance, audio.file, audio.left_out): audio for audio in everything}
         new = {key: audio for key, audio in new.items() if key not in self._kinds}
@@ -44,6 +44,7 @@ class BadAudioLog:
                 append_records(self.path, [asdict(audio) for audio in new.values()])
         self._kinds |= {key: audio.kind for key, audio in new.items()}
         self._last = everything[-1] if everything else self._last
+        return list(new.values())
 
     def count(self, *, seen: int, unusable: int) -> None:
         """Add what an update has met on all ranks. Raises UserError if too many utterances are unusable."""

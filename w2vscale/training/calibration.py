@@ -21,7 +21,7 @@ from w2vscale.data.plan import run_length
 from w2vscale.distributed.process_group import broadcast_from_main, largest_over_ranks
 from w2vscale.engine import Engine
 from w2vscale.engine.memory import memory_limit, peak_memory
-from w2vscale.errors import UserError, counted
+from w2vscale.errors import UserError
 from w2vscale.files import write_text
 from w2vscale.objectives import Objective, StepContext
 from w2vscale.training.run import Run
@@ -54,16 +54,6 @@ def micro_batches_per_forward(run: Run, log: Callable[[str], None]) -> int:
             except UserError as error:
                 log(f"warning: {error}; a resumed run will measure again")
     return found
-
-
-def describe_update(run: Run, per_forward: int) -> str:
-    """Describe in a line what an update of this run consists of."""
-    batch, ranks = run.config.batch, counted(run.ranks.world_size, "rank")
-    return (
-        f"{run.config.engine.name} on {ranks}: {counted(batch.micro_batches, 'micro-batch')} per update, "
-        f"in series of {run.training_set.series_length}; {per_forward} per forward "
-        f"(up to {per_forward * batch.max_seconds:g} s of audio)"
-    )
 
 
 def forward_size(

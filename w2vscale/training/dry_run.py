@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -15,6 +14,7 @@ from w2vscale.data.inputs import join, tensors_of, to_device
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine import build_engine
 from w2vscale.engine.memory import explain_oom
+from w2vscale.hardware import memory_used
 from w2vscale.objectives import StepContext, resolve
 from w2vscale.planning.exposure import Exposure, exposure, unusual_epochs
 from w2vscale.training.calibration import forward_size
@@ -83,7 +83,7 @@ def dry_run(config: Config, log: Callable[[str], None] = lambda text: None) -> D
             seconds = time.perf_counter() - began
     if not ranks.is_main:
         return None
-    peak, forwards, corpus = _peak_memory(device), -(-len(window) // per_forward), corpus_of(training_set)
+    peak, forwards, corpus = memory_used(device), -(-len(window) // per_forward), corpus_of(training_set)
     if (warning := unusual_epochs(config, objective, corpus)) is not None:
         log(f"warning: {warning}")
     inputs = join([to_device(batch.inputs, torch.device("meta"))] * per_forward)
@@ -110,9 +110,3 @@ def dry_run(config: Config, log: Callable[[str], None] = lambda text: None) -> D
         micro_batches_per_epoch=training_set.micro_batches,
         exposure=exposure(config, corpus),
     )
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -39,8 +39,9 @@ from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.schedules import learning_rate
 from w2vscale.runtime import Interrupted, StopRequest
 from w2vscale.training.agreement import compare_ranks, planned_work
-from w2vscale.training.calibration import describe_update, micro_batches_per_forward
-from w2vscale.training.display import Display
+from w2vscale.training.calibration import micro_batches_per_forward
+from w2vscale.training.display import Display, Verbosity
+from w2vscale.training.efficiency import mfu_per_rate
 from w2vscale.training.exclusive import locked_by_main, mirrored_by_main
 from w2vscale.training.folder import make_folder
 from w2vscale.training.health import History, Trouble, examine, examine_all
@@ -48,6 +49,8 @@ from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
 from w2vscale.training.replay import Window, keep_window
 from w2vscale.training.run import Run, build_run
+from w2vscale.training.run_log import RunLog
+from w2vscale.training.summary import describe_start
 from w2vscale.training.watchdog import SLOW, Watchdog
 
 SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
@@ -64,6 +67,7 @@ def train(
     resume: str = "auto",
     command: Sequence[str] | None = None,
     stop: StopRequest | None = None,
+    verbosity: Verbosity = "normal",
     around_updates: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> int:
     """Train up to `trainer.updates`, on all ranks. Return 0, or 128 + the number of the signal that stopped the run.
@@ -79,25 +83,30 @@ def train(
     # Ranks wait for each other as long as the watchdog lets the slowest one take.
     timeout = max(TIMEOUT, timedelta(seconds=SLOW * config.watchdog.seconds + 60))
     with process_group(needed=config.engine.name != "ddp", timeout=timeout) as (ranks, device):
-        display = Display(total=config.trainer.updates, enabled=ranks.is_main)
+        run_log = RunLog(exp, ranks)
+        display = Display(total=config.trainer.updates, enabled=ranks.is_main, verbosity=verbosity, run_log=run_log)
         seconds, grace = config.watchdog.seconds, config.checkpoint.grace_seconds
-        watchdog = Watchdog(ranks, exp / "logs", seconds=seconds, stop=stop, grace=grace)
+        watchdog = Watchdog(ranks, exp / "logs", seconds=seconds, stop=stop, grace=grace, log=run_log.line)
         patience = Patience(partial(watchdog.at, "reading checkpoints or their store", slow=True))
         with (
+            run_log.errors(),
             locked_by_main(exp, ranks, display.message) as lock,
             watchdog,
             mirrored_by_main(config, exp, ranks, resume, display.message, patience) as mirror,
             loader_processes(),
         ):
-            log = display.message
+            run_log.open()
+            log, began = display.message, time.monotonic()
             run = build_run(
                 config, exp, ranks=ranks, device=device, resume=resume, log=log, mirror=mirror, patience=patience
             )
             with closing(run.engine):
                 make_folder(exp, run.config, ranks, command, finished=run.state.update >= config.trainer.updates)
+                run_log.open()
                 with explain_oom(config.batch):
                     per_forward = micro_batches_per_forward(run, display.message)
-                    display.message(describe_update(run, per_forward))
+                    display.starting(describe_start(run, per_forward))
+                    display.detail(f"the run was built in {time.monotonic() - began:.1f} s")
                     with around_updates():
                         return Trainer(run, stop, watchdog, per_forward, display, lock).train()
 
@@ -134,7 +143,7 @@ class Trainer:
         self.logged = self.saved = run.state.update  # newest update whose metrics or state need no writing
         self.update_seconds = math.inf  # of the last update; the first one counts as slow
         self.total = config.trainer.updates
-        self.meter = Meter(config.model.sampling_rate)
+        self.meter = Meter(config.model.sampling_rate, run.device)
         self.metrics = MetricsWriter(
             run.exp,
             resumed_at=self.state,
@@ -146,8 +155,10 @@ class Trainer:
         self.history = self._history()
         self.display = display
         self.lr = 0.0
+        self.mfu_per_rate = mfu_per_rate(run)
         self.pending: PendingUpdate | None = None  # the last update, until `_settle`
         self.skipped_in_a_row = 0
+        self.slow_loading = False
 
     def train(self) -> int:
         """Run the remaining updates. Returns the exit code; see the function `train`."""
@@ -164,7 +175,10 @@ class Trainer:
             except Interrupted:
                 end_loader_processes()
                 return self._stop()
-            return 0 if self._finish() else TemporaryError.exit_code
+            if not self._finish():
+                return TemporaryError.exit_code
+            self.display.finished(self.run.exp, self.run.state.update)
+            return 0
 
     def _train_on(self, windows: Iterator[list[MicroBatch]]) -> None:
         """Run updates to the last one, or until the run goes back to a checkpoint."""
@@ -229,7 +243,7 @@ class Trainer:
         if self.skipped_in_a_row + 1 >= config.trainer.max_skipped_in_a_row:
             self._settle()  # so that, if this is the last skip, the weights are still those of its window
         if agreed.to_report:
-            self.run.bad_audio.report(bad)
+            self._report(bad)
         self.run.bad_audio.count(seen=int(agreed.utterances + agreed.unusable), unusable=int(agreed.unusable))
         self.update_seconds = time.perf_counter() - began
 
@@ -241,6 +255,11 @@ class Trainer:
                 return next(windows), time.perf_counter() - began
         except Interrupted:
             return [], 0.0
+
+    def _report(self, bad: Sequence[BadAudio]) -> None:
+        """List bad audio of all ranks. Collective."""
+        for audio in self.run.bad_audio.report(bad):
+            self.display.detail(f"bad audio: {audio}")
 
     def _agree(self, window: list[MicroBatch], bad: Sequence[BadAudio]) -> Agreement:
         """Sum over all ranks what they have to know of an update. Collective."""
@@ -271,7 +290,7 @@ class Trainer:
         self._finish()
         received = max(number for number in gather_from_ranks(self.stop.received) if number is not None)
         where = "continues from here" if self.state.update else "starts again: no update was complete"
-        self.display.message(f"stopped by {received.name}; the same command {where}", "yellow")
+        self.display.stopped(f"stopped by {received.name}; the same command {where}")
         return 128 + received
 
     def _finish(self) -> bool:
@@ -280,7 +299,7 @@ class Trainer:
         self.run.store.wait()
         uploaded = self.config.checkpoint.store is None or self._finish_uploads()
         if unusable := self.run.bad_audio.summary():
-            self.display.message(unusable, "yellow")
+            self.display.important(unusable)
         return uploaded
 
     def _finish_uploads(self) -> bool:
@@ -323,8 +342,7 @@ class Trainer:
         first = (pending.number - 1 + self.state.skipped_windows) * count
         self.display.message(
             f"warning: update {pending.number} skipped: its gradient is not finite "
-            f"(micro-batches {first} to {first + count - 1})",
-            "yellow",
+            f"(micro-batches {first} to {first + count - 1})"
         )
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_in_a_row:
             raise UserError(self._explain_skips(pending))
@@ -372,7 +390,7 @@ class Trainer:
         if saving:
             self._save()
         self.meter.exclude(time.perf_counter() - began)
-        self.display.advance(update)
+        self.display.advance(update, saved=saving)
         return None
 
     def _lasting_trouble(self) -> Trouble | None:
@@ -411,9 +429,9 @@ class Trainer:
                 f"stopped at update {left.update}: {trouble}; the run has gone back to {checkpoint.path} "
                 f"{ROLL_BACKS} times, and other data did not help"
             )
-        self.display.message(
+        self.display.went_back(
+            back.update,
             f"going back from update {left.update} to {checkpoint.path}, and skipping the data since then: {trouble}",
-            "yellow",
         )
         self.run.engine.import_state(checkpoint)
         skipped = left.skipped_windows + left.update - back.update
@@ -426,7 +444,7 @@ class Trainer:
         self.metrics.continue_from(self.state)
         self.history = self._history()
         self.logged, self.skipped_in_a_row = back.update, 0
-        self.meter = Meter(self.config.model.sampling_rate)
+        self.meter = Meter(self.config.model.sampling_rate, self.run.device)
 
     def _history(self) -> History:
         """Return what the log lines so far say about the next one; on rank 0."""
@@ -451,6 +469,7 @@ class Trainer:
             "lr": self.lr,
             **self.run.objective.scheduled(self.state.update - 1),
             "hours_seen": self.state.audio_seconds / 3600,
+            **({"mfu": self.mfu_per_rate * values["audio_seconds_per_second"]} if self.mfu_per_rate else {}),
             **({"compiled_graphs": graphs} if (graphs := compiled_graphs()) else {}),
             "skipped_updates": self.state.skipped_updates,
             "skipped_utterances": self.state.skipped_utterances,
@@ -460,12 +479,12 @@ class Trainer:
         self.display.training(self.state.update, self.run.objective.line(values), values)
         earlier, config, objective = self.history, self.config, self.run.objective
         self.history = examine(earlier, self.state.update, values, config=config, objective=objective)
-        warnings = [finding.text for finding in self.history.new_since(earlier)]
-        if (waiting := values["data_wait_fraction"]) > SLOW_LOADING:
+        for finding in self.history.new_since(earlier):
+            self.display.finding(finding)
+        was_slow, self.slow_loading = self.slow_loading, (waiting := values["data_wait_fraction"]) > SLOW_LOADING
+        if self.slow_loading and not was_slow:
             advice = "Raise data.workers, or use faster storage"
-            warnings.append(f"{waiting:.0%} of the time was spent waiting for data. {advice}")
-        for warning in warnings:
-            self.display.message(f"warning: {warning}", "yellow")
+            self.display.message(f"warning: {waiting:.0%} of the time was spent waiting for data. {advice}")
 
     def _validate(self) -> None:
         """Validate, and keep the metrics in the state. Raises Interrupted on all ranks after a stop signal."""
@@ -480,12 +499,12 @@ class Trainer:
 
         values = validate(evaluate, self.run.validation(), self.run.objective.metrics)
         if values["unusable_utterances"]:
-            self.run.bad_audio.report(bad)
+            self._report(bad)
         if not values["utterances"]:
             raise UserError(f"data.validation: no utterance could be read; see {self.run.bad_audio.path}")
         metric = self.config.trainer.best_metric
         if not math.isfinite(values.get(metric, math.nan)):
-            self.display.message(f"warning: the validation has no finite {metric} (trainer.best_metric)", "yellow")
+            self.display.message(f"warning: the validation has no finite {metric} (trainer.best_metric)")
         self.state = replace(self.state, validation={key: one for key, one in values.items() if math.isfinite(one)})
         values["hours_seen"] = self.state.audio_seconds / 3600
         self.metrics.write("validation", self.state.update, values)

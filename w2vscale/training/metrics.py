@@ -14,10 +14,11 @@ import torch
 
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.distributed.process_group import gather_from_ranks, sum_over_ranks
+from w2vscale.distributed.process_group import gather_from_ranks, largest_over_ranks, sum_over_ranks
 from w2vscale.errors import counted
 from w2vscale.evaluation.validation import reduce_sums
 from w2vscale.files import read_log, read_metrics, regular, write_text, writing
+from w2vscale.hardware import memory_used
 from w2vscale.objectives import Sums, add_sums
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 class Meter:
     """Accumulates sums, counts and times of this rank since the last `read`."""
 
-    def __init__(self, sampling_rate: int) -> None:
+    def __init__(self, sampling_rate: int, device: torch.device) -> None:
         self.sampling_rate = sampling_rate
+        self.device = device
         self._reset()
 
     def _reset(self) -> None:
@@ -73,8 +75,7 @@ class Meter:
             # The slowest rank counts, because all others wait for it.
             "data_wait_fraction": max(gather_from_ranks(self.data_seconds)) / elapsed,
         }
-        if torch.cuda.is_available():
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        values["peak_memory_gib"] = largest_over_ranks([memory_used(self.device)])[0] / 2**30
         self._reset()
         return values
 

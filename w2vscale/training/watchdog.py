@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -59,11 +59,16 @@ class Watchdog:
     """Watches all ranks in a `with` block, which is collective.
 
     `seconds` is the setting `watchdog.seconds`; `grace` is `checkpoint.grace_seconds`, within which a rank that has
-    received a stop signal must leave the block, or else its process exits. Stacks are written to `folder`.
+    received a stop signal must leave the block, or else its process exits. Stacks are written to `folder`. `log` gets
+    the problem that ends the process.
     """
 
-    def __init__(self, ranks: Ranks, folder: Path, *, seconds: float, stop: StopRequest, grace: float) -> None:
+    def __init__(
+        self, ranks: Ranks, folder: Path, *, seconds: float, stop: StopRequest, grace: float,
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
         self.ranks, self.folder, self.seconds, self.stop, self.grace = ranks, folder, seconds, stop, grace
+        self.log = log
         self.every = min(seconds / 5, 5.0)  # seconds between reports
         self._ended = threading.Event()
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
@@ -199,6 +204,7 @@ class Watchdog:
                 advice = "no checkpoint is written; the same command continues from the newest one"
                 text = f"error: watchdog: {problem}; {advice}; the stacks are in {self.folder}/stacks_rank_*.txt\n"
                 os.write(2, text.encode())
+                self.log(text)
             time.sleep(wait)  # the other ranks read the verdict from this process
         finally:
             os._exit(code)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from tools.bench.phases.measuring import Machine, Rows, attempt, median_ms, release_memory
+from w2vscale.hardware import cpu_name
 
 LONG_SECONDS = 300
 """Audio of the forward whose matrix products are measured."""
@@ -25,7 +25,7 @@ def environment(machine: Machine) -> Rows:
     """Versions, the attention back-ends in order of preference, copy bandwidth, rates of matrix products."""
     device = machine.device
     yield "versions", versions()
-    yield "processor", {"name": _processor(), "cores": os.cpu_count()}
+    yield "processor", {"name": cpu_name(), "cores": os.cpu_count()}
     yield "gpu", _gpu(device) if machine.on_gpu else None
     yield "attention_order", attention_order()
     yield "attention_chosen", attempt(lambda: attention_chosen(device))
@@ -53,13 +53,6 @@ def versions() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-def _processor() -> str:
-    description = Path("/proc/cpuinfo")
-    lines = description.read_text().splitlines() if description.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
 
 
 def attention_order() -> list[str]:
