@@ -65,9 +65,9 @@ def copy(exp: Path, target: Path, *, up_to: int) -> Path:
 
 def records(exp: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on time."""
-    timed = ("per_second", "data_wait_fraction")
+    measured = ("per_second", "data_wait_fraction", "peak_memory_gib")
     lines = read_records(exp / "metrics.jsonl")
-    return [{key: line[key] for key in line if not key.endswith(timed)} for line in lines]
+    return [{key: line[key] for key in line if not key.endswith(measured)} for line in lines]
 
 
 def states(exp: Path) -> dict[str, Any]:

@@ -23,18 +23,43 @@ from w2vscale.terminal import VisibleConsole
 # Wide, so that tables in a file or a pipe are not cut to 80 columns. No markup: names may contain brackets.
 console = VisibleConsole(soft_wrap=True, highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
 
+PROSE = 24
+"""Characters within which a column of text can still be read."""
+
 
 def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[RenderableType]], *, title: str | None = None, right: bool = True
 ) -> None:
-    """Print a table. The first column is aligned to the left and the others to the right, if `right`."""
-    table = Table(title=title, title_justify="left", box=None, header_style="bold", show_header=any(columns))
-    table.add_column(columns[0], no_wrap=True)
-    for column in columns[1:]:
-        table.add_column(column, justify="right" if right else "left", overflow="fold")
+    """Print a table. The first column is aligned to the left and the others to the right, if `right`.
+
+    On a terminal that is too narrow for the table, each row is printed as a block with a line for each column.
+    """
+    rows = list(rows)
+    widths = [
+        max(console.measure(cell).maximum for cell in (column, *(row[number] for row in rows)))
+        for number, column in enumerate(columns)
+    ]
+    narrowest = [widths[0], *(min(width, PROSE) for width in widths[1:])]
+    if sum(narrowest) + 2 * len(columns) <= console.width:
+        table = Table(title=title, title_justify="left", box=None, header_style="bold", show_header=any(columns))
+        table.add_column(columns[0], no_wrap=True)
+        for column, width in zip(columns[1:], narrowest[1:], strict=True):
+            table.add_column(column, justify="right" if right else "left", overflow="fold", min_width=width)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        return
+    if title is not None:
+        console.print(f"\n{title}", style="italic")
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        console.print(row[0], style="bold")
+        block = Table.grid(padding=(0, 2, 0, 0))
+        block.add_column(no_wrap=True)
+        block.add_column(overflow="fold")
+        for column, cell in zip(columns[1:], row[1:], strict=True):
+            if cell != "":
+                block.add_row(f"  {column}" if column else "", cell)
+        console.print(block)
 
 
 def bytes_bar(title: str) -> AbstractContextManager[Callable[[int, int], None]]:
