@@ -280,7 +280,9 @@ def stats(
     from w2vscale.storage.urls import place
 
     settings, objective = load(config, override or [])
-    _show_stats(corpus_stats([place(manifest) for manifest in manifests], settings, objective), settings)
+    with progress_bar("utterances") as progress:
+        found = corpus_stats([place(manifest) for manifest in manifests], settings, objective, progress=progress)
+    _show_stats(found, settings)
 
 
 def _show_stats(stats: CorpusStats, config: Config) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from w2vscale.cli.arguments import Overrides, Source, finite
-from w2vscale.cli.progress import console, print_table
+from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError, counted
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ def plan(
         memory=gpu_memory * GB,
         host_memory=math.inf if host_memory is None else host_memory * GB,
     )
-    found, warning = plan_run(source, overrides or [], gpus=gpus, nodes=nodes, cluster=speeds, rates=rates)
+    with progress_bar("combinations") as progress:
+        found, warning = plan_run(
+            source, overrides or [], gpus=gpus, nodes=nodes, cluster=speeds, rates=rates, progress=progress
+        )
     _print_run(found)
     _print_rows(found)
     _print_recommendation(found)

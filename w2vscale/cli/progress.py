@@ -34,7 +34,7 @@ def print_table(
 
     On a terminal that is too narrow for the table, each row is printed as a block with a line for each column.
     """
-    rows = list(rows)
+    rows = [[*row, *[""] * (len(columns) - len(row))] for row in rows]
     widths = [
         max(console.measure(cell).maximum for cell in (column, *(row[number] for row in rows)))
         for number, column in enumerate(columns)
@@ -58,7 +58,7 @@ def print_table(
         block.add_column(overflow="fold")
         for column, cell in zip(columns[1:], row[1:], strict=True):
             if cell != "":
-                block.add_row(f"  {column}" if column else "", cell)
+                block.add_row(f"  {' '.join(column.split())}", cell)
         console.print(block)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,10 @@ class CorpusStats:
         return list(zip(edges[:-1], edges[1:], counts, hours, strict=True))
 
 
-def corpus_stats(paths: Sequence[Path | Url], config: Config, maker: InputMaker) -> CorpusStats:
+def corpus_stats(
+    paths: Sequence[Path | Url], config: Config, maker: InputMaker, *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CorpusStats:  # fmt: skip
     """Count speakers and transcripts in manifests, and plan one epoch with `config` for buckets and padding.
 
     Raises UserError if a manifest or its index is missing, or no utterance is long enough.
@@ -62,8 +66,10 @@ def corpus_stats(paths: Sequence[Path | Url], config: Config, maker: InputMaker)
     speakers: set[str] = set()
     rates: Counter[int] = Counter()
     transcribed = 0
+    done = count()
     for manifest in corpus.manifests:
         for number in range(len(manifest)):
+            progress(next(done), len(corpus))
             cut = manifest.read(number, dict)
             supervisions = cut.get("supervisions") or []
             speakers.update(s["speaker"] for s in supervisions if s.get("speaker"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import get_args
@@ -90,6 +90,7 @@ class Plan:
 def make_plan(
     name: str, config: Config, objective: Objective, *, gpus: int, nodes: int, cluster: Cluster,
     measured: Mapping[str, Rates] | None = None, corpus: Corpus | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:  # fmt: skip
     """Plan a run that `name` stands for on `gpus` GPUs in `nodes` nodes, with the speeds and memory of `cluster`.
 
@@ -107,7 +108,11 @@ def make_plan(
     if nodes == 1:
         names = [name for name in names if name not in ("hsdp", "fsdp_keep")]
     place = _Place(gpus, cluster, usable(cluster.memory), measured)
-    rows = [_row(engine, one, every["none"], place) for one in every.values() for engine in names]
+    rows: list[Row] = []
+    for one in every.values():
+        for engine in names:
+            rows.append(_row(engine, one, every["none"], place))
+            progress(len(rows), len(every) * len(names))
     rows.sort(key=lambda row: (not row.fits, _seconds(row), row.lacks, row.lacks_host))
     enough = None if rows[0].fits else _enough(every["full"], place)
     seen = exposure(model.config, corpus)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,8 +26,9 @@ from w2vscale.training.run import open_training_set
 
 
 def plan_run(
-    source: str, overrides: Sequence[str], *, gpus: int, nodes: int | None, cluster: Cluster, rates: Path | None
-) -> tuple[Plan, str | None]:
+    source: str, overrides: Sequence[str], *, gpus: int, nodes: int | None, cluster: Cluster, rates: Path | None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Plan, str | None]:  # fmt: skip
     """Plan the run that `source` and `overrides` describe on the GPUs of `cluster`; also a warning about its epochs.
 
     Nodes have as many GPUs as those of the cluster, unless `nodes` says how many there are.
@@ -40,7 +41,7 @@ def plan_run(
     count = -(-gpus // cluster.gpus_per_node) if nodes is None else nodes
     plan = make_plan(
         Path(source).stem, config, objective,
-        gpus=gpus, nodes=count, cluster=cluster, measured=measured, corpus=corpus,
+        gpus=gpus, nodes=count, cluster=cluster, measured=measured, corpus=corpus, progress=progress,
     )  # fmt: skip
     return plan, None if corpus is None else unusual_epochs(config, objective, corpus)
 
