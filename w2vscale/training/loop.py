@@ -11,7 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ from w2vscale.optim.schedules import learning_rate
 from w2vscale.runtime import Interrupted, StopRequest
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import micro_batches_per_forward
+from w2vscale.training.callbacks import Callbacks
 from w2vscale.training.display import Display, Verbosity
 from w2vscale.training.efficiency import mfu_per_rate
 from w2vscale.training.exclusive import locked_by_main, mirrored_by_main
@@ -68,6 +69,7 @@ def train(
     command: Sequence[str] | None = None,
     stop: StopRequest | None = None,
     verbosity: Verbosity = "normal",
+    callbacks: Callbacks = Callbacks(),  # noqa: B008 - it cannot change
     around_updates: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> int:
     """Train up to `trainer.updates`, on all ranks. Return 0, or 128 + the number of the signal that stopped the run.
@@ -108,7 +110,7 @@ def train(
                     display.starting(describe_start(run, per_forward))
                     display.detail(f"the run was built in {time.monotonic() - began:.1f} s")
                     with around_updates():
-                        return Trainer(run, stop, watchdog, per_forward, display, lock).train()
+                        return Trainer(run, stop, watchdog, per_forward, display, lock, callbacks).train()
 
 
 class Agreement(NamedTuple):
@@ -135,6 +137,7 @@ class Trainer:
         per_forward: int,
         display: Display,
         lock: Lock | None = None,
+        callbacks: Callbacks = Callbacks(),  # noqa: B008 - it cannot change
     ) -> None:
         config = run.config
         self.run, self.config, self.per_forward = run, config, per_forward
@@ -153,7 +156,7 @@ class Trainer:
             log=display.message,
         )
         self.history = self._history()
-        self.display = display
+        self.display, self.callbacks = display, callbacks
         self.lr = 0.0
         self.mfu_per_rate = mfu_per_rate(run)
         self.pending: PendingUpdate | None = None  # the last update, until `_settle`
@@ -459,8 +462,11 @@ class Trainer:
         with errors_on_all_ranks():
             if self.lock is not None:
                 self.lock.require()
-        self.run.save(self.state)
+        path = self.run.save(self.state)
         self.saved = self.state.update
+        if self.callbacks.on_checkpoint is not None:
+            self.run.store.wait()
+            self._call(self.callbacks.on_checkpoint, path)
 
     def _log(self) -> None:
         self.logged = self.state.update
@@ -485,6 +491,12 @@ class Trainer:
         if self.slow_loading and not was_slow:
             advice = "Raise data.workers, or use faster storage"
             self.display.message(f"warning: {waiting:.0%} of the time was spent waiting for data. {advice}")
+        self._call(self.callbacks.on_update, values)
+
+    def _call(self, function: Callable[[int, Any], object] | None, value: Any) -> None:
+        """Call a function of the user, if there is one, on rank 0."""
+        if function is not None and self.run.ranks.is_main:
+            function(self.state.update, value)
 
     def _validate(self) -> None:
         """Validate, and keep the metrics in the state. Raises Interrupted on all ranks after a stop signal."""
@@ -509,6 +521,7 @@ class Trainer:
         values["hours_seen"] = self.state.audio_seconds / 3600
         self.metrics.write("validation", self.state.update, values)
         self.display.validation(self.state.update, self.run.objective.line(values))
+        self._call(self.callbacks.on_validation, values)
 
 
 def _after_step(objective: Objective, update: int) -> Callable[[nn.Module], None] | None:
