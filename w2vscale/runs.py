@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,8 +102,12 @@ def train(
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Restore the default generators of PyTorch after the block: dropout seeds them in every forward."""
+    """Restore the default generators after the block: dropout seeds that of PyTorch, and Lhotse draws from Python's."""
     import torch
 
-    with torch.random.fork_rng():
-        yield
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(state)
