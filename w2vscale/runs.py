@@ -84,25 +84,26 @@ def train(
     notebook's cell, saves a checkpoint and returns; the same call continues. Raises UserError if a setting, a file or
     the environment is wrong.
     """
-    from w2vscale import objectives
-    from w2vscale.runtime import StopRequest
-    from w2vscale.training.callbacks import Callbacks
-    from w2vscale.training.loop import train as train_run
+    with _random_state_kept():
+        from w2vscale import objectives
+        from w2vscale.runtime import StopRequest
+        from w2vscale.training.callbacks import Callbacks
+        from w2vscale.training.loop import train as train_run
 
-    if isinstance(config, Config):
-        if overrides:
-            raise UserError(f"{overrides[0]}: overrides are for a preset or a file; change the settings instead")
-    else:
-        config, _ = objectives.load(os.fspath(config), overrides)
-    callbacks = Callbacks(on_update, on_validation, on_checkpoint)
-    with StopRequest() as stop, _random_state_kept():
-        train_run(config, Path(exp), resume=resume, stop=stop, verbosity=verbosity, callbacks=callbacks)
+        if isinstance(config, Config):
+            if overrides:
+                raise UserError(f"{overrides[0]}: overrides are for a preset or a file; change the settings instead")
+        else:
+            config, _ = objectives.load(os.fspath(config), overrides)
+        callbacks = Callbacks(on_update, on_validation, on_checkpoint)
+        with StopRequest() as stop:
+            train_run(config, Path(exp), resume=resume, stop=stop, verbosity=verbosity, callbacks=callbacks)
     return Run(exp)
 
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Restore the default generators after the block: dropout seeds that of PyTorch, and Lhotse draws from Python's."""
+    """Restore the default generators after the block: dropout seeds PyTorch's, and imports draw from Python's."""
     import torch
 
     state = random.getstate()
