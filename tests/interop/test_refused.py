@@ -86,8 +86,8 @@ def test_missing_and_existing_files(family: tuple[Config, Path, Path], tmp_path:
         import_checkpoint(tmp_path, tmp_path / "in", form="huggingface")
     with pytest.raises(UserError, match=r"export: exists and is not an empty folder; choose another one"):
         export_checkpoint(checkpoint, export, form="huggingface")
-    with pytest.raises(UserError, match="--format onnx: choose one of huggingface, fairseq2, torchaudio"):
-        export_checkpoint(checkpoint, tmp_path / "x", form="onnx")
+    with pytest.raises(UserError, match="--format nemo: choose one of huggingface, fairseq2, torchaudio, onnx"):
+        export_checkpoint(checkpoint, tmp_path / "x", form="nemo")
     with pytest.raises(UserError, match="--format espnet: choose one of auto, huggingface, fairseq, fairseq2"):
         import_checkpoint(export, tmp_path / "x", form="espnet")
 

@@ -120,6 +120,7 @@ def _evaluate_wer(
     if output is not None:
         document = {
             "checkpoint": str(checkpoint),
+            "update": pretrained.update,
             "cuts": [path.name.removesuffix(".jsonl").removeprefix("cuts_") for path in cuts],
             "decoding": search.description() if search is not None else "greedy",
             "wer": found.words.rate,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -12,9 +13,11 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.errors import UserError, refused_value
 from w2vscale.evaluation.bootstrap import relative_reduction
 from w2vscale.files import nearest_path
+from w2vscale.interop.model_card import ErrorRates
 
 BASELINES = ("_scratch", "_imported")  # the run NAME is compared with the runs NAME_scratch and NAME_imported
 EDITS = ("substitutions", "deletions", "insertions")
@@ -74,6 +77,47 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
             raise UserError(f"{path}: not written by w2vscale evaluate --output: {refused_value(error)}") from None
         found.append(Result(path.resolve().parent.name, metrics))
     return found
+
+
+def error_rates_of(
+    checkpoint: CheckpointReader, files: Sequence[Path] | None, log: Callable[[str], None] = lambda text: None
+) -> list[ErrorRates]:
+    """Return the error rates of a checkpoint for its model card, from files of `w2vscale evaluate --wer --output`.
+
+    `files` is None: those in the folder of its run that are of this checkpoint. Raises UserError if one of `files`
+    cannot be read or is something else.
+    """
+    if files is not None:
+        found = read_results(files)
+        for path, result in zip(files, found, strict=True):
+            if "wer" not in result.metrics:
+                raise UserError(f"--results {path}: has no word error rate; evaluate the model with --wer --output")
+            if (update := result.metrics.get("update", checkpoint.state.update)) != checkpoint.state.update:
+                log(f"{path}: is of update {update}, and the exported checkpoint of update {checkpoint.state.update}")
+        return [_error_rates(result) for result in found]
+    run = checkpoint.path.parent.parent
+    names = (run.name, "checkpoints", checkpoint.path.name)
+    rates = []
+    for path in sorted(run.glob("*.json")) if checkpoint.path.parent.name == "checkpoints" else []:
+        with suppress(UserError):  # other files
+            (result,) = read_results([path])
+            metrics = result.metrics
+            if metrics.get("update") == checkpoint.state.update and Path(metrics.get("checkpoint", "")).name in names:
+                rates += [_error_rates(result)] if "wer" in metrics else []
+    return rates
+
+
+def _error_rates(result: Result) -> ErrorRates:
+    found = result.metrics
+    return ErrorRates(
+        ", ".join(found["cuts"]),
+        found["decoding"],
+        len(found["utterances"]),
+        found["wer"],
+        found["cer"],
+        tuple(found["word_interval"]),
+        tuple(found["character_interval"]),
+    )
 
 
 def results_page(results: Sequence[Result], title: str) -> str:

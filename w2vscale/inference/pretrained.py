@@ -71,7 +71,8 @@ def _load(
     objective = build_objective(config.model_copy(update={"precision": PrecisionConfig(compute="fp32")}))
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return Pretrained(checkpoint.build_model(objective, chosen).eval(), config, objective)
+        model = checkpoint.build_model(objective, chosen).eval()
+        return Pretrained(model, config, objective, checkpoint.state.update)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {chosen}: {str(error).splitlines()[0]}") from None
 
@@ -126,6 +127,7 @@ class Pretrained:
     model: Any
     config: Config
     objective: Objective
+    update: int = 0  # of the checkpoint
 
     @property
     def device(self) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from w2vscale.errors import UserError
 from w2vscale.interop.fairseq2 import to_fairseq2
 from w2vscale.interop.fairseq2_card import MODEL, asset_card
 from w2vscale.interop.huggingface import huggingface_config, preprocessor_config, to_huggingface
-from w2vscale.interop.model_card import model_card
+from w2vscale.interop.model_card import CardDetails, ErrorRates, model_card
 from w2vscale.interop.names import own_settings
+from w2vscale.interop.onnx import describe, require_onnx, write_onnx
 from w2vscale.interop.torch_zip import write_torch_zip
 from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
 from w2vscale.objectives import Objective, build_objective
@@ -29,6 +30,7 @@ SHARD_BYTES = 5 * 10**9  # the largest file of weights for Transformers, as `sav
 
 Progress = Callable[[int, int], None]
 Log = Callable[[str], None]
+ErrorRatesOf = Callable[[CheckpointReader], Sequence[ErrorRates]]
 
 
 class Exported(NamedTuple):
@@ -38,11 +40,23 @@ class Exported(NamedTuple):
     update: int
 
 
+class Export(NamedTuple):
+    """An export in progress."""
+
+    checkpoint: CheckpointReader
+    state: Mapping[str, LazyTensor]  # the tensors of the model
+    folder: Path  # to write to
+    card: str  # the model card, for formats that have one
+    log: Log
+
+
 def export_checkpoint(
     path: Path,
     output: Path,
     *,
     form: str,
+    details: CardDetails | None = None,
+    error_rates: ErrorRatesOf = lambda checkpoint: (),
     progress: Progress = lambda done, total: None,
     log: Log = lambda text: None,
 ) -> Exported:
@@ -55,33 +69,43 @@ def export_checkpoint(
     `tokenizer.model`, or, without one, its symbols in `vocabulary.txt`.
     torchaudio: `model.safetensors` with the `state_dict` of `torchaudio.models.wav2vec2_model`, its arguments in
     `model.json`, and `preprocessor_config.json` as above. Of the heads, only a CTC output layer is kept.
+    onnx: `model.onnx` (above 2 GB with its weights in `model.onnx.data`), its description `model.json`, the symbols of
+    an output layer in `vocabulary.txt`, and the model card.
 
-    Holds one tensor at a time. The folder appears when it is complete. `progress` is called with the bytes that were
-    read so far and those of all tensors.
+    Holds one tensor at a time, except for onnx. The folder appears when it is complete. The model card has `details`
+    and `error_rates` of the checkpoint. `progress` is called with the bytes that were read so far and those of all
+    tensors.
 
-    Raises UserError if the checkpoint cannot be used, the format does not support the model, or `output` cannot be
-    written or is not an empty folder.
+    Raises UserError if the checkpoint cannot be used, the format does not support the model or has no card for the
+    details, or `output` cannot be written or is not an empty folder.
     """
     if form not in WRITERS:
         raise UserError(f"--format {form}: choose one of {', '.join(WRITERS)}")
+    if details is not None and form not in WITH_CARD:
+        raise UserError(f"--format {form}: has no model card for --license and --language; {CHOOSE}")
+    if form == "onnx":
+        require_onnx()
     checkpoint = open_checkpoint(path, log)
     state = checkpoint.model_tensors()
     size = sum(tensor.bytes for tensor in state.values())
+    card = ""
+    if form in WITH_CARD:
+        card = model_card(checkpoint, details, error_rates(checkpoint), onnx=form == "onnx")
     with new_folder(output, size=size, log=log) as folder:
-        WRITERS[form](checkpoint, counted_reads(state, progress), folder, log)
+        WRITERS[form](Export(checkpoint, counted_reads(state, progress), folder, card, log))
         names = sorted(file.name for file in folder.iterdir())
     return Exported([output / name for name in names], checkpoint.state.update)
 
 
-def _write_huggingface(checkpoint: CheckpointReader, state: Mapping[str, LazyTensor], folder: Path, _: Log) -> None:
-    config = checkpoint.config
+def _write_huggingface(export: Export) -> None:
+    config, folder = export.checkpoint.config, export.folder
     tokenizer = build_objective(config).transformers_head().files
-    weights = to_huggingface(state, config)
+    weights = to_huggingface(export.state, config)
     _write_json(folder / "config.json", huggingface_config(config))
     _write_json(folder / "preprocessor_config.json", preprocessor_config(config.model, tokenizer=bool(tokenizer)))
     for name, document in tokenizer.items():
         _write_json(folder / name, document)
-    (folder / "README.md").write_text(model_card(checkpoint), encoding="utf-8")
+    (folder / "README.md").write_text(export.card, encoding="utf-8")
     shards = list(_sharded(weights))
     if len(shards) == 1:
         _write_weights(folder / WEIGHTS, weights)
@@ -96,19 +120,29 @@ def _write_huggingface(checkpoint: CheckpointReader, state: Mapping[str, LazyTen
     _write_json(folder / f"{WEIGHTS}.index.json", index)
 
 
-def _write_torchaudio(checkpoint: CheckpointReader, state: Mapping[str, LazyTensor], folder: Path, _: Log) -> None:
-    config = checkpoint.config
+def _write_torchaudio(export: Export) -> None:
+    config, folder = export.checkpoint.config, export.folder
     _write_json(folder / "model.json", torchaudio_arguments(config))
     _write_json(folder / "preprocessor_config.json", preprocessor_config(config.model))
-    _write_weights(folder / WEIGHTS, to_torchaudio(state, config))
+    _write_weights(folder / WEIGHTS, to_torchaudio(export.state, config))
 
 
-def _write_fairseq2(checkpoint: CheckpointReader, state: Mapping[str, LazyTensor], folder: Path, log: Log) -> None:
+def _write_onnx(export: Export) -> None:
+    config, folder = export.checkpoint.config, export.folder
+    write_onnx(folder, export.state, config, export.log)
+    _write_json(folder / "model.json", describe(config))
+    if vocabulary := build_objective(config).vocabulary:
+        _write_vocabulary(vocabulary, folder)
+    (folder / "README.md").write_text(export.card, encoding="utf-8")
+
+
+def _write_fairseq2(export: Export) -> None:
+    checkpoint, folder = export.checkpoint, export.folder
     config = checkpoint.config
-    weights = to_fairseq2(state, config, update=checkpoint.state.update)
+    weights = to_fairseq2(export.state, config, update=checkpoint.state.update)
     tokenizer = None
     if (objective := build_objective(config)).vocabulary:
-        tokenizer = _write_symbols(objective, folder, log)
+        tokenizer = _write_symbols(objective, folder, export.log)
     card = asset_card(config, name=checkpoint.path.parent.parent.name, tokenizer=tokenizer)
     (folder / "card.yaml").write_text(card, encoding="utf-8")
     write_torch_zip(folder / MODEL, weights, w2vscale=json.dumps(own_settings(config)))
@@ -129,15 +163,23 @@ def _write_symbols(objective: Objective, folder: Path, log: Log) -> str | None:
     if content is not None:
         (folder / TOKENIZER).write_bytes(content)
         return TOKENIZER
-    (folder / "vocabulary.txt").write_text("\n".join(objective.vocabulary) + "\n", encoding="utf-8")
+    _write_vocabulary(objective.vocabulary, folder)
     return None
 
 
-WRITERS: dict[str, Callable[[CheckpointReader, Mapping[str, LazyTensor], Path, Log], None]] = {
+def _write_vocabulary(symbols: Sequence[str], folder: Path) -> None:
+    (folder / "vocabulary.txt").write_text("\n".join(symbols) + "\n", encoding="utf-8")
+
+
+WRITERS: dict[str, Callable[[Export], None]] = {
     "huggingface": _write_huggingface,
     "fairseq2": _write_fairseq2,
     "torchaudio": _write_torchaudio,
+    "onnx": _write_onnx,
 }
+WITH_CARD = ("huggingface", "onnx")
+"""The formats with a model card, which the Hugging Face Hub shows."""
+CHOOSE = f"choose {' or '.join(WITH_CARD)}"
 
 
 def _sharded(weights: Mapping[str, LazyTensor]) -> Iterator[dict[str, LazyTensor]]:

@@ -14,18 +14,20 @@ class Lengths(NamedTuple):
 
     samples_B: Tensor
     frames_B: Tensor
-    frames: int  # the sum of frames_B, known to the host without waiting for a device
+    frames: int | None  # the sum of frames_B, known to the host without waiting for a device; None: stay padded
 
 
 class Packing(NamedTuple):
     """Maps B utterances, padded to T frames, to their N valid frames one after another, and back.
 
-    Nothing here makes the host wait for a device.
+    Nothing here makes the host wait for a device. A graph for other libraries is traced with utterances that stay
+    padded, because N would be a size that depends on data. Only plain operations take these.
     """
 
     bounds: Tensor  # [B + 1] int32: utterance b has the packed frames from bounds[b] to bounds[b + 1]
     steps: int  # T
-    places_N: Tensor | None  # of each valid frame among all B x T frames; None where no frame is padding
+    places_N: Tensor | None  # of each valid frame among all B x T frames; None where no frame is left out
+    valid_BT: Tensor | None = None  # True inside each utterance, if utterances stay padded: N is B x T
 
     @staticmethod
     def of(x_BTD: Tensor, lengths: Lengths | None) -> Packing:
@@ -34,6 +36,8 @@ class Packing(NamedTuple):
         starts_B = torch.arange(0, batch * steps + 1, steps, dtype=torch.int32, device=x_BTD.device)
         if lengths is None or lengths.frames == batch * steps:
             return Packing(starts_B, steps, None)
+        if lengths.frames is None:
+            return Packing(starts_B, steps, None, _inside(lengths.frames_B, steps))
         ends_B = lengths.frames_B.cumsum(0)
         before_B = starts_B[:-1] - (ends_B - lengths.frames_B)  # padding in front of each utterance
         places_N = torch.arange(lengths.frames, device=x_BTD.device) + torch.repeat_interleave(
@@ -53,13 +57,20 @@ class Packing(NamedTuple):
         batch = self.bounds.shape[0] - 1
         if self.places_N is not None:
             x_ND = _spread(x_ND, self.places_N, batch * self.steps)
-        return x_ND.unflatten(0, (batch, self.steps))
+        x_BTD = x_ND.unflatten(0, (batch, self.steps))
+        if self.valid_BT is not None:
+            x_BTD = x_BTD * self.valid_BT[(..., *[None] * (x_BTD.dim() - 2))]
+        return x_BTD
 
     def mask(self) -> Tensor | None:
         """[B, T] bool: True inside each utterance; None where no frame is padding."""
         if self.places_N is None:
-            return None
-        return torch.arange(self.steps, device=self.bounds.device) < self.bounds.diff().unsqueeze(1)
+            return self.valid_BT
+        return _inside(self.bounds.diff(), self.steps)
+
+
+def _inside(frames_B: Tensor, steps: int) -> Tensor:
+    return torch.arange(steps, device=frames_B.device) < frames_B.unsqueeze(1)
 
 
 class _Select(torch.autograd.Function):
