@@ -78,7 +78,7 @@ def test_prepare_in_segments(name: str, audio: Path, tmp_path: Path, run: Callab
 def test_transcribe_and_features(name: str, audio: Path, model: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     mono = write_audio(tmp_path / "mono.wav", samples(audio, CHANNELS[name]), subtype="FLOAT")
     texts = [
-        json.loads(run("transcribe", model, *given, "--json"))["text"]
+        json.loads(run("transcribe", model, *given, "--format", "json"))["text"]
         for given in ((audio, "--channel", name), (mono,))
     ]
     assert texts[0] == texts[1]

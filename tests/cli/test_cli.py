@@ -169,7 +169,7 @@ class TestTheProcess:
             ["train", "tiny", "data.train=cuts.jsonl", "--exp", "exp"],
             ["finetune", "ctc_1h", "trainer.init_from=exp/base"],
             ["evaluate", "exp/base", "--cuts", "cuts.jsonl"],
-            ["transcribe", "exp/base", "speech.wav", "--json"],
+            ["transcribe", "exp/base", "speech.wav", "--format", "json"],
         ],
         ids=lambda arguments: arguments[0],
     )

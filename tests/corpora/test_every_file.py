@@ -271,7 +271,7 @@ def test_training_reads_all_and_counts_the_bad(prepared: Prepared, tmp_path: Pat
 def test_transcribe_uses_or_names_every_file(prepared: Prepared, tmp_path: Path) -> None:
     config = load_config("base", SPELLING)
     save_model(tmp_path / "ctc", config, random_model(config, seed=3).state_dict(), TrainState(update=7))
-    done = command("transcribe", tmp_path / "ctc", prepared.folder, "--json")
+    done = command("transcribe", tmp_path / "ctc", prepared.folder, "--format", "json")
     assert done.returncode == 2
     found = [json.loads(line) for line in done.stdout.splitlines()]
     # Nothing is said in silence, and transcripts are not read.

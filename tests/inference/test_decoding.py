@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from w2vscale.data.transcripts import labels_to_text
 from w2vscale.errors import UserError
-from w2vscale.inference.decoding import BeamSearch, build_decoder, labels_to_text
+from w2vscale.inference.decoding import BeamSearch, build_decoder
 
 pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
 

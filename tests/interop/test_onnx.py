@@ -164,7 +164,7 @@ def test_weights_of_large_models_have_a_file_of_their_own(tmp_path: Path, monkey
     checkpoint = saved(settings("base", "model.layers=1"), tmp_path)
     found = export_checkpoint(checkpoint, tmp_path / "onnx", form="onnx")
     sizes = {file.name: file.stat().st_size for file in found.files}
-    assert sizes["model.onnx.data"] > 2 * sizes["model.onnx"] / 3
+    assert sizes["model.onnx.data"] > 100_000
     (tmp_path / "onnx").rename(tmp_path / "moved")
     compare(checkpoint, tmp_path / "moved" / "model.onnx")
 

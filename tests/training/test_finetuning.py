@@ -98,7 +98,9 @@ def test_they_are_transcribed(spelled: Path, memorised: Path, tmp_path: Path) ->
     assert "not readable as audio" in str(result.exception) and "1 of 11 utterances" in str(result.exception)
     found = dict(line.split("\t") for line in result.stdout.splitlines())
     assert found == {f"u{number:02d}": text for number, text in enumerate(some_texts(10))}
-    as_json = CliRunner().invoke(app, ["transcribe", str(memorised), str(spelled.parent / "u03.flac"), "--json"])
+    as_json = CliRunner().invoke(
+        app, ["transcribe", str(memorised), str(spelled.parent / "u03.flac"), "--format", "json"]
+    )
     assert json.loads(as_json.stdout)["text"] == some_texts(10)[3]
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,14 +25,21 @@ FORMAT = (
     "safetensors: a tensor layer_N of frames x dim for each layer."
 )
 
+TRANSCRIPTS = (
+    "txt: a line per utterance: name, tab, text; json: an object per utterance with the times and scores of its words; "
+    "srt: subtitles; ctm: a line per word: recording, channel, start, duration, word, score."
+)
+
 
 def transcribe(
     context: typer.Context,
     checkpoint: arguments.CheckpointPlace,
     audio: Audio,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON object per utterance: utterance, file, text.")
-    ] = False,
+    form: Annotated[str, typer.Option("--format", metavar="txt|json|srt|ctm", help=TRANSCRIPTS)] = "txt",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="With --format srt: write DIR/RECORDING.srt per recording."),
+    ] = None,
     beam: arguments.Beam = None,
     lm: arguments.LanguageModel = None,
     lexicon: arguments.Lexicon = None,
@@ -46,23 +51,35 @@ def transcribe(
 ) -> None:
     """Transcribe audio with a fine-tuned model, shortest utterance first.
 
-    Prints a line per utterance: name, tab, text. Exits with code 2 if some audio could not be used.
+    Prints a line per utterance: name, tab, text. --format adds the times of words. Exits with code 2 if some audio
+    could not be used.
     """
     from w2vscale.data.micro_batch import BadAudio
     from w2vscale.distributed.process_group import LONG_TIMEOUT, gather_as_found, process_group
     from w2vscale.inference.decoding import BeamSearch
     from w2vscale.inference.pretrained import load_on_all_ranks
+    from w2vscale.inference.transcript_formats import (
+        LINES,
+        check_format,
+        ctm,
+        line_of,
+        subtitles,
+        write_subtitles,
+    )
+    from w2vscale.inference.transcription import Transcript
     from w2vscale.inference.transcription import transcribe as transcripts
     from w2vscale.inference.utterances import find_utterances
 
     arguments.launch_if_asked(context, nproc_per_node)
     bad: list[BadAudio] = []
-    done = 0
+    done: list[Transcript] = []
+    utterances = find_utterances(audio, channel=arguments.channel_number(channel))
+    check_format(form, utterances, output)
     with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("seconds of audio") as progress:
         log = (lambda text: typer.echo(visible(text), err=True)) if ranks.is_main else lambda text: None
         stream = transcripts(
             load_on_all_ranks(checkpoint, log, device=device),
-            find_utterances(audio, channel=arguments.channel_number(channel)),
+            utterances,
             search=BeamSearch.from_options(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score),
             ranks=ranks,
             batch_seconds=batch_seconds,
@@ -75,10 +92,16 @@ def transcribe(
             if isinstance(found, BadAudio):
                 bad.append(found)
                 continue
-            done += 1
-            line = json.dumps(asdict(found), ensure_ascii=False) if as_json else f"{found.utterance}\t{found.text}"
-            typer.echo(visible(line))
-    _refuse_bad(bad, done)
+            done.append(found)
+            if form in LINES:
+                typer.echo(visible(line_of(found, form)))
+    if ranks.is_main:
+        if output is not None:
+            for path in write_subtitles(done, utterances, output):
+                console.print(f"{path}")
+        elif form not in LINES:
+            typer.echo(visible(ctm(done) if form == "ctm" else subtitles(done)), nl=False)
+    _refuse_bad(bad, len(done))
 
 
 def features(

@@ -1,4 +1,8 @@
-"""CTC decoding: greedy, or a beam search with a lexicon and an n-gram language model (flashlight-text)."""
+"""CTC decoding to words with their frames: greedy, or a beam search with a lexicon and an n-gram language model.
+
+The beam search is that of flashlight-text. The frames of its words are those of its best hypothesis. They differ from a
+forced alignment of the words only where the model is unsure of the frame, and take no more memory for long audio.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from w2vscale.data.transcripts import Transcripts, labels_to_text
+from w2vscale.data.transcripts import Transcripts
 from w2vscale.data.vocabulary import BLANK, SPACE
 from w2vscale.errors import UserError
 from w2vscale.files import nearest_path, read_text
+from w2vscale.inference.words import Word, given_words, words_of
 
 BEAM_THRESHOLD = 25.0  # the search drops hypotheses whose score is lower than the best by more than this
 IMPOSSIBLE = -1e4  # log probability of a symbol that the search must not choose
@@ -27,10 +31,14 @@ KENLM_MAGIC = b"mmap lm"  # the first bytes of a binary KenLM file
 
 @dataclass(frozen=True)
 class Decoder:
-    """Two pure functions that turn the logits of an utterance into text."""
+    """Two pure functions that turn the logits of an utterance into words."""
 
     reduce: Callable[[Tensor], Tensor]  # reduces logits [T, V] to what decoding needs: [T, ...] on the CPU
-    text: Callable[[Tensor], str]  # decodes an utterance, given the reduced logits of all its frames
+    words: Callable[[Tensor], list[Word]]  # decodes an utterance, given the reduced logits of all its frames
+
+    def text(self, reduced: Tensor) -> str:
+        """The text of an utterance."""
+        return " ".join(word.text for word in self.words(reduced))
 
 
 @dataclass(frozen=True)
@@ -81,10 +89,7 @@ def build_decoder(
     Raises UserError if flashlight-text is not installed, or the lexicon or language model cannot be used.
     """
     if search is None:
-        return Decoder(
-            reduce=lambda logits_TV: logits_TV.argmax(dim=1).cpu(),
-            text=lambda best_T: labels_to_text(torch.unique_consecutive(best_T).tolist(), vocabulary, spaced=spaced),
-        )
+        return Decoder(_best, lambda best_T2: words_of(*_columns(best_T2), vocabulary, spaced=spaced))
     library = _flashlight()
     options = {
         "beam_size": search.beam,
@@ -96,34 +101,44 @@ def build_decoder(
         "criterion_type": library.CriterionType.CTC,
     }
     if search.lm is None and search.lexicon is None:
-        text = _symbol_search(vocabulary, options, library, spaced=spaced)
+        words = _symbol_search(vocabulary, options, library, spaced=spaced)
     elif spaced:
         raise UserError(
             "--lm and --lexicon need a vocabulary of letters; the text of this model is symbols with spaces (phones)"
         )
     else:
-        text = _word_search(vocabulary, search, options, library, log)
-    return Decoder(reduce=lambda logits_TV: logits_TV.float().log_softmax(dim=1).cpu(), text=text)
+        words = _word_search(vocabulary, search, options, library, log)
+    return Decoder(lambda logits_TV: logits_TV.float().log_softmax(dim=1).cpu(), words)
+
+
+def _best(logits_TV: Tensor) -> Tensor:
+    """The label of the best symbol of each frame and its log probability, [T, 2]."""
+    best_T1 = logits_TV.argmax(dim=1, keepdim=True)
+    log_probabilities_T1 = logits_TV.float().log_softmax(dim=1).gather(1, best_T1)
+    return torch.cat([best_T1.float(), log_probabilities_T1], dim=1).cpu()
+
+
+def _columns(best_T2: Tensor) -> tuple[list[int], list[float]]:
+    return best_T2[:, 0].int().tolist(), best_T2[:, 1].tolist()
 
 
 def _symbol_search(
     vocabulary: Sequence[str], options: dict[str, Any], library: Any, *, spaced: bool
-) -> Callable[[Tensor], str]:
+) -> Callable[[Tensor], list[Word]]:
     """Return a search for the most probable sequence of symbols, given log probabilities [T, V]."""
     settings = library.LexiconFreeDecoderOptions(**options)
     decoder = library.LexiconFreeDecoder(settings, library.ZeroLM(), BLANK, BLANK, [])
 
-    def text(log_probabilities_TV: Tensor) -> str:
-        # One symbol per frame, plus one before the first and one after the last.
-        tokens = _decode(decoder, log_probabilities_TV).tokens
-        return labels_to_text([symbol for symbol, _ in groupby(tokens)], vocabulary, spaced=spaced)
+    def words(log_probabilities_TV: Tensor) -> list[Word]:
+        path_T = _path(_decode(decoder, log_probabilities_TV).tokens)
+        return words_of(path_T, _along(path_T, log_probabilities_TV), vocabulary, spaced=spaced)
 
-    return text
+    return words
 
 
 def _word_search(
     vocabulary: Sequence[str], search: BeamSearch, options: dict[str, Any], library: Any, log: Callable[[str], None]
-) -> Callable[[Tensor], str]:
+) -> Callable[[Tensor], list[Word]]:
     """Return a search for the most probable words of a lexicon, with an n-gram model if there is one."""
     if SPACE not in vocabulary:
         raise UserError(f"--lm and --lexicon need a vocabulary of characters with {SPACE!r} as the space")
@@ -141,14 +156,27 @@ def _word_search(
     settings = library.LexiconDecoderOptions(**options, word_score=search.word_score, unk_score=-float("inf"))
     decoder = library.LexiconDecoder(settings, trie, lm, space, BLANK, len(words), [], False)
 
-    def text(log_probabilities_TV: Tensor) -> str:
+    def found_words(log_probabilities_TV: Tensor) -> list[Word]:
         # In the trie every word ends with a space. An extra frame provides the space of the last word.
         end_1V = torch.full_like(log_probabilities_TV[:1], IMPOSSIBLE)
         end_1V[0, space] = 0.0
-        found = _decode(decoder, torch.cat([log_probabilities_TV, end_1V]))
-        return " ".join(normalised[word] for word in found.words if word >= 0)
+        with_end_TV = torch.cat([log_probabilities_TV, end_1V])
+        found = _decode(decoder, with_end_TV)
+        path_T = _path(found.tokens)
+        complete_T = [normalised[word] if word >= 0 else None for word in _path(found.words)]
+        return given_words(path_T, _along(path_T, with_end_TV), complete_T, space=space)
 
-    return text
+    return found_words
+
+
+def _path(found: Sequence[int]) -> list[int]:
+    """What a search has found in each frame; it also has something before the first one and after the last one."""
+    return list(found[1:-1])
+
+
+def _along(path_T: Sequence[int], log_probabilities_TV: Tensor) -> list[float]:
+    log_probabilities: list[float] = log_probabilities_TV[range(len(path_T)), path_T].tolist()
+    return log_probabilities
 
 
 def _decode(decoder: Any, log_probabilities_TV: Tensor) -> Any:

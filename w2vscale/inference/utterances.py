@@ -40,6 +40,9 @@ class Utterance:
     speaker: str = "unknown"  # the first one that a manifest names
     overhang: AudioError | None = None  # why the transcript is not that of the audio, if it is not
     path: str = ""  # of a file below the folder that was given; empty for an utterance of a manifest
+    recording: str = ""  # of which it is a part; empty if it is all of it
+    channel: int = 0  # of the recording, from 0
+    start: float = 0.0  # in the recording, in seconds
 
     def bad(self, error: AudioError) -> BadAudio:
         """The record of an utterance whose audio cannot be used."""
@@ -78,7 +81,8 @@ def find_utterances(paths: Iterable[Path], *, channel: int | None = None) -> lis
 
 
 def _of_file(path: Path, below: str, channel: int | None) -> Utterance:
-    return Utterance(os.path.splitext(below)[0], str(path), partial(_open_file, path, channel), path=below)
+    opened = partial(_open_file, path, channel)
+    return Utterance(os.path.splitext(below)[0], str(path), opened, path=below, channel=channel or 0)
 
 
 def _refuse(unusable: Unusable) -> Audio:
@@ -105,7 +109,17 @@ def _cut_utterances(path: Path) -> Iterator[Utterance]:
             raise UserError(f"{path}: the id {cut.id!r} cannot be a file name in the output folder")
         speakers = (str(part.speaker) for part in cut.supervisions if part.speaker)
         name, speaker = os.path.normpath(cut.id), next(speakers, "unknown")
-        yield Utterance(name, audio_path(cut), partial(_open_cut, cut), transcript(cut), speaker, _overhang(cut))
+        yield Utterance(
+            name,
+            audio_path(cut),
+            partial(_open_cut, cut),
+            transcript(cut),
+            speaker,
+            _overhang(cut),
+            recording=cut.recording_id,
+            channel=cut.channel if isinstance(cut.channel, int) else 0,
+            start=cut.start,
+        )
 
 
 def _overhang(cut: Cut) -> AudioError | None:

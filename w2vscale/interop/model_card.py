@@ -62,7 +62,8 @@ def model_card(
     """
     state, model = checkpoint.state, checkpoint.config.model
     objective = build_objective(checkpoint.config)
-    head = objective.transformers_head()
+    # A graph has no head but an output layer for text, and may be of a model that Transformers does not have.
+    head = TransformersHead() if onnx and not objective.vocabulary else objective.transformers_head()
     rows = [
         ("objective", objective.settings.name),
         ("blocks x dim x feed-forward x heads", f"{model.layers} x {model.dim} x {model.ffn_dim} x {model.heads}"),
