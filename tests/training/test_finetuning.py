@@ -101,7 +101,29 @@ def test_they_are_transcribed(spelled: Path, memorised: Path, tmp_path: Path) ->
     as_json = CliRunner().invoke(
         app, ["transcribe", str(memorised), str(spelled.parent / "u03.flac"), "--format", "json"]
     )
-    assert json.loads(as_json.stdout)["text"] == some_texts(10)[3]
+    document = json.loads(as_json.stdout)
+    assert document["text"] == some_texts(10)[3] == " ".join(word["word"] for word in document["words"])
+
+
+def test_their_words_have_the_times_at_which_they_are_spoken(spelled: Path, memorised: Path, tmp_path: Path) -> None:
+    """Each letter and space takes a tenth of a second."""
+    lines = CliRunner().invoke(app, ["transcribe", str(memorised), str(spelled), "--format", "ctm"]).stdout.splitlines()
+    assert len(lines) == 20
+    for number, text in enumerate(some_texts(10)):
+        place = 0
+        for line, word in zip(lines[2 * number : 2 * number + 2], text.split(), strict=True):
+            recording, channel, start, duration, found, score = line.split()
+            assert (recording, channel, found) == (f"u{number:02d}", "1", word) and 0.3 < float(score) <= 1.0
+            assert abs(float(start) - place / 10) < 0.15
+            assert abs(float(start) + float(duration) - (place + len(word)) / 10) < 0.15
+            place += len(word) + 1
+    command = ["transcribe", str(memorised), str(spelled), "--format", "srt", "-o", str(tmp_path / "srt")]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    files = sorted((tmp_path / "srt").iterdir())
+    assert [file.name for file in files] == [f"u{number:02d}.srt" for number in range(10)]
+    assert [file.read_text().splitlines()[2] for file in files] == some_texts(10)
+    one = CliRunner().invoke(app, ["transcribe", str(memorised), str(spelled.parent / "u03.flac"), "--format", "srt"])
+    assert one.stdout == files[3].read_text()
 
 
 def test_word_errors_of_memorised_utterances(spelled: Path, memorised: Path, tmp_path: Path) -> None:

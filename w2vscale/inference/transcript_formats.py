@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from w2vscale.errors import UserError, counted
+from w2vscale.errors import UserError
 from w2vscale.files import write_text
 from w2vscale.inference.transcription import TimedWord, Transcript
 from w2vscale.inference.utterances import Utterance
