@@ -138,6 +138,22 @@ def test_the_python_of_its_card_transcribes(ctc: tuple[Config, Path, Path, str])
     assert "library_name: onnx\n" in card
 
 
+def test_the_example_of_the_documentation(
+    ctc: tuple[Config, Path, Path, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "interoperability.md").read_text()
+    (python,) = (block for block in page.split("```python\n")[1:] if "onnxruntime" in block.partition("```")[0])
+    (tmp_path / "DIR").symlink_to(ctc[2])
+    write_audio(tmp_path / "speech.wav", np.random.default_rng(1).standard_normal(16_000) * 0.1, subtype="FLOAT")
+    monkeypatch.chdir(tmp_path)
+    exec(python.partition("```")[0], {})
+    (wanted,) = transcribe(load(ctc[1]), find_utterances([tmp_path / "speech.wav"]))
+    assert isinstance(wanted, Transcript) and capsys.readouterr().out.split() == wanted.text.split()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "config",

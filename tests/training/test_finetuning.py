@@ -133,6 +133,7 @@ def test_word_errors_of_memorised_utterances(spelled: Path, memorised: Path, tmp
     assert result.exit_code == 0, result.output
     document = json.loads((tmp_path / "wer.json").read_text())
     assert document["words"]["reference"] == 20 and document["wer"] <= 0.1
+    assert document["update"] == 200
     assert [bad["kind"] for bad in document["bad"]] == ["no transcript"]
     assert "WER" in result.output and "utterances, 1 skipped" in result.output
     assert "skipped (no transcript): 1, the first one: u10 (" in result.output
