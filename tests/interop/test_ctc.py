@@ -19,9 +19,8 @@ from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import Config, load_config
-from w2vscale.data.transcripts import Transcripts
+from w2vscale.data.transcripts import Transcripts, labels_to_text
 from w2vscale.errors import UserError
-from w2vscale.inference.decoding import labels_to_text
 from w2vscale.inference.pretrained import load
 from w2vscale.inference.transcription import Transcript, transcribe
 from w2vscale.inference.utterances import find_utterances
