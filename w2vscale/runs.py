@@ -104,9 +104,9 @@ def train(
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
     """Restore the default generators after the block: dropout seeds PyTorch's, and imports draw from Python's."""
+    state = random.getstate()
     import torch
 
-    state = random.getstate()
     try:
         with torch.random.fork_rng():
             yield
