@@ -39,6 +39,7 @@ def average(
     *,
     last: int | None = None,
     best: int | None = None,
+    weights: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Averaged:
@@ -46,7 +47,9 @@ def average(
 
     The best have the lowest validation metric `trainer.best_metric` (of the newest); of equal ones the earlier.
     Parameters and floating-point buffers are averaged in float64. Other buffers, settings, update and hours seen are
-    those of the newest of the checkpoints. Holds one tensor, and its sum in float64.
+    those of the newest of the checkpoints. Holds one tensor, and its sum in float64. `weights`: take the averaged
+    ("ema") or the "raw" weights of each checkpoint, see `CheckpointReader.stored_names`; by default the averaged ones
+    if all have them.
 
     Raises UserError if not exactly one of `last` and `best` is given, there are fewer checkpoints, they are of
     different models or incomplete, or `output` already has checkpoints.
@@ -60,10 +63,14 @@ def average(
     _require_one_model(chosen)
     newest = chosen[-1]
     scores = {each.state.update: each.state.validation.get(metric) for each in chosen}
+    if weights is None and not all(checkpoint.has_average for checkpoint in chosen):
+        weights = "raw"
+    *_, names = (checkpoint.stored_names(weights) for checkpoint in chosen)
     means = {
-        name: LazyTensor.made(newest.specs[name], partial(_mean, name, chosen)) for name in model_only(newest.specs)
+        f"model.{own}": LazyTensor.made(newest.specs[name], partial(_mean, name, chosen)) for own, name in names.items()
     }
-    origin = "; ".join(filter(None, (newest.state.data, f"the mean of the weights at {_listed(scores)}")))
+    which = "weights" if weights == "raw" else newest.describe_weights(weights)
+    origin = "; ".join(filter(None, (newest.state.data, f"the mean of the {which} at {_listed(scores)}")))
     state, expected = replace(newest.state, data=origin, validation={}), expected_of(newest.config, optimizer=False)
     with locked(output, log, of_a_run=False):
         folder = folder_for_one(output)  # another process may have written one

@@ -12,8 +12,11 @@ from w2vscale.optim.canonical import TensorSpec, expected_tensors
 
 
 def expected_of(config: Config, *, optimizer: bool = True) -> dict[str, TensorSpec]:
-    """Name, shape and type of every tensor, from the model alone: independent of engines and their mistakes."""
-    return expected_tensors(meta_model(config), optimizer=optimizer)
+    """Name, shape and type of every tensor, from the model alone: independent of engines and their mistakes.
+
+    Without `optimizer`, only those of the model.
+    """
+    return expected_tensors(meta_model(config), optimizer=optimizer, average=optimizer and config.optim.ema_decay > 0)
 
 
 def meta_model(config: Config) -> nn.Module:

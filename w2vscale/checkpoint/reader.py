@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from w2vscale.models.initialisation import allocate, empty_parameters
 from w2vscale.objectives import Objective
 from w2vscale.optim.canonical import (
     TensorSpec,
+    has_average,
     has_optimizer_state,
     model_only,
     optimizer_problem,
@@ -113,22 +115,27 @@ class CheckpointReader:
     def faults(self, part: str = "") -> Iterator[str]:
         """What is wrong with its tensors, compared with the model that its settings describe: one line each.
 
-        Optimizer state is expected only if it holds any. `part`: look only at "model." or "optim.".
+        Optimizer state and average are expected only if it holds optimizer state. `part`: look only at names that begin
+        with it, such as "model.".
         """
         found = {name: tensor for name, tensor in self.tensors.items() if name.startswith(part)}
         expected = {name: spec for name, spec in self.expected.items() if name.startswith(part)}
         return faults(found, expected if has_optimizer_state(self.tensors) else model_only(expected))
 
     def require_model(self, *, optimizer: bool = False) -> None:
-        """Raise a UserError unless it holds every tensor of its model. `optimizer`: see also to its optimizer state."""
-        if fault := next(self.faults("" if optimizer else "model."), None):
+        """Raise a UserError unless it holds every tensor of its model, and of the average if its run keeps one.
+
+        `optimizer`: see also to its optimizer state.
+        """
+        if fault := next(self.faults("") if optimizer else chain(self.faults("model."), self.faults("ema.")), None):
             raise UserError(f"{self.path}: {fault}")
 
     def require_state(self) -> None:
         """Raise IncompleteState if no run can be resumed from it; UserError if its model is incomplete too."""
         if fault := next(self.faults("model."), None):
             raise UserError(f"{self.path}: damaged: {fault}")
-        if problem := optimizer_problem(self.specs, self.expected) or next(self.faults("optim."), None):
+        others = chain(self.faults("optim."), self.faults("ema."))
+        if problem := optimizer_problem(self.specs, self.expected) or next(others, None):
             raise IncompleteState(f"{self.path}: {problem}")
 
     def tensor(self, name: str) -> Tensor:
@@ -142,10 +149,39 @@ class CheckpointReader:
         self._fill(name, whole)
         return whole
 
-    def model_tensors(self) -> dict[str, LazyTensor]:
-        """All tensors of its model, by the model's own names. They are read when they are needed."""
+    @property
+    def has_average(self) -> bool:
+        """Whether it holds the moving average of the weights."""
+        return has_average(self.tensors)
+
+    def stored_names(self, weights: str | None = None) -> dict[str, str]:
+        """The names of the tensors of its model in the checkpoint, by the model's own names.
+
+        `weights`: "ema" for the averaged weights, "raw" for those of the last update, None for the averaged ones if it
+        has them. Raises UserError if it does not have what is asked for.
+        """
+        if weights not in (None, "ema", "raw"):
+            raise UserError(f"weights={weights}: choose ema or raw")
+        if weights == "ema" and not self.has_average:
+            raise UserError(f"{self.path}: has no averaged weights (optim.ema_decay is 0); choose weights=raw")
+        kinds = ("model", "ema") if self.has_average and weights != "raw" else ("model",)
+        # Frozen parameters and buffers have no average.
+        parts = (name.partition(".") for kind in kinds for name in self.tensors if name.startswith(f"{kind}."))
+        return {own: f"{kind}.{own}" for kind, _, own in parts}
+
+    def describe_weights(self, weights: str | None = None) -> str:
+        """What `stored_names` chooses, in words."""
+        if self.has_average and weights != "raw":
+            return f"averaged weights (optim.ema_decay={self.config.optim.ema_decay:g})"
+        return "weights of the last update"
+
+    def model_tensors(self, weights: str | None = None) -> dict[str, LazyTensor]:
+        """All tensors of its model, by the model's own names. They are read when they are needed.
+
+        `weights`: see `stored_names`.
+        """
         self.require_model()
-        return {name.removeprefix("model."): self.lazy(name) for name in self.tensors if name.startswith("model.")}
+        return {own: self.lazy(name) for own, name in self.stored_names(weights).items()}
 
     def lazy(self, name: str) -> LazyTensor:
         """One tensor, which is read when it is needed."""
@@ -160,17 +196,27 @@ class CheckpointReader:
 
         return LazyTensor(spec.shape, spec.dtype, read)
 
-    def build_model(self, objective: Objective, device: torch.device | str = "cpu") -> Any:
-        """The model of an objective with its tensors, whole, on a device. Not collective."""
+    def build_model(
+        self, objective: Objective, device: torch.device | str = "cpu", *, weights: str | None = None
+    ) -> Any:
+        """The model of an objective with its tensors, whole, on a device. Not collective.
+
+        `weights`: see `stored_names`.
+        """
         with empty_parameters():
             model = objective.build_model()
         allocate(model, device)
-        self.load_model(model)
+        self.load_model(model, weights)
         return model
 
-    def load_model(self, model: nn.Module) -> None:
+    def load_model(self, model: nn.Module, weights: str | None = None) -> None:
         """Fill the parameters and persistent buffers of a model that this process holds whole. Not collective."""
-        self._read_into({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+        self._read_into(self.state_to_read(model, weights))
+
+    def state_to_read(self, model: nn.Module, weights: str | None = None) -> dict[str, Tensor]:
+        """The parameters and persistent buffers of a model, by the names of the tensors that fill them."""
+        names = self.stored_names(weights)
+        return {names.get(own, f"model.{own}"): tensor for own, tensor in model.state_dict().items()}
 
     def read_into(self, state: Mapping[str, Tensor]) -> None:
         """Collective. Fill the tensors of `state` in place; of DTensors, each rank reads its own shard.

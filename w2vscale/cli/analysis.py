@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from w2vscale.cli.arguments import Checkpoint, Layers
+from w2vscale.cli.arguments import Checkpoint, Layers, Weights
 from w2vscale.cli.progress import console, print_table, progress_bar
 
 
@@ -28,6 +28,7 @@ def probe(
     vocabulary: Annotated[
         str, typer.Option(help="letters (A to Z, apostrophe, space), or a file with one symbol per line.")
     ] = "letters",
+    weights: Weights = None,
 ) -> None:
     """Train a linear CTC probe on each layer and measure what the codes encode.
 
@@ -43,7 +44,7 @@ def probe(
     symbols = read_vocabulary(Path(vocabulary))
     with progress_bar("updates of the probes") as progress:
         found = probing.probe(
-            load(checkpoint),
+            load(checkpoint, weights=weights),
             train,
             test,
             layers=layer,

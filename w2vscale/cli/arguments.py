@@ -62,6 +62,14 @@ CHECKPOINT = "A checkpoint folder, or a run folder (its newest checkpoint); or t
 Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=CHECKPOINT, parser=str, callback=_local)]
 CheckpointPlace = Annotated[Any, typer.Argument(metavar="CHECKPOINT", help=CHECKPOINT, parser=str, callback=_place)]
 """For commands of several processes, which use copies of the same checkpoint: see `model_on_all_ranks`."""
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ema|raw",
+        help="ema: averaged weights (optim.ema_decay); raw: weights of the last update.",
+        show_default="ema if the checkpoint has them",
+    ),
+]
 Beam = Annotated[
     int | None,
     typer.Option(

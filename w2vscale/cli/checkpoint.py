@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.filesize import decimal
 
-from w2vscale.cli.arguments import Checkpoint
+from w2vscale.cli.arguments import Checkpoint, Weights
 from w2vscale.cli.progress import bytes_bar, console, print_table
 from w2vscale.errors import UserError, counted
 
@@ -28,6 +28,7 @@ def show(
     state, model, engine = checkpoint.state, checkpoint.config.model, checkpoint.config.engine
     ranked = [one for one in dict.fromkeys(("loss", checkpoint.config.trainer.best_metric)) if one in state.validation]
     kinds = [name.partition(".")[0] for name in checkpoint.tensors]
+    decay = f"optim.ema_decay={checkpoint.config.optim.ema_decay:g}"
     rows = [
         ("update", f"{state.update:,} of {checkpoint.config.trainer.updates:,}"),
         ("hours seen", f"{state.audio_seconds / 3600:,.2f}"),
@@ -44,6 +45,7 @@ def show(
             f"{checkpoint.ranks} process{'es' * (checkpoint.ranks > 1)}",
         ),
         ("tensors", f"{kinds.count('model'):,} of the model, {kinds.count('optim'):,} of the optimizer"),
+        *([("averaged weights", f"{kinds.count('ema'):,} tensors, {decay}")] if checkpoint.has_average else []),
         ("files", f"{len(checkpoint.files):,}, {decimal(checkpoint.bytes)}"),
     ]
     print_table(("", ""), rows, title=str(checkpoint.path), right=False)
@@ -87,16 +89,20 @@ def consolidate(
     optimizer: Annotated[
         bool, typer.Option("--optimizer", help="Include the optimizer state; name tensors as in the checkpoint.")
     ] = False,
+    weights: Weights = None,
 ) -> None:
     """Write the model of a checkpoint to one file, with its settings.
 
     Tensors have the names of the model's parameters and buffers (NAME).
-    With --optimizer: model.NAME, optim.NAME.exp_avg, optim.NAME.exp_avg_sq and optim.NAME.step, as in the checkpoint.
+    With --optimizer: model.NAME, optim.NAME.exp_avg, optim.NAME.exp_avg_sq, optim.NAME.step and, with averaged weights,
+    ema.NAME, as in the checkpoint.
     """
     from w2vscale.checkpoint.consolidation import consolidate as consolidate_checkpoint
 
     with bytes_bar("writing") as progress:
-        found = consolidate_checkpoint(path, output, optimizer=optimizer, progress=progress, log=console.print)
+        found = consolidate_checkpoint(
+            path, output, optimizer=optimizer, weights=weights, progress=progress, log=console.print
+        )
     console.print(f"{found.file}: update {found.update}, {found.tensors} tensors, {decimal(found.file.stat().st_size)}")
 
 
@@ -108,6 +114,7 @@ def average(
     best: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Average the N with the lowest trainer.best_metric.")
     ] = None,
+    weights: Weights = None,
 ) -> None:
     """Average the weights of a run's newest or best checkpoints.
 
@@ -117,7 +124,9 @@ def average(
     from w2vscale.checkpoint.averaging import average as average_checkpoints
 
     with bytes_bar("averaging") as progress:
-        found = average_checkpoints(run, output, last=last, best=best, progress=progress, log=console.print)
+        found = average_checkpoints(
+            run, output, last=last, best=best, weights=weights, progress=progress, log=console.print
+        )
     for update, score in found.scores.items():
         console.print(f"update {update}{f': validation {found.metric} {score:.6g}' if best else ''}")
     console.print(f"{found.checkpoint}: the mean of {counted(len(found.scores), 'checkpoint')}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from w2vscale.cli.arguments import Checkpoint
+from w2vscale.cli.arguments import Checkpoint, Weights
 from w2vscale.cli.progress import bytes_bar, console
 from w2vscale.errors import UserError
 
@@ -39,6 +39,7 @@ def export(
         ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: make a private repository.")] = False,
+    weights: Weights = None,
 ) -> None:
     """Export a model for use with another library.
 
@@ -63,6 +64,7 @@ def export(
             checkpoint,
             output,
             form=form,
+            weights=weights,
             details=details,
             error_rates=partial(error_rates_of, files=results, log=console.print),
             progress=progress,

@@ -45,6 +45,7 @@ def evaluate(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --wer: also write a page with speakers and alignments.")
     ] = None,
+    weights: arguments.Weights = None,
     nproc_per_node: arguments.Processes = 1,
 ) -> None:
     """Compute the validation metrics of a checkpoint, or its word error rate with --wer.
@@ -65,16 +66,18 @@ def evaluate(
         from w2vscale.inference.decoding import BeamSearch
 
         search = BeamSearch.from_options(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score)
-        _evaluate_wer(checkpoint, cuts or [], search, output, html, worst=worst)
+        _evaluate_wer(checkpoint, cuts or [], search, output, html, worst=worst, weights=weights)
     else:
-        _evaluate_loss(checkpoint, cuts or [], overrides or [], output)
+        _evaluate_loss(checkpoint, cuts or [], overrides or [], output, weights)
 
 
-def _evaluate_loss(checkpoint: Path | Url, cuts: list[Path], overrides: list[str], output: Path | None) -> None:
+def _evaluate_loss(
+    checkpoint: Path | Url, cuts: list[Path], overrides: list[str], output: Path | None, weights: str | None
+) -> None:
     from w2vscale.evaluation.validation import evaluate_checkpoint
 
     with progress_bar("evaluating") as progress:
-        found = evaluate_checkpoint(checkpoint, cuts, overrides, progress=progress, log=console.print)
+        found = evaluate_checkpoint(checkpoint, cuts, overrides, weights=weights, progress=progress, log=console.print)
     if found is None:
         return
     rows = list(found.table.items())
@@ -95,6 +98,7 @@ def _evaluate_wer(
     html: Path | None,
     *,
     worst: int,
+    weights: str | None,
 ) -> None:
     from w2vscale.distributed.process_group import LONG_TIMEOUT, process_group
     from w2vscale.evaluation.wer import describe_rate, html_page, score_checkpoint
@@ -103,7 +107,7 @@ def _evaluate_wer(
     if not cuts:
         raise UserError("--cuts names no manifest: set --cuts CUTS.jsonl")
     with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("transcribing") as progress:
-        pretrained = load_on_all_ranks(checkpoint, console.print, device=device)
+        pretrained = load_on_all_ranks(checkpoint, console.print, device=device, weights=weights)
         found = score_checkpoint(pretrained, cuts, search=search, ranks=ranks, progress=progress, log=console.print)
     if not ranks.is_main:
         return

@@ -47,6 +47,7 @@ def transcribe(
     word_score: arguments.WordScore = -1.0,
     channel: arguments.Channel = "mean",
     batch_seconds: arguments.BatchSeconds = 80.0,
+    weights: arguments.Weights = None,
     nproc_per_node: arguments.Processes = 1,
 ) -> None:
     """Transcribe audio with a fine-tuned model, shortest utterance first.
@@ -78,7 +79,7 @@ def transcribe(
     with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("seconds of audio") as progress:
         log = (lambda text: typer.echo(visible(text), err=True)) if ranks.is_main else lambda text: None
         stream = transcripts(
-            load_on_all_ranks(checkpoint, log, device=device),
+            load_on_all_ranks(checkpoint, log, device=device, weights=weights),
             utterances,
             search=BeamSearch.from_options(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score),
             ranks=ranks,
@@ -116,6 +117,7 @@ def features(
         float, typer.Option(help="Split longer audio into chunks of at most this length, in seconds.")
     ] = 30.0,
     overlap_seconds: Annotated[float, typer.Option(help="Context on either side of a chunk, in seconds.")] = 2.5,
+    weights: arguments.Weights = None,
 ) -> None:
     """Write the hidden states of audio of any length, a file per utterance.
 
@@ -126,7 +128,7 @@ def features(
 
     with progress_bar("seconds of audio") as progress:
         found = write_features(
-            load(checkpoint),
+            load(checkpoint, weights=weights),
             audio,
             output,
             channel=arguments.channel_number(channel),

@@ -281,6 +281,11 @@ class OptimConfig(Section):
     groups: list[ParameterGroupConfig] = Field(
         [], description="parameter groups with other settings; the first pattern that matches counts"
     )
+    ema_decay: Probability = Field(
+        0.0,
+        description="decay per update of a moving average of the weights, which is validated and exported, e.g. 0.999 "
+        "or 0.9999; 0: no average",
+    )
 
 
 class ScheduleConfig(Section):

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from w2vscale.config import Config
-from w2vscale.engine.base import Engine, ExportedState, StateReader
+from w2vscale.engine.base import Engine, ExportedState, StateReader, StoredState
 from w2vscale.errors import UserError
 from w2vscale.objectives import Objective
 
-__all__ = ["Engine", "ExportedState", "StateReader", "build_engine"]
+__all__ = ["Engine", "ExportedState", "StateReader", "StoredState", "build_engine"]
 
 
 def build_engine(model: nn.Module, config: Config, objective: Objective, device: torch.device) -> Engine:

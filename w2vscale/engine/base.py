@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -15,7 +16,8 @@ from w2vscale.objectives import Objective, StepContext, Sums
 CanonicalState = dict[str, Tensor]
 """`model.<name>` of parameters and persistent buffers, `optim.<name>.{exp_avg,exp_avg_sq,step}` of trained parameters.
 
-Floating-point tensors are fp32. Tensors may be sharded in any way.
+With `optim.ema_decay`, also their averages `ema.<name>`. Floating-point tensors are fp32. Tensors may be sharded in any
+way.
 """
 
 ExportedState = dict[str, Tensor | DeferredTensor]
@@ -32,11 +34,21 @@ class StateReader(Protocol):
         """Fill every tensor of `state` with its stored value, or raise an error that names it. Collective."""
 
 
+class StoredState(StateReader, Protocol):
+    """Reads the whole state of a run from a checkpoint."""
+
+    @property
+    def has_average(self) -> bool:
+        """Whether it holds the moving average of the parameters."""
+
+
 class Engine(Protocol):
     """Owns the model, the optimizer, gradient accumulation and sharding. All ranks must make the same calls.
 
     Parameters with `requires_grad=False` never change and have no optimizer state. Buffers keep their initial values
     until training changes them, are equal on all ranks after every step, and are part of the exported state.
+    With `optim.ema_decay`, every step that is not skipped updates a moving average of the trained parameters. It starts
+    from the parameters that are imported. Buffers are not averaged.
     """
 
     buffers: Buffers
@@ -65,6 +77,12 @@ class Engine(Protocol):
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
         """Compute the sums of this rank, without gradients or randomness. Parameters are resharded on return."""
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Evaluate the moving average of the parameters in the block, if there is one. Collective.
+
+        After it, the parameters are again what they were, bit for bit. Nothing else may be called in the block.
+        """
+
     def export_state(self) -> ExportedState:
         """Return this rank's share of the state, without copying it. Collective.
 
@@ -73,8 +91,11 @@ class Engine(Protocol):
         live: write or copy them, and make the deferred ones, before the next step.
         """
 
-    def import_state(self, reader: StateReader) -> None:
-        """Replace parameters, buffers and optimizer state by those of a checkpoint. Collective."""
+    def import_state(self, reader: StoredState) -> None:
+        """Replace parameters, buffers, optimizer state and average by those of a checkpoint. Collective.
+
+        An average that the checkpoint does not have starts from its parameters.
+        """
 
     def import_model(self, reader: StateReader, names: Iterable[str]) -> None:
         """Replace these parameters and buffers by those of another model. Each rank reads what it holds. Collective."""

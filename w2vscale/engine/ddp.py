@@ -19,6 +19,7 @@ from w2vscale.engine.rows import Rows
 from w2vscale.models.layers import compute_dtype, weights_cast_once
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.canonical import specs_of, stored
+from w2vscale.optim.ema import start_average
 
 
 class _UsingAll(torch.autograd.Function):
@@ -117,3 +118,4 @@ class DDPEngine(NativeEngine):
         state = self.live_state()
         for name, whole in values:
             state[f"model.{name}"].copy_(whole)
+        start_average(self.optimizer)

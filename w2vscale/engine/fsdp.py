@@ -29,6 +29,7 @@ from w2vscale.models.layers import compute_dtype
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.canonical import specs_of, stored
+from w2vscale.optim.ema import start_average
 
 
 class FSDPEngine(NativeEngine):
@@ -107,6 +108,7 @@ class FSDPEngine(NativeEngine):
             if isinstance(own, DTensor):
                 whole = distribute_tensor(whole, self.host_mesh, own.placements, src_data_rank=None)
             _local(own).copy_(_local(whole))
+        start_average(self.optimizer)
 
     def _on_host(self, tensor: Tensor) -> Tensor:
         return moved(tensor, self.host_mesh) if isinstance(tensor, DTensor) else tensor.cpu()

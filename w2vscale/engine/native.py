@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from w2vscale.config import EngineConfig, OptimConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, accumulate, split
-from w2vscale.engine.base import AfterStep, CanonicalState, StateReader
+from w2vscale.engine.base import AfterStep, CanonicalState, StateReader, StoredState
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.transforms import compiles, transform
 from w2vscale.objectives import Objective, StepContext, Sums
@@ -26,6 +27,7 @@ from w2vscale.optim.adamw import (
     set_learning_rate,
     state_of,
 )
+from w2vscale.optim.ema import AVERAGE, exchange_average, start_average, update_average
 
 
 class NativeEngine(ABC):
@@ -54,7 +56,8 @@ class NativeEngine(ABC):
         self.trained = {name: parameter for name, parameter in self.parameters.items() if parameter.requires_grad}
         shapes = [(name, parameter.shape) for name, parameter in self.trained.items()]
         self.optimizer = make_adamw(self.trained, parameter_groups(shapes, optim), optim)
-        allocate_state(self.optimizer, self.trained.values())
+        self.ema_decay = optim.ema_decay
+        allocate_state(self.optimizer, self.trained.values(), average=self.ema_decay > 0)
 
     @abstractmethod
     def reduce_gradients(self, last: bool) -> None:
@@ -93,6 +96,7 @@ class NativeEngine(ABC):
         if after is not None and math.isfinite(norm):  # waits for the device
             with torch.no_grad():
                 after(self.model)
+        update_average(self.optimizer, norm, self.ema_decay)
         # The gradients of a wrapped model are views into the buckets of its reduction: they are zeroed and kept.
         self.optimizer.zero_grad(set_to_none=self.module is self.model)
         self.buffers.synchronize()
@@ -104,21 +108,33 @@ class NativeEngine(ABC):
         run = lambda one: objective.forward(self.model, one.inputs, step=one.step, training=False)  # noqa: E731
         return accumulate([[batch]], step, run, self.device)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        exchange_average(self.optimizer)
+        try:
+            yield
+        finally:
+            exchange_average(self.optimizer)
+
     def live_state(self) -> CanonicalState:
-        """Return parameters, buffers and optimizer state, without copying, by their canonical names."""
+        """Return parameters, buffers, optimizer state and average, without copying, by their canonical names."""
         state: CanonicalState = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         state |= {f"model.{name}": buffer for name, buffer in self.buffers.persistent()}
         for name, parameter in self.trained.items():
             for key, value in state_of(self.optimizer, name, parameter).items():
-                state[f"optim.{name}.{key}"] = value
+                state[f"ema.{name}" if key == AVERAGE else f"optim.{name}.{key}"] = value
         return state
 
-    def import_state(self, reader: StateReader) -> None:
-        self._read(reader, self.live_state())
+    def import_state(self, reader: StoredState) -> None:
+        state = self.live_state()
+        self._read(reader, {name: x for name, x in state.items() if reader.has_average or not name.startswith("ema.")})
+        if not reader.has_average:
+            start_average(self.optimizer)
 
     def import_model(self, reader: StateReader, names: Iterable[str]) -> None:
         state = self.live_state()
         self._read(reader, {f"model.{name}": state[f"model.{name}"] for name in names})
+        start_average(self.optimizer)
 
     @abstractmethod
     def _read(self, reader: StateReader, state: CanonicalState) -> None:

@@ -44,6 +44,7 @@ def evaluate_checkpoint(
     cuts: Sequence[Path],
     overrides: Sequence[str] = (),
     *,
+    weights: str | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Evaluation | None:
@@ -51,7 +52,8 @@ def evaluate_checkpoint(
 
     `path` is a checkpoint folder, a run folder, to evaluate its newest intact checkpoint, or a URL; `cuts` are indexed
     manifests; `overrides` replace settings (SECTION.KEY=VALUE). Several ranks shard the model, whatever engine trained
-    it, unless `overrides` contain engine.name=ddp. `progress` is called with (micro-batches begun, micro-batches in
+    it, unless `overrides` contain engine.name=ddp. `weights` is "ema" or "raw": see `CheckpointReader.stored_names`.
+    `progress` is called with (micro-batches begun, micro-batches in
     total) of this rank. Returns the evaluation on the first rank, None on the others.
     Raises UserError if the checkpoint or a manifest is unusable, or no utterance could be read.
     """
@@ -64,10 +66,12 @@ def evaluate_checkpoint(
         check_sample(corpus, sampling_rate=config.model.sampling_rate)
         dataset = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
         if WHOLE in overrides or ranks.world_size == 1:
-            model = checkpoint.build_model(objective, device)
+            model = checkpoint.build_model(objective, device, weights=weights)
         else:
-            model = _sharded(checkpoint, objective, device)
+            model = _sharded(checkpoint, objective, device, weights)
         model.eval()
+        if checkpoint.has_average and ranks.is_main:
+            log(f"evaluating the {checkpoint.describe_weights(weights)}")
         total, numbers = -(-dataset.micro_batches // ranks.world_size), count(1)
 
         def evaluate(batch: MicroBatch) -> Sums:
@@ -84,14 +88,14 @@ def evaluate_checkpoint(
     return Evaluation(checkpoint.path, checkpoint.state.update, metrics, objective.table(metrics))
 
 
-def _sharded(checkpoint: CheckpointReader, objective: Objective, device: torch.device) -> Any:
+def _sharded(checkpoint: CheckpointReader, objective: Objective, device: torch.device, weights: str | None) -> Any:
     """The model of a checkpoint, sharded over the ranks. Each reads its own shards. Collective."""
     from w2vscale.engine.fsdp import shard_for_evaluation
 
     with empty_parameters():
         model = objective.build_model()
     shard_for_evaluation(model, device, objective.compute_dtype)
-    checkpoint.read_into({f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    checkpoint.read_into(checkpoint.state_to_read(model, weights))
     return model
 
 

@@ -36,30 +36,40 @@ BATCH_SECONDS = 80.0  # padded audio per forward pass: two chunks with their con
 BLOCK_SECONDS = 10  # audio is read in blocks of this length
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None) -> Pretrained:
+def load(path: str | Path, *, device: str | torch.device | None = None, weights: str | None = None) -> Pretrained:
     """Load a checkpoint folder; or from a run folder or its `checkpoints` folder, the newest intact checkpoint.
 
     A URL is that of a checkpoint, or of the setting `checkpoint.store`; a copy of it is made on this machine.
 
     The model is on `device` (by default CUDA if it is available, else the CPU) and in evaluation mode. It computes in
     fp32 regardless of the `precision.compute` that it was trained with, so that features do not depend on the machine.
+    `weights`: "ema" for the averaged weights (`optim.ema_decay`), "raw" for those of the last update; by default the
+    averaged ones if the checkpoint has them.
     Raises UserError if the checkpoint is missing, damaged or does not fit the model, or the device does not exist.
     """
-    return _load(path, local_model(place(path)), open_checkpoint, device)
+    return _load(path, local_model(place(path)), open_checkpoint, device, weights)
 
 
 def load_on_all_ranks(
-    path: Path | Url, log: Callable[[str], None] = lambda text: None, *, device: str | torch.device | None = None
+    path: Path | Url,
+    log: Callable[[str], None] = lambda text: None,
+    *,
+    device: str | torch.device | None = None,
+    weights: str | None = None,
 ) -> Pretrained:
     """Like `load`, but the ranks share the work of comparing the checkpoint with its checksums. Collective.
 
     Each rank has a whole model. The log names checkpoints that are skipped.
     """
-    return _load(path, model_on_all_ranks(path, log), partial(open_on_all_ranks, log=log), device)
+    return _load(path, model_on_all_ranks(path, log), partial(open_on_all_ranks, log=log), device, weights)
 
 
 def _load(
-    source: str | Path, local: Path, opened: Callable[[Path], CheckpointReader], device: str | torch.device | None
+    source: str | Path,
+    local: Path,
+    opened: Callable[[Path], CheckpointReader],
+    device: str | torch.device | None,
+    weights: str | None,
 ) -> Pretrained:
     try:
         checkpoint = opened(local)
@@ -71,7 +81,7 @@ def _load(
     objective = build_objective(config.model_copy(update={"precision": PrecisionConfig(compute="fp32")}))
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model = checkpoint.build_model(objective, chosen).eval()
+        model = checkpoint.build_model(objective, chosen, weights=weights).eval()
         return Pretrained(model, config, objective, checkpoint.state.update)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {chosen}: {str(error).splitlines()[0]}") from None

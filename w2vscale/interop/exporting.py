@@ -55,6 +55,7 @@ def export_checkpoint(
     output: Path,
     *,
     form: str,
+    weights: str | None = None,
     details: CardDetails | None = None,
     error_rates: ErrorRatesOf = lambda checkpoint: (),
     progress: Progress = lambda done, total: None,
@@ -72,6 +73,7 @@ def export_checkpoint(
     onnx: `model.onnx` (above 2 GB with its weights in `model.onnx.data`), its description `model.json`, the symbols of
     an output layer in `vocabulary.txt`, and the model card.
 
+    `weights` is "ema" or "raw": see `CheckpointReader.stored_names`.
     Holds one tensor at a time, except for onnx. The folder appears when it is complete. The model card has `details`
     and `error_rates` of the checkpoint. `progress` is called with the bytes that were read so far and those of all
     tensors.
@@ -86,7 +88,9 @@ def export_checkpoint(
     if form == "onnx":
         require_onnx()
     checkpoint = open_checkpoint(path, log)
-    state = checkpoint.model_tensors()
+    state = checkpoint.model_tensors(weights)
+    if checkpoint.has_average:
+        log(f"exporting the {checkpoint.describe_weights(weights)}")
     size = sum(tensor.bytes for tensor in state.values())
     card = ""
     if form in WITH_CARD:

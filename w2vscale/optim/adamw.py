@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from w2vscale.config.tree import OptimConfig, ParameterGroupConfig
 from w2vscale.errors import UserError
+from w2vscale.optim.ema import AVERAGE
 
 
 class ParameterGroup(NamedTuple):
@@ -59,8 +60,8 @@ def make_adamw(
     return torch.optim.AdamW(options, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def allocate_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Allocate the AdamW state of all `parameters` before the first step.
+def allocate_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], *, average: bool = False) -> None:
+    """Allocate the AdamW state of all `parameters` before the first step, and with `average` their moving average.
 
     Then saving and loading do not depend on which parameters have already received a gradient.
     """
@@ -70,6 +71,8 @@ def allocate_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
+        if average:
+            optimizer.state[parameter][AVERAGE] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
 
 
 def state_of(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> Mapping[str, Tensor]:

@@ -31,14 +31,15 @@ class Described(Protocol):
 
 
 Specs = Mapping[str, TensorSpec]
-"""Specs by canonical name: `model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`."""
+"""Specs by canonical name: `model.<name>`, `optim.<name>.{exp_avg,exp_avg_sq,step}`, `ema.<name>`."""
 
 
-def expected_tensors(model: nn.Module, *, optimizer: bool = True) -> dict[str, TensorSpec]:
+def expected_tensors(model: nn.Module, *, optimizer: bool = True, average: bool = False) -> dict[str, TensorSpec]:
     """List the tensors in a checkpoint of `model`, which may be on the meta device.
 
-    These are its parameters and persistent buffers, in `state_dict` order, and with `optimizer` the AdamW state of each
-    parameter that requires a gradient. A shared parameter appears once, under its first name.
+    These are its parameters and persistent buffers, in `state_dict` order, and of each parameter that requires a
+    gradient, the AdamW state with `optimizer` and the moving average with `average`. A shared parameter appears once,
+    under its first name.
     """
     parameters = dict(model.named_parameters())
     unique = parameters | dict(model.named_buffers())
@@ -47,9 +48,12 @@ def expected_tensors(model: nn.Module, *, optimizer: bool = True) -> dict[str, T
         if name in unique:
             shape = tuple(unique[name].shape)
             specs[f"model.{name}"] = TensorSpec(shape, stored_dtype(unique[name].dtype))
-            if optimizer and name in parameters and parameters[name].requires_grad:
+            trained = name in parameters and parameters[name].requires_grad
+            if optimizer and trained:
                 specs |= {f"optim.{name}.{key}": TensorSpec(shape) for key in MOMENTS}
                 specs[f"optim.{name}.step"] = TensorSpec(())
+            if average and trained:
+                specs[f"ema.{name}"] = TensorSpec(shape)
     return specs
 
 
@@ -81,6 +85,11 @@ def model_shapes(specs: Specs) -> dict[str, tuple[int, ...]]:
 def has_optimizer_state(names: Iterable[str]) -> bool:
     """Return whether any name belongs to optimizer state. Imported and averaged checkpoints have none."""
     return any(name.startswith("optim.") for name in names)
+
+
+def has_average(names: Iterable[str]) -> bool:
+    """Return whether any name belongs to the moving average of the parameters (`optim.ema_decay`)."""
+    return any(name.startswith("ema.") for name in names)
 
 
 def differences(found: Specs, expected: Specs) -> Iterator[str]:

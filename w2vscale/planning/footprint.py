@@ -19,7 +19,7 @@ class Footprint(NamedTuple):
 
     parameters: float  # working and master weights
     gradients: float
-    moments: float  # of AdamW
+    moments: float  # of AdamW, and the average of the weights
     activations: float  # with temporary tensors of the model
     buffers: float  # copies of weights, gathered weights, buckets
     host: float = 0.0

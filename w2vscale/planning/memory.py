@@ -64,12 +64,13 @@ class _Setting:
     def demand(self, gradients: Bytes, buffers: Bytes, *elsewhere: Footprint) -> Demand:
         """Add what the engine holds all the time."""
         state = self.state
-        return Demand(self.line, state.parameters + state.masters, state.moments, gradients, buffers, elsewhere)
+        kept = state.moments + state.average
+        return Demand(self.line, state.parameters + state.masters, kept, gradients, buffers, elsewhere)
 
     def elsewhere(self, gradients: float, buffers: float = 0.0) -> Footprint:
         """What there is outside of forward and backward."""
         state = self.state
-        return Footprint(state.parameters + state.masters, gradients, state.moments, 0.0, buffers)
+        return Footprint(state.parameters + state.masters, gradients, state.moments + state.average, 0.0, buffers)
 
 
 def _on_host(one: _Setting, needed: Demand) -> Demand:
@@ -77,8 +78,8 @@ def _on_host(one: _Setting, needed: Demand) -> Demand:
     state, engine = one.state, one.sharding.engine
     stays = state.parameters if engine == "zero2" else 0.0
     host = sum(state) - stays
-    if one.model.config.checkpoint.asynchronous:  # copies weights and moments, to write them meanwhile
-        host += 1.5 * state.moments
+    if one.model.config.checkpoint.asynchronous:  # copies weights, moments and average, to write them meanwhile
+        host += 1.5 * state.moments + state.average
     if engine == "zero2":
         # Gradients of earlier backwards, and stepped weights on their way to the GPU.
         host += state.gradients * one.accumulates + one.sharding.working_bytes * state.masters / FP32

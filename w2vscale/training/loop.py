@@ -509,7 +509,8 @@ class Trainer:
             bad.extend(batch.bad)
             return self.run.engine.evaluate(batch, self.run.objective, step)
 
-        values = validate(evaluate, self.run.validation(), self.run.objective.metrics)
+        with self.run.engine.averaged():
+            values = validate(evaluate, self.run.validation(), self.run.objective.metrics)
         if values["unusable_utterances"]:
             self._report(bad)
         if not values["utterances"]:

@@ -102,7 +102,7 @@ def build_run(
     training_set, validation = open_data(config, objective, ranks)
     model = empty_model(objective)
     # Taken from the plain model, so that it can be used to check what the engine exports.
-    expected = expected_tensors(model)
+    expected = expected_tensors(model, average=config.optim.ema_decay > 0)
     patience = patience or Patience()
     store = checkpoint_store(config, exp, ranks, expected, mirror, patience, log)
     checkpoint = _resume_point(resume, store, log)
@@ -136,6 +136,7 @@ def build_run(
         else:
             engine.import_state(checkpoint)
             log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
+            _compare_averages(config, checkpoint, log)
         log_advice(config, objective, training_set, engine, device, log)
     except BaseException:
         engine.close()
@@ -322,6 +323,15 @@ def stored_settings(exp: Path, resume: str, store: Path | Url | None = None) -> 
         return RemoteCheckpoints(store).settings() if isinstance(store, Url) else None
     path = exp if resume == "auto" else local_model(place(resume))
     return open_checkpoint(path, resuming=True, hashed=False).path / "config.yaml"
+
+
+def _compare_averages(config: Config, checkpoint: CheckpointReader, log: Callable[[str], None]) -> None:
+    """Log if only the run or only the checkpoint has a moving average of the weights."""
+    decay = config.optim.ema_decay
+    if decay and not checkpoint.has_average:
+        log(f"optim.ema_decay={decay:g}: the checkpoint has no averaged weights; the average starts from its weights")
+    if checkpoint.has_average and not decay:
+        log("optim.ema_decay=0: the averaged weights of the checkpoint are dropped")
 
 
 def _compare_settings(

@@ -44,7 +44,7 @@ def open_source(path: Path, log: Callable[[str], None] = lambda text: None) -> S
         return Source(config, state)
     checkpoint = open_on_all_ranks(path, log)
     tensors = checkpoint.model_tensors()
-    log(f"starting from {checkpoint.path}")
+    log(f"starting from {checkpoint.path}{': its averaged weights' if checkpoint.has_average else ''}")
     return Source(checkpoint.config, tensors)
 
 

@@ -5,8 +5,8 @@ Importing and exporting state uses private names of DeepSpeed, so its version is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, accumulate, split
-from w2vscale.engine.base import AfterStep, ExportedState, StateReader
+from w2vscale.engine.base import AfterStep, ExportedState, StateReader, StoredState
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.deepspeed.config import (
     check_partition_size,
@@ -34,6 +34,7 @@ from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
 from w2vscale.optim.canonical import MOMENTS, Specs, expected_tensors, stored
+from w2vscale.optim.ema import AVERAGE, exchange_average, start_average, update_average
 
 
 class DeepSpeedEngine:
@@ -57,7 +58,8 @@ class DeepSpeedEngine:
         if not reduces_in_bf16(precision):  # a single process would round its gradients for nothing
             document["communication_data_type"] = "fp32"
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.expected = expected_tensors(model)
+        self.ema_decay = optim.ema_decay
+        self.expected = expected_tensors(model, average=self.ema_decay > 0)
         self.buffers = Buffers(model)
         self.compiled = compiles(engine, device) and self.stage < 3  # ZeRO-3 gathers parameters inside blocks
         transform(model, engine, compiled=self.compiled)
@@ -84,7 +86,7 @@ class DeepSpeedEngine:
                 if name not in self.trained and self.stage < 3:
                     parameter.data = parameter.data.float()
             self.zero: Any = self.engine.optimizer
-            allocate_state(self.zero.optimizer, self._partitions())
+            allocate_state(self.zero.optimizer, self._partitions(), average=self.ema_decay > 0)
             if self.stage < 3:
                 self.zero._lazy_init_hp_params_optimizer_state()
             self.rows = Rows(device)
@@ -113,13 +115,29 @@ class DeepSpeedEngine:
         self.engine.step()
         self.buffers.synchronize()
         # A tensor in some stages and a float in others; infinite if the step was skipped.
-        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+        update_average(self.zero.optimizer, norm, self.ema_decay)
+        return norm
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
         self.engine.eval()
         run = lambda one: objective.forward(self.engine, one.inputs, step=one.step, training=False)  # noqa: E731
         return accumulate([[batch]], step, run, self.device)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        if not self.ema_decay:
+            yield
+            return
+        exchange_average(self.zero.optimizer)
+        self._refresh_working_weights()
+        try:
+            yield
+        finally:
+            exchange_average(self.zero.optimizer)
+        # Not after an error, where other ranks may not come. The masters can still be exported.
+        self._refresh_working_weights()
 
     def export_state(self) -> ExportedState:
         """Each tensor is gathered when it is made, and only the rows of this rank are kept."""
@@ -139,14 +157,20 @@ class DeepSpeedEngine:
             defer(f"model.{name}", partial(safe_get_full_fp32_param, parameter))
             for key in MOMENTS:
                 defer(f"optim.{name}.{key}", partial(safe_get_full_optimizer_state, parameter, key))
+            if self.ema_decay:
+                defer(f"ema.{name}", partial(safe_get_full_optimizer_state, parameter, AVERAGE))
             state[f"optim.{name}.step"] = step
         return state | {f"model.{name}": self.rows.own(stored(buffer)) for name, buffer in self.buffers.persistent()}
 
-    def import_state(self, reader: StateReader) -> None:
-        self._read(reader, self.expected)
+    def import_state(self, reader: StoredState) -> None:
+        specs = self.expected.items()
+        self._read(reader, {name: x for name, x in specs if reader.has_average or not name.startswith("ema.")})
+        if not reader.has_average:
+            start_average(self.zero.optimizer)
 
     def import_model(self, reader: StateReader, names: Iterable[str]) -> None:
         self._read(reader, {f"model.{name}": self.expected[f"model.{name}"] for name in names})
+        start_average(self.zero.optimizer)
 
     def _read(self, reader: StateReader, specs: Specs) -> None:
         buffers = dict(self.buffers.persistent())
@@ -154,6 +178,9 @@ class DeepSpeedEngine:
             kind, _, name = name.partition(".")
             if kind == "model":
                 self._set_value(name, whole, buffers)
+                continue
+            if kind == "ema":
+                self._set(name, AVERAGE, whole)
                 continue
             name, _, key = name.rpartition(".")
             if key == "step":  # equal for all parameters
@@ -168,6 +195,7 @@ class DeepSpeedEngine:
         for name, whole in values:
             self._set_value(name, whole.to(self.device), buffers)
         self._refresh_working_weights()
+        start_average(self.zero.optimizer)
 
     def close(self) -> None:
         self.engine.destroy()
@@ -210,7 +238,7 @@ class DeepSpeedEngine:
         return F.pad(part, (0, size - part.numel()))
 
     def _set(self, name: str, key: str | None, whole: Tensor) -> None:
-        """Set this rank's partition of a trained parameter or, if `key` is given, of that AdamW moment."""
+        """Set this rank's partition of a trained parameter or, if `key` is given, of that optimizer state."""
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         parameter: Any = self.parameters[name]
