@@ -86,11 +86,11 @@ def test_fine_tuning_needs_no_value(lengths: tuple[int, ...]) -> None:
     assert copies.found == []
 
 
-@pytest.mark.parametrize("max_norm", [None, 1.0])
-def test_a_step_needs_no_value(max_norm: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It clips, and skips where the norm is not finite."""
+@pytest.mark.parametrize(("max_norm", "decay"), [(None, 0.0), (1.0, 0.999)])
+def test_a_step_needs_no_value(max_norm: float | None, decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It clips, updates the moving average, and skips both where the norm is not finite."""
     monkeypatch.setattr(clip_grad, "_device_has_foreach_support", lambda device: True)  # the meta device, too
-    config = load_config("base", list(MICRO_MODEL))
+    config = load_config("base", [*MICRO_MODEL, f"optim.ema_decay={decay}"])
     objective = build_objective(config)
     engine: Any = build_engine(empty_model(objective), config, objective, META)
     first, *others = engine.parameters.values()
@@ -105,7 +105,7 @@ def test_a_step_needs_no_value(max_norm: float | None, monkeypatch: pytest.Monke
 
 @pytest.mark.cuda
 def test_updates_on_a_gpu_wait_for_nothing() -> None:
-    config = load_config("base", [*MICRO_MODEL, "precision.compute=bf16"])
+    config = load_config("base", [*MICRO_MODEL, "precision.compute=bf16", "optim.ema_decay=0.999"])
     setup = set_up(config, torch.device("cuda", torch.cuda.current_device()))
     window = [micro_batch(setup.objective, (16_000, 12_000), number).pin_memory() for number in range(2)]
     first = setup.window(window, 1.0)

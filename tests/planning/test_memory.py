@@ -47,7 +47,10 @@ def test_bytes_per_parameter_on_eight_ranks(
     found = state_of(model, sharding_of(engine, model, 8, per_node=8))
     # FSDP2 pads first dimensions that eight does not divide.
     expected = pytest.approx((working, masters, gradients, moments), rel=0.005)
-    assert tuple(size / model.parameters for size in found) == expected
+    assert tuple(size / model.parameters for size in found[:4]) == expected
+    with_average = model.config.model_copy(update={"optim": model.config.optim.model_copy(update={"ema_decay": 0.999})})
+    average = state_of(replace(model, config=with_average), sharding_of(engine, model, 8, per_node=8)).average
+    assert (found.average, average) == (0.0, found.moments / 2)
 
 
 @pytest.fixture
@@ -138,6 +141,21 @@ def test_offloading_moves_the_state_to_the_host(small: Model) -> None:
     zero2 = demand(small, replace(sharding("zero2", 2), offloads=True), forwards=1)
     assert zero2.parameters == 4 * 228  # working weights stay
     assert zero2.host == (4 + 4 + 8 + 4) * 228 / 2 + copied  # masters, gradients, moments, and stepped weights
+
+
+def test_an_average_of_the_weights_takes_four_bytes_per_parameter(small: Model) -> None:
+    work = work_settings("base", ["precision.compute=fp32", "optim.ema_decay=0.999"])
+    averaging = replace(small, config=work)
+    averaging.__dict__["timeline"] = small.timeline
+    for engine, ranks in (("ddp", 2), ("fsdp", 2), ("zero2", 2)):
+        without, added = (demand(one, sharding(engine, ranks), forwards=2) for one in (small, averaging))
+        share = 228 if engine == "ddp" else 228 / 2
+        assert added.moments - without.moments == 4 * share
+        for utterances in (0.0, 100.0):
+            assert added.footprint(utterances).total - without.footprint(utterances).total == 4 * share
+    there = replace(sharding("fsdp", 2), offloads=True)
+    without, added = (demand(one, there, forwards=2) for one in (small, averaging))
+    assert added.moments == 0 and added.host - without.host == 2 * 4 * 228 / 2  # with the copy for a checkpoint
 
 
 def test_the_longest_batch_fills_the_memory(small: Model) -> None:

@@ -123,11 +123,8 @@ class CheckpointReader:
         return faults(found, expected if has_optimizer_state(self.tensors) else model_only(expected))
 
     def require_model(self, *, optimizer: bool = False) -> None:
-        """Raise a UserError unless it holds every tensor of its model, and of the average if its run keeps one.
-
-        `optimizer`: see also to its optimizer state.
-        """
-        if fault := next(self.faults("") if optimizer else chain(self.faults("model."), self.faults("ema.")), None):
+        """Raise a UserError unless it holds every tensor of its model. `optimizer`: see also to all others."""
+        if fault := next(self.faults("" if optimizer else "model."), None):
             raise UserError(f"{self.path}: {fault}")
 
     def require_state(self) -> None:
@@ -158,13 +155,15 @@ class CheckpointReader:
         """The names of the tensors of its model in the checkpoint, by the model's own names.
 
         `weights`: "ema" for the averaged weights, "raw" for those of the last update, None for the averaged ones if it
-        has them. Raises UserError if it does not have what is asked for.
+        has them. Raises UserError if it does not have what is asked for, or the average is not complete.
         """
         if weights not in (None, "ema", "raw"):
             raise UserError(f"weights={weights}: choose ema or raw")
         if weights == "ema" and not self.has_average:
             raise UserError(f"{self.path}: has no averaged weights (optim.ema_decay is 0); choose weights=raw")
         kinds = ("model", "ema") if self.has_average and weights != "raw" else ("model",)
+        if "ema" in kinds and (fault := next(self.faults("ema."), None)):
+            raise UserError(f"{self.path}: {fault}")
         # Frozen parameters and buffers have no average.
         parts = (name.partition(".") for kind in kinds for name in self.tensors if name.startswith(f"{kind}."))
         return {own: f"{kind}.{own}" for kind, _, own in parts}
