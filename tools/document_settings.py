@@ -21,7 +21,7 @@ RECIPE_SETTINGS = (
 SIZES = ("large", "large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b", "omni_3b", "omni_7b")
 NO_RECIPE = (
     "model.max_frames", "objective.name", "objective.vocabulary", "objective.split", "objective.sentencepiece",
-    "objective.max_unknown_fraction", "optim.groups", "precision.reduce",
+    "objective.max_unknown_fraction", "optim.groups", "optim.ema_decay", "precision.reduce",
 )  # fmt: skip
 ONE_KIND = {  # settings of the schedule that only these kinds have
     ("tri_stage",): ("schedule.initial_ratio", "schedule.stages"),
