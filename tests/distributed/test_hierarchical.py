@@ -56,9 +56,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 def train(
     pool: Callable[[int], Pool], small_corpus: SmallCorpus, setting: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> Train:
-    """The folder of a run of six updates of three forwards, with a validation after every second one, trained once.
+    """The folder of a run of six updates of three forwards, trained once.
 
-    With `into`, another run is continued there.
+    The averaged weights are validated after every second update. With `into`, another run is continued there.
     """
     folder = tmp_path_factory.mktemp("hierarchical")
 
@@ -67,7 +67,7 @@ def train(
         if into is not None or not exp.exists():
             overrides = (
                 *SIX, setting(name), f"precision.compute={compute}", "batch.micro_batches=12",
-                f"data.validation={small_corpus.validation}", "trainer.validate_every=2",
+                f"data.validation={small_corpus.validation}", "trainer.validate_every=2", "optim.ema_decay=0.75",
             )  # fmt: skip
             if compute == "bf16":
                 overrides += ("optim.lr=3e-4", "data.max_seconds=2", "batch.max_seconds=10")

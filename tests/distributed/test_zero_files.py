@@ -35,6 +35,7 @@ HIERARCHICAL = ("zero3_partitioned", "hpz", "hpz_persistent", "hpz_host", "hpz_s
 def settings(corpus: SmallCorpus, engine: str) -> tuple[str, ...]:
     return (
         *SIX, "batch.micro_batches=4", f"data.validation={corpus.validation}", "trainer.validate_every=2", engine,
+        "optim.ema_decay=0.75",
     )  # fmt: skip
 
 

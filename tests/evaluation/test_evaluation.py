@@ -26,7 +26,7 @@ def test_evaluating_a_checkpoint_repeats_the_validation_of_its_run(small_corpus:
     config = load_config(
         "base",
         [*MICRO_RUN, f"data.train={small_corpus.train}", f"data.validation={small_corpus.validation}",
-         "trainer.updates=6", "logging.every=3"],
+         "trainer.updates=6", "logging.every=3", "optim.ema_decay=0.5"],
     )  # fmt: skip
     train(config, tmp_path)
     (validated,) = read_metrics(tmp_path / "metrics.jsonl", "validation")

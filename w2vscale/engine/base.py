@@ -80,7 +80,8 @@ class Engine(Protocol):
     def averaged(self) -> AbstractContextManager[None]:
         """Evaluate the moving average of the parameters in the block, if there is one. Collective.
 
-        After it, the parameters are again what they were, bit for bit. Nothing else may be called in the block.
+        After it, the parameters are again what they were, bit for bit. Nothing else may be called in the block. After
+        an error in it, the state can be exported, and nothing else be done.
         """
 
     def export_state(self) -> ExportedState:
