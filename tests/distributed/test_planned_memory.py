@@ -14,8 +14,12 @@ pytestmark = pytest.mark.distributed
 
 
 def test_the_peak_of_fsdp_is_predicted_within_a_tenth(pool: Callable[[int], Pool]) -> None:
-    config = measured_run("tiny", ["engine.name=fsdp", "model.layers=2"], ranks=2, utterances=2, seconds=4.0)
+    settings = ["engine.name=fsdp", "model.layers=2", "optim.ema_decay=0.999"]
+    config = measured_run("tiny", settings, ranks=2, utterances=2, seconds=4.0)
     for figures in pool(2).run(measured, config, torch.device("cpu")):
         assert figures.predicted == pytest.approx(figures.peak, rel=0.1)
         held = [figures.held[kind] for kind in ("parameters", "gradients", "moments")]
         assert figures.peak > sum(held) > 16 * figures.parameters / 2  # a rank has half of it
+        average = figures.held["average"]
+        assert average == pytest.approx(4 * figures.parameters / 2, rel=0.01)
+        assert average == pytest.approx(figures.predicted_held["average"], rel=0.01)

@@ -31,6 +31,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine.deepspeed.config import import_deepspeed
 from w2vscale.objectives import StepContext, build_objective
+from w2vscale.optim.ema import AVERAGE
 from w2vscale.planning.fake_pass import noise
 from w2vscale.planning.memory import demand
 from w2vscale.planning.state import state_of
@@ -155,10 +156,12 @@ def held(engine: Any) -> dict[str, int]:
         parameters = [parameter.data for parameter in engine.model.parameters()]
         gradients += [parameter.grad for parameter in engine.model.parameters()]
     everything = storages(living_tensors())
+    states = list(optimizer.state.values())
     kinds = {
         "parameters": storages(parameters),
         "masters": storages(masters),
-        "moments": storages(value for state in optimizer.state.values() for value in state.values()),
+        "moments": storages(value for state in states for key, value in state.items() if key != AVERAGE),
+        "average": storages(state[AVERAGE] for state in states if AVERAGE in state),
         "gradients": storages(gradients),
     }
     seen: set[int] = set()
