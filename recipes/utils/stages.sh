@@ -88,7 +88,7 @@ fine_tune() {
   elif [[ -n $baseline ]]; then
     on_ranks finetune "$conf" trainer.init_from="$exp" "${common[@]}" --scratch --exp "$baseline"
   fi
-  on_first_machine w2vscale report "${tuned[@]}" --output "${tuned[0]}/curves.png"
+  on_first_machine w2vscale report "${tuned[@]}"
 }
 
 # best_of RUN prints its checkpoint with the lowest trainer.best_metric in validation if $decode_best is true, or else RUN.
@@ -129,7 +129,7 @@ decode() {
     for cuts in "${test_cuts[@]}"; do
       name=${cuts##*/cuts_}
       name=${name%.jsonl}$suffix
-      on_ranks evaluate "$checkpoint" --cuts "$cuts" --wer --output "$run/wer_$name.json" --html "$run/wer_$name.html" "${@:2}"
+      on_ranks evaluate "$checkpoint" --cuts "$cuts" --wer --output "$run/wer_$name.json" "${@:2}"
     done
   done
 }
@@ -144,8 +144,11 @@ find_scores() {
   for run in "${tuned[@]}"; do scores+=("$run"/wer_*.json); done
 }
 
-# results TITLE writes RESULTS.md.
-results() { w2vscale results "${scores[@]}" --output "${tuned[0]}/RESULTS.md" --title "$1"; }
+# results TITLE writes RESULTS.md, and the report again, which now has the error rates.
+results() {
+  w2vscale results "${scores[@]}" --output "${tuned[0]}/RESULTS.md" --title "$1"
+  w2vscale report "${tuned[@]}"
+}
 
 # export_model CHECKPOINT DIR exports to DIR. Files of an earlier export are replaced; other files in DIR stay.
 export_model() {
@@ -164,7 +167,7 @@ export_models() {
 
 made_all() {
   made "settings" "$exp/config.yaml" "pretrained" "$exp/checkpoints/latest" "its evaluation" "$exp/evaluation.json" \
-    "its curves" "$exp/curves.png" "TensorBoard" "$exp/tb" "fine-tuned" "${tuned[0]}/checkpoints/latest" \
-    "its curves" "${tuned[0]}/curves.png" "baseline" "${tuned[1]:-none}/checkpoints/latest" \
+    "its report" "$exp/report.html" "TensorBoard" "$exp/tb" "fine-tuned" "${tuned[0]}/checkpoints/latest" \
+    "its report" "${tuned[0]}/report.html" "baseline" "${tuned[1]:-none}/checkpoints/latest" \
     "for Transformers" "${tuned[0]}/huggingface" "results" "${tuned[0]}/RESULTS.md"
 }

@@ -1,18 +1,41 @@
-"""The metrics of runs are read and drawn, without pyplot."""
+"""The report of runs: what is on the page, for any objective, and that nothing from a file becomes markup."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import base64
+import hashlib
+import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from w2vscale.analysis.figures import new_figure, save_figure
+from tests.helpers.pages import Page
+from tests.helpers.run_folders import BACK, SPIKE, START, png, write_error_rates, write_run, write_samples
+from w2vscale.analysis.report import samples
+from w2vscale.analysis.report.page import FOLDER, write_report
+from w2vscale.analysis.report.reading import names, read_run
+from w2vscale.cli.app import app
 from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
 
-ROOT = Path(__file__).resolve().parents[2]
+STOP = {"event": "stop", "time": "2026-11-29T22:00:00Z", "update": 60, "text": "early stopping: no progress"}
+EVIL = """"><img src=x onerror=alert(1)><script>alert('&amp;')<!--"""
+
+
+def report(tmp_path: Path, *exps: Path, published: bool = False) -> Page:
+    """The page of a report."""
+    output = tmp_path / "report.html"
+    write_report(exps, output, published=published)
+    return Page(output.read_text(encoding="utf-8"))
+
+
+def titles(page: Page) -> list[str]:
+    """The titles of the plots."""
+    figures = [one.attributes.get("aria-label") or "" for one in page.all("svg", class_="by-updates")]
+    return [label.partition(" (")[0] for label in figures]
 
 
 def test_records_of_a_split_without_an_incomplete_last_line(tmp_path: Path) -> None:
@@ -24,27 +47,358 @@ def test_records_of_a_split_without_an_incomplete_last_line(tmp_path: Path) -> N
         read_metrics(tmp_path / "absent.jsonl", "train")
 
 
-def test_the_suffix_names_the_format(tmp_path: Path) -> None:
-    figure = new_figure(width=2, height=1)
-    figure.subplots().plot([1, 2])
-    for name, start in (("a.png", b"\x89PNG"), ("folder/a.pdf", b"%PDF")):
-        save_figure(figure, tmp_path / name)
-        assert (tmp_path / name).read_bytes().startswith(start)
-    for name in ("a", "a.jsonl"):
-        with pytest.raises(UserError, match="not the name of an image file"):
-            save_figure(figure, tmp_path / name)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped, with a log of events."""
+    settings = ("trainer.updates=200", "optim.lr=1e-3", "data.train=cuts_train.jsonl")
+    events = (START, SPIKE, SPIKE, BACK, STOP)
+    return write_run(tmp_path_factory.mktemp("one") / "mine", "tiny", *settings, events=events, roll_backs=(30,))
 
 
-def test_drawing_does_not_load_pyplot(tmp_path: Path) -> None:
-    script = f"""
-import sys
-from pathlib import Path
-from w2vscale.analysis.figures import draw_layers
-before = "matplotlib" in sys.modules
-draw_layers({{0: 0.5, 1: 0.25}}, Path({str(tmp_path / "layers.png")!r}))
-print(before, "matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
+@pytest.fixture(scope="module")
+def page(stopped: Path) -> Page:
+    """Its report."""
+    return report(stopped.parent, stopped)
+
+
+class TestOneRun:
+    """A run with a log of events."""
+
+    def test_its_state(self, page: Page) -> None:
+        assert page_title(page) == "mine: report"
+        assert page.one("span", class_="stopped").text == "stopped at update 100 of 200"
+        card = page.one("li")
+        assert "early stopping: no progress" in card.text and "95M parameters" in card.text
+
+    def test_its_curves(self, page: Page) -> None:
+        assert titles(page) == ["bits", "accuracy", "codes", "gradient norm", "learning rate", "throughput"]
+        assert len(page.all("svg", class_="by-hours")) == 6
+        names_of_curves = {one.attributes.get("data-name") for one in page.all("path")} - {None}
+        assert names_of_curves == {
+            "mine, training", "mine, validation", "mine, codebook 0, training", "mine, codebook 1, training",
+        }  # fmt: skip
+        log = [one.attributes for one in page.all("svg", class_="chart") if "data-log" in one.attributes]
+        assert [attributes["aria-label"].partition(" ")[0] for attributes in log] == ["gradient"] * 2  # type: ignore[union-attr]
+        assert len([one for one in page.all("text") if one.text == "chance"]) == 4
+
+    def test_where_it_went_back_and_was_in_trouble(self, page: Page) -> None:
+        assert len(page.all("path", class_="back")) == len(page.all("path", class_="warning")) == 12
+        marked = {one.text for one in page.all("path", class_="back")}
+        assert marked == {"mine, update 30: went back to this checkpoint"}
+        assert [row[:4] for row in page.rows("health events")[1:]] == [
+            ["mine", "40", "health: spike", "the loss spikes"],
+            ["mine", "30", "went back", "from update 50. going back to update 30"],
+            ["mine", "60", "stopped", "early stopping: no progress"],
+        ]
+
+    def test_its_metrics(self, stopped: Path, page: Page) -> None:
+        rows = dict(row for row in page.rows("latest metrics"))
+        assert (rows["update"], rows["hours seen"]) == ("100", "1.11")
+        run = read_run(stopped)
+        codes = [run.train[-1][f"code_perplexity_{one}"] for one in (0, 1)]
+        assert rows["accuracy, validation"] == f"{run.validation[-1]['accuracy']:.3f}"
+        assert rows["codes, training"] == f"{codes[0]:.3f} / {codes[1]:.3f}"
+
+    def test_settings_that_are_not_of_its_preset(self, page: Page) -> None:
+        rows = page.rows("settings")
+        assert rows[0] == ["setting", "mine", "preset tiny", "meaning"]
+        assert {row[0]: row[1:3] for row in rows[1:]} == {
+            "trainer.updates": ["200", "400"], "optim.lr": ["0.001", "0.002"],
+            "data.train": ["[cuts_train.jsonl]", "[]"],
+        }  # fmt: skip
+        assert page.one("pre").text == "#!/usr/bin/env bash w2vscale train tiny"
+
+    def test_data_and_hardware(self, page: Page) -> None:
+        data, hardware = (dict(row for row in page.rows(label)) for label in ("Data", "Hardware"))
+        assert data["training set"] == "960.90 hours, 281,241 utterances"
+        assert (data["padding"], data["training manifests"]) == ("3.1%", "cuts_train.jsonl")
+        assert hardware["devices"] == "8 NVIDIA H100" and hardware["software"].endswith("PyTorch 2.13.0, CUDA 13.0")
+        assert hardware["parameters"] == "95,044,608, 95,000,000 of them trained"
+        assert hardware["starts"] == "at update 0, 2026-11-29 20:07 UTC"
+
+    def test_nothing_is_loaded_and_nothing_else_can_run(self, page: Page) -> None:
+        policy = page.one("meta", http_equiv="Content-Security-Policy").attributes["content"] or ""
+        assert policy.startswith("default-src 'none'; ")
+        for tag in ("style", "script"):
+            content = "".join(page.one(tag).parts)
+            digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+            assert f"{tag}-src 'sha256-{digest}'; " in policy
+        assert "unsafe" not in policy and "http" not in policy
+        used = {name for one in page.elements for name in one.attributes}
+        assert used.isdisjoint({"src", "srcset", "style", "data", "action"}), used
+        assert not [name for name in used if name.startswith("on")]
+        assert all((one.attributes["href"] or "").startswith("#") for one in page.all("a"))
+        assert not re.search(r"url\(|@import|fetch|http", (FOLDER / "style.css").read_text())
+
+    def test_every_box_that_scrolls_can_be_reached_by_keyboard(self, page: Page) -> None:
+        boxes = [*page.all("div", class_="scroll"), *page.all("pre")]
+        assert len(boxes) >= 5
+        assert all(one.attributes["tabindex"] == "0" and one.attributes["aria-label"] for one in boxes)
+
+
+class TestSeveralRuns:
+    """Runs of one objective share their panels; others share those with the same title."""
+
+    def test_pretraining_and_fine_tuning(self, tmp_path: Path) -> None:
+        exps = write_run(tmp_path / "pretrained"), write_run(tmp_path / "tuned", "ctc_1h")
+        page = report(tmp_path, *exps)
+        common = ["gradient norm", "learning rate", "throughput"]
+        assert titles(page) == ["bits", "accuracy", "codes", "loss", "label errors", "WER", *common]
+        curves = {}
+        for chart in page.all("svg", class_="by-updates"):
+            label = chart.attributes["aria-label"] or ""
+            curves[label.partition(" (")[0]] = sorted(
+                set(re.findall(r"(?:pretrained|tuned), (?:training|validation)", label))
+            )
+        assert curves["accuracy"] == ["pretrained, training", "pretrained, validation"]
+        assert curves["WER"] == ["tuned, validation"]
+        assert curves["gradient norm"] == ["pretrained, training", "tuned, training"]
+        settings = page.rows("settings")
+        assert settings[0] == ["setting", "pretrained", "tuned", "meaning"]
+        assert ["objective.name", "wav2vec2", "ctc"] in [row[:3] for row in settings]
+        assert [one.text for one in page.all("span", class_="state")] == ["update 100 of 400", "update 100 of 13,000"]
+
+    def test_two_ways_of_pretraining(self, tmp_path: Path) -> None:
+        page = report(tmp_path, write_run(tmp_path / "one"), write_run(tmp_path / "other", "best_rq_tiny"))
+        assert titles(page)[:3] == ["bits", "accuracy", "codes"]
+        label = page.all("svg", class_="by-updates")[1].attributes["aria-label"] or ""
+        assert label.startswith(
+            "accuracy (contrastive accuracy · accuracy of masked codes) over updates. one, training"
+        )
+        assert "other, validation" in label
+        assert len([one for one in page.all("text") if one.text == "chance"]) == 8, (
+            "two levels in two plots on two axes"
+        )
+
+    def test_each_has_a_line_style_and_a_box_that_hides_it(self, tmp_path: Path) -> None:
+        exps = [write_run(tmp_path / name / "exp", updates=20) for name in ("a", "b", "c")]
+        page = report(tmp_path, *exps)
+        styles = "".join(page.one("style").parts)
+        for number, name in enumerate(("a/exp", "b/exp", "c/exp")):
+            assert page.one("input", id=f"show-{number}")
+            assert f"body:has(#show-{number}:not(:checked)) .plots .run-{number}{{display:none}}" in styles
+            groups = page.all("g", class_=f"run-{number}")
+            assert groups and {one.attributes["class"] for one in groups} == {f"run-{number} style-{number}"}
+            assert name in [one.text for one in page.all("label")]
+        assert len(set(re.findall(r"--dash: [^;}]+", styles))) == 8
+        assert len(set(re.findall(r"--run-[0-7]: #[0-9a-f]+", styles))) == 16, "light and dark"
+
+    def test_names_are_as_long_as_they_have_to_be(self, tmp_path: Path) -> None:
+        one, other = tmp_path / "x" / "exp", tmp_path / "y" / "exp"
+        assert names([one]) == ["exp"]
+        assert names([one, other, one]) == ["x/exp", "y/exp", "x/exp (2)"]
+
+
+class TestNames:
+    """Texts from files stay texts."""
+
+    def test_no_text_becomes_markup(self, tmp_path: Path) -> None:
+        name = EVIL.replace("/", "")
+        events = [
+            event | {"text": EVIL, "host": EVIL, "devices": EVIL, "time": EVIL} for event in (START, SPIKE, BACK, STOP)
+        ]
+        exp = write_run(tmp_path / name, "tiny", f"data.train=[{json.dumps(EVIL)}]", events=events, roll_backs=(30,))
+        (exp / "run.sh").write_text(shlex.quote(f"</pre></script>{EVIL}"))
+        write_samples(exp, 100, name)
+        write_error_rates(exp / "wer.json", [(EVIL, "b"), (f"a {EVIL} c", "a c")], speaker=EVIL)
+        document = json.loads((exp / "wer.json").read_text()) | {"cuts": [EVIL], "decoding": EVIL}
+        (exp / "wer.json").write_text(json.dumps(document))
+        evaluation = {"update": 100, "utterances": 3.0, "table": {EVIL: EVIL}}
+        (exp / f"{name}.json").write_text(json.dumps(evaluation))
+        (exp / "damaged.json").write_text(json.dumps({"wer": EVIL}))
+        page = report(tmp_path, exp)
+        assert page.one("h1").text == f"Report of {name}"
+        assert "".join(page.one("script").parts) == (FOLDER / "script.js").read_text()
+        assert len(page.all("img")) == 1
+        assert not [key for one in page.elements for key in one.attributes if key.startswith("on")]
+        (text,) = [one.text for one in page.all("pre")]
+        assert text == shlex.quote(f"</pre></script>{EVIL}")
+        assert page.rows("error rates")[1][1:3] == [EVIL, EVIL]
+        assert [EVIL, EVIL] in page.rows("evaluations")
+        assert any("damaged.json: not written by w2vscale evaluate" in one.text for one in page.all("p"))
+
+    def test_bytes_that_are_no_text_are_written_out(self, tmp_path: Path) -> None:
+        exp = write_run(tmp_path / "a\udcff\x1b[31m")
+        assert page_title(report(tmp_path, exp)) == "a\\udcff\\u001b[31m: report"
+
+    def test_metrics_that_cannot_be_drawn(self, tmp_path: Path) -> None:
+        exp = write_run(tmp_path / "exp", updates=20)
+        odd = [{"accuracy": None}, {"accuracy": 1e300, "grad_norm": 0.0}, {"accuracy": -1e-300, "grad_norm": -5}]
+        lines = [{"split": "train", "update": 30 + n, "hours_seen": 1.0, **values} for n, values in enumerate(odd)]
+        with (exp / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        page = report(tmp_path, exp)
+        paths = "".join(one.attributes.get("d") or "" for one in page.all("path"))
+        assert "nan" not in paths and "inf" not in paths
+
+
+def page_title(page: Page) -> str:
+    """The title of a page. Marks have titles, too."""
+    return page.all("title")[0].text
+
+
+def test_a_run_without_events_has_a_report(tmp_path: Path) -> None:
+    page = report(tmp_path, write_run(tmp_path / "exp", "tiny", "trainer.updates=100", roll_backs=(50,)))
+    assert page.one("span", class_="complete").text == "complete"
+    assert page.rows("health events")[1][:3] == ["exp", "50", "went back"]
+    data, hardware = (dict(row for row in page.rows(label)) for label in ("Data", "Hardware"))
+    assert data["padding"] == "10.0% (latest log line)" and "training set" not in data
+    assert hardware == {"hardware": "exp", "engine": "ddp"}
+
+
+def test_a_run_without_trouble_says_so(tmp_path: Path) -> None:
+    page = report(tmp_path, write_run(tmp_path / "exp"))
+    assert "No trouble is recorded." in [one.text for one in page.all("p")]
+    assert not page.all("path", class_="back")
+
+
+class TestSamples:
+    """Pictures and sounds are in the page."""
+
+    def test_those_of_the_newest_updates(self, tmp_path: Path) -> None:
+        exp = write_run(tmp_path / "exp")
+        for update in (20, 40, 60, 80):
+            folder = write_samples(exp, update)
+        write_samples(exp, 80, "attention_layer_10")
+        write_samples(exp, 80, "attention_layer_2")
+        page = report(tmp_path, exp)
+        assert [(one.text, "open" in one.attributes) for one in page.all("summary")][:3] == [
+            ("update 80", False), ("update 60", False), ("update 40", False),
+        ]  # fmt: skip
+        assert ["open" in one.attributes for one in page.all("details")][:3] == [True, False, False]
+        assert [one.attributes["alt"] for one in page.all("img")] == [
+            "attention layer 2, update 80", "attention layer 10, update 80", "spectrogram, update 80",
+            "spectrogram, update 60", "spectrogram, update 40",
+        ]  # fmt: skip
+        kind, _, content = (page.all("img")[2].attributes["src"] or "").partition(",")
+        assert (kind, base64.b64decode(content)) == ("data:image/png;base64", png(64, 24))
+        sound = page.all("audio")[2].attributes
+        assert sound["aria-label"] == "spectrogram, update 80" and "controls" in sound
+        content = (sound["src"] or "").removeprefix("data:audio/flac;base64,")
+        assert base64.b64decode(content) == (folder / "spectrogram.flac").read_bytes()
+
+    def test_other_files_and_large_ones_are_left_out(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder = write_samples(write_run(tmp_path / "exp"), 80)
+        (folder / "page.png").write_text("<svg onload=alert(1)>")
+        (folder / "notes.txt").write_text("text")
+        found, size, left_out = samples.read_samples(folder, 2**20)
+        assert ([one.name for one in found], left_out) == (["spectrogram"], 0)
+        assert samples.read_samples(folder, size - 1)[2] == 1
+        monkeypatch.setattr(samples, "LARGEST", 100)
+        assert samples.read_samples(folder, 2**20)[2] == 2
+        page = report(tmp_path, tmp_path / "exp")
+        assert f"2 more files are in {tmp_path / 'exp' / 'samples'}." in [one.text for one in page.all("p")]
+
+
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was evaluated in several ways."""
+    exp = write_run(tmp_path_factory.mktemp("rates") / "exp", "ctc_1h", updates=20)
+    texts = [("a b c d e f", "a x c e f g"), ("one two", "one two"), ("one", "")]
+    write_error_rates(exp / "wer_test.json", texts)
+    write_error_rates(exp / "decoded" / "wer_beam.json", texts[1:2], speaker="bob")
+    write_error_rates(exp / "a" / "b" / "deep.json", texts)
+    (exp / "evaluation.json").write_text(json.dumps({"update": 20, "utterances": 3.0, "table": {"loss": "1.5 nats"}}))
+    (exp / "other.json").write_text("[1]")
+    return exp
+
+
+class TestErrorRates:
+    """What `evaluate` has written is in the page."""
+
+    def test_the_tables(self, decoded: Path, tmp_path: Path) -> None:
+        page = report(tmp_path, decoded)
+        rows = page.rows("error rates")
+        assert [row[0:4] for row in rows[1:]] == [
+            ["exp", "test-clean", "greedy", "44.4% (0.0% to 100.0%)"],
+            ["exp", "test-clean", "greedy", "0.0% (0.0% to 0.0%)"],
+        ]
+        assert rows[1][5:] == ["1 / 2 / 1", "3"]
+        assert ["loss", "1.5 nats"] in page.rows("evaluations")
+        assert page.rows("speakers, exp on test-clean, greedy: speakers and worst utterances")[1][:3] == [
+            "ann",
+            "9",
+            "44.4%",
+        ]
+
+    def test_alignments(self, decoded: Path, tmp_path: Path) -> None:
+        page = report(tmp_path, decoded)
+        first, second = page.all("p", dir="auto")
+        assert [one.text for one in page.all("p", class_="name")] == ["u2, speaker ann: 100%", "u0, speaker ann: 50%"]
+        assert first.text == "one ∗ D"
+        assert second.text == "a b x S c d ∗ D e f ∗ g I"
+        pairs = [one.attributes["class"] for one in page.all("span", class_="pair")]
+        assert {"pair", "pair S", "pair D", "pair I"} == set(pairs)
+
+    def test_a_file_of_an_earlier_version(self, decoded: Path, tmp_path: Path) -> None:
+        old = write_run(tmp_path / "old", "ctc_1h", updates=20)
+        document = json.loads((decoded / "wer_test.json").read_text())
+        kept = ("utterance", "words", "characters")
+        document["utterances"] = [{key: one[key] for key in kept} for one in document["utterances"]]
+        for key in ("words", "characters", "speakers", "bad"):
+            del document[key]
+        (old / "wer.json").write_text(json.dumps(document))
+        page = report(tmp_path, old)
+        assert page.rows("error rates")[1][3] == "44.4% (0.0% to 100.0%)"
+        assert [one.text for one in page.all("p", class_="name")] == ["u2: 100%", "u0: 50%"]
+
+
+class TestPublished:
+    """Published curves beside those of a run."""
+
+    def test_the_accuracies_of_base(self, tmp_path: Path) -> None:
+        exp = write_run(tmp_path / "exp", "base", updates=120_000, every=1000)
+        page = report(tmp_path, exp, published=True)
+        (curve,) = [one for one in page.all("path") if one.attributes.get("data-name") == "BASE, published"]
+        (chart,) = [
+            one for one in page.all("svg", class_="by-updates") if "accuracy" in (one.attributes["aria-label"] or "")
+        ]
+        x, y = ([float(one) for one in (chart.attributes[axis] or "").split()] for axis in ("data-x", "data-y"))
+        found = {}
+        for place in re.findall(r"[ML](\S+) (\S+?)(?=[Lh]|$)", curve.attributes["d"] or ""):
+            update = x[0] + (float(place[0]) - x[2]) / (x[3] - x[2]) * (x[1] - x[0])
+            value = y[0] + (float(place[1]) - y[2]) / (y[3] - y[2]) * (y[1] - y[0])
+            found[round(update, -4)] = value
+        expected = {50_000: 0.491, 100_000: 0.537, 150_000: 0.564}
+        assert found == {at: pytest.approx(value, abs=0.004) for at, value in expected.items()}
+        assert "objective.mask_trim=micro_batch" in page.one("section", aria_labelledby="curves").text
+        assert page.all("a")[-1].attributes["href"] == page.all("a")[-1].text
+
+    def test_only_when_asked_for(self, tmp_path: Path) -> None:
+        assert not report(tmp_path, write_run(tmp_path / "exp")).all("g", class_="published")
+
+    def test_nothing_is_published_on_fine_tuning(self, tmp_path: Path) -> None:
+        exp = write_run(tmp_path / "exp", "ctc_1h")
+        with pytest.raises(UserError, match=r"nothing is published on objective\.name=ctc"):
+            report(tmp_path, exp, published=True)
+
+
+class TestCommand:
+    """`w2vscale report`."""
+
+    def test_it_prints_a_table_and_the_path(self, tmp_path: Path) -> None:
+        exps = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+        result = CliRunner().invoke(app, ["report", *map(str, exps)])
+        assert result.exit_code == 0, result.output
+        assert result.output.endswith(f"report: {tmp_path / 'a' / 'report.html'}\n")
+        assert "training bits" in result.output and len(result.output.splitlines()) == 4
+        assert (tmp_path / "a" / "report.html").stat().st_size < 100_000
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["-o", "curves.png"], "--output curves.png: the report is an HTML file"),
+            (["--reference", "mine"], "--reference mine: the only reference is: published"),
+        ],
     )
-    assert done.stdout == "False True False\n", done.stderr
+    def test_options_that_do_not_exist(self, tmp_path: Path, options: list[str], message: str) -> None:
+        result = CliRunner().invoke(app, ["report", str(write_run(tmp_path / "a")), *options])
+        assert isinstance(result.exception, UserError) and message in str(result.exception)
+
+
+def test_the_nearest_preset_is_the_one_a_run_came_from(tmp_path: Path) -> None:
+    page = report(tmp_path, write_run(tmp_path / "exp", "large", "objective.mask_trim=micro_batch"))
+    assert page.rows("settings") == [
+        ["setting", "exp", "preset large", "meaning"],
+        ["objective.mask_trim", "micro_batch", "none", page.rows("settings")[1][3]],
+    ]

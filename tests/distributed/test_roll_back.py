@@ -13,7 +13,7 @@ from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_with_bad_windows
 from tests.helpers.tiers import long_except
-from w2vscale.analysis.report import read_run
+from w2vscale.analysis.report.reading import read_run
 from w2vscale.checkpoint.format import committed, read_document
 from w2vscale.files import read_metrics
 

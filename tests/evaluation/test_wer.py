@@ -1,10 +1,10 @@
-"""Error rates agree with alignments done by hand; intervals and the HTML page."""
+"""Error rates agree with alignments done by hand; intervals."""
 
 from __future__ import annotations
 
 import pytest
 
-from w2vscale.evaluation.wer import EditCounts, html_page, score, summarise
+from w2vscale.evaluation.wer import EditCounts, score, summarise
 
 
 def test_words_and_characters_of_alignments_by_hand() -> None:
@@ -48,9 +48,3 @@ def test_intervals_hold_the_rate_and_shrink_with_more_utterances() -> None:
     # A third of the utterances has no errors, two thirds have three of four words wrong; ±1.96 standard errors.
     variance = (0.5**2 + 0.25**2 + 0.25**2) / 3
     assert many[2] - many[0] == pytest.approx(2 * 1.96 * (variance / 300) ** 0.5, rel=0.15)
-
-
-def test_the_page_names_all_and_escapes() -> None:
-    found = summarise([score("<u>", "a & b", "a b", speaker="ann")], [])
-    text = html_page(found, "run")
-    assert "&lt;u&gt;" in text and "a &amp; b" in text and "33.33%" in text and "<u>" not in text

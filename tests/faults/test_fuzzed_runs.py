@@ -35,7 +35,7 @@ FILES = (
 )  # fmt: skip
 COMMANDS = (
     "train", "checkpoint show {exp}", "checkpoint verify {exp}", "checkpoint average {exp} {out} --last 1",
-    "checkpoint consolidate {exp} {out}", "report {exp} --output {out}/curves.png", "config show {exp}",
+    "checkpoint consolidate {exp} {out}", "report {exp} --output {out}/report.html", "config show {exp}",
     "export {exp} {out} --format huggingface", "replay {file}",
     "results {exp}/evaluation.json {exp}/errors.json --output {out}/RESULTS.md",
 )  # fmt: skip

@@ -212,7 +212,7 @@ def test_it_is_evaluated_and_reported(small_corpus: SmallCorpus, trained: Path, 
     results = tmp_path / "results.json"
     for command in (
         ["evaluate", str(trained), "--cuts", str(small_corpus.validation), "-o", str(results)],
-        ["report", str(trained), "-o", str(tmp_path / "curves.png")],
+        ["report", str(trained), "-o", str(tmp_path / "report.html")],
     ):
         done = CliRunner().invoke(app, command)
         assert done.exit_code == 0, done.output

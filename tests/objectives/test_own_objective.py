@@ -218,7 +218,7 @@ def test_it_is_evaluated_loaded_and_reported(small_corpus: SmallCorpus, trained:
     assert found.metrics["loss"] == pytest.approx(last["loss"], rel=1e-6)
     assert found.table == {"squared error": f"{last['loss']:.4f}"}
     assert set(load(trained).features(np.random.default_rng(0).standard_normal(16_000) * 0.1, 16_000)) == {0, 1, 2, 3}
-    report = CliRunner().invoke(app, ["report", str(trained), "-o", str(tmp_path / "curves.png")])
+    report = CliRunner().invoke(app, ["report", str(trained), "-o", str(tmp_path / "report.html")])
     assert report.exit_code == 0 and "training loss" in report.output
 
 

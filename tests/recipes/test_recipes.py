@@ -124,7 +124,8 @@ def test_the_demo_runs_all_stages_and_repeats_none(environment: str, tmp_path: P
     assert (tmp_path / "exp_0.2min" / "huggingface" / "tokenizer_config.json").is_file()
     figures = json.loads((tmp_path / "exp" / "evaluation.json").read_text())
     assert figures["update"] == 3
-    assert (tmp_path / "exp" / "curves.png").is_file()
+    assert "evaluation.json" in (tmp_path / "exp" / "report.html").read_text()
+    assert "Error rates" in (tmp_path / "exp_0.2min" / "report.html").read_text()
 
     again = run("demo", *options, *small, *SHORT, environment=environment)
     assert again.count("done already") == 10

@@ -17,7 +17,7 @@ from tests.helpers.checkpoints import seal
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.processes import Started
 from tests.helpers.tasks import bad_windows
-from w2vscale.analysis.report import read_run
+from w2vscale.analysis.report.reading import read_run
 from w2vscale.checkpoint.format import committed, read_document
 from w2vscale.config import load_config
 from w2vscale.corpora.shar import write_shards

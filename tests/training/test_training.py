@@ -21,7 +21,8 @@ import torch
 from tests.helpers.audio import SmallCorpus, cut_of, noise, write_audio, write_manifest, write_text
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.processes import Started, running
-from w2vscale.analysis.report import draw_curves, read_run
+from w2vscale.analysis.report.page import write_report
+from w2vscale.analysis.report.reading import read_run
 from w2vscale.config import Config, load_config
 from w2vscale.data.indexed import MicroBatches
 from w2vscale.data.micro_batch import MicroBatch
@@ -143,11 +144,13 @@ def test_resuming_with_other_data_is_reported(
     assert "; it is 0.0 hours, 6 utterances" in printed
 
 
-def test_curves_are_drawn(finished: Path, tmp_path: Path) -> None:
-    picture = draw_curves([finished, finished], tmp_path / "out" / "curves.png")
-    assert picture.read_bytes().startswith(b"\x89PNG")
+def test_a_report_has_its_curves(finished: Path, tmp_path: Path) -> None:
+    runs = write_report([finished, finished], tmp_path / "out" / "report.html")
+    assert [run.state for run in runs] == ["complete"] * 2
+    assert [run.name for run in runs] == [finished.name, f"{finished.name} (2)"]
+    assert "contrastive accuracy over updates" in (tmp_path / "out" / "report.html").read_text()
     with pytest.raises(UserError, match="cannot be read"):
-        draw_curves([tmp_path], tmp_path / "none.png")
+        write_report([tmp_path], tmp_path / "none.html")
 
 
 def test_dry_run_runs_the_largest_micro_batch(small_corpus: SmallCorpus) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from w2vscale.cli.arguments import Checkpoint, Layers, Weights
 from w2vscale.cli.progress import console, print_table, progress_bar
+from w2vscale.errors import UserError
 
 
 def probe(
@@ -77,27 +78,39 @@ def probe(
 
 
 def report(
-    exps: Annotated[list[Path], typer.Argument(metavar="EXP...", help="Run folders to draw in one figure.")],
+    exps: Annotated[list[Path], typer.Argument(metavar="EXP...", help="Run folders to compare in one report.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The image file to write.", show_default="EXP/curves.png"),
+        typer.Option("--output", "-o", metavar="FILE.html", help="The file to write.", show_default="EXP/report.html"),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="published", help="Also draw published curves of the same objective, with their source."),
     ] = None,
 ) -> None:
-    """Draw the curves of one or several runs, and print their latest metrics."""
-    from w2vscale.analysis.report import draw_curves, read_run
+    """Write a report of one or several runs as one HTML file, and print their latest metrics.
 
-    picture = draw_curves(exps, output or exps[0] / "curves.png")
-    runs = [read_run(exp) for exp in exps]
+    It has the curves, settings, data, hardware, health events, samples and error rates, and needs no network.
+    """
+    from w2vscale.analysis.report.page import write_report
+
+    if reference not in (None, "published"):
+        raise UserError(f"--reference {reference}: the only reference is: published; give another run as EXP")
+    path = output or exps[0] / "report.html"
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--output {path}: the report is an HTML file; choose a name that ends with .html")
+    with progress_bar("report") as progress:
+        runs = write_report(exps, path, published=reference is not None, progress=progress)
     rows = []
     for run in runs:
         training, validation = run.latest()
         last = validation[2] if any(value is not None for value in validation[2]) else training[2]
         values = ("/".join(map(_number, panel)) for panel in (*training[:2], *validation[:2], last))
-        rows.append((run.exp.name, f"{run.train[-1]['update']:,}", f"{run.train[-1]['hours_seen']:,.2f}", *values))
+        rows.append((run.name, f"{run.update:,}", f"{run.train[-1]['hours_seen']:,.2f}", *values))
     loss, telling, other = (panel.title for panel in runs[0].panels)
     metrics = (f"training {loss}", telling, f"validation {loss}", telling, other)
     print_table(("run", "updates", "hours seen", *metrics), rows)
-    console.print(f"curves: {picture}")
+    console.print(f"report: {path}")
 
 
 def _number(value: float | None) -> str:

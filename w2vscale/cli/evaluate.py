@@ -42,9 +42,6 @@ def evaluate(
     worst: Annotated[
         int, typer.Option(min=0, help="With --wer: print the N utterances with the highest WER.", metavar="N")
     ] = 5,
-    html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="With --wer: also write a page with speakers and alignments.")
-    ] = None,
     weights: arguments.Weights = None,
     nproc_per_node: arguments.Processes = 1,
 ) -> None:
@@ -57,7 +54,7 @@ def evaluate(
     """
     if wer and overrides:
         raise UserError(f"{overrides[0]}: settings cannot be overridden with --wer")
-    for option in ("beam", "lm", "lexicon", "lm_weight", "word_score", "worst", "html"):
+    for option in ("beam", "lm", "lexicon", "lm_weight", "word_score", "worst"):
         given = context.get_parameter_source(option)
         if not wer and given is not None and given.name == "COMMANDLINE":
             raise UserError(f"--{option.replace('_', '-')}: only applies to error rates; add --wer")
@@ -66,7 +63,7 @@ def evaluate(
         from w2vscale.inference.decoding import BeamSearch
 
         search = BeamSearch.from_options(beam, lm, lexicon, lm_weight=lm_weight, word_score=word_score)
-        _evaluate_wer(checkpoint, cuts or [], search, output, html, worst=worst, weights=weights)
+        _evaluate_wer(checkpoint, cuts or [], search, output, worst=worst, weights=weights)
     else:
         _evaluate_loss(checkpoint, cuts or [], overrides or [], output, weights)
 
@@ -95,13 +92,12 @@ def _evaluate_wer(
     cuts: list[Path],
     search: BeamSearch | None,
     output: Path | None,
-    html: Path | None,
     *,
     worst: int,
     weights: str | None,
 ) -> None:
     from w2vscale.distributed.process_group import LONG_TIMEOUT, process_group
-    from w2vscale.evaluation.wer import describe_rate, html_page, score_checkpoint
+    from w2vscale.evaluation.wer import describe_rate, score_checkpoint
     from w2vscale.inference.pretrained import load_on_all_ranks
 
     if not cuts:
@@ -132,8 +128,6 @@ def _evaluate_wer(
             **asdict(found),
         }
         write_text(output, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    if html is not None:
-        write_text(html, html_page(found, f"{checkpoint} on {', '.join(path.name for path in cuts)}"))
 
 
 def results(

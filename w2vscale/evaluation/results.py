@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.errors import UserError, refused_value
 from w2vscale.evaluation.bootstrap import relative_reduction
-from w2vscale.files import nearest_path
+from w2vscale.files import nearest_path, regular
 from w2vscale.interop.model_card import ErrorRates
 
 BASELINES = ("_scratch", "_imported")  # the run NAME is compared with the runs NAME_scratch and NAME_imported
@@ -42,6 +42,9 @@ class _Utterance(TypedDict):
     utterance: str
     words: _Counts
     characters: _Counts
+    speaker: NotRequired[str]
+    reference: NotRequired[str]
+    hypothesis: NotRequired[str]
 
 
 class _Score(TypedDict):
@@ -52,6 +55,10 @@ class _Score(TypedDict):
     cuts: list[str]
     decoding: str
     utterances: Annotated[list[_Utterance], Field(min_length=1)]
+    words: NotRequired[_Counts]
+    characters: NotRequired[_Counts]
+    speakers: NotRequired[dict[str, _Counts]]
+    bad: NotRequired[list[Any]]
 
 
 class Result(NamedTuple):
@@ -63,20 +70,46 @@ class Result(NamedTuple):
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
     """Read the output files of `w2vscale evaluate`. Raises UserError if one cannot be read or is something else."""
-    found = []
-    for path in paths:
+    return [_result(path, _read_json(path)) for path in paths]
+
+
+def find_results(exp: Path) -> tuple[list[Path], list[Result], list[str]]:
+    """Find the output files of `w2vscale evaluate` in the folder of a run, and in the folders in it.
+
+    Returns their paths and contents, and a line for each file that is damaged. Other JSON files are passed over.
+    """
+    paths, results, damaged = [], [], []
+    for path in [*sorted(exp.glob("*.json")), *sorted(exp.glob("*/*.json"))]:
         try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path}: cannot be read: {reason}{nearest_path(path)}") from None
-        kind = _Score if isinstance(metrics, dict) and "wer" in metrics else _Evaluation
+            document = _read_json(path)
+        except UserError:
+            continue  # whatever it is
+        if not isinstance(document, dict) or not ("wer" in document or {"update", "table"} <= document.keys()):
+            continue
         try:
-            TypeAdapter(kind).validate_python(metrics, strict=True)
-        except ValidationError as error:
-            raise UserError(f"{path}: not written by w2vscale evaluate --output: {refused_value(error)}") from None
-        found.append(Result(path.resolve().parent.name, metrics))
-    return found
+            results.append(_result(path, document))
+            paths.append(path)
+        except UserError as error:
+            damaged.append(str(error))
+    return paths, results, damaged
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        with open(path, encoding="utf-8", opener=regular) as file:
+            return json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read: {reason}{nearest_path(path)}") from None
+
+
+def _result(path: Path, document: Any) -> Result:
+    kind = _Score if isinstance(document, dict) and "wer" in document else _Evaluation
+    try:
+        TypeAdapter(kind).validate_python(document, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{path}: not written by w2vscale evaluate --output: {refused_value(error)}") from None
+    return Result(path.resolve().parent.name, document)
 
 
 def error_rates_of(

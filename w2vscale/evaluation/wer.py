@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -135,28 +134,6 @@ def summarise(utterances: list[UtteranceScore], bad: list[BadAudio]) -> Score:
         character_interval=confidence_interval(character_errors),
         speakers={speaker: _sum(counts) for speaker, counts in sorted(by_speaker.items())},
         bad=bad,
-    )
-
-
-def html_page(found: Score, title: str) -> str:
-    """Format a score as an HTML page: error rates, speakers, and the worst 100 utterances with their alignments."""
-    rows = "".join(
-        f"<tr><td>{html.escape(speaker)}<td>{counts.reference}<td>{counts.rate:.2%}"
-        for speaker, counts in found.speakers.items()
-    )
-    utterances = "".join(
-        f"<h3>{html.escape(one.utterance)} ({html.escape(one.speaker)}): {one.words.rate:.1%}</h3>"
-        f"<pre>{html.escape(one.alignment)}</pre>"
-        for one in found.worst(100)
-    )
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title>"
-        "<style>body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto}pre{overflow-x:auto}"
-        "td,th{padding:0 1em 0 0;text-align:left}</style>"
-        f"<h1>{html.escape(title)}</h1><p>{describe_rate(found.words, found.word_interval, 'words')}"
-        f"<p>{describe_rate(found.characters, found.character_interval, 'characters')}"
-        f"<h2>Speakers</h2><table><tr><th>speaker<th>words<th>WER{rows}</table>"
-        f"<h2>Utterances with the highest WER</h2>{utterances or '<p>No errors.'}"
     )
 
 

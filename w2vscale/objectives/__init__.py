@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,25 +62,40 @@ def effective(config: Config) -> dict[str, dict[str, Any]]:
     return document
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A setting in which several sources differ, with its value in each of them as YAML; "" where it does not exist."""
+
+    key: str
+    values: tuple[str, ...]
+    description: str
+
+
+def differing(configs: Sequence[Config]) -> list[Difference]:
+    """Return every setting in which resolved settings differ. All defaults count."""
+    everything = [effective(config) for config in configs]
+    rows = []
+    for section, default in Config():
+        theirs = [settings[section] for settings in everything]
+        fields = dict(type(default).model_fields)
+        if section == "objective":
+            for config in configs:
+                fields = {**OBJECTIVES[config.objective.name].Settings.model_fields, **fields}
+        for key in dict.fromkeys(key for values in theirs for key in values):
+            shown = tuple(in_yaml(values[key]) if key in values else "" for values in theirs)
+            if len(set(shown)) > 1:
+                rows.append(Difference(f"{section}.{key}", shown, fields[key].description or ""))
+    return rows
+
+
 def differences(one: str | Path, other: str | Path) -> list[tuple[str, str, str, str]]:
     """Return (key, value of `one`, value of `other`, description) of every setting in which two sources differ.
 
     The sources are presets, files or folders of runs, as for `load`, and all defaults count. A setting that only one of
     two objectives has is empty for the other. UserError as for `load`.
     """
-    configs = [load(source, new=False)[0] for source in (one, other)]
-    rows = []
-    for section, default in Config():
-        ours, theirs = (effective(config)[section] for config in configs)
-        fields = dict(type(default).model_fields)
-        if section == "objective":
-            for config in configs:
-                fields = {**OBJECTIVES[config.objective.name].Settings.model_fields, **fields}
-        for key in dict.fromkeys([*ours, *theirs]):
-            here, there = (in_yaml(values[key]) if key in values else "" for values in (ours, theirs))
-            if here != there:
-                rows.append((f"{section}.{key}", here, there, fields[key].description or ""))
-    return rows
+    found = differing([load(source, new=False)[0] for source in (one, other)])
+    return [(row.key, row.values[0], row.values[1], row.description) for row in found]
 
 
 def all_settings() -> dict[str, list[tuple[str, str, str, str]]]:

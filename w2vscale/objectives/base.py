@@ -89,14 +89,26 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Published:
+    """A curve that somebody has published, to compare with."""
+
+    name: str
+    values: Mapping[int, float]  # by update
+    source: str  # who measured it, and on what
+    url: str
+    caveat: str  # what has to be equal, so that a run can be compared with it
+
+
+@dataclass(frozen=True)
 class Panel:
-    """One plot of a report."""
+    """One plot of a report. Runs share it if their objectives give it the same title."""
 
     title: str  # short, for the heading of a table column
     label: str  # of the vertical axis, with the unit
     keys: Mapping[str, str]  # metrics to plot, with a name for each in the legend; "" for a single one
     chance: float | None = None  # value at chance level, if there is one
     training: bool = True  # whether the metric exists in training as well as in validation
+    published: Published | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,33 @@
+"""Words side by side, with the fewest edits."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from w2vscale.evaluation.edits import aligned_words
+from w2vscale.evaluation.wer import EditCounts, score
+
+TEXTS = st.lists(st.sampled_from("abcd"), min_size=1, max_size=9).map(" ".join)
+
+
+def test_an_alignment_by_hand() -> None:
+    assert aligned_words("a b c d e f", "a x c e f g") == [
+        ("a", "a"), ("b", "x"), ("c", "c"), ("d", ""), ("e", "e"), ("f", "f"), ("", "g"),
+    ]  # fmt: skip
+    assert aligned_words("a b", "") == [("a", ""), ("b", "")]
+    assert aligned_words("", "") == []
+
+
+@given(TEXTS, TEXTS)
+def test_it_has_the_edits_that_jiwer_counts(reference: str, hypothesis: str) -> None:
+    pairs = aligned_words(reference, hypothesis)
+    assert " ".join(word for word, _ in pairs if word) == reference
+    assert " ".join(guess for _, guess in pairs if guess) == hypothesis
+    found = EditCounts(
+        reference=len(reference.split()),
+        substitutions=sum(bool(word and guess) and word != guess for word, guess in pairs),
+        deletions=sum(not guess for _, guess in pairs),
+        insertions=sum(not word for word, _ in pairs),
+    )
+    assert found == score("u", reference, hypothesis).words

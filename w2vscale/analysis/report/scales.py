@@ -1,0 +1,79 @@
+"""Axes of plots: from values to places, round numbers for the ticks, and how numbers are written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from w2vscale.analysis.report.curves import Floats
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps the values `low` to `high` to the places `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    logarithmic: bool = False
+
+    def place(self, values: Floats) -> Floats:
+        """The places of values; NaN for a value that a logarithmic scale does not have."""
+        low, high = self.low, self.high
+        if self.logarithmic:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                values = np.where(values > 0.0, np.log10(values), np.nan)
+            low, high = math.log10(low), math.log10(high)
+        return np.asarray(self.start + (values - low) / (high - low) * (self.end - self.start), dtype=np.float64)
+
+    def ticks(self, count: int) -> list[float]:
+        """About `count` round numbers on the scale."""
+        return _powers(self.low, self.high) if self.logarithmic else _multiples(self.low, self.high, count)
+
+
+def scale_of(values: Floats, start: float, end: float, *, logarithmic: bool = False) -> Scale:
+    """A scale on which all values have room. Values that come near zero have a scale from zero."""
+    finite = values[np.isfinite(values) & ((values > 0.0) | (not logarithmic))]
+    if not finite.size:
+        return Scale(0.1, 1.0, start, end, logarithmic) if logarithmic else Scale(0.0, 1.0, start, end)
+    low, high = float(finite.min()), float(finite.max())
+    if logarithmic:
+        margin = max((high / low) ** 0.06, 1.05)
+        return Scale(low / margin, high * margin, start, end, logarithmic=True)
+    margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    zero_based = 0.0 <= low <= 0.4 * high
+    return Scale(0.0 if zero_based else low - margin, high + margin, start, end)
+
+
+def _multiples(low: float, high: float, count: int) -> list[float]:
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= 0.999 * rough)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
+
+
+def _powers(low: float, high: float) -> list[float]:
+    """Powers of ten; also their multiples if there are few."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    every = -(-(last - first) // 8)
+    powers = range(first, last + 1, max(every, 1))
+    for factors in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)):
+        found = [one for power in powers for factor in factors if low <= (one := factor * 10.0**power) <= high]
+        if len(found) >= 3:
+            return found
+    return found
+
+
+def short(value: float) -> str:
+    """A number for an axis or a table, in few characters: 0.05, 250, 1,500, 400k, 1.2M, 2e-5."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if limit <= abs(value) < 1e12:
+            return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"
+    if value and not 1e-3 <= abs(value) < 1e12:
+        mantissa, _, exponent = f"{value:.3g}".partition("e")
+        return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+    return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.3g}"

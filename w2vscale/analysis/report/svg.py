@@ -1,0 +1,176 @@
+"""Draws plots as SVG, whose colours and line styles are in style.css. Every run has a colour, a dash and a marker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from w2vscale.analysis.report.curves import Floats, Line, Mark, Plot, thin
+from w2vscale.analysis.report.html import Html, element, join
+from w2vscale.analysis.report.scales import Scale, scale_of, short
+from w2vscale.objectives.base import Published
+
+WIDTH, HEIGHT = 380, 230  # in pixels; the text is readable down to 320
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 32  # margins
+COLUMNS = 250  # of a long line, see `thin`
+MOST_MARKERS = 30  # of a line
+STYLES = 8  # runs with a style of their own, in style.css
+Axis = Literal["updates", "hours"]
+
+MARKERS = (
+    "M{x:.1f} {y:.1f}m-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0 -5.2 0z",  # circle
+    "M{x:.1f} {y:.1f}m-2.4 -2.4h4.8v4.8h-4.8z",  # square
+    "M{x:.1f} {y:.1f}m0 -3.2l3 5.4h-6z",  # triangle
+    "M{x:.1f} {y:.1f}m0 -3.4l3.4 3.4l-3.4 3.4l-3.4 -3.4z",  # diamond
+)
+
+
+def draw(plot: Plot, marks: Sequence[Mark], run_names: Sequence[str], axis: Axis) -> Html:
+    """Draw a plot over updates or hours seen."""
+    published = plot.published if axis == "updates" else []
+    # A plot with published values reaches to the first one that the runs have not reached.
+    last = max(float(_x(line, axis)[-1]) for line in plot.lines if len(line.updates))
+    ahead = [min((at for at in one.values if at >= last), default=max(one.values)) for one in published]
+    x = Scale(0.0, max(last, *ahead) if ahead else last or 1.0, LEFT, WIDTH - RIGHT)
+    shown = [{at: value for at, value in one.values.items() if at <= x.high} for one in published]
+    everything = [line.values for line in plot.lines]
+    everything += [np.array([*plot.chance, *(value for values in shown for value in values.values())])]
+    y = scale_of(np.concatenate(everything), HEIGHT - BOTTOM, TOP, logarithmic=plot.logarithmic)
+    return element(
+        "svg",
+        _grid(x, y, "updates" if axis == "updates" else "hours seen"),
+        *(_chance(value, y) for value in plot.chance),
+        *(_mark(mark, x, axis, run_names) for mark in marks),
+        *(_line(line, x, y, axis, run_names) for line in plot.lines),
+        *(_published(one, values, x, y) for one, values in zip(published, shown, strict=True)),
+        _curve_names(plot.lines, x, y, axis),
+        class_=f"chart by-{axis}",
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+        aria_label=_description(plot, run_names, axis),
+        data_x=f"{x.low:g} {x.high:g} {x.start:g} {x.end:g}",
+        data_y=f"{y.low:.6g} {y.high:.6g} {y.start:g} {y.end:g}",
+        data_log=y.logarithmic,
+    )
+
+
+def sample(number: int) -> Html:
+    """A short line in the style of a run, for the legend."""
+    marker = element("path", d=MARKERS[number % len(MARKERS)].format(x=17, y=6), class_="marker")
+    return element(
+        "svg",
+        element("g", element("path", d="M0 6H34", class_="validation"), marker, class_=style(number)),
+        class_="sample",
+        viewBox="0 0 34 12",
+        aria_hidden="true",
+    )
+
+
+def style(number: int) -> str:
+    """The classes of what belongs to a run."""
+    return f"run-{number} style-{number % STYLES}"
+
+
+def _x(line: Line, axis: Axis) -> Floats:
+    return line.updates if axis == "updates" else line.hours
+
+
+def _grid(x: Scale, y: Scale, label: str) -> Html:
+    parts = []
+    heights = y.ticks(4)
+    for value, at in zip(heights, y.place(np.array(heights)), strict=True):
+        parts.append(element("path", d=f"M{x.start:g} {at:.1f}H{x.end:g}"))
+        parts.append(element("text", short(value), x=x.start - 6, y=round(float(at) + 3.5, 1), class_="end"))
+    places = x.ticks(4)
+    for value, at in zip(places, x.place(np.array(places)), strict=True):
+        side = "end" if at > x.end - 12 else "middle"
+        parts.append(element("text", short(value), x=round(float(at), 1), y=y.start + 14, class_=side))
+    parts.append(element("path", d=f"M{x.start:g} {y.start:g}H{x.end:g}", class_="axis"))
+    parts.append(element("text", label, x=x.end, y=y.start + 27, class_="end"))
+    return element("g", *parts, class_="grid")
+
+
+def _chance(value: float, y: Scale) -> Html:
+    at = float(y.place(np.array([value]))[0])
+    text = element("text", "chance", x=WIDTH - RIGHT, y=round(at - 4, 1), class_="end")
+    return element("g", element("path", d=f"M{LEFT} {at:.1f}H{WIDTH - RIGHT}"), text, class_="chance")
+
+
+def _mark(mark: Mark, x: Scale, axis: Axis, run_names: Sequence[str]) -> Html:
+    at = float(x.place(np.array([mark.update if axis == "updates" else mark.hours]))[0])
+    bottom = HEIGHT - BOTTOM
+    shape = f"M{at:.1f} {TOP}V{bottom}" if mark.went_back else f"M{at:.1f} {bottom - 9}l5 9h-10z"
+    title = element("title", f"{run_names[mark.run]}, update {mark.update:,.0f}: {mark.text}")
+    kind = "back" if mark.went_back else "warning"
+    return element("g", element("path", title, d=shape, class_=kind), class_=style(mark.run))
+
+
+def _line(line: Line, x: Scale, y: Scale, axis: Axis, run_names: Sequence[str]) -> Html:
+    horizontal, vertical = x.place(_x(line, axis)), y.place(line.values)
+    kept = thin(horizontal, vertical, COLUMNS)
+    horizontal, vertical = horizontal[kept], vertical[kept]
+    there = np.isfinite(vertical)
+    name = ", ".join(filter(None, (run_names[line.run], line.name, line.split)))
+    classes = f"{line.split} curve-{min(line.number, 3)}"
+    path = element("path", d=_path(horizontal, vertical), class_=classes, data_name=name)
+    if line.split != "validation":
+        return element("g", path, class_=style(line.run))
+    points = np.flatnonzero(there)
+    points = points[:: -(-len(points) // MOST_MARKERS) or 1]
+    shape = MARKERS[line.run % len(MARKERS)]
+    outline = "".join(shape.format(x=horizontal[at], y=vertical[at]) for at in points)
+    return element("g", path, element("path", d=outline, class_="marker"), class_=style(line.run))
+
+
+def _path(horizontal: Floats, vertical: Floats) -> str:
+    """A path through the points, interrupted where one is missing. A point between two gaps is a dot."""
+    parts, down = [], False
+    for at, height in zip(horizontal.tolist(), vertical.tolist(), strict=True):
+        if np.isnan(height):
+            down = False
+            continue
+        parts.append(f"{'L' if down else 'M'}{at:.1f} {height:.1f}")
+        if not down:
+            parts.append("h0")
+        down = True
+    return "".join(parts)
+
+
+def _published(one: Published, values: dict[int, float], x: Scale, y: Scale) -> Html:
+    at, heights = x.place(np.array([*values], dtype=float)), y.place(np.array([*values.values()]))
+    path = element("path", d=_path(at, heights), class_="curve", data_name=one.name)
+    shape = "".join(MARKERS[3].format(x=a, y=b) for a, b in zip(at, heights, strict=True))
+    side = "end" if at[-1] > WIDTH / 2 else None
+    text = element("text", one.name, x=round(float(at[-1]), 1), y=round(float(heights[-1]) + 16, 1), class_=side)
+    return element("g", path, element("path", d=shape, class_="marker"), text, class_="published")
+
+
+def _curve_names(lines: Sequence[Line], x: Scale, y: Scale, axis: Axis) -> Html:
+    """The names of the curves of a run at their ends, if there are few."""
+    ends = []
+    for line in lines:
+        there = np.flatnonzero(np.isfinite(y.place(line.values)))
+        if line.name and len(there):
+            ends.append((float(y.place(line.values)[there[-1]]) - 5.0, line))
+    ends.sort(key=lambda end: end[0])
+    if not 1 < len(ends) <= 6:
+        return join([])
+    texts, lowest = [], -np.inf
+    for height, line in ends:
+        lowest = min(max(height, lowest + 12.0, TOP + 8.0), HEIGHT - BOTTOM - 3.0)
+        text = element("text", line.name, x=x.end, y=round(lowest, 1), class_="end")
+        texts.append(element("g", text, class_=style(line.run)))
+    return element("g", *texts, class_="names")
+
+
+def _description(plot: Plot, run_names: Sequence[str], axis: Axis) -> str:
+    """The plot in words: where each curve ends."""
+    ends = []
+    for line in plot.lines:
+        if (there := np.flatnonzero(np.isfinite(line.values))).size:
+            name = ", ".join(filter(None, (run_names[line.run], line.name, line.split)))
+            ends.append(f"{name}: {short(float(line.values[there[0]]))} to {short(float(line.values[there[-1]]))}")
+    over = "updates" if axis == "updates" else "hours seen"
+    return f"{plot.title} ({plot.label}) over {over}. {'; '.join(ends[:12])}"
