@@ -15,6 +15,7 @@ fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
+if [[ $tier == long ]]; then bash tools/browser.sh; fi
 PATH=$(cd "${W2VSCALE_VENV:-.venv}" && pwd)/bin:$PATH
 export PATH
 # Tests start many processes. Without cached byte code, each would spend about ten seconds compiling torch and lhotse.
