@@ -140,7 +140,7 @@ class TestSeveralRuns:
     """Runs of one objective share their panels; others share those with the same title."""
 
     def test_pretraining_and_fine_tuning(self, tmp_path: Path) -> None:
-        exps = write_run(tmp_path / "pretrained"), write_run(tmp_path / "tuned", "ctc_1h")
+        exps = write_run(tmp_path / "pretrained", roll_backs=(30,)), write_run(tmp_path / "tuned", "ctc_1h")
         page = report(tmp_path, *exps)
         common = ["gradient norm", "learning rate", "throughput"]
         assert titles(page) == ["bits", "accuracy", "codes", "loss", "label errors", "WER", *common]
@@ -153,6 +153,8 @@ class TestSeveralRuns:
         assert curves["accuracy"] == ["pretrained, training", "pretrained, validation"]
         assert curves["WER"] == ["tuned, validation"]
         assert curves["gradient norm"] == ["pretrained, training", "tuned, training"]
+        back = page.all("path", class_="back")
+        assert len(back) == 2 * 6, "in the panels of its objective and in those of all"
         settings = page.rows("settings")
         assert settings[0] == ["setting", "pretrained", "tuned", "meaning"]
         assert ["objective.name", "wav2vec2", "ctc"] in [row[:3] for row in settings]
@@ -166,9 +168,7 @@ class TestSeveralRuns:
             "accuracy (contrastive accuracy · accuracy of masked codes) over updates. one, training"
         )
         assert "other, validation" in label
-        assert len([one for one in page.all("text") if one.text == "chance"]) == 8, (
-            "two levels in two plots on two axes"
-        )
+        assert len(page.all("g", class_="chance")) == 8, "two levels in two plots on two axes"
 
     def test_each_has_a_line_style_and_a_box_that_hides_it(self, tmp_path: Path) -> None:
         exps = [write_run(tmp_path / name / "exp", updates=20) for name in ("a", "b", "c")]
@@ -383,6 +383,12 @@ class TestCommand:
         assert result.output.endswith(f"report: {tmp_path / 'a' / 'report.html'}\n")
         assert "training bits" in result.output and len(result.output.splitlines()) == 4
         assert (tmp_path / "a" / "report.html").stat().st_size < 100_000
+
+    def test_each_objective_has_a_table(self, tmp_path: Path) -> None:
+        exps = write_run(tmp_path / "a"), write_run(tmp_path / "b", "ctc_1h"), write_run(tmp_path / "c")
+        printed = CliRunner().invoke(app, ["report", *map(str, exps)]).output.splitlines()
+        assert [line.split()[0] for line in printed] == ["run", "a", "c", "run", "b", "report:"]
+        assert "training bits" in printed[0] and "label errors" in printed[3]
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from w2vscale.cli.arguments import Checkpoint, Layers, Weights
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError
+
+if TYPE_CHECKING:
+    from w2vscale.analysis.report.reading import Run
 
 
 def probe(
@@ -101,16 +104,22 @@ def report(
         raise UserError(f"--output {path}: the report is an HTML file; choose a name that ends with .html")
     with progress_bar("report") as progress:
         runs = write_report(exps, path, published=reference is not None, progress=progress)
-    rows = []
-    for run in runs:
-        training, validation = run.latest()
-        last = validation[2] if any(value is not None for value in validation[2]) else training[2]
-        values = ("/".join(map(_number, panel)) for panel in (*training[:2], *validation[:2], last))
-        rows.append((run.name, f"{run.update:,}", f"{run.train[-1]['hours_seen']:,.2f}", *values))
-    loss, telling, other = (panel.title for panel in runs[0].panels)
-    metrics = (f"training {loss}", telling, f"validation {loss}", telling, other)
-    print_table(("run", "updates", "hours seen", *metrics), rows)
+    for titles in dict.fromkeys(_titles(run) for run in runs):
+        loss, telling, other = titles
+        metrics = (f"training {loss}", telling, f"validation {loss}", telling, other)
+        print_table(("run", "updates", "hours seen", *metrics), [_row(run) for run in runs if _titles(run) == titles])
     console.print(f"report: {path}")
+
+
+def _titles(run: Run) -> tuple[str, ...]:
+    return tuple(panel.title for panel in run.panels)
+
+
+def _row(run: Run) -> tuple[str, ...]:
+    training, validation = run.latest()
+    last = validation[2] if any(value is not None for value in validation[2]) else training[2]
+    values = ("/".join(map(_number, panel)) for panel in (*training[:2], *validation[:2], last))
+    return (run.name, f"{run.update:,}", f"{run.train[-1]['hours_seen']:,.2f}", *values)
 
 
 def _number(value: float | None) -> str:

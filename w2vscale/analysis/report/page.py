@@ -136,10 +136,11 @@ def _curves(runs: Sequence[Run], found: Sequence[Plot], marked: Sequence[Mark]) 
     sources = {one.name: one for plot in found for one in plot.published}.values()
     references = [
         element(
-            "p", element("b", f"{one.name}: "), f"{one.source}. {one.caveat}. ", element("a", one.url, href=one.url)
+            "p", element("b", f"{one.name}: "), f"{one.source}. {one.caveat}. ", element("a", one.url, href=one.url),
+            class_="note",
         )
         for one in sources
-    ]
+    ]  # fmt: skip
     return section(
         "Curves",
         element("div", axis, shown, class_="controls"),

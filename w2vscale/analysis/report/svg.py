@@ -41,8 +41,8 @@ def draw(plot: Plot, marks: Sequence[Mark], run_names: Sequence[str], axis: Axis
     return element(
         "svg",
         _grid(x, y, "updates" if axis == "updates" else "hours seen"),
-        *(_chance(value, y) for value in plot.chance),
-        *(_mark(mark, x, axis, run_names) for mark in marks),
+        *_chance(plot.chance, y),
+        *(_mark(mark, x, axis, run_names) for mark in marks if mark.run in {line.run for line in plot.lines}),
         *(_line(line, x, y, axis, run_names) for line in plot.lines),
         *(_published(one, values, x, y) for one, values in zip(published, shown, strict=True)),
         _curve_names(plot.lines, x, y, axis),
@@ -92,10 +92,16 @@ def _grid(x: Scale, y: Scale, label: str) -> Html:
     return element("g", *parts, class_="grid")
 
 
-def _chance(value: float, y: Scale) -> Html:
-    at = float(y.place(np.array([value]))[0])
-    text = element("text", "chance", x=WIDTH - RIGHT, y=round(at - 4, 1), class_="end")
-    return element("g", element("path", d=f"M{LEFT} {at:.1f}H{WIDTH - RIGHT}"), text, class_="chance")
+def _chance(values: Sequence[float], y: Scale) -> list[Html]:
+    """Chance levels. One that is close to another has no text of its own."""
+    found, named = [], np.inf
+    for at in sorted(y.place(np.array(values, dtype=float)).tolist()):
+        parts = [element("path", d=f"M{LEFT} {at:.1f}H{WIDTH - RIGHT}")]
+        if abs(at - named) > 12.0:
+            parts.append(element("text", "chance", x=WIDTH - RIGHT, y=round(at - 4, 1), class_="end"))
+            named = at
+        found.append(element("g", *parts, class_="chance"))
+    return found
 
 
 def _mark(mark: Mark, x: Scale, axis: Axis, run_names: Sequence[str]) -> Html:
@@ -153,14 +159,16 @@ def _curve_names(lines: Sequence[Line], x: Scale, y: Scale, axis: Axis) -> Html:
     for line in lines:
         there = np.flatnonzero(np.isfinite(y.place(line.values)))
         if line.name and len(there):
-            ends.append((float(y.place(line.values)[there[-1]]) - 5.0, line))
-    ends.sort(key=lambda end: end[0])
+            end = x.place(_x(line, axis))[there[-1]]
+            ends.append((float(y.place(line.values)[there[-1]]) - 5.0, float(end), line))
+    ends.sort(key=lambda end: end[:2])
     if not 1 < len(ends) <= 6:
         return join([])
     texts, lowest = [], -np.inf
-    for height, line in ends:
+    for height, end, line in ends:
         lowest = min(max(height, lowest + 12.0, TOP + 8.0), HEIGHT - BOTTOM - 3.0)
-        text = element("text", line.name, x=x.end, y=round(lowest, 1), class_="end")
+        side = "end" if end > WIDTH - 80 else None
+        text = element("text", line.name, x=round(end + (0 if side else 5), 1), y=round(lowest, 1), class_=side)
         texts.append(element("g", text, class_=style(line.run)))
     return element("g", *texts, class_="names")
 

@@ -75,7 +75,10 @@ def settings(runs: Sequence[Run]) -> Html:
         note = f"Settings that differ from the preset that is nearest to this run, {preset}."
         if not rows:
             note = f"The settings are those of the preset {preset}."
-    body = [(element("code", row.key), *(element("code", one) for one in row.values), row.description) for row in rows]
+    body = [
+        (element("code", row.key), *(element("code", one) for one in row.values), _long(row.description))
+        for row in rows
+    ]
     scripts = [
         element(
             "details",
@@ -157,13 +160,15 @@ def health(runs: Sequence[Run]) -> Html:
         ]
     if not rows:
         return section("Health", element("p", "No trouble is recorded."), name="health")
-    body = [
-        (name, f"{update:,}", what, element("span", text, class_="long"), time)
-        for name, update, what, text, time in rows
-    ]
+    body = [(name, f"{update:,}", what, _long(text), time) for name, update, what, text, time in rows]
     note = "▲ and dashed lines in the curves are at these updates. docs/health.md explains each kind."
     events = table(("run", "update", "event", "text", "time (UTC)"), body, label="health events")
     return section("Health", element("p", note), events, name="health")
+
+
+def _long(text: str) -> Html:
+    """A cell that stays wide enough for sentences."""
+    return element("span", text, class_="long")
 
 
 Cell = Callable[[Run, Start], str | None]
