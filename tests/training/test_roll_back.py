@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.checkpoints import seal
 from tests.helpers.micro import MICRO_RUN
+from tests.helpers.pages import Page
 from tests.helpers.processes import Started
 from tests.helpers.tasks import bad_windows
+from w2vscale.analysis.report.page import write_report
 from w2vscale.analysis.report.reading import read_run
 from w2vscale.checkpoint.format import committed, read_document
 from w2vscale.config import load_config
@@ -169,6 +171,14 @@ class TestRollBack:
         train = read_run(rolled_back).train
         assert curve == [(line["update"], pytest.approx(line["loss"], rel=1e-6)) for line in train]
         assert read_run(rolled_back).roll_backs == [8]
+
+    def test_a_report_names_it_once(self, rolled_back: Path, tmp_path: Path) -> None:
+        write_report([rolled_back], tmp_path / "report.html")
+        page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+        rows = page.rows("health events")[1:]
+        assert [row[1] for row in rows if row[2] == "went back"] == ["8"]
+        assert any(row[2].startswith("health: ") for row in rows)
+        assert dict(row for row in page.rows("Data"))["training set"].endswith(", 24 utterances")
 
     def test_the_log_says_what_happens(
         self,

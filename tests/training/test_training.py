@@ -148,7 +148,7 @@ def test_a_report_has_its_curves(finished: Path, tmp_path: Path) -> None:
     runs = write_report([finished, finished], tmp_path / "out" / "report.html")
     assert [run.state for run in runs] == ["complete"] * 2
     assert [run.name for run in runs] == [finished.name, f"{finished.name} (2)"]
-    assert "contrastive accuracy over updates" in (tmp_path / "out" / "report.html").read_text()
+    assert "accuracy (contrastive accuracy) over updates" in (tmp_path / "out" / "report.html").read_text()
     with pytest.raises(UserError, match="cannot be read"):
         write_report([tmp_path], tmp_path / "none.html")
 
