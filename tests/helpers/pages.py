@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from pathlib import Path
+
+from w2vscale.analysis.report.page import write_report
 
 VOID = {"meta", "input", "img", "col", "br"}
 
@@ -77,3 +80,10 @@ class Page(HTMLParser):
             elif inside and one.tag in ("th", "td"):
                 rows[-1].append(one.text)
         return rows
+
+
+def report(tmp_path: Path, *exps: Path, published: bool = False) -> Page:
+    """The page of a report."""
+    output = tmp_path / "report.html"
+    write_report(exps, output, published=published)
+    return Page(output.read_text(encoding="utf-8"))
