@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -223,7 +224,9 @@ def read_metrics(path: Path, split: str) -> list[dict[str, Any]]:
 
 def _are_metrics(record: Mapping[str, Any]) -> bool:
     values = [value for key, value in record.items() if key != "split" and value is not None]
-    return type(record.get("update")) is int and all(type(one) in (int, float) and math.isfinite(one) for one in values)
+    # math.isfinite raises for an integer that no float can hold.
+    finite = (type(one) in (int, float) and abs(one) <= sys.float_info.max for one in values)
+    return type(record.get("update")) is int and all(finite)
 
 
 def safetensors_header(

@@ -7,9 +7,12 @@ import hashlib
 import json
 import re
 import shlex
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tests.helpers.pages import Page, report
@@ -21,6 +24,11 @@ from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
 
 STOP = {"event": "stop", "time": "2026-11-29T22:00:00Z", "update": 60, "text": "early stopping: no progress"}
+NUMBERS = st.integers() | st.floats() | st.none() | st.sampled_from([10**400, -(10**400), 1e308, -1e308, 5e-324, 0, -1])
+RECORDS = st.fixed_dictionaries(
+    {"split": st.sampled_from(["train", "validation", "roll_back"]), "update": NUMBERS},
+    optional=dict.fromkeys(("hours_seen", "accuracy", "grad_norm", "lr", "padding", "code_perplexity_0"), NUMBERS),
+)
 EVIL = """"><img src=x onerror=alert(1)><script>alert('&amp;')<!--"""
 
 
@@ -212,6 +220,17 @@ class TestNames:
     def test_bytes_that_are_no_text_are_written_out(self, tmp_path: Path) -> None:
         exp = write_run(tmp_path / "a\udcff\x1b[31m")
         assert page_title(report(tmp_path, exp)) == "a\\udcff\\u001b[31m: report"
+
+    @settings(max_examples=10)
+    @given(st.lists(RECORDS, max_size=6))
+    def test_any_metrics(self, records: list[dict[str, object]]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            exp = write_run(Path(folder) / "exp", updates=20)
+            good = (exp / "metrics.jsonl").read_text()
+            (exp / "metrics.jsonl").write_text(good + "".join(json.dumps(one) + "\n" for one in records))
+            page = report(Path(folder), exp)
+        assert len(titles(page)) == 6
+        assert "nan" not in "".join(one.attributes.get("d") or "" for one in page.all("path"))
 
     def test_metrics_that_cannot_be_drawn(self, tmp_path: Path) -> None:
         exp = write_run(tmp_path / "exp", updates=20)

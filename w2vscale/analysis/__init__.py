@@ -1,1 +1,1 @@
-"""Linear probes, alignment, plots and the curves of runs."""
+"""Linear probes, alignment, plots, the log of events, and the report of runs."""

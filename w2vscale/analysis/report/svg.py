@@ -31,9 +31,10 @@ def draw(plot: Plot, marks: Sequence[Mark], run_names: Sequence[str], axis: Axis
     """Draw a plot over updates or hours seen."""
     published = plot.published if axis == "updates" else []
     # A plot with published values reaches to the first one that the runs have not reached.
-    last = max(float(_x(line, axis)[-1]) for line in plot.lines if len(line.updates))
+    last = max(float(_x(line, axis).max()) for line in plot.lines if len(line.updates))
     ahead = [min((at for at in one.values if at >= last), default=max(one.values)) for one in published]
-    x = Scale(0.0, max(last, *ahead) if ahead else last or 1.0, LEFT, WIDTH - RIGHT)
+    furthest = max(last, *ahead) if ahead else last
+    x = Scale(0.0, furthest if furthest > 0.0 else 1.0, LEFT, WIDTH - RIGHT)
     shown = [{at: value for at, value in one.values.items() if at <= x.high} for one in published]
     everything = [line.values for line in plot.lines]
     everything += [np.array([*plot.chance, *(value for values in shown for value in values.values())])]

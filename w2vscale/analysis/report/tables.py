@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import cache
 
 from w2vscale.analysis.events import Start
 from w2vscale.analysis.report.html import Html, element, join, section, table
 from w2vscale.analysis.report.reading import Run
 from w2vscale.analysis.report.scales import short
 from w2vscale.analysis.report.svg import sample, style
-from w2vscale.config import preset_names
+from w2vscale.config import Config, preset_names
 from w2vscale.objectives import Difference, differing, load
 
 MISSING = "–"
@@ -99,13 +100,18 @@ def nearest_preset(run: Run) -> tuple[str, list[Difference]]:
     """
     found = {}
     for name in preset_names():
-        config, _ = load(name, new=False)
+        config = _preset(name)
         if config.objective.name == run.config.objective.name:
             found[name] = differing([run.config, config])
     if not found:
-        return "base", differing([run.config, load("base", new=False)[0]])
+        return "base", differing([run.config, _preset("base")])
     name = min(found, key=lambda each: len(found[each]))
     return name, found[name]
+
+
+@cache
+def _preset(name: str) -> Config:
+    return load(name, new=False)[0]
 
 
 def data(runs: Sequence[Run]) -> Html:
