@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.helpers.audio import cut_of, noise, write_audio, write_manifest, write_text
@@ -80,8 +81,9 @@ class TestHelp:
         for arguments in ([], ["data"], ["config"], ["data", "prepare"]):
             assert "Commands" in CliRunner().invoke(app, arguments).output
 
-    def test_version(self, run: Callable[..., str]) -> None:
-        assert run("--version") == f"{__version__}\n"
+    def test_version_names_torch_and_cuda(self, run: Callable[..., str]) -> None:
+        cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        assert run("--version") == f"w2vscale {__version__}, torch {torch.__version__}, {cuda}\n"
 
     @pytest.mark.parametrize("arguments", [["trian"], ["data", "valdate"], ["train", "tiny", "--ressume", "auto"]])
     def test_an_unknown_command_or_option_names_the_nearest_and_exits_with_2(self, arguments: list[str]) -> None:

@@ -142,6 +142,8 @@ class TestOverrides:
             ("mix.weights={sv: 1, no: 2, sv: 3}", "mix.weights: sv is given twice, in line 1"),
             ("optim.groups=[{pattern: a, pattern: b}]", "optim.groups: pattern is given twice, in line 1"),
             ("trainer.updates=1e3x", "trainer.updates='1e3x'"),
+            ("precision.compute=fp16", "precision.compute: fp16 is not available: its largest number is 65,504"),
+            ("precision.compute=fp16", "it needs loss scaling; use bf16, which has the range of fp32, or fp32 on GPUs"),
             ("model.layers=12.5", "model.layers=12.5"),
             ("model.layers=0", "model.layers=0"),
             ("model.conv_bias=maybe", "model.conv_bias='maybe'"),

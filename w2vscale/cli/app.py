@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import re
+import runpy
 import sys
 import textwrap
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -51,13 +54,25 @@ app.command()(doctor.doctor)
 
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the versions of w2vscale, PyTorch and its CUDA.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Scalable pretraining of wav2vec 2.0."""
     if version:
-        typer.echo(__version__)
+        typer.echo(f"w2vscale {__version__}, {_torch_version()}")
         raise typer.Exit
+
+
+def _torch_version() -> str:
+    """The version of PyTorch and of the CUDA or ROCm that it was built for, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "torch is not installed"
+    facts = runpy.run_path(str(Path(spec.origin).with_name("version.py")))
+    built_for = [f"{name} {facts[key]}" for name, key in (("CUDA", "cuda"), ("ROCm", "hip")) if facts.get(key)]
+    return f"torch {facts['__version__']}, {built_for[0] if built_for else 'built without CUDA'}"
 
 
 def main() -> None:

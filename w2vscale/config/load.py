@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -14,13 +13,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
 
+from w2vscale.config.sources import Layer, layers_of, merge, merged, nearest, on_top
 from w2vscale.config.tree import Config, ObjectiveConfig, Section
 from w2vscale.config.yaml_1_2 import dump_yaml, load_yaml
 from w2vscale.errors import UserError
-from w2vscale.files import nearest_path, read_text
 from w2vscale.storage.urls import Url
-
-PRESETS = Path(__file__).parent / "presets"
 
 S = TypeVar("S", bound=Section)
 
@@ -29,36 +26,27 @@ VALUES = reprlib.Repr()
 VALUES.maxlevel, VALUES.maxlist, VALUES.maxdict, VALUES.maxstring, VALUES.maxlong = 4, 40, 40, 200, 40
 
 
-def preset_names() -> list[str]:
-    """Return the names of the presets: wav2vec 2.0 by model size, fine-tuning by hours, then other objectives."""
-    order = ["tiny", "base", "fairseq_base", "base_prenorm", "large", "fairseq_large"]
-    order += ["large_lv60", "fairseq_large_lv60", "xlsr_300m", "xlsr_1b", "xlsr_2b", "omni_3b", "omni_7b"]
-    order += [f"ctc_{size}{labels}" for size in ("", "large_") for labels in ("10min", "1h", "10h", "100h", "960h")]
-    order += ["ctc_xlsr"]
-    found = {path.stem for path in PRESETS.glob("*.yaml")}
-    return [name for name in order if name in found] + sorted(found - set(order))
-
-
 def load_config(
     source: str | Path, overrides: Sequence[str] = (), *, objectives: Mapping[str, type[Section]] | None = None
 ) -> Config:
     """Load a preset, a YAML file or a run, apply `section.key=value` overrides, and validate the result.
 
-    The folder of a run or checkpoint stands for the config.yaml in it. A YAML file may start from a preset with a
-    top-level line `preset: NAME`. A file or override that changes
-    `objective.name` resets the section `objective` to the defaults of the new objective. This section is validated
-    only with `objectives`, the settings class of each objective by name: see `w2vscale.objectives.load`.
+    The folder of a run or checkpoint stands for the config.yaml in it. A YAML file may start from a preset and from
+    other files with the top-level lines `preset: NAME` and `extends: FILE`: see `layers_of`. A file or override that
+    changes `objective.name` resets the section `objective` to the defaults of the new objective. This section is
+    validated only with `objectives`, the settings class of each objective by name: see `w2vscale.objectives.load`.
 
     Raises UserError if the source does not exist, or a key or value is not valid. The message is one line.
     """
     _check_form(overrides)
-    below = _read_source(str(source))
+    layers = layers_of(str(source))
+    below = merged(layers)
     changes = _changes(overrides, below, Config)
     kind = Config
     if objectives is not None:
-        kind = _config_class(_on_top(below, changes), objectives)
+        kind = _config_class(on_top(below, changes), objectives)
         changes = _changes(overrides, below, kind)  # now that the types of the settings of the objective are known
-    tree = _on_top(below, changes)
+    tree = on_top(below, changes)
     try:
         kind.model_validate(tree)  # checks more than `Config`, but adds the defaults of the objective
         return Config.model_validate(tree)
@@ -67,8 +55,19 @@ def load_config(
         replaced = [override.partition("=")[0].strip() for override in overrides]
         replaced += changes.keys() - Config.model_fields.keys()
         problem = first_problem(error, kind)
-        where = "override" if any(_is_at_fault(path, key, problem) for path in replaced) else source
+        where = "override" if any(_is_at_fault(path, key, problem) for path in replaced) else _origin(layers, key)
         raise UserError(f"{where}: {problem}") from None
+
+
+def _origin(layers: Sequence[Layer], key: str) -> str:
+    """Return the origin of the last layer that states `key`, or else that of the file itself."""
+    for layer in reversed(layers):
+        value: Any = layer.tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return layer.origin
+    return layers[-1].origin
 
 
 def _is_at_fault(path: str, key: str, problem: str) -> bool:
@@ -98,61 +97,6 @@ def dump_config(config: BaseModel) -> str:
     return dump_yaml(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=100)
 
 
-def _read_source(source: str) -> dict[str, Any]:
-    path = PRESETS / f"{source}.yaml" if source in preset_names() else Path(source)
-    if path.is_dir():
-        path = _in_folder(path)
-    try:
-        text = read_text(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{source}: neither a file nor a preset{_nearest_source(source)} (presets: {', '.join(preset_names())})"
-        ) from None
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: cannot be read as a configuration: {error}") from None
-    tree = _parse_yaml(text, where=source)
-    if not tree:
-        raise UserError(f"{source}: has no settings; to start from a preset, write for example: preset: base")
-    preset = tree.pop("preset", None)
-    if preset is None:
-        return tree
-    if preset not in preset_names():
-        raise UserError(f"{source}: preset: {preset}: unknown{nearest(str(preset), preset_names())}")
-    return _on_top(_read_source(preset), tree)
-
-
-def _nearest_source(source: str) -> str:
-    """Return `; did you mean X?` for the path or preset that is closest to a source; "" if none is."""
-    path, preset = nearest_path(source), nearest(Path(source).stem, preset_names())
-    return path or preset if "/" in source or source.endswith((".yaml", ".yml")) else preset or path
-
-
-def _in_folder(folder: Path) -> Path:
-    """Return the settings of a run or checkpoint. A run without a config.yaml has those of its newest checkpoint."""
-    for place in ("", "checkpoints/latest", "latest"):
-        if (file := folder / place / "config.yaml").is_file():
-            return file
-    raise UserError(
-        f"{folder}: has no config.yaml; give the folder of a run or checkpoint, a YAML file, or a preset"
-        f"{nearest_path(folder / 'config.yaml')}"
-    )
-
-
-def _parse_yaml(text: str, *, where: str) -> dict[str, Any]:
-    try:
-        tree = load_yaml(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {_problem(error)}") from None
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if not isinstance(tree, dict | None):
-        raise UserError(f"{where}: expected sections with settings, got a {type(tree).__name__}")
-    # YAML gives None for a section whose settings are all commented out.
-    return {name: section for name, section in (tree or {}).items() if section is not None}
-
-
 def _check_form(overrides: Sequence[str]) -> None:
     for override in overrides:
         path, separator, _ = override.partition("=")
@@ -167,7 +111,7 @@ def _changes(overrides: Sequence[str], below: Mapping[str, Any], kind: type[Conf
     """Return what the overrides of `below` change, with values as the types of the settings in `kind` demand."""
     changes: dict[str, Any] = {}
     for override in overrides:
-        changes = _merge(changes, _parse_override(override, kind))
+        changes = merge(changes, _parse_override(override, kind))
     # An override must not hide that a section of the file is not a section.
     return {name: change for name, change in changes.items() if isinstance(below.get(name, {}), Mapping)}
 
@@ -224,26 +168,6 @@ def _is_text(kind: Any) -> bool:
     return kind in (str, Path, Url)
 
 
-def _on_top(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge `other` into `base`, dropping the objective settings of `base` if `other` names another objective."""
-    below, above = base.get("objective"), other.get("objective")
-    if isinstance(below, Mapping) and isinstance(above, Mapping) and "name" in above:
-        default = Config.model_fields["objective"].get_default().name
-        if above["name"] != below.get("name", default):
-            base = {**base, "objective": {}}
-    return _merge(base, other)
-
-
-def _merge(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in other.items():
-        if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = _merge(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
-
-
 def parse_section(kind: type[S], values: Mapping[str, Any], *, name: str) -> S:
     """Validate the settings of section `name` with the class `kind`. UserError if a key or value is not valid."""
     try:
@@ -275,15 +199,6 @@ def first_problem(error: ValidationError, kind: type[BaseModel], section: str = 
     return f"{key}={VALUES.repr(value)}: {message}"
 
 
-def _problem(error: yaml.YAMLError) -> str:
-    """What is wrong with a file, in one line, and where."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
-        place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
-        tab = "a tab; indent with spaces" if "'\\t'" in error.problem else None
-        return f"{place}: {tab or ' '.join(filter(None, (error.context, error.problem)))}"
-    return " ".join(str(error).split())
-
-
 def _unknown_section(name: str, value: object, kind: type[BaseModel]) -> str:
     if (section := name.partition(".")[0]) in Config.model_fields and section != name:
         key = name.partition(".")[2]
@@ -307,16 +222,6 @@ def keys_beside(kind: Any, loc: Sequence[int | str]) -> list[str]:
             annotation = kind.model_fields[part].annotation
             kind = next(each for each in (annotation, *get_args(annotation)) if hasattr(each, "model_fields"))
     return [name for field, info in kind.model_fields.items() for name in (info.alias, field) if name]
-
-
-def nearest(name: str, candidates: Iterable[str], others: Iterable[str] = ()) -> str:
-    """Return `; did you mean X?` for the candidate, or else the other, with the closest last part; "" if none is."""
-    here = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
-    anywhere = {other.rpartition(".")[2]: other for other in reversed([*others])} | here
-    for by_leaf, cutoff in ((here, 0.75), (anywhere, 0.75), (here, 0.5)):
-        if matches := difflib.get_close_matches(name.rpartition(".")[2], by_leaf, n=1, cutoff=cutoff):
-            return f"; did you mean {by_leaf[matches[0]]}?"
-    return ""
 
 
 def settings_of(kind: type[Section], name: str) -> list[tuple[str, str, str, str]]:

@@ -378,6 +378,16 @@ class PrecisionConfig(Section):
         "fp32", description="type in which gradients are summed over ranks; bf16 sends half of the bytes"
     )
 
+    @field_validator("compute", mode="before")
+    @classmethod
+    def _refuse_fp16(cls, value: object) -> object:
+        if value in ("fp16", "float16", "half", "16-mixed"):
+            raise ValueError(
+                f"{value} is not available: its largest number is 65,504 and its smallest gradients become zero, so it "
+                "needs loss scaling; use bf16, which has the range of fp32, or fp32 on GPUs without bf16 (V100, T4)"
+            )
+        return value
+
 
 class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""

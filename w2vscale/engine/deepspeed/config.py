@@ -14,7 +14,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
-from w2vscale.config.load import keys_beside, nearest
+from w2vscale.config.load import keys_beside
+from w2vscale.config.sources import nearest
 from w2vscale.errors import UserError
 from w2vscale.files import nearest_path
 
