@@ -211,7 +211,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path, split: str) -> list[dict[str, Any]]:
-    """Read one split (`train`, `validation` or `roll_back`) of a metrics.jsonl.
+    """Read one split (`train`, `validation`, `validation_NAME` or `roll_back`) of a metrics.jsonl.
 
     Lines that no run has written are skipped. Raises UserError if the file cannot be read.
     """

@@ -66,6 +66,8 @@ def enter(*, debug: bool = False, launched: bool = False) -> None:
         end_with_parent()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+    # The profiler writes its stages to stderr; 6 is above all levels of its library.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # DeepSpeed logs at import, on every rank.
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

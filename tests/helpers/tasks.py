@@ -59,6 +59,7 @@ from w2vscale.training.display import Display
 from w2vscale.training.folder import make_folder
 from w2vscale.training.loop import Trainer
 from w2vscale.training.run import Run, build_run
+from w2vscale.training.time_limit import TimeLimit
 from w2vscale.training.warm_start import open_source, source_config
 from w2vscale.training.watchdog import Watchdog
 
@@ -107,10 +108,34 @@ def train_tiny(corpus: str, exp: str, overrides: tuple[str, ...]) -> list[tuple[
     return [(record["loss"], record["grad_norm"]) for record in _train(config, Path(exp))]
 
 
+def train_until_time_is_over(corpus: str, exp: str, overrides: tuple[str, ...], looks: int) -> int:
+    """`train_micro` where on the last rank alone the time is over, after some looks at the clock; the exit code."""
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus}", "trainer.max_hours=3", *overrides])
+    counted = 0
+
+    def reached(limit: TimeLimit, **seconds: Any) -> bool:
+        nonlocal counted
+        counted += 1
+        return dist.get_rank() == dist.get_world_size() - 1 and counted > looks
+
+    with patch.object(TimeLimit, "reached", reached):
+        return _run(config, Path(exp))
+
+
 def _train(
     config: Config, folder: Path, *, save_first: bool = False, per_forward: Callable[[Run], int] | None = None
 ) -> list[dict[str, float]]:
     """What is logged, on rank 0."""
+    _run(config, folder, save_first=save_first, per_forward=per_forward)
+    if dist.is_initialized() and dist.get_rank():
+        return []
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _run(
+    config: Config, folder: Path, *, save_first: bool = False, per_forward: Callable[[Run], int] | None = None
+) -> int:
+    """Train; the exit code."""
     ranks = Ranks()
     if dist.is_initialized():
         ranks = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size())
@@ -122,11 +147,9 @@ def _train(
         chosen = per_forward(run) if per_forward is not None else micro_batches_per_forward(run, lambda text: None)
         display = Display(total=config.trainer.updates, enabled=ranks.is_main)
         watchdog = Watchdog(ranks, folder / "logs", seconds=0, stop=StopRequest(), grace=600)
-        Trainer(run, StopRequest(), watchdog, chosen, display).train()
+        code = Trainer(run, StopRequest(), watchdog, chosen, display).train()
         run.engine.close()
-    if not ranks.is_main:
-        return []
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return code
 
 
 def train_where_one_rank_cannot_read(utterance: str, corpus: str, exp: str, overrides: tuple[str, ...]) -> int:

@@ -81,6 +81,7 @@ class CheckpointStore:
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if self.asynchronous else None
         self._writing: Future[None] | None = None
+        self.seconds: float | None = None  # that this rank took for the last checkpoint
         self._intact = -1  # update of the newest checkpoint that this store has written, or has found to be intact
         # A group of its own: the collectives of the thread must not meet those of the training.
         own_group = self.asynchronous and dist.is_initialized()
@@ -119,9 +120,10 @@ class CheckpointStore:
                 if self.ranks.is_main:
                     shutil.rmtree(partial, ignore_errors=True)
                 raise
+            self.seconds = time.perf_counter() - began
             if self.ranks.is_main:
                 waited = f", training waited {stall:.2f} s" if self._thread is not None else ""
-                self.log(f"saved {final} in {time.perf_counter() - began:.2f} s{waited}")
+                self.log(f"saved {final} in {self.seconds:.2f} s{waited}")
 
         if self._thread is not None:
             self._writing = self._thread.submit(write)

@@ -33,6 +33,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(ge=1, le=1_000_000)]  # of a tensor, which then has fewer than 2^63 bytes
 
 FINAL_RATIOS = {"cosine": 0.1, "linear": 0.0, "tri_stage": 0.05}  # as in GPT-3; fairseq; fairseq's wav2vec 2.0
+MOST_PROFILED = 100  # updates
 BASE_CONV_LAYERS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
 
 
@@ -42,6 +43,15 @@ def _check_pattern(pattern: str) -> str:
     except re.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
     return pattern
+
+
+def _check_span(text: str) -> str:
+    first, _, end = text.partition(":")
+    if not (first.isdecimal() and end.isdecimal() and 1 <= int(first) < int(end)):
+        raise ValueError(f"{text}: expected FIRST:END with 1 <= FIRST < END, such as 100:110 for updates 100 to 109")
+    if int(end) - int(first) > MOST_PROFILED:
+        raise ValueError(f"{text}: at most {MOST_PROFILED} updates, because each takes megabytes of the trace")
+    return text
 
 
 def _as_list(value: object) -> object:
@@ -160,6 +170,11 @@ class DataConfig(Section):
         description="indexed Lhotse cut manifests or, with mode=stream, indexed folders of Shar shards; paths or URLs",
     )
     validation: Places = Field([], description="indexed Lhotse cut manifests, by path or URL; empty: no validation")
+    validation_sets: dict[str, Places] = Field(
+        {},
+        description="further validation sets by name, each of one manifest or a list. Their metrics are logged; "
+        "data.validation alone ranks checkpoints and stops early",
+    )
     url_schemes: Annotated[list[Scheme], BeforeValidator(_as_list)] = Field(
         ["file"],
         description="where the audio of a manifest may be: file (files on this machine), and schemes of URLs such as "
@@ -183,6 +198,13 @@ class DataConfig(Section):
     def _check(self) -> DataConfig:
         if self.min_seconds > self.max_seconds:
             raise ValueError(f"min_seconds={self.min_seconds} is above max_seconds={self.max_seconds}")
+        if self.validation_sets and not self.validation:
+            raise ValueError("validation_sets need data.validation, the set that ranks checkpoints")
+        for name, places in self.validation_sets.items():
+            if not re.fullmatch(r"[a-z0-9_-]+", name):
+                raise ValueError(f"validation_sets.{name}: the name of a set consists of a-z, 0-9, _ and -")
+            if not places:
+                raise ValueError(f"validation_sets.{name}: names no manifest")
         return self
 
 
@@ -477,7 +499,25 @@ class TrainerConfig(Section):
         description="validation metric that ranks checkpoints (checkpoint.keep_best); lower is better. loss; with "
         "objective.name=ctc also wer or label_error_rate",
     )
+    early_stopping: CountOrZero = Field(
+        0, description="end the run after this many validations in a row without a lower best_metric; 0: never"
+    )
+    max_hours: Positive | None = Field(
+        None,
+        description="hours after the start of the command at which the run has saved and ends with code 75, so that a "
+        "scheduler can start it again; null: no limit",
+    )
+    profile: Annotated[str, AfterValidator(_check_span)] | None = Field(
+        None,
+        description="FIRST:END, such as 100:110: write a Chrome trace of updates FIRST to END - 1, counted from 1, on "
+        "rank 0",
+    )
     max_skipped_in_a_row: Count = Field(20, description="stop after this many consecutive non-finite updates")
+
+    @property
+    def profiled(self) -> range:
+        """The updates to profile, counted from 1."""
+        return range(*map(int, self.profile.split(":"))) if self.profile is not None else range(0)
 
 
 class Config(Section):
@@ -516,6 +556,8 @@ class Config(Section):
             raise ValueError(f"batch.max_seconds={batch.max_seconds:g}: a micro-batch has at most 2^31 - 1 samples")
         if self.checkpoint.keep_best and not data.validation:
             raise ValueError(f"checkpoint.keep_best={self.checkpoint.keep_best} needs data.validation")
+        if self.trainer.early_stopping and not data.validation:
+            raise ValueError(f"trainer.early_stopping={self.trainer.early_stopping} needs data.validation")
         saved, health = self.checkpoint, self.health
         if health.action == "roll_back" and (saved.keep_last - 1) * saved.every < health.patience * self.logging.every:
             raise ValueError(

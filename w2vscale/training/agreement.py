@@ -34,7 +34,7 @@ def planned_work(config: Config, state: TrainState) -> dict[str, str]:
 def common_ground(config: Config, data: str) -> dict[str, str]:
     """What all work of a run follows from, `data` being a description of the training set. Paths may differ."""
     without_paths: dict[str, dict[str, object]] = {
-        "data": {"train": [], "validation": []},
+        "data": {"train": [], "validation": [], "validation_sets": {name: [] for name in config.data.validation_sets}},
         "augment": {"noise": [Path()] * len(config.augment.noise), "reverb": [Path()] * len(config.augment.reverb)},
         "mix": {"weights": {str(place): weight for place, weight in enumerate(config.mix.weights.values())}},
     }

@@ -42,16 +42,19 @@ from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.calibration import micro_batches_per_forward
 from w2vscale.training.callbacks import Callbacks
 from w2vscale.training.display import Display, Verbosity
+from w2vscale.training.early_stopping import Progress, describe_end, early_end
 from w2vscale.training.efficiency import mfu_per_rate
 from w2vscale.training.exclusive import locked_by_main, mirrored_by_main
 from w2vscale.training.folder import make_folder
 from w2vscale.training.health import History, Trouble, examine, examine_all
 from w2vscale.training.metrics import Meter, MetricsWriter
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
+from w2vscale.training.profiling import Profiler
 from w2vscale.training.replay import Window, keep_window
 from w2vscale.training.run import Run, build_run
 from w2vscale.training.run_log import RunLog
 from w2vscale.training.summary import describe_start
+from w2vscale.training.time_limit import TimeLimit
 from w2vscale.training.watchdog import SLOW, Watchdog
 
 SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
@@ -74,14 +77,16 @@ def train(
 ) -> int:
     """Train up to `trainer.updates`, on all ranks. Return 0, or 128 + the number of the signal that stopped the run.
 
-    Return 75 if the run is complete, but the last checkpoint could not be uploaded to `checkpoint.store`; the same
-    command uploads it. `exp` is the folder of the run; for `resume` see `build_run`; `command` are arguments of
-    `w2vscale` to write into run.sh. `stop` is checked in every update. `around_updates` makes a context that is entered
-    after everything is built and exited after the last update. Raises UserError if a setting, a file or the environment
+    Return 75 if `trainer.max_hours` are over, or the run is complete, but the last checkpoint could not be uploaded to
+    `checkpoint.store`; the same command continues or uploads it. `exp` is the folder of the run; for `resume` see
+    `build_run`; `command` are arguments of `w2vscale` to write into run.sh. `stop` is checked in every update.
+    `around_updates` makes a context that is entered after everything is built and exited after the last update. Raises
+    UserError if a setting, a file or the environment
     is wrong, or another run uses the folder; existing checkpoints are not changed. The process must be prepared first:
     see `runtime.training`.
     """
     stop = stop or StopRequest()
+    limit = TimeLimit(config.trainer.max_hours, grace=config.checkpoint.grace_seconds)
     # Ranks wait for each other as long as the watchdog lets the slowest one take.
     timeout = max(TIMEOUT, timedelta(seconds=SLOW * config.watchdog.seconds + 60))
     with process_group(needed=config.engine.name != "ddp", timeout=timeout) as (ranks, device):
@@ -103,14 +108,16 @@ def train(
                 config, exp, ranks=ranks, device=device, resume=resume, log=log, mirror=mirror, patience=patience
             )
             with closing(run.engine):
-                make_folder(exp, run.config, ranks, command, finished=run.state.update >= config.trainer.updates)
+                ended = early_end(run.config, exp, ranks, run.state.update)
+                finished = ended is not None or run.state.update >= config.trainer.updates
+                make_folder(exp, run.config, ranks, command, finished=finished)
                 run_log.open()
                 with explain_oom(config.batch):
                     per_forward = micro_batches_per_forward(run, display.message)
                     display.starting(describe_start(run, per_forward))
                     display.detail(f"the run was built in {time.monotonic() - began:.1f} s")
                     with around_updates():
-                        return Trainer(run, stop, watchdog, per_forward, display, lock, callbacks).train()
+                        return Trainer(run, stop, watchdog, per_forward, display, lock, callbacks, limit, ended).train()
 
 
 class Agreement(NamedTuple):
@@ -121,7 +128,7 @@ class Agreement(NamedTuple):
     utterances: float = 0.0
     unusable: float = 0.0
     to_report: float = 0.0  # bad utterances to list
-    stopping: float = 0.0  # ranks that have received a stop signal
+    stopping: float = 0.0  # ranks that have received a stop signal, or whose time is over
     unsaved: float = 0.0  # ranks that could not write the last checkpoint
     seconds: float = 0.0  # of the last update
 
@@ -138,6 +145,8 @@ class Trainer:
         display: Display,
         lock: Lock | None = None,
         callbacks: Callbacks = Callbacks(),  # noqa: B008 - it cannot change
+        limit: TimeLimit | None = None,
+        ended: Progress | None = None,
     ) -> None:
         config = run.config
         self.run, self.config, self.per_forward = run, config, per_forward
@@ -162,31 +171,57 @@ class Trainer:
         self.pending: PendingUpdate | None = None  # the last update, until `_settle`
         self.skipped_in_a_row = 0
         self.slow_loading = False
+        self.limit = limit or TimeLimit(None, grace=0.0)
+        self.ended = ended  # the progress because of which the run has stopped early
+        main, updates = run.ranks.is_main, config.trainer.profiled
+        self.profiler = Profiler(updates, run.exp / "profile", enabled=main, log=display.message)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no update is left."""
+        return self.ended is not None or self.state.update >= self.total
 
     def train(self) -> int:
         """Run the remaining updates. Returns the exit code; see the function `train`."""
-        with closing(self.metrics), self.display.updating(self.state.update):
-            if self.state.update >= self.total:
+        with closing(self.metrics), self.display.updating(self.state.update), closing(self.profiler):
+            if self.ended is not None:
+                self.display.message(f"nothing to do: {self._early_end(self.ended)}")
+            elif self.finished:
                 self.display.message(f"nothing to do: the run has reached trainer.updates={self.total}")
+            ended_before = self.ended is not None
             try:
                 if self.state.update and self._validation_is_due() and not self.state.validation:
                     self._validate()  # a stop signal has prevented it
                     self._save()
-                while self.state.update < self.total:
+                while not self.finished:
                     self._train_on(self.run.windows())
                     end_loader_processes()  # a roll back needs other windows
             except Interrupted:
                 end_loader_processes()
                 return self._stop()
-            if not self._finish():
+            uploaded = self._finish()
+            if self.ended is not None and not ended_before:
+                self.display.stopped(self._early_end(self.ended))
+            if not uploaded:
                 return TemporaryError.exit_code
-            self.display.finished(self.run.exp, self.run.state.update)
+            if self.ended is None:
+                self.display.finished(self.run.exp, self.run.state.update)
             return 0
+
+    def _early_end(self, progress: Progress) -> str:
+        return (
+            f"stopped early at update {self.state.update} (trainer.early_stopping="
+            f"{self.config.trainer.early_stopping}): {describe_end(progress, self.run.exp)}; a higher value continues"
+        )
 
     def _train_on(self, windows: Iterator[list[MicroBatch]]) -> None:
         """Run updates to the last one, or until the run goes back to a checkpoint."""
-        while self.state.update < self.total:
-            self._update(windows)
+        while not self.finished:
+            number = self.state.update + 1
+            if self.profiler.due(number):
+                self.watchdog.at(f"update {number}, with the profiler", slow=True)
+            with self.profiler.recording(number):
+                self._update(windows)
             if trouble := self._log_validate_save():
                 self._roll_back(trouble)
                 return
@@ -272,29 +307,36 @@ class Trainer:
             utterances=sum(batch.utterances for batch in window),
             unusable=sum(audio.left_out for audio in bad),
             to_report=len(bad),
-            stopping=self.stop.received is not None,
+            stopping=self._is_stopping(),
             unsaved=self.run.store.failed,
             seconds=self.update_seconds,
         )
         return Agreement(*sum_over_ranks(own))
 
+    def _is_stopping(self) -> bool:
+        """Whether this rank has received a stop signal, or has to save now to keep within `trainer.max_hours`."""
+        if self.stop.received is not None:
+            return True
+        return self.limit.reached(save_seconds=self.run.store.seconds, update_seconds=self.update_seconds)
+
     def _raise_if_stopping(self) -> None:
-        """Raise Interrupted on all ranks if one of them has received a stop signal. Collective."""
-        if largest_over_ranks([self.stop.received is not None])[0]:
+        """Raise Interrupted on all ranks if one of them has to stop. Collective."""
+        if largest_over_ranks([self._is_stopping()])[0]:
             raise Interrupted
 
     def _stop(self) -> int:
-        """Save after a stop signal on any rank. Return 128 + its number. Collective."""
+        """Save after a stop signal on any rank, or at the end of the time. Return the exit code. Collective."""
         self._settle()
         if self.state.update > self.saved:
             if self.state.update > self.logged:
                 self._log()
             self._save()
         self._finish()
-        received = max(number for number in gather_from_ranks(self.stop.received) if number is not None)
+        received = max((number for number in gather_from_ranks(self.stop.received) if number is not None), default=None)
+        cause = f"trainer.max_hours={self.config.trainer.max_hours:g}" if received is None else received.name
         where = "continues from here" if self.state.update else "starts again: no update was complete"
-        self.display.stopped(f"stopped by {received.name}; the same command {where}")
-        return 128 + received
+        self.display.stopped(f"stopped by {cause}; the same command {where}")
+        return TemporaryError.exit_code if received is None else 128 + received
 
     def _finish(self) -> bool:
         """Wait until the last checkpoint is written and uploaded. Returns whether it is in the store. Collective."""
@@ -308,7 +350,8 @@ class Trainer:
     def _finish_uploads(self) -> bool:
         """Wait until the last checkpoint is uploaded, or cannot be. Returns whether it is in the store. Collective.
 
-        An upload that fails is tried again for LAST_UPLOAD seconds; after a stop signal, only for the grace time.
+        An upload that fails is tried again for LAST_UPLOAD seconds; after a stop signal, only for the grace time, and
+        never longer than `trainer.max_hours`.
         """
         mirror, grace, began = self.run.store.mirror, self.config.checkpoint.grace_seconds, time.monotonic()
         if mirror is not None:
@@ -317,6 +360,7 @@ class Trainer:
             self.watchdog.at("uploading the last checkpoint", slow=True)
             arrived = self.stop.arrived()
             end = math.inf if arrived is None else arrived[1] + grace - min(10.0, 0.4 * grace)
+            end = min(end, self.limit.deadline)
             over = mirror is not None and mirror.wait(min(UPLOAD_POLL, max(end - time.monotonic(), 0.0)))
             if mirror is not None and mirror.failing and time.monotonic() - began > LAST_UPLOAD:
                 over = True
@@ -390,10 +434,12 @@ class Trainer:
         # Validate before saving, because the checkpoint stores the metrics.
         if validating:
             self._validate()
-        if saving:
+            if self.ended is not None and self.logged < update:
+                self._log()
+        if saving or self.ended is not None:
             self._save()
         self.meter.exclude(time.perf_counter() - began)
-        self.display.advance(update, saved=saving)
+        self.display.advance(update, saved=self.saved == update)
         return None
 
     def _lasting_trouble(self) -> Trouble | None:
@@ -418,6 +464,7 @@ class Trainer:
         Raises UserError if there is none, or trouble has come back to it too often.
         """
         self.watchdog.at("going back to a checkpoint", slow=True)
+        self.profiler.close()
         store, left = self.run.store, self.state
         store.wait()
         checkpoint = store.find(self.display.message, up_to=trouble.since)
@@ -499,7 +546,27 @@ class Trainer:
             function(self.state.update, value)
 
     def _validate(self) -> None:
-        """Validate, and keep the metrics in the state. Raises Interrupted on all ranks after a stop signal."""
+        """Validate on all sets, keep the metrics of the main one in the state, and see whether the run has to end.
+
+        Raises Interrupted on all ranks if one of them has to stop; then nothing is written.
+        """
+        with self.run.engine.averaged():
+            values = self._metrics_of(None)
+            sets = {"validation": values}
+            sets |= {f"validation_{name}": self._metrics_of(name) for name in self.run.further_sets}
+        metric = self.config.trainer.best_metric
+        if not math.isfinite(values.get(metric, math.nan)):
+            self.display.message(f"warning: the validation has no finite {metric} (trainer.best_metric)")
+        self.state = replace(self.state, validation={key: one for key, one in values.items() if math.isfinite(one)})
+        for split, found in sets.items():
+            found["hours_seen"] = self.state.audio_seconds / 3600
+            self.metrics.write(split, self.state.update, found)
+            self.display.validation(self.state.update, self.run.objective.line(found), split.replace("_", " ", 1))
+        self.ended = early_end(self.config, self.run.exp, self.run.ranks, self.state.update)
+        self._call(self.callbacks.on_validation, values)
+
+    def _metrics_of(self, name: str | None) -> dict[str, float]:
+        """Return the metrics of the validation set, or of the further one with this name. Raises as `_validate`."""
         bad: list[BadAudio] = []
         step = StepContext(self.config.trainer.seed, self.state.update)
 
@@ -509,20 +576,13 @@ class Trainer:
             bad.extend(batch.bad)
             return self.run.engine.evaluate(batch, self.run.objective, step)
 
-        with self.run.engine.averaged():
-            values = validate(evaluate, self.run.validation(), self.run.objective.metrics)
+        values = validate(evaluate, self.run.validation(name), self.run.objective.metrics)
         if values["unusable_utterances"]:
             self._report(bad)
         if not values["utterances"]:
-            raise UserError(f"data.validation: no utterance could be read; see {self.run.bad_audio.path}")
-        metric = self.config.trainer.best_metric
-        if not math.isfinite(values.get(metric, math.nan)):
-            self.display.message(f"warning: the validation has no finite {metric} (trainer.best_metric)")
-        self.state = replace(self.state, validation={key: one for key, one in values.items() if math.isfinite(one)})
-        values["hours_seen"] = self.state.audio_seconds / 3600
-        self.metrics.write("validation", self.state.update, values)
-        self.display.validation(self.state.update, self.run.objective.line(values))
-        self._call(self.callbacks.on_validation, values)
+            setting = "data.validation" if name is None else f"data.validation_sets.{name}"
+            raise UserError(f"{setting}: no utterance could be read; see {self.run.bad_audio.path}")
+        return values
 
 
 def _after_step(objective: Objective, update: int) -> Callable[[nn.Module], None] | None:

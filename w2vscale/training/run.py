@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,8 @@ class Run:
     device: torch.device
     training_set: TrainingData
     validation_set: MicroBatches | None
+    further_sets: Mapping[str, MicroBatches]
+    """Those of `data.validation_sets`, by name."""
     objective: Objective
     engine: Engine
     store: CheckpointStore
@@ -69,10 +71,11 @@ class Run:
         started, self.started = self.started, None
         return started or load_windows(self.config, self.training_set, self.state, self.ranks)
 
-    def validation(self) -> Iterator[MicroBatch]:
-        """Yield this rank's part of the validation set."""
-        assert self.validation_set is not None
-        return self.validation_set.one_epoch(rank=self.ranks.rank, world_size=self.ranks.world_size)
+    def validation(self, name: str | None = None) -> Iterator[MicroBatch]:
+        """Yield this rank's part of the validation set, or of the further one with this name."""
+        batches = self.validation_set if name is None else self.further_sets[name]
+        assert batches is not None
+        return batches.one_epoch(rank=self.ranks.rank, world_size=self.ranks.world_size)
 
     def save(self, state: TrainState) -> Path:
         """Write a checkpoint, or start writing it in the background. Return its path. Collective."""
@@ -100,6 +103,7 @@ def build_run(
     config, objective = resolve(config)
     objective.check(config)
     training_set, validation = open_data(config, objective, ranks)
+    further_sets = open_further_sets(config, objective)
     model = empty_model(objective)
     # Taken from the plain model, so that it can be used to check what the engine exports.
     expected = expected_tensors(model, average=config.optim.ema_decay > 0)
@@ -148,6 +152,7 @@ def build_run(
         device=device,
         training_set=training_set,
         validation_set=validation,
+        further_sets=further_sets,
         objective=objective,
         engine=engine,
         store=store,
@@ -261,6 +266,15 @@ def open_data(config: Config, objective: Objective, ranks: Ranks) -> tuple[Train
         return training_set, None
     corpus = _open_corpus(config.data.validation, config, setting="data.validation")
     return training_set, validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
+
+
+def open_further_sets(config: Config, objective: Objective) -> dict[str, MicroBatches]:
+    """Open `data.validation_sets`, by name. Raises UserError if a manifest is missing or invalid."""
+    found = {}
+    for name, places in config.data.validation_sets.items():
+        corpus = _open_corpus(places, config, setting=f"data.validation_sets.{name}")
+        found[name] = validation_set(corpus, objective, model=config.model, data=config.data, batch=config.batch)
+    return found
 
 
 def open_training_set(config: Config, objective: Objective) -> TrainingData:

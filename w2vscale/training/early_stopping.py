@@ -1,0 +1,70 @@
+"""Early stopping: a run ends when its validations do not improve any more.
+
+The decision follows from the lines of metrics.jsonl up to the update. A run that continues deletes later lines first,
+and they are uploaded with its checkpoints: so it is the same after a resume or a roll back, on any engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w2vscale.checkpoint.format import folder_name
+from w2vscale.config import Config
+from w2vscale.distributed.process_group import Ranks, broadcast_from_main, errors_on_all_ranks
+from w2vscale.errors import counted
+from w2vscale.files import read_metrics
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The best validation of a run, and what came after it."""
+
+    metric: str
+    best: float | None = None  # None: no validation has had a finite value
+    update: int = 0  # of the best one
+    since: int = 0  # validations after it, none of which was better
+
+
+def progress(validations: Iterable[Mapping[str, Any]], metric: str) -> Progress:
+    """Return the progress after validations from a metrics.jsonl. Lower is better; no value is no improvement."""
+    found = Progress(metric)
+    for line in validations:
+        value = line.get(metric)
+        if value is not None and (found.best is None or value < found.best):
+            found = Progress(metric, value, line["update"])
+        else:
+            found = Progress(metric, found.best, found.update, found.since + 1)
+    return found
+
+
+def early_end(config: Config, exp: Path, ranks: Ranks, update: int) -> Progress | None:
+    """Return the progress because of which the run has to end at `update`, or None if it goes on. Collective.
+
+    Rank 0 decides for all: it alone has metrics.jsonl. Raises UserError on all ranks if it cannot be read.
+    """
+    patience = config.trainer.early_stopping
+    if not patience or update >= config.trainer.updates:
+        return None
+    found = Progress(config.trainer.best_metric)
+    with errors_on_all_ranks():
+        file = exp / "metrics.jsonl"
+        if ranks.is_main and file.is_file():
+            lines = read_metrics(file, "validation")
+            found = progress((line for line in lines if line["update"] <= update), found.metric)
+    ended: Progress | None = broadcast_from_main(found if found.since >= patience else None)
+    return ended
+
+
+def describe_end(found: Progress, exp: Path) -> str:
+    """Say why a run has ended, and which checkpoint is the best."""
+    if found.best is None:
+        return f"{counted(found.since, 'validation')} had no finite {found.metric}"
+    checkpoint = exp / "checkpoints" / folder_name(found.update)
+    kept = f"{checkpoint} is the best" if checkpoint.is_dir() else "its checkpoint was not kept (checkpoint.keep_best)"
+    return (
+        f"{counted(found.since, 'validation')} without a {found.metric} below {found.best:.4g}, that of update "
+        f"{found.update}; {kept}"
+    )
