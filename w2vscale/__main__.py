@@ -2,14 +2,25 @@
 
 import sys
 
+from w2vscale import interrupts
+
 
 def main() -> None:
-    """Run the command line. Ctrl-C is obeyed without a traceback from the first import on."""
+    """Run the command line. Ctrl-C is one line from the first import on."""
+    interrupts.handle()
     try:
         from w2vscale.cli.app import main as run
-    except KeyboardInterrupt:
-        sys.exit(130)
-    run()
+
+        run()
+    except BaseException:
+        if interrupts.asked():
+            try:
+                sys.stdout.flush()
+            finally:
+                interrupts.leave()
+        raise
+    finally:
+        interrupts.end()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal, NoReturn
 
+from w2vscale import interrupts
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to finish its update, save and exit."""
 
@@ -285,4 +287,5 @@ class StopRequest:
             if self._waiting:
                 raise Interrupted
         elif now - self._received_at > ONE_REQUEST_SECONDS:
+            interrupts.note()
             raise KeyboardInterrupt

@@ -119,7 +119,7 @@ class TestTheProcess:
                 [sys.executable, "-m", "w2vscale", "config", "presets"],
                 env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60, check=False,
             )  # fmt: skip
-            assert (done.returncode, done.stderr) == (130, ""), module
+            assert (done.returncode, done.stderr) == (130, "interrupted\n"), module
 
     def test_a_user_error_is_one_line_and_exit_code_2(self) -> None:
         done = command("config", "show", "base", "optim.lr=fast")

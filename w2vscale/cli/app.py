@@ -18,7 +18,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from w2vscale import runtime
+from w2vscale import interrupts, runtime
 from w2vscale.cli import analysis, checkpoint, config, convert, data, doctor, evaluate, inference, plan, train
 from w2vscale.cli.arguments import check_dashes
 from w2vscale.distributed.launch import LostRanks, launched
@@ -90,8 +90,10 @@ def main() -> None:
             check_dashes(arguments)
             app(args=arguments, prog_name="w2vscale", obj=arguments)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(interrupts.EXIT_CODE)
     except Exception as error:
+        if interrupts.asked():  # a library or a worker process has made another error of it
+            interrupts.leave()
         debug = runtime.DEBUG in os.environ
         if not launched() and (debug or not isinstance(error, UserError)):
             raise

@@ -10,8 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 from w2vscale.errors import TemporaryError, UserError
 from w2vscale.runtime import LAUNCHER, ONE_REQUEST_SECONDS, STOP_SIGNALS, delete_left_sockets
@@ -93,7 +93,8 @@ def launch(arguments: Sequence[str], processes: int, *, grace: float = FAILURE_G
                 command = [sys.executable, "-m", "w2vscale", *arguments]
                 # Each rank gets its own session, so that Ctrl-C reaches only this process, and killing a rank also
                 # kills its loader processes.
-                ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+                with _ctrl_c_blocked():
+                    ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
             return _wait(ranks, signals, grace)
         finally:
             for process in ranks:
@@ -104,6 +105,16 @@ def launch(arguments: Sequence[str], processes: int, *, grace: float = FAILURE_G
             for number, handler in previous.items():
                 signal.signal(number, handler)
             delete_left_sockets()
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Block SIGINT in this thread and in processes that the block starts, which unblock it once they can handle it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _environment(rank: int, processes: int, *, port: int) -> dict[str, str]:

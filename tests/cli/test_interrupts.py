@@ -1,0 +1,165 @@
+"""Ctrl-C at any moment of any command: one line at most, exit code 130, no traceback, and no process is left."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.micro import MICRO_RUN
+from tests.helpers.processes import ROOT, running
+from tests.helpers.trained import trains
+
+SECONDS = 120.0
+"""Within which everything has to have ended, also on a busy machine."""
+
+PRESS = """
+import os
+import signal
+import threading
+import time
+
+times = [float(each) for each in os.environ.pop("CTRL_C", "").split()]
+
+def press():
+    while signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        time.sleep(0.001)
+    for each in times:
+        time.sleep(each)
+        os.killpg(0, 2)
+
+if times:
+    threading.Thread(target=press, daemon=True).start()
+"""
+"""Presses Ctrl-C as a terminal does, for all processes of the command. The seconds in $CTRL_C count from the moment at
+which the program has begun, or from the one before. A `sitecustomize`: a module that Python runs before the program."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    what: str
+    code: int
+    printed: str
+    errors: str
+    left: list[int]  # process ids
+
+    def check(self) -> bool:
+        """Assert that it ended as it has to. Returns whether Ctrl-C ended it; it may have been faster."""
+        assert "Traceback" not in self.printed + self.errors, self
+        assert not self.left, self
+        assert self.errors.count("\n") <= 1, self
+        assert self.code in (0, 128 + signal.SIGINT, -signal.SIGINT), self
+        assert self.code == 0 or self.errors in ("", "interrupted\n"), self
+        return self.code != 0
+
+
+class Command:
+    """`w2vscale ARGUMENTS` as the leader of a session, with Ctrl-C after some seconds."""
+
+    def __init__(self, folder: Path, arguments: Sequence[str], *times: float) -> None:
+        (folder / "sitecustomize.py").write_text(PRESS)
+        self.what = f"{' '.join(arguments)[:60]} after {times}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "w2vscale", *arguments],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=os.environ
+            | {
+                "CTRL_C": " ".join(map(str, times)),
+                "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+                "OMP_NUM_THREADS": "1",
+            },
+        )
+
+    def end(self) -> Ended:
+        try:
+            printed, errors = self.process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            printed, errors = self.process.communicate()
+            raise AssertionError(f"{self.what}: did not end\n{printed}\n{errors}") from None
+        deadline = time.monotonic() + 10
+        while (left := of_session(self.process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return Ended(self.what, self.process.returncode, printed, errors, left)
+
+
+def of_session(leader: int) -> list[int]:
+    """The running processes of a session, or of sessions that its processes have made."""
+    found = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdecimal():
+            try:
+                fields = (path / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == leader and running(int(path.name)):
+                found.append(int(path.name))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run and the folder in which commands run."""
+    folder = tmp_path_factory.mktemp("pressed")
+    trains(small_corpus.train, folder / "trained")
+    return folder
+
+
+def commands(corpus: SmallCorpus) -> dict[str, list[str]]:
+    """Commands that take seconds, by name."""
+    train = ["train", "base", *MICRO_RUN, f"data.train={corpus.train}", "trainer.updates=100000", "data.workers=2"]
+    return {
+        "help": ["--help"],
+        "show": ["config", "show", "base"],
+        "validate": ["data", "validate", str(corpus.train), "--audio", "--jobs", "2"],
+        "index": ["data", "prepare", "folder", str(corpus.train.parent), "prepared", "--jobs", "2"],
+        "features": ["features", "trained", "--cuts", str(corpus.train), "--output", "features"],
+        "evaluate": ["evaluate", "trained", "--cuts", str(corpus.validation)],
+        "export": ["export", "trained", "exported", "--format", "huggingface"],
+        "train": [*train, "--exp", "exp"],
+        "launch": [*train, "--exp", "exp2", "--nproc-per-node", "2"],
+    }
+
+
+def test_ctrl_c_during_imports_arguments_and_work(folder: Path, small_corpus: SmallCorpus) -> None:
+    """Several at once: most of their time is that of imports."""
+    given = commands(small_corpus)
+    pressed = [("help", 0.02), ("show", 0.1), ("validate", 0.6), ("evaluate", 1.0), ("train", 0.5)]
+    started = [Command(folder, given[name], seconds) for name, seconds in pressed]
+    assert sum([command.end().check() for command in started]) >= 3
+
+
+def test_the_second_one_ends_it_at_once(folder: Path, small_corpus: SmallCorpus) -> None:
+    """While the first one waits for the end of a training step, or of what a worker does."""
+    given = commands(small_corpus)
+    started = [Command(folder, given[name], 0.8, 0.01, 0.3, 2.5) for name in ("validate", "features")]
+    for command in started:
+        command.end().check()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["show", "validate", "index", "features", "evaluate", "export", "train", "launch"])
+def test_ctrl_c_at_random_moments(name: str, folder: Path, small_corpus: SmallCorpus) -> None:
+    given, draw = commands(small_corpus)[name], random.Random(name)
+    ended = 0
+    for _ in range(12):
+        times = [draw.uniform(0.0, 0.6 if name == "show" else 9.0)]
+        times += [draw.uniform(0.0, 4.0) for _ in range(draw.randrange(3))]
+        ended += Command(folder, given, *times).end().check()
+    assert ended >= 4
