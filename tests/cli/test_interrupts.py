@@ -121,17 +121,17 @@ def folder(small_corpus: SmallCorpus, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def commands(corpus: SmallCorpus) -> dict[str, list[str]]:
-    """Commands that take seconds, by name."""
+def commands(corpus: SmallCorpus, number: int = 0) -> dict[str, list[str]]:
+    """Commands that take seconds, by name. `number` is part of the names of what they write."""
     train = ["train", "base", *MICRO_RUN, f"data.train={corpus.train}", "trainer.updates=100000", "data.workers=2"]
     return {
         "help": ["--help"],
         "show": ["config", "show", "base"],
         "validate": ["data", "validate", str(corpus.train), "--audio", "--jobs", "2"],
-        "index": ["data", "prepare", "folder", str(corpus.train.parent), "prepared", "--jobs", "2"],
-        "features": ["features", "trained", "--cuts", str(corpus.train), "--output", "features"],
+        "index": ["data", "prepare", "folder", str(corpus.train.parent), f"prepared{number}", "--jobs", "2"],
+        "features": ["features", "trained", str(corpus.train.parent / "train"), "--output", f"features{number}"],
         "evaluate": ["evaluate", "trained", "--cuts", str(corpus.validation)],
-        "export": ["export", "trained", "exported", "--format", "huggingface"],
+        "export": ["export", "trained", f"exported{number}", "--format", "huggingface"],
         "train": [*train, "--exp", "exp"],
         "launch": [*train, "--exp", "exp2", "--nproc-per-node", "2"],
     }
@@ -156,10 +156,10 @@ def test_the_second_one_ends_it_at_once(folder: Path, small_corpus: SmallCorpus)
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["show", "validate", "index", "features", "evaluate", "export", "train", "launch"])
 def test_ctrl_c_at_random_moments(name: str, folder: Path, small_corpus: SmallCorpus) -> None:
-    given, draw = commands(small_corpus)[name], random.Random(name)
+    draw = random.Random(name)
     ended = 0
-    for _ in range(12):
+    for number in range(12):
         times = [draw.uniform(0.0, 0.6 if name == "show" else 9.0)]
         times += [draw.uniform(0.0, 4.0) for _ in range(draw.randrange(3))]
-        ended += Command(folder, given, *times).end().check()
+        ended += Command(folder, commands(small_corpus, number)[name], *times).end().check()
     assert ended >= 4

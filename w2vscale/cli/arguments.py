@@ -13,13 +13,24 @@ from typing import Annotated, Any
 
 import typer
 
+from w2vscale.cli import completion
 from w2vscale.errors import UserError
 
 OTHER_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"  # word processors write them for `-`
 
-Source = Annotated[str, typer.Argument(metavar="CONFIG", help="A preset, a YAML file, or the folder of a run.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="A preset, a YAML file, or the folder of a run.", autocompletion=completion.sources
+    ),
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override CONFIG.")
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...",
+        help="Settings that override CONFIG.",
+        autocompletion=completion.settings,
+    ),
 ]
 Exp = Annotated[Path | None, typer.Option(help="The run folder.", show_default="exp/CONFIG", metavar="DIR")]
 Resume = Annotated[
@@ -59,8 +70,18 @@ def _local(named: str) -> Path:
 
 CHECKPOINT = "A checkpoint folder, or a run folder (its newest checkpoint); or the URL of one in a store."
 # The parser: a Path would change the slashes of a URL.
-Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help=CHECKPOINT, parser=str, callback=_local)]
-CheckpointPlace = Annotated[Any, typer.Argument(metavar="CHECKPOINT", help=CHECKPOINT, parser=str, callback=_place)]
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CHECKPOINT", help=CHECKPOINT, parser=str, callback=_local, autocompletion=completion.checkpoints
+    ),
+]
+CheckpointPlace = Annotated[
+    Any,
+    typer.Argument(
+        metavar="CHECKPOINT", help=CHECKPOINT, parser=str, callback=_place, autocompletion=completion.checkpoints
+    ),
+]
 """For commands of several processes, which use copies of the same checkpoint: see `model_on_all_ranks`."""
 Weights = Annotated[
     str | None,

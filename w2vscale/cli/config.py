@@ -11,7 +11,10 @@ from typing import Annotated
 import typer
 
 from w2vscale.cli.arguments import Overrides, Source
+from w2vscale.cli.completion import sources
 from w2vscale.cli.progress import print_table
+
+EITHER = "Preset, YAML file, or folder of a run or checkpoint."
 
 app = typer.Typer(no_args_is_help=True, help="Show settings and presets.")
 
@@ -72,8 +75,8 @@ def presets() -> None:
 
 @app.command()
 def diff(
-    one: Annotated[str, typer.Argument(metavar="A", help="Preset, YAML file, or folder of a run or checkpoint.")],
-    other: Annotated[str, typer.Argument(metavar="B", help="Preset, YAML file, or folder of a run or checkpoint.")],
+    one: Annotated[str, typer.Argument(metavar="A", help=EITHER, autocompletion=sources)],
+    other: Annotated[str, typer.Argument(metavar="B", help=EITHER, autocompletion=sources)],
 ) -> None:
     """List the settings in which two presets, files or runs differ, e.g. w2vscale config diff base exp/mine.
 
