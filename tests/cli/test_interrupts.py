@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pty
 import random
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from tests.helpers.micro import MICRO_RUN
 from tests.helpers.processes import ROOT, running
 from tests.helpers.trained import trains
 
+HIDE_CURSOR = b"\x1b[?25l"
 SECONDS = 120.0
 """Within which everything has to have ended, also on a busy machine."""
 
@@ -151,6 +155,30 @@ def test_the_second_one_ends_it_at_once(folder: Path, small_corpus: SmallCorpus)
     started = [Command(folder, given[name], 0.8, 0.01, 0.3, 2.5) for name in ("validate", "features")]
     for command in started:
         command.end().check()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["train", "validate"])
+def test_a_terminal_is_as_before(name: str, folder: Path, small_corpus: SmallCorpus) -> None:
+    """Ctrl-C once the progress bar, which hides the cursor, is there; a second one 3 seconds later if it is needed."""
+    shown, deadline, pressed = b"", time.monotonic() + SECONDS, 0.0
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(folder)
+        os.environ["PYTHONPATH"] = str(ROOT)
+        arguments = commands(small_corpus, 99)[name]
+        os.execv(sys.executable, [sys.executable, "-m", "w2vscale", *arguments])
+    with suppress(OSError):  # EIO: the terminal is closed at the other end
+        while time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.05)[0]:
+                shown += os.read(terminal, 65536)
+            if HIDE_CURSOR in shown and time.monotonic() - pressed > 3.0:
+                os.write(terminal, b"\x03")
+                pressed = time.monotonic()
+    os.close(terminal)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code in (0, 130, -signal.SIGINT) and b"Traceback" not in shown, shown[-2000:]
+    assert shown.rfind(b"\x1b[?25h") > shown.rfind(HIDE_CURSOR), shown[-2000:]
 
 
 @pytest.mark.long
