@@ -71,11 +71,11 @@ class Ended:
 class Command:
     """`w2vscale ARGUMENTS` as the leader of a session, with Ctrl-C after some seconds."""
 
-    def __init__(self, folder: Path, arguments: Sequence[str], *times: float) -> None:
+    def __init__(self, folder: Path, arguments: Sequence[str], *times: float, module: str = "w2vscale") -> None:
         (folder / "sitecustomize.py").write_text(PRESS)
         self.what = f"{' '.join(arguments)[:60]} after {times}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "w2vscale", *arguments],
+            [sys.executable, "-m", module, *arguments],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -146,7 +146,9 @@ def test_ctrl_c_during_imports_arguments_and_work(folder: Path, small_corpus: Sm
     given = commands(small_corpus)
     pressed = [("help", 0.02), ("show", 0.1), ("validate", 0.6), ("evaluate", 1.0), ("train", 0.5)]
     started = [Command(folder, given[name], seconds) for name, seconds in pressed]
-    assert sum([command.end().check() for command in started]) >= 3
+    launcher = ["--nproc-per-node", "1", "--no-python", "sleep", "60"]
+    started.append(Command(folder, launcher, 0.3, module="w2vscale.distributed.torchrun"))
+    assert sum([command.end().check() for command in started]) >= 4
 
 
 def test_the_second_one_ends_it_at_once(folder: Path, small_corpus: SmallCorpus) -> None:

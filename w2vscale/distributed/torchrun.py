@@ -10,18 +10,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.run import main as torchrun
-
+from w2vscale import interrupts
 from w2vscale.distributed.launch import describe_failure
 from w2vscale.errors import TemporaryError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run torchrun with the arguments (default: those of the process) and return the exit code."""
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import main as torchrun
+
     try:
         torchrun(arguments)
     except SignalException as stopped:
@@ -40,4 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    interrupts.handle()  # until torchrun does; a Ctrl-C during the imports would be a traceback
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        interrupts.leave()
+    sys.exit(code)
