@@ -13,7 +13,7 @@ import pytest
 
 from tests.helpers.processes import ROOT
 from w2vscale.cli import completion
-from w2vscale.config import preset_names
+from w2vscale.config import ScheduleConfig, preset_names
 from w2vscale.objectives import all_settings
 
 HEAVY = ("torch", "lhotse", "numpy")
@@ -117,13 +117,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("incomplete", "expected"),
         [
-            (
-                "opt",
-                [
-                    f"optim.{key}="
-                    for key in ("lr", "betas", "eps", "weight_decay", "decay_vectors", "max_norm", "groups")
-                ],
-            ),
+            ("sch", [f"schedule.{key}=" for key in ScheduleConfig.model_fields]),
             ("objective.neg", ["objective.negatives="]),
             ("objective.voc", ["objective.vocabulary="]),
             ("engine.name=f", ["engine.name=fsdp"]),

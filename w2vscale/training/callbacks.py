@@ -14,7 +14,8 @@ class Callbacks:
     """Functions that rank 0 calls in the training loop. An error that one of them raises ends the run.
 
     `on_update(update, metrics)`: after every log line (`logging.every`). `on_validation(update, metrics)`: after every
-    validation, with the metrics of `data.validation`. `on_checkpoint(update, path)`: after every checkpoint; training waits until the checkpoint is complete.
+    validation, with the metrics of `data.validation`. `on_checkpoint(update, path)`: after every checkpoint; training
+    waits until the checkpoint is complete.
     """
 
     on_update: Callable[[int, Metrics], object] | None = None
