@@ -474,10 +474,28 @@ class HealthConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Where and how often metrics are written."""
+    """Where and how often metrics and samples are written (docs/logging.md)."""
 
     every: Count = Field(100, description="updates between log lines")
     tensorboard: bool = Field(True, description="also write TensorBoard files")
+    wandb: Annotated[str, Field(pattern=r"^[^/\\#?%:\s]{1,128}$")] | None = Field(
+        None, description="also log to this project of Weights & Biases; null: no"
+    )
+    mlflow: str | None = Field(
+        None,
+        description="also log to this MLflow tracking server (http://HOST:PORT, databricks, sqlite:///FILE) or to a "
+        "database in this folder; null: no",
+        min_length=1,
+    )
+    samples_every: CountOrZero = Field(
+        5000,
+        description="updates between pictures and audio of validation utterances, made at the next validation and at "
+        "the end; 0: none",
+    )
+    histograms_every: CountOrZero = Field(5000, description="updates between histograms of some weights; 0: none")
+    attention_layers: list[int] = Field(
+        [1, -1], description="transformer blocks whose attention is among the samples, from 1; -1: the last one"
+    )
 
 
 class TrainerConfig(Section):
@@ -567,6 +585,11 @@ class Config(Section):
             )
         if batch.concat != "auto" and batch.concat > batch.micro_batches:
             raise ValueError(f"batch.concat={batch.concat} is above batch.micro_batches={batch.micro_batches}")
+        if wrong := [one for one in self.logging.attention_layers if not 1 <= abs(one) <= self.model.layers]:
+            raise ValueError(
+                f"logging.attention_layers={wrong[0]} is not one of the {self.model.layers} blocks (model.layers), "
+                "from 1; -1 is the last one"
+            )
         if self.schedule.kind != "tri_stage" and self.schedule.warmup_updates > self.trainer.updates:
             raise ValueError(
                 f"schedule.warmup_updates={self.schedule.warmup_updates} is above "

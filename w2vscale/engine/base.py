@@ -12,6 +12,7 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.deferred import DeferredTensor
 from w2vscale.engine.buffers import Buffers
 from w2vscale.objectives import Objective, StepContext, Sums
+from w2vscale.objectives.details import Details
 
 CanonicalState = dict[str, Tensor]
 """`model.<name>` of parameters and persistent buffers, `optim.<name>.{exp_avg,exp_avg_sq,step}` of trained parameters.
@@ -82,6 +83,14 @@ class Engine(Protocol):
 
         After it, the parameters are again what they were, bit for bit. Nothing else may be called in the block. After
         an error in it, the state can be exported, and nothing else be done.
+        """
+
+    def inspect(
+        self, batch: MicroBatch, objective: Objective, *, samples: int, blocks: Sequence[int]
+    ) -> Details | None:
+        """Return what the objective shows of a micro-batch of this rank: see `Objective.inspect`. Collective.
+
+        Like `evaluate`, it has no gradients or randomness, and parameters are resharded on return.
         """
 
     def export_state(self) -> ExportedState:

@@ -5,7 +5,7 @@ Zhao et al. 2023, arXiv:2304.11277.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from w2vscale.errors import UserError
 from w2vscale.models.layers import compute_dtype
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 from w2vscale.objectives import Objective, StepContext, Sums
+from w2vscale.objectives.details import Details
 from w2vscale.optim.canonical import specs_of, stored
 from w2vscale.optim.ema import start_average
 
@@ -64,11 +65,21 @@ class FSDPEngine(NativeEngine):
 
     def evaluate(self, batch: MicroBatch, objective: Objective, step: StepContext) -> Sums:
         sums = super().evaluate(batch, objective, step)
-        # Normally the backward reshards. Without it, gathered weights would take memory and survive an import as stale
-        # copies.
+        self._reshard()
+        return sums
+
+    def inspect(
+        self, batch: MicroBatch, objective: Objective, *, samples: int, blocks: Sequence[int]
+    ) -> Details | None:
+        details = super().inspect(batch, objective, samples=samples, blocks=blocks)
+        self._reshard()
+        return details
+
+    def _reshard(self) -> None:
+        """Normally the backward reshards. Without it, gathered weights would take memory and survive an import as stale
+        copies."""
         for unit in _units(self.model):
             unit.reshard()
-        return sums
 
     def reduce_gradients(self, last: bool) -> None:
         """Reduce gradients after the last backward of a window or, to save memory, after each (`reduce_each`).

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from w2vscale.config import EngineConfig, OptimConfig
+from w2vscale.data.inputs import to_device
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, accumulate, split
 from w2vscale.engine.base import AfterStep, CanonicalState, StateReader, StoredState
 from w2vscale.engine.buffers import Buffers
 from w2vscale.engine.transforms import compiles, transform
 from w2vscale.objectives import Objective, StepContext, Sums
+from w2vscale.objectives.details import Details
 from w2vscale.optim.adamw import (
     allocate_state,
     clip_and_step,
@@ -115,6 +117,14 @@ class NativeEngine(ABC):
             yield
         finally:
             exchange_average(self.optimizer)
+
+    @torch.no_grad()
+    def inspect(
+        self, batch: MicroBatch, objective: Objective, *, samples: int, blocks: Sequence[int]
+    ) -> Details | None:
+        self.model.eval()
+        inputs = to_device(batch.inputs, self.device)
+        return objective.inspect(self.model, inputs, samples=samples, blocks=blocks)
 
     def live_state(self) -> CanonicalState:
         """Return parameters, buffers, optimizer state and average, without copying, by their canonical names."""

@@ -19,6 +19,7 @@ from w2vscale.data.inputs import Inputs, Utterance
 from w2vscale.data.randomness import Generators, Stream, derived_seed, generator
 from w2vscale.errors import UserError
 from w2vscale.models.wav2vec2 import EncoderOutput
+from w2vscale.objectives.details import Details
 
 
 class Sums(Protocol):
@@ -221,6 +222,14 @@ class Objective(ABC):
     def draws(self, inputs: Any, step: StepContext) -> dict[str, Any]:
         """Further arguments of the model in training, random or depending on the update."""
         return {}
+
+    def inspect(self, module: nn.Module, inputs: Any, *, samples: int, blocks: Sequence[int]) -> Details | None:
+        """Return what can be shown of the first `samples` utterances: attention of these `blocks`, masks, codes, text.
+
+        Runs one forward of `module` in evaluation mode, so it is collective if an engine shards it, and changes
+        nothing. By default, runs nothing and returns None.
+        """
+        return None
 
     def after_step(self, module: nn.Module, update: int) -> None:  # noqa: B027 - most objectives change nothing
         """Change the model after the optimizer step of update `update`, e.g. an EMA teacher."""

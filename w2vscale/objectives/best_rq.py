@@ -25,6 +25,7 @@ from w2vscale.models.layers import Linear
 from w2vscale.models.lengths import hop
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder, valid_mask
 from w2vscale.objectives.base import Finding, Objective, Panel, TransformersHead
+from w2vscale.objectives.details import Details, FramePredictions, attention_of_first, masked_details
 from w2vscale.objectives.masking import MaskSettings, masked_batch
 from w2vscale.objectives.quantizer import collapse, perplexity
 
@@ -161,21 +162,28 @@ class Wav2Vec2ForBestRq(nn.Module):
         self.quantizer = RandomQuantizer(STACKED * settings.mel_bins, settings)
         self.head = Linear(model.dim, settings.codebooks * settings.codebook_entries)
 
-    def forward(self, inputs: BestRqInputs, *, active: Sequence[bool] | None = None) -> BestRqSums:
-        """Compute the loss sums of the micro-batches in `inputs`. `active` says which transformer blocks to compute."""
+    def forward(
+        self, inputs: BestRqInputs, *, active: Sequence[bool] | None = None, detailed: bool = False
+    ) -> BestRqSums | FramePredictions:
+        """Compute the loss sums of the micro-batches in `inputs` or, if `detailed`, what each masked frame gets.
+
+        `active` says which transformer blocks to compute.
+        """
         audio = inputs.audio
         encoded = self.encoder(audio.waveforms_BS.to(self.compute_dtype), audio.lengths, audio.mask_BT, active=active)
         utterance_M = torch.repeat_interleave(inputs.masked_B, output_size=inputs.frame_M.shape[0])
         targets_MG = self.quantizer(self.features(audio)[utterance_M, inputs.frame_M])
         logits_MGV = self.head(encoded.context_BTD[utterance_M, inputs.frame_M]).float()
         logits_MGV = logits_MGV.unflatten(1, (self.settings.codebooks, self.settings.codebook_entries))
+        correct_MG = logits_MGV.detach().argmax(dim=2) == targets_MG
+        if detailed:
+            return FramePredictions(correct_MG.float().mean(dim=1), targets_MG)
         loss = F.cross_entropy(logits_MGV.flatten(0, 1), targets_MG.flatten(), reduction="sum")
-        correct = (logits_MGV.detach().argmax(dim=2) == targets_MG).sum()
         counts_GV = logits_MGV.new_zeros(logits_MGV.shape[1:])
         counts_GV.scatter_add_(1, targets_MG.T, torch.ones_like(targets_MG.T, dtype=counts_GV.dtype))
         return BestRqSums(
             total=loss / self.settings.codebooks,
-            correct=correct / self.settings.codebooks,
+            correct=correct_MG.sum() / self.settings.codebooks,
             masked=torch.full_like(loss.detach(), float(sum(inputs.masked))),
             code_counts_GV=counts_GV,
         )
@@ -213,6 +221,12 @@ class BestRq(Objective):
         audio, _ = masked_batch(utterances, self.model, self.settings, rng=rng, width=width)
         masked_B = audio.mask_BT.sum(dim=1)
         return BestRqInputs(audio, masked_B, audio.mask_BT.nonzero()[:, 1], tuple(masked_B.tolist()))
+
+    def inspect(self, module: nn.Module, inputs: BestRqInputs, *, samples: int, blocks: Sequence[int]) -> Details:
+        with attention_of_first(module, inputs.audio, blocks) as attention:
+            predictions: FramePredictions = module(inputs, detailed=True)
+        entries = self.settings.codebook_entries
+        return masked_details(inputs, predictions, entries=entries, samples=samples, attention=attention)
 
     def metrics(self, sums: BestRqSums) -> dict[str, float]:
         """Compute metrics per masked frame; NaN if there is none.

@@ -24,10 +24,16 @@ from w2vscale.errors import UserError
 from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder, valid_mask
 from w2vscale.objectives.base import Finding, Objective, Panel, StepContext, TransformersHead
+from w2vscale.objectives.details import Details, FramePredictions, attention_of_first, masked_details
 from w2vscale.objectives.masking import MaskSettings, masked_batch
 from w2vscale.objectives.published import BASE_ACCURACY
 from w2vscale.objectives.quantizer import Quantizer, code_ids, collapse, diversity_loss, perplexity
-from w2vscale.objectives.similarity import contrastive_logits, contrastive_loss, negative_indices
+from w2vscale.objectives.similarity import (
+    contrastive_logits,
+    contrastive_loss,
+    correct_predictions,
+    negative_indices,
+)
 
 AT_CHANCE = 0.99  # a contrastive loss above this share of that of chance is not better than chance
 SOLVED_ACCURACY, SOLVED_LOSS = 0.99, 0.05  # no model that learns speech gets there; the loss is in nats
@@ -138,8 +144,9 @@ class Wav2Vec2ForPretraining(nn.Module):
         noise_MGV: Tensor | None = None,
         temperature: float = 1.0,
         active: Sequence[bool] | None = None,
-    ) -> ContrastiveSums:
-        """Compute the loss sums of the micro-batches in `inputs`.
+        detailed: bool = False,
+    ) -> ContrastiveSums | FramePredictions:
+        """Compute the loss sums of the micro-batches in `inputs` or, if `detailed`, what each masked frame gets.
 
         Without Gumbel noise the quantizer takes the argmax. `active` says which transformer blocks to compute.
         """
@@ -160,6 +167,8 @@ class Wav2Vec2ForPretraining(nn.Module):
             slots=max(inputs.masked),
             temperature=settings.logit_temperature,
         )
+        if detailed:
+            return FramePredictions(correct_predictions(logits_MK), quantized.codes_MG)
         contrastive, correct = contrastive_loss(logits_MK)
         probabilities_MGV = quantized.logits_MGV.softmax(dim=2)
         membership_KB = audio.membership()
@@ -228,6 +237,12 @@ class Contrastive(Objective):
             for weight, draws in zip(inputs.weights, step.generators(Stream.GUMBEL, device), strict=True)
         ]
         return torch.cat(noise)
+
+    def inspect(self, module: nn.Module, inputs: ContrastiveInputs, *, samples: int, blocks: Sequence[int]) -> Details:
+        with attention_of_first(module, inputs.audio, blocks) as attention:
+            predictions: FramePredictions = module(inputs, detailed=True)
+        entries = self.settings.codebook_entries
+        return masked_details(inputs, predictions, entries=entries, samples=samples, attention=attention)
 
     def metrics(self, sums: ContrastiveSums) -> dict[str, float]:
         """Compute metrics per masked frame; NaN if there is none.

@@ -40,6 +40,7 @@ from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.lengths import output_frames
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder, normal_as_in_bert, valid_mask
 from w2vscale.objectives.base import Finding, Objective, Panel, StepContext, Target, TransformersHead
+from w2vscale.objectives.details import Details, Sample, attention_of_first, on_host, waveform
 from w2vscale.objectives.masking import MaskSettings, Spans, draw_masks, masked_batch
 from w2vscale.optim.adamw import parameter_groups
 
@@ -140,8 +141,17 @@ class Wav2Vec2ForCTC(nn.Module):
         init: Any = nn.init.xavier_uniform_ if settings.head_init == "xavier" else normal_as_in_bert
         self.head = Linear(model.dim, len(self.vocabulary), init=init)
 
-    def forward(self, inputs: CtcInputs, *, active: Sequence[bool] | None = None, frozen: bool = False) -> CtcSums:
-        """Compute the loss sums. With `frozen`, only the head gets gradients. In evaluation nothing is masked.
+    def forward(
+        self,
+        inputs: CtcInputs,
+        *,
+        active: Sequence[bool] | None = None,
+        frozen: bool = False,
+        detailed: bool = False,
+    ) -> CtcSums | Tensor:
+        """Compute the loss sums or, if `detailed`, the most probable symbol of each frame, [B, T].
+
+        With `frozen`, only the head gets gradients. In evaluation nothing is masked.
 
         Errors are counted in evaluation only. `active` says which transformer blocks to compute.
         """
@@ -150,6 +160,8 @@ class Wav2Vec2ForCTC(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             encoded = self.encoder(audio.waveforms_BS.to(self.compute_dtype), audio.lengths, *masks, active=active)
         logits_BTV = self.head(dropout(encoded.context_BTD, self.final_dropout, self.training))
+        if detailed:
+            return logits_BTV.argmax(dim=2)
         total = ctc_loss(logits_BTV, audio.frames_B, inputs.labels_L, inputs.label_lengths_B)
         counts = (0, 0, 0)
         if not self.training:
@@ -277,6 +289,27 @@ class Ctc(Objective):
 
     def draws(self, inputs: CtcInputs, step: StepContext) -> dict[str, Any]:
         return {"frozen": step.update < self.settings.freeze_encoder_updates and not step.worst_case}
+
+    def inspect(self, module: nn.Module, inputs: CtcInputs, *, samples: int, blocks: Sequence[int]) -> Details:
+        audio = inputs.audio
+        with attention_of_first(module, audio, blocks) as attention:
+            best_BT: Tensor = module(inputs, detailed=True).cpu()
+        references = inputs.labels_L.cpu().split(list(inputs.labels))
+        shown = []
+        for number in range(min(samples, len(audio.samples))):
+            emitted = emissions(best_BT[number, : audio.frames[number]].tolist())
+            found, wanted = [symbol for _, symbol in emitted], references[number].tolist()
+            shown.append(
+                Sample(
+                    waveform(audio, number),
+                    masked_T=np.zeros(audio.frames[number], dtype=np.bool_),
+                    correct_T=np.full(audio.frames[number], np.nan, dtype=np.float32),
+                    symbols=tuple((frame, self.vocabulary[symbol]) for frame, symbol in emitted),
+                    reference=labels_to_text(wanted, self.vocabulary, spaced=self.spaced),
+                    hypothesis=labels_to_text(found, self.vocabulary, spaced=self.spaced),
+                )
+            )
+        return Details(tuple(shown), attention=on_host(attention))
 
     def metrics(self, sums: CtcSums) -> dict[str, float]:
         """Compute metrics per label; NaN if there is none.
@@ -413,6 +446,12 @@ def ctc_loss(logits_BTV: Tensor, frames_B: Tensor, labels_L: Tensor, label_lengt
         log_probabilities_TBV, labels_L, frames_B, label_lengths_B, blank=BLANK, reduction="none", zero_infinity=True
     )
     return losses_B.masked_fill(label_lengths_B == 0, 0.0).sum()
+
+
+def emissions(best: Sequence[int]) -> list[tuple[int, int]]:
+    """Merge repetitions in a path of symbols and remove blanks. Returns (first frame, symbol) of what is left."""
+    changes = ((frame, symbol) for frame, symbol in enumerate(best) if frame == 0 or symbol != best[frame - 1])
+    return [(frame, symbol) for frame, symbol in changes if symbol != BLANK]
 
 
 def greedy_labels(logits_TV: Tensor) -> list[int]:

@@ -61,4 +61,9 @@ def contrastive_loss(logits_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Return (summed cross entropy in nats, number of frames whose positive has the highest similarity)."""
     wanted_M = torch.zeros(logits_MK.shape[0], dtype=torch.long, device=logits_MK.device)
     loss = F.cross_entropy(logits_MK, wanted_M, reduction="sum")
-    return loss, (logits_MK.detach().argmax(dim=1) == 0).sum()
+    return loss, correct_predictions(logits_MK).sum()
+
+
+def correct_predictions(logits_MK: Tensor) -> Tensor:
+    """Return the frames whose positive has the highest similarity, [M] bool."""
+    return logits_MK.detach().argmax(dim=1) == 0

@@ -47,7 +47,8 @@ from w2vscale.training.efficiency import mfu_per_rate
 from w2vscale.training.exclusive import locked_by_main, mirrored_by_main
 from w2vscale.training.folder import make_folder
 from w2vscale.training.health import History, Trouble, examine, examine_all
-from w2vscale.training.metrics import Meter, MetricsWriter
+from w2vscale.training.metrics import Meter
+from w2vscale.training.observing import log_histograms, log_samples, open_loggers
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
 from w2vscale.training.profiling import Profiler
 from w2vscale.training.replay import Window, keep_window
@@ -156,17 +157,11 @@ class Trainer:
         self.update_seconds = math.inf  # of the last update; the first one counts as slow
         self.total = config.trainer.updates
         self.meter = Meter(config.model.sampling_rate, run.device)
-        self.metrics = MetricsWriter(
-            run.exp,
-            resumed_at=self.state,
-            tensorboard=config.logging.tensorboard,
-            by_audio={"loss", *(key for panel in run.objective.panels() for key in panel.keys)},
-            enabled=run.ranks.is_main,
-            log=display.message,
-        )
+        self.metrics = open_loggers(run, display.message)
         self.history = self._history()
         self.display, self.callbacks = display, callbacks
         self.lr = 0.0
+        self.shown: MicroBatch | None = None  # the validation micro-batch of which samples are logged
         self.mfu_per_rate = mfu_per_rate(run)
         self.pending: PendingUpdate | None = None  # the last update, until `_settle`
         self.skipped_in_a_row = 0
@@ -199,6 +194,7 @@ class Trainer:
             except Interrupted:
                 end_loader_processes()
                 return self._stop()
+            self.metrics.finish()
             uploaded = self._finish()
             if self.ended is not None and not ended_before:
                 self.display.stopped(self._early_end(self.ended))
@@ -436,6 +432,7 @@ class Trainer:
             self._validate()
             if self.ended is not None and self.logged < update:
                 self._log()
+        self.metrics.commit(update)
         if saving or self.ended is not None:
             self._save()
         self.meter.exclude(time.perf_counter() - began)
@@ -471,10 +468,7 @@ class Trainer:
         if checkpoint is None:
             raise UserError(f"stopped at update {left.update}: {trouble}; no checkpoint is from before it")
         back = checkpoint.state
-        # Two lines with the same number are of a run that was killed while it went back.
-        lines = self.metrics.read("roll_back")
-        times = len({line.get("skipped_windows") for line in lines if line["update"] == back.update})
-        if broadcast_from_main(times) >= ROLL_BACKS:
+        if broadcast_from_main(self.metrics.roll_backs_to(back.update)) >= ROLL_BACKS:
             raise UserError(
                 f"stopped at update {left.update}: {trouble}; the run has gone back to {checkpoint.path} "
                 f"{ROLL_BACKS} times, and other data did not help"
@@ -492,6 +486,7 @@ class Trainer:
         self._save()
         store.wait()
         self.metrics.continue_from(self.state)
+        self.metrics.text("run/roll_back", back.update, f"went back from update {left.update}: {trouble}")
         self.history = self._history()
         self.logged, self.skipped_in_a_row = back.update, 0
         self.meter = Meter(self.config.model.sampling_rate, self.run.device)
@@ -532,12 +527,15 @@ class Trainer:
         self.display.training(self.state.update, self.run.objective.line(values), values)
         earlier, config, objective = self.history, self.config, self.run.objective
         self.history = examine(earlier, self.state.update, values, config=config, objective=objective)
-        for finding in self.history.new_since(earlier):
+        findings = self.history.new_since(earlier)
+        for finding in findings:
             self.display.finding(finding)
         was_slow, self.slow_loading = self.slow_loading, (waiting := values["data_wait_fraction"]) > SLOW_LOADING
         if self.slow_loading and not was_slow:
             advice = "Raise data.workers, or use faster storage"
             self.display.message(f"warning: {waiting:.0%} of the time was spent waiting for data. {advice}")
+        self.metrics.text("run/health", self.state.update, "\n".join(finding.text for finding in findings))
+        log_histograms(self.run, self.metrics, self.state.update, last=self.finished)
         self._call(self.callbacks.on_update, values)
 
     def _call(self, function: Callable[[int, Any], object] | None, value: Any) -> None:
@@ -563,6 +561,7 @@ class Trainer:
             self.metrics.write(split, self.state.update, found)
             self.display.validation(self.state.update, self.run.objective.line(found), split.replace("_", " ", 1))
         self.ended = early_end(self.config, self.run.exp, self.run.ranks, self.state.update)
+        log_samples(self.run, self.metrics, self.shown, self.state.update, self.display.message, last=self.finished)
         self._call(self.callbacks.on_validation, values)
 
     def _metrics_of(self, name: str | None) -> dict[str, float]:
@@ -574,6 +573,8 @@ class Trainer:
             self.watchdog.at("validation")
             self._raise_if_stopping()
             bad.extend(batch.bad)
+            if name is None and self.shown is None:
+                self.shown = batch
             return self.run.engine.evaluate(batch, self.run.objective, step)
 
         values = validate(evaluate, self.run.validation(name), self.run.objective.metrics)

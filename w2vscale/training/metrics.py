@@ -1,28 +1,19 @@
-"""Training metrics: accumulated between log lines, then written to metrics.jsonl and TensorBoard."""
+"""Training metrics, accumulated between log lines."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
-from w2vscale.checkpoint.format import TrainState
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.process_group import gather_from_ranks, largest_over_ranks, sum_over_ranks
-from w2vscale.errors import counted
 from w2vscale.evaluation.validation import reduce_sums
-from w2vscale.files import read_log, read_metrics, regular, write_text, writing
 from w2vscale.hardware import memory_used
 from w2vscale.objectives import Sums, add_sums
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class Meter:
@@ -78,89 +69,3 @@ class Meter:
         values["peak_memory_gib"] = largest_over_ranks([memory_used(self.device)])[0] / 2**30
         self._reset()
         return values
-
-
-class MetricsWriter:
-    """Writes `metrics.jsonl` and TensorBoard files on rank 0.
-
-    A run that continues from a checkpoint first deletes the metrics that were written after it. TensorBoard shows all
-    metrics by updates, and those in `by_audio` also by seconds of audio seen.
-    """
-
-    def __init__(
-        self,
-        exp: Path,
-        *,
-        resumed_at: TrainState,
-        tensorboard: bool,
-        by_audio: Collection[str],
-        enabled: bool,
-        log: Callable[[str], None],
-    ) -> None:
-        self.path, self._folder = exp / "metrics.jsonl", exp / "tb"
-        self._by_audio = frozenset(by_audio)
-        self._enabled, self._tensorboard, self._log = enabled, tensorboard, log
-        self._lines: TextIO | None = None
-        self._curves: tuple[SummaryWriter, SummaryWriter] | None = None  # by updates, and by seconds of audio seen
-        self.continue_from(resumed_at)
-
-    def continue_from(self, state: TrainState) -> None:
-        """Delete the metrics that were written after `state`. Raises UserError if a file cannot be written."""
-        self.close()
-        if not self._enabled:
-            return
-        with writing(self.path):
-            if self.path.is_file():
-                records, unreadable = read_log(self.path)
-                if unreadable > (1 if records else 0):  # a killed process may leave its last line incomplete
-                    self._log(f"warning: {self.path}: dropping {counted(unreadable, 'line')} that cannot be read")
-                kept = [line for line in records if _update_of(line) <= state.update]
-                write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-            self._lines = open(self.path, "a", encoding="utf-8", opener=regular)  # noqa: SIM115
-        if self._tensorboard:
-            # Imported here because the import takes seconds and most commands do not need it.
-            from torch.utils.tensorboard import SummaryWriter
-
-            with writing(self._folder):
-                self._curves = (
-                    SummaryWriter(str(self._folder), purge_step=state.update + 1),
-                    SummaryWriter(str(self._folder / "by_seconds_seen"), purge_step=int(state.audio_seconds) + 1),
-                )
-
-    def read(self, split: str) -> list[dict[str, Any]]:
-        """Return the lines of one split in metrics.jsonl; none on a rank that does not write it."""
-        return read_metrics(self.path, split) if self._enabled else []
-
-    def close(self) -> None:
-        """Close the files."""
-        for file in (self._lines, *(self._curves or ())):
-            with suppress(OSError):  # `write` has reported it
-                if file is not None:
-                    file.close()
-
-    def write(self, split: str, update: int, values: Mapping[str, float]) -> None:
-        """Append one line to metrics.jsonl and one point to each curve. Non-finite values become null in the file.
-
-        Raises UserError if a file cannot be written.
-        """
-        if self._lines is None:
-            return
-        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        with writing(self.path):
-            self._lines.write(json.dumps({"split": split, "update": update, **finite}) + "\n")
-            self._lines.flush()
-        if self._curves is not None:
-            by_updates, by_seconds = self._curves
-            with writing(self._folder):
-                for key, value in values.items():
-                    by_updates.add_scalar(f"{split}/{key}", value, update)
-                for key in self._by_audio & values.keys():
-                    by_seconds.add_scalar(f"{split}/{key}", values[key], round(values["hours_seen"] * 3600))
-                by_updates.flush()
-                by_seconds.flush()
-
-
-def _update_of(line: Mapping[str, Any]) -> float:
-    """The update of a line of metrics.jsonl; infinite if the line is damaged."""
-    update = line.get("update")
-    return update if isinstance(update, int) else math.inf

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from w2vscale.config import EngineConfig, OptimConfig, PrecisionConfig
+from w2vscale.data.inputs import to_device
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine.accumulation import Forward, accumulate, split
 from w2vscale.engine.base import AfterStep, ExportedState, StateReader, StoredState
@@ -32,6 +33,7 @@ from w2vscale.engine.rows import Rows
 from w2vscale.engine.transforms import compiles, transform
 from w2vscale.models.layers import compute_dtype
 from w2vscale.objectives import Objective, StepContext, Sums
+from w2vscale.objectives.details import Details
 from w2vscale.optim.adamw import allocate_state, make_adamw, parameter_groups, set_learning_rate
 from w2vscale.optim.canonical import MOMENTS, Specs, expected_tensors, stored
 from w2vscale.optim.ema import AVERAGE, exchange_average, start_average, update_average
@@ -138,6 +140,14 @@ class DeepSpeedEngine:
             exchange_average(self.zero.optimizer)
         # Not after an error, where other ranks may not come. The masters can still be exported.
         self._refresh_working_weights()
+
+    @torch.no_grad()
+    def inspect(
+        self, batch: MicroBatch, objective: Objective, *, samples: int, blocks: Sequence[int]
+    ) -> Details | None:
+        self.engine.eval()
+        inputs = to_device(batch.inputs, self.device)
+        return objective.inspect(self.engine, inputs, samples=samples, blocks=blocks)
 
     def export_state(self) -> ExportedState:
         """Each tensor is gathered when it is made, and only the rows of this rank are kept."""

@@ -1,0 +1,209 @@
+"""Draws what an objective shows of a few utterances: spectrograms with masks and symbols, codes, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from w2vscale.analysis.figures import add_grid, new_figure, plain
+from w2vscale.config import ModelConfig
+from w2vscale.loggers.base import Audio
+from w2vscale.models.lengths import hop
+from w2vscale.objectives.details import Details, Sample
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 100
+COLOURS = 48  # of a picture: PNGs with a palette stay below 100 kB
+RIGHT, WRONG, MASKED, INK = "#2b7bba", "#d9822b", "#6b7280", "#374151"
+DYNAMIC_RANGE = 80.0  # dB below the loudest point of a spectrogram
+MOST_CODES = 64  # rows and columns of a map of codes
+MOST_HEADS = 12
+MOST_POINTS = 160  # rows and columns of a map of attention; longer ones are averaged
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Pictures (PNG), audio and texts, by name."""
+
+    images: Mapping[str, bytes] = field(default_factory=dict)
+    audio: Mapping[str, Audio] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+def draw(details: Details, model: ModelConfig) -> Picture:
+    """Draw all that there is to see."""
+    images: dict[str, bytes] = {}
+    audio: dict[str, Audio] = {}
+    texts: dict[str, str] = {}
+    for number, sample in enumerate(details.samples, start=1):
+        images[f"{number}_spectrogram"] = png(draw_sample(sample, model, title=f"validation utterance {number}"))
+        audio[f"{number}_audio"] = Audio(playable(sample.waveform_S), model.sampling_rate)
+        if sample.reference or sample.hypothesis:
+            texts[f"{number}_text"] = f"reference:  {sample.reference}\nhypothesis: {sample.hypothesis}"
+    if details.codes_MG is not None and len(details.codes_MG):
+        images["codes_usage"] = png(draw_usage(details.codes_MG, details.entries))
+        if details.codes_MG.shape[1] > 1:
+            images["codes_cooccurrence"] = png(draw_cooccurrence(details.codes_MG, details.entries))
+    for block, weights_HTT in details.attention.items():
+        seconds = weights_HTT.shape[1] * hop(model) / model.sampling_rate
+        images[f"attention_block_{block:02d}"] = png(draw_attention(weights_HTT, block=block, seconds=seconds))
+    return Picture(images, audio, texts)
+
+
+def draw_sample(sample: Sample, model: ModelConfig, *, title: str) -> Figure:
+    """Draw the spectrogram of an utterance above its masked frames and whether they were predicted, or its symbols."""
+    seconds = len(sample.waveform_S) / model.sampling_rate
+    frame = hop(model) / model.sampling_rate
+    masked = bool(sample.masked_T.any())
+    figure = new_figure(width=float(np.clip(1.1 * seconds, 6.0, 12.0)), height=3.2)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(6, 1))
+    decibels_FN = spectrogram(sample.waveform_S, model.sampling_rate)
+    upper.imshow(
+        decibels_FN, aspect="auto", origin="lower", cmap="Greys", interpolation="nearest",
+        extent=(0.0, seconds, 0.0, model.sampling_rate / 2000),
+        vmin=decibels_FN.max() - DYNAMIC_RANGE, vmax=decibels_FN.max(),
+    )  # fmt: skip
+    upper.set_ylabel("frequency (kHz)")
+    if masked:
+        for start, end in spans(sample.masked_T):
+            upper.axvspan(start * frame, end * frame, color=RIGHT, alpha=0.18, linewidth=0)
+        _draw_accuracy(lower, sample, frame)
+        correct = float(np.nanmean(sample.correct_T))
+        title += f": {correct:.0%} of the predictions for {int(sample.masked_T.sum())} masked frames are correct"
+    else:
+        for first, symbol in sample.symbols:
+            at = (first + 0.5) * frame
+            lower.text(at, 0.5, plain(symbol), ha="center", va="center", fontsize=7, color=INK)
+            upper.axvline(at, color=RIGHT, alpha=0.25, linewidth=0.6)
+        lower.set_ylabel("symbols", rotation=0, ha="right", va="center")
+        title += f": {len(sample.symbols)} symbols" if sample.symbols else ""
+    lower.set(xlabel="time (s)", ylim=(0, 1), yticks=[], xlim=(0, seconds))
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+    upper.set_title(title, fontsize="medium", loc="left", color=INK)
+    return figure
+
+
+def _draw_accuracy(axes: Axes, sample: Sample, frame: float) -> None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    colours = LinearSegmentedColormap.from_list("predictions", [WRONG, RIGHT])
+    frames = len(sample.correct_T)
+    axes.imshow(
+        sample.correct_T[np.newaxis], aspect="auto", cmap=colours, vmin=0.0, vmax=1.0, interpolation="nearest",
+        extent=(0.0, frames * frame, 0.0, 1.0),
+    )  # fmt: skip
+    axes.set_ylabel("masked", rotation=0, ha="right", va="center")
+    for text, colour, place in (("correct", RIGHT, 1.0), ("wrong", WRONG, 0.9)):
+        axes.text(place, -1.1, text, color=colour, transform=axes.transAxes, ha="right", fontsize="small")
+
+
+def draw_usage(codes_MG: NDArray[np.int64], entries: int) -> Figure:
+    """Draw how often each entry of each codebook is used, the most frequent first."""
+    figure = new_figure(width=6.5, height=3.5)
+    axes = figure.subplots()
+    for book, codes_M in enumerate(codes_MG.T):
+        counts_V = np.sort(np.bincount(codes_M, minlength=entries))[::-1]
+        label = f"codebook {book}: {int((counts_V > 0).sum())} of {entries} used"
+        axes.plot(np.arange(1, entries + 1), 100 * counts_V / len(codes_M), linewidth=1.3, label=label)
+    axes.axhline(100 / entries, color=MASKED, linewidth=0.8, linestyle=":", label="equal use")
+    axes.set_xscale("log")
+    axes.set(xlabel="entry, most frequent first", ylabel=f"% of {len(codes_M)} masked frames")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small", frameon=False)
+    add_grid(axes)
+    return figure
+
+
+def draw_cooccurrence(codes_MG: NDArray[np.int64], entries: int) -> Figure:
+    """Draw how often entries of the first two codebooks are used together: the most frequent of each."""
+    one, other = (np.argsort(-np.bincount(codes_M, minlength=entries), kind="stable") for codes_M in codes_MG.T[:2])
+    joint_VV = np.zeros((entries, entries))
+    np.add.at(joint_VV, (codes_MG[:, 0], codes_MG[:, 1]), 1)
+    shown = min(entries, MOST_CODES)
+    joint_VV = joint_VV[np.ix_(one[:shown], other[:shown])]
+    figure = new_figure(width=5.2, height=4.4)
+    axes = figure.subplots()
+    image = axes.imshow(np.log10(1 + joint_VV), cmap="Blues", interpolation="nearest", origin="lower")
+    axes.set(
+        xlabel=f"codebook 1: {shown} most frequent of {entries}", ylabel=f"codebook 0: {shown} most frequent",
+        xticks=[], yticks=[],
+    )  # fmt: skip
+    figure.colorbar(image, ax=axes, label="log10(1 + masked frames)")
+    return figure
+
+
+def draw_attention(weights_HTT: NDArray[np.float32], *, block: int, seconds: float) -> Figure:
+    """Draw the attention weights of each head: queries downwards, keys to the right."""
+    heads = min(len(weights_HTT), MOST_HEADS)
+    columns = min(heads, 4)
+    rows = -(-heads // columns)
+    figure = new_figure(width=2.0 * columns, height=2.0 * rows + 0.6)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for head, axes in enumerate(grid.flat):
+        if head >= heads:
+            axes.set_axis_off()
+            continue
+        weights_TT = pooled(weights_HTT[head], MOST_POINTS)
+        axes.imshow(
+            np.sqrt(weights_TT), cmap="Blues", interpolation="nearest", extent=(0.0, seconds, seconds, 0.0), vmin=0.0
+        )
+        axes.set_title(f"head {head + 1}", fontsize="small", color=INK)
+    for axes in grid[-1]:
+        axes.set_xlabel("key (s)", fontsize="small")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("query (s)", fontsize="small")
+    figure.suptitle(f"attention of block {block}, validation utterance 1", fontsize="medium", color=INK)
+    return figure
+
+
+def spectrogram(waveform_S: NDArray[np.float32], sampling_rate: int) -> NDArray[np.float64]:
+    """Return power in dB, [F, N]: Hann windows of 25 ms every 10 ms. A short waveform is padded with silence."""
+    size, step = round(0.025 * sampling_rate), round(0.010 * sampling_rate)
+    padded_S = np.pad(waveform_S.astype(np.float64), (0, max(size - len(waveform_S), 0)))
+    windows_NS = np.lib.stride_tricks.sliding_window_view(padded_S, size)[::step] * np.hanning(size)
+    power_NF = np.abs(np.fft.rfft(windows_NS)) ** 2
+    return 10.0 * np.log10(np.maximum(power_NF, 1e-10)).T
+
+
+def spans(mask_T: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return (first, end) of each run of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask_T, [False]]).astype(np.int8)))
+    return [(int(first), int(end)) for first, end in edges.reshape(-1, 2)]
+
+
+def pooled(weights_TT: NDArray[np.floating], most: int) -> NDArray[np.floating]:
+    """Average over blocks, so that at most `most` rows and columns are left."""
+    size = -(-len(weights_TT) // most)
+    starts = np.arange(0, len(weights_TT), size)
+    sums = np.add.reduceat(np.add.reduceat(weights_TT, starts, axis=0), starts, axis=1)
+    sizes = np.diff(np.append(starts, len(weights_TT)))
+    means: NDArray[np.floating] = sums / np.outer(sizes, sizes)
+    return means
+
+
+def playable(waveform_S: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale a waveform down to the range of audio files if it exceeds it, e.g. after normalisation."""
+    peak = float(np.abs(waveform_S).max(initial=0.0))
+    return waveform_S / peak if peak > 1.0 else waveform_S
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG with a palette."""
+    from PIL import Image
+
+    drawn, reduced = BytesIO(), BytesIO()
+    figure.set_layout_engine("constrained")
+    figure.savefig(drawn, format="png", dpi=DPI)
+    drawn.seek(0)
+    with Image.open(drawn) as image:
+        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(reduced, format="png", optimize=True)
+    return reduced.getvalue()

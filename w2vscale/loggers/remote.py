@@ -1,0 +1,177 @@
+"""Logs to a service in a thread of its own: a service that is slow, hangs or fails never holds a run up.
+
+A service gets one row per update, and says which it has already. What an interrupted run has not delivered is read back
+from the run folder. So after any number of resumes and failures a service has each row once.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from w2vscale.checkpoint.format import TrainState
+from w2vscale.loggers.base import Audio, Histogram, Logger, RunFacts
+from w2vscale.loggers.identity import Identity, identity
+from w2vscale.loggers.rows import SPLITS_WITHOUT_CURVES, Row, read_rows
+
+ROWS = 1000  # that wait for a service; more are left for the next resume
+RETRY = 60.0  # seconds after a failure until a service is tried again
+END_OF_RUN = 60.0  # seconds that a complete run waits for the last rows to be delivered
+STOP = 5.0  # seconds that an interrupted one waits: it has to end soon, and delivers the rest when it is resumed
+
+
+class Service(ABC):
+    """One run in a service. Its methods are called by one thread, and may block and raise any exception."""
+
+    setting: str
+    """The setting that names the service, for messages."""
+
+    @abstractmethod
+    def open(self, who: Identity) -> None:
+        """Begin or continue this run, in place of one that is open; find out which rows it has."""
+
+    @abstractmethod
+    def has(self, row: Row) -> bool:
+        """Whether the open run has a row."""
+
+    @abstractmethod
+    def send(self, row: Row) -> None:
+        """Add a row to the open run."""
+
+    @abstractmethod
+    def close(self, *, complete: bool) -> None:
+        """End the open run, if there is one, or interrupt it. Waits until everything is delivered."""
+
+    def abandon(self) -> None:  # noqa: B027 - a process may end with a thread of its own
+        """Make sure that the process can end, although a method of this object still runs."""
+
+
+@dataclass(frozen=True)
+class _Begin:
+    who: Identity
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class _End:
+    complete: bool
+
+
+class RemoteLogger(Logger):
+    """Collects rows and delivers them to a service.
+
+    The service is opened with the first row, so a run with nothing to do needs no service. A warning is given once.
+    """
+
+    def __init__(self, service: Service, facts: RunFacts, warn: Callable[[str], None]) -> None:
+        self._service, self._facts, self._warn = service, facts, warn
+        self._row: Row | None = None  # not yet complete
+        self._begin: _Begin | None = None  # to be sent before the next row
+        self._queue: queue.Queue[_Begin | Row | _End] = queue.Queue()
+        self._thread: threading.Thread | None = None
+        self._complete = self._warned = False
+
+    def continue_from(self, state: TrainState) -> None:
+        who = identity(self._facts.exp, self._facts.settings, state)
+        rows = [row for row in read_rows(self._facts.exp) if row.update <= state.update]
+        # A validation of this update may have been interrupted, and belong to the same row.
+        self._row = rows.pop() if rows and rows[-1].update == state.update else None
+        self._begin = _Begin(who, rows)
+
+    def scalars(self, split: str, update: int, values: Mapping[str, float]) -> None:
+        if split not in SPLITS_WITHOUT_CURVES:
+            self._row_of(update).scalars[split] = dict(values)
+
+    def text(self, name: str, update: int, text: str) -> None:
+        self._row_of(update).texts[name] = text
+
+    def image(self, name: str, update: int, png: bytes) -> None:
+        self._row_of(update).images[name] = png
+
+    def audio(self, name: str, update: int, audio: Audio) -> None:
+        self._row_of(update).audio[name] = audio
+
+    def histogram(self, name: str, update: int, histogram: Histogram) -> None:
+        self._row_of(update).histograms[name] = histogram
+
+    def commit(self, update: int) -> None:
+        if self._row is not None and self._row.update <= update:
+            self._put(self._row)
+            self._row = None
+
+    def finish(self) -> None:
+        self._complete = True
+
+    def close(self) -> None:
+        if self._thread is None:
+            return
+        seconds = END_OF_RUN if self._complete else STOP
+        self._queue.put(_End(self._complete))
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._warn_once(f"not everything was delivered within {seconds:.0f} s")
+            self._service.abandon()
+        self._thread = None
+
+    def _row_of(self, update: int) -> Row:
+        if self._row is not None and self._row.update != update:
+            self.commit(self._row.update)
+        if self._row is None:
+            self._row = Row(update)
+        return self._row
+
+    def _put(self, row: Row) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._deliver, daemon=True, name=self._service.setting)
+            self._thread.start()
+        if self._begin is not None:
+            self._queue.put(self._begin)
+            self._begin = None
+        if self._queue.qsize() < ROWS:
+            self._queue.put(row)
+        else:
+            self._warn_once(f"more than {ROWS} updates wait for the service; a resumed run will deliver them")
+
+    def _deliver(self) -> None:
+        """Deliver rows in order until the run ends. After a failure, the same row is tried again."""
+        unsent: deque[Row] = deque()
+        who, again = None, 0.0
+        opened = False
+        while True:
+            command = self._queue.get()
+            if isinstance(command, _Begin):
+                unsent.extend(command.rows)
+                if who is not None:  # the run has gone back: what has not been delivered is not of its curve any more
+                    unsent = deque(command.rows)
+                who, opened = command.who, False
+            elif isinstance(command, Row) and len(unsent) < ROWS:
+                unsent.append(command)
+            ending = isinstance(command, _End)
+            if time.monotonic() < again and not ending:
+                continue
+            assert who is not None
+            try:
+                if not opened:
+                    self._service.open(who)
+                    opened = True
+                while unsent:
+                    if not self._service.has(unsent[0]):
+                        self._service.send(unsent[0])
+                    unsent.popleft()
+                if isinstance(command, _End):
+                    self._service.close(complete=command.complete)
+            except Exception as error:
+                self._warn_once(" ".join(str(error).split())[:300] or type(error).__name__)
+                again, opened = time.monotonic() + RETRY, False
+            if ending:
+                return
+
+    def _warn_once(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(f"warning: {self._service.setting}: {text}; training goes on")
