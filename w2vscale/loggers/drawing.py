@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 100
-COLOURS = 48  # of a picture: PNGs with a palette stay below 100 kB
+DPI = 90
+COLOURS = 24  # of a picture: PNGs with a small palette stay below 100 kB
 RIGHT, WRONG, MASKED, INK = "#2b7bba", "#d9822b", "#6b7280", "#374151"
 DYNAMIC_RANGE = 80.0  # dB below the loudest point of a spectrogram
 MOST_CODES = 64  # rows and columns of a map of codes
 MOST_HEADS = 12
-MOST_POINTS = 160  # rows and columns of a map of attention; longer ones are averaged
+MOST_POINTS = 64  # rows and columns of a map of attention; longer ones are averaged
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def draw_sample(sample: Sample, model: ModelConfig, *, title: str) -> Figure:
     seconds = len(sample.waveform_S) / model.sampling_rate
     frame = hop(model) / model.sampling_rate
     masked = bool(sample.masked_T.any())
-    figure = new_figure(width=float(np.clip(1.1 * seconds, 6.0, 12.0)), height=3.2)
+    figure = _figure(width=float(np.clip(1.1 * seconds, 6.0, 12.0)), height=3.2)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(6, 1))
     decibels_FN = spectrogram(sample.waveform_S, model.sampling_rate)
     upper.imshow(
@@ -108,7 +108,7 @@ def _draw_accuracy(axes: Axes, sample: Sample, frame: float) -> None:
 
 def draw_usage(codes_MG: NDArray[np.int64], entries: int) -> Figure:
     """Draw how often each entry of each codebook is used, the most frequent first."""
-    figure = new_figure(width=6.5, height=3.5)
+    figure = _figure(width=6.5, height=3.5)
     axes = figure.subplots()
     for book, codes_M in enumerate(codes_MG.T):
         counts_V = np.sort(np.bincount(codes_M, minlength=entries))[::-1]
@@ -130,7 +130,7 @@ def draw_cooccurrence(codes_MG: NDArray[np.int64], entries: int) -> Figure:
     np.add.at(joint_VV, (codes_MG[:, 0], codes_MG[:, 1]), 1)
     shown = min(entries, MOST_CODES)
     joint_VV = joint_VV[np.ix_(one[:shown], other[:shown])]
-    figure = new_figure(width=5.2, height=4.4)
+    figure = _figure(width=5.2, height=4.4)
     axes = figure.subplots()
     image = axes.imshow(np.log10(1 + joint_VV), cmap="Blues", interpolation="nearest", origin="lower")
     axes.set(
@@ -146,7 +146,7 @@ def draw_attention(weights_HTT: NDArray[np.float32], *, block: int, seconds: flo
     heads = min(len(weights_HTT), MOST_HEADS)
     columns = min(heads, 4)
     rows = -(-heads // columns)
-    figure = new_figure(width=2.0 * columns, height=2.0 * rows + 0.6)
+    figure = _figure(width=2.0 * columns, height=2.0 * rows + 0.6)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for head, axes in enumerate(grid.flat):
         if head >= heads:
@@ -196,12 +196,17 @@ def playable(waveform_S: NDArray[np.float32]) -> NDArray[np.float32]:
     return waveform_S / peak if peak > 1.0 else waveform_S
 
 
+def _figure(*, width: float, height: float) -> Figure:
+    figure = new_figure(width=width, height=height)
+    figure.set_layout_engine("constrained")  # before anything is drawn, because colour bars depend on it
+    return figure
+
+
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG with a palette."""
     from PIL import Image
 
     drawn, reduced = BytesIO(), BytesIO()
-    figure.set_layout_engine("constrained")
     figure.savefig(drawn, format="png", dpi=DPI)
     drawn.seek(0)
     with Image.open(drawn) as image:

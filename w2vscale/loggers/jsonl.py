@@ -72,8 +72,7 @@ class JsonLogger(Logger):
         self.metrics.append({"split": split, "update": update, **finite})
 
     def text(self, name: str, update: int, text: str) -> None:
-        if not name.startswith("samples/"):  # they have files of their own
-            self.notes.append({"update": update, "name": name, "text": text})
+        self.notes.append({"update": update, "name": name, "text": text})
 
     def histogram(self, name: str, update: int, histogram: Histogram) -> None:
         self.notes.append({"update": update, "name": name, "histogram": asdict(histogram)})

@@ -47,14 +47,19 @@ def read_rows(exp: Path) -> list[Row]:
         if isinstance(split, str) and isinstance(update, int) and split not in SPLITS_WITHOUT_CURVES:
             values = {key: float("nan") if value is None else value for key, value in line.items()}
             row(update).scalars[split] = values
+    for update, name, text in read_texts(exp):
+        row(update).texts[name] = text
     for line in _records(exp / NOTES):
-        if "text" in line:
-            row(line["update"]).texts[line["name"]] = line["text"]
-        elif "histogram" in line:
+        if "histogram" in line:
             row(line["update"]).histograms[line["name"]] = Histogram(**line["histogram"])
     for update, folder in sample_folders(exp / "samples"):
         _read_samples(folder, row(update))
     return [rows[update] for update in sorted(rows)]
+
+
+def read_texts(exp: Path) -> list[tuple[int, str, str]]:
+    """Read (update, name, text) of all texts that a run has logged."""
+    return [(line["update"], line["name"], line["text"]) for line in _records(exp / NOTES) if "text" in line]
 
 
 def _records(path: Path) -> Sequence[dict[str, Any]]:
@@ -73,5 +78,3 @@ def _read_samples(folder: Path, row: Row) -> None:
             row.images[name] = path.read_bytes()
         elif path.suffix == ".flac":
             row.audio[name] = Audio(*soundfile.read(path, dtype="float32"))
-        elif path.suffix == ".txt":
-            row.texts[name] = path.read_text(encoding="utf-8").removesuffix("\n")

@@ -1,0 +1,109 @@
+"""Weights & Biases and MLflow: their own libraries read back every row once, after a kill and a resume."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.logged import (
+    UPDATES,
+    expected,
+    in_a_process,
+    in_mlflow,
+    in_wandb,
+    opened,
+)
+from w2vscale.errors import UserError
+from w2vscale.loggers.mlflow import tracking_uri
+
+
+def of(kind: str, exp: Path) -> str:
+    return "logging.wandb=project" if kind == "wandb" else f"logging.mlflow={exp / 'mlflow'}"
+
+
+def found(kind: str, exp: Path) -> Counter[tuple[str, str, int]]:
+    """What a service has of the only run."""
+    if kind == "wandb":
+        (rows,) = in_wandb(exp).values()
+        return rows
+    ((rows, facts),) = in_mlflow(exp / "mlflow").values()
+    assert facts["optim.lr"] == "0.001" and facts["status"] == "FINISHED"
+    return rows
+
+
+def wanted(kind: str) -> Counter[tuple[str, str, int]]:
+    return expected(histograms=kind == "wandb")  # MLflow has none
+
+
+@pytest.mark.parametrize("kind", ["wandb", "mlflow"])
+def test_everything_is_there(tmp_path: Path, kind: str) -> None:
+    in_a_process(tmp_path, (of(kind, tmp_path),), 0, UPDATES)
+    assert found(kind, tmp_path) == wanted(kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["wandb", "mlflow"])
+@pytest.mark.parametrize(
+    "parts", [[(0, 7), (6, UPDATES)], [(0, 9), (4, 6), (4, UPDATES)], [(0, 2), (0, UPDATES)]], ids=str
+)
+def test_a_killed_run_has_no_duplicates_and_no_gaps(tmp_path: Path, kind: str, parts: list[tuple[int, int]]) -> None:
+    for number, (first, last) in enumerate(parts, start=1):
+        in_a_process(tmp_path, (of(kind, tmp_path),), first, last, killed=number < len(parts))
+    assert found(kind, tmp_path) == wanted(kind)
+
+
+def test_wandb_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "from tests.helpers.logged import opened\nfrom pathlib import Path\n"
+        "try: opened(Path('run'), 'logging.wandb=project')\nexcept Exception as error: print(repr(error))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment
+    )
+    assert done.stdout.startswith("UserError('logging.wandb=project: no key for https://"), done
+    assert "WANDB_MODE=offline" in done.stdout and done.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize(("package", "setting"), [("wandb", "wandb=project"), ("mlflow", "mlflow=runs")])
+def test_a_missing_package_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, setting: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"{package} is not installed: pip install 'w2vscale\[{package}\]'"):
+        opened(tmp_path, f"logging.{setting}")
+
+
+def test_the_places_of_mlflow(tmp_path: Path) -> None:
+    assert tracking_uri("http://localhost:5000") == ("http://localhost:5000", None)
+    assert tracking_uri("databricks") == ("databricks", None)
+    assert tracking_uri(str(tmp_path)) == (f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "artifacts")
+    with pytest.raises(UserError, match=r"logging\.mlflow=ftp://host/x: not a folder"):
+        tracking_uri("ftp://host/x")
+
+
+@pytest.mark.long
+def test_a_server_that_does_not_answer_does_not_hold_the_run_up(tmp_path: Path) -> None:
+    """A run of W&B whose server accepts connections and then says nothing."""
+    code = (
+        "import socket\nfrom tests.helpers.logged import opened, log_updates\nfrom pathlib import Path\n"
+        "from w2vscale.loggers import remote\nremote.END_OF_RUN = 1.0\n"
+        "server = socket.socket(); server.bind(('127.0.0.1', 0)); server.listen()\n"
+        "import os; os.environ['WANDB_BASE_URL'] = f'http://127.0.0.1:{server.getsockname()[1]}'\n"
+        "loggers = opened(Path('run'), 'logging.wandb=project')\n"
+        "log_updates(loggers, range(1, 13)); loggers.finish(); loggers.close()\n"
+    )
+    environment = {**os.environ, "WANDB_API_KEY": "local-" + 40 * "0", "PYTHONPATH": os.getcwd()}
+    environment.pop("WANDB_MODE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("logging.wandb=project: not everything was delivered within 1 s") == 1
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 15
