@@ -32,6 +32,8 @@ MICRO_TRAINING = (
     "precision.compute=fp32",
     "logging.every=1",
     "logging.tensorboard=false",
+    "logging.samples_every=0",
+    "logging.histograms_every=0",
     "trainer.updates=12",
 )
 """A run of seconds, with a LayerDrop that skips many blocks."""
