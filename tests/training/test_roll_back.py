@@ -118,7 +118,7 @@ class TestRollBack:
         save = Trainer._save
 
         def recorded(trainer: Trainer) -> None:
-            saved.append([line["split"] for line in read_records(trainer.metrics.path)])
+            saved.append([line["split"] for line in read_records(trainer.run.exp / "metrics.jsonl")])
             save(trainer)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -167,10 +167,12 @@ class TestRollBack:
 
         events = EventAccumulator(str(rolled_back / "tb"))
         events.Reload()
-        curve = [(event.step, event.value) for event in events.Scalars("train/loss")]
+        curve = [(event.step, event.value) for event in events.Scalars("loss/loss/train")]
         train = read_run(rolled_back).train
         assert curve == [(line["update"], pytest.approx(line["loss"], rel=1e-6)) for line in train]
         assert read_run(rolled_back).roll_backs == [8]
+        (event,) = events.Tensors("run/roll_back/text_summary")
+        assert event.step == 8 and b"went back from update 10" in event.tensor_proto.string_val[0]
 
     def test_a_report_names_it_once(self, rolled_back: Path, tmp_path: Path) -> None:
         write_report([rolled_back], tmp_path / "report.html")

@@ -114,7 +114,7 @@ def test_tensorboard_has_the_same_curve(finished: Path) -> None:
 
     events = EventAccumulator(str(finished / "tb"))
     events.Reload()
-    curve = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    curve = [(event.step, event.value) for event in events.Scalars("loss/loss/train")]
     records = read_metrics(finished / "metrics.jsonl", "train")
     assert curve == [(record["update"], pytest.approx(record["loss"], rel=1e-6)) for record in records]
 
@@ -122,11 +122,13 @@ def test_tensorboard_has_the_same_curve(finished: Path) -> None:
 def test_tensorboard_has_the_metrics_of_the_report_by_audio_seen(finished: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(finished / "tb" / "by_seconds_seen"))
+    events = EventAccumulator(str(finished / "tb" / "by_hours"))
     events.Reload()
     keys = {"loss", *(key for panel in read_run(finished).panels for key in panel.keys)}
-    assert set(events.Tags()["scalars"]) == {f"{split}/{key}" for split in ("train", "validation") for key in keys}
-    curve = [(event.step, event.value) for event in events.Scalars("train/contrastive_bits")]
+    assert set(events.Tags()["scalars"]) == {
+        f"by_hours/{key}/{split}" for split in ("train", "validation") for key in keys
+    }
+    curve = [(event.step, event.value) for event in events.Scalars("by_hours/contrastive_bits/train")]
     records = read_metrics(finished / "metrics.jsonl", "train")
     assert curve == [
         (round(record["hours_seen"] * 3600), pytest.approx(record["contrastive_bits"], rel=1e-6)) for record in records
