@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from tests.helpers.logged import (
     UPDATES,
@@ -18,8 +20,9 @@ from tests.helpers.logged import (
     in_wandb,
     opened,
 )
+from tests.helpers.processes import FORKS
 from w2vscale.errors import UserError
-from w2vscale.loggers.mlflow import tracking_uri
+from w2vscale.loggers.mlflow import create_database, sqlite_file, tracking_uri
 
 
 def of(kind: str, exp: Path) -> str:
@@ -107,3 +110,31 @@ def test_a_server_that_does_not_answer_does_not_hold_the_run_up(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("logging.wandb=project: not everything was delivered within 1 s") == 1
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 15
+
+
+@pytest.mark.long
+def test_a_kill_while_a_database_is_made_leaves_none_or_a_complete_one(tmp_path: Path) -> None:
+    """MLflow takes seconds to make one in place, and could not open it afterwards."""
+    for number in range(8):
+        path = tmp_path / str(number) / "mlflow.db"
+        path.parent.mkdir()
+        process = FORKS.Process(target=create_database, args=(path,))
+        process.start()
+        deadline = time.monotonic() + 60
+        while not list(path.parent.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(0.05 * number)
+        process.kill()
+        process.join()
+        if not path.exists():
+            create_database(path)
+        client = MlflowClient(tracking_uri=f"sqlite:///{path}")
+        assert client.get_experiment(client.create_experiment("another")).name == "another"
+
+
+def test_a_database_that_is_there_stays(tmp_path: Path) -> None:
+    path = tmp_path / "mlflow.db"
+    path.write_bytes(b"of another run")
+    create_database(path)
+    assert path.read_bytes() == b"of another run" and [path] == list(tmp_path.iterdir())
+    assert sqlite_file(f"sqlite:///{path}") == path and sqlite_file("http://host") is None

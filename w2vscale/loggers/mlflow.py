@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -47,6 +50,8 @@ class MlflowService(Service):
 
         if self._artifacts is not None:
             self._artifacts.mkdir(parents=True, exist_ok=True)
+        if (database := sqlite_file(self._uri)) is not None and not database.exists():
+            create_database(database)
         self._client = self._client or MlflowClient(tracking_uri=self._uri)
         experiment = self._experiment()
         found = self._client.search_runs([experiment], filter_string=f"tags.`{RUN_TAG}` = '{who.id}'", max_results=1)
@@ -139,6 +144,28 @@ def tracking_uri(place: str) -> tuple[str, Path | None]:
     return place, None
 
 
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of an SQLite database; None for another URI."""
+    scheme, _, path = uri.partition(":///")
+    return Path(path) if scheme == "sqlite" and path else None
+
+
+def create_database(path: Path) -> None:
+    """Create an empty database of MLflow, which appears at `path` when it is complete, unless there is one by then.
+
+    MLflow itself would need seconds in place. If it is killed meanwhile, nothing can open the database any more.
+    """
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    # Other runs may make one here, too. What a killed process leaves is small, and not deleted.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    store = SqlAlchemyStore(f"sqlite:///{partial.absolute()}", (path.parent / "artifacts").absolute().as_uri())
+    store.engine.dispose()
+    with suppress(FileExistsError):
+        os.link(partial, path)
+    partial.unlink()
+
+
 def _import() -> None:
     try:
         import mlflow
@@ -147,6 +174,8 @@ def _import() -> None:
         missing = error.name or "mlflow"
         raise UserError(f"logging.mlflow: {missing} is not installed: pip install 'w2vscale[mlflow]'") from None
     assert mlflow and sqlalchemy
+    for name in ("mlflow.store.db.utils", "alembic"):  # they announce each step of making a database
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _file(folder: Path, name: str, update: int, suffix: str) -> Path:

@@ -15,7 +15,8 @@ GROUPS: Mapping[str, Collection[str]] = {
     "data": {"hours_seen", "masked_fraction", "padding", "masked_frames", "labels", "utterances"},
     "health": {"skipped_updates", "skipped_utterances", "skipped_windows", "unusable_utterances"},
     "speed": {
-        "audio_seconds_per_second", "updates_per_second", "data_wait_fraction", "peak_memory_gib", "compiled_graphs",
+        "audio_seconds_per_second", "updates_per_second", "mfu", "data_wait_fraction", "peak_memory_gib",
+        "compiled_graphs",
     },
 }  # fmt: skip
 
