@@ -20,12 +20,12 @@ from w2vscale.training.loop import train
 from w2vscale.training.observing import histogram, is_due
 
 ALL = ("logging.samples_every=1", "logging.histograms_every=1", "logging.attention_layers=[1,2,-1]")
-TIMES = {"audio_seconds_per_second", "updates_per_second", "data_wait_fraction"}
+MEASURED = {"audio_seconds_per_second", "updates_per_second", "data_wait_fraction", "peak_memory_gib"}
 
 
 def curve(exp: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (exp / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
 
 def settings(corpus: SmallCorpus, *overrides: str) -> list[str]:
