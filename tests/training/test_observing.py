@@ -59,7 +59,7 @@ def test_samples_and_histograms_do_not_change_a_run(small_corpus: SmallCorpus, t
 )
 def test_what_is_due(every: int, step: int, total: int, due: list[int]) -> None:
     chances = [*range(step, total, step), total]
-    assert [update for update in chances if is_due(update, every, step=step, total=total)] == due
+    assert [update for update in chances if is_due(update, every, step=step, last=update == total)] == due
 
 
 def test_a_histogram_counts_every_value() -> None:
