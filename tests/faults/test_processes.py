@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 if "RANK" in os.environ:
-    from w2vscale.checkpoint.writer import _Writer
+    from w2vscale.checkpoint.sharded_writer import _Writer
 
     working = _Writer.write_data
 

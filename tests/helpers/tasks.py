@@ -31,7 +31,7 @@ from tests.helpers.engines import exported, set_up
 from tests.helpers.micro import MICRO_ENCODER, MICRO_MODEL, MICRO_RUN, MICRO_TRAINING
 from tools.bench.sent_bytes import Collectives, sent_by_kind
 from w2vscale.checkpoint import format as format_module
-from w2vscale.checkpoint import slices, writer
+from w2vscale.checkpoint import sharded_writer, slices
 from w2vscale.checkpoint import store as store_module
 from w2vscale.checkpoint.format import FileFacts, TrainState, file_facts
 from w2vscale.checkpoint.lazy import LazyReader, counted_reads
@@ -491,7 +491,7 @@ def save_where_one_rank_fails(folder: str, failure: str) -> str:
 
     state = {name: rows.gathered(spec, partial(gather, name)) for name, spec in expected.items()}
     full = failure == "full disk" and fails
-    with patch.object(writer, "write_safetensors", write if full else writer.write_safetensors):
+    with patch.object(sharded_writer, "write_safetensors", write if full else sharded_writer.write_safetensors):
         try:
             CheckpointStore(Path(folder), ranks, expected=expected).save(state, TrainState(update=1), "")
         except UserError as error:

@@ -23,8 +23,9 @@ import torch
 import typer
 
 from tools.bench.script import console, run_script
-from w2vscale.checkpoint.format import Document, TrainState, encode, file_facts, folder_name, write_safetensors
+from w2vscale.checkpoint.format import Document, TrainState, encode, file_facts, folder_name
 from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.checkpoint.safetensors_file import write_safetensors
 from w2vscale.files import write_text
 from w2vscale.optim.canonical import TensorSpec
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from w2vscale.checkpoint.format import write_safetensors
 from w2vscale.checkpoint.lazy import counted_reads
 from w2vscale.checkpoint.new_folder import new_folder
 from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.checkpoint.safetensors_file import write_safetensors
 from w2vscale.errors import UserError
 from w2vscale.optim.canonical import specs_of
 

@@ -2,6 +2,8 @@
 
 A checkpoint holds `*.safetensors`, `config.yaml` and `train_state.json`, which lists the other files with their sizes
 and checksums, and has a checksum of its own. Nothing in it is ever unpickled.
+
+This module does not import PyTorch, which takes seconds.
 """
 
 from __future__ import annotations
@@ -10,20 +12,17 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
-import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from torch import Tensor
 from typing_extensions import TypedDict
 
 from w2vscale.errors import UserError, refused_value
-from w2vscale.files import delete, nearest_path, safetensors_header
-from w2vscale.optim.canonical import Specs
+from w2vscale.files import delete, nearest_path
 
 FORMAT = 3
 WITHOUT_CHECKSUM = 2  # the format before train_state.json had a checksum of its own
@@ -31,23 +30,6 @@ HASHED_AT_ONCE = 4  # files
 FOLDER = re.compile(r"update_(\d{8,})")
 STATE = "train_state.json"
 ABANDONED = "abandoned_"  # before the name of a checkpoint from which the run did not go on
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-}  # fmt: skip
-"""Types by their names in safetensors files."""
-
-
-def write_safetensors(
-    file: IO[bytes], specs: Specs, tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file with these names, shapes and types. `tensors` may be made one at a time."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header = {name: (names[spec.dtype], spec.shape) for name, spec in specs.items()}
-    file.write(safetensors_header(header, metadata))
-    for tensor in tensors:
-        file.write(tensor.contiguous().numpy().data)
-
 
 Count = Annotated[int, Field(ge=0, lt=2**40)]
 LARGEST_STATE = 2**26  # bytes of train_state.json

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from w2vscale.distributed.process_group import errors_on_all_ranks
+from w2vscale.distributed.sharded import as_dtensor
 from w2vscale.optim.canonical import TensorSpec
 
 
@@ -126,9 +126,9 @@ class LazyReader:
         with errors_on_all_ranks():
             for name, tensor in state.items():
                 source = self.tensors[name.removeprefix("model.")]
-                if not isinstance(tensor, DTensor):
+                if (sharded := as_dtensor(tensor)) is None:
                     tensor.copy_(source.whole())
-                elif (own := tensor.to_local()).numel():
-                    (shard,) = tensor.__create_chunk_list__()
+                elif (own := sharded.to_local()).numel():
+                    (shard,) = sharded.__create_chunk_list__()
                     assert own.shape[1:] == tensor.shape[1:], "engines shard tensors by rows"
                     own.copy_(source.read(shard.offsets[0], shard.offsets[0] + len(own)))

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from w2vscale.checkpoint.expected import expected_of, meta_model
 from w2vscale.checkpoint.format import FileFacts, committed, damages, read_document, size_problem, update_of
@@ -22,6 +21,7 @@ from w2vscale.checkpoint.lazy import LazyTensor
 from w2vscale.checkpoint.slices import Block, StoredTensor, TensorFile, assemble, block_at, faults, intersection
 from w2vscale.config import Config, load_config
 from w2vscale.distributed.process_group import errors_on_all_ranks
+from w2vscale.distributed.sharded import as_dtensor
 from w2vscale.errors import UserError, counted
 from w2vscale.models.initialisation import allocate, empty_parameters
 from w2vscale.objectives import Objective
@@ -238,11 +238,11 @@ class CheckpointReader:
         if fault := next(faults(found, wanted), None):
             raise UserError(f"{self.path}: {fault}; the checkpoint is of another model, or damaged")
         for name, tensor in state.items():
-            if isinstance(tensor, DTensor):
-                (shard,) = tensor.__create_chunk_list__()
-                self._fill(name, tensor.to_local(), shard.offsets)
-            else:
+            if (sharded := as_dtensor(tensor)) is None:
                 self._fill(name, tensor)
+            else:
+                (shard,) = sharded.__create_chunk_list__()
+                self._fill(name, sharded.to_local(), shard.offsets)
 
     def _fill(self, name: str, values: Tensor, offsets: Sequence[int] | None = None) -> None:
         """Read the block of a tensor that starts at `offsets` (default: its beginning)."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from w2vscale.checkpoint.format import DTYPES
+from w2vscale.checkpoint.safetensors_file import DTYPES
 from w2vscale.errors import UserError
 from w2vscale.optim.canonical import Specs, TensorSpec, differences, type_name
 

@@ -16,7 +16,6 @@ from typing import TypeVar
 import torch.distributed as dist
 from rich.filesize import decimal
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from w2vscale.checkpoint.format import (
     ABANDONED,
@@ -45,6 +44,7 @@ from w2vscale.distributed.process_group import (
     broadcast_from_main,
     errors_on_all_ranks,
 )
+from w2vscale.distributed.sharded import as_dtensor
 from w2vscale.errors import UserError, counted
 from w2vscale.files import delete, remove_partials, sync, write_text
 from w2vscale.optim.canonical import Specs, differences, specs_of
@@ -86,6 +86,8 @@ class CheckpointStore:
         # A group of its own: the collectives of the thread must not meet those of the training.
         own_group = self.asynchronous and dist.is_initialized()
         self._group = dist.new_group(backend="gloo") if own_group else None
+        if dist.is_initialized():  # imported now, not while the first checkpoint is written
+            pass
 
     def save(self, tensors: Mapping[str, Writable], state: TrainState, config_yaml: str) -> Path:
         """Write a checkpoint, commit it, point `latest` at it and delete checkpoints that need not be kept.
@@ -361,4 +363,4 @@ def _copy(tensor: Tensor | DeferredTensor) -> Tensor:
     if isinstance(tensor, DeferredTensor):
         return tensor.make()
     # DTensors that are not deferred are in host memory.
-    return tensor.detach().clone() if isinstance(tensor, DTensor) else tensor.detach().to("cpu", copy=True)
+    return tensor.detach().to("cpu", copy=True) if as_dtensor(tensor) is None else tensor.detach().clone()

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from lhotse.cut import Cut
-
-from w2vscale.data.audio import AudioError
+from w2vscale.data.decoding import AudioError
 from w2vscale.data.transcripts import Transcripts, refuse_overhang, transcript
 from w2vscale.data.vocabulary import show_symbol
 from w2vscale.errors import counted
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
 
 LISTED = 10  # symbols that a line names; the others are counted
 

@@ -10,9 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lhotse.cut import Cut
-
-from w2vscale.data.audio import AudioError
+from w2vscale.data.decoding import AudioError
 from w2vscale.data.letter_case import LetterCase
 from w2vscale.data.sentence_pieces import label_of_first, open_pieces
 from w2vscale.data.vocabulary import (
@@ -28,6 +26,7 @@ from w2vscale.data.vocabulary import (
 from w2vscale.errors import UserError
 
 if TYPE_CHECKING:
+    from lhotse.cut import Cut
     from sentencepiece import SentencePieceProcessor
 
 OVERHANG = 0.1  # seconds by which a supervision may exceed its utterance: times are rounded

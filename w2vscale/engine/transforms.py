@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from w2vscale.config import EngineConfig
 from w2vscale.errors import UserError
+from w2vscale.kernels.packed_attention import has_flash_attention
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 
 
@@ -64,6 +65,8 @@ def missing_for_compilation(device: torch.device) -> str | None:
 
 def _compile(encoder: Wav2Vec2Encoder) -> None:
     """Compile the feature encoder and each block for any numbers of utterances and frames. Blocks share their code."""
+    # Marks the function itself. As a decorator it would make every process import torch._dynamo, which takes seconds.
+    torch.compiler.assume_constant_result(has_flash_attention)
     for module in (encoder.feature_encoder, *encoder.transformer.blocks):
         module.forward = torch.compile(module.forward, dynamic=True, fullgraph=True)
 

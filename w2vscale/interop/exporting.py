@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from w2vscale.checkpoint.format import write_safetensors
 from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
 from w2vscale.checkpoint.new_folder import new_folder
 from w2vscale.checkpoint.reader import CheckpointReader, open_checkpoint
+from w2vscale.checkpoint.safetensors_file import write_safetensors
 from w2vscale.data.sentence_pieces import label_of_first, open_pieces
 from w2vscale.errors import UserError
 from w2vscale.interop.fairseq2 import to_fairseq2

@@ -29,7 +29,7 @@ def flash_attention(q_NHE: Tensor, k_NHE: Tensor, v_NHE: Tensor, packing: Packin
 
 def takes_packed(q_NHE: Tensor) -> bool:
     """Whether FlashAttention can compute these inputs: bf16 on a GPU of compute capability 8 or higher."""
-    return q_NHE.device.type == "cuda" and suits_flash_attention(q_NHE) and _has_flash_attention(q_NHE.device.index)
+    return q_NHE.device.type == "cuda" and suits_flash_attention(q_NHE) and has_flash_attention(q_NHE.device.index)
 
 
 def suits_flash_attention(q_NHE: Tensor) -> bool:
@@ -38,7 +38,7 @@ def suits_flash_attention(q_NHE: Tensor) -> bool:
     return q_NHE.dtype == torch.bfloat16 and size % 8 == 0 and size <= 256
 
 
-@torch.compiler.assume_constant_result
-def _has_flash_attention(device: int | None) -> bool:
+def has_flash_attention(device: int | None) -> bool:
+    """Whether a GPU has FlashAttention. torch.compile cannot trace this: see `engine.transforms`."""
     available = torch.backends.cuda.is_flash_attention_available()
     return available and torch.cuda.get_device_capability(device) >= (8, 0)

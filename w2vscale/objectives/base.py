@@ -8,10 +8,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
-from lhotse.cut import Cut
 from torch import Tensor, nn
 
 from w2vscale.config import Config, HealthConfig, ModelConfig, RegularizationConfig, Section
@@ -20,6 +19,9 @@ from w2vscale.data.randomness import Generators, Stream, derived_seed, generator
 from w2vscale.errors import UserError
 from w2vscale.models.wav2vec2 import EncoderOutput
 from w2vscale.objectives.details import Details
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
 
 
 class Sums(Protocol):

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from lhotse.cut import Cut
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,6 +42,9 @@ from w2vscale.objectives.base import Finding, Objective, Panel, StepContext, Tar
 from w2vscale.objectives.details import Details, Sample, attention_of_first, on_host, waveform
 from w2vscale.objectives.masking import MaskSettings, Spans, draw_masks, masked_batch
 from w2vscale.optim.adamw import parameter_groups
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
 
 LETTER_TOKENIZER = {
     "tokenizer_class": "Wav2Vec2CTCTokenizer", "replace_word_delimiter_char": " ", "do_lower_case": False,

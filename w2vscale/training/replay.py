@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from w2vscale.checkpoint.format import FOLDER as CHECKPOINT
-from w2vscale.checkpoint.format import write_safetensors
 from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.checkpoint.safetensors_file import write_safetensors
 from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import dump_config
 from w2vscale.data.inputs import join, leaves_of, with_leaves
