@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from w2vscale.config import Config, HealthConfig, ModelConfig, RegularizationConfig, Section
+from w2vscale.config import Config, HealthConfig, ModelConfig, RegularizationConfig
 from w2vscale.data.inputs import Inputs, Utterance
 from w2vscale.data.randomness import Generators, Stream, derived_seed, generator
 from w2vscale.errors import UserError
 from w2vscale.models.wav2vec2 import EncoderOutput
 from w2vscale.objectives.details import Details
+from w2vscale.objectives.settings import ObjectiveSettings
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -64,17 +65,6 @@ class StepContext:
         if layerdrop == 0.0 or self.worst_case:
             return None
         return list(generator(self.seed, Stream.LAYERDROP, self.update).random(layers) >= layerdrop)
-
-
-class ObjectiveSettings(Section):
-    """Settings of an objective: the section `objective` of the config."""
-
-    name: str
-
-    @property
-    def shortest_frames(self) -> int:
-        """Frames of the shortest utterance that can be learned from."""
-        return 1
 
 
 class Target(NamedTuple):
@@ -154,15 +144,9 @@ class Objective(ABC):
         """Frames of the shortest utterance that can be learned from."""
         return int(self.settings.shortest_frames)
 
-    def check_settings(self) -> None:  # noqa: B027 - most objectives have nothing to check
-        """Check that a new model can have the settings of the objective. Raises a UserError that names the setting.
-
-        This is apart from reading them, so that the checkpoints of earlier versions can be opened.
-        """
-
     def check(self, config: Config) -> None:
         """Check that the settings of a training run are compatible. Raises a UserError that names the setting."""
-        self.check_settings()
+        self.settings.check_new()
         if (metric := config.trainer.best_metric) not in self.error_metrics:
             raise UserError(
                 f"trainer.best_metric={metric}: objective.name={self.settings.name} has no such error metric; choose "

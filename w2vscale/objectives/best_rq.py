@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config import HealthConfig, ModelConfig, RegularizationConfig, architecture
-from w2vscale.config.tree import Count, Size
+from w2vscale.config import HealthConfig, ModelConfig, RegularizationConfig
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Generators
 from w2vscale.errors import UserError
@@ -26,8 +25,9 @@ from w2vscale.models.lengths import hop
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder, valid_mask
 from w2vscale.objectives.base import Finding, Objective, Panel, TransformersHead
 from w2vscale.objectives.details import Details, FramePredictions, attention_of_first, masked_details
-from w2vscale.objectives.masking import MaskSettings, masked_batch
+from w2vscale.objectives.masking import masked_batch
 from w2vscale.objectives.quantizer import collapse, perplexity
+from w2vscale.objectives.settings import BestRqSettings
 
 STACKED = 2
 """Mel frames that are stacked for each frame of the encoder."""
@@ -40,16 +40,6 @@ FLOOR = 1e-10
 
 EPSILON = 1e-5
 """Added to the variance of a feature, so that silence can be normalised."""
-
-
-class BestRqSettings(MaskSettings):
-    """Settings of the random quantizer and the masks."""
-
-    name: Literal["best_rq"] = architecture("best_rq", "BEST-RQ pretraining")
-    codebooks: Count = architecture(4, "number of random codebooks, each with its own output layer", le=1000)
-    codebook_entries: Size = architecture(8192, "number of entries of each codebook", ge=2)
-    codebook_dim: Count = architecture(16, "width of a codebook entry", le=1000)
-    mel_bins: Size = architecture(80, "number of mel bins of the features that give the targets")
 
 
 class BestRqInputs(NamedTuple):

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config import HealthConfig, ModelConfig, RegularizationConfig, architecture
-from w2vscale.config.tree import Count, NotNegative, Positive, Probability, Size
+from w2vscale.config import HealthConfig, ModelConfig, RegularizationConfig
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.randomness import Generators, Stream
 from w2vscale.errors import UserError
@@ -25,9 +23,10 @@ from w2vscale.models.layers import Linear, dropout
 from w2vscale.models.wav2vec2 import EncoderOutput, Wav2Vec2Encoder, valid_mask
 from w2vscale.objectives.base import Finding, Objective, Panel, StepContext, TransformersHead
 from w2vscale.objectives.details import Details, FramePredictions, attention_of_first, masked_details
-from w2vscale.objectives.masking import MaskSettings, masked_batch
+from w2vscale.objectives.masking import masked_batch
 from w2vscale.objectives.published import BASE_ACCURACY
 from w2vscale.objectives.quantizer import Quantizer, code_ids, collapse, diversity_loss, perplexity
+from w2vscale.objectives.settings import ContrastiveSettings
 from w2vscale.objectives.similarity import (
     contrastive_logits,
     contrastive_loss,
@@ -37,49 +36,6 @@ from w2vscale.objectives.similarity import (
 
 AT_CHANCE = 0.99  # a contrastive loss above this share of that of chance is not better than chance
 SOLVED_ACCURACY, SOLVED_LOSS = 0.99, 0.05  # no model that learns speech gets there; the loss is in nats
-
-
-class ContrastiveSettings(MaskSettings):
-    """Settings of quantizer, masks and loss."""
-
-    name: Literal["wav2vec2"] = architecture("wav2vec2", "wav2vec 2.0 pretraining")
-    codebooks: Count = architecture(2, "number of codebooks", le=1000)
-    codebook_entries: Size = architecture(320, "number of entries of each codebook", ge=2)
-    codevector_dim: Size = architecture(256, "width of a quantized vector: the entries of all codebooks, concatenated")
-    quantizer_input: Literal["features", "projected"] = architecture(
-        "features", "input of the quantizer: features after their LayerNorm, or after the projection to model.dim"
-    )
-    target_projection: bool = architecture(True, "project quantized vectors before comparing them")
-    projection_dim: Size = architecture(256, "width of the space in which context and targets are compared")
-    feature_dropout: Probability = Field(0.1, description="dropout on the input of the quantizer")
-    gumbel_start: Positive = Field(2.0, description="temperature of the Gumbel softmax at update 0")
-    gumbel_end: Positive = Field(0.5, description="lowest temperature of the Gumbel softmax")
-    gumbel_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.999995, description="multiply the temperature by this factor in every update"
-    )
-    negatives: Size = Field(100, description="number of negatives per masked frame, from the same utterance")
-    logit_temperature: Positive = Field(0.1, description="temperature that divides the cosine similarities")
-    diversity_weight: NotNegative = Field(0.1, description="weight of the codebook diversity loss")
-    feature_penalty_weight: NotNegative = Field(
-        10.0, description="weight of the feature penalty, the mean square of the features"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> ContrastiveSettings:
-        if self.codevector_dim % self.codebooks:
-            raise ValueError(f"codebooks={self.codebooks} does not divide codevector_dim={self.codevector_dim}")
-        if not self.target_projection and self.codevector_dim != self.projection_dim:
-            raise ValueError(
-                f"without target_projection, codevector_dim={self.codevector_dim} "
-                f"must equal projection_dim={self.projection_dim}"
-            )
-        if self.gumbel_end > self.gumbel_start:
-            raise ValueError(f"gumbel_end={self.gumbel_end} is above gumbel_start={self.gumbel_start}")
-        return self
-
-    def temperature(self, update: int) -> float:
-        """Return the temperature of the Gumbel softmax in `update`: max(start * decay^update, end)."""
-        return max(self.gumbel_start * self.gumbel_decay**update, self.gumbel_end)
 
 
 class ContrastiveInputs(NamedTuple):

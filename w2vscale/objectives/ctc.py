@@ -6,17 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import compress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config import Config, HealthConfig, ModelConfig, RegularizationConfig, architecture
-from w2vscale.config.tree import CountOrZero, Fraction, Probability, Size
+from w2vscale.config import Config, HealthConfig, ModelConfig, RegularizationConfig
 from w2vscale.data.inputs import AudioBatch, Utterance
 from w2vscale.data.label_counts import count_labels
 from w2vscale.data.randomness import Generators
@@ -26,9 +23,7 @@ from w2vscale.data.vocabulary import (
     BLANK,
     PIECE_SPACE,
     SPACE,
-    check_vocabulary,
     is_control,
-    is_spaced,
     read_vocabulary,
     unknown_symbol,
 )
@@ -40,7 +35,8 @@ from w2vscale.models.lengths import output_frames
 from w2vscale.models.wav2vec2 import Wav2Vec2Encoder, normal_as_in_bert, valid_mask
 from w2vscale.objectives.base import Finding, Objective, Panel, StepContext, Target, TransformersHead
 from w2vscale.objectives.details import Details, Sample, attention_of_first, on_host, waveform
-from w2vscale.objectives.masking import MaskSettings, Spans, draw_masks, masked_batch
+from w2vscale.objectives.masking import Spans, draw_masks, masked_batch
+from w2vscale.objectives.settings import CtcSettings
 from w2vscale.optim.adamw import parameter_groups
 
 if TYPE_CHECKING:
@@ -57,43 +53,6 @@ PHONE_TOKENIZER = {
 
 ONLY_BLANKS = 0.999
 """A model whose best symbol is the blank in more than this fraction of frames outputs nothing."""
-
-
-class CtcSettings(MaskSettings):
-    """Settings of vocabulary, masks and freezing."""
-
-    name: Literal["ctc"] = architecture("ctc", "fine-tuning for speech recognition with CTC")
-    vocabulary: list[str] | Path = architecture(
-        [],
-        "symbols of the output layer, the blank of CTC first: a list, a file (one symbol per line, dict.ltr.txt of "
-        "fairseq, or vocab.json of Transformers), or `letters` (English capitals, as in the published models)",
-    )
-    split: Literal["auto", "longest", "spaces"] = architecture(
-        "auto",
-        "how to split transcripts into symbols: by the longest one that matches, at spaces (phones), or `auto`: at "
-        "spaces if a symbol cannot be spelled with the single letters of the vocabulary",
-    )
-    sentencepiece: Path | None = Field(
-        None,
-        description="SentencePiece model that splits transcripts; an empty vocabulary becomes the blank and its "
-        "pieces, or its pieces alone if the first is a control symbol such as <s>, which is then the blank",
-    )
-    max_unknown_fraction: Fraction = Field(
-        0.05,
-        description="refuse to start when more than this fraction of the symbols of transcripts is not in the "
-        "vocabulary",
-    )
-    head_init: Literal["normal", "xavier"] = Field(
-        "normal",
-        description="initial weights of the output layer: normal with standard deviation 0.02, as in Transformers, or "
-        "Xavier-uniform, as in fairseq",
-    )
-    final_dropout: Probability = Field(0.0, description="dropout before the output layer")
-    channel_mask_probability: Fraction = Field(
-        0.0, description="expected fraction of channels in masked spans, counted before they overlap"
-    )
-    channel_mask_length: Size = Field(64, description="length of a masked span, in channels")
-    freeze_encoder_updates: CountOrZero = Field(0, description="train only the output layer for this many updates")
 
 
 class CtcInputs(NamedTuple):
@@ -192,24 +151,15 @@ class Ctc(Objective):
     updates_at_chance = 1000
 
     def __init__(self, settings: CtcSettings, *others: Any) -> None:
-        named, pieces, split = settings.vocabulary, settings.sentencepiece, settings.split
-        self.vocabulary = read_vocabulary(named, sentencepiece=pieces, split=split)
-        self.spaced = is_spaced(self.vocabulary, sentencepiece=pieces, split=split)
-        resolved = {
-            "vocabulary": self.vocabulary,
-            # An absolute path, so that the run can be resumed and evaluated from any folder.
-            "sentencepiece": pieces and pieces.absolute(),
-            "split": "spaces" if self.spaced else "longest",
-        }
-        super().__init__(settings.model_copy(update=resolved), *others)
+        completed = settings.completed()
+        assert isinstance(completed.vocabulary, list)
+        self.vocabulary, self.spaced = completed.vocabulary, completed.split == "spaces"
+        super().__init__(completed, *others)
 
     @cached_property
     def transcripts(self) -> Transcripts:
         """Converter from transcripts to labels."""
         return Transcripts(self.vocabulary, self.settings.sentencepiece, spaced=self.spaced)
-
-    def check_settings(self) -> None:
-        check_vocabulary(self.vocabulary, sentencepiece=self.settings.sentencepiece, split=self.settings.split)
 
     def check(self, config: Config) -> None:
         super().check(config)

@@ -6,39 +6,17 @@ Sources: Baevski et al. 2020, section 3.1 and appendix; `compute_mask_indices` i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 
 from w2vscale.config import ModelConfig
-from w2vscale.config.tree import Size
 from w2vscale.data.inputs import AudioBatch, Utterance, audio_batch
 from w2vscale.data.randomness import Generators
 from w2vscale.models.lengths import input_samples
-from w2vscale.objectives.base import ObjectiveSettings
-
-
-class MaskSettings(ObjectiveSettings):
-    """Settings of masks over spans of frames."""
-
-    mask_probability: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.65, description="expected fraction of frames in masked spans, counted before they overlap"
-    )
-    mask_length: Size = Field(10, description="length of a masked span, in frames")
-    mask_min_spans: Size = Field(2, description="minimum number of masked spans per utterance")
-    mask_trim: Literal["none", "micro_batch"] = Field(
-        "none",
-        description="micro_batch: unmask single frames and channels at random until all utterances of a micro-batch "
-        "have equally many masked, as fairseq does; none: keep whole spans",
-    )
-
-    @property
-    def shortest_frames(self) -> int:
-        """Minimum number of frames of an utterance of which at least `mask_min_spans` are always masked."""
-        return self.mask_min_spans + 1
+from w2vscale.objectives.settings import MaskSettings
 
 
 class Spans(NamedTuple):
