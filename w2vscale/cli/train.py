@@ -43,9 +43,11 @@ def train(
     """
     verbosity = _verbosity(quiet, verbose)
     folder = None if dry_run else free_folder(source, exp, context)
-    from w2vscale.objectives import load
+    from w2vscale.objectives.settings import load_settings
 
-    config, _ = load(source, overrides or [])
+    config = load_settings(source, overrides or [])
+    if folder is not None:
+        _check_early(config, folder, resume, verbosity)
     launch_if_asked(context, nproc_per_node, grace=config.checkpoint.grace_seconds)
     if folder is None:
         from w2vscale import runtime
@@ -77,9 +79,10 @@ def finetune(
     """
     verbosity = _verbosity(quiet, verbose)
     folder = free_folder(source, exp, context)
-    from w2vscale.objectives import load
+    from w2vscale.objectives.settings import load_settings
 
-    config, _ = load(source, overrides or [])
+    config = load_settings(source, overrides or [])
+    _check_early(config, folder, resume, verbosity, fine_tuned=not scratch)
     launch_if_asked(context, nproc_per_node, grace=config.checkpoint.grace_seconds)
     from w2vscale.training.run import stored_settings
     from w2vscale.training.warm_start import fine_tuning_config
@@ -146,6 +149,26 @@ def _verbosity(quiet: bool, verbose: bool) -> Verbosity:
     if quiet and verbose:
         raise UserError("--quiet and --verbose: choose one of them")
     return "quiet" if quiet else "verbose" if verbose else "normal"
+
+
+def _check_early(
+    config: Config, exp: Path, resume: str, verbosity: Verbosity, *, fine_tuned: bool = False
+) -> None:
+    """Exit if the run has nothing to do. Raises UserError if a manifest is missing. Before processes and slow imports.
+
+    The processes of a launcher, which may be on several machines, do so together later.
+    """
+    from w2vscale.data.manifest import check_manifests
+    from w2vscale.distributed.launch import launched
+    from w2vscale.training.finished import finished_run
+
+    if launched():
+        return
+    if resume == "auto" and (line := finished_run(config, exp, console.print, fine_tuned=fine_tuned)) is not None:
+        if verbosity != "quiet":
+            console.print(line)
+        sys.exit(0)
+    check_manifests(config.data)
 
 
 def _run(config: Config, exp: Path, resume: str, context: typer.Context, verbosity: Verbosity) -> NoReturn:

@@ -8,11 +8,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from lhotse.cut import Cut
-from lhotse.serialization import deserialize_item
 from numpy.typing import NDArray
 
 from w2vscale.data.cuts import FILES, MAX_SECONDS, not_a_cut, read_cut
@@ -21,6 +19,11 @@ from w2vscale.errors import UserError
 from w2vscale.files import nearest_path
 from w2vscale.storage.cache import local_file
 from w2vscale.storage.urls import Url, place, shown
+
+if TYPE_CHECKING:
+    from lhotse.cut import Cut
+
+    from w2vscale.config import DataConfig
 
 INDEX_DTYPE = np.dtype([("offset", "<i8"), ("duration", "<f8"), ("language", "<u2")])
 """One record per cut: the byte offset of its line, its duration in seconds, and its language as a number.
@@ -139,6 +142,9 @@ class Manifest:
 
     def cut(self, number: int) -> Cut:
         """Read utterance `number`. Raises like `read`."""
+        # Imported here because it takes seconds, and opening a manifest must not.
+        from lhotse.serialization import deserialize_item
+
         return self.read(number, deserialize_item)
 
     def read(self, number: int, convert: Callable[[dict[str, Any]], T]) -> T:
@@ -195,6 +201,16 @@ class Corpus:
         """Read utterance `number`. Raises like `Manifest.read`."""
         which = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self.manifests[which].cut(number - int(self._starts[which]))
+
+
+def check_manifests(data: DataConfig) -> None:
+    """Raise UserError if a manifest that is a file, or its index, is missing or cannot be used. Takes little time."""
+    if data.mode == "stream":
+        return
+    for setting, places in (("data.train", data.train), ("data.validation", data.validation)):
+        files = [place for place in places if isinstance(place, Path)]
+        if files or (setting == "data.train" and not places):
+            Corpus(files, setting=setting, schemes=data.url_schemes)
 
 
 def audio_path(cut: Cut) -> str:

@@ -18,6 +18,7 @@ from w2vscale.errors import UserError
 from w2vscale.interop.importing import form_of, read_model
 from w2vscale.objectives import Objective, build_objective
 from w2vscale.storage.urls import Url
+from w2vscale.training.finished import with_architecture
 
 ENCODER = "encoder."  # prefix of the tensors that every objective shares; the others are heads
 
@@ -75,9 +76,7 @@ def fine_tuning_config(config: Config, *, scratch: bool = False, stored: Path | 
         raise UserError("--scratch needs trainer.init_from: the checkpoint whose architecture is used")
     document = config.model_dump(mode="json")
     if source is not None:
-        theirs = load_config(stored) if stored is not None else source_config(source)
-        ours = {"max_frames", *(config.model.model_fields_set & {"waveform_eps"})}  # not part of the architecture
-        document["model"] = theirs.model.model_dump(mode="json") | {key: document["model"][key] for key in ours}
+        document = with_architecture(config, load_config(stored) if stored is not None else source_config(source))
     if scratch:
         document["trainer"]["init_from"] = None
         document["objective"] = objective.unfrozen().model_dump(mode="json")
