@@ -1,4 +1,4 @@
-"""A folder that appears when it is complete, written by one process at a time."""
+"""Folders to write to: one that appears when it is complete, written by one process at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from w2vscale.checkpoint.format import committed
 from w2vscale.checkpoint.lock import hold
 from w2vscale.errors import UserError
 from w2vscale.files import delete, sync, writing
@@ -25,15 +26,10 @@ def new_folder(path: Path, *, size: int, log: Callable[[str], None] = lambda tex
     Raises UserError if the folder cannot be written, the disk has less space than `size`, `path` exists and is not an
     empty folder, or another process is writing it.
     """
-    target = path.absolute()
-    if target.is_dir():  # an empty folder may be a link to one on another disk
-        target = target.resolve()
-    if target == Path.cwd():
-        raise UserError(f"{path}: is the current folder; name a folder in it")
+    target = _target(path)
     partial, lock = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "lock"))
     with hold(lock, path, log), writing(path):
-        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-            raise UserError(f"{path}: exists and is not an empty folder; choose another one")
+        refuse_used(path)
         if os.path.lexists(partial):
             delete(partial)
         try:
@@ -51,3 +47,27 @@ def new_folder(path: Path, *, size: int, log: Callable[[str], None] = lambda tex
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def refuse_used(path: Path) -> None:
+    """Raise UserError if `path` exists and is not an empty folder, or is the current one."""
+    target = _target(path)
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{path}: exists and is not an empty folder; choose another one")
+
+
+def _target(path: Path) -> Path:
+    target = path.absolute()
+    if target.is_dir():  # an empty folder may be a link to one on another disk
+        target = target.resolve()
+    if target == Path.cwd():
+        raise UserError(f"{path}: is the current folder; name a folder in it")
+    return target
+
+
+def folder_for_one(output: Path) -> Path:
+    """The folder in `output` for a checkpoint that no run writes. A UserError if there are checkpoints in it."""
+    folder = output / "checkpoints"
+    if committed(folder):
+        raise UserError(f"{folder}: exists; choose another folder")
+    return folder

@@ -328,14 +328,6 @@ class CheckpointStore:
         return values or []
 
 
-def folder_for_one(output: Path) -> Path:
-    """The folder in `output` for a checkpoint that no run writes. A UserError if there are checkpoints in it."""
-    folder = output / "checkpoints"
-    if committed(folder):
-        raise UserError(f"{folder}: exists; choose another folder")
-    return folder
-
-
 def _written_by(rank: int, folder: Path) -> tuple[dict[str, FileFacts], list[dict[str, TensorSlice]]] | str:
     """Read back a rank's own files, since other ranks' may not be visible on this machine yet. Or what went wrong."""
     try:

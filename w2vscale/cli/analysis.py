@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from w2vscale.cli.arguments import Checkpoint, Layers, Weights
+from w2vscale.cli.arguments import Checkpoint, Layers, Weights, existing
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError
 
@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 def probe(
     checkpoint: Checkpoint,
     train: Annotated[
-        list[Path], typer.Option(metavar="CUTS.jsonl", help="Manifest to train the probes on; repeatable.")
+        list[Path],
+        typer.Option(metavar="CUTS.jsonl", help="Manifest to train the probes on; repeatable.", callback=existing),
     ],
     test: Annotated[
-        list[Path], typer.Option(metavar="CUTS.jsonl", help="Manifest to measure the error rate on; repeatable.")
+        list[Path],
+        typer.Option(
+            metavar="CUTS.jsonl", help="Manifest to measure the error rate on; repeatable.", callback=existing
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="The folder for probe.json and the plots.")

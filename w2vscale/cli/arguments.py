@@ -15,6 +15,7 @@ import typer
 
 from w2vscale.cli import completion
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 
 OTHER_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"  # word processors write them for `-`
 
@@ -51,21 +52,22 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also show detail
 
 
 def _place(named: str) -> Any:
-    """A path or URL."""
+    """A path or URL. Raises UserError if nothing has this path."""
     from w2vscale.storage.urls import place
 
-    return place(named)
+    found = place(named)
+    if isinstance(found, Path) and not found.exists():
+        raise UserError(f"{found}: no such checkpoint{nearest_path(found)}")
+    return found
 
 
 def _local(named: str) -> Path:
     """A path, or a copy on this machine of the checkpoint or model at a URL."""
-    from w2vscale.storage.urls import Url, place
+    if isinstance(found := _place(named), Path):
+        return found
+    from w2vscale.checkpoint.remote import local_model
 
-    if isinstance(found := place(named), Url):
-        from w2vscale.checkpoint.remote import local_model
-
-        return local_model(found, lambda text: print(text, file=sys.stderr))
-    return found
+    return local_model(found, lambda text: print(text, file=sys.stderr))
 
 
 CHECKPOINT = "A checkpoint folder, or a run folder (its newest checkpoint); or the URL of one in a store."
@@ -117,6 +119,17 @@ UrlSchemes = Annotated[
         help="The manifests may name audio by URLs of this scheme, such as s3, as with data.url_schemes; repeatable.",
     ),
 ]
+
+
+def existing(manifests: list[Path] | None) -> list[Path] | None:
+    """Callback of options that name manifests. Raises UserError if one does not exist, before anything slow."""
+    from w2vscale.data.manifest import check_manifest
+
+    for manifest in manifests or ():
+        check_manifest(manifest)
+    return manifests
+
+
 Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Number of parallel processes.")]
 PartOption = Annotated[
     str,

@@ -29,9 +29,9 @@ def show(
 ) -> None:
     """Print the resolved settings as YAML."""
     from w2vscale.config import dump_config
-    from w2vscale.objectives import load
+    from w2vscale.objectives.settings import load_settings
 
-    config, _ = load(source, overrides or [])
+    config = load_settings(source, overrides or [])
     if not deepspeed:
         typer.echo(dump_config(config), nl=False)
         return

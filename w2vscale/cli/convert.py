@@ -11,6 +11,7 @@ import typer
 from w2vscale.cli.arguments import Checkpoint, Weights
 from w2vscale.cli.progress import bytes_bar, console
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 
 
 def export(
@@ -46,6 +47,9 @@ def export(
     huggingface: a folder for from_pretrained of Transformers. fairseq2: model.pt with its asset card.
     torchaudio: the encoder weights for Wav2Vec2Model. onnx: a graph for onnxruntime.
     """
+    from w2vscale.checkpoint.new_folder import refuse_used
+
+    refuse_used(output)  # at once; the next imports take seconds
     from w2vscale.evaluation.results import error_rates_of
     from w2vscale.interop import hub
     from w2vscale.interop.exporting import CHOOSE, WITH_CARD, export_checkpoint
@@ -99,6 +103,12 @@ def import_(
     The checkpoint contains weights but no optimizer state. To train it further:
     w2vscale train DIR trainer.init_from=DIR data.train=CUTS --exp EXP.
     """
+    from w2vscale.checkpoint.new_folder import folder_for_one
+
+    folder_for_one(output)
+    if not source.exists():
+        hint = nearest_path(source) or "; download the model first, e.g. with: hf download"
+        raise UserError(f"{source}: no such folder or file{hint}")
     from w2vscale.interop.importing import import_checkpoint
 
     with bytes_bar("importing") as progress:

@@ -27,7 +27,10 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that override those of the checkpoint."),
     ] = None,
-    cuts: Annotated[list[Path] | None, typer.Option(metavar="CUTS.jsonl", help="Indexed manifest; repeatable.")] = None,
+    cuts: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="CUTS.jsonl", help="Indexed manifest; repeatable.", callback=arguments.existing),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Also write the metrics as JSON.")
     ] = None,

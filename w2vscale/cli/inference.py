@@ -11,14 +11,30 @@ import typer
 from w2vscale.cli import arguments
 from w2vscale.cli.progress import console, progress_bar
 from w2vscale.errors import UserError, counted
+from w2vscale.files import nearest_path
 from w2vscale.terminal import visible
 
 if TYPE_CHECKING:
     from w2vscale.data.micro_batch import BadAudio
 
+
+def _some_exist(paths: list[Path]) -> list[Path]:
+    """Raise UserError, before anything slow, if there is nothing to do: none of the paths exists."""
+    if not any(path.exists() for path in paths):
+        count = len(paths)
+        raise UserError(
+            f"{paths[0]}: no such file{nearest_path(paths[0])}; {count} of {count} utterances could not be used"
+        )
+    return paths
+
+
 Audio = Annotated[
     list[Path],
-    typer.Argument(metavar="AUDIO...", help="Audio files, folders of audio files, or Lhotse cut manifests (*.jsonl)."),
+    typer.Argument(
+        metavar="AUDIO...",
+        help="Audio files, folders of audio files, or Lhotse cut manifests (*.jsonl).",
+        callback=_some_exist,
+    ),
 ]
 FORMAT = (
     "npy: an array of layers x frames x dim (frames x dim for one layer); "
@@ -55,6 +71,7 @@ def transcribe(
     Prints a line per utterance: name, tab, text. --format adds the times of words. Exits with code 2 if some audio
     could not be used.
     """
+    of_channel = arguments.channel_number(channel)
     from w2vscale.data.micro_batch import BadAudio
     from w2vscale.distributed.process_group import LONG_TIMEOUT, gather_as_found, process_group
     from w2vscale.inference.decoding import BeamSearch
@@ -74,7 +91,7 @@ def transcribe(
     arguments.launch_if_asked(context, nproc_per_node)
     bad: list[BadAudio] = []
     done: list[Transcript] = []
-    utterances = find_utterances(audio, channel=arguments.channel_number(channel))
+    utterances = find_utterances(audio, channel=of_channel)
     check_format(form, utterances, output)
     with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("seconds of audio") as progress:
         log = (lambda text: typer.echo(visible(text), err=True)) if ranks.is_main else lambda text: None
@@ -123,15 +140,17 @@ def features(
 
     Exits with code 2 if some audio could not be used.
     """
-    from w2vscale.inference.features import write_features
+    of_channel = arguments.channel_number(channel)
+    from w2vscale.inference.features import check_format, write_features
     from w2vscale.inference.pretrained import load
 
+    check_format(file_format)
     with progress_bar("seconds of audio") as progress:
         found = write_features(
             load(checkpoint, weights=weights),
             audio,
             output,
-            channel=arguments.channel_number(channel),
+            channel=of_channel,
             layers=layer,
             file_format=file_format,
             chunk_seconds=chunk_seconds,

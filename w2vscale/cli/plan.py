@@ -64,6 +64,9 @@ def plan(
 
     Example: w2vscale plan xlsr_2b --gpus 8 --gpu-memory 80
     """
+    from w2vscale.objectives.settings import load_settings
+
+    load_settings(source, overrides or [])  # refuses wrong ones at once; the next imports take seconds
     from w2vscale.planning.links import CLUSTERS, changed
     from w2vscale.training.planning import plan_run
 

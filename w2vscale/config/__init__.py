@@ -1,6 +1,6 @@
 """One typed tree of settings: presets and YAML in, `section.key=value` overrides, resolved YAML out."""
 
-from w2vscale.config.load import dump_config, in_yaml, load_config, parse_section, settings_of
+from w2vscale.config.load import dump_config, in_yaml, load_config, objective_named, parse_section, settings_of
 from w2vscale.config.sources import preset_names
 from w2vscale.config.tree import (
     BatchConfig,

@@ -82,14 +82,25 @@ def _is_at_fault(path: str, key: str, problem: str) -> bool:
 
 def _config_class(tree: Mapping[str, Any], objectives: Mapping[str, type[Section]]) -> type[Config]:
     """Return a `Config` class that also validates the settings of the objective that `tree` names."""
-    section = tree.get("objective", {})
     default = Config.model_fields["objective"].get_default().name
-    name = section.get("name", default) if isinstance(section, Mapping) else default
+    name = _objective_in(tree)
     kind = objectives.get(name) if isinstance(name, str) else None
     if kind is None:
         names: Any = Literal.__getitem__(tuple(objectives))
         kind = create_model("ObjectiveConfig", __base__=ObjectiveConfig, name=(names, default))
     return create_model("Config", __base__=Config, objective=(kind, kind()))
+
+
+def _objective_in(tree: Mapping[str, Any]) -> Any:
+    section, default = tree.get("objective", {}), Config.model_fields["objective"].get_default().name
+    return section.get("name", default) if isinstance(section, Mapping) else default
+
+
+def objective_named(source: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """Return `objective.name` of a source with overrides, as for `load_config`, before anything is validated."""
+    _check_form(overrides)
+    below = _read_source(str(source))
+    return _objective_in(_on_top(below, _changes(overrides, below, Config)))
 
 
 def dump_config(config: BaseModel) -> str:

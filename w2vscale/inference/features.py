@@ -34,6 +34,12 @@ class WrittenFeatures:
     bad: list[BadAudio]
 
 
+def check_format(file_format: str) -> None:
+    """Raise UserError if features cannot be written in this format."""
+    if file_format not in FORMATS:
+        raise UserError(f"--format {file_format}: choose one of {', '.join(FORMATS)}")
+
+
 def write_features(
     pretrained: Pretrained,
     audio: Iterable[Path],
@@ -58,8 +64,7 @@ def write_features(
     Raises UserError if a folder contains no audio, a manifest is unusable, two utterances have the same name, an
     argument is out of range, or a file cannot be written.
     """
-    if file_format not in FORMATS:
-        raise UserError(f"--format {file_format}: choose one of {', '.join(FORMATS)}")
+    check_format(file_format)
     chosen = pretrained.resolve_layers(layers)
     utterances: dict[str, Utterance] = {}
     for utterance in find_utterances(audio, channel=channel):

@@ -16,8 +16,9 @@ from w2vscale.checkpoint.expected import expected_of
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.lazy import LazyTensor, counted_reads
 from w2vscale.checkpoint.lock import locked
+from w2vscale.checkpoint.new_folder import folder_for_one
 from w2vscale.checkpoint.safetensors_file import DTYPES
-from w2vscale.checkpoint.store import CheckpointStore, folder_for_one
+from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.config import Config, ObjectiveConfig, dump_config
 from w2vscale.distributed.process_group import Ranks
 from w2vscale.errors import UserError

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from w2vscale.config import Config, ObjectiveConfig, Section, architecture, load_config, parse_section
+from w2vscale.config import Config, ObjectiveConfig, Section, architecture, load_config, objective_named, parse_section
 from w2vscale.config.tree import Count, CountOrZero, Fraction, NotNegative, Positive, Probability, Size
 from w2vscale.data.vocabulary import check_vocabulary, is_spaced, read_vocabulary
 
@@ -173,13 +173,13 @@ SETTINGS: dict[str, type[ObjectiveSettings]] = {
 
 def load_settings(source: str | Path, overrides: Sequence[str] = (), *, new: bool = True) -> Config:
     """Load settings like `w2vscale.objectives.load`, but import PyTorch only for an objective that is not here."""
-    if load_config(source, overrides).objective.name not in SETTINGS:
+    name = objective_named(source, overrides)
+    if not (isinstance(name, str) and name in SETTINGS):
         from w2vscale.objectives.registry import load
 
         return load(source, overrides, new=new)[0]
     config = load_config(source, overrides, objectives=SETTINGS)
-    kind = SETTINGS[config.objective.name]
-    settings = parse_section(kind, config.objective.model_dump(), name="objective").completed()
+    settings = parse_section(SETTINGS[name], config.objective.model_dump(), name="objective").completed()
     if new:
         settings.check_new()
     return with_settings(config, settings)
