@@ -7,6 +7,7 @@ from torch import nn
 
 from w2vscale.config import Config
 from w2vscale.errors import UserError
+from w2vscale.models.initialisation import NoDraws
 from w2vscale.objectives import build_objective
 from w2vscale.optim.canonical import TensorSpec, expected_tensors
 
@@ -23,7 +24,7 @@ def meta_model(config: Config) -> nn.Module:
     """The model that these settings describe, without memory for its values. UserError if it is too large for that."""
     objective = build_objective(config)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), NoDraws():
             return objective.build_model()
     except (RuntimeError, OverflowError) as error:
         reason = str(error).partition("\n")[0]

@@ -56,6 +56,7 @@ def presets() -> None:
     import torch
 
     from w2vscale.config import preset_names
+    from w2vscale.models.initialisation import NoDraws
     from w2vscale.objectives import load
 
     rows = []
@@ -63,7 +64,7 @@ def presets() -> None:
         config, objective = load(name)
         parameters, shape = "of init_from", ""
         if not objective.vocabulary:
-            with torch.device("meta"):
+            with torch.device("meta"), NoDraws():
                 model = objective.build_model()
             parameters = f"{sum(parameter.numel() for parameter in model.parameters()):,}"
             shape = f"{config.model.layers}x{config.model.dim}x{config.model.ffn_dim}x{config.model.heads}"

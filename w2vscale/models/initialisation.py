@@ -12,6 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+
+
+class NoDraws(TorchFunctionMode):
+    """Inside the block nothing is drawn into tensors on the meta device.
+
+    They have no values, and PyTorch would import torch._dynamo for it, which takes seconds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            tensor = args[0] if args else named["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **named)
 
 
 @contextmanager
@@ -25,7 +43,8 @@ def empty_parameters() -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(hook)
     try:
-        yield
+        with NoDraws():
+            yield
     finally:
         handle.remove()
 

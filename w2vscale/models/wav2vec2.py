@@ -346,9 +346,11 @@ class PositionalConvolution(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.direction, std=math.sqrt(4.0 / (self.kernel * self.direction.shape[0])))
+        nn.init.zeros_(self.bias)
+        if self.direction.is_meta:  # it has no values; see also `models.initialisation.NoDraws`
+            return
         with torch.no_grad():
             self.magnitude.copy_(self.direction.norm(dim=(0, 1), keepdim=True))
-        nn.init.zeros_(self.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         direction = widen(self.direction)
