@@ -76,9 +76,10 @@ def measure(arguments: Sequence[str], *, processes: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [*(torchrun if processes > 1 else []), str(Path(__file__).with_name("engine_memory.py"))]
         finished = subprocess.run(
-            [*torchrun, str(Path(__file__).with_name("engine_memory.py")), str(result), *arguments],
+            [sys.executable, *command, str(result), *arguments],
             cwd=ROOT,
             env={"PYTHONPATH": str(ROOT), **os.environ, "OMP_NUM_THREADS": "1", **MEMORY_THAT_IS_FREED_AT_ONCE},
             capture_output=True,
