@@ -67,12 +67,19 @@ def test_the_command_imports_no_library_and_starts_no_process(
         "try:\n    main()\nfinally:\n"
         "    print(sorted({'torch', 'lhotse', 'tensorboard', 'matplotlib', 'transformers'} & sys.modules.keys()))"
     )
-    files = {file: file.read_bytes() for file in exp.rglob("*") if file.is_file()}
+    log = exp / "logs" / "train.log"
+    files = {file: file.read_bytes() for file in exp.rglob("*") if file.is_file() and file != log}
     done = command("train", "base", *settings, "--exp", exp, *launcher, script=script)
     assert done.returncode == 0, done.stderr
     first, last = done.stdout.splitlines()
     assert first.startswith("nothing to do: the run has reached trainer.updates=4;") and last == "[]"
-    assert files == {file: file.read_bytes() for file in exp.rglob("*") if file.is_file()}
+    assert files == {file: file.read_bytes() for file in exp.rglob("*") if file.is_file() and file != log}
+    assert log.read_text().endswith(f"{first}\n")
+
+
+def test_a_quiet_command_prints_nothing(exp: Path, settings: list[str]) -> None:
+    done = command("train", "base", *settings, "--exp", exp, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize(

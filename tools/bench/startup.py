@@ -38,7 +38,7 @@ def main(
 ) -> None:
     """Measure, print a table, and JSON as the last line."""
     shutil.rmtree(folder, ignore_errors=True)
-    commands = starts(folder)
+    commands = starts(folder, checkout)
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name, (command, code) in commands.items():
@@ -53,7 +53,7 @@ def main(
     print(json.dumps({"nothing_to_do": median["nothing to do"], "slowest_fast": slowest, "cpu_seconds": median}))
 
 
-def starts(folder: Path) -> dict[str, tuple[list[str], int]]:
+def starts(folder: Path, checkout: Path) -> dict[str, tuple[list[str], int]]:
     """Arguments of Python and the exit code of each start, by name. Makes a corpus, and a finished run on it."""
     cuts = [
         cut_of(write_audio(folder / "audio" / f"{number}.flac", noise(2.0 + 0.1 * number, seed=number)))
@@ -65,7 +65,7 @@ def starts(folder: Path) -> dict[str, tuple[list[str], int]]:
     settings += [f"data.train={manifest}", "trainer.updates=2", "schedule.warmup_updates=1", "data.workers=1"]
     train = ["-m", "w2vscale", "train", "base", *settings, "--exp"]
     finished, used, new = str(folder / "finished"), folder / "used", str(folder / "new")
-    cpu_seconds([*train, finished], ROOT)
+    cpu_seconds([*train, finished], checkout)
     used.mkdir()
     (used / "file").touch()
     two = ["--nproc-per-node", "2"]

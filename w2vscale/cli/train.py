@@ -151,9 +151,7 @@ def _verbosity(quiet: bool, verbose: bool) -> Verbosity:
     return "quiet" if quiet else "verbose" if verbose else "normal"
 
 
-def _check_early(
-    config: Config, exp: Path, resume: str, verbosity: Verbosity, *, fine_tuned: bool = False
-) -> None:
+def _check_early(config: Config, exp: Path, resume: str, verbosity: Verbosity, *, fine_tuned: bool = False) -> None:
     """Exit if the run has nothing to do. Raises UserError if a manifest is missing. Before processes and slow imports.
 
     The processes of a launcher, which may be on several machines, do so together later.

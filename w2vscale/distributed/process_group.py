@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from w2vscale.distributed.launch import LostRanks, number_in, ranked, slurm_tasks
+from w2vscale.distributed.ranks import ALONE, ON_ALL_RANKS, Ranks
 from w2vscale.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)  # longest time that a rank waits for the others in a collective
@@ -24,23 +24,6 @@ LONG_TIMEOUT = timedelta(days=1)  # the same for commands in which a single utte
 LOOK = 1.0  # seconds between looks at the work of `Patience`
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The rank of this process, its rank on this machine, and the number of processes."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0, which writes logs and commits checkpoints."""
-        return self.rank == 0
-
-
-ALONE = Ranks()
 
 
 def launch_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -189,9 +172,6 @@ def gather_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group)
     return values
-
-
-ON_ALL_RANKS = "This error is raised on all ranks."
 
 
 @contextmanager

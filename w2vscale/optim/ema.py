@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 AVERAGE = "ema"
 """The key of the average in the optimizer state of a parameter."""
@@ -55,4 +54,7 @@ def _pairs(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _local(tensor: Tensor) -> Tensor:
+    # Imported here because it takes seconds, and readers of checkpoints need only the name of the average.
+    from torch.distributed.tensor import DTensor
+
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

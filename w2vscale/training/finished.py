@@ -14,12 +14,15 @@ from w2vscale.data.manifest import Corpus
 from w2vscale.errors import UserError
 from w2vscale.files import read_text, regular
 from w2vscale.objectives.settings import effective
+from w2vscale.training.run_log import RunLog
 
 LARGEST_HEADER = 10**8  # bytes; the limit of the safetensors library
 
 
 def finished_run(config: Config, exp: Path, log: Callable[[str], None], *, fine_tuned: bool = False) -> str | None:
     """Return a line that says why a run resumed in `exp` would have nothing to do; None if it might have.
+
+    The line is also written to its log.
 
     It has nothing to do if its newest checkpoint has reached `trainer.updates`, was made with the same settings and
     data, and all of its files are there with their sizes. Everything else, such as a setting that has changed, a
@@ -47,12 +50,16 @@ def finished_run(config: Config, exp: Path, log: Callable[[str], None], *, fine_
             )
         except (UserError, OSError, IndexError):  # the run says what is wrong
             return None
-    if not finished:
-        return None
-    return (
-        f"nothing to do: the run has reached trainer.updates={config.trainer.updates}; all files of {path} are there "
-        f"and have the right sizes (to compare checksums: w2vscale checkpoint verify {exp})"
-    )
+        if not finished:
+            return None
+        line = (
+            f"nothing to do: the run has reached trainer.updates={config.trainer.updates}; all files of {path} are "
+            f"there and have the right sizes (to compare checksums: w2vscale checkpoint verify {exp})"
+        )
+        run_log = RunLog(exp)
+        run_log.line(line)
+        run_log.open()
+    return line
 
 
 def with_architecture(config: Config, other: Config) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from w2vscale.distributed.process_group import ALONE, ON_ALL_RANKS, Ranks
+from w2vscale.distributed.ranks import ALONE, ON_ALL_RANKS, Ranks
 from w2vscale.errors import UserError
 from w2vscale.files import append_records, regular
 
