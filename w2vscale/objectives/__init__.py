@@ -32,7 +32,7 @@ _PLACES = {
         "resolve",
     ),
     "settings": ("effective",),
-}
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
