@@ -89,6 +89,8 @@ def test_refusals_import_no_large_library(corpus: Path, tmp_path: Path) -> None:
         ("transcribe", str(used), str(corpus), "--channel=left"): "--channel left: choose mean, first",
         ("features", str(used), cuts, "-o", str(missing)): f"{cuts}: no such file",
         ("probe", str(used), "--train", cuts, "--test", str(corpus), "-o", str(missing)): f"{cuts}: no such manifest",
+        ("report", str(missing)): f"{missing}: no such run",
+        ("report", str(used), "--output=curves.png"): "--output curves.png: the report is an HTML file",
         ("checkpoint", "show", str(missing)): f"{missing}: no such checkpoint",
         ("checkpoint", "verify", str(missing)): f"{missing}: no such checkpoint",
         ("checkpoint", "consolidate", str(missing), str(tmp_path / "new")): f"{missing}: no such checkpoint",

@@ -11,6 +11,7 @@ import typer
 from w2vscale.cli.arguments import Checkpoint, Layers, Weights, existing
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError
+from w2vscale.files import nearest_path
 
 if TYPE_CHECKING:
     from w2vscale.analysis.report.reading import Run
@@ -99,13 +100,16 @@ def report(
 
     It has the curves, settings, data, hardware, health events, samples and error rates, and needs no network.
     """
-    from w2vscale.analysis.report.page import write_report
-
     if reference not in (None, "published"):
         raise UserError(f"--reference {reference}: the only reference is: published; give another run as EXP")
     path = output or exps[0] / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--output {path}: the report is an HTML file; choose a name that ends with .html")
+    for exp in exps:
+        if not exp.exists():
+            raise UserError(f"{exp}: no such run{nearest_path(exp)}")
+    from w2vscale.analysis.report.page import write_report
+
     with progress_bar("report") as progress:
         runs = write_report(exps, path, published=reference is not None, progress=progress)
     for titles in dict.fromkeys(_titles(run) for run in runs):
