@@ -99,8 +99,8 @@ def _objective_in(tree: Mapping[str, Any]) -> Any:
 def objective_named(source: str | Path, overrides: Sequence[str] = ()) -> Any:
     """Return `objective.name` of a source with overrides, as for `load_config`, before anything is validated."""
     _check_form(overrides)
-    below = _read_source(str(source))
-    return _objective_in(_on_top(below, _changes(overrides, below, Config)))
+    below = merged(layers_of(str(source)))
+    return _objective_in(on_top(below, _changes(overrides, below, Config)))
 
 
 def dump_config(config: BaseModel) -> str:
