@@ -65,7 +65,7 @@ from pathlib import Path
 from w2vscale.config import load_config
 from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.runtime import collected_between_steps
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 exp, corpus, *overrides = sys.argv[1:]
 config = load_config("base", [*overrides, f"data.train={corpus}", f"data.validation={corpus}"])
 assert train(config, Path(exp)) == 0

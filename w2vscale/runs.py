@@ -88,7 +88,7 @@ def train(
         from w2vscale import objectives
         from w2vscale.runtime import StopRequest
         from w2vscale.training.callbacks import Callbacks
-        from w2vscale.training.loop import train as train_run
+        from w2vscale.training.train import train as train_run
 
         if isinstance(config, Config):
             if overrides:

@@ -17,7 +17,7 @@ from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 
 @pytest.fixture(scope="module")

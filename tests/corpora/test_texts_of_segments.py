@@ -44,7 +44,7 @@ from w2vscale.corpora.kaldi import WITHOUT_TEXT, WITHOUT_UTTERANCE
 from w2vscale.corpora.preparing import Options
 from w2vscale.corpora.report import Report
 from w2vscale.corpora.segments import BEYOND_SEGMENT, Timed
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 WORDS = [Timed(0.5, 1.0, "one"), Timed(1.25, 1.75, "two"), Timed(2.5, 3.25, "três"), Timed(4.5, 5.5, "four")]
 SECONDS = 6.0

@@ -30,7 +30,7 @@ from w2vscale.corpora.shard_index import bad_shards_path, index_shards
 from w2vscale.data.micro_batch import BadAudio
 from w2vscale.data.shard_index import ShardCorpus, open_shard_index, write_shard_index
 from w2vscale.errors import UserError
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 
 class TestDamagedBeforeIndexing:

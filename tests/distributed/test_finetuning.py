@@ -22,7 +22,7 @@ from w2vscale.checkpoint.format import TrainState
 from w2vscale.config import load_config
 from w2vscale.evaluation.wer import score_checkpoint
 from w2vscale.inference.pretrained import load
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 pytestmark = pytest.mark.distributed
 if importlib.util.find_spec("deepspeed") is None:

@@ -16,7 +16,7 @@ from tests.helpers.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
 from w2vscale.engine.deepspeed.config import environment_for, import_deepspeed
 from w2vscale.errors import UserError
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 
 def settings(*overrides: str) -> Config:

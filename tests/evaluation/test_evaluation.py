@@ -19,7 +19,7 @@ from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.files import read_metrics
 from w2vscale.objectives import build_objective
 from w2vscale.objectives.contrastive import ContrastiveSums
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 
 def test_evaluating_a_checkpoint_repeats_the_validation_of_its_run(small_corpus: SmallCorpus, tmp_path: Path) -> None:

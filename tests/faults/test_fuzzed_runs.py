@@ -25,7 +25,7 @@ from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.corpora.index import build_index
 from w2vscale.errors import UserError
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 FILES = (
     "config.yaml", "metrics.jsonl", "lock", "logs/bad_audio.jsonl", "calibration.json",

@@ -24,8 +24,8 @@ from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.files import read_records
 from w2vscale.objectives.contrastive import Contrastive
-from w2vscale.training.loop import train
 from w2vscale.training.replay import kept_windows, replay
+from w2vscale.training.train import train
 
 LIMIT = 3
 HUGE = "model.encoder.transformer.blocks.1.feed_forward.intermediate.weight"

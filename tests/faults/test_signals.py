@@ -38,9 +38,9 @@ if "SLOW" in os.environ and ("RANK" in os.environ or os.environ["PROCESSES"] == 
     from w2vscale.checkpoint import store
     from w2vscale.data import loading
     from w2vscale.objectives.contrastive import Contrastive
-    from w2vscale.training import loop
+    from w2vscale.training import train
 
-    loop.build_run = slowed(loop.build_run, "start-up", 2.0)
+    train.build_run = slowed(train.build_run, "start-up", 2.0)
     loading._prepare_loader_process = slowed(loading._prepare_loader_process, "loader start", 600.0)
     Contrastive.forward = slowed(slowed(Contrastive.forward, "update", 3.0), "validation", 1.0)
     store.write_tensors = slowed(store.write_tensors, "save", 2.0)

@@ -18,7 +18,7 @@ from w2vscale.config import dump_config, load_config
 from w2vscale.corpora.index import build_index
 from w2vscale.corpora.shar import write_shards
 from w2vscale.data.vocabulary import LETTERS
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 AUDIO_FORMATS = {**FORMATS, ".sph": ("NIST", "PCM_16")}
 TEXTS = ("HELLO WORLD AND ALL", "THE QUICK BROWN FOX", "JUMPS OVER THE LAZY DOG")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.helpers.micro import MICRO_MODEL, MICRO_TRAINING
 from w2vscale.config import load_config
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 
 def trains(manifest: Path, exp: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.config import load_config
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 
 @pytest.fixture(scope="package")

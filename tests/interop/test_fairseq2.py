@@ -36,7 +36,7 @@ from w2vscale.interop.fairseq2 import from_fairseq2
 from w2vscale.interop.fairseq_file import FairseqCheckpoint, load_fairseq
 from w2vscale.interop.importing import import_checkpoint, read_model
 from w2vscale.objectives import build_objective, resolve
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 sentencepiece = pytest.importorskip("sentencepiece")
 

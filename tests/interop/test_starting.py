@@ -19,8 +19,8 @@ from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.objectives import build_objective
-from w2vscale.training.loop import train
 from w2vscale.training.run import open_training_set
+from w2vscale.training.train import train
 
 pytest.importorskip("transformers")
 

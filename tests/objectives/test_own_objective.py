@@ -39,7 +39,7 @@ from w2vscale.models.wav2vec2 import Wav2Vec2Encoder
 from w2vscale.objectives import OBJECTIVES, Objective, StepContext
 from w2vscale.objectives.base import Finding, ObjectiveSettings, Panel, Target
 from w2vscale.training.dry_run import dry_run
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 SHORTEST = 1600
 """Samples."""

@@ -30,7 +30,7 @@ from w2vscale.storage import cache, objects
 from w2vscale.storage.cache import local_file
 from w2vscale.storage.objects import Denied, Unreachable, write
 from w2vscale.storage.urls import Url
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 from w2vscale.training.watchdog import Watchdog
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"

@@ -32,7 +32,7 @@ from w2vscale.errors import TemporaryError, UserError
 from w2vscale.storage import objects
 from w2vscale.storage.objects import list_objects, upload, write
 from w2vscale.storage.urls import Url
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 SCHEMES = ("file", "s3")
 

@@ -22,7 +22,7 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.files import read_metrics
 from w2vscale.inference.pretrained import load
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 from w2vscale.training.warm_start import open_source
 
 MASK = "encoder.mask_embedding"

@@ -25,7 +25,7 @@ from w2vscale.files import read_metrics
 from w2vscale.objectives.contrastive import ContrastiveInputs
 from w2vscale.training import run as run_module
 from w2vscale.training.bad_audio import BadAudioLog
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 UTTERANCES = 180
 RATE = 16_000

@@ -16,6 +16,7 @@ from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
 from w2vscale.training import loop
 from w2vscale.training.early_stopping import Progress, progress
+from w2vscale.training.train import train
 
 SETTINGS = (
     *MICRO_RUN, "model.layers=1", "batch.micro_batches=1", "batch.max_seconds=4", "trainer.updates=20",
@@ -40,7 +41,7 @@ def run(corpus: SmallCorpus, exp: Path, capsys: pytest.CaptureFixture[str], *set
     """Train; what was printed, on one line."""
     data = [f"data.train={corpus.train}", f"data.validation={corpus.validation}"]
     capsys.readouterr()
-    assert loop.train(load_config("base", [*SETTINGS, *data, *settings]), exp) == 0
+    assert train(load_config("base", [*SETTINGS, *data, *settings]), exp) == 0
     return " ".join(capsys.readouterr().out.split())
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+import w2vscale.training.train
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.config import Config, load_config
 from w2vscale.engine.ddp import DDPEngine
 from w2vscale.errors import UserError
-from w2vscale.training import loop
 from w2vscale.training import run as run_module
 from w2vscale.training.dry_run import dry_run
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_if_the_folder_cannot_be_made_or_calibration_fails(
     (tmp_path / "full" / "config.yaml").mkdir(parents=True)
     with pytest.raises(UserError, match="the folder of the run cannot be written"):
         train(settings(small_corpus), tmp_path / "full")
-    monkeypatch.setattr(loop, "micro_batches_per_forward", refuse)
+    monkeypatch.setattr(w2vscale.training.train, "micro_batches_per_forward", refuse)
     with pytest.raises(UserError, match="refused"):
         train(settings(small_corpus), tmp_path / "exp")
     assert len(closed) == 2

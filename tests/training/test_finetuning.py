@@ -37,7 +37,7 @@ from w2vscale.inference.utterances import find_utterances
 from w2vscale.interop.exporting import export_checkpoint
 from w2vscale.training import run as run_module
 from w2vscale.training.dry_run import dry_run
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 from w2vscale.training.warm_start import fine_tuning_config
 
 

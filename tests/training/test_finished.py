@@ -17,7 +17,7 @@ from w2vscale.checkpoint.format import encode, read_document
 from w2vscale.checkpoint.lock import locked
 from w2vscale.objectives.settings import load_settings
 from w2vscale.training.finished import finished_run
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 STATE = "train_state.json"
 WEIGHTS = "shard-00001-model-00001-of-00001.safetensors"

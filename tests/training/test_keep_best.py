@@ -21,6 +21,7 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.files import read_metrics
 from w2vscale.training import loop
+from w2vscale.training.train import train
 
 
 @pytest.fixture
@@ -55,11 +56,11 @@ def test_the_best_are_kept_over_a_resume_and_averaged(
     ]  # fmt: skip
     exp = tmp_path / "exp"
     losses += [1.0, math.inf, 3.0, 4.0]
-    assert loop.train(load_config("base", [*settings, "trainer.updates=7"]), exp) == 0
+    assert train(load_config("base", [*settings, "trainer.updates=7"]), exp) == 0
     assert kept(exp) == {2: 1.0, 6: 3.0, 7: 4.0}
 
     losses += [2.0, 5.0, 6.0]
-    assert loop.train(load_config("base", [*settings, "trainer.updates=11"]), exp) == 0
+    assert train(load_config("base", [*settings, "trainer.updates=11"]), exp) == 0
     assert kept(exp) == {2: 1.0, 8: 2.0, 11: 6.0}
     validated = {record["update"]: record["loss"] for record in read_metrics(exp / "metrics.jsonl", "validation")}
     assert validated == {2: 1.0, 4: None, 6: 3.0, 7: 4.0, 8: 2.0, 10: 5.0, 11: 6.0}
@@ -97,7 +98,7 @@ def test_fine_tuning_keeps_the_lowest_word_error_rate(monkeypatch: pytest.Monkey
     validate = loop.validate
     monkeypatch.setattr(loop, "validate", lambda *arguments: validate(*arguments) | to_come.pop(0))
     exp = tmp_path / "exp"
-    assert loop.train(load_config("base", settings), exp) == 0
+    assert train(load_config("base", settings), exp) == 0
     assert kept(exp) == {2: 2.0, 4: 0.5}
     found = average(exp, tmp_path / "mean", best=2)
     assert (found.metric, found.scores) == ("wer", {2: 0.4, 4: 0.7})
@@ -112,7 +113,7 @@ def test_a_validation_without_the_metric_is_a_warning(
     settings = [*SPELLING, f"data.train={corpus}", f"data.validation={corpus}", "trainer.updates=2", "model.layers=1"]
     validate = loop.validate
     monkeypatch.setattr(loop, "validate", lambda *arguments: validate(*arguments) | {"loss": math.nan})
-    assert loop.train(load_config("base", [*settings, "schedule.warmup_updates=1"]), tmp_path / "exp") == 0
+    assert train(load_config("base", [*settings, "schedule.warmup_updates=1"]), tmp_path / "exp") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "warning: the validation has no finite loss (trainer.best_metric)" in printed
     assert "loss" not in open_checkpoint(tmp_path / "exp").state.validation
@@ -122,7 +123,7 @@ def test_validations_without_a_checkpoint_are_a_warning(tmp_path: Path, capsys: 
     corpus = write_spelled(tmp_path / "corpus", some_texts(4))
     settings = [*SPELLING, f"data.train={corpus}", f"data.validation={corpus}", "trainer.updates=2", "model.layers=1"]
     own = ["schedule.warmup_updates=1", "checkpoint.keep_best=1", "checkpoint.every=6", "trainer.validate_every=4"]
-    assert loop.train(load_config("base", [*settings, *own]), tmp_path / "exp") == 0
+    assert train(load_config("base", [*settings, *own]), tmp_path / "exp") == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "checkpoint.every=6 does not divide trainer.validate_every=4" in printed
 
@@ -130,7 +131,7 @@ def test_validations_without_a_checkpoint_are_a_warning(tmp_path: Path, capsys: 
 def test_real_validation_reports_a_word_error_rate(tmp_path: Path) -> None:
     corpus = write_spelled(tmp_path / "corpus", some_texts(4))
     settings = [*SPELLING, f"data.train={corpus}", f"data.validation={corpus}", "trainer.updates=4", "model.layers=1"]
-    assert loop.train(load_config("base", settings), tmp_path / "exp") == 0
+    assert train(load_config("base", settings), tmp_path / "exp") == 0
     (record,) = read_metrics(tmp_path / "exp" / "metrics.jsonl", "validation")
     assert record["wer"] >= 1.0 and record["wer"] == open_checkpoint(tmp_path / "exp").state.validation["wer"]
     evaluated = evaluate_checkpoint(tmp_path / "exp", [corpus])
@@ -149,6 +150,6 @@ def test_a_metric_that_does_not_exist_is_an_error(settings: tuple[str, ...], mes
     corpus = write_spelled(tmp_path / "corpus", some_texts(2))
     config = load_config("base", [*settings, f"data.train={corpus}", "trainer.best_metric=cer"])
     with pytest.raises(UserError) as caught:
-        loop.train(config, tmp_path / "exp")
+        train(config, tmp_path / "exp")
     assert str(caught.value) == f"trainer.best_metric=cer: {message}"
     assert not (tmp_path / "exp").exists()

@@ -16,8 +16,8 @@ from tests.helpers.micro import MICRO_RUN
 from tests.helpers.processes import Command
 from tests.training.test_resume import wait_for_update, weights
 from w2vscale.config import load_config
-from w2vscale.training.loop import train
 from w2vscale.training.observing import histogram, is_due
+from w2vscale.training.train import train
 
 ALL = ("logging.samples_every=1", "logging.histograms_every=1", "logging.attention_layers=[1,2,-1]")
 MEASURED = {"audio_seconds_per_second", "updates_per_second", "data_wait_fraction", "peak_memory_gib"}

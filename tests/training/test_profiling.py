@@ -13,7 +13,7 @@ from tests.helpers.micro import MICRO_RUN
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 SETTINGS = (*MICRO_RUN, "model.layers=1", "batch.micro_batches=2", "trainer.updates=6", "checkpoint.every=2")
 

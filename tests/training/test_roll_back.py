@@ -26,7 +26,8 @@ from w2vscale.corpora.shar import write_shards
 from w2vscale.errors import UserError
 from w2vscale.files import read_records
 from w2vscale.training import loop
-from w2vscale.training.loop import Trainer, train
+from w2vscale.training.loop import Trainer
+from w2vscale.training.train import train
 
 BAD = (8, 9)
 """Windows that give a high loss. The trouble begins after update 8 and has lasted for two lines at update 10."""

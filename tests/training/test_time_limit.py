@@ -14,8 +14,9 @@ from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import load_config
 from w2vscale.files import read_metrics
 from w2vscale.training import time_limit
-from w2vscale.training.loop import Trainer, train
+from w2vscale.training.loop import Trainer
 from w2vscale.training.time_limit import TimeLimit
+from w2vscale.training.train import train
 
 
 @pytest.fixture

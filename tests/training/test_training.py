@@ -34,7 +34,7 @@ from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.runtime import StopRequest
 from w2vscale.training import run
 from w2vscale.training.dry_run import dry_run
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 
 def settings(manifest: Path, *overrides: str) -> Config:

@@ -20,7 +20,7 @@ from w2vscale.files import read_records
 from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.training import display, metrics, summary
 from w2vscale.training.display import Verbosity, duration, wrapped
-from w2vscale.training.loop import train
+from w2vscale.training.train import train
 
 GOLDEN = Path(__file__).with_name("transcripts.txt")
 REWRITE = "REWRITE_TRANSCRIPTS"

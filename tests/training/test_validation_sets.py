@@ -15,6 +15,7 @@ from w2vscale.errors import UserError
 from w2vscale.evaluation.validation import evaluate_checkpoint
 from w2vscale.files import read_metrics
 from w2vscale.training import loop
+from w2vscale.training.train import train
 
 SETTINGS = (*MICRO_RUN, "model.layers=1", "batch.micro_batches=2", "trainer.updates=4", "trainer.validate_every=2")
 
@@ -35,7 +36,7 @@ def test_each_set_has_the_metrics_that_evaluate_finds(
     small_corpus: SmallCorpus, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     exp = tmp_path / "exp"
-    assert loop.train(load_config("base", settings(small_corpus, other)), exp) == 0
+    assert train(load_config("base", settings(small_corpus, other)), exp) == 0
     printed = capsys.readouterr().out
     sets = {
         "validation": [small_corpus.validation],
@@ -70,10 +71,10 @@ def test_nothing_is_written_of_a_validation_that_a_signal_ends(
         return working(trainer, name)
 
     monkeypatch.setattr(loop.Trainer, "_metrics_of", signalled)
-    assert loop.train(config, exp) == 128 + signal.SIGTERM
+    assert train(config, exp) == 128 + signal.SIGTERM
     assert open_checkpoint(exp).state.update == 2 and not read_metrics(exp / "metrics.jsonl", "validation")
     monkeypatch.undo()
-    assert loop.train(config, exp) == 0
+    assert train(config, exp) == 0
     for split in ("validation", "validation_other-1", "validation_both_2"):
         assert [line["update"] for line in read_metrics(exp / "metrics.jsonl", split)] == [2, 4]
 
@@ -101,4 +102,4 @@ def test_a_missing_manifest_is_named(small_corpus: SmallCorpus, tmp_path: Path) 
     given = [*SETTINGS, f"data.train={small_corpus.train}", f"data.validation={small_corpus.validation}"]
     config = load_config("base", [*given, "data.validation_sets.far=missing.jsonl"])
     with pytest.raises(UserError, match=r"missing\.jsonl: no such manifest"):
-        loop.train(config, tmp_path / "exp")
+        train(config, tmp_path / "exp")

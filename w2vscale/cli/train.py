@@ -171,7 +171,7 @@ def _check_early(config: Config, exp: Path, resume: str, verbosity: Verbosity, *
 
 def _run(config: Config, exp: Path, resume: str, context: typer.Context, verbosity: Verbosity) -> NoReturn:
     from w2vscale import runtime
-    from w2vscale.training.loop import train
+    from w2vscale.training.train import train
 
     between_steps = runtime.collected_between_steps
     with runtime.training(compile=config.engine.compile) as stop:

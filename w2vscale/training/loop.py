@@ -6,11 +6,9 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,20 +16,15 @@ from torch import nn
 
 from w2vscale.checkpoint.format import committed, update_of
 from w2vscale.checkpoint.lock import Lock
-from w2vscale.config import Config
-from w2vscale.data.loading import end_loader_processes, loader_processes
+from w2vscale.data.loading import end_loader_processes
 from w2vscale.data.micro_batch import BadAudio, MicroBatch
 from w2vscale.distributed.process_group import (
-    TIMEOUT,
-    Patience,
     broadcast_from_main,
     errors_on_all_ranks,
     gather_from_ranks,
     largest_over_ranks,
-    process_group,
     sum_over_ranks,
 )
-from w2vscale.engine.memory import explain_oom
 from w2vscale.engine.transforms import compiled_graphs
 from w2vscale.errors import TemporaryError, UserError
 from w2vscale.evaluation.validation import validate
@@ -39,86 +32,24 @@ from w2vscale.objectives import Objective, StepContext, Sums
 from w2vscale.optim.schedules import learning_rate
 from w2vscale.runtime import Interrupted, StopRequest
 from w2vscale.training.agreement import compare_ranks, planned_work
-from w2vscale.training.calibration import micro_batches_per_forward
 from w2vscale.training.callbacks import Callbacks
-from w2vscale.training.display import Display, Verbosity
+from w2vscale.training.display import Display
 from w2vscale.training.early_stopping import Progress, describe_end, early_end
 from w2vscale.training.efficiency import mfu_per_rate
-from w2vscale.training.exclusive import locked_by_main, mirrored_by_main
-from w2vscale.training.folder import make_folder
 from w2vscale.training.health import History, Trouble, examine, examine_all
 from w2vscale.training.metrics import Meter
 from w2vscale.training.observing import log_histograms, log_samples, open_loggers
 from w2vscale.training.pending import HostCopy, Mark, PendingUpdate
 from w2vscale.training.profiling import Profiler
-from w2vscale.training.replay import Window, keep_window
-from w2vscale.training.run import Run, build_run
-from w2vscale.training.run_log import RunLog
-from w2vscale.training.summary import describe_start
+from w2vscale.training.run import Run
+from w2vscale.training.skips import explain_skips
 from w2vscale.training.time_limit import TimeLimit
-from w2vscale.training.watchdog import SLOW, Watchdog
+from w2vscale.training.uploads import finish_uploads
+from w2vscale.training.watchdog import Watchdog
 
 SLOW_LOADING = 0.3  # warn when more than this fraction of the time is spent waiting for data
 SLOW_UPDATE = 5.0  # seconds; a stop signal interrupts longer updates between two forwards
-UPLOAD_POLL = 1.0  # seconds between looks at the clock while the last checkpoint is uploaded
-LAST_UPLOAD = 300.0  # seconds for which a failing upload of the last checkpoint is tried again
 ROLL_BACKS = 3  # to the same checkpoint; trouble that comes back once more ends the run
-
-
-def train(
-    config: Config,
-    exp: Path,
-    *,
-    resume: str = "auto",
-    command: Sequence[str] | None = None,
-    stop: StopRequest | None = None,
-    verbosity: Verbosity = "normal",
-    callbacks: Callbacks = Callbacks(),  # noqa: B008 - it cannot change
-    around_updates: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> int:
-    """Train up to `trainer.updates`, on all ranks. Return 0, or 128 + the number of the signal that stopped the run.
-
-    Return 75 if `trainer.max_hours` are over, or the run is complete, but the last checkpoint could not be uploaded to
-    `checkpoint.store`; the same command continues or uploads it. `exp` is the folder of the run; for `resume` see
-    `build_run`; `command` are arguments of `w2vscale` to write into run.sh. `stop` is checked in every update.
-    `around_updates` makes a context that is entered after everything is built and exited after the last update. Raises
-    UserError if a setting, a file or the environment
-    is wrong, or another run uses the folder; existing checkpoints are not changed. The process must be prepared first:
-    see `runtime.training`.
-    """
-    stop = stop or StopRequest()
-    limit = TimeLimit(config.trainer.max_hours, grace=config.checkpoint.grace_seconds)
-    # Ranks wait for each other as long as the watchdog lets the slowest one take.
-    timeout = max(TIMEOUT, timedelta(seconds=SLOW * config.watchdog.seconds + 60))
-    with process_group(needed=config.engine.name != "ddp", timeout=timeout) as (ranks, device):
-        run_log = RunLog(exp, ranks)
-        display = Display(total=config.trainer.updates, enabled=ranks.is_main, verbosity=verbosity, run_log=run_log)
-        seconds, grace = config.watchdog.seconds, config.checkpoint.grace_seconds
-        watchdog = Watchdog(ranks, exp / "logs", seconds=seconds, stop=stop, grace=grace, log=run_log.line)
-        patience = Patience(partial(watchdog.at, "reading checkpoints or their store", slow=True))
-        with (
-            run_log.errors(),
-            locked_by_main(exp, ranks, display.message) as lock,
-            watchdog,
-            mirrored_by_main(config, exp, ranks, resume, display.message, patience) as mirror,
-            loader_processes(),
-        ):
-            run_log.open()
-            log, began = display.message, time.monotonic()
-            run = build_run(
-                config, exp, ranks=ranks, device=device, resume=resume, log=log, mirror=mirror, patience=patience
-            )
-            with closing(run.engine):
-                ended = early_end(run.config, exp, ranks, run.state.update)
-                finished = ended is not None or run.state.update >= config.trainer.updates
-                make_folder(exp, run.config, ranks, command, finished=finished)
-                run_log.open()
-                with explain_oom(config.batch):
-                    per_forward = micro_batches_per_forward(run, display.message)
-                    display.starting(describe_start(run, per_forward))
-                    display.detail(f"the run was built in {time.monotonic() - began:.1f} s")
-                    with around_updates():
-                        return Trainer(run, stop, watchdog, per_forward, display, lock, callbacks, limit, ended).train()
 
 
 class Agreement(NamedTuple):
@@ -338,32 +269,14 @@ class Trainer:
         """Wait until the last checkpoint is written and uploaded. Returns whether it is in the store. Collective."""
         self.watchdog.at("saving", slow=True)
         self.run.store.wait()
-        uploaded = self.config.checkpoint.store is None or self._finish_uploads()
+        uploaded = True
+        if self.config.checkpoint.store is not None:
+            note = partial(self.watchdog.at, "uploading the last checkpoint", slow=True)
+            grace = self.config.checkpoint.grace_seconds
+            uploaded = finish_uploads(self.run.store.mirror, self.stop, self.limit, grace=grace, note=note)
         if unusable := self.run.bad_audio.summary():
             self.display.important(unusable)
         return uploaded
-
-    def _finish_uploads(self) -> bool:
-        """Wait until the last checkpoint is uploaded, or cannot be. Returns whether it is in the store. Collective.
-
-        An upload that fails is tried again for LAST_UPLOAD seconds; after a stop signal, only for the grace time, and
-        never longer than `trainer.max_hours`.
-        """
-        mirror, grace, began = self.run.store.mirror, self.config.checkpoint.grace_seconds, time.monotonic()
-        if mirror is not None:
-            mirror.hurry()
-        while True:
-            self.watchdog.at("uploading the last checkpoint", slow=True)
-            arrived = self.stop.arrived()
-            end = math.inf if arrived is None else arrived[1] + grace - min(10.0, 0.4 * grace)
-            end = min(end, self.limit.deadline)
-            over = mirror is not None and mirror.wait(min(UPLOAD_POLL, max(end - time.monotonic(), 0.0)))
-            if mirror is not None and mirror.failing and time.monotonic() - began > LAST_UPLOAD:
-                over = True
-            late = time.monotonic() >= end
-            if largest_over_ranks([over or late])[0]:
-                # If it is not there, the mirror says so when it is closed, in the last line of the run.
-                return broadcast_from_main(mirror is None or mirror.complete)
 
     def _settle(self) -> None:
         """Wait for the pending update and count it.
@@ -388,25 +301,8 @@ class Trainer:
             f"(micro-batches {first} to {first + count - 1})"
         )
         if self.skipped_in_a_row >= self.config.trainer.max_skipped_in_a_row:
-            raise UserError(self._explain_skips(pending))
-
-    def _explain_skips(self, last: PendingUpdate) -> str:
-        """Keep the window of the last skipped update, and say what to do. Collective."""
-        self.watchdog.at("saving the window of a skipped update", slow=True)
-        self.run.store.wait()
-        newest = committed(self.run.store.folder)[-1:]
-        resume = f"continue from {newest[0]}, which is finite" if newest else "start again"
-        window = Window(last.window, last.number - 1, self.per_forward, last.denominator)
-        finite = all(bool(field.isfinite().all()) for field in last.sums)
-        try:
-            kept = keep_window(self.run, window, finite=finite)
-            cause = f"find the module with: w2vscale replay {kept}"
-        except UserError as error:
-            cause = str(error)
-        return (
-            f"{self.skipped_in_a_row} updates in a row had gradients that are not finite, the last is update "
-            f"{last.number}; {cause}; lower optim.lr ({self.config.optim.lr:g}) and {resume}"
-        )
+            self.watchdog.at("saving the window of a skipped update", slow=True)
+            raise UserError(explain_skips(self.run, pending, self.skipped_in_a_row, per_forward=self.per_forward))
 
     def _log_validate_save(self) -> Trouble | None:
         """Log, validate and save if it is time. Return trouble because of which the run has to go back. Collective.

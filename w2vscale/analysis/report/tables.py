@@ -226,7 +226,7 @@ def _parameters(start: Start) -> str:
 
 def _memory(run: Run) -> str | None:
     peaks = [record["peak_memory_gib"] for record in run.train if record.get("peak_memory_gib") is not None]
-    return f"{max(peaks):.1f} GiB per GPU" if peaks else None
+    return f"{max(peaks):.1f} GiB per rank" if peaks else None
 
 
 def _software(start: Start) -> str:
