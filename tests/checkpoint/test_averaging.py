@@ -127,7 +127,7 @@ def test_what_cancels_in_fp32_is_not_lost(tmp_path: Path) -> None:
 def test_a_value_that_is_not_finite_is_not_committed(run: Path, tmp_path: Path, value: float) -> None:
     """This version does not write such checkpoints, but finds nothing wrong with the files of one."""
     change_committed(run / "checkpoints" / "update_00000006", lambda tensors, _: tensors[f"model.{BIAS}"].fill_(value))
-    with pytest.raises(UserError, match=rf"^[^\n]*0008: not committed: model\.{BIAS} holds .* not finite[^\n]*$"):
+    with pytest.raises(UserError, match=rf"(?m)^[^\n]*0008: not committed: model\.{BIAS} holds .* not finite[^\n]*$"):
         average(run, tmp_path / "out", last=2)
     assert list((tmp_path / "out").rglob("*")) == [tmp_path / "out" / "checkpoints"]
 

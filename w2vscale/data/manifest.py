@@ -207,7 +207,8 @@ def check_manifests(data: DataConfig) -> None:
     """Raise UserError if a manifest that is a file, or its index, is missing or cannot be used. Takes little time."""
     if data.mode == "stream":
         return
-    for setting, places in (("data.train", data.train), ("data.validation", data.validation)):
+    further = ((f"data.validation_sets.{name}", places) for name, places in data.validation_sets.items())
+    for setting, places in (("data.train", data.train), ("data.validation", data.validation), *further):
         files = [place for place in places if isinstance(place, Path)]
         if files or (setting == "data.train" and not places):
             Corpus(files, setting=setting, schemes=data.url_schemes)
