@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w2vscale.evaluation.edits import aligned_words
+from w2vscale.evaluation.edits import aligned_words, alignment_lines
 from w2vscale.evaluation.wer import EditCounts, score
 
 TEXTS = st.lists(st.sampled_from("abcd"), min_size=1, max_size=9).map(" ".join)
@@ -31,3 +31,22 @@ def test_it_has_the_edits_that_jiwer_counts(reference: str, hypothesis: str) -> 
         insertions=sum(not word for word, _ in pairs),
     )
     assert found == score("u", reference, hypothesis).words
+
+
+def test_alignments_wrap_at_the_width_of_the_terminal() -> None:
+    assert alignment_lines("the cat sat down", "the bat sat down now", width=30) == [
+        "reference   the cat sat down",
+        "hypothesis  the bat sat down",
+        "edits           S",
+        "reference   ***",
+        "hypothesis  now",
+        "edits       I",
+    ]
+    assert alignment_lines("a long reference", "a", width=80) == [
+        "reference   a long reference",
+        "hypothesis  a **** *********",
+        "edits         D    D",
+    ]
+    # A character of Chinese takes two cells.
+    assert alignment_lines("你好 b", "你 b", width=80) == ["reference   你好 b", "hypothesis  你   b", "edits       S"]
+    assert max(map(len, alignment_lines("word " * 40, "ward " * 38, width=40))) <= 40

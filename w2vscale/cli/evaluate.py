@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,6 +100,7 @@ def _evaluate_wer(
     weights: str | None,
 ) -> None:
     from w2vscale.distributed.process_group import LONG_TIMEOUT, process_group
+    from w2vscale.evaluation.edits import alignment_lines
     from w2vscale.evaluation.wer import describe_rate, score_checkpoint
     from w2vscale.inference.pretrained import load_on_all_ranks
 
@@ -111,9 +112,15 @@ def _evaluate_wer(
     if not ranks.is_main:
         return
     for one in reversed(found.worst(worst)):
-        console.print(f"{one.utterance} ({one.speaker}): {one.words.rate:.1%}\n{one.alignment}\n")
-    rows = [(speaker, f"{counts.reference:,}", f"{counts.rate:.2%}") for speaker, counts in found.speakers.items()]
-    print_table(("speaker", "words", "WER"), rows)
+        console.print(f"{one.utterance} ({one.speaker}): WER {one.words.rate:.1%}")
+        console.print("\n".join(alignment_lines(one.reference, one.hypothesis, width=console.width)) + "\n")
+    print_table(
+        ("speaker", "words", "substitutions", "deletions", "insertions", "WER"),
+        [
+            (speaker, *(f"{number:,}" for number in astuple(counts)), f"{counts.rate:.2%}")
+            for speaker, counts in found.speakers.items()
+        ],
+    )
     console.print(f"{counted(len(found.utterances), 'utterance')}, {len(found.bad)} skipped")
     for kind, count in Counter(one.kind for one in found.bad).most_common():
         first = next(one for one in found.bad if one.kind == kind)

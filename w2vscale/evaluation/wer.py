@@ -49,7 +49,6 @@ class UtteranceScore:
     hypothesis: str
     words: EditCounts
     characters: EditCounts
-    alignment: str
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,7 @@ def score(utterance: str, reference: str, hypothesis: str, *, speaker: str = "un
         raise UserError("jiwer is not installed: pip install 'w2vscale[decode]'") from None
     words = jiwer.process_words(reference, hypothesis)
     characters = jiwer.process_characters(reference, hypothesis)
-    lines = jiwer.visualize_alignment(words, show_measures=False, skip_correct=False).splitlines()
-    alignment = "\n".join(line for line in lines if line.strip() and not line.startswith("==="))
-    return UtteranceScore(utterance, speaker, reference, hypothesis, _counts(words), _counts(characters), alignment)
+    return UtteranceScore(utterance, speaker, reference, hypothesis, _counts(words), _counts(characters))
 
 
 def summarise(utterances: list[UtteranceScore], bad: list[BadAudio]) -> Score:
