@@ -76,7 +76,12 @@ class Launched:
             text=True,
             env=os.environ
             | held
-            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "TMPDIR": str(self.temporary)},
+            | {
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+                "TMPDIR": str(self.temporary),
+                "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),  # PyTorch makes it in TMPDIR otherwise
+            },
         )
 
     def wait_for_update(self, update: int) -> None:

@@ -122,6 +122,7 @@ class Chaos:
         environment = os.environ | {
             MARK: self.mark, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{self.folder}{os.pathsep}{ROOT}",
             "TMPDIR": str(self.temporary), "PHASES": str(self.phases),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),  # PyTorch makes it in TMPDIR otherwise
         }  # fmt: skip
         for notes in self.phases.iterdir():
             notes.unlink()
