@@ -47,6 +47,7 @@ class Display:
             progress.TextColumn("{task.fields[rate]}"),
             progress.TextColumn("{task.fields[left]}"),
             console=self.console,
+            refresh_per_second=2,
             disable=not (enabled and self.console.is_terminal) or verbosity == "quiet",
             transient=True,
         )
