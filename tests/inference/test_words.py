@@ -269,5 +269,5 @@ def test_subtitles_of_utterances_are_one_sequence() -> None:
 def test_options_that_cannot_be_used(tmp_path: Path, arguments: list[str], message: str) -> None:
     for name in ("a.wav", "b.wav"):
         write_audio(tmp_path / name, noise(0.5))
-    result = CliRunner().invoke(app, ["transcribe", "exp/none", str(tmp_path), *arguments])
+    result = CliRunner().invoke(app, ["transcribe", str(tmp_path), str(tmp_path), *arguments])
     assert isinstance(result.exception, UserError) and str(result.exception) == message

@@ -35,7 +35,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pipe": {"columns": None},
     "pipe, --verbose": {"columns": None, "verbosity": "verbose"},
 }
-METRICS = {"loss": 4.3125, "accuracy": 0.0703, "code_perplexity_0": 11.9, "code_perplexity_1": 8.1}
+METRICS = {
+    "loss": 4.3125,
+    "accuracy": 0.0703,
+    "code_perplexity_0": 11.9,
+    "code_perplexity_1": 8.1,
+    "used_entries_0": 15,
+    "used_entries_1": 14,
+}
 SPEEDS = {
     "grad_norm": 1.25,
     "audio_seconds_per_second": 812.4,
@@ -84,15 +91,15 @@ def shown(
     corpus: SmallCorpus, exp: Path, patch: pytest.MonkeyPatch,
     *, columns: int | None, color: bool = True, verbosity: Verbosity = "normal",
 ) -> tuple[str, bool]:  # fmt: skip
-    """What a run of four updates leaves on the screen, and whether something is in colour."""
+    """What a run of six updates leaves on the screen, and whether something is in colour."""
     stream = io.StringIO() if columns is None else Terminal()
     patch.setattr("sys.stdout", stream)
     patch.setenv("TERM", "xterm-256color")
     patch.delenv("COLORTERM", raising=False)
     patch.setenv("COLUMNS", str(columns or 80))
     patch.setenv("NO_COLOR", "" if color else "1")
-    validation = (f"data.validation={corpus.validation}", "trainer.validate_every=4")
-    few = ("trainer.updates=4", "schedule.warmup_updates=2", "checkpoint.every=2", "logging.every=2")
+    validation = (f"data.validation={corpus.validation}", "trainer.validate_every=6")
+    few = ("trainer.updates=6", "schedule.warmup_updates=2", "checkpoint.every=3", "logging.every=2")
     assert (
         train(
             load_config("base", [*MICRO_RUN, f"data.train={corpus.train}", *validation, *few]), exp, verbosity=verbosity

@@ -142,6 +142,11 @@ class CheckpointStore:
                 writing.result()
 
     @property
+    def newest(self) -> int:
+        """Update of the newest checkpoint that this store has written or found to be intact; -1 if none."""
+        return self._intact
+
+    @property
     def failed(self) -> bool:
         """Whether writing in the background has failed on this rank, so that `wait` will raise. Not collective."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None

@@ -241,7 +241,7 @@ class BestRq(Objective):
         codes = "/".join(f"{metrics[f'code_perplexity_{one}']:.0f}" for one in range(self.settings.codebooks))
         return (
             f"loss {metrics['loss']:.3f} nats  accuracy {metrics['accuracy']:.4f} (chance "
-            f"{metrics['most_frequent']:.4f})  target codes {codes} of {self.settings.codebook_entries}"
+            f"{metrics['most_frequent']:.4f})  target perplexity {codes} of {self.settings.codebook_entries}"
         )
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:

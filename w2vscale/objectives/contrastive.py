@@ -231,11 +231,13 @@ class Contrastive(Objective):
         return {"temperature": self.settings.temperature(update)}
 
     def line(self, metrics: Mapping[str, float]) -> str:
-        codes = "/".join(f"{metrics[f'code_perplexity_{one}']:.0f}" for one in range(self.settings.codebooks))
+        books = range(self.settings.codebooks)
+        used = "/".join(f"{metrics[f'used_entries_{book}']:.0f}" for book in books)
+        perplexity = "/".join(f"{metrics[f'code_perplexity_{book}']:.0f}" for book in books)
         chance = 1.0 / (1 + self.settings.negatives)
         return (
             f"loss {metrics['loss']:.3f} nats  accuracy {metrics['accuracy']:.3f} (chance {chance:.3f})"
-            f"  codes {codes} of {self.settings.codebook_entries}"
+            f"  codes used {used} of {self.settings.codebook_entries} (perplexity {perplexity})"
         )
 
     def table(self, metrics: Mapping[str, float]) -> dict[str, str]:

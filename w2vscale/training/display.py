@@ -15,12 +15,13 @@ from rich.text import Text
 from w2vscale.objectives.base import Finding
 from w2vscale.terminal import VisibleConsole, visible
 from w2vscale.training.run_log import RunLog
-from w2vscale.training.summary import Start
+from w2vscale.training.summary import Start, hours
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 WARNING = "warning: "
 INDENT = 2
 FORECAST = 60.0  # seconds; the duration of shorter runs is not announced
+FORECAST_LINE = 2  # the line of metrics after which it is: the first one has the time of compilation
 
 
 class Display:
@@ -40,6 +41,7 @@ class Display:
         self.update = 0
         self._saved: int | None = None  # update of the newest checkpoint
         self._began: tuple[int, float] | None = None  # update and time of the first training metrics
+        self._lines = 0  # of training metrics since the start
         self._progress = progress.Progress(
             progress.TextColumn("update"),
             progress.MofNCompleteColumn(),
@@ -87,7 +89,7 @@ class Display:
         left_at, self.update = self.update, update
         self._event("roll_back", left_at=left_at, text=text)
         self._show(text, "yellow", always=True)
-        self._began = None
+        self._began, self._saved = None, update
 
     def stopped(self, text: str) -> None:
         """Show why the run ended before its last update."""
@@ -108,17 +110,16 @@ class Display:
         for name, text in start.rows():
             self._show(text, "", prefix=f"{name:{width}}")
 
-    def advance(self, update: int, *, saved: bool = False) -> None:
-        """Move the progress bar to `update`, whose checkpoint was `saved`."""
+    def advance(self, update: int, *, saved: int) -> None:
+        """Move the progress bar to `update`. `saved`: the update of the newest checkpoint that is complete."""
         self.update = update
-        if saved:
-            self._saved = update
+        if saved >= 0:
+            self._saved = saved
         self._progress.update(self._task, completed=update)
 
     def training(self, update: int, line: str, values: Mapping[str, float]) -> None:
         """Show training metrics: the objective's own `line`, then those that all objectives have."""
         self.update = update
-        first = self._began is None
         left = self._seconds_left(update, values["updates_per_second"])
         rate = f"{values['audio_seconds_per_second']:,.0f}x real time"
         self._progress.update(self._task, completed=update, rate=rate, left=f"{duration(left)} left")
@@ -131,16 +132,17 @@ class Display:
             *([f"MFU {values['mfu']:.1%}"] if "mfu" in values else []),
             f"data wait {values['data_wait_fraction']:.0%}",
             f"memory {values['peak_memory_gib']:.1f} GiB",
-            f"{values['hours_seen']:,.2f} h seen",
+            f"{hours(values['hours_seen'])} seen",
             f"checkpoint {self._saved:,}" if self._saved is not None else "no checkpoint",
             *([f"{duration(left)} left"] if left else []),
         ]
         self._show("  ".join(fields), "")
-        if first and left >= FORECAST:
-            end = datetime.now() + timedelta(seconds=left)
+        self._lines += 1
+        if self._lines == FORECAST_LINE and left >= FORECAST:
+            end = datetime.now().astimezone() + timedelta(seconds=left)
             self.message(
                 f"expected duration: {duration(left)} for the next {self.total - update:,} updates, until "
-                f"{end:%a %d %b %Y, %H:%M}"
+                f"{end:%a %d %b %Y, %H:%M %Z}"
             )
 
     def validation(self, update: int, line: str, name: str = "validation") -> None:

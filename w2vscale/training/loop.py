@@ -332,7 +332,7 @@ class Trainer:
         if saving or self.ended is not None:
             self._save()
         self.meter.exclude(time.perf_counter() - began)
-        self.display.advance(update, saved=self.saved == update)
+        self.display.advance(update, saved=self.run.store.newest)
         return None
 
     def _lasting_trouble(self) -> Trouble | None:

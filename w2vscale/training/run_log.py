@@ -30,6 +30,7 @@ class RunLog:
         self._folder = exp / "logs"
         self._source = f"[rank {ranks.rank} on {socket.gethostname()}] " if ranks.world_size > 1 else ""
         self._main = ranks.is_main
+        self.update = 0  # of the newest event, and so of an error
         self._early: list[str] | None = []
 
     def open(self) -> None:
@@ -58,6 +59,8 @@ class RunLog:
         except UserError as error:
             if self._main or ON_ALL_RANKS not in getattr(error, "__notes__", ()):
                 self.line(f"error: {error}")
+            if self._main:
+                self.event("stop", self.update, text=str(error))
             raise
         except Exception as error:
             self.line("".join(traceback.format_exception(error)))
@@ -68,6 +71,7 @@ class RunLog:
 
     def event(self, name: Event, update: int, **values: object) -> None:
         """Append an event to `logs/events.jsonl`."""
+        self.update = update
         if self._early is None:
             with suppress(UserError):
                 append_records(self._folder / EVENTS, [{"event": name, "time": now(), "update": update, **values}])

@@ -35,7 +35,7 @@ class Amount:
 
     def __str__(self) -> str:
         padding = "" if self.padding is None else f", {self.padding:.1%} padding"
-        return f"{audio(self.hours)} in {counted(self.utterances, 'utterance')}{padding}"
+        return f"{hours(self.hours)} in {counted(self.utterances, 'utterance')}{padding}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Start:
     def rows(self) -> list[tuple[str, str]]:
         """Return what to show: pairs of a name and a text."""
         frozen = self.parameters - self.trained_parameters
-        epochs, hours = self.exposure.epochs or 0.0, self.exposure.hours
+        epochs, amount = self.exposure.epochs or 0.0, self.exposure.hours
         return [
             ("run", f"{self.exp}, {f'from update {self.update:,}' if self.update else 'new'}, seed {self.seed}"),
             ("devices", f"{self.devices_in_words}, on {self.hosts_in_words}"),
@@ -105,7 +105,7 @@ class Start:
             ),
             (
                 "length",
-                f"{counted(self.exposure.updates, 'update')}, {significant(epochs)} epochs, {audio(hours)} of audio",
+                f"{counted(self.exposure.updates, 'update')}, {significant(epochs)} epochs, {hours(amount)} of audio",
             ),
         ]
 
@@ -158,9 +158,9 @@ def describe_start(run: Run, per_forward: int) -> Start:
     )
 
 
-def audio(hours: float) -> str:
-    """An amount of audio in hours, or in minutes below one hour."""
-    return f"{significant(hours)} hours" if hours >= 1 else f"{significant(60 * hours)} minutes"
+def hours(number: float) -> str:
+    """An amount of audio, in hours whatever it is, so that lines can be compared."""
+    return f"{significant(number)} h"
 
 
 def significant(number: float) -> str:
