@@ -24,7 +24,7 @@ from w2vscale.training.train import train
 
 GOLDEN = Path(__file__).with_name("transcripts.txt")
 REWRITE = "REWRITE_TRANSCRIPTS"
-"""Set this variable to write the golden file anew; then read the difference."""
+"""Set this variable to rewrite the golden file; then read the difference."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "60 columns": {"columns": 60},

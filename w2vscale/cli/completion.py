@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import typer
 
-RUNS = Path("exp")  # where `train` puts runs unless it is told another folder
+RUNS = Path("exp")  # the default folder of `train`
 IN_BASH = "complete_bash"
 VARIABLE = "_W2VSCALE_COMPLETE"  # how the shell asks for a completion; see Typer
 

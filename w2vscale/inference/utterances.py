@@ -40,7 +40,7 @@ class Utterance:
     speaker: str = "unknown"  # the first one that a manifest names
     overhang: AudioError | None = None  # why the transcript is not that of the audio, if it is not
     path: str = ""  # of a file below the folder that was given; empty for an utterance of a manifest
-    recording: str = ""  # of which it is a part; empty if it is all of it
+    recording: str = ""  # its longer recording; empty if it is a whole one
     channel: int = 0  # of the recording, from 0
     start: float = 0.0  # in the recording, in seconds
 

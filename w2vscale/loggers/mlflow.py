@@ -1,4 +1,4 @@
-"""MLflow: a tracking server, or a database in a folder. (MLflow 3 has given up plain files.)"""
+"""MLflow: a tracking server, or a database in a folder. (MLflow 3 no longer stores runs in plain files.)"""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Row:
 def read_rows(exp: Path) -> list[Row]:
     """Read what a run has logged so far, by update. Of pictures and audio only the newest are kept.
 
-    Files that are missing or damaged are passed over: they are not worth a run.
+    Missing and damaged files are skipped, because a run must not end because of them.
     """
     rows: dict[int, Row] = {}
 

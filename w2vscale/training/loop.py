@@ -92,7 +92,7 @@ class Trainer:
         self.history = self._history()
         self.display, self.callbacks = display, callbacks
         self.lr = 0.0
-        self.shown: MicroBatch | None = None  # the validation micro-batch of which samples are logged
+        self.shown: MicroBatch | None = None  # the validation micro-batch whose samples are logged
         self.mfu_per_rate = mfu_per_rate(run)
         self.pending: PendingUpdate | None = None  # the last update, until `_settle`
         self.skipped_in_a_row = 0

@@ -46,7 +46,7 @@ def log_samples(
 ) -> None:
     """Log what the objective shows of a validation micro-batch, drawn on rank 0, if it is due. Collective.
 
-    A picture that cannot be drawn is not worth a run: a failure is only logged.
+    A picture that cannot be drawn does not end the run: the failure is logged.
     """
     every, trainer, layers = run.config.logging.samples_every, run.config.trainer, run.config.model.layers
     if batch is None or not is_due(update, every, step=trainer.validate_every, last=last):
