@@ -40,8 +40,8 @@ class TensorBoardLogger(Logger):
 
     TensorBoard drops the points that an interrupted run wrote after its checkpoint, because a new event file says where
     the run goes on (`purge_step`). Each axis has a folder, because this counts for all tags of a folder. Not every
-    reader drops texts, so they have a file of their own, which is rewritten. Files are begun when there is something to write: the
-    import takes seconds. Raises UserError if a file cannot be written.
+    reader drops texts, so they have a file of their own, which is rewritten. Files are begun when there is something to
+    write, because the import takes seconds. Raises UserError if a file cannot be written.
     """
 
     def __init__(self, facts: RunFacts) -> None:
