@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Mapping
-from datetime import datetime, tzinfo
+import signal
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from tests.helpers.micro import MICRO_RUN
 from w2vscale.config import load_config
 from w2vscale.files import read_records
 from w2vscale.objectives.contrastive import Contrastive
+from w2vscale.runtime import StopRequest
 from w2vscale.training import display, metrics, summary
+from w2vscale.training.callbacks import Callbacks
 from w2vscale.training.display import Verbosity, duration, wrapped
 from w2vscale.training.train import train
 
@@ -34,7 +37,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "80 columns, --quiet": {"columns": 80, "verbosity": "quiet"},
     "pipe": {"columns": None},
     "pipe, --verbose": {"columns": None, "verbosity": "verbose"},
-}
+    "60 columns, resumed with other settings, and stopped": {
+        "columns": 60, "more": ["trainer.updates=20", "health.loss_ratio=1.1"], "after": "pipe", "stop_at": 9,
+    },
+}  # fmt: skip
 METRICS = {
     "loss": 4.3125,
     "accuracy": 0.0703,
@@ -57,7 +63,10 @@ class FixedTime(datetime):
 
     @classmethod
     def now(cls, tz: tzinfo | None = None) -> FixedTime:
-        return cls(2026, 1, 2, 3, 4)
+        return cls(2026, 1, 2, 3, 4, tzinfo=UTC)
+
+    def astimezone(self, tz: tzinfo | None = None) -> FixedTime:
+        return self
 
 
 class Terminal(io.StringIO):
@@ -89,9 +98,13 @@ def fix_what_varies(patch: pytest.MonkeyPatch) -> None:
 
 def shown(
     corpus: SmallCorpus, exp: Path, patch: pytest.MonkeyPatch,
-    *, columns: int | None, color: bool = True, verbosity: Verbosity = "normal",
+    *, columns: int | None, color: bool = True, verbosity: Verbosity = "normal", more: Sequence[str] = (),
+    stop_at: int | None = None,
 ) -> tuple[str, bool]:  # fmt: skip
-    """What a run of six updates leaves on the screen, and whether something is in colour."""
+    """What a run of six updates, or with `more` settings, leaves on the screen, and whether something is in colour.
+
+    After the line of update `stop_at` it receives SIGTERM.
+    """
     stream = io.StringIO() if columns is None else Terminal()
     patch.setattr("sys.stdout", stream)
     patch.setenv("TERM", "xterm-256color")
@@ -99,13 +112,17 @@ def shown(
     patch.setenv("COLUMNS", str(columns or 80))
     patch.setenv("NO_COLOR", "" if color else "1")
     validation = (f"data.validation={corpus.validation}", "trainer.validate_every=6")
-    few = ("trainer.updates=6", "schedule.warmup_updates=2", "checkpoint.every=3", "logging.every=2")
-    assert (
-        train(
-            load_config("base", [*MICRO_RUN, f"data.train={corpus.train}", *validation, *few]), exp, verbosity=verbosity
-        )
-        == 0
-    )
+    few = ("trainer.updates=6", "schedule.warmup_updates=2", "checkpoint.every=3", "logging.every=2",
+           "checkpoint.asynchronous=false")  # fmt: skip
+    config = load_config("base", [*MICRO_RUN, f"data.train={corpus.train}", *validation, *few, *more])
+
+    def stop_there(update: int, values: Mapping[str, float]) -> None:
+        if update == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    with StopRequest() as stop:
+        code = train(config, exp, verbosity=verbosity, stop=stop, callbacks=Callbacks(on_update=stop_there))
+    assert code == (0 if stop_at is None else 128 + signal.SIGTERM)
     written = stream.getvalue()
     if columns is None:
         assert "\x1b" not in written
@@ -128,7 +145,10 @@ def test_transcripts(small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pyt
     for number, (name, variant) in enumerate(VARIANTS.items()):
         with monkeypatch.context() as patch:
             fix_what_varies(patch)
-            found[name], colors[name] = shown(small_corpus, Path(f"exp/ru{number}"), patch, **variant)
+            after = variant.get("after")
+            exp = Path(f"exp/ru{list(VARIANTS).index(after) if after else number}")
+            given = {key: value for key, value in variant.items() if key != "after"}
+            found[name], colors[name] = shown(small_corpus, exp, patch, **given)
     text = "\n".join(f"=== {name} ===\n{transcript}" for name, transcript in found.items())
     if REWRITE in os.environ:
         GOLDEN.write_text(text, encoding="utf-8")
@@ -149,7 +169,7 @@ def test_the_log_has_all_lines_with_times_whatever_is_shown(
     assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ", line) for line in lines)
     logged = [line.partition(" ")[2] for line in lines]
     assert "warning" in text and "loss" not in text
-    wanted = GOLDEN.read_text(encoding="utf-8").partition("=== pipe, --verbose ===\n")[2]
+    wanted = GOLDEN.read_text(encoding="utf-8").partition("=== pipe, --verbose ===\n")[2].partition("\n=== ")[0]
     assert without_times("\n".join(logged) + "\n", exp) == wanted
     events = read_records(exp / "logs" / "events.jsonl")
     assert [event["event"] for event in events] == ["start", "warning"]

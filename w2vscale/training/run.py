@@ -139,7 +139,7 @@ def build_run(
             engine.import_model(LazyReader(loaded), loaded)
         else:
             engine.import_state(checkpoint)
-            log(f"resumed from {checkpoint.path} at update {checkpoint.state.update}")
+            log(f"resumed from {_from_here(checkpoint.path)} at update {checkpoint.state.update}")
             _compare_averages(config, checkpoint, log)
         log_advice(config, objective, training_set, engine, device, log)
     except BaseException:
@@ -160,6 +160,11 @@ def build_run(
         state=state,
         started=windows,
     )
+
+
+def _from_here(path: Path) -> Path:
+    """The path from the current folder, if it lies in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def load_windows(
