@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.test_fast import outcomes
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.checkpoint.format import committed, update_of
@@ -14,8 +15,10 @@ from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
+from w2vscale.objectives.settings import load_settings
 from w2vscale.training import loop
 from w2vscale.training.early_stopping import Progress, progress
+from w2vscale.training.finished import finished_run
 from w2vscale.training.train import train
 
 SETTINGS = (
@@ -87,6 +90,21 @@ def test_a_run_ends_names_the_best_checkpoint_and_says_so_again(
 
     printed = run(small_corpus, exp, capsys, "checkpoint.every=4", "trainer.early_stopping=3")
     assert "stopped early" not in printed and reached(exp)[0] == 20
+
+
+def test_the_same_command_imports_no_large_library(
+    small_corpus: SmallCorpus, losses: dict[int, float], tmp_path: Path
+) -> None:
+    exp = tmp_path / "exp"
+    losses |= {2: 1.0, 4: 2.0, 6: 3.0}
+    data = [f"data.train={small_corpus.train}", f"data.validation={small_corpus.validation}"]
+    assert train(load_settings("base", [*SETTINGS, *data]), exp, command=["train", "base"]) == 0
+    ((_, code, printed, slow),) = outcomes([["train", "base", *SETTINGS, *data, f"--exp={exp}"]])
+    assert code == 0 and not slow
+    assert "nothing to do: stopped early at update 6 (trainer.early_stopping=2): 2 validations without" in printed
+
+    (exp / "metrics.jsonl").write_text((exp / "metrics.jsonl").read_text().replace('"loss": 3.0', '"loss": 0.5'))
+    assert finished_run(load_settings("base", [*SETTINGS, *data]), exp, print) is None
 
 
 def test_it_ends_at_an_update_that_is_neither_logged_nor_saved_otherwise(

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from w2vscale.checkpoint.format import folder_name
 from w2vscale.config import Config
-from w2vscale.distributed.process_group import Ranks, broadcast_from_main, errors_on_all_ranks
 from w2vscale.errors import counted
 from w2vscale.files import read_metrics
+
+if TYPE_CHECKING:
+    from w2vscale.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,31 @@ def progress(validations: Iterable[Mapping[str, Any]], metric: str) -> Progress:
     return found
 
 
+def stopped_early(config: Config, exp: Path, update: int) -> Progress | None:
+    """Return the progress because of which the run ends at `update`, or None if it goes on.
+
+    Raises UserError if metrics.jsonl cannot be read.
+    """
+    patience, file = config.trainer.early_stopping, exp / "metrics.jsonl"
+    if not patience or update >= config.trainer.updates or not file.is_file():
+        return None
+    lines = read_metrics(file, "validation")
+    found = progress((line for line in lines if line["update"] <= update), config.trainer.best_metric)
+    return found if found.since >= patience else None
+
+
 def early_end(config: Config, exp: Path, ranks: Ranks, update: int) -> Progress | None:
-    """Return the progress because of which the run has to end at `update`, or None if it goes on. Collective.
+    """Return what `stopped_early` does, on all ranks. Collective.
 
     Rank 0 decides for all: it alone has metrics.jsonl. Raises UserError on all ranks if it cannot be read.
     """
-    patience = config.trainer.early_stopping
-    if not patience or update >= config.trainer.updates:
+    from w2vscale.distributed.process_group import broadcast_from_main, errors_on_all_ranks
+
+    if not config.trainer.early_stopping or update >= config.trainer.updates:
         return None
-    found = Progress(config.trainer.best_metric)
     with errors_on_all_ranks():
-        file = exp / "metrics.jsonl"
-        if ranks.is_main and file.is_file():
-            lines = read_metrics(file, "validation")
-            found = progress((line for line in lines if line["update"] <= update), found.metric)
-    ended: Progress | None = broadcast_from_main(found if found.since >= patience else None)
+        found = stopped_early(config, exp, update) if ranks.is_main else None
+    ended: Progress | None = broadcast_from_main(found)
     return ended
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from w2vscale.checkpoint.format import Document, TrainState, committed, damage, read_document, size_problem, update_of
+from w2vscale.checkpoint.format import Document, TrainState, committed, damage, read_document, size_problem
 from w2vscale.checkpoint.lock import locked
 from w2vscale.config import Config, DataConfig, load_config, load_yaml
 from w2vscale.data.manifest import Corpus
 from w2vscale.errors import UserError
 from w2vscale.files import read_text, regular
 from w2vscale.objectives.settings import effective
+from w2vscale.training.early_stopping import describe_end, stopped_early
 from w2vscale.training.run_log import RunLog
 
 LARGEST_HEADER = 10**8  # bytes; the limit of the safetensors library
@@ -24,26 +26,25 @@ def finished_run(config: Config, exp: Path, log: Callable[[str], None], *, fine_
 
     The line is also written to its log.
 
-    It has nothing to do if its newest checkpoint has reached `trainer.updates`, was made with the same settings and
-    data, and all of its files are there with their sizes. Everything else, such as a setting that has changed, a
-    damaged checkpoint or one to upload to `checkpoint.store`, is left to the run. `fine_tuned`: the architecture in the
-    settings gives way to that of the model in `trainer.init_from`.
+    It has nothing to do if its newest checkpoint has reached its end (see `reached_end`), was made with the same
+    settings and data, and all of its files are there with their sizes. Everything else, such as a setting that has
+    changed, a damaged checkpoint or one to upload to `checkpoint.store`, is left to the run. `fine_tuned`: the
+    architecture in the settings gives way to that of the model in `trainer.init_from`.
 
     Raises UserError if another process uses the folder.
     """
-    reached = [path for path in committed(exp / "checkpoints")[-1:] if update_of(path) >= config.trainer.updates]
-    if not reached or config.checkpoint.store is not None:
+    if config.checkpoint.store is not None or reached_end(config, exp) is None:
         return None
     with locked(exp, log):
         try:
             path = committed(exp / "checkpoints")[-1]
             document = read_document(path)
+            end = reached_end(config, exp)
             finished = (
-                document.state.update >= config.trainer.updates
+                end is not None
                 and (exp / "config.yaml").is_file()
                 and (exp / "run.sh").is_file()
                 and not any(path.parent.glob("replaced_*"))  # a kill has interrupted its last save
-                and (not config.data.validation or bool(document.state.validation))
                 and _is_whole(path, document)
                 and _has_settings(path / "config.yaml", config, fine_tuned=fine_tuned)
                 and _has_data(document.state, config.data)
@@ -53,13 +54,33 @@ def finished_run(config: Config, exp: Path, log: Callable[[str], None], *, fine_
         if not finished:
             return None
         line = (
-            f"nothing to do: the run has reached trainer.updates={config.trainer.updates}; all files of {path} are "
-            f"there and have the right sizes (to compare checksums: w2vscale checkpoint verify {exp})"
+            f"nothing to do: {end}; all files of {path} are there and have the right sizes (to compare "
+            f"checksums: w2vscale checkpoint verify {exp})"
         )
         run_log = RunLog(exp)
         run_log.line(line)
         run_log.open()
     return line
+
+
+def reached_end(config: Config, exp: Path) -> str | None:
+    """Return how the run in `exp` has ended, by its newest checkpoint; None if an update or a validation is left.
+
+    It ends at `trainer.updates`, or earlier by `trainer.early_stopping`.
+    """
+    with suppress(UserError, OSError):
+        for path in committed(exp / "checkpoints")[-1:]:
+            state = read_document(path).state
+            if config.data.validation and not state.validation:  # a stop signal has prevented it
+                return None
+            if state.update >= config.trainer.updates:
+                return f"the run has reached trainer.updates={config.trainer.updates}"
+            if (progress := stopped_early(config, exp, state.update)) is not None:
+                return (
+                    f"stopped early at update {state.update} (trainer.early_stopping={config.trainer.early_stopping}): "
+                    f"{describe_end(progress, exp)}; a higher value continues"
+                )
+    return None
 
 
 def with_architecture(config: Config, other: Config) -> dict[str, Any]:
