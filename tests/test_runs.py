@@ -73,7 +73,7 @@ def test_training_from_python(small_corpus: SmallCorpus, tmp_path: Path) -> None
     assert [update for update, _ in validations] == run.metrics("validation")["update"] == [2, 4]
     assert checkpoints == [(2, True), (4, True)]
     assert [path.name for path in run.checkpoints] == ["update_00000002", "update_00000004"]
-    assert run.config.trainer.updates == 4 and run.exp == tmp_path / "run"
+    assert run.complete and run.config.trainer.updates == 4 and run.exp == tmp_path / "run"
     assert run.metrics("validation_other") == {}
     assert sum(parameter.numel() for parameter in run.load().model.parameters()) == 65_120
 
@@ -113,8 +113,14 @@ def test_an_interrupted_cell_saves_and_the_next_call_continues(small_corpus: Sma
     given = settings(small_corpus, "checkpoint.every=100", "trainer.updates=6")
     run = w2vscale.train("base", *given, exp=tmp_path, verbosity="quiet", on_update=interrupt)
     stopped = [path.name for path in run.checkpoints]
-    assert len(stopped) == 1 and stopped[0] < "update_00000006"
+    assert len(stopped) == 1 and stopped[0] < "update_00000006" and not run.complete
     assert w2vscale.train("base", *given, exp=tmp_path, verbosity="quiet").metrics()["update"] == [1, 2, 3, 4, 5, 6]
+    assert run.complete
+
+
+def test_a_run_whose_time_is_over_is_not_complete(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    run = w2vscale.train("base", *settings(small_corpus, "trainer.max_hours=1e-9"), exp=tmp_path, verbosity="quiet")
+    assert not run.complete
 
 
 def test_wrong_use_is_one_line(tmp_path: Path) -> None:

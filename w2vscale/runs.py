@@ -44,6 +44,13 @@ class Run:
         """The folders of its checkpoints, oldest first."""
         return committed(self.exp / "checkpoints")
 
+    @property
+    def complete(self) -> bool:
+        """Whether no update is left: the newest checkpoint is at `trainer.updates`, or early stopping ended the run."""
+        from w2vscale.training.finished import reached_end
+
+        return reached_end(self.config, self.exp) is not None
+
     def metrics(self, split: str = "train") -> dict[str, list[float | None]]:
         """Return the metrics in columns of equal length, for example for `pandas.DataFrame(run.metrics())`.
 
@@ -81,8 +88,8 @@ def train(
     `training.callbacks.Callbacks`. With several processes, start the script with torchrun.
 
     Leaves the process as it was: signal handlers, random state and settings of PyTorch. Ctrl-C, or interrupting a
-    notebook's cell, saves a checkpoint and returns; the same call continues. Raises UserError if a setting, a file or
-    the environment is wrong.
+    notebook's cell, saves a checkpoint and returns, and so does `trainer.max_hours`. Then `complete` of the run is
+    False, and the same call continues. Raises UserError if a setting, a file or the environment is wrong.
     """
     with _random_state_kept():
         from w2vscale import objectives

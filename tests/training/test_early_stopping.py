@@ -16,6 +16,7 @@ from w2vscale.config import load_config
 from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
 from w2vscale.objectives.settings import load_settings
+from w2vscale.runs import Run
 from w2vscale.training import loop
 from w2vscale.training.early_stopping import Progress, progress
 from w2vscale.training.finished import finished_run
@@ -77,6 +78,7 @@ def test_a_run_ends_names_the_best_checkpoint_and_says_so_again(
     exp = tmp_path / "exp"
     losses |= {2: 5.0, 4: 3.0, 6: 3.0, 8: math.nan, 10: 2.0, 12: 4.0, 14: 1.0, 16: 0.0, 18: 0.0, 20: 0.0}
     printed = run(small_corpus, exp, capsys, "checkpoint.every=4", "logging.every=3")
+    assert Run(exp).complete
     best = exp / "checkpoints" / "update_00000004"
     reason = "stopped early at update 8 (trainer.early_stopping=2): 2 validations without a loss below 3, that of"
     assert f"{reason} update 4; {best} is the best; a higher value continues" in printed
