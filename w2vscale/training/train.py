@@ -77,7 +77,8 @@ def train(
                 run_log.open()
                 with explain_oom(config.batch):
                     per_forward = micro_batches_per_forward(run, display.message)
-                    display.starting(describe_start(run, per_forward))
+                    if not finished:
+                        display.starting(describe_start(run, per_forward))
                     display.detail(f"the run was built in {time.monotonic() - began:.1f} s")
                     with around_updates():
                         return Trainer(run, stop, watchdog, per_forward, display, lock, callbacks, limit, ended).train()
