@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -10,16 +11,19 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # changes the environment and the filters of warnings, once for each process
 
 import w2vscale
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
+from w2vscale import interrupts, runtime
 
 FEW = ("trainer.updates=4", "schedule.warmup_updates=2", "checkpoint.every=2", "trainer.validate_every=2")
 
@@ -28,12 +32,30 @@ def settings(corpus: SmallCorpus, *more: str) -> tuple[str, ...]:
     return (*MICRO_RUN, f"data.train={corpus.train}", f"data.validation={corpus.validation}", *FEW, *more)
 
 
+def wakeup_descriptor() -> int:
+    """The file descriptor to which Python writes the numbers of signals, such as that of asyncio; -1: none."""
+    descriptor = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(descriptor)
+    return descriptor
+
+
+@pytest.fixture
+def event_loop() -> Iterator[None]:
+    """Handle a signal with asyncio, as notebooks do."""
+    loop = asyncio.new_event_loop()
+    loop.add_signal_handler(signal.SIGUSR2, print)
+    yield
+    loop.close()
+
+
 def process_state() -> dict[str, Any]:
     """What belongs to the process and a library could change."""
     return {
         # Without SIGCHLD: the DataLoader of PyTorch handles it once for each process.
         "signals": {number: signal.getsignal(number) for number in signal.Signals if number != signal.SIGCHLD},
         "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()),
+        "wakeup": wakeup_descriptor(),
+        "interrupted": interrupts.asked(),
         "environment": dict(os.environ),
         "folder": Path.cwd(),
         "paths": list(sys.path),
@@ -50,11 +72,13 @@ def process_state() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.usefixtures("event_loop")
 def test_training_from_python(small_corpus: SmallCorpus, tmp_path: Path) -> None:
     """One run: its functions are called at the right updates, and nothing of the process changes."""
     updates: list[tuple[int, float]] = []
     validations: list[tuple[int, float]] = []
     checkpoints: list[tuple[int, bool]] = []
+    assert wakeup_descriptor() >= 0
     before, threads = process_state(), set(threading.enumerate())
     run = w2vscale.train(
         "base", *settings(small_corpus, "data.workers=1"), exp=tmp_path / "run", verbosity="quiet",
@@ -116,6 +140,22 @@ def test_an_interrupted_cell_saves_and_the_next_call_continues(small_corpus: Sma
     assert len(stopped) == 1 and stopped[0] < "update_00000006" and not run.complete
     assert w2vscale.train("base", *given, exp=tmp_path, verbosity="quiet").metrics()["update"] == [1, 2, 3, 4, 5, 6]
     assert run.complete
+
+
+def test_a_second_interruption_ends_the_run_at_once(
+    small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(update: int, metrics: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(runtime, "ONE_REQUEST_SECONDS", 0.0)
+    before = process_state()
+    with pytest.raises(KeyboardInterrupt):
+        w2vscale.train("base", *settings(small_corpus), exp=tmp_path, verbosity="quiet", on_update=interrupt)
+    after = process_state()
+    for name in ("signals", "wakeup", "interrupted", "random"):
+        assert after[name] == before[name], name
 
 
 def test_a_run_whose_time_is_over_is_not_complete(small_corpus: SmallCorpus, tmp_path: Path) -> None:

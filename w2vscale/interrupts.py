@@ -40,9 +40,9 @@ def asked() -> bool:
 
 
 def note() -> None:
-    """Note a Ctrl-C that another handler has received, and that ends the process."""
+    """Note a Ctrl-C that another handler has received, and that ends the process if it is a command."""
     global _asked
-    _asked = True
+    _asked = _process == os.getpid()
 
 
 def leave() -> NoReturn:

@@ -237,6 +237,7 @@ class StopRequest:
         self._waiting = False
         self._arrived: tuple[signal.Signals, float] | None = None
         self._pipe: tuple[int, int] | None = None
+        self._previous_wakeup = -1
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -245,7 +246,7 @@ class StopRequest:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP; leave it ignored
                     self._previous[number] = signal.signal(number, self._handle)
             self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            self._previous_wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         return self
 
     def arrived(self) -> tuple[signal.Signals, float] | None:
@@ -263,6 +264,8 @@ class StopRequest:
     def __exit__(self, *error: object) -> None:
         if self._pipe is not None:
             signal.set_wakeup_fd(-1)
+            with suppress(OSError, ValueError):  # its owner, such as the event loop of a notebook, may have closed it
+                signal.set_wakeup_fd(self._previous_wakeup)
             for descriptor in self._pipe:
                 os.close(descriptor)
             self._pipe = None
