@@ -89,7 +89,10 @@ def test_training_from_python(small_corpus: SmallCorpus, tmp_path: Path) -> None
     after = process_state()
     for name, state in before.items():
         assert after[name] == state, name
-    assert not [thread for thread in set(threading.enumerate()) - threads if not thread.daemon]
+    left = [thread for thread in set(threading.enumerate()) - threads if not thread.daemon]
+    for thread in left:
+        thread.join(timeout=5.0)
+    assert not any(thread.is_alive() for thread in left)
 
     columns = run.metrics()
     assert updates == list(zip(columns["update"], columns["loss"], strict=True))

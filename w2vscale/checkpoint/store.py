@@ -141,6 +141,11 @@ class CheckpointStore:
             with errors_on_all_ranks():
                 writing.result()
 
+    def close(self) -> None:
+        """Let the thread end when nothing is being written any more, without waiting for that. Not collective."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False)
+
     @property
     def newest(self) -> int:
         """Update of the newest checkpoint that this store has written or found to be intact; -1 if none."""

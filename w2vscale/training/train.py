@@ -70,7 +70,7 @@ def train(
             run = build_run(
                 config, exp, ranks=ranks, device=device, resume=resume, log=log, mirror=mirror, patience=patience
             )
-            with closing(run.engine):
+            with closing(run.engine), closing(run.store):
                 ended = early_end(run.config, exp, ranks, run.state.update)
                 finished = ended is not None or run.state.update >= config.trainer.updates
                 make_folder(exp, run.config, ranks, command, finished=finished)
