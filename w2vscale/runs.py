@@ -37,7 +37,7 @@ class Run:
     @property
     def config(self) -> Config:
         """The settings of the run."""
-        return load_config(self.exp)
+        return load_config(self.exp.absolute())  # not a preset of that name
 
     @property
     def checkpoints(self) -> list[Path]:

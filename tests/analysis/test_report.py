@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from tests.helpers.commands import error_of
 from tests.helpers.pages import Page, report
 from tests.helpers.run_folders import BACK, SPIKE, START, write_error_rates, write_run, write_samples
 from w2vscale.analysis.report.page import FOLDER
@@ -22,6 +23,7 @@ from w2vscale.analysis.report.reading import names, read_run
 from w2vscale.cli.app import app
 from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
+from w2vscale.runs import Run
 
 STOP = {"event": "stop", "time": "2026-11-29T22:00:00Z", "update": 60, "text": "early stopping: no progress"}
 NUMBERS = st.integers() | st.floats() | st.none() | st.sampled_from([10**400, -(10**400), 1e308, -1e308, 5e-324, 0, -1])
@@ -246,6 +248,19 @@ class TestNames:
 def page_title(page: Page) -> str:
     """The title of a page. Marks have titles, too."""
     return page.all("title")[0].text
+
+
+def test_the_settings_of_a_run_include_no_other_file(tmp_path: Path) -> None:
+    exp = write_run(tmp_path / "exp")
+    (tmp_path / "other.yaml").write_text("preset: base\n")
+    (exp / "config.yaml").write_text("extends: ../other.yaml\n")
+    assert error_of("report", exp) == f"{exp}: extends: no run writes this; its config.yaml has all settings"
+
+
+def test_a_run_may_have_the_name_of_a_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "base", "tiny", "trainer.updates=70")
+    monkeypatch.chdir(tmp_path)
+    assert read_run(Path("base")).config.trainer.updates == Run("base").config.trainer.updates == 70
 
 
 def test_a_run_without_events_has_a_report(tmp_path: Path) -> None:

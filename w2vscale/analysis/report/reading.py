@@ -70,7 +70,7 @@ def read_run(exp: Path) -> Run:
         raise UserError(f"{exp}: no metrics yet; the run has logged no update")
     if not (exp / "config.yaml").is_file():
         raise UserError(f"{exp}: not a run folder: it contains no config.yaml")
-    config, objective = resolve(load_config(exp / "config.yaml"))
+    config, objective = resolve(load_config(exp.absolute()))  # not a preset of that name
     return Run(
         exp=exp,
         name=exp.resolve().name,
