@@ -106,6 +106,16 @@ def test_refusals_say_why_and_how_to_repeat_the_upload(hub: Hub, folder: Path, m
     assert hub.files == {"org/model": {}}
 
 
+def test_a_public_repository_gets_no_private_files(hub: Hub, folder: Path) -> None:
+    hub.files["org/model"], hub.private["org/model"] = {"old": b""}, False
+    message = refusal(folder, private=True)
+    assert message.startswith("org/model: is a public repository, and --private was given; nothing was uploaded.")
+    assert hub.files == {"org/model": {"old": b""}} and not hub.uploaded
+    hub.private["org/model"] = True
+    push_to_hub(folder, "org/model", private=True)
+    assert hub.files["org/model"].items() >= contents(folder).items()
+
+
 def test_no_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("HF_TOKEN", TOKEN)

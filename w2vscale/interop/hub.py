@@ -41,7 +41,8 @@ def push_to_hub(folder: Path, name: str, *, private: bool) -> str:
     """Upload a folder to a model repository, which is made if there is none. Returns its URL.
 
     The token and the address of the Hub are those of huggingface_hub: `hf auth login`, HF_TOKEN, HF_ENDPOINT. Raises
-    UserError if that fails, which says how to repeat it.
+    UserError if that fails, which says how to repeat it, and if it must be `private` and is public; then nothing is
+    uploaded.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
@@ -49,7 +50,14 @@ def push_to_hub(folder: Path, name: str, *, private: bool) -> str:
     api = HfApi(library_name="w2vscale", library_version=__version__)
     try:
         url = api.create_repo(name, private=private, exist_ok=True)
+        if private and not api.repo_info(name).private:  # it existed; huggingface_hub leaves it as it was
+            raise UserError(
+                f"{name}: is a public repository, and --private was given; nothing was uploaded. Choose another name, "
+                f"make it private ({url}/settings), or leave out --private; {folder} is complete"
+            )
         api.upload_folder(repo_id=name, folder_path=folder, commit_message=f"Export with w2vscale {__version__}")
+    except UserError:
+        raise
     # ValueError: metadata that the Hub refuses. RuntimeError: errors of its storage.
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
