@@ -90,7 +90,8 @@ def transcribe(
 
     arguments.launch_if_asked(context, nproc_per_node)
     bad: list[BadAudio] = []
-    done: list[Transcript] = []
+    used = 0
+    kept: list[Transcript] = []  # for formats that are written at the end
     utterances = find_utterances(audio, channel=of_channel)
     check_format(form, utterances, output)
     with process_group(timeout=LONG_TIMEOUT) as (ranks, device), progress_bar("seconds of audio") as progress:
@@ -110,16 +111,18 @@ def transcribe(
             if isinstance(found, BadAudio):
                 bad.append(found)
                 continue
-            done.append(found)
+            used += 1
             if form in LINES:
                 typer.echo(visible(line_of(found, form)))
+            else:
+                kept.append(found)
     if ranks.is_main:
         if output is not None:
-            for path in write_subtitles(done, utterances, output):
+            for path in write_subtitles(kept, utterances, output):
                 console.print(f"{path}")
         elif form not in LINES:
-            typer.echo(visible(ctm(done) if form == "ctm" else subtitles(done)), nl=False)
-    _refuse_bad(bad, len(done))
+            typer.echo(visible(ctm(kept) if form == "ctm" else subtitles(kept)), nl=False)
+    _refuse_bad(bad, used)
 
 
 def features(
