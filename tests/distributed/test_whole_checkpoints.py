@@ -7,12 +7,15 @@ measuring of memory. Real runs have all of them, and so have these.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.memory import peaks_of_a_state, peaks_of_an_engine
@@ -28,9 +31,13 @@ from tests.helpers.tasks import (
     train_with_an_engine_that_drops,
 )
 from tests.helpers.tiers import long_except
+from w2vscale import checkpoint
+from w2vscale.checkpoint import sharded_writer
 from w2vscale.checkpoint.format import committed, update_of
 from w2vscale.checkpoint.reader import open_checkpoint
+from w2vscale.checkpoint.store import CheckpointStore
 from w2vscale.checkpoint.verification import verify
+from w2vscale.distributed.process_group import Ranks
 
 pytestmark = pytest.mark.distributed
 if importlib.util.find_spec("deepspeed") is None:
@@ -176,6 +183,20 @@ def test_tensors_are_gathered_by_all_ranks_even_if_one_fails(
     errors = pool(3).run(save_where_one_rank_fails, str(tmp_path), failure, timeout=60.0)
     assert len(set(errors)) == 1 and errors[0].endswith(message) and "\n" not in errors[0]
     assert bool(committed(tmp_path)) == (errors[0] == "") == (message == "")
+
+
+def imports_the_writer(folder: str) -> bool:
+    """Whether a new store imports what writes the files of several ranks."""
+    ranks, name = Ranks(dist.get_rank(), dist.get_rank(), dist.get_world_size()), sharded_writer.__name__
+    with patch.dict(sys.modules), patch.object(checkpoint, "sharded_writer", sharded_writer):
+        del sys.modules[name]
+        CheckpointStore(Path(folder), ranks, expected={})
+        return name in sys.modules
+
+
+def test_the_first_checkpoint_waits_for_no_import(pool: Callable[[int], Pool], tmp_path: Path) -> None:
+    """Distributed Checkpoint takes a second, and is imported while the run is built."""
+    assert pool(2).run(imports_the_writer, str(tmp_path)) == [True, True]
 
 
 def test_no_rank_makes_a_copy_of_its_share(pool: Callable[[int], Pool], tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class CheckpointStore:
         own_group = self.asynchronous and dist.is_initialized()
         self._group = dist.new_group(backend="gloo") if own_group else None
         if dist.is_initialized():  # imported now, not while the first checkpoint is written
-            pass
+            import w2vscale.checkpoint.sharded_writer  # noqa: F401
 
     def save(self, tensors: Mapping[str, Writable], state: TrainState, config_yaml: str) -> Path:
         """Write a checkpoint, commit it, point `latest` at it and delete checkpoints that need not be kept.
