@@ -138,6 +138,32 @@ class TestOneRun:
         assert all(one.attributes["tabindex"] == "0" and one.attributes["aria-label"] for one in boxes)
 
 
+class TestFurtherValidationSets:
+    """Each set of data.validation_sets has a line, a name and rows of its own."""
+
+    SETS = "data={validation: a.jsonl, validation_sets: {dev-other: b.jsonl, swedish: c.jsonl}}"
+
+    def test_of_one_run(self, tmp_path: Path) -> None:
+        exp = write_run(tmp_path / "mine", "tiny", self.SETS)
+        page = report(tmp_path, exp)
+        lines = page.all("path", class_="further")
+        found = {one.attributes["data-name"] for one in lines}
+        assert found == {"mine, dev-other, validation", "mine, swedish, validation"}
+        assert len(lines) == 2 * 2 * 2, "of two sets in two plots on two axes"
+        assert [one.text for one in page.all("text")].count("swedish") == 2 * 2
+        assert any("Thin line with markers and a name: a further" in one.text for one in page.all("p", class_="key"))
+        rows = dict(row for row in page.rows("latest metrics"))
+        for place, split in enumerate(("validation", "validation dev-other", "validation swedish")):
+            assert rows[f"accuracy, {split}"] == f"{read_run(exp).validation[-1]['accuracy'] + place:.3f}"
+
+    def test_a_single_set_has_a_name_and_runs_without_it_no_value(self, tmp_path: Path) -> None:
+        one = "data={validation: a.jsonl, validation_sets: {swedish: c.jsonl}}"
+        page = report(tmp_path, write_run(tmp_path / "x", "tiny", one), write_run(tmp_path / "y", "tiny"))
+        assert [one.text for one in page.all("text")].count("swedish") == 2 * 2
+        rows = {row[0]: row[1:] for row in page.rows("latest metrics")}
+        assert rows["bits, validation swedish"][1] == "–" != rows["bits, validation swedish"][0]
+
+
 class TestSeveralRuns:
     """Runs of one objective share their panels; others share those with the same title."""
 

@@ -39,7 +39,7 @@ def write_run(
     events: Sequence[dict[str, Any]] = (),
     roll_backs: Sequence[int] = (),
 ) -> Path:
-    """Write a run folder with a log line every `every` updates, and a validation at every fifth of them."""
+    """Write a run folder with a log line every `every` updates, and a validation on all sets at every fifth of them."""
     (exp / "logs").mkdir(parents=True)
     config, objective = load(preset, settings)
     (exp / "config.yaml").write_text(dump_config(config))
@@ -60,6 +60,9 @@ def write_run(
         lines.append({"split": "train", "update": update, **values, **common})
         if number % 5 == 0:
             lines.append({"split": "validation", "update": update, **values})
+            for place, name in enumerate(config.data.validation_sets, 1):
+                higher = {key: value + place for key, value in values.items() if key != "hours_seen"}
+                lines.append({"split": f"validation_{name}", "update": update, **values, **higher})
     lines += [{"split": "roll_back", "update": at, "left_at": at + 20, "skipped_windows": 20} for at in roll_backs]
     (exp / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if events:

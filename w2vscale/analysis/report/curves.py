@@ -14,6 +14,7 @@ from w2vscale.objectives.base import Panel, Published
 
 Floats = NDArray[np.float64]
 T = TypeVar("T")
+Split = Literal["training", "validation", "further"]  # the last one: a further validation set
 LARGEST = 1e30  # values that are larger are not drawn
 MOST_MARKS = 50  # of a run
 
@@ -30,12 +31,17 @@ class Line:
     """One curve. NaN is a gap."""
 
     run: int  # position among the runs
-    name: str  # what it is, besides the run
-    split: Literal["training", "validation"]
+    name: str  # what it is, besides the run: a part of a metric, or a further validation set
+    split: Split
     number: int  # among the curves of this run and split in this plot
     updates: Floats
     hours: Floats
     values: Floats
+
+    def title(self, run_names: Sequence[str]) -> str:
+        """The run and what the line is of it."""
+        split = "validation" if self.split == "further" else self.split
+        return ", ".join(filter(None, (run_names[self.run], self.name, split)))
 
 
 @dataclass(frozen=True)
@@ -90,17 +96,17 @@ def _panel_plot(title: str, panels: Sequence[tuple[int, Panel]], runs: Sequence[
 
 
 def _lines(run: Run, number: int, panel: Panel) -> Iterable[Line]:
-    """Training and validation of a metric; of several metrics in one panel, training only."""
+    """Training and all validations of a metric; of several metrics in one panel, training only."""
     for position, (key, name) in enumerate(panel.keys.items()):
         if panel.training:
             yield _line(run.train, key, number, "training", name, position)
         if not name:
             yield _line(run.validation, key, number, "validation", name, position)
+            for place, (further, records) in enumerate(run.further.items()):
+                yield _line(records, key, number, "further", further, place)
 
 
-def _line(
-    records: Sequence[Record], key: str, run: int, split: Literal["training", "validation"], name: str, position: int
-) -> Line:
+def _line(records: Sequence[Record], key: str, run: int, split: Split, name: str, position: int) -> Line:
     updates, hours, values = (
         np.array([np.nan if (value := record.get(each)) is None else float(value) for record in records])
         for each in ("update", "hours_seen", key)

@@ -156,6 +156,8 @@ def _key(found: Sequence[Plot], marked: Sequence[Mark]) -> list[str]:
     texts = ["Thin line: training. Thick line with markers: validation."]
     if any(plot.chance for plot in found):
         texts.append("Dotted: chance level.")
+    if any(line.split == "further" for plot in found for line in plot.lines):
+        texts.append("Thin line with markers and a name: a further validation set.")
     if any(line.number for plot in found for line in plot.lines):
         texts.append("Fainter: further curves of the same run.")
     if any(mark.went_back for mark in marked):

@@ -28,6 +28,7 @@ class Run:
     panels: tuple[Panel, Panel, Panel]
     train: list[Record]
     validation: list[Record]
+    further: dict[str, list[Record]]  # validations on the sets of data.validation_sets, by name
     roll_backs: list[int]  # updates to which the run went back
     events: Events = field(default_factory=Events)
     script: str = ""  # run.sh
@@ -58,14 +59,23 @@ class Run:
             [[validation.get(key) for key in panel.keys] for panel in self.panels],
         )
 
+    def latest_further(self) -> dict[str, list[list[float | None]]]:
+        """The latest metrics of each further validation set: the values of each panel, as in `latest`."""
+        return {
+            name: [[records[-1].get(key) for key in panel.keys] for panel in self.panels]
+            for name, records in self.further.items()
+            if records
+        }
+
 
 def read_run(exp: Path) -> Run:
     """Read a run folder. Raises UserError if it is not one, or has no metrics yet."""
     path = exp / "metrics.jsonl"
-    train, validation = (
-        [record for record in read_metrics(path, split) if record.get("hours_seen") is not None]
-        for split in ("train", "validation")
-    )
+
+    def records(split: str) -> list[Record]:
+        return [record for record in read_metrics(path, split) if record.get("hours_seen") is not None]
+
+    train = records("train")
     if not train:
         raise UserError(f"{exp}: no metrics yet; the run has logged no update")
     if not (exp / "config.yaml").is_file():
@@ -77,7 +87,8 @@ def read_run(exp: Path) -> Run:
         config=config,
         panels=objective.panels(),
         train=train,
-        validation=validation,
+        validation=records("validation"),
+        further={name: records(f"validation_{name}") for name in config.data.validation_sets},
         roll_backs=[line["update"] for line in read_metrics(path, "roll_back")],
         events=read_events(exp),
         script=_script(exp / "run.sh"),

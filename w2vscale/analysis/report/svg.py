@@ -119,10 +119,10 @@ def _line(line: Line, x: Scale, y: Scale, axis: Axis, run_names: Sequence[str]) 
     kept = thin(horizontal, vertical, COLUMNS)
     horizontal, vertical = horizontal[kept], vertical[kept]
     there = np.isfinite(vertical)
-    name = ", ".join(filter(None, (run_names[line.run], line.name, line.split)))
+    name = line.title(run_names)
     classes = f"{line.split} curve-{min(line.number, 3)}"
     path = element("path", d=_path(horizontal, vertical), class_=classes, data_name=name)
-    if line.split != "validation":
+    if line.split == "training":
         return element("g", path, class_=style(line.run))
     points = np.flatnonzero(there)
     points = points[:: -(-len(points) // MOST_MARKERS) or 1]
@@ -155,7 +155,7 @@ def _published(one: Published, values: dict[int, float], x: Scale, y: Scale) -> 
 
 
 def _curve_names(lines: Sequence[Line], x: Scale, y: Scale, axis: Axis) -> Html:
-    """The names of the curves of a run at their ends, if there are few."""
+    """The names of the curves of a run, and of further validation sets, at their ends, if there are few."""
     ends = []
     for line in lines:
         there = np.flatnonzero(np.isfinite(y.place(line.values)))
@@ -163,7 +163,7 @@ def _curve_names(lines: Sequence[Line], x: Scale, y: Scale, axis: Axis) -> Html:
             end = x.place(_x(line, axis))[there[-1]]
             ends.append((float(y.place(line.values)[there[-1]]) - 5.0, float(end), line))
     ends.sort(key=lambda end: end[:2])
-    if not 1 < len(ends) <= 6:
+    if len(ends) > 6 or [line.split for _, _, line in ends] in ([], ["training"]):
         return join([])
     texts, lowest = [], -np.inf
     for height, end, line in ends:
@@ -179,7 +179,7 @@ def _description(plot: Plot, run_names: Sequence[str], axis: Axis) -> str:
     ends = []
     for line in plot.lines:
         if (there := np.flatnonzero(np.isfinite(line.values))).size:
-            name = ", ".join(filter(None, (run_names[line.run], line.name, line.split)))
-            ends.append(f"{name}: {short(float(line.values[there[0]]))} to {short(float(line.values[there[-1]]))}")
+            first, last = (short(float(line.values[at])) for at in (there[0], there[-1]))
+            ends.append(f"{line.title(run_names)}: {first} to {last}")
     over = "updates" if axis == "updates" else "hours seen"
     return f"{plot.title} ({plot.label}) over {over}. {'; '.join(ends[:12])}"

@@ -55,9 +55,13 @@ def latest_metrics(runs: Sequence[Run]) -> Html:
         for panel, *both in zip(run.panels, *run.latest(), strict=True):
             for split, values in zip(("training", "validation"), both, strict=True):
                 shown[panel.title, split] = _numbers(values)
+        for name, values_of_panels in run.latest_further().items():
+            for panel, values in zip(run.panels, values_of_panels, strict=True):
+                shown[panel.title, f"validation {name}"] = _numbers(values)
         columns.append(shown)
     names = [("update", ""), ("hours seen", "")]
-    names += [(title, split) for title in titles for split in ("training", "validation")]
+    further = dict.fromkeys(f"validation {name}" for run in runs for name in run.further)
+    names += [(title, split) for title in titles for split in ("training", "validation", *further)]
     rows = [(", ".join(filter(None, name)), *(column.get(name, MISSING) for column in columns)) for name in names]
     rows = [row for row in rows if set(row[1:]) != {MISSING}]
     metrics = table(["metric", *(run.name for run in runs)], rows, label="latest metrics", numbers=True)
