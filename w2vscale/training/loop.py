@@ -116,8 +116,9 @@ class Trainer:
                 self.display.message(f"nothing to do: the run has reached trainer.updates={self.total}")
             ended_before = self.ended is not None
             try:
-                if self.state.update and self._validation_is_due() and not self.state.validation:
+                if self.state.update and self._validation_is_missing():
                     self._validate()  # a stop signal has prevented it
+                    self.metrics.commit(self.state.update)
                     self._save()
                 while not self.finished:
                     self._train_on(self.run.windows())
@@ -257,6 +258,8 @@ class Trainer:
         if self.state.update > self.saved:
             if self.state.update > self.logged:
                 self._log()
+            if not self._validation_is_missing():  # the run that continues adds it to what this update has logged
+                self.metrics.commit(self.state.update)
             self._save()
         self._finish()
         received = max((number for number in gather_from_ranks(self.stop.received) if number is not None), default=None)
@@ -394,6 +397,10 @@ class Trainer:
     def _validation_is_due(self) -> bool:
         due = self.state.update == self.total or self.state.update % self.config.trainer.validate_every == 0
         return due and self.run.validation_set is not None
+
+    def _validation_is_missing(self) -> bool:
+        """Whether a stop signal has come before the validation of this update, or in it."""
+        return self._validation_is_due() and not self.state.validation
 
     def _save(self) -> None:
         self.watchdog.at("saving", slow=True)

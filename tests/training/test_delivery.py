@@ -1,0 +1,78 @@
+"""What a run delivers to a tracking service, through the training loop: after a signal, and when it has ended."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.audio import SmallCorpus
+from tests.helpers.micro import MICRO_RUN
+from tests.loggers.test_remote import Memory, updates
+from w2vscale.config import Config, load_config
+from w2vscale.loggers import mlflow
+from w2vscale.training import loop
+from w2vscale.training.train import train
+
+SETTINGS = (
+    *MICRO_RUN, "model.layers=1", "batch.micro_batches=1", "batch.max_seconds=4", "logging.every=1",
+    "trainer.validate_every=2", "trainer.updates=4", "logging.mlflow=here",
+)  # fmt: skip
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """The service of all runs of a test, in place of MLflow."""
+    memory = Memory()
+    monkeypatch.setattr(mlflow, "MlflowService", lambda place, facts: memory)
+    return memory
+
+
+def settings(corpus: SmallCorpus, *overrides: str) -> Config:
+    data = [f"data.train={corpus.train}", f"data.validation={corpus.validation}"]
+    return load_config("base", [*SETTINGS, *data, *overrides])
+
+
+def splits(service: Memory) -> dict[int, set[str]]:
+    """Splits by update, of the only run."""
+    (rows,) = service.runs.values()
+    assert len({row.update for row in rows}) == len(rows)
+    return {row.update: set(row.scalars) for row in rows}
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_validation_that_a_signal_ended_is_delivered_with_its_update(
+    at: int, small_corpus: SmallCorpus, service: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working = loop.Trainer._validate
+
+    def signalled(trainer: loop.Trainer) -> None:
+        if trainer.state.update == at:
+            trainer.stop.received = signal.SIGTERM
+        working(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "_validate", signalled)
+    assert train(settings(small_corpus), tmp_path / "exp") == 128 + signal.SIGTERM
+    assert updates(service) == [list(range(at))]
+    monkeypatch.undo()
+    monkeypatch.setattr(mlflow, "MlflowService", lambda place, facts: service)
+    assert train(settings(small_corpus), tmp_path / "exp") == 0
+    assert splits(service) == {
+        0: set(), 1: {"train"}, 2: {"train", "validation"}, 3: {"train"}, 4: {"train", "validation"},
+    }  # fmt: skip
+
+
+def test_a_run_that_a_signal_stops_delivers_its_last_update(
+    small_corpus: SmallCorpus, service: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working = loop.Trainer._log_validate_save
+
+    def signalled(trainer: loop.Trainer) -> object:
+        if trainer.state.update == 3:
+            trainer.stop.received = signal.SIGTERM
+        return working(trainer)
+
+    monkeypatch.setattr(loop.Trainer, "_log_validate_save", signalled)
+    assert train(settings(small_corpus, "logging.every=50"), tmp_path / "exp") == 128 + signal.SIGTERM
+    assert splits(service) == {0: set(), 2: {"validation"}, 3: {"train"}}
