@@ -10,9 +10,12 @@ import pytest
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
 from tests.loggers.test_remote import Memory, updates
-from w2vscale.config import Config, load_config
+from w2vscale.config import Config
 from w2vscale.loggers import mlflow
+from w2vscale.loggers.remote import RemoteLogger
+from w2vscale.objectives.settings import load_settings
 from w2vscale.training import loop
+from w2vscale.training.finished import finished_run
 from w2vscale.training.train import train
 
 SETTINGS = (
@@ -25,13 +28,14 @@ SETTINGS = (
 def service(monkeypatch: pytest.MonkeyPatch) -> Memory:
     """The service of all runs of a test, in place of MLflow."""
     memory = Memory()
+    memory.setting = "logging.mlflow=here"
     monkeypatch.setattr(mlflow, "MlflowService", lambda place, facts: memory)
     return memory
 
 
 def settings(corpus: SmallCorpus, *overrides: str) -> Config:
     data = [f"data.train={corpus.train}", f"data.validation={corpus.validation}"]
-    return load_config("base", [*SETTINGS, *data, *overrides])
+    return load_settings("base", [*SETTINGS, *data, *overrides])
 
 
 def splits(service: Memory) -> dict[int, set[str]]:
@@ -76,3 +80,33 @@ def test_a_run_that_a_signal_stops_delivers_its_last_update(
     monkeypatch.setattr(loop.Trainer, "_log_validate_save", signalled)
     assert train(settings(small_corpus, "logging.every=50"), tmp_path / "exp") == 128 + signal.SIGTERM
     assert splits(service) == {0: set(), 2: {"validation"}, 3: {"train"}}
+
+
+def test_a_finished_run_delivers_what_is_missing_when_it_is_started_again(
+    small_corpus: SmallCorpus,
+    service: Memory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, exp = settings(small_corpus), tmp_path / "exp"
+    service.down = True
+    assert train(config, exp, command=["train"]) == 0
+    assert not service.runs and finished_run(config, exp, print) is None
+    service.down = False
+    assert train(config, exp, command=["train"]) == 0
+    assert updates(service) == [list(range(5))] and splits(service)[4] == {"train", "validation"}
+    assert finished_run(config, exp, print) is not None
+    service.down = True  # it is not even asked
+    monkeypatch.setattr(Memory, "open", None)
+    assert train(config, exp, command=["train"]) == 0
+    assert finished_run(config, exp, print) is not None
+
+
+def test_a_run_that_is_killed_before_it_has_delivered_everything_is_not_finished(
+    small_corpus: SmallCorpus, service: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, exp = settings(small_corpus), tmp_path / "exp"
+    with monkeypatch.context() as patched:
+        patched.setattr(RemoteLogger, "close", lambda logger: None)
+        assert train(config, exp, command=["train"]) == 0
+    assert finished_run(config, exp, print) is None

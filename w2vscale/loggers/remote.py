@@ -12,11 +12,13 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from w2vscale.checkpoint.format import TrainState
+from w2vscale.errors import UserError
 from w2vscale.loggers.base import Audio, Histogram, Logger, RunFacts
-from w2vscale.loggers.identity import Identity, identity
+from w2vscale.loggers.identity import Identity, identity, is_undelivered, note_undelivered
 from w2vscale.loggers.rows import SPLITS_WITHOUT_CURVES, Row, read_rows
 
 ROWS = 1000  # that wait for a service; more are left for the next resume
@@ -65,7 +67,9 @@ class _End:
 class RemoteLogger(Logger):
     """Collects rows and delivers them to a service.
 
-    The service is opened with the first row, so a run with nothing to do needs no service. A warning is given once.
+    The service is opened with the first row, so a run with nothing to log needs no service, unless an earlier process
+    has not delivered everything. That is noted in logs/loggers.json before the first row, so a kill does not hide it.
+    A warning is given once.
     """
 
     def __init__(self, service: Service, facts: RunFacts, warn: Callable[[str], None]) -> None:
@@ -74,7 +78,7 @@ class RemoteLogger(Logger):
         self._begin: _Begin | None = None  # to be sent before the next row
         self._queue: queue.Queue[_Begin | Row | _End] = queue.Queue()
         self._thread: threading.Thread | None = None
-        self._complete = self._warned = False
+        self._complete = self._warned = self._delivered = False
 
     def continue_from(self, state: TrainState) -> None:
         who = identity(self._facts.exp, self._facts.settings, state)
@@ -106,6 +110,10 @@ class RemoteLogger(Logger):
 
     def finish(self) -> None:
         self._complete = True
+        if self._thread is not None or is_undelivered(self._facts.exp, self._service.setting):
+            self._open()
+            if self._row is not None:
+                self.commit(self._row.update)
 
     def close(self) -> None:
         if self._thread is None:
@@ -116,6 +124,9 @@ class RemoteLogger(Logger):
         if self._thread.is_alive():
             self._warn_once(f"not everything was delivered within {seconds:.0f} s")
             self._service.abandon()
+        elif self._delivered and self._row is None:
+            with suppress(UserError):  # then the next start finds that nothing is missing
+                note_undelivered(self._facts.exp, self._service.setting, undelivered=False)
         self._thread = None
 
     def _row_of(self, update: int) -> Row:
@@ -125,13 +136,17 @@ class RemoteLogger(Logger):
             self._row = Row(update)
         return self._row
 
-    def _put(self, row: Row) -> None:
+    def _open(self) -> None:
         if self._thread is None:
+            note_undelivered(self._facts.exp, self._service.setting, undelivered=True)
             self._thread = threading.Thread(target=self._deliver, daemon=True, name=self._service.setting)
             self._thread.start()
         if self._begin is not None:
             self._queue.put(self._begin)
             self._begin = None
+
+    def _put(self, row: Row) -> None:
+        self._open()
         if self._queue.qsize() < ROWS:
             self._queue.put(row)
         else:
@@ -165,6 +180,7 @@ class RemoteLogger(Logger):
                     unsent.popleft()
                 if isinstance(command, _End):
                     self._service.close(complete=command.complete)
+                    self._delivered = True
             except Exception as error:
                 self._warn_once(" ".join(str(error).split())[:300] or type(error).__name__)
                 again, opened = time.monotonic() + RETRY, False

@@ -14,6 +14,7 @@ from w2vscale.config import Config, DataConfig, load_config, load_yaml
 from w2vscale.data.manifest import Corpus
 from w2vscale.errors import UserError
 from w2vscale.files import read_text, regular
+from w2vscale.loggers.identity import is_undelivered
 from w2vscale.objectives.settings import effective
 from w2vscale.training.early_stopping import describe_end, stopped_early
 from w2vscale.training.run_log import RunLog
@@ -28,12 +29,16 @@ def finished_run(config: Config, exp: Path, log: Callable[[str], None], *, fine_
 
     It has nothing to do if its newest checkpoint has reached its end (see `reached_end`), was made with the same
     settings and data, and all of its files are there with their sizes. Everything else, such as a setting that has
-    changed, a damaged checkpoint or one to upload to `checkpoint.store`, is left to the run. `fine_tuned`: the
-    architecture in the settings gives way to that of the model in `trainer.init_from`.
+    changed, a damaged checkpoint, one to upload to `checkpoint.store`, or a tracking service that lacks something, is
+    left to the run. `fine_tuned`: the architecture in the settings gives way to that of the model in
+    `trainer.init_from`.
 
     Raises UserError if another process uses the folder.
     """
     if config.checkpoint.store is not None or reached_end(config, exp) is None:
+        return None
+    services = (f"logging.wandb={config.logging.wandb}", f"logging.mlflow={config.logging.mlflow}")
+    if any(is_undelivered(exp, service) for service in services):
         return None
     with locked(exp, log):
         try:
