@@ -139,8 +139,31 @@ def test_a_service_that_hangs_does_not_hold_the_run_up(tmp_path: Path, monkeypat
     log_updates(loggers, range(1, 13))
     end(loggers)
     service.hung.set()
-    assert len(warnings) == 1 and "a resumed run will deliver them" in warnings[0]
+    assert f"more than 3 updates wait for the service; the next ones will be read from {tmp_path}" in warnings[0]
     assert service.abandoned and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 15
+
+
+@pytest.mark.parametrize("trouble", ["hangs", "fails"])
+def test_rows_that_do_not_fit_in_memory_are_read_back_without_a_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """Memory, like W&B, would otherwise take rows in the order in which they come."""
+    monkeypatch.setattr(remote, "ROWS", 3)
+    log_updates(continued(tmp_path, Memory(), []), range(1, 11))
+    service, warnings = Memory(), list[str]()
+    if trouble == "hangs":
+        service.hung.clear()
+    service.down = trouble == "fails"
+    loggers = continued(tmp_path, service, warnings, at=10)  # more to replay than fits
+    for update in range(11, 31):
+        log_updates(loggers, range(update, update + 1))
+        time.sleep(0.01)
+    assert any("more than 3 updates wait" in warning for warning in warnings) or trouble == "fails"
+    service.down = False
+    service.hung.set()
+    log_updates(loggers, range(31, 41))
+    end(loggers)
+    assert updates(service) == [list(range(41))] and service.ends == [True]
 
 
 def test_a_start_with_other_settings_is_another_run(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from w2vscale.loggers.base import Audio, Histogram, Logger, RunFacts
 from w2vscale.loggers.identity import Identity, identity, is_undelivered, note_undelivered
 from w2vscale.loggers.rows import SPLITS_WITHOUT_CURVES, Row, read_rows
 
-ROWS = 1000  # that wait for a service; more are left for the next resume
+ROWS = 1000  # new ones that wait in memory for a service; later ones are read back from the run folder
 RETRY = 60.0  # seconds after a failure until a service is tried again
 END_OF_RUN = 60.0  # seconds that a complete run waits for the last rows to be delivered
 STOP = 5.0  # seconds that an interrupted one waits: it has to end soon, and delivers the rest when it is resumed
@@ -78,6 +78,10 @@ class RemoteLogger(Logger):
         self._begin: _Begin | None = None  # to be sent before the next row
         self._queue: queue.Queue[_Begin | Row | _End] = queue.Queue()
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()  # for the next three
+        self._who: Identity | None = None
+        self._committed = -1  # the last update that is complete in the run folder
+        self._behind = False  # whether rows up to it are there and not in the queue
         self._complete = self._warned = self._delivered = False
 
     def continue_from(self, state: TrainState) -> None:
@@ -86,6 +90,8 @@ class RemoteLogger(Logger):
         # A validation of this update may have been interrupted, and belong to the same row.
         self._row = rows.pop() if rows and rows[-1].update == state.update else None
         self._begin = _Begin(who, rows)
+        with self._lock:
+            self._who, self._committed, self._behind = who, rows[-1].update if rows else -1, False
 
     def scalars(self, split: str, update: int, values: Mapping[str, float]) -> None:
         if split not in SPLITS_WITHOUT_CURVES:
@@ -147,25 +153,31 @@ class RemoteLogger(Logger):
 
     def _put(self, row: Row) -> None:
         self._open()
-        if self._queue.qsize() < ROWS:
-            self._queue.put(row)
-        else:
-            self._warn_once(f"more than {ROWS} updates wait for the service; a resumed run will deliver them")
+        with self._lock:
+            self._committed = row.update
+            self._behind = self._behind or self._queue.qsize() >= ROWS
+            if not self._behind:
+                self._queue.put(row)
+                return
+        self._warn_of_gap()
 
     def _deliver(self) -> None:
         """Deliver rows in order until the run ends. After a failure, the same row is tried again."""
         unsent: deque[Row] = deque()
-        who, again = None, 0.0
-        opened = False
+        who, again, last, room = None, 0.0, -1, ROWS
+        opened = behind = False
         while True:
             command = self._queue.get()
             if isinstance(command, _Begin):
-                unsent.extend(command.rows)
-                if who is not None:  # the run has gone back: what has not been delivered is not of its curve any more
-                    unsent = deque(command.rows)
-                who, opened = command.who, False
-            elif isinstance(command, Row) and len(unsent) < ROWS:
-                unsent.append(command)
+                # If the run has gone back, what has not been delivered is not of its curve any more.
+                unsent, room = deque(command.rows), ROWS + len(command.rows)
+                who, opened, last, behind = command.who, False, -1, False
+            elif isinstance(command, Row):
+                if behind or len(unsent) >= room:  # a service may take no earlier row after a later one
+                    behind = True
+                    self._warn_of_gap()
+                else:
+                    unsent.append(command)
             ending = isinstance(command, _End)
             if time.monotonic() < again and not ending:
                 continue
@@ -174,9 +186,18 @@ class RemoteLogger(Logger):
                 if not opened:
                     self._service.open(who)
                     opened = True
-                while unsent:
-                    if not self._service.has(unsent[0]):
-                        self._service.send(unsent[0])
+                while unsent or behind or self._behind:
+                    if not unsent:
+                        behind = True  # also if this fails
+                        if (rows := self._read_back(who, after=last)) is None:
+                            break
+                        unsent, room, behind = deque(rows), ROWS + len(rows), False
+                        continue
+                    row = unsent[0]
+                    if row.update > last:  # else it was in the queue and was read back, too
+                        if not self._service.has(row):
+                            self._service.send(row)
+                        last = row.update
                     unsent.popleft()
                 if isinstance(command, _End):
                     self._service.close(complete=command.complete)
@@ -186,6 +207,19 @@ class RemoteLogger(Logger):
                 again, opened = time.monotonic() + RETRY, False
             if ending:
                 return
+
+    def _read_back(self, who: Identity, *, after: int) -> list[Row] | None:
+        """Read the complete rows after an update from the run folder; None if the run has gone back meanwhile."""
+        with self._lock:
+            last, self._behind = self._committed, self._behind and self._who is not who
+        rows = [row for row in read_rows(self._facts.exp) if after < row.update <= last]
+        with self._lock:
+            return rows if self._who is who else None
+
+    def _warn_of_gap(self) -> None:
+        self._warn_once(
+            f"more than {ROWS} updates wait for the service; the next ones will be read from {self._facts.exp}"
+        )
 
     def _warn_once(self, text: str) -> None:
         if not self._warned:
