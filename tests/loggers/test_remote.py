@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,35 @@ def test_a_service_that_fails_is_warned_of_once_and_catches_up(tmp_path: Path, m
     assert updates(service) == [list(range(8))]
 
 
+def test_each_failure_is_warned_of_and_the_end_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "RETRY", 0.0)
+    service, warnings = Memory(), list[str]()
+    loggers = continued(tmp_path, service, warnings)
+
+    def log(update: int, until: Callable[[], object]) -> None:
+        log_updates(loggers, range(update, update + 1))
+        deadline = time.monotonic() + 10
+        while not until() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    failed = "warning: logging.memory=here: no route to host; training goes on"
+    service.down = True
+    log(1, lambda: warnings)
+    service.down = False
+    log(2, lambda: updates(service) == [[0, 1, 2]] and not loggers._loggers[-1]._warned)  # type: ignore[attr-defined]
+    service.down = True
+    log(3, lambda: len(warnings) > 1)
+    assert warnings == [failed, failed]
+    end(loggers)
+    assert warnings[2:] == [
+        "warning: logging.memory=here: not everything was delivered: no route to host; start the same command again to "
+        "deliver what is missing"
+    ]
+    service.down = False
+    end(continued(tmp_path, service, warnings, at=3))
+    assert updates(service) == [[0, 1, 2, 3]] and len(warnings) == 3
+
+
 def test_a_service_that_hangs_does_not_hold_the_run_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "END_OF_RUN", 0.2)
     monkeypatch.setattr(remote, "ROWS", 3)
@@ -139,6 +169,7 @@ def test_a_service_that_hangs_does_not_hold_the_run_up(tmp_path: Path, monkeypat
     log_updates(loggers, range(1, 13))
     end(loggers)
     service.hung.set()
+    assert "not everything was delivered within 0 s; start the same command again" in warnings[-1]
     assert f"more than 3 updates wait for the service; the next ones will be read from {tmp_path}" in warnings[0]
     assert service.abandoned and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 15
 

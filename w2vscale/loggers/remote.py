@@ -69,7 +69,7 @@ class RemoteLogger(Logger):
 
     The service is opened with the first row, so a run with nothing to log needs no service, unless an earlier process
     has not delivered everything. That is noted in logs/loggers.json before the first row, so a kill does not hide it.
-    A warning is given once.
+    A failing service gives one warning until it works again, and one at the end if it lacks something.
     """
 
     def __init__(self, service: Service, facts: RunFacts, warn: Callable[[str], None]) -> None:
@@ -83,6 +83,7 @@ class RemoteLogger(Logger):
         self._committed = -1  # the last update that is complete in the run folder
         self._behind = False  # whether rows up to it are there and not in the queue
         self._complete = self._warned = self._delivered = False
+        self._failure = ""  # of the last attempt to deliver everything
 
     def continue_from(self, state: TrainState) -> None:
         who = identity(self._facts.exp, self._facts.settings, state)
@@ -127,8 +128,13 @@ class RemoteLogger(Logger):
         seconds = END_OF_RUN if self._complete else STOP
         self._queue.put(_End(self._complete))
         self._thread.join(seconds)
+        if not self._delivered:
+            cause = f" within {seconds:.0f} s" if self._thread.is_alive() else f": {self._failure}"
+            self._warn(
+                f"warning: {self._service.setting}: not everything was delivered{cause}; start the same command again "
+                "to deliver what is missing"
+            )
         if self._thread.is_alive():
-            self._warn_once(f"not everything was delivered within {seconds:.0f} s")
             self._service.abandon()
         elif self._delivered and self._row is None:
             with suppress(UserError):  # then the next start finds that nothing is missing
@@ -199,11 +205,14 @@ class RemoteLogger(Logger):
                             self._service.send(row)
                         last = row.update
                     unsent.popleft()
+                self._warned = False
                 if isinstance(command, _End):
                     self._service.close(complete=command.complete)
                     self._delivered = True
             except Exception as error:
-                self._warn_once(" ".join(str(error).split())[:300] or type(error).__name__)
+                self._failure = " ".join(str(error).split())[:300] or type(error).__name__
+                if not ending:  # else `close` warns
+                    self._warn_once(self._failure)
                 again, opened = time.monotonic() + RETRY, False
             if ending:
                 return
