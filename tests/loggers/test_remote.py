@@ -205,3 +205,24 @@ def test_a_start_with_other_settings_is_another_run(tmp_path: Path) -> None:
     assert identity(tmp_path, {"optim": {"lr": 1}}, state(0)) == first
     assert identity(tmp_path, {"optim": {"lr": 2}}, state(5)) == first
     assert identity(tmp_path, {"optim": {"lr": 2}}, state(0)).group != first.group
+
+
+def test_settings_that_do_not_change_the_curve_exist_and_the_others_change_its_name(tmp_path: Path) -> None:
+    from w2vscale.config import Config
+    from w2vscale.loggers.identity import KEYS_WITHOUT_EFFECT, SECTIONS_WITHOUT_EFFECT, identity, note_start
+
+    settings = Config().model_dump(mode="json")
+    assert set(SECTIONS_WITHOUT_EFFECT) <= set(settings)
+    assert all(set(keys) <= set(settings[section]) for section, keys in KEYS_WITHOUT_EFFECT.items())
+    first = identity(tmp_path, settings, state(0))
+    faster = settings | {"data": settings["data"] | {"workers": 1}, "logging": {}}
+    changed = settings | {"optim": settings["optim"] | {"lr": 1.0}}
+    assert note_start(tmp_path, faster, state(5), logged=8, named=False) is None
+    assert note_start(tmp_path, changed, state(8), logged=8, named=False) is None, "a longer run, for example"
+    assert identity(tmp_path, changed, state(8)) == first
+    assert note_start(tmp_path, changed, state(5), logged=8, named=False) is None
+    cause = note_start(tmp_path, settings, state(5), logged=8, named=False)
+    assert cause == "updates 6 to 8 are logged again, with other settings"
+    assert identity(tmp_path, settings, state(5)).id == f"{first.group}-restart-1"
+    assert note_start(tmp_path, settings, state(5), logged=8, named=True) is not None
+    assert identity(tmp_path, settings, state(5, skipped_windows=3)).id == f"{first.group}-restart-2-skipped-3"

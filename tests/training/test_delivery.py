@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -110,3 +111,27 @@ def test_a_run_that_is_killed_before_it_has_delivered_everything_is_not_finished
         patched.setattr(RemoteLogger, "close", lambda logger: None)
         assert train(config, exp, command=["train"]) == 0
     assert finished_run(config, exp, print) is None
+
+
+def test_a_resume_that_replaces_a_part_of_the_curve_is_a_new_run(
+    small_corpus: SmallCorpus, service: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exp = tmp_path / "exp"
+    assert train(settings(small_corpus, "checkpoint.every=2", "checkpoint.keep_last=9"), exp) == 0
+    older = str(exp / "checkpoints" / "update_00000002")
+    assert train(settings(small_corpus, "checkpoint.every=2", "checkpoint.keep_last=9"), exp, resume=older) == 0
+    assert train(settings(small_corpus, "checkpoint.every=2", "checkpoint.keep_last=9", "trainer.updates=6"), exp) == 0
+    first, second = service.runs
+    assert second == f"{first}-restart-1" and service.who.group == first
+    assert updates(service) == [list(range(5)), list(range(7))]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "updates 3 to 4 are logged again, with the checkpoint of --resume: W&B and MLflow get them as a new run"
+        in printed
+    )
+    for path in (exp / "checkpoints").glob("update_0000000[46]"):
+        shutil.rmtree(path)
+    assert train(settings(small_corpus, "checkpoint.every=2", "checkpoint.keep_last=9", "optim.lr=0.1"), exp) == 0
+    assert updates(service)[2:] == [list(range(5))] and list(service.runs)[2] == f"{first}-restart-2"
+    losses = [run[4].scalars["train"]["loss"] for run in service.runs.values()]
+    assert losses[0] == losses[1] != losses[2]

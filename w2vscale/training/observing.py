@@ -16,6 +16,9 @@ from w2vscale.distributed.deferred import DeferredTensor
 from w2vscale.distributed.process_group import errors_on_all_ranks, largest_over_ranks, sum_over_ranks
 from w2vscale.loggers.base import Histogram
 from w2vscale.loggers.fan_out import Loggers, make_loggers
+from w2vscale.loggers.identity import identity, note_start
+from w2vscale.loggers.rows import read_rows
+from w2vscale.objectives import effective
 from w2vscale.training.run import Run
 
 SAMPLES = 3  # utterances that are shown
@@ -29,8 +32,19 @@ def open_loggers(run: Run, log: Callable[[str], None]) -> Loggers:
     """
     with errors_on_all_ranks():
         loggers = make_loggers(run.config, run.objective, run.exp, log, enabled=run.ranks.is_main)
+        if run.ranks.is_main:
+            _note_start(run, log)
         loggers.begin(run.state, run.config)
     return loggers
+
+
+def _note_start(run: Run, log: Callable[[str], None]) -> None:
+    """Note from where and with which settings a run continues, before the lines of later updates are deleted."""
+    lines, settings = read_rows(run.exp) if run.state.update else [], effective(run.config)
+    logged = max((line.update for line in lines), default=0)
+    cause = note_start(run.exp, settings, run.state, logged=logged, named=run.named)
+    if cause is not None and (run.config.logging.wandb, run.config.logging.mlflow) != (None, None):
+        log(f"{cause}: W&B and MLflow get them as a new run, {identity(run.exp, settings, run.state).id}")
 
 
 def is_due(update: int, every: int, *, step: int, last: bool) -> bool:

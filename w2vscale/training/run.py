@@ -65,6 +65,8 @@ class Run:
     state: TrainState
     started: Iterator[list[MicroBatch]] | None = None
     """The windows that have been loading since before the engine was built."""
+    named: bool = False
+    """Whether the command named the checkpoint to resume from."""
 
     def windows(self) -> Iterator[list[MicroBatch]]:
         """The windows of this rank from the next update to the last. Loader processes load them ahead."""
@@ -159,6 +161,7 @@ def build_run(
         bad_audio=bad_audio,
         state=state,
         started=windows,
+        named=resume not in ("auto", "never"),
     )
 
 
