@@ -15,7 +15,7 @@ from w2vscale.checkpoint.format import committed, update_of
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
-from w2vscale.files import read_metrics
+from w2vscale.files import read_metrics, read_records
 from w2vscale.objectives.settings import load_settings
 from w2vscale.runs import Run
 from w2vscale.training import loop
@@ -118,6 +118,21 @@ def test_it_ends_at_an_update_that_is_neither_logged_nor_saved_otherwise(
     printed = run(small_corpus, tmp_path / "exp", capsys, "checkpoint.every=50", "logging.every=50")
     assert "that of update 2; its checkpoint was not kept (checkpoint.keep_best); a higher value" in printed
     assert reached(tmp_path / "exp") == (6, [6])
+
+
+@pytest.mark.parametrize(("every", "updates"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6]), (50, [6])])
+def test_the_histograms_of_its_last_update_are_made_once(
+    every: int,
+    updates: list[int],
+    small_corpus: SmallCorpus,
+    losses: dict[int, float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    losses |= {2: 1.0, 4: 2.0, 6: 3.0}
+    run(small_corpus, tmp_path, capsys, "logging.every=1", f"logging.histograms_every={every}")
+    notes = [note for note in read_records(tmp_path / "logs" / "notes.jsonl") if "histogram" in note]
+    assert [note["update"] for note in notes if note["name"] == "weights/quantizer.codevectors"] == updates
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

@@ -117,7 +117,7 @@ class Trainer:
             ended_before = self.ended is not None
             try:
                 if self.state.update and self._validation_is_missing():
-                    self._validate()  # a stop signal has prevented it
+                    self._validate_and_log_end()  # a stop signal has prevented it
                     self.metrics.commit(self.state.update)
                     self._save()
                 while not self.finished:
@@ -328,9 +328,7 @@ class Trainer:
         began = time.perf_counter()
         # Validate before saving, because the checkpoint stores the metrics.
         if validating:
-            self._validate()
-            if self.ended is not None and self.logged < update:
-                self._log()
+            self._validate_and_log_end()
         self.metrics.commit(update)
         if saving or self.ended is not None:
             self._save()
@@ -466,6 +464,14 @@ class Trainer:
         self.ended = early_end(self.config, self.run.exp, self.run.ranks, self.state.update)
         log_samples(self.run, self.metrics, self.shown, self.state.update, self.display.message, last=self.finished)
         self._call(self.callbacks.on_validation, values)
+
+    def _validate_and_log_end(self) -> None:
+        """Validate and, if the run ends early here, log what every last update logs. Raises as `_validate`."""
+        self._validate()
+        if self.ended is not None and self.logged < self.state.update:
+            self._log()
+        elif self.ended is not None:
+            log_histograms(self.run, self.metrics, self.state.update, last=True, repeated=True)
 
     def _metrics_of(self, name: str | None) -> dict[str, float]:
         """Return the metrics of the validation set, or of the further one with this name. Raises as `_validate`."""

@@ -80,10 +80,13 @@ def log_samples(
     loggers.show(picture, update)
 
 
-def log_histograms(run: Run, loggers: Loggers, update: int, *, last: bool) -> None:
-    """Log histograms of some weights, if they are due. Collective: each rank counts what it holds."""
-    logging = run.config.logging
-    if not is_due(update, logging.histograms_every, step=logging.every, last=last):
+def log_histograms(run: Run, loggers: Loggers, update: int, *, last: bool, repeated: bool = False) -> None:
+    """Log histograms of some weights, if they are due. Collective: each rank counts what it holds.
+
+    `repeated`: this was called for the update before, when it was not known to be the last one.
+    """
+    every, step = run.config.logging.histograms_every, run.config.logging.every
+    if not is_due(update, every, step=step, last=last) or (repeated and is_due(update, every, step=step, last=False)):
         return
     for name, own, size in watched(run):
         loggers.histogram(f"weights/{name}", update, histogram(own, size))
