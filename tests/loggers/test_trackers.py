@@ -19,10 +19,14 @@ from tests.helpers.logged import (
     in_mlflow,
     in_wandb,
     opened,
+    state,
 )
 from tests.helpers.processes import FORKS
 from w2vscale.errors import UserError
-from w2vscale.loggers.mlflow import create_database, sqlite_file, tracking_uri
+from w2vscale.loggers.base import RunFacts
+from w2vscale.loggers.identity import identity
+from w2vscale.loggers.mlflow import MlflowService, create_database, sqlite_file, tracking_uri
+from w2vscale.loggers.tags import Tags
 
 
 def of(kind: str, exp: Path) -> str:
@@ -130,6 +134,21 @@ def test_a_kill_while_a_database_is_made_leaves_none_or_a_complete_one(tmp_path:
             create_database(path)
         client = MlflowClient(tracking_uri=f"sqlite:///{path}")
         assert client.get_experiment(client.create_experiment("another")).name == "another"
+
+
+def test_a_run_of_mlflow_that_a_kill_left_without_parameters_gets_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = MlflowService(str(tmp_path / "mlflow"), RunFacts(tmp_path, {"optim": {"lr": 0.001}}, Tags([])))
+    who = identity(tmp_path, {}, state(0))
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowService, "_log_parameters", None)
+        with pytest.raises(TypeError):  # in place of a kill
+            service.open(who)
+    assert "optim.lr" not in in_mlflow(tmp_path / "mlflow")[who.id][1]
+    service.open(who)
+    service.open(who)
+    assert in_mlflow(tmp_path / "mlflow")[who.id][1]["optim.lr"] == "0.001"
 
 
 def test_a_database_that_is_there_stays(tmp_path: Path) -> None:

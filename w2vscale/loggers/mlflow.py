@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -58,10 +58,11 @@ class MlflowService(Service):
         if found:
             self._run_id = found[0].info.run_id
             self._client.update_run(self._run_id, status="RUNNING")
+            self._log_parameters(without=found[0].data.params)  # a kill may have come between
         else:
             tags = {RUN_TAG: who.id, GROUP_TAG: who.group}
             self._run_id = self._client.create_run(experiment, run_name=who.title, tags=tags).info.run_id
-            self._log_parameters()
+            self._log_parameters(without=())
         self._steps = {}
 
     def has(self, row: Row) -> bool:
@@ -96,13 +97,14 @@ class MlflowService(Service):
         where = None if self._artifacts is None else self._artifacts.as_uri()
         return str(self._client.create_experiment(name, artifact_location=where))
 
-    def _log_parameters(self) -> None:
+    def _log_parameters(self, *, without: Container[str]) -> None:
         from mlflow.entities import Param
 
         parameters = [
             Param(f"{section}.{key}", json.dumps(value)[:LONGEST_PARAMETER])
             for section, values in self._facts.settings.items()
             for key, value in values.items()
+            if f"{section}.{key}" not in without
         ]
         for some in _batches(parameters, PARAMETERS_AT_ONCE):
             self._client.log_batch(self._run_id, params=some)
