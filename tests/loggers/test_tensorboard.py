@@ -85,6 +85,22 @@ def test_hyper_parameters_begin_once_and_end_with_the_run(tmp_path: Path) -> Non
     assert {metric.name.tag for metric in experiment.metric_infos} >= {"loss/loss/train", "loss/loss/validation"}
 
 
+def test_charts_and_hyper_parameters_have_all_validation_sets(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    sets = ("data.validation=a.jsonl", "data.validation_sets={far: b.jsonl}")
+    loggers = opened(tmp_path, ON, *sets)
+    loggers.close()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    (event,) = events.Tensors("custom_scalars__config__")
+    charts = Layout.FromString(event.tensor_proto.string_val[0]).category[0].chart
+    assert list(charts[0].multiline.tag) == [
+        f"loss/loss/{split}" for split in ("train", "validation", "validation_far")
+    ]
+
+
 def test_nothing_to_do_writes_nothing(tmp_path: Path) -> None:
     run(tmp_path, (0, UPDATES))
     before = sorted((tmp_path / "tb").rglob("events*"))

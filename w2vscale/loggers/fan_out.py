@@ -111,7 +111,8 @@ def make_loggers(
     """
     if not enabled:
         return Loggers(exp, [])
-    facts, settings = RunFacts(exp, effective(config), Tags(objective.panels())), config.logging
+    splits = ("train", "validation", *(f"validation_{name}" for name in config.data.validation_sets))
+    facts, settings = RunFacts(exp, effective(config), Tags(objective.panels(), splits)), config.logging
     loggers: list[Logger] = [JsonLogger(exp, log), SamplesLogger(exp)]
     # Imported here because the imports take seconds, and most runs need none of these.
     if settings.tensorboard:

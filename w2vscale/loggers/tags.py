@@ -31,6 +31,8 @@ class Tags:
     """The names of an objective's metrics."""
 
     panels: Sequence[Panel]
+    splits: Sequence[str] = ("train", "validation")
+    """Those that charts show together."""
 
     def of(self, split: str, key: str) -> str:
         """Return the tag of a metric."""
@@ -52,9 +54,9 @@ class Tags:
         return titles[0].replace(" ", "_") if titles else "other"
 
     def charts(self) -> dict[str, dict[str, list[str]]]:
-        """Return charts that show training and validation together: tags by group and key."""
+        """Return charts that show training and all validation sets together: tags by group and key."""
         charts: dict[str, dict[str, list[str]]] = {}
         keys = ["loss", *(key for panel in self.panels if panel.training for key in panel.keys)]
         for key in dict.fromkeys(keys):
-            charts.setdefault(self.group(key), {})[key] = [self.of(split, key) for split in ("train", "validation")]
+            charts.setdefault(self.group(key), {})[key] = [self.of(split, key) for split in self.splits]
         return charts
