@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -137,8 +138,9 @@ def test_a_kill_while_a_database_is_made_leaves_none_or_a_complete_one(tmp_path:
 
 
 def test_a_run_of_mlflow_that_a_kill_left_without_parameters_gets_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    levels = {name: logging.getLogger(name).level for name in ("mlflow.store.db.utils", "alembic")}
     service = MlflowService(str(tmp_path / "mlflow"), RunFacts(tmp_path, {"optim": {"lr": 0.001}}, Tags([])))
     who = identity(tmp_path, {}, state(0))
     with monkeypatch.context() as patched:
@@ -149,6 +151,9 @@ def test_a_run_of_mlflow_that_a_kill_left_without_parameters_gets_them(
     service.open(who)
     service.open(who)
     assert in_mlflow(tmp_path / "mlflow")[who.id][1]["optim.lr"] == "0.001"
+    # In a process where MLflow has made no database before, it would have announced each step.
+    assert {name: logging.getLogger(name).level for name in levels} == levels
+    assert "INFO" not in capfd.readouterr().err
 
 
 def test_a_database_that_is_there_stays(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Container, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,20 @@ SCHEMES = ("http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssq
 T = TypeVar("T")
 
 
+@contextmanager
+def _without_announcements() -> Iterator[None]:
+    """Silence the loggers that announce each step of making or opening a database."""
+    loggers = [logging.getLogger(name) for name in ("mlflow.store.db.utils", "alembic")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 class MlflowService(Service):
     """A run of MLflow, found by a tag. Metrics of an update arrive in one piece, after its files.
 
@@ -45,6 +59,7 @@ class MlflowService(Service):
         self._steps: dict[str, set[int]] = {}
         _import()
 
+    @_without_announcements()
     def open(self, who: Identity) -> None:
         from mlflow import MlflowClient
 
@@ -176,8 +191,6 @@ def _import() -> None:
         missing = error.name or "mlflow"
         raise UserError(f"logging.mlflow: {missing} is not installed: pip install 'w2vscale[mlflow]'") from None
     assert mlflow and sqlalchemy
-    for name in ("mlflow.store.db.utils", "alembic"):  # they announce each step of making a database
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _file(folder: Path, name: str, update: int, suffix: str) -> Path:

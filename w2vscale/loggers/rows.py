@@ -12,7 +12,7 @@ from w2vscale.loggers.base import Audio, Histogram
 from w2vscale.loggers.jsonl import METRICS, NOTES
 from w2vscale.loggers.samples import GROUP, sample_folders
 
-SPLITS_WITHOUT_CURVES = ("roll_back",)
+SPLITS_WITHOUT_CURVES = ("roll_back",)  # is also a text; its update is before those that are replaced
 
 
 @dataclass
@@ -25,11 +25,6 @@ class Row:
     images: dict[str, bytes] = field(default_factory=dict)  # PNG
     audio: dict[str, Audio] = field(default_factory=dict)
     histograms: dict[str, Histogram] = field(default_factory=dict)
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing has been logged."""
-        return not (self.scalars or self.texts or self.images or self.audio or self.histograms)
 
 
 def read_rows(exp: Path) -> list[Row]:

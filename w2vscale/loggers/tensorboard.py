@@ -13,7 +13,7 @@ import numpy as np
 from w2vscale.checkpoint.format import TrainState
 from w2vscale.files import delete, writing
 from w2vscale.loggers.base import Audio, Histogram, Logger, RunFacts
-from w2vscale.loggers.rows import read_texts
+from w2vscale.loggers.rows import SPLITS_WITHOUT_CURVES, read_texts
 from w2vscale.loggers.tags import BY_HOURS
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class TensorBoardLogger(Logger):
                     delete(path)
 
     def scalars(self, split: str, update: int, values: Mapping[str, float]) -> None:
-        if split == "roll_back":  # is a text, and its update is before those that are purged
+        if split in SPLITS_WITHOUT_CURVES:
             return
         tags = self._facts.tags
         writers = self._open()
