@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w2vscale.config import Config, dump_config, in_yaml, load_config
-from w2vscale.config.tree import DataConfig, MixConfig, TrainerConfig
+from w2vscale.config.running import TrainerConfig
+from w2vscale.config.tree import DataConfig, MixConfig
 from w2vscale.config.yaml_1_2 import dump_yaml, load_yaml
 from w2vscale.errors import UserError
 

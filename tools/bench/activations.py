@@ -20,7 +20,7 @@ from rich.table import Table
 from tools.bench.contenders import Work, synchronize, work_settings
 from tools.bench.running import build
 from tools.bench.script import console, run_script
-from w2vscale.config.tree import EngineConfig
+from w2vscale.config.running import EngineConfig
 from w2vscale.planning.live_memory import LiveMemory
 
 CHOICES: tuple[str, ...] = get_args(EngineConfig.model_fields["activation_checkpointing"].annotation)

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
 
+from w2vscale.config.section import Section
 from w2vscale.config.sources import Layer, layers_of, merge, merged, nearest, on_top
-from w2vscale.config.tree import Config, ObjectiveConfig, Section
+from w2vscale.config.tree import Config, ObjectiveConfig
 from w2vscale.config.yaml_1_2 import dump_yaml, load_yaml
 from w2vscale.errors import UserError
 from w2vscale.storage.urls import Url

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from w2vscale.config.tree import PrecisionConfig
+from w2vscale.config.running import PrecisionConfig
 from w2vscale.kernels.precision import cast, widen
 from w2vscale.kernels.replaceable import replaceable
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from w2vscale.config import Config, ObjectiveConfig, Section, architecture, load_config, objective_named, parse_section
-from w2vscale.config.tree import Count, CountOrZero, Fraction, NotNegative, Positive, Probability, Size
+from w2vscale.config.section import Count, CountOrZero, Fraction, NotNegative, Positive, Probability, Size
 from w2vscale.data.vocabulary import check_vocabulary, is_spaced, read_vocabulary
 
 

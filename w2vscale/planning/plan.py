@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import get_args
 
 from w2vscale.config import BatchConfig, Config, in_yaml
-from w2vscale.config.tree import EngineConfig
+from w2vscale.config.running import EngineConfig
 from w2vscale.errors import UserError, counted
 from w2vscale.objectives import Objective
 from w2vscale.planning.exposure import Corpus, Exposure, exposure
