@@ -37,6 +37,7 @@ def _check_pattern(pattern: str) -> str:
 
 
 def as_list(value: object) -> object:
+    """Return a single path or text as a list of one, and anything else as it is."""
     return [value] if isinstance(value, str | Path) else value
 
 

@@ -116,7 +116,7 @@ def watched_names(config: Config) -> re.Pattern[str]:
 
 
 def histogram(own: NDArray[np.float32], size: int) -> Histogram:
-    """Return the histogram of a tensor of `size` elements, of which each rank holds a part. Collective.
+    """Return the histogram of a tensor of `size` elements that is sharded over the ranks. Collective.
 
     Several ranks may hold the same part, as long as all parts are held equally often.
     """
