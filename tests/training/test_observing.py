@@ -90,7 +90,8 @@ def test_every_logger_has_everything_once_after_a_kill(small_corpus: SmallCorpus
                 process.kill()
                 process.finish(code=-signal.SIGKILL, timeout=120)
         printed = Command(tmp_path / "log", *command, environment=offline).finish(code=0, timeout=240)
-        assert "warning" not in printed.lower(), printed
+        warnings = [line for line in printed.lower().splitlines() if "warning" in line]
+        assert [line for line in warnings if "waiting for data" not in line] == []  # busy machines load data slowly
         found[name] = [
             in_tensorboard(exp / "tb"),
             in_tensorboard(exp / "tb" / "by_hours"),
