@@ -65,6 +65,14 @@ def test_a_killed_run_has_no_duplicates_and_no_gaps(tmp_path: Path, kind: str, p
     assert found(kind, tmp_path) == wanted(kind)
 
 
+def test_a_run_of_a_sweep_has_the_id_that_its_agent_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+    monkeypatch.setenv("WANDB_RUN_ID", "of-the-agent")
+    in_a_process(tmp_path, (of("wandb", tmp_path),), 0, 7)
+    in_a_process(tmp_path, (of("wandb", tmp_path),), 6, UPDATES)
+    assert in_wandb(tmp_path) == {"of-the-agent": wanted("wandb")}
+
+
 def test_wandb_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "from tests.helpers.logged import opened\nfrom pathlib import Path\n"

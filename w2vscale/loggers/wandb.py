@@ -46,7 +46,8 @@ class WandbService(Service):
             **({} if self._offline else {"resume": "allow"}),
         )  # fmt: skip
         if self._offline:
-            files = (Path(folder) / "wandb").glob(f"offline-run-*-{who.id}/run-{who.id}.wandb")
+            id = self._run.id  # in a sweep, the agent has chosen it
+            files = (Path(folder) / "wandb").glob(f"offline-run-*-{id}/run-{id}.wandb")
             self._last = max((last_step(path) for path in files), default=-1)
         else:
             self._last = self._run.starting_step - 1
