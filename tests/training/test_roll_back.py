@@ -204,8 +204,7 @@ class TestRollBack:
         assert started() == []
         printed = " ".join(capsys.readouterr().out.split())
         assert printed.count("warning: the loss spikes") == 2, "once for each time"
-        checkpoint = tmp_path / "exp" / "checkpoints" / "update_00000008"
-        assert f"going back from update 10 to {checkpoint}, and skipping the data since then: trouble since" in printed
+        assert "going back from update 10 to the checkpoint of update 8, and skipping the data since then: " in printed
         assert read_document(committed(tmp_path / "exp" / "checkpoints")[-1]).state.skipped_windows == 4
 
     def test_data_that_stays_bad_ends_the_run(self, tmp_path: Path, run: Run) -> None:

@@ -372,7 +372,8 @@ class Trainer:
             )
         self.display.went_back(
             back.update,
-            f"going back from update {left.update} to {checkpoint.path}, and skipping the data since then: {trouble}",
+            f"going back from update {left.update} to the checkpoint of update {back.update}, and skipping the data "
+            f"since then: {trouble}",
         )
         self.run.engine.import_state(checkpoint)
         skipped = left.skipped_windows + left.update - back.update
