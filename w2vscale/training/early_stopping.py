@@ -70,13 +70,19 @@ def early_end(config: Config, exp: Path, ranks: Ranks, update: int) -> Progress 
     return ended
 
 
-def describe_end(found: Progress, exp: Path) -> str:
-    """Say why a run has ended, and which checkpoint is the best."""
+def describe_end(found: Progress, update: int, config: Config, exp: Path) -> str:
+    """Say why a run has ended at `update`, and which checkpoint is the best."""
     if found.best is None:
-        return f"{counted(found.since, 'validation')} had no finite {found.metric}"
-    checkpoint = exp / "checkpoints" / folder_name(found.update)
-    kept = f"{checkpoint} is the best" if checkpoint.is_dir() else "its checkpoint was not kept (checkpoint.keep_best)"
+        why = f"{counted(found.since, 'validation')} had no finite {found.metric}"
+    else:
+        checkpoint = exp / "checkpoints" / folder_name(found.update)
+        kept = checkpoint.is_dir()
+        why = (
+            f"{counted(found.since, 'validation')} without a {found.metric} below {found.best:.4g}, that of update "
+            f"{found.update}; "
+            + (f"{checkpoint} is the best" if kept else "its checkpoint was not kept (checkpoint.keep_best)")
+        )
     return (
-        f"{counted(found.since, 'validation')} without a {found.metric} below {found.best:.4g}, that of update "
-        f"{found.update}; {kept}"
+        f"stopped early at update {update} (trainer.early_stopping={config.trainer.early_stopping}): {why}; "
+        "a higher value continues"
     )

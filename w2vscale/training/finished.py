@@ -81,10 +81,7 @@ def reached_end(config: Config, exp: Path) -> str | None:
             if state.update >= config.trainer.updates:
                 return f"the run has reached trainer.updates={config.trainer.updates}"
             if (progress := stopped_early(config, exp, state.update)) is not None:
-                return (
-                    f"stopped early at update {state.update} (trainer.early_stopping={config.trainer.early_stopping}): "
-                    f"{describe_end(progress, exp)}; a higher value continues"
-                )
+                return describe_end(progress, state.update, config, exp)
     return None
 
 

@@ -137,10 +137,7 @@ class Trainer:
             return 0
 
     def _early_end(self, progress: Progress) -> str:
-        return (
-            f"stopped early at update {self.state.update} (trainer.early_stopping="
-            f"{self.config.trainer.early_stopping}): {describe_end(progress, self.run.exp)}; a higher value continues"
-        )
+        return describe_end(progress, self.state.update, self.config, self.run.exp)
 
     def _train_on(self, windows: Iterator[list[MicroBatch]]) -> None:
         """Run updates to the last one, or until the run goes back to a checkpoint."""

@@ -133,12 +133,7 @@ def build_run(
     engine = build_engine(model, config, objective, device)
     try:
         if checkpoint is None:
-            loaded: dict[str, LazyTensor] = {}
-            if (start := config.trainer.init_from) is not None:
-                source = model_on_all_ranks(start, log, patience)
-                loaded = starting_tensors(config, objective, model_shapes(expected), source, log)
-            engine.import_values(initial_state(objective, config.trainer.seed, without=loaded))
-            engine.import_model(LazyReader(loaded), loaded)
+            _start(engine, config, objective, expected, patience, log)
         else:
             engine.import_state(checkpoint)
             log(f"resumed from {_from_here(checkpoint.path)} at update {checkpoint.state.update}")
@@ -163,6 +158,23 @@ def build_run(
         started=windows,
         named=resume not in ("auto", "never"),
     )
+
+
+def _start(
+    engine: Engine,
+    config: Config,
+    objective: Objective,
+    expected: Specs,
+    patience: Patience,
+    log: Callable[[str], None],
+) -> None:
+    """Give a new run its first weights: random ones, and those of `trainer.init_from` where it has them."""
+    loaded: dict[str, LazyTensor] = {}
+    if (start := config.trainer.init_from) is not None:
+        source = model_on_all_ranks(start, log, patience)
+        loaded = starting_tensors(config, objective, model_shapes(expected), source, log)
+    engine.import_values(initial_state(objective, config.trainer.seed, without=loaded))
+    engine.import_model(LazyReader(loaded), loaded)
 
 
 def _from_here(path: Path) -> Path:
