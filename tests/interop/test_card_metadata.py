@@ -57,6 +57,7 @@ def test_everything_is_read_back(run: Path) -> None:
     evaluation(run / "wer_other.json", cuts=["dev", "other"], checkpoint="checkpoints/update_00000007")
     # Of others, or something else.
     evaluation(run / "wer_earlier.json", update=6)
+    evaluation(run / "wer_ema.json", weights="ema")
     evaluation(run / "wer_average.json", checkpoint="exp/average")
     evaluation(run / "wer_broken.json", wer="low")
     (run / "settings.json").write_text("{")
@@ -92,9 +93,10 @@ def test_a_card_without_details(run: Path) -> None:
 
 def test_files_of_results(run: Path, tmp_path: Path) -> None:
     evaluation(run / "wer_test.json")
-    chosen = evaluation(tmp_path / "chosen.json", cuts=["mine"], update=5)
+    chosen = evaluation(tmp_path / "chosen.json", cuts=["mine"], update=5, weights="ema")
     result = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "export"), "--results", str(chosen)])
     assert "chosen.json: is of update 5, and the exported checkpoint of update 7" in result.output
+    assert "chosen.json: is of --weights ema, and --weights raw are exported" in " ".join(result.output.split())
     card = hub.ModelCard.load(tmp_path / "export" / "README.md")
     assert {one.dataset_name for one in card.data.eval_results} == {"mine"}
 

@@ -127,6 +127,9 @@ def test_export(
     assert exported["wav2vec2.masked_spec_embed"].equal(expected[MASK])
     assert exported["quantizer.codevectors"].flatten().equal(expected["quantizer.codevectors"].flatten())
     assert ("averaged weights (optim.ema_decay=0.75)" in printed) == (kind == "ema")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("| weights | averaged weights (optim.ema_decay=0.75) |\n" in card) == (kind == "ema")
+    assert ("| validation contrastive accuracy |" in card) == (kind == "ema"), "the run validates the averaged weights"
 
 
 def test_commands_on_checkpoints(averaged: Path, plain: Path, tmp_path: Path, command: Callable[..., str]) -> None:

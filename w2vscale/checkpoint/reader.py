@@ -161,16 +161,20 @@ class CheckpointReader:
             raise UserError(f"weights={weights}: choose ema or raw")
         if weights == "ema" and not self.has_average:
             raise UserError(f"{self.path}: has no averaged weights (optim.ema_decay is 0); choose weights=raw")
-        kinds = ("model", "ema") if self.has_average and weights != "raw" else ("model",)
+        kinds = ("model", "ema") if self.weights_read(weights) == "ema" else ("model",)
         if "ema" in kinds and (fault := next(self.faults("ema."), None)):
             raise UserError(f"{self.path}: {fault}")
         # Frozen parameters and buffers have no average.
         parts = (name.partition(".") for kind in kinds for name in self.tensors if name.startswith(f"{kind}."))
         return {own: f"{kind}.{own}" for kind, _, own in parts}
 
+    def weights_read(self, weights: str | None = None) -> str:
+        """What `stored_names` chooses: "ema" or "raw"."""
+        return "ema" if self.has_average and weights != "raw" else "raw"
+
     def describe_weights(self, weights: str | None = None) -> str:
         """What `stored_names` chooses, in words."""
-        if self.has_average and weights != "raw":
+        if self.weights_read(weights) == "ema":
             return f"averaged weights (optim.ema_decay={self.config.optim.ema_decay:g})"
         return "weights of the last update"
 

@@ -86,7 +86,8 @@ def _evaluate_loss(
     title = f"{found.checkpoint.name} on {int(found.metrics['utterances'])} utterances"
     print_table(("metric", "value"), rows, title=title)
     if output is not None:
-        document = {"checkpoint": str(found.checkpoint), "update": found.update, **found.metrics, "table": found.table}
+        of = {"checkpoint": str(found.checkpoint), "update": found.update, "weights": found.weights}
+        document = {**of, **found.metrics, "table": found.table}
         write_text(output, json.dumps(document, indent=2) + "\n")
 
 
@@ -121,7 +122,9 @@ def _evaluate_wer(
             for speaker, counts in found.speakers.items()
         ],
     )
-    console.print(f"{counted(len(found.utterances), 'utterance')}, {len(found.bad)} skipped")
+    decay = f", averaged weights (optim.ema_decay={pretrained.config.optim.ema_decay:g})"
+    average = decay if pretrained.weights == "ema" else ""
+    console.print(f"{counted(len(found.utterances), 'utterance')}, {len(found.bad)} skipped{average}")
     for kind, count in Counter(one.kind for one in found.bad).most_common():
         first = next(one for one in found.bad if one.kind == kind)
         console.print(f"skipped ({kind}): {count:,}, the first one: {first}")
@@ -131,6 +134,7 @@ def _evaluate_wer(
         document = {
             "checkpoint": str(checkpoint),
             "update": pretrained.update,
+            "weights": pretrained.weights,
             "cuts": [path.name.removesuffix(".jsonl").removeprefix("cuts_") for path in cuts],
             "decoding": search.description() if search is not None else "greedy",
             "wer": found.words.rate,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import permutations
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -27,6 +27,7 @@ Count = Annotated[int, Field(ge=0, le=10**15)]
 
 class _Evaluation(TypedDict):
     update: Count
+    weights: NotRequired[Literal["ema", "raw"]]
     utterances: Number
     table: dict[str, str]
 
@@ -52,6 +53,7 @@ class _Score(TypedDict):
     cer: Number
     word_interval: Annotated[list[Number], Field(min_length=2, max_length=2)]
     character_interval: Annotated[list[Number], Field(min_length=2, max_length=2)]
+    weights: NotRequired[Literal["ema", "raw"]]
     cuts: list[str]
     decoding: str
     utterances: Annotated[list[_Utterance], Field(min_length=1)]
@@ -113,12 +115,16 @@ def _result(path: Path, document: Any) -> Result:
 
 
 def error_rates_of(
-    checkpoint: CheckpointReader, files: Sequence[Path] | None, log: Callable[[str], None] = lambda text: None
+    checkpoint: CheckpointReader,
+    weights: str,
+    *,
+    files: Sequence[Path] | None,
+    log: Callable[[str], None] = lambda text: None,
 ) -> list[ErrorRates]:
     """Return the error rates of a checkpoint for its model card, from files of `w2vscale evaluate --wer --output`.
 
-    `files` is None: those in the folder of its run that are of this checkpoint. Raises UserError if one of `files`
-    cannot be read or is something else.
+    `weights`: "ema" or "raw". `files` is None: those in the folder of its run that are of these weights. Raises
+    UserError if one of `files` cannot be read or is something else.
     """
     if files is not None:
         found = read_results(files)
@@ -127,6 +133,8 @@ def error_rates_of(
                 raise UserError(f"--results {path}: has no word error rate; evaluate the model with --wer --output")
             if (update := result.metrics.get("update", checkpoint.state.update)) != checkpoint.state.update:
                 log(f"{path}: is of update {update}, and the exported checkpoint of update {checkpoint.state.update}")
+            if (theirs := _weights(result)) != weights:
+                log(f"{path}: is of --weights {theirs}, and --weights {weights} are exported")
         return [_error_rates(result) for result in found]
     run = checkpoint.path.parent.parent
     names = (run.name, "checkpoints", checkpoint.path.name)
@@ -135,9 +143,15 @@ def error_rates_of(
         with suppress(UserError):  # other files
             (result,) = read_results([path])
             metrics = result.metrics
-            if metrics.get("update") == checkpoint.state.update and Path(metrics.get("checkpoint", "")).name in names:
-                rates += [_error_rates(result)] if "wer" in metrics else []
+            same = metrics.get("update") == checkpoint.state.update and _weights(result) == weights
+            if same and "wer" in metrics and Path(metrics.get("checkpoint", "")).name in names:
+                rates.append(_error_rates(result))
     return rates
+
+
+def _weights(result: Result) -> str:
+    """Which weights were evaluated. Versions that did not say so had no averaged ones."""
+    return str(result.metrics.get("weights", "raw"))
 
 
 def _error_rates(result: Result) -> ErrorRates:

@@ -35,6 +35,7 @@ class Evaluation:
 
     checkpoint: Path
     update: int
+    weights: str  # "ema" or "raw"
     metrics: dict[str, float]
     table: dict[str, str]  # the metrics by name, formatted with their units
 
@@ -53,8 +54,8 @@ def evaluate_checkpoint(
     `path` is a checkpoint folder, a run folder, to evaluate its newest intact checkpoint, or a URL; `cuts` are indexed
     manifests; `overrides` replace settings (SECTION.KEY=VALUE). Several ranks shard the model, whatever engine trained
     it, unless `overrides` contain engine.name=ddp. `weights` is "ema" or "raw": see `CheckpointReader.stored_names`.
-    `progress` is called with (micro-batches begun, micro-batches in
-    total) of this rank. Returns the evaluation on the first rank, None on the others.
+    `progress` is called with (micro-batches begun, micro-batches in total) of this rank. Returns the evaluation on the
+    first rank, None on the others.
     Raises UserError if the checkpoint or a manifest is unusable, or no utterance could be read.
     """
     with process_group() as (ranks, device), torch.no_grad(), loader_processes():
@@ -85,7 +86,8 @@ def evaluate_checkpoint(
         return None
     if not metrics["utterances"]:
         raise UserError(f"{cuts[0]}: no utterance could be evaluated")
-    return Evaluation(checkpoint.path, checkpoint.state.update, metrics, objective.table(metrics))
+    update, read = checkpoint.state.update, checkpoint.weights_read(weights)
+    return Evaluation(checkpoint.path, update, read, metrics, objective.table(metrics))
 
 
 def _sharded(checkpoint: CheckpointReader, objective: Objective, device: torch.device, weights: str | None) -> Any:

@@ -82,7 +82,7 @@ def _load(
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model = checkpoint.build_model(objective, chosen, weights=weights).eval()
-        return Pretrained(model, config, objective, checkpoint.state.update)
+        return Pretrained(model, config, objective, checkpoint.state.update, checkpoint.weights_read(weights))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {chosen}: {str(error).splitlines()[0]}") from None
 
@@ -138,6 +138,7 @@ class Pretrained:
     config: Config
     objective: Objective
     update: int = 0  # of the checkpoint
+    weights: str = "raw"  # or "ema"
 
     @property
     def device(self) -> torch.device:

@@ -30,7 +30,8 @@ SHARD_BYTES = 5 * 10**9  # the largest file of weights for Transformers, as `sav
 
 Progress = Callable[[int, int], None]
 Log = Callable[[str], None]
-ErrorRatesOf = Callable[[CheckpointReader], Sequence[ErrorRates]]
+ErrorRatesOf = Callable[[CheckpointReader, str], Sequence[ErrorRates]]
+"""Of a checkpoint and its weights, "ema" or "raw"."""
 
 
 class Exported(NamedTuple):
@@ -57,7 +58,7 @@ def export_checkpoint(
     form: str,
     weights: str | None = None,
     details: CardDetails | None = None,
-    error_rates: ErrorRatesOf = lambda checkpoint: (),
+    error_rates: ErrorRatesOf = lambda checkpoint, weights: (),
     progress: Progress = lambda done, total: None,
     log: Log = lambda text: None,
 ) -> Exported:
@@ -94,7 +95,8 @@ def export_checkpoint(
     size = sum(tensor.bytes for tensor in state.values())
     card = ""
     if form in WITH_CARD:
-        card = model_card(checkpoint, details, error_rates(checkpoint), onnx=form == "onnx")
+        rates = error_rates(checkpoint, checkpoint.weights_read(weights))
+        card = model_card(checkpoint, details, rates, weights=weights, onnx=form == "onnx")
     with new_folder(output, size=size, log=log) as folder:
         WRITERS[form](Export(checkpoint, counted_reads(state, progress), folder, card, log))
         names = sorted(file.name for file in folder.iterdir())

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.config import ModelConfig
 from w2vscale.config.yaml_1_2 import dump_yaml
@@ -53,12 +53,14 @@ def model_card(
     details: CardDetails | None = None,
     error_rates: Sequence[ErrorRates] = (),
     *,
+    weights: str | None = None,
     onnx: bool = False,
 ) -> str:
     """Return the model card as Markdown, with the metadata block that the Hugging Face Hub reads.
 
-    It has the validation metrics of the run if the checkpoint is still in its folder. `onnx`: the files are those of
-    the format onnx, not of Transformers.
+    It has the validation metrics of the run if the checkpoint is still in its folder and they are of these weights:
+    "ema" or "raw", see `CheckpointReader.stored_names`. `onnx`: the files are those of the format onnx, not of
+    Transformers.
     """
     state, model = checkpoint.state, checkpoint.config.model
     objective = build_objective(checkpoint.config)
@@ -69,7 +71,7 @@ def model_card(
         ("blocks x dim x feed-forward x heads", f"{model.layers} x {model.dim} x {model.ffn_dim} x {model.heads}"),
         ("sampling rate", f"{model.sampling_rate} Hz"),
         ("waveform normalisation", "by the graph" if onnx and model.normalize_waveform else _normalisation(model)),
-        *(_training_rows(checkpoint, objective) if state.update else [("origin", state.data or "not recorded")]),
+        *(_training_rows(checkpoint, objective, weights) if state.update else [_origin_row(state)]),
     ]
     title = "wav2vec 2.0" if head.tensors else "wav2vec 2.0 encoder"
     metadata = _metadata(checkpoint, objective, details or CardDetails(), error_rates, onnx=onnx)
@@ -228,10 +230,15 @@ def _notes(head: TransformersHead) -> str:
     return f"\nTo load the heads as well ({', '.join(modules)}), use `{head.architecture}`.\n"
 
 
-def _training_rows(checkpoint: CheckpointReader, objective: Objective) -> list[tuple[str, str]]:
+def _origin_row(state: TrainState) -> tuple[str, str]:
+    return "origin", state.data or "not recorded"
+
+
+def _training_rows(checkpoint: CheckpointReader, objective: Objective, weights: str | None) -> list[tuple[str, str]]:
     state, config, batch = checkpoint.state, checkpoint.config, checkpoint.config.batch
     names = ", ".join(path.name for path in config.data.train)
     started = config.trainer.init_from
+    validated = checkpoint.weights_read()  # by the run
     audio = f"{batch.max_seconds * batch.micro_batches:,.0f} s"
     return [
         ("training data", f"{names or 'not recorded'}{f' ({state.data})' * bool(state.data)}"),
@@ -240,12 +247,14 @@ def _training_rows(checkpoint: CheckpointReader, objective: Objective) -> list[t
         ("hours seen", f"{state.audio_seconds / 3600:,.1f}"),
         ("maximum audio per update", f"{audio} ({batch.micro_batches} micro-batches of {batch.max_seconds:g} s)"),
         ("peak learning rate", f"{config.optim.lr:g}"),
-        *_validation_rows(checkpoint.path.parent.parent / "metrics.jsonl", state.update, objective),
+        *([("weights", checkpoint.describe_weights(weights))] if checkpoint.has_average else []),
+        *(_validation_rows(checkpoint, objective) if checkpoint.weights_read(weights) == validated else []),
     ]
 
 
-def _validation_rows(log: Path, update: int, objective: Objective) -> list[tuple[str, str]]:
-    """Return table rows with the metrics of the last validation up to `update`, if there is a log of the run."""
+def _validation_rows(checkpoint: CheckpointReader, objective: Objective) -> list[tuple[str, str]]:
+    """Return table rows with the metrics of the last validation up to the checkpoint, if there is a log of the run."""
+    log, update = checkpoint.path.parent.parent / "metrics.jsonl", checkpoint.state.update
     validated = read_metrics(log, "validation") if log.is_file() else []
     found = next((record for record in reversed(validated) if record["update"] <= update), None)
     if found is None:
