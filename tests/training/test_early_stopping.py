@@ -11,7 +11,7 @@ from tests.cli.test_fast import outcomes
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.analysis.report.reading import read_run
-from w2vscale.checkpoint.format import committed, update_of
+from w2vscale.checkpoint.format import BestValidation, committed, update_of
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
@@ -19,7 +19,7 @@ from w2vscale.files import read_metrics, read_records
 from w2vscale.objectives.settings import load_settings
 from w2vscale.runs import Run
 from w2vscale.training import loop
-from w2vscale.training.early_stopping import Progress, progress
+from w2vscale.training.early_stopping import best_validation
 from w2vscale.training.finished import finished_run
 from w2vscale.training.train import train
 
@@ -59,18 +59,20 @@ def reached(exp: Path) -> tuple[int, list[int]]:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([], Progress("loss")),
-        ([3.0], Progress("loss", 3.0, 2)),
-        ([3.0, 2.0, 2.5], Progress("loss", 2.0, 4, 1)),
-        ([3.0, 2.0, 2.0, 2.0], Progress("loss", 2.0, 4, 2)),
-        ([3.0, 4.0, 5.0, 2.9], Progress("loss", 2.9, 8)),
-        ([None, 2.0, None, None], Progress("loss", 2.0, 4, 2)),
-        ([None, None], Progress("loss", since=2)),
+        ([3.0], BestValidation("loss", 3.0, 2)),
+        ([3.0, 2.0, 2.5], BestValidation("loss", 2.0, 4, 1)),
+        ([3.0, 2.0, 2.0, 2.0], BestValidation("loss", 2.0, 4, 2)),
+        ([3.0, 4.0, 5.0, 2.9], BestValidation("loss", 2.9, 8)),
+        ([math.nan, 2.0, math.inf, math.nan], BestValidation("loss", 2.0, 4, 2)),
+        ([math.nan, math.nan], BestValidation("loss", since=2)),
     ],
 )
-def test_progress_counts_validations_since_the_best(values: list[float | None], expected: Progress) -> None:
-    lines = [{"update": 2 * number, "loss": value} for number, value in enumerate(values, 1)]
-    assert progress(lines, "loss") == expected
+def test_the_best_validation_and_those_since(values: list[float], expected: BestValidation) -> None:
+    best = None
+    for number, value in enumerate(values, 1):
+        best = best_validation(best, "loss", value, 2 * number)
+    assert best == expected
+    assert best_validation(best, "wer", 0.9, 20) == BestValidation("wer", 0.9, 20), "another metric starts anew"
 
 
 def test_a_run_ends_names_the_best_checkpoint_and_says_so_again(
@@ -106,9 +108,7 @@ def test_the_same_command_imports_no_large_library(
     ((_, code, printed, slow),) = outcomes([["train", "base", *SETTINGS, *data, f"--exp={exp}"]])
     assert code == 0 and not slow
     assert "nothing to do: stopped early at update 6 (trainer.early_stopping=2): 2 validations without" in printed
-
-    (exp / "metrics.jsonl").write_text((exp / "metrics.jsonl").read_text().replace('"loss": 3.0', '"loss": 0.5'))
-    assert finished_run(load_settings("base", [*SETTINGS, *data]), exp, print) is None
+    assert finished_run(load_settings("base", [*SETTINGS, *data, "trainer.early_stopping=3"]), exp, print) is None
 
 
 def test_it_ends_at_an_update_that_is_neither_logged_nor_saved_otherwise(
@@ -133,6 +133,17 @@ def test_the_histograms_of_its_last_update_are_made_once(
     run(small_corpus, tmp_path, capsys, "logging.every=1", f"logging.histograms_every={every}")
     notes = [note for note in read_records(tmp_path / "logs" / "notes.jsonl") if "histogram" in note]
     assert [note["update"] for note in notes if note["name"] == "weights/quantizer.codevectors"] == updates
+
+
+def test_a_run_that_starts_from_a_checkpoint_of_another_knows_its_best_validation(
+    small_corpus: SmallCorpus, losses: dict[int, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses |= {2: 1.0, 4: 2.0, 6: 3.0}
+    run(small_corpus, tmp_path / "one", capsys, "checkpoint.every=2", "checkpoint.keep_last=9")
+    start = tmp_path / "one" / "checkpoints" / "update_00000004"
+    data = [f"data.train={small_corpus.train}", f"data.validation={small_corpus.validation}"]
+    assert train(load_config("base", [*SETTINGS, *data]), tmp_path / "other", resume=str(start)) == 0
+    assert reached(tmp_path / "other") == (6, [5, 6])
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

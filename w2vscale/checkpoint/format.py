@@ -47,6 +47,20 @@ class FileFacts(TypedDict):
 
 
 @dataclass(frozen=True)
+class BestValidation:
+    """The best validation of a run so far, and what came after it."""
+
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+
+    metric: str
+    value: float | None = None
+    """None: no validation has had a finite value."""
+    update: Count = 0
+    since: Count = 0
+    """How many validations came after it."""
+
+
+@dataclass(frozen=True)
 class TrainState:
     """The state of a run besides its tensors and settings."""
 
@@ -62,6 +76,8 @@ class TrainState:
     """A description of the training set, with checksums."""
     validation: Mapping[str, float] = field(default_factory=dict)
     """Finite metrics of the validation at this update, by name; empty if there was none."""
+    best: BestValidation | None = None
+    """By `trainer.best_metric`; None if there was no validation."""
 
     @property
     def window(self) -> int:
@@ -137,6 +153,7 @@ def decode(text: bytes, *, file: str, folder: str) -> Document:
 def _document(content: dict[str, Any]) -> Document:
     content.setdefault("data", "")
     content.setdefault("skipped_windows", 0)
+    content.setdefault("best", None)
     if "validation" not in content:  # written before all metrics were kept
         loss = content.pop("validation_loss", None)
         content["validation"] = {} if loss is None else {"loss": loss}

@@ -80,8 +80,8 @@ def reached_end(config: Config, exp: Path) -> str | None:
                 return None
             if state.update >= config.trainer.updates:
                 return f"the run has reached trainer.updates={config.trainer.updates}"
-            if (progress := stopped_early(config, exp, state.update)) is not None:
-                return describe_end(progress, state.update, config, exp)
+            if stopped_early(config, state):
+                return describe_end(state, config, exp)
     return None
 
 

@@ -34,7 +34,7 @@ from w2vscale.runtime import Interrupted, StopRequest
 from w2vscale.training.agreement import compare_ranks, planned_work
 from w2vscale.training.callbacks import Callbacks
 from w2vscale.training.display import Display
-from w2vscale.training.early_stopping import Progress, describe_end, early_end
+from w2vscale.training.early_stopping import best_validation, describe_end, stopped_early
 from w2vscale.training.efficiency import mfu_per_rate
 from w2vscale.training.health import History, Trouble, examine, examine_all
 from w2vscale.training.metrics import Meter
@@ -78,7 +78,6 @@ class Trainer:
         lock: Lock | None = None,
         callbacks: Callbacks = Callbacks(),  # noqa: B008 - it cannot change
         limit: TimeLimit | None = None,
-        ended: Progress | None = None,
     ) -> None:
         config = run.config
         self.run, self.config, self.per_forward = run, config, per_forward
@@ -98,23 +97,27 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.slow_loading = False
         self.limit = limit or TimeLimit(None, grace=0.0)
-        self.ended = ended  # the progress because of which the run has stopped early
         main, updates = run.ranks.is_main, config.trainer.profiled
         self.profiler = Profiler(updates, run.exp / "profile", enabled=main, log=display.message)
 
     @property
+    def ended(self) -> bool:
+        """Whether the run stops early."""
+        return stopped_early(self.config, self.state)
+
+    @property
     def finished(self) -> bool:
         """Whether no update is left."""
-        return self.ended is not None or self.state.update >= self.total
+        return self.ended or self.state.update >= self.total
 
     def train(self) -> int:
         """Run the remaining updates. Returns the exit code; see the function `train`."""
         with closing(self.metrics), self.display.updating(self.state.update), closing(self.profiler):
-            if self.ended is not None:
-                self.display.message(f"nothing to do: {self._early_end(self.ended)}")
+            if self.ended:
+                self.display.message(f"nothing to do: {describe_end(self.state, self.config, self.run.exp)}")
             elif self.finished:
                 self.display.message(f"nothing to do: the run has reached trainer.updates={self.total}")
-            ended_before = self.ended is not None
+            ended_before = self.ended
             try:
                 if self.state.update and self._validation_is_missing():
                     self._validate_and_log_end()  # a stop signal has prevented it
@@ -128,16 +131,13 @@ class Trainer:
                 return self._stop()
             self.metrics.finish()
             uploaded = self._finish()
-            if self.ended is not None and not ended_before:
-                self.display.stopped(self._early_end(self.ended))
+            if self.ended and not ended_before:
+                self.display.stopped(describe_end(self.state, self.config, self.run.exp))
             if not uploaded:
                 return TemporaryError.exit_code
-            if self.ended is None:
+            if not self.ended:
                 self.display.finished(self.run.exp, self.run.state.update)
             return 0
-
-    def _early_end(self, progress: Progress) -> str:
-        return describe_end(progress, self.state.update, self.config, self.run.exp)
 
     def _train_on(self, windows: Iterator[list[MicroBatch]]) -> None:
         """Run updates to the last one, or until the run goes back to a checkpoint."""
@@ -327,7 +327,7 @@ class Trainer:
         if validating:
             self._validate_and_log_end()
         self.metrics.commit(update)
-        if saving or self.ended is not None:
+        if saving or self.ended:
             self._save()
         self.meter.exclude(time.perf_counter() - began)
         self.display.advance(update, saved=self.run.store.newest)
@@ -452,23 +452,24 @@ class Trainer:
             sets = {"validation": values}
             sets |= {f"validation_{name}": self._metrics_of(name) for name in self.run.further_sets}
         metric = self.config.trainer.best_metric
-        if not math.isfinite(values.get(metric, math.nan)):
+        if not math.isfinite(value := values.get(metric, math.nan)):
             self.display.message(f"warning: the validation has no finite {metric} (trainer.best_metric)")
-        self.state = replace(self.state, validation={key: one for key, one in values.items() if math.isfinite(one)})
+        best = broadcast_from_main(best_validation(self.state.best, metric, value, self.state.update))
+        finite = {key: one for key, one in values.items() if math.isfinite(one)}
+        self.state = replace(self.state, validation=finite, best=best)
         for split, found in sets.items():
             found["hours_seen"] = self.state.audio_seconds / 3600
             self.metrics.write(split, self.state.update, found)
             self.display.validation(self.state.update, self.run.objective.line(found), split.replace("_", " ", 1))
-        self.ended = early_end(self.config, self.run.exp, self.run.ranks, self.state.update)
         log_samples(self.run, self.metrics, self.shown, self.state.update, self.display.message, last=self.finished)
         self._call(self.callbacks.on_validation, values)
 
     def _validate_and_log_end(self) -> None:
         """Validate and, if the run ends early here, log what every last update logs. Raises as `_validate`."""
         self._validate()
-        if self.ended is not None and self.logged < self.state.update:
+        if self.ended and self.logged < self.state.update:
             self._log()
-        elif self.ended is not None:
+        elif self.ended:
             log_histograms(self.run, self.metrics, self.state.update, last=True, repeated=True)
 
     def _metrics_of(self, name: str | None) -> dict[str, float]:

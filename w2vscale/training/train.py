@@ -17,7 +17,7 @@ from w2vscale.runtime import StopRequest
 from w2vscale.training.calibration import micro_batches_per_forward
 from w2vscale.training.callbacks import Callbacks
 from w2vscale.training.display import Display, Verbosity
-from w2vscale.training.early_stopping import early_end
+from w2vscale.training.early_stopping import stopped_early
 from w2vscale.training.exclusive import locked_by_main, mirrored_by_main
 from w2vscale.training.folder import make_folder
 from w2vscale.training.loop import Trainer
@@ -71,8 +71,7 @@ def train(
                 config, exp, ranks=ranks, device=device, resume=resume, log=log, mirror=mirror, patience=patience
             )
             with closing(run.engine), closing(run.store):
-                ended = early_end(run.config, exp, ranks, run.state.update)
-                finished = ended is not None or run.state.update >= config.trainer.updates
+                finished = stopped_early(run.config, run.state) or run.state.update >= config.trainer.updates
                 make_folder(exp, run.config, ranks, command, finished=finished)
                 run_log.open()
                 with explain_oom(config.batch):
@@ -81,4 +80,4 @@ def train(
                         display.starting(describe_start(run, per_forward))
                     display.detail(f"the run was built in {time.monotonic() - began:.1f} s")
                     with around_updates():
-                        return Trainer(run, stop, watchdog, per_forward, display, lock, callbacks, limit, ended).train()
+                        return Trainer(run, stop, watchdog, per_forward, display, lock, callbacks, limit).train()
