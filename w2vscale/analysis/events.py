@@ -68,10 +68,10 @@ class Events:
     stopped: Event | None = None  # if the run has not been started again since
 
     def distinct(self) -> list[Event]:
-        """What happened, without repetitions of the same kind at the same update, as after a resume."""
-        first: dict[tuple[str, str | None, int], Event] = {}
+        """What happened, without repetitions at the same update, as after a resume."""
+        first: dict[tuple[object, ...], Event] = {}
         for one in self.happened:
-            first.setdefault((one.kind, one.finding, one.update), one)
+            first.setdefault((one.kind, one.finding or one.text, one.update), one)
         return list(first.values())
 
 

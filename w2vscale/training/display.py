@@ -14,7 +14,7 @@ from rich.text import Text
 
 from w2vscale.objectives.base import Finding
 from w2vscale.terminal import VisibleConsole, visible
-from w2vscale.training.run_log import RunLog
+from w2vscale.training.run_log import Event, RunLog
 from w2vscale.training.summary import Start, hours
 
 Verbosity = Literal["quiet", "normal", "verbose"]
@@ -38,7 +38,6 @@ class Display:
         self.verbosity = verbosity
         self.run_log = run_log if enabled else None
         self.total = total
-        self.update = 0
         self._saved: int | None = None  # update of the newest checkpoint
         self._began: tuple[int, float] | None = None  # update and time of the first training metrics
         self._lines = 0  # of training metrics since the start
@@ -57,7 +56,7 @@ class Display:
     @contextmanager
     def updating(self, start: int) -> Iterator[None]:
         """Show the progress bar during the block, which runs the updates from `start` on."""
-        self.update = start
+        self._reached(start)
         self._saved = start or None
         self._task = self._progress.add_task("", total=self.total, completed=start, rate="", left="")
         with self._progress:
@@ -86,7 +85,7 @@ class Display:
 
     def went_back(self, update: int, text: str) -> None:
         """Show that the run went back to the checkpoint of `update`."""
-        left_at, self.update = self.update, update
+        left_at = self._reached(update)
         self._event("roll_back", left_at=left_at, text=text)
         self._show(text, "yellow", always=True)
         self._began, self._saved = None, update
@@ -103,23 +102,22 @@ class Display:
 
     def starting(self, start: Start) -> None:
         """Show the first lines of a run."""
-        self.update = start.update
-        if self.run_log is not None:
-            self.run_log.event("start", start.update, **start.event())
+        self._reached(start.update)
+        self._event("start", **start.event())
         width = max(len(name) for name, _ in start.rows()) + INDENT
         for name, text in start.rows():
             self._show(text, "", prefix=f"{name:{width}}")
 
     def advance(self, update: int, *, saved: int) -> None:
         """Move the progress bar to `update`. `saved`: the update of the newest checkpoint that is complete."""
-        self.update = update
+        self._reached(update)
         if saved >= 0:
             self._saved = saved
         self._progress.update(self._task, completed=update)
 
     def training(self, update: int, line: str, values: Mapping[str, float]) -> None:
         """Show training metrics: the objective's own `line`, then those that all objectives have."""
-        self.update = update
+        self._reached(update)
         left = self._seconds_left(update, values["updates_per_second"])
         rate = f"{values['audio_seconds_per_second']:,.0f}x real time"
         self._progress.update(self._task, completed=update, rate=rate, left=f"{duration(left)} left")
@@ -149,9 +147,16 @@ class Display:
         """Show validation metrics."""
         self._show(f"update {update:,}/{self.total:,}  {name}: {line}", "bold")
 
-    def _event(self, name: Literal["health", "warning", "roll_back", "stop"], **values: object) -> None:
+    def _reached(self, update: int) -> int:
+        """Note the newest update. Return the one before."""
+        if self.run_log is None:
+            return update
+        before, self.run_log.update = self.run_log.update, update
+        return before
+
+    def _event(self, name: Event, **values: object) -> None:
         if self.run_log is not None:
-            self.run_log.event(name, self.update, **values)
+            self.run_log.event(name, **values)
 
     def _show(self, line: str, style: str, *, prefix: str = "", always: bool = False, shown: bool = True) -> None:
         """Write a line to the log, and print it if the verbosity allows. On a terminal it wraps between words."""
