@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import gc
 import logging
 import os
@@ -101,8 +102,19 @@ def test_training_from_python(small_corpus: SmallCorpus, tmp_path: Path) -> None
     assert checkpoints == [(2, True), (4, True)]
     assert [path.name for path in run.checkpoints] == ["update_00000002", "update_00000004"]
     assert run.complete and run.config.trainer.updates == 4 and run.exp == tmp_path / "run"
-    assert run.metrics("validation_other") == {}
+    with pytest.raises(
+        w2vscale.UserError, match=r"^validaton: no such split of .*run: choose one of train, validation$"
+    ):
+        run.metrics("validaton")
     assert sum(parameter.numel() for parameter in run.load().model.parameters()) == 65_120
+
+
+def test_training_in_a_thread(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    """Only the main thread can handle signals."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        given = settings(small_corpus, "data.workers=1")
+        run = pool.submit(w2vscale.train, "base", *given, exp=tmp_path, verbosity="quiet").result(timeout=120)
+    assert run.complete
 
 
 def test_columns_have_equal_lengths_and_none_for_what_is_missing(tmp_path: Path) -> None:

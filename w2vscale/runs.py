@@ -56,10 +56,14 @@ class Run:
 
         `split`: train, validation, or validation_NAME for the validation set NAME. The column `update` is an integer. A
         value is None where it was not finite or not measured. Empty if there is no such line yet. Raises UserError if
-        metrics.jsonl cannot be read.
+        metrics.jsonl cannot be read, or there is no such split.
         """
         path = self.exp / "metrics.jsonl"
         records = read_metrics(path, split) if path.exists() else []
+        if not records:
+            known = ("train", "validation", *(f"validation_{name}" for name in self.config.data.validation_sets))
+            if split not in known:
+                raise UserError(f"{split}: no such split of {self.exp}: choose one of {', '.join(known)}")
         names = dict.fromkeys(name for record in records for name in record if name != "split")
         return {name: [record.get(name) for record in records] for name in names}
 

@@ -69,9 +69,10 @@ def bytes_bar(title: str) -> AbstractContextManager[Callable[[int, int], None]]:
 
 @contextmanager
 def progress_bar(title: str, count: ProgressColumn | None = None) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (done, total) that updates the bar. Prints nothing unless stderr is a terminal."""
+    """Yield a function of (done, total) that updates the bar, which is on stdout or stderr, whichever is a terminal."""
     columns = (TextColumn(title), BarColumn(), count or MofNCompleteColumn(), TimeRemainingColumn())
-    errors = Console(stderr=True)
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    # On the console that prints the lines, if it can be, so that they appear above the bar.
+    own = console if console.is_terminal else Console(stderr=True)
+    with Progress(*columns, console=own, transient=True, disable=not own.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

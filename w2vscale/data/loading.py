@@ -9,6 +9,7 @@ import multiprocessing.process
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -171,7 +172,13 @@ def _kill(processes: Iterable[multiprocessing.process.BaseProcess]) -> None:
 
 @contextmanager
 def _deaths_ignored() -> Iterator[None]:
-    """Replace PyTorch's handler of SIGCHLD, which raises a RuntimeError for each loader process that has died."""
+    """Replace PyTorch's handler of SIGCHLD, which raises a RuntimeError for each loader process that has died.
+
+    A thread cannot, and needs not: handlers run in the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     on_death = signal.getsignal(signal.SIGCHLD)
     while signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL:
         with suppress(RuntimeError):  # of a death that came before

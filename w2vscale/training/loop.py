@@ -90,6 +90,8 @@ class Trainer:
         self.metrics = open_loggers(run, display.message)
         self.history = self._history()
         self.display, self.callbacks = display, callbacks
+        # Saving is collective, so all ranks wait for checkpoints if one of them wants to see them.
+        self.waits = bool(largest_over_ranks([callbacks.on_checkpoint is not None])[0])
         self.lr = 0.0
         self.shown: MicroBatch | None = None  # the validation micro-batch whose samples are logged
         self.mfu_per_rate = mfu_per_rate(run)
@@ -405,7 +407,7 @@ class Trainer:
                 self.lock.require()
         path = self.run.save(self.state)
         self.saved = self.state.update
-        if self.callbacks.on_checkpoint is not None:
+        if self.waits:
             self.run.store.wait()
             self._call(self.callbacks.on_checkpoint, path)
 
