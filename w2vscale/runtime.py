@@ -26,6 +26,9 @@ from typing import Literal, NoReturn
 
 from w2vscale import interrupts
 
+STARTED = time.monotonic()
+"""When this process began, nearly: the command line imports this module first."""
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask a run to finish its update, save and exit."""
 

@@ -59,7 +59,17 @@ def test_samples_and_histograms_do_not_change_a_run(small_corpus: SmallCorpus, t
 )
 def test_what_is_due(every: int, step: int, total: int, due: list[int]) -> None:
     chances = [*range(step, total, step), total]
-    assert [update for update in chances if is_due(update, every, step=step, last=update == total)] == due
+    assert [
+        update for update in chances if is_due(update, every, after=max(update - step, 0), last=update == total)
+    ] == due
+
+
+def test_a_stop_between_two_chances_adds_none() -> None:
+    """Stopped at update 5, which is logged only for this reason."""
+    assert [update for update, after in ((4, 0), (5, 4), (8, 5)) if is_due(update, 4, after=after, last=False)] == [
+        4,
+        8,
+    ]
 
 
 def test_a_histogram_counts_every_value() -> None:

@@ -51,6 +51,8 @@ def test_a_trace_has_the_chosen_updates_and_changes_nothing(
     trace.unlink()
     run(small_corpus, exp, "trainer.profile=3:5", "trainer.updates=8")
     assert not [*(exp / "profile").iterdir()]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "trainer.profile=3:5: the run is past these updates; no trace is made" in printed
 
 
 @pytest.mark.parametrize(("span", "name"), [("5:90", "5_to_00000006"), ("1:2", "1_to_00000001")])

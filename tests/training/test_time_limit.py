@@ -44,6 +44,9 @@ class TestTheLimit:
                 clock[0] = now
                 assert limit.reached(save_seconds=None, update_seconds=float("inf")) == over
 
+    def test_counts_from_when_the_command_began(self, clock: list[float]) -> None:
+        assert TimeLimit(1.0, grace=120.0, began=700.0).deadline == 4300.0
+
     def test_none_is_never_reached(self, clock: list[float]) -> None:
         limit = TimeLimit(None, grace=120.0)
         clock[0] = 1e12

@@ -177,7 +177,7 @@ def _run(config: Config, exp: Path, resume: str, context: typer.Context, verbosi
     with runtime.training(compile=config.engine.compile) as stop:
         code = train(
             config, exp, resume=resume, command=context.obj, stop=stop, verbosity=verbosity,
-            around_updates=between_steps,
+            around_updates=between_steps, began=runtime.STARTED,
         )  # fmt: skip
     sys.exit(code)
 

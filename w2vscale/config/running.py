@@ -228,6 +228,12 @@ class TrainerConfig(Section):
     )
     max_skipped_in_a_row: Count = Field(20, description="stop after this many consecutive non-finite updates")
 
+    @model_validator(mode="after")
+    def _check(self) -> TrainerConfig:
+        if self.profiled and self.profiled[0] > self.updates:
+            raise ValueError(f"profile={self.profile} begins after the last update, updates={self.updates}")
+        return self
+
     @property
     def profiled(self) -> range:
         """The updates to profile, counted from 1."""

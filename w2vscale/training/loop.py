@@ -84,6 +84,7 @@ class Trainer:
         self.stop, self.watchdog, self.lock = stop, watchdog, lock
         self.state = run.state
         self.logged = self.saved = run.state.update  # newest update whose metrics or state need no writing
+        self.logged_before = run.state.update  # that of the log line before
         self.update_seconds = math.inf  # of the last update; the first one counts as slow
         self.total = config.trainer.updates
         self.meter = Meter(config.model.sampling_rate, run.device)
@@ -101,6 +102,10 @@ class Trainer:
         self.limit = limit or TimeLimit(None, grace=0.0)
         main, updates = run.ranks.is_main, config.trainer.profiled
         self.profiler = Profiler(updates, run.exp / "profile", enabled=main, log=display.message)
+        if updates and self.state.update >= updates[-1] and not self.finished:
+            display.message(
+                f"trainer.profile={config.trainer.profile}: the run is past these updates; no trace is made"
+            )
 
     @property
     def ended(self) -> bool:
@@ -412,7 +417,7 @@ class Trainer:
             self._call(self.callbacks.on_checkpoint, path)
 
     def _log(self) -> None:
-        self.logged = self.state.update
+        self.logged_before, self.logged = self.logged, self.state.update
         values = self.meter.read(self.run.objective.metrics)
         values |= {
             "lr": self.lr,
@@ -436,7 +441,7 @@ class Trainer:
             advice = "Raise data.workers, or use faster storage"
             self.display.message(f"warning: {waiting:.0%} of the time was spent waiting for data. {advice}")
         self.metrics.text("run/health", self.state.update, "\n".join(finding.text for finding in findings))
-        log_histograms(self.run, self.metrics, self.state.update, last=self.finished)
+        log_histograms(self.run, self.metrics, self.logged, after=self.logged_before, last=self.finished)
         self._call(self.callbacks.on_update, values)
 
     def _call(self, function: Callable[[int, Any], object] | None, value: Any) -> None:
@@ -472,7 +477,7 @@ class Trainer:
         if self.ended and self.logged < self.state.update:
             self._log()
         elif self.ended:
-            log_histograms(self.run, self.metrics, self.state.update, last=True, repeated=True)
+            log_histograms(self.run, self.metrics, self.logged, after=self.logged_before, last=True, repeated=True)
 
     def _metrics_of(self, name: str | None) -> dict[str, float]:
         """Return the metrics of the validation set, or of the further one with this name. Raises as `_validate`."""

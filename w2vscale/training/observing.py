@@ -47,12 +47,12 @@ def _note_start(run: Run, log: Callable[[str], None]) -> None:
         log(f"{cause}: W&B and MLflow get them as a new run, {identity(run.exp, settings, run.state).id}")
 
 
-def is_due(update: int, every: int, *, step: int, last: bool) -> bool:
-    """Whether something that is wanted every `every` updates happens at `update`, where it can every `step` updates.
+def is_due(update: int, every: int, *, after: int, last: bool) -> bool:
+    """Whether something that is wanted every `every` updates happens at `update`; the chance before was at `after`.
 
-    It does at the first chance after each multiple, and at the `last` one. With `every` = 0, never.
+    It does at the first chance at or after each multiple, and at the `last` one. With `every` = 0, never.
     """
-    return bool(every) and (last or update // every > max(update - step, 0) // every)
+    return bool(every) and (last or update // every > after // every)
 
 
 def log_samples(
@@ -63,7 +63,7 @@ def log_samples(
     A picture that cannot be drawn does not end the run: the failure is logged.
     """
     every, trainer, layers = run.config.logging.samples_every, run.config.trainer, run.config.model.layers
-    if batch is None or not is_due(update, every, step=trainer.validate_every, last=last):
+    if batch is None or not is_due(update, every, after=max(update - trainer.validate_every, 0), last=last):
         return
     blocks = sorted({one if one > 0 else layers + 1 + one for one in run.config.logging.attention_layers})
     with run.engine.averaged():  # the weights that the validation has evaluated
@@ -80,13 +80,15 @@ def log_samples(
     loggers.show(picture, update)
 
 
-def log_histograms(run: Run, loggers: Loggers, update: int, *, last: bool, repeated: bool = False) -> None:
-    """Log histograms of some weights, if they are due. Collective: each rank counts what it holds.
+def log_histograms(run: Run, loggers: Loggers, update: int, *, after: int, last: bool, repeated: bool = False) -> None:
+    """Log histograms of some weights, if they are due (see `is_due`). Collective: each rank counts what it holds.
 
     `repeated`: this was called for the update before, when it was not known to be the last one.
     """
-    every, step = run.config.logging.histograms_every, run.config.logging.every
-    if not is_due(update, every, step=step, last=last) or (repeated and is_due(update, every, step=step, last=False)):
+    every = run.config.logging.histograms_every
+    if not is_due(update, every, after=after, last=last) or (
+        repeated and is_due(update, every, after=after, last=False)
+    ):
         return
     for name, own, size in watched(run):
         loggers.histogram(f"weights/{name}", update, histogram(own, size))

@@ -10,11 +10,11 @@ UNKNOWN_SAVE = 0.05  # the same before the first save, as a share of the limit; 
 
 
 class TimeLimit:
-    """The time that this process may take, from now on. None: any."""
+    """The time that this process may take since it `began`, by `time.monotonic`; by default now. None: any."""
 
-    def __init__(self, hours: float | None, *, grace: float) -> None:
+    def __init__(self, hours: float | None, *, grace: float, began: float | None = None) -> None:
         self.seconds = math.inf if hours is None else 3600 * hours
-        self.deadline = time.monotonic() + self.seconds
+        self.deadline = (time.monotonic() if began is None else began) + self.seconds
         self._unknown = min(UNKNOWN_SAVE * self.seconds, grace)
 
     def reached(self, *, save_seconds: float | None, update_seconds: float) -> bool:

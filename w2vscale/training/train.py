@@ -38,18 +38,19 @@ def train(
     verbosity: Verbosity = "normal",
     callbacks: Callbacks = Callbacks(),  # noqa: B008 - it cannot change
     around_updates: Callable[[], AbstractContextManager[None]] = nullcontext,
+    began: float | None = None,
 ) -> int:
     """Train up to `trainer.updates`, on all ranks. Return 0, or 128 + the number of the signal that stopped the run.
 
     Return 75 if `trainer.max_hours` are over, or the run is complete, but the last checkpoint could not be uploaded to
     `checkpoint.store`; the same command continues or uploads it. `exp` is the folder of the run; for `resume` see
     `build_run`; `command` are arguments of `w2vscale` to write into run.sh. `stop` is checked in every update.
-    `around_updates` makes a context that is entered after everything is built and exited after the last update. Raises
-    UserError if a setting, a file or the environment is wrong, or another run uses the folder; existing checkpoints are
+    `around_updates` makes a context that is entered after everything is built and exited after the last update. The
+    time of `trainer.max_hours` is counted since `began`, by `time.monotonic`; by default now. Raises UserError if a setting, a file or the environment is wrong, or another run uses the folder; existing checkpoints are
     not changed. The process must be prepared first: see `runtime.training`.
     """
     stop = stop or StopRequest()
-    limit = TimeLimit(config.trainer.max_hours, grace=config.checkpoint.grace_seconds)
+    limit = TimeLimit(config.trainer.max_hours, grace=config.checkpoint.grace_seconds, began=began)
     # Ranks wait for each other as long as the watchdog lets the slowest one take.
     timeout = max(TIMEOUT, timedelta(seconds=SLOW * config.watchdog.seconds + 60))
     with process_group(needed=config.engine.name != "ddp", timeout=timeout) as (ranks, device):
