@@ -84,7 +84,7 @@ def test_a_run_ends_names_the_best_checkpoint_and_says_so_again(
     assert Run(exp).complete and read_run(exp).state == "stopped at update 8 of 20"
     best = exp / "checkpoints" / "update_00000004"
     reason = "stopped early at update 8 (trainer.early_stopping=2): 2 validations without a loss below 3, that of"
-    assert f"{reason} update 4; {best} is the best; a higher value continues" in printed
+    assert f"{reason} update 4. {best} is the best; commands use the newest unless they name it. A higher" in printed
     assert reached(exp) == (8, [3, 4, 6, 8])
     assert [update_of(path) for path in committed(exp / "checkpoints")] == [4, 8]
 
@@ -116,7 +116,7 @@ def test_it_ends_at_an_update_that_is_neither_logged_nor_saved_otherwise(
 ) -> None:
     losses |= {2: 1.0, 4: 2.0, 6: 3.0}
     printed = run(small_corpus, tmp_path / "exp", capsys, "checkpoint.every=50", "logging.every=50")
-    assert "that of update 2; its checkpoint was not kept (checkpoint.keep_best); a higher value" in printed
+    assert "that of update 2. It was not kept (keep_best). A higher trainer.early_stopping" in printed
     assert reached(tmp_path / "exp") == (6, [6])
 
 

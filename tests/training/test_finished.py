@@ -85,10 +85,15 @@ def test_a_quiet_command_prints_nothing(exp: Path, settings: list[str]) -> None:
 @pytest.mark.parametrize(
     "override",
     ["trainer.updates=5", "optim.lr=2e-3", "trainer.seed=7", "objective.negatives=21", "model.layers=4",
-     "logging.every=3", "trainer.best_metric=wer", "checkpoint.store=s3://bucket/run"],
+     "precision.compute=bf16", "checkpoint.keep_last=3", "checkpoint.store=s3://bucket/run"],
 )  # fmt: skip
 def test_other_settings_are_left_to_the_run(exp: Path, settings: list[str], override: str) -> None:
     assert finished(exp, settings, override) is None
+
+
+def test_settings_that_change_no_update_are_ignored(exp: Path, settings: list[str]) -> None:
+    ignored = ("logging.every=3", "logging.wandb=project", "health.patience=7", "watchdog.seconds=99", "data.workers=1")
+    assert finished(exp, settings, *ignored) is not None
 
 
 def cut_short(newest: Path) -> None:

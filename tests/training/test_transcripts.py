@@ -180,7 +180,9 @@ def test_the_log_has_all_lines_with_times_whatever_is_shown(
     assert without_times("\n".join(logged) + "\n", exp) == wanted
     events = read_records(exp / "logs" / "events.jsonl")
     assert [event["event"] for event in events] == ["start", "warning"]
-    assert events[0]["training"]["utterances"] == 24 and events[0]["devices"] == "1 × Test Processor (2 threads)"
+    assert (
+        events[0]["training"]["utterances"] == 24 and events[0]["devices"] == "1 × Test Processor (2 threads per rank)"
+    )
     assert events[1]["update"] == 2 and "waiting for data" in events[1]["text"]
 
 

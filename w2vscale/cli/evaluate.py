@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from w2vscale.checkpoint.format import folder_name
 from w2vscale.cli import arguments
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError, counted
@@ -115,16 +116,18 @@ def _evaluate_wer(
     for one in reversed(found.worst(worst)):
         console.print(f"{one.utterance} ({one.speaker}): WER {one.words.rate:.1%}")
         console.print("\n".join(alignment_lines(one.reference, one.hypothesis, width=console.width)) + "\n")
+    decay = f", averaged weights (optim.ema_decay={pretrained.config.optim.ema_decay:g})"
+    average = decay if pretrained.weights == "ema" else ""
+    title = f"{folder_name(pretrained.update)} on {counted(len(found.utterances), 'utterance')}{average}"
     print_table(
         ("speaker", "words", "substitutions", "deletions", "insertions", "WER"),
         [
             (speaker, *(f"{number:,}" for number in astuple(counts)), f"{counts.rate:.2%}")
             for speaker, counts in found.speakers.items()
         ],
+        title=title,
     )
-    decay = f", averaged weights (optim.ema_decay={pretrained.config.optim.ema_decay:g})"
-    average = decay if pretrained.weights == "ema" else ""
-    console.print(f"{counted(len(found.utterances), 'utterance')}, {len(found.bad)} skipped{average}")
+    console.print(f"{counted(len(found.utterances), 'utterance')}, {len(found.bad)} skipped as unusable")
     for kind, count in Counter(one.kind for one in found.bad).most_common():
         first = next(one for one in found.bad if one.kind == kind)
         console.print(f"skipped ({kind}): {count:,}, the first one: {first}")

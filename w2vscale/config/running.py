@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,6 +37,14 @@ def _check_span(text: str) -> str:
     if int(end) - int(first) > MOST_PROFILED:
         raise ValueError(f"{text}: at most {MOST_PROFILED} updates, because each takes megabytes of the trace")
     return text
+
+
+def _check_project(name: str) -> str:
+    if not re.fullmatch(r"[^/\\#?%:\s]{1,128}", name):
+        raise ValueError(
+            f"{name}: the name of a project has at most 128 characters, no spaces, and none of / \\ # ? % :"
+        )
+    return name
 
 
 class EngineConfig(Section):
@@ -174,7 +183,7 @@ class LoggingConfig(Section):
 
     every: Count = Field(100, description="updates between log lines")
     tensorboard: bool = Field(True, description="also write TensorBoard files")
-    wandb: Annotated[str, Field(pattern=r"^[^/\\#?%:\s]{1,128}$")] | None = Field(
+    wandb: Annotated[str, AfterValidator(_check_project)] | None = Field(
         None, description="also log to this project of Weights & Biases; null: no"
     )
     mlflow: str | None = Field(

@@ -12,7 +12,7 @@ from w2vscale.checkpoint.format import TrainState
 from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.config import ModelConfig
 from w2vscale.config.yaml_1_2 import dump_yaml
-from w2vscale.errors import UserError
+from w2vscale.errors import UserError, counted
 from w2vscale.files import read_metrics
 from w2vscale.objectives import Objective, TransformersHead, build_objective
 from w2vscale.version import __version__
@@ -245,7 +245,10 @@ def _training_rows(checkpoint: CheckpointReader, objective: Objective, weights: 
         ("started from", "/".join(str(started).rstrip("/").split("/")[-2:]) if started else "random weights"),
         ("updates", f"{state.update:,}"),
         ("hours seen", f"{state.audio_seconds / 3600:,.1f}"),
-        ("maximum audio per update", f"{audio} ({batch.micro_batches} micro-batches of {batch.max_seconds:g} s)"),
+        (
+            "maximum audio per update",
+            f"{audio} ({counted(batch.micro_batches, 'micro-batch')} of {batch.max_seconds:g} s)",
+        ),
         ("peak learning rate", f"{config.optim.lr:g}"),
         *([("weights", checkpoint.describe_weights(weights))] if checkpoint.has_average else []),
         *(_validation_rows(checkpoint, objective) if checkpoint.weights_read(weights) == validated else []),

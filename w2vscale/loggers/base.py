@@ -55,6 +55,9 @@ class Logger:
     def continue_from(self, state: TrainState) -> None:
         """Prepare for what comes after `state`: what was logged after it will be logged again."""
 
+    def prepare(self) -> None:
+        """Updates follow: do now what takes seconds, so that it is not part of their time."""
+
     def scalars(self, split: str, update: int, values: Mapping[str, float]) -> None:
         """Log metrics of one split (`train`, `validation`). They may be NaN."""
 

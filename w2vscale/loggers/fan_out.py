@@ -42,6 +42,11 @@ class Loggers:
         for logger in self._loggers:
             logger.continue_from(state)
 
+    def prepare(self) -> None:
+        """Updates follow."""
+        for logger in self._loggers:
+            logger.prepare()
+
     def read(self, split: str) -> list[dict[str, Any]]:
         """Return the lines of one split in metrics.jsonl; none on a rank that does not log."""
         return read_metrics(self._exp / METRICS, split) if self._loggers else []

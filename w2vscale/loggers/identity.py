@@ -67,7 +67,7 @@ def identity(exp: Path, settings: Mapping[str, Mapping[str, Any]], state: TrainS
     record = _read(exp)
     if record is None or (not state.update and record.settings != checksum):
         readable = re.sub(r"[^A-Za-z0-9_-]+", "-", folder)[:64]
-        record = Record(f"{readable}-{uuid.uuid4().hex[:8]}", checksum, _checksum(_with_effect(settings)))
+        record = Record(f"{readable}-{uuid.uuid4().hex[:8]}", checksum, _checksum(with_effect(settings)))
         _write(exp, record)
     return Identity(record.group, state.skipped_windows, folder, record.replaced)
 
@@ -80,7 +80,7 @@ def note_start(
     It does if updates up to `logged` would be logged with other values: services keep those that they have. `named`:
     the command names the checkpoint, which may be of another run. Raises UserError if the file cannot be written.
     """
-    record, curve = _read(exp), _checksum(_with_effect(settings))
+    record, curve = _read(exp), _checksum(with_effect(settings))
     if record is None or not state.update:
         return None
     changed = record.curve not in ("", curve)
@@ -92,7 +92,7 @@ def note_start(
     return f"updates {state.update + 1} to {logged} are logged again, with {cause}"
 
 
-def _with_effect(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def with_effect(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Those of the settings that change the curve."""
     return {
         section: {key: value for key, value in values.items() if key not in KEYS_WITHOUT_EFFECT.get(section, ())}

@@ -60,6 +60,9 @@ class TensorBoardLogger(Logger):
                 for path in self._folder.glob("**/events.out.tfevents.*"):
                     delete(path)
 
+    def prepare(self) -> None:
+        self._open()
+
     def scalars(self, split: str, update: int, values: Mapping[str, float]) -> None:
         if split in SPLITS_WITHOUT_CURVES:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from io import BytesIO
@@ -32,6 +33,7 @@ class WandbService(Service):
         self._wandb = _import()
         self._run: Any = None
         self._last = -1
+        self._hooks = sys.exit, sys.excepthook  # wandb replaces them
         self._check_access()
 
     def open(self, who: Identity) -> None:
@@ -75,6 +77,7 @@ class WandbService(Service):
         if run is not None:
             # Any other exit code than 0 marks the run as failed, which an interrupted one is not.
             run.finish(exit_code=0)
+            sys.exit, sys.excepthook = self._hooks
 
     def abandon(self) -> None:
         """Cancel the hook with which wandb would wait for the service when the process ends."""

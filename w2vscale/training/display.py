@@ -13,6 +13,7 @@ from rich import progress
 from rich.text import Text
 
 from w2vscale.objectives.base import Finding
+from w2vscale.runtime import StopRequest
 from w2vscale.terminal import VisibleConsole, visible
 from w2vscale.training.run_log import Event, RunLog
 from w2vscale.training.summary import Start, hours
@@ -24,6 +25,20 @@ FORECAST = 60.0  # seconds; the duration of shorter runs is not announced
 FORECAST_LINE = 2  # the line of metrics after which it is: the first one has the time of compilation
 
 
+class TimeLeft(progress.ProgressColumn):
+    """The time that a run takes yet; or that a stop signal has come, which may have to wait for the update to end."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        super().__init__()
+        self._stop = stop
+
+    def render(self, task: progress.Task) -> Text:
+        """Called in a thread of its own."""
+        if self._stop.received is None and self._stop.arrived() is None:
+            return Text(task.fields["left"])
+        return Text("stopping after this update; Ctrl-C again ends at once", style="yellow")
+
+
 class Display:
     """Shows the lines and the progress bar of a run on rank 0, and writes all lines to its log.
 
@@ -31,7 +46,13 @@ class Display:
     """
 
     def __init__(
-        self, *, total: int, enabled: bool, verbosity: Verbosity = "normal", run_log: RunLog | None = None
+        self,
+        *,
+        total: int,
+        enabled: bool,
+        verbosity: Verbosity = "normal",
+        run_log: RunLog | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.console = VisibleConsole(stderr=False, highlight=False)
         self.enabled = enabled
@@ -39,14 +60,14 @@ class Display:
         self.run_log = run_log if enabled else None
         self.total = total
         self._saved: int | None = None  # update of the newest checkpoint
-        self._began: tuple[int, float] | None = None  # update and time of the first training metrics
+        self._times: list[tuple[int, float]] = []  # update and time of training metrics
         self._lines = 0  # of training metrics since the start
         self._progress = progress.Progress(
             progress.TextColumn("update"),
             progress.MofNCompleteColumn(),
             progress.BarColumn(bar_width=None),
             progress.TextColumn("{task.fields[rate]}"),
-            progress.TextColumn("{task.fields[left]}"),
+            TimeLeft(stop or StopRequest()),
             console=self.console,
             refresh_per_second=2,
             disable=not (enabled and self.console.is_terminal) or verbosity == "quiet",
@@ -88,7 +109,7 @@ class Display:
         left_at = self._reached(update)
         self._event("roll_back", left_at=left_at, text=text)
         self._show(text, "yellow", always=True)
-        self._began, self._saved = None, update
+        self._times, self._saved = [], update
 
     def stopped(self, text: str) -> None:
         """Show why the run ended before its last update."""
@@ -169,12 +190,12 @@ class Display:
         self.console.print(Text(text, style=style), soft_wrap=True)
 
     def _seconds_left(self, update: int, updates_per_second: float) -> float:
-        """Forecast from the time since the first training metrics, which includes validation and saving."""
-        if self._began is None or update <= self._began[0]:
-            self._began = (update, monotonic())
-        else:
-            start, began = self._began
-            updates_per_second = (update - start) / (monotonic() - began)
+        """Forecast from the time of the second half of the training metrics, which includes validation and saving."""
+        now = monotonic()
+        self._times.append((update, now))
+        start, began = self._times[(len(self._times) - 1) // 2]
+        if start < update:
+            updates_per_second = (update - start) / (now - began)
         return (self.total - update) / updates_per_second
 
 

@@ -38,13 +38,16 @@ def describe_end(state: TrainState, config: Config, exp: Path) -> str:
         why = f"{counted(best.since, 'validation')} had no finite {best.metric}"
     else:
         checkpoint = exp / "checkpoints" / folder_name(best.update)
-        kept = checkpoint.is_dir()
         why = (
             f"{counted(best.since, 'validation')} without a {best.metric} below {best.value:.4g}, that of update "
-            f"{best.update}; "
-            + (f"{checkpoint} is the best" if kept else "its checkpoint was not kept (checkpoint.keep_best)")
+            f"{best.update}. "
+        )
+        why += (
+            f"{checkpoint} is the best; commands use the newest unless they name it"
+            if checkpoint.is_dir()
+            else "It was not kept (keep_best)"
         )
     return (
-        f"stopped early at update {state.update} (trainer.early_stopping={config.trainer.early_stopping}): {why}; "
-        "a higher value continues"
+        f"stopped early at update {state.update} (trainer.early_stopping={config.trainer.early_stopping}): {why}. "
+        "A higher trainer.early_stopping continues"
     )

@@ -14,7 +14,7 @@ from w2vscale.config import Config, DataConfig, load_config, load_yaml
 from w2vscale.data.manifest import Corpus
 from w2vscale.errors import UserError
 from w2vscale.files import read_text, regular
-from w2vscale.loggers.identity import is_undelivered
+from w2vscale.loggers.identity import is_undelivered, with_effect
 from w2vscale.objectives.settings import effective
 from w2vscale.training.early_stopping import describe_end, stopped_early
 from w2vscale.training.run_log import RunLog
@@ -27,11 +27,11 @@ def finished_run(config: Config, exp: Path, log: Callable[[str], None], *, fine_
 
     The line is also written to its log.
 
-    It has nothing to do if its newest checkpoint has reached its end (see `reached_end`), was made with the same
-    settings and data, and all of its files are there with their sizes. Everything else, such as a setting that has
-    changed, a damaged checkpoint, one to upload to `checkpoint.store`, or a tracking service that lacks something, is
-    left to the run. `fine_tuned`: the architecture in the settings gives way to that of the model in
-    `trainer.init_from`.
+    It has nothing to do if its newest checkpoint has reached its end (see `reached_end`), was made with the same data
+    and settings (but for those that change no update, such as `logging`), and all of its files are there with their
+    sizes. Everything else, such as another setting, a damaged checkpoint, one to upload to `checkpoint.store`, or a
+    tracking service that lacks something, is left to the run. `fine_tuned`: the architecture in the settings gives way
+    to that of the model in `trainer.init_from`.
 
     Raises UserError if another process uses the folder.
     """
@@ -115,13 +115,14 @@ def _has_optimizer_state(file: Path) -> bool:
 
 
 def _has_settings(file: Path, config: Config, *, fine_tuned: bool) -> bool:
-    """Whether a config.yaml has all of these settings, with the same values."""
+    """Whether a config.yaml has all of these settings, and the same values of those that could matter here."""
     stored = load_config(file)
     if fine_tuned and config.trainer.init_from is not None:
         config = Config.model_validate(with_architecture(config, stored))
     before, now = effective(stored), effective(config)
     written = load_yaml(read_text(file)) or {}
-    return before == now and all({*values} <= {*(written.get(section) or {})} for section, values in now.items())
+    complete = all({*values} <= {*(written.get(section) or {})} for section, values in now.items())
+    return complete and before["checkpoint"] == now["checkpoint"] and with_effect(before) == with_effect(now)
 
 
 def _has_data(state: TrainState, data: DataConfig) -> bool:

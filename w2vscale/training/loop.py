@@ -130,6 +130,8 @@ class Trainer:
                     self._validate_and_log_end()  # a stop signal has prevented it
                     self.metrics.commit(self.state.update)
                     self._save()
+                if not self.finished:
+                    self.metrics.prepare()
                 while not self.finished:
                     self._train_on(self.run.windows())
                     end_loader_processes()  # a roll back needs other windows
@@ -419,11 +421,14 @@ class Trainer:
     def _log(self) -> None:
         self.logged_before, self.logged = self.logged, self.state.update
         values = self.meter.read(self.run.objective.metrics)
+        scheduled = self.run.objective.scheduled(self.state.update - 1)
+        # Operations are counted with the backward of the encoder, which a frozen one does not have.
+        mfu_per_rate = None if scheduled.get("encoder_frozen") else self.mfu_per_rate
         values |= {
             "lr": self.lr,
-            **self.run.objective.scheduled(self.state.update - 1),
+            **scheduled,
             "hours_seen": self.state.audio_seconds / 3600,
-            **({"mfu": self.mfu_per_rate * values["audio_seconds_per_second"]} if self.mfu_per_rate else {}),
+            **({"mfu": mfu_per_rate * values["audio_seconds_per_second"]} if mfu_per_rate else {}),
             **({"compiled_graphs": graphs} if (graphs := compiled_graphs()) else {}),
             "skipped_updates": self.state.skipped_updates,
             "skipped_utterances": self.state.skipped_utterances,

@@ -46,7 +46,8 @@ class Start:
     update: int  # at which it resumes; 0: a new run
     seed: int
     hosts: tuple[str, ...]
-    devices: tuple[tuple[str, int], ...]  # name of a GPU or processor, and number of ranks on such a device
+    ranks: int
+    devices: tuple[tuple[str, int], ...]  # name of a GPU or processor, and number of them
     engine: str
     compiled: bool
     precision: str
@@ -62,11 +63,6 @@ class Start:
     per_forward: int
     series: int
     exposure: Exposure
-
-    @property
-    def ranks(self) -> int:
-        """Number of ranks."""
-        return sum(count for _, count in self.devices)
 
     @property
     def devices_in_words(self) -> str:
@@ -139,7 +135,8 @@ def describe_start(run: Run, per_forward: int) -> Start:
         update=run.state.update,
         seed=config.trainer.seed,
         hosts=tuple(dict.fromkeys(gather_from_ranks(socket.gethostname()))),
-        devices=tuple(Counter(gather_from_ranks(_device(run.device))).items()),
+        ranks=run.ranks.world_size,
+        devices=_devices(run.device),
         engine=_engine(run),
         compiled=run.engine.compiled,
         precision=config.precision.compute,
@@ -173,9 +170,11 @@ def _amount(data: TrainingData | MicroBatches) -> Amount:
     return Amount(data.hours, data.utterances, padding)
 
 
-def _device(device: torch.device) -> str:
-    threads = "" if device.type == "cuda" else f" ({counted(torch.get_num_threads(), 'thread')})"
-    return device_name(device) + threads
+def _devices(device: torch.device) -> tuple[tuple[str, int], ...]:
+    """Count devices by name. Ranks on the CPU of a host share it. Collective."""
+    threads = "" if device.type == "cuda" else f" ({counted(torch.get_num_threads(), 'thread')} per rank)"
+    places = gather_from_ranks((socket.gethostname(), str(device), device_name(device) + threads))
+    return tuple(Counter(name for _, _, name in dict.fromkeys(places)).items())
 
 
 def _engine(run: Run) -> str:

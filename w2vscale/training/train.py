@@ -46,8 +46,9 @@ def train(
     `checkpoint.store`; the same command continues or uploads it. `exp` is the folder of the run; for `resume` see
     `build_run`; `command` are arguments of `w2vscale` to write into run.sh. `stop` is checked in every update.
     `around_updates` makes a context that is entered after everything is built and exited after the last update. The
-    time of `trainer.max_hours` is counted since `began`, by `time.monotonic`; by default now. Raises UserError if a setting, a file or the environment is wrong, or another run uses the folder; existing checkpoints are
-    not changed. The process must be prepared first: see `runtime.training`.
+    time of `trainer.max_hours` is counted since `began`, by `time.monotonic`; by default now. Raises UserError if a
+    setting, a file or the environment is wrong, or another run uses the folder; existing checkpoints are not changed.
+    The process must be prepared first: see `runtime.training`.
     """
     stop = stop or StopRequest()
     limit = TimeLimit(config.trainer.max_hours, grace=config.checkpoint.grace_seconds, began=began)
@@ -55,7 +56,9 @@ def train(
     timeout = max(TIMEOUT, timedelta(seconds=SLOW * config.watchdog.seconds + 60))
     with process_group(needed=config.engine.name != "ddp", timeout=timeout) as (ranks, device):
         run_log = RunLog(exp, ranks)
-        display = Display(total=config.trainer.updates, enabled=ranks.is_main, verbosity=verbosity, run_log=run_log)
+        display = Display(
+            total=config.trainer.updates, enabled=ranks.is_main, verbosity=verbosity, run_log=run_log, stop=stop
+        )
         seconds, grace = config.watchdog.seconds, config.checkpoint.grace_seconds
         watchdog = Watchdog(ranks, exp / "logs", seconds=seconds, stop=stop, grace=grace, log=run_log.line)
         patience = Patience(partial(watchdog.at, "reading checkpoints or their store", slow=True))
