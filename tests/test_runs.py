@@ -63,7 +63,7 @@ def process_state() -> dict[str, Any]:
         "warnings": list(warnings.filters),
         "handlers": (list(logging.root.handlers), logging.root.level),
         "collection": (gc.get_threshold(), gc.get_freeze_count(), gc.isenabled()),
-        "hooks": (sys.excepthook, threading.excepthook, sys.unraisablehook),
+        "hooks": (sys.exit, sys.excepthook, threading.excepthook, sys.unraisablehook),
         "streams": (sys.stdout, sys.stderr),
         "torch": (
             torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
@@ -107,6 +107,23 @@ def test_training_from_python(small_corpus: SmallCorpus, tmp_path: Path) -> None
     ):
         run.metrics("validaton")
     assert sum(parameter.numel() for parameter in run.load().model.parameters()) == 65_120
+
+
+@pytest.mark.parametrize("service", ["wandb", "mlflow"])
+def test_tracking_services_leave_the_process_as_it_was(
+    service: str, small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for what their libraries keep: an environment variable of W&B, and filters of warnings of MLflow."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SERVICE", "")  # restored after the test
+    monkeypatch.delenv("WANDB_SERVICE")
+    before = process_state()
+    given = settings(small_corpus, f"logging.{service}={'project' if service == 'wandb' else tmp_path / 'mlflow'}")
+    w2vscale.train("base", *given, exp=tmp_path / "run", verbosity="quiet")
+    after = process_state()
+    after["environment"].pop("WANDB_SERVICE", None)
+    for name in before.keys() - {"warnings"}:
+        assert after[name] == before[name], name
 
 
 def test_training_in_a_thread(small_corpus: SmallCorpus, tmp_path: Path) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 
+from rich.progress import Progress
+
+from w2vscale.runtime import StopRequest
 from w2vscale.terminal import CONTROL, VisibleConsole, visible
-from w2vscale.training.display import Display
+from w2vscale.training.display import Display, TimeLeft
 
 TITLE = "\x1b]0;another title\x07"
 
@@ -30,3 +34,14 @@ def test_consoles_show_them() -> None:
         console.print(TITLE)
         display.message(TITLE, "yellow")
     assert printed.get() == messages.get() == r"\u001b]0;another title\u0007" + "\n"
+
+
+def test_the_bar_of_a_run_says_at_once_that_it_is_stopping() -> None:
+    """Also while the main thread computes an update, so another thread looks for signals."""
+    progress = Progress()
+    progress.add_task("", left="0:05:00 left")
+    with StopRequest() as stop:
+        column = TimeLeft(stop)
+        assert column.render(progress.tasks[0]).plain == "0:05:00 left"
+        signal.raise_signal(signal.SIGTERM)
+        assert column.render(progress.tasks[0]).plain.startswith("stopping after this update")

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.pool import Pool
 from tests.helpers.spelled import SPELLING, some_texts, write_spelled
-from tests.helpers.tasks import train_micro, train_until_time_is_over
+from tests.helpers.tasks import train_micro, train_until_time_is_over, train_with_a_callback_on_rank_0
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.files import read_metrics
 
@@ -43,6 +43,13 @@ def test_the_time_of_one_rank_ends_all(
     state = json.loads((tmp_path / "checkpoints" / "latest" / "train_state.json").read_text())
     assert 0 < state["update"] < 12
     assert len(pool(2).run(train_micro, str(small_corpus.train), str(tmp_path), settings)[0]) == 12
+
+
+def test_a_function_of_one_rank_gets_complete_checkpoints(
+    small_corpus: SmallCorpus, pool: Callable[[int], Pool], tmp_path: Path
+) -> None:
+    seen = pool(2).run(train_with_a_callback_on_rank_0, str(small_corpus.train), str(tmp_path))
+    assert seen == [[4, 8, 12], []]
 
 
 def test_ranks_share_each_validation_set(

@@ -33,7 +33,7 @@ from tools.bench.sent_bytes import Collectives, sent_by_kind
 from w2vscale.checkpoint import format as format_module
 from w2vscale.checkpoint import sharded_writer, slices
 from w2vscale.checkpoint import store as store_module
-from w2vscale.checkpoint.format import FileFacts, TrainState, file_facts
+from w2vscale.checkpoint.format import FileFacts, TrainState, file_facts, read_document
 from w2vscale.checkpoint.lazy import LazyReader, counted_reads
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.checkpoint.store import CheckpointStore
@@ -55,6 +55,7 @@ from w2vscale.objectives import StepContext
 from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.runtime import StopRequest
 from w2vscale.training.calibration import micro_batches_per_forward
+from w2vscale.training.callbacks import Callbacks
 from w2vscale.training.display import Display
 from w2vscale.training.folder import make_folder
 from w2vscale.training.loop import Trainer
@@ -122,6 +123,18 @@ def train_until_time_is_over(corpus: str, exp: str, overrides: tuple[str, ...], 
         return _run(config, Path(exp))
 
 
+def train_with_a_callback_on_rank_0(corpus: str, exp: str) -> list[int]:
+    """The updates of the complete checkpoints that the function of rank 0 has got. The other ranks have none."""
+    seen: list[int] = []
+
+    def on_checkpoint(update: int, path: Path) -> None:
+        seen.append(read_document(path).state.update)
+
+    config = load_config("base", [*MICRO_RUN, "model.layers=1", "checkpoint.every=4", f"data.train={corpus}"])
+    _run(config, Path(exp), callbacks=Callbacks(on_checkpoint=None if dist.get_rank() else on_checkpoint))
+    return seen
+
+
 def _train(
     config: Config, folder: Path, *, save_first: bool = False, per_forward: Callable[[Run], int] | None = None
 ) -> list[dict[str, float]]:
@@ -133,7 +146,12 @@ def _train(
 
 
 def _run(
-    config: Config, folder: Path, *, save_first: bool = False, per_forward: Callable[[Run], int] | None = None
+    config: Config,
+    folder: Path,
+    *,
+    save_first: bool = False,
+    per_forward: Callable[[Run], int] | None = None,
+    callbacks: Callbacks = Callbacks(),  # noqa: B008 - it cannot change
 ) -> int:
     """Train; the exit code."""
     ranks = Ranks()
@@ -147,7 +165,7 @@ def _run(
         chosen = per_forward(run) if per_forward is not None else micro_batches_per_forward(run, lambda text: None)
         display = Display(total=config.trainer.updates, enabled=ranks.is_main)
         watchdog = Watchdog(ranks, folder / "logs", seconds=0, stop=StopRequest(), grace=600)
-        code = Trainer(run, StopRequest(), watchdog, chosen, display).train()
+        code = Trainer(run, StopRequest(), watchdog, chosen, display, callbacks=callbacks).train()
         run.engine.close()
     return code
 

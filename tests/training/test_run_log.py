@@ -10,11 +10,12 @@ import pytest
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
 from w2vscale.analysis.events import read_events
-from w2vscale.config import load_config
+from w2vscale.config import LoggingConfig, load_config
 from w2vscale.errors import UserError
 from w2vscale.files import read_records
 from w2vscale.training.callbacks import Callbacks
 from w2vscale.training.run_log import RunLog
+from w2vscale.training.summary import tracking
 from w2vscale.training.train import train
 
 
@@ -51,3 +52,9 @@ def test_what_happens_before_there_is_a_folder_is_kept(tmp_path: Path) -> None:
         ("early", 4), ("late", 4),
     ]  # fmt: skip
     assert [one.text for one in read_events(tmp_path).distinct()] == ["early", "late"]
+
+
+def test_the_start_names_tracking_services(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert tracking(LoggingConfig(wandb="demo", mlflow="runs/")) == ["W&B project demo (offline)", "MLflow runs/"]
+    assert tracking(LoggingConfig()) == []

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from w2vscale.config import LoggingConfig
 from w2vscale.data.indexed import MicroBatches
 from w2vscale.data.loading import TrainingData
 from w2vscale.distributed.process_group import gather_from_ranks
@@ -63,6 +66,7 @@ class Start:
     per_forward: int
     series: int
     exposure: Exposure
+    tracking: Sequence[str]  # services that the run is logged to
 
     @property
     def devices_in_words(self) -> str:
@@ -103,6 +107,7 @@ class Start:
                 "length",
                 f"{counted(self.exposure.updates, 'update')}, {significant(epochs)} epochs, {hours(amount)} of audio",
             ),
+            *([("tracking", ", ".join(self.tracking))] if self.tracking else []),
         ]
 
     def event(self) -> dict[str, Any]:
@@ -152,7 +157,15 @@ def describe_start(run: Run, per_forward: int) -> Start:
         per_forward=per_forward,
         series=run.training_set.series_length,
         exposure=exposure(config, corpus_of(run.training_set)),
+        tracking=tracking(config.logging),
     )
+
+
+def tracking(logging: LoggingConfig) -> list[str]:
+    """The services that a run is logged to, in words."""
+    offline = " (offline)" if os.environ.get("WANDB_MODE") == "offline" else ""
+    services = [f"W&B project {logging.wandb}{offline}"] if logging.wandb else []
+    return services + ([f"MLflow {logging.mlflow}"] if logging.mlflow else [])
 
 
 def hours(number: float) -> str:
