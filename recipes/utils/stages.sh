@@ -88,7 +88,7 @@ fine_tune() {
   elif [[ -n $baseline ]]; then
     on_ranks finetune "$conf" trainer.init_from="$exp" "${common[@]}" --scratch --exp "$baseline"
   fi
-  on_first_machine w2vscale report "${tuned[@]}"
+  on_first_machine w2vscale report "${tuned[@]}" -o "${tuned[0]}/report.html"
 }
 
 # best_of RUN prints its checkpoint with the lowest trainer.best_metric in validation if $decode_best is true, or else RUN.
@@ -147,7 +147,7 @@ find_scores() {
 # results TITLE writes RESULTS.md, and the report again, which now has the error rates.
 results() {
   w2vscale results "${scores[@]}" --output "${tuned[0]}/RESULTS.md" --title "$1"
-  w2vscale report "${tuned[@]}"
+  w2vscale report "${tuned[@]}" -o "${tuned[0]}/report.html"
 }
 
 # export_model CHECKPOINT DIR exports to DIR. Files of an earlier export are replaced; other files in DIR stay.

@@ -11,7 +11,6 @@ import typer
 from w2vscale.cli.arguments import Checkpoint, Layers, Weights, existing
 from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError
-from w2vscale.files import nearest_path
 
 if TYPE_CHECKING:
     from w2vscale.analysis.report.reading import Run
@@ -89,7 +88,13 @@ def report(
     exps: Annotated[list[Path], typer.Argument(metavar="EXP...", help="Run folders to compare in one report.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE.html", help="The file to write.", show_default="EXP/report.html"),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE.html",
+            help="The file to write.",
+            show_default="EXP/report.html; of several runs, report.html in the nearest folder that holds them all",
+        ),
     ] = None,
     reference: Annotated[
         str | None,
@@ -102,12 +107,12 @@ def report(
     """
     if reference not in (None, "published"):
         raise UserError(f"--reference {reference}: the only reference is: published; give another run as EXP")
-    path = output or exps[0] / "report.html"
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--output {path}: the report is an HTML file; choose a name that ends with .html")
-    for exp in exps:
-        if not exp.exists():
-            raise UserError(f"{exp}: no such run{nearest_path(exp)}")
+    if output is not None and output.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--output {output}: the report is an HTML file; choose a name that ends with .html")
+    from w2vscale.analysis.report.folders import report_path, run_folders
+
+    exps = run_folders(exps, console.print)
+    path = output or report_path(exps)
     from w2vscale.analysis.report.page import write_report
 
     with progress_bar("report") as progress:
