@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING
@@ -27,6 +27,8 @@ DYNAMIC_RANGE = 80.0  # dB below the loudest point of a spectrogram
 MOST_CODES = 64  # rows and columns of a map of codes
 MOST_HEADS = 12
 MOST_POINTS = 64  # rows and columns of a map of attention; longer ones are averaged
+SYMBOL_ROWS = 4  # into which symbols are spread, so that they do not overlap
+SYMBOL_WIDTH = 0.085  # of a character in inches
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ def draw_sample(sample: Sample, model: ModelConfig, *, title: str) -> Figure:
     seconds = len(sample.waveform_S) / model.sampling_rate
     frame = hop(model) / model.sampling_rate
     masked = bool(sample.masked_T.any())
-    figure = _figure(width=float(np.clip(1.1 * seconds, 6.0, 12.0)), height=3.2)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(6, 1))
+    width = float(np.clip(1.1 * seconds, 5.6, 12.0))
+    figure = _figure(width=width, height=3.3 if masked else 3.7)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(6, 1) if masked else (3, 1))
     decibels_FN = spectrogram(sample.waveform_S, model.sampling_rate)
     upper.imshow(
         decibels_FN, aspect="auto", origin="lower", cmap="Greys", interpolation="nearest",
@@ -76,12 +79,14 @@ def draw_sample(sample: Sample, model: ModelConfig, *, title: str) -> Figure:
         for start, end in spans(sample.masked_T):
             upper.axvspan(start * frame, end * frame, color=RIGHT, alpha=0.18, linewidth=0)
         _draw_accuracy(lower, sample, frame)
-        correct = float(np.nanmean(sample.correct_T))
-        title += f": {correct:.0%} of the predictions for {int(sample.masked_T.sum())} masked frames are correct"
+        title += f": {int(sample.masked_T.sum())} masked frames, {float(np.nanmean(sample.correct_T)):.0%} correct"
     else:
-        for first, symbol in sample.symbols:
-            at = (first + 0.5) * frame
-            lower.text(at, 0.5, plain(symbol), ha="center", va="center", fontsize=7, color=INK)
+        places = [(first + 0.5) * frame for first, _ in sample.symbols]
+        texts = [symbol for _, symbol in sample.symbols]
+        for at, symbol, row in zip(places, texts, symbol_rows(places, texts, seconds / (0.9 * width)), strict=True):
+            height = 1.0 - (row + 0.5) / SYMBOL_ROWS
+            lower.text(at, height, plain(symbol), ha="center", va="center", fontsize=9, color="black", clip_on=False)
+            lower.plot([at, at], [1.0, min(height + 0.13, 1.0)], color=RIGHT, linewidth=0.6, alpha=0.5)
             upper.axvline(at, color=RIGHT, alpha=0.25, linewidth=0.6)
         lower.set_ylabel("symbols", rotation=0, ha="right", va="center")
         title += f": {len(sample.symbols)} symbols" if sample.symbols else ""
@@ -92,8 +97,22 @@ def draw_sample(sample: Sample, model: ModelConfig, *, title: str) -> Figure:
     return figure
 
 
+def symbol_rows(places: Sequence[float], symbols: Sequence[str], seconds_per_inch: float) -> list[int]:
+    """The row of each symbol, so that it does not overlap its neighbours: the first that is free there, or the one
+    that has been free for the longest."""
+    ends = [-np.inf] * SYMBOL_ROWS
+    rows = []
+    for at, symbol in zip(places, symbols, strict=True):
+        half = 0.5 * SYMBOL_WIDTH * (len(symbol) + 0.5) * seconds_per_inch
+        row = next((row for row, end in enumerate(ends) if end <= at - half), int(np.argmin(ends)))
+        ends[row] = at + half
+        rows.append(row)
+    return rows
+
+
 def _draw_accuracy(axes: Axes, sample: Sample, frame: float) -> None:
     from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Patch
 
     colours = LinearSegmentedColormap.from_list("predictions", [WRONG, RIGHT])
     frames = len(sample.correct_T)
@@ -102,8 +121,10 @@ def _draw_accuracy(axes: Axes, sample: Sample, frame: float) -> None:
         extent=(0.0, frames * frame, 0.0, 1.0),
     )  # fmt: skip
     axes.set_ylabel("masked", rotation=0, ha="right", va="center")
-    for text, colour, place in (("correct", RIGHT, 1.0), ("wrong", WRONG, 0.9)):
-        axes.text(place, -1.1, text, color=colour, transform=axes.transAxes, ha="right", fontsize="small")
+    axes.legend(
+        handles=[Patch(color=WRONG, label="wrong"), Patch(color=RIGHT, label="correct")], ncols=2, frameon=False,
+        loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1, fontsize="small",
+    )  # fmt: skip
 
 
 def draw_usage(codes_MG: NDArray[np.int64], entries: int) -> Figure:
@@ -116,7 +137,10 @@ def draw_usage(codes_MG: NDArray[np.int64], entries: int) -> Figure:
         axes.plot(np.arange(1, entries + 1), 100 * counts_V / len(codes_M), linewidth=1.3, label=label)
     axes.axhline(100 / entries, color=MASKED, linewidth=0.8, linestyle=":", label="equal use")
     axes.set_xscale("log")
-    axes.set(xlabel="entry, most frequent first", ylabel=f"% of {len(codes_M)} masked frames")
+    ticks = round_numbers(entries, factors=(1, 2, 5) if entries < 1000 else (1,))[1:]
+    axes.set_xticks(ticks, [f"{one:,}" for one in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="rank of the entry, most frequent first", ylabel=f"% of {len(codes_M)} masked frames")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small", frameon=False)
     add_grid(axes)
@@ -131,36 +155,52 @@ def draw_cooccurrence(codes_MG: NDArray[np.int64], entries: int) -> Figure:
     shown = min(entries, MOST_CODES)
     joint_VV = joint_VV[np.ix_(one[:shown], other[:shown])]
     figure = _figure(width=5.2, height=4.4)
+    figure.set_layout_engine("compressed")  # constrained, for axes of a fixed aspect
     axes = figure.subplots()
     image = axes.imshow(np.log10(1 + joint_VV), cmap="Blues", interpolation="nearest", origin="lower")
     axes.set(
         xlabel=f"codebook 1: {shown} most frequent of {entries}", ylabel=f"codebook 0: {shown} most frequent",
         xticks=[], yticks=[],
     )  # fmt: skip
-    figure.colorbar(image, ax=axes, label="log10(1 + masked frames)")
+    counts = round_numbers(int(joint_VV.max()))
+    bar = figure.colorbar(image, ax=axes, label="masked frames")
+    bar.set_ticks(np.log10(1 + np.array(counts)).tolist(), labels=[f"{one:,}" for one in counts])
     return figure
 
 
+def round_numbers(largest: int, factors: Sequence[int] = (1, 2, 5)) -> list[int]:
+    """Ticks of a logarithmic axis up to `largest`: 0, 1, 2, 5, 10, 20, 50 …"""
+    powers = range(len(str(largest)))
+    return [0, *(number for power in powers for factor in factors if (number := factor * 10**power) <= largest)]
+
+
 def draw_attention(weights_HTT: NDArray[np.float32], *, block: int, seconds: float) -> Figure:
-    """Draw the attention weights of each head: queries downwards, keys to the right."""
+    """Draw the attention weights of each head on one scale: queries downwards, keys to the right."""
+    from matplotlib.colors import PowerNorm
+
     heads = min(len(weights_HTT), MOST_HEADS)
     columns = min(heads, 4)
     rows = -(-heads // columns)
-    figure = _figure(width=2.0 * columns, height=2.0 * rows + 0.6)
+    figure = _figure(width=2.0 * columns + 0.9, height=2.0 * rows + 0.7)
+    figure.set_layout_engine("compressed")  # constrained, for axes of a fixed aspect
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    maps = [pooled(weights_TT, MOST_POINTS) for weights_TT in weights_HTT[:heads]]
+    norm = PowerNorm(0.5, vmin=0.0, vmax=max(float(weights_TT.max()) for weights_TT in maps))
+    extent = (0.0, seconds, seconds, 0.0)
     for head, axes in enumerate(grid.flat):
         if head >= heads:
             axes.set_axis_off()
             continue
-        weights_TT = pooled(weights_HTT[head], MOST_POINTS)
-        axes.imshow(
-            np.sqrt(weights_TT), cmap="Blues", interpolation="nearest", extent=(0.0, seconds, seconds, 0.0), vmin=0.0
-        )
+        image = axes.imshow(maps[head], cmap="Blues", interpolation="nearest", extent=extent, norm=norm)
         axes.set_title(f"head {head + 1}", fontsize="small", color=INK)
+        axes.label_outer()
     for axes in grid[-1]:
         axes.set_xlabel("key (s)", fontsize="small")
     for axes in grid[:, 0]:
         axes.set_ylabel("query (s)", fontsize="small")
+    bar = figure.colorbar(image, ax=grid, aspect=15 * rows)
+    bar.set_label("attention weight", fontsize="small")
+    bar.ax.tick_params(labelsize="small")
     figure.suptitle(f"attention of block {block}, validation utterance 1", fontsize="medium", color=INK)
     return figure
 
@@ -210,5 +250,7 @@ def png(figure: Figure) -> bytes:
     figure.savefig(drawn, format="png", dpi=DPI)
     drawn.seek(0)
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(reduced, format="png", optimize=True)
+        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE, kmeans=1).save(
+            reduced, format="png", optimize=True
+        )
     return reduced.getvalue()
