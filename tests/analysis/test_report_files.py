@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.pages import report
-from tests.helpers.run_folders import png, write_error_rates, write_run, write_samples
+from tests.helpers.run_folders import png, write_error_rates, write_run, write_samples, write_utterance
 from w2vscale.analysis.report import samples
 
 
@@ -43,12 +43,32 @@ class TestSamples:
         (folder / "page.png").write_text("<svg onload=alert(1)>")
         (folder / "notes.txt").write_text("text")
         found, size, left_out = samples.read_samples(folder, 2**20)
-        assert ([one.name for one in found], left_out) == (["spectrogram"], 0)
+        assert ([one.title for one in found], left_out) == (["spectrogram"], 0)
         assert samples.read_samples(folder, size - 1)[2] == 1
         monkeypatch.setattr(samples, "LARGEST", 100)
         assert samples.read_samples(folder, 2**20)[2] == 2
         page = report(tmp_path, tmp_path / "exp")
         assert f"2 more files are in {tmp_path / 'exp' / 'samples'}." in [one.text for one in page.all("p")]
+
+    def test_the_parts_of_an_utterance_are_one_figure(self, tmp_path: Path) -> None:
+        exp = write_run(tmp_path / "exp", "ctc_1h")
+        write_samples(exp, 80, "attention_block_04")
+        for number in (10, 2):
+            write_utterance(exp, 80, number, f"reference:  WORD <b>&amp; {number}\nhypothesis: \n")
+        page = report(tmp_path, exp)
+        figures = [one for one in page.all("figure") if "Utterance" in one.text or "utterance" in one.text]
+        texts = [f"utterance {number}reference WORD <b>&amp; {number}hypothesis (nothing)" for number in (2, 10)]
+        assert [one.text for one in figures] == texts
+        labels = [one.attributes.get("alt") or one.attributes.get("aria-label") for one in page.elements]
+        assert [label for label in labels if label and label.endswith("update 80") and "picture" not in label] == [
+            "2 spectrogram, update 80", "2 audio, update 80", "10 spectrogram, update 80", "10 audio, update 80",
+            "attention block 04, update 80", "attention block 04, update 80",
+        ]  # fmt: skip
+
+    def test_a_text_is_not_too_long(self, tmp_path: Path) -> None:
+        exp = write_run(tmp_path / "exp", "ctc_1h")
+        write_utterance(exp, 80, 1, "reference:  " + "x" * 10_000)
+        assert max(len(one.text) for one in report(tmp_path, exp).all("figure")) < 6000
 
 
 @pytest.fixture(scope="module")

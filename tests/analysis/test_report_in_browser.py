@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.browser import accessibility, chromium, html_errors
-from tests.helpers.run_folders import BACK, SPIKE, START, write_error_rates, write_run, write_samples
+from tests.helpers.run_folders import BACK, SPIKE, START, write_error_rates, write_run, write_samples, write_utterance
 from w2vscale.analysis.report.page import FOLDER, write_report
 
 pytestmark = pytest.mark.long
@@ -28,6 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     third = write_run(folder / "tuned", "ctc_1h", "trainer.updates=100")
     for update in (50, 100):
         write_samples(first, update)
+    write_utterance(third, 100, 1, f"reference:  {SENTENCE}\nhypothesis: {'x' * 200}")
     texts = [(SENTENCE, SENTENCE.replace("very", "").replace("line", "lime and line")), ("x" * 90, "y" * 120)]
     write_error_rates(third / "wer_test.json", texts)
     (third / "evaluation.json").write_text('{"update": 100, "utterances": 3.0, "table": {"loss": "1.5 nats"}}')
@@ -112,6 +115,34 @@ def test_only_tables_scroll_to_the_side(opened: Any) -> None:
     if width == 360:
         wide = "[...document.querySelectorAll('.scroll')].some((one) => one.scrollWidth > one.clientWidth)"
         assert opened.evaluate(wide), "nothing was too wide, so this test shows nothing"
+
+
+@pytest.mark.parametrize("opened", [(360, "light"), (360, "dark")], indirect=True)
+def test_an_edge_beyond_which_there_is_more_has_a_shadow(opened: Any) -> None:
+    """The columns of pixels at the right edge of a table that scrolls, before and after it is scrolled to its end."""
+    from PIL import Image
+
+    opened.evaluate("document.querySelector('nav').remove()")  # it covers what is below it
+    box = opened.locator(".scroll[aria-label='settings']")
+
+    def shades() -> int:
+        with Image.open(BytesIO(box.screenshot())) as image:
+            low, high = image.convert("L").crop((image.width - 20, 6, image.width - 4, 7)).getextrema()
+            return int(high - low)
+
+    assert shades() > 20
+    box.evaluate("(one) => one.scrollTo({left: 10000, behavior: 'instant'})")
+    assert shades() < 5
+
+
+@everywhere
+def test_the_parts_of_an_utterance_are_below_each_other(opened: Any) -> None:
+    opened.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+    figure = opened.locator("figure", has_text="utterance 1").first
+    outer = figure.bounding_box()
+    boxes = [figure.locator(one).first.bounding_box() for one in ("figcaption", ".scroll", "audio", ".text")]
+    assert all(outer["x"] <= one["x"] and one["x"] + one["width"] <= outer["x"] + outer["width"] for one in boxes)
+    assert all(one["y"] + one["height"] <= other["y"] + 1 for one, other in itertools.pairwise(boxes))
 
 
 @everywhere

@@ -79,6 +79,13 @@ def write_samples(exp: Path, update: int, name: str = "spectrogram") -> Path:
     return folder
 
 
+def write_utterance(exp: Path, update: int, number: int, text: str) -> None:
+    """The picture, the sound and the text of an utterance, as a run saves them."""
+    folder = write_samples(exp, update, f"{number}_spectrogram")
+    (folder / f"{number}_spectrogram.flac").rename(folder / f"{number}_audio.flac")
+    (folder / f"{number}_text.txt").write_text(text)
+
+
 def png(width: int, height: int) -> bytes:
     """A grey picture."""
 
