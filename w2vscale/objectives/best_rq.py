@@ -240,7 +240,7 @@ class BestRq(Objective):
     def line(self, metrics: Mapping[str, float]) -> str:
         codes = "/".join(f"{metrics[f'code_perplexity_{one}']:.0f}" for one in range(self.settings.codebooks))
         return (
-            f"loss {metrics['loss']:.3f} nats  accuracy {metrics['accuracy']:.4f} (chance "
+            f"loss {metrics['loss']:.3f} nats  accuracy {metrics['accuracy']:.4f} (most frequent code "
             f"{metrics['most_frequent']:.4f})  target perplexity {codes} of {self.settings.codebook_entries}"
         )
 
@@ -253,18 +253,18 @@ class BestRq(Objective):
         }
 
     def findings(self, metrics: Mapping[str, float], limits: HealthConfig) -> list[Finding]:
-        """Chance is the accuracy of a model that always predicts the most frequent code."""
-        settings, accuracy, chance = self.settings, metrics["accuracy"], metrics["most_frequent"]
+        """A model has to be better than one that always predicts the most frequent code."""
+        settings, accuracy, most_frequent = self.settings, metrics["accuracy"], metrics["most_frequent"]
         found = collapse(
             metrics, codebooks=settings.codebooks, entries=settings.codebook_entries, share=limits.min_codes,
             advice="these are the targets, which do not depend on the model: listen to data.train, it may be silent",
         )  # fmt: skip
-        if accuracy <= chance:
+        if accuracy <= most_frequent:
             found.append(
                 Finding(
                     "chance",
-                    f"predictions are no better than chance: accuracy {accuracy:.4f}, and always predicting the most "
-                    f"frequent code has {chance:.4f}; use more audio per update (batch.micro_batches), a longer "
+                    f"accuracy {accuracy:.4f} is not above {most_frequent:.4f}, that of a model that always predicts "
+                    "the most frequent code; use more audio per update (batch.micro_batches), a longer "
                     "schedule.warmup_updates, or another optim.lr",
                 )
             )
