@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.helpers.run_folders import write_run
 from w2vscale.analysis.report.curves import Line, marks, plots, thin
 from w2vscale.analysis.report.page import write_report
 from w2vscale.analysis.report.reading import read_run
-from w2vscale.analysis.report.scales import Scale, scale_of, short
+from w2vscale.analysis.report.scales import Scale, scale_of, short, spread
 
 FINITE = st.floats(-1e30, 1e30, allow_nan=False)
 
@@ -80,6 +81,15 @@ def test_logarithmic_ticks_are_on_the_axis(low: float, ratio: float) -> None:
     assert len(ticks) <= 12 and all(scale.low <= tick <= scale.high for tick in ticks)
     assert np.isnan(scale.place(np.array([0.0, -1.0]))).all()
     assert 0 < scale.place(np.array([low]))[0] <= 200
+
+
+@given(st.lists(st.floats(0, 200), max_size=14))
+def test_names_are_moved_apart_within_their_bounds(places: list[float]) -> None:
+    found = spread(sorted(places), 12.0, 16.0, 198.0)
+    assert all(other - one >= 12.0 - 1e-9 for one, other in itertools.pairwise(found))
+    assert all(16.0 - 1e-9 <= place <= 198.0 + 1e-9 for place in found)
+    if all(other - one >= 12.0 for one, other in itertools.pairwise([4.0, *sorted(places), 210.0])):
+        assert found == sorted(places), "none has to be moved"
 
 
 def test_places() -> None:

@@ -21,12 +21,15 @@ from tests.helpers.run_folders import BACK, SPIKE, START, write_error_rates, wri
 from w2vscale.analysis.report.folders import report_path
 from w2vscale.analysis.report.page import FOLDER
 from w2vscale.analysis.report.reading import names, read_run
+from w2vscale.checkpoint.format import BestValidation, TrainState
 from w2vscale.cli.app import app
 from w2vscale.errors import UserError
 from w2vscale.files import read_metrics
+from w2vscale.objectives import load
 from w2vscale.runs import Run
+from w2vscale.training.early_stopping import describe_end
 
-STOP = {"event": "stop", "time": "2026-11-29T22:00:00Z", "update": 60, "text": "early stopping: no progress"}
+STOP = {"event": "stop", "time": "2026-11-29T22:00:00Z", "update": 60, "text": "stopped by SIGTERM"}
 NUMBERS = st.integers() | st.floats() | st.none() | st.sampled_from([10**400, -(10**400), 1e308, -1e308, 5e-324, 0, -1])
 RECORDS = st.fixed_dictionaries(
     {"split": st.sampled_from(["train", "validation", "roll_back"]), "update": NUMBERS},
@@ -71,7 +74,7 @@ class TestOneRun:
         assert page_title(page) == "mine: report"
         assert page.one("span", class_="stopped").text == "stopped at update 100 of 200"
         card = page.one("li")
-        assert "early stopping: no progress" in card.text and "95M parameters" in card.text
+        assert "stopped by SIGTERM" in card.text and "95M parameters" in card.text
 
     def test_its_curves(self, page: Page) -> None:
         assert titles(page) == ["bits", "accuracy", "codes", "gradient norm", "learning rate", "throughput"]
@@ -91,8 +94,12 @@ class TestOneRun:
         assert [row[:4] for row in page.rows("health events")[1:]] == [
             ["mine", "40", "health: spike", "the loss spikes"],
             ["mine", "30", "went back", "from update 50. going back to update 30"],
-            ["mine", "60", "stopped", "early stopping: no progress"],
+            ["mine", "60", "stopped", "stopped by SIGTERM"],
         ]
+        note = (
+            "In the curves, ▲ marks a warning or health event and a vertical dashed line the update to which a run went"
+        )
+        assert f"{note} back." in [one.text for one in page.all("p")]
 
     def test_its_metrics(self, stopped: Path, page: Page) -> None:
         rows = dict(row for row in page.rows("latest metrics"))
@@ -113,7 +120,7 @@ class TestOneRun:
 
     def test_data_and_hardware(self, page: Page) -> None:
         data, hardware = (dict(row for row in page.rows(label)) for label in ("Data", "Hardware"))
-        assert data["training set"] == "960.90 hours, 281,241 utterances"
+        assert data["training set"] == "961 h in 281,241 utterances"
         assert (data["padding"], data["training manifests"]) == ("3.1%", "cuts_train.jsonl")
         assert hardware["devices"] == "8 NVIDIA H100" and hardware["software"].endswith("PyTorch 2.13.0, CUDA 13.0")
         assert hardware["parameters"] == "95,044,608, 95,000,000 of them trained"
@@ -152,6 +159,8 @@ class TestFurtherValidationSets:
         assert found == {"mine, dev-other, validation", "mine, swedish, validation"}
         assert len(lines) == 2 * 2 * 2, "of two sets in two plots on two axes"
         assert [one.text for one in page.all("text")].count("swedish") == 2 * 2
+        data = dict(row for row in page.rows("Data"))
+        assert (data["validation set dev-other"], data["validation set swedish"]) == ("b.jsonl", "c.jsonl")
         assert any("Thin line with markers and a name: a further" in one.text for one in page.all("p", class_="key"))
         rows = dict(row for row in page.rows("latest metrics"))
         for place, split in enumerate(("validation", "validation dev-other", "validation swedish")):
@@ -299,6 +308,38 @@ def test_a_run_without_events_has_a_report(tmp_path: Path) -> None:
     assert hardware == {"hardware": "exp", "engine": "ddp"}
 
 
+def test_a_run_that_early_stopping_has_ended_is_complete(tmp_path: Path) -> None:
+    settings = ("trainer.early_stopping=2", "trainer.updates=200", "data.validation=v.jsonl")
+    config, _ = load("tiny", settings)
+    text = describe_end(TrainState(update=100, best=BestValidation("loss", 2.5, 60, since=2)), config, tmp_path)
+    end = STOP | {"update": 100, "text": text}
+    page = report(tmp_path, write_run(tmp_path / "exp", "tiny", *settings, events=(START, end)))
+    assert page.one("span", class_="state").text == "complete: stopped early at update 100 of 200"
+    assert page.all("span", class_="complete") and not page.all("span", class_="stopped")
+    assert "2 validations without a loss below 2.5, that of update 60" in page.one("li").text
+    assert page.rows("health events")[1][:3] == ["exp", "100", "stopped early"]
+    assert "In the curves" not in page.one("section", aria_labelledby="health").text, "nothing is marked there"
+    again = report(tmp_path, write_run(tmp_path / "again", "tiny", *settings, events=(START, end, START)))
+    assert again.one("span", class_="state").text == "update 100 of 200", "it was continued"
+
+
+def test_rates_are_in_percent_and_amounts_in_hours(tmp_path: Path) -> None:
+    odd = START | {"epochs": 40 / 3, "training": {"hours": 0.05323, "utterances": 48}, "validation": "0.0628 h in 58"}
+    exp = write_run(tmp_path / "exp", "ctc_1h", events=(odd,))
+    wer = read_run(exp).validation[-1]["wer"]
+    page = report(tmp_path, exp)
+    assert dict(page.rows("latest metrics"))["WER, validation"] == f"{wer:.1%}"
+    (chart, _) = [one for one in page.all("svg", class_="chart") if (one.attributes["aria-label"] or "")[:3] == "WER"]
+    assert "data-percent" in chart.attributes and (chart.attributes["aria-label"] or "").endswith("%")
+    assert any(one.text.endswith("0%") for one in page.all("text"))
+    printed = CliRunner().invoke(app, ["report", str(exp)]).output
+    assert f"{wer:.1%}" in printed and "hours seen" in printed
+    data = dict(page.rows("Data"))
+    assert (data["epochs"], data["training set"], data["validation set"]) == (
+        "13.3", "0.0532 h in 48 utterances", "0.0628 h in 58",
+    )  # fmt: skip
+
+
 def test_a_run_without_trouble_says_so(tmp_path: Path) -> None:
     page = report(tmp_path, write_run(tmp_path / "exp"))
     assert "No trouble is recorded." in [one.text for one in page.all("p")]
@@ -325,6 +366,16 @@ class TestPublished:
         assert found == {at: pytest.approx(value, abs=0.004) for at, value in expected.items()}
         assert "objective.mask_trim=micro_batch" in page.one("section", aria_labelledby="curves").text
         assert page.all("a")[-1].attributes["href"] == page.all("a")[-1].text
+
+    def test_a_short_run_stays_readable(self, tmp_path: Path) -> None:
+        page = report(tmp_path, write_run(tmp_path / "exp", "base", updates=100), published=True)
+        charts = [one.attributes for one in page.all("svg", class_="by-updates")]
+        assert {(chart["data-x"] or "").split()[1] for chart in charts} == {"100"}
+        assert not page.all("g", class_="published")
+        assert page.one("p", class_="beyond").text == (
+            "BASE, published (beyond this axis): 0.491 at 50,000 updates, 0.537 at 100,000, …"
+        )
+        assert "0.629 at 400,000." in page.one("section", aria_labelledby="curves").text
 
     def test_only_when_asked_for(self, tmp_path: Path) -> None:
         assert not report(tmp_path, write_run(tmp_path / "exp")).all("g", class_="published")

@@ -26,7 +26,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A report of runs of three objectives that has every section."""
     folder = tmp_path_factory.mktemp("browser")
     first = write_run(folder / "pretrained", "base", events=(START, SPIKE, BACK), roll_backs=(30,))
-    second = write_run(folder / ("another_run_with_a_very_long_name_" * 4), "best_rq_tiny")
+    sets = "data={validation: v.jsonl, validation_sets: {dev-a: a.jsonl, dev-b: b.jsonl}}"
+    second = write_run(folder / ("another_run_with_a_very_long_name_" * 4), "best_rq_tiny", sets)
     third = write_run(folder / "tuned", "ctc_1h", "trainer.updates=100")
     for update in (50, 100):
         write_samples(first, update)
@@ -133,6 +134,30 @@ def test_an_edge_beyond_which_there_is_more_has_a_shadow(opened: Any) -> None:
     assert shades() > 20
     box.evaluate("(one) => one.scrollTo({left: 10000, behavior: 'instant'})")
     assert shades() < 5
+
+
+@everywhere
+def test_no_text_of_a_plot_covers_another(opened: Any) -> None:
+    overlaps, texts = opened.evaluate("""() => {
+        const found = [];
+        let count = 0;
+        for (const chart of document.querySelectorAll(".by-updates")) {
+            const texts = [...chart.querySelectorAll("text")];
+            count += texts.length;
+            texts.forEach((one, place) => {
+                const a = one.getBoundingClientRect(), outer = chart.closest("figure").getBoundingClientRect();
+                if (a.right > outer.right || a.left < outer.left) found.push(`${one.textContent} is cut`);
+                for (const other of texts.slice(place + 1)) {
+                    const b = other.getBoundingClientRect();
+                    const x = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+                    const y = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+                    if (x > 0.5 && y > 0.25 * a.height) found.push(`${one.textContent} and ${other.textContent}`);
+                }
+            });
+        }
+        return [found, count];
+    }""")
+    assert overlaps == [] and texts > 50
 
 
 @everywhere

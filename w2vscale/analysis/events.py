@@ -58,6 +58,11 @@ class Event:
         """The kind of the event in words."""
         return self.finding or self.kind.replace("_", " ")
 
+    @property
+    def ended_early(self) -> bool:
+        """Whether this is the end of a run by trainer.early_stopping, in the words of training/early_stopping.py."""
+        return self.kind == "stop" and self.text.startswith("stopped early at update ")
+
 
 @dataclass(frozen=True)
 class Events:

@@ -129,11 +129,11 @@ def _titles(run: Run) -> tuple[str, ...]:
 
 
 def _row(run: Run) -> tuple[str, ...]:
+    from w2vscale.analysis.report.scales import metric, significant
+
     training, validation = run.latest()
     last = validation[2] if any(value is not None for value in validation[2]) else training[2]
-    values = ("/".join(map(_number, panel)) for panel in (*training[:2], *validation[:2], last))
-    return (run.name, f"{run.update:,}", f"{run.train[-1]['hours_seen']:,.2f}", *values)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if value < 10 else f"{value:.0f}"
+    loss, telling, other = run.panels
+    shown = zip((loss, telling, loss, telling, other), (*training[:2], *validation[:2], last), strict=True)
+    values = ("/".join(metric(value, percent=panel.percent) for value in values) for panel, values in shown)
+    return (run.name, f"{run.update:,}", significant(run.train[-1]["hours_seen"]), *values)

@@ -101,6 +101,7 @@ class Panel:
     keys: Mapping[str, str]  # metrics to plot, with a name for each in the legend; "" for a single one
     chance: float | None = None  # value at chance level, if there is one
     training: bool = True  # whether the metric exists in training as well as in validation
+    percent: bool = False  # whether a report shows the values in percent
     published: Published | None = None
 
 

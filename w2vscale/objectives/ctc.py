@@ -322,8 +322,10 @@ class Ctc(Objective):
     def panels(self) -> tuple[Panel, Panel, Panel]:
         return (
             Panel("loss", "loss per label (nats)", {"loss": ""}),
-            Panel("label errors", "label error rate, validation", {"label_error_rate": ""}, training=False),
-            Panel("WER", "word error rate, validation", {"wer": ""}, training=False),
+            Panel(
+                "label errors", "label error rate, validation", {"label_error_rate": ""}, training=False, percent=True
+            ),
+            Panel("WER", "word error rate, validation", {"wer": ""}, training=False, percent=True),
         )
 
     def logits(self, module: Any, hidden_TD: Tensor) -> Tensor:

@@ -54,6 +54,16 @@ class Plot:
     chance: list[float]
     published: list[Published]
     logarithmic: bool = False
+    percent: bool = False
+
+    @property
+    def last_update(self) -> float:
+        """The last update of any line."""
+        return max((float(line.updates.max()) for line in self.lines if len(line.updates)), default=0.0)
+
+    def beyond(self, published: Published) -> bool:
+        """Whether published values are so far ahead of the runs that their curves would be too short to be read."""
+        return self.last_update < 0.5 * min(published.values)
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,7 @@ def _panel_plot(title: str, panels: Sequence[tuple[int, Panel]], runs: Sequence[
         lines=lines,
         chance=_distinct(panel.chance for _, panel in panels if panel.chance is not None),
         published=references[:1],
+        percent=all(panel.percent for _, panel in panels),
     )
 
 

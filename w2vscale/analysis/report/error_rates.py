@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from w2vscale.analysis.report.html import Html, element, join, section, table
 from w2vscale.analysis.report.reading import Run
-from w2vscale.analysis.report.tables import MISSING
+from w2vscale.analysis.report.scales import MISSING
 from w2vscale.evaluation.edits import aligned_words
 from w2vscale.evaluation.results import EDITS, find_results
 

@@ -17,6 +17,7 @@ from w2vscale.analysis.report.svg import draw, sample, style
 from w2vscale.analysis.report.tables import cards, data, health, latest_metrics, settings
 from w2vscale.errors import UserError
 from w2vscale.files import write_text
+from w2vscale.objectives.base import Published
 from w2vscale.version import __version__
 
 FOLDER = Path(__file__).parent
@@ -127,7 +128,7 @@ def _curves(runs: Sequence[Run], found: Sequence[Plot], marked: Sequence[Mark]) 
     figures = [
         element(
             "figure",
-            element("figcaption", element("h3", plot.title), element("p", plot.label)),
+            element("figcaption", element("h3", plot.title), element("p", plot.label), *_beyond(plot)),
             draw(plot, marked, names, "updates"),
             draw(plot, marked, names, "hours"),
         )
@@ -136,7 +137,8 @@ def _curves(runs: Sequence[Run], found: Sequence[Plot], marked: Sequence[Mark]) 
     sources = {one.name: one for plot in found for one in plot.published}.values()
     references = [
         element(
-            "p", element("b", f"{one.name}: "), f"{one.source}. {one.caveat}. ", element("a", one.url, href=one.url),
+            "p", element("b", f"{one.name}: "), f"{_values(one)}. {one.source}. {one.caveat}. ",
+            element("a", one.url, href=one.url),
             class_="note",
         )
         for one in sources
@@ -149,6 +151,20 @@ def _curves(runs: Sequence[Run], found: Sequence[Plot], marked: Sequence[Mark]) 
         *references,
         name="curves",
     )
+
+
+def _beyond(plot: Plot) -> list[Html]:
+    """Published values that are too far ahead of the runs to be drawn."""
+    return [
+        element("p", f"{one.name} (beyond this axis): {_values(one, 2)}, …", class_="beyond")
+        for one in plot.published
+        if plot.beyond(one)
+    ]
+
+
+def _values(published: Published, count: int | None = None) -> str:
+    first, *others = [f"{value:.3f} at {update:,}" for update, value in published.values.items()][:count]
+    return ", ".join([f"{first} updates", *others])
 
 
 def _key(found: Sequence[Plot], marked: Sequence[Mark]) -> list[str]:

@@ -40,15 +40,23 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether it has done all updates."""
-        return self.update >= self.config.trainer.updates
+        """Whether it has done all updates, or early stopping has ended it."""
+        return self.update >= self.config.trainer.updates or self.ended_early
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether early stopping has ended it, and it was not continued since."""
+        return self.events.stopped is not None and self.events.stopped.ended_early
 
     @property
     def state(self) -> str:
-        """`complete`, `stopped at update n of N`, or `update n of N` of a run that goes on or was killed."""
-        if self.complete:
-            return "complete"
+        """`complete`, `complete: stopped early at update n of N`, `stopped at update n of N`, or `update n of N`: of a
+        run that goes on or was killed."""
         progress = f"update {self.update:,} of {self.config.trainer.updates:,}"
+        if self.update >= self.config.trainer.updates:
+            return "complete"
+        if self.ended_early:
+            return f"complete: stopped early at {progress}"
         return f"stopped at {progress}" if self.events.stopped else progress
 
     def latest(self) -> tuple[list[list[float | None]], list[list[float | None]]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from w2vscale.analysis.report.curves import Floats
+
+MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,33 @@ def _powers(low: float, high: float) -> list[float]:
         if len(found) >= 3:
             return found
     return found
+
+
+def spread(places: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
+    """Move sorted places apart to at least `gap`, as little as possible and within the bounds if there is room."""
+    found: list[float] = []
+    for place in places:
+        found.append(max(place, found[-1] + gap if found else lowest))
+    for number in range(len(found) - 1, -1, -1):
+        found[number] = min(found[number], highest - gap * (len(found) - 1 - number))
+    return found
+
+
+def significant(value: float) -> str:
+    """Three significant digits, or all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def metric(value: float | None, *, percent: bool = False) -> str:
+    """A metric for a table: in percent, with three decimals, or without any from ten on; – if there is none."""
+    if value is None:
+        return MISSING
+    return f"{value:.1%}" if percent else f"{value:.3f}" if value < 10 else f"{value:.0f}"
+
+
+def tick(value: float, *, percent: bool = False) -> str:
+    """A number at an axis."""
+    return f"{short(round(100 * value, 9))}%" if percent else short(value)
 
 
 def short(value: float) -> str:

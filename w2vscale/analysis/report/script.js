@@ -4,6 +4,7 @@ for (const chart of document.querySelectorAll(".chart")) {
   const [low, high, left, right] = chart.dataset.x.split(" ").map(Number);
   const y = chart.dataset.y.split(" ").map(Number);
   const logarithmic = "log" in chart.dataset;
+  const percent = "percent" in chart.dataset;
   const curves = [...chart.querySelectorAll("[data-name]")].map((path) => ({
     path,
     points: [...path.getAttribute("d").matchAll(/[ML](-?[\d.]+) (-?[\d.]+)/g)].map((found) => [+found[1], +found[2]]),
@@ -40,8 +41,8 @@ for (const chart of document.querySelectorAll(".chart")) {
       const point = points.reduce((best, one) => (Math.abs(one[0] - at) < Math.abs(best[0] - at) ? one : best));
       if (Math.abs(point[0] - at) > (right - left) / 4) continue;
       if (nearest === null || Math.abs(point[0] - at) < Math.abs(nearest - at)) nearest = point[0];
-      const value = Number(valueAt(point[1]).toPrecision(3));
-      rows.push(line(String(value), path.dataset.name, path.parentNode.getAttribute("class")));
+      const value = Number((valueAt(point[1]) * (percent ? 100 : 1)).toPrecision(3));
+      rows.push(line(`${value}${percent ? "%" : ""}`, path.dataset.name, path.parentNode.getAttribute("class")));
     }
     if (nearest === null) { hide(); return; }
     const x = low + ((nearest - left) / (right - left)) * (high - low);

@@ -9,11 +9,13 @@ import numpy as np
 
 from w2vscale.analysis.report.curves import Floats, Line, Mark, Plot, thin
 from w2vscale.analysis.report.html import Html, element, join
-from w2vscale.analysis.report.scales import Scale, scale_of, short
+from w2vscale.analysis.report.scales import Scale, scale_of, short, spread, tick
 from w2vscale.objectives.base import Published
 
 WIDTH, HEIGHT = 380, 230  # in pixels; the text is readable down to 320
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 32  # margins
+MOST_NAMES, LONGEST_NAME = 12, 14  # beside the ends of lines; characters
+CHARACTER, LINE_HEIGHT = 6.6, 12.0  # of these names
 COLUMNS = 250  # of a long line, see `thin`
 MOST_MARKERS = 30  # of a line
 STYLES = 8  # runs with a style of their own, in style.css
@@ -29,24 +31,26 @@ MARKERS = (
 
 def draw(plot: Plot, marks: Sequence[Mark], run_names: Sequence[str], axis: Axis) -> Html:
     """Draw a plot over updates or hours seen."""
-    published = plot.published if axis == "updates" else []
+    published = [one for one in plot.published if axis == "updates" and not plot.beyond(one)]
     # A plot with published values reaches to the first one that the runs have not reached.
     last = max(float(_x(line, axis).max()) for line in plot.lines if len(line.updates))
     ahead = [min((at for at in one.values if at >= last), default=max(one.values)) for one in published]
     furthest = max(last, *ahead) if ahead else last
-    x = Scale(0.0, furthest if furthest > 0.0 else 1.0, LEFT, WIDTH - RIGHT)
+    named = _named(plot)
+    longest = max([len(_name(line)) for line in named] + [len("chance")] * bool(plot.chance), default=0)
+    x = Scale(0.0, furthest if furthest > 0.0 else 1.0, LEFT, round(WIDTH - RIGHT - CHARACTER * longest))
     shown = [{at: value for at, value in one.values.items() if at <= x.high} for one in published]
     everything = [line.values for line in plot.lines]
     everything += [np.array([*plot.chance, *(value for values in shown for value in values.values())])]
     y = scale_of(np.concatenate(everything), HEIGHT - BOTTOM, TOP, logarithmic=plot.logarithmic)
     return element(
         "svg",
-        _grid(x, y, "updates" if axis == "updates" else "hours seen"),
-        *_chance(plot.chance, y),
+        _grid(x, y, "updates" if axis == "updates" else "hours seen", percent=plot.percent),
+        *_chance(plot.chance, x, y),
         *(_mark(mark, x, axis, run_names) for mark in marks if mark.run in {line.run for line in plot.lines}),
         *(_line(line, x, y, axis, run_names) for line in plot.lines),
         *(_published(one, values, x, y) for one, values in zip(published, shown, strict=True)),
-        _curve_names(plot.lines, x, y, axis),
+        _names(named, plot.chance, x, y),
         class_=f"chart by-{axis}",
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
@@ -54,6 +58,7 @@ def draw(plot: Plot, marks: Sequence[Mark], run_names: Sequence[str], axis: Axis
         data_x=f"{x.low:g} {x.high:g} {x.start:g} {x.end:g}",
         data_y=f"{y.low:.6g} {y.high:.6g} {y.start:g} {y.end:g}",
         data_log=y.logarithmic,
+        data_percent=plot.percent,
     )
 
 
@@ -78,12 +83,14 @@ def _x(line: Line, axis: Axis) -> Floats:
     return line.updates if axis == "updates" else line.hours
 
 
-def _grid(x: Scale, y: Scale, label: str) -> Html:
+def _grid(x: Scale, y: Scale, label: str, *, percent: bool) -> Html:
     parts = []
     heights = y.ticks(4)
     for value, at in zip(heights, y.place(np.array(heights)), strict=True):
         parts.append(element("path", d=f"M{x.start:g} {at:.1f}H{x.end:g}"))
-        parts.append(element("text", short(value), x=x.start - 6, y=round(float(at) + 3.5, 1), class_="end"))
+        parts.append(
+            element("text", tick(value, percent=percent), x=x.start - 6, y=round(float(at) + 3.5, 1), class_="end")
+        )
     places = x.ticks(4)
     for value, at in zip(places, x.place(np.array(places)), strict=True):
         side = "end" if at > x.end - 12 else "middle"
@@ -93,16 +100,10 @@ def _grid(x: Scale, y: Scale, label: str) -> Html:
     return element("g", *parts, class_="grid")
 
 
-def _chance(values: Sequence[float], y: Scale) -> list[Html]:
-    """Chance levels. One that is close to another has no text of its own."""
-    found, named = [], np.inf
-    for at in sorted(y.place(np.array(values, dtype=float)).tolist()):
-        parts = [element("path", d=f"M{LEFT} {at:.1f}H{WIDTH - RIGHT}")]
-        if abs(at - named) > 12.0:
-            parts.append(element("text", "chance", x=WIDTH - RIGHT, y=round(at - 4, 1), class_="end"))
-            named = at
-        found.append(element("g", *parts, class_="chance"))
-    return found
+def _chance(values: Sequence[float], x: Scale, y: Scale) -> list[Html]:
+    """Chance levels; their names are beside the plot."""
+    places = y.place(np.array(values, dtype=float)).tolist()
+    return [element("g", element("path", d=f"M{LEFT} {at:.1f}H{x.end:g}"), class_="chance") for at in places]
 
 
 def _mark(mark: Mark, x: Scale, axis: Axis, run_names: Sequence[str]) -> Html:
@@ -154,24 +155,38 @@ def _published(one: Published, values: dict[int, float], x: Scale, y: Scale) -> 
     return element("g", path, element("path", d=shape, class_="marker"), text, class_="published")
 
 
-def _curve_names(lines: Sequence[Line], x: Scale, y: Scale, axis: Axis) -> Html:
-    """The names of the curves of a run, and of further validation sets, at their ends, if there are few."""
-    ends = []
+def _named(plot: Plot) -> list[Line]:
+    """The lines whose names are beside their ends: parts of a metric, and further validation sets, if there are few."""
+    found = [line for line in plot.lines if line.name and np.isfinite(line.values).any()]
+    return [] if len(found) > MOST_NAMES or [line.split for line in found] == ["training"] else found
+
+
+def _name(line: Line) -> str:
+    return line.name if len(line.name) <= LONGEST_NAME else f"{line.name[: LONGEST_NAME - 1]}…"
+
+
+def _names(lines: Sequence[Line], chance: Sequence[float], x: Scale, y: Scale) -> Html:
+    """The names of lines and chance levels, to the right of the plot at their heights, moved apart."""
+    found = [(at, "chance", "level") for at in _apart(y.place(np.array(chance, dtype=float)).tolist())]
     for line in lines:
-        there = np.flatnonzero(np.isfinite(y.place(line.values)))
-        if line.name and len(there):
-            end = x.place(_x(line, axis))[there[-1]]
-            ends.append((float(y.place(line.values)[there[-1]]) - 5.0, float(end), line))
-    ends.sort(key=lambda end: end[:2])
-    if len(ends) > 6 or [line.split for _, _, line in ends] in ([], ["training"]):
-        return join([])
-    texts, lowest = [], -np.inf
-    for height, end, line in ends:
-        lowest = min(max(height, lowest + 12.0, TOP + 8.0), HEIGHT - BOTTOM - 3.0)
-        side = "end" if end > WIDTH - 80 else None
-        text = element("text", line.name, x=round(end + (0 if side else 5), 1), y=round(lowest, 1), class_=side)
-        texts.append(element("g", text, class_=style(line.run)))
-    return element("g", *texts, class_="names")
+        places = y.place(line.values)
+        found.append((float(places[np.isfinite(places)][-1]), _name(line), style(line.run)))
+    found.sort()
+    spaced = spread([height + 4.0 for height, _, _ in found], LINE_HEIGHT, TOP + 4.0, HEIGHT - BOTTOM)
+    texts = [
+        element("g", element("text", name, x=x.end + 7, y=round(place, 1)), class_=classes)
+        for place, (_, name, classes) in zip(spaced, found, strict=True)
+    ]
+    return element("g", *texts, class_="names") if texts else join([])
+
+
+def _apart(places: Sequence[float]) -> list[float]:
+    """Places without those that are close to the one before, which share its name."""
+    found: list[float] = []
+    for place in sorted(places):
+        if not found or place - found[-1] > LINE_HEIGHT:
+            found.append(place)
+    return found
 
 
 def _description(plot: Plot, run_names: Sequence[str], axis: Axis) -> str:
@@ -179,7 +194,7 @@ def _description(plot: Plot, run_names: Sequence[str], axis: Axis) -> str:
     ends = []
     for line in plot.lines:
         if (there := np.flatnonzero(np.isfinite(line.values))).size:
-            first, last = (short(float(line.values[at])) for at in (there[0], there[-1]))
+            first, last = (tick(float(line.values[at]), percent=plot.percent) for at in (there[0], there[-1]))
             ends.append(f"{line.title(run_names)}: {first} to {last}")
     over = "updates" if axis == "updates" else "hours seen"
     return f"{plot.title} ({plot.label}) over {over}. {'; '.join(ends[:12])}"

@@ -9,12 +9,12 @@ from functools import cache
 from w2vscale.analysis.events import Start
 from w2vscale.analysis.report.html import Html, element, join, section, table
 from w2vscale.analysis.report.reading import Run
-from w2vscale.analysis.report.scales import short
+from w2vscale.analysis.report.scales import MISSING, metric, short, significant
 from w2vscale.analysis.report.svg import sample, style
 from w2vscale.config import Config, preset_names
 from w2vscale.objectives import Difference, differing, load
+from w2vscale.objectives.base import Panel
 
-MISSING = "–"
 KINDS = {"health": "health", "warning": "warning", "roll_back": "went back", "stop": "stopped"}
 
 
@@ -30,7 +30,7 @@ def _card(number: int, run: Run) -> Html:
     facts = [
         run.config.objective.name,
         f"{short(start.parameters)} parameters" if start.parameters else "",
-        f"{run.train[-1]['hours_seen']:,.2f} hours seen",
+        f"{significant(run.train[-1]['hours_seen'])} h seen",
     ]
     return element(
         "li",
@@ -42,7 +42,7 @@ def _card(number: int, run: Run) -> Html:
         ),
         element("p", f"{run.update:,} of {total:,} updates", class_="note"),
         element("p", " · ".join(filter(None, facts)), class_="note"),
-        element("p", run.events.stopped.text) if run.events.stopped and not run.complete else "",
+        element("p", run.events.stopped.text) if run.events.stopped and run.update < total else "",
     )  # fmt: skip
 
 
@@ -51,13 +51,13 @@ def latest_metrics(runs: Sequence[Run]) -> Html:
     titles = list(dict.fromkeys(panel.title for run in runs for panel in run.panels))
     columns = []
     for run in runs:
-        shown = {("update", ""): f"{run.update:,}", ("hours seen", ""): f"{run.train[-1]['hours_seen']:,.2f}"}
+        shown = {("update", ""): f"{run.update:,}", ("hours seen", ""): significant(run.train[-1]["hours_seen"])}
         for panel, *both in zip(run.panels, *run.latest(), strict=True):
             for split, values in zip(("training", "validation"), both, strict=True):
-                shown[panel.title, split] = _numbers(values)
+                shown[panel.title, split] = _numbers(values, panel)
         for name, values_of_panels in run.latest_further().items():
             for panel, values in zip(run.panels, values_of_panels, strict=True):
-                shown[panel.title, f"validation {name}"] = _numbers(values)
+                shown[panel.title, f"validation {name}"] = _numbers(values, panel)
         columns.append(shown)
     names = [("update", ""), ("hours seen", "")]
     further = dict.fromkeys(f"validation {name}" for run in runs for name in run.further)
@@ -120,17 +120,15 @@ def _preset(name: str) -> Config:
 
 def data(runs: Sequence[Run]) -> Html:
     """Data and hardware of each run, as its log of events has them."""
-
-    def places(value: Sequence[object]) -> str:
-        return ", ".join(map(str, value)) or "none"
-
+    further = dict.fromkeys(name for run in runs for name in run.config.data.validation_sets)
     rows = [
-        _row("training manifests", runs, lambda run, start: places(run.config.data.train)),
+        _row("training manifests", runs, lambda run, start: _places(run.config.data.train)),
         _row("training set", runs, lambda run, start: _amount(start)),
-        _row("epochs", runs, lambda run, start: _count(start.epochs)),
+        _row("epochs", runs, lambda run, start: significant(start.epochs) if start.epochs is not None else None),
         _row("padding", runs, _padding),
-        _row("validation manifests", runs, lambda run, start: places(run.config.data.validation)),
+        _row("validation manifests", runs, lambda run, start: _places(run.config.data.validation)),
         _row("validation set", runs, lambda run, start: start.validation),
+        *(_row(f"validation set {name}", runs, _further(name)) for name in further),
     ]
     hardware = [
         _row("host", runs, lambda run, start: start.host),
@@ -160,7 +158,8 @@ def health(runs: Sequence[Run]) -> Html:
         seen = {event.update for event in run.events.happened if event.kind == "roll_back"}
         for event in run.events.distinct():
             went = f"from update {event.left_at:,}. " if event.left_at is not None else ""
-            what = KINDS[event.kind] + (f": {event.finding}" if event.finding else "")
+            kind = "stopped early" if event.ended_early else KINDS[event.kind]
+            what = kind + (f": {event.finding}" if event.finding else "")
             rows.append((run.name, event.update, what, went + event.text, _time(event.time)))
         # Runs without a log of events have these in their metrics.
         rows += [
@@ -171,9 +170,14 @@ def health(runs: Sequence[Run]) -> Html:
     if not rows:
         return section("Health", element("p", "No trouble is recorded."), name="health")
     body = [(name, f"{update:,}", what, _long(text), time) for name, update, what, text, time in rows]
-    note = "▲ and dashed lines in the curves are at these updates. docs/health.md explains each kind."
+    shown = {
+        "▲ a warning or health event": any(what.startswith(("health", "warning")) for _, _, what, _, _ in rows),
+        "a vertical dashed line the update to which a run went back": any(run.roll_backs for run in runs),
+    }
+    marked = " and ".join(text for text, found in shown.items() if found)
+    note = element("p", f"In the curves, {marked.replace(' ', ' marks ', 1)}.") if marked else ""
     events = table(("run", "update", "event", "text", "time (UTC)"), body, label="health events")
-    return section("Health", element("p", note), events, name="health")
+    return section("Health", note, events, name="health")
 
 
 def _long(text: str) -> Html:
@@ -193,25 +197,30 @@ def _last_start(run: Run) -> Start:
     return run.events.starts[-1] if run.events.starts else Start(0)
 
 
-def _numbers(values: Sequence[float | None]) -> str:
+def _numbers(values: Sequence[float | None], panel: Panel) -> str:
     if all(value is None for value in values):
         return MISSING
-    return " / ".join(MISSING if value is None else number(value) for value in values)
+    return " / ".join(metric(value, percent=panel.percent) for value in values)
 
 
-def number(value: float) -> str:
-    """A metric: three decimals, or none from ten on."""
-    return f"{value:.3f}" if value < 10 else f"{value:.0f}"
-
-
-def _count(value: float | None) -> str | None:
+def _count(value: int | None) -> str | None:
     return None if value is None else f"{value:,}"
 
 
 def _amount(start: Start) -> str:
-    hours = f"{start.hours:,.2f} hours" if start.hours is not None else ""
+    """As the log has the validation set: `961 h in 281,241 utterances`."""
+    hours = f"{significant(start.hours)} h" if start.hours is not None else ""
     utterances = f"{start.utterances:,} utterances" if start.utterances is not None else ""
-    return ", ".join(filter(None, (hours, utterances)))
+    return " in ".join(filter(None, (hours, utterances)))
+
+
+def _further(name: str) -> Cell:
+    """The manifests of a further validation set."""
+    return lambda run, start: _places(sets[name]) if name in (sets := run.config.data.validation_sets) else None
+
+
+def _places(manifests: Sequence[object]) -> str:
+    return ", ".join(map(str, manifests)) or "none"
 
 
 def _padding(run: Run, start: Start) -> str | None:
