@@ -201,6 +201,7 @@ def draw_attention(weights_HTT: NDArray[np.float32], *, block: int, seconds: flo
     bar = figure.colorbar(image, ax=grid, aspect=15 * rows)
     bar.set_label("attention weight", fontsize="small")
     bar.ax.tick_params(labelsize="small")
+    bar.ax.locator_params(nbins=4)
     figure.suptitle(f"attention of block {block}, validation utterance 1", fontsize="medium", color=INK)
     return figure
 

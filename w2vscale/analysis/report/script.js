@@ -32,8 +32,9 @@ for (const chart of document.querySelectorAll(".chart")) {
   chart.addEventListener("pointerleave", hide);
   const show = (event) => {
     const bounds = chart.getBoundingClientRect();
-    const at = ((event.clientX - bounds.left) / bounds.width) * chart.viewBox.baseVal.width;
-    if (at < left || at > right) { hide(); return; }
+    // Names of lines are to the right of the plot: there, the values at its end are shown.
+    const at = Math.min(((event.clientX - bounds.left) / bounds.width) * chart.viewBox.baseVal.width, right);
+    if (at < left) { hide(); return; }
     const rows = [];
     let nearest = null;
     for (const { path, points } of curves) {
