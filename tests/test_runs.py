@@ -195,6 +195,37 @@ def test_a_run_whose_time_is_over_is_not_complete(small_corpus: SmallCorpus, tmp
     assert not run.complete
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"verbosity": "loud"}, "^verbosity='loud': choose one of quiet, normal, verbose$"),
+        ({"exp": ""}, "^exp is empty"),
+        ({"on_update": 5}, "^5: not a function to call$"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_training(
+    given: dict[str, Any], message: str, small_corpus: SmallCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(w2vscale.UserError, match=message):
+        w2vscale.train("base", *settings(small_corpus), **{"exp": "exp", **given})
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_function_cannot_train_in_the_same_folder(small_corpus: SmallCorpus, tmp_path: Path) -> None:
+    refused = []
+
+    def train_again(update: int, metrics: Any) -> None:
+        with pytest.raises(w2vscale.UserError, match="in use by this process") as caught:
+            w2vscale.train("base", *settings(small_corpus), exp=tmp_path / "run", verbosity="quiet")
+        refused.append(str(caught.value))
+
+    run = w2vscale.train(
+        "base", *settings(small_corpus), exp=tmp_path / "run", verbosity="quiet", on_validation=train_again
+    )
+    assert run.complete and len(refused) == 2
+
+
 def test_wrong_use_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(w2vscale.UserError, match=r"^.*missing: not the folder of a run: it has no config.yaml"):
         w2vscale.Run(tmp_path / "missing")

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from w2vscale.checkpoint.format import committed
 from w2vscale.config import Config, load_config
@@ -99,8 +99,16 @@ def train(
         from w2vscale import objectives
         from w2vscale.runtime import StopRequest
         from w2vscale.training.callbacks import Callbacks
+        from w2vscale.training.display import Verbosity
         from w2vscale.training.train import train as train_run
 
+        if verbosity not in get_args(Verbosity):
+            raise UserError(f"verbosity={verbosity!r}: choose one of {', '.join(get_args(Verbosity))}")
+        if not os.fspath(exp):
+            raise UserError("exp is empty: name the folder of the run")
+        for function in (on_update, on_validation, on_checkpoint):
+            if function is not None and not callable(function):
+                raise UserError(f"{function!r}: not a function to call")
         if isinstance(config, Config):
             if overrides:
                 raise UserError(f"{overrides[0]}: overrides are for a preset or a file; change the settings instead")

@@ -28,9 +28,14 @@ LONGEST = 2**16  # bytes of the file
 LEASE = 100.0  # seconds in which a file server lets go of the lock of a machine that is gone (NFSv4: 90)
 
 
+_own: set[Path] = set()
+"""The lock files that this process holds."""
+
+
 def refuse_if_locked(exp: Path) -> None:
     """Raise a UserError if a run on this machine uses the folder `exp`. Fast, for use before anything is imported."""
     path = exp / "lock"
+    _refuse_if_own(path, exp)
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
@@ -106,19 +111,29 @@ def hold(path: Path, folder: Path, log: Callable[[str], None]) -> Iterator[Lock]
     Raises UserError if another process holds the lock, or the file cannot be written. If it is held on another machine,
     which may be gone, waits for a while, and then raises TemporaryError.
     """
+    _refuse_if_own(path, folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = Lock(path, _take(folder, path, log))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    own = path.resolve()
+    _own.add(own)
     try:
         _describe(lock.descriptor)
         yield lock
     finally:
+        _own.discard(own)
         with suppress(OSError, UserError):
             lock.require()
             path.unlink()
         os.close(lock.descriptor)
+
+
+def _refuse_if_own(path: Path, folder: Path) -> None:
+    """Raise a UserError if this process holds the lock: for the kernel it could take it a second time, and lose it."""
+    if path.resolve() in _own:
+        raise UserError(f"{folder}: in use by this process, which trains there already; choose another folder")
 
 
 def _open(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import os
@@ -110,6 +111,8 @@ def _file_errors() -> Iterator[None]:
     except MemoryError as error:
         raise UserError("the memory of this machine is not enough for this command and its files") from error
     except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise UserError(f"the output cannot be written: {error.strerror}") from error
         if error.filename is None:
             raise
         name = os.fsdecode(error.filename)
@@ -131,7 +134,8 @@ def _leave(error: Exception, *, rank: str, debug: bool) -> NoReturn:
         if isinstance(error, LostRanks) or (user and rank != "0"):
             # Usually another rank prints the cause or the same error, and then the launcher stops this process.
             time.sleep(3.0)
-        sys.stdout.flush()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
         sys.stderr.write(text)
         sys.stderr.flush()
     finally:

@@ -62,6 +62,8 @@ def evaluate(
         given = context.get_parameter_source(option)
         if not wer and given is not None and given.name == "COMMANDLINE":
             raise UserError(f"--{option.replace('_', '-')}: only applies to error rates; add --wer")
+    if output is not None and output.is_dir():
+        raise UserError(f"--output {output}: a folder; name a file")
     arguments.launch_if_asked(context, nproc_per_node)
     if wer:
         from w2vscale.inference.decoding import BeamSearch

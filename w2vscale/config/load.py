@@ -65,8 +65,10 @@ def _origin(layers: Sequence[Layer], key: str) -> str:
     for layer in reversed(layers):
         value: Any = layer.tree
         for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
+            if not (isinstance(value, Mapping) and part in value):
+                break
+            value = value[part]
+        else:
             return layer.origin
     return layers[-1].origin
 

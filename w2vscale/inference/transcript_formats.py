@@ -47,7 +47,8 @@ def _is_file_name(name: str) -> bool:
 def line_of(transcript: Transcript, form: str) -> str:
     """Format an utterance as a line of `txt` (name, tab, text) or `json`."""
     if form == "txt":
-        return f"{transcript.utterance}\t{transcript.text}"
+        name = transcript.utterance.translate({ord(one): f"\\u{ord(one):04x}" for one in "\t\n"})
+        return f"{name}\t{transcript.text}"
     document = {
         "utterance": transcript.utterance,
         "file": transcript.file,

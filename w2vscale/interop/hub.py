@@ -8,6 +8,9 @@ from pathlib import Path
 from w2vscale.errors import UserError
 from w2vscale.version import __version__
 
+SILENCE = 60.0
+"""Seconds without a byte from the Hub, after which an upload has failed."""
+
 WHY = {
     401: "the token is not valid; log in with: hf auth login, or set HF_TOKEN",
     403: "the token has no permission to write there; make one that has at https://huggingface.co/settings/tokens",
@@ -44,10 +47,11 @@ def push_to_hub(folder: Path, name: str, *, private: bool) -> str:
     UserError if that fails, which says how to repeat it, and if it must be `private` and is public; then nothing is
     uploaded.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, get_session
     from huggingface_hub.errors import HTTPError
 
-    api = HfApi(library_name="w2vscale", library_version=__version__)
+    api, session = HfApi(library_name="w2vscale", library_version=__version__), get_session()
+    before, session.timeout = session.timeout, SILENCE  # by default, huggingface_hub waits for ever
     try:
         url = api.create_repo(name, private=private, exist_ok=True)
         if private and not api.repo_info(name).private:  # it existed; huggingface_hub leaves it as it was
@@ -66,6 +70,8 @@ def push_to_hub(folder: Path, name: str, *, private: bool) -> str:
         raise UserError(
             f"{name}: cannot be uploaded to {api.endpoint}: {why}; {folder} is complete, upload it with: {again}"
         ) from None
+    finally:
+        session.timeout = before
     return str(url)
 
 

@@ -91,7 +91,10 @@ class WandbService(Service):
         from wandb.sdk import wandb_setup
         from wandb.sdk.lib import wbauth
 
-        settings: Any = wandb_setup.singleton().settings
+        try:
+            settings: Any = wandb_setup.singleton().settings
+        except ValueError as error:  # a variable WANDB_… has a value that wandb refuses
+            raise UserError(f"{self.setting}: wandb refuses its settings: {' '.join(str(error).split())}") from None
         self._offline = settings._offline or settings._noop
         if self._offline:
             return

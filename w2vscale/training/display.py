@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from time import monotonic
-from typing import Literal
+from typing import Any, Literal
 
 from rich import progress
 from rich.text import Text
 
 from w2vscale.objectives.base import Finding
 from w2vscale.runtime import StopRequest
-from w2vscale.terminal import VisibleConsole, visible
+from w2vscale.terminal import LastingOutput, VisibleConsole, visible
 from w2vscale.training.run_log import Event, RunLog
 from w2vscale.training.summary import Start, hours
 
@@ -54,7 +54,8 @@ class Display:
         run_log: RunLog | None = None,
         stop: StopRequest | None = None,
     ) -> None:
-        self.console = VisibleConsole(stderr=False, highlight=False)
+        output: Any = LastingOutput(self._without_output)
+        self.console = VisibleConsole(file=output, highlight=False)
         self.enabled = enabled
         self.verbosity = verbosity
         self.run_log = run_log if enabled else None
@@ -188,6 +189,10 @@ class Display:
         line = visible(line)
         text = wrapped(line, self.console.width, prefix) if self.console.is_terminal else prefix + line
         self.console.print(Text(text, style=style), soft_wrap=True)
+
+    def _without_output(self, reason: str) -> None:
+        if self.run_log is not None:
+            self.run_log.line(f"warning: standard output cannot be written ({reason}); training goes on, see this log")
 
     def _seconds_left(self, update: int, updates_per_second: float) -> float:
         """Forecast from the time of the second half of the training metrics, which includes validation and saving."""

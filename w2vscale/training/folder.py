@@ -37,7 +37,8 @@ def make_folder(
                 (exp / "run.sh").chmod(0o755)
             except (OSError, UserError) as error:
                 reason = getattr(error, "strerror", None) or error
-                raise UserError(f"{exp}: the folder of the run cannot be written: {reason}") from None
+                place = getattr(error, "filename", None) or exp
+                raise UserError(f"{place}: the folder of the run cannot be written: {reason}") from None
 
 
 def run_script(command: Sequence[str], processes: int, here: int | None) -> str:

@@ -14,6 +14,7 @@ from w2vscale.config import Config
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.deferred import DeferredTensor
 from w2vscale.distributed.process_group import errors_on_all_ranks, largest_over_ranks, sum_over_ranks
+from w2vscale.errors import UserError
 from w2vscale.loggers.base import Histogram
 from w2vscale.loggers.fan_out import Loggers, make_loggers
 from w2vscale.loggers.identity import identity, note_start
@@ -77,7 +78,10 @@ def log_samples(
     except Exception as error:
         log(f"warning: logging.samples_every: the samples of update {update} cannot be drawn: {error!r}")
         return
-    loggers.show(picture, update)
+    try:
+        loggers.show(picture, update)
+    except UserError as error:
+        log(f"warning: logging.samples_every: {error}")
 
 
 def log_histograms(run: Run, loggers: Loggers, update: int, *, after: int, last: bool, repeated: bool = False) -> None:

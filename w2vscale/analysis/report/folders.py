@@ -14,7 +14,9 @@ MOST_NAMED = 4  # runs in an error message
 
 
 def run_folders(given: Sequence[Path], log: Callable[[str], None]) -> list[Path]:
-    """Return the folders of runs. Plain files among them, e.g. Hydra's multirun.yaml, are named to `log` and skipped.
+    """Return the folders of runs. Files among them, e.g. Hydra's multirun.yaml, and runs without metrics are skipped.
+
+    `log` gets a line for each of those.
 
     Raises UserError if a folder is not that of a run, or nothing given is.
     """
@@ -30,7 +32,11 @@ def run_folders(given: Sequence[Path], log: Callable[[str], None]) -> list[Path]
         raise UserError(f"{files[0]}: not the folder of a run: it is not a folder")
     for file in files:
         log(f"skipping {file}: not a folder")
-    return runs
+    started = [exp for exp in runs if (exp / "metrics.jsonl").is_file()]
+    for exp in runs if started else []:
+        if exp not in started:
+            log(f"skipping {exp}: no metrics yet")
+    return started or runs
 
 
 def report_path(exps: Sequence[Path]) -> Path:
