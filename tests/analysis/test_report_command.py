@@ -46,6 +46,11 @@ class TestCommand:
         lines = result.output.splitlines()
         assert lines[0] == "skipping sweep/multirun.yaml: not a folder" and len(lines) == 5
         assert lines[-1] == "report: sweep/report.html"
+        Path("sweep/2").mkdir()
+        Path("sweep/2/config.yaml").write_text("preset: tiny\n")  # it has just begun
+        begun = CliRunner().invoke(app, ["report", *paths, "sweep/2"])
+        assert begun.exit_code == 0 and "skipping sweep/2: no metrics yet" in begun.output.splitlines()
+        assert "no metrics yet" in error_of("report", "sweep/2")
         alone = CliRunner().invoke(app, ["report", *paths[1:]])
         assert alone.output.splitlines()[-1] == "report: sweep/1/report.html"
 

@@ -99,10 +99,11 @@ class TestMistakes:
         ):
             write(inner, text)
             assert problem(run).startswith(f"{run}: extends sub/common.yaml: {message}")
-        write(inner, "preset: tiny\n")
+        write(inner, "preset: tiny\noptim: {lr: 1e-3}\n")
         assert problem(run, "optim.lr=fast").startswith("override: optim.lr='fast'")
-        write(run, "extends: sub/common.yaml\noptim: {lr: fast}\n")
-        assert problem(run).startswith(f"{run}: optim.lr='fast'")
+        for value in ("fast", "null"):
+            write(run, f"extends: sub/common.yaml\noptim: {{lr: {value}}}\n")
+            assert problem(run).startswith(f"{run}: optim.lr={value!r}" if value != "null" else f"{run}: optim.lr=")
 
     def test_a_cycle_is_refused(self, tmp_path: Path) -> None:
         run = write(tmp_path / "run.yaml", "extends: a.yaml\n")

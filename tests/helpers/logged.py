@@ -64,9 +64,11 @@ def picture() -> Picture:
     )
 
 
-def logged(exp: str, overrides: tuple[str, ...], first: int, last: int, *, killed: bool = False) -> None:
+def logged(
+    exp: str, overrides: tuple[str, ...], first: int, last: int, environment: dict[str, str], *, killed: bool = False
+) -> None:
     """Log the updates after `first` up to `last`, in this process; the run ends there, or the process is killed."""
-    os.environ |= {"WANDB_MODE": "offline"}
+    os.environ |= {"WANDB_MODE": "offline"} | environment
     loggers = opened(Path(exp), *overrides, at=state(first))
     log_updates(loggers, range(first + 1, last + 1))
     if killed:
@@ -75,9 +77,12 @@ def logged(exp: str, overrides: tuple[str, ...], first: int, last: int, *, kille
     loggers.close()
 
 
-def in_a_process(exp: Path, overrides: tuple[str, ...], first: int, last: int, *, killed: bool = False) -> None:
-    """Like `logged`, in a process of its own."""
-    process = FORKS.Process(target=logged, args=(str(exp), overrides, first, last), kwargs={"killed": killed})
+def in_a_process(
+    exp: Path, overrides: tuple[str, ...], first: int, last: int, *, killed: bool = False, **environment: str
+) -> None:
+    """Like `logged`, in a process of its own, with these environment variables."""
+    arguments = (str(exp), overrides, first, last, environment)
+    process = FORKS.Process(target=logged, args=arguments, kwargs={"killed": killed})
     process.start()
     process.join(120)
     assert process.exitcode == (-signal.SIGKILL if killed else 0)

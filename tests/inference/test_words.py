@@ -167,6 +167,7 @@ SILENT = replace(TALK, utterance="talk-3", start=13.0, text="", words=())
 
 def test_text_and_json() -> None:
     assert line_of(TALK, "txt") == "talk-2\tA BC" and line_of(SILENT, "txt") == "talk-3\t"
+    assert line_of(replace(TALK, utterance="a\tb\nc"), "txt") == "a\\u0009b\\u000ac\tA BC", "one line, two columns"
     assert json.loads(line_of(TALK, "json")) == {
         "utterance": "talk-2", "file": "talk.wav", "start": 10.0, "duration": 3.0, "text": "A BC",
         "words": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from w2vscale.checkpoint.format import TrainState
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
 from w2vscale.errors import UserError
+from w2vscale.interop import hub as hub_module
 from w2vscale.interop.hub import push_to_hub
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="huggingface_hub is not installed")
@@ -120,6 +122,15 @@ def test_no_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert "Connection refused" in refusal(folder)
+
+
+def test_a_hub_that_says_nothing_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It accepts connections, and never answers."""
+    monkeypatch.setattr(hub_module, "SILENCE", 0.5)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert "is complete, upload it with: hf upload" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -65,26 +65,35 @@ def test_a_killed_run_has_no_duplicates_and_no_gaps(tmp_path: Path, kind: str, p
     assert found(kind, tmp_path) == wanted(kind)
 
 
-def test_a_run_of_a_sweep_has_the_id_that_its_agent_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
-    monkeypatch.setenv("WANDB_RUN_ID", "of-the-agent")
-    in_a_process(tmp_path, (of("wandb", tmp_path),), 0, 7)
-    in_a_process(tmp_path, (of("wandb", tmp_path),), 6, UPDATES)
+def test_a_run_of_a_sweep_has_the_id_that_its_agent_gives(tmp_path: Path) -> None:
+    for first, last in ((0, 7), (6, UPDATES)):
+        in_a_process(
+            tmp_path, (of("wandb", tmp_path),), first, last, WANDB_SWEEP_ID="sweep", WANDB_RUN_ID="of-the-agent"
+        )
     assert in_wandb(tmp_path) == {"of-the-agent": wanted("wandb")}
 
 
-def test_wandb_without_a_key_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("", "logging.wandb=project: no key for https://"),
+        ("loud", "logging.wandb=project: wandb refuses its settings: "),
+    ],
+)
+def test_wandb_without_a_key_or_with_a_wrong_mode_is_one_line(tmp_path: Path, mode: str, message: str) -> None:
     code = (
         "from tests.helpers.logged import opened\nfrom pathlib import Path\n"
-        "try: opened(Path('run'), 'logging.wandb=project')\nexcept Exception as error: print(repr(error))"
+        "try: opened(Path('run'), 'logging.wandb=project')\n"
+        "except Exception as error: print(type(error).__name__, error)"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"WANDB_MODE": mode} if mode else {}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "PYTHONPATH": os.getcwd()}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path, env=environment
     )
-    assert done.stdout.startswith("UserError('logging.wandb=project: no key for https://"), done
-    assert "WANDB_MODE=offline" in done.stdout and done.stdout.count("\n") == 1
+    assert done.stdout.startswith(f"UserError {message}"), done
+    assert ("WANDB_MODE=offline" in done.stdout or mode) and done.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize(("package", "setting"), [("wandb", "wandb=project"), ("mlflow", "mlflow=runs")])

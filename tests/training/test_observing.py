@@ -53,6 +53,15 @@ def test_samples_and_histograms_do_not_change_a_run(small_corpus: SmallCorpus, t
     assert counted["weights/quantizer.codevectors", 4] == 2 * 16 * 8
 
 
+def test_samples_that_cannot_be_written_cost_no_update(
+    small_corpus: SmallCorpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "samples").write_text("not a folder")
+    assert train(load_config("base", settings(small_corpus, *ALL)), tmp_path) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warning: logging.samples_every: " in printed and "1_spectrogram.png: cannot be written" in printed
+
+
 @pytest.mark.parametrize(
     ("every", "step", "total", "due"),
     [(0, 1, 10, []), (4, 2, 10, [4, 8, 10]), (5, 2, 11, [6, 10, 11]), (1, 3, 9, [3, 6, 9]), (100, 2, 9, [9])],

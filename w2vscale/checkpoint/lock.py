@@ -28,7 +28,7 @@ LONGEST = 2**16  # bytes of the file
 LEASE = 100.0  # seconds in which a file server lets go of the lock of a machine that is gone (NFSv4: 90)
 
 
-_own: set[Path] = set()
+_own: set[tuple[int, int]] = set()
 """The lock files that this process holds."""
 
 
@@ -117,7 +117,7 @@ def hold(path: Path, folder: Path, log: Callable[[str], None]) -> Iterator[Lock]
         lock = Lock(path, _take(folder, path, log))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    own = path.resolve()
+    own = _identity(os.fstat(lock.descriptor))
     _own.add(own)
     try:
         _describe(lock.descriptor)
@@ -132,8 +132,13 @@ def hold(path: Path, folder: Path, log: Callable[[str], None]) -> Iterator[Lock]
 
 def _refuse_if_own(path: Path, folder: Path) -> None:
     """Raise a UserError if this process holds the lock: for the kernel it could take it a second time, and lose it."""
-    if path.resolve() in _own:
-        raise UserError(f"{folder}: in use by this process, which trains there already; choose another folder")
+    with suppress(OSError):
+        if _identity(os.stat(path)) in _own:
+            raise UserError(f"{folder}: in use by this process, which trains there already; choose another folder")
+
+
+def _identity(file: os.stat_result) -> tuple[int, int]:
+    return file.st_dev, file.st_ino
 
 
 def _open(path: Path) -> int:

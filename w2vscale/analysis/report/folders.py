@@ -33,10 +33,12 @@ def run_folders(given: Sequence[Path], log: Callable[[str], None]) -> list[Path]
     for file in files:
         log(f"skipping {file}: not a folder")
     started = [exp for exp in runs if (exp / "metrics.jsonl").is_file()]
-    for exp in runs if started else []:
+    if not started:
+        raise UserError(f"{runs[0]}: no metrics yet; the run writes them every logging.every updates")
+    for exp in runs:
         if exp not in started:
             log(f"skipping {exp}: no metrics yet")
-    return started or runs
+    return started
 
 
 def report_path(exps: Sequence[Path]) -> Path:
