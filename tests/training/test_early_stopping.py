@@ -81,7 +81,7 @@ def test_a_run_ends_names_the_best_checkpoint_and_says_so_again(
     exp = tmp_path / "exp"
     losses |= {2: 5.0, 4: 3.0, 6: 3.0, 8: math.nan, 10: 2.0, 12: 4.0, 14: 1.0, 16: 0.0, 18: 0.0, 20: 0.0}
     printed = run(small_corpus, exp, capsys, "checkpoint.every=4", "logging.every=3")
-    assert Run(exp).complete and read_run(exp).state == "stopped at update 8 of 20"
+    assert Run(exp).complete and read_run(exp).state == "complete: stopped early at update 8 of 20"
     best = exp / "checkpoints" / "update_00000004"
     reason = "stopped early at update 8 (trainer.early_stopping=2): 2 validations without a loss below 3, that of"
     assert f"{reason} update 4. {best} is the best; commands use the newest unless they name it. A higher" in printed
@@ -91,7 +91,7 @@ def test_a_run_ends_names_the_best_checkpoint_and_says_so_again(
     before = [(exp / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")]
     again = run(small_corpus, exp, capsys, "checkpoint.every=4", "logging.every=7")
     assert f"nothing to do: {reason}" in again
-    assert read_run(exp).state == "stopped at update 8 of 20"
+    assert read_run(exp).state == "complete: stopped early at update 8 of 20"
     assert [(exp / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")] == before
 
     printed = run(small_corpus, exp, capsys, "checkpoint.every=4", "trainer.early_stopping=3")

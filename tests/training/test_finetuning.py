@@ -87,7 +87,7 @@ def test_ten_utterances_are_memorised(spelled: Path, memorised: Path) -> None:
 def test_a_report_draws_its_curves(memorised: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(memorised), "-o", str(tmp_path / "report.html")])
     assert result.exit_code == 0, result.output
-    assert "label errors" in result.output and "0.000" in result.output
+    assert "label errors" in result.output and "0.0%  0.0%" in result.output
     assert "word error rate, validation" in (tmp_path / "report.html").read_text()
 
 

@@ -181,7 +181,7 @@ class TestRollBack:
         rows = page.rows("health events")[1:]
         assert [row[1] for row in rows if row[2] == "went back"] == ["8"]
         assert any(row[2].startswith("health: ") for row in rows)
-        assert dict(row for row in page.rows("Data"))["training set"].endswith(", 24 utterances")
+        assert dict(row for row in page.rows("Data"))["training set"].endswith(" h in 24 utterances")
 
     def test_the_log_says_what_happens(
         self,
