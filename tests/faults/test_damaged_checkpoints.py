@@ -198,7 +198,7 @@ def test_a_run_of_two_processes_continues_from_the_newest_intact_one(small_corpu
     assert [Path(name).suffix for name in names] == [".yaml", ".safetensors", ".safetensors", ".json"]
     newer = damaged(exp, names[2], "a bit at the end")
     # With the same settings there is nothing to do, and no checksums are compared (training/finished.py).
-    with Launched(small_corpus.train, tmp_path, settings=(*settings, "logging.every=2")) as run:
+    with Launched(small_corpus.train, tmp_path, settings=(*settings, "checkpoint.grace_seconds=61")) as run:
         printed = run.finish(120.0)
     assert f"skipping unusable checkpoint: {newer}" in printed
     assert "at update 2\n" in printed

@@ -114,12 +114,10 @@ def test_peaks_of_all_engines_are_predicted_within_a_tenth() -> None:
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     app = typer.Typer()
     app.command()(plan_memory.main)
-    result = CliRunner().invoke(app, ["--preset", "tiny", "--seconds", "4"])
+    result = CliRunner().invoke(app, ["--preset", "tiny", "--seconds", "4", "--processes", "2"])
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout.splitlines()[-1])
-    assert [(row["engine"], row["processes"]) for row in figures["rows"]] == [
-        (engine, processes) for processes in (1, 2) for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3")
-    ]
+    assert [row["engine"] for row in figures["rows"]] == ["ddp", "fsdp", "zero1", "zero2", "zero3"]
     assert figures["max_relative_error"] < 0.1, result.stdout
     for row in figures["rows"]:
         # Nothing of it comes from the prediction: weights, moments and gradients, counted tensor by tensor.
