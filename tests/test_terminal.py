@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 
+import pytest
 from rich.progress import Progress
 
 from w2vscale.runtime import StopRequest
-from w2vscale.terminal import CONTROL, VisibleConsole, visible
+from w2vscale.terminal import CONTROL, LastingOutput, VisibleConsole, visible
 from w2vscale.training.display import Display, TimeLeft
 
 TITLE = "\x1b]0;another title\x07"
@@ -45,3 +47,14 @@ def test_the_bar_of_a_run_says_at_once_that_it_is_stopping() -> None:
         assert column.render(progress.tasks[0]).plain == "0:05:00 left"
         signal.raise_signal(signal.SIGTERM)
         assert column.render(progress.tasks[0]).plain.startswith("stopping after this update")
+
+
+def test_a_character_that_the_output_has_not_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is not given up for it."""
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii"))
+    output = LastingOutput(pytest.fail)
+    output.write("2 × GPU\n")
+    output.write("more\n")
+    output.flush()
+    assert written.getvalue() == b"2 \\xd7 GPU\nmore\n"

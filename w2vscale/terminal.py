@@ -33,7 +33,11 @@ class LastingOutput:
 
     def write(self, text: str) -> int:
         """Write a text, as long as it goes."""
-        self._try(lambda: self._stream.write(text))
+        try:
+            self._try(lambda: self._stream.write(text))
+        except UnicodeEncodeError as error:  # its encoding has no such character
+            escaped = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            self._try(lambda: self._stream.write(escaped))
         return len(text)
 
     def flush(self) -> None:
@@ -63,6 +67,8 @@ class LastingOutput:
             return
         try:
             write()
+        except UnicodeEncodeError:
+            raise
         except (OSError, ValueError) as error:  # ValueError: closed
             self._lost = True
             with suppress(OSError, ValueError):  # what is still buffered must not fail when the process ends
