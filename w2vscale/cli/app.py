@@ -111,7 +111,7 @@ def _file_errors() -> Iterator[None]:
     except MemoryError as error:
         raise UserError("the memory of this machine is not enough for this command and its files") from error
     except OSError as error:
-        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the output cannot be written: {error.strerror}") from error
         if error.filename is None:
             raise
