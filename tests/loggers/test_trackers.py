@@ -82,9 +82,9 @@ def test_a_run_of_a_sweep_has_the_id_that_its_agent_gives(tmp_path: Path) -> Non
 )
 def test_wandb_without_a_key_or_with_a_wrong_mode_is_one_line(tmp_path: Path, mode: str, message: str) -> None:
     code = (
-        "from tests.helpers.logged import opened\nfrom pathlib import Path\n"
+        "from tests.helpers.logged import opened\nfrom pathlib import Path\nfrom w2vscale.errors import UserError\n"
         "try: opened(Path('run'), 'logging.wandb=project')\n"
-        "except Exception as error: print(type(error).__name__, error)"
+        "except UserError as error: print('UserError', error)"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= {"WANDB_MODE": mode} if mode else {}

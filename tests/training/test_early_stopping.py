@@ -72,7 +72,8 @@ def test_the_best_validation_and_those_since(values: list[float], expected: Best
     for number, value in enumerate(values, 1):
         best = best_validation(best, "loss", value, 2 * number)
     assert best == expected
-    assert best_validation(best, "wer", 0.9, 20) == BestValidation("wer", 0.9, 20), "another metric starts anew"
+    another = best_validation(best, "wer", 0.9, 20)
+    assert another == BestValidation("wer", 0.9, 20), "the count of another metric starts from zero"
 
 
 def test_a_run_ends_names_the_best_checkpoint_and_says_so_again(
