@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,8 +51,9 @@ def doctor(
     from w2vscale.runtime import exit_on_signals, hide_failed_connections
 
     hide_failed_connections()  # the report names them
-    with exit_on_signals():
-        findings = list(_shown(examine(exp, timeout=timeout)))
+    # Closed here, so that Ctrl-C while a row is printed also waits until the checks have cleaned up.
+    with exit_on_signals(), closing(examine(exp, timeout=timeout)) as made:
+        findings = list(_shown(made))
     if findings:  # rank 0 has them
         console.print(summary(findings))
     raise typer.Exit(int(failed(findings)))

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from threading import Lock
 from typing import IO, Any
 
 from w2vscale.diagnosis.finding import Finding, Verdict
@@ -52,14 +53,16 @@ class Children:
         self._timeout = timeout
         self._pool = ThreadPoolExecutor(at_a_time, thread_name_prefix="doctor")
         self._running: set[subprocess.Popen[bytes]] = set()
+        self._starting = Lock()  # so that no process starts after `_closed` is set
         self._closed = False
 
     def __enter__(self) -> Children:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._starting:
+            self._closed = True
         for process in list(self._running):
             _stop(process)
 
@@ -80,16 +83,19 @@ class Children:
         """The findings of a child, and why it did not come to its end, or None."""
         # Files in memory: unlike a pipe, they can be read whatever has become of the child, and need no disk.
         with open(os.memfd_create("findings"), "rb") as answers, open(os.memfd_create("errors"), "rb") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", __name__, check.function, json.dumps(dict(check.arguments))],
-                stdin=subprocess.DEVNULL,
-                stdout=answers,
-                stderr=errors,
-                env=os.environ | dict(check.environment),
-                start_new_session=True,
-            )
-            self._running.add(process)
-            if not (ended := not self._closed and _ends(process, self._timeout)):
+            with self._starting:
+                if self._closed:
+                    return [], "was not started"
+                process = subprocess.Popen(
+                    [sys.executable, "-m", __name__, check.function, json.dumps(dict(check.arguments))],
+                    stdin=subprocess.DEVNULL,
+                    stdout=answers,
+                    stderr=errors,
+                    env=os.environ | dict(check.environment),
+                    start_new_session=True,
+                )
+                self._running.add(process)
+            if not (ended := _ends(process, self._timeout)):
                 _stop(process)
             self._running.discard(process)
             lines, _, _ = _content(answers).rpartition("\n")  # without one that is incomplete

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ NO_NETWORK = (
 )
 
 
-def examine(exp: Path | None, *, timeout: float) -> Iterator[Finding]:
+def examine(exp: Path | None, *, timeout: float) -> Generator[Finding]:
     """Yield all findings as they are made. Under a launcher, collective: the findings are those of rank 0.
 
     `exp`: the run folder, whose disk is measured; None: the current folder. `timeout`: seconds that a check may take,
