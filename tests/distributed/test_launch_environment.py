@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import ROOT, running
 from w2vscale.distributed.launch import launch, launched, local_processes
 from w2vscale.distributed.process_group import gpu_index, launch_environment
 from w2vscale.errors import UserError
@@ -20,6 +22,14 @@ SLURM = {
     "SLURM_JOB_ID": "123456",
     "SLURM_STEP_NODELIST": "node7",
 }
+
+LEAVE_A_PROCESS = """
+import os, pathlib, subprocess
+if "RANK" in os.environ:
+    left = subprocess.Popen(["sleep", "600"], stdin=subprocess.DEVNULL)
+    pathlib.Path(__file__).with_name(f"left.{left.pid}").touch()
+"""
+"""A module that Python runs before a program."""
 
 
 class TestLaunchEnvironment:
@@ -139,3 +149,16 @@ class TestLaunching:
     def test_fewer_than_one_process_is_an_error(self, processes: int) -> None:
         with pytest.raises(UserError, match=f"--nproc-per-node {processes}: must be at least 1"):
             launch(["--help"], processes)
+
+
+def test_what_a_rank_leaves_behind_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a loader process that hangs just after its fork."""
+    (tmp_path / "sitecustomize.py").write_text(LEAVE_A_PROCESS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    assert launch(["--version"], 2) == 0
+    left = [int(path.suffix[1:]) for path in tmp_path.glob("left.*")]
+    assert len(left) == 2
+    deadline = time.monotonic() + 10
+    while any(map(running, left)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(running, left))

@@ -98,10 +98,10 @@ def launch(arguments: Sequence[str], processes: int, *, grace: float = FAILURE_G
             return _wait(ranks, signals, grace)
         finally:
             for process in ranks:
-                if process.poll() is None:
+                with suppress(ProcessLookupError):  # a rank that has ended may have left a loader process
                     os.killpg(process.pid, signal.SIGKILL)
-                    with suppress(subprocess.TimeoutExpired):  # even SIGKILL waits while a disk or device hangs
-                        process.wait(1.0)
+                with suppress(subprocess.TimeoutExpired):  # even SIGKILL waits while a disk or device hangs
+                    process.wait(1.0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
             delete_left_sockets()
