@@ -311,7 +311,7 @@ def test_a_run_that_early_stopping_has_ended_is_complete(tmp_path: Path) -> None
     settings = ("trainer.early_stopping=2", "trainer.updates=200", "data.validation=v.jsonl")
     config, _ = load("tiny", settings)
     text = describe_end(TrainState(update=100, best=BestValidation("loss", 2.5, 60, since=2)), config, tmp_path)
-    end = STOP | {"update": 100, "text": text}
+    end = STOP | {"update": 100, "text": text, "early": True}
     page = report(tmp_path, write_run(tmp_path / "exp", "tiny", *settings, events=(START, end)))
     assert page.one("span", class_="state").text == "complete: stopped early at update 100 of 200"
     assert page.all("span", class_="complete") and not page.all("span", class_="stopped")

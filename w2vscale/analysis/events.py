@@ -52,16 +52,12 @@ class Event:
     time: str | None = None
     finding: str | None = None  # which trouble, of a health event
     left_at: int | None = None  # the update at which a run that went back was
+    early: bool = False  # a stop by early stopping: the run is complete
 
     @property
     def title(self) -> str:
         """The kind of the event in words."""
         return self.finding or self.kind.replace("_", " ")
-
-    @property
-    def ended_early(self) -> bool:
-        """Whether this is the end of a run by trainer.early_stopping, in the words of training/early_stopping.py."""
-        return self.kind == "stop" and self.text.startswith("stopped early at update ")
 
 
 @dataclass(frozen=True)
@@ -104,6 +100,7 @@ def read_events(exp: Path) -> Events:
             event = Event(
                 kind, update, _text(record, "text") or "", _text(record, "time"),
                 _text(record, "kind") if kind == "health" else None, _whole(record, "left_at"),
+                record.get("early") is True,
             )  # fmt: skip
             happened.append(event)
             stopped = event if kind == "stop" else stopped

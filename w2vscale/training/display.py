@@ -112,9 +112,9 @@ class Display:
         self._show(text, "yellow", always=True)
         self._times, self._saved = [], update
 
-    def stopped(self, text: str) -> None:
-        """Show why the run ended before its last update."""
-        self._event("stop", text=text)
+    def stopped(self, text: str, *, early: bool = False) -> None:
+        """Show why the run ended before its last update. `early`: by early stopping, so that it is complete."""
+        self._event("stop", text=text, early=early)
         self._show(text, "yellow", always=True)
 
     def finished(self, exp: Path, start: int) -> None:

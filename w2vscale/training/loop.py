@@ -141,7 +141,7 @@ class Trainer:
             self.metrics.finish()
             uploaded = self._finish()
             if self.ended and not ended_before:
-                self.display.stopped(describe_end(self.state, self.config, self.run.exp))
+                self.display.stopped(describe_end(self.state, self.config, self.run.exp), early=True)
             if not uploaded:
                 return TemporaryError.exit_code
             if not self.ended:

@@ -46,7 +46,7 @@ class Run:
     @property
     def ended_early(self) -> bool:
         """Whether early stopping has ended it, and it was not continued since."""
-        return self.events.stopped is not None and self.events.stopped.ended_early
+        return self.events.stopped is not None and self.events.stopped.early
 
     @property
     def state(self) -> str:

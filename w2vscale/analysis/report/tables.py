@@ -158,7 +158,7 @@ def health(runs: Sequence[Run]) -> Html:
         seen = {event.update for event in run.events.happened if event.kind == "roll_back"}
         for event in run.events.distinct():
             went = f"from update {event.left_at:,}. " if event.left_at is not None else ""
-            kind = "stopped early" if event.ended_early else KINDS[event.kind]
+            kind = "stopped early" if event.early else KINDS[event.kind]
             what = kind + (f": {event.finding}" if event.finding else "")
             rows.append((run.name, event.update, what, went + event.text, _time(event.time)))
         # Runs without a log of events have these in their metrics.
