@@ -16,10 +16,13 @@ import pytest
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.micro import MICRO_RUN
+from tests.helpers.spelled import SPELLING, some_texts, write_spelled
 from tests.helpers.tasks import bad_windows
 from w2vscale.config import load_config
 from w2vscale.files import read_records
+from w2vscale.objectives.base import Objective
 from w2vscale.objectives.contrastive import Contrastive
+from w2vscale.objectives.ctc import Ctc
 from w2vscale.runtime import StopRequest
 from w2vscale.training import display, metrics, summary
 from w2vscale.training.callbacks import Callbacks
@@ -46,9 +49,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "more": ["trainer.updates=14", "checkpoint.every=4", "logging.every=1", "health.action=roll_back",
                  "health.patience=2"],
     },
+    "80 columns, fine-tuning with CTC and a second validation set": {"columns": 80, "spelled": True},
 }  # fmt: skip
-METRICS = {
+METRICS = {  # of all objectives
     "loss": 4.3125,
+    "blank_fraction": 0.25,
+    "label_error_rate": 0.5,
+    "wer": 0.75,
     "accuracy": 0.0703,
     "code_perplexity_0": 11.9,
     "code_perplexity_1": 8.1,
@@ -84,17 +91,21 @@ class Terminal(io.StringIO):
 
 def fix_what_varies(patch: pytest.MonkeyPatch) -> None:
     """Replace what depends on the machine, down to the last digits of a loss."""
-    read, line = metrics.Meter.read, Contrastive.line
+    read = metrics.Meter.read
 
     def read_fixed(self: metrics.Meter, *arguments: Any) -> dict[str, float]:
         return read(self, *arguments) | SPEEDS
 
-    def fixed_line(self: Contrastive, values: Mapping[str, float]) -> str:
-        return line(self, {**values, **METRICS})
+    def with_fixed_line(objective: type[Objective]) -> None:
+        line = objective.line
+        patch.setattr(
+            objective, "line", lambda self, values: line(self, {key: METRICS.get(key, values[key]) for key in values})
+        )
 
     ticks = iter(range(10**6))
     patch.setattr(metrics.Meter, "read", read_fixed)
-    patch.setattr(Contrastive, "line", fixed_line)
+    with_fixed_line(Contrastive)
+    with_fixed_line(Ctc)
     patch.setattr(display, "monotonic", lambda: 60.0 * next(ticks))
     patch.setattr(display, "datetime", FixedTime)
     patch.setattr(summary, "device_name", lambda device: "Test Processor")
@@ -105,11 +116,11 @@ def fix_what_varies(patch: pytest.MonkeyPatch) -> None:
 def shown(
     corpus: SmallCorpus, exp: Path, patch: pytest.MonkeyPatch,
     *, columns: int | None, color: bool = True, verbosity: Verbosity = "normal", more: Sequence[str] = (),
-    stop_at: int | None = None, bad: Sequence[int] = (),
+    stop_at: int | None = None, bad: Sequence[int] = (), spelled: bool = False,
 ) -> tuple[str, bool]:  # fmt: skip
     """What a run of six updates, or with `more` settings, leaves on the screen, and whether something is in colour.
 
-    After the line of update `stop_at` it receives SIGTERM. Windows `bad` give a high loss.
+    After the line of update `stop_at` it receives SIGTERM. Windows `bad` give a high loss. `spelled`: it fine-tunes.
     """
     stream = io.StringIO() if columns is None else Terminal()
     patch.setattr("sys.stdout", stream)
@@ -117,10 +128,14 @@ def shown(
     patch.delenv("COLORTERM", raising=False)
     patch.setenv("COLUMNS", str(columns or 80))
     patch.setenv("NO_COLOR", "" if color else "1")
-    validation = (f"data.validation={corpus.validation}", "trainer.validate_every=6")
-    few = ("trainer.updates=6", "schedule.warmup_updates=2", "checkpoint.every=3", "logging.every=2",
-           "checkpoint.asynchronous=false")  # fmt: skip
-    config = load_config("base", [*MICRO_RUN, f"data.train={corpus.train}", *validation, *few, *more])
+    settings: list[str] = [*MICRO_RUN, f"data.train={corpus.train}", f"data.validation={corpus.validation}"]
+    if spelled:
+        texts = write_spelled(exp.with_name("spelled"), some_texts(8))
+        named = ("data.train", "data.validation", "data.validation_sets.other")
+        settings = [*SPELLING, *(f"{name}={texts}" for name in named)]
+    few = ("trainer.updates=6", "trainer.validate_every=6", "schedule.warmup_updates=2", "checkpoint.every=3",
+           "logging.every=2", "checkpoint.asynchronous=false")  # fmt: skip
+    config = load_config("base", [*settings, *few, *more])
 
     def stop_there(update: int, values: Mapping[str, float]) -> None:
         if update == stop_at:
