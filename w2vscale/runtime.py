@@ -63,6 +63,7 @@ def enter(*, debug: bool = False, launched: bool = False) -> None:
     """
     if debug:
         os.environ[DEBUG] = "1"
+    threading.excepthook = _show_error_of_thread
     if (launcher := os.environ.pop(LAUNCHER, None)) is not None:
         end_with_parent()
         if os.getppid() != int(launcher):  # it has ended already
@@ -80,6 +81,12 @@ def enter(*, debug: bool = False, launched: bool = False) -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     # The warning is about in-place changes of a view, but the model changes no tensor in place.
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+
+
+def _show_error_of_thread(found: threading.ExceptHookArgs) -> None:
+    """Show an error that ends a thread, unless the thread keeps it for the caller, as those of TensorBoard do."""
+    if getattr(found.thread, "exception", None) is not found.exc_value:
+        threading.__excepthook__(found)
 
 
 def hide_failed_connections() -> None:

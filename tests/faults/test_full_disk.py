@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.checkpoints import save, store, tensors
 from tests.helpers.micro import MICRO_RUN
-from tests.helpers.processes import Command
+from tests.helpers.processes import ROOT, Command
 from w2vscale.checkpoint.format import TrainState, committed, update_of
 from w2vscale.checkpoint.lock import locked
 from w2vscale.checkpoint.reader import open_checkpoint
@@ -23,6 +24,22 @@ from w2vscale.errors import UserError
 from w2vscale.files import read_records
 
 PAGE = 4096
+
+FILLED_BY_TENSORBOARD = """
+import sys
+from threading import Thread
+from w2vscale import runtime
+runtime.enter()
+from torch.utils.tensorboard import SummaryWriter
+writer = SummaryWriter("tb")
+try:
+    for _ in range(10):
+        writer.add_text("long", "x" * 10**6, 1)
+        writer.flush()
+except OSError as error:
+    print("caught:", error, file=sys.stderr)
+Thread(target=lambda: 1 / 0).start()
+"""
 
 
 class Disk:
@@ -91,6 +108,16 @@ def test_it_says_how_much_is_needed_and_free(disk: Disk) -> None:
     disk.leave(0)
     with pytest.raises(UserError, match=r"cannot be written: it needs \d+ bytes, and the disk has 0 bytes free"):
         save(disk.path / "checkpoints", 2)
+
+
+def test_an_error_of_tensorboards_thread_is_shown_once(disk: Disk) -> None:
+    """By the command, for which the thread keeps it. Errors of other threads are shown as ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", FILLED_BY_TENSORBOARD],
+        cwd=disk.path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stderr.startswith("caught: [Errno 28] No space left on device\nException in thread ")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
 @pytest.mark.slow
