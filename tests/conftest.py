@@ -16,6 +16,8 @@ from hypothesis import settings
 
 # Before torch is imported: the tests' tensors are small, and the machine is shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before MLflow is imported: a thread of it would ask a server, and change the environment when there is no answer.
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
 import torch
 import typer.main
