@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from w2vscale.errors import UserError
 
+LARGEST_COUNT = 2**53  # of updates or hours in a log; a larger one is damaged
 LONGEST_LINE = 2**24  # bytes of a line of a log; a longer one is damaged
 NAMES_COMPARED = 2000  # of a folder, in the search for a name like one that does not exist
 
@@ -226,7 +227,9 @@ def _are_metrics(record: Mapping[str, Any]) -> bool:
     values = [value for key, value in record.items() if key != "split" and value is not None]
     # math.isfinite raises for an integer that no float can hold.
     finite = (type(one) in (int, float) and abs(one) <= sys.float_info.max for one in values)
-    return type(record.get("update")) is int and all(finite)
+    if not (type(record.get("update")) is int and all(finite)):
+        return False
+    return all(0 <= (record.get(key) or 0) <= LARGEST_COUNT for key in ("update", "hours_seen"))
 
 
 def safetensors_header(

@@ -271,7 +271,10 @@ class TestNames:
 
     def test_metrics_that_cannot_be_drawn(self, tmp_path: Path) -> None:
         exp = write_run(tmp_path / "exp", updates=20)
-        odd = [{"accuracy": None}, {"accuracy": 1e300, "grad_norm": 0.0}, {"accuracy": -1e-300, "grad_norm": -5}]
+        odd = [
+            {"accuracy": None}, {"accuracy": 1e300, "grad_norm": 0.0}, {"accuracy": -1e-300, "grad_norm": -5},
+            {"grad_norm": 5e-324}, {"update": 10**18}, {"hours_seen": 1e300}, {"hours_seen": -1.0},
+        ]  # fmt: skip
         lines = [{"split": "train", "update": 30 + n, "hours_seen": 1.0, **values} for n, values in enumerate(odd)]
         with (exp / "metrics.jsonl").open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)

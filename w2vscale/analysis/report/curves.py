@@ -15,7 +15,7 @@ from w2vscale.objectives.base import Panel, Published
 Floats = NDArray[np.float64]
 T = TypeVar("T")
 Split = Literal["training", "validation", "further"]  # the last one: a further validation set
-LARGEST = 1e30  # values that are larger are not drawn
+LARGEST = 1e30  # of a value that is drawn; the inverse is the smallest besides 0
 MOST_MARKS = 50  # of a run
 
 # Metrics of every objective: title, axis, key, whether the axis is logarithmic.
@@ -123,8 +123,13 @@ def _line(records: Sequence[Record], key: str, run: int, split: Split, name: str
         for each in ("update", "hours_seen", key)
     )
     order = np.argsort(updates, kind="stable")
-    values = np.where(np.abs(values) < LARGEST, values, np.nan)
-    return Line(run, name, split, position, updates[order], hours[order], values[order])
+    return Line(run, name, split, position, updates[order], drawable(hours)[order], drawable(values)[order])
+
+
+def drawable(values: Floats) -> Floats:
+    """Values with NaN for those that are too large to calculate with, and 0 for those that are too small."""
+    size = np.abs(values)
+    return np.where(size < LARGEST, np.where(size > 1 / LARGEST, values, 0.0), np.nan)
 
 
 def marks(runs: Sequence[Run]) -> list[Mark]:

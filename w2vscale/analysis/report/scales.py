@@ -38,7 +38,10 @@ class Scale:
 
 
 def scale_of(values: Floats, start: float, end: float, *, logarithmic: bool = False) -> Scale:
-    """A scale on which all values have room. Values that come near zero have a scale from zero."""
+    """A scale on which all values have room. Values that come near zero have a scale from zero.
+
+    A value is NaN, 0, or between 1e-30 and 1e30 or the negative of such a number: see `drawable`.
+    """
     finite = values[np.isfinite(values) & ((values > 0.0) | (not logarithmic))]
     if not finite.size:
         return Scale(0.1, 1.0, start, end, logarithmic) if logarithmic else Scale(0.0, 1.0, start, end)
@@ -60,7 +63,7 @@ def _multiples(low: float, high: float, count: int) -> list[float]:
 
 
 def _powers(low: float, high: float) -> list[float]:
-    """Powers of ten; also their multiples if there are few."""
+    """Powers of ten; also their multiples if there are few; on a short scale, any round numbers."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = -(-(last - first) // 8)
     powers = range(first, last + 1, max(every, 1))
@@ -68,7 +71,7 @@ def _powers(low: float, high: float) -> list[float]:
         found = [one for power in powers for factor in factors if low <= (one := factor * 10.0**power) <= high]
         if len(found) >= 3:
             return found
-    return found
+    return found if len(found) > 1 else _multiples(low, high, 4)
 
 
 def spread(places: Sequence[float], gap: float, lowest: float, highest: float) -> list[float]:
