@@ -98,10 +98,10 @@ def launch(arguments: Sequence[str], processes: int, *, grace: float = FAILURE_G
             return _wait(ranks, signals, grace)
         finally:
             for process in ranks:
-                with suppress(ProcessLookupError):  # a rank that has ended may have left a loader process
+                if _poll(process) is None:
                     os.killpg(process.pid, signal.SIGKILL)
-                with suppress(subprocess.TimeoutExpired):  # even SIGKILL waits while a disk or device hangs
-                    process.wait(1.0)
+                    with suppress(subprocess.TimeoutExpired):  # even SIGKILL waits while a disk or device hangs
+                        process.wait(1.0)
             for number, handler in previous.items():
                 signal.signal(number, handler)
             delete_left_sockets()
@@ -140,7 +140,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: list[int], grace: f
     forwarded: set[int] = set()
     asked = deadline = math.inf
     while True:
-        codes = [process.poll() for process in ranks]
+        codes = [_poll(process) for process in ranks]
         if failed is None and any(codes):
             failed = next(rank for rank, code in enumerate(codes) if code)
             deadline = min(deadline, time.monotonic() + FAILURE_GRACE)
@@ -171,6 +171,13 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: list[int], grace: f
     if -code not in forwarded and (line := describe_failure(failed, code)):
         print(line, file=sys.stderr)
     return code if code > 0 else 128 - code
+
+
+def _poll(process: subprocess.Popen[bytes]) -> int | None:
+    """Return the exit code of a rank, or None if it runs. What an ended rank has left in its session is killed."""
+    if process.returncode is None and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        os.killpg(process.pid, signal.SIGKILL)  # before `poll`, after which another process may have the number
+    return process.poll()
 
 
 def describe_failure(rank: int, code: int) -> str | None:
