@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
-from w2vscale.analysis.probing import Cooccurrence, cooccurrence
+from w2vscale.analysis.codes import Cooccurrence, cooccurrence
+from w2vscale.analysis.representations import hidden_states, labelled_utterances, log_mel, with_random_weights
 from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
 from w2vscale.config import load_config
+from w2vscale.data.transcripts import Transcripts
+from w2vscale.data.vocabulary import read_vocabulary
 from w2vscale.errors import UserError
+from w2vscale.inference.pretrained import load
+from w2vscale.objectives.base import initial_state
 from w2vscale.training.train import train
 
 
@@ -44,7 +51,7 @@ def pretrained(corpus: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
     return exp
 
 
-def probed(pretrained: Path, corpus: tuple[Path, Path], output: Path, *options: str) -> dict[str, object]:
+def probed(pretrained: Path, corpus: tuple[Path, Path], output: Path, *options: str) -> dict[str, Any]:
     command = ["probe", str(pretrained), "--train", str(corpus[0]), "--test", str(corpus[1]), "-o", str(output)]
     result = CliRunner().invoke(app, [*command, *options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -52,7 +59,7 @@ def probed(pretrained: Path, corpus: tuple[Path, Path], output: Path, *options: 
         "codebook 1: normalised mutual information" in result.output
         and "skipped: u10: has no transcript" in result.output
     )
-    found: dict[str, object] = json.loads((output / "probe.json").read_text())
+    found: dict[str, Any] = json.loads((output / "probe.json").read_text())
     return found
 
 
@@ -65,6 +72,7 @@ def test_tones_are_spelled_from_frozen_features(pretrained: Path, corpus: tuple[
     assert isinstance(rates, dict) and list(rates) == ["0", "1", "2", "3"]
     assert min(rates.values()) == rates[str(found["best_layer"])] < 0.2
     assert (found["train_utterances"], found["test_utterances"], found["left_out"]) == (30, 10, 1)
+    check_baselines(found)
     codebooks = found["codebooks"]
     assert isinstance(codebooks, list) and len(codebooks) == 2
     for codebook in codebooks:
@@ -74,12 +82,51 @@ def test_tones_are_spelled_from_frozen_features(pretrained: Path, corpus: tuple[
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def check_baselines(found: dict[str, Any]) -> None:
+    """Rates and intervals must follow from the errors of the utterances, which are those of all probes."""
+    errors = dict.fromkeys(found["utterances"][0]["errors"], 0)
+    assert list(errors) == ["0", "1", "2", "3", "log_mel", "random_0", "random_1", "random_2", "random_3"]
+    for utterance in found["utterances"]:
+        for key in errors:
+            errors[key] += utterance["errors"][key]
+    labels = sum(utterance["labels"] for utterance in found["utterances"])
+    random = found["random"]["label_error_rate"]
+    rates = found["label_error_rate"] | {f"random_{layer}": rate for layer, rate in random.items()}
+    assert rates | {"log_mel": found["log_mel"]} == {key: count / labels for key, count in errors.items()}
+    assert random[str(found["random"]["best_layer"])] == min(random.values())
+    best = rates[str(found["best_layer"])]
+    for name, baseline in (("log_mel", found["log_mel"]), ("random", min(random.values()))):
+        reduction, low, high = found["reduction"][name]
+        assert low <= reduction <= high and reduction == pytest.approx(1.0 - best / baseline)
+
+
+def test_random_weights_are_those_that_the_run_began_with(pretrained: Path) -> None:
+    trained = load(pretrained)
+    untrained = with_random_weights(trained)
+    begun = dict(initial_state(trained.objective, trained.config.trainer.seed))
+    for name, value in untrained.model.state_dict().items():
+        assert torch.equal(value, begun[name]), name
+    assert not torch.equal(trained.model.encoder.mask_embedding, untrained.model.encoder.mask_embedding)
+
+
+def test_log_mel_features_are_those_of_the_objective_that_predicts_them(
+    pretrained: Path, corpus: tuple[Path, Path]
+) -> None:
+    model = load(pretrained)
+    utterances = labelled_utterances([corpus[1]], Transcripts(read_vocabulary(Path("letters"))), [])
+    (first, *_), (states, *_) = log_mel(model, utterances[:1]), hidden_states(model, utterances[:1], [0], [])
+    assert first.hidden_LTD.shape == (1, states.frames, 160) and first.labels == states.labels
+    assert first.hidden_LTD.mean(dim=1).abs().max() < 1e-5
+    assert torch.allclose(first.hidden_LTD.std(dim=1), torch.ones(160), atol=0.01)
+
+
 def test_probes_repeat_and_do_not_depend_on_the_other_layers(
     pretrained: Path, corpus: tuple[Path, Path], tmp_path: Path
 ) -> None:
     both = probed(pretrained, corpus, tmp_path / "both", "--updates", "20", "--layer", "1", "--layer", "3")
     assert both == probed(pretrained, corpus, tmp_path / "again", "--updates", "20", "--layer", "1", "--layer", "3")
-    alone = probed(pretrained, corpus, tmp_path / "alone", "--updates", "20", "--layer", "1")
+    alone = probed(pretrained, corpus, tmp_path / "alone", "--updates", "20", "--layer", "1", "--no-baselines")
+    assert "log_mel" not in alone and "random" not in alone
     assert isinstance(alone["label_error_rate"], dict) and isinstance(both["label_error_rate"], dict)
     assert alone["label_error_rate"]["1"] == pytest.approx(both["label_error_rate"]["1"], abs=0.02)
 

@@ -26,8 +26,8 @@ from w2vscale.data.inputs import join, to_device
 from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.engine import build_engine
 from w2vscale.objectives import Objective, build_objective
+from w2vscale.objectives.base import empty_model
 from w2vscale.training.pending import HostCopy
-from w2vscale.training.run import empty_model
 
 META = torch.device("meta")
 

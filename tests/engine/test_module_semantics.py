@@ -18,8 +18,8 @@ from tests.helpers.semantics import (
     whole_state,
 )
 from w2vscale.engine.buffers import Buffers
+from w2vscale.objectives.base import empty_model
 from w2vscale.optim.canonical import expected_tensors, specs_of
-from w2vscale.training.run import empty_model
 
 
 class TestBuffers:

@@ -20,8 +20,8 @@ from w2vscale.engine import transforms
 from w2vscale.engine.transforms import compiled_graphs, compiles, missing_for_compilation, transform
 from w2vscale.errors import UserError
 from w2vscale.objectives import build_objective
+from w2vscale.objectives.base import empty_model
 from w2vscale.runtime import COMPILED_VARIANTS, prepare_process
-from w2vscale.training.run import empty_model
 
 
 def model_and_engine(*overrides: str) -> tuple[Any, EngineConfig]:

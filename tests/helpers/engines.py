@@ -15,8 +15,9 @@ from w2vscale.data.micro_batch import MicroBatch
 from w2vscale.distributed.deferred import DeferredTensor
 from w2vscale.engine import Engine, build_engine
 from w2vscale.objectives import Objective, StepContext, Sums, build_objective, resolve
+from w2vscale.objectives.base import empty_model, initial_state
 from w2vscale.training.loop import _after_step
-from w2vscale.training.run import empty_model, initial_state, open_training_set
+from w2vscale.training.run import open_training_set
 
 
 @dataclass

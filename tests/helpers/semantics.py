@@ -26,9 +26,9 @@ from w2vscale.distributed.process_group import Ranks, sum_over_ranks
 from w2vscale.errors import UserError
 from w2vscale.models.wav2vec2 import EncoderOutput
 from w2vscale.objectives import OBJECTIVES
+from w2vscale.objectives.base import empty_model
 from w2vscale.objectives.contrastive import Contrastive, ContrastiveSums, Wav2Vec2ForPretraining
 from w2vscale.optim.canonical import expected_tensors
-from w2vscale.training.run import empty_model
 
 DECAY = 0.9
 """Of the EMA teacher."""

@@ -15,9 +15,10 @@ from w2vscale.config import load_config
 from w2vscale.data.indexed import MicroBatches
 from w2vscale.files import read_metrics
 from w2vscale.objectives import StepContext, build_objective
+from w2vscale.objectives.base import initial_state
 from w2vscale.optim.adamw import parameter_groups
 from w2vscale.optim.schedules import learning_rate
-from w2vscale.training.run import initial_state, open_training_set
+from w2vscale.training.run import open_training_set
 from w2vscale.training.train import train
 
 UPDATES, WARMUP, PEAK = 20, 8, 2e-3

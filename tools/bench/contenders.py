@@ -26,9 +26,9 @@ from w2vscale.errors import UserError
 from w2vscale.interop.huggingface import huggingface_config, to_huggingface
 from w2vscale.interop.torchaudio import to_torchaudio, torchaudio_arguments
 from w2vscale.objectives import build_objective
+from w2vscale.objectives.base import empty_model, initial_state
 from w2vscale.objectives.contrastive import Contrastive
 from w2vscale.planning.operations import MISCOUNTED
-from w2vscale.training.run import empty_model, initial_state
 
 LR = 1e-5
 MATRIX_SECONDS = 5.0

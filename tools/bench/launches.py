@@ -34,7 +34,7 @@ from w2vscale.kernels import packed_attention
 from w2vscale.kernels.table import KERNELS, Kernel
 from w2vscale.models.layers import weights_cast_once
 from w2vscale.objectives import StepContext, build_objective
-from w2vscale.training.run import empty_model
+from w2vscale.objectives.base import empty_model
 
 META = torch.device("meta")
 

@@ -27,7 +27,7 @@ from tools.bench.script import run_script
 from w2vscale.config import load_config
 from w2vscale.distributed.process_group import process_group
 from w2vscale.engine.deepspeed.config import import_deepspeed
-from w2vscale.training.run import empty_model
+from w2vscale.objectives.base import empty_model
 
 SMALL = 64  # bytes
 

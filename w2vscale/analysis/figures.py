@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from w2vscale.analysis.probing import Cooccurrence
+    from w2vscale.analysis.codes import Cooccurrence
 
 FORMATS = ("jpg", "pdf", "png", "svg")  # matplotlib knows more, but runs LaTeX for one of them
 MAX_CLASSES = 40  # rows of a map; classes with the fewest frames are left out
@@ -50,12 +50,17 @@ def add_grid(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_layers(error_rates: Mapping[int, float], output: Path) -> None:
-    """Draw the label error rate of the probe of each layer."""
+def draw_layers(error_rates: Mapping[str, Mapping[int, float]], output: Path, *, log_mel: float | None = None) -> None:
+    """Draw the label error rates of the probes of each layer: a curve per model, and a line for log-mel features."""
     figure = new_figure(width=7, height=3.5)
     axes = figure.subplots()
-    axes.plot(list(error_rates), list(error_rates.values()), marker="o", linewidth=1.3, markersize=4)
-    axes.set_xticks(list(error_rates))
+    for name, of_layers in error_rates.items():
+        layers = list(of_layers)
+        axes.plot(layers, list(of_layers.values()), marker="o", linewidth=1.3, markersize=4, label=plain(name))
+        axes.set_xticks(layers)
+    if log_mel is not None:
+        axes.axhline(log_mel, color="gray", linestyle="--", linewidth=1.0, label="log-mel features")
+        axes.legend(frameon=False, fontsize="small")
     axes.set_xlabel("layer (0: input of the first block)")
     axes.set_ylabel("label error rate of a linear probe")
     add_grid(axes)

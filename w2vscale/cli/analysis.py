@@ -37,6 +37,9 @@ def probe(
         str, typer.Option(help="letters (A to Z, apostrophe, space), or a file with one symbol per line.")
     ] = "letters",
     weights: Weights = None,
+    baselines: Annotated[
+        bool, typer.Option(help="Also probe log-mel features, and the same layers with random weights.")
+    ] = True,
 ) -> None:
     """Train a linear CTC probe on each layer and measure what the codes encode.
 
@@ -46,6 +49,7 @@ def probe(
     from w2vscale.analysis import probing
     from w2vscale.analysis.figures import draw_codes, draw_layers
     from w2vscale.data.vocabulary import read_vocabulary
+    from w2vscale.evaluation.bootstrap import describe_reduction
     from w2vscale.files import write_text
     from w2vscale.inference.pretrained import load
 
@@ -56,14 +60,24 @@ def probe(
             train,
             test,
             layers=layer,
+            baselines=baselines,
             vocabulary=symbols,
             updates=updates,
             progress=progress,
             log=console.print,
         )
-    rates = found.error_rates.items()
-    marks = {found.best_layer: " best"}
-    print_table(("layer", "label error rate"), [(f"{n}", f"{rate:.2%}{marks.get(n, '     ')}") for n, rate in rates])
+    rates = {"trained": {layer: one.rate for layer, one in found.layers.items()}}
+    log_mel = None
+    if found.baselines is not None:
+        rates["random weights"] = {layer: one.rate for layer, one in found.baselines.random.items()}
+        log_mel = found.baselines.log_mel.rate
+    rows = [(f"{layer}", *(_marked(of_layers, layer) for of_layers in rates.values())) for layer in found.layers]
+    print_table(("layer", *(f"label error rate, {name}" for name in rates)), rows)
+    if log_mel is not None:
+        console.print(f"log-mel features: label error rate {log_mel:.2%}")
+    for name, reduction in found.reductions().items():
+        against = {"log_mel": "log-mel features", "random": "the best layer with random weights"}[name]
+        console.print(f"layer {found.best_layer} against {against}: {describe_reduction('label errors', *reduction)}")
     for number, (letters, speakers) in enumerate(zip(found.letters, found.speakers, strict=True)):
         console.print(
             f"codebook {number}: normalised mutual information with letters {letters.information:.1%} "
@@ -72,7 +86,7 @@ def probe(
         )
     document = {"checkpoint": str(checkpoint), **found.metrics()}
     write_text(output / "probe.json", json.dumps(document, indent=2) + "\n")
-    draw_layers(found.error_rates, output / "layers.png")
+    draw_layers(rates, output / "layers.png", log_mel=log_mel)
     for codebooks, title in ((found.letters, "letter"), (found.speakers, "speaker")):
         if codebooks:
             draw_codes(codebooks, output / f"codes_{title}s.png", title=title)
@@ -82,6 +96,10 @@ def probe(
         f"{found.train_utterances:,} training utterances, {found.test_utterances:,} test utterances, "
         f"{len(found.bad):,} skipped; plots: {output}"
     )
+
+
+def _marked(rates: dict[int, float], layer: int) -> str:
+    return f"{rates[layer]:.2%}{' best' if layer == min(rates, key=rates.__getitem__) else '     '}"
 
 
 def report(

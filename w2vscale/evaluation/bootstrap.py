@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,17 @@ def relative_reduction(
 
     low, high = np.percentile(reduction(_bootstrap(len(ours))), [2.5, 97.5], method="nearest")
     return float(reduction(slice(None))), float(low), float(high)
+
+
+def describe_reduction(name: str, value: float, low: float, high: float) -> str:
+    """Format a relative reduction of the error rate `name` and its interval."""
+    if value >= 0.0:
+        return f"{name} lower by {value:.1%} (95 %: {_bound(low)} to {_bound(high)})"
+    return f"{name} higher by {-value:.1%} (95 %: {_bound(0.0 - high)} to {_bound(0.0 - low)})"
+
+
+def _bound(share: float) -> str:
+    return f"{share:.1%}" if math.isfinite(share) else "no bound"
 
 
 def _bootstrap(utterances: int) -> NDArray[np.int64]:

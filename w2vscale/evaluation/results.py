@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import permutations
@@ -15,7 +14,7 @@ from typing_extensions import TypedDict
 
 from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.errors import UserError, refused_value
-from w2vscale.evaluation.bootstrap import relative_reduction
+from w2vscale.evaluation.bootstrap import describe_reduction, relative_reduction
 from w2vscale.files import nearest_path, regular
 from w2vscale.interop.model_card import ErrorRates
 
@@ -219,11 +218,7 @@ def _comparison(result: Result, baseline: Result) -> str:
         if not any(errors for errors, _ in theirs.values()):
             parts.append(f"{name} not comparable (the baseline makes no errors)")
             continue
-        value, low, high = relative_reduction(ours, theirs)
-        if value >= 0.0:
-            parts.append(f"{name} lower by {value:.1%} (95 %: {_bound(low)} to {_bound(high)})")
-        else:
-            parts.append(f"{name} higher by {-value:.1%} (95 %: {_bound(0.0 - high)} to {_bound(0.0 - low)})")
+        parts.append(describe_reduction(name, *relative_reduction(ours, theirs)))
     return (
         f"- `{result.run}` against `{baseline.run}` on {', '.join(result.metrics['cuts'])}, "
         f"{result.metrics['decoding']}: {', '.join(parts)}, relative."
@@ -236,7 +231,3 @@ def _errors(result: Result, unit: str) -> dict[str, tuple[float, int]]:
         utterance["utterance"]: (sum(utterance[unit][kind] for kind in EDITS), utterance[unit]["reference"])
         for utterance in result.metrics["utterances"]
     }
-
-
-def _bound(share: float) -> str:
-    return f"{share:.1%}" if math.isfinite(share) else "no bound"

@@ -206,6 +206,13 @@ class Pretrained:
                 raise UserError(f"layer {layer}: the model has layers 0 to {last}")
         return resolved
 
+    def blocks(self, audio: Audio) -> Iterator[Samples]:
+        """Read an audio, resampled to the sampling rate of the model."""
+        for block in resampled(audio.blocks(), audio.sampling_rate, self.config.model.sampling_rate):
+            if not np.isfinite(block).all():
+                raise AudioError("not finite", "contains samples that are not finite")
+            yield block
+
     def frames(self, audio: Audio) -> int:
         """The number of frames of an audio; 0 if it is too short."""
         return output_frames(self._samples(audio), self.config.model)
@@ -285,10 +292,10 @@ class Pretrained:
         chunks = split_into_chunks(frames, chunk_frames=chunk_frames, overlap_frames=overlap_frames)
         mean, deviation = 0.0, 1.0
         if config.normalize_waveform:
-            mean, deviation = _mean_and_deviation(self._blocks(audio), config.waveform_eps)
+            mean, deviation = _mean_and_deviation(self.blocks(audio), config.waveform_eps)
 
         def normalised() -> Iterator[Samples]:
-            return (((block - mean) / deviation).astype(np.float32) for block in self._blocks(audio))
+            return (((block - mean) / deviation).astype(np.float32) for block in self.blocks(audio))
 
         statistics = None
         if len(chunks) > 1 and config.conv_norm == "group":
@@ -306,13 +313,6 @@ class Pretrained:
     def _samples(self, audio: Audio) -> int:
         """The length of an audio in samples, at the sampling rate of the model."""
         return -(-audio.samples * self.config.model.sampling_rate // audio.sampling_rate)
-
-    def _blocks(self, audio: Audio) -> Iterator[Samples]:
-        """Read an audio, resampled to the sampling rate of the model."""
-        for block in resampled(audio.blocks(), audio.sampling_rate, self.config.model.sampling_rate):
-            if not np.isfinite(block).all():
-                raise AudioError("not finite", "contains samples that are not finite")
-            yield block
 
     def _encode(self, parts: Sequence[Part], layers: Sequence[int]) -> EncoderOutput:
         """Run the encoder on a batch of chunks, up to the highest requested layer."""

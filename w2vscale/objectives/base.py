@@ -6,8 +6,9 @@ Engine, loader, loop, evaluation, export and report use only this interface and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from w2vscale.config import Config, HealthConfig, ModelConfig, RegularizationCon
 from w2vscale.data.inputs import Inputs, Utterance
 from w2vscale.data.randomness import Generators, Stream, derived_seed, generator
 from w2vscale.errors import UserError
+from w2vscale.models.initialisation import empty_parameters, initial_values
 from w2vscale.models.wav2vec2 import EncoderOutput
 from w2vscale.objectives.details import Details
 from w2vscale.objectives.settings import ObjectiveSettings
@@ -273,3 +275,15 @@ class Objective(ABC):
     def transformers_head(self) -> TransformersHead:
         """Return the Transformers names for the heads. By default, only the encoder is exported."""
         return TransformersHead()
+
+
+def empty_model(objective: Objective) -> Any:
+    """Build the model without allocating memory for its parameters."""
+    with empty_parameters():
+        return objective.build_model()
+
+
+def initial_state(objective: Objective, seed: int, *, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Yield the initial values of parameters and buffers; the same for any engine and number of processes."""
+    seed_of = partial(derived_seed, seed, Stream.INITIALISATION)
+    return initial_values(empty_model(objective), seed_of, without=without)

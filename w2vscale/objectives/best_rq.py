@@ -181,13 +181,17 @@ class Wav2Vec2ForBestRq(nn.Module):
     @torch.no_grad()
     def features(self, audio: AudioBatch) -> Tensor:
         """Compute log-mel features [B, T, J]. Over an utterance, each dimension has mean 0 and variance 1."""
-        frames = audio.mask_BT.shape[1]
-        valid_BT1 = valid_mask(audio.frames_B, frames).unsqueeze(2)
-        count_B11 = audio.frames_B.view(-1, 1, 1)
-        features_BTJ = self.log_mel(audio.waveforms_BS, frames) * valid_BT1
-        centred_BTJ = (features_BTJ - features_BTJ.sum(dim=1, keepdim=True) / count_B11) * valid_BT1
-        variance_B1J = centred_BTJ.square().sum(dim=1, keepdim=True) / count_B11
-        return centred_BTJ * (variance_B1J + EPSILON).rsqrt()
+        return normalised(self.log_mel(audio.waveforms_BS, audio.mask_BT.shape[1]), audio.frames_B)
+
+
+def normalised(features_BTJ: Tensor, frames_B: Tensor) -> Tensor:
+    """Give each dimension mean 0 and variance 1 over the frames of an utterance; the frames after it become zero."""
+    valid_BT1 = valid_mask(frames_B, features_BTJ.shape[1]).unsqueeze(2)
+    count_B11 = frames_B.view(-1, 1, 1)
+    features_BTJ = features_BTJ * valid_BT1
+    centred_BTJ = (features_BTJ - features_BTJ.sum(dim=1, keepdim=True) / count_B11) * valid_BT1
+    variance_B1J = centred_BTJ.square().sum(dim=1, keepdim=True) / count_B11
+    return centred_BTJ * (variance_B1J + EPSILON).rsqrt()
 
 
 class BestRq(Objective):

@@ -16,10 +16,11 @@ from w2vscale.engine import build_engine
 from w2vscale.engine.memory import explain_oom
 from w2vscale.hardware import memory_used
 from w2vscale.objectives import StepContext, resolve
+from w2vscale.objectives.base import empty_model, initial_state
 from w2vscale.planning.exposure import Exposure, exposure, unusual_epochs
 from w2vscale.training.calibration import forward_size
 from w2vscale.training.planning import corpus_of, predicted_peak
-from w2vscale.training.run import empty_model, initial_state, log_advice, log_targets, open_data
+from w2vscale.training.run import log_advice, log_targets, open_data
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from w2vscale.checkpoint.format import TrainState, committed
 from w2vscale.checkpoint.lazy import LazyReader, LazyTensor
@@ -24,7 +21,6 @@ from w2vscale.data.indexed import MicroBatches, check_sample, make_plan, validat
 from w2vscale.data.loading import TrainingData
 from w2vscale.data.manifest import Corpus
 from w2vscale.data.micro_batch import MicroBatch
-from w2vscale.data.randomness import Stream, derived_seed
 from w2vscale.data.shard_index import BAD_SHARDS
 from w2vscale.data.stream import open_stream
 from w2vscale.distributed.process_group import Patience, Ranks, errors_on_all_ranks
@@ -33,9 +29,9 @@ from w2vscale.engine.transforms import missing_for_compilation
 from w2vscale.errors import UserError, counted
 from w2vscale.files import nearest_path
 from w2vscale.kernels.precision import CPU_HAS_BF16
-from w2vscale.models.initialisation import empty_parameters, initial_values
 from w2vscale.models.lengths import input_samples
 from w2vscale.objectives import Objective, effective, resolve
+from w2vscale.objectives.base import empty_model, initial_state
 from w2vscale.optim.canonical import Specs, expected_tensors, model_shapes
 from w2vscale.storage.urls import Url, place
 from w2vscale.training.agreement import common_ground, compare_ranks, planned_work
@@ -257,18 +253,6 @@ def log_targets(training_set: TrainingData, objective: Objective, ranks: Ranks, 
                 raise UserError(f"{what}: {error}") from None
             for line in lines:
                 log(f"{what}: {line}")
-
-
-def empty_model(objective: Objective) -> Any:
-    """Build the model without allocating memory for its parameters."""
-    with empty_parameters():
-        return objective.build_model()
-
-
-def initial_state(objective: Objective, seed: int, *, without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Yield the initial values of parameters and buffers; the same for any engine and number of processes."""
-    seed_of = partial(derived_seed, seed, Stream.INITIALISATION)
-    return initial_values(empty_model(objective), seed_of, without=without)
 
 
 def open_data(config: Config, objective: Objective, ranks: Ranks) -> tuple[TrainingData, MicroBatches | None]:

@@ -17,9 +17,10 @@ from w2vscale.data.loading import TrainingData
 from w2vscale.distributed.process_group import gather_from_ranks
 from w2vscale.errors import counted
 from w2vscale.hardware import device_name
+from w2vscale.objectives.base import empty_model
 from w2vscale.planning.exposure import Exposure, exposure
 from w2vscale.training.planning import corpus_of
-from w2vscale.training.run import Run, empty_model
+from w2vscale.training.run import Run
 from w2vscale.version import __version__
 
 LARGE_CORPUS = 1_000_000

@@ -24,9 +24,9 @@ from w2vscale.models.layers import weights_cast_once
 from w2vscale.models.lengths import output_frames
 from w2vscale.models.wav2vec2 import FeatureEncoder
 from w2vscale.objectives import build_objective
+from w2vscale.objectives.base import empty_model
 from w2vscale.objectives.quantizer import diversity_loss
 from w2vscale.optim.adamw import allocate_state, clip_and_step, make_adamw, parameter_groups
-from w2vscale.training.run import empty_model
 
 MICRO_BATCHES = 8
 """Micro-batches of a forward."""
