@@ -110,6 +110,65 @@ def test_a_run_is_compared_with_all_its_baselines(tmp_path: Path) -> None:
     assert page.count("against") == 2
 
 
+def test_other_baselines_can_be_named(tmp_path: Path) -> None:
+    texts = {"a": ["one two three four"] * 2, "b": ["one two three"] * 2, "scratch": ["one", "one two"]}
+    paths = [str(write_score(tmp_path / name, said)) for name, said in texts.items()]
+    command = ["results", *paths, "-o", str(tmp_path / "RESULTS.md"), "--baseline"]
+    page = CliRunner().invoke(app, [*command, "scratch"]).output
+    assert "`a` against `scratch`" in page and "`b` against `scratch`" in page and page.count("against") == 2
+    refused = CliRunner().invoke(app, [*command, "scrach"]).exception
+    assert str(refused) == "--baseline scrach: none of the files has error rates of a run of this name"
+
+
+def write_probe(folder: Path, errors: dict[str, int], *, utterances: int = 30) -> Path:
+    """The file of a probe of the model `folder` in which every utterance of 10 labels has the same errors."""
+    rates = {key: count / 10 for key, count in errors.items()}
+    layers, random = (
+        {key.removeprefix("random_"): rate for key, rate in rates.items() if key.startswith("random_") == wanted}
+        for wanted in (False, True)
+    )
+    mel = layers.pop("log_mel")
+    document = {
+        "checkpoint": str(folder),
+        "label_error_rate": layers,
+        "best_layer": int(min(layers, key=lambda layer: layers[layer])),
+        "log_mel": mel,
+        "random": {"label_error_rate": random, "best_layer": int(min(random, key=lambda layer: random[layer]))},
+        "utterances": [{"utterance": f"u{n}", "labels": 10, "errors": errors} for n in range(utterances)],
+    }
+    (folder / "probe").mkdir(parents=True)
+    path = folder / "probe" / "probe.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_probes_are_compared_with_their_baselines_and_each_other(tmp_path: Path) -> None:
+    one = write_probe(tmp_path / "one", {"0": 7, "1": 5, "log_mel": 8, "random_0": 10, "random_1": 10})
+    two = write_probe(tmp_path / "two", {"0": 6, "1": 4, "log_mel": 8, "random_0": 9, "random_1": 10})
+    page = results_page(read_results([one, two]), "Trial")
+    assert "| label errors of a linear probe | layer 0 | layer 1 |" in page
+    assert "| one | 70.0% | **50.0%** |" in page and "| two, random weights | **90.0%** | 100.0% |" in page
+    assert page.count("| log-mel features | **80.0%** |  |") == 1
+    interval = "lower by 37.5% (95 %: 37.5% to 37.5%), relative."
+    assert f"- `one`, layer 1, against log-mel features: label errors {interval}" in page
+    assert "- `two`, layer 1, against random weights, layer 0: label errors lower by 55.6%" in page
+    assert "- `one`, layer 1, against `two`, layer 1: label errors higher by 25.0%" in page
+    other = write_probe(tmp_path / "other", {"0": 1, "log_mel": 1, "random_0": 1}, utterances=20)
+    assert "against `other`" not in results_page(read_results([one, other]), "Trial")
+
+
+def test_a_probe_that_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
+    path = write_probe(tmp_path / "one", {"0": 7, "log_mel": 8, "random_0": 10})
+    document = json.loads(path.read_text())
+    document["utterances"][3]["errors"].pop("log_mel")
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"probe.json: utterance u3: the errors of log_mel are missing"):
+        read_results([path])
+    path.write_text(json.dumps(document | {"label_error_rate": {"first": 0.5}}))
+    with pytest.raises(UserError, match="not written by w2vscale probe"):
+        read_results([path])
+
+
 def test_a_baseline_without_errors_is_not_comparable(tmp_path: Path) -> None:
     ours = write_score(tmp_path / "tiny_1h", ["one two three"])
     baseline = write_score(tmp_path / "tiny_1h_scratch", ["one two three four"])

@@ -151,19 +151,33 @@ def _evaluate_wer(
 
 def results(
     metrics: Annotated[
-        list[Path], typer.Argument(metavar="METRICS.json...", help="Files written by w2vscale evaluate --output.")
+        list[Path],
+        typer.Argument(metavar="METRICS.json...", help="Files written by w2vscale evaluate --output, or probe.json."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE.md", help="The Markdown file to write.")
     ] = Path("RESULTS.md"),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Results",
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compare the error rates of all other runs with those of this run; repeatable.",
+            show_default="NAME_scratch and NAME_imported, for the run NAME",
+        ),
+    ] = None,
 ) -> None:
-    """Write a table of several evaluations, and compare each run NAME with its baselines.
+    """Write tables of several evaluations, and compare error rates with those of baselines by paired bootstrap.
 
-    Baselines are NAME_scratch, trained from random weights, and NAME_imported, fine-tuned from an imported model.
+    By default, the run NAME is compared with NAME_scratch, trained from random weights, and NAME_imported, fine-tuned
+    from an imported model. Probes are compared with their own baselines, and with each other.
     """
     from w2vscale.evaluation.results import read_results, results_page
 
-    page = results_page(read_results(metrics), title)
+    found = read_results(metrics)
+    for name in baseline or ():
+        if name not in {result.run for result in found if "wer" in result.metrics}:
+            raise UserError(f"--baseline {name}: none of the files has error rates of a run of this name")
+    page = results_page(found, title, baseline or ())
     write_text(output, page)
     console.print(page)

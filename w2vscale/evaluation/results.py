@@ -1,4 +1,4 @@
-"""Tables of results from the JSON files that `w2vscale evaluate --output` writes."""
+"""Tables of results from the JSON files that `w2vscale evaluate --output` and `w2vscale probe` write."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ BASELINES = ("_scratch", "_imported")  # the run NAME is compared with the runs 
 EDITS = ("substitutions", "deletions", "insertions")
 Number = Annotated[float, Field(ge=0.0, le=1e15)]
 Count = Annotated[int, Field(ge=0, le=10**15)]
+Layer = Annotated[str, Field(pattern=r"^\d{1,4}$")]
 
 
 class _Evaluation(TypedDict):
@@ -62,15 +63,35 @@ class _Score(TypedDict):
     bad: NotRequired[list[Any]]
 
 
+class _ProbedUtterance(TypedDict):
+    utterance: str
+    labels: Count
+    errors: dict[str, Count]
+
+
+class _RandomWeights(TypedDict):
+    label_error_rate: Annotated[dict[Layer, Number], Field(min_length=1)]
+    best_layer: Count
+
+
+class _Probe(TypedDict):
+    checkpoint: str
+    label_error_rate: Annotated[dict[Layer, Number], Field(min_length=1)]
+    best_layer: Count
+    log_mel: NotRequired[Number]
+    random: NotRequired[_RandomWeights]
+    utterances: Annotated[list[_ProbedUtterance], Field(min_length=1)]
+
+
 class Result(NamedTuple):
-    """The metrics of one evaluation; `run` is the name of the folder that holds the file."""
+    """The metrics of one evaluation; `run` is the name of the folder that holds the file, or of the probed model."""
 
     run: str
     metrics: dict[str, Any]
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
-    """Read the output files of `w2vscale evaluate`. Raises UserError if one cannot be read or is something else."""
+    """Read files of `w2vscale evaluate` and `probe`. Raises UserError if one cannot be read or is something else."""
     return [_result(path, _read_json(path)) for path in paths]
 
 
@@ -105,12 +126,31 @@ def _read_json(path: Path) -> Any:
 
 
 def _result(path: Path, document: Any) -> Result:
-    kind = _Score if isinstance(document, dict) and "wer" in document else _Evaluation
+    keys = document.keys() if isinstance(document, dict) else ()
+    kind = _Score if "wer" in keys else _Probe if "label_error_rate" in keys else _Evaluation
     try:
         TypeAdapter(kind).validate_python(document, strict=True)
     except ValidationError as error:
-        raise UserError(f"{path}: not written by w2vscale evaluate --output: {refused_value(error)}") from None
-    return Result(path.resolve().parent.name, document)
+        command = "w2vscale probe" if kind is _Probe else "w2vscale evaluate --output"
+        raise UserError(f"{path}: not written by {command}: {refused_value(error)}") from None
+    if kind is not _Probe:
+        return Result(path.resolve().parent.name, document)
+    needed = {key for key, _ in _compared(document)}
+    for one in document["utterances"]:
+        if missing := needed - one["errors"].keys():
+            raise UserError(f"{path}: utterance {one['utterance']}: the errors of {min(missing)} are missing")
+    return Result(Path(document["checkpoint"]).name, document)
+
+
+def _compared(probe: dict[str, Any]) -> list[tuple[str, str]]:
+    """The best layer of a probed model and its baselines: the key of its errors, and its name."""
+    keys = [(str(probe["best_layer"]), f"layer {probe['best_layer']}")]
+    if "log_mel" in probe:
+        keys.append(("log_mel", "log-mel features"))
+    if "random" in probe:
+        best = probe["random"]["best_layer"]
+        keys.append((f"random_{best}", f"random weights, layer {best}"))
+    return keys
 
 
 def error_rates_of(
@@ -166,13 +206,16 @@ def _error_rates(result: Result) -> ErrorRates:
     )
 
 
-def results_page(results: Sequence[Result], title: str) -> str:
-    """Format results as Markdown: pretraining metrics, error rates, and the comparison of each run with its baselines.
+def results_page(results: Sequence[Result], title: str, baselines: Sequence[str] = ()) -> str:
+    """Format results as Markdown: pretraining metrics, probes, error rates, and comparisons with baselines.
 
-    Only evaluations with the same manifests and decoding are compared.
+    A probe is compared with its baselines and with other probes. An error rate is compared with those of the runs that
+    `baselines` names or, by default, with those of NAME_scratch and NAME_imported. Only evaluations with the same
+    manifests and decoding are compared.
     """
-    evaluations = [result for result in results if "wer" not in result.metrics]
+    probes = [result for result in results if "label_error_rate" in result.metrics]
     scores = [result for result in results if "wer" in result.metrics]
+    evaluations = [result for result in results if "table" in result.metrics]
     names = list(dict.fromkeys(name for result in evaluations for name in result.metrics["table"]))
     lines = [f"# {title}", ""]
     lines += _table(
@@ -182,6 +225,7 @@ def results_page(results: Sequence[Result], title: str) -> str:
             for run, found in evaluations
         ],
     )
+    lines += _probe_table(probes) + _probe_comparisons(probes)
     lines += _table(
         ("fine-tuned", "test set", "decoding", "WER (95 %)", "CER (95 %)"),
         [
@@ -197,9 +241,54 @@ def results_page(results: Sequence[Result], title: str) -> str:
     )
     for result, other in permutations(scores, 2):
         comparable = all(result.metrics[key] == other.metrics[key] for key in ("cuts", "decoding"))
-        if comparable and other.run in [result.run + suffix for suffix in BASELINES]:
+        named = baselines or [result.run + suffix for suffix in BASELINES]
+        if comparable and other.run in named and result.run not in baselines:
             lines.append(_comparison(result, other))
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _probe_table(probes: Sequence[Result]) -> list[str]:
+    """A row of label error rates for each model and each baseline; the lowest of a row is bold."""
+    rows: dict[str, dict[str, float]] = {}
+    for run, found in probes:
+        rows[run] = found["label_error_rate"]
+        if "random" in found:
+            rows[f"{run}, random weights"] = found["random"]["label_error_rate"]
+    layers = sorted({layer for rates in rows.values() for layer in rates}, key=int)
+    for _, found in probes:
+        if "log_mel" in found:
+            rows["log-mel features"] = {layers[0]: found["log_mel"]}  # the same for all models
+
+    def cell(rates: dict[str, float], layer: str) -> str:
+        if layer not in rates:
+            return ""
+        return f"**{rates[layer]:.1%}**" if rates[layer] == min(rates.values()) else f"{rates[layer]:.1%}"
+
+    return _table(
+        ("label errors of a linear probe", *(f"layer {layer}" for layer in layers)),
+        [(name, *(cell(rates, layer) for layer in layers)) for name, rates in rows.items()],
+    )
+
+
+def _probe_comparisons(probes: Sequence[Result]) -> list[str]:
+    lines = []
+    for run, found in probes:
+        (key, layer), *baselines = _compared(found)
+        others = [(name, _probe_errors(found, of_baseline)) for of_baseline, name in baselines]
+        for other, theirs in probes:
+            their_key, their_layer = _compared(theirs)[0]
+            if other != run:
+                others.append((f"`{other}`, {their_layer}", _probe_errors(theirs, their_key)))
+        for name, errors in others:
+            with suppress(UserError):  # another test set
+                reduction = describe_reduction("label errors", *relative_reduction(_probe_errors(found, key), errors))
+                lines.append(f"- `{run}`, {layer}, against {name}: {reduction}, relative.")
+    return [*lines, ""] if lines else []
+
+
+def _probe_errors(probe: dict[str, Any], key: str) -> dict[str, tuple[float, int]]:
+    """The number of errors of one probe, and of labels, in each utterance."""
+    return {one["utterance"]: (one["errors"][key], one["labels"]) for one in probe["utterances"]}
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Measures what pretraining learns, and whether it is worth it. Pretrains `tiny` with wav2vec 2.0 and with BEST-RQ, with
+# the same updates of the same speech. Then, on other speakers: a linear probe of every layer against log-mel features
+# and random weights; fine-tuning on 31 and 10 minutes with transcripts against training from scratch, also with three
+# times the updates. Writes one page of tables with 95 % intervals.
+#
+#   bash recipes/evidence/run.sh                                       downloads mini LibriSpeech; 2 hours on two cores
+#   bash recipes/evidence/run.sh --quick true                          the same with fewer updates: at most 15 minutes
+#   bash recipes/evidence/run.sh --corpus DIR --audio DIR              pretrains on the speech in --audio
+#   bash recipes/evidence/run.sh --exp exp/short objective.mask_length=5     settings of pretraining follow the options
+#
+# Finished stages are skipped. Another corpus or other settings are refused: choose another --data or --exp for them.
+set -euo pipefail
+
+stage=0                          # first stage to run
+stop_stage=9                     # last stage to run
+corpus=                          # folder with train-clean-5 and dev-clean-2 (default: download it)
+audio=                           # folder of speech for pretraining, instead of train-clean-5
+data=                            # folder for downloads and manifests (default: data/ beside this script)
+exp=                             # folder for all runs (default: exp/full or exp/quick beside this script)
+quick=false                      # run fewer updates
+objectives="wav2vec2 best_rq"    # objectives of pretraining: names of settings in conf/
+updates=                         # updates of pretraining (default: 8000, or 400 with --quick true)
+probe_updates=                   # updates of each probe (default: 500, or 100 with --quick true)
+minutes="31 10"                  # amounts of transcribed speech for fine-tuning, in minutes
+finetune_updates=                # updates of fine-tuning (default: 1000, or 100 with --quick true)
+finetune_settings=               # SECTION.KEY=VALUE, separated by spaces, to override settings of conf/finetune.yaml
+jobs=2                           # parallel jobs for data preparation
+nproc=1                          # processes for training and decoding
+launcher=local                   # local, torchrun, slurm or deepspeed: see cmd.sh and docs/launching.md
+print_command=false              # print the commands that would start processes, and run nothing
+
+. "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/../utils/log.sh"
+if $quick; then
+  : "${updates:=400}" "${probe_updates:=100}" "${finetune_updates:=100}"
+  exp=${exp:-$here/exp/quick}
+fi
+: "${updates:=8000}" "${probe_updates:=500}" "${finetune_updates:=1000}"
+data=$(absolute "${data:-$here/data}")
+exp=$(absolute "${exp:-$here/exp/full}")
+corpus=$(given --corpus "$corpus")
+audio=$(given --audio "$audio")
+. "$here/../utils/librispeech.sh"
+if [[ -n $corpus && ! -s $data/manifests/.prepare.done ]] && in_range 1; then
+  need_parts "$corpus" train-clean-5 dev-clean-2
+fi
+. "$here/path.sh"
+. "$here/cmd.sh"
+. "$here/../utils/stages.sh"
+
+manifests=$data/manifests
+transcribed=$manifests/cuts_train-clean-5.jsonl
+held_out=$manifests/cuts_dev-clean-2.jsonl
+test_cuts=("$held_out")
+train_cuts=("$transcribed")
+if [[ -n $audio ]]; then train_cuts=("$manifests/audio/cuts_train.jsonl"); fi
+lm=$manifests/3-gram.arpa
+
+prepare() {
+  w2vscale data prepare mini_librispeech "$corpus" "$manifests" --jobs "$jobs"
+  w2vscale data validate "$transcribed" "$held_out"
+  if [[ -n $audio ]]; then w2vscale data prepare folder "$audio" "$manifests/audio" --jobs "$jobs"; fi
+}
+index() {
+  w2vscale data index "$transcribed" "$held_out" "${train_cuts[@]}"
+  w2vscale data stats "${train_cuts[@]}" --config "$here/conf/wav2vec2.yaml"
+}
+# labels_of MINUTES prints the manifest of this amount of transcribed speech.
+labels_of() { echo "$manifests/cuts_$1min.jsonl"; }
+choose_labels() {
+  local train_cuts=("$transcribed") amount
+  for amount in $minutes; do subset "$(labels_of "$amount")" --hours "$(hours "$amount")" --balanced-speakers; done
+  python "$here/local/ngram.py" "$lm" "$transcribed"
+}
+# pretrain_with OBJECTIVE [SETTING…]
+pretrain_with() {
+  local exp=$exp/$1
+  pretrain "$here/conf/$1.yaml" trainer.updates="$updates" "${@:2}"
+}
+evaluate_and_probe() {
+  local run most=${minutes%% *}
+  for run in "${pretrained[@]}"; do
+    evaluate_on_held_out "$run" "$run/evaluation.json"
+    w2vscale probe "$run" --train "$(labels_of "$most")" --test "$held_out" --updates "$probe_updates" -o "$run/probe"
+  done
+  w2vscale report "${pretrained[@]}" -o "$exp/pretraining.html"
+}
+# fine_tune_one RUN UPDATES OPTION… fine-tunes in the folder RUN, on $labels.
+fine_tune_one() {
+  local settings
+  read -ra settings <<<"$finetune_settings"
+  on_ranks finetune "$here/conf/finetune.yaml" data.train="$labels" data.validation="$held_out" \
+    trainer.updates="$2" "${settings[@]}" --exp "$1" "${@:3}"
+}
+# One page: pretraining and probes, then a table for each amount of transcribed speech.
+write_tables() {
+  local amount page
+  w2vscale results "${pretrained[@]/%//evaluation.json}" "${pretrained[@]/%//probe/probe.json}" \
+    --output "$exp/RESULTS.md" --title "Evidence"
+  for amount in $minutes; do
+    page=$exp/${amount}min/RESULTS.md
+    w2vscale results "$exp/${amount}min"/*/wer_*.json --baseline scratch --baseline scratch_x3 \
+      --output "$page" --title "$amount minutes with transcripts"
+    { echo && sed 's/^# /## /' "$page"; } >>"$exp/RESULTS.md"
+  done
+  w2vscale report "${runs[@]}" -o "$exp/finetuning.html"
+}
+
+if [[ -z $corpus ]]; then
+  corpus=$data/LibriSpeech
+  run_stage 0 "download mini LibriSpeech" "$corpus" download_librispeech "$data" mini
+fi
+run_stage 1 "write and validate Lhotse manifests" "$manifests" --options "corpus audio" prepare
+run_stage 2 "index them for O(1) access" "$manifests" --reads "transcribed held_out train_cuts" index
+run_stage 3 "choose ${minutes// / and } minutes of transcribed speech, and estimate a 3-gram" "$manifests" \
+  --options "minutes" --reads "transcribed" choose_labels
+pretrained=()
+for objective in $objectives; do
+  train_stage 4 "pretrain with $objective" "$exp/$objective" --options "updates" --reads "train_cuts held_out" \
+    pretrain_with "$objective" "$@"
+  pretrained+=("$exp/$objective")
+done
+run_stage 5 "evaluate on other speakers, and probe every layer" "$exp" \
+  --options "probe_updates minutes" --reads "pretrained held_out" evaluate_and_probe
+runs=()
+for amount in $minutes; do
+  # shellcheck disable=SC2034 # --reads names it
+  labels=$(labels_of "$amount")
+  tuned=()
+  for source in "${pretrained[@]}"; do
+    run=$exp/${amount}min/${source##*/}
+    train_stage 7 "fine-tune ${source##*/} on $amount minutes" "$run" --options "finetune_updates finetune_settings" \
+      --reads "source labels held_out" fine_tune_one "$run" "$finetune_updates" trainer.init_from="$source"
+    tuned+=("$run")
+  done
+  for times in 1 3; do
+    run=$exp/${amount}min/scratch
+    if ((times > 1)); then run+=_x$times; fi
+    train_stage 7 "train from scratch on $amount minutes, $times times the updates" "$run" \
+      --options "finetune_updates finetune_settings" --reads "labels held_out" \
+      fine_tune_one "$run" $((times * finetune_updates)) trainer.init_from="${pretrained[0]}" --scratch
+    tuned+=("$run")
+  done
+  run_stage 8 "decode what was trained on $amount minutes" "${tuned[0]}" --reads "tuned test_cuts" --ranks decode
+  run_stage 8 "decode it with the 3-gram" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" --ranks decode_with_lm
+  runs+=("${tuned[@]}")
+done
+run_stage 9 "write the tables" "$exp" --reads "pretrained runs" write_tables
+made "manifests" "$manifests" "pretraining" "$exp/pretraining.html" "fine-tuning" "$exp/finetuning.html" \
+  "results" "$exp/RESULTS.md"
