@@ -21,9 +21,8 @@ from typing import ClassVar
 import pytest
 
 from tests.helpers.audio import noise, write_audio
-from tests.helpers.micro import MICRO_ENCODER, MICRO_MODEL
+from tests.helpers.micro import MICRO_MODEL
 from tests.helpers.processes import served_environment
-from tests.helpers.spelled import write_spelled
 from w2vscale.config import load_config
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -211,66 +210,6 @@ def test_librispeech_runs_all_stages_with_shards_and_official_lists(environment:
     assert (config.optim.lr, dict(config.objective)["mask_trim"]) == (5e-5, "micro_batch")
     page = (tmp_path / "exp_10min" / "RESULTS.md").read_text()
     assert page.count("beam 50, toy.arpa") == 3 and "`exp_10min` against `exp_10min_scratch`" in page
-
-
-@pytest.mark.slow
-def test_evidence_is_one_page_of_tables(environment: str, tmp_path: Path) -> None:
-    pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
-    write_librispeech(tmp_path / "corpus")
-    exp, tuning = tmp_path / "exp", TUNING.removeprefix("trainer.updates=2 ")
-    options = (
-        "--corpus", str(tmp_path / "corpus"), "--audio", str(tmp_path / "corpus" / "train-clean-5"),
-        "--data", str(tmp_path / "data"), "--exp", str(exp), "--minutes", "0.2 0.1", "--updates", "3",
-        "--probe-updates", "4", "--finetune-updates", "2", "--finetune-settings", tuning, "--jobs", "1",
-    )  # fmt: skip
-    small = (*MICRO_ENCODER, *SMALL_BATCH, "schedule.warmup_updates=1", "data.workers=0", "logging.tensorboard=false")
-    printed = run("evidence", *options, *small, environment=environment)
-    assert {number: printed.count(f"stage {number}: done in") for number in range(10)} == {
-        0: 0, 1: 1, 2: 1, 3: 1, 4: 2, 5: 1, 6: 0, 7: 8, 8: 4, 9: 1,
-    }  # fmt: skip
-    page = (exp / "RESULTS.md").read_text()
-    assert "| label errors of a linear probe | layer 0 |" in page and "| wav2vec2, random weights |" in page
-    assert page.index("## 0.2 minutes with transcripts") < page.index("## 0.1 minutes with transcripts")
-    for run_name in ("wav2vec2", "best_rq"):
-        for baseline in ("scratch", "scratch_x3"):
-            assert page.count(f"`{run_name}` against `{baseline}` on") == 4  # two amounts, each with and without 3-gram
-    assert load_config(exp / "0.1min" / "scratch_x3").trainer.updates == 6
-    assert load_config(exp / "0.1min" / "best_rq").model == load_config(exp / "0.1min" / "scratch").model
-    assert (
-        "3-gram.arpa (weight" in page and (exp / "finetuning.html").is_file() and (exp / "pretraining.html").is_file()
-    )
-    again = run("evidence", *options, *small, environment=environment)
-    assert "done in" not in again and again.count("done already") == 19
-
-
-def test_an_n_gram_model_is_a_distribution(tmp_path: Path) -> None:
-    spoken = ["ONE TWO THREE", "ONE TWO FOUR", "TWO THREE ONE", "FIVE"]
-    cuts = write_spelled(tmp_path, spoken)
-    arpa = tmp_path / "lm" / "3-gram.arpa"
-    done = subprocess.run(
-        [sys.executable, str(RECIPES / "evidence" / "local" / "ngram.py"), str(arpa), str(cuts)],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert "3-gram of 4 sentences, 10 words, 5 different ones" in done.stdout
-    tables = read_arpa(arpa)
-
-    def probability(context: tuple[str, ...], word: str) -> float:
-        """By the rule of ARPA files: a missing n-gram has the backoff weight of its context."""
-        if (*context, word) in tables:
-            return 10.0 ** tables[(*context, word)][0]
-        return float(10.0 ** tables.get(context, (0.0, 0.0))[1] * probability(context[1:], word))
-
-    words = [ngram[0] for ngram in tables if len(ngram) == 1 and ngram[0] != "<s>"]
-    assert {"<unk>", "</s>", "ONE", "FIVE"} <= set(words)
-    for context in ((), ("ONE",), ("ONE", "TWO"), ("<s>",), ("<s>", "ONE"), ("FOUR", "ONE"), ("<unk>",)):
-        assert sum(probability(context, word) for word in words) == pytest.approx(1.0, abs=1e-4), context
-    assert probability(("ONE",), "TWO") > probability(("ONE",), "FOUR") > 0.0
-
-
-def read_arpa(path: Path) -> dict[tuple[str, ...], tuple[float, float]]:
-    """The log10 probability and backoff weight of each n-gram."""
-    lines = (line.split("\t") for line in path.read_text().splitlines())
-    return {tuple(one[1].split()): (float(one[0]), float([*one, "0"][2])) for one in lines if len(one) > 1}
 
 
 @pytest.mark.slow
