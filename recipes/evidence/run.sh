@@ -4,8 +4,8 @@
 # and random weights; fine-tuning on 31 and 10 minutes with transcripts against training from scratch, also with three
 # times the updates. Writes one page of tables with 95 % intervals.
 #
-#   bash recipes/evidence/run.sh                                       downloads mini LibriSpeech; 2 hours on two cores
-#   bash recipes/evidence/run.sh --quick true                          the same with fewer updates: at most 15 minutes
+#   bash recipes/evidence/run.sh                                       downloads mini LibriSpeech
+#   bash recipes/evidence/run.sh --quick true                          the same with fewer updates
 #   bash recipes/evidence/run.sh --corpus DIR --audio DIR              pretrains on the speech in --audio
 #   bash recipes/evidence/run.sh --exp exp/short objective.mask_length=5     settings of pretraining follow the options
 #

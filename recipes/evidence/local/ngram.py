@@ -1,6 +1,6 @@
 """Estimate a small word n-gram model from transcripts and write it as an ARPA file.
 
-Interpolated Kneser-Ney smoothing with one discount per order (Chen & Goodman 1999, section 2.7):
+Interpolated Kneser-Ney smoothing with one discount per order (Chen & Goodman 1999):
 
     p(w | h) = max(c(h w) - D, 0) / c(h) + D * N(h) / c(h) * p(w | h')
 
