@@ -157,6 +157,15 @@ def test_probes_are_compared_with_their_baselines_and_each_other(tmp_path: Path)
     assert "against `other`" not in results_page(read_results([one, other]), "Trial")
 
 
+def test_two_probes_of_one_name_are_both_shown(tmp_path: Path) -> None:
+    one = write_probe(tmp_path / "a" / "run", {"0": 7, "log_mel": 8, "random_0": 10})
+    two = write_probe(tmp_path / "b" / "run", {"0": 6, "log_mel": 8, "random_0": 0})
+    page = results_page(read_results([one, two]), "Trial")
+    assert "| run | **70.0%** |" in page and "| run | **60.0%** |" in page
+    assert page.count("against `run`, layer 0") == 2
+    assert "against random weights, layer 0: label errors not comparable (the baseline makes no errors)" in page
+
+
 def test_a_probe_that_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
     path = write_probe(tmp_path / "one", {"0": 7, "log_mel": 8, "random_0": 10})
     document = json.loads(path.read_text())

@@ -8,6 +8,7 @@ uses phonemes).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
@@ -33,6 +34,7 @@ from w2vscale.data.transcripts import Transcripts
 from w2vscale.errors import UserError
 from w2vscale.evaluation.bootstrap import relative_reduction
 from w2vscale.inference.pretrained import Pretrained
+from w2vscale.objectives.best_rq import check_log_mel
 from w2vscale.objectives.ctc import ctc_loss, greedy_labels
 
 LEARNING_RATE = 0.01
@@ -78,16 +80,16 @@ class ProbeResult:
         """The layer whose probe has the lowest error rate."""
         return best_of(self.layers)
 
-    def reductions(self) -> dict[str, tuple[float, float, float]]:
-        """The relative reduction of the error rate of the best layer against each baseline, and its 95 % interval.
-
-        The baseline `random` is the best layer with random weights.
-        """
+    def compared(self) -> dict[str, Probe]:
+        """What the best layer is compared with: log-mel features, and the best layer with random weights."""
         if self.baselines is None:
             return {}
-        others = {"log_mel": self.baselines.log_mel, "random": self.baselines.random[best_of(self.baselines.random)]}
+        return {"log_mel": self.baselines.log_mel, "random": self.baselines.random[best_of(self.baselines.random)]}
+
+    def reductions(self) -> dict[str, tuple[float, float, float]]:
+        """The relative reduction of the error rate of the best layer against each baseline, and its 95 % interval."""
         ours = self.layers[self.best_layer].counts
-        return {name: relative_reduction(ours, other.counts) for name, other in others.items()}
+        return {name: relative_reduction(ours, other.counts) for name, other in self.compared().items()}
 
     def metrics(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -99,7 +101,10 @@ class ProbeResult:
             document |= {
                 "log_mel": self.baselines.log_mel.rate,
                 "random": {"label_error_rate": _rates(random), "best_layer": best_of(random)},
-                "reduction": self.reductions(),
+                "reduction": {
+                    name: [value if math.isfinite(value) else None for value in reduction]
+                    for name, reduction in self.reductions().items()
+                },
             }
         return document | {
             "codebooks": [
@@ -148,6 +153,8 @@ def probe(
     no utterance of `train` or `test` can be used.
     """
     chosen = pretrained.resolve_layers(layers)
+    if baselines:
+        check_log_mel(pretrained.config.model, "choose strides with an even product, or --no-baselines")
     spelling = Transcripts(vocabulary)
     bad: list[BadAudio] = []
     done, total = count(1), updates * (3 if baselines else 1)
@@ -183,6 +190,7 @@ def probe(
         return result
     usable = {one.name for one in chain(*sets)}
     labelled = [[one for one in utterances if one.name in usable] for utterances in labelled]
+    del sets  # memory holds the features of one model at a time
     log("computing the same with random weights")
     untrained = with_random_weights(pretrained)
     sets = [hidden_states(untrained, utterances, chosen, bad) for utterances in labelled]

@@ -13,6 +13,7 @@ from w2vscale.cli.progress import console, print_table, progress_bar
 from w2vscale.errors import UserError
 
 if TYPE_CHECKING:
+    from w2vscale.analysis.probing import ProbeResult
     from w2vscale.analysis.report.reading import Run
 
 
@@ -49,7 +50,6 @@ def probe(
     from w2vscale.analysis import probing
     from w2vscale.analysis.figures import draw_codes, draw_layers
     from w2vscale.data.vocabulary import read_vocabulary
-    from w2vscale.evaluation.bootstrap import describe_reduction
     from w2vscale.files import write_text
     from w2vscale.inference.pretrained import load
 
@@ -66,24 +66,7 @@ def probe(
             progress=progress,
             log=console.print,
         )
-    rates = {"trained": {layer: one.rate for layer, one in found.layers.items()}}
-    log_mel = None
-    if found.baselines is not None:
-        rates["random weights"] = {layer: one.rate for layer, one in found.baselines.random.items()}
-        log_mel = found.baselines.log_mel.rate
-    rows = [(f"{layer}", *(_marked(of_layers, layer) for of_layers in rates.values())) for layer in found.layers]
-    print_table(("layer", *(f"label error rate, {name}" for name in rates)), rows)
-    if log_mel is not None:
-        console.print(f"log-mel features: label error rate {log_mel:.2%}")
-    for name, reduction in found.reductions().items():
-        against = {"log_mel": "log-mel features", "random": "the best layer with random weights"}[name]
-        console.print(f"layer {found.best_layer} against {against}: {describe_reduction('label errors', *reduction)}")
-    for number, (letters, speakers) in enumerate(zip(found.letters, found.speakers, strict=True)):
-        console.print(
-            f"codebook {number}: normalised mutual information with letters {letters.information:.1%} "
-            f"(by chance {letters.by_chance:.1%}), with speakers {speakers.information:.1%} "
-            f"(by chance {speakers.by_chance:.1%})"
-        )
+    rates, log_mel = _print_probes(found)
     document = {"checkpoint": str(checkpoint), **found.metrics()}
     write_text(output / "probe.json", json.dumps(document, indent=2) + "\n")
     draw_layers(rates, output / "layers.png", log_mel=log_mel)
@@ -96,6 +79,33 @@ def probe(
         f"{found.train_utterances:,} training utterances, {found.test_utterances:,} test utterances, "
         f"{len(found.bad):,} skipped; plots: {output}"
     )
+
+
+def _print_probes(found: ProbeResult) -> tuple[dict[str, dict[int, float]], float | None]:
+    """Print the error rates of all probes; return those of the layers, and that of log-mel features."""
+    from w2vscale.evaluation.bootstrap import describe_reduction
+
+    rates = {"trained": {layer: one.rate for layer, one in found.layers.items()}}
+    log_mel = None
+    if found.baselines is not None:
+        rates["random weights"] = {layer: one.rate for layer, one in found.baselines.random.items()}
+        log_mel = found.baselines.log_mel.rate
+    rows = [(f"{layer}", *(_marked(of_layers, layer) for of_layers in rates.values())) for layer in found.layers]
+    print_table(("layer", *(f"label error rate, {name}" for name in rates)), rows)
+    if log_mel is not None:
+        console.print(f"log-mel features: label error rate {log_mel:.2%}")
+    ours = found.layers[found.best_layer].counts
+    for name, other in found.compared().items():
+        against = {"log_mel": "log-mel features", "random": "the best layer with random weights"}[name]
+        reduction = describe_reduction("label errors", ours, other.counts)
+        console.print(f"layer {found.best_layer} against {against}: {reduction}")
+    for number, (letters, speakers) in enumerate(zip(found.letters, found.speakers, strict=True)):
+        console.print(
+            f"codebook {number}: normalised mutual information with letters {letters.information:.1%} "
+            f"(by chance {letters.by_chance:.1%}), with speakers {speakers.information:.1%} "
+            f"(by chance {speakers.by_chance:.1%})"
+        )
+    return rates, log_mel
 
 
 def _marked(rates: dict[int, float], layer: int) -> str:

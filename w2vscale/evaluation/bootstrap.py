@@ -43,8 +43,13 @@ def relative_reduction(
     return float(reduction(slice(None))), float(low), float(high)
 
 
-def describe_reduction(name: str, value: float, low: float, high: float) -> str:
-    """Format a relative reduction of the error rate `name` and its interval."""
+def describe_reduction(
+    name: str, errors: Mapping[str, tuple[float, int]], baseline: Mapping[str, tuple[float, int]]
+) -> str:
+    """Format the relative reduction of the error rate `name` and its interval; see `relative_reduction`."""
+    if not any(wrong for wrong, _ in baseline.values()):
+        return f"{name} not comparable (the baseline makes no errors)"
+    value, low, high = relative_reduction(errors, baseline)
     if value >= 0.0:
         return f"{name} lower by {value:.1%} (95 %: {_bound(low)} to {_bound(high)})"
     return f"{name} higher by {-value:.1%} (95 %: {_bound(0.0 - high)} to {_bound(0.0 - low)})"

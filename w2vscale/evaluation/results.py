@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from w2vscale.checkpoint.reader import CheckpointReader
 from w2vscale.errors import UserError, refused_value
-from w2vscale.evaluation.bootstrap import describe_reduction, relative_reduction
+from w2vscale.evaluation.bootstrap import describe_reduction
 from w2vscale.files import nearest_path, regular
 from w2vscale.interop.model_card import ErrorRates
 
@@ -249,15 +249,14 @@ def results_page(results: Sequence[Result], title: str, baselines: Sequence[str]
 
 def _probe_table(probes: Sequence[Result]) -> list[str]:
     """A row of label error rates for each model and each baseline; the lowest of a row is bold."""
-    rows: dict[str, dict[str, float]] = {}
+    rows: list[tuple[str, dict[str, float]]] = []
     for run, found in probes:
-        rows[run] = found["label_error_rate"]
+        rows.append((run, found["label_error_rate"]))
         if "random" in found:
-            rows[f"{run}, random weights"] = found["random"]["label_error_rate"]
-    layers = sorted({layer for rates in rows.values() for layer in rates}, key=int)
-    for _, found in probes:
-        if "log_mel" in found:
-            rows["log-mel features"] = {layers[0]: found["log_mel"]}  # the same for all models
+            rows.append((f"{run}, random weights", found["random"]["label_error_rate"]))
+    layers = sorted({layer for _, rates in rows for layer in rates}, key=int)
+    log_mel = dict.fromkeys(found["log_mel"] for _, found in probes if "log_mel" in found)  # one, on one test set
+    rows += [("log-mel features", {layers[0]: rate}) for rate in log_mel]
 
     def cell(rates: dict[str, float], layer: str) -> str:
         if layer not in rates:
@@ -266,22 +265,22 @@ def _probe_table(probes: Sequence[Result]) -> list[str]:
 
     return _table(
         ("label errors of a linear probe", *(f"layer {layer}" for layer in layers)),
-        [(name, *(cell(rates, layer) for layer in layers)) for name, rates in rows.items()],
+        [(name, *(cell(rates, layer) for layer in layers)) for name, rates in rows],
     )
 
 
 def _probe_comparisons(probes: Sequence[Result]) -> list[str]:
     lines = []
-    for run, found in probes:
+    for number, (run, found) in enumerate(probes):
         (key, layer), *baselines = _compared(found)
         others = [(name, _probe_errors(found, of_baseline)) for of_baseline, name in baselines]
-        for other, theirs in probes:
+        for other_number, (other, theirs) in enumerate(probes):
             their_key, their_layer = _compared(theirs)[0]
-            if other != run:
+            if other_number != number:
                 others.append((f"`{other}`, {their_layer}", _probe_errors(theirs, their_key)))
         for name, errors in others:
             with suppress(UserError):  # another test set
-                reduction = describe_reduction("label errors", *relative_reduction(_probe_errors(found, key), errors))
+                reduction = describe_reduction("label errors", _probe_errors(found, key), errors)
                 lines.append(f"- `{run}`, {layer}, against {name}: {reduction}, relative.")
     return [*lines, ""] if lines else []
 
@@ -304,10 +303,7 @@ def _comparison(result: Result, baseline: Result) -> str:
     parts = []
     for unit, name in (("words", "WER"), ("characters", "CER")):
         ours, theirs = _errors(result, unit), _errors(baseline, unit)
-        if not any(errors for errors, _ in theirs.values()):
-            parts.append(f"{name} not comparable (the baseline makes no errors)")
-            continue
-        parts.append(describe_reduction(name, *relative_reduction(ours, theirs)))
+        parts.append(describe_reduction(name, ours, theirs))
     return (
         f"- `{result.run}` against `{baseline.run}` on {', '.join(result.metrics['cuts'])}, "
         f"{result.metrics['decoding']}: {', '.join(parts)}, relative."

@@ -65,6 +65,14 @@ class BestRqSums(NamedTuple):
     code_counts_GV: Tensor  # how often each entry is the target
 
 
+def check_log_mel(model: ModelConfig, advice: str) -> None:
+    """Raise a UserError that ends with `advice` if a frame of the encoder is not a whole number of log-mel frames."""
+    if hop(model) % STACKED:
+        raise UserError(
+            f"model.conv_layers: a frame of {hop(model)} samples is not {STACKED} frames of log-mel features; {advice}"
+        )
+
+
 class LogMel(nn.Module):
     """Log-mel features in fp32: windows of 25 ms every 10 ms at 16 kHz, two of them stacked for each encoder frame.
 
@@ -202,11 +210,7 @@ class BestRq(Objective):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        if hop(self.model) % STACKED:
-            raise UserError(
-                f"model.conv_layers: a frame of {hop(self.model)} samples is not {STACKED} frames of log-mel features; "
-                "choose strides with an even product"
-            )
+        check_log_mel(self.model, "choose strides with an even product")
 
     def build_model(self) -> Wav2Vec2ForBestRq:
         return Wav2Vec2ForBestRq(self.model, self.regularization, self.settings, self.compute_dtype)
