@@ -31,7 +31,7 @@ import sys
 from pathlib import Path
 from w2vscale.analysis.figures import draw_layers
 before = "matplotlib" in sys.modules
-draw_layers({{0: 0.5, 1: 0.25}}, Path({str(tmp_path / "layers.png")!r}))
+draw_layers({{"run": {{0: 0.5, 1: 0.25}}}}, Path({str(tmp_path / "layers.png")!r}))
 print(before, "matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)
 """
     done = subprocess.run(
