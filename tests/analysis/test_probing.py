@@ -15,7 +15,14 @@ from typer.testing import CliRunner
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
 from w2vscale.analysis.codes import Cooccurrence, cooccurrence
-from w2vscale.analysis.representations import hidden_states, labelled_utterances, log_mel, with_random_weights
+from w2vscale.analysis.probing import _Probes
+from w2vscale.analysis.representations import (
+    Encoded,
+    hidden_states,
+    labelled_utterances,
+    log_mel,
+    with_random_weights,
+)
 from w2vscale.checkpoint.lazy import whole
 from w2vscale.checkpoint.reader import open_checkpoint
 from w2vscale.cli.app import app
@@ -72,6 +79,8 @@ def test_tones_are_spelled_from_frozen_features(pretrained: Path, corpus: tuple[
     rates = found["label_error_rate"]
     assert isinstance(rates, dict) and list(rates) == ["0", "1", "2", "3"]
     assert min(rates.values()) == rates[str(found["best_layer"])] < 0.2
+    losses = found["ctc_loss"]
+    assert list(losses) == ["0", "1", "2", "3"] and losses[str(found["best_layer"])] < 1.0
     assert (found["train_utterances"], found["test_utterances"], found["left_out"]) == (30, 10, 1)
     check_baselines(found)
     codebooks = found["codebooks"]
@@ -93,13 +102,23 @@ def check_baselines(found: dict[str, Any]) -> None:
     labels = sum(utterance["labels"] for utterance in found["utterances"])
     random = found["random"]["label_error_rate"]
     rates = found["label_error_rate"] | {f"random_{layer}": rate for layer, rate in random.items()}
-    assert rates | {"log_mel": found["log_mel"]} == {key: count / labels for key, count in errors.items()}
+    assert rates | {"log_mel": found["log_mel"]["label_error_rate"]} == {
+        key: count / labels for key, count in errors.items()
+    }
     assert random[str(found["random"]["best_layer"])] == min(random.values())
     best = rates[str(found["best_layer"])]
-    for name, baseline in (("log_mel", found["log_mel"]), ("random", min(random.values()))):
+    for name, baseline in (("log_mel", found["log_mel"]["label_error_rate"]), ("random", min(random.values()))):
         # JSON has no infinity: a bound is null if the baseline makes no errors in many samples.
         reduction, low, high = (-math.inf if value is None else value for value in found["reduction"][name])
         assert low <= reduction <= high and reduction == pytest.approx(1.0 - best / baseline)
+
+
+def test_the_loss_of_a_probe_without_weights_is_that_of_uniform_symbols() -> None:
+    frames, symbols = 6, 4
+    one = Encoded("u1", "s1", [2], torch.zeros(1, frames, 3), np.zeros((frames, 0), dtype=np.int64))
+    (found,) = _Probes(torch.zeros(1, 3, symbols), torch.zeros(1, symbols)).tested([one])
+    paths = frames * (frames + 1) / 2  # places of the first and the last frame of the label
+    assert found.loss == pytest.approx(frames * math.log(symbols) - math.log(paths))
 
 
 def test_random_weights_are_those_that_the_run_began_with(pretrained: Path) -> None:

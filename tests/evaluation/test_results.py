@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +121,16 @@ def test_other_baselines_can_be_named(tmp_path: Path) -> None:
     assert str(refused) == "--baseline scrach: none of the files has error rates of a run of this name"
 
 
+def measured(rates: dict[str, float]) -> dict[str, Any]:
+    """What probe.json has of the layers of a model."""
+    losses = {layer: 4 * rate for layer, rate in rates.items()}
+    return {
+        "label_error_rate": rates,
+        "ctc_loss": losses,
+        "best_layer": int(min(rates, key=lambda layer: rates[layer])),
+    }
+
+
 def write_probe(folder: Path, errors: dict[str, int], *, utterances: int = 30) -> Path:
     """The file of a probe of the model `folder` in which every utterance of 10 labels has the same errors."""
     rates = {key: count / 10 for key, count in errors.items()}
@@ -130,10 +141,9 @@ def write_probe(folder: Path, errors: dict[str, int], *, utterances: int = 30) -
     mel = layers.pop("log_mel")
     document = {
         "checkpoint": str(folder),
-        "label_error_rate": layers,
-        "best_layer": int(min(layers, key=lambda layer: layers[layer])),
-        "log_mel": mel,
-        "random": {"label_error_rate": random, "best_layer": int(min(random, key=lambda layer: random[layer]))},
+        **measured(layers),
+        "log_mel": {"label_error_rate": mel, "ctc_loss": 3.0},
+        "random": measured(random),
         "utterances": [{"utterance": f"u{n}", "labels": 10, "errors": errors} for n in range(utterances)],
     }
     (folder / "probe").mkdir(parents=True)
@@ -146,9 +156,10 @@ def test_probes_are_compared_with_their_baselines_and_each_other(tmp_path: Path)
     one = write_probe(tmp_path / "one", {"0": 7, "1": 5, "log_mel": 8, "random_0": 10, "random_1": 10})
     two = write_probe(tmp_path / "two", {"0": 6, "1": 4, "log_mel": 8, "random_0": 9, "random_1": 10})
     page = results_page(read_results([one, two]), "Trial")
-    assert "| label errors of a linear probe | layer 0 | layer 1 |" in page
-    assert "| one | 70.0% | **50.0%** |" in page and "| two, random weights | **90.0%** | 100.0% |" in page
-    assert page.count("| log-mel features | **80.0%** |  |") == 1
+    assert "| linear probe: label errors, CTC loss (nats per label) | layer 0 | layer 1 |" in page
+    assert "| one | 70.0%, 2.80 | **50.0%**, 2.00 |" in page
+    assert "| two, random weights | **90.0%**, 3.60 | 100.0%, 4.00 |" in page
+    assert page.count("| log-mel features | **80.0%**, 3.00 |  |") == 1
     interval = "lower by 37.5% (95 %: 37.5% to 37.5%), relative."
     assert f"- `one`, layer 1, against log-mel features: label errors {interval}" in page
     assert "- `two`, layer 1, against random weights, layer 0: label errors lower by 55.6%" in page
@@ -161,7 +172,7 @@ def test_two_probes_of_one_name_are_both_shown(tmp_path: Path) -> None:
     one = write_probe(tmp_path / "a" / "run", {"0": 7, "log_mel": 8, "random_0": 10})
     two = write_probe(tmp_path / "b" / "run", {"0": 6, "log_mel": 8, "random_0": 0})
     page = results_page(read_results([one, two]), "Trial")
-    assert "| run | **70.0%** |" in page and "| run | **60.0%** |" in page
+    assert "| run | **70.0%**, 2.80 |" in page and "| run | **60.0%**, 2.40 |" in page
     assert page.count("against `run`, layer 0") == 2
     assert "against random weights, layer 0: label errors not comparable (the baseline makes no errors)" in page
 
@@ -172,6 +183,9 @@ def test_a_probe_that_was_changed_by_hand_is_refused(tmp_path: Path) -> None:
     document["utterances"][3]["errors"].pop("log_mel")
     path.write_text(json.dumps(document))
     with pytest.raises(UserError, match=r"probe.json: utterance u3: the errors of log_mel are missing"):
+        read_results([path])
+    path.write_text(json.dumps(document | {"ctc_loss": {}}))
+    with pytest.raises(UserError, match=r"probe.json: the CTC loss of layer 0 is missing"):
         read_results([path])
     path.write_text(json.dumps(document | {"label_error_rate": {"first": 0.5}}))
     with pytest.raises(UserError, match="not written by w2vscale probe"):

@@ -32,7 +32,10 @@ def test_evidence_is_one_page_of_tables(environment: str, tmp_path: Path) -> Non
         0: 0, 1: 1, 2: 1, 3: 1, 4: 2, 5: 1, 6: 0, 7: 8, 8: 4, 9: 1,
     }  # fmt: skip
     page = (exp / "RESULTS.md").read_text()
-    assert "| label errors of a linear probe | layer 0 |" in page and "| wav2vec2, random weights |" in page
+    assert (
+        "| linear probe: label errors, CTC loss (nats per label) | layer 0 |" in page
+        and "| wav2vec2, random weights |" in page
+    )
     assert page.index("## 0.2 minutes with transcripts") < page.index("## 0.1 minutes with transcripts")
     for run_name in ("wav2vec2", "best_rq"):
         for baseline in ("scratch", "scratch_x3"):

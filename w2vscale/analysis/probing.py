@@ -43,9 +43,10 @@ BATCH_UTTERANCES = 4
 
 @dataclass(frozen=True)
 class Probe:
-    """The errors of one probe on the test set, by greedy decoding: label errors and labels of each utterance."""
+    """One probe on the test set."""
 
-    counts: Mapping[str, tuple[float, int]]
+    counts: Mapping[str, tuple[float, int]]  # label errors of greedy decoding, and labels, of each utterance
+    loss: float  # CTC loss in nats per label: tells apart probes that write hardly anything
 
     @property
     def rate(self) -> float:
@@ -94,13 +95,13 @@ class ProbeResult:
     def metrics(self) -> dict[str, Any]:
         """The result as a JSON object."""
         probes = {str(layer): probe for layer, probe in self.layers.items()}
-        document: dict[str, Any] = {"label_error_rate": _rates(self.layers), "best_layer": self.best_layer}
+        document: dict[str, Any] = _measured(self.layers)
         if self.baselines is not None:
             random = self.baselines.random
             probes |= {"log_mel": self.baselines.log_mel, **{f"random_{layer}": one for layer, one in random.items()}}
             document |= {
-                "log_mel": self.baselines.log_mel.rate,
-                "random": {"label_error_rate": _rates(random), "best_layer": best_of(random)},
+                "log_mel": {"label_error_rate": self.baselines.log_mel.rate, "ctc_loss": self.baselines.log_mel.loss},
+                "random": _measured(random),
                 "reduction": {
                     name: [value if math.isfinite(value) else None for value in reduction]
                     for name, reduction in self.reductions().items()
@@ -172,7 +173,7 @@ def probe(
             names = ", ".join(map(str, paths)) or "no manifest"
             raise UserError(f"{names}: no utterance has both a transcript and usable audio")
     probes = trained(sets, "the layers")
-    found = dict(zip(chosen, probes.errors(sets[1]), strict=True))
+    found = dict(zip(chosen, probes.tested(sets[1]), strict=True))
     letters, speakers = _codes(
         [*chain(*sets)], probes, chosen.index(best_of(found)), vocabulary, entries=pretrained.objective.code_entries
     )
@@ -194,14 +195,18 @@ def probe(
     log("computing the same with random weights")
     untrained = with_random_weights(pretrained)
     sets = [hidden_states(untrained, utterances, chosen, bad) for utterances in labelled]
-    random = dict(zip(chosen, trained(sets, "the layers with random weights").errors(sets[1]), strict=True))
+    random = dict(zip(chosen, trained(sets, "the layers with random weights").tested(sets[1]), strict=True))
     sets = [log_mel(pretrained, utterances) for utterances in labelled]
-    (mel,) = trained(sets, "log-mel features").errors(sets[1])
+    (mel,) = trained(sets, "log-mel features").tested(sets[1])
     return replace(result, baselines=Baselines(mel, random))
 
 
-def _rates(probes: Mapping[int, Probe]) -> dict[str, float]:
-    return {str(layer): one.rate for layer, one in probes.items()}
+def _measured(probes: Mapping[int, Probe]) -> dict[str, Any]:
+    return {
+        "label_error_rate": {str(layer): one.rate for layer, one in probes.items()},
+        "ctc_loss": {str(layer): one.loss for layer, one in probes.items()},
+        "best_layer": best_of(probes),
+    }
 
 
 @dataclass(frozen=True)
@@ -211,18 +216,23 @@ class _Probes:
     weight_LDV: Tensor
     bias_LV: Tensor
 
-    def log_probabilities(self, hidden_LTD: Tensor) -> Tensor:
-        """Log probabilities of the symbols in each frame, [L, T, V]."""
-        return (hidden_LTD @ self.weight_LDV + self.bias_LV.unsqueeze(1)).log_softmax(dim=2)
+    def logits(self, hidden_LTD: Tensor) -> Tensor:
+        """Scores of the symbols in each frame, [L, T, V]."""
+        return hidden_LTD @ self.weight_LDV + self.bias_LV.unsqueeze(1)
 
-    def errors(self, utterances: Sequence[Encoded]) -> list[Probe]:
-        """Decode utterances with each of the probes."""
+    def tested(self, utterances: Sequence[Encoded]) -> list[Probe]:
+        """Decode utterances with each of the probes, and compute the CTC loss of their labels."""
         counts: list[dict[str, tuple[float, int]]] = [{} for _ in self.bias_LV]
+        losses = [0.0] * len(counts)
         for one in utterances:
-            for of_layer, scores_TV in zip(counts, self.log_probabilities(one.hidden_LTD), strict=True):
+            labels = torch.tensor(one.labels)
+            lengths = torch.tensor([one.frames]), labels, torch.tensor([len(one.labels)])
+            for layer, scores_TV in enumerate(self.logits(one.hidden_LTD)):
                 errors = Levenshtein.distance(greedy_labels(scores_TV), one.labels)
-                of_layer[one.name] = (errors, len(one.labels))
-        return [Probe(of_layer) for of_layer in counts]
+                counts[layer][one.name] = (errors, len(one.labels))
+                losses[layer] += float(ctc_loss(scores_TV.unsqueeze(0), *lengths))
+        total = sum(len(one.labels) for one in utterances)
+        return [Probe(of_layer, loss / total) for of_layer, loss in zip(counts, losses, strict=True)]
 
 
 def _standardise(sets: Sequence[Sequence[Encoded]]) -> None:
@@ -276,7 +286,7 @@ def _codes(
     if not len(codes_GT):
         return [], []
     letters = [
-        frame_letters(probes.log_probabilities(one.hidden_LTD)[best].numpy(), one.labels, vocabulary)
+        frame_letters(probes.logits(one.hidden_LTD)[best].log_softmax(dim=1).numpy(), one.labels, vocabulary)
         for one in utterances
     ]
     speakers = [np.full(one.frames, one.speaker) for one in utterances]

@@ -90,10 +90,14 @@ def _print_probes(found: ProbeResult) -> tuple[dict[str, dict[int, float]], floa
     if found.baselines is not None:
         rates["random weights"] = {layer: one.rate for layer, one in found.baselines.random.items()}
         log_mel = found.baselines.log_mel.rate
-    rows = [(f"{layer}", *(_marked(of_layers, layer) for of_layers in rates.values())) for layer in found.layers]
-    print_table(("layer", *(f"label error rate, {name}" for name in rates)), rows)
-    if log_mel is not None:
-        console.print(f"log-mel features: label error rate {log_mel:.2%}")
+    rows = [
+        (f"{layer}", *(_marked(of_layers, layer) for of_layers in rates.values()), f"{one.loss:.3f}")
+        for layer, one in found.layers.items()
+    ]
+    print_table(("layer", *(f"label error rate, {name}" for name in rates), "CTC loss, trained"), rows)
+    if found.baselines is not None:
+        mel = found.baselines.log_mel
+        console.print(f"log-mel features: label error rate {mel.rate:.2%}, CTC loss {mel.loss:.3f} nats per label")
     ours = found.layers[found.best_layer].counts
     for name, other in found.compared().items():
         against = {"log_mel": "log-mel features", "random": "the best layer with random weights"}[name]

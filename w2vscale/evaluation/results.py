@@ -69,17 +69,21 @@ class _ProbedUtterance(TypedDict):
     errors: dict[str, Count]
 
 
-class _RandomWeights(TypedDict):
+class _LogMel(TypedDict):
+    label_error_rate: Number
+    ctc_loss: Number
+
+
+class _Layers(TypedDict):
     label_error_rate: Annotated[dict[Layer, Number], Field(min_length=1)]
+    ctc_loss: dict[Layer, Number]
     best_layer: Count
 
 
-class _Probe(TypedDict):
+class _Probe(_Layers):
     checkpoint: str
-    label_error_rate: Annotated[dict[Layer, Number], Field(min_length=1)]
-    best_layer: Count
-    log_mel: NotRequired[Number]
-    random: NotRequired[_RandomWeights]
+    log_mel: NotRequired[_LogMel]
+    random: NotRequired[_Layers]
     utterances: Annotated[list[_ProbedUtterance], Field(min_length=1)]
 
 
@@ -135,6 +139,9 @@ def _result(path: Path, document: Any) -> Result:
         raise UserError(f"{path}: not written by {command}: {refused_value(error)}") from None
     if kind is not _Probe:
         return Result(path.resolve().parent.name, document)
+    for measured in (document, document.get("random", document)):
+        if missing := measured["label_error_rate"].keys() - measured["ctc_loss"].keys():
+            raise UserError(f"{path}: the CTC loss of layer {min(missing)} is missing")
     needed = {key for key, _ in _compared(document)}
     for one in document["utterances"]:
         if missing := needed - one["errors"].keys():
@@ -248,24 +255,27 @@ def results_page(results: Sequence[Result], title: str, baselines: Sequence[str]
 
 
 def _probe_table(probes: Sequence[Result]) -> list[str]:
-    """A row of label error rates for each model and each baseline; the lowest of a row is bold."""
-    rows: list[tuple[str, dict[str, float]]] = []
+    """A row of label error rates and losses for each model and each baseline; the lowest rate of a row is bold."""
+    rows: list[tuple[str, dict[str, Any]]] = []
     for run, found in probes:
-        rows.append((run, found["label_error_rate"]))
+        rows.append((run, found))
         if "random" in found:
-            rows.append((f"{run}, random weights", found["random"]["label_error_rate"]))
-    layers = sorted({layer for _, rates in rows for layer in rates}, key=int)
-    log_mel = dict.fromkeys(found["log_mel"] for _, found in probes if "log_mel" in found)  # one, on one test set
-    rows += [("log-mel features", {layers[0]: rate}) for rate in log_mel]
+            rows.append((f"{run}, random weights", found["random"]))
+    layers = sorted({layer for _, measured in rows for layer in measured["label_error_rate"]}, key=int)
+    log_mel = {tuple(found["log_mel"].values()): found["log_mel"] for _, found in probes if "log_mel" in found}
+    for one in log_mel.values():  # one, on one test set
+        rows.append(("log-mel features", {key: {layers[0]: value} for key, value in one.items()}))
 
-    def cell(rates: dict[str, float], layer: str) -> str:
+    def cell(measured: dict[str, Any], layer: str) -> str:
+        rates, losses = measured["label_error_rate"], measured["ctc_loss"]
         if layer not in rates:
             return ""
-        return f"**{rates[layer]:.1%}**" if rates[layer] == min(rates.values()) else f"{rates[layer]:.1%}"
+        rate = f"{rates[layer]:.1%}"
+        return f"{f'**{rate}**' if rates[layer] == min(rates.values()) else rate}, {losses[layer]:.2f}"
 
     return _table(
-        ("label errors of a linear probe", *(f"layer {layer}" for layer in layers)),
-        [(name, *(cell(rates, layer) for layer in layers)) for name, rates in rows],
+        ("linear probe: label errors, CTC loss (nats per label)", *(f"layer {layer}" for layer in layers)),
+        [(name, *(cell(measured, layer) for layer in layers)) for name, measured in rows],
     )
 
 
