@@ -77,7 +77,7 @@ choose_labels() {
 # pretrain_with OBJECTIVE [SETTING…]
 pretrain_with() {
   local exp=$exp/$1
-  pretrain "$here/conf/$1.yaml" trainer.updates="$updates" "${@:2}"
+  pretrain "$here/conf/$1.yaml" trainer.updates="$updates" schedule.warmup_updates=$((updates / 20 + 1)) "${@:2}"
 }
 evaluate_and_probe() {
   local run most=${minutes%% *}

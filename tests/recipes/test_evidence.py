@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from lhotse import CutSet
 
 from tests.helpers.micro import MICRO_ENCODER
 from tests.helpers.spelled import write_spelled
@@ -47,6 +48,29 @@ def test_evidence_is_one_page_of_tables(environment: str, tmp_path: Path) -> Non
     )
     again = run("evidence", *options, *small, environment=environment)
     assert "done in" not in again and again.count("done already") == 19
+
+
+@pytest.mark.slow
+def test_trials_are_compared_on_speakers_held_out(environment: str, tmp_path: Path) -> None:
+    write_librispeech(tmp_path / "corpus")
+    trials = tmp_path / "trials.txt"
+    trials.write_text(
+        "# a comment\n\nshort wav2vec2 batch.max_seconds=4\nlong wav2vec2 batch.max_seconds=8 objective.negatives=5\n"
+    )
+    exp = tmp_path / "exp"
+    options = (
+        "--corpus", str(tmp_path / "corpus"), "--data", str(tmp_path / "data"), "--exp", str(exp), "--jobs", "1",
+        "--list", str(trials), "--hours", "0.005", "--speakers", "1", "--probe-updates", "3",
+    )  # fmt: skip
+    small = (*MICRO_ENCODER, *(one for one in SMALL_BATCH if not one.startswith("batch.max_seconds=")))
+    printed = run("evidence", *options, *small, "data.workers=0", script="trials.sh", environment=environment)
+    assert "hold 1 speakers out" in printed
+    assert load_config(exp / "short").trainer.updates == 5 and load_config(exp / "long").trainer.updates == 2
+    held_out = CutSet.from_file(tmp_path / "data" / "manifests" / "trials" / "cuts_held_out.jsonl")
+    trained = CutSet.from_file(tmp_path / "data" / "manifests" / "trials" / "cuts_train.jsonl")
+    assert not {cut.supervisions[0].speaker for cut in held_out} & {cut.supervisions[0].speaker for cut in trained}
+    page = (exp / "RESULTS.md").read_text()
+    assert "| short |" in page and "| long |" in page and "`short`, layer" in page
 
 
 def test_an_n_gram_model_is_a_distribution(tmp_path: Path) -> None:

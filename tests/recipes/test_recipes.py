@@ -48,9 +48,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.kill()
 
 
-def run(recipe: str, *arguments: str, code: int = 0, environment: str = "none") -> str:
+def run(recipe: str, *arguments: str, script: str = "run.sh", code: int = 0, environment: str = "none") -> str:
     done = subprocess.run(
-        ["bash", str(RECIPES / recipe / "run.sh"), *arguments],
+        ["bash", str(RECIPES / recipe / script), *arguments],
         capture_output=True,
         text=True,
         timeout=240,

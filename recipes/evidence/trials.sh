@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Compares settings of pretraining: a run for each line of a list, all with the same speech, and one table of them. Its
+# default list is that of the ablations. Four speakers are held out of all training, and the runs are compared on them.
+# They are not those of run.sh, so settings that are chosen here can be reported there.
+#
+#   bash recipes/evidence/trials.sh --corpus DIR --audio DIR                   the ablations, in conf/ablations.txt
+#   bash recipes/evidence/trials.sh --corpus DIR --audio DIR --list FILE       other settings
+#   bash recipes/evidence/trials.sh --exp exp/long --hours 32 trainer.seed=1   settings of all runs follow the options
+#
+# Every run sees the same hours of speech: a run with larger batches has fewer updates. Finished runs are skipped.
+set -euo pipefail
+
+stage=0                          # first stage to run
+stop_stage=6                     # last stage to run
+corpus=                          # folder with train-clean-5 and dev-clean-2 (default: download it)
+audio=                           # folder of speech for pretraining, instead of train-clean-5
+data=                            # folder for downloads and manifests (default: data/ beside this script)
+exp=                             # folder for all runs (default: exp/trials beside this script)
+list=                            # file with a line NAME OBJECTIVE [SETTING…] for each run (default: conf/ablations.txt)
+hours=8                          # hours of speech that each run sees
+speakers=4                       # number of speakers to hold out
+probe_updates=400                # updates of each probe
+jobs=2                           # parallel jobs for data preparation
+nproc=1                          # processes for training
+launcher=local                   # local, torchrun, slurm or deepspeed: see cmd.sh and docs/launching.md
+print_command=false              # print the commands that would start processes, and run nothing
+
+. "$(dirname "${BASH_SOURCE[0]}")/../utils/parse_options.sh"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/../utils/log.sh"
+data=$(absolute "${data:-$here/data}")
+exp=$(absolute "${exp:-$here/exp/trials}")
+list=$(given --list "${list:-$here/conf/ablations.txt}")
+. "$here/path.sh"
+. "$here/cmd.sh"
+. "$here/../utils/stages.sh"
+
+split=$data/manifests/trials
+transcribed=$data/manifests/cuts_train-clean-5.jsonl
+train_cuts=("$split/cuts_train.jsonl")
+labels=$split/cuts_labelled.jsonl
+held_out=("$split/cuts_held_out.jsonl")
+speech=$transcribed
+if [[ -n $audio ]]; then speech=$data/manifests/audio/cuts_train.jsonl; fi
+
+prepare() { bash "$here/run.sh" --stop-stage 2 --corpus "$corpus" --audio "$audio" --data "$data" --exp "$exp" --jobs "$jobs"; }
+hold_out() {
+  python "$here/local/hold_out.py" "$split" --train "$speech" --transcribed "$transcribed" --speakers "$speakers"
+  w2vscale data index "${train_cuts[@]}" "$labels" "${held_out[@]}"
+}
+# pretrain_trial OBJECTIVE [SETTING…]
+pretrain_trial() {
+  local exp=$run seconds updates
+  seconds=$(w2vscale config show "$here/conf/$1.yaml" "${@:2}" | python -c \
+    'import sys, yaml; batch = yaml.safe_load(sys.stdin)["batch"]; print(batch["max_seconds"] * batch["micro_batches"])')
+  updates=$(awk -v hours="$hours" -v seconds="$seconds" 'BEGIN { printf "%d", hours * 3600 / seconds + 0.5 }')
+  pretrain "$here/conf/$1.yaml" trainer.updates="$updates" schedule.warmup_updates=$((updates / 20 + 1)) "${@:2}"
+}
+evaluate_and_probe() {
+  evaluate_on_held_out "$run" "$run/evaluation.json"
+  w2vscale probe "$run" --train "$labels" --test "${held_out[0]}" --updates "$probe_updates" --no-baselines -o "$run/probe"
+}
+write_table() {
+  w2vscale results "${runs[@]/%//evaluation.json}" "${runs[@]/%//probe/probe.json}" \
+    --output "$exp/RESULTS.md" --title "Trials of $hours hours"
+  w2vscale report "${runs[@]}" -o "$exp/report.html"
+}
+
+if in_range 1; then prepare; fi
+run_stage 2 "hold $speakers speakers out" "$split" --options "speakers" --reads "speech transcribed" hold_out
+runs=()
+while read -ra line; do
+  if ((${#line[@]} < 2)) || [[ ${line[0]} == \#* ]]; then continue; fi
+  run=$exp/${line[0]}
+  train_stage 4 "pretrain ${line[0]}" "$run" --options "hours" --reads "train_cuts held_out" pretrain_trial "${line[@]:1}" "$@"
+  run_stage 5 "evaluate and probe ${line[0]}" "$run" --options "probe_updates" --reads "run labels held_out" \
+    evaluate_and_probe
+  runs+=("$run")
+done <"$list"
+run_stage 6 "write the table" "$exp" --reads "runs" write_table
+made "results" "$exp/RESULTS.md" "report" "$exp/report.html"
