@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from lhotse import CutSet
 
 from tests.helpers.micro import MICRO_ENCODER
 from tests.helpers.spelled import write_spelled
+from tests.recipes.test_launchers import printed_by
 from tests.recipes.test_recipes import RECIPES, SMALL_BATCH, TUNING, environment, run, write_librispeech
 from w2vscale.config import load_config
 
@@ -50,13 +52,23 @@ def test_evidence_is_one_page_of_tables(environment: str, tmp_path: Path) -> Non
     assert "done in" not in again and again.count("done already") == 19
 
 
+def test_evidence_prints_the_commands_of_each_objective_and_amount(tmp_path: Path) -> None:
+    options = ("--data", str(tmp_path / "data"), "--exp", str(tmp_path / "exp"), "--nproc", "2")
+    done = printed_by("evidence", tmp_path, *options)
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    named = [line[next(n for n, word in enumerate(line) if word.endswith("w2vscale")) + 1] for line in commands]
+    one_amount = ["finetune"] * 4 + ["evaluate"] * 8
+    assert named == ["train"] * 2 + one_amount * 2
+    assert [line.count("--scratch") for line in commands] == [0, 0, *([0, 0, 1, 1, *[0] * 8] * 2)]
+
+
 @pytest.mark.slow
 def test_trials_are_compared_on_speakers_held_out(environment: str, tmp_path: Path) -> None:
     write_librispeech(tmp_path / "corpus")
     trials = tmp_path / "trials.txt"
     trials.write_text(
-        "# a comment\n\nshort wav2vec2 batch.max_seconds=4\nlong wav2vec2 batch.max_seconds=8 objective.negatives=5\n"
-    )
+        "# a comment\n\nshort wav2vec2 batch.max_seconds=4\nlong wav2vec2 batch.max_seconds=8 objective.negatives=5"
+    )  # no end of the last line
     exp = tmp_path / "exp"
     options = (
         "--corpus", str(tmp_path / "corpus"), "--data", str(tmp_path / "data"), "--exp", str(exp), "--jobs", "1",
@@ -64,13 +76,23 @@ def test_trials_are_compared_on_speakers_held_out(environment: str, tmp_path: Pa
     )  # fmt: skip
     small = (*MICRO_ENCODER, *(one for one in SMALL_BATCH if not one.startswith("batch.max_seconds=")))
     printed = run("evidence", *options, *small, "data.workers=0", script="trials.sh", environment=environment)
-    assert "hold 1 speakers out" in printed
-    assert load_config(exp / "short").trainer.updates == 5 and load_config(exp / "long").trainer.updates == 2
+    assert "hold 1 of the speakers out" in printed
+    # The utterances of the other speaker have 2.0, 2.3, 2.6 and 2.9 seconds: one in 4 seconds, two or more in 8.
+    short, long = (load_config(exp / name).trainer.updates for name in ("short", "long"))
+    assert short == round(0.005 * 3600 / 2.45) and 2 <= long < 0.6 * short
     held_out = CutSet.from_file(tmp_path / "data" / "manifests" / "trials" / "cuts_held_out.jsonl")
     trained = CutSet.from_file(tmp_path / "data" / "manifests" / "trials" / "cuts_train.jsonl")
     assert not {cut.supervisions[0].speaker for cut in held_out} & {cut.supervisions[0].speaker for cut in trained}
     page = (exp / "RESULTS.md").read_text()
     assert "| short |" in page and "| long |" in page and "`short`, layer" in page
+
+
+def test_a_line_of_a_list_of_trials_without_an_objective_is_refused(tmp_path: Path) -> None:
+    trials = tmp_path / "trials.txt"
+    for line in ("alone", "name hubert objective.negatives=5"):
+        trials.write_text(f"first wav2vec2\n{line}\n")
+        printed = run("evidence", "--print-command", "--list", str(trials), script="trials.sh", code=2)
+        assert f"{line}: the second word is no objective with settings in" in printed
 
 
 def test_an_n_gram_model_is_a_distribution(tmp_path: Path) -> None:

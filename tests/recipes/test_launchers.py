@@ -390,15 +390,6 @@ class TestRecipes:
         assert done.stderr.count(": these commands would run\n") == 3
         assert done.stderr.count(": not run, because of --print-command\n") >= 5
 
-    def test_evidence_prints_the_commands_of_each_objective_and_amount(self, tmp_path: Path) -> None:
-        options = ("--data", str(tmp_path / "data"), "--exp", str(tmp_path / "exp"), "--nproc", "2")
-        done = printed_by("evidence", tmp_path, *options)
-        commands = [shlex.split(line) for line in done.stdout.splitlines()]
-        named = [line[next(n for n, word in enumerate(line) if word.endswith("w2vscale")) + 1] for line in commands]
-        one_amount = ["finetune"] * 4 + ["evaluate"] * 8
-        assert named == ["train"] * 2 + one_amount * 2
-        assert [line.count("--scratch") for line in commands] == [0, 0, *([0, 0, 1, 1, *[0] * 8] * 2)]
-
     def test_librispeech_needs_what_its_commands_depend_on(self, tmp_path: Path) -> None:
         manifests = tmp_path / "data" / "manifests"
         manifests.mkdir(parents=True)

@@ -52,9 +52,13 @@ def main() -> None:
     count = Counter(map(speaker_of, train))
     names = sorted({*map(speaker_of, transcribed)} & count.keys(), key=lambda name: (count[name], name))
     if len(names) <= arguments.speakers:
-        parser.error(f"{arguments.train} has {len(names)} speakers with transcripts: too few to hold out some of them")
+        parser.error(
+            f"{arguments.train} has {len(names)} speakers of {arguments.transcribed}: too few to hold out "
+            f"{arguments.speakers} of them"
+        )
     held_out = {*names[: arguments.speakers]}
     tested = [cut for cut in train if speaker_of(cut) in held_out and cut.supervisions[0].text]
+    tested = tested or [cut for cut in transcribed if speaker_of(cut) in held_out]
     random.Random(0).shuffle(tested)
     for name, cuts in (
         ("train", [cut for cut in train if speaker_of(cut) not in held_out]),
