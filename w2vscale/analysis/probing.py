@@ -46,7 +46,7 @@ class Probe:
     """One probe on the test set."""
 
     counts: Mapping[str, tuple[float, int]]  # label errors of greedy decoding, and labels, of each utterance
-    loss: float  # CTC loss in nats per label: tells apart probes that write hardly anything
+    loss: float  # CTC loss in nats per label; it still tells probes apart that all make many errors
 
     @property
     def rate(self) -> float:

@@ -94,7 +94,7 @@ def _print_probes(found: ProbeResult) -> tuple[dict[str, dict[int, float]], floa
         (f"{layer}", *(_marked(of_layers, layer) for of_layers in rates.values()), f"{one.loss:.3f}")
         for layer, one in found.layers.items()
     ]
-    print_table(("layer", *(f"label error rate, {name}" for name in rates), "CTC loss, trained"), rows)
+    print_table(("layer", *(f"label error rate, {name}" for name in rates), "CTC loss (nats per label), trained"), rows)
     if found.baselines is not None:
         mel = found.baselines.log_mel
         console.print(f"log-mel features: label error rate {mel.rate:.2%}, CTC loss {mel.loss:.3f} nats per label")
