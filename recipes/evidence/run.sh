@@ -2,7 +2,7 @@
 # Measures what pretraining learns, and whether it is worth it. Pretrains `tiny` with wav2vec 2.0 and with BEST-RQ, with
 # the same updates of the same speech. Then, on other speakers: a linear probe of every layer against log-mel features
 # and random weights; fine-tuning on 31 and 10 minutes with transcripts against training from scratch, also with three
-# times the updates. Writes one page of tables with 95 % intervals.
+# times the updates. Writes one page of tables with 95 % intervals, and a picture.
 #
 #   bash recipes/evidence/run.sh                                       downloads mini LibriSpeech
 #   bash recipes/evidence/run.sh --quick true                          the same with fewer updates
@@ -96,15 +96,18 @@ fine_tune_one() {
 }
 # One page: pretraining and probes, then a table for each amount of transcribed speech.
 write_tables() {
-  local amount page
-  w2vscale results "${pretrained[@]/%//evaluation.json}" "${pretrained[@]/%//probe/probe.json}" \
-    --output "$exp/RESULTS.md" --title "Evidence"
+  local amount page scores run
+  local all=("${pretrained[@]/%//probe/probe.json}")
+  w2vscale results "${pretrained[@]/%//evaluation.json}" "${all[@]}" --output "$exp/RESULTS.md" --title "Evidence"
   for amount in $minutes; do
-    page=$exp/${amount}min/RESULTS.md
-    w2vscale results "$exp/${amount}min"/*/wer_*.json --baseline scratch --baseline scratch_x3 \
+    page=$exp/${amount}min/RESULTS.md scores=()
+    for run in $objectives scratch scratch_x3; do scores+=("$exp/${amount}min/$run"/wer_*.json); done
+    all+=("${scores[@]}")
+    w2vscale results "${scores[@]}" --baseline scratch --baseline scratch_x3 \
       --output "$page" --title "$amount minutes with transcripts"
     { echo && sed 's/^# /## /' "$page"; } >>"$exp/RESULTS.md"
   done
+  python "$here/local/picture.py" "$exp/evidence.png" "${all[@]}"
   w2vscale report "${runs[@]}" -o "$exp/finetuning.html"
 }
 
@@ -149,4 +152,4 @@ for amount in $minutes; do
 done
 run_stage 9 "write the tables" "$exp" --reads "pretrained runs" write_tables
 made "manifests" "$manifests" "pretraining" "$exp/pretraining.html" "fine-tuning" "$exp/finetuning.html" \
-  "results" "$exp/RESULTS.md"
+  "results" "$exp/RESULTS.md" "picture" "$exp/evidence.png"

@@ -45,9 +45,9 @@ def test_evidence_is_one_page_of_tables(environment: str, tmp_path: Path) -> Non
             assert page.count(f"`{run_name}` against `{baseline}` on") == 4  # two amounts, each with and without 3-gram
     assert load_config(exp / "0.1min" / "scratch_x3").trainer.updates == 6
     assert load_config(exp / "0.1min" / "best_rq").model == load_config(exp / "0.1min" / "scratch").model
-    assert (
-        "3-gram.arpa (weight" in page and (exp / "finetuning.html").is_file() and (exp / "pretraining.html").is_file()
-    )
+    assert "3-gram.arpa (weight" in page
+    assert all((exp / name).is_file() for name in ("pretraining.html", "finetuning.html"))
+    assert (exp / "evidence.png").read_bytes().startswith(b"\x89PNG")
     again = run("evidence", *options, *small, environment=environment)
     assert "done in" not in again and again.count("done already") == 19
 
