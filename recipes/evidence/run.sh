@@ -23,7 +23,7 @@ objectives="wav2vec2 best_rq"    # objectives of pretraining: names of settings 
 updates=                         # updates of pretraining (default: 8000, or 400 with --quick true)
 probe_updates=                   # updates of each probe (default: 500, or 100 with --quick true)
 minutes="31 10"                  # amounts of transcribed speech for fine-tuning, in minutes
-finetune_updates=                # updates of fine-tuning (default: 1000, or 100 with --quick true)
+finetune_updates=                # updates of fine-tuning (default: 800, or 100 with --quick true)
 finetune_settings=               # SECTION.KEY=VALUE, separated by spaces, to override settings of conf/finetune.yaml
 jobs=2                           # parallel jobs for data preparation
 nproc=1                          # processes for training and decoding
@@ -37,7 +37,7 @@ if $quick; then
   : "${updates:=400}" "${probe_updates:=100}" "${finetune_updates:=100}"
   exp=${exp:-$here/exp/quick}
 fi
-: "${updates:=8000}" "${probe_updates:=500}" "${finetune_updates:=1000}"
+: "${updates:=8000}" "${probe_updates:=500}" "${finetune_updates:=800}"
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/full}")
 corpus=$(given --corpus "$corpus")
