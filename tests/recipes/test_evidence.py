@@ -12,7 +12,7 @@ from lhotse import CutSet
 
 from tests.helpers.micro import MICRO_ENCODER
 from tests.helpers.spelled import write_spelled
-from tests.recipes.test_launchers import printed_by
+from tests.recipes.test_print_command import printed_by
 from tests.recipes.test_recipes import RECIPES, SMALL_BATCH, TUNING, environment, run, write_librispeech
 from w2vscale.config import load_config
 
