@@ -50,11 +50,9 @@ def add_grid(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_layers(error_rates: Mapping[str, Mapping[int, float]], output: Path, *, log_mel: float | None = None) -> None:
-    """Draw the label error rates of the probes of each layer: a curve per model, and a line for log-mel features."""
-    figure = new_figure(width=7, height=3.5)
-    axes = figure.subplots()
-    for name, of_layers in error_rates.items():
+def plot_layers(axes: Axes, of_models: Mapping[str, Mapping[int, float]], *, log_mel: float | None = None) -> None:
+    """Plot a value of the probes of each layer: a curve per model, and a line for log-mel features."""
+    for name, of_layers in of_models.items():
         layers = list(of_layers)
         axes.plot(layers, list(of_layers.values()), marker="o", linewidth=1.3, markersize=4, label=plain(name))
         axes.set_xticks(layers)
@@ -62,8 +60,15 @@ def draw_layers(error_rates: Mapping[str, Mapping[int, float]], output: Path, *,
         axes.axhline(log_mel, color="gray", linestyle="--", linewidth=1.0, label="log-mel features")
         axes.legend(frameon=False, fontsize="small")
     axes.set_xlabel("layer (0: input of the first block)")
-    axes.set_ylabel("label error rate of a linear probe")
     add_grid(axes)
+
+
+def draw_layers(error_rates: Mapping[str, Mapping[int, float]], output: Path, *, log_mel: float | None = None) -> None:
+    """Draw the label error rates of the probes of each layer, by `plot_layers`."""
+    figure = new_figure(width=7, height=3.5)
+    axes = figure.subplots()
+    plot_layers(axes, error_rates, log_mel=log_mel)
+    axes.set_ylabel("label error rate of a linear probe")
     save_figure(figure, output)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from w2vscale.analysis.figures import add_grid, new_figure, plain, save_figure
+from w2vscale.analysis.figures import add_grid, new_figure, plain, plot_layers, save_figure
+from w2vscale.errors import UserError
 from w2vscale.evaluation.results import read_results
 
 GRAY = "0.6"
@@ -18,20 +20,11 @@ GRAY = "0.6"
 
 def draw_probes(axes: Axes, probes: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """Draw a curve over the layers for each model, one for random weights, and a line for log-mel features."""
-    for name, found in probes:
-        axes.plot(*_losses(found), marker="o", markersize=4, label=plain(name))
-    _, found = probes[0]
-    axes.plot(*_losses(found["random"]), marker="o", markersize=4, color=GRAY, label="random weights")
-    axes.axhline(found["log_mel"]["ctc_loss"], linestyle="--", color=GRAY, label="log-mel features")
-    axes.set_xticks([int(layer) for layer in found["ctc_loss"]])
-    axes.set_xlabel("layer (0: input of the first block)")
+    _, first = probes[0]
+    measured = {**dict(probes), "random weights": first["random"]}
+    losses = {name: {int(layer): loss for layer, loss in one["ctc_loss"].items()} for name, one in measured.items()}
+    plot_layers(axes, losses, log_mel=first["log_mel"]["ctc_loss"])
     axes.set_ylabel("CTC loss of a linear probe\n(nats per label)")
-    axes.legend(frameon=False, fontsize="small")
-    add_grid(axes)
-
-
-def _losses(measured: dict[str, Any]) -> tuple[list[int], list[float]]:
-    return [int(layer) for layer in measured["ctc_loss"]], list(measured["ctc_loss"].values())
 
 
 def draw_error_rates(axes: Axes, scores: Sequence[tuple[Path, str, dict[str, Any]]], pretrained: Sequence[str]) -> None:
@@ -44,7 +37,7 @@ def draw_error_rates(axes: Axes, scores: Sequence[tuple[Path, str, dict[str, Any
     for _, group in groupby(scores, key=lambda score: _amount(score[0])):
         for path, name, found in group:
             low, high = found["character_interval"]
-            error = [[100 * (found["cer"] - low)], [100 * (high - found["cer"])]]
+            error = [[100 * max(found["cer"] - low, 0.0)], [100 * max(high - found["cer"], 0.0)]]
             axes.barh(row, 100 * found["cer"], xerr=error, color=colors.get(name, GRAY), ecolor="0.3")
             rows.append(row)
             names.append(f"{_amount(path)}, {plain(name)}")
@@ -64,9 +57,12 @@ def _amount(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path, help="image file to write")
-    parser.add_argument("results", type=Path, nargs="+", metavar="FILE.json", help="of probe and evaluate")
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE.json", help="result of a probe or of decoding")
     options = parser.parse_args()
-    found = list(zip(options.results, read_results(options.results), strict=True))
+    try:
+        found = list(zip(options.results, read_results(options.results), strict=True))
+    except UserError as error:
+        sys.exit(f"error: {error}")
     probes = [(result.run, result.metrics) for _, result in found if "ctc_loss" in result.metrics]
     scores = [
         (path, *result) for path, result in found if "wer" in result.metrics and result.metrics["decoding"] == "greedy"
