@@ -20,10 +20,10 @@ data=                            # folder for downloads and manifests (default: 
 exp=                             # folder for all runs (default: exp/full or exp/quick beside this script)
 quick=false                      # run fewer updates
 objectives="wav2vec2 best_rq"    # objectives of pretraining: names of settings in conf/
-updates=                         # updates of pretraining (default: 8000, or 400 with --quick true)
-probe_updates=                   # updates of each probe (default: 500, or 100 with --quick true)
+updates=                         # updates of pretraining (default: 6500, or 400 with --quick true)
+probe_updates=                   # updates of each probe (default: 1000, or 200 with --quick true)
 minutes="31 10"                  # amounts of transcribed speech for fine-tuning, in minutes
-finetune_updates=                # updates of fine-tuning (default: 800, or 100 with --quick true)
+finetune_updates=                # updates of fine-tuning (default: 500, or 100 with --quick true)
 finetune_settings=               # SECTION.KEY=VALUE, separated by spaces, to override settings of conf/finetune.yaml
 jobs=2                           # parallel jobs for data preparation
 nproc=1                          # processes for training and decoding
@@ -34,10 +34,10 @@ print_command=false              # print the commands that would start processes
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../utils/log.sh"
 if $quick; then
-  : "${updates:=400}" "${probe_updates:=100}" "${finetune_updates:=100}"
+  : "${updates:=400}" "${probe_updates:=200}" "${finetune_updates:=100}"
   exp=${exp:-$here/exp/quick}
 fi
-: "${updates:=8000}" "${probe_updates:=500}" "${finetune_updates:=800}"
+: "${updates:=6500}" "${probe_updates:=1000}" "${finetune_updates:=500}"
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/full}")
 corpus=$(given --corpus "$corpus")

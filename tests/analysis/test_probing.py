@@ -73,7 +73,7 @@ def probed(pretrained: Path, corpus: tuple[Path, Path], output: Path, *options: 
 
 def test_tones_are_spelled_from_frozen_features(pretrained: Path, corpus: tuple[Path, Path], tmp_path: Path) -> None:
     before = whole(open_checkpoint(pretrained).model_tensors())
-    found = probed(pretrained, corpus, tmp_path, "--updates", "200")
+    found = probed(pretrained, corpus, tmp_path, "--updates", "30")
     after = whole(open_checkpoint(pretrained).model_tensors())
     assert all((before[name] == after[name]).all() for name in before)
     rates = found["label_error_rate"]

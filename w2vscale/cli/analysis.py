@@ -33,7 +33,7 @@ def probe(
         Path, typer.Option("--output", "-o", metavar="DIR", help="The folder for probe.json and the plots.")
     ],
     layer: Layers = None,
-    updates: Annotated[int, typer.Option(min=1, help="Number of updates that each probe is trained for.")] = 500,
+    updates: Annotated[int, typer.Option(min=1, help="Number of updates that each probe is trained for.")] = 1000,
     vocabulary: Annotated[
         str, typer.Option(help="letters (A to Z, apostrophe, space), or a file with one symbol per line.")
     ] = "letters",
