@@ -20,13 +20,13 @@ data=                            # folder for downloads and manifests (default: 
 exp=                             # folder for all runs (default: exp/full or exp/quick beside this script)
 quick=false                      # run fewer updates
 objectives="wav2vec2 best_rq"    # objectives of pretraining: names of settings in conf/
-updates=                         # updates of pretraining (default: 4800, or 400 with --quick true)
+updates=                         # updates of pretraining (default: 4000, or 400 with --quick true)
 probe_updates=                   # updates of each probe (default: 1000, or 200 with --quick true)
 minutes="31 10"                  # amounts of transcribed speech for fine-tuning, in minutes
-finetune_updates=                # updates of fine-tuning (default: 800, or 100 with --quick true)
+finetune_updates=                # updates of fine-tuning (default: 400, or 100 with --quick true)
 finetune_settings=               # SECTION.KEY=VALUE, separated by spaces, to override settings of conf/finetune.yaml
 jobs=2                           # parallel jobs for data preparation
-nproc=1                          # processes for pretraining and decoding
+nproc=1                          # processes for training and decoding
 launcher=local                   # local, torchrun, slurm or deepspeed: see cmd.sh and docs/launching.md
 print_command=false              # print the commands that would start processes, and run nothing
 
@@ -37,7 +37,7 @@ if $quick; then
   : "${updates:=400}" "${probe_updates:=200}" "${finetune_updates:=100}"
   exp=${exp:-$here/exp/quick}
 fi
-: "${updates:=4800}" "${probe_updates:=1000}" "${finetune_updates:=800}"
+: "${updates:=4000}" "${probe_updates:=1000}" "${finetune_updates:=400}"
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/full}")
 corpus=$(given --corpus "$corpus")
@@ -89,7 +89,7 @@ evaluate_and_probe() {
 }
 # fine_tune_one RUN UPDATES OPTION… fine-tunes in the folder RUN, on $labels.
 fine_tune_one() {
-  local settings nproc=1 # an update has one micro-batch
+  local settings
   read -ra settings <<<"$finetune_settings"
   on_ranks finetune "$here/conf/finetune.yaml" data.train="$labels" data.validation="$held_out" \
     trainer.updates="$2" "${settings[@]}" --exp "$1" "${@:3}"

@@ -23,13 +23,20 @@ __all__ = ["environment"]
 def test_evidence_is_one_page_of_tables(environment: str, tmp_path: Path) -> None:
     pytest.importorskip("flashlight.lib.text", reason="flashlight-text is not installed")
     write_librispeech(tmp_path / "corpus")
-    exp, tuning = tmp_path / "exp", TUNING.removeprefix("trainer.updates=2 ")
+    exp, tuning = tmp_path / "exp", "batch.concat=1 " + TUNING.removeprefix("trainer.updates=2 ")
     options = (
         "--corpus", str(tmp_path / "corpus"), "--audio", str(tmp_path / "corpus" / "train-clean-5"),
         "--data", str(tmp_path / "data"), "--exp", str(exp), "--minutes", "0.2 0.1", "--updates", "3",
         "--probe-updates", "4", "--finetune-updates", "2", "--finetune-settings", tuning, "--jobs", "1",
     )  # fmt: skip
-    small = (*MICRO_ENCODER, *SMALL_BATCH, "schedule.warmup_updates=1", "data.workers=0", "logging.tensorboard=false")
+    small = (
+        *MICRO_ENCODER,
+        *SMALL_BATCH,
+        "batch.concat=1",
+        "schedule.warmup_updates=1",
+        "data.workers=0",
+        "logging.tensorboard=false",
+    )
     printed = run("evidence", *options, *small, environment=environment)
     assert {number: printed.count(f"stage {number}: done in") for number in range(10)} == {
         0: 0, 1: 1, 2: 1, 3: 1, 4: 2, 5: 1, 6: 0, 7: 8, 8: 4, 9: 1,
@@ -74,7 +81,11 @@ def test_trials_are_compared_on_speakers_held_out(environment: str, tmp_path: Pa
         "--corpus", str(tmp_path / "corpus"), "--data", str(tmp_path / "data"), "--exp", str(exp), "--jobs", "1",
         "--list", str(trials), "--hours", "0.005", "--speakers", "1", "--probe-updates", "3",
     )  # fmt: skip
-    small = (*MICRO_ENCODER, *(one for one in SMALL_BATCH if not one.startswith("batch.max_seconds=")))
+    small = (
+        *MICRO_ENCODER,
+        "batch.concat=1",
+        *(one for one in SMALL_BATCH if not one.startswith("batch.max_seconds=")),
+    )
     printed = run("evidence", *options, *small, "data.workers=0", script="trials.sh", environment=environment)
     assert "hold 1 of the speakers out" in printed
     # The utterances of the other speaker have 2.0, 2.3, 2.6 and 2.9 seconds: one in 4 seconds, two or more in 8.
