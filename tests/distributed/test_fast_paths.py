@@ -15,7 +15,7 @@ from lhotse import CutSet
 
 from tests.helpers.audio import SmallCorpus
 from tests.helpers.calibrating import BASE, EACH, made_up_memory, per_forward_on_a_gpu
-from tests.helpers.micro import MICRO_RUN
+from tests.helpers.micro import MICRO_RUN, THREE_CONVOLUTIONS
 from tests.helpers.pool import Pool
 from tests.helpers.tasks import train_calibrated, train_micro, train_where_one_rank_cannot_read
 from tests.helpers.tiers import long
@@ -33,6 +33,7 @@ TWENTY = (
     *(f"regularization.{name}=0.0" for name in ("dropout", "attention_dropout", "input_dropout")),
     "objective.feature_dropout=0.0",
     "trainer.updates=20", "checkpoint.every=1000", "data.max_seconds=1.5", "batch.max_seconds=4",
+    THREE_CONVOLUTIONS, "model.layers=2",
 )  # fmt: skip
 BF16 = ("precision.compute=bf16", "optim.lr=1e-4")
 
@@ -42,10 +43,11 @@ Curve = list[float]
 @pytest.fixture(scope="module")
 def train(pool: Callable[[int], Pool], small_corpus: SmallCorpus) -> Callable[..., Curve]:
     def run(exp: Path, *settings: str) -> Curve:
-        # One process where there is something to compile, since each compiles for itself.
-        processes = 1 if any("compile" in setting for setting in settings) else 2
+        # One process where there is something to compile, since each compiles for itself: minutes on a busy machine.
+        processes, timeout = (1, 900.0) if any("compile" in setting for setting in settings) else (2, 240.0)
         task = train_calibrated if "batch.concat=auto" in settings else train_micro
-        return pool(processes).run(task, str(small_corpus.train), str(exp), (*TWENTY, *settings))[0]
+        overrides = (*TWENTY, *settings)
+        return pool(processes).run(task, str(small_corpus.train), str(exp), overrides, timeout=timeout)[0]
 
     return run
 
@@ -55,6 +57,7 @@ def plain(train: Callable[..., Curve], tmp_path_factory: pytest.TempPathFactory)
     return train(tmp_path_factory.mktemp("plain") / "exp")
 
 
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -81,6 +84,7 @@ def test_the_curve_is_the_same(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1000)
 def test_in_bf16(train: Callable[..., Curve], tmp_path: Path) -> None:
     plain = train(tmp_path / "plain", *BF16)
     fast = train(tmp_path / "fast", *BF16, "engine.compile=true", "batch.concat=2", "batch.pad_to=bucket")

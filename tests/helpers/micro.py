@@ -11,6 +11,9 @@ MICRO_ENCODER = (
 )
 """An encoder of about 40,000 parameters, with BASE's dropouts, for any objective."""
 
+THREE_CONVOLUTIONS = "model.conv_layers=[[16,10,5],[16,8,8],[16,8,8]]"
+"""With the stride of the seven above, and fewer kernels to compile."""
+
 MICRO_MODEL = (
     *MICRO_ENCODER,
     "objective.codebook_entries=16",
