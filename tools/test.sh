@@ -62,7 +62,7 @@ printf '\n== pytest\n'
 # its fixtures are made once; tests/conftest.py orders the files. (`--dist loadgroup` has no effect with pytest 9.2:
 # pytest-xdist issue 1386.)
 code=0
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "$tier" "$@" || code=$?
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15 --durations-min 5 -m "$tier" "$@" || code=$?
 # Exit code 5 means that no test was selected, e.g. because no long test matches the arguments.
 if ((code != 0)) && ! { ((code == 5)) && [[ $tier == long ]]; }; then failed+=("pytest"); fi
 

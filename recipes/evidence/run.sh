@@ -70,20 +70,20 @@ index() {
 # labels_of MINUTES prints the manifest of this amount of transcribed speech.
 labels_of() { echo "$manifests/cuts_$1min.jsonl"; }
 choose_labels() {
-  local train_cuts=("$transcribed") amount
-  for amount in $minutes; do subset "$(labels_of "$amount")" --hours "$(hours "$amount")" --balanced-speakers; done
-  python "$here/local/ngram.py" "$lm" "$transcribed"
+  local train_cuts=("$transcribed")
+  subset "$labels" --hours "$(hours "$amount")" --balanced-speakers
 }
+estimate_lm() { python "$here/local/ngram.py" "$lm" "$transcribed"; }
 # pretrain_with OBJECTIVE [SETTING…]
 pretrain_with() {
   local exp=$exp/$1
   pretrain "$here/conf/$1.yaml" trainer.updates="$updates" schedule.warmup_updates=$((updates / 20 + 1)) "${@:2}"
 }
 evaluate_and_probe() {
-  local run most=${minutes%% *}
+  local run
   for run in "${pretrained[@]}"; do
     evaluate_on_held_out "$run" "$run/evaluation.json"
-    w2vscale probe "$run" --train "$(labels_of "$most")" --test "$held_out" --updates "$probe_updates" -o "$run/probe"
+    w2vscale probe "$run" --train "$labels" --test "$held_out" --updates "$probe_updates" -o "$run/probe"
   done
   w2vscale report "${pretrained[@]}" -o "$exp/pretraining.html"
 }
@@ -117,19 +117,22 @@ if [[ -z $corpus ]]; then
 fi
 run_stage 1 "write and validate Lhotse manifests" "$manifests" --options "corpus audio" prepare
 run_stage 2 "index them for O(1) access" "$manifests" --reads "transcribed held_out train_cuts" index
-run_stage 3 "choose ${minutes// / and } minutes of transcribed speech, and estimate a 3-gram" "$manifests" \
-  --options "minutes" --reads "transcribed" choose_labels
+for amount in $minutes; do
+  labels=$(labels_of "$amount")
+  run_stage 3 "choose $amount minutes of transcribed speech" "$labels" --reads "transcribed" choose_labels
+done
+run_stage 3 "estimate a 3-gram" "$lm" --reads "transcribed" estimate_lm
 pretrained=()
 for objective in $objectives; do
   train_stage 4 "pretrain with $objective" "$exp/$objective" --options "updates" --reads "train_cuts held_out" \
     pretrain_with "$objective" "$@"
   pretrained+=("$exp/$objective")
 done
+labels=$(labels_of "${minutes%% *}")
 run_stage 5 "evaluate on other speakers, and probe every layer" "$exp" \
-  --options "probe_updates minutes" --reads "pretrained held_out" evaluate_and_probe
+  --options "probe_updates" --reads "pretrained labels held_out" evaluate_and_probe
 runs=()
 for amount in $minutes; do
-  # shellcheck disable=SC2034 # --reads names it
   labels=$(labels_of "$amount")
   tuned=()
   for source in "${pretrained[@]}"; do
