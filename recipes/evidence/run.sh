@@ -56,7 +56,7 @@ held_out=$manifests/cuts_dev-clean-2.jsonl
 test_cuts=("$held_out")
 train_cuts=("$transcribed")
 if [[ -n $audio ]]; then train_cuts=("$manifests/audio/cuts_train.jsonl"); fi
-lm=$manifests/3-gram.arpa
+lm=$manifests/lm/3-gram.arpa
 
 prepare() {
   w2vscale data prepare mini_librispeech "$corpus" "$manifests" --jobs "$jobs"
@@ -121,7 +121,7 @@ for amount in $minutes; do
   labels=$(labels_of "$amount")
   run_stage 3 "choose $amount minutes of transcribed speech" "$labels" --reads "transcribed" choose_labels
 done
-run_stage 3 "estimate a 3-gram" "$lm" --reads "transcribed" estimate_lm
+run_stage 3 "estimate a 3-gram" "$manifests/lm" --reads "transcribed" estimate_lm
 pretrained=()
 for objective in $objectives; do
   train_stage 4 "pretrain with $objective" "$exp/$objective" --options "updates" --reads "train_cuts held_out" \
