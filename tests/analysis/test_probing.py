@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from tests.helpers.micro import MICRO_RUN
 from tests.helpers.spelled import SPELLED, SPELLING, some_texts, write_spelled
 from w2vscale.analysis.codes import Cooccurrence, cooccurrence
-from w2vscale.analysis.probing import _Probes
+from w2vscale.analysis.probing import _Probes, _whiten
 from w2vscale.analysis.representations import (
     Encoded,
     hidden_states,
@@ -119,6 +119,28 @@ def test_the_loss_of_a_probe_without_weights_is_that_of_uniform_symbols() -> Non
     (found,) = _Probes(torch.zeros(1, 3, symbols), torch.zeros(1, symbols)).tested([one])
     paths = frames * (frames + 1) / 2  # places of the first and the last frame of the label
     assert found.loss == pytest.approx(frames * math.log(symbols) - math.log(paths))
+
+
+def test_features_are_whitened_as_the_training_set_says() -> None:
+    """Correlated dimensions of all sizes become alike; one that is constant in training becomes zero."""
+    generator = torch.Generator().manual_seed(0)
+    mixing_DD = torch.randn(6, 6, generator=generator) * torch.tensor([[1e3], [1.0], [1.0], [1.0], [1e-3], [0.0]])
+    features = torch.randn(20, 1, 50, 6, generator=generator) @ mixing_DD.T + 7.0
+    features[..., 5] = 3.0
+    sets = [
+        [
+            Encoded(str(index), "s", [1], one.clone(), np.zeros((50, 0), dtype=np.int64))
+            for index, one in enumerate(half)
+        ]
+        for half in (features[:15], features[15:])
+    ]
+    sets[1][0].hidden_LTD[..., 5] += 0.01
+    _whiten(sets)
+    whitened_TD = torch.cat([one.hidden_LTD[0] for one in sets[0]])
+    assert whitened_TD.mean(dim=0).abs().max() < 1e-4
+    values = torch.linalg.eigvalsh(torch.cov(whitened_TD.T))
+    assert values[-5:].min() > 0.9 and values.max() < 1.1
+    assert max(float(one.hidden_LTD.abs().max()) for one in sets[1]) < 20.0
 
 
 def test_random_weights_are_those_that_the_run_began_with(pretrained: Path) -> None:
