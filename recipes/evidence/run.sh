@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Measures what pretraining learns, and whether it is worth it. Pretrains `tiny` with wav2vec 2.0 and with BEST-RQ, with
-# the same updates of the same speech. Then, on other speakers: a linear probe of every layer against log-mel features
-# and random weights; fine-tuning on 31 and 10 minutes with transcripts against training from scratch, also with three
-# times the updates. Writes one page of tables with 95 % intervals, and a picture.
+# Measures what pretraining learns, and whether it is worth it. Pretrains `tiny` with wav2vec 2.0 and with BEST-RQ, on
+# the same speech for the same number of hours. Then, on other speakers: a linear probe of every layer against log-mel
+# features and random weights; fine-tuning on 31 and 10 minutes with transcripts against training from scratch, also
+# with three times the updates. Writes one page of tables with 95 % intervals, and a picture.
 #
 #   bash recipes/evidence/run.sh                                       downloads mini LibriSpeech
-#   bash recipes/evidence/run.sh --quick true                          the same with fewer updates
+#   bash recipes/evidence/run.sh --quick true                          the same with less training
 #   bash recipes/evidence/run.sh --corpus DIR --audio DIR              pretrains on the speech in --audio
 #   bash recipes/evidence/run.sh --exp exp/short objective.mask_length=5     settings of pretraining follow the options
 #
@@ -18,15 +18,15 @@ corpus=                          # folder with train-clean-5 and dev-clean-2 (de
 audio=                           # folder of speech for pretraining, instead of train-clean-5
 data=                            # folder for downloads and manifests (default: data/ beside this script)
 exp=                             # folder for all runs (default: exp/full or exp/quick beside this script)
-quick=false                      # run fewer updates
+quick=false                      # train less
 objectives="wav2vec2 best_rq"    # objectives of pretraining: names of settings in conf/
-updates=                         # updates of pretraining (default: 4000, or 400 with --quick true)
+hours=                           # hours of speech that pretraining sees (default: 24, or 2 with --quick true)
 probe_updates=                   # updates of each probe (default: 1000, or 200 with --quick true)
 minutes="31 10"                  # amounts of transcribed speech for fine-tuning, in minutes
 finetune_updates=                # updates of fine-tuning (default: 400, or 100 with --quick true)
 finetune_settings=               # SECTION.KEY=VALUE, separated by spaces, to override settings of conf/finetune.yaml
 jobs=2                           # parallel jobs for data preparation
-nproc=1                          # processes for training and decoding
+nproc=                           # processes for training and decoding (default: 2 without a GPU, or else 1)
 launcher=local                   # local, torchrun, slurm or deepspeed: see cmd.sh and docs/launching.md
 print_command=false              # print the commands that would start processes, and run nothing
 
@@ -34,10 +34,10 @@ print_command=false              # print the commands that would start processes
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 . "$here/../utils/log.sh"
 if $quick; then
-  : "${updates:=400}" "${probe_updates:=200}" "${finetune_updates:=100}"
+  : "${hours:=2}" "${probe_updates:=200}" "${finetune_updates:=100}"
   exp=${exp:-$here/exp/quick}
 fi
-: "${updates:=4000}" "${probe_updates:=1000}" "${finetune_updates:=400}"
+: "${hours:=24}" "${probe_updates:=1000}" "${finetune_updates:=400}"
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/full}")
 corpus=$(given --corpus "$corpus")
@@ -47,6 +47,7 @@ if [[ -n $corpus && ! -s $data/manifests/.prepare.done ]] && in_range 1; then
   need_parts "$corpus" train-clean-5 dev-clean-2
 fi
 . "$here/path.sh"
+. "$here/local/training.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"
 
@@ -74,11 +75,6 @@ choose_labels() {
   subset "$labels" --hours "$(hours "$amount")" --balanced-speakers
 }
 estimate_lm() { python "$here/local/ngram.py" "$lm" "$transcribed"; }
-# pretrain_with OBJECTIVE [SETTING…]
-pretrain_with() {
-  local exp=$exp/$1
-  pretrain "$here/conf/$1.yaml" trainer.updates="$updates" schedule.warmup_updates=$((updates / 20 + 1)) "${@:2}"
-}
 evaluate_and_probe() {
   local run
   for run in "${pretrained[@]}"; do
@@ -124,9 +120,10 @@ done
 run_stage 3 "estimate a 3-gram" "$manifests/lm" --reads "transcribed" estimate_lm
 pretrained=()
 for objective in $objectives; do
-  train_stage 4 "pretrain with $objective" "$exp/$objective" --options "updates" --reads "train_cuts held_out" \
-    pretrain_with "$objective" "$@"
-  pretrained+=("$exp/$objective")
+  run=$exp/$objective
+  train_stage 4 "pretrain with $objective" "$run" --options "hours" --reads "train_cuts held_out" \
+    pretrain_for_hours "$objective" "$@"
+  pretrained+=("$run")
 done
 labels=$(labels_of "${minutes%% *}")
 run_stage 5 "evaluate on other speakers, and probe every layer" "$exp" \

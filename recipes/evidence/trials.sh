@@ -22,7 +22,7 @@ hours=8                          # hours of speech that each run sees
 speakers=4                       # number of speakers to hold out
 probe_updates=500                # updates of each probe
 jobs=2                           # parallel jobs for data preparation
-nproc=1                          # processes for training
+nproc=                           # processes for training (default: 2 without a GPU, or else 1)
 launcher=local                   # local, torchrun, slurm or deepspeed: see cmd.sh and docs/launching.md
 print_command=false              # print the commands that would start processes, and run nothing
 
@@ -33,6 +33,7 @@ data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/trials}")
 list=$(given --list "${list:-$here/conf/ablations.txt}")
 . "$here/path.sh"
+. "$here/local/training.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"
 
@@ -51,12 +52,6 @@ prepare() {
 hold_out() {
   python "$here/local/hold_out.py" "$split" --train "$speech" --transcribed "$transcribed" --speakers "$speakers"
   w2vscale data index "${train_cuts[@]}" "$labels" "${held_out[@]}"
-}
-# pretrain_trial OBJECTIVE [SETTING…]
-pretrain_trial() {
-  local exp=$run updates
-  updates=$(python "$here/local/updates_for.py" "$hours" "$here/conf/$1.yaml" data.train="${train_cuts[0]}" "${@:2}")
-  pretrain "$here/conf/$1.yaml" trainer.updates="$updates" schedule.warmup_updates=$((updates / 20 + 1)) "${@:2}"
 }
 evaluate_and_probe() {
   evaluate_on_held_out "$run" "$run/evaluation.json"
@@ -84,7 +79,7 @@ for line in "${lines[@]}"; do
   read -ra words <<<"$line"
   name=${words[0]} run=$exp/${words[0]}
   train_stage 4 "pretrain $name" "$run" --options "hours" --reads "train_cuts held_out" \
-    pretrain_trial "${words[@]:1}" "$@"
+    pretrain_for_hours "${words[@]:1}" "$@"
   run_stage 5 "evaluate and probe $name" "$run" --options "probe_updates" --reads "run labels held_out" \
     evaluate_and_probe
   runs+=("$run")
