@@ -37,7 +37,7 @@ from w2vscale.inference.pretrained import Pretrained
 from w2vscale.objectives.best_rq import check_log_mel
 from w2vscale.objectives.ctc import ctc_loss, greedy_labels
 
-LEARNING_RATE = 0.05
+LEARNING_RATE = 0.1
 BATCH_UTTERANCES = 4
 
 CONSTANT = 1e-8
