@@ -26,7 +26,7 @@ minutes="31 10"                  # amounts of transcribed speech for fine-tuning
 finetune_updates=                # updates of fine-tuning (default: 400, or 100 with --quick true)
 finetune_settings=               # SECTION.KEY=VALUE, separated by spaces, to override settings of conf/finetune.yaml
 jobs=2                           # parallel jobs for data preparation
-nproc=                           # processes for training and decoding (default: 2 without a GPU, or else 1)
+nproc=1                          # processes for training and decoding
 launcher=local                   # local, torchrun, slurm or deepspeed: see cmd.sh and docs/launching.md
 print_command=false              # print the commands that would start processes, and run nothing
 
@@ -47,9 +47,9 @@ if [[ -n $corpus && ! -s $data/manifests/.prepare.done ]] && in_range 1; then
   need_parts "$corpus" train-clean-5 dev-clean-2
 fi
 . "$here/path.sh"
-. "$here/local/training.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"
+. "$here/local/pretrain.sh"
 
 manifests=$data/manifests
 transcribed=$manifests/cuts_train-clean-5.jsonl

@@ -22,7 +22,7 @@ hours=8                          # hours of speech that each run sees
 speakers=4                       # number of speakers to hold out
 probe_updates=500                # updates of each probe
 jobs=2                           # parallel jobs for data preparation
-nproc=                           # processes for training (default: 2 without a GPU, or else 1)
+nproc=1                          # processes for training
 launcher=local                   # local, torchrun, slurm or deepspeed: see cmd.sh and docs/launching.md
 print_command=false              # print the commands that would start processes, and run nothing
 
@@ -33,9 +33,9 @@ data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/trials}")
 list=$(given --list "${list:-$here/conf/ablations.txt}")
 . "$here/path.sh"
-. "$here/local/training.sh"
 . "$here/cmd.sh"
 . "$here/../utils/stages.sh"
+. "$here/local/pretrain.sh"
 
 split=$data/manifests/trials
 transcribed=$data/manifests/cuts_train-clean-5.jsonl

@@ -27,7 +27,7 @@ def test_evidence_is_one_page_of_tables(environment: str, tmp_path: Path) -> Non
     options = (
         "--corpus", str(tmp_path / "corpus"), "--audio", str(tmp_path / "corpus" / "train-clean-5"),
         "--data", str(tmp_path / "data"), "--exp", str(exp), "--minutes", "0.2 0.1", "--hours", "0.003",
-        "--probe-updates", "4", "--finetune-updates", "2", "--finetune-settings", tuning, "--jobs", "1", "--nproc", "1",
+        "--probe-updates", "4", "--finetune-updates", "2", "--finetune-settings", tuning, "--jobs", "1",
     )  # fmt: skip
     small = (
         *MICRO_ENCODER,
@@ -80,7 +80,7 @@ def test_trials_are_compared_on_speakers_held_out(environment: str, tmp_path: Pa
     exp = tmp_path / "exp"
     options = (
         "--corpus", str(tmp_path / "corpus"), "--data", str(tmp_path / "data"), "--exp", str(exp), "--jobs", "1",
-        "--nproc", "1", "--list", str(trials), "--hours", "0.005", "--speakers", "1", "--probe-updates", "3",
+        "--list", str(trials), "--hours", "0.005", "--speakers", "1", "--probe-updates", "3",
     )  # fmt: skip
     small = (
         *MICRO_ENCODER,

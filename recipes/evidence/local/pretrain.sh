@@ -1,8 +1,5 @@
 # shellcheck shell=bash disable=SC2154
-# How run.sh and trials.sh pretrain. Source this file below log.sh and above cmd.sh.
-
-# Two processes with a core each are faster than one with two cores.
-if [[ -z $nproc && $launcher == local ]] && ! type -P nvidia-smi >/dev/null; then nproc=2; fi
+# Source this file below stages.sh.
 
 # pretrain_for_hours OBJECTIVE [SETTING…] pretrains in the folder $run until $hours of speech are seen: larger batches
 # mean fewer updates.
