@@ -90,8 +90,6 @@ fine_tune_one() {
   on_ranks finetune "$here/conf/finetune.yaml" data.train="$labels" data.validation="$held_out" \
     trainer.updates="$2" "${settings[@]}" --exp "$1" "${@:3}"
 }
-# With these weights, the word error rates of held-out speakers of train-clean-5 were lowest.
-decode_with_3_gram() { decode _lm --lm "$lm" --lm-weight 0.5 --word-score 1; }
 # One page: pretraining and probes, then a table for each amount of transcribed speech.
 write_tables() {
   local amount page scores run
@@ -149,7 +147,9 @@ for amount in $minutes; do
     tuned+=("$run")
   done
   run_stage 8 "decode what was trained on $amount minutes" "${tuned[0]}" --reads "tuned test_cuts" --ranks decode
-  run_stage 8 "decode it with the 3-gram" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" --ranks decode_with_3_gram
+  # With these weights, the word error rate of held-out speakers of train-clean-5 was lowest.
+  run_stage 8 "decode it with the 3-gram" "${tuned[0]}" --options "lm" --reads "tuned test_cuts" --ranks \
+    decode_with_lm --lm-weight 0.5 --word-score 1
   runs+=("${tuned[@]}")
 done
 run_stage 9 "write the tables" "$exp" --reads "pretrained runs" write_tables

@@ -134,8 +134,8 @@ decode() {
   done
 }
 
-# Separate from decode, so that it can be run later.
-decode_with_lm() { decode _lm --lm "$lm"; }
+# decode_with_lm [OPTION…] is separate from decode, so that it can be run later.
+decode_with_lm() { decode _lm --lm "$lm" "$@"; }
 
 # find_scores sets the array scores to the files that `results` compares.
 find_scores() {

@@ -52,7 +52,7 @@ def test_evidence_is_one_page_of_tables(environment: str, tmp_path: Path) -> Non
             assert page.count(f"`{run_name}` against `{baseline}` on") == 4  # two amounts, each with and without 3-gram
     assert load_config(exp / "0.1min" / "scratch_x3").trainer.updates == 6
     assert load_config(exp / "0.1min" / "best_rq").model == load_config(exp / "0.1min" / "scratch").model
-    assert "3-gram.arpa (weight" in page
+    assert "3-gram.arpa (weight 0.5, word score 1" in page
     assert all((exp / name).is_file() for name in ("pretraining.html", "finetuning.html"))
     assert (exp / "evidence.png").read_bytes().startswith(b"\x89PNG")
     again = run("evidence", *options, *small, environment=environment)
@@ -105,6 +105,15 @@ def test_a_line_of_a_list_of_trials_without_an_objective_is_refused(tmp_path: Pa
         trials.write_text(f"first wav2vec2\n{line}\n")
         printed = run("evidence", "--print-command", "--list", str(trials), script="trials.sh", code=2)
         assert f"{line}: the second word is no objective with settings in" in printed
+
+
+def test_hours_that_are_no_number_above_0_are_refused() -> None:
+    for hours in ("many", "0", "nan", "inf"):
+        done = subprocess.run(
+            [sys.executable, str(RECIPES / "evidence" / "local" / "updates_for.py"), hours, "tiny"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (1, f"error: --hours {hours}: give a number of hours above 0\n")
 
 
 def test_an_n_gram_model_is_a_distribution(tmp_path: Path) -> None:
