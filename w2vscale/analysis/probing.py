@@ -245,7 +245,7 @@ def _whiten(sets: Sequence[Sequence[Encoded]]) -> None:
     """Make the dimensions of each layer uncorrelated, with zero mean and unit variance over the first set, in place.
 
     A linear probe can express the same functions as before, but learns them in far fewer updates, and one learning
-    rate suits all features. The symmetric form (ZCA) has one solution, so that results repeat on other processors.
+    rate suits all features. The symmetric form (ZCA) does not depend on which eigenvectors a solver finds.
     """
     train = sets[0]
     frames = sum(one.frames for one in train)
