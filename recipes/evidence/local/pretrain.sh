@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2034,SC2154
 # Source this file below stages.sh.
 
 # pretrain_for_hours OBJECTIVE [SETTING…] pretrains in the folder $run until $hours of speech are seen: larger batches
