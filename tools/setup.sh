@@ -101,5 +101,11 @@ if ! "$venv/bin/python" -I -c 'import torchaudio' 2>/dev/null; then
   checked --target "$venv/oracles" -r <(pins torchaudio)
 fi
 
+# Where Python may not write what it compiles, as in some containers, every command would compile all modules again.
+if [[ -n ${PYTHONDONTWRITEBYTECODE:-} ]]; then
+  say "compiling the packages, because PYTHONDONTWRITEBYTECODE is set"
+  "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" || true # some packages ship files that do not compile
+fi
+
 printf '%s\n' "$made_from" >"$stamp.new"
 mv "$stamp.new" "$stamp"
