@@ -20,7 +20,7 @@ data=                            # folder for downloads and manifests (default: 
 exp=                             # folder for all runs (default: exp/full or exp/quick beside this script)
 quick=false                      # train less
 objectives="wav2vec2 best_rq"    # objectives of pretraining: names of settings in conf/
-hours=                           # hours of speech that pretraining sees (default: 24, or 2 with --quick true)
+hours=                           # hours of speech that pretraining sees (default: 20, or 2 with --quick true)
 probe_updates=                   # updates of each probe (default: 1000, or 200 with --quick true)
 minutes="31 10"                  # amounts of transcribed speech for fine-tuning, in minutes
 finetune_updates=                # updates of fine-tuning (default: 400, or 100 with --quick true)
@@ -37,7 +37,7 @@ if $quick; then
   : "${hours:=2}" "${probe_updates:=200}" "${finetune_updates:=100}"
   exp=${exp:-$here/exp/quick}
 fi
-: "${hours:=24}" "${probe_updates:=1000}" "${finetune_updates:=400}"
+: "${hours:=20}" "${probe_updates:=1000}" "${finetune_updates:=400}"
 data=$(absolute "${data:-$here/data}")
 exp=$(absolute "${exp:-$here/exp/full}")
 corpus=$(given --corpus "$corpus")
