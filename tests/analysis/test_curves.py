@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.helpers.pages import Page
@@ -75,6 +75,7 @@ def test_ticks_are_on_the_axis(one: float, other: float, count: int) -> None:
 
 
 @given(st.floats(1e-25, 1e25), st.floats(1.0, 1e6))
+@example(1 / 3, 1.0)  # 7 * 0.05 is above 0.35
 def test_logarithmic_ticks_are_on_the_axis(low: float, ratio: float) -> None:
     scale = scale_of(np.array([low, low * ratio, 0.0, -1.0, np.nan]), 200, 0, logarithmic=True)
     ticks = scale.ticks(4)

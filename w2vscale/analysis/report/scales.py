@@ -59,7 +59,7 @@ def _multiples(low: float, high: float, count: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= 0.999 * rough)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [number * step for number in range(first, last + 1)]
+    return [min(max(number * step, low), high) for number in range(first, last + 1)]  # rounding may leave the scale
 
 
 def _powers(low: float, high: float) -> list[float]:
